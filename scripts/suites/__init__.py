@@ -1,0 +1,1 @@
+"""Scripts that build the suites of models and data which the examples run on."""

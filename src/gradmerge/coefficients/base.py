@@ -1,0 +1,102 @@
+"""Which entries share a coefficient, and how raw numbers become coefficients.
+
+A tensor's coefficients are `c = link(z)` with `z` the raw trainable numbers in float32. A `Slot` says
+where a tensor's `z` stands in the module's parameters and how it spreads over the tensor's entries.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["scalar", "axis", "partition", "element"]
+
+
+@dataclass(frozen=True)
+class MergeTensor:
+    """A tensor to be merged, as granularities need to know it."""
+
+    name: str
+    shape: tuple[int, ...]
+    input_axis: int = 1
+    """Axis that runs over the layer's inputs."""
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether this is a 1-D bias (it belongs to outputs, not inputs)."""
+        return len(self.shape) == 1 and self.name.endswith("bias")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one tensor's raw coefficients.
+
+    `raw[key]` has shape `[rows, width]` for shared tables (`index` picks a column) and
+    `[rows, *shape]` otherwise.
+    """
+
+    key: str
+    kind: Kind
+    shape: tuple[int, ...]
+    """Compact shape: `()` scalar, `(d,)` along `axis`, `(parts,)`, or the tensor's own shape."""
+    index: int | None = None
+    axis: int = 0
+    seed: int = 0
+
+    def read(self, raw: Mapping[str, Tensor]) -> Tensor:
+        """`z` of this tensor, `[rows, *slot]`: a view of the parameters."""
+        table = raw[self.key]
+        return table if self.index is None else table[:, self.index]
+
+    def parts(self, num_elements: int, device: torch.device) -> Tensor:
+        """The part that each entry belongs to (partition only), `[num_elements]`, reproducible."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randint(self.shape[0], (num_elements,), generator=generator).to(device)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All slots of a merge and the shapes of the raw parameters."""
+
+    slots: Mapping[str, Slot]
+    """By tensor name."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Shape of a raw parameter without its first axis, by key."""
+
+
+class AbstractCoefficients(ABC):
+    """A granularity, possibly wrapped by links."""
+
+    @abstractmethod
+    def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
+        """Place every tensor's raw coefficients."""
+
+    @abstractmethod
+    def num_rows(self, num_sources: int) -> int:
+        """Rows of the raw parameters for K sources.
+
+        Raises:
+            ConfigError: the link does not fit this number of sources.
+        """
+
+    @abstractmethod
+    def link(self, raw: Tensor) -> Tensor:
+        """`c = link(z)`: `[rows, *slot]` to `[sources, *slot]`, differentiable."""
+
+    @abstractmethod
+    def pull_back(self, coefficient: Tensor) -> Tensor:
+        """A `z` with `link(z) = c`: `[sources, *slot]` to `[rows, *slot]`.
+
+        Raises:
+            ConfigError: the link cannot reach these coefficients.
+        """
+
+
+def parameter_key(name: str) -> str:
+    """A tensor name as a key of `nn.ParameterDict`, which forbids dots."""
+    return name.replace(".", "/")

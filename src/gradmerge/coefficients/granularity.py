@@ -1,0 +1,173 @@
+"""Granularities: one coefficient a model, a group, a tensor, a column, a row, a part, an entry."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gradmerge.coefficients.base import (
+    AbstractCoefficients,
+    Layout,
+    MergeTensor,
+    Slot,
+    parameter_key,
+)
+from gradmerge.errors import ConfigError
+
+
+class AbstractGranularity(AbstractCoefficients):
+    """A granularity alone has the identity link: any real coefficient."""
+
+    def num_rows(self, num_sources: int) -> int:
+        """One row a source."""
+        return num_sources
+
+    def link(self, raw: torch.Tensor) -> torch.Tensor:
+        """The identity."""
+        return raw
+
+    def pull_back(self, coefficient: torch.Tensor) -> torch.Tensor:
+        """The identity."""
+        return coefficient
+
+
+class _Own(AbstractGranularity):
+    """A granularity with raw coefficients of each tensor's own."""
+
+    def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
+        """See `AbstractCoefficients.layout`."""
+        slots = {tensor.name: self.slot(tensor) for tensor in tensors}
+        return Layout(slots, {slot.key: slot.shape for slot in slots.values()})
+
+    @abstractmethod
+    def slot(self, tensor: MergeTensor) -> Slot:
+        """Where this tensor's raw coefficients stand."""
+
+
+def _table(key: str, columns: dict[str, int]) -> Layout:
+    slots = {name: Slot(key, "scalar", (), index=column) for name, column in columns.items()}
+    return Layout(slots, {key: (max(columns.values(), default=-1) + 1,)})
+
+
+@dataclass(frozen=True)
+class Model(AbstractGranularity):
+    """One coefficient a source for the whole model (task-wise merging)."""
+
+    def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
+        """See `AbstractCoefficients.layout`."""
+        return _table("model", {tensor.name: 0 for tensor in tensors})
+
+
+@dataclass(frozen=True)
+class Group(AbstractGranularity):
+    r"""One coefficient a source and group of tensors.
+
+    A tensor joins the first pattern that it matches; the matched text names the group, so
+    ``layers\.\d+\.`` alone makes one group a transformer block, and
+    ``layers\.\d+\.(self_attn|mlp)`` one a block's attention and one its MLP. Tensors that match
+    nothing share one group.
+    """
+
+    patterns: tuple[str, ...] = (r"(layers?|h|blocks?)\.\d+\.",)
+    """Regular expressions, tried in order."""
+
+    def __post_init__(self) -> None:
+        """Check the patterns."""
+        for pattern in self.patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"Group: {pattern!r} is no regular expression: {error}") from error
+
+    def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
+        """See `AbstractCoefficients.layout`."""
+        order: dict[str, int] = {}
+        columns = {}
+        for tensor in tensors:
+            matches = (re.search(pattern, tensor.name) for pattern in self.patterns)
+            found = next((match for match in matches if match), None)
+            group = tensor.name[: found.end()] if found else ""
+            columns[tensor.name] = order.setdefault(group, len(order))
+        return _table("group", columns)
+
+
+@dataclass(frozen=True)
+class Tensor(AbstractGranularity):
+    """One coefficient a source and named tensor (AdaMerging's "layer-wise")."""
+
+    def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
+        """See `AbstractCoefficients.layout`."""
+        return _table("tensor", {tensor.name: i for i, tensor in enumerate(tensors)})
+
+
+@dataclass(frozen=True)
+class Column(_Own):
+    """One coefficient a source and input column of a weight matrix (DAM, arXiv 2410.08371).
+
+    Convolutions: one an input channel. 1-D gains: one an entry. 1-D biases, which belong to
+    outputs: one a tensor.
+    """
+
+    def slot(self, tensor: MergeTensor) -> Slot:
+        """See `_Own.slot`."""
+        key = parameter_key(tensor.name)
+        if len(tensor.shape) == 0 or tensor.is_bias:
+            return Slot(key, "scalar", ())
+        axis = tensor.input_axis if len(tensor.shape) > 1 else 0
+        return Slot(key, "axis", (tensor.shape[axis],), axis=axis)
+
+
+@dataclass(frozen=True)
+class Row(_Own):
+    """One coefficient a source and output row of a weight matrix; 1-D tensors: one an entry."""
+
+    def slot(self, tensor: MergeTensor) -> Slot:
+        """See `_Own.slot`."""
+        key = parameter_key(tensor.name)
+        if len(tensor.shape) == 0:
+            return Slot(key, "scalar", ())
+        axis = 1 - tensor.input_axis if len(tensor.shape) > 1 else 0
+        return Slot(key, "axis", (tensor.shape[axis],), axis=axis)
+
+
+@dataclass(frozen=True)
+class Partition(_Own):
+    """One coefficient a source and part of a random K-way partition of each tensor (aTLAS x K).
+
+    Source: Zhang et al. 2024, arXiv 2407.02880. The partition depends on the seed and the tensor's
+    name alone.
+    """
+
+    num_parts: int = 10
+    """Parts a tensor; smaller tensors get one a entry."""
+    seed: int = 0
+    """Seed of the partition."""
+
+    def __post_init__(self) -> None:
+        """Check the number of parts."""
+        if self.num_parts < 1:
+            raise ConfigError(f"Partition: num_parts must be at least 1, came {self.num_parts}.")
+
+    def slot(self, tensor: MergeTensor) -> Slot:
+        """See `_Own.slot`."""
+        size = 1
+        for length in tensor.shape:
+            size *= length
+        seed = self.seed * 1_000_003 + zlib.crc32(tensor.name.encode())
+        parts = (min(self.num_parts, size),)
+        return Slot(parameter_key(tensor.name), "partition", parts, seed=seed)
+
+
+@dataclass(frozen=True)
+class Element(_Own):
+    """One coefficient a source and single weight (NP Merge, arXiv 2412.15467)."""
+
+    def slot(self, tensor: MergeTensor) -> Slot:
+        """See `_Own.slot`."""
+        return Slot(parameter_key(tensor.name), "element", tensor.shape)
+

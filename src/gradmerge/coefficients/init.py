@@ -1,0 +1,221 @@
+"""Where training starts, in coefficient space; the link pulls it back to raw numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from gradmerge.coefficients.base import Layout, MergeTensor, Slot
+from gradmerge.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class InitContext:
+    """What an init may look at."""
+
+    sources: tuple[str, ...]
+    """Names of the sources, in order."""
+    tensors: Mapping[str, MergeTensor]
+    """The tensors to merge, by name."""
+    direction_norms: Callable[[], Tensor]
+    """Squared norms of the directions over all tensors, `[sources]`; reads all weights."""
+
+
+class AbstractInit(ABC):
+    """Starting coefficients of one tensor."""
+
+    @abstractmethod
+    def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
+        """Coefficients `[sources, *slot]` for this tensor."""
+
+
+@dataclass(frozen=True)
+class Constant(AbstractInit):
+    """The same number everywhere, or one a source."""
+
+    value: float | list[float] = 0.3
+    """One number, or one a source in their order."""
+
+    def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
+        """See `AbstractInit.coefficient`."""
+        num = len(context.sources)
+        values = self.value if isinstance(self.value, list) else [self.value] * num
+        if len(values) != num:
+            raise ConfigError(
+                f"Constant: expected one value or {num} (for {', '.join(context.sources)}), "
+                f"came {len(values)}."
+            )
+        return _spread(torch.tensor(values, dtype=torch.float64), slot)
+
+
+@dataclass(frozen=True)
+class Uniform(AbstractInit):
+    """`1 / K` everywhere: with origin zero or mean, the plain average."""
+
+    def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
+        """See `AbstractInit.coefficient`."""
+        num = len(context.sources)
+        return torch.full((num, *slot.shape), 1 / num, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Mixup(AbstractInit):
+    """Random mixing ratios (M3, arXiv 2502.15434): Beta(alpha, alpha) for two sources.
+
+    More sources: Dirichlet(alpha, ..., alpha). The paper draws one ratio a merge; a draw a tensor or
+    an entry are extensions. Seeded, and written to the log and the provenance, so it reproduces.
+    """
+
+    alpha: float = 1.0
+    """Concentration; below 1 most draws sit near one source, where a sigmoid is saturated."""
+    per: Literal["model", "tensor", "element"] = "model"
+    """What shares a draw: everything, a slot of the granularity, or each coefficient."""
+    scale: float = 1.0
+    """Factor on the ratios (task arithmetic's scale where the origin is a base)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check alpha."""
+        if self.alpha <= 0:
+            raise ConfigError(f"Mixup: alpha must be positive, came {self.alpha}.")
+
+    def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
+        """See `AbstractInit.coefficient`."""
+        num = len(context.sources)
+        # A slot that several tensors share gets one draw, whichever tensor asks.
+        place = "" if self.per == "model" else f"{slot.key}:{slot.index}"
+        shape = slot.shape if self.per == "element" else ()
+        alphas = torch.full((num,), self.alpha, dtype=torch.float64)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 1_000_003 + zlib.crc32(place.encode()))
+            draw = torch.distributions.Dirichlet(alphas).sample(torch.Size(shape))
+        ratio = self.scale * draw.movedim(-1, 0)
+        return ratio if self.per == "element" else _spread(ratio, slot)
+
+
+@dataclass(frozen=True)
+class DepthRamp(AbstractInit):
+    """From `first` at the embeddings to `last` at the head, linear in depth (LiNeS, 2410.17146)."""
+
+    first: float = 0.2
+    last: float = 0.4
+
+    def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
+        """See `AbstractInit.coefficient`."""
+        depths = {name: _block(name) for name in context.tensors}
+        num_blocks = 1 + max((depth for depth in depths.values() if depth is not None), default=0)
+        depth = depths[tensor.name]
+        if depth is None:
+            order = list(context.tensors)
+            first_block = next((i for i, n in enumerate(order) if depths[n] is not None), 0)
+            depth = -1 if order.index(tensor.name) < first_block else num_blocks
+        share = (depth + 1) / (num_blocks + 1)
+        value = self.first + (self.last - self.first) * share
+        return torch.full((len(context.sources), *slot.shape), value, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class MetaGPT(AbstractInit):
+    """`c_k = |B_k|^2 / sum_j |B_j|^2` (MetaGPT, arXiv 2406.11385): closed form, no data."""
+
+    def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
+        """See `AbstractInit.coefficient`."""
+        squared = context.direction_norms().double()
+        if squared.sum() == 0:
+            raise ConfigError("MetaGPT: all directions are zero; the sources equal their origin.")
+        return _spread(squared / squared.sum(), slot)
+
+
+@dataclass(frozen=True)
+class FromFile(AbstractInit):
+    """Coefficients of an earlier merge (its coefficients.safetensors), matched by tensor name.
+
+    A coarser file starts a finer granularity: a coefficient a tensor spreads over its columns.
+    """
+
+    path: str
+    """coefficients.safetensors of an exported folder."""
+
+    def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
+        """See `AbstractInit.coefficient`."""
+        if not Path(self.path).is_file():
+            raise ConfigError(f"FromFile: {self.path}: no such file.")
+        with safe_open(self.path, framework="pt") as file:
+            names = list(file.keys())
+            if tensor.name not in names:
+                raise ConfigError(
+                    f"FromFile: {self.path} holds no coefficients for {tensor.name}."
+                    f"{nearest(tensor.name, names)}"
+                )
+            loaded: Tensor = file.get_tensor(tensor.name).double()
+            stored = json.loads((file.metadata() or {}).get("sources", "null"))
+        if stored is not None:
+            lost = [name for name in context.sources if name not in stored]
+            if lost or len(stored) != len(context.sources):
+                raise ConfigError(
+                    f"FromFile: {self.path} is for the sources {stored}, this merge has "
+                    f"{list(context.sources)}."
+                )
+            loaded = loaded[[stored.index(name) for name in context.sources]]
+        if tuple(loaded.shape[1:]) == slot.shape:
+            return loaded
+        if loaded.dim() == 1:
+            return _spread(loaded, slot)
+        if slot.shape == ():
+            return loaded.flatten(1).mean(dim=1)
+        raise ConfigError(
+            f"FromFile: {self.path}: {tensor.name} has coefficients of shape "
+            f"{tuple(loaded.shape[1:])}, expected {slot.shape} or one a source."
+        )
+
+
+def initial_raw(
+    layout: Layout,
+    init: AbstractInit,
+    context: InitContext,
+    num_rows: int,
+    pull_back: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """The raw parameters at the start, `{key: [rows, ...]}` in float32.
+
+    A coefficient that several tensors share starts at the mean of what the init gives each.
+    """
+    num = len(context.sources)
+    total = {
+        key: torch.zeros(num, *shape, dtype=torch.float64) for key, shape in layout.shapes.items()
+    }
+    count = {key: torch.zeros(shape, dtype=torch.float64) for key, shape in layout.shapes.items()}
+    for name, slot in layout.slots.items():
+        value = init.coefficient(context.tensors[name], slot, context).double()
+        place = ... if slot.index is None else slot.index
+        total[slot.key][:, place] += value
+        count[slot.key][place] += 1
+    raw = {}
+    for key, value in total.items():
+        pulled = pull_back(value / count[key].clamp_min(1))
+        if pulled.shape[0] != num_rows:
+            raise ConfigError(f"{key}: expected {num_rows} raw rows, came {pulled.shape[0]}.")
+        raw[key] = pulled.float()
+    return raw
+
+
+def _spread(per_source: Tensor, slot: Slot) -> Tensor:
+    """`[sources]` to `[sources, *slot]`."""
+    column = per_source.reshape(-1, *([1] * len(slot.shape)))
+    return column.expand(-1, *slot.shape).clone()
+
+
+def _block(name: str) -> int | None:
+    """The number of the block that a tensor belongs to, by the first number in its name."""
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match[1]) if match else None

@@ -1,0 +1,172 @@
+"""Links: constraints on coefficients, each wrapping a granularity or another link."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmerge.coefficients.base import AbstractCoefficients, Layout, MergeTensor
+from gradmerge.coefficients.granularity import Tensor as TensorGranularity
+from gradmerge.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class AbstractLink(AbstractCoefficients):
+    """A link takes everything but the constraint from what it wraps."""
+
+    inner: AbstractCoefficients = field(default_factory=TensorGranularity)
+    """The granularity (or link) that is wrapped."""
+
+    def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
+        """That of the wrapped granularity."""
+        return self.inner.layout(tensors)
+
+    def num_rows(self, num_sources: int) -> int:
+        """That of the wrapped granularity."""
+        return self.inner.num_rows(num_sources)
+
+
+class _ClampThatReturns(torch.autograd.Function):
+    """Clamp whose gradient vanishes at a bound only where descent would push further out.
+
+    A plain clamp has no gradient once a coefficient is at a bound, so it can never come back: 10 to
+    31% of the layer-wise coefficients released with AdaMerging sit at exactly 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, raw: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(raw)
+        ctx.low, ctx.high = low, high
+        return raw.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (raw,) = ctx.saved_tensors
+        (grad,) = grads
+        outward = ((raw <= ctx.low) & (grad > 0)) | ((raw >= ctx.high) & (grad < 0))
+        return grad.masked_fill(outward, 0.0), None, None
+
+
+@dataclass(frozen=True)
+class Clamp(AbstractLink):
+    """`c = min(max(z, low), high)`, with a gradient that can come back from the bound."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        if not self.low < self.high:
+            raise ConfigError(f"Clamp: low {self.low} must be below high {self.high}.")
+
+    def link(self, raw: Tensor) -> Tensor:
+        """See `AbstractCoefficients.link`."""
+        clamped: Tensor = _ClampThatReturns.apply(self.inner.link(raw), self.low, self.high)
+        return clamped
+
+    def pull_back(self, coefficient: Tensor) -> Tensor:
+        """See `AbstractCoefficients.pull_back`."""
+        _require_within(coefficient, self.low, self.high, "Clamp")
+        return self.inner.pull_back(coefficient)
+
+
+@dataclass(frozen=True)
+class Sigmoid(AbstractLink):
+    """`c = 1 / (1 + exp(-z))`, between 0 and 1 (NP Merge)."""
+
+    eps: float = 0.01
+    """Starting coefficients are pulled into [eps, 1 - eps]: a saturated sigmoid does not learn."""
+
+    def link(self, raw: Tensor) -> Tensor:
+        """See `AbstractCoefficients.link`."""
+        return torch.sigmoid(self.inner.link(raw))
+
+    def pull_back(self, coefficient: Tensor) -> Tensor:
+        """See `AbstractCoefficients.pull_back`."""
+        _require_within(coefficient, 0.0, 1.0, "Sigmoid")
+        return self.inner.pull_back(torch.logit(coefficient, eps=self.eps))
+
+
+@dataclass(frozen=True)
+class Tanh(AbstractLink):
+    """`c = tanh(z)`, between -1 and 1 (SUPERMERGE, arXiv 2412.10416)."""
+
+    eps: float = 0.01
+    """Starting coefficients are pulled into [eps - 1, 1 - eps]."""
+
+    def link(self, raw: Tensor) -> Tensor:
+        """See `AbstractCoefficients.link`."""
+        return torch.tanh(self.inner.link(raw))
+
+    def pull_back(self, coefficient: Tensor) -> Tensor:
+        """See `AbstractCoefficients.pull_back`."""
+        _require_within(coefficient, -1.0, 1.0, "Tanh")
+        return self.inner.pull_back(torch.atanh(coefficient.clamp(self.eps - 1, 1 - self.eps)))
+
+
+@dataclass(frozen=True)
+class Softmax(AbstractLink):
+    """`c_k = exp(z_k) / sum_j exp(z_j)`: positive, summing to 1 over the sources (learned soup)."""
+
+    eps: float = 1e-4
+    """Starting coefficients below this are raised to it."""
+
+    def link(self, raw: Tensor) -> Tensor:
+        """See `AbstractCoefficients.link`."""
+        return torch.softmax(self.inner.link(raw), dim=0)
+
+    def pull_back(self, coefficient: Tensor) -> Tensor:
+        """See `AbstractCoefficients.pull_back`."""
+        total = coefficient.sum(dim=0)
+        _require_within(coefficient, 0.0, 1.0, "Softmax")
+        if (total - 1).abs().max() > 1e-3:
+            raise ConfigError(
+                f"Softmax: starting coefficients must sum to 1 over the sources, came a sum of "
+                f"{total.flatten()[0].item():.4g}. Use init Uniform or Mixup, or another link."
+            )
+        return self.inner.pull_back(coefficient.clamp_min(self.eps).log())
+
+
+@dataclass(frozen=True)
+class Complement(AbstractLink):
+    """Two sources share one number: `c = (a, 1 - a)` with `a` from the wrapped coefficients."""
+
+    def num_rows(self, num_sources: int) -> int:
+        """One row.
+
+        Raises:
+            ConfigError: not exactly two sources.
+        """
+        if num_sources != 2:
+            raise ConfigError(
+                f"Complement: expected exactly two sources, came {num_sources}. Use Softmax for more."
+            )
+        return self.inner.num_rows(1)
+
+    def link(self, raw: Tensor) -> Tensor:
+        """See `AbstractCoefficients.link`."""
+        first = self.inner.link(raw)
+        return torch.cat([first, 1 - first])
+
+    def pull_back(self, coefficient: Tensor) -> Tensor:
+        """See `AbstractCoefficients.pull_back`."""
+        total = coefficient.sum(dim=0)
+        if (total - 1).abs().max() > 1e-3:
+            raise ConfigError(
+                "Complement: starting coefficients must sum to 1 over the two sources, came "
+                f"{total.flatten()[0].item():.4g}. Use init Uniform or Mixup."
+            )
+        return self.inner.pull_back(coefficient[:1])
+
+
+def _require_within(coefficient: Tensor, low: float, high: float, name: str) -> None:
+    outside = coefficient[(coefficient < low - 1e-6) | (coefficient > high + 1e-6)]
+    if outside.numel():
+        raise ConfigError(
+            f"{name}: starting coefficients must lie in [{low:g}, {high:g}], came "
+            f"{outside.flatten()[0].item():.4g}. Change the init or the link."
+        )

@@ -1,0 +1,492 @@
+"""The differentiable merged model: pure torch, for any `nn.Module`, usable without Lightning.
+
+For every tensor p, `theta_p = combine(theta_1..K, link(z))` and `dL/dz` is the contraction of
+`G_p = dL/dtheta_p` with the directions (see `gradmerge.operators`). There is no autograd graph over the
+sources and no temporary of the model's size a source.
+
+Memory modes:
+    resident: merged tensors live for the step; one merge and one contraction a step.
+    streamed: a merged tensor lives while its layer runs and is rebuilt when backward needs it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gradmerge.errors import ConfigError, shorten
+from gradmerge.installation import LiveTensors, install, restamp
+from gradmerge.recipe import Plan, Recipe
+
+Memory = Literal["resident", "streamed"]
+
+
+class _Combine(torch.autograd.Function):
+    """Forward: combine. Backward: contract. Nothing but the tensor's name is kept between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, raw: Tensor, engine: MergedModel, key: str, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.raw, ctx.engine, ctx.key, ctx.version = raw, engine, key, engine.version
+        return engine.build(key, raw, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        engine: MergedModel = ctx.engine
+        engine.require_version(ctx.version)
+        engine.touched.add(ctx.key)
+        return engine.plan.contract(ctx.key, grads[0], ctx.raw), None, None, None
+
+
+class _Deferred(torch.autograd.Function):
+    """A loss whose gradient in the raw coefficients is already known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, grads: Sequence[Tensor], *raws: Tensor) -> Tensor:
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *(grads[0] * grad for grad in ctx.grads))
+
+
+class MergedModel(nn.Module):
+    """A network whose weights are a learned merge of frozen sources.
+
+    Its only parameters are the raw coefficients (`raw`), in float32. Call it like the network itself;
+    `loss.backward()` fills their gradients. For several losses a step use `accumulate`, which keeps
+    one loss's activations alive at a time and, in resident memory, merges and contracts once.
+
+    Args:
+        recipe: a `Recipe`, or a `Plan` that was opened already.
+        module: the architecture, where no source carries a config. Its weights are not used and it
+            is not changed.
+        memory: resident or streamed.
+        dtype: dtype of the merged tensors and so of the computation; default float32.
+        tasks: task name -> source whose private tensors it uses; default: the sources' names.
+
+    Example:
+        >>> import torch
+        >>> from gradmerge import MergedModel, Recipe
+        >>> base, a, b = (torch.nn.Linear(4, 2) for _ in range(3))
+        >>> merged = MergedModel(Recipe(sources={"a": a, "b": b}, base=base))
+        >>> merged(torch.ones(1, 4)).sum().backward()
+        >>> {key: tuple(raw.grad.shape) for key, raw in merged.raw.items()}
+        {'tensor': (2, 2)}
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe | Plan,
+        module: nn.Module | None = None,
+        memory: Memory = "resident",
+        dtype: torch.dtype = torch.float32,
+        tasks: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        plan = recipe.open(module) if isinstance(recipe, Recipe) else recipe
+        if plan.skeleton is None or plan.binding is None:
+            raise ConfigError(
+                "the sources carry no config to build the network from; pass it as `module`."
+            )
+        if memory not in ("resident", "streamed"):
+            raise ConfigError(f"memory: expected 'resident' or 'streamed', came {memory!r}.")
+        self.plan = plan
+        self.memory = memory
+        self.dtype = dtype
+        self.tasks = dict(tasks) if tasks is not None else {n: n for n in plan.sources}
+        lost = [source for source in self.tasks.values() if source not in plan.sources]
+        if lost:
+            raise ConfigError(
+                f"tasks name sources that do not exist: {shorten(lost)}; there are "
+                f"{', '.join(plan.sources)}."
+            )
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.raw = nn.ParameterDict(
+            {key: nn.Parameter(value.to(wide)) for key, value in plan.initial_raw().items()}
+        )
+        self.touched: set[str] = set()
+        self.device = torch.device("cpu")
+        # In a tuple the skeleton is no submodule: its stand-ins stay out of parameters() and of
+        # the checkpoint, which holds coefficients alone.
+        self._skeleton = (plan.skeleton,)
+        self._task: str | None = None
+        self._teacher: str | None = None
+        self._stepping: dict[str, Tensor] | None = None
+        self._private: dict[tuple[str, str], Tensor] = {}
+        self._fixed: dict[str, Tensor] = {}
+        self._storage: dict[str, Tensor] = {}
+        self._theta: dict[str, Tensor] = {}
+        self._theta_version = -1
+        self._theta_has_graph = False
+        self._live = LiveTensors()
+        install(plan.skeleton, plan.binding.parameters, self._fetch, dtype, self.device)
+        for name in plan.buffers:
+            if name in plan.binding.buffers:
+                self._set_buffer(name, plan.buffer(name))
+        self.train(False)
+
+    # ---- state ------------------------------------------------------------------------------
+
+    @property
+    def skeleton(self) -> nn.Module:
+        """The network; its parameters are stand-ins, its modules fetch merged tensors."""
+        return self._skeleton[0]
+
+    @property
+    def version(self) -> int:
+        """Changes whenever a raw coefficient is written."""
+        return sum(parameter._version for parameter in self.raw.values())
+
+    def require_version(self, version: int) -> None:
+        """Refuse a backward after the coefficients it belongs to have changed.
+
+        Raises:
+            RuntimeError: the raw coefficients were written between forward and backward.
+        """
+        if version != self.version:
+            raise RuntimeError(
+                "coefficients changed between forward and backward, so the gradient would mix two "
+                "merges; call backward before the optimiser's step."
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedModel:
+        """Follow `.to(...)`: device and compute dtype change, raw coefficients stay wide."""
+        probe = fn(torch.zeros((), dtype=self.dtype, device=self.device))
+        wide = torch.float64 if probe.dtype == torch.float64 else torch.float32
+        super()._apply(lambda tensor: tensor.to(device=probe.device, dtype=wide), recurse)
+        self.device, self.dtype = probe.device, probe.dtype
+        restamp(self.skeleton, self.dtype, self.device)
+        self._forget()
+        self._private.clear()
+        self._fixed.clear()
+        return self
+
+    def _forget(self) -> None:
+        self._theta, self._storage = {}, {}
+        self._theta_version, self._theta_has_graph = -1, False
+
+    def train(self, mode: bool = True) -> MergedModel:
+        """Dropout stays off (sources are frozen); BatchNorm uses batch statistics while training
+        if they are recomputed afterwards."""
+        super().train(mode)
+        self.skeleton.eval()
+        if mode and self.plan.recipe.buffers == "recompute":
+            for module in self.batch_norms:
+                module.train()
+        for module in self.skeleton.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = mode  # transformers checkpoints only what is in training mode
+        return self
+
+    @property
+    def batch_norms(self) -> list[nn.modules.batchnorm._BatchNorm]:
+        """BatchNorm layers that keep running statistics."""
+        kind = nn.modules.batchnorm._BatchNorm
+        found = [m for m in self.skeleton.modules() if isinstance(m, kind)]
+        return [module for module in found if module.track_running_stats]
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute each transformer block's activations in backward (transformers models).
+
+        Raises:
+            ConfigError: the network does not support it.
+        """
+        enable = getattr(self.skeleton, "gradient_checkpointing_enable", None)
+        if enable is None or not getattr(self.skeleton, "supports_gradient_checkpointing", True):
+            raise ConfigError(
+                f"{type(self.skeleton).__name__} offers no gradient checkpointing; leave it off or "
+                "wrap its blocks with torch.utils.checkpoint yourself."
+            )
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.train(self.training)
+
+    # ---- tensors ----------------------------------------------------------------------------
+
+    def build(self, key: str, raw: Tensor | None, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """`theta` of one tensor, without a graph."""
+        if out is None:
+            shape = self.plan.tensors[key].shape
+            out = torch.empty(shape, dtype=dtype, device=self.device)
+        return self.plan.combine(key, raw, out)
+
+    def _fetch(self, key: str, casts: bool) -> Tensor:
+        if self._teacher is not None:
+            return self._place(self.plan.read(self._teacher, key))
+        if key not in self.plan.tensors:
+            return self._private_tensor(key)
+        if self.memory == "resident":
+            return self._theta[key]
+        dtype = self.dtype
+        if casts and torch.is_autocast_enabled(self.device.type):
+            # Built in the dtype that autocast would cast to: the cast copy would be a tensor of its
+            # own, saved for backward layer after layer.
+            dtype = torch.get_autocast_dtype(self.device.type)
+        if key in self.plan.fixed:
+            theta = self.build(key, None, dtype)
+        else:
+            raws = self.raw if self._stepping is None else self._stepping
+            theta = _Combine.apply(self.plan.raw(key, raws), self, key, dtype)
+        self._live.add(theta, (key, dtype))
+        return theta
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        dtype = self.dtype if tensor.dtype.is_floating_point else tensor.dtype
+        return tensor.to(device=self.device, dtype=dtype)
+
+    def _private_tensor(self, key: str) -> Tensor:
+        source = self.tasks.get(self._task or "", next(iter(self.plan.sources)))
+        if (source, key) not in self._private:
+            self._private[source, key] = self._place(self.plan.read(source, key)).clone()
+        return self._private[source, key]
+
+    def _refresh(self) -> None:
+        """Resident: merge all tensors, unless they still stand for the current coefficients."""
+        graph = torch.is_grad_enabled() and self._stepping is None
+        if self._theta_version == self.version and (self._theta_has_graph or not graph):
+            return
+        for key in self.plan.fixed:
+            if key in self.plan.binding.parameters and key not in self._fixed:  # type: ignore[union-attr]
+                self._fixed[key] = self.build(key, None, self.dtype)
+        # Merged tensors of before are let go first: two models would live otherwise.
+        self._theta = dict(self._fixed)
+        if graph:
+            self._storage = {}
+            for key in self.plan.learned:
+                raw = self.plan.raw(key, self.raw)
+                self._theta[key] = _Combine.apply(raw, self, key, self.dtype)
+        else:
+            for key in self.plan.learned:
+                raw = self.plan.raw(key, self.raw).detach()
+                # Written over in place: fresh pages would fault in at every step.
+                self._storage[key] = self.build(key, raw, self.dtype, self._storage.get(key))
+                self._theta[key] = self._storage[key]
+        self._theta_version, self._theta_has_graph = self.version, graph
+
+    # ---- running ----------------------------------------------------------------------------
+
+    def forward(self, *args: Any, task: str | None = None, **kwargs: Any) -> Any:
+        """Run the network with merged weights.
+
+        Args:
+            task: the task whose private tensors (head) are used, where the recipe has any.
+        """
+        if task is not None and task not in self.tasks:
+            raise ConfigError(f"task {task!r}: expected one of {', '.join(self.tasks)}.")
+        if self.plan.private and task is None and self._teacher is None and len(self.tasks) > 1:
+            raise ConfigError(
+                f"{self.plan.private[0]} belongs to each task alone: say which task this batch is "
+                f"of, task=one of {', '.join(self.tasks)}."
+            )
+        self._task = task
+        if self._teacher is not None:
+            return self.skeleton(*args, **kwargs)
+        if self.memory == "resident":
+            self._refresh()
+            return self.skeleton(*args, **kwargs)
+        self._live.purge()
+        keep = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        with keep if torch.is_grad_enabled() else nullcontext():
+            return self.skeleton(*args, **kwargs)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        tag = self._live.find(tensor)
+        if tag is None:
+            return tensor
+        view = (tensor.size(), tensor.stride(), tensor.storage_offset())
+        return (*tag, *view, self.version)
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        key, dtype, size, stride, offset, version = packed
+        self.require_version(version)
+        raw = None if key in self.plan.fixed else self.plan.raw(key, self.raw).detach()
+        return self.build(key, raw, dtype).as_strided(size, stride, offset)
+
+    def accumulate(
+        self, losses: Sequence[Callable[[], Tensor]], scale: float = 1.0
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Backward of several losses, one after another, as one differentiable loss.
+
+        Each callable runs this model and returns a scalar. Its backward runs at once, so one
+        loss's activations live at a time. In resident memory all share one merge, and their weight
+        gradients add up before one contraction, which frees each as it is used.
+
+        Args:
+            losses: callables that return scalar losses.
+            scale: factor on the losses inside (a gradient scaler's, for float16); taken out again.
+
+        Returns:
+            The sum of the losses, whose `backward()` adds the known gradients to `raw`, and the
+            losses one by one.
+        """
+        raws = dict(self.raw.items())
+        grads = {key: torch.zeros_like(raw) for key, raw in raws.items()}
+        self._stepping = {key: raw.detach().requires_grad_() for key, raw in raws.items()}
+        try:
+            if self.memory == "resident":
+                values = self._accumulate_resident(losses, grads, scale)
+            else:
+                values = self._accumulate_streamed(losses, grads, scale)
+        finally:
+            self._stepping = None
+        ordered = [grads[key].div_(scale) for key in raws]
+        total = torch.stack(values).sum()
+        loss: Tensor = _Deferred.apply(total, ordered, *raws.values())
+        return loss, values
+
+    def _accumulate_resident(
+        self, losses: Sequence[Callable[[], Tensor]], grads: Mapping[str, Tensor], scale: float
+    ) -> list[Tensor]:
+        self._refresh()
+        merged = self._theta
+        leaves = {key: merged[key].detach().requires_grad_() for key in self.plan.learned}
+        self._theta = {**merged, **leaves}
+
+        def contract(key: str) -> None:
+            grad = leaves[key].grad
+            if grad is None:
+                return
+            self.touched.add(key)
+            raw = self.plan.raw(key, self.raw)
+            self.plan.layout.slots[key].read(grads).add_(self.plan.contract(key, grad, raw))
+            leaves[key].grad = None
+
+        values = []
+        try:
+            for i, run in enumerate(losses):
+                if i == len(losses) - 1:
+                    # With the last loss a weight gradient is complete as soon as it arrives.
+                    for key, leaf in leaves.items():
+                        leaf.register_post_accumulate_grad_hook(lambda _, key=key: contract(key))
+                values.append(_backward(run, scale))
+            for key in leaves:
+                contract(key)
+        finally:
+            self._theta = merged
+        return values
+
+    def _accumulate_streamed(
+        self, losses: Sequence[Callable[[], Tensor]], grads: dict[str, Tensor], scale: float
+    ) -> list[Tensor]:
+        assert self._stepping is not None
+        values = [_backward(run, scale) for run in losses]
+        for key, proxy in self._stepping.items():
+            if proxy.grad is not None:
+                grads[key] = proxy.grad
+        return values
+
+    def fix_unused(self) -> list[str]:
+        """Set tensors that no backward has reached by the recipe's rule, and say which.
+
+        They would stay at their starting coefficient and be exported scaled by it.
+
+        Returns:
+            The names of the tensors that were set.
+        """
+        unused = [key for key in self.plan.learned if key not in self.touched]
+        if unused:
+            value = self.plan.unused_coefficient
+            self.plan.fix(unused, value)
+            self._forget()
+            warnings.warn(
+                f"{len(unused)} tensors got no gradient and are kept at coefficient {value:g} "
+                f"(recipe: unused): {shorten(unused)}. They do not take part in the objective.",
+                stacklevel=2,
+            )
+        return unused
+
+    def fix(self, names: Sequence[str], coefficient: float) -> None:
+        """Keep tensors at a coefficient (when a checkpoint says so)."""
+        self.plan.fix(names, coefficient)
+        self._fixed.clear()
+        self._forget()
+
+    @contextmanager
+    def as_source(self, source: str) -> Iterator[None]:
+        """Within the context the network runs with one source's own weights, without gradient.
+
+        Nothing is copied: mapped tensors are used where they lie, or converted a layer at a time.
+        """
+        if source not in self.plan.sources:
+            raise ConfigError(f"{source!r} is no source; there are {', '.join(self.plan.sources)}.")
+        kept = {name: self._buffer(name).clone() for name in self._bound_buffers()}
+        modes = {module: module.training for module in self.skeleton.modules()}
+        task, self._teacher = self._task, source
+        try:
+            self.skeleton.eval()
+            for name in kept:
+                self._set_buffer(name, self.plan.sources[source].read(name))
+            with torch.no_grad():
+                yield
+        finally:
+            self._teacher, self._task = None, task
+            for name, value in kept.items():
+                self._set_buffer(name, value)
+            for module, mode in modes.items():
+                module.training = mode
+
+    # ---- buffers ----------------------------------------------------------------------------
+
+    def _bound_buffers(self) -> list[str]:
+        places = self.plan.binding.buffers if self.plan.binding else {}
+        return [name for name in self.plan.buffers if name in places]
+
+    def _buffer(self, name: str) -> Tensor:
+        return self.skeleton.get_buffer(self.plan.binding.buffers[name])  # type: ignore[union-attr]
+
+    def _set_buffer(self, name: str, value: Tensor) -> None:
+        self._buffer(name).copy_(value)
+
+    def buffers_by_name(self) -> dict[str, Tensor]:
+        """Persistent buffers as they stand, by their names in the files."""
+        return {name: self._buffer(name) for name in self._bound_buffers()}
+
+    @torch.no_grad()
+    def recompute_batch_norm(self, runs: Sequence[Callable[[], object]]) -> None:
+        """Cumulative averages of BatchNorm statistics over the given forward passes.
+
+        The statistics of the sources are those of other weights; a merged network needs its own.
+        """
+        norms = self.batch_norms
+        if not norms or not runs:
+            return
+        momenta = [(module, module.momentum, module.training) for module in norms]
+        try:
+            for module in norms:
+                module.reset_running_stats()
+                module.momentum = None  # None: the plain mean over all batches
+                module.train()
+            for run in runs:
+                run()
+        finally:
+            for module, momentum, training in momenta:
+                module.momentum = momentum
+                module.train(training)
+
+    # ---- coefficients -----------------------------------------------------------------------
+
+    def coefficients(self) -> dict[str, Tensor]:
+        """`c` of every learned tensor, `[sources, *slot]`, differentiable."""
+        return {key: self.plan.coefficient(key, self.raw) for key in self.plan.learned}
+
+
+def _backward(run: Callable[[], Tensor], scale: float) -> Tensor:
+    with torch.enable_grad():
+        loss = run()
+    if loss.dim() != 0:
+        raise ConfigError(f"a loss must be a scalar, came shape {tuple(loss.shape)}.")
+    with torch.autocast(loss.device.type, enabled=False):
+        (loss * scale).backward()
+    return loss.detach()

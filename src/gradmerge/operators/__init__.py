@@ -1,0 +1,6 @@
+"""Operators: how directions are combined."""
+
+from gradmerge.operators.base import AbstractOperator, Spread, Terms
+from gradmerge.operators.linear import Linear
+
+__all__ = ["AbstractOperator", "Linear", "Spread", "Terms"]

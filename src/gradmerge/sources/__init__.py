@@ -1,0 +1,19 @@
+"""Sources: lazy checkpoints, their compatibility and fingerprints."""
+
+from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
+from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile
+from gradmerge.sources.lora import Lora
+from gradmerge.sources.memory import InMemory
+from gradmerge.sources.resolve import as_source
+
+__all__ = [
+    "AbstractSource",
+    "Checkpoint",
+    "HuggingFace",
+    "InMemory",
+    "Lora",
+    "SafetensorsFile",
+    "TensorInfo",
+    "TorchFile",
+    "as_source",
+]

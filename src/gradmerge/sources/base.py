@@ -1,0 +1,95 @@
+"""What a source is: a frozen recipe (`AbstractSource`) that opens to a lazy `Checkpoint`."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor, known without reading its bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+
+    @property
+    def num_elements(self) -> int:
+        """Number of entries."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes in the stored dtype."""
+        return self.num_elements * self.dtype.itemsize
+
+
+class Checkpoint(ABC):
+    """An opened source: headers in memory, tensors read (mapped) one at a time, by name."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """The path, hub id or description that messages show."""
+
+    @property
+    @abstractmethod
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Header of every tensor by name."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, contiguous, in its stored dtype; mapped from disk where possible.
+
+        Callers must not write to it.
+        """
+
+    @property
+    def folder(self) -> Path | None:
+        """The Hugging Face folder with config and tokenizer, if there is one."""
+        return None
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """`config.json` as plain data, if there is one."""
+        return None
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, dtypes, shapes and bytes of all tensors, in order of name.
+
+        Streamed a tensor at a time; the same weights give the same fingerprint however they are
+        sharded.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.infos):
+            info = self.infos[name]
+            digest.update(f"{name}|{info.dtype}|{info.shape}|".encode())
+            digest.update(tensor_bytes(self.read(name)))
+        return digest.hexdigest()
+
+
+class AbstractSource(ABC):
+    """Where frozen weights come from."""
+
+    @abstractmethod
+    def open(self) -> Checkpoint:
+        """Read the headers.
+
+        Raises:
+            SourceError: the files are missing, damaged, or would need unpickling code.
+        """
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw bytes of a tensor without a copy where it is contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")

@@ -1,0 +1,309 @@
+"""Sources that are files: safetensors (single or sharded), Hugging Face folders, hub ids, `.bin`."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gradmerge.errors import SourceError, shorten
+from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+}
+
+_CONVERT = (
+    "Convert it once, on a machine where you trust the file: "
+    "`AutoModel.from_pretrained(folder).save_pretrained(new_folder)` writes safetensors."
+)
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, shapes and dtypes of a safetensors file; nothing but its header is read.
+
+    Raises:
+        SourceError: the file is missing, truncated or not safetensors.
+    """
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise SourceError(
+                    f"{path}: expected a safetensors file, came {len(prefix)} bytes. "
+                    "The file is empty or cut off; copy or download it again."
+                )
+            (length,) = struct.unpack("<Q", prefix)
+            size = path.stat().st_size
+            if length > size - 8:
+                raise SourceError(
+                    f"{path}: expected a safetensors header of {length} bytes, came a file of "
+                    f"{size} bytes. It is cut off or no safetensors file; copy it again."
+                )
+            header = json.loads(file.read(length))
+    except FileNotFoundError as error:
+        raise SourceError(f"{path}: expected a safetensors file, but no such file exists.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SourceError(f"{path}: its header is not JSON, so this is no safetensors file.") from error
+    infos = {}
+    end = 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise SourceError(
+                f"{path}: tensor {name}: dtype {entry['dtype']} has no torch counterpart here; "
+                "convert the checkpoint to bfloat16, float16 or float32."
+            )
+        infos[name] = TensorInfo(name, tuple(entry["shape"]), _DTYPES[entry["dtype"]], str(path))
+        end = max(end, entry["data_offsets"][1])
+    if 8 + length + end > size:
+        raise SourceError(
+            f"{path}: expected {8 + length + end} bytes as its header says, came {size}. "
+            "The file is cut off; copy or download it again."
+        )
+    return infos
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """Tensors mapped from one or more safetensors files."""
+
+    def __init__(self, files: list[Path], label: str, folder: Path | None = None) -> None:
+        self._label = label
+        self._folder = folder
+        self._infos: dict[str, TensorInfo] = {}
+        self._handles: dict[str, Any] = {}
+        for file in files:
+            for name, info in read_header(file).items():
+                if name in self._infos:
+                    raise SourceError(
+                        f"{label}: tensor {name} stands in both {self._infos[name].file} and {file}; "
+                        "remove the stale shard."
+                    )
+                self._infos[name] = info
+
+    @property
+    def label(self) -> str:
+        """See `Checkpoint.label`."""
+        return self._label
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """See `Checkpoint.infos`."""
+        return self._infos
+
+    @property
+    def folder(self) -> Path | None:
+        """See `Checkpoint.folder`."""
+        return self._folder
+
+    @cached_property
+    def config(self) -> Mapping[str, Any] | None:  # type: ignore[override]
+        """See `Checkpoint.config`."""
+        if self._folder is None:
+            return None
+        return read_json(self._folder / "config.json")
+
+    def read(self, name: str) -> Tensor:
+        """See `Checkpoint.read`; the pages are mapped, not copied."""
+        info = self._infos[name]
+        if info.file not in self._handles:
+            try:
+                self._handles[info.file] = safe_open(info.file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise SourceError(f"{info.file}: cannot be opened: {error}") from error
+        tensor: Tensor = self._handles[info.file].get_tensor(name)
+        return tensor
+
+
+class TorchFileCheckpoint(Checkpoint):
+    """A `.bin`/`.pt` state dict, loaded without running any code and memory-mapped."""
+
+    def __init__(self, files: list[Path], label: str, folder: Path | None = None) -> None:
+        self._label = label
+        self._folder = folder
+        self._tensors: dict[str, Tensor] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        for file in files:
+            for name, tensor in _load_without_code(file).items():
+                self._tensors[name] = tensor
+                self._infos[name] = TensorInfo(name, tuple(tensor.shape), tensor.dtype, str(file))
+
+    @property
+    def label(self) -> str:
+        """See `Checkpoint.label`."""
+        return self._label
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """See `Checkpoint.infos`."""
+        return self._infos
+
+    @property
+    def folder(self) -> Path | None:
+        """See `Checkpoint.folder`."""
+        return self._folder
+
+    @cached_property
+    def config(self) -> Mapping[str, Any] | None:  # type: ignore[override]
+        """See `Checkpoint.config`."""
+        return None if self._folder is None else read_json(self._folder / "config.json")
+
+    def read(self, name: str) -> Tensor:
+        """See `Checkpoint.read`."""
+        return self._tensors[name].contiguous()
+
+
+def _load_without_code(file: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise SourceError(
+            f"{file}: expected a state dict of plain tensors, came a pickle that would run code "
+            f"when loaded. It was not loaded. {_CONVERT}"
+        ) from error
+    except (RuntimeError, OSError, EOFError) as error:
+        raise SourceError(
+            f"{file}: expected a torch zip file that can be memory-mapped, came: {error}. {_CONVERT}"
+        ) from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict):
+        raise SourceError(
+            f"{file}: expected a dict of tensors, came {type(loaded).__name__}. {_CONVERT}"
+        )
+    wrong = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise SourceError(
+            f"{file}: expected tensors only, came other values under {shorten(wrong)}. "
+            "Save the module's state_dict() alone."
+        )
+    return state
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The file as a dict, or None when it does not exist.
+
+    Raises:
+        SourceError: the file is not JSON.
+    """
+    if not path.is_file():
+        return None
+    try:
+        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SourceError(f"{path}: expected JSON, came: {error}") from error
+    return loaded
+
+
+@dataclass(frozen=True)
+class SafetensorsFile(AbstractSource):
+    """One bare safetensors file, without config or tokenizer."""
+
+    path: str
+    """Path of the file."""
+
+    def open(self) -> Checkpoint:
+        """See `AbstractSource.open`."""
+        return SafetensorsCheckpoint([Path(self.path)], self.path)
+
+
+@dataclass(frozen=True)
+class TorchFile(AbstractSource):
+    """One `.bin` or `.pt` state dict; a pickle that would run code is refused."""
+
+    path: str
+    """Path of the file."""
+
+    def open(self) -> Checkpoint:
+        """See `AbstractSource.open`."""
+        return TorchFileCheckpoint([Path(self.path)], self.path)
+
+
+@dataclass(frozen=True)
+class HuggingFace(AbstractSource):
+    """A Hugging Face model: a local folder, or a hub id with its revision."""
+
+    path: str
+    """Local folder or hub id (``owner/name``)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    trust_remote_code: bool = False
+    """Allow modelling code that ships inside the repository to run."""
+    token: str | None = field(default=None, repr=False)
+    """Hub token; the default is the one you are logged in with."""
+
+    def open(self) -> Checkpoint:
+        """See `AbstractSource.open`."""
+        folder = self.local_folder()
+        label = self.path if self.revision is None else f"{self.path}@{self.revision}"
+        index = read_json(folder / "model.safetensors.index.json")
+        if index is not None:
+            files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+            lost = [file.name for file in files if not file.is_file()]
+            if lost:
+                raise SourceError(
+                    f"{folder}: its index names shards that do not exist: {shorten(lost)}. "
+                    "Copy or download them again."
+                )
+            return SafetensorsCheckpoint(files, label, folder)
+        if (folder / "model.safetensors").is_file():
+            return SafetensorsCheckpoint([folder / "model.safetensors"], label, folder)
+        bins = sorted(folder.glob("pytorch_model*.bin"))
+        if bins:
+            return TorchFileCheckpoint(bins, label, folder)
+        raise SourceError(
+            f"{folder}: expected model.safetensors, model.safetensors.index.json or "
+            f"pytorch_model.bin, came {shorten(sorted(f.name for f in folder.iterdir())) or 'nothing'}."
+        )
+
+    def local_folder(self) -> Path:
+        """The folder itself, or the hub snapshot in the local cache (downloaded when missing).
+
+        Raises:
+            SourceError: neither a folder nor a hub repository that can be had.
+        """
+        folder = Path(self.path).expanduser()
+        if folder.is_dir():
+            return folder
+        if self.path.startswith((".", "/", "~")) or self.path.count("/") > 1:
+            raise SourceError(f"{self.path}: expected a folder, but none exists there.")
+        import huggingface_hub
+
+        try:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    self.path,
+                    revision=self.revision,
+                    token=self.token,
+                    allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+                )
+            )
+        except Exception as error:  # the hub client raises a wide and changing family
+            raise SourceError(
+                f"{self.path}: no such local folder, and the hub gave no snapshot "
+                f"(revision {self.revision or 'main'}): {type(error).__name__}: {error}. "
+                "Check the name and the network, or give the path of a local folder."
+            ) from error

@@ -1,0 +1,77 @@
+"""Sources that already live in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradmerge.errors import SourceError
+from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
+
+
+class MemoryCheckpoint(Checkpoint):
+    """Tensors of a module or a state dict; nothing is copied and nothing is ever written to."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], label: str, config: Mapping[str, Any] | None = None
+    ) -> None:
+        wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+        if wrong:
+            raise SourceError(f"{label}: expected tensors only, came other values under {wrong[:5]}.")
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self._label = label
+        self._config = config
+
+    @property
+    def label(self) -> str:
+        """See `Checkpoint.label`."""
+        return self._label
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """See `Checkpoint.config`."""
+        return self._config
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """See `Checkpoint.infos`."""
+        return {
+            name: TensorInfo(name, tuple(tensor.shape), tensor.dtype, self._label)
+            for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """See `Checkpoint.read`."""
+        return self._tensors[name].contiguous()
+
+
+@dataclass(frozen=True)
+class InMemory(AbstractSource):
+    """An `nn.Module` or a state dict from Python."""
+
+    module: nn.Module | Mapping[str, Tensor] = field(repr=False)
+    """The module or state dict. Tied parameters of a module appear once, under their first name."""
+    label: str = "in memory"
+    """Name that messages show."""
+
+    def open(self) -> Checkpoint:
+        """See `AbstractSource.open`."""
+        if not isinstance(self.module, nn.Module):
+            return MemoryCheckpoint(self.module, self.label)
+        config = getattr(self.module, "config", None)
+        plain = config.to_dict() if hasattr(config, "to_dict") else None
+        return MemoryCheckpoint(persistent_tensors(self.module), self.label, plain)
+
+
+def persistent_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters (tied ones once) and persistent buffers of a module, by name."""
+    saved = set(module.state_dict(keep_vars=True))
+    tensors: dict[str, Tensor] = dict(module.named_parameters())
+    tensors.update({name: buffer for name, buffer in module.named_buffers() if name in saved})
+    if any(tensor.device == torch.device("meta") for tensor in tensors.values()):
+        raise SourceError("the module has tensors on the meta device, which hold no weights.")
+    return tensors

@@ -1,0 +1,59 @@
+"""From what a user writes (a path, a hub id, a module) to a source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gradmerge.errors import ConfigError, SourceError
+from gradmerge.sources.base import AbstractSource
+from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile, read_json
+from gradmerge.sources.lora import Lora
+from gradmerge.sources.memory import InMemory
+
+
+def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
+    """The source that `value` means.
+
+    A string or path is a Hugging Face folder, a LoRA adapter folder (it holds
+    adapter_config.json), a `.safetensors`, `.bin` or `.pt` file, or else a hub id
+    (``owner/name`` or ``owner/name@revision``). A module or a mapping of tensors is taken as it is.
+
+    Raises:
+        SourceError: a LoRA folder without a base to put it on.
+        ConfigError: a value of another type.
+    """
+    if isinstance(value, AbstractSource):
+        return value
+    if isinstance(value, (nn.Module, Mapping)):
+        return InMemory(value)
+    if not isinstance(value, (str, Path)):
+        raise ConfigError(
+            f"a source is a path, a hub id, a module or a state dict; came {type(value).__name__}."
+        )
+    text = str(value)
+    path = Path(text).expanduser()
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(str(path))
+    if path.suffix in (".bin", ".pt", ".pth"):
+        return TorchFile(str(path))
+    if (path / "adapter_config.json").is_file():
+        return Lora(str(path), base if base is not None else _own_base(path))
+    if path.is_dir():
+        return HuggingFace(str(path))
+    name, _, revision = text.partition("@")
+    return HuggingFace(name, revision=revision or None)
+
+
+def _own_base(path: Path) -> AbstractSource:
+    settings = read_json(path / "adapter_config.json") or {}
+    name = settings.get("base_model_name_or_path")
+    if not name:
+        raise SourceError(
+            f"{path}: this adapter does not say which base it was trained on. Give it: "
+            "`base:` in the recipe, or `class_path: Lora` with `base`."
+        )
+    return as_source(name)

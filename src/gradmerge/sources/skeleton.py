@@ -1,0 +1,225 @@
+"""The architecture without weights, and how its parameter names map to the names in the files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradmerge.errors import ConfigError, SourceError, nearest, shorten
+from gradmerge.sources.base import Checkpoint
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Where the tensors of a checkpoint sit in a module."""
+
+    parameters: Mapping[str, tuple[str, ...]]
+    """Parameter by its name in the files -> every (tied) parameter name in the module."""
+    buffers: Mapping[str, str]
+    """Persistent buffer by its name in the files -> its name in the module."""
+    ties: Mapping[str, str]
+    """Other file names of a tied tensor -> the one under which it is merged."""
+    missing: tuple[str, ...]
+    """Parameters of the module that no file holds."""
+    unused: tuple[str, ...]
+    """Tensors in the files that the module has no place for."""
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Build modules with parameters that take no memory; buffers keep their computed values.
+
+    A plain `torch.device("meta")` would also lose non-persistent buffers (rotary frequencies),
+    which no checkpoint can restore.
+    """
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(module, name, param)
+        # a parameter already on meta may be tied to another: making a new one would untie it
+        if param is not None and param.device.type != "meta":
+            module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
+    """The model class that `config.json` names, without weights, in evaluation mode.
+
+    Raises:
+        SourceError: the config names no class that transformers knows.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (ValueError, OSError) as error:
+        raise SourceError(
+            f"{folder}: transformers cannot read its config: {error}. If the model ships its own "
+            "code and you trust it, set trust_remote_code: true."
+        ) from error
+    names = getattr(config, "architectures", None) or []
+    if not names:
+        raise SourceError(f"{folder}/config.json: expected `architectures` to name the model class.")
+    model_class = getattr(transformers, names[0], None)
+    auto_map = getattr(config, "auto_map", None) or {}
+    if model_class is None and trust_remote_code:
+        for auto_name in auto_map:
+            if auto_name.startswith("AutoModel") and auto_map[auto_name].endswith(names[0]):
+                model_class = getattr(transformers, auto_name)
+    if model_class is None:
+        raise SourceError(
+            f"{folder}/config.json: architecture {names[0]} is not in transformers "
+            f"{transformers.__version__}."
+            f"{nearest(names[0], [n for n in dir(transformers) if n.endswith(names[0][-12:])])} "
+            "Update transformers, or set trust_remote_code: true for a model with its own code."
+        )
+    with _parameters_on_meta():
+        if hasattr(model_class, "_from_config"):
+            module: nn.Module = model_class._from_config(config)
+        else:
+            module = model_class.from_config(config, trust_remote_code=trust_remote_code)
+    module.tie_weights()
+    return module.eval()
+
+
+def strip_weights(module: nn.Module) -> nn.Module:
+    """A copy of `module` whose parameters take no memory; ties stay ties, buffers are copied."""
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        for parameter in module.parameters()
+    }
+    return copy.deepcopy(module, memo).eval()
+
+
+def bind(module: nn.Module, names: Sequence[str]) -> Binding:
+    """Match the tensor names of a checkpoint with the parameters and buffers of a module.
+
+    Matching is by name: equal names first, then the renaming that transformers itself applies to
+    this class when it loads a checkpoint.
+
+    Raises:
+        ConfigError: a tensor would be split or fused on loading, which cannot be merged in place.
+    """
+    groups = _tied_groups(module)
+    canonical = {alias: aliases[0] for aliases in groups for alias in aliases}
+    by_canonical = {aliases[0]: tuple(aliases) for aliases in groups}
+    persistent = set(module.state_dict(keep_vars=True))
+    module_buffers = {name for name, _ in module.named_buffers() if name in persistent}
+    parameters: dict[str, tuple[str, ...]] = {}
+    buffers: dict[str, str] = {}
+    ties: dict[str, str] = {}
+    unused = []
+    taken: dict[str, str] = {}
+    renames = _renames(module, names, set(canonical) | module_buffers)
+    for name in names:
+        target = renames[name]
+        if target in canonical:
+            key = canonical[target]
+            if key in taken:
+                ties[name] = taken[key]
+            else:
+                taken[key] = name
+                parameters[name] = by_canonical[key]
+        elif target in module_buffers:
+            buffers[name] = target
+        else:
+            unused.append(name)
+    missing = tuple(key for key in by_canonical if key not in taken)
+    return Binding(parameters, buffers, ties, missing, tuple(unused))
+
+
+def _tied_groups(module: nn.Module) -> list[list[str]]:
+    groups: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return list(groups.values())
+
+
+def _renames(module: nn.Module, names: Sequence[str], known: set[str]) -> dict[str, str]:
+    """File name -> module name."""
+    same = {name: name for name in names}
+    if all(name in known for name in names):
+        return same
+    try:
+        from transformers import PreTrainedModel
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
+    except ImportError:
+        return same
+    if not isinstance(module, PreTrainedModel):
+        return same
+    transforms = get_model_conversion_mapping(module)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    meta = dict.fromkeys(known, torch.empty(0, device="meta"))
+    found = {}
+    fused = []
+    for name in names:
+        target, pattern = rename_source_key(
+            name, renamings, converters, module.base_model_prefix, meta
+        )
+        if pattern is not None and name not in known:
+            fused.append(name)
+        found[name] = name if name in known else target
+    if fused:
+        raise ConfigError(
+            f"{type(module).__name__}: transformers fuses or splits these tensors when it loads "
+            f"them: {shorten(fused)}. A coefficient a stored tensor has no single place in the "
+            "module, so this model can be merged with fixed coefficients (gradmerge merge) but "
+            "not learned yet."
+        )
+    return found
+
+
+def bind_or_refuse(module: nn.Module, checkpoint: Checkpoint) -> Binding:
+    """`bind`, refusing a checkpoint that leaves parameters of the module without weights.
+
+    Raises:
+        SourceError: parameters of the module are missing in the checkpoint.
+    """
+    binding = bind(module, list(checkpoint.infos))
+    if binding.missing:
+        raise SourceError(
+            f"{checkpoint.label}: {len(binding.missing)} parameters of {type(module).__name__} have "
+            f"no tensor of their name: {shorten(list(binding.missing))}."
+            f"{nearest(binding.missing[0], binding.unused)} "
+            "The merged model would run with random weights there."
+        )
+    return binding
+
+
+def input_axis(module: nn.Module, name: str) -> int:
+    """The axis of parameter `name` that runs over the layer's inputs (its columns).
+
+    1 for `[out, in, ...]` layers; 0 for layers that store `[in, out, ...]` (transposed
+    convolutions and GPT-2's Conv1D).
+    """
+    owner_name, _, _ = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    transposed = isinstance(
+        owner, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    ) or (type(owner).__module__ == "transformers.pytorch_utils" and type(owner).__name__ == "Conv1D")
+    return 0 if transposed else 1
+
+
+def empty_like_parameter(parameter: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A stand-in of the right shape, dtype and device that holds one number in all."""
+    return torch.zeros((), dtype=dtype, device=device).expand(parameter.shape)

@@ -1,0 +1,79 @@
+"""Streamed statistics of directions: norms, cosines, sign conflicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradmerge.sources.base import Checkpoint
+
+_CHUNK = 1 << 20
+
+
+@dataclass
+class DirectionStatistics:
+    """Sums over all compared entries of directions `B_k = theta_k - A`."""
+
+    gram: Tensor
+    """Inner products `<B_j, B_k>`, `[sources, sources]`, float64."""
+    conflicts: Tensor
+    """Entries where both directions are non-zero and of opposite sign, `[sources, sources]`."""
+    shared: Tensor
+    """Entries where both directions are non-zero, `[sources, sources]`."""
+    origin_squared: float
+    """`|A|^2` (0 without a base)."""
+    entries: int
+
+    @property
+    def norms(self) -> Tensor:
+        """`|B_k|`, `[sources]`."""
+        return self.gram.diagonal().sqrt()
+
+    @property
+    def cosines(self) -> Tensor:
+        """Pairwise cosines, `[sources, sources]`; 0 where a direction is zero."""
+        scale = torch.outer(self.norms, self.norms)
+        return torch.where(scale > 0, self.gram / scale.clamp_min(1e-300), 0.0)
+
+    @property
+    def sign_conflict(self) -> Tensor:
+        """Share of entries, among those both change, that they push apart."""
+        return self.conflicts / self.shared.clamp_min(1)
+
+
+def direction_statistics(
+    sources: Sequence[Checkpoint],
+    base: Checkpoint | None,
+    names: Sequence[str],
+    mean_origin: bool = False,
+    signs: bool = True,
+) -> DirectionStatistics:
+    """One pass over the named tensors, a chunk at a time."""
+    num = len(sources)
+    gram = torch.zeros(num, num, dtype=torch.float64)
+    conflicts = torch.zeros(num, num, dtype=torch.float64)
+    shared = torch.zeros(num, num, dtype=torch.float64)
+    origin_squared, entries = 0.0, 0
+    for name in names:
+        flat = [source.read(name).reshape(-1) for source in sources]
+        anchor = None if base is None else base.read(name).reshape(-1)
+        for start in range(0, flat[0].numel(), _CHUNK):
+            part = torch.stack([tensor[start : start + _CHUNK].float() for tensor in flat])
+            if anchor is not None:
+                origin = anchor[start : start + _CHUNK].float()
+                origin_squared += float(torch.dot(origin, origin))
+                part -= origin
+            elif mean_origin:
+                part -= part.mean(dim=0)
+            gram += (part @ part.T).double()
+            if signs:
+                sign = part.sign()
+                product = sign @ sign.T  # agreeing minus conflicting
+                both = sign.abs() @ sign.abs().T
+                shared += both.double()
+                conflicts += ((both - product) / 2).double()
+            entries += part.shape[1]
+    return DirectionStatistics(gram, conflicts, shared, origin_squared, entries)
