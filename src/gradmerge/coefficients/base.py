@@ -1,7 +1,7 @@
 """Which entries share a coefficient, and how raw numbers become coefficients.
 
-A tensor's coefficients are `c = link(z)` with `z` the raw trainable numbers in float32. A `Slot` says
-where a tensor's `z` stands in the module's parameters and how it spreads over the tensor's entries.
+A tensor's coefficients are `c = link(z)` with `z` the raw trainable numbers in float32. A `Slot`
+says where a tensor's `z` stands in the module's parameters and how it spreads over its entries.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+_PERMUTED = 1 << 18
 
 Kind = Literal["scalar", "axis", "partition", "element"]
 
@@ -29,7 +31,8 @@ class MergeTensor:
     @property
     def is_bias(self) -> bool:
         """Whether this is a 1-D bias (it belongs to outputs, not inputs)."""
-        return len(self.shape) == 1 and self.name.endswith("bias")
+        # `bias_ih_l0` of recurrent layers and `in_proj_bias` of attention are biases too
+        return len(self.shape) == 1 and "bias" in self.name.rpartition(".")[-1]
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,17 @@ class Slot:
         return table if self.index is None else table[:, self.index]
 
     def parts(self, num_elements: int, device: torch.device) -> Tensor:
-        """The part that each entry belongs to (partition only), `[num_elements]`, reproducible."""
+        """The part that each entry belongs to (partition only), `[num_elements]`, reproducible.
+
+        Parts are equal in size to within one entry; in large tensors, where a permutation costs too
+        much a step, to within what independent draws give (below 2% for ten parts).
+        """
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.randint(self.shape[0], (num_elements,), generator=generator).to(device)
+        if num_elements <= _PERMUTED:
+            parts = torch.randperm(num_elements, generator=generator) % self.shape[0]
+        else:
+            parts = torch.randint(self.shape[0], (num_elements,), generator=generator)
+        return parts.to(device)
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class AbstractCoefficients(ABC):
 
     @abstractmethod
     def link(self, raw: Tensor) -> Tensor:
-        """`c = link(z)`: `[rows, *slot]` to `[sources, *slot]`, differentiable."""
+        """Coefficients `c` of raw `z`: `[rows, *slot]` to `[sources, *slot]`, differentiable."""
 
     @abstractmethod
     def pull_back(self, coefficient: Tensor) -> Tensor:

@@ -82,7 +82,9 @@ class Group(AbstractGranularity):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ConfigError(f"Group: {pattern!r} is no regular expression: {error}") from error
+                raise ConfigError(
+                    f"Group: {pattern!r} is no regular expression: {error}"
+                ) from error
 
     def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
         """See `AbstractCoefficients.layout`."""
@@ -140,11 +142,11 @@ class Partition(_Own):
     """One coefficient a source and part of a random K-way partition of each tensor (aTLAS x K).
 
     Source: Zhang et al. 2024, arXiv 2407.02880. The partition depends on the seed and the tensor's
-    name alone.
+    name and size alone; its parts are (nearly) equal in size.
     """
 
     num_parts: int = 10
-    """Parts a tensor; smaller tensors get one a entry."""
+    """Parts a tensor; smaller tensors get one an entry."""
     seed: int = 0
     """Seed of the partition."""
 
@@ -170,4 +172,3 @@ class Element(_Own):
     def slot(self, tensor: MergeTensor) -> Slot:
         """See `_Own.slot`."""
         return Slot(parameter_key(tensor.name), "element", tensor.shape)
-

@@ -7,16 +7,20 @@ import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gradmerge.coefficients.base import Layout, MergeTensor, Slot
 from gradmerge.errors import ConfigError, nearest
+
+# By name: files list tensors in alphabetical order, which says nothing of depth.
+_EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|shared|stem|conv1|bn1|cls_token|class_token)\b")
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ class Uniform(AbstractInit):
 class Mixup(AbstractInit):
     """Random mixing ratios (M3, arXiv 2502.15434): Beta(alpha, alpha) for two sources.
 
-    More sources: Dirichlet(alpha, ..., alpha). The paper draws one ratio a merge; a draw a tensor or
-    an entry are extensions. Seeded, and written to the log and the provenance, so it reproduces.
+    More sources: Dirichlet(alpha, ..., alpha). The paper draws one ratio a merge; a draw a tensor
+    or an entry are extensions. Seeded, and written to the log and the provenance, so it reproduces.
     """
 
     alpha: float = 1.0
@@ -105,21 +109,24 @@ class Mixup(AbstractInit):
 
 @dataclass(frozen=True)
 class DepthRamp(AbstractInit):
-    """From `first` at the embeddings to `last` at the head, linear in depth (LiNeS, 2410.17146)."""
+    """From `first` at the embeddings to `last` at the head, linear in depth (LiNeS, 2410.17146).
+
+    Depth is the number of the block in a tensor's name. Of the tensors outside of blocks,
+    embeddings and stems (by name) come before the first block and all others after the last.
+    """
 
     first: float = 0.2
     last: float = 0.4
 
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
         """See `AbstractInit.coefficient`."""
-        depths = {name: _block(name) for name in context.tensors}
-        num_blocks = 1 + max((depth for depth in depths.values() if depth is not None), default=0)
-        depth = depths[tensor.name]
-        if depth is None:
-            order = list(context.tensors)
-            first_block = next((i for i, n in enumerate(order) if depths[n] is not None), 0)
-            depth = -1 if order.index(tensor.name) < first_block else num_blocks
-        share = (depth + 1) / (num_blocks + 1)
+        numbers = sorted({n for n in map(_block, context.tensors) if n is not None})
+        block = _block(tensor.name)
+        if block is not None:
+            depth = numbers.index(block)
+        else:
+            depth = -1 if _EMBEDDING.search(tensor.name) else len(numbers)
+        share = (depth + 1) / (len(numbers) + 1)
         value = self.first + (self.last - self.first) * share
         return torch.full((len(context.sources), *slot.shape), value, dtype=torch.float64)
 
@@ -150,15 +157,25 @@ class FromFile(AbstractInit):
         """See `AbstractInit.coefficient`."""
         if not Path(self.path).is_file():
             raise ConfigError(f"FromFile: {self.path}: no such file.")
-        with safe_open(self.path, framework="pt") as file:
-            names = list(file.keys())
-            if tensor.name not in names:
-                raise ConfigError(
-                    f"FromFile: {self.path} holds no coefficients for {tensor.name}."
-                    f"{nearest(tensor.name, names)}"
-                )
-            loaded: Tensor = file.get_tensor(tensor.name).double()
-            stored = json.loads((file.metadata() or {}).get("sources", "null"))
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                names = list(file.keys())
+                if tensor.name not in names:
+                    raise ConfigError(
+                        f"FromFile: {self.path} holds no coefficients for {tensor.name}."
+                        f"{nearest(tensor.name, names)}"
+                    )
+                loaded: Tensor = file.get_tensor(tensor.name).double()
+                stored = json.loads((file.metadata() or {}).get("sources", "null"))
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(
+                f"FromFile: {self.path}: no readable safetensors: {error}."
+            ) from error
+        if stored is None and len(loaded) != len(context.sources):
+            raise ConfigError(
+                f"FromFile: {self.path} is for {len(loaded)} sources, this merge has "
+                f"{len(context.sources)}."
+            )
         if stored is not None:
             lost = [name for name in context.sources if name not in stored]
             if lost or len(stored) != len(context.sources):
@@ -190,23 +207,25 @@ def initial_raw(
 
     A coefficient that several tensors share starts at the mean of what the init gives each.
     """
-    num = len(context.sources)
-    total = {
-        key: torch.zeros(num, *shape, dtype=torch.float64) for key, shape in layout.shapes.items()
-    }
-    count = {key: torch.zeros(shape, dtype=torch.float64) for key, shape in layout.shapes.items()}
+    # reads all weights, so once for all tensors
+    context = replace(context, direction_norms=cache(context.direction_norms))
+    wanted: dict[str, Tensor] = {}
+    sums: dict[tuple[str, int], list[Tensor]] = {}
+    raw = {}
     for name, slot in layout.slots.items():
         value = init.coefficient(context.tensors[name], slot, context).double()
-        place = ... if slot.index is None else slot.index
-        total[slot.key][:, place] += value
-        count[slot.key][place] += 1
-    raw = {}
-    for key, value in total.items():
-        pulled = pull_back(value / count[key].clamp_min(1))
-        if pulled.shape[0] != num_rows:
-            raise ConfigError(f"{key}: expected {num_rows} raw rows, came {pulled.shape[0]}.")
-        raw[key] = pulled.float()
-    return raw
+        if slot.index is None:
+            raw[slot.key] = pull_back(value).float()
+        else:
+            sums.setdefault((slot.key, slot.index), []).append(value)
+            wanted.setdefault(slot.key, value.new_zeros(len(value), *layout.shapes[slot.key]))
+    for (key, index), values in sums.items():
+        wanted[key][:, index] = torch.stack(values).mean(dim=0)
+    raw.update({key: pull_back(value).float() for key, value in wanted.items()})
+    for key, value in raw.items():
+        if value.shape[0] != num_rows:
+            raise ConfigError(f"{key}: expected {num_rows} raw rows, came {value.shape[0]}.")
+    return {key: raw[key] for key in layout.shapes}
 
 
 def _spread(per_source: Tensor, slot: Slot) -> Tensor:
@@ -217,5 +236,5 @@ def _spread(per_source: Tensor, slot: Slot) -> Tensor:
 
 def _block(name: str) -> int | None:
     """The number of the block that a tensor belongs to, by the first number in its name."""
-    match = re.search(r"\.(\d+)\.", name)
+    match = re.search(r"(?:^|\.)(?:(?:layer|stage|block)_?)?(\d+)\.", name)
     return int(match[1]) if match else None

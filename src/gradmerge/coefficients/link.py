@@ -81,6 +81,10 @@ class Sigmoid(AbstractLink):
     eps: float = 0.01
     """Starting coefficients are pulled into [eps, 1 - eps]: a saturated sigmoid does not learn."""
 
+    def __post_init__(self) -> None:
+        """Check eps."""
+        _require_eps(self.eps, 0.5, "Sigmoid")
+
     def link(self, raw: Tensor) -> Tensor:
         """See `AbstractCoefficients.link`."""
         return torch.sigmoid(self.inner.link(raw))
@@ -97,6 +101,10 @@ class Tanh(AbstractLink):
 
     eps: float = 0.01
     """Starting coefficients are pulled into [eps - 1, 1 - eps]."""
+
+    def __post_init__(self) -> None:
+        """Check eps."""
+        _require_eps(self.eps, 1, "Tanh")
 
     def link(self, raw: Tensor) -> Tensor:
         """See `AbstractCoefficients.link`."""
@@ -115,19 +123,31 @@ class Softmax(AbstractLink):
     eps: float = 1e-4
     """Starting coefficients below this are raised to it."""
 
+    def __post_init__(self) -> None:
+        """Check eps."""
+        _require_eps(self.eps, 1, "Softmax")
+
+    def num_rows(self, num_sources: int) -> int:
+        """That of the wrapped granularity.
+
+        Raises:
+            ConfigError: a single source, whose coefficient would be 1 whatever is learned.
+        """
+        if num_sources < 2:
+            raise ConfigError(
+                "Softmax: expected at least two sources, came one, whose coefficient would always "
+                "be 1. Use Sigmoid or Clamp."
+            )
+        return self.inner.num_rows(num_sources)
+
     def link(self, raw: Tensor) -> Tensor:
         """See `AbstractCoefficients.link`."""
         return torch.softmax(self.inner.link(raw), dim=0)
 
     def pull_back(self, coefficient: Tensor) -> Tensor:
         """See `AbstractCoefficients.pull_back`."""
-        total = coefficient.sum(dim=0)
         _require_within(coefficient, 0.0, 1.0, "Softmax")
-        if (total - 1).abs().max() > 1e-3:
-            raise ConfigError(
-                f"Softmax: starting coefficients must sum to 1 over the sources, came a sum of "
-                f"{total.flatten()[0].item():.4g}. Use init Uniform or Mixup, or another link."
-            )
+        _require_sum_of_one(coefficient, "Softmax")
         return self.inner.pull_back(coefficient.clamp_min(self.eps).log())
 
 
@@ -143,7 +163,8 @@ class Complement(AbstractLink):
         """
         if num_sources != 2:
             raise ConfigError(
-                f"Complement: expected exactly two sources, came {num_sources}. Use Softmax for more."
+                f"Complement: expected exactly two sources, came {num_sources}. "
+                "Use Softmax for more."
             )
         return self.inner.num_rows(1)
 
@@ -154,12 +175,7 @@ class Complement(AbstractLink):
 
     def pull_back(self, coefficient: Tensor) -> Tensor:
         """See `AbstractCoefficients.pull_back`."""
-        total = coefficient.sum(dim=0)
-        if (total - 1).abs().max() > 1e-3:
-            raise ConfigError(
-                "Complement: starting coefficients must sum to 1 over the two sources, came "
-                f"{total.flatten()[0].item():.4g}. Use init Uniform or Mixup."
-            )
+        _require_sum_of_one(coefficient, "Complement")
         return self.inner.pull_back(coefficient[:1])
 
 
@@ -170,3 +186,20 @@ def _require_within(coefficient: Tensor, low: float, high: float, name: str) -> 
             f"{name}: starting coefficients must lie in [{low:g}, {high:g}], came "
             f"{outside.flatten()[0].item():.4g}. Change the init or the link."
         )
+
+
+def _require_sum_of_one(coefficient: Tensor, name: str) -> None:
+    total = coefficient.sum(dim=0).flatten()
+    if total.numel() == 0:
+        return
+    worst = total[(total - 1).abs().argmax()].item()
+    if not abs(worst - 1) <= 1e-3:
+        raise ConfigError(
+            f"{name}: starting coefficients must sum to 1 over the sources, came a sum of "
+            f"{worst:.4g}. Use init Uniform or Mixup, or another link."
+        )
+
+
+def _require_eps(eps: float, high: float, name: str) -> None:
+    if not 0 < eps < high:
+        raise ConfigError(f"{name}: eps must lie between 0 and {high}, came {eps}.")

@@ -50,7 +50,8 @@ class Checkpoint(ABC):
     def read(self, name: str) -> Tensor:
         """The tensor `name`, contiguous, in its stored dtype; mapped from disk where possible.
 
-        Callers must not write to it.
+        A tensor that is formed when asked for (a LoRA update) may come in a wider dtype than its
+        header says. Callers must not write to it.
         """
 
     @property
@@ -89,7 +90,24 @@ class AbstractSource(ABC):
         """
 
 
+def without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tied tensors, which are one piece of memory, once: under the first of their names.
+
+    A safetensors file holds a tied tensor once too, so both forms of a checkpoint name the same.
+    """
+    kept: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() > 1 and tensor.device.type != "meta":
+            if place in seen:
+                continue
+            seen.add(place)
+        kept[name] = tensor
+    return kept
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor without a copy where it is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gradmerge.errors import CompatibilityError, Problem, nearest, report, shorten
+from gradmerge.errors import (
+    CompatibilityError,
+    ConfigError,
+    Problem,
+    SourceError,
+    nearest,
+    report,
+    shorten,
+)
 from gradmerge.sources.base import Checkpoint
+from gradmerge.sources.files import read_json
 
 # Fields that change what the network computes from the same weights.
-FUNCTION_FIELDS = frozenset(
-    """
-    activation activation_function add_cross_attention alibi attention_bias attn_logit_softcapping
-    d_ff d_kv d_model depths downsample_in_bottleneck embedding_size feed_forward_proj
-    final_logit_softcapping head_dim hidden_act hidden_activation hidden_size hidden_sizes
-    image_size intermediate_size is_decoder kv_channels layer_norm_eps layer_norm_epsilon
-    layer_type layer_types logit_scale mlp_bias model_type n_embd n_head n_inner n_layer norm_eps
-    num_attention_heads num_channels num_decoder_layers num_experts_per_tok num_heads
-    num_hidden_layers num_key_value_heads num_layers num_local_experts partial_rotary_factor
-    patch_size position_embedding_type qkv_bias query_pre_attn_scalar relative_attention_max_distance
-    relative_attention_num_buckets rms_norm_eps rope_parameters rope_scaling rope_theta rotary_dim
-    rotary_pct scale_attn_by_inverse_layer_idx scale_attn_weights sliding_window tie_word_embeddings
-    use_parallel_residual use_qk_norm use_sliding_window vocab_size
-    """.split()
+_FUNCTION = re.compile(
+    r"^(activation|activation_function|add_cross_attention|alibi|attention_bias"
+    r"|attn_logit_softcapping|d_ff|d_kv|d_model|depths|downsample_in_bottleneck"
+    r"|embedding_size|feed_forward_proj|final_logit_softcapping|head_dim|hidden_act"
+    r"|hidden_activation|hidden_size|hidden_sizes|image_size|intermediate_size|is_decoder"
+    r"|kv_channels|layer_norm_eps|layer_norm_epsilon|layer_type|layer_types|logit_scale"
+    r"|mlp_bias|model_type|n_embd|n_head|n_inner|n_layer|norm_eps|num_attention_heads"
+    r"|num_channels|num_decoder_layers|num_experts_per_tok|num_heads|num_hidden_layers"
+    r"|num_key_value_heads|num_layers|num_local_experts|partial_rotary_factor|patch_size"
+    r"|position_embedding_type|qkv_bias|query_pre_attn_scalar"
+    r"|relative_attention_max_distance|relative_attention_num_buckets|rms_norm_eps"
+    r"|rope_parameters|rope_scaling|rope_theta|rotary_dim|rotary_pct"
+    r"|scale_attn_by_inverse_layer_idx|scale_attn_weights|sliding_window"
+    r"|tie_word_embeddings|use_parallel_residual|use_qk_norm|use_sliding_window|vocab_size)$"
 )
 
 _HARMLESS = re.compile(
@@ -51,16 +61,28 @@ def check(
 
     Returns:
         The problems, fatal ones and warnings.
+
+    Raises:
+        ConfigError: `allow` names what cannot be allowed.
     """
-    names = list(checkpoints)
-    reference = checkpoints[names[0]]
+    for kind in allow:
+        if kind not in ("tokenizer", "extra") and not kind.startswith("config."):
+            raise ConfigError(
+                f"allow: expected 'tokenizer', 'extra' or 'config.' and a field, came {kind!r}. "
+                "Other problems have no meaning that a merge could go on with."
+            )
+    reference = next(iter(checkpoints.values()))
     problems: list[Problem] = []
-    for name in names[1:]:
-        other = checkpoints[name]
-        problems += _check_tensors(reference, other, private)
-        problems += _check_config(reference, other)
-        problems += _check_tokenizer(reference, other)
-    return [_allowed(problem, allow) for problem in problems]
+    for checkpoint in checkpoints.values():
+        problems += _check_precision(checkpoint, private)
+        if checkpoint is not reference:
+            problems += _check_tensors(reference, checkpoint, private)
+            problems += _check_config(reference, checkpoint)
+            problems += _check_tokenizer(reference, checkpoint)
+    # A report that is cut short then still shows every kind.
+    counts = Counter(problem.kind for problem in problems)
+    problems.sort(key=lambda problem: counts[problem.kind])
+    return [replace(p, fatal=p.fatal and p.kind not in allow) for p in problems]
 
 
 def require(problems: Sequence[Problem]) -> None:
@@ -72,19 +94,36 @@ def require(problems: Sequence[Problem]) -> None:
     fatal = [problem for problem in problems if problem.fatal]
     if fatal:
         raise CompatibilityError(
-            f"the sources cannot be merged as they are: {len(fatal)} problem(s).\n{report(problems)}"
+            f"the sources cannot be merged as they are: {len(fatal)} problem(s).\n"
+            f"{report(problems)}"
         )
-
-
-def _allowed(problem: Problem, allow: Sequence[str]) -> Problem:
-    if problem.kind not in allow or problem.kind in ("missing", "shape"):
-        return problem
-    return Problem(**{**problem.__dict__, "fatal": False})
 
 
 def is_private(name: str, private: Sequence[str]) -> bool:
     """Whether a pattern says that this tensor stays with its task."""
     return any(re.search(pattern, name) for pattern in private)
+
+
+def _check_precision(checkpoint: Checkpoint, private: Sequence[str]) -> list[Problem]:
+    """Weights that a quantiser packed: their numbers are codes, which cannot be averaged."""
+    packed = [
+        info
+        for info in checkpoint.infos.values()
+        if info.dtype.itemsize < 2
+        and (info.dtype.is_floating_point or re.search(r"weight$", info.name))
+        and not is_private(info.name, private)
+    ]
+    return [
+        Problem(
+            "dtype",
+            info.file,
+            info.name,
+            "at least 16 bits an entry",
+            str(info.dtype),
+            "A quantised tensor cannot be merged; give the unquantised checkpoint.",
+        )
+        for info in packed
+    ]
 
 
 def _check_tensors(
@@ -94,7 +133,8 @@ def _check_tensors(
     expected = {n: i for n, i in reference.infos.items() if not is_private(n, private)}
     came = {n: i for n, i in other.infos.items() if not is_private(n, private)}
     extra = sorted(set(came) - set(expected))
-    for name in sorted(set(expected) - set(came)):
+    lost = sorted(set(expected) - set(came))
+    for name in lost:
         problems.append(
             Problem(
                 "missing",
@@ -114,7 +154,8 @@ def _check_tensors(
                 name,
                 f"no such tensor, as in {reference.label}",
                 f"shape {came[name].shape} in {came[name].file}",
-                f"It would be dropped in silence. {_tie_hint(name)}{_head_hint(name)}",
+                f"It would be dropped in silence.{nearest(name, lost)} {_tie_hint(name)}"
+                f"{_head_hint(name)}",
             )
         )
     for name in sorted(set(expected) & set(came)):
@@ -130,7 +171,9 @@ def _check_tensors(
                     _shape_hint(name, first.shape, second.shape),
                 )
             )
-        elif first.dtype.is_floating_point != second.dtype.is_floating_point:
+        elif first.dtype.is_floating_point != second.dtype.is_floating_point and (
+            min(first.dtype.itemsize, second.dtype.itemsize) > 1  # else reported as quantised
+        ):
             problems.append(
                 Problem(
                     "dtype",
@@ -138,31 +181,20 @@ def _check_tensors(
                     name,
                     f"{first.dtype} as in {first.file}",
                     f"{second.dtype}",
-                    "A quantised tensor cannot be merged; give the unquantised checkpoint.",
-                )
-            )
-        elif first.dtype.is_floating_point and first.dtype.itemsize < 2:
-            problems.append(
-                Problem(
-                    "dtype",
-                    first.file,
-                    name,
-                    "at least 16 bits an entry",
-                    f"{first.dtype}",
-                    "Give the unquantised checkpoint.",
+                    "Numbers and indices do not merge; they come from different architectures.",
                 )
             )
     return problems
 
 
 def _looks_like_head(name: str) -> bool:
-    return bool(re.search(r"classifier|(^|\.)(score|head|qa_outputs|fc)\.", name))
+    return bool(re.search(r"classifier|^cls\.|(^|\.)(score|head|qa_outputs|fc)\.", name))
 
 
 def _head_hint(name: str) -> str:
     if not _looks_like_head(name):
         return ""
-    pattern = f"^{name.rsplit('.', 1)[0]}\\."
+    pattern = f"^{re.escape(name.rpartition('.')[0])}\\."
     return f"If it is a task's own head, declare it: private: ['{pattern}']."
 
 
@@ -186,10 +218,15 @@ def _shape_hint(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> s
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested `*_config`s by dotted name; rotary settings as older files spell them."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and key.endswith("_config"):
             flat.update(_flatten(value, f"{prefix}{key}."))
+        elif key == "rope_parameters" and isinstance(value, Mapping) and "rope_theta" in value:
+            rest = {k: v for k, v in value.items() if k != "rope_theta"}
+            flat[f"{prefix}rope_theta"] = value["rope_theta"]
+            flat[f"{prefix}rope_scaling"] = None if rest == {"rope_type": "default"} else rest
         else:
             flat[prefix + key] = value
     return flat
@@ -206,7 +243,10 @@ def _check_config(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
             continue
         # A field that one file leaves at its default is not a difference that can be judged here.
         absent = key not in first or key not in second
-        fatal = field in FUNCTION_FIELDS and not absent
+        changes = bool(_FUNCTION.match(field))
+        if absent and not changes:
+            continue
+        fatal = changes and not absent
         problems.append(
             Problem(
                 f"config.{field}",
@@ -225,16 +265,21 @@ def _check_config(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
     """Token -> id from tokenizer.json, vocab.json or vocab.txt, whichever comes first."""
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-        vocabulary = loaded.get("model", {}).get("vocab", {})
-        if isinstance(vocabulary, list):  # unigram models store [token, score] pairs in order
-            vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
-        added = {entry["content"]: entry["id"] for entry in loaded.get("added_tokens", [])}
+    loaded = read_json(folder / "tokenizer.json")
+    if loaded is not None:
+        try:
+            vocabulary = (loaded.get("model") or {}).get("vocab") or {}
+            if isinstance(vocabulary, list):  # unigram models store [token, score] pairs in order
+                vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
+            added = {entry["content"]: entry["id"] for entry in loaded.get("added_tokens") or []}
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise SourceError(
+                f"{folder}/tokenizer.json: expected a vocabulary and added tokens, came another "
+                f"form ({type(error).__name__}: {error})."
+            ) from error
         return {**vocabulary, **added}
-    if (folder / "vocab.json").is_file():
-        plain: dict[str, int] = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    plain = read_json(folder / "vocab.json")
+    if plain is not None:
         return plain
     if (folder / "vocab.txt").is_file():
         lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""Sources that are files: safetensors (single or sharded), Hugging Face folders, hub ids, `.bin`."""
+"""Sources that are files: safetensors (single, sharded), Hugging Face folders, hub ids, `.bin`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gradmerge.errors import SourceError, shorten
-from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
+from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo, without_aliases
 
 _DTYPES = {
     "F64": torch.float64,
@@ -35,6 +35,12 @@ _DTYPES = {
     "U64": torch.uint64,
     "BOOL": torch.bool,
 }
+
+# Code (`*.py`) lies beside the config; nothing runs it unless the recipe trusts it.
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+
+# The limit of the format itself; a longer "header" is the start of some other file.
+_MAX_HEADER = 100_000_000
 
 _CONVERT = (
     "Convert it once, on a machine where you trust the file: "
@@ -58,16 +64,41 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 )
             (length,) = struct.unpack("<Q", prefix)
             size = path.stat().st_size
-            if length > size - 8:
+            if length > min(size - 8, _MAX_HEADER):
                 raise SourceError(
                     f"{path}: expected a safetensors header of {length} bytes, came a file of "
                     f"{size} bytes. It is cut off or no safetensors file; copy it again."
                 )
             header = json.loads(file.read(length))
     except FileNotFoundError as error:
-        raise SourceError(f"{path}: expected a safetensors file, but no such file exists.") from error
+        raise SourceError(
+            f"{path}: expected a safetensors file, but no such file exists."
+        ) from error
+    except OSError as error:
+        raise SourceError(
+            f"{path}: expected a readable safetensors file, came: {error}."
+        ) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SourceError(f"{path}: its header is not JSON, so this is no safetensors file.") from error
+        raise SourceError(
+            f"{path}: its header is not JSON, so this is no safetensors file."
+        ) from error
+    try:
+        infos, end = _parse_header(header, path)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise SourceError(
+            f"{path}: its header is JSON but does not describe tensors, so this is no safetensors "
+            f"file ({type(error).__name__}: {error})."
+        ) from error
+    if 8 + length + end != size:
+        raise SourceError(
+            f"{path}: expected {8 + length + end} bytes as its header says, came {size}. "
+            "The file is cut off or was written over; copy or download it again."
+        )
+    return infos
+
+
+def _parse_header(header: dict[str, Any], path: Path) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors of a header and the end of the last one in the data."""
     infos = {}
     end = 0
     for name, entry in header.items():
@@ -78,14 +109,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 f"{path}: tensor {name}: dtype {entry['dtype']} has no torch counterpart here; "
                 "convert the checkpoint to bfloat16, float16 or float32."
             )
+        start, stop = entry["data_offsets"]
         infos[name] = TensorInfo(name, tuple(entry["shape"]), _DTYPES[entry["dtype"]], str(path))
-        end = max(end, entry["data_offsets"][1])
-    if 8 + length + end > size:
-        raise SourceError(
-            f"{path}: expected {8 + length + end} bytes as its header says, came {size}. "
-            "The file is cut off; copy or download it again."
-        )
-    return infos
+        if stop - start != infos[name].num_bytes:
+            raise ValueError(f"{name} of shape {entry['shape']} cannot fill {stop - start} bytes")
+        end = max(end, stop)
+    return infos, end
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -100,8 +129,8 @@ class SafetensorsCheckpoint(Checkpoint):
             for name, info in read_header(file).items():
                 if name in self._infos:
                     raise SourceError(
-                        f"{label}: tensor {name} stands in both {self._infos[name].file} and {file}; "
-                        "remove the stale shard."
+                        f"{label}: tensor {name} stands in both {self._infos[name].file} and "
+                        f"{file}; remove the stale shard."
                     )
                 self._infos[name] = info
 
@@ -121,7 +150,7 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._folder
 
     @cached_property
-    def config(self) -> Mapping[str, Any] | None:  # type: ignore[override]
+    def config(self) -> Mapping[str, Any] | None:
         """See `Checkpoint.config`."""
         if self._folder is None:
             return None
@@ -148,7 +177,7 @@ class TorchFileCheckpoint(Checkpoint):
         self._tensors: dict[str, Tensor] = {}
         self._infos: dict[str, TensorInfo] = {}
         for file in files:
-            for name, tensor in _load_without_code(file).items():
+            for name, tensor in without_aliases(_load_without_code(file)).items():
                 self._tensors[name] = tensor
                 self._infos[name] = TensorInfo(name, tuple(tensor.shape), tensor.dtype, str(file))
 
@@ -168,7 +197,7 @@ class TorchFileCheckpoint(Checkpoint):
         return self._folder
 
     @cached_property
-    def config(self) -> Mapping[str, Any] | None:  # type: ignore[override]
+    def config(self) -> Mapping[str, Any] | None:
         """See `Checkpoint.config`."""
         return None if self._folder is None else read_json(self._folder / "config.json")
 
@@ -178,16 +207,19 @@ class TorchFileCheckpoint(Checkpoint):
 
 
 def _load_without_code(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise SourceError(f"{file}: expected a torch file, but no such file exists.")
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise SourceError(
             f"{file}: expected a state dict of plain tensors, came a pickle that would run code "
-            f"when loaded. It was not loaded. {_CONVERT}"
+            f"when loaded, or no torch file at all. It was not loaded. {_CONVERT}"
         ) from error
     except (RuntimeError, OSError, EOFError) as error:
         raise SourceError(
-            f"{file}: expected a torch zip file that can be memory-mapped, came: {error}. {_CONVERT}"
+            f"{file}: expected a torch zip file that can be memory-mapped, came: {error}. "
+            f"{_CONVERT}"
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict):
@@ -203,6 +235,29 @@ def _load_without_code(file: Path) -> dict[str, Tensor]:
     return state
 
 
+def _weight_files(folder: Path, single: str) -> tuple[list[Path], list[str]]:
+    """The weight files of a folder and the tensors its index promises, in transformers' order:
+    the single file if it is there, else the shards of the index.
+    """
+    if (folder / single).is_file():
+        return [folder / single], []
+    path = folder / f"{single}.index.json"
+    index = read_json(path)
+    if index is None:
+        return [], []
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise SourceError(f"{path}: expected a `weight_map` from tensors to shards, came none.")
+    files = [folder / name for name in sorted(set(places.values()))]
+    lost = [file.name for file in files if not file.is_file()]
+    if lost:
+        raise SourceError(
+            f"{folder}: its index names shards that do not exist: {shorten(lost)}. "
+            "Copy or download them again."
+        )
+    return files, list(places)
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The file as a dict, or None when it does not exist.
 
@@ -215,6 +270,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
         loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise SourceError(f"{path}: expected JSON, came: {error}") from error
+    if not isinstance(loaded, dict):
+        raise SourceError(f"{path}: expected a JSON object, came {type(loaded).__name__}.")
     return loaded
 
 
@@ -227,7 +284,7 @@ class SafetensorsFile(AbstractSource):
 
     def open(self) -> Checkpoint:
         """See `AbstractSource.open`."""
-        return SafetensorsCheckpoint([Path(self.path)], self.path)
+        return SafetensorsCheckpoint([Path(self.path).expanduser()], self.path)
 
 
 @dataclass(frozen=True)
@@ -239,7 +296,7 @@ class TorchFile(AbstractSource):
 
     def open(self) -> Checkpoint:
         """See `AbstractSource.open`."""
-        return TorchFileCheckpoint([Path(self.path)], self.path)
+        return TorchFileCheckpoint([Path(self.path).expanduser()], self.path)
 
 
 @dataclass(frozen=True)
@@ -250,8 +307,6 @@ class HuggingFace(AbstractSource):
     """Local folder or hub id (``owner/name``)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    trust_remote_code: bool = False
-    """Allow modelling code that ships inside the repository to run."""
     token: str | None = field(default=None, repr=False)
     """Hub token; the default is the one you are logged in with."""
 
@@ -259,25 +314,27 @@ class HuggingFace(AbstractSource):
         """See `AbstractSource.open`."""
         folder = self.local_folder()
         label = self.path if self.revision is None else f"{self.path}@{self.revision}"
-        index = read_json(folder / "model.safetensors.index.json")
-        if index is not None:
-            files = [folder / name for name in sorted(set(index["weight_map"].values()))]
-            lost = [file.name for file in files if not file.is_file()]
-            if lost:
-                raise SourceError(
-                    f"{folder}: its index names shards that do not exist: {shorten(lost)}. "
-                    "Copy or download them again."
-                )
-            return SafetensorsCheckpoint(files, label, folder)
-        if (folder / "model.safetensors").is_file():
-            return SafetensorsCheckpoint([folder / "model.safetensors"], label, folder)
-        bins = sorted(folder.glob("pytorch_model*.bin"))
-        if bins:
-            return TorchFileCheckpoint(bins, label, folder)
-        raise SourceError(
-            f"{folder}: expected model.safetensors, model.safetensors.index.json or "
-            f"pytorch_model.bin, came {shorten(sorted(f.name for f in folder.iterdir())) or 'nothing'}."
-        )
+        kind: type[SafetensorsCheckpoint] | type[TorchFileCheckpoint] = SafetensorsCheckpoint
+        files, promised = _weight_files(folder, "model.safetensors")
+        if not files:
+            kind = TorchFileCheckpoint
+            if folder != Path(self.path).expanduser():  # a hub snapshot, fetched without `.bin`
+                folder = self._download([*_SMALL_FILES, "pytorch_model*.bin"])
+            files, promised = _weight_files(folder, "pytorch_model.bin")
+        if not files:
+            there = shorten(sorted(file.name for file in folder.iterdir())) or "nothing"
+            raise SourceError(
+                f"{folder}: expected model.safetensors, model.safetensors.index.json or "
+                f"pytorch_model.bin, came {there}.{_adapter_hint(folder)}"
+            )
+        checkpoint = kind(files, label, folder)
+        lost = [name for name in promised if name not in checkpoint.infos]
+        if lost and kind is SafetensorsCheckpoint:  # a .bin index also names tied tensors twice
+            raise SourceError(
+                f"{folder}: its index names tensors that its shards do not hold: {shorten(lost)}. "
+                "Index and shards come from different saves; copy or download them again."
+            )
+        return checkpoint
 
     def local_folder(self) -> Path:
         """The folder itself, or the hub snapshot in the local cache (downloaded when missing).
@@ -290,15 +347,15 @@ class HuggingFace(AbstractSource):
             return folder
         if self.path.startswith((".", "/", "~")) or self.path.count("/") > 1:
             raise SourceError(f"{self.path}: expected a folder, but none exists there.")
+        return self._download([*_SMALL_FILES, "model*.safetensors", "adapter_model.safetensors"])
+
+    def _download(self, patterns: list[str]) -> Path:
         import huggingface_hub
 
         try:
             return Path(
                 huggingface_hub.snapshot_download(
-                    self.path,
-                    revision=self.revision,
-                    token=self.token,
-                    allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+                    self.path, revision=self.revision, token=self.token, allow_patterns=patterns
                 )
             )
         except Exception as error:  # the hub client raises a wide and changing family
@@ -307,3 +364,9 @@ class HuggingFace(AbstractSource):
                 f"(revision {self.revision or 'main'}): {type(error).__name__}: {error}. "
                 "Check the name and the network, or give the path of a local folder."
             ) from error
+
+
+def _adapter_hint(folder: Path) -> str:
+    if not (folder / "adapter_config.json").is_file():
+        return ""
+    return " This is a LoRA adapter: give it as `class_path: Lora` with its `base`."

@@ -6,18 +6,54 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradmerge.errors import SourceError, nearest, shorten
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
-from gradmerge.sources.files import SafetensorsCheckpoint, read_json
+from gradmerge.sources.files import HuggingFace, SafetensorsCheckpoint, read_json
+from gradmerge.sources.skeleton import bind, build_skeleton
 
 _PREFIX = "base_model.model."
-_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?$")
+_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.weight)?$")
+
+# Starts that take their factors out of the base's own weights: the adapter fits the rest alone.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "mica", "lora_ga")
+
+# Options under which the update is not `s * B @ A` on a module's weight.
+_OTHER_UPDATES = {
+    "use_dora": "its update is not a low-rank sum",
+    "lora_bias": "its second factor has a bias",
+    "layer_replication": "its layers are not those of the base",
+    "target_parameters": "it adapts parameters outside of linear layers",
+    "trainable_token_indices": "it trains single rows of the embedding",
+    "use_qalora": "its update is pooled for quantised weights",
+    "use_bdlora": "its factors are block-diagonal",
+    "alora_invocation_tokens": "it acts only after certain tokens",
+    "arrow_config": "it routes between adapters",
+    "kasa_config": "it changes the base's weights",
+    "monteclora_config": "its factors are random",
+    "megatron_config": "its layers are Megatron's",
+}
+
+# transformers models that have both layouts, and their layers that store `[in, out]`.
+_MIXED_LAYOUT = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_TRANSPOSED = ("c_attn", "q_attn", "c_proj", "c_fc")
+
+
+@dataclass
+class _Factors:
+    """The two factors of one adapted tensor."""
+
+    module: str
+    """The module's name as the adapter knows it."""
+    keys: dict[str, str]
+    """`A` and `B` -> the adapter's tensor."""
 
 
 class LoraCheckpoint(Checkpoint):
@@ -25,8 +61,9 @@ class LoraCheckpoint(Checkpoint):
 
     `s = lora_alpha / r`, or `lora_alpha / sqrt(r)` with rank-stabilised LoRA; `rank_pattern` and
     `alpha_pattern` are honoured per module, transposed layers (`fan_in_fan_out`), embeddings and
-    convolutions too. Only the factors are held beside the base (Hu et al. 2021, arXiv 2106.09685;
-    file format of the PEFT library).
+    convolutions too, and tensors that the adapter holds in full (`modules_to_save`, biases). Only
+    the factors are held beside the base (Hu et al. 2021, arXiv 2106.09685; file format of the PEFT
+    library).
     """
 
     def __init__(self, folder: Path, base: Checkpoint) -> None:
@@ -38,23 +75,33 @@ class LoraCheckpoint(Checkpoint):
         self._settings = settings
         self._refuse_unsupported()
         self._adapter = SafetensorsCheckpoint([folder / "adapter_model.safetensors"], str(folder))
-        self._factors: dict[str, dict[str, str]] = {}
+        self._factors: dict[str, _Factors] = {}
         self._replaced: dict[str, str] = {}
         self._index()
+        self._refuse_misfits()
+        self._infos = {
+            **base.infos,
+            **{n: replace(self._adapter.infos[k], name=n) for n, k in self._replaced.items()},
+        }
 
     def _refuse_unsupported(self) -> None:
-        kind = self._settings.get("peft_type", "LORA")
+        settings = self._settings
+        kind = settings.get("peft_type", "LORA")
         problems = []
         if kind != "LORA":
             problems.append(f"peft_type is {kind}, expected LORA")
-        if self._settings.get("use_dora"):
-            problems.append("use_dora is true: its update is not a low-rank sum")
-        if self._settings.get("bias", "none") not in ("none", "all", "lora_only"):
-            problems.append(f"bias is {self._settings['bias']!r}")
+        for option, why in _OTHER_UPDATES.items():
+            if settings.get(option):
+                problems.append(f"{option} is set: {why}")
+        start = settings.get("init_lora_weights")
+        if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+            problems.append(f"init_lora_weights is {start!r}: it changed the base's weights")
+        if settings.get("bias", "none") not in ("none", "all", "lora_only"):
+            problems.append(f"bias is {settings['bias']!r}")
         if problems:
             raise SourceError(
-                f"{self._folder_adapter}: {'; '.join(problems)}. Merge the adapter into its base "
-                "with PEFT (`model.merge_and_unload().save_pretrained(folder)`) and give that folder."
+                f"{self._folder_adapter}: {'; '.join(problems)}. Merge the adapter into its base with "
+                "PEFT (`model.merge_and_unload().save_pretrained(folder)`) and give that folder."
             )
 
     def _index(self) -> None:
@@ -62,35 +109,107 @@ class LoraCheckpoint(Checkpoint):
         for key in self._adapter.infos:
             name = key.removeprefix(_PREFIX)
             match = _FACTOR.match(name)
-            if match is None:
-                target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-                if target in self._base.infos:
+            if match is not None:
+                module = match["module"].removesuffix(".base_layer")
+                target = self._target(f"{module}.weight")
+                if target is not None:
+                    factors = self._factors.setdefault(target, _Factors(module, {}))
+                    factors.keys[match["side"]] = key
+                    continue
+            else:
+                name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+                target = self._target(name) or (name if self._is_own(name) else None)
+                if target is not None:
                     self._replaced[target] = key
-                else:
-                    unknown.append(key)
-                continue
-            target = self._target(match["module"])
-            if target is None:
-                unknown.append(key)
-                continue
-            side = match["side"] if not match["kind"] else f"embedding_{match['side']}"
-            self._factors.setdefault(target, {})[side] = key
+                    continue
+            unknown.append(key)
         if unknown:
+            tied = any("lm_head" in key for key in unknown)
             raise SourceError(
                 f"{self._folder_adapter}: these tensors belong to no tensor of the base "
                 f"{self._base.label}: {shorten(unknown)}."
-                f"{nearest(unknown[0], self._base.infos)} Is this the adapter's own base?"
+                f"{nearest(unknown[0].removeprefix(_PREFIX), self._base.infos)} "
+                + (
+                    "The base ties lm_head to its embeddings; an update of one of them unties them."
+                    if tied
+                    else "Is this the adapter's own base?"
+                )
             )
 
-    def _target(self, module: str) -> str | None:
-        """The base tensor that a LoRA module adapts; a missing head-model prefix is tolerated."""
-        for candidate in (f"{module}.weight", module):
-            if candidate in self._base.infos:
-                return candidate
-            inner = candidate.split(".", 1)[-1]
-            if inner in self._base.infos:
-                return inner
-        return None
+    def _is_own(self, name: str) -> bool:
+        """Whether `modules_to_save` says that the adapter brings this module, as a new head."""
+        saved = self._settings.get("modules_to_save") or []
+        module = name.rpartition(".")[0]
+        return any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", module) for part in saved)
+
+    def _target(self, name: str) -> str | None:
+        """The base tensor that `name`, a name inside the module, stands for."""
+        if name in self._base.infos:
+            return name
+        place = self._places.get(name)
+        if place is not None:
+            return place
+        inner = name.split(".", 1)[-1]  # the base was saved without the prefix of its head model
+        return inner if inner in self._base.infos else None
+
+    @cached_property
+    def _places(self) -> dict[str, str]:
+        """Name in the module -> name in the base's files, where transformers renames on loading."""
+        if self._base.folder is None or self._base.config is None:
+            return {}
+        try:
+            module = build_skeleton(self._base.folder)
+        except SourceError:  # own code or an unknown class: the names in the files must do
+            return {}
+        binding = bind(module, list(self._base.infos))
+        places = {found[0]: name for name, found in binding.parameters.items()}
+        return {**places, **{place: name for name, place in binding.buffers.items()}}
+
+    def _refuse_misfits(self) -> None:
+        wrong = []
+        for name, factors in self._factors.items():
+            if set(factors.keys) != {"A", "B"}:
+                wrong.append(f"{name}: only {', '.join(factors.keys.values())}")
+                continue
+            form, stored = self._form(name), self._stored_shape(name)
+            turns = len(self._base.infos[name].shape) == 2 and not self._is_embedding(name)
+            if stored != form and not (turns and stored == form[::-1]):
+                wrong.append(f"{name}: factors for {form[0]} x {form[1]}, base {stored}")
+        if wrong:
+            raise SourceError(
+                f"{self._folder_adapter}: the factors do not fit the base {self._base.label}: "
+                f"{shorten(wrong)}. Is this the adapter's own base?"
+            )
+
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor that is adapted, as a matrix: `[out, in * kernel]`."""
+        shape = self._base.infos[name].shape
+        if name in self._replaced:
+            shape = self._adapter.infos[self._replaced[name]].shape
+        return shape if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
+
+    def _form(self, name: str) -> tuple[int, int]:
+        """`(out, in * kernel)` of `B @ A`."""
+        first, second = (self._adapter.infos[self._factors[name].keys[side]] for side in "AB")
+        if self._is_embedding(name):
+            return first.num_elements // first.shape[0], second.num_elements // first.shape[0]
+        return second.num_elements // first.shape[0], first.num_elements // first.shape[0]
+
+    def _is_embedding(self, name: str) -> bool:
+        return "lora_embedding_" in self._factors[name].keys["A"]
+
+    def _is_transposed(self, name: str) -> bool:
+        """Whether the base stores this tensor as `[in, out]`.
+
+        PEFT writes one `fan_in_fan_out` for the whole adapter, that of the layer it met last, so
+        shapes decide where they can.
+        """
+        out, inputs = self._form(name)
+        if out != inputs:
+            return self._stored_shape(name) != (out, inputs)
+        if (self._base.config or {}).get("model_type") in _MIXED_LAYOUT:
+            return self._factors[name].module.rpartition(".")[-1] in _TRANSPOSED
+        return bool(self._settings.get("fan_in_fan_out"))
 
     @property
     def label(self) -> str:
@@ -99,8 +218,8 @@ class LoraCheckpoint(Checkpoint):
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
-        """See `Checkpoint.infos`."""
-        return self._base.infos
+        """See `Checkpoint.infos`; adapted tensors carry the base's dtype."""
+        return self._infos
 
     @property
     def folder(self) -> Path | None:
@@ -112,37 +231,33 @@ class LoraCheckpoint(Checkpoint):
         """See `Checkpoint.config`."""
         return self._base.config
 
-    def scale(self, target: str, rank: int) -> float:
+    def scale(self, name: str, rank: int) -> float:
         """`s` of one adapted tensor."""
-        module = target.removesuffix(".weight")
-        alpha = _by_pattern(self._settings.get("alpha_pattern"), module)
-        alpha = self._settings["lora_alpha"] if alpha is None else alpha
+        alpha = _by_pattern(self._settings.get("alpha_pattern"), self._factors[name].module)
+        alpha = self._settings.get("lora_alpha", 8) if alpha is None else alpha
         return float(alpha) / (math.sqrt(rank) if self._settings.get("use_rslora") else rank)
 
     def read(self, name: str) -> Tensor:
-        """See `Checkpoint.read`; an adapted tensor is formed in float32 and kept there."""
-        if name in self._replaced:
-            return self._adapter.read(self._replaced[name])
-        base = self._base.read(name)
-        if name not in self._factors:
-            return base
-        return (base.float() + self.delta(name)).contiguous()
+        """See `Checkpoint.read`; an adapted tensor is formed in float32 or wider and kept there.
 
-    def delta(self, name: str) -> Tensor:
-        """`s * B @ A` in the orientation and shape of the base tensor, float32."""
-        factors = self._factors[name]
-        shape = self._base.infos[name].shape
-        if "embedding_A" in factors:
-            first = self._adapter.read(factors["embedding_A"]).float()
-            second = self._adapter.read(factors["embedding_B"]).float()
-            return self.scale(name, first.shape[0]) * (second @ first).T
-        first = self._adapter.read(factors["A"]).float()
-        second = self._adapter.read(factors["B"]).float()
+        A 16-bit sum would round away most of an update that is small beside its weight.
+        """
+        key = self._replaced.get(name)
+        stored = self._base.read(name) if key is None else self._adapter.read(key)
+        if name not in self._factors:
+            return stored
+        wide = torch.promote_types(stored.dtype, torch.float32)
+        return (stored.to(wide) + self.delta(name, wide).to(stored.device)).contiguous()
+
+    def delta(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`s * B @ A` in the orientation and shape of the base tensor."""
+        keys = self._factors[name].keys
+        first, second = (self._adapter.read(keys[side]).to(dtype) for side in "AB")
         rank = first.shape[0]
         product = self.scale(name, rank) * (second.reshape(-1, rank) @ first.reshape(rank, -1))
-        if self._settings.get("fan_in_fan_out"):
+        if self._is_embedding(name) or self._is_transposed(name):
             product = product.T
-        return product.reshape(shape)
+        return product.reshape(self._infos[name].shape)
 
     def fingerprint(self) -> str:
         """Hash of the base's fingerprint, the factors and the settings that scale them."""
@@ -163,23 +278,21 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str) -> Any:
 
 @dataclass(frozen=True)
 class Lora(AbstractSource):
-    """A PEFT LoRA adapter folder on a base."""
+    """A PEFT LoRA adapter on a base."""
 
     path: str
-    """Folder with adapter_config.json and adapter_model.safetensors."""
+    """Folder with adapter_config.json and adapter_model.safetensors, or a hub id."""
     base: AbstractSource
     """The base that the adapter was trained on."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
 
     def open(self) -> Checkpoint:
         """See `AbstractSource.open`."""
-        folder = Path(self.path).expanduser()
-        if not folder.is_dir():
-            raise SourceError(f"{self.path}: expected the folder of a PEFT adapter, none exists there.")
+        folder = HuggingFace(self.path, self.revision).local_folder()
         if not (folder / "adapter_model.safetensors").is_file():
             raise SourceError(
                 f"{folder}: expected adapter_model.safetensors. An adapter_model.bin is a pickle; "
                 "save the adapter again with `save_pretrained(folder)` of a current PEFT."
             )
         return LoraCheckpoint(folder, self.base.open())
-
-

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from gradmerge.errors import SourceError
-from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
+from gradmerge.errors import SourceError, shorten
+from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo, without_aliases
 
 
 class MemoryCheckpoint(Checkpoint):
@@ -19,10 +18,18 @@ class MemoryCheckpoint(Checkpoint):
     def __init__(
         self, tensors: Mapping[str, Tensor], label: str, config: Mapping[str, Any] | None = None
     ) -> None:
-        wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+        wrong = [str(name) for name, value in tensors.items() if not isinstance(value, Tensor)]
         if wrong:
-            raise SourceError(f"{label}: expected tensors only, came other values under {wrong[:5]}.")
-        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+            raise SourceError(
+                f"{label}: expected tensors only, came other values under {shorten(wrong)}."
+            )
+        empty = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
+        if empty:
+            raise SourceError(
+                f"{label}: expected weights, came tensors on the meta device, which hold none: "
+                f"{shorten(empty)}. Load the weights first."
+            )
+        self._tensors = {name: tensor.detach() for name, tensor in without_aliases(tensors).items()}
         self._label = label
         self._config = config
 
@@ -54,7 +61,7 @@ class InMemory(AbstractSource):
     """An `nn.Module` or a state dict from Python."""
 
     module: nn.Module | Mapping[str, Tensor] = field(repr=False)
-    """The module or state dict. Tied parameters of a module appear once, under their first name."""
+    """The module or state dict. Tied tensors appear once, under their first name."""
     label: str = "in memory"
     """Name that messages show."""
 
@@ -63,7 +70,7 @@ class InMemory(AbstractSource):
         if not isinstance(self.module, nn.Module):
             return MemoryCheckpoint(self.module, self.label)
         config = getattr(self.module, "config", None)
-        plain = config.to_dict() if hasattr(config, "to_dict") else None
+        plain = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
         return MemoryCheckpoint(persistent_tensors(self.module), self.label, plain)
 
 
@@ -72,6 +79,4 @@ def persistent_tensors(module: nn.Module) -> dict[str, Tensor]:
     saved = set(module.state_dict(keep_vars=True))
     tensors: dict[str, Tensor] = dict(module.named_parameters())
     tensors.update({name: buffer for name, buffer in module.named_buffers() if name in saved})
-    if any(tensor.device == torch.device("meta") for tensor in tensors.values()):
-        raise SourceError("the module has tensors on the meta device, which hold no weights.")
     return tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
 
     Raises:
         SourceError: a LoRA folder without a base to put it on.
-        ConfigError: a value of another type.
+        ConfigError: a value of another type, or a file of another kind.
     """
     if isinstance(value, AbstractSource):
         return value
@@ -40,10 +41,14 @@ def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
         return SafetensorsFile(str(path))
     if path.suffix in (".bin", ".pt", ".pth"):
         return TorchFile(str(path))
-    if (path / "adapter_config.json").is_file():
+    if (path / "adapter_config.json").is_file() and not (path / "model.safetensors").is_file():
         return Lora(str(path), base if base is not None else _own_base(path))
     if path.is_dir():
         return HuggingFace(str(path))
+    if path.exists():
+        raise ConfigError(
+            f"{text}: expected a folder or a file ending in .safetensors, .bin, .pt or .pth."
+        )
     name, _, revision = text.partition("@")
     return HuggingFace(name, revision=revision or None)
 
@@ -56,4 +61,6 @@ def _own_base(path: Path) -> AbstractSource:
             f"{path}: this adapter does not say which base it was trained on. Give it: "
             "`base:` in the recipe, or `class_path: Lora` with `base`."
         )
-    return as_source(name)
+    source = as_source(name)
+    revision = settings.get("revision")
+    return replace(source, revision=revision) if isinstance(source, HuggingFace) else source

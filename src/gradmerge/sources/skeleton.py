@@ -47,7 +47,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if param is not None and param.device.type != "meta":
             module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -73,7 +73,9 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
         ) from error
     names = getattr(config, "architectures", None) or []
     if not names:
-        raise SourceError(f"{folder}/config.json: expected `architectures` to name the model class.")
+        raise SourceError(
+            f"{folder}/config.json: expected `architectures` to name the model class."
+        )
     model_class = getattr(transformers, names[0], None)
     auto_map = getattr(config, "auto_map", None) or {}
     if model_class is None and trust_remote_code:
@@ -92,7 +94,7 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
             module: nn.Module = model_class._from_config(config)
         else:
             module = model_class.from_config(config, trust_remote_code=trust_remote_code)
-    module.tie_weights()
+    module.tie_weights()  # type: ignore[operator]
     return module.eval()
 
 
@@ -119,26 +121,26 @@ def bind(module: nn.Module, names: Sequence[str]) -> Binding:
     by_canonical = {aliases[0]: tuple(aliases) for aliases in groups}
     persistent = set(module.state_dict(keep_vars=True))
     module_buffers = {name for name, _ in module.named_buffers() if name in persistent}
-    parameters: dict[str, tuple[str, ...]] = {}
     buffers: dict[str, str] = {}
-    ties: dict[str, str] = {}
     unused = []
-    taken: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = {}  # tied group -> place in the module -> name in the files
     renames = _renames(module, names, set(canonical) | module_buffers)
     for name in names:
         target = renames[name]
         if target in canonical:
-            key = canonical[target]
-            if key in taken:
-                ties[name] = taken[key]
-            else:
-                taken[key] = name
-                parameters[name] = by_canonical[key]
+            found.setdefault(canonical[target], {})[target] = name
         elif target in module_buffers:
             buffers[name] = target
         else:
             unused.append(name)
-    missing = tuple(key for key in by_canonical if key not in taken)
+    parameters: dict[str, tuple[str, ...]] = {}
+    ties: dict[str, str] = {}
+    for key, places in found.items():
+        # merged under the name that transformers itself keeps when it saves a tied tensor
+        kept = places.get(key) or next(iter(places.values()))
+        parameters[kept] = by_canonical[key]
+        ties.update({name: kept for name in places.values() if name != kept})
+    missing = tuple(key for key in by_canonical if key not in found)
     return Binding(parameters, buffers, ties, missing, tuple(unused))
 
 
@@ -172,7 +174,8 @@ def _renames(module: nn.Module, names: Sequence[str], known: set[str]) -> dict[s
     meta = dict.fromkeys(known, torch.empty(0, device="meta"))
     found = {}
     fused = []
-    for name in names:
+    # sorted, as transformers reads them: a group of renamings may wait for its first name
+    for name in sorted(names):
         target, pattern = rename_source_key(
             name, renamings, converters, module.base_model_prefix, meta
         )
@@ -198,8 +201,8 @@ def bind_or_refuse(module: nn.Module, checkpoint: Checkpoint) -> Binding:
     binding = bind(module, list(checkpoint.infos))
     if binding.missing:
         raise SourceError(
-            f"{checkpoint.label}: {len(binding.missing)} parameters of {type(module).__name__} have "
-            f"no tensor of their name: {shorten(list(binding.missing))}."
+            f"{checkpoint.label}: {len(binding.missing)} parameters of {type(module).__name__} "
+            f"have no tensor of their name: {shorten(list(binding.missing))}."
             f"{nearest(binding.missing[0], binding.unused)} "
             "The merged model would run with random weights there."
         )
@@ -216,7 +219,9 @@ def input_axis(module: nn.Module, name: str) -> int:
     owner = module.get_submodule(owner_name)
     transposed = isinstance(
         owner, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    ) or (type(owner).__module__ == "transformers.pytorch_utils" and type(owner).__name__ == "Conv1D")
+    ) or (
+        type(owner).__module__ == "transformers.pytorch_utils" and type(owner).__name__ == "Conv1D"
+    )
     return 0 if transposed else 1
 
 

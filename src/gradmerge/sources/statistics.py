@@ -51,7 +51,7 @@ def direction_statistics(
     mean_origin: bool = False,
     signs: bool = True,
 ) -> DirectionStatistics:
-    """One pass over the named tensors, a chunk at a time."""
+    """One pass over the named tensors, a chunk at a time, in float32 or wider."""
     num = len(sources)
     gram = torch.zeros(num, num, dtype=torch.float64)
     conflicts = torch.zeros(num, num, dtype=torch.float64)
@@ -60,20 +60,24 @@ def direction_statistics(
     for name in names:
         flat = [source.read(name).reshape(-1) for source in sources]
         anchor = None if base is None else base.read(name).reshape(-1)
+        device, dtype = flat[0].device, torch.float32
+        for tensor in [*flat, *([] if anchor is None else [anchor])]:
+            dtype = torch.promote_types(dtype, tensor.dtype)
         for start in range(0, flat[0].numel(), _CHUNK):
-            part = torch.stack([tensor[start : start + _CHUNK].float() for tensor in flat])
+            chunk = slice(start, start + _CHUNK)
+            part = torch.stack([tensor[chunk].to(device, dtype) for tensor in flat])
             if anchor is not None:
-                origin = anchor[start : start + _CHUNK].float()
+                origin = anchor[chunk].to(device, dtype)
                 origin_squared += float(torch.dot(origin, origin))
                 part -= origin
             elif mean_origin:
                 part -= part.mean(dim=0)
-            gram += (part @ part.T).double()
+            gram += (part @ part.T).to("cpu", torch.float64)
             if signs:
                 sign = part.sign()
                 product = sign @ sign.T  # agreeing minus conflicting
                 both = sign.abs() @ sign.abs().T
-                shared += both.double()
-                conflicts += ((both - product) / 2).double()
+                shared += both.to("cpu", torch.float64)
+                conflicts += ((both - product) / 2).to("cpu", torch.float64)
             entries += part.shape[1]
     return DirectionStatistics(gram, conflicts, shared, origin_squared, entries)

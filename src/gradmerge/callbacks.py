@@ -1,0 +1,200 @@
+"""Callbacks: what is logged about coefficients, and the export at the end of a fit."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
+
+from gradmerge.errors import ConfigError
+from gradmerge.export import export, refuse_existing
+from gradmerge.module import MergeModule
+from gradmerge.plots import heat_map
+from gradmerge.recipe import Plan
+
+
+def coefficient_table(plan: Plan, raw: Any) -> tuple[list[str], Tensor]:
+    """Names of the merged tensors and their mean coefficients, `[tensors, sources]`."""
+    rows = []
+    for name in plan.tensors:
+        coefficient = plan.coefficient(name, raw).detach().float().cpu()
+        rows.append(coefficient.reshape(len(plan.sources), -1).mean(dim=1))
+    return list(plan.tensors), torch.stack(rows)
+
+
+class CoefficientLogger(lightning.Callback):
+    """Coefficients at each validation: a histogram and a tensor x source heat map to W&B.
+
+    Always, without any logger service: `coefficients.csv` (one line a validation, tensor and source)
+    and, at the end, `coefficients.png`, in the run's folder.
+
+    Args:
+        every_n_validations: log at every n-th validation.
+    """
+
+    def __init__(self, every_n_validations: int = 1) -> None:
+        self.every_n_validations = every_n_validations
+        self._count = 0
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Log, unless this is the sanity check or a plain `validate`."""
+        if trainer.sanity_checking or not trainer.is_global_zero or trainer.state.fn != "fit":
+            return
+        self._count += 1
+        if (self._count - 1) % self.every_n_validations == 0:
+            self._write(trainer, pl_module)
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Save the heat map."""
+        if trainer.is_global_zero and trainer.log_dir:
+            names, table = coefficient_table(pl_module.merged.plan, pl_module.merged.raw)
+            path = Path(trainer.log_dir) / "coefficients.png"
+            heat_map(table, names, pl_module.merged.plan.source_names, path)
+
+    def _write(self, trainer: lightning.Trainer, module: MergeModule) -> None:
+        plan = module.merged.plan
+        names, table = coefficient_table(plan, module.merged.raw)
+        if trainer.log_dir:
+            path = Path(trainer.log_dir) / "coefficients.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = not path.exists()
+            with path.open("a", newline="") as file:
+                writer = csv.writer(file)
+                if new:
+                    writer.writerow(["step", "tensor", *plan.source_names])
+                for name, row in zip(names, table.tolist(), strict=True):
+                    writer.writerow([trainer.global_step, name, *(f"{value:.6g}" for value in row)])
+        for logger in trainer.loggers:
+            if isinstance(logger, lightning.pytorch.loggers.WandbLogger):
+                self._to_wandb(logger, plan, module, table, names, trainer.global_step)
+
+    def _to_wandb(
+        self, logger: Any, plan: Plan, module: MergeModule, table: Tensor, names: list[str], step: int
+    ) -> None:
+        import wandb
+
+        figure = heat_map(table, names, plan.source_names, None)
+        logged: dict[str, Any] = {"coefficients/heat_map": wandb.Image(figure)}
+        for source, values in zip(plan.source_names, table.T, strict=True):
+            logged[f"coefficients/{source}"] = wandb.Histogram(values.numpy())
+        logger.experiment.log({**logged, "trainer/global_step": step})
+
+
+class StepProgress(TQDMProgressBar):
+    """One bar over all training steps: the loss, the step rate and the time left.
+
+    Epochs say little here: tasks differ in size, and a fit is a number of steps.
+    """
+
+    def on_train_start(self, *_: Any) -> None:
+        """Open the bar over the whole fit."""
+        trainer = self.trainer
+        self.train_progress_bar = self.init_train_tqdm()
+        steps = trainer.estimated_stepping_batches
+        self.train_progress_bar.total = None if steps == float("inf") else int(steps)
+        self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
+        self.train_progress_bar.set_description("learning")
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """The bar goes on."""
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
+        """Move the bar to the optimiser's step."""
+        bar = self.train_progress_bar
+        if bar.n != trainer.global_step:
+            bar.n = trainer.global_step
+            bar.set_postfix(self.get_metrics(trainer, pl_module))
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        """The bar goes on."""
+
+    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+        """The loss and the score that is watched, without the version number."""
+        metrics = super().get_metrics(trainer, pl_module)
+        return {key: value for key, value in metrics.items() if key != "v_num"}
+
+
+class ExportAtEnd(lightning.Callback):
+    """Write the merged model as a Hugging Face folder when the fit ends.
+
+    With a checkpoint callback that watches a metric the best checkpoint is exported, else the last
+    state.
+
+    Args:
+        output: folder to write; an existing one is refused before training starts.
+        dtype: float32, bfloat16, float16; default: as the reference stores each tensor.
+        overwrite: replace an existing folder.
+        head: task whose head the folder itself carries.
+        log_artifact: also log the folder to W&B as an artifact.
+    """
+
+    def __init__(
+        self,
+        output: str,
+        dtype: str | None = None,
+        overwrite: bool = False,
+        head: str | None = None,
+        log_artifact: bool = False,
+    ) -> None:
+        self.output = output
+        self.dtype = dtype
+        self.overwrite = overwrite
+        self.head = head
+        self.log_artifact = log_artifact
+
+    def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse before training what would be refused after it."""
+        if stage == "fit":
+            refuse_existing(Path(self.output), self.overwrite)
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Restore the best coefficients and export."""
+        if trainer.fast_dev_run or trainer.interrupted:
+            return
+        best = restore_best(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
+        merged = pl_module.merged
+        folder = export(
+            merged.plan,
+            merged.raw,
+            self.output,
+            dtype=self.dtype,
+            overwrite=self.overwrite,
+            buffers=merged.buffers_by_name(),
+            tasks=merged.tasks,
+            head=self.head,
+            results=pl_module.results,
+            extra={"checkpoint": Path(best).name if best else "last state",
+                   "steps": trainer.global_step},
+        )
+        lightning.pytorch.utilities.rank_zero_info(f"merged model written to {folder}")
+        for logger in trainer.loggers:
+            if self.log_artifact and isinstance(logger, lightning.pytorch.loggers.WandbLogger):
+                import wandb
+
+                artifact = wandb.Artifact("merged-model", type="model")
+                artifact.add_dir(str(folder))
+                logger.experiment.log_artifact(artifact)
+
+
+def restore_best(trainer: lightning.Trainer, module: MergeModule) -> str:
+    """Load the coefficients of the best checkpoint, if one was kept by a watched metric.
+
+    Raises:
+        ConfigError: the checkpoint has no coefficients of this merge.
+    """
+    callback: Any = trainer.checkpoint_callback
+    best = getattr(callback, "best_model_path", "") if getattr(callback, "monitor", None) else ""
+    if best:
+        checkpoint = torch.load(best, map_location="cpu", weights_only=True)
+        if "gradmerge" not in checkpoint:
+            raise ConfigError(f"{best} holds no gradmerge coefficients.")
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+    return best

@@ -1,0 +1,101 @@
+"""The model card of an exported folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gradmerge.recipe import Plan
+
+
+def model_card(
+    plan: Plan, raw: Mapping[str, Tensor], provenance: Mapping[str, Any], head: str
+) -> str:
+    """What was merged, how, how well it scored, and how to load it."""
+    sections = [
+        _front_matter(plan),
+        "# Merged model",
+        f"A merge of {len(plan.sources)} checkpoints of one architecture, written by gradmerge "
+        f"{provenance['versions']['gradmerge']}. It is an ordinary checkpoint: `transformers` loads it "
+        "alone.",
+        _loading(plan, head),
+        "## Sources\n\n" + _sources(plan, provenance),
+        "## Scores\n\n" + _scores(provenance.get("results") or {}),
+        "## Coefficients\n\n" + _coefficients(plan, raw),
+        "## Recipe\n\n```json\n" + json.dumps(provenance["recipe"], indent=2) + "\n```",
+        "`coefficients.safetensors` holds every coefficient, `provenance.json` the fingerprints, "
+        "versions and settings.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(plan: Plan) -> str:
+    lines = ["---", "library_name: transformers", "tags:", "- merge", "- gradmerge"]
+    labels = [c.label for c in [plan.base, *plan.sources.values()] if c is not None]
+    hub = [x for x in labels if x.count("/") == 1 and not Path(x).exists() and x[0].isalnum()]
+    if hub:
+        lines += ["base_model:", *(f"- {label.partition('@')[0]}" for label in hub)]
+    return "\n".join([*lines, "---"])
+
+
+def _loading(plan: Plan, head: str) -> str:
+    names = (plan.reference.config or {}).get("architectures") or []
+    if not names:
+        return "The weights are in `model.safetensors`, by the names of the architecture's parameters."
+    text = (
+        "```python\n"
+        f"from transformers import {names[0]}\n\n"
+        f'model = {names[0]}.from_pretrained("this-folder")\n```'
+    )
+    if plan.private:
+        text += (
+            f"\n\nThe folder itself carries the head of `{head}`. Each task's folder "
+            '(`from_pretrained("this-folder/tasks/<task>")`) has its own head on the same weights.'
+        )
+    return text
+
+
+def _sources(plan: Plan, provenance: Mapping[str, Any]) -> str:
+    rows = ["| name | from | sha256 of the weights |", "|---|---|---|"]
+    for name, entry in provenance["sources"].items():
+        rows.append(f"| {name} | {Path(entry['from']).name} | `{entry['sha256'][:16]}` |")
+    return "\n".join(rows)
+
+
+def _scores(results: Mapping[str, Any]) -> str:
+    if not results:
+        return "None measured."
+    blocks = []
+    for stage, tasks in results.items():
+        names = list(dict.fromkeys(name for values in tasks.values() for name in values))
+        rows = [f"| {stage} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for task, values in tasks.items():
+            cells = [f"{values[name]:.4f}" if name in values else "" for name in names]
+            rows.append(f"| {task} | " + " | ".join(cells) + " |")
+        blocks.append("\n".join(rows))
+    return "\n\n".join(blocks)
+
+
+def _coefficients(plan: Plan, raw: Mapping[str, Tensor]) -> str:
+    rows = ["| source | mean | smallest | largest |", "|---|---|---|---|"]
+    sums = dict.fromkeys(plan.sources, 0.0)
+    low = dict.fromkeys(plan.sources, float("inf"))
+    high = dict.fromkeys(plan.sources, -float("inf"))
+    count = 0
+    for name in plan.tensors:
+        coefficient = plan.coefficient(name, raw).detach().float().reshape(len(plan.sources), -1)
+        count += 1
+        for source, values in zip(plan.sources, coefficient, strict=True):
+            sums[source] += float(values.mean())
+            low[source] = min(low[source], float(values.min()))
+            high[source] = max(high[source], float(values.max()))
+    for source in plan.sources:
+        rows.append(
+            f"| {source} | {sums[source] / count:.4f} | {low[source]:.4f} | {high[source]:.4f} |"
+        )
+    fixed = f"\n\n{len(plan.fixed)} tensors are fixed." if plan.fixed else ""
+    return "\n".join(rows) + fixed

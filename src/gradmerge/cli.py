@@ -1,0 +1,349 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from gradmerge._version import __version__
+from gradmerge.errors import GradmergeError, nearest
+
+if TYPE_CHECKING:
+    from gradmerge.recipe import Recipe
+
+USAGE = f"""usage: gradmerge COMMAND [options]
+
+Learn how to merge fine-tuned checkpoints of one architecture into one.  (version {__version__})
+
+commands:
+  fit       learn the coefficients        gradmerge fit --config merge.yaml
+  validate  score on the selection split  gradmerge validate --config merge.yaml --ckpt_path X.ckpt
+  test      score on the test split       gradmerge test --config merge.yaml --ckpt_path X.ckpt
+  export    checkpoint -> model folder    gradmerge export X.ckpt FOLDER
+  merge     fixed coefficients, no data   gradmerge merge --config static.yaml --output FOLDER
+  inspect   do these sources fit?         gradmerge inspect A B --base BASE
+
+gradmerge COMMAND --help lists a command's options; configs/ holds runnable examples.
+"""
+
+LEARNING = ("fit", "validate", "test")
+COMMANDS = (*LEARNING, "export", "merge", "inspect")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit status: 0, or 2 for a mistake in the options or the input.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if arguments[0] in ("-V", "--version", "version"):
+        print(__version__)
+        return 0
+    command = arguments[0]
+    if command not in COMMANDS:
+        print(f"gradmerge: {command!r} is no command.{nearest(command, COMMANDS)}\n", file=sys.stderr)
+        print(USAGE, file=sys.stderr)
+        return 2
+    try:
+        if command in LEARNING:
+            learn(arguments)
+        else:
+            _plain(command, arguments[1:])
+    except GradmergeError as error:
+        print(f"gradmerge {command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# ---- fit, validate, test ------------------------------------------------------------------------
+
+
+def learn(arguments: Sequence[str]) -> Any:
+    """`fit`, `validate` and `test`, through LightningCLI; returns the CLI object."""
+    from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    from gradmerge.callbacks import StepProgress
+    from gradmerge.data import MergeDataModule
+    from gradmerge.module import MergeModule
+
+    register()
+    quieten()
+
+    class Parser(LightningArgumentParser):
+        def error(self, message: str, *args: Any, **kwargs: Any) -> Any:
+            stop(message, self)
+
+    class MergeCLI(LightningCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            keep = LightningCLI.subcommands()
+            return {name: keep[name] for name in LEARNING}
+
+        def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+            kwargs.setdefault("dump_header", [f"gradmerge=={__version__}"])
+            parser = Parser(**kwargs)
+            parser.add_argument(
+                "-c", "--config", action="config", help="YAML file with any of these options."
+            )
+            return parser
+
+        def instantiate_trainer(self, **kwargs: Any) -> Any:
+            given = self._get(self.config_init, "trainer") or {}
+            if given.get("logger") is None:
+                kwargs["logger"] = default_loggers(given.get("default_root_dir"))
+            trainer = super().instantiate_trainer(**kwargs)
+            bar = trainer.progress_bar_callback
+            if bar is not None and type(bar) in (TQDMProgressBar, RichProgressBar):
+                trainer.callbacks[trainer.callbacks.index(bar)] = StepProgress()
+            return trainer
+
+    return MergeCLI(
+        MergeModule,
+        MergeDataModule,
+        args=list(arguments),
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"max_epochs": -1, "max_steps": 200, "log_every_n_steps": 1},
+        parser_kwargs={"prog": "gradmerge"},
+    )
+
+
+def quieten() -> None:
+    """Silence advice that does not apply here, so that what does apply is seen."""
+    for pattern in (
+        ".*in eval mode at the start of training.*",  # frozen sources: dropout must stay off
+        ".*does not have many workers.*",  # batches are prepared once and kept
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*Trying to infer the `batch_size`.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)
+
+
+def default_loggers(folder: str | None) -> list[Any]:
+    """CSV always; W&B too, offline unless a key is set: it never prompts or hangs."""
+    from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+    root = folder or "outputs"
+    csv = CSVLogger(root, name="logs")
+    if os.environ.get("WANDB_MODE") == "disabled":
+        return [csv]
+    offline = not has_wandb_key() or os.environ.get("WANDB_MODE") == "offline"
+    os.makedirs(root, exist_ok=True)
+    return [csv, WandbLogger(project="gradmerge", save_dir=root, offline=offline)]
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B can log in without asking."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    path = os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))
+    try:
+        with open(path, encoding="utf-8") as file:
+            return "api.wandb.ai" in file.read()
+    except OSError:
+        return False
+
+
+def register() -> None:
+    """Make attribute docstrings the help texts, and every component's short name known."""
+    import jsonargparse
+
+    import gradmerge.callbacks
+    import gradmerge.coefficients
+    import gradmerge.objectives
+    import gradmerge.operators
+    import gradmerge.sources  # noqa: F401
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def component_names() -> list[str]:
+    """Short names of all classes that a configuration may name."""
+    from gradmerge import coefficients, objectives, operators, sources
+
+    names = [n for m in (coefficients, objectives, operators, sources) for n in m.__all__]
+    return [name for name in names if not name.startswith("Abstract")] + [
+        "CoefficientLogger",
+        "ExportAtEnd",
+    ]
+
+
+def stop(message: str, parser: Any) -> NoReturn:
+    """Leave with the message alone: the full usage is pages long and would bury it."""
+    prog = parser.prog
+    print(
+        f"{prog}: {explain(message, parser)}\n`{prog} --help` lists the options.", file=sys.stderr
+    )
+    raise SystemExit(2)
+
+
+def explain(message: str, parser: Any) -> str:
+    """The parser's message, with the nearest valid name for what it did not know."""
+    keys = sorted(_keys(parser))
+    hints = []
+    for unknown in re.findall(r"--([\w.]+)", message) if "nrecognized" in message else []:
+        hints.append(nearest(f"--{unknown}", [f"--{key}" for key in keys]))
+    for unknown in re.findall(r"Key '([\w.]+)' is not expected|does not accept.*?'([\w.]+)'", message):
+        name = next(part for part in unknown if part)
+        hints.append(nearest(name, {*keys, *(key.rsplit(".", 1)[-1] for key in keys)}))
+    for path in re.findall(r"class_path'?:? ?'?([\w.]+)'?|Import path (\S+)|'(\w+)' is not", message):
+        name = next(part for part in path if part).rsplit(".", 1)[-1]
+        if name not in component_names():
+            hints.append(nearest(name, component_names()))
+    return message + "".join(dict.fromkeys(hint for hint in hints if hint))
+
+
+def _keys(parser: Any) -> set[str]:
+    keys = set()
+    for action in parser._actions:
+        if action.dest and action.dest != "help":
+            keys.add(action.dest)
+        for inner in getattr(action, "_name_parser_map", {}).values():
+            keys |= _keys(inner)
+    return keys
+
+
+# ---- export, merge, inspect ---------------------------------------------------------------------
+
+
+def _plain(command: str, arguments: Sequence[str]) -> None:
+    import jsonargparse
+
+    class Parser(jsonargparse.ArgumentParser):  # type: ignore[misc]
+        def error(self, message: str, *args: Any, **kwargs: Any) -> Any:
+            stop(message, self)
+
+    register()
+    function: Any = {"export": export_checkpoint, "merge": merge, "inspect": inspect}[command]
+    parser = Parser(prog=f"gradmerge {command}", description=function.__doc__.split("\n")[0])
+    parser.add_argument("--config", action="config", help="YAML file with any of these options.")
+    positional = {"export": ["checkpoint", "output"], "inspect": ["sources"]}.get(command, [])
+    for name in positional:
+        several = {"nargs": "+"} if name == "sources" else {}
+        parser.add_argument(name, type=str, help=_POSITIONAL[name], **several)
+    parser.add_function_arguments(function, as_group=False, skip=set(positional))
+    parsed = parser.instantiate_classes(parser.parse_args(list(arguments)))
+    function(**{key: value for key, value in vars(parsed).items() if key != "config"})
+
+
+_POSITIONAL = {
+    "checkpoint": "Checkpoint that `gradmerge fit` wrote.",
+    "output": "Folder to write.",
+    "sources": "Paths or hub ids of the checkpoints.",
+}
+
+
+def merge(
+    recipe: Recipe,
+    output: str,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    head: str | None = None,
+) -> None:
+    """Merge with the recipe's starting coefficients, without any training.
+
+    Args:
+        recipe: what is merged; `init` gives the coefficients (Constant, Uniform, MetaGPT, ...).
+        output: folder to write.
+        dtype: float32, bfloat16 or float16; default: as the reference stores each tensor.
+        overwrite: replace an existing folder.
+        head: task whose head the folder itself carries.
+    """
+    from pathlib import Path
+
+    from gradmerge.export import export, refuse_existing
+
+    refuse_existing(Path(output), overwrite)
+    plan = recipe.open(with_skeleton=False)
+    folder = export(
+        plan, plan.initial_raw(), output, dtype=dtype, overwrite=overwrite, head=head
+    )
+    print(f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors: {folder}")
+
+
+def export_checkpoint(
+    checkpoint: str,
+    output: str,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    head: str | None = None,
+) -> None:
+    """Write a trained merge as a Hugging Face folder.
+
+    Args:
+        checkpoint: checkpoint that `gradmerge fit` wrote.
+        output: folder to write.
+        dtype: float32, bfloat16 or float16; default: as the reference stores each tensor.
+        overwrite: replace an existing folder.
+        head: task whose head the folder itself carries.
+    """
+    from pathlib import Path
+
+    from gradmerge.errors import ConfigError
+    from gradmerge.export import export, refuse_existing
+
+    refuse_existing(Path(output), overwrite)
+    if not Path(checkpoint).is_file():
+        raise ConfigError(f"{checkpoint}: no such checkpoint.")
+
+    from gradmerge.module import MergeModule
+
+    module = MergeModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    merged = module.merged
+    folder = export(
+        merged.plan,
+        merged.raw,
+        output,
+        dtype=dtype,
+        overwrite=overwrite,
+        buffers=merged.buffers_by_name(),
+        tasks=merged.tasks,
+        head=head,
+        results=module.results,
+        extra={"checkpoint": Path(checkpoint).name},
+    )
+    print(f"merged model written to {folder}")
+
+
+def inspect(
+    sources: list[str],
+    base: str | None = None,
+    private: list[str] | None = None,
+    allow: list[str] | None = None,
+    statistics: bool = True,
+    json: bool = False,
+) -> None:
+    """Report whether sources fit, their sizes, and how their directions lie to one another.
+
+    Args:
+        sources: paths or hub ids of the checkpoints.
+        base: the checkpoint that they were fine-tuned from.
+        private: regular expressions of tensors that stay with their task.
+        allow: kinds of problems taken as warnings.
+        statistics: read the weights for norms, cosines and sign conflicts.
+        json: print JSON.
+    """
+    import dataclasses
+    from json import dumps
+
+    from gradmerge.errors import CompatibilityError
+    from gradmerge.inspection import inspect_sources, render
+    from gradmerge.recipe import named
+
+    found = inspect_sources(named(sources), base, private or [], allow or [], statistics)
+    if json:
+        found["problems"] = [dataclasses.asdict(problem) for problem in found["problems"]]
+        print(dumps(found, indent=2))
+    else:
+        print(render(found))
+    if not found["compatible"]:
+        fatal = sum(1 for p in found["problems"] if (p["fatal"] if json else p.fatal))
+        raise CompatibilityError(f"{fatal} problem(s) keep these sources from being merged.")

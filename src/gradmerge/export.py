@@ -1,0 +1,368 @@
+"""From coefficients to a folder that `transformers` loads alone.
+
+Written tensor by tensor (memory never holds the model) into a temporary folder beside the target, which
+takes its name only when complete: a kill at any moment leaves the old folder or none, never half a one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmerge._version import __version__
+from gradmerge.card import model_card
+from gradmerge.errors import ConfigError, nearest
+from gradmerge.recipe import Plan
+from gradmerge.sources.base import tensor_bytes
+from gradmerge.spec import to_plain
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+# Files of a model folder that are not weights, not training leftovers and not about one checkpoint.
+_COPIED = (".json", ".txt", ".model", ".jinja", ".py")
+_NOT_COPIED = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "config.json",
+               "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json",
+               "adapter_config.json", "provenance.json")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to be written: its header now, its values when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor] = field(repr=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_safetensors(
+    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
+) -> None:
+    """A safetensors file, one tensor in memory at a time.
+
+    The library's own writer wants all tensors at once; the format is a length, a JSON header and the
+    bytes in order.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": _CODES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.num_bytes],
+        }
+        offset += entry.num_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors start on 8 bytes, as readers may map them
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for entry in entries:
+            tensor = entry.make()
+            if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+                raise RuntimeError(
+                    f"{entry.name}: made {tuple(tensor.shape)} {tensor.dtype}, header says "
+                    f"{entry.shape} {entry.dtype}"
+                )
+            file.write(tensor_bytes(tensor))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def export(
+    plan: Plan,
+    raw: Mapping[str, Tensor],
+    output: str | Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    buffers: Mapping[str, Tensor] | None = None,
+    tasks: Mapping[str, str] | None = None,
+    head: str | None = None,
+    results: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    max_shard_size: int = 5_000_000_000,
+) -> Path:
+    """Write a merge as a Hugging Face folder.
+
+    Args:
+        plan: the opened recipe.
+        raw: raw coefficients by key.
+        output: folder to write; it must not exist unless `overwrite`.
+        dtype: float32, bfloat16, float16 or float64; default: as the reference stores each tensor.
+        overwrite: replace an existing folder, once the new one is complete.
+        buffers: buffers recomputed on data, by name; default: by the recipe's rule.
+        tasks: task -> source of its private tensors; default: the sources' names.
+        head: task whose head the folder itself carries; default: the first. Every task gets a
+            folder `tasks/<task>` that shares the merged weights.
+        results: scores to put into the model card.
+        extra: more for provenance.json (seeds, training configuration).
+        max_shard_size: bytes a file.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: the folder exists, or an option has no such value.
+    """
+    target = Path(output).expanduser()
+    kind = _dtype(dtype)
+    tasks = dict(tasks) if tasks else {name: name for name in plan.sources}
+    if head is not None and head not in tasks:
+        raise ConfigError(f"head: {head!r} is no task.{nearest(head, tasks)}")
+    head = head or next(iter(tasks))
+    refuse_existing(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.parent / f".{target.name}.{os.getpid()}.partial"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        shared = list(_merged_entries(plan, raw, buffers or {}, kind))
+        private = list(_private_entries(plan, tasks[head], kind))
+        files = _write_sharded(work, [*shared, *private], max_shard_size)
+        _write_config(plan, work, tasks[head] if plan.private else None, kind)
+        if plan.private:
+            own = {entry.name for entry in private}
+            shared_files = {name: file for name, file in files.items() if name not in own}
+            for task, source in tasks.items():
+                _write_task(plan, work, task, source, shared_files, kind)
+        _write_coefficients(plan, raw, work)
+        provenance = _provenance(plan, dtype, tasks, results, extra)
+        (work / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        (work / "README.md").write_text(model_card(plan, raw, provenance, head))
+        _swap(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """Stop before any work if the target would be overwritten unasked.
+
+    Raises:
+        ConfigError: it exists.
+    """
+    if target.exists() and not overwrite:
+        raise ConfigError(f"{target} exists; give another folder, or --overwrite true.")
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file; give a folder.")
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, came {name!r}.")
+    return DTYPES[name]
+
+
+def _merged_entries(
+    plan: Plan,
+    raw: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+) -> Iterator[Entry]:
+    raw = {key: value.detach().cpu() for key, value in raw.items()}
+    for name in plan.tensors:
+        info = plan.reference.infos[name]
+        kind = dtype or info.dtype
+
+        def make(name: str = name, kind: torch.dtype = kind) -> Tensor:
+            return plan.materialise(name, raw, kind)
+
+        yield Entry(name, info.shape, kind, make)
+    for name in plan.buffers:
+        info = plan.reference.infos[name]
+
+        def make_buffer(name: str = name, kind: torch.dtype = info.dtype) -> Tensor:
+            value = buffers[name] if name in buffers else plan.buffer(name)
+            return value.detach().cpu().to(kind)
+
+        yield Entry(name, info.shape, info.dtype, make_buffer)
+
+
+def _private_entries(plan: Plan, source: str, dtype: torch.dtype | None) -> Iterator[Entry]:
+    infos = plan.sources[source].infos
+    for name in plan.private:
+        kind = dtype or infos[name].dtype
+
+        def make(name: str = name, kind: torch.dtype = kind) -> Tensor:
+            return plan.read(source, name).to(kind)
+
+        yield Entry(name, infos[name].shape, kind, make)
+
+
+def _write_sharded(folder: Path, entries: Sequence[Entry], limit: int) -> dict[str, str]:
+    """One file, or shards with an index; returns the file of each tensor."""
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        size = sum(e.num_bytes for e in shards[-1])
+        if shards[-1] and size + entry.num_bytes > limit:
+            shards.append([])
+        shards[-1].append(entry)
+    files = {}
+    for i, shard in enumerate(shards):
+        name = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        )
+        write_safetensors(folder / name, shard)
+        files.update({entry.name: name for entry in shard})
+    if len(shards) > 1:
+        _write_index(folder, files, sum(entry.num_bytes for entry in entries))
+    return files
+
+
+def _write_index(folder: Path, files: Mapping[str, str], total: int) -> None:
+    index = {"metadata": {"total_size": total}, "weight_map": dict(files)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_config(plan: Plan, work: Path, source: str | None, dtype: torch.dtype | None) -> None:
+    """Config, generation config, tokenizer and processor: of the reference, labels of the head's."""
+    checkpoint = plan.reference if source is None else plan.sources[source]
+    folder = checkpoint.folder
+    config: dict[str, Any] | None = None if checkpoint.config is None else dict(checkpoint.config)
+    if folder is None:
+        skeleton_config = getattr(plan.skeleton, "config", None)
+        if hasattr(skeleton_config, "save_pretrained"):
+            skeleton_config.save_pretrained(work)
+            config = json.loads((work / "config.json").read_text())
+            generation = getattr(plan.skeleton, "generation_config", None)
+            if generation is not None:
+                generation.save_pretrained(work)
+    else:
+        for file in sorted((plan.folder or folder).iterdir()):
+            if file.is_file() and file.suffix in _COPIED and file.name not in _NOT_COPIED:
+                shutil.copyfile(file, work / file.name)
+    if config is not None:
+        if dtype is not None:
+            config["dtype"] = str(dtype).removeprefix("torch.")
+            config.pop("torch_dtype", None)
+        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_task(
+    plan: Plan,
+    work: Path,
+    task: str,
+    source: str,
+    shared: Mapping[str, str],
+    dtype: torch.dtype | None,
+) -> None:
+    """A folder with the task's own head and config, whose index points at the shared weights."""
+    folder = work / "tasks" / task
+    folder.mkdir(parents=True)
+    entries = list(_private_entries(plan, source, dtype))
+    write_safetensors(folder / "head.safetensors", entries)
+    files = {name: f"../../{file}" for name, file in shared.items()}
+    files.update({entry.name: "head.safetensors" for entry in entries})
+    _write_index(folder, files, 0)
+    _write_config(plan, folder, source, dtype)
+
+
+def _write_coefficients(plan: Plan, raw: Mapping[str, Tensor], work: Path) -> None:
+    """`c` of every merged tensor, `[sources, *slot]`, float32."""
+    num = len(plan.sources)
+    entries = []
+    for name in plan.tensors:
+        shape = () if name in plan.fixed else plan.layout.slots[name].shape
+
+        def make(name: str = name) -> Tensor:
+            return plan.coefficient(name, raw).detach().cpu().float()
+
+        entries.append(Entry(name, (num, *shape), torch.float32, make))
+    metadata = {
+        "sources": json.dumps(list(plan.sources)),
+        "origin": plan.recipe.resolved_origin,
+        "coefficients": json.dumps(to_plain(plan.recipe.coefficients)),
+    }
+    write_safetensors(work / "coefficients.safetensors", entries, metadata)
+
+
+def _provenance(
+    plan: Plan,
+    dtype: str | None,
+    tasks: Mapping[str, str],
+    results: Mapping[str, Any] | None,
+    extra: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    import safetensors
+    import transformers
+
+    checkpoints = {**({"base": plan.base} if plan.base is not None else {}), **plan.sources}
+    recipe = to_plain(plan.recipe)
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "gradmerge": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+            "python": sys.version.split()[0],
+        },
+        "sources": {
+            name: {"from": checkpoint.label, "sha256": plan.fingerprints[name]}
+            for name, checkpoint in checkpoints.items()
+        },
+        "recipe": recipe,
+        "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
+        "fixed": dict(plan.fixed),
+        "tasks": dict(tasks),
+        "dtype": dtype or "as stored",
+        "results": dict(results or {}),
+        **(extra or {}),
+    }
+
+
+def _swap(work: Path, target: Path) -> None:
+    """Give the complete folder its name; the old one is removed only afterwards."""
+    for path in work.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if not target.exists():
+        work.rename(target)
+        return
+    old = target.parent / f".{target.name}.{os.getpid()}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    try:
+        work.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

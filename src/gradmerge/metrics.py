@@ -1,0 +1,110 @@
+"""Scores a task, with torchmetrics: accuracy, macro-F1 and calibration, or perplexity and bits a byte."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassF1Score,
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """The number that a task is judged by."""
+
+    name: str
+    higher_is_better: bool
+
+
+ACCURACY = Score("accuracy", True)
+BITS_PER_BYTE = Score("bits_per_byte", False)
+
+
+def build_metrics(causal: bool, num_classes: int) -> tuple[MetricCollection, Score]:
+    """The metrics of a task and the one it is judged by."""
+    if causal:
+        return MetricCollection({"language": _Language()}), BITS_PER_BYTE
+    collection = MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+            "macro_f1": MulticlassF1Score(num_classes, average="macro"),
+            "calibration_error": MulticlassCalibrationError(num_classes, n_bins=15),
+        },
+        compute_groups=False,
+    )
+    return collection, ACCURACY
+
+
+class _Language(Metric):
+    """Perplexity a token, and bits a byte of text: comparable between tokenizers."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nats", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("bytes", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor, bytes_per_token: float = 1.0) -> None:
+        """Add rows `[rows, vocab]` and `[rows]`."""
+        self.nats += functional.cross_entropy(logits, labels, reduction="sum").double()
+        self.tokens += len(labels)
+        self.bytes += len(labels) * bytes_per_token
+
+    def compute(self) -> dict[str, Tensor]:
+        """Both figures."""
+        return {
+            "perplexity": (self.nats / self.tokens).exp(),
+            "bits_per_byte": self.nats / math.log(2) / self.bytes,
+        }
+
+
+class TaskScores:
+    """Metrics of several tasks over one evaluation, built when a task's first batch arrives."""
+
+    def __init__(self, causal: bool) -> None:
+        self._causal = causal
+        self._metrics: dict[str, MetricCollection] = {}
+        self._losses: dict[str, MeanMetric] = {}
+        self.score = BITS_PER_BYTE if causal else ACCURACY
+
+    def update(self, task: str, logits: Tensor, labels: Tensor, bytes_per_token: float = 1.0) -> None:
+        """Add a batch's rows."""
+        if task not in self._metrics:
+            metrics, _ = build_metrics(self._causal, logits.shape[-1])
+            self._metrics[task] = metrics.to(logits.device)
+        if self._causal:
+            self._metrics[task].update(logits, labels, bytes_per_token=bytes_per_token)
+        else:
+            self._metrics[task].update(logits, labels)
+
+    def update_loss(self, task: str, loss: Tensor, rows: int) -> None:
+        """Add a batch's objective."""
+        if task not in self._losses:
+            self._losses[task] = MeanMetric().to(loss.device)
+        self._losses[task].update(loss, rows)
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        """`{task: {metric: value}}`; synchronised over processes by torchmetrics."""
+        tasks = list(dict.fromkeys([*self._losses, *self._metrics]))
+        found: dict[str, dict[str, float]] = {task: {} for task in tasks}
+        for task, metrics in self._metrics.items():
+            found[task] = {name: float(value) for name, value in metrics.compute().items()}
+        for task, loss in self._losses.items():
+            found[task]["loss"] = float(loss.compute())
+        return found
+
+
+def normalised(score: Score, merged: float, expert: float) -> float:
+    """Merged over expert, so that 1 is as good as the expert and more is better."""
+    above, below = (merged, expert) if score.higher_is_better else (expert, merged)
+    return above / below if below else math.nan

@@ -1,0 +1,375 @@
+"""The LightningModule: merged model, objective, tasks and metrics meet here."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from gradmerge._version import __version__
+from gradmerge.errors import ConfigError
+from gradmerge.merged import Memory, MergedModel
+from gradmerge.metrics import TaskScores, normalised
+from gradmerge.objectives import (
+    AbstractTerm,
+    CrossEntropy,
+    Objective,
+    Predictions,
+    next_token_rows,
+)
+from gradmerge.recipe import Recipe
+from gradmerge.spec import from_plain, to_plain
+
+Batch = Mapping[str, Any]
+_NOT_INPUTS = frozenset({"labels", "bytes_per_token"})
+# Batches a task that BatchNorm statistics are recomputed on.
+_NORM_BATCHES = 16
+
+
+class MergeModule(lightning.LightningModule):
+    """Learns the coefficients of a merge with `trainer.fit`.
+
+    A training batch maps task names to batches of that task (`MergeDataModule` makes them); a batch is a
+    mapping of model inputs, with `labels` where there are any. Only the raw coefficients are
+    parameters: they are all that the optimiser and the checkpoint hold.
+
+    Args:
+        recipe: what is merged and how.
+        objective: what is minimised; a single term will do.
+        memory: `resident` keeps merged tensors for the step; `streamed` rebuilds them in backward and
+            holds about one layer.
+        dtype: dtype of the merged weights in training.
+        activation_checkpointing: recompute each block's activations in backward.
+        learning_rate: of Adam, where no other optimiser is configured.
+        score_experts: also run each task's source once an evaluation split, for normalised scores.
+        module: the architecture, where no source carries a config (Python only).
+
+    Example:
+        >>> from gradmerge import MergeModule, Recipe
+        >>> import torch
+        >>> base, a, b = (torch.nn.Linear(4, 2) for _ in range(3))
+        >>> module = MergeModule(Recipe(sources={"a": a, "b": b}, base=base))
+        >>> [tuple(parameter.shape) for parameter in module.parameters()]
+        [(2, 2)]
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        objective: Objective | None = None,
+        memory: Memory = "resident",
+        dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
+        activation_checkpointing: bool = False,
+        learning_rate: float = 1e-2,
+        score_experts: bool = True,
+        module: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(recipe, Mapping):
+            recipe = from_plain(recipe)
+        if isinstance(objective, Mapping):
+            objective = from_plain(objective)
+        if isinstance(objective, AbstractTerm):
+            objective = Objective([objective])
+        self.recipe = recipe
+        self.objective = objective or Objective([CrossEntropy()])
+        self.learning_rate = learning_rate
+        self.score_experts = score_experts
+        self.merged = MergedModel(recipe, module, memory, getattr(torch, dtype))
+        if activation_checkpointing:
+            self.merged.enable_activation_checkpointing()
+        self._start = {k: c.detach().clone() for k, c in self._small_coefficients().items()}
+        self._remember(memory, dtype, activation_checkpointing)
+        self._checked_unused = False
+        self._buffers_version = -1
+        self._scores: dict[str, TaskScores] = {}
+        self._experts: dict[str, dict[str, dict[str, float]]] = {}
+        self.results: dict[str, dict[str, dict[str, float]]] = {}
+        for warning in self.merged.plan.warnings:
+            lightning.pytorch.utilities.rank_zero_warn(str(warning))
+
+    def _remember(self, memory: str, dtype: str, activation_checkpointing: bool) -> None:
+        """Hyper-parameters as plain data: the checkpoint then loads with `weights_only=True`."""
+        plain = {
+            "recipe": to_plain(self.recipe),
+            "objective": to_plain(self.objective),
+            "memory": memory,
+            "dtype": dtype,
+            "activation_checkpointing": activation_checkpointing,
+            "learning_rate": self.learning_rate,
+            "score_experts": self.score_experts,
+        }
+        self._set_hparams(plain)
+        self._hparams_initial = copy.deepcopy(self._hparams)
+        self._log_hyperparams = True
+
+    def _small_coefficients(self) -> dict[str, Tensor]:
+        """Coefficients, where the objective has regularisers that look at them."""
+        return self.merged.coefficients() if self.objective.regularisers else {}
+
+    # ---- tasks ------------------------------------------------------------------------------
+
+    @property
+    def causal(self) -> bool:
+        """Whether the network predicts the next token."""
+        name = type(self.merged.skeleton).__name__
+        return name.endswith(("ForCausalLM", "LMHeadModel"))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Task names, in the order of the evaluation loaders."""
+        return tuple(self.merged.tasks)
+
+    def setup(self, stage: str) -> None:
+        """Take the tasks, and whose source each uses, from the data module."""
+        data = getattr(self._trainer, "datamodule", None)
+        described = getattr(data, "tasks", None)
+        if described:
+            tasks = {name: task.source or name for name, task in described.items()}
+            lost = [f"{t} -> {s}" for t, s in tasks.items() if s not in self.merged.plan.sources]
+            if lost and len(self.merged.plan.sources) and self._tasks_need_source():
+                raise ConfigError(
+                    f"these tasks name no source: {', '.join(lost)}; sources are "
+                    f"{', '.join(self.merged.plan.sources)}. Set `source` of the task."
+                )
+            first = next(iter(self.merged.plan.sources))
+            self.merged.tasks = {
+                name: source if source in self.merged.plan.sources else first
+                for name, source in tasks.items()
+            }
+            if lost:
+                self.score_experts = False
+        self.objective.require_tasks(self.merged.tasks)
+
+    def _tasks_need_source(self) -> bool:
+        return self.objective.needs_teacher or bool(self.merged.plan.private)
+
+    def _by_task(self, batch: Batch) -> dict[str, Batch]:
+        if all(isinstance(value, Mapping) for value in batch.values()):
+            unknown = [name for name in batch if name not in self.merged.tasks]
+            if unknown:
+                raise ConfigError(
+                    f"the batch has tasks {unknown}; expected some of {', '.join(self.tasks)}."
+                )
+            return dict(batch)
+        if len(self.merged.tasks) != 1:
+            raise ConfigError(
+                "a training batch must map task names to batches, came the keys "
+                f"{', '.join(map(str, batch))}; tasks are {', '.join(self.tasks)}."
+            )
+        return {self.tasks[0]: batch}
+
+    def _rows(self, task: str, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
+        output = self.merged(task=task, **inputs)
+        logits = getattr(output, "logits", output)
+        if not isinstance(logits, Tensor):
+            raise ConfigError(
+                f"{type(self.merged.skeleton).__name__} returned {type(output).__name__}; expected a "
+                "tensor of logits or an output with `logits`."
+            )
+        return next_token_rows(
+            logits.float(), batch.get("labels"), batch.get("attention_mask"), self.causal
+        )
+
+    def _expert_rows(self, task: str, batch: Batch) -> Tensor:
+        with self.merged.as_source(self.merged.tasks[task]):
+            return self._rows(task, batch)[0].detach()
+
+    def _predict(self, task: str, batch: Batch) -> Predictions:
+        teacher = self._expert_rows(task, batch) if self.objective.needs_teacher else None
+        logits, labels, _ = self._rows(task, batch)
+        if labels is None and self.objective.needs_labels:
+            raise ConfigError(
+                f"task {task} has no labels, which {', '.join(type(t).__name__ for t in self.objective.terms if t.needs_labels)} "
+                "needs; name its label column, or use Entropy or KLToSource."
+            )
+        return Predictions(logits, labels, teacher)
+
+    # ---- training ---------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One merge, one backward a task, one contraction."""
+        batches = self._by_task(batch)
+        runs = [partial(self._task_loss, task, b, tuple(batches)) for task, b in batches.items()]
+        loss, values = self.merged.accumulate(runs, self._inner_scale())
+        if not self._checked_unused:
+            self._checked_unused = True
+            self._share_touched()
+            self.merged.fix_unused()
+        if self.objective.regularisers:
+            penalty = self.objective.penalty(self._small_coefficients(), self._start)
+            self.log("train/penalty", penalty.detach(), batch_size=1)
+            loss = loss + penalty
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        for task, value in zip(batches, values, strict=True):
+            share = self.objective.share(task, tuple(batches))
+            if share:
+                self.log(f"train/{task}/loss", value / share, batch_size=1)
+        return loss
+
+    def _task_loss(self, task: str, batch: Batch, tasks: Sequence[str]) -> Tensor:
+        return self.objective.share(task, tasks) * self.objective.loss(self._predict(task, batch))
+
+    def _inner_scale(self) -> float:
+        """The scale of a float16 gradient scaler: the backward inside must not underflow either."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+
+    def _share_touched(self) -> None:
+        """A tensor is used if any process used it."""
+        if self.trainer.world_size > 1:
+            found: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(found, self.merged.touched)
+            self.merged.touched = set().union(*found)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam; the command line's `optimizer` and `lr_scheduler` take its place."""
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+
+    # ---- evaluation -------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the scores of the selection split."""
+        self._begin()
+
+    def on_test_epoch_start(self) -> None:
+        """Start the scores of the test split."""
+        self._begin()
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score one task's batch of the selection split."""
+        self._evaluate(batch, dataloader_idx, "selection")
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score one task's batch of the test split."""
+        self._evaluate(batch, dataloader_idx, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of the selection split."""
+        self._finish("selection")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores of the test split."""
+        self._finish("test")
+
+    def _begin(self) -> None:
+        self.refresh_buffers()
+        self._scores = {"merged": TaskScores(self.causal), "expert": TaskScores(self.causal)}
+
+    def _evaluate(self, batch: Batch, index: int, stage: str) -> None:
+        task = self.tasks[index]
+        predictions = self._predict(task, batch)
+        bytes_per_token = float(batch.get("bytes_per_token", 1.0))
+        rows = len(predictions.logits)
+        if rows == 0:
+            return
+        if predictions.labels is not None or not self.objective.needs_labels:
+            self._scores["merged"].update_loss(task, self.objective.loss(predictions), rows)
+        if predictions.labels is None:
+            return
+        merged = self._scores["merged"]
+        merged.update(task, predictions.logits, predictions.labels, bytes_per_token)
+        if self.score_experts and stage not in self._experts and not self.trainer.sanity_checking:
+            teacher = predictions.teacher
+            expert = teacher if teacher is not None else self._expert_rows(task, batch)
+            self._scores["expert"].update(task, expert, predictions.labels, bytes_per_token)
+
+    def _finish(self, stage: str) -> None:
+        merged = self._scores["merged"]
+        found = merged.compute()
+        if not self.trainer.sanity_checking and stage not in self._experts:
+            self._experts[stage] = self._scores["expert"].compute()
+        for task, values in found.items():
+            expert = self._experts.get(stage, {}).get(task, {}).get(merged.score.name)
+            own = values.get(merged.score.name)
+            if expert is not None and own is not None:
+                values["normalised"] = normalised(merged.score, own, expert)
+            for name, value in values.items():
+                self.log(f"{stage}/{task}/{name}", value, rank_zero_only=True)
+        averages = _averages(found)
+        if "loss" in averages:
+            # Weighted as in training; early stopping and checkpoints watch it.
+            shares = {t: self.objective.share(t, tuple(found)) for t in found}
+            averages["loss"] = sum(shares[t] * v.get("loss", 0.0) for t, v in found.items())
+        for name, value in averages.items():
+            key = f"{stage}/loss" if name == "loss" else f"{stage}/average/{name}"
+            self.log(key, value, prog_bar=name in ("loss", merged.score.name))
+        if not self.trainer.sanity_checking:
+            self.results[stage] = {**found, "average": averages}
+
+    # ---- buffers and checkpoints ------------------------------------------------------------
+
+    def refresh_buffers(self) -> None:
+        """Recompute BatchNorm statistics on adaptation data, where the recipe says so."""
+        merged = self.merged
+        if self.recipe.buffers != "recompute" or not merged.batch_norms:
+            return
+        if self._buffers_version == merged.version:
+            return
+        data = getattr(self._trainer, "datamodule", None)
+        if data is None or not hasattr(data, "evaluation_loaders"):
+            lightning.pytorch.utilities.rank_zero_warn(
+                "BatchNorm statistics cannot be recomputed without a MergeDataModule; the mean of the "
+                "sources' statistics is used."
+            )
+            self._buffers_version = merged.version
+            return
+        runs: list[Callable[[], object]] = []
+        for task, loader in zip(self.tasks, data.evaluation_loaders("adaptation"), strict=True):
+            for i, batch in enumerate(loader):
+                if i == _NORM_BATCHES:
+                    break
+                moved = self._trainer.strategy.batch_to_device(batch, self.device)  # type: ignore[union-attr]
+                runs.append(partial(self._rows, task, moved))
+        merged.recompute_batch_norm(runs)
+        self._buffers_version = merged.version
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the coefficients belong to."""
+        self.refresh_buffers()
+        plan = self.merged.plan
+        checkpoint["gradmerge"] = {
+            "version": __version__,
+            "sources": list(plan.source_names),
+            "tasks": dict(self.merged.tasks),
+            "fingerprints": plan.fingerprints,
+            "fixed": dict(plan.fixed),
+            "checked_unused": self._checked_unused,
+            "buffers": {k: v.detach().cpu().clone() for k, v in self.merged.buffers_by_name().items()},
+            "results": copy.deepcopy(self.results),
+            "experts": copy.deepcopy(self._experts),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse coefficients of other weights, and restore what is not a parameter.
+
+        Raises:
+            FingerprintError: the sources' weights are not those of the checkpoint.
+            ConfigError: the checkpoint is not one of gradmerge.
+        """
+        saved = checkpoint.get("gradmerge")
+        if saved is None:
+            raise ConfigError("the checkpoint holds no gradmerge coefficients.")
+        plan = self.merged.plan
+        plan.require_fingerprints(saved["fingerprints"])
+        for name, coefficient in saved["fixed"].items():
+            self.merged.fix([name], coefficient)
+        self.merged.tasks = dict(saved["tasks"])
+        self._checked_unused = saved["checked_unused"]
+        self.merged.restore_buffers(saved["buffers"])
+        self.results, self._experts = saved["results"], saved["experts"]
+
+
+def _averages(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for values in found.values() for name in values)
+    averages = {}
+    for name in names:
+        values = [task[name] for task in found.values() if name in task]
+        averages[name] = sum(values) / len(values)
+    return averages

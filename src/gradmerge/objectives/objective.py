@@ -1,0 +1,73 @@
+"""The weighted sum that training minimises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradmerge.errors import ConfigError, nearest
+from gradmerge.objectives.base import AbstractRegulariser, AbstractTerm, Predictions
+from gradmerge.objectives.terms import CrossEntropy
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`L = sum_t w_t sum_i a_i term_i(task t) / sum_t w_t + sum_j b_j regulariser_j(c)`.
+
+    Task weights are normalised to a mean, so the learning rate does not depend on how many tasks
+    there are.
+    """
+
+    terms: list[AbstractTerm] = field(default_factory=lambda: [CrossEntropy()])
+    """Losses of the predictions, each with its weight."""
+    regularisers: list[AbstractRegulariser] = field(default_factory=list)
+    """Penalties on the coefficients, each with its weight."""
+    task_weights: dict[str, float] = field(default_factory=dict)
+    """Weight of a task; 1 where none is stated."""
+
+    def __post_init__(self) -> None:
+        """Check that there is something to minimise."""
+        if not self.terms:
+            raise ConfigError("an objective needs at least one term, e.g. CrossEntropy.")
+        wrong = [name for name, weight in self.task_weights.items() if weight < 0]
+        if wrong:
+            raise ConfigError(f"task weights must not be negative: {', '.join(wrong)}.")
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether any term needs labels."""
+        return any(term.needs_labels for term in self.terms)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term needs the task's own source."""
+        return any(term.needs_teacher for term in self.terms)
+
+    def require_tasks(self, tasks: Iterable[str]) -> None:
+        """Refuse weights of tasks that do not exist."""
+        known = list(tasks)
+        for name in self.task_weights:
+            if name not in known:
+                raise ConfigError(
+                    f"task_weights: {name!r} is no task; there are {', '.join(known)}."
+                    f"{nearest(name, known)}"
+                )
+
+    def share(self, task: str, tasks: Iterable[str]) -> float:
+        """`w_t / sum_t w_t` over the tasks of a step."""
+        weights = {name: self.task_weights.get(name, 1.0) for name in tasks}
+        total = sum(weights.values())
+        return weights[task] / total if total else 0.0
+
+    def loss(self, predictions: Predictions) -> Tensor:
+        """The weighted terms of one task."""
+        losses = [term.weight * term.loss(predictions) for term in self.terms]
+        return torch.stack(losses).sum()
+
+    def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
+        """The weighted regularisers."""
+        losses = [r.weight * r.penalty(coefficients, start) for r in self.regularisers]
+        return torch.stack(losses).sum()
