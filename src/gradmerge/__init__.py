@@ -17,7 +17,6 @@ _WHERE = {
     "Plan": "recipe",
     "Recipe": "recipe",
     "TaskData": "data",
-    "export": "export",
 }
 
 __all__ = [
@@ -28,12 +27,10 @@ __all__ = [
     "Recipe",
     "TaskData",
     "__version__",
-    "export",
 ]
 
 if TYPE_CHECKING:
     from gradmerge.data import MergeDataModule, TaskData
-    from gradmerge.export import export
     from gradmerge.merged import MergedModel
     from gradmerge.module import MergeModule
     from gradmerge.recipe import Plan, Recipe

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
 from gradmerge.errors import ConfigError
@@ -88,17 +90,34 @@ class CoefficientLogger(lightning.Callback):
 class StepProgress(TQDMProgressBar):
     """One bar over all training steps: the loss, the step rate and the time left.
 
-    Epochs say little here: tasks differ in size, and a fit is a number of steps.
+    Epochs say little here: tasks differ in size, and a fit is a number of steps. Where the output is no
+    terminal, a line every ten seconds.
     """
 
+    def init_train_tqdm(self) -> Any:
+        """The bar over the whole fit."""
+        bar = super().init_train_tqdm()
+        bar.mininterval = 0.2 if sys.stderr.isatty() else 10.0
+        return bar
+
+    def init_validation_tqdm(self) -> Any:
+        """No bar of its own within a fit: its scores appear on the training bar."""
+        if self.trainer.state.fn != "fit":
+            return super().init_validation_tqdm()
+        return Tqdm(disable=True)
+
+    def init_sanity_tqdm(self) -> Any:
+        """None."""
+        return Tqdm(disable=True)
+
     def on_train_start(self, *_: Any) -> None:
-        """Open the bar over the whole fit."""
+        """Open the bar."""
         trainer = self.trainer
-        self.train_progress_bar = self.init_train_tqdm()
+        self.train_progress_bar = bar = self.init_train_tqdm()
         steps = trainer.estimated_stepping_batches
-        self.train_progress_bar.total = None if steps == float("inf") else int(steps)
-        self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
-        self.train_progress_bar.set_description("learning")
+        bar.total = None if steps == float("inf") else int(steps)
+        bar.initial = bar.n = bar.last_print_n = trainer.global_step
+        bar.set_description("learning", refresh=False)
 
     def on_train_epoch_start(self, *_: Any) -> None:
         """The bar goes on."""
@@ -106,12 +125,18 @@ class StepProgress(TQDMProgressBar):
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
         """Move the bar to the optimiser's step."""
         bar = self.train_progress_bar
-        if bar.n != trainer.global_step:
-            bar.n = trainer.global_step
-            bar.set_postfix(self.get_metrics(trainer, pl_module))
+        moved = trainer.global_step - bar.n
+        if moved:
+            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+            bar.update(moved)
 
     def on_train_epoch_end(self, *_: Any) -> None:
         """The bar goes on."""
+
+    def on_train_end(self, *_: Any) -> None:
+        """Show the last state and leave the line."""
+        self.train_progress_bar.refresh()
+        self.train_progress_bar.close()
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         """The loss and the score that is watched, without the version number."""

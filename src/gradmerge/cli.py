@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for a mistake in the options or the input.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    given = arguments
+    arguments = list(sys.argv[1:] if given is None else given)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         if command in LEARNING:
-            learn(arguments)
+            learn(given)
         else:
             _plain(command, arguments[1:])
     except GradmergeError as error:
@@ -66,10 +67,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ---- fit, validate, test ------------------------------------------------------------------------
 
 
-def learn(arguments: Sequence[str]) -> Any:
-    """`fit`, `validate` and `test`, through LightningCLI; returns the CLI object."""
+def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
+    """`fit`, `validate` and `test`, through LightningCLI.
+
+    Args:
+        arguments: as on the command line; None takes the command line's own.
+        run: run the command that the arguments begin with; otherwise they hold options alone, and
+            model, data and trainer are only built.
+
+    Returns:
+        The CLI object, with `model`, `datamodule` and `trainer`.
+    """
     from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, ReduceLROnPlateau
 
     from gradmerge.callbacks import StepProgress
     from gradmerge.data import MergeDataModule
@@ -90,11 +100,30 @@ def learn(arguments: Sequence[str]) -> Any:
 
         def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
             kwargs.setdefault("dump_header", [f"gradmerge=={__version__}"])
+            kwargs["allow_abbrev"] = False  # a typo must not pass as an abbreviation
             parser = Parser(**kwargs)
             parser.add_argument(
                 "-c", "--config", action="config", help="YAML file with any of these options."
             )
             return parser
+
+        @staticmethod
+        def configure_optimizers(
+            lightning_module: Any, optimizer: Any, lr_scheduler: Any = None
+        ) -> Any:
+            """Schedulers move a step at a time: a fit is a number of steps, not of epochs."""
+            if lr_scheduler is None:
+                return optimizer
+            schedule = {"scheduler": lr_scheduler, "interval": "step"}
+            if isinstance(lr_scheduler, ReduceLROnPlateau):
+                schedule.update(interval="epoch", monitor=lr_scheduler.monitor)
+            return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+        def _parse_ckpt_path(self) -> None:
+            """The configuration says what to build; the checkpoint holds coefficients for it.
+
+            LightningCLI would parse the checkpoint's hyper-parameters, which are plain data here.
+            """
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             given = self._get(self.config_init, "trainer") or {}
@@ -109,7 +138,8 @@ def learn(arguments: Sequence[str]) -> Any:
     return MergeCLI(
         MergeModule,
         MergeDataModule,
-        args=list(arguments),
+        args=None if arguments is None else list(arguments),
+        run=run,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"max_epochs": -1, "max_steps": 200, "log_every_n_steps": 1},
         parser_kwargs={"prog": "gradmerge"},
@@ -123,6 +153,7 @@ def quieten() -> None:
         ".*does not have many workers.*",  # batches are prepared once and kept
         ".*isinstance.treespec, LeafSpec.*",
         ".*Trying to infer the `batch_size`.*",
+        ".*will be overridden by .*configure_optimizers.*",
     ):
         warnings.filterwarnings("ignore", pattern)
 
@@ -156,7 +187,6 @@ def register() -> None:
     """Make attribute docstrings the help texts, and every component's short name known."""
     import jsonargparse
 
-    import gradmerge.callbacks
     import gradmerge.coefficients
     import gradmerge.objectives
     import gradmerge.operators
@@ -178,7 +208,7 @@ def component_names() -> list[str]:
 
 def stop(message: str, parser: Any) -> NoReturn:
     """Leave with the message alone: the full usage is pages long and would bury it."""
-    prog = parser.prog
+    prog = parser.prog.replace(" [options]", "")
     print(
         f"{prog}: {explain(message, parser)}\n`{prog} --help` lists the options.", file=sys.stderr
     )
@@ -194,7 +224,9 @@ def explain(message: str, parser: Any) -> str:
     for unknown in re.findall(r"Key '([\w.]+)' is not expected|does not accept.*?'([\w.]+)'", message):
         name = next(part for part in unknown if part)
         hints.append(nearest(name, {*keys, *(key.rsplit(".", 1)[-1] for key in keys)}))
-    for path in re.findall(r"class_path'?:? ?'?([\w.]+)'?|Import path (\S+)|'(\w+)' is not", message):
+    for path in re.findall(
+        r"class_path'?:? ?'?([\w.]+)'?|import path string: ([\w.]+)|path but ([\w.]+)", message
+    ):
         name = next(part for part in path if part).rsplit(".", 1)[-1]
         if name not in component_names():
             hints.append(nearest(name, component_names()))
@@ -223,7 +255,11 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
 
     register()
     function: Any = {"export": export_checkpoint, "merge": merge, "inspect": inspect}[command]
-    parser = Parser(prog=f"gradmerge {command}", description=function.__doc__.split("\n")[0])
+    parser = Parser(
+        prog=f"gradmerge {command}",
+        allow_abbrev=False,
+        description=function.__doc__.split("\n")[0],
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
     positional = {"export": ["checkpoint", "output"], "inspect": ["sources"]}.get(command, [])
     for name in positional:

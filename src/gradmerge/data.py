@@ -159,10 +159,9 @@ def require_disjoint(task: str, splits: Mapping[Stage, Any], columns: Sequence[s
             example = dataset[i]
             if not isinstance(example, Mapping):
                 return
-            column = next((name for name in columns if name in example), None)
-            if column is None:
-                return
-            key = _digest(example[column])
+            inputs = [name for name in columns if name in example][:1]
+            inputs = inputs or [name for name in example if name not in ("label", "labels")]
+            key = "".join(_digest(example[name]) for name in inputs)
             first = seen.setdefault(key, (stage, i))
             if first[0] != stage:
                 shared.setdefault((first[0], stage), []).append(f"{first[1]} = {i}")
@@ -178,7 +177,7 @@ def require_disjoint(task: str, splits: Mapping[Stage, Any], columns: Sequence[s
 
 
 class _TaskStream(IterableDataset[dict[str, dict[str, Tensor]]]):
-    """Steps of one epoch; each yields `{task: batch}` for this process."""
+    """Steps `start` to `stop`, counted over all epochs; each yields `{task: batch}` for this process."""
 
     def __init__(
         self, examples: Mapping[str, Dataset[Any]], collate: Any, batch_size: int, seed: int
@@ -187,9 +186,9 @@ class _TaskStream(IterableDataset[dict[str, dict[str, Tensor]]]):
         self.collate = collate
         self.batch_size = batch_size
         self.seed = seed
-        self.epoch = 0
-        self.start = 0
+        self.start = self.stop = 0
         self.rank, self.world = 0, 1
+        self._orders: dict[str, tuple[tuple[int, int], list[int]]] = {}
 
     def num_steps(self) -> int:
         """Steps until the largest task was seen once."""
@@ -198,29 +197,28 @@ class _TaskStream(IterableDataset[dict[str, dict[str, Tensor]]]):
 
     def indices(self, task: str, step: int) -> list[int]:
         """Examples of a task for one step of this process, out of the seeded global order."""
+        epoch, within = divmod(step, self.num_steps())
         length = len(self.examples[task])  # type: ignore[arg-type]
         size = self.batch_size * self.world
-        wanted = range(step * size, (step + 1) * size)[self.rank :: self.world]
-        return [self._order(task, position // length, length)[position % length] for position in wanted]
+        wanted = range(within * size, (within + 1) * size)[self.rank :: self.world]
+        return [self._order(task, epoch, at // length, length)[at % length] for at in wanted]
 
-    def _order(self, task: str, lap: int, length: int) -> list[int]:
-        key = (task, self.epoch, lap)
-        if getattr(self, "_order_key", {}).get(task) != key:
+    def _order(self, task: str, epoch: int, lap: int, length: int) -> list[int]:
+        """A permutation of the examples, a new one each time the task has been seen once."""
+        kept = self._orders.get(task)
+        if kept is None or kept[0] != (epoch, lap):
             name = int.from_bytes(hashlib.sha1(task.encode(), usedforsecurity=False).digest()[:4], "big")
             generator = torch.Generator().manual_seed(
-                (self.seed * 1_000_003 + self.epoch * 9_176 + lap * 131 + name) % 2**63
+                (self.seed * 1_000_003 + epoch * 9_176 + lap * 131 + name) % 2**63
             )
-            self.__dict__.setdefault("_order_key", {})[task] = key
-            self.__dict__.setdefault("_orders", {})[task] = torch.randperm(
-                length, generator=generator
-            ).tolist()
-        order: list[int] = self.__dict__["_orders"][task]
-        return order
+            kept = (epoch, lap), torch.randperm(length, generator=generator).tolist()
+            self._orders[task] = kept
+        return kept[1]
 
     def __iter__(self) -> Iterator[dict[str, dict[str, Tensor]]]:
         worker = get_worker_info()
         share, first = (worker.num_workers, worker.id) if worker else (1, 0)
-        for step in range(self.start + first, self.num_steps(), share):
+        for step in range(self.start + first, self.stop, share):
             yield {
                 task: self.collate([examples[i] for i in self.indices(task, step)])
                 for task, examples in self.examples.items()
@@ -228,30 +226,36 @@ class _TaskStream(IterableDataset[dict[str, dict[str, Tensor]]]):
 
 
 class StreamLoader:
-    """A loader of training steps that can be resumed in the middle of an epoch."""
+    """A loader of training steps that can be resumed in the middle of an epoch.
+
+    It counts the steps it gave: a trainer stops asking after an epoch's last step and so never sees an
+    iterator end.
+    """
 
     def __init__(self, stream: _TaskStream, num_workers: int) -> None:
         self.stream = stream
         self.num_workers = num_workers
-        self.epoch, self.position = 0, 0
+        self.step = 0
+        self._resumed = False
 
     def __len__(self) -> int:
         return self.stream.num_steps()
 
     def __iter__(self) -> Iterator[dict[str, dict[str, Tensor]]]:
-        self.stream.epoch, self.stream.start = self.epoch, self.position
+        done = self.step % len(self) if self._resumed else 0
+        self._resumed = False
+        self.stream.start, self.stream.stop = self.step, self.step + len(self) - done
         for batch in DataLoader(self.stream, batch_size=None, num_workers=self.num_workers):
-            self.position += 1
+            self.step += 1
             yield batch
-        self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands."""
-        return {"epoch": self.epoch, "position": self.position % max(1, len(self))}
+        return {"step": self.step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on where it stood."""
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.step, self._resumed = state["step"], True
 
 
 class MergeDataModule(lightning.LightningDataModule):

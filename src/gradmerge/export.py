@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -253,22 +254,19 @@ def _write_index(folder: Path, files: Mapping[str, str], total: int) -> None:
 
 def _write_config(plan: Plan, work: Path, source: str | None, dtype: torch.dtype | None) -> None:
     """Config, generation config, tokenizer and processor: of the reference, labels of the head's."""
-    checkpoint = plan.reference if source is None else plan.sources[source]
-    folder = checkpoint.folder
-    config: dict[str, Any] | None = None if checkpoint.config is None else dict(checkpoint.config)
-    if folder is None:
-        skeleton_config = getattr(plan.skeleton, "config", None)
-        if hasattr(skeleton_config, "save_pretrained"):
-            skeleton_config.save_pretrained(work)
-            config = json.loads((work / "config.json").read_text())
-            generation = getattr(plan.skeleton, "generation_config", None)
-            if generation is not None:
-                generation.save_pretrained(work)
-    else:
-        for file in sorted((plan.folder or folder).iterdir()):
+    head = plan.reference if source is None else plan.sources[source]
+    candidates = [head, plan.reference, *plan.sources.values()]
+    config = next((dict(c.config) for c in candidates if c.config is not None), None)
+    if plan.folder is not None:
+        for file in sorted(plan.folder.iterdir()):
             if file.is_file() and file.suffix in _COPIED and file.name not in _NOT_COPIED:
                 shutil.copyfile(file, work / file.name)
+    elif hasattr(getattr(plan.skeleton, "generation_config", None), "save_pretrained"):
+        plan.skeleton.generation_config.save_pretrained(work)  # type: ignore[union-attr, operator]
     if config is not None:
+        config.pop("_name_or_path", None)
+        if not config.get("architectures") and plan.skeleton is not None:
+            config["architectures"] = [type(plan.skeleton).__name__]
         if dtype is not None:
             config["dtype"] = str(dtype).removeprefix("torch.")
             config.pop("torch_dtype", None)
@@ -320,9 +318,6 @@ def _provenance(
     results: Mapping[str, Any] | None,
     extra: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    import safetensors
-    import transformers
-
     checkpoints = {**({"base": plan.base} if plan.base is not None else {}), **plan.sources}
     recipe = to_plain(plan.recipe)
     return {
@@ -330,8 +325,8 @@ def _provenance(
         "versions": {
             "gradmerge": __version__,
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
+            "transformers": version("transformers"),
+            "safetensors": version("safetensors"),
             "python": sys.version.split()[0],
         },
         "sources": {

@@ -216,10 +216,12 @@ class MergedModel(nn.Module):
 
     def build(self, key: str, raw: Tensor | None, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """`theta` of one tensor, without a graph."""
-        if out is None:
-            shape = self.plan.tensors[key].shape
-            out = torch.empty(shape, dtype=dtype, device=self.device)
-        return self.plan.combine(key, raw, out)
+        # A trainer evaluates in inference mode; a tensor made there could never be trained with.
+        with torch.inference_mode(False):
+            if out is None:
+                shape = self.plan.tensors[key].shape
+                out = torch.empty(shape, dtype=dtype, device=self.device)
+            return self.plan.combine(key, raw, out)
 
     def _fetch(self, key: str, casts: bool) -> Tensor:
         if self._teacher is not None:
@@ -248,7 +250,8 @@ class MergedModel(nn.Module):
     def _private_tensor(self, key: str) -> Tensor:
         source = self.tasks.get(self._task or "", next(iter(self.plan.sources)))
         if (source, key) not in self._private:
-            self._private[source, key] = self._place(self.plan.read(source, key)).clone()
+            with torch.inference_mode(False):
+                self._private[source, key] = self._place(self.plan.read(source, key)).clone()
         return self._private[source, key]
 
     def _refresh(self) -> None:

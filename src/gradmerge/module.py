@@ -29,6 +29,7 @@ Batch = Mapping[str, Any]
 _NOT_INPUTS = frozenset({"labels", "bytes_per_token"})
 # Batches a task that BatchNorm statistics are recomputed on.
 _NORM_BATCHES = 16
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 class MergeModule(lightning.LightningModule):
@@ -80,7 +81,9 @@ class MergeModule(lightning.LightningModule):
         self.objective = objective or Objective([CrossEntropy()])
         self.learning_rate = learning_rate
         self.score_experts = score_experts
-        self.merged = MergedModel(recipe, module, memory, getattr(torch, dtype))
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, came {dtype!r}.")
+        self.merged = MergedModel(recipe, module, memory, DTYPES[dtype])
         if activation_checkpointing:
             self.merged.enable_activation_checkpointing()
         self._start = {k: c.detach().clone() for k, c in self._small_coefficients().items()}
@@ -173,9 +176,10 @@ class MergeModule(lightning.LightningModule):
                 f"{type(self.merged.skeleton).__name__} returned {type(output).__name__}; expected a "
                 "tensor of logits or an output with `logits`."
             )
-        return next_token_rows(
-            logits.float(), batch.get("labels"), batch.get("attention_mask"), self.causal
-        )
+        config = getattr(self.merged.skeleton, "config", None)
+        decodes = getattr(config, "is_encoder_decoder", False)
+        mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
+        return next_token_rows(logits.float(), batch.get("labels"), mask, self.causal)
 
     def _expert_rows(self, task: str, batch: Batch) -> Tensor:
         with self.merged.as_source(self.merged.tasks[task]):
@@ -227,6 +231,18 @@ class MergeModule(lightning.LightningModule):
             found: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(found, self.merged.touched)
             self.merged.touched = set().union(*found)
+
+    def on_fit_start(self) -> None:
+        """Training mode: trainers leave modes as they find them."""
+        self.train()
+
+    def on_validation_model_train(self) -> None:
+        """Go back to training; a trainer would restore flags of submodules, which the network is not."""
+        self.train(self.trainer.state.fn == "fit")
+
+    def on_fit_end(self) -> None:
+        """Ready for use."""
+        self.eval()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam; the command line's `optimizer` and `lr_scheduler` take its place."""

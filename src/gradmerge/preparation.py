@@ -37,7 +37,7 @@ def load_processor(folder: str | None, kind: Kind) -> Any:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{folder}: no {auto.__name__.removeprefix('Auto').lower()} can be loaded from it: "
-            f"{error}. Give the folder of one that has it: data.processor."
+            f"{str(error).rstrip('.')}. Give the folder of one that has it: data.processor."
         ) from error
 
 

@@ -9,7 +9,7 @@ weights and no trainable state; `gradmerge.merged` adds a network, `gradmerge.ex
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -72,7 +72,7 @@ class Recipe:
     """Regular expressions of tensors that are not merged and stay with their task (heads)."""
     unused: Literal["auto", "origin", "mean"] = "auto"
     """Coefficient of tensors that never get a gradient: origin (0), mean (1/K), or auto: origin
-    where there is a base, else mean."""
+    where that is the base, else mean."""
     buffers: Literal["recompute", "mean", "origin"] = "recompute"
     """BatchNorm statistics: recomputed on adaptation data, the sources' mean, or the origin's."""
     allow: list[str] = field(default_factory=list)
@@ -135,11 +135,16 @@ class Recipe:
     ) -> nn.Module | None:
         if module is not None:
             return strip_weights(module)
-        for spec in [self.base, *self.sources.values()]:
+        # A base may have another head (or none); the network is the one that the tasks run.
+        specs = [*self.sources.values(), self.base] if self.private else [self.base, *self.sources.values()]
+        for spec in specs:
             inner = getattr(spec, "module", spec)
             if isinstance(inner, nn.Module):
                 return strip_weights(inner)
-        for checkpoint in everything.values():
+        opened = list(everything.values())
+        if self.private and self.base is not None:
+            opened = [*opened[1:], opened[0]]
+        for checkpoint in opened:
             if checkpoint.folder is not None and checkpoint.config is not None:
                 return build_skeleton(checkpoint.folder, self.trust_remote_code)
         return None
@@ -164,8 +169,10 @@ class Plan:
         self.reference = base if base is not None else next(iter(self.sources.values()))
         self.binding: Binding | None = None
         if skeleton is not None:
-            self.binding = bind_or_refuse(skeleton, self.reference)
-        names = [n for n in self.reference.infos if n not in (self.binding or _NO_TIES).ties]
+            self.binding = bind_or_refuse(skeleton, self._names(), self.reference.label)
+        names = [n for n in self._names() if n not in (self.binding or _NO_TIES).ties]
+        if self.binding is not None:
+            names.sort(key=_module_order(self.binding, skeleton))
         self.private = [name for name in names if is_private(name, recipe.private)]
         kept = set(self.private)
         self.buffers = [n for n in names if n not in kept and self._is_buffer(n)]
@@ -180,6 +187,13 @@ class Plan:
         self.layout: Layout = recipe.coefficients.layout(learned)
         self.num_rows = recipe.coefficients.num_rows(len(self.sources))
         self._on_device: dict[tuple[str, str], Tensor] = {}
+
+    def _names(self) -> list[str]:
+        """Tensors of the merge: the reference's, and the private ones as the sources have them."""
+        patterns = self.recipe.private
+        first = next(iter(self.sources.values()))
+        shared = [name for name in self.reference.infos if not is_private(name, patterns)]
+        return shared + [name for name in first.infos if is_private(name, patterns)]
 
     def _is_buffer(self, name: str) -> bool:
         if not self.reference.infos[name].dtype.is_floating_point:
@@ -216,7 +230,7 @@ class Plan:
         """The coefficient that `Recipe.unused` states for tensors without a gradient."""
         rule = self.recipe.unused
         if rule == "auto":
-            rule = "origin" if self.base is not None else "mean"
+            rule = "origin" if self.recipe.resolved_origin == "base" else "mean"
         return self._number(rule)
 
     @property
@@ -372,10 +386,21 @@ class Plan:
     @property
     def folder(self) -> Path | None:
         """The folder with config and tokenizer that the export copies."""
-        return self.reference.folder
+        folders = [checkpoint.folder for checkpoint in (self.reference, *self.sources.values())]
+        return next((folder for folder in folders if folder is not None), None)
 
 
 _NO_TIES = Binding({}, {}, {}, (), ())
+
+
+def _module_order(binding: Binding, skeleton: nn.Module | None) -> Callable[[str], int]:
+    """Sort key: the order of the network's parameters (files are often in order of the alphabet)."""
+    if skeleton is None:
+        return lambda name: 0
+    names = [name for name, _ in skeleton.named_parameters(remove_duplicate=False)]
+    place = {name: i for i, name in enumerate(names)}
+    first = {key: place[places[0]] for key, places in binding.parameters.items()}
+    return lambda name: first.get(name, len(place))
 
 
 def _granularity(coefficients: AbstractCoefficients) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,9 @@ def from_plain(value: Any) -> Any:
         if "class_path" not in value:
             return {key: from_plain(item) for key, item in value.items()}
         module, _, name = str(value["class_path"]).rpartition(".")
-        if not module.startswith("gradmerge."):
+        kind = _class(module, name)
+        if kind is None:
             raise ConfigError(f"{value['class_path']} is no class of gradmerge; it was not loaded.")
-        kind = getattr(importlib.import_module(module), name)
         arguments = {key: from_plain(item) for key, item in value.get("init_args", {}).items()}
         for field in dataclasses.fields(kind):
             if str(field.type).startswith("tuple") and field.name in arguments:
@@ -69,3 +70,11 @@ def from_plain(value: Any) -> Any:
     if isinstance(value, list):
         return [from_plain(item) for item in value]
     return value
+
+
+def _class(module: str, name: str) -> Any:
+    if not module.startswith("gradmerge.") or importlib.util.find_spec(module) is None:
+        return None
+    kind = getattr(importlib.import_module(module), name, None)
+    own = isinstance(kind, type) and kind.__module__ == module
+    return kind if own and dataclasses.is_dataclass(kind) else None

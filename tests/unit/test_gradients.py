@@ -275,3 +275,18 @@ def test_tied_weight_is_merged_once(family):
     assert "lm_head.weight" not in merged.plan.tensors
     places = merged.plan.binding.parameters["model.embed_tokens.weight"]
     assert set(places) == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_evaluation_in_inference_mode_does_not_spoil_training(family, memory):
+    models, inputs = family("convolutions")
+    merged = build(models, Tensor(), memory=memory, dtype=torch.float64)
+    with torch.inference_mode():
+        before = loss_of(merged(**inputs))
+    with torch.no_grad():
+        merged.raw["tensor"].add_(0.1)
+    loss, _ = merged.accumulate([lambda: loss_of(merged(**inputs))])
+    loss.backward()
+    assert before != loss
+    _, grads, _ = oracle(merged, models, inputs, "base")
+    assert_same(merged.raw, grads, 1e-9)

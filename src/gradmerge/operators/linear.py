@@ -4,17 +4,20 @@ The directions are never stored. Forward uses
 
     theta = (1 - sum_k c_k) A + sum_k c_k theta_k,
 
-which gives A exactly for c = 0 and theta_k exactly for a single c_k = 1. Backward is one inner product
-a source, `dL/dc_k = <G, theta_k - A>` restricted to the entries that share c_k. Here the
-difference is formed first, in the accumulation dtype: fine-tuned weights lie close to their base, and
-the difference of two long inner products would lose the digits that carry the gradient.
+which gives A exactly for c = 0 and theta_k exactly for a single c_k = 1. Backward is one inner
+product a source, `dL/dc_k = <G, theta_k - A>` restricted to the entries that share c_k. Here the
+difference is formed first, in the accumulation dtype: fine-tuned weights lie close to their base,
+and the difference of two long inner products would lose the digits that carry the gradient.
 
 Both run over cache-sized chunks, so that each stored byte is read from memory once a pass and no
-temporary grows with the tensor: 16-bit sources are widened a chunk at a time.
+temporary grows with the tensor: 16-bit sources are widened a chunk at a time. One call a source and
+chunk beats gathering a chunk of all sources for one matrix-vector product: its arithmetic hides
+behind the reads, where a gather waits for memory first and computes afterwards.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -73,20 +76,36 @@ def _chunk_size(device: torch.device) -> int:
     return _CPU_CHUNK * torch.get_num_threads() if device.type == "cpu" else _GPU_CHUNK
 
 
+_Buffers = dict[tuple[str, torch.dtype, torch.device], Tensor]
+
+
+class _Kept(threading.local):
+    """Buffers that stay from call to call: fresh ones would fault their pages in at each.
+
+    A set a thread, because backward may run in another thread than forward.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: _Buffers = {}
+
+
+_kept = _Kept()
+
+
 class _Scratch:
     """Reused buffers; a term that already has the right dtype and device is used as it is."""
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
-        self._size = size
-        self._buffers: dict[str, Tensor] = {}
+        # A GPU's allocator reuses its own memory, and its chunks are too large to hold on to.
+        self._buffers: _Buffers = _kept.buffers if device.type == "cpu" else {}
 
     def empty(self, name: str, size: int) -> Tensor:
         """A buffer of `size` entries under a name, contents undefined."""
-        if name not in self._buffers or self._buffers[name].numel() < size:
-            wanted = max(size, self._size)
-            self._buffers[name] = torch.empty(wanted, dtype=self.dtype, device=self.device)
-        return self._buffers[name][:size]
+        key = (name, self.dtype, self.device)
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = torch.empty(size, dtype=self.dtype, device=self.device)
+        return self._buffers[key][:size]
 
     def widen(self, name: str, part: Tensor) -> Tensor:
         """`part` in the accumulation dtype on the device."""
@@ -107,7 +126,7 @@ class Linear(AbstractOperator):
         dtype = terms.accumulate_dtype
         coefficient = coefficient.detach().view(len(terms.sources), -1)
         size = min(_chunk_size(out.device), max(1, terms.shape.numel()))
-        scratch = _Scratch(size, dtype, out.device)
+        scratch = _Scratch(dtype, out.device)
         target = out.view(-1)
         scalar = spread.kind == "scalar"
         scalars = _weights(terms, coefficient.double()).flatten().tolist() if scalar else []
@@ -139,7 +158,7 @@ class Linear(AbstractOperator):
         origin = None if terms.origin is None else terms.origin.reshape(-1)
         size = min(_chunk_size(grad.device), max(1, terms.shape.numel()))
         dtype = terms.accumulate_dtype
-        scratch = _Scratch(size, dtype, grad.device)
+        scratch = _Scratch(dtype, grad.device)
         flat_grad = grad.reshape(-1)
         total = torch.zeros(
             coefficient.shape,
@@ -190,7 +209,7 @@ def _weights(terms: Terms, coefficient: Tensor) -> Tensor:
 def _along(
     terms: Terms, coefficient: Tensor, columns: slice, spread: Spread, dtype: torch.dtype
 ) -> Tensor:
-    """The weights of a block, `[stored, 1, columns, 1]` to broadcast over `[outer, columns, inner]`."""
+    """A block's weights, `[stored, 1, columns, 1]`, to broadcast over `[outer, columns, inner]`."""
     if spread.kind == "partition":
         assert spread.parts is not None
         chosen = coefficient[:, spread.parts[columns]]

@@ -133,8 +133,7 @@ def _check_tensors(
     expected = {n: i for n, i in reference.infos.items() if not is_private(n, private)}
     came = {n: i for n, i in other.infos.items() if not is_private(n, private)}
     extra = sorted(set(came) - set(expected))
-    lost = sorted(set(expected) - set(came))
-    for name in lost:
+    for name in sorted(set(expected) - set(came)):
         problems.append(
             Problem(
                 "missing",
@@ -154,7 +153,7 @@ def _check_tensors(
                 name,
                 f"no such tensor, as in {reference.label}",
                 f"shape {came[name].shape} in {came[name].file}",
-                f"It would be dropped in silence.{nearest(name, lost)} {_tie_hint(name)}"
+                f"It would be dropped; accept that with allow: [extra]. {_tie_hint(name)}"
                 f"{_head_hint(name)}",
             )
         )

@@ -100,8 +100,9 @@ class LoraCheckpoint(Checkpoint):
             problems.append(f"bias is {settings['bias']!r}")
         if problems:
             raise SourceError(
-                f"{self._folder_adapter}: {'; '.join(problems)}. Merge the adapter into its base with "
-                "PEFT (`model.merge_and_unload().save_pretrained(folder)`) and give that folder."
+                f"{self._folder_adapter}: {'; '.join(problems)}. Merge the adapter into its base "
+                "with PEFT (`model.merge_and_unload().save_pretrained(folder)`) and give the "
+                "folder."
             )
 
     def _index(self) -> None:
@@ -149,8 +150,12 @@ class LoraCheckpoint(Checkpoint):
         place = self._places.get(name)
         if place is not None:
             return place
-        inner = name.split(".", 1)[-1]  # the base was saved without the prefix of its head model
-        return inner if inner in self._base.infos else None
+        # one of the two was saved with the prefix of a head model, the other without
+        inner = name.partition(".")[2]
+        if inner in self._base.infos:
+            return inner
+        outer = [known for known in self._base.infos if known.partition(".")[2] == name]
+        return outer[0] if len(outer) == 1 else None
 
     @cached_property
     def _places(self) -> dict[str, str]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from gradmerge.errors import ConfigError, SourceError, nearest, shorten
-from gradmerge.sources.base import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
         raise SourceError(
             f"{folder}/config.json: architecture {names[0]} is not in transformers "
             f"{transformers.__version__}."
-            f"{nearest(names[0], [n for n in dir(transformers) if n.endswith(names[0][-12:])])} "
+            f"{nearest(names[0], [n for n in dir(transformers) if 'For' in n or 'Model' in n])} "
             "Update transformers, or set trust_remote_code: true for a model with its own code."
         )
     with _parameters_on_meta():
@@ -192,16 +191,21 @@ def _renames(module: nn.Module, names: Sequence[str], known: set[str]) -> dict[s
     return found
 
 
-def bind_or_refuse(module: nn.Module, checkpoint: Checkpoint) -> Binding:
-    """`bind`, refusing a checkpoint that leaves parameters of the module without weights.
+def bind_or_refuse(module: nn.Module, names: Sequence[str], label: str) -> Binding:
+    """`bind`, refusing tensors that leave parameters of the module without weights.
+
+    Args:
+        module: the network.
+        names: tensors by their names in the files.
+        label: whose files they are, for the message.
 
     Raises:
         SourceError: parameters of the module are missing in the checkpoint.
     """
-    binding = bind(module, list(checkpoint.infos))
+    binding = bind(module, names)
     if binding.missing:
         raise SourceError(
-            f"{checkpoint.label}: {len(binding.missing)} parameters of {type(module).__name__} "
+            f"{label}: {len(binding.missing)} parameters of {type(module).__name__} "
             f"have no tensor of their name: {shorten(list(binding.missing))}."
             f"{nearest(binding.missing[0], binding.unused)} "
             "The merged model would run with random weights there."

@@ -1,0 +1,157 @@
+"""Tiny networks, folders and data that the tests of training, export and command line share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
+from gradmerge.coefficients import Constant
+
+SPLITS = ("adaptation", "selection", "test")
+WORDS = [f"w{i}" for i in range(29)]
+
+
+class Perceptron(nn.Module):
+    """Two linear layers; `extra` takes no part in the forward pass."""
+
+    def __init__(self, classes: int = 3, extra: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 8)
+        self.head = nn.Linear(8, classes)
+        self.extra = nn.Linear(2, 2) if extra else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).tanh())
+
+
+class Normalised(nn.Module):
+    """A linear layer, BatchNorm and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.body(x)).relu())
+
+
+def relatives(first: nn.Module, count: int = 3, scale: float = 0.3) -> list[nn.Module]:
+    """`first` and copies with seeded noise on every parameter and floating-point buffer."""
+    generator = torch.Generator().manual_seed(11)
+    models = [first.eval()]
+    for _ in range(count - 1):
+        other = copy.deepcopy(first).eval()
+        with torch.no_grad():
+            for tensor in other.parameters():
+                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
+                tensor.add_(scale * noise.to(tensor.dtype))
+            for name, buffer in other.named_buffers():
+                if name.endswith(("running_mean", "running_var")):
+                    buffer.add_(torch.rand(buffer.shape, generator=generator))
+        models.append(other)
+    return models
+
+
+def build(kind: type[nn.Module] = Perceptron, **options: Any) -> nn.Module:
+    """A network with seeded weights."""
+    torch.manual_seed(0)
+    return kind(**options)
+
+
+def recipe_of(models: Sequence[nn.Module], **options: Any) -> Recipe:
+    """Base and sources `a`, `b`, ..."""
+    sources: dict[str, Any] = dict(zip("abcdef", models[1:], strict=False))
+    return Recipe(sources, base=models[0], **{"init": Constant(0.3), **options})
+
+
+def examples(seed: int, count: int, classes: int = 3) -> list[dict[str, Tensor]]:
+    """Vectors with labels."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "x": torch.randn(6, generator=generator),
+            "labels": torch.randint(classes, (), generator=generator),
+        }
+        for _ in range(count)
+    ]
+
+
+def vectors(
+    tasks: Sequence[str] = ("a", "b"), count: int = 12, classes: int = 3, **options: Any
+) -> MergeDataModule:
+    """A data module of random vectors, the same each time."""
+    described = {
+        task: TaskData(
+            path={s: examples(100 * i + j, count, classes) for j, s in enumerate(SPLITS)},
+            kind="tensors",
+        )
+        for i, task in enumerate(tasks)
+    }
+    return MergeDataModule(described, **{"batch_size": 4, **options})
+
+
+def trainer_of(path: Path, **options: Any) -> lightning.Trainer:
+    """A stock CPU trainer without loggers and bars."""
+    settings: dict[str, Any] = {
+        "default_root_dir": path,
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": 4,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    if "callbacks" not in options:
+        settings["enable_checkpointing"] = False
+    return lightning.Trainer(**{**settings, **options})
+
+
+def raws(module: MergeModule) -> dict[str, Tensor]:
+    """A copy of the raw coefficients."""
+    return {key: value.detach().clone() for key, value in module.merged.raw.items()}
+
+
+def word_tokenizer(folder: Path) -> Path:
+    """A tokenizer of 32 words, saved as transformers saves one."""
+    import tokenizers
+    import transformers
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
+    model = tokenizers.models.WordLevel(vocabulary, unk_token="<pad>")
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    outer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    outer.save_pretrained(folder)
+    return folder
+
+
+def save_family(
+    folder: Path, models: Sequence[nn.Module], tokenizer: bool = True
+) -> dict[str, str]:
+    """Hugging Face folders `base`, `a`, `b`, ... with a tokenizer; returns their paths."""
+    paths = {}
+    for name, model in zip(["base", *"abcdef"], models, strict=False):
+        model.save_pretrained(folder / name)
+        if tokenizer:
+            word_tokenizer(folder / name)
+        paths[name] = str(folder / name)
+    return paths
+
+
+def sentences(seed: int, count: int, length: int = 8) -> list[str]:
+    """Random sentences of the tokenizer's words."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(WORDS), (count, length), generator=generator).tolist()
+    return [" ".join(WORDS[i] for i in row) for row in draws]

@@ -1,0 +1,111 @@
+"""Files that are cut off, missing, stale or no checkpoint at all: refused, and by name."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ARCHITECTURES
+from gradmerge.errors import SourceError
+from gradmerge.sources import SafetensorsFile, as_source
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """A tiny Llama in shards."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoints") / "sharded"
+    ARCHITECTURES["llama"][0]().save_pretrained(folder, max_shard_size="4KB")
+    return folder
+
+
+def copied(folder: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def header_of(text: bytes, data: int = 0) -> bytes:
+    return struct.pack("<Q", len(text)) + text + bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "came 0 bytes. The file is empty or cut off"),
+        (b"1234", "came 4 bytes. The file is empty or cut off"),
+        (b"\xff" * 64, "cut off or no safetensors file"),
+        (header_of(b"garbage!"), "header is not JSON"),
+        (header_of(b"\xff\xfe{}"), "header is not JSON"),
+        (header_of(b"[1, 2]"), "does not describe tensors"),
+        (header_of(b'{"w": {"shape": [1]}}'), "does not describe tensors.*KeyError: 'dtype'"),
+        (
+            header_of(b'{"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', 8),
+            r"w of shape \[3\] cannot fill 8 bytes",
+        ),
+        (
+            header_of(b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', 4),
+            r"expected 77 bytes as its header says, came 73",
+        ),
+        (
+            header_of(b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', 12),
+            r"expected 77 bytes as its header says, came 81",
+        ),
+        (
+            header_of(b'{"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}', 1),
+            "tensor w: dtype F4 has no torch counterpart",
+        ),
+    ],
+)
+def test_damaged_safetensors_file(tmp_path, content, message):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=rf"bad\.safetensors: .*{message}"):
+        SafetensorsFile(str(path)).open()
+
+
+def test_missing_files(sharded, tmp_path):
+    with pytest.raises(SourceError, match=r"none\.safetensors.*no such file exists"):
+        SafetensorsFile(str(tmp_path / "none.safetensors")).open()
+    (tmp_path / "dir.safetensors").mkdir()
+    with pytest.raises(SourceError, match=r"dir\.safetensors: expected a readable"):
+        SafetensorsFile(str(tmp_path / "dir.safetensors")).open()
+    with pytest.raises(SourceError, match=r"nowhere: expected a folder, but none exists"):
+        as_source(str(tmp_path / "nowhere")).open()
+    broken = copied(sharded, tmp_path / "broken")
+    lost = sorted(broken.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(SourceError, match=rf"shards that do not exist: {lost.name}"):
+        as_source(broken).open()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=r"empty: expected model.safetensors.*came nothing"):
+        as_source(tmp_path / "empty").open()
+
+
+def test_index_that_does_not_fit_its_shards(sharded, tmp_path):
+    broken = copied(sharded, tmp_path / "broken")
+    path = broken / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["ghost.weight"] = next(iter(index["weight_map"].values()))
+    path.write_text(json.dumps(index))
+    with pytest.raises(SourceError, match=r"shards do not hold: ghost.weight"):
+        as_source(broken).open()
+    path.write_text("{}")
+    with pytest.raises(SourceError, match="expected a `weight_map`"):
+        as_source(broken).open()
+    path.write_text("{")
+    with pytest.raises(SourceError, match=r"index.json: expected JSON"):
+        as_source(broken).open()
+
+
+def test_tensor_in_two_shards(sharded, tmp_path):
+    broken = copied(sharded, tmp_path / "broken")
+    first, second = sorted(broken.glob("*.safetensors"))[:2]
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(SourceError, match=r"stands in both .* remove the stale shard"):
+        as_source(broken).open()

@@ -1,0 +1,413 @@
+"""Training with a stock Trainer: the steps it takes, precisions, scores and messages."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.plugins import MixedPrecision
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
+from gradmerge.coefficients import Column, Constant, Element, Sigmoid, Softmax, Tensor, Uniform
+from gradmerge.errors import ConfigError
+from gradmerge.objectives import L1, CrossEntropy, Entropy, KLToSource, L2ToInit, Objective
+from tiny import (
+    SPLITS,
+    Normalised,
+    Perceptron,
+    build,
+    raws,
+    recipe_of,
+    relatives,
+    save_family,
+    sentences,
+    trainer_of,
+    vectors,
+)
+
+
+def module_of(models=None, objective=None, coefficients=None, **options):
+    recipe = {"coefficients": coefficients or Tensor()}
+    for name in ("init", "private", "buffers", "unused", "base", "origin"):
+        if name in options:
+            recipe[name] = options.pop(name)
+    return MergeModule(recipe_of(models or relatives(build()), **recipe), objective, **options)
+
+
+def with_sgd(module, rate=0.5):
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=rate)
+    return module
+
+
+def fit(tmp_path, module=None, data=None, **options):
+    module = module or module_of()
+    trainer = trainer_of(tmp_path, **options)
+    trainer.fit(module, datamodule=data or vectors())
+    return module, trainer
+
+
+def validate(trainer, module, data):
+    """All scores of the selection split, by name."""
+    found = trainer.validate(module, datamodule=data, verbose=False)
+    return {name: value for loader in found for name, value in loader.items()}
+
+
+def assert_same_raw(module, other, tolerance):
+    for key, value in raws(module).items():
+        torch.testing.assert_close(value, raws(other)[key], rtol=tolerance, atol=tolerance)
+
+
+# ---- what a step is -------------------------------------------------------------------------
+
+
+def plain_steps(models, data, steps, rate, weights):
+    """Coefficients after SGD on the stacked task vectors, by autograd alone, in float64."""
+    base, *sources = [model.double() for model in copy.deepcopy(models)]
+    names = list(dict(base.named_parameters()))
+    stacked = {
+        n: torch.stack(
+            [dict(s.named_parameters())[n] - dict(base.named_parameters())[n] for s in sources]
+        )
+        for n in names
+    }
+    z = torch.full((len(sources), len(names)), 0.3, dtype=torch.float64, requires_grad=True)
+    stream = iter(data.train_dataloader())
+    for _ in range(steps):
+        batch = next(stream)
+        theta = {
+            n: dict(base.named_parameters())[n].detach()
+            + torch.einsum("k,k...->...", z[:, i], stacked[n].detach())
+            for i, n in enumerate(names)
+        }
+        losses = [
+            weights[t]
+            * cross_entropy(functional_call(base, theta, (b["x"].double(),)), b["labels"])
+            for t, b in batch.items()
+        ]
+        (gradient,) = torch.autograd.grad(sum(losses) / sum(weights.values()), z)
+        z = (z - rate * gradient).detach().requires_grad_()
+    return z.detach()
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_steps_equal_plain_autograd_over_task_vectors(tmp_path, memory):
+    models, weights = relatives(build()), {"a": 3.0, "b": 1.0}
+    objective = Objective([CrossEntropy()], task_weights={"a": 3.0})
+    module = with_sgd(module_of(models, objective, memory=memory))
+    data = vectors()
+    data.setup()
+    expected = plain_steps(models, data, 3, 0.5, weights)
+    fit(tmp_path, module, max_steps=3)
+    assert (expected - 0.3).abs().max() > 1e-2
+    torch.testing.assert_close(module.merged.raw["tensor"].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_the_optimiser_holds_the_coefficients_alone(tmp_path):
+    module, trainer = fit(tmp_path)
+    (optimiser,) = trainer.optimizers
+    held = [p for group in optimiser.param_groups for p in group["params"]]
+    assert len(held) == 1
+    assert held[0] is module.merged.raw["tensor"]
+    assert [tuple(p.shape) for p in module.parameters()] == [(2, 4)]
+    assert list(module.state_dict()) == ["merged.raw.tensor"]
+
+
+def test_sources_are_not_written_to(tmp_path):
+    models = relatives(build(Normalised))
+    before = [copy.deepcopy(model.state_dict()) for model in models]
+    fit(tmp_path, module_of(models, Objective([CrossEntropy(), KLToSource()])))
+    for model, state in zip(models, before, strict=True):
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize("coefficients", [Tensor(), Column(), Softmax(Element())], ids=repr)
+def test_streamed_memory_learns_what_resident_memory_learns(tmp_path, coefficients):
+    learned = [
+        fit(
+            tmp_path,
+            module_of(coefficients=coefficients, init=Uniform(), memory=memory),
+            max_steps=6,
+        )[0]
+        for memory in ("resident", "streamed")
+    ]
+    start = module_of(coefficients=coefficients, init=Uniform())
+    key = next(iter(raws(start)))
+    assert not torch.allclose(raws(learned[0])[key], raws(start)[key], atol=1e-3)
+    assert_same_raw(*learned, tolerance=1e-5)
+
+
+def test_training_lowers_the_loss(tmp_path):
+    module = module_of(learning_rate=0.1)
+    data = vectors(batch_size=12)
+    trainer = trainer_of(tmp_path, max_steps=40)
+    first = validate(trainer, module, data)["selection/loss"]
+    trainer.fit(module, datamodule=data)
+    assert trainer.callback_metrics["train/loss"] < 0.8 * first
+
+
+# ---- accumulation, clipping, precision ------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_accumulated_half_batches_equal_one_batch(tmp_path, memory):
+    whole, _ = fit(tmp_path, with_sgd(module_of(memory=memory)), vectors(batch_size=4))
+    halves, _ = fit(
+        tmp_path,
+        with_sgd(module_of(memory=memory)),
+        vectors(batch_size=2),
+        accumulate_grad_batches=2,
+    )
+    assert not torch.allclose(raws(whole)["tensor"], torch.tensor(0.3), atol=1e-2)
+    assert_same_raw(whole, halves, tolerance=1e-6)
+
+
+def test_clipping_bounds_the_step(tmp_path):
+    free, _ = fit(tmp_path, with_sgd(module_of(), 1.0), max_steps=1)
+    held, _ = fit(tmp_path, with_sgd(module_of(), 1.0), max_steps=1, gradient_clip_val=1e-3)
+    moved = raws(held)["tensor"] - 0.3
+    direction = raws(free)["tensor"] - 0.3
+    assert direction.norm() > 1e-2
+    # the step is a difference of numbers near 0.3, so it is known to float32's 3e-8
+    torch.testing.assert_close(moved, 1e-3 * direction / direction.norm(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_low_precision_keeps_wide_coefficients_and_learns_nearly_the_same(
+    tmp_path, precision, memory
+):
+    wide, _ = fit(tmp_path, with_sgd(module_of()))
+    module = with_sgd(module_of(memory=memory))
+    low, trainer = fit(tmp_path, module, precision=precision)
+    assert {p.dtype for p in low.parameters()} == {torch.float32}
+    assert low.merged.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    moved, expected = raws(low)["tensor"] - 0.3, raws(wide)["tensor"] - 0.3
+    assert trainer.global_step == 4
+    assert expected.norm() > 1e-2
+    # bfloat16 keeps 8 bits
+    assert (moved - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_a_scaler_s_factor_is_taken_out_again(tmp_path, memory):
+    """float16 gradients are scaled against underflow, outside and within the step."""
+    plain, _ = fit(tmp_path, with_sgd(module_of(memory=memory)))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    scaled, trainer = fit(tmp_path, with_sgd(module_of(memory=memory)), plugins=[plugin])
+    assert trainer.precision_plugin.scaler.get_scale() == 2.0**10
+    assert scaled._inner_scale() == 2.0**10
+    moved, expected = raws(scaled)["tensor"] - 0.3, raws(plain)["tensor"] - 0.3
+    # float16 keeps 11 bits
+    assert (moved - expected).norm() < 0.01 * expected.norm()
+
+
+def test_float64_is_float64_throughout(tmp_path):
+    module = with_sgd(module_of(dtype="float64"))
+    double, _ = fit(tmp_path, module, precision="64-true")
+    assert {p.dtype for p in double.parameters()} == {torch.float64}
+    single, _ = fit(tmp_path, with_sgd(module_of()))
+    torch.testing.assert_close(
+        raws(double)["tensor"], raws(single)["tensor"].double(), rtol=0, atol=1e-6
+    )
+
+
+# ---- terms and regularisers -----------------------------------------------------------------
+
+
+def test_regularisers_move_the_first_step_by_their_gradient(tmp_path):
+    plain, _ = fit(tmp_path, with_sgd(module_of()), max_steps=1)
+    objective = Objective([CrossEntropy()], [L1(weight=0.1), L2ToInit(weight=5.0)])
+    module, trainer = fit(tmp_path, with_sgd(module_of(objective=objective)), max_steps=1)
+    # d mean|c| / dc = sign(c) / count, and the distance from the start has no slope at the start
+    expected = raws(plain)["tensor"] - 0.5 * 0.1 / 8
+    torch.testing.assert_close(raws(module)["tensor"], expected, rtol=0, atol=1e-7)
+    assert trainer.callback_metrics["train/penalty"] == pytest.approx(0.1 * 0.3, rel=1e-5)
+
+
+def test_a_strong_pull_to_the_start_keeps_coefficients_there(tmp_path):
+    objective = Objective([CrossEntropy()], [L2ToInit(weight=1e4)])
+    module, _ = fit(tmp_path, module_of(objective=objective, learning_rate=1e-3), max_steps=20)
+    assert (raws(module)["tensor"] - 0.3).abs().max() < 2e-3
+    free, _ = fit(tmp_path, module_of(learning_rate=1e-3), max_steps=20)
+    assert (raws(free)["tensor"] - 0.3).abs().max() > 5e-3
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_teacher_is_the_source_itself_and_leaves_no_trace(memory, training):
+    models = relatives(build(Normalised))
+    module = module_of(models, Objective([KLToSource()]), memory=memory)
+    module.train(training)
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    weights = {
+        n: module.merged.plan.materialise(n, module.merged.raw) for n in module.merged.plan.tensors
+    }
+    buffers = {n: b.clone() for n, b in module.merged.skeleton.named_buffers()}
+    modes = [m.training for m in module.merged.skeleton.modules()]
+    before = module.merged(task="b", x=x)
+    predictions = module._predict("b", {"x": x})
+    with torch.no_grad():
+        torch.testing.assert_close(predictions.teacher, models[2](x), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(predictions.teacher, predictions.logits, atol=1e-2)
+    assert not predictions.teacher.requires_grad
+    torch.testing.assert_close(module.merged(task="b", x=x), before, rtol=0, atol=0)
+    for name, buffer in module.merged.skeleton.named_buffers():
+        if "num_batches" not in name:
+            assert torch.equal(buffer, buffers[name]), name
+    assert [m.training for m in module.merged.skeleton.modules()] == modes
+    for name, value in weights.items():
+        assert torch.equal(module.merged.plan.materialise(name, module.merged.raw), value)
+    assert sum(p.numel() for p in module.parameters()) == 2 * len(weights)
+
+
+def test_distillation_needs_no_labels_and_pulls_towards_the_sources(tmp_path):
+    unlabelled = {
+        task: TaskData(
+            {s: [{"x": e["x"]} for e in rows] for s, rows in data.path.items()}, "tensors"
+        )
+        for task, data in vectors().tasks.items()
+    }
+    module = module_of(objective=Objective([KLToSource()]), learning_rate=0.05)
+    trainer = trainer_of(tmp_path, max_steps=40)
+    data = MergeDataModule(unlabelled, batch_size=12)
+    before = validate(trainer, module, data)["selection/loss"]
+    trainer.fit(module, datamodule=data)
+    after = validate(trainer, module, data)["selection/loss"]
+    assert after < 0.9 * before
+
+
+# ---- scores ---------------------------------------------------------------------------------
+
+
+def test_scores_equal_those_of_the_merged_network_and_the_expert(tmp_path):
+    models = relatives(build())
+    module = module_of(models, coefficients=Sigmoid(Tensor()), init=Constant(0.4))
+    found = validate(trainer_of(tmp_path), module, vectors())
+    merged = copy.deepcopy(models[0])
+    with torch.no_grad():
+        for name, parameter in merged.named_parameters():
+            a, b = (dict(m.named_parameters())[name] for m in models[1:])
+            parameter.add_(0.4 * (a - parameter) + 0.4 * (b - parameter))
+    losses = []
+    for task, expert in zip("ab", models[1:], strict=True):
+        rows = vectors().tasks[task].path["selection"]
+        x, labels = (torch.stack([row[key] for row in rows]) for key in ("x", "labels"))
+        with torch.no_grad():
+            own, best = merged(x), expert(x)
+        right, best_right = ((o.argmax(1) == labels).float().mean().item() for o in (own, best))
+        losses.append(cross_entropy(own, labels).item())
+        assert found[f"selection/{task}/accuracy"] == pytest.approx(right, abs=1e-6)
+        assert found[f"selection/{task}/normalised"] == pytest.approx(right / best_right, abs=1e-6)
+        assert found[f"selection/{task}/loss"] == pytest.approx(losses[-1], rel=1e-5)
+    assert found["selection/loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    average = module.results["selection"]["average"]["loss"]
+    assert average == pytest.approx(found["selection/loss"], rel=1e-6)
+
+
+def test_the_selection_loss_weighs_tasks_as_training_does(tmp_path):
+    module = module_of(objective=Objective([CrossEntropy()], task_weights={"a": 3.0}))
+    found = validate(trainer_of(tmp_path), module, vectors())
+    expected = 0.75 * found["selection/a/loss"] + 0.25 * found["selection/b/loss"]
+    assert found["selection/loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_fit_stops_early_on_the_selection_loss(tmp_path):
+    stop = EarlyStopping("selection/loss", patience=1)
+    _, trainer = fit(
+        tmp_path,
+        module_of(learning_rate=3.0),
+        max_steps=60,
+        callbacks=[stop],
+        enable_checkpointing=False,
+    )
+    assert trainer.global_step < 60
+    assert stop.stopped_epoch > 0
+
+
+# ---- networks of transformers ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_a_language_model_is_fitted_from_folders(tmp_path, family, memory):
+    models, _ = family("llama-tied", dtype=torch.float32)
+    paths = save_family(tmp_path, models)
+    tasks = {
+        task: TaskData(
+            {s: [{"text": t} for t in sentences(9 * i + j, 6)] for j, s in enumerate(SPLITS)},
+            max_length=8,
+        )
+        for i, task in enumerate("ab")
+    }
+    recipe = Recipe({"a": paths["a"], "b": paths["b"]}, base=paths["base"])
+    module = MergeModule(recipe, memory=memory, activation_checkpointing=True)
+    data = MergeDataModule(tasks, batch_size=2)
+    trainer = trainer_of(tmp_path, max_steps=3)
+    trainer.fit(module, datamodule=data)
+    found = validate(trainer, module, data)
+    perplexity = found["selection/a/perplexity"]
+    assert found["selection/a/loss"] == pytest.approx(math.log(perplexity), rel=1e-4)
+    assert not torch.allclose(raws(module)["tensor"], torch.tensor(0.3), atol=1e-3)
+
+
+def test_padding_does_not_count_in_an_encoder_decoder(tmp_path, family):
+    """Its attention mask is that of the encoder's tokens, its logits those of the decoder's."""
+    models, inputs = family("t5", dtype=torch.float32)
+    module = module_of(models)
+    labels = inputs["decoder_input_ids"].clone()
+    labels[1, 2:] = -100
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[0, 4:] = 0
+    logits, kept, _ = module._rows("a", {**inputs, "attention_mask": mask, "labels": labels})
+    assert len(logits) == len(kept) == (labels != -100).sum()
+
+
+# ---- messages -------------------------------------------------------------------------------
+
+
+def test_a_term_that_needs_labels_says_which_task_has_none(tmp_path):
+    data = vectors()
+    for task in "ab":
+        for rows in data.tasks[task].path.values():
+            for row in rows:
+                row.pop("labels")
+    with pytest.raises(
+        ConfigError, match=r"task a has no labels, which CrossEntropy needs; name its"
+    ):
+        fit(tmp_path, data=data)
+    module, trainer = fit(tmp_path, module_of(objective=Entropy()), data)
+    assert trainer.callback_metrics["selection/loss"] > 0
+
+
+def test_weights_of_unknown_tasks_are_refused_before_training(tmp_path):
+    module = module_of(objective=Objective([CrossEntropy()], task_weights={"aa": 2.0}))
+    with pytest.raises(ConfigError, match=r"'aa' is no task; there are a, b\. Did you mean 'a'"):
+        fit(tmp_path, module)
+
+
+def test_tasks_without_a_source_are_refused_where_one_is_needed(tmp_path):
+    with pytest.raises(ConfigError, match=r"tasks name no source: c -> c; sources are a, b"):
+        fit(tmp_path, module_of(objective=KLToSource()), vectors(("a", "c")))
+    module, _ = fit(tmp_path, data=vectors(("a", "c")))
+    assert module.tasks == ("a", "c")
+
+
+def test_batches_that_are_not_by_task_are_explained(tmp_path):
+    module = module_of()
+    with pytest.raises(
+        ConfigError, match="must map task names to batches, came the keys x, labels"
+    ):
+        module._by_task({"x": torch.zeros(1), "labels": torch.zeros(1)})
+    with pytest.raises(ConfigError, match=r"the batch has tasks \['z'\]; expected some of a, b"):
+        module._by_task({"z": {"x": torch.zeros(1)}})
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(ConfigError, match=r"dtype: expected .*bfloat16.* came 'bf17'"):
+        module_of(dtype="bf17")

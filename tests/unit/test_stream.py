@@ -1,0 +1,108 @@
+"""The training stream: seeded order, one global batch for any number of processes, resuming."""
+
+from __future__ import annotations
+
+from itertools import chain, islice
+
+import pytest
+import torch
+
+from gradmerge import MergeDataModule, TaskData
+from gradmerge.data import STAGES, StreamLoader, _TaskStream, collate
+
+
+def numbers(count, first=0):
+    return [{"x": torch.tensor(first + i)} for i in range(count)]
+
+
+def stream_of(batch_size=4, rank=0, world=1, seed=0, **sizes):
+    sizes = sizes or {"a": 10, "b": 7}
+    stream = _TaskStream({t: numbers(n) for t, n in sizes.items()}, collate, batch_size, seed)
+    stream.rank, stream.world = rank, world
+    return stream
+
+
+def loader_of(num_workers=0, **options):
+    return StreamLoader(stream_of(**options), num_workers)
+
+
+def plain(batches):
+    return [{task: batch["x"].tolist() for task, batch in step.items()} for step in batches]
+
+
+def epochs(loader, count):
+    return [plain(loader) for _ in range(count)]
+
+
+def test_an_epoch_sees_the_largest_task_once_and_goes_round_the_others():
+    (steps,) = epochs(loader_of(), 1)
+    assert len(steps) == len(loader_of()) == 3
+    largest = list(chain(*(step["a"] for step in steps)))
+    assert sorted(largest[:10]) == list(range(10))
+    smaller = list(chain(*(step["b"] for step in steps)))
+    assert sorted(smaller[:7]) == list(range(7))
+    assert all(len(step[task]) == 4 for step in steps for task in "ab")
+
+
+def test_the_order_is_seeded_and_new_in_each_epoch():
+    first, second = epochs(loader_of(), 2)
+    assert [first, second] == epochs(loader_of(), 2)
+    assert first != second
+    assert first != epochs(loader_of(seed=1), 1)[0]
+
+
+def test_tasks_of_one_size_are_not_in_one_order():
+    (steps,) = epochs(loader_of(a=40, b=40, batch_size=40), 1)
+    assert steps[0]["a"] != steps[0]["b"]
+
+
+def test_a_reader_that_never_sees_the_end_gets_the_next_epoch_all_the_same():
+    """A trainer that knows the length stops asking after the last step."""
+    loader, whole = loader_of(), epochs(loader_of(), 3)
+    for expected in whole:
+        iterator = iter(loader)
+        assert plain(islice(iterator, 3)) == expected
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_processes_share_the_global_batch_of_one(world):
+    for epoch in range(2):
+        alone = epochs(loader_of(batch_size=12), 2)[epoch]
+        shares = [
+            epochs(loader_of(batch_size=12 // world, rank=rank, world=world), 2)[epoch]
+            for rank in range(world)
+        ]
+        for step, expected in enumerate(alone):
+            for task in "ab":
+                together = [x for share in shares for x in share[step][task]]
+                assert sorted(together) == sorted(expected[task])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("done", [0, 1, 2, 3, 4, 7])
+def test_a_resumed_stream_goes_on_at_the_very_next_batch(done, num_workers):
+    whole = list(chain(*epochs(loader_of(), 4)))
+    loader = loader_of(num_workers)
+    seen = 0
+    while seen < done:
+        seen += len(plain(islice(iter(loader), min(3, done - seen))))
+    state = loader.state_dict()
+
+    resumed = loader_of(num_workers)
+    resumed.load_state_dict(state)
+    left = 3 - done % 3
+    assert plain(resumed) == whole[done : done + left]
+    assert plain(resumed) == whole[done + left : done + left + 3]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_worker_processes_change_nothing(num_workers):
+    assert epochs(loader_of(num_workers), 2) == epochs(loader_of(), 2)
+
+
+def test_the_data_module_gives_the_stream_of_its_seed():
+    tasks = {"a": TaskData({s: numbers(6, 100 * i) for i, s in enumerate(STAGES)}, kind="tensors")}
+    data = MergeDataModule(tasks, batch_size=3, seed=5)
+    data.setup()
+    (steps,) = epochs(data.train_dataloader(), 1)
+    assert [steps] == epochs(loader_of(a=6, batch_size=3, seed=5), 1)
