@@ -3,10 +3,10 @@
     python scripts/quickstart.py lm            four text domains, a byte-level Llama
     python scripts/quickstart.py vision        four image tasks, labelled and unlabelled
 
-For each seed the suite is built (or found in the cache), baselines and learned merges are scored on the
-test split, and a table, `results.json`, a heat map and the exported folder of the best learned merge are
-written to `outputs/quickstart-SUITE/`. Every choice (task arithmetic's scale, a learned merge's learning
-rate and step) is made on the selection split.
+For each seed the suite is built (or found in the cache), baselines and learned merges are scored on
+the test split, and a table, `results.json`, a heat map and the exported folder of the best learned
+merge are written to `outputs/quickstart-SUITE/`. Every choice (task arithmetic's scale, a learned
+merge's learning rate and step) is made on the selection split.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ class Session:
         self.output.mkdir(parents=True, exist_ok=True)
         text = (ROOT / "configs" / "suites" / f"{name}.yaml").read_text()
         # The shipped configuration speaks of the default cache and of seed 0.
-        text = text.replace(".cache/suites", str(cache)).replace(f"{name}-seed0", f"{name}-seed{seed}")
+        text = text.replace(".cache/suites", str(cache)).replace(
+            f"{name}-seed0", f"{name}-seed{seed}"
+        )
         text = text.replace("seed_everything: 0", f"seed_everything: {seed}")
         self.config = Path(tempfile.mkdtemp()) / f"{name}-seed{seed}.yaml"
         self.config.write_text(text)
@@ -104,9 +106,7 @@ class Session:
     def build(self) -> None:
         """Experts and data, from the cache or new."""
         command = [sys.executable, str(ROOT / "scripts" / "suites" / f"{self.name}.py")]
-        subprocess.run(
-            [*command, "--cache", str(self.cache), "--seed", str(self.seed)], check=True
-        )
+        subprocess.run([*command, "--cache", str(self.cache), "--seed", str(self.seed)], check=True)
 
     def command(self, method: str, *options: str) -> list[str]:
         """Arguments of `gradmerge fit` for a method."""
@@ -124,7 +124,9 @@ class Session:
         ]
 
     def baselines(self) -> tuple[list[Row], float]:
-        """Base, experts, uniform average, tuned task arithmetic, upper bound; and the chosen scale."""
+        """Base, experts, uniform average, tuned task arithmetic, upper bound; and the chosen
+        scale.
+        """
         import lightning
         import torch
 
@@ -173,7 +175,9 @@ class Session:
         return [*rows, Row("upper bound", upper, note="each expert on its own task")], best
 
     def learn(self, method: Method) -> tuple[Row, Any]:
-        """The best of a method's learning rates by the selection split, scored on the test split."""
+        """The best of a method's learning rates by the selection split, scored on the test
+        split.
+        """
         import torch
 
         from gradmerge.cli import learn
@@ -187,8 +191,12 @@ class Session:
             path = cli.trainer.checkpoint_callback.best_model_path
             state = torch.load(path, weights_only=True)
             selection = state["gradmerge"]["results"]["selection"]["average"]
-            value = selection["loss"] if method.config == "entropy" else selection[self.suite.metric]
-            if best is None or (value < best[0] if method.config == "entropy" else better(value, best[0])):
+            value = (
+                selection["loss"] if method.config == "entropy" else selection[self.suite.metric]
+            )
+            if best is None or (
+                value < best[0] if method.config == "entropy" else better(value, best[0])
+            ):
                 best = (value, rate, (cli, path))
         assert best is not None
         seconds = time.perf_counter() - start
@@ -332,7 +340,6 @@ def quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore")
     # Both set their own level when they are imported, so they are imported first.
-    import lightning.pytorch
     import transformers
 
     transformers.logging.set_verbosity_error()

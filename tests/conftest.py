@@ -65,7 +65,13 @@ def _llama(tied: bool) -> nn.Module:
 def _gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=2
+            vocab_size=32,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            n_positions=16,
+            bos_token_id=1,
+            eos_token_id=2,
         )
     )
 
@@ -86,7 +92,13 @@ def _bert() -> nn.Module:
 def _t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(
         transformers.T5Config(
-            vocab_size=32, d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8, decoder_start_token_id=0
+            vocab_size=32,
+            d_model=16,
+            d_ff=24,
+            num_layers=1,
+            num_heads=2,
+            d_kv=8,
+            decoder_start_token_id=0,
         )
     )
 

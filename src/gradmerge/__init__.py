@@ -14,7 +14,7 @@ _WHERE = {
     "MergeDataModule": "data",
     "MergeModule": "module",
     "MergedModel": "merged",
-    "Plan": "recipe",
+    "Plan": "plan",
     "Recipe": "recipe",
     "TaskData": "data",
 }
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from gradmerge.data import MergeDataModule, TaskData
     from gradmerge.merged import MergedModel
     from gradmerge.module import MergeModule
-    from gradmerge.recipe import Plan, Recipe
+    from gradmerge.plan import Plan
+    from gradmerge.recipe import Recipe
 
 
 def __getattr__(name: str) -> Any:

@@ -16,8 +16,8 @@ from torch import Tensor
 from gradmerge.errors import ConfigError
 from gradmerge.export import export, refuse_existing
 from gradmerge.module import MergeModule
+from gradmerge.plan import Plan
 from gradmerge.plots import heat_map
-from gradmerge.recipe import Plan
 
 
 def coefficient_table(plan: Plan, raw: Any) -> tuple[list[str], Tensor]:
@@ -32,8 +32,8 @@ def coefficient_table(plan: Plan, raw: Any) -> tuple[list[str], Tensor]:
 class CoefficientLogger(lightning.Callback):
     """Coefficients at each validation: a histogram and a tensor x source heat map to W&B.
 
-    Always, without any logger service: `coefficients.csv` (one line a validation, tensor and source)
-    and, at the end, `coefficients.png`, in the run's folder.
+    Always, without any logger service: `coefficients.csv` (one line a validation, tensor and
+    source) and, at the end, `coefficients.png`, in the run's folder.
 
     Args:
         every_n_validations: log at every n-th validation.
@@ -76,7 +76,13 @@ class CoefficientLogger(lightning.Callback):
                 self._to_wandb(logger, plan, module, table, names, trainer.global_step)
 
     def _to_wandb(
-        self, logger: Any, plan: Plan, module: MergeModule, table: Tensor, names: list[str], step: int
+        self,
+        logger: Any,
+        plan: Plan,
+        module: MergeModule,
+        table: Tensor,
+        names: list[str],
+        step: int,
     ) -> None:
         import wandb
 
@@ -90,8 +96,8 @@ class CoefficientLogger(lightning.Callback):
 class StepProgress(TQDMProgressBar):
     """One bar over all training steps: the loss, the step rate and the time left.
 
-    Epochs say little here: tasks differ in size, and a fit is a number of steps. Where the output is no
-    terminal, a line every ten seconds.
+    Epochs say little here: tasks differ in size, and a fit is a number of steps. Where the output
+    is no terminal, a line every ten seconds.
     """
 
     def init_train_tqdm(self) -> Any:
@@ -179,7 +185,7 @@ class ExportAtEnd(lightning.Callback):
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Restore the best coefficients and export."""
-        if trainer.fast_dev_run or trainer.interrupted:
+        if getattr(trainer, "fast_dev_run", False) or trainer.interrupted:
             return
         best = restore_best(trainer, pl_module)
         if not trainer.is_global_zero:
@@ -195,8 +201,10 @@ class ExportAtEnd(lightning.Callback):
             tasks=merged.tasks,
             head=self.head,
             results=pl_module.results,
-            extra={"checkpoint": Path(best).name if best else "last state",
-                   "steps": trainer.global_step},
+            extra={
+                "checkpoint": Path(best).name if best else "last state",
+                "steps": trainer.global_step,
+            },
         )
         lightning.pytorch.utilities.rank_zero_info(f"merged model written to {folder}")
         for logger in trainer.loggers:

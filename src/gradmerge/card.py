@@ -7,21 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from gradmerge._typing import Raw
+from gradmerge.plan import Plan
 
-from gradmerge.recipe import Plan
 
-
-def model_card(
-    plan: Plan, raw: Mapping[str, Tensor], provenance: Mapping[str, Any], head: str
-) -> str:
+def model_card(plan: Plan, raw: Raw, provenance: Mapping[str, Any], head: str) -> str:
     """What was merged, how, how well it scored, and how to load it."""
     sections = [
         _front_matter(plan),
         "# Merged model",
         f"A merge of {len(plan.sources)} checkpoints of one architecture, written by gradmerge "
-        f"{provenance['versions']['gradmerge']}. It is an ordinary checkpoint: `transformers` loads it "
-        "alone.",
+        f"{provenance['versions']['gradmerge']}. It is an ordinary checkpoint: "
+        "`transformers` loads it alone.",
         _loading(plan, head),
         "## Sources\n\n" + _sources(plan, provenance),
         "## Scores\n\n" + _scores(provenance.get("results") or {}),
@@ -45,7 +42,9 @@ def _front_matter(plan: Plan) -> str:
 def _loading(plan: Plan, head: str) -> str:
     names = (plan.reference.config or {}).get("architectures") or []
     if not names:
-        return "The weights are in `model.safetensors`, by the names of the architecture's parameters."
+        return (
+            "The weights are in `model.safetensors`, by the names of the architecture's parameters."
+        )
     text = (
         "```python\n"
         f"from transformers import {names[0]}\n\n"
@@ -80,7 +79,7 @@ def _scores(results: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-def _coefficients(plan: Plan, raw: Mapping[str, Tensor]) -> str:
+def _coefficients(plan: Plan, raw: Raw) -> str:
     rows = ["| source | mean | smallest | largest |", "|---|---|---|---|"]
     sums = dict.fromkeys(plan.sources, 0.0)
     low = dict.fromkeys(plan.sources, float("inf"))

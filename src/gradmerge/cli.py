@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command = arguments[0]
     if command not in COMMANDS:
-        print(f"gradmerge: {command!r} is no command.{nearest(command, COMMANDS)}\n", file=sys.stderr)
+        print(
+            f"gradmerge: {command!r} is no command.{nearest(command, COMMANDS)}\n", file=sys.stderr
+        )
         print(USAGE, file=sys.stderr)
         return 2
     try:
@@ -129,7 +131,7 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
             given = self._get(self.config_init, "trainer") or {}
             if given.get("logger") is None:
                 kwargs["logger"] = default_loggers(given.get("default_root_dir"))
-            trainer = super().instantiate_trainer(**kwargs)
+            trainer: Any = super().instantiate_trainer(**kwargs)
             bar = trainer.progress_bar_callback
             if bar is not None and type(bar) in (TQDMProgressBar, RichProgressBar):
                 trainer.callbacks[trainer.callbacks.index(bar)] = StepProgress()
@@ -221,7 +223,9 @@ def explain(message: str, parser: Any) -> str:
     hints = []
     for unknown in re.findall(r"--([\w.]+)", message) if "nrecognized" in message else []:
         hints.append(nearest(f"--{unknown}", [f"--{key}" for key in keys]))
-    for unknown in re.findall(r"Key '([\w.]+)' is not expected|does not accept.*?'([\w.]+)'", message):
+    for unknown in re.findall(
+        r"Key '([\w.]+)' is not expected|does not accept.*?'([\w.]+)'", message
+    ):
         name = next(part for part in unknown if part)
         hints.append(nearest(name, {*keys, *(key.rsplit(".", 1)[-1] for key in keys)}))
     for path in re.findall(
@@ -249,7 +253,7 @@ def _keys(parser: Any) -> set[str]:
 def _plain(command: str, arguments: Sequence[str]) -> None:
     import jsonargparse
 
-    class Parser(jsonargparse.ArgumentParser):  # type: ignore[misc]
+    class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, *args: Any, **kwargs: Any) -> Any:
             stop(message, self)
 
@@ -263,7 +267,7 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
     positional = {"export": ["checkpoint", "output"], "inspect": ["sources"]}.get(command, [])
     for name in positional:
-        several = {"nargs": "+"} if name == "sources" else {}
+        several: dict[str, Any] = {"nargs": "+"} if name == "sources" else {}
         parser.add_argument(name, type=str, help=_POSITIONAL[name], **several)
     parser.add_function_arguments(function, as_group=False, skip=set(positional))
     parsed = parser.instantiate_classes(parser.parse_args(list(arguments)))
@@ -299,9 +303,7 @@ def merge(
 
     refuse_existing(Path(output), overwrite)
     plan = recipe.open(with_skeleton=False)
-    folder = export(
-        plan, plan.initial_raw(), output, dtype=dtype, overwrite=overwrite, head=head
-    )
+    folder = export(plan, plan.initial_raw(), output, dtype=dtype, overwrite=overwrite, head=head)
     print(f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors: {folder}")
 
 

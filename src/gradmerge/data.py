@@ -1,8 +1,8 @@
 """Data: one dataset a task, three disjoint splits (adaptation, selection, test), seeded batches.
 
 Training batches are a stream indexed by (seed, epoch, step): every process computes the same global
-batch and takes its share, so two processes see what one would, and a resumed run goes on at the very
-next batch.
+batch and takes its share, so two processes see what one would, and a resumed run goes on at the
+very next batch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class TaskData:
                         f"{nearest(key, STAGES)}"
                     )
         if len(self.fractions) != 3 or not math.isclose(sum(self.fractions), 1, abs_tol=1e-6):
-            raise ConfigError(f"fractions must be three shares that sum to 1, came {self.fractions}.")
+            raise ConfigError(
+                f"fractions must be three shares that sum to 1, came {self.fractions}."
+            )
 
 
 def load_splits(task: str, data: TaskData, seed: int) -> dict[Stage, Any]:
@@ -120,9 +122,9 @@ def load_splits(task: str, data: TaskData, seed: int) -> dict[Stage, Any]:
     if len(loaded) == 1:
         return _cut(task, next(iter(loaded.values())), data.fractions, seed)
     raise ConfigError(
-        f"task {task}: expected the splits adaptation, selection, test (or train, validation, test), "
-        f"came {', '.join(loaded)}. Say which to use: splits: {{adaptation: ..., selection: ..., "
-        "test: ...}."
+        f"task {task}: expected the splits adaptation, selection, test (or train, validation, "
+        f"test), came {', '.join(loaded)}. Say which to use: "
+        "splits: {adaptation: ..., selection: ..., test: ...}."
     )
 
 
@@ -177,7 +179,9 @@ def require_disjoint(task: str, splits: Mapping[Stage, Any], columns: Sequence[s
 
 
 class _TaskStream(IterableDataset[dict[str, dict[str, Tensor]]]):
-    """Steps `start` to `stop`, counted over all epochs; each yields `{task: batch}` for this process."""
+    """Steps `start` to `stop`, counted over all epochs; each yields `{task: batch}` for this
+    process.
+    """
 
     def __init__(
         self, examples: Mapping[str, Dataset[Any]], collate: Any, batch_size: int, seed: int
@@ -207,7 +211,9 @@ class _TaskStream(IterableDataset[dict[str, dict[str, Tensor]]]):
         """A permutation of the examples, a new one each time the task has been seen once."""
         kept = self._orders.get(task)
         if kept is None or kept[0] != (epoch, lap):
-            name = int.from_bytes(hashlib.sha1(task.encode(), usedforsecurity=False).digest()[:4], "big")
+            name = int.from_bytes(
+                hashlib.sha1(task.encode(), usedforsecurity=False).digest()[:4], "big"
+            )
             generator = torch.Generator().manual_seed(
                 (self.seed * 1_000_003 + epoch * 9_176 + lap * 131 + name) % 2**63
             )
@@ -228,8 +234,8 @@ class _TaskStream(IterableDataset[dict[str, dict[str, Tensor]]]):
 class StreamLoader:
     """A loader of training steps that can be resumed in the middle of an epoch.
 
-    It counts the steps it gave: a trainer stops asking after an epoch's last step and so never sees an
-    iterator end.
+    It counts the steps it gave: a trainer stops asking after an epoch's last step and so never sees
+    an iterator end.
     """
 
     def __init__(self, stream: _TaskStream, num_workers: int) -> None:

@@ -1,7 +1,8 @@
 """From coefficients to a folder that `transformers` loads alone.
 
-Written tensor by tensor (memory never holds the model) into a temporary folder beside the target, which
-takes its name only when complete: a kill at any moment leaves the old folder or none, never half a one.
+Written tensor by tensor (memory never holds the model) into a temporary folder beside the target,
+which takes its name only when complete: a kill at any moment leaves the old folder or none, never
+half a one.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradmerge._typing import Raw
 from gradmerge._version import __version__
 from gradmerge.card import model_card
 from gradmerge.errors import ConfigError, nearest
-from gradmerge.recipe import Plan
+from gradmerge.plan import Plan
 from gradmerge.sources.base import tensor_bytes
 from gradmerge.spec import to_plain
 
@@ -49,9 +51,17 @@ _CODES = {
 }
 # Files of a model folder that are not weights, not training leftovers and not about one checkpoint.
 _COPIED = (".json", ".txt", ".model", ".jinja", ".py")
-_NOT_COPIED = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "config.json",
-               "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json",
-               "adapter_config.json", "provenance.json")
+_NOT_COPIED = (
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "config.json",
+    "trainer_state.json",
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+    "adapter_config.json",
+    "provenance.json",
+)
 
 
 @dataclass(frozen=True)
@@ -74,8 +84,8 @@ def write_safetensors(
 ) -> None:
     """A safetensors file, one tensor in memory at a time.
 
-    The library's own writer wants all tensors at once; the format is a length, a JSON header and the
-    bytes in order.
+    The library's own writer wants all tensors at once; the format is a length, a JSON header and
+    the bytes in order.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
@@ -104,7 +114,7 @@ def write_safetensors(
 
 def export(
     plan: Plan,
-    raw: Mapping[str, Tensor],
+    raw: Raw,
     output: str | Path,
     *,
     dtype: str | None = None,
@@ -191,7 +201,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def _merged_entries(
     plan: Plan,
-    raw: Mapping[str, Tensor],
+    raw: Raw,
     buffers: Mapping[str, Tensor],
     dtype: torch.dtype | None,
 ) -> Iterator[Entry]:
@@ -253,7 +263,9 @@ def _write_index(folder: Path, files: Mapping[str, str], total: int) -> None:
 
 
 def _write_config(plan: Plan, work: Path, source: str | None, dtype: torch.dtype | None) -> None:
-    """Config, generation config, tokenizer and processor: of the reference, labels of the head's."""
+    """Config, generation config, tokenizer and processor: of the reference, labels of the
+    head's.
+    """
     head = plan.reference if source is None else plan.sources[source]
     candidates = [head, plan.reference, *plan.sources.values()]
     config = next((dict(c.config) for c in candidates if c.config is not None), None)
@@ -292,7 +304,7 @@ def _write_task(
     _write_config(plan, folder, source, dtype)
 
 
-def _write_coefficients(plan: Plan, raw: Mapping[str, Tensor], work: Path) -> None:
+def _write_coefficients(plan: Plan, raw: Raw, work: Path) -> None:
     """`c` of every merged tensor, `[sources, *slot]`, float32."""
     num = len(plan.sources)
     entries = []

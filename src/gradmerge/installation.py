@@ -1,9 +1,9 @@
 """Handing merged tensors to any architecture without forking its code.
 
-Every parameter of the skeleton becomes a property of its module, which asks the engine for the tensor at
-each access. Modelling code, tied weights, weight access across modules, activation checkpointing (the
-recomputation asks again, inside backward) and autocast go on as before. `functional_call` would break
-under checkpointing: its swap is undone before backward recomputes.
+Every parameter of the skeleton becomes a property of its module, which asks the engine for the
+tensor at each access. Modelling code, tied weights, weight access across modules, activation
+checkpointing (the recomputation asks again, inside backward) and autocast go on as before.
+`functional_call` would break under checkpointing: its swap is undone before backward recomputes.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _getter(name: str) -> Callable[[nn.Module], Tensor]:
     def get(module: nn.Module) -> Tensor:
         fetch, key, casts = module.__dict__[_SLOT][name]
         try:
-            return fetch(key, casts)  # type: ignore[no-any-return]
+            return fetch(key, casts)
         except AttributeError as error:
             # nn.Module.__getattr__ would swallow it and report a missing parameter instead
             raise RuntimeError(f"{name} of {type(module).__name__}: {error}") from error
@@ -95,7 +95,7 @@ def _getter(name: str) -> Callable[[nn.Module], Tensor]:
 
 def _fill_flat_weights(module: nn.Module, _: Any) -> None:
     names = module._flat_weights_names
-    module._flat_weights = [getattr(module, name) for name in names]  # type: ignore[arg-type, union-attr, assignment]
+    module._flat_weights = [getattr(module, name) for name in names]  # type: ignore[union-attr, assignment]
 
 
 class LiveTensors:

@@ -1,8 +1,8 @@
 """The differentiable merged model: pure torch, for any `nn.Module`, usable without Lightning.
 
 For every tensor p, `theta_p = combine(theta_1..K, link(z))` and `dL/dz` is the contraction of
-`G_p = dL/dtheta_p` with the directions (see `gradmerge.operators`). There is no autograd graph over the
-sources and no temporary of the model's size a source.
+`G_p = dL/dtheta_p` with the directions (see `gradmerge.operators`). There is no autograd graph over
+the sources and no temporary of the model's size a source.
 
 Memory modes:
     resident: merged tensors live for the step; one merge and one contraction a step.
@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.installation import LiveTensors, install, restamp
-from gradmerge.recipe import Plan, Recipe
+from gradmerge.plan import Plan
+from gradmerge.recipe import Recipe
 
 Memory = Literal["resident", "streamed"]
 
@@ -31,9 +32,7 @@ class _Combine(torch.autograd.Function):
     """Forward: combine. Backward: contract. Nothing but the tensor's name is kept between."""
 
     @staticmethod
-    def forward(
-        ctx: Any, raw: Tensor, engine: MergedModel, key: str, dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, raw: Tensor, engine: MergedModel, key: str, dtype: torch.dtype) -> Tensor:
         ctx.raw, ctx.engine, ctx.key, ctx.version = raw, engine, key, engine.version
         return engine.build(key, raw, dtype)
 
@@ -63,9 +62,10 @@ class _Deferred(torch.autograd.Function):
 class MergedModel(nn.Module):
     """A network whose weights are a learned merge of frozen sources.
 
-    Its only parameters are the raw coefficients (`raw`), in float32. Call it like the network itself;
-    `loss.backward()` fills their gradients. For several losses a step use `accumulate`, which keeps
-    one loss's activations alive at a time and, in resident memory, merges and contracts once.
+    Its only parameters are the raw coefficients (`raw`), in float32. Call it like the network
+    itself; `loss.backward()` fills their gradients. For several losses a step use `accumulate`,
+    which keeps one loss's activations alive at a time and, in resident memory, merges and contracts
+    once.
 
     Args:
         recipe: a `Recipe`, or a `Plan` that was opened already.
@@ -178,13 +178,14 @@ class MergedModel(nn.Module):
 
     def train(self, mode: bool = True) -> MergedModel:
         """Dropout stays off (sources are frozen); BatchNorm uses batch statistics while training
-        if they are recomputed afterwards."""
+        if they are recomputed afterwards.
+        """
         super().train(mode)
         self.skeleton.eval()
         if mode and self.plan.recipe.buffers == "recompute":
-            for module in self.batch_norms:
-                module.train()
-                module.momentum = 0.0  # running statistics stay those of the last recomputation
+            for norm in self.batch_norms:
+                norm.train()
+                norm.momentum = 0.0  # running statistics stay those of the last recomputation
         for module in self.skeleton.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.training = mode  # transformers checkpoints only what is in training mode
@@ -214,7 +215,9 @@ class MergedModel(nn.Module):
 
     # ---- tensors ----------------------------------------------------------------------------
 
-    def build(self, key: str, raw: Tensor | None, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    def build(
+        self, key: str, raw: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
         """`theta` of one tensor, without a graph."""
         # A trainer evaluates in inference mode; a tensor made there could never be trained with.
         with torch.inference_mode(False):
@@ -283,7 +286,9 @@ class MergedModel(nn.Module):
         """Run the network with merged weights.
 
         Args:
+            *args: as the network takes them.
             task: the task whose private tensors (head) are used, where the recipe has any.
+            **kwargs: as the network takes them.
         """
         if task is not None and task not in self.tasks:
             raise ConfigError(f"task {task!r}: expected one of {', '.join(self.tasks)}.")

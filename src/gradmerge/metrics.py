@@ -1,4 +1,6 @@
-"""Scores a task, with torchmetrics: accuracy, macro-F1 and calibration, or perplexity and bits a byte."""
+"""Scores a task, with torchmetrics: accuracy, macro-F1 and calibration, or perplexity and bits a
+byte.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +49,9 @@ class _Language(Metric):
     """Perplexity a token, and bits a byte of text: comparable between tokenizers."""
 
     full_state_update = False
+    nats: Tensor
+    tokens: Tensor
+    bytes: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +82,9 @@ class TaskScores:
         self._losses: dict[str, MeanMetric] = {}
         self.score = BITS_PER_BYTE if causal else ACCURACY
 
-    def update(self, task: str, logits: Tensor, labels: Tensor, bytes_per_token: float = 1.0) -> None:
+    def update(
+        self, task: str, logits: Tensor, labels: Tensor, bytes_per_token: float = 1.0
+    ) -> None:
         """Add a batch's rows."""
         if task not in self._metrics:
             metrics, _ = build_metrics(self._causal, logits.shape[-1])

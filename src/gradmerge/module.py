@@ -35,15 +35,15 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 class MergeModule(lightning.LightningModule):
     """Learns the coefficients of a merge with `trainer.fit`.
 
-    A training batch maps task names to batches of that task (`MergeDataModule` makes them); a batch is a
-    mapping of model inputs, with `labels` where there are any. Only the raw coefficients are
+    A training batch maps task names to batches of that task (`MergeDataModule` makes them); a batch
+    is a mapping of model inputs, with `labels` where there are any. Only the raw coefficients are
     parameters: they are all that the optimiser and the checkpoint hold.
 
     Args:
         recipe: what is merged and how.
         objective: what is minimised; a single term will do.
-        memory: `resident` keeps merged tensors for the step; `streamed` rebuilds them in backward and
-            holds about one layer.
+        memory: `resident` keeps merged tensors for the step; `streamed` rebuilds them in backward
+        and     holds about one layer.
         dtype: dtype of the merged weights in training.
         activation_checkpointing: recompute each block's activations in backward.
         learning_rate: of Adam, where no other optimiser is configured.
@@ -173,8 +173,8 @@ class MergeModule(lightning.LightningModule):
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor):
             raise ConfigError(
-                f"{type(self.merged.skeleton).__name__} returned {type(output).__name__}; expected a "
-                "tensor of logits or an output with `logits`."
+                f"{type(self.merged.skeleton).__name__} returned {type(output).__name__}; expected "
+                "a tensor of logits or an output with `logits`."
             )
         config = getattr(self.merged.skeleton, "config", None)
         decodes = getattr(config, "is_encoder_decoder", False)
@@ -189,9 +189,10 @@ class MergeModule(lightning.LightningModule):
         teacher = self._expert_rows(task, batch) if self.objective.needs_teacher else None
         logits, labels, _ = self._rows(task, batch)
         if labels is None and self.objective.needs_labels:
+            terms = [type(term).__name__ for term in self.objective.terms if term.needs_labels]
             raise ConfigError(
-                f"task {task} has no labels, which {', '.join(type(t).__name__ for t in self.objective.terms if t.needs_labels)} "
-                "needs; name its label column, or use Entropy or KLToSource."
+                f"task {task} has no labels, which {', '.join(terms)} needs; name its "
+                "label column, or use Entropy or KLToSource."
             )
         return Predictions(logits, labels, teacher)
 
@@ -237,7 +238,9 @@ class MergeModule(lightning.LightningModule):
         self.train()
 
     def on_validation_model_train(self) -> None:
-        """Go back to training; a trainer would restore flags of submodules, which the network is not."""
+        """Go back to training; a trainer would restore flags of submodules, which the network is
+        not.
+        """
         self.train(self.trainer.state.fn == "fit")
 
     def on_fit_end(self) -> None:
@@ -331,8 +334,8 @@ class MergeModule(lightning.LightningModule):
         data = getattr(self._trainer, "datamodule", None)
         if data is None or not hasattr(data, "evaluation_loaders"):
             lightning.pytorch.utilities.rank_zero_warn(
-                "BatchNorm statistics cannot be recomputed without a MergeDataModule; the mean of the "
-                "sources' statistics is used."
+                "BatchNorm statistics cannot be recomputed without a MergeDataModule; the mean of "
+                "the sources' statistics is used."
             )
             self._buffers_version = merged.version
             return
@@ -357,7 +360,9 @@ class MergeModule(lightning.LightningModule):
             "fingerprints": plan.fingerprints,
             "fixed": dict(plan.fixed),
             "checked_unused": self._checked_unused,
-            "buffers": {k: v.detach().cpu().clone() for k, v in self.merged.buffers_by_name().items()},
+            "buffers": {
+                k: v.detach().cpu().clone() for k, v in self.merged.buffers_by_name().items()
+            },
             "results": copy.deepcopy(self.results),
             "experts": copy.deepcopy(self._experts),
         }

@@ -28,7 +28,12 @@ def heat_map(
     axes = figure.subplots()
     limit = max(float(table.abs().max()), 1e-6)
     image = axes.imshow(
-        table.numpy(), aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
+        table.numpy(),
+        aspect="auto",
+        cmap="RdBu_r",
+        vmin=-limit,
+        vmax=limit,
+        interpolation="nearest",
     )
     axes.set_xticks(range(len(sources)), list(sources), rotation=30, ha="right")
     if len(names) <= 120:

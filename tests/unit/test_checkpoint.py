@@ -1,4 +1,5 @@
-"""What a training checkpoint holds, resuming from it, and what belongs to it besides coefficients."""
+"""What a training checkpoint holds, resuming from it, and what belongs to it besides
+coefficients."""
 
 from __future__ import annotations
 
@@ -326,7 +327,7 @@ def test_activation_checkpointing_is_on_in_a_fit_before_and_after_validation(tmp
     rows = [
         {"input_ids": ids, "labels": torch.tensor(0)} for ids in inputs["input_ids"].repeat(6, 1)
     ]
-    splits = {name: rows for name in SPLITS}
+    splits = dict.fromkeys(SPLITS, rows)
     data = MergeDataModule({"a": TaskData(splits, "tensors")}, batch_size=4, check_disjoint=False)
     module = Watcher(recipe_of(models), activation_checkpointing=True)
     trainer_of(tmp_path, max_steps=5).fit(module, datamodule=data)

@@ -1,4 +1,5 @@
-"""The exported folder: reloaded by plain transformers, its files, and what an export must not do."""
+"""The exported folder: reloaded by plain transformers, its files, and what an export must not
+do."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Column, Constant, FromFile, Sigmoid, Tensor
 from gradmerge.errors import ConfigError
 from gradmerge.export import Entry, export, write_safetensors
-from gradmerge.recipe import Plan
+from gradmerge.plan import Plan
 from tiny import Normalised, build, recipe_of, relatives, save_family
 
 
@@ -54,7 +55,12 @@ def folders(tmp_path, family, name="llama", tokenizer=True, **options):
 
 def write(merged, output, **options):
     return export(
-        merged.plan, merged.raw, output, buffers=merged.buffers_by_name(), tasks=merged.tasks, **options
+        merged.plan,
+        merged.raw,
+        output,
+        buffers=merged.buffers_by_name(),
+        tasks=merged.tasks,
+        **options,
     )
 
 
@@ -156,7 +162,7 @@ def test_a_plain_network_is_exported_as_tensors_alone(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", None])
 def test_the_dtype_asked_for_is_written_and_noted(tmp_path, family, dtype):
-    merged, inputs = folders(tmp_path, family)
+    merged, _inputs = folders(tmp_path, family)
     folder = write(merged, tmp_path / "merged", dtype=dtype)
     kind = getattr(torch, dtype or "float32")
     tensors = load_file(folder / "model.safetensors")
@@ -198,9 +204,7 @@ def test_the_writer_s_files_are_valid_aligned_and_exact(tmp_path):
     kinds += [torch.int16, torch.int8, torch.uint8, torch.bool]
     tensors = {f"t{i}": (100 * torch.rand(3, i)).to(kind) for i, kind in enumerate(kinds)}
     tensors |= {"scalar": torch.tensor(2.5), "transposed": torch.arange(6.0).view(2, 3).T}
-    entries = [
-        Entry(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()
-    ]
+    entries = [Entry(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()]
     path = tmp_path / "all.safetensors"
     write_safetensors(path, entries, {"note": "x"})
     with path.open("rb") as file:
@@ -294,7 +298,9 @@ def test_an_existing_folder_is_refused_or_replaced(tmp_path, family):
     target = tmp_path / "merged"
     target.mkdir()
     (target / "mine.txt").write_text("keep")
-    with pytest.raises(ConfigError, match=r"merged exists; give another folder, or --overwrite true"):
+    with pytest.raises(
+        ConfigError, match=r"merged exists; give another folder, or --overwrite true"
+    ):
         write(merged, target)
     assert [path.name for path in target.iterdir()] == ["mine.txt"]
     write(merged, target, overwrite=True)
@@ -312,7 +318,7 @@ def test_a_file_in_the_way_is_refused_even_with_overwrite(tmp_path, family):
 
 def test_unknown_options_are_refused_before_anything_is_written(tmp_path, family):
     merged, _ = folders(tmp_path, family, tokenizer=False)
-    with pytest.raises(ConfigError, match="dtype: expected one of .*bfloat16.*, came 'bf16'"):
+    with pytest.raises(ConfigError, match=r"dtype: expected one of .*bfloat16.*, came 'bf16'"):
         write(merged, tmp_path / "merged", dtype="bf16")
     with pytest.raises(ConfigError, match=r"head: 'aa' is no task\. Did you mean 'a'\?"):
         write(merged, tmp_path / "merged", head="aa")

@@ -130,7 +130,9 @@ def test_every_granularity_and_link_equals_float64_autograd(family, granularity,
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
 @pytest.mark.parametrize("origin", ORIGINS)
-@pytest.mark.parametrize("granularity", [Tensor(), Column(), Element()], ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize(
+    "granularity", [Tensor(), Column(), Element()], ids=lambda g: type(g).__name__
+)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_and_origin_equals_float64_autograd(
     family, name, granularity, origin, memory
@@ -153,10 +155,12 @@ def test_every_architecture_and_origin_equals_float64_autograd(
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=lambda g: type(g).__name__)
 def test_float32_gradient_is_within_a_millionth(family, granularity, link, memory):
     """The contraction in float32, given the float64 gradient of the merged tensors."""
-    models, inputs = family("llama-tied", dtype=torch.float32)
+    models, _inputs = family("llama-tied", dtype=torch.float32)
     merged = build(models, granularity, link, memory=memory)
     jitter(merged)
-    wide = build([m.double() for m in family("llama-tied", dtype=torch.float32)[0]], granularity, link)
+    wide = build(
+        [m.double() for m in family("llama-tied", dtype=torch.float32)[0]], granularity, link
+    )
     for name in merged.plan.learned:
         generator = torch.Generator().manual_seed(5)
         shape = merged.plan.tensors[name].shape
@@ -169,7 +173,9 @@ def test_float32_gradient_is_within_a_millionth(family, granularity, link, memor
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "t5", "convolutions"])
-@pytest.mark.parametrize("granularity", [Tensor(), Column(), Element()], ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize(
+    "granularity", [Tensor(), Column(), Element()], ids=lambda g: type(g).__name__
+)
 def test_both_memory_modes_and_accumulate_agree(family, name, granularity):
     models, inputs = family(name)
     grads = []
@@ -181,7 +187,10 @@ def test_both_memory_modes_and_accumulate_agree(family, name, granularity):
                 (loss_of(merged(**inputs)) + 2 * loss_of(merged(**inputs))).backward()
             else:
                 loss, values = merged.accumulate(
-                    [lambda m=merged: loss_of(m(**inputs)), lambda m=merged: 2 * loss_of(m(**inputs))]
+                    [
+                        lambda m=merged: loss_of(m(**inputs)),
+                        lambda m=merged: 2 * loss_of(m(**inputs)),
+                    ]
                 )
                 loss.backward()
                 torch.testing.assert_close(loss.detach(), sum(values))

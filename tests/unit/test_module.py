@@ -19,7 +19,6 @@ from gradmerge.objectives import L1, CrossEntropy, Entropy, KLToSource, L2ToInit
 from tiny import (
     SPLITS,
     Normalised,
-    Perceptron,
     build,
     raws,
     recipe_of,
@@ -381,7 +380,7 @@ def test_a_term_that_needs_labels_says_which_task_has_none(tmp_path):
         ConfigError, match=r"task a has no labels, which CrossEntropy needs; name its"
     ):
         fit(tmp_path, data=data)
-    module, trainer = fit(tmp_path, module_of(objective=Entropy()), data)
+    _module, trainer = fit(tmp_path, module_of(objective=Entropy()), data)
     assert trainer.callback_metrics["selection/loss"] > 0
 
 

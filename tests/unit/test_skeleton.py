@@ -15,7 +15,7 @@ from conftest import ARCHITECTURES, logits_of
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Constant, Model, Tensor
 from gradmerge.errors import ConfigError, SourceError
-from gradmerge.sources import HuggingFace, InMemory
+from gradmerge.sources import HuggingFace
 from gradmerge.sources.skeleton import (
     bind,
     bind_or_refuse,

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gradmerge._typing import Raw
+
 _PERMUTED = 1 << 18
 
 Kind = Literal["scalar", "axis", "partition", "element"]
@@ -51,7 +53,7 @@ class Slot:
     axis: int = 0
     seed: int = 0
 
-    def read(self, raw: Mapping[str, Tensor]) -> Tensor:
+    def read(self, raw: Raw) -> Tensor:
         """`z` of this tensor, `[rows, *slot]`: a view of the parameters."""
         table = raw[self.key]
         return table if self.index is None else table[:, self.index]

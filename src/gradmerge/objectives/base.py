@@ -70,8 +70,8 @@ def next_token_rows(
         shift: position t predicts token t + 1 (causal language models).
 
     Returns:
-        Logits `[rows, classes]`, labels `[rows]`, and the kept rows (None when all are kept), so that a
-        teacher's logits can be cut in the same way.
+        Logits `[rows, classes]`, labels `[rows]`, and the kept rows (None when all are kept), so
+        that a teacher's logits can be cut in the same way.
     """
     if logits.dim() == 2:
         return logits, labels, None

@@ -47,10 +47,10 @@ class AbstractOperator(ABC):
     """`theta = combine(terms, c)`."""
 
     @abstractmethod
-    def combine(
-        self, terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor
-    ) -> Tensor:
-        """Write the merged tensor into `out` (its dtype and device are the result's) and return it."""
+    def combine(self, terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
+        """Write the merged tensor into `out` (its dtype and device are the result's) and return
+        it.
+        """
 
     @abstractmethod
     def contract(self, terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:

@@ -18,8 +18,9 @@ behind the reads, where a gather waits for memory first and computes afterwards.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -54,29 +55,26 @@ def _view(shape: torch.Size, spread: Spread) -> _View:
     return _View(1, size, 1)
 
 
-def _chunks(view: _View, size: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks as (entries of the flat tensor, coefficients along the width)."""
+def _chunks(view: _View, size: int) -> tuple[int, Iterator[slice]]:
+    """Length of a chunk of the flat tensor, and the coefficients along the width of each chunk.
+
+    Chunks hold whole rows of the view where they span the width, and about `size` entries; all
+    but the last have the same length.
+    """
     row = view.width * view.inner
     if view.width == 1:
-        for start in range(0, view.outer * row, size):
-            yield slice(start, min(start + size, view.outer * row)), slice(0, 1)
-    elif view.outer > 1:
-        step = max(1, size // row)
-        for start in range(0, view.outer, step):
-            stop = min(start + step, view.outer)
-            yield slice(start * row, stop * row), slice(0, view.width)
-    else:
-        step = max(1, size // view.inner)
-        for start in range(0, view.width, step):
-            stop = min(start + step, view.width)
-            yield slice(start * view.inner, stop * view.inner), slice(start, stop)
+        length = max(1, min(size, view.outer * row))
+        return length, (slice(0, 1) for _ in range(0, view.outer * row, length))
+    if view.outer > 1:
+        step = max(1, size // max(1, row))
+        return step * row, (slice(0, view.width) for _ in range(0, view.outer, step))
+    step = max(1, min(size // max(1, view.inner), view.width))
+    columns = (slice(i, min(i + step, view.width)) for i in range(0, view.width, step))
+    return step * view.inner, columns
 
 
 def _chunk_size(device: torch.device) -> int:
     return _CPU_CHUNK * torch.get_num_threads() if device.type == "cpu" else _GPU_CHUNK
-
-
-_Buffers = dict[tuple[str, torch.dtype, torch.device], Tensor]
 
 
 class _Kept(threading.local):
@@ -86,26 +84,37 @@ class _Kept(threading.local):
     """
 
     def __init__(self) -> None:
-        self.buffers: _Buffers = {}
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
 
 _kept = _Kept()
 
 
 class _Scratch:
-    """Reused buffers; a term that already has the right dtype and device is used as it is."""
+    """Reused buffers of a chunk's length; a term of the right dtype and device is used as it is."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
-        # A GPU's allocator reuses its own memory, and its chunks are too large to hold on to.
-        self._buffers: _Buffers = _kept.buffers if device.type == "cpu" else {}
+    def __init__(self, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.length, self.dtype, self.device = length, dtype, device
+        self._buffers: dict[str, Tensor] = {}
 
     def empty(self, name: str, size: int) -> Tensor:
         """A buffer of `size` entries under a name, contents undefined."""
-        key = (name, self.dtype, self.device)
-        if key not in self._buffers or self._buffers[key].numel() < size:
-            self._buffers[key] = torch.empty(size, dtype=self.dtype, device=self.device)
-        return self._buffers[key][:size]
+        buffer = self._buffers.get(name)
+        if buffer is None:
+            buffer = self._buffers[name] = self._allocate(name)
+        return buffer if size == self.length else buffer[:size]
+
+    def _allocate(self, name: str) -> Tensor:
+        if self.device.type != "cpu":
+            # a GPU's allocator reuses its own memory, and its chunks are too large to hold on to
+            return torch.empty(self.length, dtype=self.dtype, device=self.device)
+        kept = _kept.buffers.get((name, self.dtype))
+        if kept is None or kept.numel() < self.length:
+            # made in inference mode it could not be written to in training
+            with torch.inference_mode(False):
+                kept = torch.empty(self.length, dtype=self.dtype)
+            _kept.buffers[name, self.dtype] = kept
+        return kept[: self.length]
 
     def widen(self, name: str, part: Tensor) -> Tensor:
         """`part` in the accumulation dtype on the device."""
@@ -120,46 +129,50 @@ class Linear(AbstractOperator):
 
     def combine(self, terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
         """See `AbstractOperator.combine`; differentiable through `contract`."""
+        if not out.numel():
+            return out
         view = _view(terms.shape, spread)
         stored = terms.sources if terms.origin is None else [terms.origin, *terms.sources]
         flat = [term.reshape(-1) for term in stored]
         dtype = terms.accumulate_dtype
         coefficient = coefficient.detach().view(len(terms.sources), -1)
-        size = min(_chunk_size(out.device), max(1, terms.shape.numel()))
-        scratch = _Scratch(dtype, out.device)
-        target = out.view(-1)
+        length, chunks = _chunks(view, _chunk_size(out.device))
+        scratch = _Scratch(length, dtype, out.device)
         scalar = spread.kind == "scalar"
         scalars = _weights(terms, coefficient.double()).flatten().tolist() if scalar else []
-        for entries, columns in _chunks(view, size):
-            direct = target.dtype == dtype
-            length = entries.stop - entries.start
-            total = target[entries] if direct else scratch.empty("total", length)
+        targets = out.view(-1).split(length)
+        for target, columns, *parts in zip(targets, chunks, *_split(flat, length), strict=True):
+            total = target if out.dtype == dtype else scratch.empty("total", target.numel())
             if scalar:
-                torch.mul(scratch.widen("term", flat[0][entries]), scalars[0], out=total)
-                for term, weight in zip(flat[1:], scalars[1:], strict=True):
-                    total.add_(scratch.widen("term", term[entries]), alpha=weight)
+                torch.mul(scratch.widen("term", parts[0]), scalars[0], out=total)
+                for part, weight in zip(parts[1:], scalars[1:], strict=True):
+                    total.add_(scratch.widen("term", part), alpha=weight)
             else:
                 block = total.view(-1, columns.stop - columns.start, view.inner)
                 along = _along(terms, coefficient, columns, spread, dtype)
-                for k, term in enumerate(flat):
-                    part = scratch.widen("term", term[entries]).view(block.shape)
+                for k, part in enumerate(parts):
+                    wide = scratch.widen("term", part).view(block.shape)
                     if k == 0:
-                        torch.mul(part, along[k], out=block)
+                        torch.mul(wide, along[k], out=block)
                     else:
-                        block.addcmul_(part, along[k])
-            if not direct:
-                target[entries] = total
+                        block.addcmul_(wide, along[k])
+            if total is not target:
+                target.copy_(total)
         return out
 
     def contract(self, terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
         """See `AbstractOperator.contract`."""
+        if not grad.numel():
+            return torch.zeros_like(coefficient)
         view = _view(terms.shape, spread)
         flat = [source.reshape(-1) for source in terms.sources]
-        origin = None if terms.origin is None else terms.origin.reshape(-1)
-        size = min(_chunk_size(grad.device), max(1, terms.shape.numel()))
         dtype = terms.accumulate_dtype
-        scratch = _Scratch(dtype, grad.device)
-        flat_grad = grad.reshape(-1)
+        length, chunks = _chunks(view, _chunk_size(grad.device))
+        scratch = _Scratch(length, dtype, grad.device)
+        pieces = grad.reshape(-1).split(length)
+        origins: Iterator[Tensor | None] = repeat(None, len(pieces))
+        if terms.origin is not None:
+            origins = iter(terms.origin.reshape(-1).split(length))
         total = torch.zeros(
             coefficient.shape,
             # Chunk sums of a shared coefficient are added up in float64; an entry's own is exact.
@@ -167,32 +180,35 @@ class Linear(AbstractOperator):
             device=grad.device,
         ).view(len(flat), -1)
         scalar_sums: list[Tensor] = []
-        for entries, columns in _chunks(view, size):
-            piece = scratch.widen("grad", flat_grad[entries])
-            anchor = _anchor(scratch, flat, origin, terms.mean_origin, entries)
-            for k, source in enumerate(flat):
-                part = source[entries]
-                if anchor is not None:
-                    difference = scratch.empty("difference", piece.numel())
-                    if part.dtype == dtype and part.device == grad.device:
-                        torch.sub(part, anchor, out=difference)
-                    else:
-                        difference.copy_(part).sub_(anchor)
-                    part = difference
+        start = 0
+        for piece, columns, origin, *parts in zip(
+            pieces, chunks, origins, *_split(flat, length), strict=True
+        ):
+            piece = scratch.widen("grad", piece)
+            anchor = _anchor(scratch, parts, origin, terms.mean_origin)
+            for k, part in enumerate(parts):
+                if anchor is None:
+                    direction = scratch.widen("direction", part)
+                elif part.dtype == dtype and part.device == grad.device:
+                    direction = scratch.empty("direction", part.numel())
+                    torch.sub(part, anchor, out=direction)
                 else:
-                    part = scratch.widen("difference", part)
+                    direction = scratch.widen("direction", part).sub_(anchor)
                 if spread.kind == "scalar":
-                    scalar_sums.append(torch.dot(part, piece))
+                    scalar_sums.append(torch.dot(direction, piece))
                     continue
-                product = torch.mul(part, piece, out=scratch.empty("product", piece.numel()))
+                product = scratch.empty("product", piece.numel())
+                torch.mul(direction, piece, out=product)
                 if spread.kind == "element":
                     total[k, columns] = product
                 elif spread.kind == "partition":
                     assert spread.parts is not None
-                    total[k].index_add_(0, spread.parts[entries], product.double())
+                    own = spread.parts[start : start + piece.numel()]
+                    total[k].index_add_(0, own, product.double())
                 else:
                     block = product.view(-1, columns.stop - columns.start, view.inner)
                     total[k, columns] += block.sum(dim=(0, 2)).double()
+            start += piece.numel()
         if scalar_sums:
             total = torch.stack(scalar_sums).view(-1, len(flat)).double().sum(dim=0)
         return total.view(coefficient.shape).to(coefficient.dtype)
@@ -219,19 +235,19 @@ def _along(
     return weights.view(len(weights), 1, -1, 1)
 
 
+def _split(flat: Sequence[Tensor], length: int) -> list[tuple[Tensor, ...]]:
+    return [term.split(length) for term in flat]
+
+
 def _anchor(
-    scratch: _Scratch,
-    flat: list[Tensor],
-    origin: Tensor | None,
-    mean_origin: bool,
-    entries: slice,
+    scratch: _Scratch, parts: Sequence[Tensor], origin: Tensor | None, mean_origin: bool
 ) -> Tensor | None:
     """The origin's chunk that directions are measured from, or None where it is zero."""
     if origin is not None:
-        return scratch.widen("anchor", origin[entries])
+        return scratch.widen("anchor", origin)
     if not mean_origin:
         return None
-    total = scratch.empty("anchor", entries.stop - entries.start).copy_(flat[0][entries])
-    for source in flat[1:]:
-        total.add_(scratch.widen("difference", source[entries]))
-    return total.div_(len(flat))
+    total = scratch.empty("anchor", parts[0].numel()).copy_(parts[0])
+    for part in parts[1:]:
+        total.add_(scratch.widen("direction", part))
+    return total.div_(len(parts))

@@ -1,0 +1,288 @@
+"""An opened recipe: `theta_p(z)` and its contraction, one tensor at a time.
+
+A `Plan` knows names, slots and frozen tensors. It holds no weights and no trainable state;
+`gradmerge.merged` adds a network, `gradmerge.export` a folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gradmerge._typing import Raw
+from gradmerge.coefficients import InitContext, Layout, MergeTensor, initial_raw
+from gradmerge.errors import ConfigError, FingerprintError, Problem, shorten
+from gradmerge.operators import Spread, Terms
+from gradmerge.sources import Checkpoint
+from gradmerge.sources.compatibility import is_private
+from gradmerge.sources.skeleton import Binding, bind_or_refuse, input_axis
+from gradmerge.sources.statistics import direction_statistics
+
+if TYPE_CHECKING:
+    from gradmerge.recipe import Recipe
+
+_BUFFER_NAME = re.compile(r"(running_mean|running_var|num_batches_tracked|inv_freq|position_ids)$")
+_NO_TIES = Binding({}, {}, {}, (), ())
+
+
+class Plan:
+    """An opened recipe: `theta_p(z)` and its contraction, one tensor at a time."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: Mapping[str, Checkpoint],
+        base: Checkpoint | None,
+        skeleton: nn.Module | None,
+        problems: Sequence[Problem],
+    ) -> None:
+        self.recipe = recipe
+        self.sources = dict(sources)
+        self.base = base
+        self.skeleton = skeleton
+        self.warnings = [problem for problem in problems if not problem.fatal]
+        self.reference = base if base is not None else next(iter(self.sources.values()))
+        self.binding: Binding | None = None
+        if skeleton is not None:
+            self.binding = bind_or_refuse(skeleton, self._names(), self.reference.label)
+        names = [n for n in self._names() if n not in (self.binding or _NO_TIES).ties]
+        if self.binding is not None:
+            names.sort(key=_module_order(self.binding, skeleton))
+        self.private = [name for name in names if is_private(name, recipe.private)]
+        kept = set(self.private)
+        self.buffers = [n for n in names if n not in kept and self._is_buffer(n)]
+        kept |= set(self.buffers)
+        self.tensors = {name: self._describe(name) for name in names if name not in kept}
+        if not self.tensors:
+            raise ConfigError("no tensor is left to merge: every one is private or a buffer.")
+        self.fixed: dict[str, float] = self._fixed()
+        learned = [tensor for name, tensor in self.tensors.items() if name not in self.fixed]
+        if not learned:
+            raise ConfigError("no tensor is left to learn: `frozen` matches every one.")
+        self.layout: Layout = recipe.coefficients.layout(learned)
+        self.num_rows = recipe.coefficients.num_rows(len(self.sources))
+        self._on_device: dict[tuple[str, str], Tensor] = {}
+
+    def _names(self) -> list[str]:
+        """Tensors of the merge: the reference's, and the private ones as the sources have them."""
+        patterns = self.recipe.private
+        first = next(iter(self.sources.values()))
+        shared = [name for name in self.reference.infos if not is_private(name, patterns)]
+        return shared + [name for name in first.infos if is_private(name, patterns)]
+
+    def _is_buffer(self, name: str) -> bool:
+        if not self.reference.infos[name].dtype.is_floating_point:
+            return True
+        if self.binding is not None:
+            return name in self.binding.buffers
+        return bool(_BUFFER_NAME.search(name))
+
+    def _describe(self, name: str) -> MergeTensor:
+        shape = self.reference.infos[name].shape
+        places = () if self.binding is None else self.binding.parameters.get(name, ())
+        axis = input_axis(self.skeleton, places[0]) if places and self.skeleton else 1
+        return MergeTensor(name, shape, axis)
+
+    def _fixed(self) -> dict[str, float]:
+        fixed = {}
+        for name in self.tensors:
+            for pattern, value in self.recipe.frozen.items():
+                if re.search(pattern, name):
+                    fixed[name] = self._number(value)
+                    break
+            else:
+                if self.binding is not None and name not in self.binding.parameters:
+                    fixed[name] = self.unused_coefficient
+        return fixed
+
+    def _number(self, value: float | str) -> float:
+        if value == "origin":
+            return 0.0
+        return 1 / len(self.sources) if value == "mean" else float(value)
+
+    @property
+    def unused_coefficient(self) -> float:
+        """The coefficient that `Recipe.unused` states for tensors without a gradient."""
+        rule = self.recipe.unused
+        if rule == "auto":
+            rule = "origin" if self.recipe.resolved_origin == "base" else "mean"
+        return self._number(rule)
+
+    @property
+    def learned(self) -> list[str]:
+        """Names of the tensors whose coefficients are learned."""
+        return [name for name in self.tensors if name not in self.fixed]
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the sources, in order."""
+        return tuple(self.sources)
+
+    def initial_raw(self) -> dict[str, Tensor]:
+        """Raw coefficients at the start, by key, float32."""
+        context = InitContext(
+            self.source_names,
+            {name: self.tensors[name] for name in self.learned},
+            self.direction_norms,
+        )
+        coefficients = self.recipe.coefficients
+        return initial_raw(
+            self.layout, self.recipe.init, context, self.num_rows, coefficients.pull_back
+        )
+
+    def direction_norms(self) -> Tensor:
+        """`|B_k|^2` over all merged tensors, `[sources]`, float64."""
+        origin = self.recipe.resolved_origin
+        statistics = direction_statistics(
+            list(self.sources.values()),
+            self.base if origin == "base" else None,
+            list(self.tensors),
+            origin == "mean",
+            signs=False,
+        )
+        return statistics.gram.diagonal()
+
+    def fix(self, names: Sequence[str], coefficient: float) -> None:
+        """Keep these tensors at a stated coefficient from now on."""
+        self.fixed.update(dict.fromkeys(names, coefficient))
+
+    def read(self, source: str, name: str) -> Tensor:
+        """Tensor `name` of a source (or of `base`), from the device copy if one was loaded."""
+        kept = self._on_device.get((source, name))
+        if kept is not None:
+            return kept
+        checkpoint = self.base if source == "base" and self.base else self.sources[source]
+        return checkpoint.read(name)
+
+    def load(self, device: torch.device) -> None:
+        """Copy every source to a device once, instead of reading mapped files each step."""
+        owners = [*self.sources, *(["base"] if self.recipe.resolved_origin == "base" else [])]
+        for owner in owners:
+            for name in self.tensors:
+                self._on_device[owner, name] = self.read(owner, name).to(device)
+
+    def terms(self, name: str) -> Terms:
+        """The frozen tensors that `name` is merged from."""
+        origin = self.recipe.resolved_origin
+        return Terms(
+            [self.read(source, name) for source in self.sources],
+            self.read("base", name) if origin == "base" else None,
+            origin == "mean",
+        )
+
+    def spread(self, name: str, device: torch.device) -> Spread:
+        """How the coefficients of `name` spread over its entries."""
+        if name in self.fixed:
+            return Spread("scalar")
+        slot = self.layout.slots[name]
+        size = torch.Size(self.tensors[name].shape).numel()
+        parts = slot.parts(size, device) if slot.kind == "partition" else None
+        return Spread(slot.kind, slot.axis, parts)
+
+    def raw(self, name: str, raw: Raw) -> Tensor:
+        """`z` of a tensor, `[rows, *slot]`: a view of the raw parameters."""
+        return self.layout.slots[name].read(raw)
+
+    def coefficient(self, name: str, raw: Raw) -> Tensor:
+        """`c = link(z)` of a tensor, `[sources, *slot]`, differentiable; fixed ones are
+        constants.
+        """
+        if name in self.fixed:
+            return torch.full((len(self.sources),), self.fixed[name], dtype=torch.float64)
+        return self.recipe.coefficients.link(self.raw(name, raw))
+
+    def combine(self, name: str, raw: Tensor | None, out: Tensor) -> Tensor:
+        """Write `theta_p(z)` into `out`; `raw` is the tensor's own z, None for a fixed tensor."""
+        with torch.no_grad():
+            if raw is None:
+                coefficient = torch.full(
+                    (len(self.sources),), self.fixed[name], dtype=torch.float64
+                )
+            else:
+                coefficient = self.recipe.coefficients.link(raw.detach())
+            spread = self.spread(name, out.device)
+            return self.recipe.operator.combine(self.terms(name), coefficient, spread, out)
+
+    def contract(self, name: str, grad: Tensor, raw: Tensor) -> Tensor:
+        """`dL/dz` of a tensor from `dL/dtheta`: the operator's contraction, then the link's vjp."""
+        link = self.recipe.coefficients.link
+        with torch.enable_grad():
+            leaf = raw.detach().requires_grad_()
+            coefficient = link(leaf)
+        with torch.no_grad():
+            grad_coefficient = self.recipe.operator.contract(
+                self.terms(name),
+                grad.detach(),
+                coefficient.detach(),
+                self.spread(name, grad.device),
+            )
+        if coefficient is leaf:
+            return grad_coefficient.to(raw.dtype)
+        (grad_raw,) = torch.autograd.grad(coefficient, leaf, grad_coefficient.to(coefficient.dtype))
+        return grad_raw
+
+    @torch.no_grad()
+    def materialise(self, name: str, raw: Raw, dtype: torch.dtype | None = None) -> Tensor:
+        """One merged tensor in a dtype (default: the reference's stored dtype)."""
+        info = self.reference.infos[name]
+        out = torch.empty(info.shape, dtype=dtype or info.dtype)
+        own = None if name in self.fixed else self.raw(name, raw)
+        return self.combine(name, own, out)
+
+    @torch.no_grad()
+    def buffer(self, name: str) -> Tensor:
+        """A buffer by the stated rule, before any recomputation on data."""
+        reference = self.reference.read(name)
+        if self.recipe.buffers == "origin" or not reference.dtype.is_floating_point:
+            return reference.clone()
+        stacked = torch.stack([source.read(name).double() for source in self.sources.values()])
+        return stacked.mean(dim=0).to(reference.dtype)
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Content hash of every source, by name; reads all weights once."""
+        everything = {**({"base": self.base} if self.base is not None else {}), **self.sources}
+        return {name: checkpoint.fingerprint() for name, checkpoint in everything.items()}
+
+    def require_fingerprints(self, expected: Mapping[str, str]) -> None:
+        """Refuse coefficients that were trained on other weights.
+
+        Raises:
+            FingerprintError: names and hashes of the sources that differ.
+        """
+        came = self.fingerprints
+        wrong = [name for name in expected if came.get(name) != expected[name]]
+        wrong += [name for name in came if name not in expected]
+        if wrong:
+            raise FingerprintError(
+                f"the coefficients were trained on other weights of: {shorten(wrong)}. "
+                + "; ".join(
+                    f"{n}: expected {expected.get(n, 'none')[:12]}, came {came.get(n, 'none')[:12]}"
+                    for n in wrong[:5]
+                )
+                + ". Give the sources they were trained on, or train again."
+            )
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder with config and tokenizer that the export copies."""
+        folders = [checkpoint.folder for checkpoint in (self.reference, *self.sources.values())]
+        return next((folder for folder in folders if folder is not None), None)
+
+
+def _module_order(binding: Binding, skeleton: nn.Module | None) -> Callable[[str], int]:
+    """Sort key: the order of the network's parameters (files are often in order of the
+    alphabet).
+    """
+    if skeleton is None:
+        return lambda name: 0
+    names = [name for name, _ in skeleton.named_parameters(remove_duplicate=False)]
+    place = {name: i for i, name in enumerate(names)}
+    first = {key: place[places[0]] for key, places in binding.parameters.items()}
+    return lambda name: first.get(name, len(place))
