@@ -242,6 +242,14 @@ def test_tokenizer_and_generation_config_are_carried_and_leftovers_are_not(tmp_p
     }
 
 
+def test_a_single_source_is_exported_too(tmp_path):
+    models = relatives(build(Normalised), 2)
+    merged = learned(recipe_of(models))
+    found = load_file(write(merged, tmp_path / "merged") / "coefficients.safetensors")
+    for name in merged.plan.tensors:
+        assert found[name].tolist() == merged.plan.raw(name, merged.raw).tolist()
+
+
 def test_coefficients_are_written_by_tensor_and_start_another_merge(tmp_path, family):
     merged, _ = folders(tmp_path, family, coefficients=Sigmoid(Tensor()), frozen={"norm": 0.25})
     folder = write(merged, tmp_path / "merged")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -102,7 +103,7 @@ plan = Recipe({"a": str(root / "a.safetensors")}, str(root / "base.safetensors")
     with_skeleton=False
 )
 before = anonymous()
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 export(plan, plan.initial_raw(), root / "merged")
 stop.set()
@@ -114,14 +115,14 @@ print(json.dumps({"grown": peak[0] - before, "written": written}))
 
 def run(script, folder):
     done = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs fork and SIGKILL")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_killed_export_leaves_the_old_folder_the_new_one_or_none(tmp_path):
     counts = run(KILLED, tmp_path)
     assert sum(counts.values()) == 60

@@ -110,4 +110,6 @@ def without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor without a copy where it is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel() == 1:
+        flat = flat.clone(memory_format=torch.contiguous_format)  # one entry may have any stride
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
