@@ -241,7 +241,7 @@ def finish(session: Session, cli: Any, rows: list[Row]) -> None:
         merged.raw,
         folder,
         overwrite=True,
-        buffers=merged.buffers_by_name(),
+        buffers=merged.statistics.values(),
         tasks=merged.tasks,
         results=cli.model.results,
         extra={"seed": session.seed, "suite": session.name},

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
 from gradmerge.errors import ConfigError
-from gradmerge.export import export, refuse_existing
+from gradmerge.export import export, refuse_existing, require_options
 from gradmerge.module import MergeModule
 from gradmerge.plan import Plan
 from gradmerge.plots import heat_map
@@ -45,24 +45,26 @@ class CoefficientLogger(lightning.Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Log, unless this is the sanity check or a plain `validate`."""
-        if trainer.sanity_checking or not trainer.is_global_zero or trainer.state.fn != "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._count += 1
-        if (self._count - 1) % self.every_n_validations == 0:
-            self._write(trainer, pl_module)
+        folder = trainer.log_dir  # agreed on by all processes, so all must ask
+        if trainer.is_global_zero and (self._count - 1) % self.every_n_validations == 0:
+            self._write(trainer, pl_module, folder)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Save the heat map."""
-        if trainer.is_global_zero and trainer.log_dir:
+        folder = trainer.log_dir
+        if trainer.is_global_zero and folder:
             names, table = coefficient_table(pl_module.merged.plan, pl_module.merged.raw)
-            path = Path(trainer.log_dir) / "coefficients.png"
+            path = Path(folder) / "coefficients.png"
             heat_map(table, names, pl_module.merged.plan.source_names, path)
 
-    def _write(self, trainer: lightning.Trainer, module: MergeModule) -> None:
+    def _write(self, trainer: lightning.Trainer, module: MergeModule, folder: str | None) -> None:
         plan = module.merged.plan
         names, table = coefficient_table(plan, module.merged.raw)
-        if trainer.log_dir:
-            path = Path(trainer.log_dir) / "coefficients.csv"
+        if folder:
+            path = Path(folder) / "coefficients.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
             new = not path.exists()
             with path.open("a", newline="") as file:
@@ -183,11 +185,17 @@ class ExportAtEnd(lightning.Callback):
         if stage == "fit":
             refuse_existing(Path(self.output), self.overwrite)
 
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """The same for options that depend on the tasks."""
+        require_options(self.dtype, self.head, pl_module.merged.tasks)
+
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Restore the best coefficients and export."""
         if getattr(trainer, "fast_dev_run", False) or trainer.interrupted:
             return
         best = restore_best(trainer, pl_module)
+        if not best:
+            pl_module.refresh_buffers()
         if not trainer.is_global_zero:
             return
         merged = pl_module.merged
@@ -197,7 +205,7 @@ class ExportAtEnd(lightning.Callback):
             self.output,
             dtype=self.dtype,
             overwrite=self.overwrite,
-            buffers=merged.buffers_by_name(),
+            buffers=merged.statistics.values(),
             tasks=merged.tasks,
             head=self.head,
             results=pl_module.results,

@@ -342,7 +342,7 @@ def export_checkpoint(
         output,
         dtype=dtype,
         overwrite=overwrite,
-        buffers=merged.buffers_by_name(),
+        buffers=merged.statistics.values(),
         tasks=merged.tasks,
         head=head,
         results=module.results,

@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -149,10 +149,8 @@ def export(
         ConfigError: the folder exists, or an option has no such value.
     """
     target = Path(output).expanduser()
-    kind = _dtype(dtype)
     tasks = dict(tasks) if tasks else {name: name for name in plan.sources}
-    if head is not None and head not in tasks:
-        raise ConfigError(f"head: {head!r} is no task.{nearest(head, tasks)}")
+    kind = require_options(dtype, head, tasks)
     head = head or next(iter(tasks))
     refuse_existing(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -191,12 +189,19 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
         raise ConfigError(f"{target} is a file; give a folder.")
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    if name not in DTYPES:
-        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, came {name!r}.")
-    return DTYPES[name]
+def require_options(
+    dtype: str | None, head: str | None, tasks: Iterable[str]
+) -> torch.dtype | None:
+    """Stop before any work if an option has no such value; returns the dtype.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if head is not None and head not in list(tasks):
+        raise ConfigError(f"head: {head!r} is no task.{nearest(head, tasks)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, came {dtype!r}.")
+    return None if dtype is None else DTYPES[dtype]
 
 
 def _merged_entries(

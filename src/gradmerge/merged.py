@@ -18,45 +18,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from gradmerge.buffers import NetworkBuffers
+from gradmerge.differentiation import Combine, Deferred, backward_of
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.installation import LiveTensors, install, restamp
 from gradmerge.plan import Plan
 from gradmerge.recipe import Recipe
 
 Memory = Literal["resident", "streamed"]
-
-
-class _Combine(torch.autograd.Function):
-    """Forward: combine. Backward: contract. Nothing but the tensor's name is kept between."""
-
-    @staticmethod
-    def forward(ctx: Any, raw: Tensor, engine: MergedModel, key: str, dtype: torch.dtype) -> Tensor:
-        ctx.raw, ctx.engine, ctx.key, ctx.version = raw, engine, key, engine.version
-        return engine.build(key, raw, dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        engine: MergedModel = ctx.engine
-        engine.require_version(ctx.version)
-        engine.touched.add(ctx.key)
-        return engine.plan.contract(ctx.key, grads[0], ctx.raw), None, None, None
-
-
-class _Deferred(torch.autograd.Function):
-    """A loss whose gradient in the raw coefficients is already known."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, grads: Sequence[Tensor], *raws: Tensor) -> Tensor:
-        ctx.grads = grads
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *(grads[0] * grad for grad in ctx.grads))
 
 
 class MergedModel(nn.Module):
@@ -131,12 +101,8 @@ class MergedModel(nn.Module):
         self._theta_has_graph = False
         self._live = LiveTensors()
         install(plan.skeleton, plan.binding.parameters, self._fetch, dtype, self.device)
-        for name in plan.buffers:
-            if name in plan.binding.buffers:
-                self._set_buffer(name, plan.buffer(name))
+        self.statistics = NetworkBuffers(plan, plan.skeleton)
         self.train(False)
-
-    # ---- state ------------------------------------------------------------------------------
 
     @property
     def skeleton(self) -> nn.Module:
@@ -182,21 +148,11 @@ class MergedModel(nn.Module):
         """
         super().train(mode)
         self.skeleton.eval()
-        if mode and self.plan.recipe.buffers == "recompute":
-            for norm in self.batch_norms:
-                norm.train()
-                norm.momentum = 0.0  # running statistics stay those of the last recomputation
+        self.statistics.train(mode)
         for module in self.skeleton.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.training = mode  # transformers checkpoints only what is in training mode
         return self
-
-    @property
-    def batch_norms(self) -> list[nn.modules.batchnorm._BatchNorm]:
-        """BatchNorm layers that keep running statistics."""
-        kind = nn.modules.batchnorm._BatchNorm
-        found = [m for m in self.skeleton.modules() if isinstance(m, kind)]
-        return [module for module in found if module.track_running_stats]
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute each transformer block's activations in backward (transformers models).
@@ -212,8 +168,6 @@ class MergedModel(nn.Module):
             )
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.train(self.training)
-
-    # ---- tensors ----------------------------------------------------------------------------
 
     def build(
         self, key: str, raw: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
@@ -242,7 +196,7 @@ class MergedModel(nn.Module):
             theta = self.build(key, None, dtype)
         else:
             raws = self.raw if self._stepping is None else self._stepping
-            theta = _Combine.apply(self.plan.raw(key, raws), self, key, dtype)
+            theta = Combine.apply(self.plan.raw(key, raws), self, key, dtype)
         self._live.add(theta, (key, dtype))
         return theta
 
@@ -271,7 +225,7 @@ class MergedModel(nn.Module):
             self._storage = {}
             for key in self.plan.learned:
                 raw = self.plan.raw(key, self.raw)
-                self._theta[key] = _Combine.apply(raw, self, key, self.dtype)
+                self._theta[key] = Combine.apply(raw, self, key, self.dtype)
         else:
             for key in self.plan.learned:
                 raw = self.plan.raw(key, self.raw).detach()
@@ -279,8 +233,6 @@ class MergedModel(nn.Module):
                 self._storage[key] = self.build(key, raw, self.dtype, self._storage.get(key))
                 self._theta[key] = self._storage[key]
         self._theta_version, self._theta_has_graph = self.version, graph
-
-    # ---- running ----------------------------------------------------------------------------
 
     def forward(self, *args: Any, task: str | None = None, **kwargs: Any) -> Any:
         """Run the network with merged weights.
@@ -352,7 +304,7 @@ class MergedModel(nn.Module):
             self._stepping = None
         ordered = [grads[key].div_(scale) for key in raws]
         total = torch.stack(values).sum()
-        loss: Tensor = _Deferred.apply(total, ordered, *raws.values())
+        loss: Tensor = Deferred.apply(total, ordered, *raws.values())
         return loss, values
 
     def _accumulate_resident(
@@ -379,7 +331,7 @@ class MergedModel(nn.Module):
                     # With the last loss a weight gradient is complete as soon as it arrives.
                     for key, leaf in leaves.items():
                         leaf.register_post_accumulate_grad_hook(lambda _, key=key: contract(key))
-                values.append(_backward(run, scale))
+                values.append(backward_of(run, scale))
             for key in leaves:
                 contract(key)
         finally:
@@ -390,7 +342,7 @@ class MergedModel(nn.Module):
         self, losses: Sequence[Callable[[], Tensor]], grads: dict[str, Tensor], scale: float
     ) -> list[Tensor]:
         assert self._stepping is not None
-        values = [_backward(run, scale) for run in losses]
+        values = [backward_of(run, scale) for run in losses]
         for key, proxy in self._stepping.items():
             if proxy.grad is not None:
                 grads[key] = proxy.grad
@@ -430,77 +382,13 @@ class MergedModel(nn.Module):
         """
         if source not in self.plan.sources:
             raise ConfigError(f"{source!r} is no source; there are {', '.join(self.plan.sources)}.")
-        kept = {name: self._buffer(name).clone() for name in self._bound_buffers()}
-        modes = {module: module.training for module in self.skeleton.modules()}
         task, self._teacher = self._task, source
         try:
-            self.skeleton.eval()
-            for name in kept:
-                self._set_buffer(name, self.plan.sources[source].read(name))
-            with torch.no_grad():
+            with self.statistics.of_source(source), torch.no_grad():
                 yield
         finally:
             self._teacher, self._task = None, task
-            for name, value in kept.items():
-                self._set_buffer(name, value)
-            for module, mode in modes.items():
-                module.training = mode
-
-    # ---- buffers ----------------------------------------------------------------------------
-
-    def _bound_buffers(self) -> list[str]:
-        places = self.plan.binding.buffers if self.plan.binding else {}
-        return [name for name in self.plan.buffers if name in places]
-
-    def _buffer(self, name: str) -> Tensor:
-        return self.skeleton.get_buffer(self.plan.binding.buffers[name])  # type: ignore[union-attr]
-
-    def _set_buffer(self, name: str, value: Tensor) -> None:
-        self._buffer(name).copy_(value)
-
-    def restore_buffers(self, values: Mapping[str, Tensor]) -> None:
-        """Set persistent buffers by their names in the files."""
-        for name, value in values.items():
-            self._set_buffer(name, value)
-
-    def buffers_by_name(self) -> dict[str, Tensor]:
-        """Persistent buffers as they stand, by their names in the files."""
-        return {name: self._buffer(name) for name in self._bound_buffers()}
-
-    @torch.no_grad()
-    def recompute_batch_norm(self, runs: Sequence[Callable[[], object]]) -> None:
-        """Cumulative averages of BatchNorm statistics over the given forward passes.
-
-        The statistics of the sources are those of other weights; a merged network needs its own.
-        """
-        norms = self.batch_norms
-        if not norms or not runs:
-            return
-        momenta = [(module, module.momentum, module.training) for module in norms]
-        try:
-            for module in norms:
-                module.reset_running_stats()
-                module.momentum = None  # None: the plain mean over all batches
-                module.train()
-            for run in runs:
-                run()
-        finally:
-            for module, momentum, training in momenta:
-                module.momentum = momentum
-                module.train(training)
-
-    # ---- coefficients -----------------------------------------------------------------------
 
     def coefficients(self) -> dict[str, Tensor]:
         """`c` of every learned tensor, `[sources, *slot]`, differentiable."""
         return {key: self.plan.coefficient(key, self.raw) for key in self.plan.learned}
-
-
-def _backward(run: Callable[[], Tensor], scale: float) -> Tensor:
-    with torch.enable_grad():
-        loss = run()
-    if loss.dim() != 0:
-        raise ConfigError(f"a loss must be a scalar, came shape {tuple(loss.shape)}.")
-    with torch.autocast(loss.device.type, enabled=False):
-        (loss * scale).backward()
-    return loss.detach()

@@ -47,6 +47,8 @@ class MergeModule(lightning.LightningModule):
         dtype: dtype of the merged weights in training.
         activation_checkpointing: recompute each block's activations in backward.
         learning_rate: of Adam, where no other optimiser is configured.
+        load_sources: copy the sources to the training device once, instead of reading their mapped
+            files at every step (a GPU wants it, if they fit).
         score_experts: also run each task's source once an evaluation split, for normalised scores.
         module: the architecture, where no source carries a config (Python only).
 
@@ -67,6 +69,7 @@ class MergeModule(lightning.LightningModule):
         dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
         activation_checkpointing: bool = False,
         learning_rate: float = 1e-2,
+        load_sources: bool = False,
         score_experts: bool = True,
         module: nn.Module | None = None,
     ) -> None:
@@ -80,6 +83,7 @@ class MergeModule(lightning.LightningModule):
         self.recipe = recipe
         self.objective = objective or Objective([CrossEntropy()])
         self.learning_rate = learning_rate
+        self.load_sources = load_sources
         self.score_experts = score_experts
         if dtype not in DTYPES:
             raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, came {dtype!r}.")
@@ -105,6 +109,7 @@ class MergeModule(lightning.LightningModule):
             "dtype": dtype,
             "activation_checkpointing": activation_checkpointing,
             "learning_rate": self.learning_rate,
+            "load_sources": self.load_sources,
             "score_experts": self.score_experts,
         }
         self._set_hparams(plain)
@@ -114,8 +119,6 @@ class MergeModule(lightning.LightningModule):
     def _small_coefficients(self) -> dict[str, Tensor]:
         """Coefficients, where the objective has regularisers that look at them."""
         return self.merged.coefficients() if self.objective.regularisers else {}
-
-    # ---- tasks ------------------------------------------------------------------------------
 
     @property
     def causal(self) -> bool:
@@ -196,8 +199,6 @@ class MergeModule(lightning.LightningModule):
             )
         return Predictions(logits, labels, teacher)
 
-    # ---- training ---------------------------------------------------------------------------
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One merge, one backward a task, one contraction."""
         batches = self._by_task(batch)
@@ -234,8 +235,10 @@ class MergeModule(lightning.LightningModule):
             self.merged.touched = set().union(*found)
 
     def on_fit_start(self) -> None:
-        """Training mode: trainers leave modes as they find them."""
+        """Training mode, for trainers leave modes as they find them; sources to the device."""
         self.train()
+        if self.load_sources:
+            self.merged.plan.load(self.device)
 
     def on_validation_model_train(self) -> None:
         """Go back to training; a trainer would restore flags of submodules, which the network is
@@ -250,8 +253,6 @@ class MergeModule(lightning.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam; the command line's `optimizer` and `lr_scheduler` take its place."""
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
-
-    # ---- evaluation -------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
         """Start the scores of the selection split."""
@@ -322,12 +323,10 @@ class MergeModule(lightning.LightningModule):
         if not self.trainer.sanity_checking:
             self.results[stage] = {**found, "average": averages}
 
-    # ---- buffers and checkpoints ------------------------------------------------------------
-
     def refresh_buffers(self) -> None:
         """Recompute BatchNorm statistics on adaptation data, where the recipe says so."""
         merged = self.merged
-        if self.recipe.buffers != "recompute" or not merged.batch_norms:
+        if self.recipe.buffers != "recompute" or not merged.statistics.batch_norms:
             return
         if self._buffers_version == merged.version:
             return
@@ -346,7 +345,7 @@ class MergeModule(lightning.LightningModule):
                     break
                 moved = self._trainer.strategy.batch_to_device(batch, self.device)  # type: ignore[union-attr]
                 runs.append(partial(self._rows, task, moved))
-        merged.recompute_batch_norm(runs)
+        merged.statistics.recompute(runs)
         self._buffers_version = merged.version
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -361,7 +360,7 @@ class MergeModule(lightning.LightningModule):
             "fixed": dict(plan.fixed),
             "checked_unused": self._checked_unused,
             "buffers": {
-                k: v.detach().cpu().clone() for k, v in self.merged.buffers_by_name().items()
+                k: v.detach().cpu().clone() for k, v in self.merged.statistics.values().items()
             },
             "results": copy.deepcopy(self.results),
             "experts": copy.deepcopy(self._experts),
@@ -383,7 +382,7 @@ class MergeModule(lightning.LightningModule):
             self.merged.fix([name], coefficient)
         self.merged.tasks = dict(saved["tasks"])
         self._checked_unused = saved["checked_unused"]
-        self.merged.restore_buffers(saved["buffers"])
+        self.merged.statistics.set(saved["buffers"])
         self.results, self._experts = saved["results"], saved["experts"]
 
 

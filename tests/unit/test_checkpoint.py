@@ -251,7 +251,7 @@ def test_batch_norm_statistics_are_those_of_the_merged_network(tmp_path, memory)
     trainer.fit(module, datamodule=data)
     trainer.validate(module, datamodule=data, verbose=False)
     expected = plain_statistics(module, models, data)
-    found = module.merged.buffers_by_name()
+    found = module.merged.statistics.values()
     torch.testing.assert_close(
         found["norm.running_mean"], expected.running_mean, rtol=1e-5, atol=1e-6
     )
@@ -285,7 +285,7 @@ def test_other_rules_keep_statistics_as_they_state(tmp_path, rule):
     trainer.fit(module, datamodule=vectors())
     means = [model.norm.running_mean for model in models]
     expected = (means[1] + means[2]) / 2 if rule == "mean" else means[0]
-    came = module.merged.buffers_by_name()["norm.running_mean"]
+    came = module.merged.statistics.values()["norm.running_mean"]
     torch.testing.assert_close(came, expected, rtol=1e-6, atol=1e-7)
 
 

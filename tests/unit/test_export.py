@@ -58,7 +58,7 @@ def write(merged, output, **options):
         merged.plan,
         merged.raw,
         output,
-        buffers=merged.buffers_by_name(),
+        buffers=merged.statistics.values(),
         tasks=merged.tasks,
         **options,
     )
@@ -95,7 +95,7 @@ def test_the_folder_gives_the_logits_of_training(tmp_path, family, name, shard):
 def test_batch_norm_statistics_that_were_recomputed_are_exported(tmp_path, family):
     merged, inputs = folders(tmp_path, family, "resnet", tokenizer=False)
     before = logits(merged, inputs)
-    merged.recompute_batch_norm([lambda: merged(**inputs)])
+    merged.statistics.recompute([lambda: merged(**inputs)])
     expected = logits(merged, inputs)
     assert not torch.allclose(before, expected, atol=1e-3)
     folder = write(merged, tmp_path / "merged")

@@ -1,0 +1,65 @@
+"""Autograd functions: a merge whose backward is a contraction, and a loss known in advance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gradmerge.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gradmerge.merged import MergedModel
+
+
+class Combine(torch.autograd.Function):
+    """Forward: combine. Backward: contract. Nothing but the tensor's name is kept between."""
+
+    @staticmethod
+    def forward(ctx: Any, raw: Tensor, engine: MergedModel, key: str, dtype: torch.dtype) -> Tensor:
+        """`theta` of the tensor `key`."""
+        ctx.raw, ctx.engine, ctx.key, ctx.version = raw, engine, key, engine.version
+        return engine.build(key, raw, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """`dL/dz` of its raw coefficients."""
+        engine: MergedModel = ctx.engine
+        engine.require_version(ctx.version)
+        engine.touched.add(ctx.key)
+        return engine.plan.contract(ctx.key, grads[0], ctx.raw), None, None, None
+
+
+class Deferred(torch.autograd.Function):
+    """A loss whose gradient in the raw coefficients is already known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, grads: Sequence[Tensor], *raws: Tensor) -> Tensor:
+        """The loss itself."""
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The known gradients, scaled by the incoming one."""
+        return (None, None, *(grads[0] * grad for grad in ctx.grads))
+
+
+def backward_of(run: Callable[[], Tensor], scale: float) -> Tensor:
+    """Run a loss and its backward at once; returns the loss, detached.
+
+    Raises:
+        ConfigError: the loss is no scalar.
+    """
+    with torch.enable_grad():
+        loss = run()
+    if loss.dim() != 0:
+        raise ConfigError(f"a loss must be a scalar, came shape {tuple(loss.shape)}.")
+    with torch.autocast(loss.device.type, enabled=False):
+        (loss * scale).backward()
+    return loss.detach()

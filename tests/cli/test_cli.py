@@ -1,0 +1,404 @@
+"""The command line from end to end, on tiny folders, by calling `main`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+
+from gradmerge.cli import COMMANDS, learn, main
+from gradmerge.coefficients import Clamp, Constant, Tensor
+from tiny import SPLITS, relatives, save_family, sentences
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Folders of a tiny text classifier, files of two tasks, and a configuration of both."""
+    root = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=32,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            num_labels=3,
+        )
+    )
+    paths = save_family(root, relatives(model, scale=0.2))
+    tasks = {}
+    for i, task in enumerate("ab"):
+        files = {}
+        for j, split in enumerate(SPLITS):
+            rows = [{"text": t, "label": k % 3} for k, t in enumerate(sentences(10 * i + j, 6))]
+            path = root / f"{task}-{split}.json"
+            path.write_text("\n".join(json.dumps(row) for row in rows))
+            files[split] = str(path)
+        tasks[task] = {"path": "json", "kind": "text_classification", "data_files": files}
+    return {
+        "model": {"recipe": {"base": paths["base"], "sources": {k: paths[k] for k in "ab"}}},
+        "data": {"tasks": tasks, "batch_size": 2},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 4,
+            "num_sanity_val_steps": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+    }
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    """Outputs go to the test's own folder; no test talks to W&B."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+def write(path, *parts):
+    """A YAML file of merged dictionaries."""
+
+    def merge(first, second):
+        both = {**first, **second}
+        for key in first.keys() & second.keys():
+            if isinstance(first[key], dict) and isinstance(second[key], dict):
+                both[key] = merge(first[key], second[key])
+        return both
+
+    whole: dict = {}
+    for part in parts:
+        whole = merge(whole, part)
+    path.write_text(yaml.safe_dump(whole))
+    return str(path)
+
+
+def fails(arguments, capsys):
+    """The message of a command that stops with status 2, and nothing of a traceback."""
+    try:
+        status = main(arguments)
+    except SystemExit as stopped:
+        status = stopped.code
+    message = capsys.readouterr().err
+    assert status == 2, message
+    assert "Traceback" not in message
+    return message
+
+
+# ---- help and mistakes ----------------------------------------------------------------------
+
+
+HEAVY = "torch", "lightning", "transformers", "datasets", "wandb", "matplotlib"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["fitt"]])
+def test_help_imports_nothing_heavy(arguments):
+    script = (
+        "import sys; from gradmerge.cli import main; status = main(sys.argv[1:]);"
+        f"print('loaded', [name for name in {HEAVY} if name in sys.modules]); sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == (2 if arguments == ["fitt"] else 0)
+    assert done.stdout.splitlines()[-1] == "loaded []"
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {command} " in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert "--config" in text
+    assert len(text) > 300
+
+
+def test_the_help_of_fit_describes_our_options(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("Where the coefficients start", "examples a task, step and process", "--model.memory"):
+        assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fitt"], "'fitt' is no command. Did you mean 'fit'?"),
+        (["exprt", "a", "b"], "'exprt' is no command. Did you mean 'export'?"),
+        (["fit", "--modle.memory", "streamed"], "Did you mean '--model.memory'?"),
+        (["fit", "--trainer.max_stepss", "3"], "Did you mean '--trainer.max_steps'?"),
+        (["merge", "--outptu", "x"], "Did you mean '--output'?"),
+        (["inspect", "a", "--bas", "b"], "Did you mean '--base'?"),
+        (["export", "one.ckpt"], "'output' is required"),
+        (["export", "absent.ckpt", "out"], "absent.ckpt: no such checkpoint"),
+        (["inspect", "absent"], "absent"),
+        (["fit", "--config", "absent.yaml"], "absent.yaml"),
+    ],
+)
+def test_wrong_commands_and_options_suggest_the_nearest(capsys, arguments, message):
+    assert message in fails(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("part", "messages"),
+    [
+        ({"model": {"recipe": {"coefficients": "Tensr"}}}, ["Tensr", "Did you mean 'Tensor'?"]),
+        (
+            {"model": {"recipe": {"coefficients": {"class_path": "Softmx"}}}},
+            ["Softmx", "Did you mean 'Softmax'?"],
+        ),
+        ({"model": {"recipe": {"init": {"class_path": "Unifrm"}}}}, ["Did you mean 'Uniform'?"]),
+        (
+            {"model": {"objective": {"terms": [{"class_path": "CrossEntrpy"}]}}},
+            ["Did you mean 'CrossEntropy'?"],
+        ),
+        ({"model": {"recipe": {"privte": ["x"]}}}, ["privte", "Did you mean 'private'?"]),
+        ({"model": {"memory": "streemed"}}, ["model.memory", "streamed"]),
+        ({"trainer": {"max_stps": 3}}, ["max_stps", "Did you mean 'max_steps'?"]),
+        ({"data": {"batch_sise": 3}}, ["batch_sise", "Did you mean 'batch_size'?"]),
+        (
+            {"model": {"recipe": {"init": {"class_path": "Mixup", "init_args": {"alpha": -1}}}}},
+            ["Mixup: alpha must be positive, came -1"],
+        ),
+        ({"model": {"objective": {"task_weights": {"aa": 1.0}}}}, ["'aa' is no task", "'a'"]),
+        ({"data": {"tasks": {"a": {"kind": "text_clasification"}}}}, ["text_clasification"]),
+        ({"data": {"batch_size": 0}}, ["batch_size: must be at least 1"]),
+        ({"model": {"recipe": {"sources": {"a": "absent-folder"}}}}, ["absent-folder"]),
+    ],
+)
+def test_mistakes_in_a_configuration_are_explained(world, capsys, tmp_path, part, messages):
+    text = fails(["fit", "--config", write(tmp_path / "c.yaml", world, part)], capsys)
+    for message in messages:
+        assert message in text
+    assert len(text) < 3_000
+
+
+# ---- end to end -----------------------------------------------------------------------------
+
+
+def test_fit_then_validate_test_and_export(world, tmp_path, capsys):
+    config = write(tmp_path / "c.yaml", world)
+    assert main(["fit", "--config", config, "--trainer.default_root_dir", "run"]) == 0
+    (checkpoint,) = Path("run").rglob("*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["global_step"] == 4
+    assert list(saved["state_dict"]) == ["merged.raw.tensor"]
+    assert list(Path("run").rglob("metrics.csv"))
+    (kept,) = Path("run").rglob("config.yaml")
+    assert yaml.safe_load(kept.read_text())["model"]["recipe"]["base"].endswith("base")
+
+    capsys.readouterr()
+    for command, split in (("validate", "selection"), ("test", "test")):
+        assert main([command, "--config", config, "--ckpt_path", str(checkpoint)]) == 0
+        assert f"{split}/average/accuracy" in capsys.readouterr().out
+
+    assert main(["export", str(checkpoint), "merged", "--dtype", "bfloat16"]) == 0
+    model = transformers.BertForSequenceClassification.from_pretrained("merged")
+    assert model.dtype == torch.bfloat16
+    found = load_file("merged/coefficients.safetensors")
+    assert not all(torch.equal(c, torch.full((2,), 0.3)) for c in found.values())
+    message = fails(["export", str(checkpoint), "merged"], capsys)
+    assert "merged exists; give another folder, or --overwrite true" in message
+    assert main(["export", str(checkpoint), "merged", "--overwrite", "true"]) == 0
+
+
+def test_validate_scores_the_checkpoint_and_not_the_start(world, tmp_path):
+    config = write(tmp_path / "c.yaml", world, {"model": {"learning_rate": 0.5}})
+    assert main(["fit", "--config", config, "--trainer.default_root_dir", "run"]) == 0
+    (checkpoint,) = Path("run").rglob("*.ckpt")
+    options = ["validate", "--config", config]
+    started = learn(options).trainer.callback_metrics["selection/loss"]
+    trained = learn([*options, "--ckpt_path", str(checkpoint)])
+    assert abs(trained.trainer.callback_metrics["selection/loss"] - started) > 1e-3
+    raw = torch.load(checkpoint, weights_only=True)["state_dict"]["merged.raw.tensor"]
+    assert torch.equal(trained.model.merged.raw["tensor"].detach(), raw)
+
+
+def test_fit_exports_by_callback_and_takes_optimiser_and_schedule_from_yaml(world, tmp_path):
+    part = {
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5, "momentum": 0.9}},
+        "lr_scheduler": {
+            "class_path": "torch.optim.lr_scheduler.CosineAnnealingLR",
+            "init_args": {"T_max": 4},
+        },
+        "trainer": {
+            "callbacks": [
+                {"class_path": "ExportAtEnd", "init_args": {"output": "merged"}},
+                {"class_path": "CoefficientLogger"},
+            ]
+        },
+    }
+    found = learn(["fit", "--config", write(tmp_path / "c.yaml", world, part)])
+    (optimiser,) = found.trainer.optimizers
+    assert isinstance(optimiser, torch.optim.SGD)
+    assert optimiser.param_groups[0]["momentum"] == 0.9
+    # the schedule moves a step at a time: after T_max steps the rate is zero
+    assert optimiser.param_groups[0]["lr"] == pytest.approx(0, abs=1e-8)
+    model = transformers.BertForSequenceClassification.from_pretrained("merged")
+    assert model.config.num_labels == 3
+    assert list(Path("outputs").rglob("coefficients.png"))
+
+
+def test_fit_resumes_from_a_checkpoint(world, tmp_path):
+    config = write(tmp_path / "c.yaml", world)
+    rate = ["--model.learning_rate", "0.1"]
+    root = "--trainer.default_root_dir"
+    whole = learn(["fit", "--config", config, *rate, "--trainer.max_steps", "6", root, "whole"])
+    learn(["fit", "--config", config, *rate, root, "half"])
+    (checkpoint,) = Path("half").rglob("*.ckpt")
+    again = ["--trainer.max_steps", "6", "--ckpt_path", str(checkpoint), root, "rest"]
+    rest = learn(["fit", "--config", config, *rate, *again])
+    assert rest.trainer.global_step == 6
+    assert torch.equal(rest.model.merged.raw["tensor"], whole.model.merged.raw["tensor"])
+
+
+def test_a_trial_run_takes_one_step_and_writes_no_checkpoint(world, tmp_path):
+    config = write(tmp_path / "c.yaml", world)
+    assert main(["fit", "--config", config, "--trainer.fast_dev_run", "true"]) == 0
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_print_config_gives_a_configuration_that_parses_again(world, tmp_path, capsys):
+    config = write(tmp_path / "c.yaml", world, {"model": {"recipe": {"coefficients": "Clamp"}}})
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--config", config, "--model.memory", "streamed", "--print_config"])
+    printed = capsys.readouterr().out
+    found = yaml.safe_load(printed)
+    assert found["model"]["memory"] == "streamed"
+    assert found["data"]["batch_size"] == 2
+    (tmp_path / "again.yaml").write_text(printed)
+    built = learn(["--config", str(tmp_path / "again.yaml")], run=False)
+    assert built.model.recipe.coefficients == Clamp(Tensor())
+    assert built.model.recipe.init == Constant(0.3)
+
+
+def test_merge_writes_fixed_coefficients(world, tmp_path, capsys):
+    recipe = {**world["model"]["recipe"], "init": {"class_path": "Constant", "init_args": {"value": 0.5}}}
+    config = write(tmp_path / "m.yaml", {"recipe": recipe})
+    assert main(["merge", "--config", config, "--output", "merged"]) == 0
+    assert "merged 2 sources" in capsys.readouterr().out
+    base, a, b = (load_file(Path(recipe["base"]).parent / n / "model.safetensors") for n in ("base", "a", "b"))
+    for name, tensor in load_file("merged/model.safetensors").items():
+        expected = base[name] + 0.5 * (a[name] - base[name]) + 0.5 * (b[name] - base[name])
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
+    assert "exists" in fails(["merge", "--config", config, "--output", "merged"], capsys)
+
+
+def test_inspect_reports_sizes_and_directions(world, tmp_path, capsys):
+    recipe = world["model"]["recipe"]
+    sources = [recipe["sources"][k] for k in "ab"]
+    assert main(["inspect", *sources, "--base", recipe["base"]]) == 0
+    text = capsys.readouterr().out
+    assert "compatible: yes" in text
+    assert "BertForSequenceClassification" in text
+    assert main(["inspect", *sources, "--base", recipe["base"], "--json", "true"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    base, a = (load_file(Path(recipe["base"]).parent / n / "model.safetensors") for n in ("base", "a"))
+    norm = sum((a[n].double() - base[n].double()).square().sum() for n in a).sqrt().item()
+    assert found["statistics"]["norm"]["a"] == pytest.approx(norm, rel=1e-6)
+    assert found["sources"]["a"]["parameters"] == sum(t.numel() for t in a.values())
+
+
+def test_inspect_stops_on_sources_that_do_not_fit(world, tmp_path, capsys):
+    other = transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    other.save_pretrained(tmp_path / "other")
+    arguments = ["inspect", world["model"]["recipe"]["base"], str(tmp_path / "other")]
+    with pytest.raises(SystemExit, match="2"):
+        raise SystemExit(main([*arguments, "--json", "true"]))
+    found = json.loads(capsys.readouterr().out)
+    assert not found["compatible"]
+    assert any(problem["kind"] == "shape" for problem in found["problems"])
+    assert "keep these sources from being merged" in fails(arguments, capsys)
+
+
+# ---- configurations -------------------------------------------------------------------------
+
+
+GRANULARITIES = ["Model", "Group", "Tensor", "Column", "Row", "Partition", "Element"]
+LINKS = ["none", "Clamp", "Sigmoid", "Tanh", "Softmax", "Complement", "Complement-Sigmoid"]
+INITS = ["Constant", "Uniform", "Mixup", "DepthRamp", "MetaGPT"]
+SUMS = ["Uniform", "Mixup", "MetaGPT"]  # what a link that sums to one can start from
+
+
+def wrapped(granularity, link):
+    spec: dict = {"class_path": granularity}
+    for name in reversed(link.split("-")) if link != "none" else ():
+        spec = {"class_path": name, "init_args": {"inner": spec}}
+    return spec
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_every_granularity_and_link_takes_a_step(world, tmp_path, granularity, link):
+    """Inits go round, so that each meets every link and granularity."""
+    known = SUMS if link.startswith(("Softmax", "Complement")) else INITS
+    place = GRANULARITIES.index(granularity) + LINKS.index(link)
+    recipe = {"coefficients": wrapped(granularity, link), "init": known[place % len(known)]}
+    config = write(tmp_path / "c.yaml", world, {"model": {"recipe": recipe}})
+    found = learn(["fit", "--config", config, "--trainer.fast_dev_run", "1"])
+    assert found.trainer.global_step == 1
+    coefficients = found.model.recipe.coefficients
+    names = []
+    while hasattr(coefficients, "inner"):
+        names.append(type(coefficients).__name__)
+        coefficients = coefficients.inner
+    assert names == ([] if link == "none" else link.split("-"))
+    assert type(coefficients).__name__ == granularity
+    start = found.model.merged.plan.initial_raw()
+    assert any(not torch.equal(raw, start[key]) for key, raw in found.model.merged.raw.items())
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_every_granularity_starts_from_every_init(world, tmp_path, granularity, init):
+    recipe = {**world["model"]["recipe"], "coefficients": granularity, "init": init}
+    config = write(tmp_path / "m.yaml", {"recipe": recipe})
+    assert main(["merge", "--config", config, "--output", "merged"]) == 0
+    found = load_file("merged/coefficients.safetensors")
+    assert all(torch.isfinite(c).all() and len(c) == 2 for c in found.values())
+
+
+def suite_for(path):
+    """A method's file names no data: it is given together with a suite's."""
+    named = [line for line in path.read_text().splitlines() if "--config" in line]
+    return [part for line in named for part in line.split() if part.startswith("configs/")]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS))
+)
+def test_every_shipped_configuration_parses(path, monkeypatch):
+    """With the other files that its own head names in the command."""
+    monkeypatch.chdir(CONFIGS.parent)
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    commands = [line for line in head if "gradmerge " in line]
+    assert commands, "its head must say the command"
+    words = commands[0].split("gradmerge ", 1)[1].split()
+    files = [word for word in words if word.endswith(".yaml")]
+    assert str(path.relative_to(CONFIGS.parent)) in files
+    arguments = [word for file in files for word in ("--config", file)]
+    if words[0] == "merge":
+        pytest.skip("parsed by the test of merge configurations")
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", *arguments, "--print_config"])
