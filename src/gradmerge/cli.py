@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -195,6 +196,25 @@ def register() -> None:
     import gradmerge.sources  # noqa: F401
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    read_sources_once()
+
+
+def read_sources_once() -> None:
+    """Keep the attribute docstrings of a class: half of the start-up went into parsing its file again.
+
+    The parser asks for them wherever a class can stand.
+    """
+    from docstring_parser.attrdoc import AttributeDocstrings
+
+    original = AttributeDocstrings.get_attr_docs
+    if not hasattr(original, "kept"):
+        read = functools.cache(lambda component: original(AttributeDocstrings(), component))
+
+        def get_attr_docs(_: Any, component: Any) -> Any:
+            return read(component)
+
+        get_attr_docs.kept = True  # type: ignore[attr-defined]
+        AttributeDocstrings.get_attr_docs = get_attr_docs
 
 
 def component_names() -> list[str]:

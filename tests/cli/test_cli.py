@@ -63,6 +63,8 @@ def world(tmp_path_factory):
 def _here(tmp_path, monkeypatch):
     """Outputs go to the test's own folder; no test talks to W&B."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gradmerge"])
+    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
@@ -169,10 +171,10 @@ def test_wrong_commands_and_options_suggest_the_nearest(capsys, arguments, messa
             {"model": {"objective": {"terms": [{"class_path": "CrossEntrpy"}]}}},
             ["Did you mean 'CrossEntropy'?"],
         ),
-        ({"model": {"recipe": {"privte": ["x"]}}}, ["privte", "Did you mean 'private'?"]),
+        ({"model": {"recipe": {"privte": ["x"]}}}, ["privte", "Did you mean 'model.recipe.private'?"]),
         ({"model": {"memory": "streemed"}}, ["model.memory", "streamed"]),
-        ({"trainer": {"max_stps": 3}}, ["max_stps", "Did you mean 'max_steps'?"]),
-        ({"data": {"batch_sise": 3}}, ["batch_sise", "Did you mean 'batch_size'?"]),
+        ({"trainer": {"max_stps": 3}}, ["max_stps", "Did you mean 'trainer.max_steps'?"]),
+        ({"data": {"batch_sise": 3}}, ["batch_sise", "Did you mean 'data.batch_size'?"]),
         (
             {"model": {"recipe": {"init": {"class_path": "Mixup", "init_args": {"alpha": -1}}}}},
             ["Mixup: alpha must be positive, came -1"],
@@ -284,7 +286,11 @@ def test_print_config_gives_a_configuration_that_parses_again(world, tmp_path, c
     assert found["model"]["memory"] == "streamed"
     assert found["data"]["batch_size"] == 2
     (tmp_path / "again.yaml").write_text(printed)
-    built = learn(["--config", str(tmp_path / "again.yaml")], run=False)
+    again = ["fit", "--config", str(tmp_path / "again.yaml")]
+    with pytest.raises(SystemExit, match="0"):
+        main([*again, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out) == found
+    built = learn([*again, "--trainer.fast_dev_run", "1"])
     assert built.model.recipe.coefficients == Clamp(Tensor())
     assert built.model.recipe.init == Constant(0.3)
 
