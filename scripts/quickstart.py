@@ -232,17 +232,14 @@ def run(name: str, seed: int, cache: Path, output: Path) -> list[Row]:
 def finish(session: Session, cli: Any, rows: list[Row]) -> None:
     """Export the best learned merge, draw its coefficients, show a sample."""
     from gradmerge.callbacks import coefficient_table
-    from gradmerge.export import export
+    from gradmerge.export import export_merged
     from gradmerge.plots import heat_map
 
     merged, folder = cli.model.merged, session.output / f"merged-seed{session.seed}"
-    export(
-        merged.plan,
-        merged.raw,
+    export_merged(
+        merged,
         folder,
         overwrite=True,
-        buffers=merged.statistics.values(),
-        tasks=merged.tasks,
         results=cli.model.results,
         extra={"seed": session.seed, "suite": session.name},
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
 from gradmerge.coefficients import Constant
+from gradmerge.coefficients import Tensor as TensorGranularity
 
 SPLITS = ("adaptation", "selection", "test")
 WORDS = [f"w{i}" for i in range(29)]
@@ -116,6 +117,36 @@ def trainer_of(path: Path, **options: Any) -> lightning.Trainer:
     return lightning.Trainer(**{**settings, **options})
 
 
+def module_of(
+    models: Sequence[nn.Module] | None = None,
+    objective: Any = None,
+    coefficients: Any = None,
+    **options: Any,
+) -> MergeModule:
+    """A module of perceptrons; fields of the recipe may stand among the options."""
+    recipe = {"coefficients": coefficients or TensorGranularity()}
+    for name in ("init", "private", "buffers", "unused", "base", "origin"):
+        if name in options:
+            recipe[name] = options.pop(name)
+    return MergeModule(recipe_of(models or relatives(build()), **recipe), objective, **options)
+
+
+def fit(
+    path: Path, module: MergeModule | None = None, data: Any = None, **options: Any
+) -> tuple[MergeModule, lightning.Trainer]:
+    """A short fit."""
+    module = module or module_of()
+    trainer = trainer_of(path, **options)
+    trainer.fit(module, datamodule=data or vectors())
+    return module, trainer
+
+
+def validate(trainer: lightning.Trainer, module: MergeModule, data: Any) -> dict[str, float]:
+    """All scores of the selection split, by name."""
+    found = trainer.validate(module, datamodule=data, verbose=False)
+    return {name: value for loader in found for name, value in loader.items()}
+
+
 def raws(module: MergeModule) -> dict[str, Tensor]:
     """A copy of the raw coefficients."""
     return {key: value.detach().clone() for key, value in module.merged.raw.items()}
@@ -155,3 +186,22 @@ def sentences(seed: int, count: int, length: int = 8) -> list[str]:
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(WORDS), (count, length), generator=generator).tolist()
     return [" ".join(WORDS[i] for i in row) for row in draws]
+
+
+def write_yaml(path: Path, *parts: dict[str, Any]) -> str:
+    """A YAML file of merged dictionaries."""
+
+    def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+        both = {**first, **second}
+        for key in first.keys() & second.keys():
+            if isinstance(first[key], dict) and isinstance(second[key], dict):
+                both[key] = merge(first[key], second[key])
+        return both
+
+    import yaml
+
+    whole: dict[str, Any] = {}
+    for part in parts:
+        whole = merge(whole, part)
+    path.write_text(yaml.safe_dump(whole))
+    return str(path)

@@ -17,6 +17,7 @@ _WHERE = {
     "Plan": "plan",
     "Recipe": "recipe",
     "TaskData": "data",
+    "export_merged": "export",
 }
 
 __all__ = [
@@ -27,10 +28,12 @@ __all__ = [
     "Recipe",
     "TaskData",
     "__version__",
+    "export_merged",
 ]
 
 if TYPE_CHECKING:
     from gradmerge.data import MergeDataModule, TaskData
+    from gradmerge.export import export_merged
     from gradmerge.merged import MergedModel
     from gradmerge.module import MergeModule
     from gradmerge.plan import Plan

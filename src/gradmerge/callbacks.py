@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
 from gradmerge.errors import ConfigError
-from gradmerge.export import export, refuse_existing, require_options
+from gradmerge.export import export_merged, refuse_existing, require_options
 from gradmerge.module import MergeModule
 from gradmerge.plan import Plan
 from gradmerge.plots import heat_map
@@ -198,15 +198,11 @@ class ExportAtEnd(lightning.Callback):
             pl_module.refresh_buffers()
         if not trainer.is_global_zero:
             return
-        merged = pl_module.merged
-        folder = export(
-            merged.plan,
-            merged.raw,
+        folder = export_merged(
+            pl_module.merged,
             self.output,
             dtype=self.dtype,
             overwrite=self.overwrite,
-            buffers=merged.statistics.values(),
-            tasks=merged.tasks,
             head=self.head,
             results=pl_module.results,
             extra={

@@ -8,13 +8,10 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from gradmerge._version import __version__
 from gradmerge.errors import GradmergeError, nearest
-
-if TYPE_CHECKING:
-    from gradmerge.recipe import Recipe
 
 USAGE = f"""usage: gradmerge COMMAND [options]
 
@@ -200,9 +197,9 @@ def register() -> None:
 
 
 def read_sources_once() -> None:
-    """Keep the attribute docstrings of a class: half of the start-up went into parsing its file again.
+    """Keep the attribute docstrings of a class, which the parser asks for wherever it can stand.
 
-    The parser asks for them wherever a class can stand.
+    Half of the start-up went into parsing the same files again.
     """
     from docstring_parser.attrdoc import AttributeDocstrings
 
@@ -277,8 +274,10 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
         def error(self, message: str, *args: Any, **kwargs: Any) -> Any:
             stop(message, self)
 
+    from gradmerge import commands
+
     register()
-    function: Any = {"export": export_checkpoint, "merge": merge, "inspect": inspect}[command]
+    function: Any = getattr(commands, command)
     parser = Parser(
         prog=f"gradmerge {command}",
         allow_abbrev=False,
@@ -299,109 +298,3 @@ _POSITIONAL = {
     "output": "Folder to write.",
     "sources": "Paths or hub ids of the checkpoints.",
 }
-
-
-def merge(
-    recipe: Recipe,
-    output: str,
-    dtype: str | None = None,
-    overwrite: bool = False,
-    head: str | None = None,
-) -> None:
-    """Merge with the recipe's starting coefficients, without any training.
-
-    Args:
-        recipe: what is merged; `init` gives the coefficients (Constant, Uniform, MetaGPT, ...).
-        output: folder to write.
-        dtype: float32, bfloat16 or float16; default: as the reference stores each tensor.
-        overwrite: replace an existing folder.
-        head: task whose head the folder itself carries.
-    """
-    from pathlib import Path
-
-    from gradmerge.export import export, refuse_existing
-
-    refuse_existing(Path(output), overwrite)
-    plan = recipe.open(with_skeleton=False)
-    folder = export(plan, plan.initial_raw(), output, dtype=dtype, overwrite=overwrite, head=head)
-    print(f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors: {folder}")
-
-
-def export_checkpoint(
-    checkpoint: str,
-    output: str,
-    dtype: str | None = None,
-    overwrite: bool = False,
-    head: str | None = None,
-) -> None:
-    """Write a trained merge as a Hugging Face folder.
-
-    Args:
-        checkpoint: checkpoint that `gradmerge fit` wrote.
-        output: folder to write.
-        dtype: float32, bfloat16 or float16; default: as the reference stores each tensor.
-        overwrite: replace an existing folder.
-        head: task whose head the folder itself carries.
-    """
-    from pathlib import Path
-
-    from gradmerge.errors import ConfigError
-    from gradmerge.export import export, refuse_existing
-
-    refuse_existing(Path(output), overwrite)
-    if not Path(checkpoint).is_file():
-        raise ConfigError(f"{checkpoint}: no such checkpoint.")
-
-    from gradmerge.module import MergeModule
-
-    module = MergeModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
-    merged = module.merged
-    folder = export(
-        merged.plan,
-        merged.raw,
-        output,
-        dtype=dtype,
-        overwrite=overwrite,
-        buffers=merged.statistics.values(),
-        tasks=merged.tasks,
-        head=head,
-        results=module.results,
-        extra={"checkpoint": Path(checkpoint).name},
-    )
-    print(f"merged model written to {folder}")
-
-
-def inspect(
-    sources: list[str],
-    base: str | None = None,
-    private: list[str] | None = None,
-    allow: list[str] | None = None,
-    statistics: bool = True,
-    json: bool = False,
-) -> None:
-    """Report whether sources fit, their sizes, and how their directions lie to one another.
-
-    Args:
-        sources: paths or hub ids of the checkpoints.
-        base: the checkpoint that they were fine-tuned from.
-        private: regular expressions of tensors that stay with their task.
-        allow: kinds of problems taken as warnings.
-        statistics: read the weights for norms, cosines and sign conflicts.
-        json: print JSON.
-    """
-    import dataclasses
-    from json import dumps
-
-    from gradmerge.errors import CompatibilityError
-    from gradmerge.inspection import inspect_sources, render
-    from gradmerge.recipe import named
-
-    found = inspect_sources(named(sources), base, private or [], allow or [], statistics)
-    if json:
-        found["problems"] = [dataclasses.asdict(problem) for problem in found["problems"]]
-        print(dumps(found, indent=2))
-    else:
-        print(render(found))
-    if not found["compatible"]:
-        fatal = sum(1 for p in found["problems"] if (p["fatal"] if json else p.fatal))
-        raise CompatibilityError(f"{fatal} problem(s) keep these sources from being merged.")

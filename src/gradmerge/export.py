@@ -27,6 +27,7 @@ from gradmerge._typing import Raw
 from gradmerge._version import __version__
 from gradmerge.card import model_card
 from gradmerge.errors import ConfigError, nearest
+from gradmerge.merged import MergedModel
 from gradmerge.plan import Plan
 from gradmerge.sources.base import tensor_bytes
 from gradmerge.spec import to_plain
@@ -112,7 +113,24 @@ def write_safetensors(
         os.fsync(file.fileno())
 
 
-def export(
+def export_merged(merged: MergedModel, output: str | Path, **options: Any) -> Path:
+    """Write a trained merge as a Hugging Face folder, with the buffers and tasks it runs with.
+
+    Args:
+        merged: the merged model (`module.merged`).
+        output: folder to write; it must not exist unless `overwrite`.
+        **options: those of `export_plan`: dtype, overwrite, head, results, extra, max_shard_size.
+
+    Returns:
+        The folder.
+    """
+    buffers = merged.statistics.values()
+    return export_plan(
+        merged.plan, merged.raw, output, buffers=buffers, tasks=merged.tasks, **options
+    )
+
+
+def export_plan(
     plan: Plan,
     raw: Raw,
     output: str | Path,

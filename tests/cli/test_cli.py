@@ -15,74 +15,8 @@ from safetensors.torch import load_file
 
 from gradmerge.cli import COMMANDS, learn, main
 from gradmerge.coefficients import Clamp, Constant, Tensor
-from tiny import SPLITS, relatives, save_family, sentences
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Folders of a tiny text classifier, files of two tasks, and a configuration of both."""
-    root = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    model = transformers.BertForSequenceClassification(
-        transformers.BertConfig(
-            vocab_size=32,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            num_labels=3,
-        )
-    )
-    paths = save_family(root, relatives(model, scale=0.2))
-    tasks = {}
-    for i, task in enumerate("ab"):
-        files = {}
-        for j, split in enumerate(SPLITS):
-            rows = [{"text": t, "label": k % 3} for k, t in enumerate(sentences(10 * i + j, 6))]
-            path = root / f"{task}-{split}.json"
-            path.write_text("\n".join(json.dumps(row) for row in rows))
-            files[split] = str(path)
-        tasks[task] = {"path": "json", "kind": "text_classification", "data_files": files}
-    return {
-        "model": {"recipe": {"base": paths["base"], "sources": {k: paths[k] for k in "ab"}}},
-        "data": {"tasks": tasks, "batch_size": 2},
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": 4,
-            "num_sanity_val_steps": 0,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-        },
-    }
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
-    """Outputs go to the test's own folder; no test talks to W&B."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["gradmerge"])
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-
-
-def write(path, *parts):
-    """A YAML file of merged dictionaries."""
-
-    def merge(first, second):
-        both = {**first, **second}
-        for key in first.keys() & second.keys():
-            if isinstance(first[key], dict) and isinstance(second[key], dict):
-                both[key] = merge(first[key], second[key])
-        return both
-
-    whole: dict = {}
-    for part in parts:
-        whole = merge(whole, part)
-    path.write_text(yaml.safe_dump(whole))
-    return str(path)
+from gradmerge.objectives import CrossEntropy, Objective
+from tiny import write_yaml as write
 
 
 def fails(arguments, capsys):
@@ -135,7 +69,11 @@ def test_the_help_of_fit_describes_our_options(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("Where the coefficients start", "examples a task, step and process", "--model.memory"):
+    for part in (
+        "Where the coefficients start",
+        "examples a task, step and process",
+        "--model.memory",
+    ):
         assert part in text, part
 
 
@@ -171,7 +109,10 @@ def test_wrong_commands_and_options_suggest_the_nearest(capsys, arguments, messa
             {"model": {"objective": {"terms": [{"class_path": "CrossEntrpy"}]}}},
             ["Did you mean 'CrossEntropy'?"],
         ),
-        ({"model": {"recipe": {"privte": ["x"]}}}, ["privte", "Did you mean 'model.recipe.private'?"]),
+        (
+            {"model": {"recipe": {"privte": ["x"]}}},
+            ["privte", "Did you mean 'model.recipe.private'?"],
+        ),
         ({"model": {"memory": "streemed"}}, ["model.memory", "streamed"]),
         ({"trainer": {"max_stps": 3}}, ["max_stps", "Did you mean 'trainer.max_steps'?"]),
         ({"data": {"batch_sise": 3}}, ["batch_sise", "Did you mean 'data.batch_size'?"]),
@@ -278,7 +219,8 @@ def test_a_trial_run_takes_one_step_and_writes_no_checkpoint(world, tmp_path):
 
 
 def test_print_config_gives_a_configuration_that_parses_again(world, tmp_path, capsys):
-    config = write(tmp_path / "c.yaml", world, {"model": {"recipe": {"coefficients": "Clamp"}}})
+    part = {"recipe": {"coefficients": "Clamp"}, "objective": {"task_weights": {"a": 2.0}}}
+    config = write(tmp_path / "c.yaml", world, {"model": part})
     with pytest.raises(SystemExit, match="0"):
         main(["fit", "--config", config, "--model.memory", "streamed", "--print_config"])
     printed = capsys.readouterr().out
@@ -293,14 +235,20 @@ def test_print_config_gives_a_configuration_that_parses_again(world, tmp_path, c
     built = learn([*again, "--trainer.fast_dev_run", "1"])
     assert built.model.recipe.coefficients == Clamp(Tensor())
     assert built.model.recipe.init == Constant(0.3)
+    assert built.model.objective == Objective([CrossEntropy()], task_weights={"a": 2.0})
 
 
 def test_merge_writes_fixed_coefficients(world, tmp_path, capsys):
-    recipe = {**world["model"]["recipe"], "init": {"class_path": "Constant", "init_args": {"value": 0.5}}}
+    recipe = {
+        **world["model"]["recipe"],
+        "init": {"class_path": "Constant", "init_args": {"value": 0.5}},
+    }
     config = write(tmp_path / "m.yaml", {"recipe": recipe})
     assert main(["merge", "--config", config, "--output", "merged"]) == 0
     assert "merged 2 sources" in capsys.readouterr().out
-    base, a, b = (load_file(Path(recipe["base"]).parent / n / "model.safetensors") for n in ("base", "a", "b"))
+    base, a, b = (
+        load_file(Path(recipe["base"]).parent / n / "model.safetensors") for n in ("base", "a", "b")
+    )
     for name, tensor in load_file("merged/model.safetensors").items():
         expected = base[name] + 0.5 * (a[name] - base[name]) + 0.5 * (b[name] - base[name])
         torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
@@ -316,7 +264,9 @@ def test_inspect_reports_sizes_and_directions(world, tmp_path, capsys):
     assert "BertForSequenceClassification" in text
     assert main(["inspect", *sources, "--base", recipe["base"], "--json", "true"]) == 0
     found = json.loads(capsys.readouterr().out)
-    base, a = (load_file(Path(recipe["base"]).parent / n / "model.safetensors") for n in ("base", "a"))
+    base, a = (
+        load_file(Path(recipe["base"]).parent / n / "model.safetensors") for n in ("base", "a")
+    )
     norm = sum((a[n].double() - base[n].double()).square().sum() for n in a).sqrt().item()
     assert found["statistics"]["norm"]["a"] == pytest.approx(norm, rel=1e-6)
     assert found["sources"]["a"]["parameters"] == sum(t.numel() for t in a.values())
@@ -325,7 +275,11 @@ def test_inspect_reports_sizes_and_directions(world, tmp_path, capsys):
 def test_inspect_stops_on_sources_that_do_not_fit(world, tmp_path, capsys):
     other = transformers.BertForSequenceClassification(
         transformers.BertConfig(
-            vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+            vocab_size=16,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
         )
     )
     other.save_pretrained(tmp_path / "other")
@@ -336,75 +290,3 @@ def test_inspect_stops_on_sources_that_do_not_fit(world, tmp_path, capsys):
     assert not found["compatible"]
     assert any(problem["kind"] == "shape" for problem in found["problems"])
     assert "keep these sources from being merged" in fails(arguments, capsys)
-
-
-# ---- configurations -------------------------------------------------------------------------
-
-
-GRANULARITIES = ["Model", "Group", "Tensor", "Column", "Row", "Partition", "Element"]
-LINKS = ["none", "Clamp", "Sigmoid", "Tanh", "Softmax", "Complement", "Complement-Sigmoid"]
-INITS = ["Constant", "Uniform", "Mixup", "DepthRamp", "MetaGPT"]
-SUMS = ["Uniform", "Mixup", "MetaGPT"]  # what a link that sums to one can start from
-
-
-def wrapped(granularity, link):
-    spec: dict = {"class_path": granularity}
-    for name in reversed(link.split("-")) if link != "none" else ():
-        spec = {"class_path": name, "init_args": {"inner": spec}}
-    return spec
-
-
-@pytest.mark.parametrize("link", LINKS)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_every_granularity_and_link_takes_a_step(world, tmp_path, granularity, link):
-    """Inits go round, so that each meets every link and granularity."""
-    known = SUMS if link.startswith(("Softmax", "Complement")) else INITS
-    place = GRANULARITIES.index(granularity) + LINKS.index(link)
-    recipe = {"coefficients": wrapped(granularity, link), "init": known[place % len(known)]}
-    config = write(tmp_path / "c.yaml", world, {"model": {"recipe": recipe}})
-    found = learn(["fit", "--config", config, "--trainer.fast_dev_run", "1"])
-    assert found.trainer.global_step == 1
-    coefficients = found.model.recipe.coefficients
-    names = []
-    while hasattr(coefficients, "inner"):
-        names.append(type(coefficients).__name__)
-        coefficients = coefficients.inner
-    assert names == ([] if link == "none" else link.split("-"))
-    assert type(coefficients).__name__ == granularity
-    start = found.model.merged.plan.initial_raw()
-    assert any(not torch.equal(raw, start[key]) for key, raw in found.model.merged.raw.items())
-
-
-@pytest.mark.parametrize("init", INITS)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_every_granularity_starts_from_every_init(world, tmp_path, granularity, init):
-    recipe = {**world["model"]["recipe"], "coefficients": granularity, "init": init}
-    config = write(tmp_path / "m.yaml", {"recipe": recipe})
-    assert main(["merge", "--config", config, "--output", "merged"]) == 0
-    found = load_file("merged/coefficients.safetensors")
-    assert all(torch.isfinite(c).all() and len(c) == 2 for c in found.values())
-
-
-def suite_for(path):
-    """A method's file names no data: it is given together with a suite's."""
-    named = [line for line in path.read_text().splitlines() if "--config" in line]
-    return [part for line in named for part in line.split() if part.startswith("configs/")]
-
-
-@pytest.mark.parametrize(
-    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS))
-)
-def test_every_shipped_configuration_parses(path, monkeypatch):
-    """With the other files that its own head names in the command."""
-    monkeypatch.chdir(CONFIGS.parent)
-    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    commands = [line for line in head if "gradmerge " in line]
-    assert commands, "its head must say the command"
-    words = commands[0].split("gradmerge ", 1)[1].split()
-    files = [word for word in words if word.endswith(".yaml")]
-    assert str(path.relative_to(CONFIGS.parent)) in files
-    arguments = [word for file in files for word in ("--config", file)]
-    if words[0] == "merge":
-        pytest.skip("parsed by the test of merge configurations")
-    with pytest.raises(SystemExit, match="0"):
-        main(["fit", *arguments, "--print_config"])

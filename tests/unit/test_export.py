@@ -20,7 +20,7 @@ from conftest import logits_of
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Column, Constant, FromFile, Sigmoid, Tensor
 from gradmerge.errors import ConfigError
-from gradmerge.export import Entry, export, write_safetensors
+from gradmerge.export import Entry, export_plan, write_safetensors
 from gradmerge.plan import Plan
 from tiny import Normalised, build, recipe_of, relatives, save_family
 
@@ -54,7 +54,7 @@ def folders(tmp_path, family, name="llama", tokenizer=True, **options):
 
 
 def write(merged, output, **options):
-    return export(
+    return export_plan(
         merged.plan,
         merged.raw,
         output,

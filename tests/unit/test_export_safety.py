@@ -14,7 +14,7 @@ import hashlib, json, os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
 from gradmerge import Recipe
-from gradmerge.export import export
+from gradmerge.export import export_plan
 
 root = Path(sys.argv[1])
 torch.manual_seed(0)
@@ -25,7 +25,7 @@ target = root / "merged"
 
 def write(value):
     raw = {key: torch.full_like(z, value) for key, z in plan.initial_raw().items()}
-    export(plan, raw, target, overwrite=True, max_shard_size=500_000)
+    export_plan(plan, raw, target, overwrite=True, max_shard_size=500_000)
 
 def state():
     if not target.exists():
@@ -71,7 +71,7 @@ import json, struct, sys, threading, time
 from pathlib import Path
 import torch
 from gradmerge import Recipe
-from gradmerge.export import export
+from gradmerge.export import export_plan
 
 root = Path(sys.argv[1])
 count, size = 40, 2_500_000
@@ -105,7 +105,7 @@ plan = Recipe({"a": str(root / "a.safetensors")}, str(root / "base.safetensors")
 before = anonymous()
 thread = threading.Thread(target=watch, daemon=True)
 thread.start()
-export(plan, plan.initial_raw(), root / "merged")
+export_plan(plan, plan.initial_raw(), root / "merged")
 stop.set()
 thread.join()
 written = sum(path.stat().st_size for path in (root / "merged").glob("model*.safetensors"))

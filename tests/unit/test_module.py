@@ -7,53 +7,32 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins import MixedPrecision
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
-from gradmerge.coefficients import Column, Constant, Element, Sigmoid, Softmax, Tensor, Uniform
-from gradmerge.errors import ConfigError
-from gradmerge.objectives import L1, CrossEntropy, Entropy, KLToSource, L2ToInit, Objective
+from gradmerge.coefficients import Column, Element, Softmax, Tensor, Uniform
+from gradmerge.objectives import L1, CrossEntropy, KLToSource, L2ToInit, Objective
 from tiny import (
     SPLITS,
     Normalised,
     build,
+    fit,
+    module_of,
     raws,
-    recipe_of,
     relatives,
     save_family,
     sentences,
     trainer_of,
+    validate,
     vectors,
 )
-
-
-def module_of(models=None, objective=None, coefficients=None, **options):
-    recipe = {"coefficients": coefficients or Tensor()}
-    for name in ("init", "private", "buffers", "unused", "base", "origin"):
-        if name in options:
-            recipe[name] = options.pop(name)
-    return MergeModule(recipe_of(models or relatives(build()), **recipe), objective, **options)
 
 
 def with_sgd(module, rate=0.5):
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=rate)
     return module
-
-
-def fit(tmp_path, module=None, data=None, **options):
-    module = module or module_of()
-    trainer = trainer_of(tmp_path, **options)
-    trainer.fit(module, datamodule=data or vectors())
-    return module, trainer
-
-
-def validate(trainer, module, data):
-    """All scores of the selection split, by name."""
-    found = trainer.validate(module, datamodule=data, verbose=False)
-    return {name: value for loader in found for name, value in loader.items()}
 
 
 def assert_same_raw(module, other, tolerance):
@@ -282,54 +261,6 @@ def test_distillation_needs_no_labels_and_pulls_towards_the_sources(tmp_path):
     assert after < 0.9 * before
 
 
-# ---- scores ---------------------------------------------------------------------------------
-
-
-def test_scores_equal_those_of_the_merged_network_and_the_expert(tmp_path):
-    models = relatives(build())
-    module = module_of(models, coefficients=Sigmoid(Tensor()), init=Constant(0.4))
-    found = validate(trainer_of(tmp_path), module, vectors())
-    merged = copy.deepcopy(models[0])
-    with torch.no_grad():
-        for name, parameter in merged.named_parameters():
-            a, b = (dict(m.named_parameters())[name] for m in models[1:])
-            parameter.add_(0.4 * (a - parameter) + 0.4 * (b - parameter))
-    losses = []
-    for task, expert in zip("ab", models[1:], strict=True):
-        rows = vectors().tasks[task].path["selection"]
-        x, labels = (torch.stack([row[key] for row in rows]) for key in ("x", "labels"))
-        with torch.no_grad():
-            own, best = merged(x), expert(x)
-        right, best_right = ((o.argmax(1) == labels).float().mean().item() for o in (own, best))
-        losses.append(cross_entropy(own, labels).item())
-        assert found[f"selection/{task}/accuracy"] == pytest.approx(right, abs=1e-6)
-        assert found[f"selection/{task}/normalised"] == pytest.approx(right / best_right, abs=1e-6)
-        assert found[f"selection/{task}/loss"] == pytest.approx(losses[-1], rel=1e-5)
-    assert found["selection/loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
-    average = module.results["selection"]["average"]["loss"]
-    assert average == pytest.approx(found["selection/loss"], rel=1e-6)
-
-
-def test_the_selection_loss_weighs_tasks_as_training_does(tmp_path):
-    module = module_of(objective=Objective([CrossEntropy()], task_weights={"a": 3.0}))
-    found = validate(trainer_of(tmp_path), module, vectors())
-    expected = 0.75 * found["selection/a/loss"] + 0.25 * found["selection/b/loss"]
-    assert found["selection/loss"] == pytest.approx(expected, rel=1e-6)
-
-
-def test_fit_stops_early_on_the_selection_loss(tmp_path):
-    stop = EarlyStopping("selection/loss", patience=1)
-    _, trainer = fit(
-        tmp_path,
-        module_of(learning_rate=3.0),
-        max_steps=60,
-        callbacks=[stop],
-        enable_checkpointing=False,
-    )
-    assert trainer.global_step < 60
-    assert stop.stopped_epoch > 0
-
-
 # ---- networks of transformers ---------------------------------------------------------------
 
 
@@ -365,48 +296,3 @@ def test_padding_does_not_count_in_an_encoder_decoder(tmp_path, family):
     mask[0, 4:] = 0
     logits, kept, _ = module._rows("a", {**inputs, "attention_mask": mask, "labels": labels})
     assert len(logits) == len(kept) == (labels != -100).sum()
-
-
-# ---- messages -------------------------------------------------------------------------------
-
-
-def test_a_term_that_needs_labels_says_which_task_has_none(tmp_path):
-    data = vectors()
-    for task in "ab":
-        for rows in data.tasks[task].path.values():
-            for row in rows:
-                row.pop("labels")
-    with pytest.raises(
-        ConfigError, match=r"task a has no labels, which CrossEntropy needs; name its"
-    ):
-        fit(tmp_path, data=data)
-    _module, trainer = fit(tmp_path, module_of(objective=Entropy()), data)
-    assert trainer.callback_metrics["selection/loss"] > 0
-
-
-def test_weights_of_unknown_tasks_are_refused_before_training(tmp_path):
-    module = module_of(objective=Objective([CrossEntropy()], task_weights={"aa": 2.0}))
-    with pytest.raises(ConfigError, match=r"'aa' is no task; there are a, b\. Did you mean 'a'"):
-        fit(tmp_path, module)
-
-
-def test_tasks_without_a_source_are_refused_where_one_is_needed(tmp_path):
-    with pytest.raises(ConfigError, match=r"tasks name no source: c -> c; sources are a, b"):
-        fit(tmp_path, module_of(objective=KLToSource()), vectors(("a", "c")))
-    module, _ = fit(tmp_path, data=vectors(("a", "c")))
-    assert module.tasks == ("a", "c")
-
-
-def test_batches_that_are_not_by_task_are_explained(tmp_path):
-    module = module_of()
-    with pytest.raises(
-        ConfigError, match="must map task names to batches, came the keys x, labels"
-    ):
-        module._by_task({"x": torch.zeros(1), "labels": torch.zeros(1)})
-    with pytest.raises(ConfigError, match=r"the batch has tasks \['z'\]; expected some of a, b"):
-        module._by_task({"z": {"x": torch.zeros(1)}})
-
-
-def test_an_unknown_dtype_is_refused():
-    with pytest.raises(ConfigError, match=r"dtype: expected .*bfloat16.* came 'bf17'"):
-        module_of(dtype="bf17")

@@ -281,8 +281,11 @@ def test_an_unknown_task_in_the_weights_names_the_nearest():
     Objective(task_weights={"svhn": 2.0}).require_tasks(["mnist", "svhn"])
 
 
-def test_an_objective_without_terms_or_with_negative_weights_is_refused():
-    with pytest.raises(ConfigError, match="needs at least one term"):
-        Objective([])
+def test_an_objective_without_terms_is_cross_entropy():
+    assert Objective() == Objective([CrossEntropy()])
+    assert Objective(task_weights={"a": 2.0}).terms == [CrossEntropy()]
+
+
+def test_negative_task_weights_are_refused():
     with pytest.raises(ConfigError, match="must not be negative: b"):
         Objective(task_weights={"a": 1.0, "b": -1.0})

@@ -21,17 +21,17 @@ class Objective:
     there are.
     """
 
-    terms: list[AbstractTerm] = field(default_factory=lambda: [CrossEntropy()])
-    """Losses of the predictions, each with its weight."""
+    terms: list[AbstractTerm] = field(default_factory=list)
+    """Losses of the predictions, each with its weight. Default: CrossEntropy."""
     regularisers: list[AbstractRegulariser] = field(default_factory=list)
     """Penalties on the coefficients, each with its weight."""
     task_weights: dict[str, float] = field(default_factory=dict)
     """Weight of a task; 1 where none is stated."""
 
     def __post_init__(self) -> None:
-        """Check that there is something to minimise."""
+        """Fill in the default term (a default that is an instance could not be written to YAML)."""
         if not self.terms:
-            raise ConfigError("an objective needs at least one term, e.g. CrossEntropy.")
+            object.__setattr__(self, "terms", [CrossEntropy()])
         wrong = [name for name, weight in self.task_weights.items() if weight < 0]
         if wrong:
             raise ConfigError(f"task weights must not be negative: {', '.join(wrong)}.")

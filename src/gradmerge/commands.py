@@ -1,0 +1,100 @@
+"""The commands that need no trainer, as functions: their signatures are their options."""
+
+from __future__ import annotations
+
+import dataclasses
+from json import dumps
+from pathlib import Path
+
+from gradmerge.errors import CompatibilityError, ConfigError
+from gradmerge.export import export_merged, export_plan, refuse_existing
+from gradmerge.inspection import inspect_sources, render
+from gradmerge.recipe import Recipe, named
+
+
+def merge(
+    recipe: Recipe,
+    output: str,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    head: str | None = None,
+) -> None:
+    """Merge with the recipe's starting coefficients, without any training.
+
+    Args:
+        recipe: what is merged; `init` gives the coefficients (Constant, Uniform, MetaGPT, ...).
+        output: folder to write.
+        dtype: float32, bfloat16 or float16; default: as the reference stores each tensor.
+        overwrite: replace an existing folder.
+        head: task whose head the folder itself carries.
+    """
+    refuse_existing(Path(output), overwrite)
+    plan = recipe.open(with_skeleton=False)
+    folder = export_plan(
+        plan, plan.initial_raw(), output, dtype=dtype, overwrite=overwrite, head=head
+    )
+    print(f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors: {folder}")
+
+
+def export(
+    checkpoint: str,
+    output: str,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    head: str | None = None,
+) -> None:
+    """Write a trained merge as a Hugging Face folder.
+
+    Args:
+        checkpoint: checkpoint that `gradmerge fit` wrote.
+        output: folder to write.
+        dtype: float32, bfloat16 or float16; default: as the reference stores each tensor.
+        overwrite: replace an existing folder.
+        head: task whose head the folder itself carries.
+    """
+    refuse_existing(Path(output), overwrite)
+    if not Path(checkpoint).is_file():
+        raise ConfigError(f"{checkpoint}: no such checkpoint.")
+
+    from gradmerge.module import MergeModule
+
+    module = MergeModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    folder = export_merged(
+        module.merged,
+        output,
+        dtype=dtype,
+        overwrite=overwrite,
+        head=head,
+        results=module.results,
+        extra={"checkpoint": Path(checkpoint).name},
+    )
+    print(f"merged model written to {folder}")
+
+
+def inspect(
+    sources: list[str],
+    base: str | None = None,
+    private: list[str] | None = None,
+    allow: list[str] | None = None,
+    statistics: bool = True,
+    json: bool = False,
+) -> None:
+    """Report whether sources fit, their sizes, and how their directions lie to one another.
+
+    Args:
+        sources: paths or hub ids of the checkpoints.
+        base: the checkpoint that they were fine-tuned from.
+        private: regular expressions of tensors that stay with their task.
+        allow: kinds of problems taken as warnings.
+        statistics: read the weights for norms, cosines and sign conflicts.
+        json: print JSON.
+    """
+    found = inspect_sources(named(sources), base, private or [], allow or [], statistics)
+    if json:
+        found["problems"] = [dataclasses.asdict(problem) for problem in found["problems"]]
+        print(dumps(found, indent=2))
+    else:
+        print(render(found))
+    if not found["compatible"]:
+        fatal = sum(1 for p in found["problems"] if (p["fatal"] if json else p.fatal))
+        raise CompatibilityError(f"{fatal} problem(s) keep these sources from being merged.")

@@ -1,0 +1,97 @@
+"""Configurations: every combination of factors parses and learns, every shipped file parses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jsonargparse
+import pytest
+import torch
+
+from gradmerge import MergedModel, Recipe
+from gradmerge.cli import learn, main, register
+from tiny import write_yaml
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GRANULARITIES = ["Model", "Group", "Tensor", "Column", "Row", "Partition", "Element"]
+LINKS = ["none", "Clamp", "Sigmoid", "Tanh", "Softmax", "Complement", "Complement-Sigmoid"]
+INITS = ["Constant", "Uniform", "Mixup", "DepthRamp", "MetaGPT"]
+SUMS = ["Uniform", "Mixup", "MetaGPT"]  # what a link that sums to one can start from
+
+
+def wrapped(granularity, link):
+    """A granularity in its links, as a configuration says it."""
+    spec = {"class_path": granularity}
+    for name in reversed(link.split("-")) if link != "none" else ():
+        spec = {"class_path": name, "init_args": {"inner": spec}}
+    return spec
+
+
+def names_of(coefficients):
+    """The inverse of `wrapped`."""
+    names = []
+    while hasattr(coefficients, "inner"):
+        names.append(type(coefficients).__name__)
+        coefficients = coefficients.inner
+    return type(coefficients).__name__, "-".join(names) or "none"
+
+
+@pytest.fixture(scope="module")
+def parser():
+    register()
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe, "recipe")
+    return parser
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_every_granularity_link_and_init_parses_and_takes_a_step(world, parser, granularity, link):
+    tokens = torch.arange(12).view(2, 6)
+    for init in SUMS if link.startswith(("Softmax", "Complement")) else INITS:
+        factors = {"coefficients": wrapped(granularity, link), "init": init}
+        parsed = parser.parse_object({"recipe": {**world["model"]["recipe"], **factors}})
+        recipe = parser.instantiate_classes(parsed).recipe
+        assert names_of(recipe.coefficients) == (granularity, link)
+        assert type(recipe.init).__name__ == init
+        merged = MergedModel(recipe)
+        optimiser = torch.optim.SGD(merged.parameters(), lr=0.5)
+        before = loss = merged(input_ids=tokens, labels=torch.tensor([0, 2])).loss
+        loss.backward()
+        assert all(torch.isfinite(raw.grad).all() for raw in merged.raw.values()), init
+        assert any(raw.grad.abs().max() > 0 for raw in merged.raw.values()), init
+        optimiser.step()
+        with torch.no_grad():
+            after = merged(input_ids=tokens, labels=torch.tensor([0, 2])).loss
+        assert after < before, init
+
+
+@pytest.mark.parametrize(
+    ("granularity", "link", "init"),
+    [("Column", "Softmax", "MetaGPT"), ("Element", "Complement-Sigmoid", "Mixup")],
+)
+def test_combinations_are_fitted_from_the_command_line(world, tmp_path, granularity, link, init):
+    factors = {"coefficients": wrapped(granularity, link), "init": init}
+    config = write_yaml(tmp_path / "c.yaml", world, {"model": {"recipe": factors}})
+    found = learn(["fit", "--config", config, "--trainer.fast_dev_run", "1"])
+    assert found.trainer.global_step == 1
+    assert names_of(found.model.recipe.coefficients) == (granularity, link)
+    start = found.model.merged.plan.initial_raw()
+    assert any(not torch.equal(raw, start[key]) for key, raw in found.model.merged.raw.items())
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.relative_to(CONFIGS).as_posix()
+)
+def test_every_shipped_configuration_parses(path, monkeypatch):
+    """With the other files that its own head names in the command."""
+    monkeypatch.chdir(CONFIGS.parent)
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    commands = [line.split("gradmerge ", 1)[1].split() for line in head if "gradmerge " in line]
+    assert commands, "its head must say the command"
+    command, *words = commands[0]
+    files = [word for word in words if word.endswith(".yaml")]
+    assert path.relative_to(CONFIGS.parent).as_posix() in files
+    arguments = [word for file in files for word in ("--config", file)]
+    with pytest.raises(SystemExit, match="0"):
+        main([command, *arguments, "--print_config"])
