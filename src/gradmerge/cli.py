@@ -201,17 +201,16 @@ def read_sources_once() -> None:
 
     Half of the start-up went into parsing the same files again.
     """
-    from docstring_parser.attrdoc import AttributeDocstrings
-
-    original = AttributeDocstrings.get_attr_docs
-    if not hasattr(original, "kept"):
-        read = functools.cache(lambda component: original(AttributeDocstrings(), component))
-
-        def get_attr_docs(_: Any, component: Any) -> Any:
-            return read(component)
-
-        get_attr_docs.kept = True  # type: ignore[attr-defined]
-        AttributeDocstrings.get_attr_docs = get_attr_docs
+    try:
+        from docstring_parser.attrdoc import AttributeDocstrings
+    except ImportError:  # another version of the parser: slower, nothing else
+        return
+    reader: Any = AttributeDocstrings
+    if not hasattr(reader, "gradmerge_keeps"):
+        original = reader.get_attr_docs
+        read = functools.cache(lambda component: original(reader(), component))
+        reader.get_attr_docs = lambda _, component: read(component)
+        reader.gradmerge_keeps = True
 
 
 def component_names() -> list[str]:

@@ -1,0 +1,153 @@
+"""An export that is killed at any moment, and the memory of one that is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+KILLED = """
+import hashlib, json, os, random, shutil, signal, sys, time
+from pathlib import Path
+import torch
+from gradmerge import Recipe
+from gradmerge.export import export_plan
+
+root = Path(sys.argv[1])
+torch.manual_seed(0)
+base, a, b = ({f"t{i}": torch.randn(64, 512) for i in range(12)} for _ in range(3))
+plan = Recipe({"a": a, "b": b}, base=base).open(with_skeleton=False)
+plan.fingerprints
+target = root / "merged"
+
+def write(value):
+    raw = {key: torch.full_like(z, value) for key, z in plan.initial_raw().items()}
+    export_plan(plan, raw, target, overwrite=True, max_shard_size=500_000)
+
+def state():
+    if not target.exists():
+        return "absent"
+    digest = hashlib.sha256()
+    for path in sorted(target.glob("*.safetensors*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    names = sorted(path.name for path in target.iterdir())
+    return digest.hexdigest() + ",".join(names)
+
+known = {}
+for name, value in (("old", 0.2), ("new", 0.7)):
+    started = time.perf_counter()
+    write(value)
+    duration = time.perf_counter() - started
+    known[state()] = name
+assert len(known) == 2
+random.seed(0)
+counts = {}
+for trial in range(60):
+    shutil.rmtree(target, ignore_errors=True)
+    existing = trial % 3 != 0
+    if existing:
+        write(0.2)
+    child = os.fork()
+    if child == 0:
+        write(0.7)
+        os._exit(0)
+    time.sleep(random.uniform(0, 1.3 * duration))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    found = state()
+    outcome = "absent" if found == "absent" else known.get(found, "half")
+    key = ("over old: " if existing else "alone: ") + outcome
+    counts[key] = counts.get(key, 0) + 1
+    for leftover in root.glob(".merged.*"):
+        shutil.rmtree(leftover)
+print(json.dumps(counts))
+"""
+
+MEMORY = """
+import json, struct, sys, threading, time
+from pathlib import Path
+import torch
+from gradmerge import Recipe
+from gradmerge.export import export_plan
+
+root = Path(sys.argv[1])
+count, size = 40, 2_500_000
+header = {
+    f"layers.{i}.weight": {"dtype": "F32", "shape": [1000, size // 1000],
+                           "data_offsets": [4 * size * i, 4 * size * (i + 1)]}
+    for i in range(count)
+}
+text = json.dumps(header).encode()
+text += b" " * (-len(text) % 8)
+for name in ("base", "a"):
+    with (root / f"{name}.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + 4 * size * count)  # zeros that take no disk
+
+def anonymous():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+
+peak, stop = [0], threading.Event()
+
+def watch():
+    while not stop.is_set():
+        now=anonymous()
+        if now-before>100e6 and not peak[1:]:
+            peak.append(1)
+            import re
+            blocks=open('/proc/self/smaps').read().split('VmFlags')
+            for b in blocks:
+                m=re.search(r'Anonymous:\\s+(\\d+)',b)
+                if m and int(m[1])>5000: print(b, file=sys.stderr)
+            import traceback
+            for t,f in sys._current_frames().items(): traceback.print_stack(f)
+        peak[0] = max(peak[0], now)
+        time.sleep(0.003)
+
+plan = Recipe({"a": str(root / "a.safetensors")}, str(root / "base.safetensors")).open(
+    with_skeleton=False
+)
+before = anonymous()
+thread = threading.Thread(target=watch, daemon=True)
+thread.start()
+export_plan(plan, plan.initial_raw(), root / "merged")
+stop.set()
+thread.join()
+written = sum(path.stat().st_size for path in (root / "merged").glob("model*.safetensors"))
+print(json.dumps({"grown": peak[0] - before, "written": written}))
+"""
+
+
+def run(script, folder):
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    open("/tmp/safety.err","a").write(done.stderr+"\n=====\n")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_a_killed_export_leaves_the_old_folder_the_new_one_or_none(tmp_path):
+    counts = run(KILLED, tmp_path)
+    assert sum(counts.values()) == 60
+    assert not [outcome for outcome in counts if outcome.endswith("half")], counts
+    # kills fell before and after the folder took its name
+    assert counts["over old: old"] > 0
+    assert counts["over old: new"] > 0
+    assert counts["alone: absent"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_export_holds_a_tensor_at_a_time(tmp_path):
+    found = run(MEMORY, tmp_path)
+    assert found["written"] > 400_000_000
+    # the merged tensor, its chunk buffers and blocks that malloc keeps: 10 MB a tensor
+    assert found["grown"] < 60_000_000, found
