@@ -205,3 +205,44 @@ def write_yaml(path: Path, *parts: dict[str, Any]) -> str:
         whole = merge(whole, part)
     path.write_text(yaml.safe_dump(whole))
     return str(path)
+
+
+def text_world(root: Path) -> dict[str, Any]:
+    """Folders of a tiny text classifier, files of two tasks, and a configuration of both."""
+    import json
+
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=32,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            num_labels=3,
+        )
+    )
+    paths = save_family(root, relatives(model, scale=0.2))
+    tasks = {}
+    for i, task in enumerate("ab"):
+        files = {}
+        for j, split in enumerate(SPLITS):
+            rows = [{"text": t, "label": k % 3} for k, t in enumerate(sentences(10 * i + j, 6))]
+            path = root / f"{task}-{split}.json"
+            path.write_text("\n".join(json.dumps(row) for row in rows))
+            files[split] = str(path)
+        tasks[task] = {"path": "json", "kind": "text_classification", "data_files": files}
+    return {
+        "model": {"recipe": {"base": paths["base"], "sources": {k: paths[k] for k in "ab"}}},
+        "data": {"tasks": tasks, "batch_size": 2},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 4,
+            "num_sanity_val_steps": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+    }

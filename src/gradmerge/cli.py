@@ -28,6 +28,9 @@ commands:
 gradmerge COMMAND --help lists a command's options; configs/ holds runnable examples.
 """
 
+# Length of a fit that states none: coefficients are few, and a fit is a number of steps.
+DEFAULT_STEPS = 200
+
 LEARNING = ("fit", "validate", "test")
 COMMANDS = (*LEARNING, "export", "merge", "inspect")
 
@@ -129,6 +132,9 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
             given = self._get(self.config_init, "trainer") or {}
             if given.get("logger") is None:
                 kwargs["logger"] = default_loggers(given.get("default_root_dir"))
+            limits = [given.get(key) for key in ("max_epochs", "max_time")]
+            if limits == [None, None] and given.get("max_steps") in (None, -1):
+                kwargs["max_steps"] = DEFAULT_STEPS
             trainer: Any = super().instantiate_trainer(**kwargs)
             bar = trainer.progress_bar_callback
             if bar is not None and type(bar) in (TQDMProgressBar, RichProgressBar):
@@ -141,7 +147,7 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
         args=None if arguments is None else list(arguments),
         run=run,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"max_epochs": -1, "max_steps": 200, "log_every_n_steps": 1},
+        trainer_defaults={"log_every_n_steps": 1},
         parser_kwargs={"prog": "gradmerge"},
     )
 

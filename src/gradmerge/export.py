@@ -27,6 +27,7 @@ from gradmerge._typing import Raw
 from gradmerge._version import __version__
 from gradmerge.card import model_card
 from gradmerge.errors import ConfigError, nearest
+from gradmerge.memory import release_freed_memory
 from gradmerge.merged import MergedModel
 from gradmerge.plan import Plan
 from gradmerge.sources.base import tensor_bytes
@@ -175,6 +176,8 @@ def export_plan(
     work = target.parent / f".{target.name}.{os.getpid()}.partial"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
+    # else holes in the heap may keep each tensor that was written, up to the whole model
+    release_freed_memory()
     try:
         shared = list(_merged_entries(plan, raw, buffers or {}, kind))
         private = list(_private_entries(plan, tasks[head], kind))

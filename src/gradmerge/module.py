@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradmerge._version import __version__
 from gradmerge.errors import ConfigError
+from gradmerge.memory import release_freed_memory
 from gradmerge.merged import Memory, MergedModel
 from gradmerge.metrics import TaskScores, normalised
 from gradmerge.objectives import (
@@ -237,6 +238,8 @@ class MergeModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Training mode, for trainers leave modes as they find them; sources to the device."""
         self.train()
+        if self.merged.memory == "streamed":
+            release_freed_memory()
         if self.load_sources:
             self.merged.plan.load(self.device)
 

@@ -98,7 +98,7 @@ class _Limited(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < self.length:
-            raise IndexError(index)
+            raise IndexError(f"example {index} of {self.length}")
         return self.inner[index]
 
 
