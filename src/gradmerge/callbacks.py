@@ -102,6 +102,9 @@ class StepProgress(TQDMProgressBar):
     is no terminal, a line every ten seconds.
     """
 
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1 if sys.stderr.isatty() else 100)
+
     def init_train_tqdm(self) -> Any:
         """The bar over the whole fit."""
         bar = super().init_train_tqdm()
