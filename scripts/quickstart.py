@@ -270,7 +270,7 @@ def sample(folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    prompt = "def read(self, name"
+    prompt = "The film is"
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     inputs.pop("token_type_ids", None)
     torch.manual_seed(0)
