@@ -37,7 +37,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gradmerge import MergedModel, Recipe
+from gradmerge import MergedModel, Recipe, operators
 from gradmerge.memory import release_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -64,12 +64,14 @@ class Case:
     sources: int = 0
     memory: str = "resident"
     tasks: int = 1
+    operator: str = "Linear"
 
     @property
     def name(self) -> str:
         """As the table shows it."""
         tasks = f", {self.tasks} tasks" if self.tasks > 1 else ""
-        return f"{self.model}, {self.dtype}, K={self.sources}, {self.memory}{tasks}"
+        operator = "" if self.operator == "Linear" else f", {self.operator}"
+        return f"{self.model}, {self.dtype}, K={self.sources}, {self.memory}{tasks}{operator}"
 
 
 # ---- models, sources, batches -------------------------------------------------------------------
@@ -159,6 +161,7 @@ def step_of(case: Case, folder: Path) -> Callable[[], None]:
     recipe = Recipe(
         sources={f"source{k}": str(root / f"source{k}") for k in range(1, case.sources + 1)},
         base=str(root / "base"),
+        operator=getattr(operators, case.operator)(),
     )
     merged = MergedModel(recipe, memory=case.memory).train()  # type: ignore[arg-type]
     optimizer = torch.optim.Adam(merged.parameters(), lr=1e-3)
@@ -300,7 +303,12 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     for model in options.models:
         for dtype in options.dtypes:
             write_sources(folder, model, dtype, max(counts))
-            cases = [Case(model, dtype, k, memory) for k in counts for memory in options.modes]
+            cases = [
+                Case(model, dtype, k, memory, operator=operator)
+                for k in counts
+                for memory in options.modes
+                for operator in options.operators
+            ]
             several = [Case(model, dtype, max(counts), "resident", options.tasks)]
             # a step of many batches is slow, and it says the same for every model and dtype
             once = model == options.models[0] and dtype == options.dtypes[-1]
@@ -326,6 +334,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = ["time", "memory", "tasks"]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--tasks", type=int, default=8, help="tasks a step in the multi-task case")
+    parser.add_argument(
+        "--operators", nargs="+", default=["Linear"], choices=["Linear", "CompiledLinear"]
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(

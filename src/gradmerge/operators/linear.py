@@ -139,7 +139,7 @@ class Linear(AbstractOperator):
         length, chunks = _chunks(view, _chunk_size(out.device))
         scratch = _Scratch(length, dtype, out.device)
         scalar = spread.kind == "scalar"
-        scalars = _weights(terms, coefficient.double()).flatten().tolist() if scalar else []
+        scalars = stored_weights(terms, coefficient.double()).flatten().tolist() if scalar else []
         targets = out.view(-1).split(length)
         for target, columns, *parts in zip(targets, chunks, *_split(flat, length), strict=True):
             total = target if out.dtype == dtype else scratch.empty("total", target.numel())
@@ -214,7 +214,7 @@ class Linear(AbstractOperator):
         return total.view(coefficient.shape).to(coefficient.dtype)
 
 
-def _weights(terms: Terms, coefficient: Tensor) -> Tensor:
+def stored_weights(terms: Terms, coefficient: Tensor) -> Tensor:
     """Weights of the stored tensors, `[stored, ...]`, from coefficients `[sources, ...]`."""
     rest = 1 - coefficient.sum(dim=0, keepdim=True)
     if terms.origin is not None:
@@ -231,7 +231,7 @@ def _along(
         chosen = coefficient[:, spread.parts[columns]]
     else:
         chosen = coefficient[:, columns]
-    weights = _weights(terms, chosen.to(dtype))
+    weights = stored_weights(terms, chosen.to(dtype))
     return weights.view(len(weights), 1, -1, 1)
 
 
