@@ -87,7 +87,7 @@ class Row:
         self.average = sum(self.scores.values()) / len(self.scores)
 
 
-class Session:
+class SuiteRun:
     """One suite and seed: its configuration, data and baselines."""
 
     def __init__(self, name: str, seed: int, cache: Path, output: Path) -> None:
@@ -210,56 +210,58 @@ class Session:
 
 def run(name: str, seed: int, cache: Path, output: Path) -> list[Row]:
     """Build, compare, learn, export and plot for one seed."""
-    session = Session(name, seed, cache, output)
-    session.build()
+    suite_run = SuiteRun(name, seed, cache, output)
+    suite_run.build()
     say(f"scoring the baselines of {name}, seed {seed}")
-    rows, _ = session.baselines()
+    rows, _ = suite_run.baselines()
     upper = rows.pop()
     best: tuple[float, Any] | None = None
-    for method in session.suite.methods:
+    for method in suite_run.suite.methods:
         say(f"learning: {method.name}")
-        row, cli = session.learn(method)
+        row, cli = suite_run.learn(method)
         rows.append(row)
-        sign = 1 if session.suite.higher_is_better else -1
+        sign = 1 if suite_run.suite.higher_is_better else -1
         if best is None or sign * row.average > best[0]:
             best = (sign * row.average, cli)
     rows.append(upper)
     assert best is not None
-    finish(session, best[1], rows)
+    finish(suite_run, best[1], rows)
     return rows
 
 
-def finish(session: Session, cli: Any, rows: list[Row]) -> None:
+def finish(suite_run: SuiteRun, cli: Any, rows: list[Row]) -> None:
     """Export the best learned merge, draw its coefficients, show a sample."""
     from gradmerge.callbacks import coefficient_table
     from gradmerge.export import export_merged
     from gradmerge.plots import heat_map
 
-    merged, folder = cli.model.merged, session.output / f"merged-seed{session.seed}"
+    merged, folder = cli.model.merged, suite_run.output / f"merged-seed{suite_run.seed}"
     export_merged(
         merged,
         folder,
         overwrite=True,
         results=cli.model.results,
-        extra={"seed": session.seed, "suite": session.name},
+        extra={"seed": suite_run.seed, "suite": suite_run.name},
     )
     names, table = coefficient_table(merged.plan, merged.raw)
-    heat_map(table, names, merged.plan.source_names, session.output / "coefficients.png")
+    heat_map(table, names, merged.plan.source_names, suite_run.output / "coefficients.png")
     records = [
         {
             "name": row.name,
-            "seed": session.seed,
+            "seed": suite_run.seed,
             "scores": row.scores,
             "average": row.average,
             "coefficients": row.coefficients,
             "seconds": round(row.seconds, 2),
             "note": row.note,
-            "metric": session.suite.metric,
+            "metric": suite_run.suite.metric,
         }
         for row in rows
     ]
-    (session.output / f"results-seed{session.seed}.json").write_text(json.dumps(records, indent=2))
-    if session.name == "lm":
+    (suite_run.output / f"results-seed{suite_run.seed}.json").write_text(
+        json.dumps(records, indent=2)
+    )
+    if suite_run.name == "lm":
         sample(folder)
 
 

@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
+def model_folders(tmp_path, monkeypatch):
     """The folders that the examples name, tiny."""
     models = relatives(ARCHITECTURES["llama"][0](), 3, scale=0.05)
     for name, model in zip(("base", "code", "plays"), models, strict=True):
@@ -39,7 +39,7 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_python_example(workplace):
+def test_python_example(model_folders):
     (example,) = blocks("python")
     lines = [line for line in example.splitlines() if line.strip()]
     assert len(lines) <= 16
@@ -52,7 +52,7 @@ def test_python_example(workplace):
     assert model(**tokenizer("w1 w2", return_tensors="pt")).logits.shape[-1] == model.vocab_size
 
 
-def test_yaml_example(workplace):
+def test_yaml_example(model_folders):
     (example,) = blocks("yaml")
     config = yaml.safe_load(example)
     config["trainer"]["max_steps"] = 2

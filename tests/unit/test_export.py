@@ -20,8 +20,9 @@ from conftest import logits_of
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Column, Constant, FromFile, Sigmoid, Tensor
 from gradmerge.errors import ConfigError
-from gradmerge.export import Entry, export_plan, write_safetensors
+from gradmerge.export import export_plan
 from gradmerge.plan import Plan
+from gradmerge.writing import Entry, write_safetensors
 from tiny import Normalised, build, recipe_of, relatives, save_family
 
 
