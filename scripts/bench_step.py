@@ -37,7 +37,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gradmerge import MergedModel, Recipe, operators
+from gradmerge import MergedModel, Recipe
 from gradmerge.memory import release_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -64,14 +64,14 @@ class Case:
     sources: int = 0
     memory: str = "resident"
     tasks: int = 1
-    operator: str = "Linear"
+    kernels: str = "auto"
 
     @property
     def name(self) -> str:
         """As the table shows it."""
         tasks = f", {self.tasks} tasks" if self.tasks > 1 else ""
-        operator = "" if self.operator == "Linear" else f", {self.operator}"
-        return f"{self.model}, {self.dtype}, K={self.sources}, {self.memory}{tasks}{operator}"
+        kernels = "" if self.kernels == "auto" else f", {self.kernels} kernels"
+        return f"{self.model}, {self.dtype}, K={self.sources}, {self.memory}{tasks}{kernels}"
 
 
 # ---- models, sources, batches -------------------------------------------------------------------
@@ -161,12 +161,12 @@ def step_of(case: Case, folder: Path) -> Callable[[], None]:
     recipe = Recipe(
         sources={f"source{k}": str(root / f"source{k}") for k in range(1, case.sources + 1)},
         base=str(root / "base"),
-        operator=getattr(operators, case.operator)(),
     )
     merged = MergedModel(recipe, memory=case.memory).train()  # type: ignore[arg-type]
     optimizer = torch.optim.Adam(merged.parameters(), lr=1e-3)
 
     def step() -> None:
+        os.environ["GRADMERGE_KERNELS"] = case.kernels
         loss, _ = merged.accumulate([lambda b=b: merged(**b).loss for b in data])
         loss.backward()
         optimizer.step()
@@ -304,10 +304,10 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         for dtype in options.dtypes:
             write_sources(folder, model, dtype, max(counts))
             cases = [
-                Case(model, dtype, k, memory, operator=operator)
+                Case(model, dtype, k, memory, kernels=kernels)
                 for k in counts
                 for memory in options.modes
-                for operator in options.operators
+                for kernels in options.kernels
             ]
             several = [Case(model, dtype, max(counts), "resident", options.tasks)]
             # a step of many batches is slow, and it says the same for every model and dtype
@@ -335,9 +335,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--tasks", type=int, default=8, help="tasks a step in the multi-task case")
     parser.add_argument(
-        "--operators", nargs="+", default=["Linear"], choices=["Linear", "CompiledLinear"]
+        "--kernels",
+        nargs="+",
+        default=["auto"],
+        choices=["auto", "native", "torch"],
+        help="what merges on the CPU: compiled kernels (auto: if there is a compiler) or torch",
     )
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--malloc",

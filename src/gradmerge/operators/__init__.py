@@ -1,7 +1,6 @@
-"""Operators: how directions are combined."""
+"""Operators: how directions are combined into one tensor."""
 
 from gradmerge.operators.base import AbstractOperator, Spread, Terms
-from gradmerge.operators.compiled import CompiledLinear
 from gradmerge.operators.linear import Linear
 
-__all__ = ["AbstractOperator", "CompiledLinear", "Linear", "Spread", "Terms"]
+__all__ = ["AbstractOperator", "Linear", "Spread", "Terms"]

@@ -43,6 +43,27 @@ class Spread:
     """Part of each entry (partition only), `[entries]`."""
 
 
+@dataclass(frozen=True)
+class View:
+    """A tensor seen as `[outer, width, inner]`, with coefficients along `width`.
+
+    `width` is 1 for a scalar coefficient and all entries for one a weight.
+    """
+
+    outer: int
+    width: int
+    inner: int
+
+    @classmethod
+    def of(cls, shape: torch.Size, spread: Spread) -> View:
+        """The view in which a spread's coefficients lie along one axis."""
+        size = shape.numel()
+        if spread.kind == "axis":
+            outer = shape[: spread.axis].numel()
+            return cls(outer, shape[spread.axis], shape[spread.axis + 1 :].numel())
+        return cls(1, 1, size) if spread.kind == "scalar" else cls(1, size, 1)
+
+
 class AbstractOperator(ABC):
     """`theta = combine(terms, c)`."""
 

@@ -1,0 +1,216 @@
+"""Merging and contracting with torch's own operations, a cache-sized chunk at a time.
+
+For every device and dtype. The formulas and their precision are `linear`'s. Gathering a chunk of
+all sources for one matrix-vector product was slower when measured over a whole model, but for
+merging many 16-bit sources.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+from gradmerge.operators.base import Spread, Terms, View
+
+# Entries a chunk on the CPU, a thread: gradient, origin and one source in float32 stay in a core's
+# second-level cache (docs/benchmarks.md has the sweep). A GPU wants few, large kernels.
+_CPU_CHUNK = 65_536
+_GPU_CHUNK = 1 << 26
+
+
+def _chunks(view: View, size: int) -> tuple[int, Iterator[slice]]:
+    """Length of a chunk of the flat tensor, and the coefficients along the width of each chunk.
+
+    Chunks hold whole rows of the view where they span the width, and about `size` entries; all
+    but the last have the same length.
+    """
+    row = view.width * view.inner
+    if view.width == 1:
+        length = max(1, min(size, view.outer * row))
+        return length, (slice(0, 1) for _ in range(0, view.outer * row, length))
+    if view.outer > 1:
+        step = max(1, size // max(1, row))
+        return step * row, (slice(0, view.width) for _ in range(0, view.outer, step))
+    step = max(1, min(size // max(1, view.inner), view.width))
+    columns = (slice(i, min(i + step, view.width)) for i in range(0, view.width, step))
+    return step * view.inner, columns
+
+
+def _chunk_size(device: torch.device) -> int:
+    return _CPU_CHUNK * torch.get_num_threads() if device.type == "cpu" else _GPU_CHUNK
+
+
+class _Kept(threading.local):
+    """Buffers that stay from call to call: fresh ones would fault their pages in at each.
+
+    A set a thread, because backward may run in another thread than forward.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+_kept = _Kept()
+
+
+class _Scratch:
+    """Reused buffers of a chunk's length; a term of the right dtype and device is used as it is."""
+
+    def __init__(self, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.length, self.dtype, self.device = length, dtype, device
+        self._buffers: dict[str, Tensor] = {}
+
+    def empty(self, name: str, size: int) -> Tensor:
+        """A buffer of `size` entries under a name, contents undefined."""
+        buffer = self._buffers.get(name)
+        if buffer is None:
+            buffer = self._buffers[name] = self._allocate(name)
+        return buffer if size == self.length else buffer[:size]
+
+    def _allocate(self, name: str) -> Tensor:
+        if self.device.type != "cpu":
+            # a GPU's allocator reuses its own memory, and its chunks are too large to hold on to
+            return torch.empty(self.length, dtype=self.dtype, device=self.device)
+        kept = _kept.buffers.get((name, self.dtype))
+        if kept is None or kept.numel() < self.length:
+            # made in inference mode it could not be written to in training
+            with torch.inference_mode(False):
+                kept = torch.empty(self.length, dtype=self.dtype)
+            _kept.buffers[name, self.dtype] = kept
+        return kept[: self.length]
+
+    def widen(self, name: str, part: Tensor) -> Tensor:
+        """`part` in the accumulation dtype on the device."""
+        if part.dtype == self.dtype and part.device == self.device:
+            return part
+        return self.empty(name, part.numel()).copy_(part)
+
+
+def combine(terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
+    """See `AbstractOperator.combine`; coefficient: `[sources, slot]`."""
+    view = View.of(terms.shape, spread)
+    stored = terms.sources if terms.origin is None else [terms.origin, *terms.sources]
+    flat = [term.reshape(-1) for term in stored]
+    dtype = terms.accumulate_dtype
+    length, chunks = _chunks(view, _chunk_size(out.device))
+    scratch = _Scratch(length, dtype, out.device)
+    scalar = spread.kind == "scalar"
+    scalars = stored_weights(terms, coefficient.double()).flatten().tolist() if scalar else []
+    targets = out.view(-1).split(length)
+    for target, columns, *parts in zip(targets, chunks, *_split(flat, length), strict=True):
+        total = target if out.dtype == dtype else scratch.empty("total", target.numel())
+        if scalar:
+            torch.mul(scratch.widen("term", parts[0]), scalars[0], out=total)
+            for part, weight in zip(parts[1:], scalars[1:], strict=True):
+                total.add_(scratch.widen("term", part), alpha=weight)
+        else:
+            block = total.view(-1, columns.stop - columns.start, view.inner)
+            along = _along(terms, coefficient, columns, spread, dtype)
+            for k, part in enumerate(parts):
+                wide = scratch.widen("term", part).view(block.shape)
+                if k == 0:
+                    torch.mul(wide, along[k], out=block)
+                else:
+                    block.addcmul_(wide, along[k])
+        if total is not target:
+            target.copy_(total)
+    return out
+
+
+def contract(terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
+    """See `AbstractOperator.contract`."""
+    view = View.of(terms.shape, spread)
+    flat = [source.reshape(-1) for source in terms.sources]
+    dtype = terms.accumulate_dtype
+    length, chunks = _chunks(view, _chunk_size(grad.device))
+    scratch = _Scratch(length, dtype, grad.device)
+    pieces = grad.reshape(-1).split(length)
+    origins: Iterator[Tensor | None] = repeat(None, len(pieces))
+    if terms.origin is not None:
+        origins = iter(terms.origin.reshape(-1).split(length))
+    total = torch.zeros(
+        coefficient.shape,
+        # Chunk sums of a shared coefficient are added up in float64; an entry's own is exact.
+        dtype=dtype if spread.kind == "element" else torch.float64,
+        device=grad.device,
+    ).view(len(flat), -1)
+    scalar_sums: list[Tensor] = []
+    start = 0
+    for piece, columns, origin, *parts in zip(
+        pieces, chunks, origins, *_split(flat, length), strict=True
+    ):
+        piece = scratch.widen("grad", piece)
+        first = parts[0] if terms.mean_origin else origin
+        anchor = None if first is None else scratch.widen("anchor", first)
+        shift = _shift(scratch, parts, anchor) if terms.mean_origin and anchor is not None else None
+        for k, part in enumerate(parts):
+            direction = _direction(scratch, part, anchor, shift)
+            if spread.kind == "scalar":
+                scalar_sums.append(torch.dot(direction, piece))
+                continue
+            product = scratch.empty("product", piece.numel())
+            torch.mul(direction, piece, out=product)
+            if spread.kind == "element":
+                total[k, columns] = product
+            elif spread.kind == "partition":
+                assert spread.parts is not None
+                own = spread.parts[start : start + piece.numel()]
+                total[k].index_add_(0, own, product.double())
+            else:
+                block = product.view(-1, columns.stop - columns.start, view.inner)
+                total[k, columns] += block.sum(dim=(0, 2)).double()
+        start += piece.numel()
+    if scalar_sums:
+        total = torch.stack(scalar_sums).view(-1, len(flat)).double().sum(dim=0)
+    return total.view(coefficient.shape).to(coefficient.dtype)
+
+
+def stored_weights(terms: Terms, coefficient: Tensor) -> Tensor:
+    """Weights of the stored tensors, `[stored, ...]`, from coefficients `[sources, ...]`."""
+    rest = 1 - coefficient.sum(dim=0, keepdim=True)
+    if terms.origin is not None:
+        return torch.cat([rest, coefficient])
+    return coefficient + rest / len(coefficient) if terms.mean_origin else coefficient
+
+
+def _along(
+    terms: Terms, coefficient: Tensor, columns: slice, spread: Spread, dtype: torch.dtype
+) -> Tensor:
+    """A block's weights, `[stored, 1, columns, 1]`, to broadcast over `[outer, columns, inner]`."""
+    if spread.kind == "partition":
+        assert spread.parts is not None
+        chosen = coefficient[:, spread.parts[columns]]
+    else:
+        chosen = coefficient[:, columns]
+    weights = stored_weights(terms, chosen.to(dtype))
+    return weights.view(len(weights), 1, -1, 1)
+
+
+def _split(flat: Sequence[Tensor], length: int) -> list[tuple[Tensor, ...]]:
+    return [term.split(length) for term in flat]
+
+
+def _shift(scratch: _Scratch, parts: Sequence[Tensor], anchor: Tensor) -> Tensor:
+    """Mean over the sources of `source - anchor`: their small differences lose no digits."""
+    total = scratch.empty("shift", parts[0].numel()).zero_()
+    for part in parts:
+        total.add_(_direction(scratch, part, anchor, None))
+    return total.div_(len(parts))
+
+
+def _direction(
+    scratch: _Scratch, part: Tensor, anchor: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    """A source's chunk less the origin's, which is `anchor + shift`."""
+    if anchor is None:
+        return scratch.widen("direction", part)
+    if part.dtype == scratch.dtype and part.device == scratch.device:
+        direction = scratch.empty("direction", part.numel())
+        torch.sub(part, anchor, out=direction)
+    else:
+        direction = scratch.widen("direction", part).sub_(anchor)
+    return direction if shift is None else direction.sub_(shift)

@@ -1,0 +1,205 @@
+/* Merging and contracting frozen tensors on a CPU. Formulas: linear.py; caller: native.py.
+ *
+ * A tensor is seen as [outer, width, inner] with weights along `width`; entry e of the flat tensor
+ * has weight e / inner % width, or parts[e]. Both functions work on entries [begin, end), so that
+ * threads share a tensor. They go block by block: each stored byte is read from memory once, and
+ * all that is written and read again stays in the core's first-level cache. 16-bit numbers are
+ * widened a block at a time; sums are float32 over at most 2048 / 64 entries, and float64 beyond.
+ */
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef _WIN32
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+#define BLOCK 2048 /* entries */
+#define LANES 64   /* independent float32 sums of an inner product */
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+/* Weights as given, or one coefficient an entry and source, from which weights follow by origin. */
+enum { GIVEN, FROM_ZERO, FROM_BASE, FROM_MEAN };
+
+EXPORT int gradmerge_has_float16(void) {
+#ifdef __FLT16_MAX__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* `n` entries from `start` as float32: where they lie, or widened into `buffer`. */
+static const float *widen(const void *data, int type, int64_t start, int64_t n, float *buffer) {
+    if (type == FLOAT32) return (const float *)data + start;
+    if (type == BFLOAT16) {
+        const uint16_t *halves = (const uint16_t *)data + start;
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t bits = (uint32_t)halves[i] << 16;
+            memcpy(buffer + i, &bits, 4);
+        }
+    }
+#ifdef __FLT16_MAX__
+    if (type == FLOAT16) {
+        const _Float16 *halves = (const _Float16 *)data + start;
+        for (int64_t i = 0; i < n; i++) buffer[i] = (float)halves[i];
+    }
+#endif
+    return buffer;
+}
+
+/* Rounds to nearest, ties to even, as torch does. */
+static void narrow(void *out, int type, int64_t start, int64_t n, const float *values) {
+    if (type == BFLOAT16) {
+        uint16_t *halves = (uint16_t *)out + start;
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t bits;
+            memcpy(&bits, values + i, 4);
+            uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+            halves[i] = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
+        }
+    }
+#ifdef __FLT16_MAX__
+    if (type == FLOAT16) {
+        _Float16 *halves = (_Float16 *)out + start;
+        for (int64_t i = 0; i < n; i++) halves[i] = (_Float16)values[i];
+    }
+#endif
+}
+
+/* Weights of term `s` for `n` entries from `column`, where each entry has its own. `rest` is 1 - sum
+ * of the entry's coefficients. */
+static const float *entry_weights(const float *weights, int rule, int s, int sources, int64_t width,
+                                  int64_t column, const int64_t *parts, int64_t n,
+                                  const float *rest, float *buffer) {
+    if (rule == FROM_BASE && s == 0) return rest;
+    const float *own = weights + (rule == FROM_BASE ? s - 1 : s) * width;
+    if (parts != NULL) {
+        for (int64_t i = 0; i < n; i++) buffer[i] = own[parts[i]];
+        return buffer;
+    }
+    if (rule != FROM_MEAN) return own + column;
+    for (int64_t i = 0; i < n; i++) buffer[i] = own[column + i] + rest[i] / (float)sources;
+    return buffer;
+}
+
+/* out = sum_s weight_s * term_s, over entries [begin, end).
+ *
+ * weights: [count, width] with rule GIVEN; else coefficients [sources, width] with one column an
+ * entry, where FROM_BASE means that term 0 is the origin and has no coefficient of its own.
+ */
+EXPORT void gradmerge_merge(void *out, int out_type, const void *const *terms, const int *types,
+                            int count, const float *weights, int rule, int64_t width,
+                            int64_t inner, const int64_t *parts, int64_t begin, int64_t end) {
+    float term_buffer[BLOCK], weight_buffer[BLOCK], rest[BLOCK], narrow_buffer[BLOCK];
+    int sources = rule == FROM_BASE ? count - 1 : count;
+    for (int64_t at = begin; at < end;) {
+        int own = inner == 1 && width > 1; /* each entry has its own weight */
+        int64_t column = parts != NULL ? 0 : at / inner % width;
+        int64_t left = parts != NULL ? end - at : own ? width - column : inner - at % inner;
+        int64_t n = least(least(left, BLOCK), end - at);
+        float *total = out_type == FLOAT32 ? (float *)out + at : narrow_buffer;
+        if (rule == FROM_BASE || rule == FROM_MEAN) {
+            for (int64_t i = 0; i < n; i++) rest[i] = 1;
+            for (int k = 0; k < sources; k++)
+                for (int64_t i = 0; i < n; i++) rest[i] -= weights[k * width + column + i];
+        }
+        for (int s = 0; s < count; s++) {
+            const float *term = widen(terms[s], types[s], at, n, term_buffer);
+            if (own || parts != NULL) {
+                const int64_t *part = parts == NULL ? NULL : parts + at;
+                const float *w = entry_weights(weights, rule, s, sources, width, column, part, n,
+                                               rest, weight_buffer);
+                if (s == 0)
+                    for (int64_t i = 0; i < n; i++) total[i] = w[i] * term[i];
+                else
+                    for (int64_t i = 0; i < n; i++) total[i] += w[i] * term[i];
+            } else {
+                float w = weights[s * width + column];
+                if (s == 0)
+                    for (int64_t i = 0; i < n; i++) total[i] = w * term[i];
+                else
+                    for (int64_t i = 0; i < n; i++) total[i] += w * term[i];
+            }
+        }
+        if (out_type != FLOAT32) narrow(out, out_type, at, n, total);
+        at += n;
+    }
+}
+
+static double inner_product(const float *a, const float *b, int64_t n) {
+    float lanes[LANES] = {0};
+    double total = 0;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) lanes[j] += a[i + j] * b[i + j];
+    for (int j = 0; j < LANES; j++) total += lanes[j];
+    for (; i < n; i++) total += (double)(a[i] * b[i]);
+    return total;
+}
+
+/* Mean over the terms of term - from: near to each other, their differences lose no digits. */
+static void mean_difference(float *mean, const void *const *terms, const int *types, int count,
+                            const float *from, int64_t at, int64_t n) {
+    float buffer[BLOCK];
+    for (int64_t i = 0; i < n; i++) mean[i] = 0;
+    for (int k = 0; k < count; k++) {
+        const float *term = widen(terms[k], types[k], at, n, buffer);
+        for (int64_t i = 0; i < n; i++) mean[i] += term[i] - from[i];
+    }
+    for (int64_t i = 0; i < n; i++) mean[i] /= (float)count;
+}
+
+/* sums[k, w] += sum over the entries of w of grad * (term_k - anchor), over entries [begin, end).
+ *
+ * anchor: the origin's tensor; NULL: zero, or with `mean` the mean of the terms.
+ * sums: float64 [count, width]. With `products` the sums have one entry each: the product itself is
+ * written there, float32 [count, width], and `sums` is not used.
+ */
+EXPORT void gradmerge_contract(double *sums, float *products, const void *grad, int grad_type,
+                               const void *anchor, int anchor_type, int mean,
+                               const void *const *terms, const int *types, int count,
+                               int64_t width, int64_t inner, const int64_t *parts, int64_t begin,
+                               int64_t end) {
+    float grad_buffer[BLOCK], anchor_buffer[BLOCK], term_buffer[BLOCK], direction[BLOCK];
+    float shift[BLOCK], product[BLOCK];
+    for (int64_t at = begin; at < end;) {
+        int own = inner == 1 && width > 1;
+        int64_t column = parts != NULL ? 0 : at / inner % width;
+        int64_t left = parts != NULL ? end - at : own ? width - column : inner - at % inner;
+        int64_t n = least(least(left, BLOCK), end - at);
+        const float *g = widen(grad, grad_type, at, n, grad_buffer);
+        const float *from = NULL;
+        if (anchor != NULL) from = widen(anchor, anchor_type, at, n, anchor_buffer);
+        if (anchor == NULL && mean) {
+            from = widen(terms[0], types[0], at, n, anchor_buffer);
+            mean_difference(shift, terms, types, count, from, at, n);
+        }
+        for (int k = 0; k < count; k++) {
+            const float *b = widen(terms[k], types[k], at, n, term_buffer);
+            if (from != NULL) {
+                for (int64_t i = 0; i < n; i++) direction[i] = b[i] - from[i];
+                b = direction;
+            }
+            if (anchor == NULL && mean)
+                for (int64_t i = 0; i < n; i++) direction[i] -= shift[i];
+            if (!own && parts == NULL && products == NULL) {
+                sums[k * width + column] += inner_product(g, b, n);
+                continue;
+            }
+            float *p = products != NULL ? products + k * width + at : product;
+            for (int64_t i = 0; i < n; i++) p[i] = g[i] * b[i];
+            if (products != NULL) continue;
+            double *sum = sums + k * width;
+            if (parts != NULL)
+                for (int64_t i = 0; i < n; i++) sum[parts[at + i]] += p[i];
+            else
+                for (int64_t i = 0; i < n; i++) sum[column + i] += p[i];
+        }
+        at += n;
+    }
+}
