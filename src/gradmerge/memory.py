@@ -1,10 +1,66 @@
-"""Giving freed memory back to the system."""
+"""Memory for merged tensors that live briefly, and giving freed memory back to the system."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
 
 _M_MMAP_THRESHOLD = -3
+# Sizes that fewer tensors have (embeddings) come too seldom to hold on to.
+_REPEATED = 3
+# Idle blocks of a size: one is enough while a layer follows the other.
+_IDLE = 1
+# Below this size the C library's own reuse is as good.
+_SMALL = 1 << 16
+
+
+class BlockPool:
+    """Blocks of memory for one layer's weights after another.
+
+    A block is free again when the last tensor over it dies. Through the C library's allocator the
+    same tensors would lie scattered between longer-lived activations, and their pages would be
+    given back and faulted in again at every layer. Idle blocks are kept for repeated sizes only,
+    one a size, so at most about one layer of weights is idle.
+
+    Args:
+        sizes: entries of each tensor that will be asked for.
+    """
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        counts = Counter(sizes)
+        self._repeated = {size for size, count in counts.items() if count >= _REPEATED}
+        self._idle: dict[int, list[mmap.mmap]] = {}
+        self._lent: dict[int, weakref.ref[memoryview]] = {}
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor in the CPU's memory, contents undefined."""
+        size = torch.Size(shape).numel()
+        length = size * dtype.itemsize
+        if length < _SMALL or size not in self._repeated or not hasattr(mmap, "MAP_PRIVATE"):
+            return torch.empty(shape, dtype=dtype)
+        idle = self._idle.setdefault(length, [])
+        block = idle.pop() if idle else _map(length)
+        # The tensor's storage holds this view and nothing else does, so it dies with the storage.
+        view = memoryview(block)
+        tag = id(view)
+
+        def give_back(_: object) -> None:
+            del self._lent[tag]
+            if len(idle) < _IDLE:
+                idle.append(block)
+
+        self._lent[tag] = weakref.ref(view, give_back)
+        return torch.frombuffer(view, dtype=dtype).view(*shape)
+
+
+def _map(length: int) -> mmap.mmap:
+    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def release_freed_memory(threshold: int = 1 << 20) -> bool:

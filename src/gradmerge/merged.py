@@ -23,6 +23,7 @@ from gradmerge.buffers import NetworkBuffers
 from gradmerge.differentiation import Combine, Deferred, backward_of
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.installation import LiveTensors, install, restamp
+from gradmerge.memory import BlockPool
 from gradmerge.plan import Plan
 from gradmerge.recipe import Recipe
 
@@ -100,6 +101,7 @@ class MergedModel(nn.Module):
         self._theta_version = -1
         self._theta_has_graph = False
         self._live = LiveTensors()
+        self._blocks = BlockPool(torch.Size(t.shape).numel() for t in plan.tensors.values())
         install(plan.skeleton, plan.binding.parameters, self._fetch, dtype, self.device)
         self.statistics = NetworkBuffers(plan, plan.skeleton)
         self.train(False)
@@ -177,7 +179,10 @@ class MergedModel(nn.Module):
         with torch.inference_mode(False):
             if out is None:
                 shape = self.plan.tensors[key].shape
-                out = torch.empty(shape, dtype=dtype, device=self.device)
+                if self.memory == "streamed" and self.device.type == "cpu":
+                    out = self._blocks.empty(shape, dtype)
+                else:
+                    out = torch.empty(shape, dtype=dtype, device=self.device)
             return self.plan.combine(key, raw, out)
 
     def _fetch(self, key: str, casts: bool) -> Tensor:

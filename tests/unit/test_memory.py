@@ -1,0 +1,95 @@
+"""The pool of blocks that one layer's merged weights after another live in."""
+
+from __future__ import annotations
+
+import gc
+import platform
+
+import pytest
+import torch
+
+from gradmerge import MergedModel, Recipe
+from gradmerge.memory import BlockPool, release_freed_memory
+
+SIZE = 1 << 16
+
+
+def idle_bytes(pool: BlockPool) -> int:
+    return sum(len(block) for blocks in pool._idle.values() for block in blocks)
+
+
+def test_a_block_is_reused_once_its_last_tensor_is_dead():
+    pool = BlockPool([SIZE] * 3)
+    first = pool.empty((256, 256), torch.float32).fill_(1)
+    address = first.data_ptr()
+    row = first[3]
+    del first
+    second = pool.empty((SIZE,), torch.float32).fill_(2)
+    assert second.data_ptr() != address, "a view of the first still lives"
+    assert (row == 1).all()
+    del row
+    third = pool.empty((SIZE,), torch.float32)
+    assert third.data_ptr() == address
+    assert (second == 2).all()
+
+
+def test_at_most_one_block_a_size_stays_idle():
+    pool = BlockPool([SIZE] * 3 + [2 * SIZE] * 3)
+    held = [pool.empty((size,), torch.float32) for size in (SIZE, SIZE, SIZE, 2 * SIZE, 2 * SIZE)]
+    assert idle_bytes(pool) == 0
+    del held
+    assert idle_bytes(pool) == 4 * 3 * SIZE
+
+
+def test_sizes_that_come_seldom_and_small_ones_are_not_held():
+    pool = BlockPool([SIZE] * 2 + [10] * 3)
+    for size in (SIZE, 10):
+        assert pool.empty((size,), torch.float32).shape == (size,)
+    assert not pool._idle
+
+
+def test_tensors_outlive_their_pool():
+    pool = BlockPool([SIZE] * 3)
+    tensor = pool.empty((SIZE,), torch.float32).fill_(3)
+    del pool
+    gc.collect()
+    assert (tensor == 3).all()
+
+
+def layers() -> Recipe:
+    torch.manual_seed(0)
+    base, a, b = (
+        torch.nn.Sequential(*(torch.nn.Linear(256, 256, bias=False) for _ in range(4)))
+        for _ in range(3)
+    )
+    return Recipe(sources={"a": a, "b": b}, base=base)
+
+
+def test_a_weight_that_a_caller_keeps_is_not_written_over():
+    """Streamed: the tensor that a module hands out belongs to whoever holds it."""
+    merged = MergedModel(layers(), memory="streamed")
+    with torch.no_grad():
+        kept = merged.skeleton[0].weight
+        before = kept.clone()
+        for _ in range(2):
+            merged(torch.ones(1, 256))
+    assert torch.equal(kept, before)
+    assert idle_bytes(merged._blocks) == 4 * 256 * 256
+
+
+def test_gradients_over_reused_blocks_equal_those_of_resident_memory():
+    found = []
+    for memory in ("resident", "streamed"):
+        merged = MergedModel(layers(), memory=memory)
+        losses = [
+            lambda m=merged, x=x: m(torch.full((3, 256), float(x))).square().mean() for x in (1, 2)
+        ]
+        loss, _ = merged.accumulate(losses)
+        loss.backward()
+        found.append((loss.detach(), merged.raw["tensor"].grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_glibc_takes_the_release_of_freed_memory():
+    assert release_freed_memory()
