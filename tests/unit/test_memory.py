@@ -56,10 +56,10 @@ def test_tensors_outlive_their_pool():
     assert (tensor == 3).all()
 
 
-def layers() -> Recipe:
+def layers(dtype: torch.dtype = torch.float32) -> Recipe:
     torch.manual_seed(0)
     base, a, b = (
-        torch.nn.Sequential(*(torch.nn.Linear(256, 256, bias=False) for _ in range(4)))
+        torch.nn.Sequential(*(torch.nn.Linear(256, 256, bias=False) for _ in range(4))).to(dtype)
         for _ in range(3)
     )
     return Recipe(sources={"a": a, "b": b}, base=base)
@@ -79,15 +79,14 @@ def test_a_weight_that_a_caller_keeps_is_not_written_over():
 
 def test_gradients_over_reused_blocks_equal_those_of_resident_memory():
     found = []
+    inputs = [torch.full((3, 256), value, dtype=torch.float64) for value in (1.0, 2.0)]
     for memory in ("resident", "streamed"):
-        merged = MergedModel(layers(), memory=memory)
-        losses = [
-            lambda m=merged, x=x: m(torch.full((3, 256), float(x))).square().mean() for x in (1, 2)
-        ]
+        merged = MergedModel(layers(torch.float64), memory=memory, dtype=torch.float64)
+        losses = [lambda m=merged, x=x: m(x).square().mean() for x in inputs]
         loss, _ = merged.accumulate(losses)
         loss.backward()
         found.append((loss.detach(), merged.raw["tensor"].grad))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=0)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
