@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -155,6 +158,23 @@ def family() -> Callable[..., tuple[list[nn.Module], dict[str, Tensor]]]:
         return models, inputs
 
     return make
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Tiny text classifiers, data and a configuration, as the command line takes them."""
+    from tiny import text_world
+
+    return text_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs go to the test's own folder; no test talks to W&B."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gradmerge"])
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
 def logits_of(output: object) -> Tensor:

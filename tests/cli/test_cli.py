@@ -16,22 +16,9 @@ from safetensors.torch import load_file
 from gradmerge.cli import COMMANDS, learn, main
 from gradmerge.coefficients import Clamp, Constant, Tensor
 from gradmerge.objectives import CrossEntropy, Objective
-from tiny import text_world
 from tiny import write_yaml as write
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return text_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
-    """Outputs go to the test's own folder; no test talks to W&B."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["gradmerge"])
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def fails(arguments, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import jsonargparse
@@ -11,27 +10,15 @@ import torch
 
 from gradmerge import MergedModel, Recipe
 from gradmerge.cli import learn, main, register
-from tiny import text_world, write_yaml
+from tiny import write_yaml
+
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GRANULARITIES = ["Model", "Group", "Tensor", "Column", "Row", "Partition", "Element"]
 LINKS = ["none", "Clamp", "Sigmoid", "Tanh", "Softmax", "Complement", "Complement-Sigmoid"]
 INITS = ["Constant", "Uniform", "Mixup", "DepthRamp", "MetaGPT"]
 SUMS = ["Uniform", "Mixup", "MetaGPT"]  # what a link that sums to one can start from
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return text_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
-    """Outputs go to the test's own folder; no test talks to W&B."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["gradmerge"])
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
 def wrapped(granularity, link):
