@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from json import dumps
 from pathlib import Path
+from typing import Any
 
 from gradmerge.errors import CompatibilityError, ConfigError
 from gradmerge.export import export_merged, export_plan, refuse_existing
@@ -12,62 +13,55 @@ from gradmerge.inspection import inspect_sources, render
 from gradmerge.recipe import Recipe, named
 
 
-def merge(
-    recipe: Recipe,
-    output: str,
-    dtype: str | None = None,
-    overwrite: bool = False,
-    head: str | None = None,
-) -> None:
+def output_options(
+    output: str, dtype: str | None = None, overwrite: bool = False, head: str | None = None
+) -> dict[str, Any]:
+    """The options of every command that writes a model folder, refused before any work.
+
+    The parser follows `**options` of a command to here, so they are defined and described once.
+
+    Args:
+        output: folder to write.
+        dtype: float32, bfloat16 or float16; default: as the reference stores each tensor.
+        overwrite: replace an existing folder.
+        head: task whose head the folder itself carries.
+
+    Returns:
+        The same, as arguments of the export.
+    """
+    refuse_existing(Path(output), overwrite)
+    return {"output": output, "dtype": dtype, "overwrite": overwrite, "head": head}
+
+
+def merge(recipe: Recipe, **options: Any) -> None:
     """Merge with the recipe's starting coefficients, without any training.
 
     Args:
         recipe: what is merged; `init` gives the coefficients (Constant, Uniform, MetaGPT, ...).
-        output: folder to write.
-        dtype: float32, bfloat16 or float16; default: as the reference stores each tensor.
-        overwrite: replace an existing folder.
-        head: task whose head the folder itself carries.
+        **options: those of `output_options`.
     """
-    refuse_existing(Path(output), overwrite)
+    checked = output_options(**options)
     plan = recipe.open(with_skeleton=False)
-    folder = export_plan(
-        plan, plan.initial_raw(), output, dtype=dtype, overwrite=overwrite, head=head
-    )
+    folder = export_plan(plan, plan.initial_raw(), **checked)
     print(f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors: {folder}")
 
 
-def export(
-    checkpoint: str,
-    output: str,
-    dtype: str | None = None,
-    overwrite: bool = False,
-    head: str | None = None,
-) -> None:
+def export(checkpoint: str, **options: Any) -> None:
     """Write a trained merge as a Hugging Face folder.
 
     Args:
         checkpoint: checkpoint that `gradmerge fit` wrote.
-        output: folder to write.
-        dtype: float32, bfloat16 or float16; default: as the reference stores each tensor.
-        overwrite: replace an existing folder.
-        head: task whose head the folder itself carries.
+        **options: those of `output_options`.
     """
-    refuse_existing(Path(output), overwrite)
+    checked = output_options(**options)
     if not Path(checkpoint).is_file():
         raise ConfigError(f"{checkpoint}: no such checkpoint.")
 
     from gradmerge.module import MergeModule
 
     module = MergeModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
-    folder = export_merged(
-        module.merged,
-        output,
-        dtype=dtype,
-        overwrite=overwrite,
-        head=head,
-        results=module.results,
-        extra={"checkpoint": Path(checkpoint).name},
-    )
+    extra = {"checkpoint": Path(checkpoint).name}
+    folder = export_merged(module.merged, **checked, results=module.results, extra=extra)
     print(f"merged model written to {folder}")
 
 

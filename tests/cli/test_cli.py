@@ -67,6 +67,19 @@ def test_every_command_has_help(capsys, command):
     assert len(text) > 300
 
 
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_commands_that_write_a_folder_share_their_options(capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "--dtype DTYPE float32, bfloat16 or float16;",
+        "--overwrite {true,false} replace an existing folder. (type: bool, default: False)",
+        "--head HEAD task whose head the folder itself carries.",
+    ):
+        assert part in text, part
+
+
 def test_the_help_of_fit_describes_our_options(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["fit", "--help"])
