@@ -17,6 +17,8 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
+from gradmerge.objectives.base import UNLABELLED
+
 
 @dataclass(frozen=True)
 class Score:
@@ -85,7 +87,12 @@ class TaskScores:
     def update(
         self, task: str, logits: Tensor, labels: Tensor, bytes_per_token: float = 1.0
     ) -> None:
-        """Add a batch's rows."""
+        """Add a batch's rows; those without a label do not count."""
+        labelled = labels != UNLABELLED
+        if not bool(labelled.all()):
+            logits, labels = logits[labelled], labels[labelled]
+        if len(labels) == 0:
+            return
         if task not in self._metrics:
             metrics, _ = build_metrics(self._causal, logits.shape[-1])
             self._metrics[task] = metrics.to(logits.device)

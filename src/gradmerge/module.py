@@ -289,10 +289,8 @@ class MergeModule(lightning.LightningModule):
         task = self.tasks[index]
         predictions = self._predict(task, batch)
         bytes_per_token = float(batch.get("bytes_per_token", 1.0))
-        rows = len(predictions.logits)
-        if rows == 0:
-            return
-        if predictions.labels is not None or not self.objective.needs_labels:
+        rows = self.objective.rows(predictions)
+        if rows:
             self._scores["merged"].update_loss(task, self.objective.loss(predictions), rows)
         if predictions.labels is None:
             return

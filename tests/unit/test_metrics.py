@@ -86,6 +86,23 @@ def test_the_loss_is_weighed_by_rows_and_tasks_are_kept_apart():
     assert set(found["a"]) == {"accuracy", "macro_f1", "calibration_error", "loss"}
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_without_a_label_do_not_count(causal):
+    logits, labels = predictions(60)
+    hidden = labels.clone()
+    hidden[10:30] = -100
+    scores = TaskScores(causal)
+    for start in range(0, 60, 15):  # all of the second batch's labels are missing
+        scores.update("t", logits[start : start + 15], hidden[start : start + 15])
+    expected = TaskScores(causal)
+    kept = hidden != -100
+    expected.update("t", logits[kept], labels[kept])
+    assert scores.compute()["t"] == pytest.approx(expected.compute()["t"], rel=1e-6)
+    without = TaskScores(causal)
+    without.update("t", logits, torch.full_like(labels, -100))
+    assert without.compute() == {}
+
+
 def test_tasks_may_differ_in_their_number_of_classes():
     scores = TaskScores(causal=False)
     for task, classes in (("a", 3), ("b", 7)):

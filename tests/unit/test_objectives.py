@@ -44,6 +44,36 @@ def test_cross_entropy_is_the_negative_log_probability_of_a_smoothed_target(smoo
     torch.testing.assert_close(came, expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_rows_without_a_label_leave_cross_entropy_as_if_they_were_not_there(smoothing):
+    term = CrossEntropy(label_smoothing=smoothing)
+    logits, labels = draw(9, 5).requires_grad_(), labels_of(9, 5)
+    labels[[1, 4, 8]] = -100
+    kept = labels != -100
+    came = term.loss(Predictions(logits, labels))
+    expected = term.loss(Predictions(logits[kept], labels[kept]))
+    torch.testing.assert_close(came, expected, rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(came, logits)
+    assert (gradient[~kept] == 0).all()
+    assert (gradient[kept] != 0).all()
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+@pytest.mark.parametrize(
+    "term", [CrossEntropy(), CrossEntropy(label_smoothing=0.3), Entropy(marginal=0.5), KLToSource()]
+)
+def test_a_batch_with_nothing_to_predict_gives_zero_with_zero_gradient(term, rows):
+    """Rows of a classifier keep their -100; those of a language model are cut out."""
+    if rows and not term.needs_labels:
+        rows = 0
+    network = draw(5, 3).requires_grad_()
+    labels = torch.full((rows,), -100)
+    loss = term.loss(Predictions(draw(rows, 5) @ network, labels, draw(rows, 3, seed=2)))
+    assert loss.item() == 0
+    (gradient,) = torch.autograd.grad(loss, network)
+    assert (gradient == 0).all()
+
+
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, 1.5])
 def test_cross_entropy_refuses_a_smoothing_outside_of_its_range(smoothing):
     with pytest.raises(ConfigError, match=r"label_smoothing must lie in \[0, 1\), came"):
@@ -265,6 +295,13 @@ def test_task_weights_are_normalised_over_the_tasks_of_a_step():
     assert objective.share("c", ["a", "b", "c"]) == 0
     assert sum(objective.share(t, "abc") for t in "abc") == pytest.approx(1)
     assert objective.share("c", ["c"]) == 0
+
+
+def test_the_loss_is_a_mean_of_labelled_rows_where_a_term_needs_labels():
+    unlabelled, labels = draw(4, 3), torch.tensor([0, -100, 2, -100])
+    assert Objective([Entropy(), CrossEntropy()]).rows(Predictions(unlabelled, labels)) == 2
+    assert Objective([CrossEntropy()]).rows(Predictions(unlabelled)) == 0
+    assert Objective([Entropy()]).rows(Predictions(unlabelled, labels)) == 4
 
 
 def test_what_terms_need_is_known():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from gradmerge.coefficients import Constant, Sigmoid, Tensor
 from gradmerge.errors import ConfigError
 from gradmerge.objectives import CrossEntropy, Entropy, KLToSource, Objective
-from tiny import build, fit, module_of, relatives, trainer_of, validate, vectors
+from tiny import build, fit, module_of, raws, relatives, trainer_of, validate, vectors
 
 # ---- scores ---------------------------------------------------------------------------------
 
@@ -105,3 +106,48 @@ def test_batches_that_are_not_by_task_are_explained(tmp_path):
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(ConfigError, match=r"dtype: expected .*bfloat16.* came 'bf17'"):
         module_of(dtype="bf17")
+
+
+# ---- missing labels -------------------------------------------------------------------------
+
+
+def hide(data, task, stage, rows):
+    """Take the labels of some examples away."""
+    split = data.tasks[task].path[stage]
+    for i in rows:
+        split[i] = {**split[i], "labels": torch.tensor(-100)}
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_a_task_s_batch_without_any_label_does_not_move_the_fit(tmp_path, memory):
+    data = vectors(batch_size=12, check_disjoint=False)
+    hide(data, "b", "adaptation", range(12))
+    weights = Objective([CrossEntropy(label_smoothing=0.1)], task_weights={"a": 1.0, "b": 1.0})
+    module, trainer = fit(tmp_path, module_of(objective=weights, memory=memory), data, max_steps=2)
+    assert trainer.callback_metrics["train/b/loss"] == 0
+    raw = raws(module)["tensor"]
+    assert torch.isfinite(raw).all()
+    # what it would have learned had b a loss of zero: half of a's gradient, which Adam normalises
+    alone = Objective([CrossEntropy(label_smoothing=0.1)], task_weights={"a": 1.0, "b": 0.0})
+    other, _ = fit(tmp_path, module_of(objective=alone), vectors(batch_size=12), max_steps=2)
+    torch.testing.assert_close(raw, raws(other)["tensor"], rtol=0, atol=1e-5)
+
+
+def test_scores_leave_out_examples_without_a_label(tmp_path):
+    data = vectors(eval_batch_size=4, check_disjoint=False)
+    hidden = [0, 4, 5, 6, 7, 11]  # the whole second batch, and some of the others
+    hide(data, "a", "selection", hidden)
+    found = validate(trainer_of(tmp_path), module_of(), data)
+    data = vectors(eval_batch_size=12)
+    split = data.tasks["a"].path
+    split["selection"] = [row for i, row in enumerate(split["selection"]) if i not in hidden]
+    expected = validate(trainer_of(tmp_path), module_of(), data)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_split_without_any_label_has_no_score_and_no_nan(tmp_path):
+    data = vectors(check_disjoint=False)
+    hide(data, "a", "selection", range(12))
+    found = validate(trainer_of(tmp_path), module_of(), data)
+    assert not [name for name in found if name.startswith("selection/a/")]
+    assert all(math.isfinite(value) for value in found.values())

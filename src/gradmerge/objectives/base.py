@@ -10,6 +10,9 @@ from torch import Tensor
 
 from gradmerge.errors import ConfigError
 
+# The label of a position that has none, as everywhere in torch and transformers.
+UNLABELLED = -100
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -18,7 +21,7 @@ class Predictions:
     logits: Tensor
     """`[rows, classes]`, float32."""
     labels: Tensor | None = None
-    """`[rows]`, where the task has labels."""
+    """`[rows]`, where the task has labels; -100 where a row has none."""
     teacher: Tensor | None = None
     """Logits of the task's own source on the same rows, where a term asks for them."""
 
@@ -40,7 +43,7 @@ class AbstractTerm(ABC):
 
     @abstractmethod
     def loss(self, predictions: Predictions) -> Tensor:
-        """A scalar, the mean over rows, before `weight`."""
+        """A scalar, the mean over rows, before `weight`; zero, not NaN, where there is no row."""
 
 
 class AbstractRegulariser(ABC):
@@ -88,7 +91,7 @@ def next_token_rows(
     keep = None if mask is None or bool(mask.all()) else mask.reshape(-1) != 0
     if labels is not None:
         labels = labels.reshape(-1)
-        labelled = labels != -100
+        labelled = labels != UNLABELLED
         if not bool(labelled.all()):
             keep = labelled if keep is None else keep & labelled
     if keep is None:

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from gradmerge.errors import ConfigError, nearest
-from gradmerge.objectives.base import AbstractRegulariser, AbstractTerm, Predictions
+from gradmerge.objectives.base import (
+    UNLABELLED,
+    AbstractRegulariser,
+    AbstractTerm,
+    Predictions,
+)
 from gradmerge.objectives.terms import CrossEntropy
 
 
@@ -61,6 +66,13 @@ class Objective:
         weights = {name: self.task_weights.get(name, 1.0) for name in tasks}
         total = sum(weights.values())
         return weights[task] / total if total else 0.0
+
+    def rows(self, predictions: Predictions) -> int:
+        """Rows that the loss is a mean of: those with a label, where a term needs labels."""
+        if not self.needs_labels:
+            return len(predictions.logits)
+        labels = predictions.labels
+        return 0 if labels is None else int((labels != UNLABELLED).sum())
 
     def loss(self, predictions: Predictions) -> Tensor:
         """The weighted terms of one task."""

@@ -10,12 +10,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from gradmerge.errors import ConfigError
-from gradmerge.objectives.base import AbstractTerm, Predictions
+from gradmerge.objectives.base import UNLABELLED, AbstractTerm, Predictions
 
 
 @dataclass(frozen=True)
 class CrossEntropy(AbstractTerm):
-    """`-log p(label)`, for classification and for the next token of a language model."""
+    """`sum over labelled rows of -log p(label) / max(1, labelled rows)`, for classification and for
+    the next token of a language model.
+
+    Rows labelled -100 do not count. A batch without any labelled row gives zero, with zero
+    gradient.
+    """
 
     weight: float = 1.0
     label_smoothing: float = 0.0
@@ -35,10 +40,16 @@ class CrossEntropy(AbstractTerm):
 
     def loss(self, predictions: Predictions) -> Tensor:
         """See `AbstractTerm.loss`."""
-        assert predictions.labels is not None
-        return functional.cross_entropy(
-            predictions.logits, predictions.labels, label_smoothing=self.label_smoothing
+        logits, labels = predictions.logits, predictions.labels
+        assert labels is not None
+        total = functional.cross_entropy(
+            logits,
+            labels,
+            ignore_index=UNLABELLED,
+            label_smoothing=self.label_smoothing,
+            reduction="sum",
         )
+        return total / (labels != UNLABELLED).sum().clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ class Entropy(AbstractTerm):
 
     Divided by log C, tasks with many classes do not outweigh those with few. Sharpening alone can
     collapse to one class for everything; `marginal` rewards varied predictions over the batch:
-    `- marginal * H(mean p) / log C`.
+    `- marginal * H(mean p) / log C`. A batch without rows gives zero.
     """
 
     weight: float = 1.0
@@ -56,6 +67,8 @@ class Entropy(AbstractTerm):
 
     def loss(self, predictions: Predictions) -> Tensor:
         """See `AbstractTerm.loss`."""
+        if len(predictions.logits) == 0:
+            return predictions.logits.sum()
         log_p = functional.log_softmax(predictions.logits, dim=-1)
         classes = predictions.logits.shape[-1]
         scale = 1 / math.log(classes) if classes > 1 else 1.0
@@ -76,7 +89,7 @@ class KLToSource(AbstractTerm):
     """`T^2 KL( softmax(teacher / T) || softmax(merged / T) )`, distilling the task's own source.
 
     The teacher is the source of the task, run on the same batch by the same network with its own
-    weights: no second model is held (DAM, arXiv 2410.08371).
+    weights: no second model is held (DAM, arXiv 2410.08371). A batch without rows gives zero.
     """
 
     weight: float = 1.0
@@ -98,5 +111,5 @@ class KLToSource(AbstractTerm):
         t = self.temperature
         student = functional.log_softmax(predictions.logits / t, dim=-1)
         teacher = functional.log_softmax(predictions.teacher / t, dim=-1)
-        divergence = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
-        return t * t * divergence
+        divergence = functional.kl_div(student, teacher, reduction="sum", log_target=True)
+        return t * t * divergence / max(1, len(student))
