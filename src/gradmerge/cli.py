@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from gradmerge._version import __version__
-from gradmerge.errors import GradmergeError, nearest
+from gradmerge.errors import ConfigError, GradmergeError, nearest
 
 USAGE = f"""usage: gradmerge COMMAND [options]
 
@@ -109,6 +109,17 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
                 "-c", "--config", action="config", help="YAML file with any of these options."
             )
             return parser
+
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            # `--data.tasks.NAME.path` adds to a mapping, and there is none where no file has one
+            parser.set_defaults({"data.tasks": {}})
+
+        def before_instantiate_classes(self) -> None:
+            if not self._get(self.config, "data.tasks"):
+                raise ConfigError(
+                    "data.tasks: expected at least one task, came none; write them in the YAML, or "
+                    "give --data.tasks.NAME.path and what else they need."
+                )
 
         @staticmethod
         def configure_optimizers(

@@ -13,6 +13,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
+from gradmerge import TaskData
 from gradmerge.cli import COMMANDS, learn, main
 from gradmerge.coefficients import Clamp, Constant, Tensor
 from gradmerge.objectives import CrossEntropy, Objective
@@ -212,6 +213,31 @@ def test_fit_exports_by_callback_and_takes_optimiser_and_schedule_from_yaml(worl
     model = transformers.BertForSequenceClassification.from_pretrained("merged")
     assert model.config.num_labels == 3
     assert list(Path("outputs").rglob("coefficients.png"))
+
+
+@pytest.mark.parametrize("known", [[], ["a"]])
+def test_tasks_may_be_given_on_the_command_line_alone(world, tmp_path, known):
+    tasks = world["data"]["tasks"]
+    own = {"model": world["model"], "trainer": world["trainer"], "data": {"batch_size": 2}}
+    if known:
+        own["data"]["tasks"] = {name: tasks[name] for name in known}
+    options = [
+        f"--data.tasks.{name}.{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, task in tasks.items()
+        if name not in known
+        for key, value in task.items()
+    ]
+    config = write(tmp_path / "c.yaml", own)
+    found = learn(["fit", "--config", config, *options, "--trainer.fast_dev_run", "1"])
+    assert found.datamodule.tasks == {name: TaskData(**task) for name, task in tasks.items()}
+    assert set(found.model.results) == {"selection"}
+
+
+def test_a_fit_without_tasks_is_refused_before_the_model_is_opened(world, tmp_path, capsys):
+    sources = {"model": {"recipe": {"sources": {"a": "absent"}}}}
+    config = write(tmp_path / "c.yaml", sources, {"trainer": world["trainer"]})
+    text = fails(["fit", "--config", config], capsys)
+    assert "data.tasks: expected at least one task, came none; write them in the YAML" in text
 
 
 def test_fit_resumes_from_a_checkpoint(world, tmp_path):
