@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
 from gradmerge.errors import ConfigError
-from gradmerge.export import export_merged, refuse_existing, require_options
+from gradmerge.export import export_merged, require_options
+from gradmerge.folders import refuse_existing
 from gradmerge.module import MergeModule
 from gradmerge.plan import Plan
 from gradmerge.plots import heat_map

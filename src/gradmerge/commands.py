@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gradmerge.errors import CompatibilityError, ConfigError
-from gradmerge.export import export_merged, export_plan, refuse_existing
+from gradmerge.export import export_merged, export_plan
+from gradmerge.folders import refuse_existing
 from gradmerge.inspection import inspect_sources, render
 from gradmerge.recipe import Recipe, named
 

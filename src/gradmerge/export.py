@@ -1,15 +1,14 @@
 """From coefficients to a folder that `transformers` loads alone.
 
 Written tensor by tensor (memory never holds the model) into a temporary folder beside the target,
-which takes its name only when complete: a kill at any moment leaves the old folder or none, never
-half a one.
+which takes its name only when complete: a kill at any moment leaves the old folder or the new one
+(none, where there was none), never half a one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from gradmerge._typing import Raw
 from gradmerge._version import __version__
 from gradmerge.card import model_card
 from gradmerge.errors import ConfigError, nearest
+from gradmerge.folders import discard, refuse_existing, start_beside, take_name
 from gradmerge.memory import release_freed_memory
 from gradmerge.merged import MergedModel
 from gradmerge.plan import Plan
@@ -110,10 +110,7 @@ def export_plan(
     kind = require_options(dtype, head, tasks)
     head = head or next(iter(tasks))
     refuse_existing(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.parent / f".{target.name}.{os.getpid()}.partial"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    work = start_beside(target)
     # else holes in the heap may keep each tensor that was written, up to the whole model
     release_freed_memory()
     try:
@@ -130,22 +127,10 @@ def export_plan(
         provenance = _provenance(plan, dtype, tasks, results, extra)
         (work / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
         (work / "README.md").write_text(model_card(plan, raw, provenance, head))
-        _swap(work, target)
+        take_name(work, target, overwrite)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        discard(work, target)
     return target
-
-
-def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Stop before any work if the target would be overwritten unasked.
-
-    Raises:
-        ConfigError: it exists.
-    """
-    if target.exists() and not overwrite:
-        raise ConfigError(f"{target} exists; give another folder, or --overwrite true.")
-    if target.exists() and not target.is_dir():
-        raise ConfigError(f"{target} is a file; give a folder.")
 
 
 def require_options(
@@ -317,23 +302,3 @@ def _provenance(
         "results": dict(results or {}),
         **(extra or {}),
     }
-
-
-def _swap(work: Path, target: Path) -> None:
-    """Give the complete folder its name; the old one is removed only afterwards."""
-    for path in work.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    if not target.exists():
-        work.rename(target)
-        return
-    old = target.parent / f".{target.name}.{os.getpid()}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
-    try:
-        work.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
