@@ -1,15 +1,10 @@
-"""Data: one dataset a task, three disjoint splits (adaptation, selection, test), seeded batches.
-
-Training batches are a stream indexed by (seed, epoch, step): every process computes the same global
-batch and takes its share, so two processes see what one would, and a resumed run goes on at the
-very next batch.
-"""
+"""Data: one dataset a task, three disjoint splits (adaptation, selection, test), seeded batches."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +12,10 @@ from typing import Any, Literal
 import lightning
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from gradmerge.errors import ConfigError, nearest, shorten
+from gradmerge.loaders import ShareLoader, StreamLoader, TaskStream, collate
 from gradmerge.preparation import Kind, load_processor, prepare
 
 Stage = Literal["adaptation", "selection", "test"]
@@ -178,92 +174,6 @@ def require_disjoint(task: str, splits: Mapping[Stage, Any], columns: Sequence[s
         )
 
 
-class _TaskStream(IterableDataset[dict[str, dict[str, Tensor]]]):
-    """Steps `start` to `stop`, counted over all epochs; each yields `{task: batch}` for this
-    process.
-    """
-
-    def __init__(
-        self, examples: Mapping[str, Dataset[Any]], collate: Any, batch_size: int, seed: int
-    ) -> None:
-        self.examples = examples
-        self.collate = collate
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start = self.stop = 0
-        self.rank, self.world = 0, 1
-        self._orders: dict[str, tuple[tuple[int, int], list[int]]] = {}
-
-    def num_steps(self) -> int:
-        """Steps until the largest task was seen once."""
-        size = self.batch_size * self.world
-        return max(math.ceil(len(e) / size) for e in self.examples.values())  # type: ignore[arg-type]
-
-    def indices(self, task: str, step: int) -> list[int]:
-        """Examples of a task for one step of this process, out of the seeded global order."""
-        epoch, within = divmod(step, self.num_steps())
-        length = len(self.examples[task])  # type: ignore[arg-type]
-        size = self.batch_size * self.world
-        wanted = range(within * size, (within + 1) * size)[self.rank :: self.world]
-        return [self._order(task, epoch, at // length, length)[at % length] for at in wanted]
-
-    def _order(self, task: str, epoch: int, lap: int, length: int) -> list[int]:
-        """A permutation of the examples, a new one each time the task has been seen once."""
-        kept = self._orders.get(task)
-        if kept is None or kept[0] != (epoch, lap):
-            name = int.from_bytes(
-                hashlib.sha1(task.encode(), usedforsecurity=False).digest()[:4], "big"
-            )
-            generator = torch.Generator().manual_seed(
-                (self.seed * 1_000_003 + epoch * 9_176 + lap * 131 + name) % 2**63
-            )
-            kept = (epoch, lap), torch.randperm(length, generator=generator).tolist()
-            self._orders[task] = kept
-        return kept[1]
-
-    def __iter__(self) -> Iterator[dict[str, dict[str, Tensor]]]:
-        worker = get_worker_info()
-        share, first = (worker.num_workers, worker.id) if worker else (1, 0)
-        for step in range(self.start + first, self.stop, share):
-            yield {
-                task: self.collate([examples[i] for i in self.indices(task, step)])
-                for task, examples in self.examples.items()
-            }
-
-
-class StreamLoader:
-    """A loader of training steps that can be resumed in the middle of an epoch.
-
-    It counts the steps it gave: a trainer stops asking after an epoch's last step and so never sees
-    an iterator end.
-    """
-
-    def __init__(self, stream: _TaskStream, num_workers: int) -> None:
-        self.stream = stream
-        self.num_workers = num_workers
-        self.step = 0
-        self._resumed = False
-
-    def __len__(self) -> int:
-        return self.stream.num_steps()
-
-    def __iter__(self) -> Iterator[dict[str, dict[str, Tensor]]]:
-        done = self.step % len(self) if self._resumed else 0
-        self._resumed = False
-        self.stream.start, self.stream.stop = self.step, self.step + len(self) - done
-        for batch in DataLoader(self.stream, batch_size=None, num_workers=self.num_workers):
-            self.step += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the stream stands."""
-        return {"step": self.step}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on where it stood."""
-        self.step, self._resumed = state["step"], True
-
-
 class MergeDataModule(lightning.LightningDataModule):
     """One dataset a task; a training step holds a batch of every task.
 
@@ -339,21 +249,28 @@ class MergeDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> StreamLoader:
         """Steps over the adaptation split."""
-        stream = _TaskStream(self.examples("adaptation"), collate, self.batch_size, self.seed)
+        stream = TaskStream(self.examples("adaptation"), collate, self.batch_size, self.seed)
         if self.trainer is not None:
             stream.rank, stream.world = self.trainer.global_rank, self.trainer.world_size
         return StreamLoader(stream, self.num_workers)
 
     def val_dataloader(self) -> list[Any]:
         """A loader a task over the selection split."""
-        return self.evaluation_loaders("selection")
+        return self._shares("selection")
 
     def test_dataloader(self) -> list[Any]:
         """A loader a task over the test split."""
-        return self.evaluation_loaders("test")
+        return self._shares("test")
+
+    def _shares(self, stage: Stage) -> list[Any]:
+        world = 1 if self.trainer is None else self.trainer.world_size
+        if self.trainer is None or world == 1:
+            return self.evaluation_loaders(stage)
+        options = self.eval_batch_size, self.num_workers, self.trainer.global_rank, world
+        return [ShareLoader(examples, *options) for examples in self.examples(stage).values()]
 
     def evaluation_loaders(self, stage: Stage) -> list[Any]:
-        """A loader a task, in the order of `tasks`."""
+        """A loader a task over the whole split, in the order of `tasks`."""
         return [
             DataLoader(
                 examples,
@@ -363,20 +280,3 @@ class MergeDataModule(lightning.LightningDataModule):
             )
             for examples in self.examples(stage).values()
         ]
-
-
-def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Stack tensors, padding token sequences on the right; scalars become tensors."""
-    batch: dict[str, Any] = {}
-    for key in examples[0]:
-        values = [example[key] for example in examples]
-        if key == "bytes_per_token":
-            batch[key] = float(sum(values) / len(values))
-        elif not isinstance(values[0], Tensor):
-            batch[key] = torch.tensor(values)
-        elif len({value.shape for value in values}) == 1:
-            batch[key] = torch.stack(values)
-        else:
-            fill = {"labels": -100}.get(key, 0)
-            batch[key] = torch.nn.utils.rnn.pad_sequence(values, True, fill)
-    return batch

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import (
@@ -78,8 +79,10 @@ class _Language(Metric):
 class TaskScores:
     """Metrics of several tasks over one evaluation, built when a task's first batch arrives."""
 
-    def __init__(self, causal: bool) -> None:
+    def __init__(self, causal: bool, device: torch.device | None = None) -> None:
         self._causal = causal
+        self._device = device
+        self._classes: dict[str, int] = {}
         self._metrics: dict[str, MetricCollection] = {}
         self._losses: dict[str, MeanMetric] = {}
         self.score = BITS_PER_BYTE if causal else ACCURACY
@@ -94,8 +97,7 @@ class TaskScores:
         if len(labels) == 0:
             return
         if task not in self._metrics:
-            metrics, _ = build_metrics(self._causal, logits.shape[-1])
-            self._metrics[task] = metrics.to(logits.device)
+            self._build(task, logits.shape[-1], logits.device)
         if self._causal:
             self._metrics[task].update(logits, labels, bytes_per_token=bytes_per_token)
         else:
@@ -109,6 +111,7 @@ class TaskScores:
 
     def compute(self) -> dict[str, dict[str, float]]:
         """`{task: {metric: value}}`; synchronised over processes by torchmetrics."""
+        self._agree()
         tasks = list(dict.fromkeys([*self._losses, *self._metrics]))
         found: dict[str, dict[str, float]] = {task: {} for task in tasks}
         for task, metrics in self._metrics.items():
@@ -116,6 +119,28 @@ class TaskScores:
         for task, loss in self._losses.items():
             found[task]["loss"] = float(loss.compute())
         return found
+
+    def _build(self, task: str, classes: int, device: torch.device | None) -> None:
+        metrics, _ = build_metrics(self._causal, classes)
+        self._metrics[task] = metrics.to(device)
+        self._classes[task] = classes
+
+    def _agree(self) -> None:
+        """The same metrics in one order in every process, also where one had no row of a task.
+
+        Each is synchronised by all processes together: one that lacks it would be waited for.
+        """
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        every: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(every, (self._classes, list(self._losses)))
+        classes = {task: count for own, _ in every for task, count in own.items()}
+        for task in classes.keys() - self._metrics.keys():
+            self._build(task, classes[task], self._device)
+        for task in {task for _, own in every for task in own} - self._losses.keys():
+            self._losses[task] = MeanMetric().to(self._device)
+        self._metrics = {task: self._metrics[task] for task in sorted(self._metrics)}
+        self._losses = {task: self._losses[task] for task in sorted(self._losses)}
 
 
 def normalised(score: Score, merged: float, expert: float) -> float:

@@ -283,9 +283,11 @@ class MergeModule(lightning.LightningModule):
 
     def _begin(self) -> None:
         self.refresh_buffers()
-        self._scores = {"merged": TaskScores(self.causal), "expert": TaskScores(self.causal)}
+        self._scores = {k: TaskScores(self.causal, self.device) for k in ("merged", "expert")}
 
     def _evaluate(self, batch: Batch, index: int, stage: str) -> None:
+        if not batch:  # another process has one more
+            return
         task = self.tasks[index]
         predictions = self._predict(task, batch)
         bytes_per_token = float(batch.get("bytes_per_token", 1.0))

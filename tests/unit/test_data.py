@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from gradmerge import MergeDataModule, TaskData
-from gradmerge.data import STAGES, collate, load_splits, require_disjoint
+from gradmerge.data import STAGES, load_splits, require_disjoint
 from gradmerge.errors import ConfigError
+from gradmerge.loaders import collate
 from tiny import sentences, word_tokenizer
 
 ROWS = {

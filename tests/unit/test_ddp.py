@@ -55,13 +55,55 @@ torch.save(module.merged.raw["tensor"].detach(), folder / f"raw{rank}.pt")
 }))
 """
 
+# Shares of evaluation splits that are uneven, of one example, without a label, and empty.
+SCORES = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from gradmerge.objectives import CrossEntropy, Entropy, Objective
+from tiny import module_of, trainer_of, vectors, relatives, build
 
-def arguments(folder, devices, memory):
+folder, devices, term = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+data = vectors("abc", batch_size=4 // devices, count=9, eval_batch_size=2)
+splits = [data.tasks[task].path for task in "abc"]
+for i, row in enumerate(splits[1]["selection"]):
+    if i % 2:  # all that the second process has
+        row["labels"] = torch.tensor(-100)
+splits[2]["selection"] = splits[2]["selection"][:1]
+for split in splits:
+    split["test"] = split["test"][:1]
+term = {"CrossEntropy": CrossEntropy, "Entropy": Entropy}[term]()
+module = module_of(relatives(build(), 4), Objective([term]))
+module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.5)
+options = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
+trainer = trainer_of(folder, **options, max_steps=3, num_sanity_val_steps=1)
+trainer.fit(module, datamodule=data)
+found = {"fit": module.results["selection"]}
+trainer.validate(module, datamodule=data, verbose=False)
+trainer.test(module, datamodule=data, verbose=False)
+(folder / f"found{trainer.global_rank}.json").write_text(json.dumps({**found, **module.results}))
+"""
+
+
+def arguments(folder, devices, option, script=RUN):
     """The script, written to `folder`, and what it is called with."""
     folder.mkdir()
-    script = folder / "run.py"  # a launcher starts its other processes by the file's name
-    script.write_text(RUN)
-    return [str(script), str(Path(__file__).parent.parent), str(folder), str(devices), memory]
+    path = folder / "run.py"  # a launcher starts its other processes by the file's name
+    path.write_text(script)
+    return [str(path), str(Path(__file__).parent.parent), str(folder), str(devices), option]
+
+
+def run_in_two(arguments):
+    """Run a script that starts a second process."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def results(folder, devices):
@@ -79,14 +121,7 @@ def test_two_processes_learn_what_one_does(tmp_path, memory, monkeypatch):
     runpy.run_path(sys.argv[0])
     ((alone, found),) = results(tmp_path / "one", 1)
     assert (alone - 0.3).abs().max() > 1e-2
-    done = subprocess.run(
-        [sys.executable, *arguments(tmp_path / "two", 2, memory)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two(arguments(tmp_path / "two", 2, memory))
     both = results(tmp_path / "two", 2)
     for raw, other in both:
         torch.testing.assert_close(raw, alone, rtol=0, atol=1e-6)
@@ -96,3 +131,20 @@ def test_two_processes_learn_what_one_does(tmp_path, memory, monkeypatch):
     assert torch.equal(both[0][0], both[1][0])
     assert (tmp_path / "two" / "merged" / "model.safetensors").is_file()
     assert (tmp_path / "two" / "logs" / "version_0" / "coefficients.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("term", ["CrossEntropy", "Entropy"])
+def test_every_evaluation_example_counts_once_in_two_processes(tmp_path, term, monkeypatch):
+    monkeypatch.setattr(sys, "argv", arguments(tmp_path / "one", 1, term, SCORES))
+    runpy.run_path(sys.argv[0])
+    run_in_two(arguments(tmp_path / "two", 2, term, SCORES))
+    alone = json.loads((tmp_path / "one" / "found0.json").read_text())
+    assert list(alone) == ["fit", "selection", "test"]
+    assert all(set(found) == {"a", "b", "c", "average"} for found in alone.values())
+    for rank in range(2):
+        found = json.loads((tmp_path / "two" / f"found{rank}.json").read_text())
+        for split, tasks in alone.items():
+            for task, values in tasks.items():
+                came = found[split][task]
+                assert came == pytest.approx(values, rel=1e-4, nan_ok=True), (split, task)

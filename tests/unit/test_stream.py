@@ -1,4 +1,6 @@
-"""The training stream: seeded order, one global batch for any number of processes, resuming."""
+"""The training stream: seeded order, one global batch for any number of processes, resuming; and
+the shares of an evaluation split.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ import pytest
 import torch
 
 from gradmerge import MergeDataModule, TaskData
-from gradmerge.data import STAGES, StreamLoader, _TaskStream, collate
+from gradmerge.data import STAGES
+from gradmerge.loaders import ShareLoader, StreamLoader, TaskStream, collate
 
 
 def numbers(count, first=0):
@@ -17,7 +20,7 @@ def numbers(count, first=0):
 
 def stream_of(batch_size=4, rank=0, world=1, seed=0, **sizes):
     sizes = sizes or {"a": 10, "b": 7}
-    stream = _TaskStream({t: numbers(n) for t, n in sizes.items()}, collate, batch_size, seed)
+    stream = TaskStream({t: numbers(n) for t, n in sizes.items()}, collate, batch_size, seed)
     stream.rank, stream.world = rank, world
     return stream
 
@@ -106,3 +109,31 @@ def test_the_data_module_gives_the_stream_of_its_seed():
     data.setup()
     (steps,) = epochs(data.train_dataloader(), 1)
     assert [steps] == epochs(loader_of(a=6, batch_size=3, seed=5), 1)
+
+
+# ---- shares of an evaluation split ----------------------------------------------------------
+
+
+def plain_shares(count):
+    """What two processes get, two examples a batch."""
+    loaders = [ShareLoader(numbers(count), 2, 0, rank, world=2) for rank in range(2)]
+    return [[b["x"].tolist() if b else [] for b in loader] for loader in loaders]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(("count", "world"), [(10, 2), (11, 2), (11, 3), (1, 1), (2, 4)])
+def test_the_shares_of_a_split_hold_every_example_once(count, world, num_workers):
+    seen, lengths = [], set()
+    for rank in range(world):
+        loader = ShareLoader(numbers(count), 2, num_workers, rank, world)
+        batches = list(loader)
+        assert len(batches) == len(loader) >= 1
+        lengths.add(len(batches))
+        seen += [x for batch in batches if batch for x in batch["x"].tolist()]
+    assert sorted(seen) == list(range(count))
+    assert len(lengths) == 1
+
+
+def test_a_process_that_has_fewer_batches_gets_an_empty_one():
+    assert plain_shares(9) == [[[0, 2], [4, 6], [8]], [[1, 3], [5, 7], []]]
+    assert plain_shares(1) == [[[0]], [[]]]

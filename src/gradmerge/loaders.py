@@ -1,0 +1,150 @@
+"""Loaders: the stream of training steps, and each process's share of an evaluation split.
+
+Training batches are a stream indexed by (seed, epoch, step): every process computes the same global
+batch and takes its share, so two processes see what one would, and a resumed run goes on at the
+very next batch. Of an evaluation split every process reads its own examples, and none twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
+
+
+class TaskStream(IterableDataset[dict[str, dict[str, Tensor]]]):
+    """Steps `start` to `stop`, counted over all epochs; each yields `{task: batch}` for this
+    process.
+    """
+
+    def __init__(
+        self, examples: Mapping[str, Dataset[Any]], collate: Any, batch_size: int, seed: int
+    ) -> None:
+        self.examples = examples
+        self.collate = collate
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = self.stop = 0
+        self.rank, self.world = 0, 1
+        self._orders: dict[str, tuple[tuple[int, int], list[int]]] = {}
+
+    def num_steps(self) -> int:
+        """Steps until the largest task was seen once."""
+        size = self.batch_size * self.world
+        return max(math.ceil(len(e) / size) for e in self.examples.values())  # type: ignore[arg-type]
+
+    def indices(self, task: str, step: int) -> list[int]:
+        """Examples of a task for one step of this process, out of the seeded global order."""
+        epoch, within = divmod(step, self.num_steps())
+        length = len(self.examples[task])  # type: ignore[arg-type]
+        size = self.batch_size * self.world
+        wanted = range(within * size, (within + 1) * size)[self.rank :: self.world]
+        return [self._order(task, epoch, at // length, length)[at % length] for at in wanted]
+
+    def _order(self, task: str, epoch: int, lap: int, length: int) -> list[int]:
+        """A permutation of the examples, a new one each time the task has been seen once."""
+        kept = self._orders.get(task)
+        if kept is None or kept[0] != (epoch, lap):
+            name = int.from_bytes(
+                hashlib.sha1(task.encode(), usedforsecurity=False).digest()[:4], "big"
+            )
+            generator = torch.Generator().manual_seed(
+                (self.seed * 1_000_003 + epoch * 9_176 + lap * 131 + name) % 2**63
+            )
+            kept = (epoch, lap), torch.randperm(length, generator=generator).tolist()
+            self._orders[task] = kept
+        return kept[1]
+
+    def __iter__(self) -> Iterator[dict[str, dict[str, Tensor]]]:
+        worker = get_worker_info()
+        share, first = (worker.num_workers, worker.id) if worker else (1, 0)
+        for step in range(self.start + first, self.stop, share):
+            yield {
+                task: self.collate([examples[i] for i in self.indices(task, step)])
+                for task, examples in self.examples.items()
+            }
+
+
+class StreamLoader:
+    """A loader of training steps that can be resumed in the middle of an epoch.
+
+    It counts the steps it gave: a trainer stops asking after an epoch's last step and so never sees
+    an iterator end.
+    """
+
+    def __init__(self, stream: TaskStream, num_workers: int) -> None:
+        self.stream = stream
+        self.num_workers = num_workers
+        self.step = 0
+        self._resumed = False
+
+    def __len__(self) -> int:
+        return self.stream.num_steps()
+
+    def __iter__(self) -> Iterator[dict[str, dict[str, Tensor]]]:
+        done = self.step % len(self) if self._resumed else 0
+        self._resumed = False
+        self.stream.start, self.stream.stop = self.step, self.step + len(self) - done
+        for batch in DataLoader(self.stream, batch_size=None, num_workers=self.num_workers):
+            self.step += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream stands."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where it stood."""
+        self.step, self._resumed = state["step"], True
+
+
+class ShareLoader:
+    """One process's share of an evaluation split: every `world`th example, from `rank` on.
+
+    No example is repeated to make the shares equal, which would count it twice. The number of
+    batches is the same in every process, so that none waits for another: the last may be empty.
+    It is no `DataLoader`, which a trainer would give a sampler that does repeat.
+    """
+
+    def __init__(
+        self, examples: Dataset[Any], batch_size: int, num_workers: int, rank: int, world: int
+    ) -> None:
+        total = len(examples)  # type: ignore[arg-type]
+        share = range(rank, total, world)
+        self.steps = max(1, math.ceil(math.ceil(total / world) / batch_size))
+        self.batches = DataLoader(
+            Subset(examples, share),
+            batch_size=batch_size,
+            collate_fn=collate,
+            num_workers=num_workers,
+        )
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield from self.batches
+        for _ in range(len(self.batches), self.steps):
+            yield {}
+
+
+def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stack tensors, padding token sequences on the right; scalars become tensors."""
+    batch: dict[str, Any] = {}
+    for key in examples[0]:
+        values = [example[key] for example in examples]
+        if key == "bytes_per_token":
+            batch[key] = float(sum(values) / len(values))
+        elif not isinstance(values[0], Tensor):
+            batch[key] = torch.tensor(values)
+        elif len({value.shape for value in values}) == 1:
+            batch[key] = torch.stack(values)
+        else:
+            fill = {"labels": -100}.get(key, 0)
+            batch[key] = torch.nn.utils.rnn.pad_sequence(values, True, fill)
+    return batch
