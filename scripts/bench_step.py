@@ -369,6 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choices=["auto", "native", "torch"],
         help="what merges on the CPU: compiled kernels (auto: if there is a compiler) or torch",
     )
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--malloc",

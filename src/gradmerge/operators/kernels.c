@@ -4,7 +4,7 @@
  * has weight e / inner % width, or parts[e]. Both functions work on entries [begin, end), so that
  * threads share a tensor. They go block by block: each stored byte is read from memory once, and
  * all that is written and read again stays in the core's first-level cache. 16-bit numbers are
- * widened a block at a time; sums are float32 over at most 2048 / 64 entries, and float64 beyond.
+ * widened a block at a time; sums are float32 over at most 512 / 64 entries, and float64 beyond.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -16,8 +16,14 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-#define BLOCK 2048 /* entries */
-#define LANES 64   /* independent float32 sums of an inner product */
+#ifdef __GNUC__
+#define INLINE inline __attribute__((always_inline))
+#else
+#define INLINE inline
+#endif
+
+#define BLOCK 512 /* entries */
+#define LANES 64  /* independent float32 sums of an inner product */
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 /* Weights as given, or one coefficient an entry and source, from which weights follow by origin. */
@@ -33,22 +39,47 @@ EXPORT int gradmerge_has_float16(void) {
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* `n` entries from `start` as float32: where they lie, or widened into `buffer`. */
-static const float *widen(const void *data, int type, int64_t start, int64_t n, float *buffer) {
-    if (type == FLOAT32) return (const float *)data + start;
+/* Entry `i` as float32. Inlined where `type` is a constant, so loops over it are vectorised. */
+static INLINE float load(const void *data, int type, int64_t i) {
     if (type == BFLOAT16) {
-        const uint16_t *halves = (const uint16_t *)data + start;
-        for (int64_t i = 0; i < n; i++) {
-            uint32_t bits = (uint32_t)halves[i] << 16;
-            memcpy(buffer + i, &bits, 4);
-        }
+        uint32_t bits = (uint32_t)((const uint16_t *)data)[i] << 16;
+        float value;
+        memcpy(&value, &bits, 4);
+        return value;
     }
 #ifdef __FLT16_MAX__
-    if (type == FLOAT16) {
-        const _Float16 *halves = (const _Float16 *)data + start;
-        for (int64_t i = 0; i < n; i++) buffer[i] = (float)halves[i];
-    }
+    if (type == FLOAT16) return (float)((const _Float16 *)data)[i];
 #endif
+    return ((const float *)data)[i];
+}
+
+static const void *from_entry(const void *data, int type, int64_t start) {
+    return (const char *)data + start * (type == FLOAT32 ? 4 : 2);
+}
+
+/* Ask for `n` entries that are needed next: a new page would be waited for. */
+static void prefetch(const void *data, int type, int64_t start, int64_t n) {
+#ifdef __GNUC__
+    const char *first = from_entry(data, type, start);
+    const char *end = from_entry(data, type, start + n);
+    for (; first < end; first += 64) __builtin_prefetch(first);
+#else
+    (void)data, (void)type, (void)start, (void)n;
+#endif
+}
+
+static INLINE void widen_as(const void *data, int type, int64_t n, float *buffer) {
+    for (int64_t i = 0; i < n; i++) buffer[i] = load(data, type, i);
+}
+
+/* `n` entries from `start` as float32: where they lie, or widened into `buffer`. */
+static const float *widen(const void *data, int type, int64_t start, int64_t n, float *buffer) {
+    const void *first = from_entry(data, type, start);
+    if (type == FLOAT32) return (const float *)first;
+    if (type == BFLOAT16)
+        widen_as(first, BFLOAT16, n, buffer);
+    else
+        widen_as(first, FLOAT16, n, buffer);
     return buffer;
 }
 
@@ -71,8 +102,8 @@ static void narrow(void *out, int type, int64_t start, int64_t n, const float *v
 #endif
 }
 
-/* Weights of term `s` for `n` entries from `column`, where each entry has its own. `rest` is 1 - sum
- * of the entry's coefficients. */
+/* Weights of term `s` for `n` entries from `column`, where each entry has its own. `rest` is
+ * 1 - sum of the entry's coefficients. */
 static const float *entry_weights(const float *weights, int rule, int s, int sources, int64_t width,
                                   int64_t column, const int64_t *parts, int64_t n,
                                   const float *rest, float *buffer) {
@@ -85,6 +116,26 @@ static const float *entry_weights(const float *weights, int rule, int s, int sou
     if (rule != FROM_MEAN) return own + column;
     for (int64_t i = 0; i < n; i++) buffer[i] = own[column + i] + rest[i] / (float)sources;
     return buffer;
+}
+
+static INLINE void add_scaled_as(float *total, const void *term, int type, int64_t n, float w,
+                                 int first) {
+    if (first)
+        for (int64_t i = 0; i < n; i++) total[i] = w * load(term, type, i);
+    else
+        for (int64_t i = 0; i < n; i++) total[i] += w * load(term, type, i);
+}
+
+/* total += w * term; the first term sets it. */
+static void add_scaled(float *total, const void *term, int type, int64_t start, int64_t n, float w,
+                       int first) {
+    const void *data = from_entry(term, type, start);
+    if (type == FLOAT32)
+        add_scaled_as(total, data, FLOAT32, n, w, first);
+    else if (type == BFLOAT16)
+        add_scaled_as(total, data, BFLOAT16, n, w, first);
+    else
+        add_scaled_as(total, data, FLOAT16, n, w, first);
 }
 
 /* out = sum_s weight_s * term_s, over entries [begin, end).
@@ -108,38 +159,60 @@ EXPORT void gradmerge_merge(void *out, int out_type, const void *const *terms, c
             for (int k = 0; k < sources; k++)
                 for (int64_t i = 0; i < n; i++) rest[i] -= weights[k * width + column + i];
         }
+        int64_t after = least(BLOCK, end - at - n);
         for (int s = 0; s < count; s++) {
-            const float *term = widen(terms[s], types[s], at, n, term_buffer);
-            if (own || parts != NULL) {
-                const int64_t *part = parts == NULL ? NULL : parts + at;
-                const float *w = entry_weights(weights, rule, s, sources, width, column, part, n,
-                                               rest, weight_buffer);
-                if (s == 0)
-                    for (int64_t i = 0; i < n; i++) total[i] = w[i] * term[i];
-                else
-                    for (int64_t i = 0; i < n; i++) total[i] += w[i] * term[i];
-            } else {
+            if (s + 1 < count)
+                prefetch(terms[s + 1], types[s + 1], at, n);
+            else
+                prefetch(terms[0], types[0], at + n, after);
+            if (!own && parts == NULL) {
                 float w = weights[s * width + column];
-                if (s == 0)
-                    for (int64_t i = 0; i < n; i++) total[i] = w * term[i];
-                else
-                    for (int64_t i = 0; i < n; i++) total[i] += w * term[i];
+                add_scaled(total, terms[s], types[s], at, n, w, s == 0);
+                continue;
             }
+            const float *term = widen(terms[s], types[s], at, n, term_buffer);
+            const int64_t *part = parts == NULL ? NULL : parts + at;
+            const float *w = entry_weights(weights, rule, s, sources, width, column, part, n, rest,
+                                           weight_buffer);
+            if (s == 0)
+                for (int64_t i = 0; i < n; i++) total[i] = w[i] * term[i];
+            else
+                for (int64_t i = 0; i < n; i++) total[i] += w[i] * term[i];
         }
         if (out_type != FLOAT32) narrow(out, out_type, at, n, total);
         at += n;
     }
 }
 
-static double inner_product(const float *a, const float *b, int64_t n) {
+static INLINE double inner_product_as(const float *grad, const void *term, int type,
+                                      const float *from, const float *shift, int64_t n) {
     float lanes[LANES] = {0};
     double total = 0;
     int64_t i = 0;
+#define DIRECTION(e) \
+    (load(term, type, e) - (from == NULL ? 0 : from[e]) - (shift == NULL ? 0 : shift[e]))
     for (; i + LANES <= n; i += LANES)
-        for (int j = 0; j < LANES; j++) lanes[j] += a[i + j] * b[i + j];
+        for (int j = 0; j < LANES; j++) lanes[j] += grad[i + j] * DIRECTION(i + j);
     for (int j = 0; j < LANES; j++) total += lanes[j];
-    for (; i < n; i++) total += (double)(a[i] * b[i]);
+    for (; i < n; i++) total += (double)(grad[i] * DIRECTION(i));
+#undef DIRECTION
     return total;
+}
+
+static INLINE double inner_product_for(const float *grad, const void *term, int type,
+                                       const float *from, const float *shift, int64_t n) {
+    if (from == NULL) return inner_product_as(grad, term, type, NULL, NULL, n);
+    if (shift == NULL) return inner_product_as(grad, term, type, from, NULL, n);
+    return inner_product_as(grad, term, type, from, shift, n);
+}
+
+/* <grad, (term - from) - shift>, each of the two only where there is one. */
+static double inner_product(const float *grad, const void *term, int type, int64_t start,
+                            const float *from, const float *shift, int64_t n) {
+    const void *data = from_entry(term, type, start);
+    if (type == FLOAT32) return inner_product_for(grad, data, FLOAT32, from, shift, n);
+    if (type == BFLOAT16) return inner_product_for(grad, data, BFLOAT16, from, shift, n);
+    return inner_product_for(grad, data, FLOAT16, from, shift, n);
 }
 
 /* Mean over the terms of term - from: near to each other, their differences lose no digits. */
@@ -166,31 +239,40 @@ EXPORT void gradmerge_contract(double *sums, float *products, const void *grad, 
                                int64_t width, int64_t inner, const int64_t *parts, int64_t begin,
                                int64_t end) {
     float grad_buffer[BLOCK], anchor_buffer[BLOCK], term_buffer[BLOCK], direction[BLOCK];
-    float shift[BLOCK], product[BLOCK];
+    float shift_buffer[BLOCK], product[BLOCK];
     for (int64_t at = begin; at < end;) {
         int own = inner == 1 && width > 1;
         int64_t column = parts != NULL ? 0 : at / inner % width;
         int64_t left = parts != NULL ? end - at : own ? width - column : inner - at % inner;
         int64_t n = least(least(left, BLOCK), end - at);
         const float *g = widen(grad, grad_type, at, n, grad_buffer);
-        const float *from = NULL;
+        const float *from = NULL, *shift = NULL;
         if (anchor != NULL) from = widen(anchor, anchor_type, at, n, anchor_buffer);
         if (anchor == NULL && mean) {
             from = widen(terms[0], types[0], at, n, anchor_buffer);
-            mean_difference(shift, terms, types, count, from, at, n);
+            mean_difference(shift_buffer, terms, types, count, from, at, n);
+            shift = shift_buffer;
         }
+        int64_t after = least(BLOCK, end - at - n);
+        prefetch(grad, grad_type, at + n, after);
+        if (anchor != NULL) prefetch(anchor, anchor_type, at + n, after);
         for (int k = 0; k < count; k++) {
+            if (k + 1 < count)
+                prefetch(terms[k + 1], types[k + 1], at, n);
+            else
+                prefetch(terms[0], types[0], at + n, after);
+            if (!own && parts == NULL && products == NULL) {
+                sums[k * width + column] +=
+                    inner_product(g, terms[k], types[k], at, from, shift, n);
+                continue;
+            }
             const float *b = widen(terms[k], types[k], at, n, term_buffer);
             if (from != NULL) {
                 for (int64_t i = 0; i < n; i++) direction[i] = b[i] - from[i];
                 b = direction;
             }
-            if (anchor == NULL && mean)
+            if (shift != NULL)
                 for (int64_t i = 0; i < n; i++) direction[i] -= shift[i];
-            if (!own && parts == NULL && products == NULL) {
-                sums[k * width + column] += inner_product(g, b, n);
-                continue;
-            }
             float *p = products != NULL ? products + k * width + at : product;
             for (int64_t i = 0; i < n; i++) p[i] = g[i] * b[i];
             if (products != NULL) continue;
