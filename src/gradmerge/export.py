@@ -268,6 +268,8 @@ def _write_coefficients(plan: Plan, raw: Raw, work: Path) -> None:
         "sources": json.dumps(list(plan.sources)),
         "origin": plan.recipe.resolved_origin,
         "coefficients": json.dumps(to_plain(plan.recipe.coefficients)),
+        # on a square matrix a shape does not tell rows from columns
+        "slots": json.dumps({name: slot.spread_over for name, slot in plan.layout.slots.items()}),
     }
     write_safetensors(work / "coefficients.safetensors", entries, metadata)
 

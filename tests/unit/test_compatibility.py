@@ -330,6 +330,21 @@ def test_tokenizer_difference_names_tokens(tmp_path, kind):
     assert not allowed.fatal
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model"])
+def test_sentencepiece_files_are_compared_as_files(tmp_path, name):
+    folders = [tmp_path / letter for letter in "abc"]
+    for folder, content in zip(folders, (b"one", b"other", b"one"), strict=True):
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+    one, two, same = (Headers(f.name, folder=f) for f in folders)
+    (problem,) = found(one, two, same).values()
+    assert (problem.kind, problem.fatal) == ("tokenizer", True)
+    assert problem.where == str(tmp_path / "b" / name)
+    assert problem.came == "another one (5 bytes, 3 there)"
+    (allowed,) = found(one, two, allow=["tokenizer"]).values()
+    assert not allowed.fatal
+
+
 def test_no_tokenizer_is_no_difference(tmp_path):
     one = Headers("a", folder=tokenizer(tmp_path / "a", ["x"]))
     (tmp_path / "b").mkdir()

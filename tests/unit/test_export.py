@@ -18,7 +18,7 @@ from torch import nn
 
 from conftest import logits_of
 from gradmerge import MergedModel, Recipe
-from gradmerge.coefficients import Column, Constant, FromFile, Sigmoid, Tensor
+from gradmerge.coefficients import Column, Constant, FromFile, Row, Sigmoid, Tensor
 from gradmerge.errors import ConfigError
 from gradmerge.export import export_plan
 from gradmerge.plan import Plan
@@ -274,6 +274,21 @@ def test_coefficients_are_written_by_tensor_and_start_another_merge(tmp_path, fa
     again = MergedModel(recipe)
     for key, raw in merged.raw.items():
         torch.testing.assert_close(again.raw[key], raw, rtol=0, atol=1e-4)
+
+
+def test_rows_are_not_taken_for_columns(tmp_path, family):
+    """On a square matrix their shapes are the same."""
+    merged, _ = folders(tmp_path, family, coefficients=Column())
+    path = write(merged, tmp_path / "merged") / "coefficients.safetensors"
+    start = {"sources": merged.plan.recipe.sources, "base": merged.plan.recipe.base}
+    init = FromFile(str(path))
+    with pytest.raises(ConfigError, match=r"run over axis 1, those of this merge over axis 0"):
+        MergedModel(Recipe(**start, coefficients=Row(), init=init))
+    again = MergedModel(Recipe(**start, coefficients=Column(), init=init))
+    for key, raw in merged.raw.items():
+        torch.testing.assert_close(again.raw[key], raw, rtol=0, atol=1e-6)
+    mean = MergedModel(Recipe(**start, coefficients=Tensor(), init=init))
+    assert mean.raw["tensor"].shape == (2, len(merged.plan.learned))
 
 
 def test_provenance_says_where_everything_came_from(tmp_path, family):

@@ -53,6 +53,12 @@ class Slot:
     axis: int = 0
     seed: int = 0
 
+    @property
+    def spread_over(self) -> str:
+        """What the compact shape stands for, as `coefficients.safetensors` records it."""
+        detail = {"axis": f" {self.axis}", "partition": f" of seed {self.seed}"}
+        return self.kind + detail.get(self.kind, "")
+
     def read(self, raw: Raw) -> Tensor:
         """`z` of this tensor, `[rows, *slot]`: a view of the parameters."""
         table = raw[self.key]

@@ -166,7 +166,9 @@ class FromFile(AbstractInit):
                         f"{nearest(tensor.name, names)}"
                     )
                 loaded: Tensor = file.get_tensor(tensor.name).double()
-                stored = json.loads((file.metadata() or {}).get("sources", "null"))
+                metadata = file.metadata() or {}
+                stored = json.loads(metadata.get("sources", "null"))
+                spread = json.loads(metadata.get("slots", "{}")).get(tensor.name)
         except (SafetensorError, OSError) as error:
             raise ConfigError(
                 f"FromFile: {self.path}: no readable safetensors: {error}."
@@ -184,6 +186,12 @@ class FromFile(AbstractInit):
                     f"{list(context.sources)}."
                 )
             loaded = loaded[[stored.index(name) for name in context.sources]]
+        if spread not in (None, "scalar", slot.spread_over) and slot.shape != ():
+            raise ConfigError(
+                f"FromFile: {self.path}: the coefficients of {tensor.name} run over {spread}, "
+                f"those of this merge over {slot.spread_over}. Take the granularity that they "
+                "were learned with, or a coarser file."
+            )
         if tuple(loaded.shape[1:]) == slot.shape:
             return loaded
         if loaded.dim() == 1:

@@ -262,6 +262,9 @@ def _check_config(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
     return problems
 
 
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
+
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
     """Token -> id from tokenizer.json, vocab.json or vocab.txt, whichever comes first."""
     loaded = read_json(folder / "tokenizer.json")
@@ -290,7 +293,9 @@ def _check_tokenizer(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
     if reference.folder is None or other.folder is None or reference.folder == other.folder:
         return []
     first, second = read_vocabulary(reference.folder), read_vocabulary(other.folder)
-    if first is None or second is None or first == second:
+    if first is None or second is None:
+        return _check_sentencepiece(reference.folder, other.folder, reference.label)
+    if first == second:
         return []
     moved = sorted(token for token in first.keys() & second.keys() if first[token] != second[token])
     lost, new = sorted(first.keys() - second.keys()), sorted(second.keys() - first.keys())
@@ -309,3 +314,24 @@ def _check_tokenizer(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
             f"Allow it with allow: [tokenizer] if the tokens of {reference.label} should be used.",
         )
     ]
+
+
+def _check_sentencepiece(reference: Path, other: Path, label: str) -> list[Problem]:
+    """Compare the files of tokenizers whose vocabulary only the sentencepiece package can read."""
+    problems = []
+    for name in _SENTENCEPIECE:
+        first, second = reference / name, other / name
+        if first.is_file() and second.is_file() and first.read_bytes() != second.read_bytes():
+            problems.append(
+                Problem(
+                    "tokenizer",
+                    str(second),
+                    "vocabulary",
+                    f"the same file as {label}",
+                    f"another one ({second.stat().st_size} bytes, {first.stat().st_size} there)",
+                    "The same embedding row may stand for different tokens. Save both tokenizers "
+                    "with transformers (tokenizer.json) for a comparison token by token, or allow "
+                    f"it with allow: [tokenizer] if the tokens of {label} should be used.",
+                )
+            )
+    return problems
