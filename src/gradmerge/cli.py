@@ -207,6 +207,7 @@ def register() -> None:
     import gradmerge.coefficients
     import gradmerge.objectives
     import gradmerge.operators
+    import gradmerge.preprocess
     import gradmerge.sources  # noqa: F401
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -232,9 +233,10 @@ def read_sources_once() -> None:
 
 def component_names() -> list[str]:
     """Short names of all classes that a configuration may name."""
-    from gradmerge import coefficients, objectives, operators, sources
+    from gradmerge import coefficients, objectives, operators, preprocess, sources
 
-    names = [n for m in (coefficients, objectives, operators, sources) for n in m.__all__]
+    modules = (coefficients, objectives, operators, preprocess, sources)
+    names = [n for m in modules for n in m.__all__]
     return [name for name in names if not name.startswith("Abstract")] + [
         "CoefficientLogger",
         "ExportAtEnd",

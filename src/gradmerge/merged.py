@@ -72,6 +72,7 @@ class MergedModel(nn.Module):
             )
         if memory not in ("resident", "streamed"):
             raise ConfigError(f"memory: expected 'resident' or 'streamed', came {memory!r}.")
+        plan.keep_processed()
         self.plan = plan
         self.memory = memory
         self.dtype = dtype

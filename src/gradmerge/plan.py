@@ -7,8 +7,8 @@ A `Plan` knows names, slots and frozen tensors. It holds no weights and no train
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from gradmerge._typing import Raw
 from gradmerge.coefficients import InitContext, Layout, MergeTensor, initial_raw
 from gradmerge.errors import ConfigError, FingerprintError, Problem, shorten
 from gradmerge.operators import Spread, Terms
+from gradmerge.preprocess import ProcessedDirections, Site
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.compatibility import is_private
 from gradmerge.sources.skeleton import Binding, bind_or_refuse, input_axis
@@ -68,6 +69,7 @@ class Plan:
         self.layout: Layout = recipe.coefficients.layout(learned)
         self.num_rows = recipe.coefficients.num_rows(len(self.sources))
         self._on_device: dict[tuple[str, str], Tensor] = {}
+        self._processed = ProcessedDirections(recipe.preprocess, self._directions)
 
     def _names(self) -> list[str]:
         """Tensors of the merge: the reference's, and the private ones as the sources have them."""
@@ -138,6 +140,9 @@ class Plan:
 
     def direction_norms(self) -> Tensor:
         """`|B_k|^2` over all merged tensors, `[sources]`, float64."""
+        if self.recipe.preprocess:
+            squares = (self._processed.read(name).double().square() for name in self.tensors)
+            return torch.stack([square.flatten(1).sum(dim=1) for square in squares]).sum(dim=0)
         origin = self.recipe.resolved_origin
         statistics = direction_statistics(
             list(self.sources.values()),
@@ -167,8 +172,43 @@ class Plan:
             for name in self.tensors:
                 self._on_device[owner, name] = self.read(owner, name).to(device)
 
+    def _directions(self) -> Iterator[tuple[Site, Callable[[], Tensor]]]:
+        """`B_k = theta_k - A` of every merged tensor, `[sources, *shape]` in float32, when asked
+        for.
+        """
+        for name in self.tensors:
+            yield Site(name, self.source_names), partial(self.direction, name)
+
+    def direction(self, name: str) -> Tensor:
+        """`B_k = theta_k - A` of a tensor before any preprocess, `[sources, *shape]`, float32."""
+        directions = torch.empty(len(self.sources), *self.tensors[name].shape)
+        for source, direction in zip(self.sources, directions, strict=True):
+            direction.copy_(self.read(source, name))
+        origin = self._origin(name)
+        return directions if origin is None else directions.sub_(origin.to(directions))
+
+    def _origin(self, name: str) -> Tensor | None:
+        """What directions are measured from; None for zero."""
+        if self.recipe.resolved_origin == "base":
+            return self.read("base", name)
+        if self.recipe.resolved_origin == "zero":
+            return None
+        total = torch.zeros(self.tensors[name].shape)
+        for source in self.sources:
+            total.add_(self.read(source, name).to(total))
+        return total.div_(len(self.sources))
+
+    def keep_processed(self) -> None:
+        """Run the preprocess, if there is any, now and for all tensors, and keep the directions in
+        mapped files.
+        """
+        self._processed.keep()
+
     def terms(self, name: str) -> Terms:
         """The frozen tensors that `name` is merged from."""
+        if self.recipe.preprocess:
+            directions = list(self._processed.read(name))
+            return Terms(directions, self._origin(name), directions=True)
         origin = self.recipe.resolved_origin
         return Terms(
             [self.read(source, name) for source in self.sources],

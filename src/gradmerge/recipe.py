@@ -19,6 +19,7 @@ from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.errors import ConfigError
 from gradmerge.operators import AbstractOperator, Linear
 from gradmerge.plan import Plan
+from gradmerge.preprocess import AbstractPreprocess
 from gradmerge.sources import AbstractSource, Checkpoint, as_source
 from gradmerge.sources.compatibility import check, require
 from gradmerge.sources.skeleton import build_skeleton, strip_weights
@@ -35,6 +36,9 @@ class Recipe:
     origin: Origin | None = None
     """What directions are measured from: base, zero, or the mean of the sources. Default: base if
     there is one, else zero."""
+    preprocess: list[AbstractPreprocess] = field(default_factory=list)
+    """What happens to the directions once, in order, before coefficients are put on them (Trim,
+    ElectSign, RandomDrop, Breadcrumbs)."""
     coefficients: AbstractCoefficients = field(default_factory=TensorGranularity)
     """Who shares a coefficient (Model, Group, Tensor, Column, Row, Partition, Element), possibly
     wrapped by a link (Clamp, Sigmoid, Tanh, Softmax, Complement)."""

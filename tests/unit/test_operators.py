@@ -55,14 +55,17 @@ def expand(coefficient: torch.Tensor, spread: Spread, shape: tuple[int, ...]) ->
 
 
 def make(shape, dtype, origin, spread_kind, sources=3):
+    """Terms near one another; with origin "directions" they are small and the base is added."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size):
         return torch.randn(size, generator=generator)
 
     base = draw(*shape)
-    near = [(base + 0.01 * draw(*shape)).to(dtype) for _ in range(sources)]
-    terms = Terms(near, base.to(dtype) if origin == "base" else None, origin == "mean")
+    taken_off = origin.startswith("directions")
+    near = [(base * (not taken_off) + 0.01 * draw(*shape)).to(dtype) for _ in range(sources)]
+    anchor = base.to(dtype) if origin in ("base", "directions") else None
+    terms = Terms(near, anchor, origin == "mean", taken_off)
     spread, slot = spread_of(spread_kind, shape)
     return terms, spread, 0.4 * draw(sources, *slot), draw(*shape)
 
@@ -75,6 +78,8 @@ def exact(terms, spread, coefficient, grad):
         anchor = terms.origin.double()
     elif terms.mean_origin:
         anchor = stacked.mean(dim=0)
+    if terms.directions:
+        stacked = stacked + anchor
     leaf = coefficient.double().requires_grad_()
     spread_out = expand(leaf, spread, tuple(terms.shape))
     theta = anchor + (spread_out * (stacked - anchor)).sum(dim=0)
@@ -86,7 +91,7 @@ def exact(terms, spread, coefficient, grad):
     return theta.detach(), leaf.grad, bound.grad
 
 
-@pytest.mark.parametrize("origin", ["base", "zero", "mean"])
+@pytest.mark.parametrize("origin", ["base", "zero", "mean", "directions", "directions alone"])
 @pytest.mark.parametrize("kind", SPREADS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

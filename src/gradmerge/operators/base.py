@@ -19,6 +19,8 @@ class Terms:
     """The origin's tensor; None when the origin is zero or the mean of the sources."""
     mean_origin: bool = False
     """Whether the origin is the mean of the sources."""
+    directions: bool = False
+    """Whether `sources` hold directions: the origin has been taken off already."""
 
     @property
     def shape(self) -> torch.Size:

@@ -144,7 +144,7 @@ def contract(terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) ->
         pieces, chunks, origins, *_split(flat, length), strict=True
     ):
         piece = scratch.widen("grad", piece)
-        first = parts[0] if terms.mean_origin else origin
+        first = parts[0] if terms.mean_origin else None if terms.directions else origin
         anchor = None if first is None else scratch.widen("anchor", first)
         shift = _shift(scratch, parts, anchor) if terms.mean_origin and anchor is not None else None
         for k, part in enumerate(parts):
@@ -171,6 +171,9 @@ def contract(terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) ->
 
 def stored_weights(terms: Terms, coefficient: Tensor) -> Tensor:
     """Weights of the stored tensors, `[stored, ...]`, from coefficients `[sources, ...]`."""
+    if terms.directions:
+        one = torch.ones_like(coefficient[:1])
+        return coefficient if terms.origin is None else torch.cat([one, coefficient])
     rest = 1 - coefficient.sum(dim=0, keepdim=True)
     if terms.origin is not None:
         return torch.cat([rest, coefficient])

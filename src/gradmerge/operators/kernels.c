@@ -27,7 +27,7 @@
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 /* Weights as given, or one coefficient an entry and source, from which weights follow by origin. */
-enum { GIVEN, FROM_ZERO, FROM_BASE, FROM_MEAN };
+enum { GIVEN, FROM_ZERO, FROM_BASE, FROM_MEAN, FROM_DIRECTIONS };
 
 EXPORT int gradmerge_has_float16(void) {
 #ifdef __FLT16_MAX__
@@ -103,12 +103,13 @@ static void narrow(void *out, int type, int64_t start, int64_t n, const float *v
 }
 
 /* Weights of term `s` for `n` entries from `column`, where each entry has its own. `rest` is
- * 1 - sum of the entry's coefficients. */
+ * the origin's: 1 - sum of the entry's coefficients, or 1 where the terms are directions. */
 static const float *entry_weights(const float *weights, int rule, int s, int sources, int64_t width,
                                   int64_t column, const int64_t *parts, int64_t n,
                                   const float *rest, float *buffer) {
-    if (rule == FROM_BASE && s == 0) return rest;
-    const float *own = weights + (rule == FROM_BASE ? s - 1 : s) * width;
+    int has_origin = rule == FROM_BASE || rule == FROM_DIRECTIONS;
+    if (has_origin && s == 0) return rest;
+    const float *own = weights + (has_origin ? s - 1 : s) * width;
     if (parts != NULL) {
         for (int64_t i = 0; i < n; i++) buffer[i] = own[parts[i]];
         return buffer;
@@ -141,19 +142,21 @@ static void add_scaled(float *total, const void *term, int type, int64_t start, 
 /* out = sum_s weight_s * term_s, over entries [begin, end).
  *
  * weights: [count, width] with rule GIVEN; else coefficients [sources, width] with one column an
- * entry, where FROM_BASE means that term 0 is the origin and has no coefficient of its own.
+ * entry, where FROM_BASE and FROM_DIRECTIONS mean that term 0 is the origin, without coefficient.
  */
 EXPORT void gradmerge_merge(void *out, int out_type, const void *const *terms, const int *types,
                             int count, const float *weights, int rule, int64_t width,
                             int64_t inner, const int64_t *parts, int64_t begin, int64_t end) {
     float term_buffer[BLOCK], weight_buffer[BLOCK], rest[BLOCK], narrow_buffer[BLOCK];
-    int sources = rule == FROM_BASE ? count - 1 : count;
+    int sources = rule == FROM_BASE || rule == FROM_DIRECTIONS ? count - 1 : count;
     for (int64_t at = begin; at < end;) {
         int own = inner == 1 && width > 1; /* each entry has its own weight */
         int64_t column = parts != NULL ? 0 : at / inner % width;
         int64_t left = parts != NULL ? end - at : own ? width - column : inner - at % inner;
         int64_t n = least(least(left, BLOCK), end - at);
         float *total = out_type == FLOAT32 ? (float *)out + at : narrow_buffer;
+        if (rule == FROM_DIRECTIONS)
+            for (int64_t i = 0; i < n; i++) rest[i] = 1;
         if (rule == FROM_BASE || rule == FROM_MEAN) {
             for (int64_t i = 0; i < n; i++) rest[i] = 1;
             for (int k = 0; k < sources; k++)

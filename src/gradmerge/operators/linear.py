@@ -4,7 +4,8 @@ The directions are never stored. Forward uses
 
     theta = (1 - sum_k c_k) A + sum_k c_k theta_k,
 
-which gives A exactly for c = 0 and theta_k exactly for a single c_k = 1. Backward is one inner
+which gives A exactly for c = 0 and theta_k exactly for a single c_k = 1; directions that a
+preprocess has changed come as they are, with `theta = A + sum_k c_k B_k`. Backward is one inner
 product a source, `dL/dc_k = <G, theta_k - A>` restricted to the entries that share c_k. Here the
 difference is formed first, in the accumulation dtype: fine-tuned weights lie close to their base,
 and the difference of two long inner products would lose the digits that carry the gradient.
@@ -26,6 +27,7 @@ from gradmerge.operators import chunks
 from gradmerge.operators.base import AbstractOperator, Spread, Terms, View
 from gradmerge.operators.native import (
     FROM_BASE,
+    FROM_DIRECTIONS,
     FROM_MEAN,
     FROM_ZERO,
     GIVEN,
@@ -50,7 +52,8 @@ class Linear(AbstractOperator):
         if spread.kind == "element" and out.numel() > 1:
             # weights of all entries at once would take as much as the stored tensors
             rule = FROM_MEAN if terms.mean_origin else FROM_ZERO
-            rule = FROM_BASE if terms.origin is not None else rule
+            if terms.origin is not None:
+                rule = FROM_DIRECTIONS if terms.directions else FROM_BASE
         else:
             weights = chunks.stored_weights(terms, coefficient.double())
         width, inner = _width_and_inner(terms, spread, weights)
@@ -70,7 +73,7 @@ class Linear(AbstractOperator):
         total = kernels.contract(
             grad.reshape(-1),
             [source.reshape(-1) for source in terms.sources],
-            None if terms.origin is None else terms.origin.reshape(-1),
+            None if terms.origin is None or terms.directions else terms.origin.reshape(-1),
             terms.mean_origin,
             width,
             inner,

@@ -38,7 +38,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # A thread is not worth starting for fewer entries.
 _ENTRIES_A_THREAD = 1 << 17
 
-GIVEN, FROM_ZERO, FROM_BASE, FROM_MEAN = range(4)
+GIVEN, FROM_ZERO, FROM_BASE, FROM_MEAN, FROM_DIRECTIONS = range(5)
 
 
 @dataclass(frozen=True)

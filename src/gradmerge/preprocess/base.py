@@ -1,0 +1,74 @@
+"""Steps over directions: `B'_1..K = f(B_1..K)`, one tensor of the network at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Site:
+    """Which directions these are."""
+
+    name: str
+    """The tensor's name."""
+    sources: tuple[str, ...]
+    """Names of the sources, in order."""
+
+    def generator(self, seed: int, source: str) -> torch.Generator:
+        """Random numbers that depend on seed, tensor and source alone, not on what was drawn
+        before.
+        """
+        key = f"{seed}\n{self.name}\n{source}".encode()
+        number = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+        return torch.Generator().manual_seed(number)
+
+
+Step = Callable[[Tensor, Site], Tensor]
+Passes = Callable[[], Iterator[tuple[Site, Tensor]]]
+
+
+class AbstractPreprocess(ABC):
+    """A step over directions."""
+
+    @abstractmethod
+    def __call__(self, directions: Tensor, site: Site) -> Tensor:
+        """New directions `[sources, *shape]`, float32, from such; may write over them."""
+
+    def survey(self, passes: Passes) -> Step:
+        """What runs on each tensor; a step that has to see all tensors first overrides this.
+
+        Args:
+            passes: gives all tensors' directions, as the steps before leave them, anew each call.
+        """
+        return self
+
+
+def chain(
+    steps: Sequence[AbstractPreprocess], passes: Callable[[], Iterator[tuple[Site, Tensor]]]
+) -> Step:
+    """All steps as one; those that need it see every tensor first.
+
+    Args:
+        steps: in the order they run.
+        passes: gives all tensors' directions before the first step, anew each call.
+    """
+    ready: list[Step] = []
+
+    def run(directions: Tensor, site: Site) -> Tensor:
+        for step in ready:
+            directions = step(directions, site)
+        return directions
+
+    def so_far() -> Iterator[tuple[Site, Tensor]]:
+        for site, directions in passes():
+            yield site, run(directions, site)
+
+    for step in steps:
+        ready.append(step.survey(so_far))
+    return run

@@ -1,0 +1,64 @@
+"""Directions after a chain of steps: computed when asked for, or once and for all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gradmerge.preprocess.base import AbstractPreprocess, Site, Step, chain
+
+Lazy = Callable[[], Iterator[tuple[Site, Callable[[], Tensor]]]]
+
+
+class ProcessedDirections:
+    """Directions `[sources, *shape]` of every tensor, in float32, after all steps.
+
+    A static merge asks for each tensor once, and none is held. Training asks at every step:
+    `keep` writes all of them to a folder for temporary files first (`TMPDIR`; 4 bytes an entry
+    and source), from which they are mapped; the folder is removed with this object.
+
+    Args:
+        steps: in the order they run.
+        every: gives all tensors, and a call that reads the directions of each.
+    """
+
+    def __init__(self, steps: Sequence[AbstractPreprocess], every: Lazy) -> None:
+        self._steps, self._every = steps, every
+        self._kept: dict[str, Tensor] = {}
+
+    @cached_property
+    def _step(self) -> Step:
+        return chain(self._steps, lambda: ((site, read()) for site, read in self._every()))
+
+    @cached_property
+    def _reads(self) -> dict[str, tuple[Site, Callable[[], Tensor]]]:
+        return {site.name: (site, read) for site, read in self._every()}
+
+    def read(self, name: str) -> Tensor:
+        """The directions of a tensor."""
+        if name in self._kept:
+            return self._kept[name]
+        site, read = self._reads[name]
+        return self._step(read(), site)
+
+    def keep(self) -> None:
+        """Compute all directions once, if there is any step."""
+        if self._kept or not self._steps:
+            return
+        folder = Path(tempfile.mkdtemp(prefix="gradmerge-directions-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        kept = {}
+        for i, name in enumerate(self._reads):
+            path = folder / f"{i}.safetensors"
+            save_file({name: self.read(name).contiguous()}, path)
+            with safe_open(path, framework="pt") as file:
+                kept[name] = file.get_tensor(name)
+        self._kept = kept

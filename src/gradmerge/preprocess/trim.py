@@ -1,0 +1,148 @@
+"""Keeping the entries of a direction by their magnitude."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradmerge.errors import ConfigError
+from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
+
+_BINS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Trim(AbstractPreprocess):
+    """Keep the `density` share of each direction's entries with the largest magnitude, zero the
+    rest (TIES, arXiv 2306.01708).
+
+    A tensor keeps `max(1, floor(density * entries))` entries. Over the whole model (the paper's
+    way) every entry as large as the model's `floor(density * entries)`th largest is kept.
+    """
+
+    density: float = 0.2
+    """Share of entries that is kept, in (0, 1]."""
+    scope: Literal["tensor", "model"] = "tensor"
+    """Whether a share of each tensor is kept, or of the whole model."""
+
+    def __post_init__(self) -> None:
+        """Check the density."""
+        require_density("Trim", self.density)
+
+    def __call__(self, directions: Tensor, site: Site) -> Tensor:
+        """See `AbstractPreprocess`."""
+        for direction in directions:
+            count = max(1, int(self.density * direction.numel()))
+            direction.mul_(by_rank(direction, direction.numel() - count, direction.numel()))
+        return directions
+
+    def survey(self, passes: Passes) -> Step:
+        """See `AbstractPreprocess.survey`."""
+        if self.scope == "tensor":
+            return self
+        thresholds = _model_thresholds(passes, self.density)
+
+        def trim(directions: Tensor, site: Site) -> Tensor:
+            for direction, threshold in zip(directions, thresholds, strict=True):
+                direction.mul_(_bits(direction).view(direction.shape) >= threshold)
+            return directions
+
+        return trim
+
+
+@dataclass(frozen=True)
+class Breadcrumbs(AbstractPreprocess):
+    """Zero the largest `gamma` share of each direction's entries and the smallest, so that a
+    `density` share remains (Model Breadcrumbs, arXiv 2312.06795), a tensor at a time.
+
+    Where `density + gamma` is more than 1, fewer of the largest are zeroed.
+    """
+
+    density: float = 0.9
+    """Share of entries that is kept, in (0, 1]."""
+    gamma: float = 0.01
+    """Share of entries, the largest, that is zeroed, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        """Check the shares."""
+        require_density("Breadcrumbs", self.density)
+        if not 0 <= self.gamma < 1:
+            raise ConfigError(f"Breadcrumbs: gamma must lie in [0, 1), came {self.gamma}.")
+
+    def __call__(self, directions: Tensor, site: Site) -> Tensor:
+        """See `AbstractPreprocess`."""
+        for direction in directions:
+            size = direction.numel()
+            kept = max(1, int(self.density * size))
+            first = max(0, size - kept - int(self.gamma * size))
+            direction.mul_(by_rank(direction, first, first + kept))
+        return directions
+
+
+def by_rank(values: Tensor, first: int, last: int) -> Tensor:
+    """A mask of the entries whose rank by magnitude, smallest first, is in [first, last).
+
+    Exactly `last - first` entries; of equal ones those that stand first have the lower rank.
+    Two selections, no sort.
+    """
+    bits = _bits(values)
+    mask = torch.ones_like(bits, dtype=torch.bool)
+    for rank, above in ((first, True), (last, False)):
+        if rank in (0, len(bits)):
+            continue
+        threshold = bits.kthvalue(rank).values  # the largest of the `rank` smallest
+        below = bits < threshold
+        equal = (bits == threshold).nonzero().flatten()[: rank - int(below.sum())]
+        below[equal] = True
+        mask &= ~below if above else below
+    return mask.view(values.shape)
+
+
+def require_density(who: str, density: float) -> None:
+    """Refuse a share outside (0, 1]."""
+    if not 0 < density <= 1:
+        raise ConfigError(f"{who}: density must lie in (0, 1], came {density}.")
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Magnitudes as integers of the same order, flat: the bits of a float32 without its sign."""
+    return values.reshape(-1).view(torch.int32) & 0x7FFFFFFF
+
+
+def _model_thresholds(passes: Passes, density: float) -> list[int]:
+    """The kept entries' least magnitude (as bits) of each source, in two passes of histograms."""
+    high = _histograms(passes, None)
+    wanted = [max(1, int(density * int(counts.sum()))) for counts in high]
+    bins, left = zip(*(_reach(c, w) for c, w in zip(high, wanted, strict=True)), strict=True)
+    low = _histograms(passes, bins)
+    return [
+        (chosen << 16) + _reach(counts, rest)[0]
+        for chosen, counts, rest in zip(bins, low, left, strict=True)
+    ]
+
+
+def _histograms(passes: Passes, bins: tuple[int, ...] | None) -> list[Tensor]:
+    """Counts of the upper 16 bits of each source; with `bins`, of the lower ones within its bin."""
+    counts: list[Tensor] = []
+    for _, directions in passes():
+        for k, direction in enumerate(directions):
+            bits = _bits(direction)
+            upper = bits >> 16
+            counted = upper if bins is None else bits[upper == bins[k]] & 0xFFFF
+            found = torch.bincount(counted, minlength=_BINS)
+            if k == len(counts):
+                counts.append(found)
+            else:
+                counts[k] += found
+    return counts
+
+
+def _reach(counts: Tensor, wanted: int) -> tuple[int, int]:
+    """The bin in which the `wanted`th largest lies, and how many of this bin are wanted."""
+    from_top = counts.flip(0).cumsum(0)
+    place = int((from_top < wanted).sum())
+    above = int(from_top[place - 1]) if place else 0
+    return len(counts) - 1 - place, wanted - above
