@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from gradmerge import MergedModel, Recipe
 from gradmerge.memory import release_freed_memory
+from gradmerge.operators.native import native_kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODES = ("resident", "streamed")
@@ -150,6 +151,20 @@ def batches(model: str, count: int) -> list[dict[str, Tensor]]:
     return made
 
 
+def recipe_of(case: Case, folder: Path) -> Recipe:
+    root = folder / case.model / case.dtype
+    return Recipe(
+        sources={f"source{k}": str(root / f"source{k}") for k in range(1, case.sources + 1)},
+        base=str(root / "base"),
+    )
+
+
+def merge_of(case: Case, folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """An opened merge and its raw coefficients."""
+    plan = recipe_of(case, folder).open()
+    return plan, plan.initial_raw()
+
+
 def step_of(case: Case, folder: Path) -> Callable[[], None]:
     """One training step of a merge, or forward and backward of the plain model."""
     data = batches(case.model, case.tasks)
@@ -162,12 +177,7 @@ def step_of(case: Case, folder: Path) -> Callable[[], None]:
             module.zero_grad(set_to_none=True)
 
         return plain
-    root = folder / case.model / case.dtype
-    recipe = Recipe(
-        sources={f"source{k}": str(root / f"source{k}") for k in range(1, case.sources + 1)},
-        base=str(root / "base"),
-    )
-    merged = MergedModel(recipe, memory=case.memory).train()  # type: ignore[arg-type]
+    merged = MergedModel(recipe_of(case, folder), memory=case.memory).train()  # type: ignore[arg-type]
     optimizer = torch.optim.Adam(merged.parameters(), lr=1e-3)
 
     def step() -> None:
@@ -218,6 +228,34 @@ def time_group(cases: Sequence[Case], folder: Path, repeats: int) -> Iterator[di
         target = TARGETS.get((case.model, case.memory, case.sources)) if case.tasks == 1 else None
         best = min(ours[i])
         yield record(case, "CPU time", "s", best, floor, median_paired_ratio=paired, target=target)
+
+
+def kernel_group(
+    model: str, dtype: str, counts: Sequence[int], folder: Path, repeats: int
+) -> Iterator[dict[str, Any]]:
+    """CPU time of merging and contracting all weights, compiled kernels over torch's operations."""
+    for count in counts:
+        step_case = Case(model, dtype, count)
+        plan, raws = merge_of(step_case, folder)
+        out = {key: torch.zeros(plan.tensors[key].shape) for key in plan.learned}
+        grads = {key: torch.randn_like(tensor) for key, tensor in out.items()}
+
+        def merge(out: dict[str, Tensor] = out, plan: Any = plan, raws: Any = raws) -> None:
+            for key, tensor in out.items():
+                plan.combine(key, plan.raw(key, raws), tensor)
+
+        def contract(grads: dict[str, Tensor] = grads, plan: Any = plan, raws: Any = raws) -> None:
+            for key, grad in grads.items():
+                plan.contract(key, grad, plan.raw(key, raws))
+
+        for name, work in (("merge", merge), ("contraction", contract)):
+            best = {"native": float("inf"), "torch": float("inf")}
+            for _ in range(repeats + 1):
+                for kernels in best:
+                    os.environ["GRADMERGE_KERNELS"] = kernels
+                    best[kernels] = min(best[kernels], cpu_seconds(work))
+            quantity = f"{name} alone, native over torch"
+            yield record(step_case, quantity, "s", best["native"], best["torch"])
 
 
 # ---- memory -------------------------------------------------------------------------------------
@@ -342,6 +380,8 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                 records += time_group(cases, folder, options.repeats)
             if "memory" in options.parts:
                 records += memory_group(cases, folder, options.malloc or "release", options.threads)
+            if "kernels" in options.parts and native_kernels() is not None:
+                records += kernel_group(model, dtype, counts, folder, options.repeats)
             if "tasks" in options.parts and once:
                 records += time_group(several, folder, max(1, options.repeats // 2))
                 records += memory_group(
@@ -359,7 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--sources", nargs="+", type=int, default=[2, 4, 8], help="how many")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
-    parts = ["time", "memory", "tasks"]
+    parts = ["time", "memory", "tasks", "kernels"]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--tasks", type=int, default=8, help="tasks a step in the multi-task case")
     parser.add_argument(
