@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,3 +63,20 @@ def backward_of(run: Callable[[], Tensor], scale: float) -> Tensor:
     with torch.autocast(loss.device.type, enabled=False):
         (loss * scale).backward()
     return loss.detach()
+
+
+def checksums(parameters: Iterable[Tensor]) -> list[int]:
+    """Sums of the parameters' bits, to notice what is written through `.data`.
+
+    Such writes (some optimisers, averaging of weights) leave no trace in a tensor's version.
+    """
+    with torch.no_grad():
+        bits = [p.detach().contiguous().view(torch.int32).reshape(-1) for p in parameters]
+        # factors that differ from place to place: two values that are swapped must show, too
+        sums = [
+            (b * torch.arange(1, 2 * len(b), 2, device=b.device)).sum()
+            if len(b) < 1 << 20
+            else b.sum()
+            for b in bits
+        ]
+        return torch.stack(sums).tolist() if sums else []

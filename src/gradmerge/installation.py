@@ -109,6 +109,10 @@ class LiveTensors:
     def __init__(self) -> None:
         self._entries: dict[int, tuple[StorageWeakRef, Any]] = {}
 
+    def __reduce__(self) -> tuple[type[LiveTensors], tuple[()]]:
+        """A copy knows nothing: the references are to this one's tensors."""
+        return LiveTensors, ()
+
     def add(self, tensor: Tensor, tag: Any) -> None:
         """Remember a tensor under a tag."""
         reference = StorageWeakRef(tensor.untyped_storage())

@@ -34,9 +34,14 @@ class BlockPool:
 
     def __init__(self, sizes: Iterable[int]) -> None:
         counts = Counter(sizes)
+        self._counts = counts
         self._repeated = {size for size, count in counts.items() if count >= _REPEATED}
         self._idle: dict[int, list[mmap.mmap]] = {}
         self._lent: dict[int, weakref.ref[memoryview]] = {}
+
+    def __reduce__(self) -> tuple[type[BlockPool], tuple[list[int]]]:
+        """A copy has blocks of its own."""
+        return BlockPool, (list(self._counts.elements()),)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor in the CPU's memory, contents undefined."""

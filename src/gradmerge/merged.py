@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmerge.buffers import NetworkBuffers
-from gradmerge.differentiation import Combine, Deferred, backward_of
+from gradmerge.differentiation import Combine, Deferred, backward_of, checksums
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.installation import LiveTensors, install, restamp
 from gradmerge.memory import BlockPool
@@ -89,8 +89,7 @@ class MergedModel(nn.Module):
         )
         self.touched: set[str] = set()
         self.device = torch.device("cpu")
-        # In a tuple the skeleton is no submodule: its stand-ins stay out of parameters() and of
-        # the checkpoint, which holds coefficients alone.
+        # In a tuple it is no submodule: its stand-ins stay out of parameters() and checkpoints.
         self._skeleton = (plan.skeleton,)
         self._task: str | None = None
         self._teacher: str | None = None
@@ -99,7 +98,7 @@ class MergedModel(nn.Module):
         self._fixed: dict[str, Tensor] = {}
         self._storage: dict[str, Tensor] = {}
         self._theta: dict[str, Tensor] = {}
-        self._theta_version = -1
+        self._theta_state: object = None
         self._theta_has_graph = False
         self._live = LiveTensors()
         self._blocks = BlockPool(torch.Size(t.shape).numel() for t in plan.tensors.values())
@@ -143,7 +142,7 @@ class MergedModel(nn.Module):
 
     def _forget(self) -> None:
         self._theta, self._storage = {}, {}
-        self._theta_version, self._theta_has_graph = -1, False
+        self._theta_state, self._theta_has_graph = None, False
 
     def train(self, mode: bool = True) -> MergedModel:
         """Dropout stays off (sources are frozen); BatchNorm uses batch statistics while training
@@ -220,7 +219,8 @@ class MergedModel(nn.Module):
     def _refresh(self) -> None:
         """Resident: merge all tensors, unless they still stand for the current coefficients."""
         graph = torch.is_grad_enabled() and self._stepping is None
-        if self._theta_version == self.version and (self._theta_has_graph or not graph):
+        state = self.version, checksums(self.raw.values())
+        if self._theta_state == state and (self._theta_has_graph or not graph):
             return
         for key in self.plan.fixed:
             if key in self.plan.binding.parameters and key not in self._fixed:  # type: ignore[union-attr]
@@ -238,7 +238,7 @@ class MergedModel(nn.Module):
                 # Written over in place: fresh pages would fault in at every step.
                 self._storage[key] = self.build(key, raw, self.dtype, self._storage.get(key))
                 self._theta[key] = self._storage[key]
-        self._theta_version, self._theta_has_graph = self.version, graph
+        self._theta_state, self._theta_has_graph = state, graph
 
     def forward(self, *args: Any, task: str | None = None, **kwargs: Any) -> Any:
         """Run the network with merged weights.

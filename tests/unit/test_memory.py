@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import platform
 
 import pytest
@@ -87,6 +89,41 @@ def test_gradients_over_reused_blocks_equal_those_of_resident_memory():
         loss.backward()
         found.append((loss.detach(), merged.raw["tensor"].grad))
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_a_copy_of_a_used_model_has_blocks_and_references_of_its_own(memory):
+    merged = MergedModel(layers(), memory=memory)
+    inputs = torch.ones(1, 256)
+    expected = merged(inputs).detach()
+    for other in (copy.deepcopy(merged._live), copy.deepcopy(merged._blocks)):
+        assert not vars(other).get("_entries", None)
+        assert not vars(other).get("_idle", None)
+    again = pickle.loads(pickle.dumps(merged._blocks))
+    assert again._repeated == merged._blocks._repeated
+    torch.testing.assert_close(merged(inputs).detach(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_coefficients_written_through_data_are_noticed(memory, grad):
+    """Averaging of weights and some optimisers write so; it leaves no trace in the version."""
+    merged = MergedModel(layers(), memory=memory)
+    inputs = torch.ones(1, 256)
+    raw = merged.raw["tensor"]
+    with torch.set_grad_enabled(grad):
+        before = merged(inputs).detach()
+        raw.data.copy_(raw.data + 0.1 * torch.arange(8.0).view(2, 4))
+        after = merged(inputs).detach()
+        swapped = raw.data.clone()
+        swapped[0, 1], swapped[0, 2] = raw.data[0, 2], raw.data[0, 1]
+        raw.data.copy_(swapped)
+        last = merged(inputs).detach()
+    assert not torch.equal(before, after)
+    assert not torch.equal(after, last)
+    fresh = MergedModel(layers(), memory=memory)
+    fresh.raw["tensor"].data.copy_(swapped)
+    torch.testing.assert_close(fresh(inputs).detach(), last, rtol=0, atol=0)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")

@@ -133,6 +133,16 @@ def test_float64_terms_are_merged_in_float64(kernels):
     torch.testing.assert_close(came, dc, rtol=1e-12, atol=1e-12)
 
 
+def test_float32_terms_are_merged_in_float64_where_the_result_is(kernels):
+    terms, spread, coefficient, grad = make((64, 65), torch.float32, "base", "last")
+    theta, dc, _ = exact(terms, spread, coefficient, grad)
+    out = torch.empty(64, 65, dtype=torch.float64)
+    Linear().combine(terms, coefficient.double(), spread, out)
+    torch.testing.assert_close(out, theta, rtol=1e-13, atol=1e-13)
+    came = Linear().contract(terms, grad.double(), coefficient.double(), spread)
+    torch.testing.assert_close(came, dc, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", SPREADS)
 def test_terms_that_lie_awkwardly(kernels, kind):
     """Transposed, and at an address that is no multiple of the number's size."""
@@ -247,6 +257,16 @@ def test_kernels_are_built_once_and_by_several_processes_at_once(fresh):
     before = library.stat().st_mtime_ns
     assert native.native_kernels() is not None
     assert library.stat().st_mtime_ns == before
+
+
+@needs_compiler
+def test_without_a_home_the_kernels_are_built_for_the_process(fresh, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(native.Path, "home", no_home)
+    assert native.native_kernels() is not None
 
 
 @needs_compiler

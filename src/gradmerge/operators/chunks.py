@@ -95,7 +95,7 @@ def combine(terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> T
     view = View.of(terms.shape, spread)
     stored = terms.sources if terms.origin is None else [terms.origin, *terms.sources]
     flat = [term.reshape(-1) for term in stored]
-    dtype = terms.accumulate_dtype
+    dtype = torch.promote_types(terms.accumulate_dtype, out.dtype)
     length, chunks = _chunks(view, _chunk_size(out.device))
     scratch = _Scratch(length, dtype, out.device)
     scalar = spread.kind == "scalar"
@@ -125,7 +125,7 @@ def contract(terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) ->
     """See `AbstractOperator.contract`."""
     view = View.of(terms.shape, spread)
     flat = [source.reshape(-1) for source in terms.sources]
-    dtype = terms.accumulate_dtype
+    dtype = torch.promote_types(terms.accumulate_dtype, grad.dtype)
     length, chunks = _chunks(view, _chunk_size(grad.device))
     scratch = _Scratch(length, dtype, grad.device)
     pieces = grad.reshape(-1).split(length)

@@ -162,7 +162,7 @@ EXPORT void gradmerge_merge(void *out, int out_type, const void *const *terms, c
             for (int k = 0; k < sources; k++)
                 for (int64_t i = 0; i < n; i++) rest[i] -= weights[k * width + column + i];
         }
-        int64_t after = least(BLOCK, end - at - n);
+        int64_t after = least(n, end - at - n);
         for (int s = 0; s < count; s++) {
             if (s + 1 < count)
                 prefetch(terms[s + 1], types[s + 1], at, n);
@@ -256,7 +256,7 @@ EXPORT void gradmerge_contract(double *sums, float *products, const void *grad, 
             mean_difference(shift_buffer, terms, types, count, from, at, n);
             shift = shift_buffer;
         }
-        int64_t after = least(BLOCK, end - at - n);
+        int64_t after = least(n, end - at - n);
         prefetch(grad, grad_type, at + n, after);
         if (anchor != NULL) prefetch(anchor, anchor_type, at + n, after);
         for (int k = 0; k < count; k++) {

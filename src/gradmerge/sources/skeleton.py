@@ -90,7 +90,9 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
         )
     with _parameters_on_meta():
         if hasattr(model_class, "_from_config"):
-            module: nn.Module = model_class._from_config(config)
+            # In float32 whatever the config says: constants that a network keeps as buffers
+            # (Gemma's embedding scale) would be rounded as they are made.
+            module: nn.Module = model_class._from_config(config, dtype=torch.float32)
         else:
             module = model_class.from_config(config, trust_remote_code=trust_remote_code)
     module.tie_weights()  # type: ignore[operator]
