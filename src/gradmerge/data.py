@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from gradmerge.errors import ConfigError, nearest, shorten
 from gradmerge.loaders import ShareLoader, StreamLoader, TaskStream, collate
-from gradmerge.preparation import Kind, load_processor, prepare
+from gradmerge.preparation import Kind, load_processor, padding_id, prepare
 
 Stage = Literal["adaptation", "selection", "test"]
 STAGES: tuple[Stage, ...] = ("adaptation", "selection", "test")
@@ -212,6 +213,7 @@ class MergeDataModule(lightning.LightningDataModule):
         self.check_disjoint = check_disjoint
         self.processor: Any = None
         self._prepared: dict[str, dict[Stage, Any]] = {}
+        self._pad = 0
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check and prepare all splits once."""
@@ -236,10 +238,17 @@ class MergeDataModule(lightning.LightningDataModule):
                 )
                 for name, split in splits.items()
             }
+        classifies = any(data.kind == "text_classification" for data in self.tasks.values())
+        several = max(self.batch_size, self.eval_batch_size) > 1
+        network = getattr(self._merged(), "skeleton", None)
+        self._pad = padding_id(self.processor, network, classifies and several)
+
+    def _merged(self) -> Any:
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return getattr(module, "merged", None)
 
     def _default_processor(self) -> str | None:
-        module = None if self.trainer is None else self.trainer.lightning_module
-        plan = getattr(getattr(module, "merged", None), "plan", None)
+        plan = getattr(self._merged(), "plan", None)
         folder = None if plan is None else plan.folder
         return None if folder is None else str(folder)
 
@@ -249,7 +258,8 @@ class MergeDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> StreamLoader:
         """Steps over the adaptation split."""
-        stream = TaskStream(self.examples("adaptation"), collate, self.batch_size, self.seed)
+        pads = partial(collate, pad=self._pad)
+        stream = TaskStream(self.examples("adaptation"), pads, self.batch_size, self.seed)
         if self.trainer is not None:
             stream.rank, stream.world = self.trainer.global_rank, self.trainer.world_size
         return StreamLoader(stream, self.num_workers)
@@ -266,7 +276,7 @@ class MergeDataModule(lightning.LightningDataModule):
         world = 1 if self.trainer is None else self.trainer.world_size
         if self.trainer is None or world == 1:
             return self.evaluation_loaders(stage)
-        options = self.eval_batch_size, self.num_workers, self.trainer.global_rank, world
+        options = self.eval_batch_size, self.num_workers, self.trainer.global_rank, world, self._pad
         return [ShareLoader(examples, *options) for examples in self.examples(stage).values()]
 
     def evaluation_loaders(self, stage: Stage) -> list[Any]:
@@ -275,7 +285,7 @@ class MergeDataModule(lightning.LightningDataModule):
             DataLoader(
                 examples,
                 batch_size=self.eval_batch_size,
-                collate_fn=collate,
+                collate_fn=partial(collate, pad=self._pad),
                 num_workers=self.num_workers,
             )
             for examples in self.examples(stage).values()

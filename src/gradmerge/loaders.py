@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,7 +113,13 @@ class ShareLoader:
     """
 
     def __init__(
-        self, examples: Dataset[Any], batch_size: int, num_workers: int, rank: int, world: int
+        self,
+        examples: Dataset[Any],
+        batch_size: int,
+        num_workers: int,
+        rank: int,
+        world: int,
+        pad: int = 0,
     ) -> None:
         total = len(examples)  # type: ignore[arg-type]
         share = range(rank, total, world)
@@ -120,7 +127,7 @@ class ShareLoader:
         self.batches = DataLoader(
             Subset(examples, share),
             batch_size=batch_size,
-            collate_fn=collate,
+            collate_fn=partial(collate, pad=pad),
             num_workers=num_workers,
         )
 
@@ -133,8 +140,10 @@ class ShareLoader:
             yield {}
 
 
-def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Stack tensors, padding token sequences on the right; scalars become tensors."""
+def collate(examples: Sequence[Mapping[str, Any]], pad: int = 0) -> dict[str, Any]:
+    """Stack tensors, padding token sequences on the right, `input_ids` with `pad`; scalars become
+    tensors.
+    """
     batch: dict[str, Any] = {}
     for key in examples[0]:
         values = [example[key] for example in examples]
@@ -145,6 +154,6 @@ def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         elif len({value.shape for value in values}) == 1:
             batch[key] = torch.stack(values)
         else:
-            fill = {"labels": -100}.get(key, 0)
+            fill = {"input_ids": pad, "labels": -100}.get(key, 0)
             batch[key] = torch.nn.utils.rnn.pad_sequence(values, True, fill)
     return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -39,6 +40,47 @@ def load_processor(folder: str | None, kind: Kind) -> Any:
             f"{folder}: no {auto.__name__.removeprefix('Auto').lower()} can be loaded from it: "
             f"{str(error).rstrip('.')}. Give the folder of one that has it: data.processor."
         ) from error
+
+
+def padding_id(tokenizer: Any, network: Any, classifies: bool) -> int:
+    """The token that fills up shorter rows: the tokenizer's, else the network's, else 0.
+
+    A decoder that classifies takes the last token that is not the padding of its own config, so
+    there the config's comes first.
+
+    Args:
+        tokenizer: tokenizer or image processor, if there is one.
+        network: the network, where it is known.
+        classifies: whether rows of a text classification are put into batches.
+
+    Raises:
+        ConfigError: the network needs a padding token, and its config has none.
+    """
+    config = getattr(network, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    own = getattr(config, "pad_token_id", None)
+    given = getattr(tokenizer, "pad_token_id", None)
+    if network is not None and _looks_for_padding(network):
+        if own is None and classifies:
+            token = f"{given}, the tokenizer's" if given is not None else "that of its eos_token"
+            raise ConfigError(
+                f"{type(network).__name__} classifies by the last token that is not padding, but "
+                "its config has no pad_token_id, so a batch cannot be padded. Set pad_token_id in "
+                f"the config.json of every source (e.g. {token}), or set data.batch_size and "
+                "data.eval_batch_size to 1."
+            )
+        given = own if own is not None else given
+    found = given if given is not None else own
+    return 0 if found is None else int(found)
+
+
+def _looks_for_padding(network: Any) -> bool:
+    """Whether it is a decoder that classifies: its forward compares with the padding token."""
+    kind = type(network)
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    names = getattr(code, "co_names", ())
+    return kind.__name__.endswith("ForSequenceClassification") and "pad_token_id" in names
 
 
 def prepare(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from itertools import chain
+from types import SimpleNamespace
 
 import datasets
 import numpy
@@ -12,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from gradmerge import MergeDataModule, TaskData
+from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
 from gradmerge.data import STAGES, load_splits, require_disjoint
 from gradmerge.errors import ConfigError
 from gradmerge.loaders import collate
-from tiny import sentences, word_tokenizer
+from tiny import relatives, sentences, word_tokenizer
 
 ROWS = {
     stage: [{"text": text, "label": i % 3} for i, text in enumerate(sentences(j, 5 + j))]
@@ -293,7 +294,83 @@ def test_collating_pads_tokens_masks_and_labels_on_the_right():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
     assert batch["bytes_per_token"] == 4.0
+    rows = [{"input_ids": ids, "token_type_ids": ids} for ids in (long, short)]
+    padded = collate(rows, pad=9)
+    assert padded["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert padded["token_type_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert collate([{"labels": 2}, {"labels": 0}])["labels"].tolist() == [2, 0]
+
+
+def decoder_classifier(kind, pad):
+    """Sources of a tiny decoder that finds the last token by the padding of its config."""
+    import transformers
+
+    options = {"vocab_size": 32, "num_labels": 3, "pad_token_id": pad}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=16, **options)
+    else:
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+        config = transformers.LlamaConfig(**sizes, **heads, **options)
+    name = {"gpt2": "GPT2", "llama": "Llama"}[kind] + "ForSequenceClassification"
+    torch.manual_seed(0)
+    return relatives(getattr(transformers, name)(config), scale=0.2)
+
+
+def with_network(models, folder, **options):
+    """A data module of uneven texts whose trainer has a merge of the models."""
+    module = MergeModule(Recipe({"t": models[1], "u": models[2]}, base=models[0]))
+    rows = {
+        stage: [{**r, "text": " ".join(r["text"].split()[: 8 - i])} for i, r in enumerate(own)]
+        for stage, own in zip(STAGES, ROWS.values(), strict=True)
+    }
+    task = TaskData(rows, kind="text_classification")
+    data = MergeDataModule({"t": task}, processor=str(folder), **options)
+    data.trainer = SimpleNamespace(lightning_module=module, world_size=1, global_rank=0)
+    data.setup()
+    return data, module.merged
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(("in_tokenizer", "in_config"), [(31, 31), (None, 31), (30, 31)])
+def test_a_row_of_an_uneven_batch_of_a_decoder_has_the_logits_of_the_row_alone(
+    tmp_path, kind, in_tokenizer, in_config
+):
+    folder = word_tokenizer(tmp_path / "tokenizer")
+    change_padding(folder, in_tokenizer)
+    data, merged = with_network(decoder_classifier(kind, in_config), folder, batch_size=4)
+    for loader in (data.train_dataloader(), *data.val_dataloader()):
+        batch = next(iter(loader))
+        batch = batch.get("t", batch)
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        assert len(set(lengths)) > 1
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            together = merged(**inputs).logits
+            for i, length in enumerate(lengths):
+                alone = merged(**{key: value[i : i + 1, :length] for key, value in inputs.items()})
+                torch.testing.assert_close(together[i : i + 1], alone.logits)
+
+
+def test_a_decoder_that_classifies_without_a_padding_token_is_refused(tmp_path):
+    folder = word_tokenizer(tmp_path / "tokenizer")
+    change_padding(folder, None)
+    models = decoder_classifier("llama", None)
+    message = r"LlamaForSequenceClassification .* no pad_token_id.*Set pad_token_id in the config"
+    with pytest.raises(ConfigError, match=message):
+        with_network(models, folder, batch_size=2)
+    data, _ = with_network(models, folder, batch_size=1, eval_batch_size=1)
+    assert len(next(iter(data.train_dataloader()))["t"]["input_ids"]) == 1
+
+
+def change_padding(folder, token):
+    """Another padding token of a saved tokenizer, or none."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("pad_token", None)
+    if token is not None:
+        settings["pad_token"] = f"w{token - 3}"
+    path.write_text(json.dumps(settings))
 
 
 def test_evaluation_goes_over_every_example_once_in_order(tokenizer):
