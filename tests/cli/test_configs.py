@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from pathlib import Path
 
 import jsonargparse
 import pytest
 import torch
+import yaml
 
 from gradmerge import MergedModel, Recipe
 from gradmerge.cli import learn, main, register
@@ -86,8 +89,13 @@ def test_combinations_are_fitted_from_the_command_line(world, tmp_path, granular
     "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.relative_to(CONFIGS).as_posix()
 )
 def test_every_shipped_configuration_parses(path, monkeypatch):
-    """With the other files that its own head names in the command."""
     monkeypatch.chdir(CONFIGS.parent)
+    with pytest.raises(SystemExit, match="0"):
+        main([*command_of(path), "--print_config"])
+
+
+def command_of(path):
+    """The command of its own head, with the other files that it names there."""
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     commands = [line.split("gradmerge ", 1)[1].split() for line in head if "gradmerge " in line]
     assert commands, "its head must say the command"
@@ -95,5 +103,40 @@ def test_every_shipped_configuration_parses(path, monkeypatch):
     files = [word for word in words if word.endswith(".yaml")]
     assert path.relative_to(CONFIGS.parent).as_posix() in files
     arguments = [word for file in files for word in ("--config", file)]
+    return [command, *arguments]
+
+
+def made(spec, *arguments):
+    """An object from its class path and arguments."""
+    module, _, name = spec["class_path"].rpartition(".")
+    return getattr(importlib.import_module(module), name)(*arguments, **spec["init_args"])
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CONFIGS / "methods").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_learning_rate_of_a_method_is_the_stated_one_all_along(path, monkeypatch, capsys):
+    """It is constant, or falls until the last step; it never rises again."""
+    monkeypatch.chdir(CONFIGS.parent)
     with pytest.raises(SystemExit, match="0"):
-        main([command, *arguments, "--print_config"])
+        main([*command_of(path), "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    optimiser = made(config["optimizer"], [torch.nn.Parameter(torch.zeros(1))])
+    scheduler = made(config["lr_scheduler"], optimiser)
+    rates = []
+    for _ in range(config["trainer"]["max_steps"]):
+        rates.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        scheduler.step()
+    rates.append(optimiser.param_groups[0]["lr"])
+    stated = re.search(r"Adam (\S+) throughout", path.read_text())
+    if stated is not None:
+        assert type(optimiser) is torch.optim.Adam
+        assert rates == [float(stated[1])] * len(rates)
+    assert rates == sorted(rates, reverse=True)
+    if rates[0] != rates[-1]:
+        assert scheduler.T_max == config["trainer"]["max_steps"]
+    own = yaml.safe_load(path.read_text())
+    assert rates[0] == own["optimizer"]["init_args"]["lr"]
+    if "max_steps" in own.get("trainer", {}):
+        assert "lr_scheduler" in own, "its length is its own, so its schedule must be, too"
