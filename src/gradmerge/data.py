@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 import lightning
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gradmerge.errors import ConfigError, nearest, shorten
 from gradmerge.loaders import ShareLoader, StreamLoader, TaskStream, collate
-from gradmerge.preparation import Kind, load_processor, padding_id, prepare
+from gradmerge.preparation import First, Kind, load_processor, padding_id, prepare, rows_used
 
 Stage = Literal["adaptation", "selection", "test"]
 STAGES: tuple[Stage, ...] = ("adaptation", "selection", "test")
@@ -29,8 +30,9 @@ class TaskData:
     """Where a task's examples come from, and how they become batches."""
 
     path: Any
-    """Hub id, builder (csv, json, parquet, text, imagefolder), a folder of `save_to_disk`; from
-    Python also a mapping of the three splits to datasets."""
+    """Hub id, builder (csv, json, parquet, imagefolder, or text: an example a line, without blank
+    ones), a folder of `save_to_disk`; from Python also a mapping of the three splits to
+    datasets."""
     kind: Kind = "causal_lm"
     """causal_lm, text_classification, image_classification, or tensors (examples are already
     mappings of tensors, as the model takes them)."""
@@ -92,7 +94,7 @@ def load_splits(task: str, data: TaskData, seed: int) -> dict[Stage, Any]:
         ).is_file():
             loaded = datasets.load_from_disk(str(data.path))
         elif data.splits is not None:
-            return {
+            given = {
                 stage: datasets.load_dataset(
                     data.path,
                     data.name,
@@ -102,27 +104,58 @@ def load_splits(task: str, data: TaskData, seed: int) -> dict[Stage, Any]:
                 )
                 for stage in STAGES
             }
+            if data.path == "text":
+                return {stage: _without_blank_lines(lines) for stage, lines in given.items()}
+            return given
         else:
             loaded = datasets.load_dataset(
                 data.path, data.name, data_files=data.data_files, revision=data.revision
             )
+            if data.path == "text":
+                loaded = {name: _without_blank_lines(lines) for name, lines in loaded.items()}
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ConfigError(
             f"task {task}: {data.path} (files {data.data_files}, splits {data.splits}) cannot be "
             f"read: {error}"
         ) from error
     if isinstance(loaded, datasets.Dataset):
-        return _cut(task, loaded, data.fractions, seed)
+        return _cut(task, _without_repetitions(task, loaded, data), data.fractions, seed)
     for names in ({s: s for s in STAGES}, _ALIASES):
         if all(name in loaded for name in names.values()):
             return {stage: loaded[names[stage]] for stage in STAGES}
     if len(loaded) == 1:
-        return _cut(task, next(iter(loaded.values())), data.fractions, seed)
+        whole = _without_repetitions(task, next(iter(loaded.values())), data)
+        return _cut(task, whole, data.fractions, seed)
     raise ConfigError(
         f"task {task}: expected the splits adaptation, selection, test (or train, validation, "
         f"test), came {', '.join(loaded)}. Say which to use: "
         "splits: {adaptation: ..., selection: ..., test: ...}."
     )
+
+
+def _without_blank_lines(lines: Any) -> Any:
+    kept = [i for i, text in enumerate(lines["text"]) if text.strip()]
+    return lines if len(kept) == len(lines) else lines.select(kept)
+
+
+def _without_repetitions(task: str, whole: Any, data: TaskData) -> Any:
+    """Texts once each: a repeated one would fall into several splits."""
+    if data.kind not in ("causal_lm", "text_classification"):
+        return whole
+    seen: set[str] = set()
+    kept = []
+    for i in range(len(whole)):
+        key = _digest(sorted(whole[i].items()))
+        if key not in seen:
+            seen.add(key)
+            kept.append(i)
+    if len(kept) == len(whole):
+        return whole
+    rank_zero_info(
+        f"task {task}: {len(whole) - len(kept)} of {len(whole)} examples repeat another one "
+        "exactly and are left out, so that the splits cut from them share none."
+    )
+    return whole.select(kept)
 
 
 def _cut(task: str, whole: Any, fractions: Sequence[float], seed: int) -> dict[Stage, Any]:
@@ -170,8 +203,10 @@ def require_disjoint(task: str, splits: Mapping[Stage, Any], columns: Sequence[s
             for (a, b), pairs in shared.items()
         )
         raise ConfigError(
-            f"task {task}: the splits must not share examples: {found}. Remove the duplicates, or "
-            "cut the splits from one deduplicated set."
+            f"task {task}: the splits must not share examples: {found}. Remove the duplicates; or "
+            "give one set of examples, which is cut into three after repeated ones are left out; "
+            "or, if they may be shared (lines that any text repeats), turn this check off: "
+            "data.check_disjoint: false."
         )
 
 
@@ -186,7 +221,8 @@ class MergeDataModule(lightning.LightningDataModule):
         seed: order of the training examples, and the cut of single splits.
         processor: folder or hub id of the tokenizer or image processor; default: the folder of the
             base or the first source.
-        check_disjoint: compare the contents of all splits before training.
+        check_disjoint: compare the contents of all splits, as far as they are used, before
+            training.
     """
 
     def __init__(
@@ -222,8 +258,6 @@ class MergeDataModule(lightning.LightningDataModule):
         folder = self.processor_path or self._default_processor()
         for task, data in self.tasks.items():
             splits = load_splits(task, data, self.seed)
-            if self.check_disjoint:
-                require_disjoint(task, splits, (data.text, data.image, "input_ids", "pixel_values"))
             if self.processor is None and data.kind != "tensors":
                 self.processor = load_processor(folder, data.kind)
             self._prepared[task] = {
@@ -238,6 +272,12 @@ class MergeDataModule(lightning.LightningDataModule):
                 )
                 for name, split in splits.items()
             }
+            if self.check_disjoint:
+                used = {
+                    name: First(split, rows_used(self._prepared[task][name]))
+                    for name, split in splits.items()
+                }
+                require_disjoint(task, used, (data.text, data.image, "input_ids", "pixel_values"))
         classifies = any(data.kind == "text_classification" for data in self.tasks.values())
         several = max(self.batch_size, self.eval_batch_size) > 1
         network = getattr(self._merged(), "skeleton", None)

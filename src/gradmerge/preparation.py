@@ -107,7 +107,7 @@ def prepare(
         ConfigError: a column is missing, or nothing is left.
     """
     if kind == "tensors":
-        return split if limit is None else _Limited(split, limit)
+        return split if limit is None else First(split, limit)
     column = columns["image" if kind == "image_classification" else "text"]
     if len(split) == 0:
         raise ConfigError(f"{where}: no examples.")
@@ -119,7 +119,7 @@ def prepare(
         )
     if kind == "causal_lm":
         return _windows(split, processor, column, max_length, limit, where)
-    rows = split if limit is None else _Limited(split, limit)
+    rows = split if limit is None else First(split, limit)
     label = columns["label"] if columns["label"] in names else None
     if label is not None and isinstance(split[0][label], str):
         raise ConfigError(
@@ -129,7 +129,12 @@ def prepare(
     return _Classified(rows, kind, processor, column, label, max_length)
 
 
-class _Limited(Dataset[Any]):
+def rows_used(prepared: Any) -> int:
+    """How many of a split's rows, from the first on, its prepared examples are made of."""
+    return prepared.documents if isinstance(prepared, _Windows) else len(prepared)
+
+
+class First(Dataset[Any]):
     """The first examples of a dataset."""
 
     def __init__(self, inner: Any, limit: int) -> None:
@@ -187,10 +192,10 @@ class _Classified(Dataset[dict[str, Any]]):
 
 
 class _Windows(Dataset[dict[str, Any]]):
-    """Equal windows over concatenated documents."""
+    """Equal windows over the first `documents` documents, concatenated."""
 
-    def __init__(self, tokens: Tensor, bytes_per_token: float) -> None:
-        self.tokens, self.bytes_per_token = tokens, bytes_per_token
+    def __init__(self, tokens: Tensor, bytes_per_token: float, documents: int) -> None:
+        self.tokens, self.bytes_per_token, self.documents = tokens, bytes_per_token, documents
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -204,12 +209,13 @@ def _windows(
     split: Any, tokenizer: Any, column: str, length: int, limit: int | None, where: str
 ) -> _Windows:
     ids: list[int] = []
-    num_bytes = 0
+    num_bytes = documents = 0
     wanted = None if limit is None else limit * length
     for i in range(len(split)):
         text = split[i][column]
         ids += tokenizer(text, add_special_tokens=False)["input_ids"]
         num_bytes += len(text.encode())
+        documents += 1
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         if wanted is not None and len(ids) >= wanted:
@@ -221,4 +227,4 @@ def _windows(
         )
     kept = count if limit is None else min(count, limit)
     tokens = torch.tensor(ids[: kept * length]).view(kept, length)
-    return _Windows(tokens, num_bytes / len(ids))
+    return _Windows(tokens, num_bytes / len(ids), documents)

@@ -175,7 +175,7 @@ def test_options_of_a_task_are_checked():
 # ---- disjointness ---------------------------------------------------------------------------
 
 
-def test_shared_examples_are_refused_with_their_counts():
+def test_shared_examples_are_refused_with_their_counts(tokenizer):
     rows = [{"text": text, "label": 0} for text in sentences(0, 9)]
     splits = {
         "adaptation": rows[:5],
@@ -187,9 +187,53 @@ def test_shared_examples_are_refused_with_their_counts():
     text = str(caught.value)
     assert "2 of adaptation are in selection too (rows 1 = 2, 3 = 3)" in text
     assert "1 of selection are in test too (rows 1 = 1)" in text
-    data = MergeDataModule({"t": TaskData(splits)})
-    with pytest.raises(ConfigError, match="must not share examples"):
+    data = MergeDataModule({"t": TaskData(splits, max_length=4)}, processor=tokenizer)
+    with pytest.raises(ConfigError, match=r"must not share examples.*data\.check_disjoint: false"):
         data.setup()
+
+
+@pytest.mark.parametrize("kind", ["text_classification", "causal_lm"])
+def test_only_examples_that_are_used_are_compared(tokenizer, kind):
+    rows = [{"text": text, "label": 0} for text in sentences(0, 9)]
+    splits = {"adaptation": rows[:4], "selection": [*rows[4:6], rows[0]], "test": rows[6:]}
+
+    def setup(count):
+        limit = {"selection": count}
+        task = TaskData(splits, kind=kind, max_length=9, limit=limit)  # 8 words and an end mark
+        MergeDataModule({"t": task}, processor=tokenizer).setup()
+
+    setup(2)
+    with pytest.raises(ConfigError, match=r"1 of adaptation are in selection too \(rows 0 = 2\)"):
+        setup(3)
+
+
+def test_blank_and_repeated_lines_of_a_text_are_left_out(tmp_path, tokenizer, caplog):
+    lines = sentences(0, 12)
+    path = tmp_path / "all.txt"
+    path.write_text("\n".join(["", *lines, "  ", lines[3], "", *lines[:2], "\t", ""]))
+    task = TaskData("text", data_files=str(path), max_length=9)
+    with caplog.at_level("INFO"):
+        splits = load_splits("t", task, seed=0)
+    assert sorted(chain(*texts(splits).values())) == sorted(lines)
+    assert "task t: 3 of 15 examples repeat another one exactly" in caplog.text
+    MergeDataModule({"t": task}, processor=tokenizer).setup()
+
+
+def test_blank_lines_of_given_splits_are_left_out(tmp_path):
+    rows = {stage: [{"text": ""}, *own, {"text": " "}] for stage, own in ROWS.items()}
+    files = write(tmp_path, "text", rows)
+    assert texts(load_splits("t", TaskData("text", data_files=files), seed=0)) == WANTED
+    named = dict(zip(STAGES, ROWS, strict=True))
+    task = TaskData("text", data_files=files, splits=named)
+    assert texts(load_splits("t", task, seed=0)) == WANTED
+
+
+def test_one_text_with_two_labels_is_no_repetition(tmp_path):
+    rows = [{"text": text, "label": 0} for text in sentences(0, 6)]
+    path = tmp_path / "all.json"
+    path.write_text("\n".join(json.dumps(row) for row in [*rows, {**rows[0], "label": 1}]))
+    task = TaskData("json", kind="text_classification", data_files=str(path))
+    assert sum(len(split) for split in load_splits("t", task, seed=0).values()) == 7
 
 
 @pytest.mark.parametrize("column", ["pixel_values", "x"])
