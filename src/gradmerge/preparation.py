@@ -56,7 +56,7 @@ def padding_id(tokenizer: Any, network: Any, classifies: bool) -> int:
     Raises:
         ConfigError: the network needs a padding token, and its config has none.
     """
-    config = getattr(network, "config", None)
+    config: Any = getattr(network, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     own = getattr(config, "pad_token_id", None)

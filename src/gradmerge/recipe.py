@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from gradmerge.plan import Plan
 from gradmerge.preprocess import AbstractPreprocess
 from gradmerge.sources import AbstractSource, Checkpoint, as_source
 from gradmerge.sources.compatibility import check, require
+from gradmerge.sources.resolve import FILE_SUFFIXES
 from gradmerge.sources.skeleton import build_skeleton, strip_weights
 
 
@@ -143,12 +145,28 @@ def _granularity(coefficients: AbstractCoefficients) -> Any:
 
 
 def named(sources: Any) -> dict[str, Any]:
-    """Names for sources given as a list: the last part of their path, or source0, source1..."""
+    """Names for sources given as a list: the last part of their path, or source0, source1...
+
+    The first of several with one name keeps it, the others get a number that no name has yet.
+    """
+    sources = list(sources)
+    whole = [_whole_name(source) or f"source{i}" for i, source in enumerate(sources)]
     named: dict[str, Any] = {}
-    for i, source in enumerate(sources):
-        path = source if isinstance(source, (str, Path)) else getattr(source, "path", None)
-        name = Path(str(path)).stem if path else f"source{i}"
+    for i, (source, name) in enumerate(zip(sources, whole, strict=True)):
         if name in named or name == "base":
-            name = f"{name}{i}"
+            dash = "-" if name[-1].isdigit() else ""  # llama-3.2-1, not llama-3.21
+            free = (f"{name}{dash}{number}" for number in count(i))
+            name = next(n for n in free if n not in named and n not in whole)
         named[name] = source
     return named
+
+
+def _whole_name(source: Any) -> str | None:
+    path = source if isinstance(source, (str, Path)) else getattr(source, "path", None)
+    if not path:
+        return None
+    name = Path(str(path)).name
+    if name in ("", ".."):
+        name = Path(str(path)).resolve().name
+    stem, dot, suffix = name.rpartition(".")
+    return stem if stem and f"{dot}{suffix}" in FILE_SUFFIXES else name

@@ -11,6 +11,7 @@ from torch import nn
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Clamp, Complement, Constant, Model, Softmax, Tensor, Uniform
 from gradmerge.errors import CompatibilityError, ConfigError, FingerprintError
+from gradmerge.recipe import named
 from gradmerge.sources import HuggingFace, InMemory
 
 
@@ -241,6 +242,27 @@ def test_list_of_sources_gets_names(nets):
     assert list(Recipe(sources=[HuggingFace("org/tuned")]).sources) == ["tuned"]
     listed, named = Recipe(sources=[a, b]), Recipe(sources={"source0": a, "source1": b})
     assert listed == named
+
+
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (["x/a2", "x/a", "y/a"], ["a2", "a", "a3"]),
+        (["x/a", "y/a", "x/a1"], ["a", "a2", "a1"]),
+        (["x/base", "x/base0", "base"], ["base1", "base0", "base2"]),
+        (
+            ["llama-3.1", "x/llama-3.2", "owner/llama-3.2"],
+            ["llama-3.1", "llama-3.2", "llama-3.2-2"],
+        ),
+        (["x/llama-3.1/", Path("x/math.v2.bin")], ["llama-3.1", "math.v2"]),
+        (["a.safetensors", "b.pt", "c.pth", "d.gguf"], ["a", "b", "c", "d.gguf"]),
+        ([{}, "source0"], ["source0", "source0-1"]),
+        ([{}, {}], ["source0", "source1"]),
+    ],
+)
+def test_names_of_a_list_are_whole_and_unique(sources, names):
+    assert list(named(sources)) == names
+    assert list(named(sources).values()) == sources
 
 
 def test_source_named_base(nets):

@@ -15,6 +15,9 @@ from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile, rea
 from gradmerge.sources.lora import Lora
 from gradmerge.sources.memory import InMemory
 
+TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+
 
 def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
     """The source that `value` means.
@@ -39,7 +42,7 @@ def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
     path = Path(text).expanduser()
     if path.suffix == ".safetensors":
         return SafetensorsFile(str(path))
-    if path.suffix in (".bin", ".pt", ".pth"):
+    if path.suffix in TORCH_SUFFIXES:
         return TorchFile(str(path))
     if (path / "adapter_config.json").is_file() and not (path / "model.safetensors").is_file():
         return Lora(str(path), base if base is not None else _own_base(path))
