@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def merge(recipe: Recipe, **options: Any) -> None:
     """
     checked = output_options(**options)
     plan = recipe.open(with_skeleton=False)
+    for warning in plan.warnings:
+        print(f"gradmerge merge: warning {warning}", file=sys.stderr)
     folder = export_plan(plan, plan.initial_raw(), **checked)
     print(f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors: {folder}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -294,6 +295,21 @@ def test_merge_writes_fixed_coefficients(world, tmp_path, capsys):
         expected = base[name] + 0.5 * (a[name] - base[name]) + 0.5 * (b[name] - base[name])
         torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
     assert "exists" in fails(["merge", "--config", config, "--output", "merged"], capsys)
+
+
+def test_merge_says_what_was_allowed(world, tmp_path, capsys):
+    recipe = world["model"]["recipe"]
+    other = Path(shutil.copytree(recipe["sources"]["b"], tmp_path / "b"))
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**settings, "hidden_act": "relu"}))
+    sources = {**recipe["sources"], "b": str(other)}
+    for allow in ([], ["config.hidden_act"]):
+        config = write(
+            tmp_path / "m.yaml", {"recipe": {**recipe, "sources": sources, "allow": allow}}
+        )
+        assert main(["merge", "--config", config, "--output", "merged"]) == (0 if allow else 2)
+    text = capsys.readouterr().err
+    assert f"gradmerge merge: warning [config.hidden_act] {other}/config.json: hidden_act" in text
 
 
 def test_inspect_reports_sizes_and_directions(world, tmp_path, capsys):

@@ -306,10 +306,65 @@ def test_unknown_config_field_is_a_warning():
 
 
 def test_field_at_its_default_is_a_warning_only_if_it_matters():
-    one = Headers("a", config={**CONFIG, "hidden_act": "silu", "novel": 1})
-    (problem,) = found(one, Headers("b")).values()
+    unknown = {**CONFIG, "model_type": "of_our_own"}
+    one = Headers("a", config={**unknown, "hidden_act": "silu", "novel": 1})
+    (problem,) = found(one, Headers("b", config=unknown)).values()
     assert (problem.kind, problem.fatal) == ("config.hidden_act", False)
     assert found(Headers("a", config=None), Headers("b")) == {}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "default", "value"),
+    [
+        ("llama", "rope_theta", 10000.0, 500000),
+        ("llama", "hidden_act", "silu", "gelu"),
+        ("llama", "tie_word_embeddings", False, True),
+        ("mistral", "sliding_window", 4096, 512),
+        ("starcoder2", "norm_epsilon", 1e-5, 1e-6),
+        ("granite", "attention_multiplier", 1.0, 0.5),
+        ("granite", "embedding_multiplier", 1.0, 12.0),
+        ("granite", "residual_multiplier", 1.0, 0.22),
+        ("granite", "logits_scaling", 1.0, 8.0),
+        ("modernbert", "classifier_activation", "gelu", "relu"),
+        ("modernbert", "classifier_pooling", "cls", "mean"),
+    ],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_an_omitted_field_has_the_default_of_its_model_type(
+    model_type, field, default, value, swapped
+):
+    omitted = {"model_type": model_type}
+    assert (
+        found(Headers("a", config=omitted), Headers("b", config={**omitted, field: default})) == {}
+    )
+    pair = [omitted, {**omitted, field: value}][:: -1 if swapped else 1]
+    (problem,) = found(Headers("a", config=pair[0]), Headers("b", config=pair[1])).values()
+    assert (problem.kind, problem.fatal) == (f"config.{field}", True)
+    shown = [f"{default!r} (the default)", repr(value)][:: -1 if swapped else 1]
+    assert problem.expected == f"{shown[0]} as in a"
+    assert problem.came == shown[1]
+    stated = found(
+        Headers("a", config={**omitted, field: default}),
+        Headers("b", config={**omitted, field: value}),
+    )
+    assert stated[f"config.{field}", field].fatal
+
+
+def test_fields_that_a_config_derives_are_no_difference():
+    sizes = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
+    bare = Headers("a", config=sizes)
+    for derived in (
+        {"num_key_value_heads": 4},
+        {"head_dim": 16},
+        {"head_dim": None},
+        {"rope_scaling": None},
+        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+    ):
+        assert found(bare, Headers("b", config={**sizes, **derived})) == {}, derived
+    problem = found(bare, Headers("b", config={**sizes, "num_key_value_heads": 2}))
+    assert problem["config.num_key_value_heads", "num_key_value_heads"].fatal
+    gpt2 = Headers("a", config={"model_type": "gpt2", "n_layer": 3})
+    assert found(gpt2, Headers("b", config={"model_type": "gpt2", "num_hidden_layers": 3})) == {}
 
 
 # ---- tokenizers ---------------------------------------------------------------------------------

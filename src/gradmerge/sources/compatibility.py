@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from gradmerge.errors import (
     CompatibilityError,
@@ -19,32 +18,8 @@ from gradmerge.errors import (
     shorten,
 )
 from gradmerge.sources.base import Checkpoint
+from gradmerge.sources.configuration import check_config
 from gradmerge.sources.files import read_json
-
-# Fields that change what the network computes from the same weights.
-_FUNCTION = re.compile(
-    r"^(activation|activation_function|add_cross_attention|alibi|attention_bias"
-    r"|attn_logit_softcapping|d_ff|d_kv|d_model|depths|downsample_in_bottleneck"
-    r"|embedding_size|feed_forward_proj|final_logit_softcapping|head_dim|hidden_act"
-    r"|hidden_activation|hidden_size|hidden_sizes|image_size|intermediate_size|is_decoder"
-    r"|kv_channels|layer_norm_eps|layer_norm_epsilon|layer_type|layer_types|logit_scale"
-    r"|mlp_bias|model_type|n_embd|n_head|n_inner|n_layer|norm_eps|num_attention_heads"
-    r"|num_channels|num_decoder_layers|num_experts_per_tok|num_heads|num_hidden_layers"
-    r"|num_key_value_heads|num_layers|num_local_experts|partial_rotary_factor|patch_size"
-    r"|position_embedding_type|qkv_bias|query_pre_attn_scalar"
-    r"|relative_attention_max_distance|relative_attention_num_buckets|rms_norm_eps"
-    r"|rope_parameters|rope_scaling|rope_theta|rotary_dim|rotary_pct"
-    r"|scale_attn_by_inverse_layer_idx|scale_attn_weights|sliding_window"
-    r"|tie_word_embeddings|use_parallel_residual|use_qk_norm|use_sliding_window|vocab_size)$"
-)
-
-_HARMLESS = re.compile(
-    r"^(_.*|.*dropout.*|.*drop.*|architectures|auto_map|bos_token_id|chunk_size.*|classifier.*"
-    r"|decoder_start_token_id|dtype|eos_token_id|finetuning_task|gradient_checkpointing|id2label"
-    r"|initializer_.*|init_std|label2id|max_length|num_labels|output_.*|pad_token_id|problem_type"
-    r"|return_dict|task_specific_params|tokenizer_class|torch_dtype|transformers_version|use_cache"
-    r"|use_return_dict|name_or_path|is_encoder_decoder)$"
-)
 
 
 def check(
@@ -77,7 +52,7 @@ def check(
         problems += _check_precision(checkpoint, private)
         if checkpoint is not reference:
             problems += _check_tensors(reference, checkpoint, private)
-            problems += _check_config(reference, checkpoint)
+            problems += check_config(reference, checkpoint)
             problems += _check_tokenizer(reference, checkpoint)
     # A report that is cut short then still shows every kind.
     counts = Counter(problem.kind for problem in problems)
@@ -214,52 +189,6 @@ def _shape_hint(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> s
             "(`model.resize_token_embeddings`) after making their tokens agree."
         )
     return "These are different architectures or sizes."
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested `*_config`s by dotted name; rotary settings as older files spell them."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and key.endswith("_config"):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        elif key == "rope_parameters" and isinstance(value, Mapping) and "rope_theta" in value:
-            rest = {k: v for k, v in value.items() if k != "rope_theta"}
-            flat[f"{prefix}rope_theta"] = value["rope_theta"]
-            flat[f"{prefix}rope_scaling"] = None if rest == {"rope_type": "default"} else rest
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _check_config(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
-    if reference.config is None or other.config is None:
-        return []
-    first, second = _flatten(reference.config), _flatten(other.config)
-    problems = []
-    for key in sorted(set(first) | set(second)):
-        field = key.rsplit(".", 1)[-1]
-        if _HARMLESS.match(field) or first.get(key) == second.get(key):
-            continue
-        # A field that one file leaves at its default is not a difference that can be judged here.
-        absent = key not in first or key not in second
-        changes = bool(_FUNCTION.match(field))
-        if absent and not changes:
-            continue
-        fatal = changes and not absent
-        problems.append(
-            Problem(
-                f"config.{field}",
-                f"{other.label}/config.json",
-                key,
-                f"{first.get(key, 'the default')!r} as in {reference.label}",
-                repr(second.get(key, "the default")),
-                "The same weights compute another function under another value"
-                f"{'' if fatal else ', or it only differs in form'}. Allow it with "
-                f"allow: [config.{field}] if it should be that of {reference.label}.",
-                fatal,
-            )
-        )
-    return problems
 
 
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")

@@ -1,0 +1,122 @@
+"""Do two configs state the same function? Fields that a file omits have their class's default."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from gradmerge.errors import Problem
+from gradmerge.sources.base import Checkpoint
+
+# Fields that change what the network computes from the same weights.
+_FUNCTION = re.compile(
+    r"^(activation|activation_function|add_cross_attention|alibi|attention_bias"
+    r"|attn_logit_softcapping|classifier_activation|classifier_pooling|d_ff|d_kv|d_model|depths|downsample_in_bottleneck"
+    r"|embedding_size|feed_forward_proj|final_logit_softcapping|head_dim|hidden_act"
+    r"|hidden_activation|hidden_size|hidden_sizes|image_size|intermediate_size|is_decoder"
+    r"|kv_channels|layer_norm_eps|layer_norm_epsilon|layer_type|layer_types|logit_scale|logits_scaling"
+    r"|mlp_bias|model_type|n_embd|n_head|n_inner|n_layer|norm_eps|norm_epsilon|num_attention_heads"
+    r"|num_channels|num_decoder_layers|num_experts_per_tok|num_heads|num_hidden_layers"
+    r"|num_key_value_heads|num_layers|num_local_experts|partial_rotary_factor|patch_size"
+    r"|position_embedding_type|qkv_bias|query_pre_attn_scalar"
+    r"|relative_attention_max_distance|relative_attention_num_buckets|rms_norm_eps"
+    r"|rope_parameters|rope_scaling|rope_theta|rotary_dim|rotary_pct"
+    r"|scale_attn_by_inverse_layer_idx|scale_attn_weights|sliding_window"
+    r"|tie_word_embeddings|use_parallel_residual|use_qk_norm|use_sliding_window|vocab_size|.*_multipliers?)$"
+)
+
+_HARMLESS = re.compile(
+    r"^(_.*|.*dropout.*|.*drop.*|architectures|auto_map|bos_token_id|chunk_size.*"
+    r"|decoder_start_token_id|dtype|eos_token_id|finetuning_task|gradient_checkpointing|id2label"
+    r"|initializer_.*|init_std|label2id|max_length|num_labels|output_.*|pad_token_id|problem_type"
+    r"|return_dict|task_specific_params|tokenizer_class|torch_dtype|transformers_version|use_cache"
+    r"|use_return_dict|name_or_path|is_encoder_decoder)$"
+)
+
+
+def check_config(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
+    """Fields of two configs that differ; fatal where the same weights then compute something
+    else.
+    """
+    if reference.config is None or other.config is None:
+        return []
+    first, second = _Fields(reference.config), _Fields(other.config)
+    problems = []
+    for key in sorted(set(first.written) | set(second.written)):
+        field = key.rsplit(".", 1)[-1]
+        if _HARMLESS.match(field) or first.written.get(key) == second.written.get(key):
+            continue
+        absent = key not in first.written or key not in second.written
+        fatal = changes = bool(_FUNCTION.match(field))
+        if absent and not changes:
+            continue
+        if changes and key in first.complete and key in second.complete:
+            if first.complete[key] == second.complete[key]:
+                continue
+        elif absent:
+            # The class of the config is not known: the default cannot be judged here.
+            fatal = False
+        problems.append(
+            Problem(
+                f"config.{field}",
+                f"{other.label}/config.json",
+                key,
+                f"{first.show(key)} as in {reference.label}",
+                second.show(key),
+                "The same weights compute another function under another value"
+                f"{'' if fatal else ', or it only differs in form'}. Allow it with "
+                f"allow: [config.{field}] if it should be that of {reference.label}.",
+                fatal,
+            )
+        )
+    return problems
+
+
+class _Fields:
+    """The fields of a config.json, as written and as transformers completes them."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self.written = _flatten(config)
+
+    @cached_property
+    def complete(self) -> dict[str, Any]:
+        """All fields with the defaults of the config's class; empty where that is unknown."""
+        from transformers import CONFIG_MAPPING
+
+        try:
+            config = CONFIG_MAPPING[self._config["model_type"]].from_dict(
+                copy.deepcopy(dict(self._config))
+            )
+            fields = _flatten(config.to_dict())
+        # whatever another version of a file makes the class raise: the fields as written remain
+        except Exception:
+            return {}
+        for alias, name in config.attribute_map.items():
+            if name in fields:
+                fields.setdefault(alias, fields[name])
+        return fields
+
+    def show(self, key: str) -> str:
+        """A value for a message."""
+        if key in self.written:
+            return repr(self.written[key])
+        return f"{self.complete[key]!r} (the default)" if key in self.complete else "'the default'"
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested `*_config`s by dotted name; rotary settings as older files spell them."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key.endswith("_config"):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        elif key == "rope_parameters" and isinstance(value, Mapping) and "rope_theta" in value:
+            rest = {k: v for k, v in value.items() if k != "rope_theta"}
+            flat[f"{prefix}rope_theta"] = value["rope_theta"]
+            flat[f"{prefix}rope_scaling"] = None if rest == {"rope_type": "default"} else rest
+        else:
+            flat[prefix + key] = value
+    return flat
