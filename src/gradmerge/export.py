@@ -174,6 +174,7 @@ def _merged_entries(
 
 
 def _private_entries(plan: Plan, source: str, dtype: torch.dtype | None) -> Iterator[Entry]:
+    plan.require_private(source)
     infos = plan.sources[source].infos
     for name in plan.private:
         kind = dtype or infos[name].dtype

@@ -7,7 +7,7 @@ from typing import Any
 
 from gradmerge.errors import report
 from gradmerge.sources import Checkpoint, as_source
-from gradmerge.sources.compatibility import check, is_private
+from gradmerge.sources.compatibility import check, check_private, is_private
 from gradmerge.sources.statistics import direction_statistics
 
 
@@ -31,6 +31,8 @@ def inspect_sources(
     opened = {} if base_source is None else {"base": base_source.open()}
     opened.update({name: as_source(s, base_source).open() for name, s in sources.items()})
     problems = check(opened, private, allow)
+    tuned = {name: opened[name] for name in sources}
+    problems += check_private(tuned, private, allow)
     found: dict[str, Any] = {
         "sources": {name: _size(checkpoint) for name, checkpoint in opened.items()},
         "problems": problems,

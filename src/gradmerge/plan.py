@@ -163,7 +163,23 @@ class Plan:
         if kept is not None:
             return kept
         checkpoint = self.base if source == "base" and self.base else self.sources[source]
+        if name not in checkpoint.infos:
+            self.require_private(source)
         return checkpoint.read(name)
+
+    def require_private(self, source: str) -> None:
+        """Refuse to run or write a task with a source that has no head for it.
+
+        Raises:
+            ConfigError: the source lacks private tensors.
+        """
+        checkpoint = self.sources[source]
+        lost = [name for name in self.private if name not in checkpoint.infos]
+        if lost:
+            raise ConfigError(
+                f"source {source} ({checkpoint.label}) has no {shorten(lost)}, so it can serve no "
+                "task; say whose head a task uses (`source` of the task)."
+            )
 
     def load(self, device: torch.device) -> None:
         """Copy every source to a device once, instead of reading mapped files each step."""

@@ -22,7 +22,7 @@ from gradmerge.operators import AbstractOperator, Linear
 from gradmerge.plan import Plan
 from gradmerge.preprocess import AbstractPreprocess
 from gradmerge.sources import AbstractSource, Checkpoint, as_source
-from gradmerge.sources.compatibility import check, require
+from gradmerge.sources.compatibility import check, check_private, require
 from gradmerge.sources.resolve import FILE_SUFFIXES
 from gradmerge.sources.skeleton import build_skeleton, strip_weights
 
@@ -107,6 +107,7 @@ class Recipe:
         if len(everything) != len(sources) + (base is not None):
             raise ConfigError("a source is named 'base', which is the base's own name; rename it.")
         problems = check(everything, self.private, self.allow)
+        problems += check_private(sources, self.private, self.allow)
         require(problems)
         skeleton = None
         if with_skeleton or isinstance(_granularity(self.coefficients), (Column, Row)):

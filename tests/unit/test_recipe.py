@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,49 @@ def test_private_heads_of_different_shapes(nets):
         same(merged(inputs, task=task), model(inputs))
     with pytest.raises(ConfigError, match=r"head\.weight belongs to each task.*task=one of a, b"):
         merged(inputs)
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (
+            {"head.bias": None},
+            r"\[private\] in memory: head\.bias: expected a private tensor of each name.*came none",
+        ),
+        (
+            {"head.weight": "head.out.weight", "head.bias": "head.out.bias"},
+            r"head\.weight, head\.bias: .*came head\.out\.weight, head\.out\.bias instead\. "
+            r".*Save this source's head under these names",
+        ),
+    ],
+)
+def test_a_source_without_the_private_tensors_is_refused(nets, rename, message):
+    other = {
+        rename.get(name, name): tensor
+        for name, tensor in state(nets[2]).items()
+        if rename.get(name, name) is not None
+    }
+    sources = {"a": nets[1], "b": other}
+    options = {"private": [r"^head\."], "init": Constant(0.5), "buffers": "origin"}
+    for base in (None, nets[0]):
+        with pytest.raises(CompatibilityError, match=r"1 problem\(s\)") as error:
+            Recipe(sources=sources, base=base, **options).open()
+        assert re.search(message, str(error.value))
+        with pytest.raises(CompatibilityError, match=message):
+            Recipe(sources=sources, base=base, **options).open(with_skeleton=False)
+    headless = {name: t for name, t in state(nets[0]).items() if "head" not in name}
+    assert Recipe({"a": nets[1], "b": nets[2]}, base=headless, **options).open().private
+
+
+def test_a_source_that_serves_no_task_may_be_allowed_to_have_no_head(nets):
+    other = {name: t for name, t in state(nets[2]).items() if "head" not in name}
+    recipe = Recipe({"a": nets[1], "b": other}, private=[r"^head\."], allow=["private"])
+    plan = recipe.open()
+    assert [problem.kind for problem in plan.warnings] == ["private"]
+    assert MergedModel(plan, tasks={"t": "a"})(torch.ones(5, 3)).shape == (5, 2)
+    message = r"source b \(in memory\) has no head\.weight.*`source` of the task"
+    with pytest.raises(ConfigError, match=message):
+        MergedModel(plan)(torch.ones(5, 3), task="b")
 
 
 def test_everything_private_leaves_nothing(nets):

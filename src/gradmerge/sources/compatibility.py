@@ -41,9 +41,10 @@ def check(
         ConfigError: `allow` names what cannot be allowed.
     """
     for kind in allow:
-        if kind not in ("tokenizer", "extra") and not kind.startswith("config."):
+        if kind not in ("tokenizer", "extra", "private") and not kind.startswith("config."):
             raise ConfigError(
-                f"allow: expected 'tokenizer', 'extra' or 'config.' and a field, came {kind!r}. "
+                "allow: expected 'tokenizer', 'extra', 'private' or 'config.' and a field, came "
+                f"{kind!r}. "
                 "Other problems have no meaning that a merge could go on with."
             )
     reference = next(iter(checkpoints.values()))
@@ -58,6 +59,37 @@ def check(
     counts = Counter(problem.kind for problem in problems)
     problems.sort(key=lambda problem: counts[problem.kind])
     return [replace(p, fatal=p.fatal and p.kind not in allow) for p in problems]
+
+
+def check_private(
+    sources: Mapping[str, Checkpoint], private: Sequence[str], allow: Sequence[str] = ()
+) -> list[Problem]:
+    """Sources without the private tensors of the first one, from which the network is built.
+
+    A base is not among them: it serves no task.
+    """
+    first = next(iter(sources.values()))
+    needed = [name for name in first.infos if is_private(name, private)]
+    problems = []
+    for source in sources.values():
+        lost = [name for name in needed if name not in source.infos]
+        if not lost:
+            continue
+        own = [n for n in source.infos if is_private(n, private) and n not in needed]
+        problems.append(
+            Problem(
+                "private",
+                source.label,
+                shorten(lost),
+                f"a private tensor of each name, as in {first.label}",
+                f"{shorten(own)} instead" if own else "none",
+                "Every task runs one network, so the heads must have the same tensors; their "
+                "numbers of labels may differ. Save this source's head under these names; or, if "
+                "it serves no task, accept that with allow: [private].",
+                "private" not in allow,
+            )
+        )
+    return problems
 
 
 def require(problems: Sequence[Problem]) -> None:
