@@ -41,11 +41,19 @@ def build_metrics(causal: bool, num_classes: int) -> tuple[MetricCollection, Sco
         {
             "accuracy": MulticlassAccuracy(num_classes, average="micro"),
             "macro_f1": MulticlassF1Score(num_classes, average="macro"),
-            "calibration_error": MulticlassCalibrationError(num_classes, n_bins=15),
+            "calibration_error": _CalibrationError(num_classes, n_bins=15),
         },
         compute_groups=False,
     )
     return collection, ACCURACY
+
+
+class _CalibrationError(MulticlassCalibrationError):
+    """Of logits: torchmetrics would take those that all lie in [0, 1] for probabilities."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add rows `[rows, classes]` and `[rows]`."""
+        super().update(preds.softmax(dim=-1), target)
 
 
 class _Language(Metric):

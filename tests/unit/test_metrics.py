@@ -37,8 +37,11 @@ def test_accuracy_and_macro_f1_equal_scikit_learn_over_batches():
     assert 0.3 < found["accuracy"] < 0.95
 
 
-def test_calibration_error_equals_its_definition_over_fifteen_bins():
+@pytest.mark.parametrize("small", [False, True])
+def test_calibration_error_equals_its_definition_over_fifteen_bins(small):
     logits, labels = predictions()
+    if small:  # all in [0, 1], as probabilities are
+        logits = logits.sigmoid()
     confidence, chosen = (x.numpy() for x in logits.softmax(dim=1).max(dim=1))
     right = chosen == labels.numpy()
     edges = numpy.linspace(0, 1, 16)
