@@ -25,7 +25,7 @@ def model_card(plan: Plan, raw: Raw, provenance: Mapping[str, Any], head: str) -
         "## Coefficients\n\n" + _coefficients(plan, raw),
         "## Recipe\n\n```json\n" + json.dumps(provenance["recipe"], indent=2) + "\n```",
         "`coefficients.safetensors` holds every coefficient, `provenance.json` the fingerprints, "
-        "versions and settings.",
+        "versions, seeds and settings.",
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,13 @@ import torch
 from torch import Tensor
 
 from gradmerge._typing import Raw
-from gradmerge._version import __version__
 from gradmerge.card import model_card
 from gradmerge.errors import ConfigError, nearest
 from gradmerge.folders import discard, refuse_existing, start_beside, take_name
 from gradmerge.memory import release_freed_memory
 from gradmerge.merged import MergedModel
 from gradmerge.plan import Plan
+from gradmerge.provenance import versions
 from gradmerge.spec import to_plain
 from gradmerge.writing import Entry, write_safetensors
 
@@ -126,6 +124,8 @@ def export_plan(
         _write_coefficients(plan, raw, work)
         provenance = _provenance(plan, dtype, tasks, results, extra)
         (work / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        if plan.run.get("yaml"):
+            (work / "gradmerge.yaml").write_text(plan.run["yaml"])
         (work / "README.md").write_text(model_card(plan, raw, provenance, head))
         take_name(work, target, overwrite)
     finally:
@@ -286,13 +286,7 @@ def _provenance(
     recipe = to_plain(plan.recipe)
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "gradmerge": __version__,
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "safetensors": version("safetensors"),
-            "python": sys.version.split()[0],
-        },
+        "versions": versions(),
         "sources": {
             name: {"from": checkpoint.label, "sha256": plan.fingerprints[name]}
             for name, checkpoint in checkpoints.items()
@@ -303,5 +297,6 @@ def _provenance(
         "tasks": dict(tasks),
         "dtype": dtype or "as stored",
         "results": dict(results or {}),
+        **({"run": plan.run} if plan.run else {}),
         **(extra or {}),
     }

@@ -5,6 +5,7 @@ byte.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,3 +156,13 @@ def normalised(score: Score, merged: float, expert: float) -> float:
     """Merged over expert, so that 1 is as good as the expert and more is better."""
     above, below = (merged, expert) if score.higher_is_better else (expert, merged)
     return above / below if below else math.nan
+
+
+def mean_scores(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each score over the tasks that have it."""
+    names = dict.fromkeys(name for values in found.values() for name in values)
+    means = {}
+    for name in names:
+        values = [task[name] for task in found.values() if name in task]
+        means[name] = sum(values) / len(values)
+    return means

@@ -15,7 +15,7 @@ from gradmerge._version import __version__
 from gradmerge.errors import ConfigError
 from gradmerge.memory import release_freed_memory
 from gradmerge.merged import Memory, MergedModel
-from gradmerge.metrics import TaskScores, normalised
+from gradmerge.metrics import TaskScores, mean_scores, normalised
 from gradmerge.objectives import (
     AbstractTerm,
     CrossEntropy,
@@ -23,6 +23,7 @@ from gradmerge.objectives import (
     Predictions,
     next_token_rows,
 )
+from gradmerge.provenance import start_run
 from gradmerge.recipe import Recipe
 from gradmerge.spec import from_plain, to_plain
 
@@ -238,6 +239,7 @@ class MergeModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Training mode, for trainers leave modes as they find them; sources to the device."""
         self.train()
+        start_run(self.trainer, self)
         if self.merged.memory == "streamed":
             release_freed_memory()
         if self.load_sources:
@@ -315,7 +317,7 @@ class MergeModule(lightning.LightningModule):
                 values["normalised"] = normalised(merged.score, own, expert)
             for name, value in values.items():
                 self.log(f"{stage}/{task}/{name}", value, rank_zero_only=True)
-        averages = _averages(found)
+        averages = mean_scores(found)
         if "loss" in averages:
             # Weighted as in training; early stopping and checkpoints watch it.
             shares = {t: self.objective.share(t, tuple(found)) for t in found}
@@ -365,6 +367,7 @@ class MergeModule(lightning.LightningModule):
             "buffers": {
                 k: v.detach().cpu().clone() for k, v in self.merged.statistics.values().items()
             },
+            "run": copy.deepcopy(plan.run),
             "results": copy.deepcopy(self.results),
             "experts": copy.deepcopy(self._experts),
         }
@@ -383,16 +386,8 @@ class MergeModule(lightning.LightningModule):
         plan.require_fingerprints(saved["fingerprints"])
         for name, coefficient in saved["fixed"].items():
             self.merged.fix([name], coefficient)
+        plan.run = saved.get("run", {})
         self.merged.tasks = dict(saved["tasks"])
         self._checked_unused = saved["checked_unused"]
         self.merged.statistics.set(saved["buffers"])
         self.results, self._experts = saved["results"], saved["experts"]
-
-
-def _averages(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for values in found.values() for name in values)
-    averages = {}
-    for name in names:
-        values = [task[name] for task in found.values() if name in task]
-        averages[name] = sum(values) / len(values)
-    return averages

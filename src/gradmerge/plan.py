@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,8 @@ class Plan:
             raise ConfigError("no tensor is left to learn: `frozen` matches every one.")
         self.layout: Layout = recipe.coefficients.layout(learned)
         self.num_rows = recipe.coefficients.num_rows(len(self.sources))
+        self.run: dict[str, Any] = {}
+        """How the coefficients were learned, as plain data; empty before a fit."""
         self._on_device: dict[tuple[str, str], Tensor] = {}
         self._processed = ProcessedDirections(recipe.preprocess, self._directions)
 

@@ -216,6 +216,44 @@ def test_fit_exports_by_callback_and_takes_optimiser_and_schedule_from_yaml(worl
     assert list(Path("outputs").rglob("coefficients.png"))
 
 
+def test_an_exported_folder_holds_the_whole_configuration_and_the_seeds(world, tmp_path):
+    part = {
+        "seed_everything": 17,
+        "data": {"seed": 6},
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5, "momentum": 0.9}},
+        "lr_scheduler": {
+            "class_path": "torch.optim.lr_scheduler.CosineAnnealingLR",
+            "init_args": {"T_max": 4},
+        },
+        "trainer": {
+            "default_root_dir": "run",
+            "callbacks": [{"class_path": "ExportAtEnd", "init_args": {"output": "merged"}}],
+        },
+    }
+    assert main(["fit", "--config", write(tmp_path / "c.yaml", world, part)]) == 0
+    (checkpoint,) = Path("run").rglob("*.ckpt")
+    (saved,) = Path("run").rglob("config.yaml")
+    assert main(["export", str(checkpoint), "again"]) == 0
+    for folder in ("merged", "again"):
+        run = json.loads(Path(folder, "provenance.json").read_text())["run"]
+        assert run["seed"] == 17
+        assert run["data"]["seed"] == 6
+        (optimiser,), (schedule,) = run["optimizers"], run["lr_schedulers"]
+        assert optimiser["init_args"]["momentum"] == 0.9
+        assert schedule["init_args"]["T_max"] == 4
+        assert schedule["interval"] == "step"
+        assert run["trainer"]["max_steps"] == 4
+        assert run["initial_coefficients"] == pytest.approx({"a": 0.3, "b": 0.3})
+        assert run["yaml"] == Path(folder, "gradmerge.yaml").read_text()
+        assert yaml.safe_load(run["yaml"]) == yaml.safe_load(saved.read_text())
+        found = yaml.safe_load(run["yaml"])
+        assert (found["seed_everything"], found["data"]["seed"]) == (17, 6)
+        assert found["optimizer"]["init_args"]["momentum"] == 0.9
+    # the file is one that a fit takes
+    options = ["fit", "--config", "merged/gradmerge.yaml", "--trainer.fast_dev_run", "1"]
+    assert learn([*options, "--trainer.callbacks=null"]).trainer.global_step == 1
+
+
 @pytest.mark.parametrize("known", [[], ["a"]])
 def test_tasks_may_be_given_on_the_command_line_alone(world, tmp_path, known):
     tasks = world["data"]["tasks"]

@@ -19,9 +19,12 @@ from safetensors.torch import load_file
 
 from gradmerge import MergeModule
 from gradmerge.callbacks import CoefficientLogger, ExportAtEnd, coefficient_table
-from gradmerge.coefficients import Column, Sigmoid
+from gradmerge.coefficients import Column, Mixup, Sigmoid
 from gradmerge.errors import ConfigError
+from gradmerge.export import export_merged
 from gradmerge.plots import heat_map
+from gradmerge.provenance import mean_coefficients
+from gradmerge.spec import to_plain
 from tiny import Normalised, Perceptron, build, raws, recipe_of, relatives, trainer_of, vectors
 
 
@@ -207,6 +210,59 @@ def test_options_that_the_export_would_refuse_are_refused_before_training(
 def test_a_trial_run_exports_nothing(tmp_path):
     fit(tmp_path, module_of(), ExportAtEnd(str(tmp_path / "merged")), fast_dev_run=True)
     assert not (tmp_path / "merged").exists()
+
+
+# ---- how it was learned ---------------------------------------------------------------------
+
+
+def test_a_fit_from_python_leaves_its_settings_in_the_provenance(tmp_path, monkeypatch):
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # what `seed_everything` leaves behind
+        monkeypatch.setenv(name, "0")
+    lightning.seed_everything(11, verbose=False)
+    module = module_of(learning_rate=0.2, init=Mixup(seed=5))
+    start = module.merged.plan.coefficient("head.bias", raws(module)).tolist()
+    data = vectors(seed=4, batch_size=3)
+    fit(tmp_path, module, ExportAtEnd(str(tmp_path / "one")), data=data, max_steps=5)
+    _, provenance = exported(tmp_path / "one")
+    run = provenance["run"]
+    assert run["seed"] == 11
+    assert run["versions"] == provenance["versions"]
+    assert run["versions"]["lightning"] == lightning.__version__
+    (optimiser,) = run["optimizers"]
+    assert optimiser["class_path"] == "torch.optim.adam.Adam"
+    assert optimiser["init_args"]["lr"] == 0.2
+    assert (run["trainer"]["max_steps"], run["trainer"]["max_epochs"]) == (5, -1)
+    assert (run["data"]["seed"], run["data"]["batch_size"]) == (4, 3)
+    assert run["data"]["tasks"]["a"]["init_args"]["path"] == "in memory"
+    assert run["model"]["objective"] == to_plain(module.objective)
+    assert run["initial_coefficients"] == pytest.approx(dict(zip("ab", start, strict=True)))
+    assert "yaml" not in run
+    assert not (tmp_path / "one" / "gradmerge.yaml").exists()
+    # an export by hand says the same
+    export_merged(module.merged, tmp_path / "two")
+    assert exported(tmp_path / "two")[1]["run"] == run
+
+
+def test_a_merge_that_was_not_learned_has_no_run(tmp_path):
+    export_merged(module_of().merged, tmp_path / "merged")
+    assert "run" not in exported(tmp_path / "merged")[1]
+
+
+def test_a_resumed_fit_keeps_what_it_started_from_and_the_run_before(tmp_path):
+    recipe = recipe_of(relatives(build()), init=Mixup(seed=5))
+    first = MergeModule(recipe, learning_rate=0.1)
+    trainer = fit(tmp_path, first, max_steps=3)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    run = torch.load(tmp_path / "one.ckpt", weights_only=True)["gradmerge"]["run"]
+    assert run == first.merged.plan.run
+    second = MergeModule(recipe, learning_rate=0.1)
+    again = trainer_of(tmp_path, max_steps=5)
+    again.fit(second, datamodule=vectors(), ckpt_path=tmp_path / "one.ckpt")
+    found = second.merged.plan.run
+    assert found["before"] == run
+    assert found["trainer"]["max_steps"] == 5
+    assert found["initial_coefficients"] == run["initial_coefficients"]
+    assert run["initial_coefficients"] != mean_coefficients(second.merged.plan, raws(second))
 
 
 # ---- W&B ------------------------------------------------------------------------------------
