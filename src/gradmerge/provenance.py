@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def start_run(trainer: Any, module: Any) -> None:
-    """Write into the plan how this fit learns.
+    """Write into the plan how this fit learns, and log what the coefficients start at.
 
     What an earlier fit wrote (a resumed run) is kept below `before`; the coefficients started
     there.
@@ -40,6 +40,8 @@ def start_run(trainer: Any, module: Any) -> None:
     plan.run = {**describe(trainer, module), "initial_coefficients": start}
     if before:
         plan.run["before"] = before
+    for logger in trainer.loggers:
+        logger.log_metrics({f"init/{source}": value for source, value in start.items()}, step=0)
 
 
 def mean_coefficients(plan: Plan, raw: Raw) -> dict[str, float]:

@@ -248,6 +248,16 @@ def test_a_merge_that_was_not_learned_has_no_run(tmp_path):
     assert "run" not in exported(tmp_path / "merged")[1]
 
 
+def test_initial_coefficients_are_logged(tmp_path):
+    module = module_of(init=Mixup(seed=5), frozen={"body": 0.25})
+    start = module.merged.plan.coefficient("head.bias", raws(module)).tolist()
+    trainer = fit(tmp_path, module, logger=CSVLogger(tmp_path, name="logs"))
+    with (Path(trainer.log_dir) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("init/a")]
+    assert [row["step"] for row in rows] == ["0"]
+    assert [float(rows[0][f"init/{name}"]) for name in "ab"] == pytest.approx(start)
+
+
 def test_a_resumed_fit_keeps_what_it_started_from_and_the_run_before(tmp_path):
     recipe = recipe_of(relatives(build()), init=Mixup(seed=5))
     first = MergeModule(recipe, learning_rate=0.1)

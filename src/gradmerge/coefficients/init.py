@@ -77,7 +77,8 @@ class Mixup(AbstractInit):
     """Random mixing ratios (M3, arXiv 2502.15434): Beta(alpha, alpha) for two sources.
 
     More sources: Dirichlet(alpha, ..., alpha). The paper draws one ratio a merge; a draw a tensor
-    or an entry are extensions. Seeded, and written to the log and the provenance, so it reproduces.
+    or an entry are extensions. Seeded, so it reproduces; a fit logs the mean draw of each source
+    (`init/<source>`) and keeps it in the checkpoint and the provenance.
     """
 
     alpha: float = 1.0
