@@ -34,7 +34,8 @@ class CoefficientLogger(lightning.Callback):
     """Coefficients at each validation: a histogram and a tensor x source heat map to W&B.
 
     Always, without any logger service: `coefficients.csv` (one line a validation, tensor and
-    source) and, at the end, `coefficients.png`, in the run's folder.
+    source) and, at the end, `coefficients.png`, in the run's folder. The command line adds one
+    unless the configuration has its own, or logs nothing.
 
     Args:
         every_n_validations: log at every n-th validation.

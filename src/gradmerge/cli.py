@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from gradmerge._version import __version__
@@ -141,8 +141,11 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             given = self._get(self.config_init, "trainer") or {}
-            if given.get("logger") is None:
-                kwargs["logger"] = default_loggers(given.get("default_root_dir"))
+            kwargs["logger"] = loggers = with_csv(
+                given.get("logger"), given.get("default_root_dir")
+            )
+            if loggers:
+                kwargs["callbacks"] = with_coefficients(given.get("callbacks"))
             limits = [given.get(key) for key in ("max_epochs", "max_time")]
             if limits == [None, None] and given.get("max_steps") in (None, -1):
                 kwargs["max_steps"] = DEFAULT_STEPS
@@ -173,6 +176,34 @@ def quieten() -> None:
         ".*will be overridden by .*configure_optimizers.*",
     ):
         warnings.filterwarnings("ignore", pattern)
+
+
+def with_csv(given: Any, folder: str | None) -> Any:
+    """The loggers of a configuration: ours if it names none, and always a CSV file.
+
+    False stays false: nothing is logged.
+    """
+    from lightning.pytorch.loggers import CSVLogger
+
+    if given is False:
+        return False
+    if given is None or given is True:
+        return default_loggers(folder)
+    loggers = list(given) if isinstance(given, Iterable) else [given]
+    if not any(isinstance(logger, CSVLogger) for logger in loggers):
+        loggers.append(CSVLogger(folder or "outputs", name="logs"))
+    return loggers
+
+
+def with_coefficients(given: Any) -> list[Any]:
+    """The callbacks of a configuration, with one that logs coefficients."""
+    from gradmerge.callbacks import CoefficientLogger
+
+    callbacks = list(given) if isinstance(given, Iterable) else [given] if given else []
+    if not any(isinstance(callback, CoefficientLogger) for callback in callbacks):
+        # last: its picture is of the coefficients that an export has restored
+        callbacks.append(CoefficientLogger())
+    return callbacks
 
 
 def default_loggers(folder: str | None) -> list[Any]:

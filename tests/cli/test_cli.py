@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from gradmerge import TaskData
+from gradmerge.callbacks import CoefficientLogger
 from gradmerge.cli import COMMANDS, learn, main
 from gradmerge.coefficients import Clamp, Constant, Tensor
 from gradmerge.objectives import CrossEntropy, Objective
@@ -252,6 +254,63 @@ def test_an_exported_folder_holds_the_whole_configuration_and_the_seeds(world, t
     # the file is one that a fit takes
     options = ["fit", "--config", "merged/gradmerge.yaml", "--trainer.fast_dev_run", "1"]
     assert learn([*options, "--trainer.callbacks=null"]).trainer.global_step == 1
+
+
+STEPS = {"val_check_interval": 2, "check_val_every_n_epoch": None, "default_root_dir": "run"}
+
+
+def test_a_fit_logs_its_coefficients_unasked(world, tmp_path):
+    found = learn(["fit", "--config", write(tmp_path / "c.yaml", world, {"trainer": STEPS})])
+    folder = Path(found.trainer.log_dir)
+    with (folder / "coefficients.csv").open() as file:
+        assert sorted({row["step"] for row in csv.DictReader(file)}) == ["2", "4"]
+    assert (folder / "coefficients.png").is_file()
+    with (folder / "metrics.csv").open() as file:
+        starts = [row for row in csv.DictReader(file) if row["init/a"]]
+    assert [float(row["init/b"]) for row in starts] == pytest.approx([0.3])
+
+
+def test_a_configuration_s_own_coefficient_logger_stays_the_only_one(world, tmp_path):
+    own = {"class_path": "CoefficientLogger", "init_args": {"every_n_validations": 2}}
+    part = {"trainer": {**STEPS, "callbacks": [own]}}
+    found = learn(["fit", "--config", write(tmp_path / "c.yaml", world, part)])
+    loggers = [c for c in found.trainer.callbacks if isinstance(c, CoefficientLogger)]
+    assert [logger.every_n_validations for logger in loggers] == [2]
+
+
+PLAIN = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "own"}}
+OTHER = {"class_path": "memory_logger.MemoryLogger"}
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (PLAIN, ["CSVLogger"]),
+        ([PLAIN], ["CSVLogger"]),
+        (OTHER, ["MemoryLogger", "CSVLogger"]),
+        ([OTHER, PLAIN], ["MemoryLogger", "CSVLogger"]),
+        (True, ["CSVLogger"]),
+        (False, []),
+    ],
+)
+def test_scores_always_go_to_a_csv_file_too(world, tmp_path, monkeypatch, given, names):
+    (tmp_path / "memory_logger.py").write_text(MEMORY_LOGGER)
+    monkeypatch.syspath_prepend(tmp_path)
+    part = {"trainer": {**STEPS, "logger": given}}
+    found = learn(["fit", "--config", write(tmp_path / "c.yaml", world, part)])
+    assert [type(logger).__name__ for logger in found.trainer.loggers] == names
+    files = [path.parts[0] for path in Path().rglob("metrics.csv")]
+    assert files == ([] if not names else ["own"] if "own" in json.dumps(given) else ["run"])
+    logged = any(isinstance(c, CoefficientLogger) for c in found.trainer.callbacks)
+    assert logged == bool(names)
+
+
+MEMORY_LOGGER = """
+from lightning.pytorch.loggers.logger import DummyLogger
+
+class MemoryLogger(DummyLogger):
+    name, version, save_dir = "memory", 0, "kept"
+"""
 
 
 @pytest.mark.parametrize("known", [[], ["a"]])
