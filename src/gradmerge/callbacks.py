@@ -188,7 +188,7 @@ class ExportAtEnd(lightning.Callback):
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse before training what would be refused after it."""
         if stage == "fit":
-            refuse_existing(Path(self.output), self.overwrite)
+            refuse_existing(Path(self.output).expanduser(), self.overwrite)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """The same for options that depend on the tasks."""

@@ -31,7 +31,7 @@ def output_options(
     Returns:
         The same, as arguments of the export.
     """
-    refuse_existing(Path(output), overwrite)
+    refuse_existing(Path(output).expanduser(), overwrite)
     return {"output": output, "dtype": dtype, "overwrite": overwrite, "head": head}
 
 

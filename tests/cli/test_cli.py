@@ -409,6 +409,18 @@ def test_merge_says_what_was_allowed(world, tmp_path, capsys):
     assert f"gradmerge merge: warning [config.hidden_act] {other}/config.json: hidden_act" in text
 
 
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_an_existing_folder_below_home_is_refused_before_anything_is_read(
+    tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "merged").mkdir()
+    # neither the sources nor the checkpoint exist, which would be found out next
+    recipe = ["--recipe", json.dumps({"sources": {"a": "absent", "b": "absent"}})]
+    given = {"merge": [*recipe, "--output", "~/merged"], "export": ["absent.ckpt", "~/merged"]}
+    assert "merged exists; give another folder" in fails([command, *given[command]], capsys)
+
+
 def test_inspect_reports_sizes_and_directions(world, tmp_path, capsys):
     recipe = world["model"]["recipe"]
     sources = [recipe["sources"][k] for k in "ab"]

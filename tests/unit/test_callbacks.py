@@ -193,6 +193,19 @@ def test_an_existing_output_is_refused_before_training(tmp_path):
     assert tensors["head.weight"].dtype == torch.bfloat16
 
 
+def test_an_existing_output_below_the_home_folder_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "merged").mkdir()
+    module = module_of()
+    start = raws(module)["tensor"]
+    with pytest.raises(ConfigError, match=r"merged exists; give another folder"):
+        fit(tmp_path, module, ExportAtEnd("~/merged"))
+    assert torch.equal(raws(module)["tensor"], start)
+    (tmp_path / "merged").rmdir()
+    fit(tmp_path, module, ExportAtEnd("~/merged"))
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [("dtype", "bf16", "dtype: expected one of"), ("head", "c", "head: 'c' is no task")],
