@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+import importlib
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from gradmerge._version import __version__
@@ -262,16 +265,46 @@ def read_sources_once() -> None:
         reader.gradmerge_keeps = True
 
 
-def component_names() -> list[str]:
-    """Short names of all classes that a configuration may name."""
+def component_names(stock: bool = True) -> dict[str, str]:
+    """Short names of the classes that a configuration may name, and what to write for each.
+
+    Args:
+        stock: torch's optimisers and schedules and Lightning's callbacks and loggers, too, by their
+            whole paths.
+    """
     from gradmerge import coefficients, objectives, operators, preprocess, sources
 
-    modules = (coefficients, objectives, operators, preprocess, sources)
-    names = [n for m in modules for n in m.__all__]
-    return [name for name in names if not name.startswith("Abstract")] + [
-        "CoefficientLogger",
-        "ExportAtEnd",
-    ]
+    modules: tuple[Any, ...] = (coefficients, objectives, operators, preprocess, sources)
+    own = [n for m in modules for n in m.__all__ if not n.startswith("Abstract")]
+    known = {name: name for name in (*own, "CoefficientLogger", "ExportAtEnd")}
+    if stock:
+        from lightning.pytorch import callbacks, loggers
+        from torch import optim
+        from torch.optim import lr_scheduler
+
+        bases = {"Callback", "Logger", "LRScheduler", "Optimizer", "ProgressBar"}
+        for module in (optim, lr_scheduler, callbacks, loggers):
+            for name in getattr(module, "__all__", dir(module)):
+                found = isinstance(getattr(module, name), type) and name not in bases
+                if found and not name.startswith(("_", "Base")):
+                    known.setdefault(name, f"{module.__name__}.{name}")
+        # torch's own does not say which score it watches
+        known["ReduceLROnPlateau"] = "lightning.pytorch.cli.ReduceLROnPlateau"
+    return known
+
+
+def nearest_class(path: str, known: Mapping[str, str]) -> str:
+    """A suggestion for a class that there is not, or nothing."""
+    module, _, name = path.rpartition(".")
+    if module:
+        with suppress(ImportError, ValueError):
+            if hasattr(importlib.import_module(module), name):
+                return ""
+    elif name in known:
+        return ""
+    lower = {short.lower(): full for short, full in known.items()}
+    match = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.7)
+    return f" Did you mean {lower[match[0]]!r}?" if match else ""
 
 
 def stop(message: str, parser: Any) -> NoReturn:
@@ -294,12 +327,11 @@ def explain(message: str, parser: Any) -> str:
     ):
         name = next(part for part in unknown if part)
         hints.append(nearest(name, {*keys, *(key.rsplit(".", 1)[-1] for key in keys)}))
-    for path in re.findall(
-        r"class_path'?:? ?'?([\w.]+)'?|import path string: ([\w.]+)|path but ([\w.]+)", message
+    known = component_names(stock="optimizer" in keys)
+    for parts in re.findall(
+        r"class_path'?:? '([\w.]+)'|import path string: ([\w.]+)|path but ([\w.]+)", message
     ):
-        name = next(part for part in path if part).rsplit(".", 1)[-1]
-        if name not in component_names():
-            hints.append(nearest(name, component_names()))
+        hints.append(nearest_class(next(part for part in parts if part), known))
     return message + "".join(dict.fromkeys(hint for hint in hints if hint))
 
 

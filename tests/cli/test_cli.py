@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import shutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +152,64 @@ def test_mistakes_in_a_configuration_are_explained(world, capsys, tmp_path, part
     for message in messages:
         assert message in text
     assert len(text) < 3_000
+
+
+def stock(key, path, **init):
+    """A part of a configuration that names a class."""
+    spec = {"class_path": path, **({"init_args": init} if init else {})}
+    if key in ("callbacks", "logger"):
+        return {"trainer": {key: [spec] if key == "callbacks" else spec}}
+    return {"optimizer": {"class_path": "Adam", "init_args": {"lr": 0.1}}, key: spec}
+
+
+@pytest.mark.parametrize(
+    ("key", "path", "suggestion"),
+    [
+        ("optimizer", "torch.optim.Adm", "torch.optim.Adam"),
+        ("optimizer", "SGDD", "torch.optim.SGD"),
+        ("optimizer", "adamw", "torch.optim.AdamW"),
+        (
+            "lr_scheduler",
+            "torch.optim.lr_scheduler.CosineAnnealinLR",
+            "torch.optim.lr_scheduler.CosineAnnealingLR",
+        ),
+        ("lr_scheduler", "ReduceOnPlateau", "lightning.pytorch.cli.ReduceLROnPlateau"),
+        ("logger", "lightning.pytorch.loggers.CSVLoger", "lightning.pytorch.loggers.CSVLogger"),
+        ("logger", "WandbLoger", "lightning.pytorch.loggers.WandbLogger"),
+        ("callbacks", "ModelCheckpoit", "lightning.pytorch.callbacks.ModelCheckpoint"),
+        (
+            "callbacks",
+            "lightning.callbacks.EarlyStopping",
+            "lightning.pytorch.callbacks.EarlyStopping",
+        ),
+        ("callbacks", "ExportAtTheEnd", "ExportAtEnd"),
+    ],
+)
+def test_mistyped_stock_classes_are_suggested_by_a_path_that_works(
+    world, capsys, tmp_path, key, path, suggestion
+):
+    text = fails(["fit", "--config", write(tmp_path / "c.yaml", world, stock(key, path))], capsys)
+    assert path in text
+    assert re.findall(r"Did you mean '(.*?)'", text) == [suggestion]
+    if "." in suggestion:
+        module, _, name = suggestion.rpartition(".")
+        assert isinstance(getattr(importlib.import_module(module), name), type)
+
+
+@pytest.mark.parametrize("path", ["Transmogrifier", "lightning.pytorch.callbacks.Backup"])
+def test_nothing_is_suggested_for_a_class_like_no_other(world, capsys, tmp_path, path):
+    config = write(tmp_path / "c.yaml", world, stock("callbacks", path))
+    text = fails(["fit", "--config", config], capsys)
+    assert path in text
+    assert "Did you mean" not in text
+
+
+def test_a_class_that_exists_is_not_corrected(world, capsys, tmp_path):
+    path = "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint"
+    part = stock("callbacks", path, save_top_k="many")
+    text = fails(["fit", "--config", write(tmp_path / "c.yaml", world, part)], capsys)
+    assert "save_top_k" in text
+    assert "Did you mean" not in text
 
 
 # ---- end to end -----------------------------------------------------------------------------
