@@ -88,6 +88,7 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, ReduceLROnPlateau
 
     from gradmerge.callbacks import StepProgress
+    from gradmerge.commands import require_checkpoint
     from gradmerge.data import MergeDataModule
     from gradmerge.module import MergeModule
 
@@ -123,6 +124,10 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
                     "data.tasks: expected at least one task, came none; write them in the YAML, or "
                     "give --data.tasks.NAME.path and what else they need."
                 )
+            path = str(self._get(self.config, "ckpt_path") or "best")
+            # else a name that Lightning resolves, an address, or a folder of shards
+            if path not in ("best", "last", "hpc") and ":" not in path and not os.path.isdir(path):
+                require_checkpoint(path)
 
         @staticmethod
         def configure_optimizers(

@@ -6,7 +6,10 @@ import dataclasses
 import sys
 from json import dumps
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+
+import torch
 
 from gradmerge.errors import CompatibilityError, ConfigError
 from gradmerge.export import export_merged, export_plan
@@ -58,15 +61,38 @@ def export(checkpoint: str, **options: Any) -> None:
         **options: those of `output_options`.
     """
     checked = output_options(**options)
-    if not Path(checkpoint).is_file():
-        raise ConfigError(f"{checkpoint}: no such checkpoint.")
+    path = require_checkpoint(checkpoint)
 
     from gradmerge.module import MergeModule
 
-    module = MergeModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
-    extra = {"checkpoint": Path(checkpoint).name}
+    module = MergeModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    extra = {"checkpoint": path.name}
     folder = export_merged(module.merged, **checked, results=module.results, extra=extra)
     print(f"merged model written to {folder}")
+
+
+def require_checkpoint(checkpoint: str) -> Path:
+    """The path of a checkpoint of ours; its tensors are not read.
+
+    Raises:
+        ConfigError: there is no such file, or it is something else.
+    """
+    path = Path(checkpoint).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"{checkpoint}: no such checkpoint.")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+        raise ConfigError(
+            f"{checkpoint} cannot be read as a checkpoint: it is cut short, or something else than "
+            "what `gradmerge fit` writes (*.ckpt)."
+        ) from error
+    if not isinstance(found, dict) or not {"gradmerge", "hyper_parameters"} <= found.keys():
+        raise ConfigError(
+            f"{checkpoint} holds no gradmerge coefficients; expected a checkpoint that "
+            "`gradmerge fit` wrote."
+        )
+    return path
 
 
 def inspect(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-import shutil
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -467,6 +467,40 @@ def test_merge_says_what_was_allowed(world, tmp_path, capsys):
         assert main(["merge", "--config", config, "--output", "merged"]) == (0 if allow else 2)
     text = capsys.readouterr().err
     assert f"gradmerge merge: warning [config.hidden_act] {other}/config.json: hidden_act" in text
+
+
+def no_checkpoints(folder):
+    """Files that are no checkpoints of ours, by what is wrong with them."""
+    files = {
+        "text.json": b'{"a": 1}',
+        "noise.ckpt": torch.randint(256, (4000,)).to(torch.uint8).numpy().tobytes(),
+        "empty.ckpt": b"",
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    torch.save(torch.nn.Linear(2, 2), folder / "pickled.pt")
+    torch.save([1, 2], folder / "list.ckpt")
+    torch.save({"state_dict": {}, "hyper_parameters": {"lr": 1}}, folder / "other.ckpt")
+    whole = (folder / "other.ckpt").read_bytes()
+    (folder / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_no_checkpoint_of_ours_is_refused_in_a_line(world, tmp_path, capsys):
+    (tmp_path / "files").mkdir()
+    names = no_checkpoints(tmp_path / "files")
+    assert len(names) == 7
+    config = write(tmp_path / "c.yaml", world)
+    for name in names:
+        text = fails(["export", f"files/{name}", "merged"], capsys)
+        wrong = "holds no gradmerge" if name in ("list.ckpt", "other.ckpt") else "cannot be read as"
+        assert text.startswith(f"gradmerge export: files/{name} {wrong}"), text
+        assert text.count("\n") == 1
+        assert not Path("merged").exists()
+    for command in ("fit", "validate", "test"):
+        options = [command, "--config", config, "--ckpt_path"]
+        assert "cannot be read as a checkpoint" in fails([*options, "files/text.json"], capsys)
+        assert "absent.ckpt: no such checkpoint" in fails([*options, "absent.ckpt"], capsys)
 
 
 @pytest.mark.parametrize("command", ["merge", "export"])
