@@ -190,7 +190,7 @@ class MergeModule(lightning.LightningModule):
         with self.merged.as_source(self.merged.tasks[task]):
             return self._rows(task, batch)[0].detach()
 
-    def _predict(self, task: str, batch: Batch) -> Predictions:
+    def _predict(self, task: str, batch: Batch, shared: bool = False) -> Predictions:
         teacher = self._expert_rows(task, batch) if self.objective.needs_teacher else None
         logits, labels, _ = self._rows(task, batch)
         if labels is None and self.objective.needs_labels:
@@ -199,7 +199,7 @@ class MergeModule(lightning.LightningModule):
                 f"task {task} has no labels, which {', '.join(terms)} needs; name its "
                 "label column, or use Entropy or KLToSource."
             )
-        return Predictions(logits, labels, teacher)
+        return Predictions(logits, labels, teacher, shared)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One merge, one backward a task, one contraction."""
@@ -222,7 +222,8 @@ class MergeModule(lightning.LightningModule):
         return loss
 
     def _task_loss(self, task: str, batch: Batch, tasks: Sequence[str]) -> Tensor:
-        return self.objective.share(task, tasks) * self.objective.loss(self._predict(task, batch))
+        predictions = self._predict(task, batch, self.trainer.world_size > 1)
+        return self.objective.share(task, tasks) * self.objective.loss(predictions)
 
     def _inner_scale(self) -> float:
         """The scale of a float16 gradient scaler: the backward inside must not underflow either."""

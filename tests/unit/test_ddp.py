@@ -85,6 +85,71 @@ trainer.test(module, datamodule=data, verbose=False)
 (folder / f"found{trainer.global_rank}.json").write_text(json.dumps({**found, **module.results}))
 """
 
+# Losses that are no mean of the processes' own means: of unequal numbers of rows, and of a mean.
+MEANS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from gradmerge.objectives import CrossEntropy, Entropy, Objective
+from tiny import build, module_of, relatives, trainer_of, vectors
+
+folder, devices = Path(sys.argv[2]), int(sys.argv[3])
+memory, name = sys.argv[4].split("-")
+term = {"CrossEntropy": CrossEntropy(label_smoothing=0.1), "Entropy": Entropy(marginal=1.0)}[name]
+data = vectors(batch_size=4 // devices, count=12)
+for task in data.tasks.values():
+    for i, row in enumerate(task.path["adaptation"]):
+        if i % 5 in (0, 1, 3):
+            row["labels"] = torch.tensor(-100)
+module = module_of(relatives(build()), Objective([term], task_weights={"a": 2.0}), memory=memory)
+module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.5)
+options = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
+trainer = trainer_of(folder, **options, max_steps=7, limit_val_batches=0)
+trainer.fit(module, datamodule=data)
+losses = [float(trainer.callback_metrics[f"train/{key}"]) for key in ("loss", "a/loss", "b/loss")]
+torch.save(
+    {"raw": module.merged.raw["tensor"].detach(), "losses": torch.tensor(losses)},
+    folder / f"found{trainer.global_rank}.pt",
+)
+"""
+
+# Every split of seven rows over two processes, also of none at all: losses and gradients.
+TERMS = """
+import os, sys
+from pathlib import Path
+import torch
+from torch import distributed
+from gradmerge.objectives import CrossEntropy, Entropy, KLToSource, Predictions
+
+folder, world, rank = Path(sys.argv[2]), 2, int(os.environ["RANK"])
+distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
+generator = torch.Generator().manual_seed(3)
+logits, teacher = (3 * torch.randn(7, 5, generator=generator).double() for _ in range(2))
+logits[:, 4] -= 900  # a class whose probability is zero in float64
+labels = torch.tensor([0, -100, 2, -100, -100, 3, 1])
+terms = [CrossEntropy(), CrossEntropy(label_smoothing=0.3), Entropy(), Entropy(marginal=1.0)]
+for term in [*terms, KLToSource()]:
+    for cut, stop in ((4, 7), (5, 7), (7, 7), (0, 7), (1, 5), (0, 0)):
+        def predictions(rows, shared):
+            leaf = logits[rows].clone().requires_grad_()
+            return leaf, Predictions(leaf, labels[rows], teacher[rows], shared)
+        whole, alone = predictions(slice(0, stop), False)
+        expected = term.loss(alone)
+        expected.backward()
+        own = slice(0, cut) if rank == 0 else slice(cut, stop)
+        leaf, mine = predictions(own, True)
+        loss = term.loss(mine)
+        loss.backward()
+        case = f"{term}, {cut} of {stop}"
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-14, msg=case)
+        # what averaging over processes makes of it
+        torch.testing.assert_close(
+            leaf.grad / world, whole.grad[own], rtol=1e-11, atol=1e-15, msg=case
+        )
+(folder / f"passed{rank}").touch()
+"""
+
 
 def arguments(folder, devices, option, script=RUN):
     """The script, written to `folder`, and what it is called with."""
@@ -131,6 +196,35 @@ def test_two_processes_learn_what_one_does(tmp_path, memory, monkeypatch):
     assert torch.equal(both[0][0], both[1][0])
     assert (tmp_path / "two" / "merged" / "model.safetensors").is_file()
     assert (tmp_path / "two" / "logs" / "version_0" / "coefficients.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "option", ["resident-CrossEntropy", "resident-Entropy", "streamed-Entropy"]
+)
+def test_two_processes_take_means_over_the_rows_of_both(tmp_path, option, monkeypatch):
+    monkeypatch.setattr(sys, "argv", arguments(tmp_path / "one", 1, option, MEANS))
+    runpy.run_path(sys.argv[0])
+    run_in_two(arguments(tmp_path / "two", 2, option, MEANS))
+    alone = torch.load(tmp_path / "one" / "found0.pt")
+    assert (alone["raw"] - 0.3).abs().max() > 1e-2
+    for rank in range(2):
+        found = torch.load(tmp_path / "two" / f"found{rank}.pt")
+        torch.testing.assert_close(found["raw"], alone["raw"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(found["losses"], alone["losses"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_terms_of_two_processes_are_those_of_all_their_rows(tmp_path):
+    command = [sys.executable, *arguments(tmp_path / "both", 2, "", TERMS)]
+    both = []
+    for rank in range(2):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank)}
+        both.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-3000:]
+    assert all((tmp_path / "both" / f"passed{rank}").is_file() for rank in range(2))
 
 
 @pytest.mark.slow

@@ -24,6 +24,10 @@ class Predictions:
     """`[rows]`, where the task has labels; -100 where a row has none."""
     teacher: Tensor | None = None
     """Logits of the task's own source on the same rows, where a term asks for them."""
+    shared: bool = False
+    """Whether every process holds rows of one global batch, which the mean is over (training in
+    several processes). Terms then call collectives: every process has the same tasks, in one order,
+    if need be with no row."""
 
 
 class AbstractTerm(ABC):
@@ -43,7 +47,11 @@ class AbstractTerm(ABC):
 
     @abstractmethod
     def loss(self, predictions: Predictions) -> Tensor:
-        """A scalar, the mean over rows, before `weight`; zero, not NaN, where there is no row."""
+        """A scalar, the mean over rows, before `weight`; zero, not NaN, where there is no row.
+
+        Where `predictions.shared`, rows are those of all processes, whose gradients are averaged
+        afterwards (see `gradmerge.objectives.sharing`).
+        """
 
 
 class AbstractRegulariser(ABC):

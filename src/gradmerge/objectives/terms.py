@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from gradmerge.errors import ConfigError
 from gradmerge.objectives.base import UNLABELLED, AbstractTerm, Predictions
+from gradmerge.objectives.sharing import log_mean_over_rows, mean_over_rows
+
+# log p is -inf only beyond float32's range; 0 * inf would be NaN where the limit is 0.
+_LEAST = -1e4
 
 
 @dataclass(frozen=True)
@@ -49,16 +52,21 @@ class CrossEntropy(AbstractTerm):
             label_smoothing=self.label_smoothing,
             reduction="sum",
         )
-        return total / (labels != UNLABELLED).sum().clamp_min(1)
+        return mean_over_rows(total, (labels != UNLABELLED).sum(), predictions.shared)
 
 
 @dataclass(frozen=True)
 class Entropy(AbstractTerm):
-    """`H(p) / log C`, the mean entropy of the predictions (AdaMerging, arXiv 2310.02575).
+    """`mean_i H(p_i) / log C`, the mean entropy of the predictions (AdaMerging, arXiv 2310.02575).
 
     Divided by log C, tasks with many classes do not outweigh those with few. Sharpening alone can
     collapse to one class for everything; `marginal` rewards varied predictions over the batch:
-    `- marginal * H(mean p) / log C`. A batch without rows gives zero.
+    `- marginal * H(mean_i p_i) / log C`. In training the means are over the rows of all processes.
+    A batch without rows gives zero.
+
+    `H(mean p)` is not a mean over rows. The loss of an evaluation split is the mean of its batches'
+    losses, weighted by their rows, so with `marginal` it depends on how the split is cut: on the
+    evaluation batch size and on the number of processes. Scores do not.
     """
 
     weight: float = 1.0
@@ -67,21 +75,19 @@ class Entropy(AbstractTerm):
 
     def loss(self, predictions: Predictions) -> Tensor:
         """See `AbstractTerm.loss`."""
-        if len(predictions.logits) == 0:
-            return predictions.logits.sum()
         log_p = functional.log_softmax(predictions.logits, dim=-1)
         classes = predictions.logits.shape[-1]
         scale = 1 / math.log(classes) if classes > 1 else 1.0
-        loss = _entropy(log_p).mean()
+        loss = mean_over_rows(_entropy(log_p).sum(), len(log_p), predictions.shared)
         if self.marginal:
-            log_mean = torch.logsumexp(log_p, dim=0) - math.log(len(log_p))
-            loss = loss - self.marginal * _entropy(log_mean)
+            log_mean = log_mean_over_rows(log_p.clamp_min(_LEAST), predictions.shared)
+            if log_mean is not None:
+                loss = loss - self.marginal * _entropy(log_mean)
         return loss * scale
 
 
 def _entropy(log_p: Tensor) -> Tensor:
-    # log p is -inf only beyond float32's range; 0 * inf would be NaN where the limit is 0.
-    return -(log_p.exp() * log_p.clamp_min(-1e4)).sum(dim=-1)
+    return -(log_p.exp() * log_p.clamp_min(_LEAST)).sum(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -112,4 +118,4 @@ class KLToSource(AbstractTerm):
         student = functional.log_softmax(predictions.logits / t, dim=-1)
         teacher = functional.log_softmax(predictions.teacher / t, dim=-1)
         divergence = functional.kl_div(student, teacher, reduction="sum", log_target=True)
-        return t * t * divergence / max(1, len(student))
+        return t * t * mean_over_rows(divergence, len(student), predictions.shared)
