@@ -75,22 +75,21 @@ class StreamLoader:
     """A loader of training steps that can be resumed in the middle of an epoch.
 
     It counts the steps it gave: a trainer stops asking after an epoch's last step and so never sees
-    an iterator end.
+    an iterator end. What step s holds depends on s alone, and the stream goes on from one iterator
+    to the next. How many steps its epoch still has a trainer knows (with `limit_train_batches` only
+    the trainer), so a resumed loader, too, offers a whole epoch's.
     """
 
     def __init__(self, stream: TaskStream, num_workers: int) -> None:
         self.stream = stream
         self.num_workers = num_workers
         self.step = 0
-        self._resumed = False
 
     def __len__(self) -> int:
         return self.stream.num_steps()
 
     def __iter__(self) -> Iterator[dict[str, dict[str, Tensor]]]:
-        done = self.step % len(self) if self._resumed else 0
-        self._resumed = False
-        self.stream.start, self.stream.stop = self.step, self.step + len(self) - done
+        self.stream.start, self.stream.stop = self.step, self.step + len(self)
         for batch in DataLoader(self.stream, batch_size=None, num_workers=self.num_workers):
             self.step += 1
             yield batch
@@ -101,7 +100,7 @@ class StreamLoader:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on where it stood."""
-        self.step, self._resumed = state["step"], True
+        self.step = state["step"]
 
 
 class ShareLoader:

@@ -186,6 +186,42 @@ def test_a_resumed_fit_takes_bitwise_the_same_steps(tmp_path, memory):
             assert torch.equal(raws(resumed)[key], value), (step, key)
 
 
+@pytest.mark.parametrize(
+    ("limit", "check"), [(3, 1.0), (4, 1.0), (4, 2), (0.6, 1.0), (1.0, 1.0), (1.0, 2)]
+)
+def test_a_resumed_fit_keeps_its_epochs_and_validations(tmp_path, limit, check):
+    """Of epochs of five steps, also limited to fewer; from every step."""
+
+    class Watcher(MergeModule):
+        def training_step(self, batch, batch_idx):
+            seen.append((self.current_epoch, batch_idx, batch["a"]["x"].sum().item()))
+            return super().training_step(batch, batch_idx)
+
+        def on_validation_epoch_start(self):
+            seen.append("validation")
+            super().on_validation_epoch_start()
+
+    recipe = module_of().recipe
+    options = {"max_steps": 11, "limit_train_batches": limit, "val_check_interval": check}
+    seen: list = []
+    trainer = trainer_of(tmp_path, callbacks=[every_step(tmp_path)], **options)
+    trainer.fit(Watcher(recipe), datamodule=vectors(count=20))
+    whole, steps = seen, [i for i, event in enumerate(seen) if event != "validation"]
+    assert len(steps) == 11
+    assert len(seen) > 12
+    for step in range(1, 11):
+        seen = []
+        path = tmp_path / f"{step}.ckpt"
+        trainer_of(tmp_path, **options).fit(
+            Watcher(recipe), datamodule=vectors(count=20), ckpt_path=path
+        )
+        expected = whole[steps[step - 1] + 1 :]
+        if expected[0] == "validation":
+            # The trainer takes a validation that was due at the checkpoint's own step for done.
+            expected = expected[1:]
+        assert seen == expected, step
+
+
 def test_epochs_follow_one_another_with_all_their_steps(tmp_path):
     seen = []
 

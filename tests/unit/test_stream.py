@@ -93,9 +93,22 @@ def test_a_resumed_stream_goes_on_at_the_very_next_batch(done, num_workers):
 
     resumed = loader_of(num_workers)
     resumed.load_state_dict(state)
+    # a trainer asks for what is left of its epoch, and goes on with the next
     left = 3 - done % 3
-    assert plain(resumed) == whole[done : done + left]
+    assert plain(islice(iter(resumed), left)) == whole[done : done + left]
     assert plain(resumed) == whole[done + left : done + left + 3]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_a_resumed_stream_has_what_a_limited_epoch_needs(limit):
+    """A trainer's limit is not known here: from any step there is a whole epoch to take."""
+    whole = list(chain(*epochs(loader_of(), 4)))
+    loader = loader_of()
+    for done in range(0, 6, limit):
+        resumed = loader_of()
+        resumed.load_state_dict(loader.state_dict())
+        assert plain(islice(iter(resumed), limit)) == whole[done : done + limit]
+        plain(islice(iter(loader), limit))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
