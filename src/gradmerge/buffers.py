@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,19 +67,73 @@ class NetworkBuffers:
 
     @torch.no_grad()
     def recompute(self, runs: Sequence[Callable[[], object]]) -> None:
-        """Plain means of the BatchNorm statistics over the batches of the given forward passes."""
+        """BatchNorm statistics of all rows of the given forward passes together.
+
+        A row is what a layer normalises: an example, or a position of one. With `n_b` rows, mean
+        `m_b` and variance `v_b` (of divisor `n_b`) in batch b, and `N = sum_b n_b`,
+
+            mean = sum_b n_b m_b / N
+            var  = (sum_b n_b v_b + sum_b n_b (m_b - mean)^2) / (N - 1)
+
+        the unbiased variance of the N rows: within batches and between them. While a pass runs, its
+        layers normalise by the statistics of their batch, as in training. A layer that no pass
+        reaches keeps its statistics.
+        """
         norms = self.batch_norms
         if not norms or not runs:
             return
         settings = [(module, module.momentum, module.training) for module in norms]
+        moments = {module: _Moments() for module in norms}
+        hooks = [
+            module.register_forward_pre_hook(moments[module].add, with_kwargs=True)
+            for module in norms
+        ]
         try:
             for module in norms:
-                module.reset_running_stats()
-                module.momentum = None  # None: the plain mean over all batches
+                module.momentum = 0.0  # the layer's own average is not used
                 module.train()
             for run in runs:
                 run()
         finally:
+            for hook in hooks:
+                hook.remove()
             for module, momentum, training in settings:
                 module.momentum = momentum
                 module.train(training)
+        for module, found in moments.items():
+            found.write(module)
+
+
+class _Moments:
+    """Number, mean and sum of squared deviations of the rows that reached a layer, a channel."""
+
+    def __init__(self) -> None:
+        self.batches = self.rows = 0
+        # On the CPU, for not every device has float64.
+        self.mean = self.squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take in a batch `[examples, channels, ...]`, before the layer."""
+        batch: Tensor = args[0] if args else kwargs["input"]
+        rows = batch.numel() // batch.shape[1]
+        if rows == 0:
+            return
+        dims = [dim for dim in range(batch.dim()) if dim != 1]
+        wide = batch.float() if batch.element_size() < 4 else batch
+        variance, mean = torch.var_mean(wide, dims, correction=0)
+        variance, mean = variance.cpu().double(), mean.cpu().double()
+        before, self.rows, self.batches = self.rows, self.rows + rows, self.batches + 1
+        apart = mean - self.mean
+        self.squares = self.squares + rows * variance + apart.square() * (before * rows / self.rows)
+        self.mean = self.mean + apart * (rows / self.rows)
+
+    def write(self, module: nn.modules.batchnorm._BatchNorm) -> None:
+        """Make them the layer's running statistics."""
+        if not self.rows:
+            return
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        assert module.num_batches_tracked is not None
+        module.running_mean.copy_(self.mean)
+        module.running_var.copy_(self.squares / max(1, self.rows - 1))
+        module.num_batches_tracked.fill_(self.batches)

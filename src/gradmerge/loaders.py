@@ -2,7 +2,8 @@
 
 Training batches are a stream indexed by (seed, epoch, step): every process computes the same global
 batch and takes its share, so two processes see what one would, and a resumed run goes on at the
-very next batch. Of an evaluation split every process reads its own examples, and none twice.
+very next batch. Of an evaluation split every process reads its own examples, and none twice. A
+sample of a split, for statistics, is the same in every process.
 """
 
 from __future__ import annotations
@@ -137,6 +138,31 @@ class ShareLoader:
         yield from self.batches
         for _ in range(len(self.batches), self.steps):
             yield {}
+
+
+def sample_batches(loader: DataLoader[Any], batches: int) -> DataLoader[Any]:
+    """At most `batches` batches of a loader's examples, for what is estimated of a whole split.
+
+    Of L examples `n = min(L, batches * batch_size)` are taken, the i-th drawn from
+    `[i L / n, (i + 1) L / n)`, so that a split in the order of its classes gives of every class its
+    share. Their order is drawn, too, so that each batch is mixed, and the batches differ in size by
+    one at most. The draws have one seed: each call, and each process, takes the same.
+    """
+    length = len(loader.dataset)  # type: ignore[arg-type]
+    size = loader.batch_size or 1
+    count = min(length, batches * size)
+    generator = torch.Generator().manual_seed(0)
+    edges = [i * length // max(1, count) for i in range(count + 1)]
+    drawn = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+    taken = [a + int(u * (b - a)) for a, b, u in zip(edges, edges[1:], drawn, strict=False)]
+    order = torch.randperm(count, generator=generator)
+    parts = order.tensor_split(-(-count // size)) if count else ()
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=[[taken[i] for i in part.tolist()] for part in parts],
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+    )
 
 
 def collate(examples: Sequence[Mapping[str, Any]], pad: int = 0) -> dict[str, Any]:

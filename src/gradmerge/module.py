@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradmerge._version import __version__
 from gradmerge.errors import ConfigError
+from gradmerge.loaders import sample_batches
 from gradmerge.memory import release_freed_memory
 from gradmerge.merged import Memory, MergedModel
 from gradmerge.metrics import TaskScores, mean_scores, normalised
@@ -29,7 +30,7 @@ from gradmerge.spec import from_plain, to_plain
 
 Batch = Mapping[str, Any]
 _NOT_INPUTS = frozenset({"labels", "bytes_per_token"})
-# Batches a task that BatchNorm statistics are recomputed on.
+# Batches a task, at most, that BatchNorm statistics are recomputed on.
 _NORM_BATCHES = 16
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -346,9 +347,7 @@ class MergeModule(lightning.LightningModule):
             return
         runs: list[Callable[[], object]] = []
         for task, loader in zip(self.tasks, data.evaluation_loaders("adaptation"), strict=True):
-            for i, batch in enumerate(loader):
-                if i == _NORM_BATCHES:
-                    break
+            for batch in sample_batches(loader, _NORM_BATCHES):
                 moved = self._trainer.strategy.batch_to_device(batch, self.device)  # type: ignore[union-attr]
                 runs.append(partial(self._rows, task, moved))
         merged.statistics.recompute(runs)

@@ -265,17 +265,16 @@ def test_private_heads_may_differ_in_their_labels(tmp_path):
 
 
 def plain_statistics(module, models, data):
-    """Running statistics of the merged network by PyTorch's own cumulative average."""
+    """Running statistics of the merged network by PyTorch's own, all examples in one batch."""
     merged = copy.deepcopy(models[0])
     for name, parameter in merged.named_parameters():
         parameter.data.copy_(module.merged.plan.materialise(name, raws(module)))
     merged.norm.reset_running_stats()
     merged.norm.momentum = None
     merged.train()
+    loaders = data.evaluation_loaders("adaptation")
     with torch.no_grad():
-        for loader in data.evaluation_loaders("adaptation"):
-            for batch in loader:
-                merged(batch["x"])
+        merged(torch.cat([batch["x"] for loader in loaders for batch in loader]))
     return merged.norm
 
 
@@ -311,6 +310,96 @@ def test_batch_norm_statistics_are_recomputed_for_a_checkpoint(tmp_path):
     with torch.no_grad():
         came, wanted = loaded.eval().merged(x=x), module.eval().merged(x=x)
     torch.testing.assert_close(came, wanted, rtol=1e-6, atol=1e-6)
+
+
+def of_classes(count, order=None):
+    """Data whose examples lie apart by class, the classes one after another or in an order."""
+    data = vectors(("a",), count=count, eval_batch_size=2)
+    splits = data.tasks["a"].path
+    for split in splits.values():
+        split.sort(key=lambda row: int(row["labels"]))
+        for row in split:
+            row["x"] = row["x"] + 3 * torch.eye(6)[row["labels"]]
+    if order is not None:
+        splits["adaptation"] = [splits["adaptation"][i] for i in order]
+    return data
+
+
+def validated_statistics(tmp_path, data):
+    """What a validation recomputes: mean and variance."""
+    module = module_of(relatives(build(Normalised)))
+    trainer_of(tmp_path).validate(module, datamodule=data, verbose=False)
+    found = module.merged.statistics.values()
+    return torch.stack([found["norm.running_mean"], found["norm.running_var"]]).clone()
+
+
+def test_batch_norm_statistics_of_sorted_data_are_those_of_shuffled_data(tmp_path):
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(5)).tolist()
+    shuffled, ordered = of_classes(32, order), of_classes(32)
+    expected = validated_statistics(tmp_path, shuffled)
+    came = validated_statistics(tmp_path, ordered)
+    torch.testing.assert_close(came, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_norm_statistics_of_more_data_than_are_used_are_of_all_its_classes(tmp_path):
+    """32 of 400 examples, which are sorted by class."""
+    ordered = of_classes(400)
+    came = validated_statistics(tmp_path, ordered)
+    module = module_of(relatives(build(Normalised)))
+    whole = plain_statistics(module, relatives(build(Normalised)), ordered)
+    assert ((came[0] - whole.running_mean).abs() / whole.running_var.sqrt()).max() < 0.35
+    assert (came[1] / whole.running_var).log().abs().max() < 0.5
+    beginning = of_classes(400, range(32))
+    beginning.setup()
+    first = plain_statistics(module, relatives(build(Normalised)), beginning)
+    assert ((first.running_mean - whole.running_mean).abs() / whole.running_var.sqrt()).max() > 0.7
+    assert torch.equal(came, validated_statistics(tmp_path, ordered))
+
+
+class Convolved(nn.Module):
+    """Two BatchNorm layers, of images and of vectors, the first used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.image = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)
+        self.norm, self.apart = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        x = self.image(self.body(self.image(x)))
+        return self.norm(input=x.mean(dim=(2, 3)))
+
+
+def test_batch_norm_statistics_are_the_mean_and_unbiased_variance_of_all_rows():
+    merged = module_of(relatives(build(Convolved))).merged
+    kept = {k: v.clone() for k, v in merged.statistics.values().items()}
+    rows = {"image": [], "norm": []}
+
+    def watch(name):
+        def hook(module, args, kwargs):
+            batch = args[0] if args else kwargs["input"]
+            rows[name].append(batch.detach().movedim(1, -1).reshape(-1, 2).double())
+
+        return merged.skeleton.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+
+    hooks = [watch(name) for name in rows]
+    generator = torch.Generator().manual_seed(4)
+    batches = [torch.randn(n, 2, 4, 5, generator=generator) + 10 * n for n in (2, 7, 3)]
+    merged.statistics.recompute([lambda x=x: merged(x) for x in batches])
+    for hook in hooks:
+        hook.remove()
+    found = merged.statistics.values()
+    for name, seen in rows.items():
+        every = torch.cat(seen)
+        assert len(every) == {"image": 2 * 12 * 20, "norm": 12}[name]
+        mean, var = found[f"{name}.running_mean"], found[f"{name}.running_var"]
+        torch.testing.assert_close(mean.double(), every.mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(var.double(), every.var(0), rtol=1e-5, atol=1e-6)
+        assert found[f"{name}.num_batches_tracked"] == len(seen)
+    for key in ("apart.running_mean", "apart.running_var"):
+        assert torch.equal(found[key], kept[key])
+    norm = merged.skeleton.get_submodule("norm")
+    assert (norm.momentum, norm.training) == (0.1, False)
+    assert not norm._forward_pre_hooks
 
 
 @pytest.mark.parametrize("rule", ["mean", "origin"])

@@ -8,10 +8,11 @@ from itertools import chain, islice
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from gradmerge import MergeDataModule, TaskData
 from gradmerge.data import STAGES
-from gradmerge.loaders import ShareLoader, StreamLoader, TaskStream, collate
+from gradmerge.loaders import ShareLoader, StreamLoader, TaskStream, collate, sample_batches
 
 
 def numbers(count, first=0):
@@ -150,3 +151,37 @@ def test_the_shares_of_a_split_hold_every_example_once(count, world, num_workers
 def test_a_process_that_has_fewer_batches_gets_an_empty_one():
     assert plain_shares(9) == [[[0, 2], [4, 6], [8]], [[1, 3], [5, 7], []]]
     assert plain_shares(1) == [[[0]], [[]]]
+
+
+# ---- samples of a split ---------------------------------------------------------------------
+
+
+def sampled(count, batches, num_workers=0):
+    loader = DataLoader(numbers(count), 3, collate_fn=collate, num_workers=num_workers)
+    return [batch["x"].tolist() for batch in sample_batches(loader, batches)]
+
+
+@pytest.mark.parametrize("count", [12, 13, 40, 120, 1000])
+def test_a_sample_takes_one_example_of_each_stretch_of_a_split(count):
+    batches = sampled(count, 4)
+    assert [len(batch) for batch in batches] == [3] * 4
+    taken = sorted(chain(*batches))
+    assert [i * count // 12 <= x < (i + 1) * count // 12 for i, x in enumerate(taken)] == [
+        True
+    ] * 12
+    assert batches == sampled(count, 4, num_workers=1)
+    # mixed: no batch lies in one half of the split
+    assert all(min(batch) < count / 2 <= max(batch) for batch in batches)
+
+
+def test_a_sample_of_classes_in_turn_has_several():
+    """A fixed distance between the examples taken would find one class alone."""
+    assert len({x % 10 for x in chain(*sampled(120, 4))}) > 4
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4, 7, 10])
+def test_a_sample_of_a_small_split_is_all_of_it_in_even_batches(count):
+    batches = sampled(count, 4)
+    assert sorted(chain(*batches)) == list(range(count))
+    sizes = {len(batch) for batch in batches}
+    assert not sizes or max(sizes) - min(sizes) <= 1
