@@ -9,12 +9,14 @@ killed there leaves it for the next export to that name, which puts it back.
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import itertools
 import os
 import re
 import shutil
 import socket
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -34,9 +36,13 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
         ConfigError: it exists.
     """
     recover(target)
-    if target.exists() and not overwrite:
+    try:
+        mode = target.stat().st_mode  # one look: another export may move it between two
+    except OSError:
+        return
+    if not overwrite:
         raise ConfigError(f"{target} exists; give another folder, or --overwrite true.")
-    if target.exists() and not target.is_dir():
+    if not stat.S_ISDIR(mode):
         raise ConfigError(f"{target} is a file; give a folder.")
 
 
@@ -169,8 +175,9 @@ def _renamed(work: Path, target: Path) -> bool:
         return False
     try:
         work.rename(target)
-    except OSError:
-        if os.path.lexists(target):  # since just now
+    except OSError as error:
+        # taken since just now; by the time of another look it may be free again
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY) or os.path.lexists(target):
             return False
         raise
     return True
