@@ -123,18 +123,9 @@ def test_16_bit_results_and_gradients(kernels, kind, out_dtype):
     assert ((came.double() - dc).abs() <= 3e-7 * bound).all()
 
 
-def test_float64_terms_are_merged_in_float64(kernels):
-    terms, spread, coefficient, grad = make((64, 65), torch.float64, "base", "last")
-    theta, dc, _ = exact(terms, spread, coefficient, grad)
-    out = torch.empty(64, 65, dtype=torch.float64)
-    Linear().combine(terms, coefficient.double(), spread, out)
-    torch.testing.assert_close(out, theta, rtol=1e-13, atol=1e-13)
-    came = Linear().contract(terms, grad.double(), coefficient.double(), spread)
-    torch.testing.assert_close(came, dc, rtol=1e-12, atol=1e-12)
-
-
-def test_float32_terms_are_merged_in_float64_where_the_result_is(kernels):
-    terms, spread, coefficient, grad = make((64, 65), torch.float32, "base", "last")
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32], ids=str)
+def test_a_float64_result_is_merged_in_float64(kernels, stored):
+    terms, spread, coefficient, grad = make((64, 65), stored, "base", "last")
     theta, dc, _ = exact(terms, spread, coefficient, grad)
     out = torch.empty(64, 65, dtype=torch.float64)
     Linear().combine(terms, coefficient.double(), spread, out)
