@@ -2,7 +2,7 @@
 # Install with the test extra into .venv and run everything that CI runs. Idempotent.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/install.sh test
+bash scripts/install.sh test,parity
 export HF_HUB_OFFLINE=1 WANDB_MODE="${WANDB_MODE:-offline}" TOKENIZERS_PARALLELISM=false
 # One thread a process: the models are tiny, and two test processes fill two cores.
 export OMP_NUM_THREADS=1

@@ -8,6 +8,7 @@ import importlib
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -361,6 +362,7 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
             stop(message, self)
 
     from gradmerge import commands
+    from gradmerge.translation import for_merge
 
     register()
     function: Any = getattr(commands, command)
@@ -375,7 +377,9 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
         several: dict[str, Any] = {"nargs": "+"} if name == "sources" else {}
         parser.add_argument(name, type=str, help=_POSITIONAL[name], **several)
     parser.add_function_arguments(function, as_group=False, skip=set(positional))
-    parsed = parser.instantiate_classes(parser.parse_args(list(arguments)))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = list(arguments) if command != "merge" else for_merge(arguments, folder)
+        parsed = parser.instantiate_classes(parser.parse_args(arguments))
     function(**{key: value for key, value in vars(parsed).items() if key != "config"})
 
 

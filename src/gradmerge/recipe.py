@@ -82,6 +82,7 @@ class Recipe:
                     f"frozen[{pattern!r}]: expected a number, 'origin' or 'mean', came {value!r}."
                 )
         self.coefficients.num_rows(len(self.sources))
+        self.operator.require(len(self.sources), self.resolved_origin)
 
     @property
     def resolved_origin(self) -> Origin:

@@ -550,3 +550,21 @@ def test_inspect_stops_on_sources_that_do_not_fit(world, tmp_path, capsys):
     assert not found["compatible"]
     assert any(problem["kind"] == "shape" for problem in found["problems"])
     assert "keep these sources from being merged" in fails(arguments, capsys)
+
+
+def test_merge_takes_the_recipe_of_the_files_that_fit_takes(world, tmp_path, capsys):
+    method = tmp_path / "method.yaml"
+    init = {"class_path": "Constant", "init_args": {"value": 0.25}}
+    method.write_text(yaml.safe_dump({"model": {"recipe": {"init": init}, "objective": None}}))
+    suite = write(tmp_path / "suite.yaml", world)
+    assert main(["merge", "--config", suite, f"--config={method}", "--output", "merged"]) == 0
+    came = load_file("merged/model.safetensors")
+    folders = [world["model"]["recipe"]["base"], *world["model"]["recipe"]["sources"].values()]
+    base, *sources = (load_file(Path(folder) / "model.safetensors") for folder in folders)
+    for name, tensor in came.items():
+        expected = base[name] + 0.25 * sum(source[name] - base[name] for source in sources)
+        torch.testing.assert_close(tensor, expected, msg=name)
+    odd = tmp_path / "odd.yaml"
+    odd.write_text(yaml.safe_dump({"model": {"recipe": {}}, "optimiser": {"lr": 1}}))
+    options = ["merge", "--config", suite, "--config", str(odd), "--output", "no"]
+    assert "optimiser" in fails(options, capsys)

@@ -43,9 +43,10 @@ def test_trim_keeps_the_largest_of_each_tensor(density):
 
 def test_trim_of_equal_magnitudes_keeps_exactly_its_share():
     directions = torch.ones(1, 10).mul_(torch.tensor([1.0, -1.0] * 5))
-    assert int((Trim(0.3)(directions.clone(), SITE) != 0).sum()) == 3
+    site = Site("x", ("a",))
+    assert int((Trim(0.3)(directions.clone(), site) != 0).sum()) == 3
     zeros = torch.zeros(1, 10)
-    assert torch.equal(Trim(0.3)(zeros.clone(), SITE), zeros)
+    assert torch.equal(Trim(0.3)(zeros.clone(), site), zeros)
 
 
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.73])
@@ -123,12 +124,46 @@ def test_random_drop_rescales_as_told():
 
 
 @pytest.mark.parametrize("make", [Trim, Breadcrumbs, RandomDrop])
-@pytest.mark.parametrize("density", [0.0, 1.5])
+@pytest.mark.parametrize("density", [-0.1, 1.5, [0.2, 1.5], {"x": 0.2, ".*": [0.1, 1.5]}])
 def test_density_must_be_a_share(make, density):
-    with pytest.raises(ConfigError, match=rf"{make.__name__}: density must lie in \(0, 1\]"):
+    message = rf"{make.__name__}\.density.*: expected a share in \[0, 1\], came (-0\.1|1\.5)"
+    with pytest.raises(ConfigError, match=message):
         make(density)
-    with pytest.raises(ConfigError, match=r"gamma must lie in \[0, 1\), came 1"):
+    with pytest.raises(ConfigError, match=r"gamma: expected a share in \[0, 1\), came 1"):
         Breadcrumbs(0.5, 1)
+
+
+@pytest.mark.parametrize("make", [Trim, Breadcrumbs, RandomDrop])
+def test_density_by_source_and_tensor(make):
+    directions, site = draw(3, 20, 30), Site("layers.0.weight", ("a", "b", "c"))
+    came = make({"nothing": 0.9, r"layers\.0": [0.0, 0.5, 1.0], ".*": 0.1})(
+        directions.clone(), site
+    )
+    assert int(came[0].count_nonzero()) == 0
+    for k, density in ((1, 0.5), (2, 1.0)):
+        alone = make(density)(directions[k : k + 1].clone(), Site(site.name, (site.sources[k],)))
+        assert torch.equal(came[k], alone[0])
+    assert int(make({".*": 0.1, site.name: 1.0})(directions.clone(), site).count_nonzero()) == 1800
+    with pytest.raises(ConfigError, match=r"no expression matches the tensor layers\.0\.weight"):
+        make({"head": 0.5})(directions.clone(), site)
+    with pytest.raises(ConfigError, match=r"expected one value or 3 \(for a, b, c\), came 2"):
+        make([0.5, 0.5])(directions.clone(), site)
+    with pytest.raises(ConfigError, match=r"'\(' is no regular expression"):
+        make({"(": 0.5})
+
+
+def test_a_density_by_tensor_is_refused_over_the_whole_model():
+    with pytest.raises(ConfigError, match="a density by tensor has no meaning with scope model"):
+        Trim({".*": 0.2}, "model")
+
+
+@pytest.mark.parametrize("make", [Trim, Breadcrumbs])
+def test_rescaling_restores_the_sum_of_magnitudes(make):
+    directions = draw(3, 20, 31)
+    plain, came = (make(0.3, rescale=r)(directions.clone(), SITE) for r in ("none", "l1"))
+    torch.testing.assert_close(came.abs().sum(dim=(1, 2)), directions.abs().sum(dim=(1, 2)))
+    ratio = (came / plain)[plain != 0].view(3, -1)
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))
 
 
 # ---- merges over processed directions -----------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradmerge.coefficients.base import Layout, MergeTensor, Slot
 from gradmerge.errors import ConfigError, nearest
+from gradmerge.settings import Setting, settle
 
 # By name: files list tensors in alphabetical order, which says nothing of depth.
 _EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|shared|stem|conv1|bn1|cls_token|class_token)\b")
@@ -45,20 +46,14 @@ class AbstractInit(ABC):
 
 @dataclass(frozen=True)
 class Constant(AbstractInit):
-    """The same number everywhere, or one a source."""
+    """Stated numbers: one for all, one a source, or either by tensor."""
 
-    value: float | list[float] = 0.3
-    """One number, or one a source in their order."""
+    value: Setting = 0.3
+    """One number, one a source in their order, or either by regular expression of tensor names."""
 
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
         """See `AbstractInit.coefficient`."""
-        num = len(context.sources)
-        values = self.value if isinstance(self.value, list) else [self.value] * num
-        if len(values) != num:
-            raise ConfigError(
-                f"Constant: expected one value or {num} (for {', '.join(context.sources)}), "
-                f"came {len(values)}."
-            )
+        values = settle("Constant", self.value, tensor.name, context.sources)
         return _spread(torch.tensor(values, dtype=torch.float64), slot)
 
 

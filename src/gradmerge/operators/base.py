@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from gradmerge._typing import Origin
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,16 @@ class View:
 
 class AbstractOperator(ABC):
     """`theta = combine(terms, c)`."""
+
+    differentiable: ClassVar[bool] = True
+    """Whether coefficients can be learned through it: `contract` is the gradient of `combine`."""
+
+    def require(self, num_sources: int, origin: Origin) -> None:  # noqa: B027 (most have none)
+        """Refuse a merge that it cannot express; called before anything is opened.
+
+        Raises:
+            ConfigError: another number of sources is needed, or another origin.
+        """
 
     @abstractmethod
     def combine(self, terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gradmerge.preprocess.base import AbstractPreprocess, Site
-from gradmerge.preprocess.trim import require_density
+from gradmerge.preprocess.trim import l1, require_density, restore_l1
+from gradmerge.settings import Setting, settle
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class RandomDrop(AbstractPreprocess):
     so that the mean over draws is `B_k`. mergekit rescales by the ratio of L1 norms instead.
     """
 
-    density: float = 0.5
-    """Probability of being kept, in (0, 1]; the paper's drop rate is 1 - density."""
+    density: Setting = 0.5
+    """Probability of being kept, in [0, 1]; the paper's drop rate is 1 - density. One number, one a
+    source, or by tensor."""
     rescale: Literal["density", "l1", "none"] = "density"
     """By 1 / density (the paper), by the L1 norm before over after (mergekit), or not."""
     seed: int = 0
@@ -35,14 +37,14 @@ class RandomDrop(AbstractPreprocess):
 
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
         """See `AbstractPreprocess`."""
-        for source, direction in zip(site.sources, directions, strict=True):
-            before = float(direction.abs().sum(dtype=torch.float64))
+        densities = settle("RandomDrop.density", self.density, site.name, site.sources)
+        for source, direction, density in zip(site.sources, directions, densities, strict=True):
+            if density == 1:
+                continue
+            before = l1(direction) if self.rescale == "l1" else 0.0
             draws = torch.rand(direction.shape, generator=site.generator(self.seed, source))
-            direction.mul_(draws < self.density)
-            if self.rescale == "density":
-                direction.div_(self.density)
-            elif self.rescale == "l1":
-                after = float(direction.abs().sum(dtype=torch.float64))
-                if after:
-                    direction.mul_(before / after)
+            direction.mul_(draws < density)
+            if self.rescale == "density" and density:
+                direction.div_(density)
+            restore_l1(direction, before)
         return directions

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
+from gradmerge.settings import Setting, require_setting, settle
 
 _BINS = 1 << 16
+# Sums of magnitudes below this are not scaled up to (mergekit's bound).
+_NOTHING = 1e-7
 
 
 @dataclass(frozen=True)
@@ -19,24 +22,34 @@ class Trim(AbstractPreprocess):
     """Keep the `density` share of each direction's entries with the largest magnitude, zero the
     rest (TIES, arXiv 2306.01708).
 
-    A tensor keeps `max(1, floor(density * entries))` entries. Over the whole model (the paper's
-    way) every entry as large as the model's `floor(density * entries)`th largest is kept.
+    A tensor keeps `max(1, floor(density * entries))` entries (none at density 0). Over the whole
+    model (the paper's way) every entry as large as the model's `floor(density * entries)`th largest
+    is kept.
     """
 
-    density: float = 0.2
-    """Share of entries that is kept, in (0, 1]."""
+    density: Setting = 0.2
+    """Share of entries that is kept, in [0, 1]; one number, one a source, or by tensor."""
     scope: Literal["tensor", "model"] = "tensor"
     """Whether a share of each tensor is kept, or of the whole model."""
+    rescale: Literal["none", "l1"] = "none"
+    """Whether what is left is scaled to the L1 norm of before (mergekit's `rescale`)."""
 
     def __post_init__(self) -> None:
         """Check the density."""
         require_density("Trim", self.density)
+        if self.scope == "model" and isinstance(self.density, dict):
+            raise ConfigError(
+                "Trim: a density by tensor has no meaning with scope model, which takes a share of "
+                "the whole; use scope tensor."
+            )
 
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
         """See `AbstractPreprocess`."""
-        for direction in directions:
-            count = max(1, int(self.density * direction.numel()))
-            direction.mul_(by_rank(direction, direction.numel() - count, direction.numel()))
+        densities = settle("Trim.density", self.density, site.name, site.sources)
+        for direction, density in zip(directions, densities, strict=True):
+            size = direction.numel()
+            count = max(1, int(density * size)) if density else 0
+            keep_ranks(direction, size - count, size, self.rescale)
         return directions
 
     def survey(self, passes: Passes) -> Step:
@@ -47,7 +60,9 @@ class Trim(AbstractPreprocess):
 
         def trim(directions: Tensor, site: Site) -> Tensor:
             for direction, threshold in zip(directions, thresholds, strict=True):
+                before = l1(direction) if self.rescale == "l1" else 0.0
                 direction.mul_(_bits(direction).view(direction.shape) >= threshold)
+                restore_l1(direction, before)
             return directions
 
         return trim
@@ -61,25 +76,51 @@ class Breadcrumbs(AbstractPreprocess):
     Where `density + gamma` is more than 1, fewer of the largest are zeroed.
     """
 
-    density: float = 0.9
-    """Share of entries that is kept, in (0, 1]."""
-    gamma: float = 0.01
+    density: Setting = 0.9
+    """Share of entries that is kept, in [0, 1]; one number, one a source, or by tensor."""
+    gamma: Setting = 0.01
     """Share of entries, the largest, that is zeroed, in [0, 1)."""
+    rescale: Literal["none", "l1"] = "none"
+    """Whether what is left is scaled to the L1 norm of before (mergekit's `rescale`)."""
 
     def __post_init__(self) -> None:
         """Check the shares."""
         require_density("Breadcrumbs", self.density)
-        if not 0 <= self.gamma < 1:
-            raise ConfigError(f"Breadcrumbs: gamma must lie in [0, 1), came {self.gamma}.")
+        require_setting("Breadcrumbs.gamma", self.gamma, "a share in [0, 1)", lambda x: 0 <= x < 1)
 
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
         """See `AbstractPreprocess`."""
-        for direction in directions:
+        densities = settle("Breadcrumbs.density", self.density, site.name, site.sources)
+        gammas = settle("Breadcrumbs.gamma", self.gamma, site.name, site.sources)
+        for direction, density, gamma in zip(directions, densities, gammas, strict=True):
             size = direction.numel()
-            kept = max(1, int(self.density * size))
-            first = max(0, size - kept - int(self.gamma * size))
-            direction.mul_(by_rank(direction, first, first + kept))
+            kept = int(density * size)
+            first = max(0, size - kept - int(gamma * size))
+            keep_ranks(direction, first, first + kept, self.rescale)
         return directions
+
+
+def keep_ranks(
+    direction: Tensor, first: int, last: int, rescale: Literal["none", "l1"] = "none"
+) -> None:
+    """Zero all entries but those whose rank by magnitude, smallest first, is in [first, last)."""
+    before = l1(direction) if rescale == "l1" else 0.0
+    direction.mul_(by_rank(direction, first, last))
+    restore_l1(direction, before)
+
+
+def l1(direction: Tensor) -> float:
+    """The sum of magnitudes."""
+    return float(direction.abs().sum(dtype=torch.float64))
+
+
+def restore_l1(direction: Tensor, before: float) -> None:
+    """Scale a direction to a sum of magnitudes, unless either is (nearly) nothing."""
+    if before < _NOTHING:
+        return
+    after = l1(direction)
+    if after >= _NOTHING:
+        direction.mul_(before / after)
 
 
 def by_rank(values: Tensor, first: int, last: int) -> Tensor:
@@ -90,6 +131,8 @@ def by_rank(values: Tensor, first: int, last: int) -> Tensor:
     """
     bits = _bits(values)
     mask = torch.ones_like(bits, dtype=torch.bool)
+    if first >= last:
+        return mask.zero_().view(values.shape)
     for rank, above in ((first, True), (last, False)):
         if rank in (0, len(bits)):
             continue
@@ -101,10 +144,9 @@ def by_rank(values: Tensor, first: int, last: int) -> Tensor:
     return mask.view(values.shape)
 
 
-def require_density(who: str, density: float) -> None:
-    """Refuse a share outside (0, 1]."""
-    if not 0 < density <= 1:
-        raise ConfigError(f"{who}: density must lie in (0, 1], came {density}.")
+def require_density(who: str, density: Setting) -> None:
+    """Refuse a share outside [0, 1]."""
+    require_setting(f"{who}.density", density, "a share in [0, 1]", lambda x: 0 <= x <= 1)
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -112,10 +154,14 @@ def _bits(values: Tensor) -> Tensor:
     return values.reshape(-1).view(torch.int32) & 0x7FFFFFFF
 
 
-def _model_thresholds(passes: Passes, density: float) -> list[int]:
+def _model_thresholds(passes: Passes, density: Setting) -> list[int]:
     """The kept entries' least magnitude (as bits) of each source, in two passes of histograms."""
     high = _histograms(passes, None)
-    wanted = [max(1, int(density * int(counts.sum()))) for counts in high]
+    densities = settle("Trim.density", density, "", [str(k) for k in range(len(high))])
+    wanted = [
+        max(1, int(density * int(counts.sum())))
+        for counts, density in zip(high, densities, strict=True)
+    ]
     bins, left = zip(*(_reach(c, w) for c, w in zip(high, wanted, strict=True)), strict=True)
     low = _histograms(passes, bins)
     return [
