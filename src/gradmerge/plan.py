@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,8 +226,12 @@ class Plan:
     def terms(self, name: str) -> Terms:
         """The frozen tensors that `name` is merged from."""
         if self.recipe.preprocess:
-            directions = list(self._processed.read(name))
-            return Terms(directions, self._origin(name), directions=True)
+            sources = [self.read(source, name) for source in self.sources]
+            anchor = self._origin(name)
+            chosen = self._processed.select(name, sources, anchor)
+            if chosen is not None:
+                return Terms(sources, anchor, masks=chosen.masks, factors=chosen.factors)
+            return Terms(list(self._processed.read(name)), anchor, directions=True)
         origin = self.recipe.resolved_origin
         return Terms(
             [self.read(source, name) for source in self.sources],
@@ -306,7 +311,9 @@ class Plan:
     def fingerprints(self) -> dict[str, str]:
         """Content hash of every source, by name; reads all weights once."""
         everything = {**({"base": self.base} if self.base is not None else {}), **self.sources}
-        return {name: checkpoint.fingerprint() for name, checkpoint in everything.items()}
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing lets go of the lock
+            found = pool.map(Checkpoint.fingerprint, everything.values())
+            return dict(zip(everything, found, strict=True))
 
     def require_fingerprints(self, expected: Mapping[str, str]) -> None:
         """Refuse coefficients that were trained on other weights.

@@ -23,11 +23,29 @@ class Terms:
     """Whether the origin is the mean of the sources."""
     directions: bool = False
     """Whether `sources` hold directions: the origin has been taken off already."""
+    masks: list[Tensor | None] | None = None
+    """A byte an entry of each source, flat: its direction is zero where its mask is."""
+    factors: list[float] | None = None
+    """What each direction is multiplied by; given with `masks`."""
 
     @property
     def shape(self) -> torch.Size:
         """Shape of the merged tensor."""
         return self.sources[0].shape
+
+    def dense(self) -> Terms:
+        """The same with directions written out, in float32 or wider, and without masks."""
+        if self.masks is None or self.factors is None:
+            return self
+        directions = []
+        for source, mask, factor in zip(self.sources, self.masks, self.factors, strict=True):
+            direction = source.to(self.accumulate_dtype, copy=True)
+            if self.origin is not None and not self.directions:
+                direction.sub_(self.origin.to(direction))
+            if mask is not None:
+                direction.mul_(mask.view(self.shape).to(direction.device))
+            directions.append(direction.mul_(factor))
+        return Terms(directions, self.origin, directions=True)
 
     @property
     def accumulate_dtype(self) -> torch.dtype:

@@ -19,21 +19,24 @@ CPU compiled kernels do it (`native`); elsewhere, and without a compiler, torch'
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradmerge.operators import chunks
-from gradmerge.operators.base import AbstractOperator, Spread, Terms, View
-from gradmerge.operators.native import (
+from gradmerge.native import (
     FROM_BASE,
     FROM_DIRECTIONS,
     FROM_MEAN,
     FROM_ZERO,
     GIVEN,
+    Direction,
     Kernels,
     native_kernels,
+    selection,
 )
+from gradmerge.operators import chunks
+from gradmerge.operators.base import AbstractOperator, Spread, Terms, View
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ class Linear(AbstractOperator):
             return out
         coefficient = coefficient.detach().view(len(terms.sources), -1)
         kernels = _kernels(terms, out)
+        if kernels is not None and (terms.directions or terms.masks is not None):
+            return merge_directions(kernels, terms, coefficient, spread, out)
+        terms = terms.dense()
         if kernels is None:
             return chunks.combine(terms, coefficient, spread, out)
         rule, weights = GIVEN, coefficient
@@ -56,7 +62,7 @@ class Linear(AbstractOperator):
                 rule = FROM_DIRECTIONS if terms.directions else FROM_BASE
         else:
             weights = chunks.stored_weights(terms, coefficient.double())
-        width, inner = _width_and_inner(terms, spread, weights)
+        width, inner = width_and_inner(terms, spread, weights)
         flat = [term.reshape(-1) for term in _stored(terms)]
         kernels.merge(out.view(-1), flat, weights, rule, width, inner, spread.parts)
         return out
@@ -65,11 +71,12 @@ class Linear(AbstractOperator):
         """See `AbstractOperator.contract`."""
         if not grad.numel():
             return torch.zeros_like(coefficient)
+        terms = terms.dense()
         kernels = _kernels(terms, grad)
         if kernels is None:
             return chunks.contract(terms, grad, coefficient, spread)
         rows = coefficient.view(len(terms.sources), -1)
-        width, inner = _width_and_inner(terms, spread, rows)
+        width, inner = width_and_inner(terms, spread, rows)
         total = kernels.contract(
             grad.reshape(-1),
             [source.reshape(-1) for source in terms.sources],
@@ -81,6 +88,37 @@ class Linear(AbstractOperator):
             products=spread.kind == "element",
         )
         return total.view(coefficient.shape).to(coefficient.dtype)
+
+
+def merge_directions(
+    kernels: Kernels,
+    terms: Terms,
+    coefficient: Tensor,
+    spread: Spread,
+    out: Tensor,
+    **election: Any,
+) -> Tensor:
+    """Merge directions that are formed on the way; `election` makes it a disjoint mean."""
+    width, inner = width_and_inner(terms, spread, coefficient)
+    origin = None if terms.origin is None else terms.origin.reshape(-1)
+    anchor = None if terms.directions else origin
+    masks = terms.masks or [None] * len(terms.sources)
+    selection.merge_directions(
+        kernels,
+        out.view(-1),
+        origin,
+        [
+            Direction(source.reshape(-1), anchor, mask)
+            for source, mask in zip(terms.sources, masks, strict=True)
+        ],
+        terms.factors or [1.0] * len(terms.sources),
+        coefficient,
+        width,
+        inner,
+        spread.parts,
+        **election,
+    )
+    return out
 
 
 def _stored(terms: Terms) -> list[Tensor]:
@@ -95,7 +133,7 @@ def _kernels(terms: Terms, tensor: Tensor) -> Kernels | None:
     return kernels if kernels is not None and kernels.take([*_stored(terms), tensor]) else None
 
 
-def _width_and_inner(terms: Terms, spread: Spread, weights: Tensor) -> tuple[int, int]:
+def width_and_inner(terms: Terms, spread: Spread, weights: Tensor) -> tuple[int, int]:
     """Weights along the tensor, and neighbours that share one (see `kernels.c`)."""
     width = weights.shape[1]
     if width == 1:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from gradmerge.preprocess.base import AbstractPreprocess, Site
-from gradmerge.preprocess.trim import l1, require_density, restore_l1
+from gradmerge.preprocess.base import Site
+from gradmerge.preprocess.selection import AbstractSelection, Selection
+from gradmerge.preprocess.trim import require_density
 from gradmerge.settings import Setting, settle
 
 
 @dataclass(frozen=True)
-class RandomDrop(AbstractPreprocess):
+class RandomDrop(AbstractSelection):
     """Keep each entry with probability `density`, zero the rest and rescale (DARE, arXiv
     2311.03099).
 
@@ -35,16 +33,15 @@ class RandomDrop(AbstractPreprocess):
         """Check the density."""
         require_density("RandomDrop", self.density)
 
-    def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """See `AbstractPreprocess`."""
+    def select(self, directions: Selection, site: Site) -> None:
+        """See `AbstractSelection`."""
         densities = settle("RandomDrop.density", self.density, site.name, site.sources)
-        for source, direction, density in zip(site.sources, directions, densities, strict=True):
-            if density == 1:
-                continue
-            before = l1(direction) if self.rescale == "l1" else 0.0
-            draws = torch.rand(direction.shape, generator=site.generator(self.seed, source))
-            direction.mul_(draws < density)
-            if self.rescale == "density" and density:
-                direction.div_(density)
-            restore_l1(direction, before)
-        return directions
+        dropped = [k for k, density in enumerate(densities) if density < 1]
+        before = {k: directions.sum_magnitudes(k) for k in dropped if self.rescale == "l1"}
+        directions.keep_at_random(
+            densities, [site.generator(self.seed, source) for source in site.sources]
+        )
+        for k in dropped:
+            if self.rescale == "density" and densities[k]:
+                directions.factors[k] /= densities[k]
+            directions.restore(k, before.get(k, 0.0))
