@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from gradmerge._typing import Origin
+from gradmerge.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Terms:
     """Whether the origin is the mean of the sources."""
     directions: bool = False
     """Whether `sources` hold directions: the origin has been taken off already."""
+    facts: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """What an operator has found out about these tensors and wants to keep from call to call; the
+    tensors never change, so a plan hands the same dictionary on every time."""
 
     @property
     def shape(self) -> torch.Size:
@@ -90,3 +94,16 @@ class AbstractOperator(ABC):
     @abstractmethod
     def contract(self, terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
         """`dL/dc`, `[sources, *slot]`, from `grad = dL/dtheta`."""
+
+
+def require_base(who: str, origin: Origin) -> None:
+    """Refuse an operator that measures from a base where there is none.
+
+    Raises:
+        ConfigError: the origin is another.
+    """
+    if origin != "base":
+        raise ConfigError(
+            f"{who}: expected directions from a base, came origin {origin}; set `base` (and leave "
+            "`origin` out), or choose another operator."
+        )
