@@ -51,7 +51,8 @@ def blocks(terms: Terms, view: View, dtype: torch.dtype, device: torch.device) -
             directions.sub_(shift)
             origin.add_(shift)
         width = columns.stop - columns.start
-        yield Block(entries, columns, directions.view(num, -1, width, view.inner), origin)
+        shape = (num, 1, 1, -1) if view.width == 1 else (num, -1, width, view.inner)
+        yield Block(entries, columns, directions.view(shape), origin)
 
 
 def select(coefficient: Tensor, columns: slice, spread: Spread) -> Tensor:

@@ -107,7 +107,7 @@ class MultiSlerp(AbstractSpan):
         norms = norms_of(gram)
         share = _shares("MultiSlerp", coefficient) if self.normalize else coefficient
         share = share.expand(torch.broadcast_shapes(share.shape, norms.shape))
-        units = share / (norms + _NO_NORM)
+        units = torch.where(norms > _NO_NORM, share / torch.where(norms > _NO_NORM, norms, 1), 0)
         square = _product(gram, units, units)
         nothing = square < _NO_MEAN
         if len(share) > 2 and bool((nothing & (norms > _NO_NORM).any(dim=0)).any()):
@@ -129,8 +129,9 @@ class Karcher(AbstractSpan):
         m_i+1 = exp_m(sum_k a_k log_m(u_k)),  until the step is below `tol` or `max_iter` are done
 
     mergekit's is that of all models, the base among them, with equal coefficients: origin zero and
-    init `Uniform`. Directions no longer than `tol` take part in the length alone. Gradients run
-    through the iterations.
+    init `Uniform`. Directions no longer than `tol` take part in the length alone, and one opposite to
+    the mean, from which no way is the shortest, not in that step. Gradients run through the
+    iterations.
     """
 
     max_iter: int = 10
@@ -162,7 +163,7 @@ class Karcher(AbstractSpan):
         going = torch.ones_like(mean[0], dtype=torch.bool)
         for _ in range(self.max_iter):
             dots = _applied(cosine, mean).clamp(-1, 1)
-            away = valid & (dots < math.cos(self.tol))
+            away = valid & (dots.abs() < math.cos(self.tol))
             angle = torch.where(away, dots, 0).acos()
             pull = torch.where(away, share * angle / angle.sin(), 0)
             tangent = pull - (pull * dots).sum(dim=0) * mean
