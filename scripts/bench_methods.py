@@ -56,7 +56,9 @@ class Result:
 def suite_file(suite: str, seed: int, cache: Path, folder: Path) -> Path:
     """The shipped configuration, for another seed."""
     text = (ROOT / "configs" / "suites" / f"{suite}.yaml").read_text()
-    text = text.replace(".cache/suites", str(cache)).replace(f"{suite}-seed0", f"{suite}-seed{seed}")
+    text = text.replace(".cache/suites", str(cache)).replace(
+        f"{suite}-seed0", f"{suite}-seed{seed}"
+    )
     path = folder / f"{suite}-seed{seed}.yaml"
     path.write_text(text)
     return path

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gradmerge._typing import Raw
 from gradmerge.coefficients import InitContext, Layout, MergeTensor, initial_raw
 from gradmerge.errors import ConfigError, FingerprintError, Problem, shorten
-from gradmerge.operators import Spread, Terms
+from gradmerge.operators import Linear, Spread, Terms
 from gradmerge.preprocess import ProcessedDirections, Site
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.compatibility import is_private
@@ -72,6 +72,7 @@ class Plan:
         self.run: dict[str, Any] = {}
         """How the coefficients were learned, as plain data; empty before a fit."""
         self._on_device: dict[tuple[str, str], Tensor] = {}
+        self._facts: dict[str, dict[str, Tensor]] = {}
         self._processed = ProcessedDirections(recipe.preprocess, self._directions)
 
     def _names(self) -> list[str]:
@@ -190,6 +191,7 @@ class Plan:
         for owner in owners:
             for name in self.tensors:
                 self._on_device[owner, name] = self.read(owner, name).to(device)
+        self._facts.clear()
 
     def _directions(self) -> Iterator[tuple[Site, Callable[[], Tensor]]]:
         """`B_k = theta_k - A` of every merged tensor, `[sources, *shape]` in float32, when asked
@@ -217,26 +219,40 @@ class Plan:
             total.add_(self.read(source, name).to(total))
         return total.div_(len(self.sources))
 
-    def keep_processed(self) -> None:
-        """Run the preprocess, if there is any, now and for all tensors, and keep the directions in
-        mapped files.
+    def prepare_learning(self) -> None:
+        """Refuse what no gradient goes through; then run the preprocess, if there is any, for all
+        tensors, and keep the directions in mapped files.
+
+        Raises:
+            ConfigError: the operator is not differentiable in its coefficients.
         """
+        operator = self.recipe.operator
+        if not operator.differentiable:
+            raise ConfigError(
+                f"operator {type(operator).__name__} is not differentiable in its coefficients, so "
+                "they cannot be learned through it. Merge with stated ones (`gradmerge merge`, "
+                "Plan.materialise), or choose another operator."
+            )
         self._processed.keep()
 
     def terms(self, name: str) -> Terms:
         """The frozen tensors that `name` is merged from."""
+        facts = self._facts.setdefault(name, {})
         if self.recipe.preprocess:
             sources = [self.read(source, name) for source in self.sources]
             anchor = self._origin(name)
             chosen = self._processed.select(name, sources, anchor)
             if chosen is not None:
-                return Terms(sources, anchor, masks=chosen.masks, factors=chosen.factors)
-            return Terms(list(self._processed.read(name)), anchor, directions=True)
+                masks, factors = chosen.masks, chosen.factors
+                return Terms(sources, anchor, masks=masks, factors=factors, facts=facts)
+            directions = list(self._processed.read(name))
+            return Terms(directions, anchor, directions=True, facts=facts)
         origin = self.recipe.resolved_origin
         return Terms(
             [self.read(source, name) for source in self.sources],
             self.read("base", name) if origin == "base" else None,
             origin == "mean",
+            facts=facts,
         )
 
     def spread(self, name: str, device: torch.device) -> Spread:
@@ -261,7 +277,13 @@ class Plan:
         return self.recipe.coefficients.link(self.raw(name, raw))
 
     def combine(self, name: str, raw: Tensor | None, out: Tensor) -> Tensor:
-        """Write `theta_p(z)` into `out`; `raw` is the tensor's own z, None for a fixed tensor."""
+        """Write `theta_p(z)` into `out`; `raw` is the tensor's own z, None for a fixed tensor.
+
+        A fixed coefficient of 0 keeps the origin, whatever the operator makes of zeros.
+        """
+        operator = self.recipe.operator
+        if raw is None and self.fixed[name] == 0:
+            operator = Linear()
         with torch.no_grad():
             if raw is None:
                 coefficient = torch.full(
@@ -270,7 +292,7 @@ class Plan:
             else:
                 coefficient = self.recipe.coefficients.link(raw.detach())
             spread = self.spread(name, out.device)
-            return self.recipe.operator.combine(self.terms(name), coefficient, spread, out)
+            return operator.combine(self.terms(name), coefficient, spread, out)
 
     def contract(self, name: str, grad: Tensor, raw: Tensor) -> Tensor:
         """`dL/dz` of a tensor from `dL/dtheta`: the operator's contraction, then the link's vjp."""

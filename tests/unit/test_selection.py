@@ -8,7 +8,7 @@ import torch
 from gradmerge import Recipe
 from gradmerge.coefficients import Constant
 from gradmerge.native import native_kernels
-from gradmerge.operators import Linear, Spread, Terms
+from gradmerge.operators import DisjointMean, Linear, Spread, Terms
 from gradmerge.preprocess import Breadcrumbs, RandomDrop, Site, Trim
 from gradmerge.preprocess.selection import Selection
 
@@ -133,3 +133,29 @@ def test_a_static_merge_of_selections_stores_no_directions(monkeypatch):
     deltas = [source - base for source in sources]
     kept = [d * (d.abs() >= d.abs().flatten().sort().values[600]) for d in deltas]
     torch.testing.assert_close(came, base + kept[0] + kept[1])
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("elect", ["sum", "count"])
+@pytest.mark.parametrize("kind", ["scalar", "axis", "partition", "element"])
+@pytest.mark.parametrize("based", [True, False])
+def test_the_kernel_of_the_disjoint_mean(monkeypatch, normalize, elect, kind, based):
+    """Kernels and torch's operations give the same float32 numbers, up to rounding."""
+    shape, site = (23, 45), Site("x", ("a", "b", "c"))
+    sources = [drawn(shape, torch.bfloat16, seed) for seed in (1, 2, 3)]
+    origin = drawn(shape, torch.bfloat16, 4) if based else None
+    directions = selected([Trim(0.6), RandomDrop(0.7)], sources, origin, site)
+    masked = Terms(sources, origin, masks=directions.masks, factors=directions.factors)
+    parts = torch.randint(5, (23 * 45,), generator=torch.Generator().manual_seed(0))
+    spread = Spread(kind, 1, parts if kind == "partition" else None)
+    slots = {"scalar": (), "axis": (45,), "partition": (5,), "element": shape}[kind]
+    coefficient = drawn((3, *slots), torch.float32, 5).abs()
+    operator = DisjointMean(normalize, elect, scale=0.7)
+    found = {}
+    for choice in ("torch", "auto"):
+        monkeypatch.setenv("GRADMERGE_KERNELS", choice)
+        for name, terms in (("masked", masked), ("dense", masked.dense())):
+            out = torch.empty(shape)
+            found[choice, name] = operator.combine(terms, coefficient, spread, out)
+    for came in found.values():
+        torch.testing.assert_close(came, found["torch", "dense"], rtol=1e-5, atol=1e-6)

@@ -1,6 +1,23 @@
 """Operators: how directions are combined into one tensor."""
 
 from gradmerge.operators.base import AbstractOperator, Spread, Terms
+from gradmerge.operators.disjoint import DisjointMean
+from gradmerge.operators.fusion import ArceeFusion
 from gradmerge.operators.linear import Linear
+from gradmerge.operators.nearswap import NearSwap
+from gradmerge.operators.spherical import Karcher, MultiSlerp, Slerp
+from gradmerge.operators.stock import ModelStock
 
-__all__ = ["AbstractOperator", "Linear", "Spread", "Terms"]
+__all__ = [
+    "AbstractOperator",
+    "ArceeFusion",
+    "DisjointMean",
+    "Karcher",
+    "Linear",
+    "ModelStock",
+    "MultiSlerp",
+    "NearSwap",
+    "Slerp",
+    "Spread",
+    "Terms",
+]

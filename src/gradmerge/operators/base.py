@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from gradmerge._typing import Origin
+from gradmerge.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Terms:
     """A byte an entry of each source, flat: its direction is zero where its mask is."""
     factors: list[float] | None = None
     """What each direction is multiplied by; given with `masks`."""
+    facts: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """What an operator has found out about these tensors and wants to keep from call to call; the
+    tensors never change, so a plan hands the same dictionary on every time."""
 
     @property
     def shape(self) -> torch.Size:
@@ -45,7 +49,7 @@ class Terms:
             if mask is not None:
                 direction.mul_(mask.view(self.shape).to(direction.device))
             directions.append(direction.mul_(factor))
-        return Terms(directions, self.origin, directions=True)
+        return Terms(directions, self.origin, directions=True, facts=self.facts)
 
     @property
     def accumulate_dtype(self) -> torch.dtype:
@@ -108,3 +112,16 @@ class AbstractOperator(ABC):
     @abstractmethod
     def contract(self, terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
         """`dL/dc`, `[sources, *slot]`, from `grad = dL/dtheta`."""
+
+
+def require_base(who: str, origin: Origin) -> None:
+    """Refuse an operator that measures from a base where there is none.
+
+    Raises:
+        ConfigError: the origin is another.
+    """
+    if origin != "base":
+        raise ConfigError(
+            f"{who}: expected directions from a base, came origin {origin}; set `base` (and leave "
+            "`origin` out), or choose another operator."
+        )

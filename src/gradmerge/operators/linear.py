@@ -48,7 +48,7 @@ class Linear(AbstractOperator):
         if not out.numel():
             return out
         coefficient = coefficient.detach().view(len(terms.sources), -1)
-        kernels = _kernels(terms, out)
+        kernels = kernels_for(terms, out)
         if kernels is not None and (terms.directions or terms.masks is not None):
             return merge_directions(kernels, terms, coefficient, spread, out)
         terms = terms.dense()
@@ -72,7 +72,7 @@ class Linear(AbstractOperator):
         if not grad.numel():
             return torch.zeros_like(coefficient)
         terms = terms.dense()
-        kernels = _kernels(terms, grad)
+        kernels = kernels_for(terms, grad)
         if kernels is None:
             return chunks.contract(terms, grad, coefficient, spread)
         rows = coefficient.view(len(terms.sources), -1)
@@ -125,7 +125,7 @@ def _stored(terms: Terms) -> list[Tensor]:
     return terms.sources if terms.origin is None else [terms.origin, *terms.sources]
 
 
-def _kernels(terms: Terms, tensor: Tensor) -> Kernels | None:
+def kernels_for(terms: Terms, tensor: Tensor) -> Kernels | None:
     """The compiled kernels, where they take these tensors."""
     if tensor.device.type != "cpu":
         return None
