@@ -129,8 +129,8 @@ class Karcher(AbstractSpan):
         m_i+1 = exp_m(sum_k a_k log_m(u_k)),  until the step is below `tol` or `max_iter` are done
 
     mergekit's is that of all models, the base among them, with equal coefficients: origin zero and
-    init `Uniform`. Directions no longer than `tol` take part in the length alone, and one opposite to
-    the mean, from which no way is the shortest, not in that step. Gradients run through the
+    init `Uniform`. Directions no longer than `tol` take part in the length alone, and one opposite
+    to the mean, from which no way is the shortest, not in that step. Gradients run through the
     iterations.
     """
 
