@@ -34,8 +34,8 @@ _MOST_ENTRIES = 1 << 20
 class AbstractSpan(AbstractOperator):
     """`theta = A + sum_k w_k B_k` with `w = weights(G, c)`.
 
-    The Gram matrix is summed in float64 over differences in float32 (float64 where a tensor is), a
-    block at a time, and kept with the terms: frozen tensors never change. Coefficients may have any
+    The Gram matrix is worked out in float64, a block at a time, and kept with the terms: frozen
+    tensors never change. Coefficients may have any
     spread: weights are worked out for each coefficient's slot, and where Gram matrices and slots
     run along different axes for each entry, a block at a time.
     """
@@ -161,8 +161,9 @@ def norms_of(gram: Tensor) -> Tensor:
 def _gram(terms: Terms, view: View, device: torch.device) -> Tensor:
     num = len(terms.sources)
     total = torch.zeros(view.width, num, num, dtype=torch.float64, device=device)
-    for block in blocks(terms, view, terms.accumulate_dtype, device):
-        vectors = block.directions.permute(2, 0, 1, 3).double().flatten(2)
+    # differences in float64, too: where directions nearly cancel, weights are large
+    for block in blocks(terms, view, torch.float64, device):
+        vectors = block.directions.permute(2, 0, 1, 3).flatten(2)
         total[block.columns] += vectors @ vectors.mT
     return total
 
