@@ -9,7 +9,7 @@ from gradmerge import Recipe
 from gradmerge.coefficients import Constant
 from gradmerge.native import native_kernels
 from gradmerge.operators import DisjointMean, Linear, Spread, Terms
-from gradmerge.preprocess import Breadcrumbs, RandomDrop, Site, Trim
+from gradmerge.preprocess import Breadcrumbs, RandomDrop, Site, Trim, selection
 from gradmerge.preprocess.selection import Selection
 
 STEPS = {
@@ -48,6 +48,7 @@ def selected(steps, sources, origin, site):
 @pytest.mark.parametrize("based", [True, False])
 @pytest.mark.parametrize("coarse", [True, False], ids=["equals", "distinct"])
 def test_kernels_select_what_torch_does(monkeypatch, steps, dtype, based, coarse):
+    monkeypatch.setattr(selection, "_FEW", 0)
     shape, site = (37, 91), Site("x", ("a", "b"))
     sources = [drawn(shape, dtype, seed, coarse) for seed in (1, 2)]
     origin = drawn(shape, dtype, 3, coarse) if based else None

@@ -19,6 +19,8 @@ from gradmerge.preprocess.base import AbstractPreprocess, Site
 
 # Draws at a time: they stay in a core's second-level cache.
 _CHUNK = 1 << 16
+# For fewer entries tables of counts take longer than a selection.
+_FEW = 1 << 15
 # Sums of magnitudes below this are not scaled up to (mergekit's bound).
 _NOTHING = 1e-7
 
@@ -91,7 +93,7 @@ class Selection:
         """Zero all but the entries whose rank by magnitude, smallest first, is in [first, last)."""
         if first <= 0 and last >= self.size:
             return
-        if self._kernels is not None:
+        if self._kernels is not None and self.size > _FEW:
             lazy, mask = self._lazy(k), self.masks[k]
             self.masks[k] = mask = self._empty_mask(k) if mask is None else mask
             selection.keep_ranks(self._kernels, lazy, first, last, mask)
