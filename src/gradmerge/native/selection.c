@@ -131,6 +131,40 @@ EXPORT double gradmerge_sum_magnitudes(const direction_t *d, int64_t begin,
     return total;
 }
 
+#define DOUBLES 16 /* independent float64 sums of an inner product */
+
+/* gram[i, j] += sum over the entries of B_i B_j, in float64, [count, count]. Returns 1 where memory
+ * is short. */
+EXPORT int gradmerge_gram(double *gram, const direction_t *directions, int count, int64_t begin,
+                          int64_t end) {
+    float *formed = malloc((size_t)count * BLOCK * sizeof(float));
+    if (formed == NULL) return 1;
+    for (int64_t at = begin; at < end; at += BLOCK) {
+        int64_t n = least(BLOCK, end - at), after = least(BLOCK, end - at - n);
+        for (int k = 0; k < count; k++) {
+            const direction_t *d = directions + k;
+            prefetch(d->term, d->type, at + n, after);
+            if (k == 0 && d->anchor != NULL) prefetch(d->anchor, d->anchor_type, at + n, after);
+            form(d, at, n, formed + (int64_t)k * BLOCK);
+        }
+        for (int i = 0; i < count; i++)
+            for (int j = i; j < count; j++) {
+                const float *a = formed + (int64_t)i * BLOCK, *b = formed + (int64_t)j * BLOCK;
+                double sums[DOUBLES] = {0}, total = 0;
+                int64_t e = 0;
+                for (; e + DOUBLES <= n; e += DOUBLES)
+                    for (int l = 0; l < DOUBLES; l++)
+                        sums[l] += (double)a[e + l] * (double)b[e + l];
+                for (int l = 0; l < DOUBLES; l++) total += sums[l];
+                for (; e < n; e++) total += (double)a[e] * (double)b[e];
+                gram[(int64_t)i * count + j] += total;
+                if (i != j) gram[(int64_t)j * count + i] += total;
+            }
+    }
+    free(formed);
+    return 0;
+}
+
 /* kept = draw < density for `n` draws, and what it was before unless it is fresh. */
 EXPORT void gradmerge_keep_below(uint8_t *kept, const float *draws, float density, int fresh,
                                  int64_t n) {

@@ -211,6 +211,26 @@ def merge_directions(
         raise MemoryError(f"no memory for a block of {len(directions)} directions")
 
 
+def gram(kernels: Kernels, directions: list[Direction]) -> Tensor:
+    """`<B_i, B_j>`, `[directions, directions]`, of float32 differences, summed in float64."""
+    num = len(directions)
+    plain = (_Direction * num)(*(direction.plain() for direction in directions))
+    size = directions[0].term.numel()
+    shares = ranges(size)
+    total = torch.zeros(len(shares), num, num, dtype=torch.float64)
+    failed: list[int] = []
+
+    def run(begin: int, end: int) -> None:
+        own = total[shares.index((begin, end))]
+        if kernels.library.gradmerge_gram(address(own), plain, num, *_bounds(begin, end)):
+            failed.append(begin)
+
+    run_shared(run, size)
+    if failed:
+        raise MemoryError(f"no memory for a block of {num} directions")
+    return total.sum(dim=0)
+
+
 @dataclass(frozen=True)
 class _Bound:
     bits: int

@@ -100,17 +100,11 @@ def merge_directions(
 ) -> Tensor:
     """Merge directions that are formed on the way; `election` makes it a disjoint mean."""
     width, inner = width_and_inner(terms, spread, coefficient)
-    origin = None if terms.origin is None else terms.origin.reshape(-1)
-    anchor = None if terms.directions else origin
-    masks = terms.masks or [None] * len(terms.sources)
     selection.merge_directions(
         kernels,
         out.view(-1),
-        origin,
-        [
-            Direction(source.reshape(-1), anchor, mask)
-            for source, mask in zip(terms.sources, masks, strict=True)
-        ],
+        None if terms.origin is None else terms.origin.reshape(-1),
+        directions_of(terms),
         terms.factors or [1.0] * len(terms.sources),
         coefficient,
         width,
@@ -121,16 +115,27 @@ def merge_directions(
     return out
 
 
+def directions_of(terms: Terms) -> list[Direction]:
+    """The directions as kernels form them, without their factors."""
+    anchor = None if terms.origin is None or terms.directions else terms.origin.reshape(-1)
+    masks = terms.masks or [None] * len(terms.sources)
+    return [
+        Direction(source.reshape(-1), anchor, mask)
+        for source, mask in zip(terms.sources, masks, strict=True)
+    ]
+
+
 def _stored(terms: Terms) -> list[Tensor]:
     return terms.sources if terms.origin is None else [terms.origin, *terms.sources]
 
 
-def kernels_for(terms: Terms, tensor: Tensor) -> Kernels | None:
+def kernels_for(terms: Terms, tensor: Tensor | None) -> Kernels | None:
     """The compiled kernels, where they take these tensors."""
-    if tensor.device.type != "cpu":
+    tensors = _stored(terms) if tensor is None else [*_stored(terms), tensor]
+    if any(each.device.type != "cpu" for each in tensors):
         return None
     kernels = native_kernels()
-    return kernels if kernels is not None and kernels.take([*_stored(terms), tensor]) else None
+    return kernels if kernels is not None and kernels.take(tensors) else None
 
 
 def width_and_inner(terms: Terms, spread: Spread, weights: Tensor) -> tuple[int, int]:

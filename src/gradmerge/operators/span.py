@@ -21,10 +21,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gradmerge.native import selection
 from gradmerge.operators.base import AbstractOperator, Spread, Terms, View
 from gradmerge.operators.blocks import blocks
 from gradmerge.operators.chunks import chunk_size
-from gradmerge.operators.linear import Linear
+from gradmerge.operators.linear import Linear, directions_of, kernels_for
 
 Per = Literal["tensor", "row", "column"]
 # A weight's own Gram matrix and weights, in float64, are larger than it by far.
@@ -160,6 +161,9 @@ def norms_of(gram: Tensor) -> Tensor:
 
 def _gram(terms: Terms, view: View, device: torch.device) -> Tensor:
     num = len(terms.sources)
+    kernels = None if terms.mean_origin or device.type != "cpu" else kernels_for(terms, None)
+    if kernels is not None and view.width == 1:
+        return selection.gram(kernels, directions_of(terms))[None]
     total = torch.zeros(view.width, num, num, dtype=torch.float64, device=device)
     # differences in float64, too: where directions nearly cancel, weights are large
     for block in blocks(terms, view, torch.float64, device):
