@@ -48,7 +48,7 @@ class Trim(AbstractPreprocess):
         densities = settle("Trim.density", self.density, site.name, site.sources)
         for direction, density in zip(directions, densities, strict=True):
             size = direction.numel()
-            count = max(1, int(density * size)) if density else 0
+            count = min(size, max(1, int(density * size))) if density else 0
             keep_ranks(direction, size - count, size, self.rescale)
         return directions
 
@@ -61,7 +61,7 @@ class Trim(AbstractPreprocess):
         def trim(directions: Tensor, site: Site) -> Tensor:
             for direction, threshold in zip(directions, thresholds, strict=True):
                 before = l1(direction) if self.rescale == "l1" else 0.0
-                direction.mul_(_bits(direction).view(direction.shape) >= threshold)
+                direction.mul_(magnitude_bits(direction).view(direction.shape) >= threshold)
                 restore_l1(direction, before)
             return directions
 
@@ -129,7 +129,7 @@ def by_rank(values: Tensor, first: int, last: int) -> Tensor:
     Exactly `last - first` entries; of equal ones those that stand first have the lower rank.
     Two selections, no sort.
     """
-    bits = _bits(values)
+    bits = magnitude_bits(values)
     mask = torch.ones_like(bits, dtype=torch.bool)
     if first >= last:
         return mask.zero_().view(values.shape)
@@ -149,7 +149,7 @@ def require_density(who: str, density: Setting) -> None:
     require_setting(f"{who}.density", density, "a share in [0, 1]", lambda x: 0 <= x <= 1)
 
 
-def _bits(values: Tensor) -> Tensor:
+def magnitude_bits(values: Tensor) -> Tensor:
     """Magnitudes as integers of the same order, flat: the bits of a float32 without its sign."""
     return values.reshape(-1).view(torch.int32) & 0x7FFFFFFF
 
@@ -175,7 +175,7 @@ def _histograms(passes: Passes, bins: tuple[int, ...] | None) -> list[Tensor]:
     counts: list[Tensor] = []
     for _, directions in passes():
         for k, direction in enumerate(directions):
-            bits = _bits(direction)
+            bits = magnitude_bits(direction)
             upper = bits >> 16
             counted = upper if bins is None else bits[upper == bins[k]] & 0xFFFF
             found = torch.bincount(counted, minlength=_BINS)

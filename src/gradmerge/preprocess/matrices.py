@@ -1,0 +1,52 @@
+"""What the spectral steps share: tensors as matrices, and orthogonal factors of them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Smaller singular values, beside the largest, are what float32 makes of zero.
+_RESOLUTION = 1e-6
+
+
+def matrix_shape(shape: torch.Size, least: int = 2) -> tuple[int, int] | None:
+    """`(out, rest)` of a tensor of two or more axes; None where either is below `least`."""
+    if len(shape) < 2:
+        return None
+    sides = shape[0], math.prod(shape[1:])
+    return sides if min(sides) >= least else None
+
+
+def decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`U, S, V^T` in float64, without the singular values that are zero (below a millionth).
+
+    What belongs to those is arbitrary: a decomposition may choose any directions for it, and a
+    merge must not.
+    """
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    if not len(values):
+        return left, values, right
+    rank = int((values > _RESOLUTION * values[0]).sum())
+    return left[:, :rank], values[:rank], right[:rank]
+
+
+def nearest_orthogonal(matrix: Tensor) -> Tensor:
+    """The orthogonal factor of the polar decomposition, `P Q^T` of `P S Q^T`.
+
+    Of a matrix of full rank this is the nearest one with orthonormal columns (or rows); otherwise
+    the partial isometry, which is zero on the null space and so unique.
+    """
+    left, _, right = decompose(matrix)
+    return left @ right
+
+
+def averaged(directions: Tensor) -> Tensor:
+    """`B_k / K`: the sum of these is the mean direction."""
+    return directions.div_(len(directions))
+
+
+def shared(merged: Tensor, directions: Tensor) -> Tensor:
+    """Write `merged / K` into each direction, where no part of it is one source's."""
+    return directions.copy_((merged / len(directions)).view(directions.shape[1:]))
