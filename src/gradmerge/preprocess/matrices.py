@@ -33,13 +33,20 @@ def decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def nearest_orthogonal(matrix: Tensor) -> Tensor:
-    """The orthogonal factor of the polar decomposition, `P Q^T` of `P S Q^T`.
+    """The orthogonal factor of the polar decomposition, `P Q^T` of `P S Q^T`, of a float64 matrix.
 
     Of a matrix of full rank this is the nearest one with orthonormal columns (or rows); otherwise
-    the partial isometry, which is zero on the null space and so unique.
+    the partial isometry, which is zero on the null space and so unique. By the smaller of its two
+    Gram matrices, in half the time of a singular value decomposition.
     """
-    left, _, right = decompose(matrix)
-    return left @ right
+    if matrix.shape[0] < matrix.shape[1]:
+        return nearest_orthogonal(matrix.T).T
+    if not matrix.numel():
+        return matrix
+    squares, right = torch.linalg.eigh(matrix.T @ matrix)
+    kept = squares > _RESOLUTION**2 * squares[-1]
+    right = right[:, kept]
+    return matrix @ (right / squares[kept].sqrt()) @ right.T
 
 
 def averaged(directions: Tensor) -> Tensor:
