@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gradmerge import Recipe
+from gradmerge.coefficients import Constant, Model
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess import MagnitudeDrop, Site
+from tiny import Normalised, build, relatives
 
 SITE = Site("layers.0.weight", ("a", "b", "c"))
 SHAPES = [(6, 50), (40,), (3, 8, 2, 2), (5, 1), (1, 7), (), (1,), (0, 4)]
@@ -76,6 +79,40 @@ def test_equal_to_mergekit_given_the_same_draws(shape, rescale, monkeypatch):
         norm = sparsify.RescaleNorm.l1 if rescale else None
         expected = sparsify.della_magprune(directions[k], 0.5, 0.2, norm)
         torch.testing.assert_close(came[k], expected, rtol=1e-6, atol=0)
+
+
+def test_the_recipe_of_della_linear_merges_like_mergekit_given_the_same_draws(monkeypatch):
+    methods = pytest.importorskip("mergekit.merge_methods", reason="mergekit is the oracle")
+    models = relatives(build(Normalised))
+    recipe = Recipe(
+        {"a": models[1], "b": models[2]},
+        base=models[0],
+        preprocess=[MagnitudeDrop([0.4, 0.7], 0.2, "l1", seed=2)],
+        coefficients=Model(),
+        init=Constant([0.3, 0.6]),
+    )
+    plan = recipe.open(with_skeleton=False)
+    raw = plan.initial_raw()
+    for name in plan.tensors:
+        tensors = [model.state_dict()[name] for model in models]
+        site = Site(name, ("a", "b"))
+        draws = iter(
+            [torch.rand(tensors[0].shape, generator=site.generator(2, k)) for k in site.sources]
+        )
+        monkeypatch.setattr(
+            torch, "bernoulli", lambda p, draws=draws: (next(draws).view(p.shape) < p).to(p.dtype)
+        )
+        expected = methods.get("della_linear").merge_group(
+            methods.TensorGroup.from_tensors(tensors, base_index=0),
+            weight={1: 0.3, 2: 0.6},
+            density={1: 0.4, 2: 0.7},
+            epsilon={1: 0.2, 2: 0.2},
+            normalize=False,
+            rescale=True,
+            int8_mask=False,
+            **{"lambda": 1.0},
+        )
+        torch.testing.assert_close(plan.materialise(name, raw), expected, rtol=0, atol=1e-6)
 
 
 def test_draws_belong_to_a_source_and_tensor():

@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 
 from gradmerge.errors import ConfigError
-from gradmerge.preprocess import TSVM, IsoC, IsoCTS, Site
+from gradmerge.preprocess import TSVM, IsoC, IsoCTS, Orthogonalise, Site
 
 
 def draw(*shape, seed=0):
@@ -223,3 +223,11 @@ def test_options_are_checked():
         TSVM(outliers=-1)
     with pytest.raises(ConfigError, match=r"common: expected a share in \[0, 1\], came 1.2"):
         IsoCTS(1.2)
+
+
+@pytest.mark.parametrize("make", [TSVM, IsoC, IsoCTS, Orthogonalise])
+def test_what_is_not_finite_is_named(make):
+    directions = draw(2, 6, 8)
+    directions[1, 2, 3] = torch.nan
+    with pytest.raises(ConfigError, match=r"layers\.0\.weight: expected finite.*direction of b"):
+        make()(directions, site(2))

@@ -7,16 +7,32 @@ import math
 import torch
 from torch import Tensor
 
+from gradmerge.errors import ConfigError
+from gradmerge.preprocess.base import Site
+
 # Smaller singular values, beside the largest, are what float32 makes of zero.
 _RESOLUTION = 1e-6
 
 
-def matrix_shape(shape: torch.Size, least: int = 2) -> tuple[int, int] | None:
-    """`(out, rest)` of a tensor of two or more axes; None where either is below `least`."""
-    if len(shape) < 2:
+def matrices_of(directions: Tensor, site: Site, least: int = 2) -> Tensor | None:
+    """Directions as matrices `[sources, out, rest]`, a view; None where a tensor has fewer than two
+    axes, or a side below `least`.
+
+    Raises:
+        ConfigError: a direction is not finite, and so cannot be decomposed.
+    """
+    if directions.dim() < 3:
         return None
-    sides = shape[0], math.prod(shape[1:])
-    return sides if min(sides) >= least else None
+    sides = directions.shape[1], math.prod(directions.shape[2:])
+    if min(sides) < least:
+        return None
+    for source, direction in zip(site.sources, directions, strict=True):
+        if not direction.isfinite().all():
+            raise ConfigError(
+                f"{site.name}: expected finite numbers, came NaN or infinity in the direction of "
+                f"{source}. Is that checkpoint whole?"
+            )
+    return directions.view(len(directions), *sides)
 
 
 def decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

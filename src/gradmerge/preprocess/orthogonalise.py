@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
-from gradmerge.preprocess.matrices import decompose, matrix_shape
+from gradmerge.preprocess.matrices import decompose, matrices_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Orthogonalise(AbstractPreprocess):
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
         """See `AbstractPreprocess`; norms are the tensor's own."""
         norms = _squares(directions).sqrt()
-        merged = _project(directions, self.alpha)
+        merged = _project(directions, site, self.alpha)
         return _scale(directions, norms, float(_squares(merged[None])))
 
     def survey(self, passes: Passes) -> Step:
@@ -54,25 +54,25 @@ class Orthogonalise(AbstractPreprocess):
             return self
         squares: Tensor | float = 0.0
         merged = 0.0
-        for _, directions in passes():
+        for site, directions in passes():
             squares = squares + _squares(directions)
-            merged += float(_squares(_project(directions, self.alpha)[None]))
+            merged += float(_squares(_project(directions, site, self.alpha)[None]))
 
         def orthogonalise(directions: Tensor, site: Site) -> Tensor:
-            _project(directions, self.alpha)
+            _project(directions, site, self.alpha)
             return _scale(directions, torch.as_tensor(squares).sqrt(), merged)
 
         return orthogonalise
 
 
-def _project(directions: Tensor, alpha: float) -> Tensor:
+def _project(directions: Tensor, site: Site, alpha: float) -> Tensor:
     """Write `P_k` over `B_k`; returns their sum."""
-    merged = directions[0].clone()
-    sides = matrix_shape(directions.shape[1:])
-    for direction in directions[1:]:
-        if sides is not None:
-            left, values, right = decompose(merged.view(sides))
-            matrix = direction.view(sides)
+    matrices = matrices_of(directions, site)
+    parts = directions if matrices is None else matrices
+    merged = parts[0].clone()
+    for matrix in parts[1:]:
+        if matrices is not None:
+            left, values, right = decompose(merged)
             used = left.T @ matrix.double() @ right.T
             reached = values.cumsum(0) > alpha * values.sum()
             rank = int((~reached).sum())
@@ -81,7 +81,7 @@ def _project(directions: Tensor, alpha: float) -> Tensor:
             used[:, rank:] = 0
             used.diagonal().copy_(diagonal)
             matrix.sub_((left @ used @ right).to(matrix.dtype))
-        merged.add_(direction)
+        merged.add_(matrix)
     return merged
 
 

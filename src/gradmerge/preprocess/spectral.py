@@ -19,7 +19,7 @@ from gradmerge.preprocess.base import AbstractPreprocess, Site
 from gradmerge.preprocess.matrices import (
     averaged,
     decompose,
-    matrix_shape,
+    matrices_of,
     nearest_orthogonal,
     shared,
 )
@@ -62,13 +62,12 @@ class TSVM(AbstractPreprocess):
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
         """See `AbstractPreprocess`."""
         num = len(directions)
-        sides = matrix_shape(directions.shape[1:], max(2, num))
-        if sides is None:
+        matrices = matrices_of(directions, site, max(2, num))
+        if matrices is None:
             return averaged(directions)
-        matrices = directions.view(num, *sides)
         if self.outliers is not None:
             matrices.mul_(_outlier_weights(matrices, self.outliers))
-        most = min(sides) // num
+        most = min(matrices.shape[1:]) // num
         lefts, values, rights = [], [], []
         for matrix in matrices:
             kept = most if self.rank == "equal" else _sparse_rank(matrix, most)
@@ -96,10 +95,10 @@ class IsoC(AbstractPreprocess):
 
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
         """See `AbstractPreprocess`."""
-        sides = matrix_shape(directions.shape[1:])
-        if sides is None:
+        matrices = matrices_of(directions, site)
+        if matrices is None:
             return averaged(directions)
-        left, values, right = decompose(directions.sum(dim=0).view(sides))
+        left, values, right = decompose(matrices.sum(dim=0))
         if not len(values):
             return directions.zero_()
         return shared((left @ right).mul_(values.mean()), directions)
@@ -131,13 +130,12 @@ class IsoCTS(AbstractPreprocess):
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
         """See `AbstractPreprocess`."""
         num = len(directions)
-        sides = matrix_shape(directions.shape[1:])
-        if sides is None:
+        matrices = matrices_of(directions, site)
+        if matrices is None:
             return averaged(directions)
-        matrices = directions.view(num, *sides)
-        least = min(sides)
+        least = min(matrices.shape[1:])
         own = min(round((least - int(least * self.common)) / num), least // num)
-        left, values, right = (part for part in decompose(matrices.sum(dim=0)))
+        left, values, right = decompose(matrices.sum(dim=0))
         common = least - num * own
         left, values, right = left[:, :common], values[:common], right[:common]
         lefts, rights, singular = [], [], []
