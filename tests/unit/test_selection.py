@@ -9,7 +9,7 @@ from gradmerge import Recipe
 from gradmerge.coefficients import Constant
 from gradmerge.native import native_kernels
 from gradmerge.operators import DisjointMean, Linear, Spread, Terms
-from gradmerge.preprocess import Breadcrumbs, RandomDrop, Site, Trim, selection
+from gradmerge.preprocess import Breadcrumbs, MagnitudeDrop, RandomDrop, Site, Trim, selection
 from gradmerge.preprocess.selection import Selection
 
 STEPS = {
@@ -19,6 +19,8 @@ STEPS = {
     "breadcrumbs": [Breadcrumbs(0.6, 0.1)],
     "drop": [RandomDrop(0.4)],
     "drop, L1": [RandomDrop(0.4, "l1")],
+    "by rank in its row": [MagnitudeDrop(0.5, 0.2, "none")],
+    "by rank in its row, L1": [MagnitudeDrop([0.5, 1.0], 0.2, "l1")],
     "drop, then trim": [RandomDrop(0.5), Trim(0.9), Breadcrumbs(0.8, 0.05)],
 }
 
@@ -39,7 +41,7 @@ def drawn(shape, dtype, seed=0, coarse=False):
 def selected(steps, sources, origin, site):
     directions = Selection(sources, origin)
     for step in steps:
-        step.select(directions, site)
+        step.survey(list).select(directions, site)
     return directions
 
 
@@ -60,6 +62,18 @@ def test_kernels_select_what_torch_does(monkeypatch, steps, dtype, based, coarse
     for plain, came in zip(found["torch"], found["auto"], strict=True):
         assert torch.equal(plain != 0, came != 0)
         torch.testing.assert_close(came, plain, rtol=1e-6, atol=0)
+
+
+def test_ranks_in_rows_of_a_convolution_run_along_the_inputs(kernels):
+    weight, site = drawn((8, 300, 3, 3), torch.float32), Site("x", ("a",))
+    step = MagnitudeDrop(0.5, 0.45, "none", seed=4)
+    came = selected([step], [weight], None, site).direction(0).view(weight.shape)
+    rows = weight.movedim(1, -1)
+    flat = selected([step], [rows.reshape(-1, 300)], None, site).direction(0)
+    assert torch.equal(came.movedim(1, -1).reshape(-1), flat)
+    kept = (flat != 0).view(-1, 300).gather(1, rows.reshape(-1, 300).abs().argsort(dim=1)).float()
+    assert kept[:, :60].mean() < 0.2
+    assert kept[:, -60:].mean() > 0.8
 
 
 @pytest.mark.parametrize("coarse", [True, False], ids=["equals", "distinct"])

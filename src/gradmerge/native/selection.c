@@ -174,6 +174,15 @@ EXPORT void gradmerge_keep_below(uint8_t *kept, const float *draws, float densit
         for (int64_t i = 0; i < n; i++) kept[i] &= (uint8_t)(draws[i] < density);
 }
 
+/* kept = draw < low + slope * rank for `n` draws, and what it was before unless it is fresh. */
+EXPORT void gradmerge_keep_ranked(uint8_t *kept, const int32_t *ranks, const float *draws,
+                                  float low, float slope, int fresh, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        uint8_t keep = (uint8_t)(draws[i] < (float)ranks[i] * slope + low);
+        kept[i] = fresh ? keep : kept[i] & keep;
+    }
+}
+
 /* How directions that remain are put together. */
 enum { SUM, ELECT_BY_SUM, ELECT_BY_COUNT };
 

@@ -166,6 +166,27 @@ def row_ranks(
     )
 
 
+def keep_ranked(
+    kernels: Kernels,
+    kept: Tensor,
+    ranks: Tensor,
+    draws: Tensor,
+    low: float,
+    slope: float,
+    fresh: bool,
+) -> None:
+    """`kept = draw < low + slope * rank`, and what it was unless it is fresh."""
+    kernels.library.gradmerge_keep_ranked(
+        address(kept),
+        address(ranks),
+        address(draws),
+        ctypes.c_float(low),
+        ctypes.c_float(slope),
+        int(fresh),
+        ctypes.c_int64(draws.numel()),
+    )
+
+
 def merge_directions(
     kernels: Kernels,
     out: Tensor,

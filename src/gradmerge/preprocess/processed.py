@@ -63,12 +63,12 @@ class ProcessedDirections:
         Returns:
             None where a step does more, or the directions are kept.
         """
-        if name in self._kept or not all(isinstance(s, AbstractSelection) for s in self._steps):
+        steps = [step for step in self._chain.steps if isinstance(step, AbstractSelection)]
+        if name in self._kept or len(steps) < len(self._chain.steps):
             return None
         directions, (site, _) = Selection(sources, origin), self._reads[name]
         if directions.size:
-            for step in self._chain.steps:
-                assert isinstance(step, AbstractSelection)
+            for step in steps:
                 step.select(directions, site)
         return directions
 

@@ -43,8 +43,9 @@ class Trim(AbstractSelection):
         """See `AbstractSelection`."""
         densities = settle("Trim.density", self.density, site.name, site.sources)
         for k, density in enumerate(densities):
-            count = max(1, int(density * directions.size)) if density else 0
-            keep_ranks(directions, k, directions.size - count, directions.size, self.rescale)
+            size = directions.size
+            count = min(size, max(1, int(density * size))) if density else 0
+            keep_ranks(directions, k, size - count, size, self.rescale)
 
     def survey(self, passes: Passes) -> Step:
         """See `AbstractPreprocess.survey`."""

@@ -1,12 +1,14 @@
 """Sources: lazy checkpoints, their compatibility and fingerprints."""
 
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
+from gradmerge.sources.emr import EMR
 from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile
 from gradmerge.sources.lora import Lora
 from gradmerge.sources.memory import InMemory
 from gradmerge.sources.resolve import as_source
 
 __all__ = [
+    "EMR",
     "AbstractSource",
     "Checkpoint",
     "HuggingFace",
