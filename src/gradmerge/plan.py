@@ -24,6 +24,8 @@ from gradmerge.sources import Checkpoint
 from gradmerge.sources.compatibility import is_private
 from gradmerge.sources.skeleton import Binding, bind_or_refuse, input_axis
 from gradmerge.sources.statistics import direction_statistics
+from gradmerge.sources.views import VocabularyView
+from gradmerge.sources.vocabulary import Alignment
 
 if TYPE_CHECKING:
     from gradmerge.recipe import Recipe
@@ -220,6 +222,8 @@ class Plan:
         """Run the preprocess, if there is any, now and for all tensors, and keep the directions in
         mapped files.
         """
+        for checkpoint in (*([self.base] if self.base is not None else []), *self.sources.values()):
+            checkpoint.keep()
         self._processed.keep()
 
     def terms(self, name: str) -> Terms:
@@ -326,6 +330,11 @@ class Plan:
                 )
                 + ". Give the sources they were trained on, or train again."
             )
+
+    @property
+    def alignment(self) -> Alignment | None:
+        """The tokens of the merge and their rows, where the recipe aligns vocabularies."""
+        return self.reference.alignment if isinstance(self.reference, VocabularyView) else None
 
     @property
     def folder(self) -> Path | None:

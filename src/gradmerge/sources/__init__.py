@@ -5,6 +5,7 @@ from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile
 from gradmerge.sources.lora import Lora
 from gradmerge.sources.memory import InMemory
 from gradmerge.sources.resolve import as_source
+from gradmerge.sources.vocabulary import Vocabulary
 
 __all__ = [
     "AbstractSource",
@@ -15,5 +16,6 @@ __all__ = [
     "SafetensorsFile",
     "TensorInfo",
     "TorchFile",
+    "Vocabulary",
     "as_source",
 ]

@@ -20,6 +20,7 @@ from gradmerge.errors import (
 from gradmerge.sources.base import Checkpoint
 from gradmerge.sources.configuration import check_config
 from gradmerge.sources.files import read_json
+from gradmerge.sources.tokens import SENTENCEPIECE
 
 
 def check(
@@ -223,9 +224,6 @@ def _shape_hint(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> s
     return "These are different architectures or sizes."
 
 
-_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-
-
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
     """Token -> id from tokenizer.json, vocab.json or vocab.txt, whichever comes first."""
     loaded = read_json(folder / "tokenizer.json")
@@ -280,7 +278,7 @@ def _check_tokenizer(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
 def _check_sentencepiece(reference: Path, other: Path, label: str) -> list[Problem]:
     """Compare the files of tokenizers whose vocabulary only the sentencepiece package can read."""
     problems = []
-    for name in _SENTENCEPIECE:
+    for name in SENTENCEPIECE:
         first, second = reference / name, other / name
         if first.is_file() and second.is_file() and first.read_bytes() != second.read_bytes():
             problems.append(

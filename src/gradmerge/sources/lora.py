@@ -18,6 +18,7 @@ from gradmerge.errors import SourceError, nearest, shorten
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
 from gradmerge.sources.files import HuggingFace, SafetensorsCheckpoint, read_json
 from gradmerge.sources.skeleton import bind, build_skeleton
+from gradmerge.sources.tokens import has_tokenizer
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.weight)?$")
@@ -230,6 +231,12 @@ class LoraCheckpoint(Checkpoint):
     def folder(self) -> Path | None:
         """See `Checkpoint.folder`."""
         return self._base.folder
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """See `Checkpoint.tokenizer_folder`; an adapter may bring its own."""
+        own = self._folder_adapter
+        return own if has_tokenizer(own) else self._base.tokenizer_folder
 
     @property
     def config(self) -> Mapping[str, Any] | None:
