@@ -16,6 +16,7 @@ from gradmerge.export import export_merged, export_plan
 from gradmerge.folders import refuse_existing
 from gradmerge.inspection import inspect_sources, render
 from gradmerge.recipe import Recipe, named
+from gradmerge.sources.token_report import summarise, token_report
 
 
 def output_options(
@@ -49,6 +50,8 @@ def merge(recipe: Recipe, **options: Any) -> None:
     plan = recipe.open(with_skeleton=False)
     for warning in plan.warnings:
         print(f"gradmerge merge: warning {warning}", file=sys.stderr)
+    if plan.alignment is not None:
+        print(summarise(token_report(plan.alignment)))
     folder = export_plan(plan, plan.initial_raw(), **checked)
     print(f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors: {folder}")
 

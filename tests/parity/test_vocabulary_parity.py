@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from wordings import bpe_family, rows_by_token, vocabulary_of
 
 from gradmerge import Recipe
 from gradmerge.coefficients import Constant, Model
 from gradmerge.export import export_plan
 from gradmerge.sources import HuggingFace, Vocabulary
+from wordings import bpe_family, rows_by_token, vocabulary_of
 
 pytest.importorskip("mergekit", reason="mergekit is the oracle (pip install gradmerge[parity])")
 

@@ -216,10 +216,10 @@ def _tie_hint(name: str) -> str:
 def _shape_hint(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> str:
     if _looks_like_head(name):
         return f"The heads differ in their number of labels. {_head_hint(name)}"
-    if first[1:] == second[1:] and ("embed" in name or "lm_head" in name or "wte" in name):
+    if first[1:] == second[1:] and re.search("embed|lm_head|wte|shared", name):
         return (
-            "The vocabularies differ in size. Resize one to the other "
-            "(`model.resize_token_embeddings`) after making their tokens agree."
+            "The vocabularies differ in size. Say whose tokens the merge has, and rows are matched "
+            "by token: tokenizer: {source: union} (or base, or the name of a source)."
         )
     return "These are different architectures or sizes."
 
@@ -270,7 +270,9 @@ def _check_tokenizer(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
             f"the {len(first)} tokens of {reference.label}",
             ", ".join(parts),
             "The same embedding row stands for different tokens, so merging rows mixes meanings. "
-            f"Allow it with allow: [tokenizer] if the tokens of {reference.label} should be used.",
+            "Say whose tokens the merge has, and rows are matched by token: tokenizer: {source: "
+            "union} (or base, or the name of a source). Or, if rows do agree and the tokens of "
+            f"{reference.label} should be used: allow: [tokenizer].",
         )
     ]
 

@@ -109,6 +109,8 @@ class LoraCheckpoint(Checkpoint):
     def _index(self) -> None:
         unknown = []
         for key in self._adapter.infos:
+            if ".original_module." in key:  # what a module of `modules_to_save` stands in for
+                continue
             name = key.removeprefix(_PREFIX)
             match = _FACTOR.match(name)
             if match is not None:
