@@ -105,6 +105,7 @@ def inspect(
     allow: list[str] | None = None,
     statistics: bool = True,
     json: bool = False,
+    tokenizer: str | None = None,
 ) -> None:
     """Report whether sources fit, their sizes, and how their directions lie to one another.
 
@@ -115,8 +116,10 @@ def inspect(
         allow: kinds of problems taken as warnings.
         statistics: read the weights for norms, cosines and sign conflicts.
         json: print JSON.
+        tokenizer: whose tokens a merge would have, where tokenizers differ (union, base, or the
+            name of a source: the last part of its path).
     """
-    found = inspect_sources(named(sources), base, private or [], allow or [], statistics)
+    found = inspect_sources(named(sources), base, private or [], allow or [], statistics, tokenizer)
     if json:
         found["problems"] = [dataclasses.asdict(problem) for problem in found["problems"]]
         print(dumps(found, indent=2))

@@ -24,7 +24,7 @@ from gradmerge.sources import Checkpoint
 from gradmerge.sources.compatibility import is_private
 from gradmerge.sources.skeleton import Binding, bind_or_refuse, input_axis
 from gradmerge.sources.statistics import direction_statistics
-from gradmerge.sources.views import VocabularyView
+from gradmerge.sources.views import alignment_of
 from gradmerge.sources.vocabulary import Alignment
 
 if TYPE_CHECKING:
@@ -308,9 +308,14 @@ class Plan:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Content hash of every source, by name; reads all weights once."""
+        """Content hash of every source, by name, and of the rows that tokens have, where they are
+        aligned; reads all weights once.
+        """
         everything = {**({"base": self.base} if self.base is not None else {}), **self.sources}
-        return {name: checkpoint.fingerprint() for name, checkpoint in everything.items()}
+        found = {name: checkpoint.fingerprint() for name, checkpoint in everything.items()}
+        if self.alignment is not None:
+            found["(tokens)"] = self.alignment.fingerprint()
+        return found
 
     def require_fingerprints(self, expected: Mapping[str, str]) -> None:
         """Refuse coefficients that were trained on other weights.
@@ -334,7 +339,7 @@ class Plan:
     @property
     def alignment(self) -> Alignment | None:
         """The tokens of the merge and their rows, where the recipe aligns vocabularies."""
-        return self.reference.alignment if isinstance(self.reference, VocabularyView) else None
+        return alignment_of(self.reference)
 
     @property
     def folder(self) -> Path | None:

@@ -25,8 +25,7 @@ from gradmerge.sources import AbstractSource, Checkpoint, Vocabulary, as_source
 from gradmerge.sources.compatibility import check, check_private, require
 from gradmerge.sources.resolve import FILE_SUFFIXES
 from gradmerge.sources.skeleton import build_skeleton, strip_weights
-from gradmerge.sources.views import VocabularyView
-from gradmerge.sources.vocabulary import Alignment
+from gradmerge.sources.views import align
 
 
 @dataclass(frozen=True)
@@ -115,11 +114,9 @@ class Recipe:
             raise ConfigError("a source is named 'base', which is the base's own name; rename it.")
         problems: list[Problem] = []
         if self.tokenizer is not None:
-            alignment = Alignment(self.tokenizer, everything, self.trust_remote_code)
-            everything = {name: VocabularyView(alignment, name) for name in everything}
+            everything, problems = align(self.tokenizer, everything, self.trust_remote_code)
             base = everything.get("base")
             sources = {name: everything[name] for name in sources}
-            problems += alignment.warnings
         problems += check(everything, self.private, self.allow)
         problems += check_private(sources, self.private, self.allow)
         require(problems)

@@ -249,6 +249,8 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
 
 
 def _check_tokenizer(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
+    if reference.tokenizer_folder == other.tokenizer_folder:
+        return []
     if reference.folder is None or other.folder is None or reference.folder == other.folder:
         return []
     first, second = read_vocabulary(reference.folder), read_vocabulary(other.folder)

@@ -18,11 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gradmerge.errors import Problem
 from gradmerge.sources.base import Checkpoint, TensorInfo
 from gradmerge.sources.files import read_json
 from gradmerge.sources.ids import with_ids, with_size
 from gradmerge.sources.tokens import TOKENIZER_FILES
-from gradmerge.sources.vocabulary import Alignment
+from gradmerge.sources.vocabulary import Alignment, Vocabulary
 
 _COPIED = (".json", ".txt", ".jinja", ".py")
 _PART = 4096
@@ -88,9 +89,11 @@ class VocabularyView(Checkpoint):
             if file.is_file() and small and file.name not in TOKENIZER_FILES:
                 shutil.copyfile(file, folder / file.name)
         for file in self.alignment.tokenizer_folder.iterdir():
+            if (folder / file.name).exists():  # code
+                continue
             try:
                 os.link(file, folder / file.name)
-            except OSError:  # there already, or a file system without links
+            except OSError:  # a file system without links
                 shutil.copyfile(file, folder / file.name)
         if self.config is not None:
             _write(folder / "config.json", self.config)
@@ -169,6 +172,21 @@ class VocabularyView(Checkpoint):
     def fingerprint(self) -> str:
         """See `Checkpoint.fingerprint`."""
         return self._inner.fingerprint()
+
+
+def align(
+    vocabulary: Vocabulary, checkpoints: Mapping[str, Checkpoint], trust_remote_code: bool = False
+) -> tuple[dict[str, Checkpoint], list[Problem]]:
+    """Views of all checkpoints on one vocabulary, and warnings; for arguments and errors see
+    `Alignment`.
+    """
+    alignment = Alignment(vocabulary, checkpoints, trust_remote_code)
+    return {name: VocabularyView(alignment, name) for name in checkpoints}, alignment.warnings
+
+
+def alignment_of(checkpoint: Checkpoint) -> Alignment | None:
+    """The vocabulary that a checkpoint is read with; None for its own."""
+    return checkpoint.alignment if isinstance(checkpoint, VocabularyView) else None
 
 
 def _write(path: Path, fields: Mapping[str, Any]) -> None:

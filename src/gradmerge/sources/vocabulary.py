@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gradmerge.errors import ConfigError, Problem, SourceError, nearest, shorten
-from gradmerge.sources.base import Checkpoint
+from gradmerge.sources.base import Checkpoint, tensor_bytes
 from gradmerge.sources.ids import with_size
 from gradmerge.sources.skeleton import bind, build_skeleton
 from gradmerge.sources.tokens import (
@@ -247,10 +248,12 @@ class Alignment:
         """Row of each id in a checkpoint, `[size]`; -1 where it has none."""
         rows = torch.full((self.size,), -1, dtype=torch.long)
         own, height = self.source_tokens[name].ids, self.heights[name]
-        pairs = [(i, own[t]) for t, i in self.tokens.items() if own.get(t, height) < height]
-        if pairs:
-            ids, places = torch.tensor(pairs).unbind(dim=1)
-            rows[ids] = places
+        places: dict[int, int] = {}
+        for token, i in self.tokens.items():
+            if own.get(token, height) < height:
+                places.setdefault(i, own[token])  # the first of several tokens with one id
+        if places:
+            rows[torch.tensor(list(places))] = torch.tensor(list(places.values()))
         return rows
 
     def _warn_of_zeros(self) -> None:
@@ -286,6 +289,13 @@ class Alignment:
         for i, pattern in enumerate(patterns.unbind(dim=1)):
             owners = [h for h, has in zip(holders, pattern.tolist(), strict=True) if has]
             yield ids[place == i], self.donors(owners)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the tokens' ids and each checkpoint's rows."""
+        digest = hashlib.sha256(json.dumps(sorted(self.tokens.items())).encode())
+        for rows in self.rows.values():
+            digest.update(tensor_bytes(rows))
+        return digest.hexdigest()
 
     @cached_property
     def owner_config(self) -> dict[str, Any]:
