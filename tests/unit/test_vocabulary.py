@@ -23,11 +23,11 @@ from wordings import bpe, bpe_family, copies, llama, rows_by_token, vocabulary_o
 
 EMBEDDING = "model.embed_tokens.weight"
 TOKENS = {
-    "base": ["u", "both", "base"],
-    "a": ["a", "u", "shared", "both"],
+    "base": ["u", "both", "base", "pair"],
+    "a": ["a", "u", "shared", "both", "pair"],
     "b": ["both", "shared", "u", "b", "beyond"],
 }
-ROWS = {"base": 4, "a": 4, "b": 4}  # a padding row in the base; `beyond` has no row
+ROWS = {"base": 5, "a": 5, "b": 4}  # a padding row in the base; `beyond` has no row
 
 
 def small_family(root: Path, tokens: dict[str, list[str]] = TOKENS) -> dict[str, str]:
@@ -61,9 +61,9 @@ def rows_read(plan: Plan, source: str, name: str = EMBEDDING) -> dict[str, float
 
 # Own rows, else the only owner's, else the base's, else the mean of a and b, else zeros.
 EXPECTED = {
-    "base": {"u": 0, "both": 1, "base": 2, "a": 10, "shared": (12 + 21) / 2, "b": 23},
-    "a": {"u": 11, "both": 13, "base": 2, "a": 10, "shared": 12, "b": 23},
-    "b": {"u": 22, "both": 20, "base": 2, "a": 10, "shared": 21, "b": 23},
+    "base": {"u": 0, "both": 1, "base": 2, "pair": 3, "a": 10, "shared": (12 + 21) / 2, "b": 23},
+    "a": {"u": 11, "both": 13, "base": 2, "pair": 14, "a": 10, "shared": 12, "b": 23},
+    "b": {"u": 22, "both": 20, "base": 2, "pair": 3, "a": 10, "shared": 21, "b": 23},
 }
 
 
@@ -71,10 +71,10 @@ def test_rows_of_a_union_by_the_rule(tmp_path: Path) -> None:
     plan = open_plan(small_family(tmp_path), Vocabulary())
     for source, expected in EXPECTED.items():
         assert rows_read(plan, source) == expected, source
-    assert plan.reference.infos[EMBEDDING].shape == (6, 8)
+    assert plan.reference.infos[EMBEDDING].shape == (7, 8)
     assert plan.folder is not None
     ids = vocabulary_of(plan.folder)
-    assert [ids[token] for token in TOKENS["base"]] == [0, 1, 2]
+    assert [ids[token] for token in TOKENS["base"]] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("source", ["base", "a"])
@@ -99,6 +99,7 @@ def test_without_a_base_the_first_source_starts_the_union_and_owners_are_average
         "b": 3,
         "beyond": 0,
         "a": 10,
+        "pair": 14,
         "c": 20,
     }
 
@@ -115,15 +116,15 @@ def test_padding_is_the_mean_of_the_tokens_rows(tmp_path: Path) -> None:
     for source, expected in EXPECTED.items():
         tensor = plan.read(source, EMBEDDING)
         assert tensor.shape == (8, 8)
-        mean = sum(expected.values()) / 6
-        torch.testing.assert_close(tensor[6:], torch.full((2, 8), mean), rtol=0, atol=1e-5)
+        mean = sum(expected.values()) / 7
+        torch.testing.assert_close(tensor[7:], torch.full((1, 8), mean), rtol=0, atol=1e-5)
 
 
 def test_equal_tokenizers_are_read_as_they_are(tmp_path: Path) -> None:
-    same = dict.fromkeys(("base", "a", "b"), TOKENS["a"])
+    same = {name: ["u", "v", "w"] for name in "xyz"}
     plan = open_plan(small_family(tmp_path, same), Vocabulary())
-    assert torch.equal(plan.read("b", EMBEDDING)[:, 0], 20.0 + torch.arange(4))
-    assert plan.read("b", EMBEDDING) is plan.read("b", EMBEDDING), "mapped, not formed"
+    assert torch.equal(plan.read("z", EMBEDDING)[:, 0], 20.0 + torch.arange(3))
+    assert plan.read("z", EMBEDDING) is plan.read("z", EMBEDDING), "mapped, not formed"
     assert not plan.warnings
 
 
@@ -394,11 +395,11 @@ def test_an_adapter_that_brings_tokens_and_one_that_does_not(tmp_path: Path) -> 
     recipe = Recipe(sources, base=paths["base"], tokenizer=Vocabulary(), coefficients=Model())
     plan = recipe.open()
     lora = plan.alignment.checkpoints["more"]  # type: ignore[union-attr]
-    assert lora.infos[EMBEDDING].shape == (5, 8)
+    assert lora.infos[EMBEDDING].shape == (6, 8)
     assert rows_read(plan, "plain") == {
         **{token: EXPECTED["base"][token] for token in TOKENS["base"]},
-        "new": float(lora.read(EMBEDDING)[3, 0]),
-        "newer": float(lora.read(EMBEDDING)[4, 0]),
+        "new": float(lora.read(EMBEDDING)[4, 0]),
+        "newer": float(lora.read(EMBEDDING)[5, 0]),
     }
     assert torch.equal(plan.read("more", EMBEDDING), lora.read(EMBEDDING))
     projection = "model.layers.0.self_attn.q_proj.weight"
@@ -416,7 +417,7 @@ def test_an_adapter_whose_heights_differ_is_refused(tmp_path: Path) -> None:
     adapted.save_pretrained(tmp_path / "more", save_embedding_layers=False)
     source = Lora(str(tmp_path / "more"), base=as_folder(paths["base"]))
     with pytest.raises(
-        SourceError, match=r"all of one height, came .* 6|all of one height, came .* 4"
+        SourceError, match=r"all of one height, came lm_head.weight 5, model.embed_tokens.weight 6"
     ):
         Recipe({"a": source}, base=paths["base"], tokenizer=Vocabulary()).open(with_skeleton=False)
 

@@ -102,9 +102,8 @@ def write_tokenizer(
             shutil.copyfile(code, target / code.name)
         return
     loaded = load_tokenizer(first, trust_remote_code)
-    loaded.add_tokens(list(ordinary))
-    for settings in added:
-        loaded.add_tokens([settings], special_tokens=bool(settings.special))
+    # at once: the tokenizer is built again at every call
+    loaded.add_tokens([*ordinary, *added])
     loaded.save_pretrained(target)
 
 

@@ -82,7 +82,8 @@ class VocabularyView(Checkpoint):
         own = self._inner.folder
         if own is None:
             return None
-        folder = self.alignment.folder / f"view-{self._name}"
+        number = list(self.alignment.checkpoints).index(self._name)  # a name may have slashes
+        folder = self.alignment.folder / str(number)
         folder.mkdir()
         for file in own.iterdir():
             small = file.suffix in _COPIED and not file.name.endswith(".index.json")

@@ -116,7 +116,7 @@ class Alignment:
         self.tokenizer_folder.mkdir()
         self.added = self._write(trust_remote_code)
         self.template_of = self._carry_template()
-        self.tokens = dict(read_tokens(self.tokenizer_folder, trust_remote_code).ids)
+        self.tokens = self._written_tokens(trust_remote_code)
         needed = max(self.tokens.values()) + 1
         multiple = vocabulary.pad_to_multiple_of or 1
         self.size = -(-needed // multiple) * multiple
@@ -171,8 +171,7 @@ class Alignment:
             lacks = f"{checkpoint.label} (source {name}) has no tokenizer"
             if name in (first, self.owner):
                 raise ConfigError(
-                    f"tokenizer: {lacks}, but its tokens are those that the merge starts from. "
-                    "Save one into its folder, or give another `tokenizer.source`."
+                    f"tokenizer: {lacks}, which others are compared with. Save one into its folder."
                 )
             if self.heights[name] != self.heights[first]:
                 raise SourceError(
@@ -243,6 +242,14 @@ class Alignment:
         if whose != self.owner and template is not None:
             write_template(self.tokenizer_folder, template)
         return whose
+
+    def _written_tokens(self, trust: bool) -> dict[str, int]:
+        """Tokens of the merge, as they are read back from what was written."""
+        config = self.tokenizer_folder / "config.json"  # may say the class of the tokenizer
+        config.write_text(json.dumps(dict(self.checkpoints[self.owner].config or {})))
+        found = read_tokens(self.tokenizer_folder, trust).ids
+        config.unlink()
+        return dict(found)
 
     def _rows(self, name: str) -> Tensor:
         """Row of each id in a checkpoint, `[size]`; -1 where it has none."""
