@@ -95,3 +95,14 @@ def test_rows_of_every_token_are_those_of_mergekit(
         torch.testing.assert_close(
             mine.read(HEAD)[used:], theirs.read(HEAD)[used:], rtol=0, atol=TOLERANCE
         )
+
+
+def test_tied_embeddings_are_those_of_mergekit(tmp_path: Path) -> None:
+    paths = bpe_family(tmp_path, tied=True)
+    expected = oracle(paths, "task_arithmetic", {"source": "union"}, tmp_path / "theirs")
+    came = ours(paths, "task_arithmetic", Vocabulary(), tmp_path / "ours")
+    assert HEAD not in HuggingFace(str(came)).open().infos
+    first, second = rows_by_token(expected, EMBEDDING), rows_by_token(came, EMBEDDING)
+    assert first.keys() == second.keys()
+    for token, row in first.items():
+        torch.testing.assert_close(second[token], row, rtol=0, atol=TOLERANCE)

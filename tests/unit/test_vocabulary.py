@@ -274,7 +274,10 @@ def test_a_merge_that_is_one_source_computes_what_it_computes(
     torch.testing.assert_close(came[..., places], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_step_through_the_views_has_the_gradient_of_the_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_a_step_through_the_views_has_the_gradient_of_the_network(
+    tmp_path: Path, memory: Any
+) -> None:
     """dL/dc = <G, B> with G from plain autograd on the exported weights."""
     paths = bpe_family(tmp_path)
     recipe = Recipe(
@@ -284,7 +287,7 @@ def test_a_step_through_the_views_has_the_gradient_of_the_network(tmp_path: Path
         init=Constant(0.4),
         tokenizer=Vocabulary(pad_to_multiple_of=16),
     )
-    merged = MergedModel(recipe, dtype=torch.float64)
+    merged = MergedModel(recipe, memory=memory, dtype=torch.float64)
     plan = merged.plan
     tokens = torch.arange(plan.reference.infos[EMBEDDING].shape[0])[None, ::3]
     merged(input_ids=tokens, labels=tokens).loss.backward()

@@ -343,6 +343,12 @@ def test_the_option_in_yaml(
     assert "tokenizer (union): " in out
     assert json.loads(Path("out/config.json").read_text())["vocab_size"] % 8 == 0
 
+    given = {"recipe": {key: value for key, value in recipe.items() if key != "tokenizer"}}
+    file = write_yaml(tmp_path / "plain.yaml", given)
+    command = ["merge", "--config", file, "--output", "plain"]
+    assert main([*command, "--recipe.tokenizer.source=base"]) == 0
+    assert vocabulary_of("plain") == vocabulary_of(paths["base"])
+
     task = {"path": "json", "data_files": "x.json"}
     fit = {"model": {"recipe": recipe}, "data": {"tasks": {"a": task}}}
     options = ["--trainer.logger=false", "--trainer.accelerator=cpu"]
