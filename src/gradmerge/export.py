@@ -290,7 +290,7 @@ def _provenance(
     checkpoints = {**({"base": plan.base} if plan.base is not None else {}), **plan.sources}
     recipe = to_plain(plan.recipe)
     tokens = {} if plan.alignment is None else token_report(plan.alignment)
-    long = ("added", "differs", "dropped")  # they stand in tokens.json
+    long = ("added", "differs", "dropped", "other_settings")  # they stand in tokens.json
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),

@@ -19,6 +19,7 @@ from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.errors import CompatibilityError, ConfigError, SourceError
 from gradmerge.export import export_plan
 from gradmerge.sources import Lora, SafetensorsFile, Vocabulary
+from gradmerge.sources.token_report import token_report
 from wordings import bpe, bpe_family, copies, llama, rows_by_token, vocabulary_of, words
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -476,7 +477,10 @@ def test_added_tokens_with_two_settings_keep_the_first(tmp_path: Path) -> None:
     (settings,) = [s for s in loaded.added_tokens_decoder.values() if s.content == "<t>"]
     assert settings.special
     assert not settings.lstrip
-    assert any("Two settings of the added token '<t>'" in w.todo for w in plan.warnings)
+    (warning,) = plan.warnings
+    assert warning.where == paths["b"]
+    assert warning.came == "others for 1 ('<t>')"
+    assert token_report(plan.alignment)["other_settings"] == {"b": ["<t>"]}  # type: ignore[arg-type]
     rows = [rows_by_token(paths[name], EMBEDDING)["<t>"] for name in "ab"]
     i = loaded.get_vocab()["<t>"]
     torch.testing.assert_close(plan.read("base", EMBEDDING)[i], (rows[0] + rows[1]) / 2)

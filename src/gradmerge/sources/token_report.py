@@ -18,7 +18,8 @@ def token_report(alignment: Alignment) -> dict[str, Any]:
     `differs` has an entry for every token of the merge whose row is not the row of that number in
     every checkpoint: its id, and under `rows` what each checkpoint reads there: `row 5` (its own,
     and where it stood), `base`, `only a`, `mean of a, b` or `zeros`. `dropped` has each
-    checkpoint's tokens that the merge has none of.
+    checkpoint's tokens that the merge has none of; `other_settings` those of its added tokens that
+    are special, or stripped, in another way than the merge has them.
     """
     vocabulary, names = alignment.vocabulary, list(alignment.checkpoints)
     rows = {name: alignment.rows[name].tolist() for name in names}
@@ -45,6 +46,7 @@ def token_report(alignment: Alignment) -> dict[str, Any]:
         "padding": "mean of all tokens' rows",
         "added": alignment.added,
         "dropped": {name: tokens for name, tokens in dropped.items() if tokens},
+        "other_settings": alignment.other_settings,
         "chat_template": alignment.template_of,
         "tensors": dict(alignment.axes[first]),
         "warnings": [str(problem) for problem in alignment.warnings],

@@ -103,8 +103,10 @@ class Alignment:
         trust_remote_code: bool = False,
     ) -> None:
         self.vocabulary = vocabulary
+        self.trust_remote_code = trust_remote_code
         self.checkpoints = dict(checkpoints)
         self.warnings: list[Problem] = []
+        self.other_settings: dict[str, list[str]] = {}
         first = next(iter(self.checkpoints))
         self.owner = first if vocabulary.source == "union" else vocabulary.source
         self.axes = self._find_axes(trust_remote_code)
@@ -202,18 +204,20 @@ class Alignment:
                 settings = tokens.added.get(token)
                 before = base.added.get(token, added.get(token))
                 if token in base.ids or token in added:
-                    if settings is not None and before is not None and settings != before:
-                        self._warn(
-                            name,
-                            f"{before!r}",
-                            f"{settings!r}",
-                            f"Two settings of the added token {token!r}: the first are kept.",
-                        )
+                    if settings is not None and settings != before:
+                        self.other_settings.setdefault(name, []).append(token)
                 elif settings is not None:
                     added[token] = settings
                     ordinary.pop(token, None)
                 else:
                     ordinary[token] = name
+        for name, tokens_set in self.other_settings.items():
+            self._warn(
+                self.checkpoints[name].label,
+                "the settings of added tokens (special, stripping) that others have",
+                f"others for {len(tokens_set)} ({_quoted(tokens_set)})",
+                "The first that were found are kept.",
+            )
         folder = self.checkpoints[self.owner].tokenizer_folder
         if folder is None:  # refused before
             raise ConfigError(f"tokenizer: {self.owner} has no folder.")
@@ -246,9 +250,13 @@ class Alignment:
     def _written_tokens(self, trust: bool) -> dict[str, int]:
         """Tokens of the merge, as they are read back from what was written."""
         config = self.tokenizer_folder / "config.json"  # may say the class of the tokenizer
-        config.write_text(json.dumps(dict(self.checkpoints[self.owner].config or {})))
+        fields = self.checkpoints[self.owner].config
+        if fields is not None:
+            config.write_text(json.dumps(dict(fields)))
         found = read_tokens(self.tokenizer_folder, trust).ids
-        config.unlink()
+        config.unlink(missing_ok=True)
+        if not found:
+            raise SourceError(f"{self.checkpoints[self.owner].label}: its tokenizer has no token.")
         return dict(found)
 
     def _rows(self, name: str) -> Tensor:
@@ -313,7 +321,9 @@ class Alignment:
         if folder is None or config is None:
             return {}
         try:
-            loaded = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            loaded = transformers.AutoConfig.from_pretrained(
+                folder, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
         except (ValueError, OSError):  # its own code, which the network needs as well
             return dict(config)
         return {**loaded.to_dict(), **config}
