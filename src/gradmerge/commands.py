@@ -19,6 +19,7 @@ from gradmerge.inspection import inspect_sources, render
 from gradmerge.recipe import Recipe, named
 from gradmerge.sources import as_source
 from gradmerge.sources.emr import EMRCheckpoint, read_description
+from gradmerge.sources.token_report import summarise, token_report
 from gradmerge.spec import to_plain
 
 
@@ -63,6 +64,8 @@ def merge(
     plan = recipe.open(with_skeleton=False)
     for warning in plan.warnings:
         print(f"gradmerge merge: warning {warning}", file=sys.stderr)
+    if plan.alignment is not None:
+        print(summarise(token_report(plan.alignment)))
     if outputs == "merged":
         folder = export_plan(plan, plan.initial_raw(), **checked)
     elif outputs == "compact":
@@ -158,6 +161,7 @@ def inspect(
     allow: list[str] | None = None,
     statistics: bool = True,
     json: bool = False,
+    tokenizer: str | None = None,
 ) -> None:
     """Report whether sources fit, their sizes, and how their directions lie to one another.
 
@@ -168,8 +172,10 @@ def inspect(
         allow: kinds of problems taken as warnings.
         statistics: read the weights for norms, cosines and sign conflicts.
         json: print JSON.
+        tokenizer: whose tokens a merge would have, where tokenizers differ (union, base, or the
+            name of a source: the last part of its path).
     """
-    found = inspect_sources(named(sources), base, private or [], allow or [], statistics)
+    found = inspect_sources(named(sources), base, private or [], allow or [], statistics, tokenizer)
     if json:
         found["problems"] = [dataclasses.asdict(problem) for problem in found["problems"]]
         print(dumps(found, indent=2))

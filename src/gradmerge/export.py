@@ -26,6 +26,7 @@ from gradmerge.memory import release_freed_memory
 from gradmerge.merged import MergedModel
 from gradmerge.plan import Plan
 from gradmerge.provenance import versions
+from gradmerge.sources.token_report import token_report
 from gradmerge.spec import to_plain
 from gradmerge.writing import Entry, write_safetensors
 
@@ -47,6 +48,7 @@ _NOT_COPIED = (
     "eval_results.json",
     "adapter_config.json",
     "provenance.json",
+    "tokens.json",
 )
 
 
@@ -124,6 +126,9 @@ def export_plan(
         _write_coefficients(plan, raw, work)
         provenance = provenance_of(plan, dtype, tasks, results, extra)
         (work / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        if plan.alignment is not None:
+            text = json.dumps(token_report(plan.alignment), indent=2, ensure_ascii=False)
+            (work / "tokens.json").write_text(text + "\n", encoding="utf-8")
         if plan.run.get("yaml"):
             (work / "gradmerge.yaml").write_text(plan.run["yaml"])
         (work / "README.md").write_text(model_card(plan, raw, provenance, head))
@@ -285,6 +290,8 @@ def provenance_of(
     """What a merge was made of and how, as plain data."""
     checkpoints = {**({"base": plan.base} if plan.base is not None else {}), **plan.sources}
     recipe = to_plain(plan.recipe)
+    tokens = {} if plan.alignment is None else token_report(plan.alignment)
+    long = ("added", "differs", "dropped", "other_settings")  # they stand in tokens.json
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -297,6 +304,7 @@ def provenance_of(
         "fixed": dict(plan.fixed),
         "tasks": dict(tasks),
         "dtype": dtype or "as stored",
+        **({"tokenizer": {k: v for k, v in tokens.items() if k not in long}} if tokens else {}),
         "results": dict(results or {}),
         **({"run": plan.run} if plan.run else {}),
         **(extra or {}),

@@ -25,6 +25,8 @@ from gradmerge.sources import Checkpoint
 from gradmerge.sources.compatibility import is_private
 from gradmerge.sources.skeleton import Binding, bind_or_refuse, input_axis
 from gradmerge.sources.statistics import direction_statistics
+from gradmerge.sources.views import alignment_of
+from gradmerge.sources.vocabulary import Alignment
 
 if TYPE_CHECKING:
     from gradmerge.recipe import Recipe
@@ -233,6 +235,8 @@ class Plan:
                 "they cannot be learned through it. Merge with stated ones (`gradmerge merge`, "
                 "Plan.materialise), or choose another operator."
             )
+        for checkpoint in (*([self.base] if self.base is not None else []), *self.sources.values()):
+            checkpoint.keep()
         self._processed.keep()
 
     def terms(self, name: str) -> Terms:
@@ -331,11 +335,16 @@ class Plan:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Content hash of every source, by name; reads all weights once."""
+        """Content hash of every source, by name, and of the rows that tokens have, where they are
+        aligned; reads all weights once.
+        """
         everything = {**({"base": self.base} if self.base is not None else {}), **self.sources}
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing lets go of the lock
-            found = pool.map(Checkpoint.fingerprint, everything.values())
-            return dict(zip(everything, found, strict=True))
+            hashes = pool.map(lambda each: each.fingerprint(), everything.values())
+            found = dict(zip(everything, hashes, strict=True))
+        if self.alignment is not None:
+            found["(tokens)"] = self.alignment.fingerprint()
+        return found
 
     def require_fingerprints(self, expected: Mapping[str, str]) -> None:
         """Refuse coefficients that were trained on other weights.
@@ -355,6 +364,11 @@ class Plan:
                 )
                 + ". Give the sources they were trained on, or train again."
             )
+
+    @property
+    def alignment(self) -> Alignment | None:
+        """The tokens of the merge and their rows, where the recipe aligns vocabularies."""
+        return alignment_of(self.reference)
 
     @property
     def folder(self) -> Path | None:

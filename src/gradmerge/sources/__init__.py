@@ -6,6 +6,7 @@ from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile
 from gradmerge.sources.lora import Lora
 from gradmerge.sources.memory import InMemory
 from gradmerge.sources.resolve import as_source
+from gradmerge.sources.vocabulary import Vocabulary
 
 __all__ = [
     "EMR",
@@ -17,5 +18,6 @@ __all__ = [
     "SafetensorsFile",
     "TensorInfo",
     "TorchFile",
+    "Vocabulary",
     "as_source",
 ]
