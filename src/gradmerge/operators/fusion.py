@@ -34,14 +34,14 @@ class ArceeFusion(AbstractEntrywise):
         """See `AbstractOperator.require`."""
         require_base("ArceeFusion", origin)
 
-    def prepare(self, terms: Terms) -> Prepared:
+    def prepare(self, terms: Terms, device: torch.device) -> Prepared:
         """See `AbstractEntrywise.prepare`: what is of little importance becomes 0."""
-        device = terms.sources[0].device
         if "divergence" not in terms.facts:
             found = [_divergence_and_threshold(terms, k) for k in range(len(terms.sources))]
             terms.facts["divergence"] = torch.stack([divergence for divergence, _ in found])
             terms.facts["threshold"] = torch.stack([threshold for _, threshold in found])
-        divergence, threshold = terms.facts["divergence"], terms.facts["threshold"]
+        divergence = terms.facts["divergence"].to(device)
+        threshold = terms.facts["threshold"].to(device)
         length = terms.shape[-1] if len(terms.shape) else 1
 
         def keep(directions: Tensor, entries: slice) -> Tensor:
