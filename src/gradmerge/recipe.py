@@ -48,7 +48,8 @@ class Recipe:
     init: AbstractInit = field(default_factory=Constant)
     """Where the coefficients start."""
     operator: AbstractOperator = field(default_factory=Linear)
-    """How directions are combined."""
+    """How directions are combined (Linear, DisjointMean, Slerp, MultiSlerp, Karcher, ModelStock,
+    NearSwap, ArceeFusion)."""
     frozen: dict[str, float | str] = field(default_factory=dict)
     """Tensors by regular expression that keep a stated coefficient: a number for every source,
     `origin` (0) or `mean` (1/K). The first match wins."""

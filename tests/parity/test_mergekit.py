@@ -244,7 +244,7 @@ def ours(method: Method, models: dict[str, nn.Module]) -> Plan:
         preprocess=list(method.preprocess),
         init=Uniform() if coefficients is None else Constant(list(coefficients)),
     )
-    return recipe.open()
+    return recipe.open(with_skeleton=False)
 
 
 def give_the_same_draws(monkeypatch: pytest.MonkeyPatch, names: list[str], sources: str) -> None:
@@ -287,8 +287,6 @@ def test_equal_to_mergekit(name, models, monkeypatch):
             # no worse than mergekit's own rounding, by its result in float64
             bound += 3 * apart(expected[key].double(), precise[key])
         assert apart(came, expected[key]) <= bound, key
-    for alias, key in (plan.binding.ties if plan.binding is not None else {}).items():
-        torch.testing.assert_close(expected[alias], expected[key], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("models", ["resnet"], indirect=True)

@@ -34,6 +34,7 @@ from gradmerge.operators import (
 )
 from gradmerge.preprocess import Trim
 from gradmerge.sources import InMemory
+from gradmerge.spec import from_plain, to_plain
 
 SPREADS = ["scalar", "first", "last", "partition", "element"]
 SHAPES = [(4, 5), (2, 1, 2, 3), (8,)]
@@ -374,6 +375,12 @@ def test_what_is_known_of_frozen_tensors_is_worked_out_once(monkeypatch):
         Karcher().combine(terms, coefficient, spread, torch.empty(5, 7))
         Karcher().contract(terms, grad, coefficient, spread)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_checkpoint_says_which_operator_it_was(name):
+    operator = CASES[name].operator
+    assert from_plain(to_plain(operator)) == operator
 
 
 # ---- refusals -----------------------------------------------------------------------------------

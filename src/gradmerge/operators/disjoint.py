@@ -62,9 +62,9 @@ class DisjointMean(AbstractEntrywise):
         weighted = directions * coefficient
         signs = weighted.sign()
         votes = weighted if self.elect == "sum" else signs
-        positive = votes.sum(dim=0) >= 0
-        elected = positive.to(signs.dtype).mul_(2).sub_(1)
-        return weighted, (signs == elected).to(signs.dtype)
+        # -1, 0, 1 to -1, 1, 1; comparisons and conversions of their results would take longer
+        elected = votes.sum(dim=0).sign_().add_(0.5).sign_()
+        return weighted, signs.mul_(elected).clamp_(min=0)
 
     def _divisor(self, coefficient: Tensor, agree: Tensor) -> tuple[Tensor, Tensor]:
         """`S`, and where it was 0."""

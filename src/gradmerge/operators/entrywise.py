@@ -40,8 +40,10 @@ class AbstractEntrywise(AbstractOperator):
     def slope(self, directions: Tensor, coefficient: Tensor) -> Tensor:
         """`d merge / dc_k` of each entry, `[sources, outer, columns, inner]`; see `merge`."""
 
-    def prepare(self, terms: Terms) -> Prepared:
-        """What is done to a block of directions first, `[sources, entries]`, given its place."""
+    def prepare(self, terms: Terms, device: torch.device) -> Prepared:
+        """What is done to a block of directions first, `[sources, entries]` on a device, given its
+        place.
+        """
         return _as_they_are
 
     def combine(self, terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ class AbstractEntrywise(AbstractOperator):
             return out
         dtype = torch.promote_types(terms.accumulate_dtype, out.dtype)
         rows = coefficient.detach().reshape(len(terms.sources), -1).to(out.device, dtype)
-        prepared, target = self.prepare(terms), out.view(-1)
+        prepared, target = self.prepare(terms, out.device), out.view(-1)
         for block in blocks(terms, View.of(terms.shape, spread), dtype, out.device):
             directions = _prepared(prepared, block.directions, block.entries)
             merged = self.merge(directions, select(rows, block.columns, spread)).reshape(-1)
@@ -64,7 +66,7 @@ class AbstractEntrywise(AbstractOperator):
         # an entry's own coefficient takes no sum
         total = torch.zeros_like(rows, dtype=dtype if spread.kind == "element" else torch.float64)
         if grad.numel():
-            prepared, flat = self.prepare(terms), grad.reshape(-1)
+            prepared, flat = self.prepare(terms, grad.device), grad.reshape(-1)
             for block in blocks(terms, View.of(terms.shape, spread), dtype, grad.device):
                 directions = _prepared(prepared, block.directions, block.entries)
                 slope = self.slope(directions, select(rows, block.columns, spread))

@@ -34,15 +34,15 @@ class ArceeFusion(AbstractEntrywise):
         """See `AbstractOperator.require`."""
         require_base("ArceeFusion", origin)
 
-    def prepare(self, terms: Terms) -> Prepared:
+    def prepare(self, terms: Terms, device: torch.device) -> Prepared:
         """See `AbstractEntrywise.prepare`: what is of little importance becomes 0."""
         terms = terms.dense()
-        device = terms.sources[0].device
         if "divergence" not in terms.facts:
             found = [_divergence_and_threshold(terms, k) for k in range(len(terms.sources))]
             terms.facts["divergence"] = torch.stack([divergence for divergence, _ in found])
             terms.facts["threshold"] = torch.stack([threshold for _, threshold in found])
-        divergence, threshold = terms.facts["divergence"], terms.facts["threshold"]
+        divergence = terms.facts["divergence"].to(device)
+        threshold = terms.facts["threshold"].to(device)
         length = terms.shape[-1] if len(terms.shape) else 1
 
         def keep(directions: Tensor, entries: slice) -> Tensor:
@@ -78,8 +78,14 @@ def _divergence_and_threshold(terms: Terms, k: int) -> tuple[Tensor, Tensor]:
         q = base.softmax(dim=-1) + _EPSILON
         divergences[rows] = (p * (p / q).log()).sum(dim=-1)
         torch.mul(difference.abs(), divergences[rows, None], out=importance[rows])
-    flat = importance.view(-1)
-    lower, median, upper = (
-        flat.kthvalue(int(share * (len(flat) - 1)) + 1).values for share in (0.25, 0.5, 0.75)
-    )
-    return divergences, median + 1.5 * (upper - lower)
+    low, middle, high = _at_ranks(importance.view(-1), (0.25, 0.5, 0.75))
+    return divergences, middle + 1.5 * (high - low)
+
+
+def _at_ranks(values: Tensor, shares: tuple[float, ...]) -> list[Tensor]:
+    """The values at ranks `floor(share * (n - 1))`; puts `values` in another order on a CPU."""
+    ranks = [int(share * (len(values) - 1)) for share in shares]
+    if values.device.type != "cpu":
+        return [values.kthvalue(rank + 1).values for rank in ranks]
+    values.numpy().partition(ranks)  # one selection for all ranks
+    return [values[rank].clone() for rank in ranks]

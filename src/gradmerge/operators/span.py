@@ -36,9 +36,9 @@ class AbstractSpan(AbstractOperator):
     """`theta = A + sum_k w_k B_k` with `w = weights(G, c)`.
 
     The Gram matrix is worked out in float64, a block at a time, and kept with the terms: frozen
-    tensors never change. Coefficients may have any
-    spread: weights are worked out for each coefficient's slot, and where Gram matrices and slots
-    run along different axes for each entry, a block at a time.
+    tensors never change. Coefficients may have any spread: weights are worked out for each
+    coefficient's slot, and where Gram matrices and slots run along different axes for each entry, a
+    block at a time.
     """
 
     @abstractmethod

@@ -156,7 +156,7 @@ class Karcher(AbstractSpan):
         norms, coefficient = torch.broadcast_tensors(norms, coefficient)
         valid = norms > self.tol
         safe = torch.where(valid, norms, 1)
-        # of unit directions; those that do not count are orthogonal to all
+        # of unit directions; those that do not count have no share, so their rows do not matter
         cosine = gram / (safe.T[:, :, None] * safe.T[:, None, :])
         share = _shares("Karcher", torch.where(valid, coefficient, 0), valid.any(dim=0))
         mean = self._start(cosine, share, valid)
