@@ -2,6 +2,7 @@
 
 from gradmerge.preprocess.base import AbstractPreprocess, Site
 from gradmerge.preprocess.drop import RandomDrop
+from gradmerge.preprocess.matching import FisherScale, MaTS, RegMean
 from gradmerge.preprocess.processed import ProcessedDirections
 from gradmerge.preprocess.sign import ElectSign
 from gradmerge.preprocess.trim import Breadcrumbs, Trim
@@ -10,8 +11,11 @@ __all__ = [
     "AbstractPreprocess",
     "Breadcrumbs",
     "ElectSign",
+    "FisherScale",
+    "MaTS",
     "ProcessedDirections",
     "RandomDrop",
+    "RegMean",
     "Site",
     "Trim",
 ]
