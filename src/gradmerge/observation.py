@@ -103,13 +103,35 @@ def _patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
     return split.permute(1, 0, 3, 2).flatten(1, 2)
 
 
+def is_linear_in_its_weight(module: Any, inputs: Tensor, output: Tensor, axis: int) -> bool:
+    """Whether an output is the layer's inputs times its stored weight, plus its bias (to 1e-3)."""
+    rows = input_rows(module, inputs, None)
+    weight = module.weight.detach()
+    weight = weight.mT if axis == 0 else weight
+    expected = rows @ weight.reshape(len(rows), -1, rows.shape[-1]).mT
+    if module.bias is not None:
+        expected = expected + module.bias.detach().reshape(len(rows), 1, -1)
+    came = output_rows(module, output.detach(), None)
+    if came.shape != expected.shape:
+        return False
+    return float((came - expected).norm()) <= 1e-3 * float(expected.norm())
+
+
 class Grams:
     """Sums over rows `X^T X` of layers' inputs and, if asked for, `D^T D` of their outputs'
     gradients.
+
+    Args:
+        layers: by tensor.
+        outputs: also of the outputs' gradients. Otherwise a layer that turns out not to be linear
+            in its stored weight (weight standardisation, a scale of its own) is left out: its
+            inputs say nothing of that weight.
     """
 
     def __init__(self, layers: Mapping[str, LinearLayer], outputs: bool = False) -> None:
         self._layers, self._outputs = layers, outputs
+        self.others: set[str] = set()
+        """Tensors whose layer is not linear in them."""
         self.inputs: dict[str, Tensor] = {}
         """`[groups, in, in]` by tensor."""
         self.outputs: dict[str, Tensor] = {}
@@ -118,6 +140,7 @@ class Grams:
         """Rows of inputs by tensor."""
         self.mask: Tensor | None = None
         """`[batch, tokens]` of the batch that runs, 0 on padding."""
+        self._verified: set[str] = set()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -127,8 +150,8 @@ class Grams:
             for module in layer.modules:
                 hook = _before(name, self._take_input)
                 hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-                if self._outputs:
-                    hooks.append(module.register_forward_hook(_after(name, self._take_output)))
+                take = self._take_output if self._outputs else self._verify
+                hooks.append(module.register_forward_hook(_after(name, take), with_kwargs=True))
         try:
             yield
         finally:
@@ -136,11 +159,23 @@ class Grams:
                 handle.remove()
 
     def _take_input(self, name: str, module: nn.Module, inputs: Tensor) -> None:
+        if name in self.others:
+            return
         rows = input_rows(module, inputs.detach(), self.mask)
         _add(self.inputs, name, rows.mT @ rows)
         self.rows[name] = self.rows.get(name, 0) + rows.shape[1]
 
-    def _take_output(self, name: str, module: nn.Module, output: Tensor) -> None:
+    def _verify(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        """Leave the layer out unless its first output is `x W^T + b`."""
+        if name in self._verified or name in self.others or not output.numel():
+            return
+        self._verified.add(name)
+        if not is_linear_in_its_weight(module, inputs[:1], output[:1], self._layers[name].axis):
+            self.others.add(name)
+            self.inputs.pop(name, None)
+            self.rows.pop(name, None)
+
+    def _take_output(self, name: str, module: nn.Module, _: Tensor, output: Tensor) -> None:
         if not output.requires_grad:
             return
         mask = self.mask
@@ -154,16 +189,22 @@ class Grams:
 
 def _before(name: str, take: Callable[[str, nn.Module, Tensor], None]) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        take(name, module, args[0] if args else next(iter(kwargs.values())))
+        take(name, module, _first(args, kwargs))
 
     return hook
 
 
-def _after(name: str, take: Callable[[str, nn.Module, Tensor], None]) -> Any:
-    def hook(module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
-        take(name, module, output)
+def _after(name: str, take: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Any:
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> None:
+        take(name, module, _first(args, kwargs), output)
 
     return hook
+
+
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

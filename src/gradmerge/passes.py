@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from gradmerge.data import MergeDataModule
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, shorten
 from gradmerge.module import Batch, MergeModule
 from gradmerge.objectives.base import UNLABELLED
 from gradmerge.observation import Grams, LinearLayer, linear_layers
@@ -159,9 +159,18 @@ class Passes:
                 if all(name in kind for kind in every)
             }
             self.write(source, values, grams.rows, "", layers)
+            self.report_grams(source, len(values), grams.others)
+
+    def report_grams(self, source: str, count: int, others: Collection[str]) -> None:
+        """Say how many tensors have Gram matrices, and of which layers none can be had."""
+        self.report(
+            f"{source}: Gram matrices of {count} of {len(self.plan.tensors)} tensors from "
+            f"{self.found[source].examples} examples"
+        )
+        if others:
             self.report(
-                f"{source}: Gram matrices of {len(values)} of {len(self.plan.tensors)} tensors "
-                f"from {examples} examples"
+                f"{source}: {len(others)} layers change their weight before use and are averaged: "
+                f"{shorten(sorted(others))}"
             )
 
     def _asking(self, source: str, name: str) -> Tensor:

@@ -38,12 +38,14 @@ class Stages(Passes):
         theta = {
             name: self._merge(step, name, {}) for name in self.plan.tensors if name not in calls
         }
+        others: dict[str, set[str]] = {source: set() for source in self.found}
         for number, (block, names) in enumerate(stages.items()):
             watched = {name: layers[name] for name in names}
             statistics: dict[tuple[str, str], Statistic] = {}
             once = all(calls[n][1] == 1 and len(layers[n].modules) == 1 for n in names)
             for source in self.found:
                 grams = self._stage(source, block, watched, theta, once)
+                others[source] |= grams.others
                 values = {name: {"gram": gram} for name, gram in grams.inputs.items()}
                 self.write(source, values, grams.rows, f"-{number}", layers)
                 for name, parts in values.items():
@@ -54,10 +56,7 @@ class Stages(Passes):
         for source in self.found:
             examples = sum(length(batch) for _, batch in self.batches(source))
             self.found[source].examples = examples
-            self.report(
-                f"{source}: Gram matrices of {len(order)} of {len(self.plan.tensors)} tensors from "
-                f"{examples} examples, in {len(stages)} stages"
-            )
+            self.report_grams(source, len(self.found[source].tensors), others[source])
 
     def _trace(
         self, layers: Mapping[str, LinearLayer], found: Mapping[str, str]

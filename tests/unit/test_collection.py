@@ -85,6 +85,40 @@ def test_rows_of_padding_are_left_out():
     assert torch.equal(input_rows(nn.Linear(4, 2), one_a_batch, mask)[0], one_a_batch)
 
 
+class Standardised(nn.Conv1d):
+    """Standardises its weight, as BiT's convolutions do."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean(dim=(1, 2), keepdim=True)
+        return self._conv_forward(x, weight / weight.std(), self.bias)
+
+
+class Odd(nn.Module):
+    """A layer that is not linear in its weight before one that is."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Standardised(1, 2, 3), nn.Conv1d(2, 3, 4)
+
+    def forward(self, x):
+        return self.second(self.first(x[:, None]).tanh())[..., 0]
+
+
+@pytest.mark.parametrize("activations", ["source", "merged"])
+def test_layers_that_change_their_weight_are_averaged_and_named(tmp_path, activations):
+    models, data = relatives(build(Odd)), vectors(count=40)
+    recipe = recipe_of(models, preprocess=[RegMean(activations=activations)], **ONES)
+    lines = []
+    folder = collect(recipe, data, tmp_path / "s", report=lines.append)
+    assert lines[:2] == [
+        "a: Gram matrices of 1 of 4 tensors from 40 examples",
+        "a: 1 layers change their weight before use and are averaged: first.weight",
+    ]
+    plan = replace(recipe, statistics=str(folder)).open()
+    came = plan.materialise("first.weight", plan.initial_raw())
+    close(came, (models[1].first.weight + models[2].first.weight) / 2)
+
+
 # ---- RegMean --------------------------------------------------------------------------------
 
 

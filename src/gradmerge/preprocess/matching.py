@@ -94,9 +94,9 @@ class RegMean(AbstractPreprocess):
 
     with `X_k` the layer's inputs when task k's data run through source k. Solved by Cholesky in
     float64. Layers are `nn.Linear`, transformers' `Conv1D`, and 1-D and 2-D convolutions (inputs
-    unfolded, one solve a group); of a layer that changes its weight before use (weight
-    standardisation) the stored weight is taken as if it did not. All other tensors, and weights
-    tied to an embedding, are averaged by `w`.
+    unfolded, one solve a group). All other tensors are averaged by `w`: also weights tied to an
+    embedding, and of layers that change their weight before use (weight standardisation), which a
+    collection finds out and says.
 
     `activations: merged` is RegMean++ (arXiv 2508.03121): task k's data run through the layers that
     are merged already, block after block, and through source k's own weights within the block.
@@ -167,12 +167,12 @@ class MaTS(AbstractPreprocess):
     from the average, in float64. For `kfac` a sum of such operators has no inverse of closed form.
     Every iterate is linear in the directions once its step lengths are known, so the same steps
     are taken on each `B_k` apart, and `A + sum_k B'_k` is the iterate itself. Few iterations stay
-    near the average, which the paper uses as the one thing to tune. Layers as for `RegMean`; other
-    tensors are averaged.
+    near the average, which the paper uses as the one thing to tune. Layers as for `RegMean`, but
+    `kfac`, an approximation of curvature in any case, takes those that change their weight, too.
     """
 
-    iterations: int = 100
-    """Most iterations of the conjugate gradient."""
+    iterations: int = 20
+    """Most iterations of the conjugate gradient; worth tuning, for more fit the data's noise."""
     tolerance: float = 1e-8
     """Stop when the residual's norm is this share of the right-hand side's."""
     statistic: Literal["gram", "kfac"] = "gram"
