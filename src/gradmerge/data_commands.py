@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from dataclasses import replace
@@ -18,7 +17,6 @@ from gradmerge.module import MergeModule
 from gradmerge.plan import Plan
 from gradmerge.recipe import Recipe
 from gradmerge.search import AbstractSearch
-from gradmerge.statistics import INDEX
 
 
 def merge(
@@ -44,7 +42,6 @@ def merge(
         if recipe.statistics is None and any(step.needs for step in recipe.preprocess):
             found = collection.collect(recipe, data, Path(folder) / "found", report=_say)
             opened = replace(recipe, statistics=str(found))
-            extra["statistics"] = _without_tensors(json.loads((found / INDEX).read_text()))
         plan = opened.open(with_skeleton=False)
         if search is not None or score or _has_batch_norms(plan):
             module = MergeModule(opened, score_experts=False)
@@ -115,11 +112,3 @@ def _print_scores(found: dict[str, dict[str, float]]) -> None:
     for task, values in found.items():
         scores = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         print(f"selection, {task}: {scores}")
-
-
-def _without_tensors(index: dict[str, Any]) -> dict[str, Any]:
-    """What provenance keeps of statistics: of which weights and data, not what is in which file."""
-    for collected in index["collected"].values():
-        for source in collected["sources"].values():
-            source["tensors"] = len(source["tensors"])
-    return index

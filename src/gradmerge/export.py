@@ -298,5 +298,6 @@ def _provenance(
         "dtype": dtype or "as stored",
         "results": dict(results or {}),
         **({"run": plan.run} if plan.run else {}),
+        **({"statistics": plan.collected.summary()} if plan.collected is not None else {}),
         **(extra or {}),
     }

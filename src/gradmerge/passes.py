@@ -52,6 +52,7 @@ class Passes:
         self.merged = engine.merged
         self.plan: Plan = engine.merged.plan
         self.found = {source: Found(list(own)) for source, own in tasks.items()}
+        self._named: set[str] = set()
         self.loaders = dict(zip(data.tasks, data.evaluation_loaders("adaptation"), strict=True))
 
     # ---- the passes -----------------------------------------------------------------------------
@@ -64,6 +65,12 @@ class Passes:
                 loader = DataLoader(loader.dataset, batch_size=1, collate_fn=loader.collate_fn)
             for batch in loader:
                 yield task, batch
+
+    def mask(self, batch: Batch) -> Tensor | None:
+        """Which tokens are no padding; unknown with a decoder, whose own tokens are others."""
+        config = getattr(self.merged.skeleton, "config", None)
+        decodes = getattr(config, "is_encoder_decoder", False)
+        return None if decodes else batch.get("attention_mask")
 
     def log_likelihood(self, task: str, batch: Batch, generator: torch.Generator) -> Tensor:
         """`log p(y | x)` summed over the batch's decisions, with y as the step wants it."""
@@ -143,7 +150,7 @@ class Passes:
             ):
                 for task, batch in self.batches(source):
                     examples += length(batch)
-                    grams.mask = batch.get("attention_mask")
+                    grams.mask = self.mask(batch)
                     if kfac:
                         self.log_likelihood(task, batch, generator).backward()
                     else:
@@ -167,9 +174,10 @@ class Passes:
             f"{source}: Gram matrices of {count} of {len(self.plan.tensors)} tensors from "
             f"{self.found[source].examples} examples"
         )
-        if others:
+        if not self._named.issuperset(others):
+            self._named |= set(others)
             self.report(
-                f"{source}: {len(others)} layers change their weight before use and are averaged: "
+                f"{len(others)} layers change their weight before use and are averaged: "
                 f"{shorten(sorted(others))}"
             )
 

@@ -73,7 +73,8 @@ class Plan:
         self.run: dict[str, Any] = {}
         """How the coefficients were learned, as plain data; empty before a fit."""
         self._on_device: dict[tuple[str, str], Tensor] = {}
-        self._collected = self._statistics()
+        self.collected = self._statistics()
+        """Statistics of the sources that the preprocess reads, if it reads any."""
         self._processed = ProcessedDirections(recipe.preprocess, self._directions)
 
     def _names(self) -> list[str]:
@@ -215,7 +216,7 @@ class Plan:
         for.
         """
         for name in self.tensors:
-            yield Site(name, self.source_names, self._collected), partial(self.direction, name)
+            yield Site(name, self.source_names, self.collected), partial(self.direction, name)
 
     def direction(self, name: str) -> Tensor:
         """`B_k = theta_k - A` of a tensor before any preprocess, `[sources, *shape]`, float32."""

@@ -121,7 +121,7 @@ class Stages(Passes):
                 hooks.append(module.register_forward_hook(_stop))
             try:
                 for task, batch in self.batches(source):
-                    grams.mask = batch.get("attention_mask")
+                    grams.mask = self.mask(batch)
                     with suppress(_Enough):
                         self.engine.rows(task, batch)
             finally:

@@ -140,6 +140,17 @@ class SourceStatistics:
                     "again with these."
                 )
 
+    def summary(self) -> dict[str, Any]:
+        """Of which weights and data they are, for provenance; not what is in which file."""
+        kinds = {}
+        for kind, collected in self.index["collected"].items():
+            sources = {
+                name: {**source, "tensors": len(source["tensors"])}
+                for name, source in collected["sources"].items()
+            }
+            kinds[kind] = {**collected, "sources": sources}
+        return {**self.index, "collected": kinds}
+
     def read(self, kind: str, source: str, tensor: str) -> Statistic | None:
         """What is known of a source at a tensor; None where nothing was collected."""
         found = self.index["collected"][kind]["sources"][source]

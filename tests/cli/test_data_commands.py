@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from gradmerge import data_commands
 from gradmerge.cli import learn, main
+from gradmerge.coefficients import Constant
+from gradmerge.preprocess import RegMean
+from gradmerge.statistics import SourceStatistics
 from gradmerge.translation import for_merge
+from tiny import Normalised, build, recipe_of, relatives, vectors
 from tiny import write_yaml as write
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -172,3 +178,31 @@ def test_a_merge_without_the_data_it_needs_says_so(world, tmp_path, capsys, more
     assert status == 2
     assert message in capsys.readouterr().err
     assert not Path("merged").exists()
+
+
+def test_batch_norm_statistics_are_of_the_merged_network(tmp_path):
+    """Of rows of both tasks, through the layer that RegMean merged; no search, no scores."""
+    models, data = relatives(build(Normalised)), vectors(count=30, eval_batch_size=30)
+    recipe = recipe_of(models, preprocess=[RegMean()], init=Constant(1.0))
+    data_commands.merge(recipe, data, output=str(tmp_path / "merged"))
+    came = load_file(tmp_path / "merged/model.safetensors")
+    every = [data.tasks[t].path["adaptation"] for t in "ab"]
+    x = torch.stack([row["x"] for rows in every for row in rows])
+    hidden = x @ came["body.weight"].T + came["body.bias"]
+    torch.testing.assert_close(came["norm.running_mean"], hidden.mean(dim=0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(came["norm.running_var"], hidden.var(dim=0), atol=1e-5, rtol=1e-5)
+    average = (models[1].body.weight + models[2].body.weight) / 2
+    assert not torch.allclose(came["body.weight"], average, atol=1e-3)
+
+
+def test_one_source_may_serve_several_tasks(tmp_path):
+    """Its Gram matrix is of both tasks' rows."""
+    models, data = relatives(build()), vectors(("a", "b", "c"), count=30)
+    data.tasks["c"] = replace(data.tasks["c"], source="a")
+    folder = tmp_path / "statistics"
+    data_commands.collect(recipe_of(models, preprocess=[RegMean()]), data, str(folder))
+    rows = [row["x"] for t in "ac" for row in data.tasks[t].path["adaptation"]]
+    found = SourceStatistics(folder).read("gram", "a", "body.weight")
+    x = torch.stack(rows)
+    torch.testing.assert_close(found.values["gram"][0], x.T @ x, atol=1e-4, rtol=1e-5)
+    assert (found.rows, found.axis) == (60, 1)

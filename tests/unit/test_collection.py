@@ -112,7 +112,7 @@ def test_layers_that_change_their_weight_are_averaged_and_named(tmp_path, activa
     folder = collect(recipe, data, tmp_path / "s", report=lines.append)
     assert lines[:2] == [
         "a: Gram matrices of 1 of 4 tensors from 40 examples",
-        "a: 1 layers change their weight before use and are averaged: first.weight",
+        "1 layers change their weight before use and are averaged: first.weight",
     ]
     plan = replace(recipe, statistics=str(folder)).open()
     came = plan.materialise("first.weight", plan.initial_raw())

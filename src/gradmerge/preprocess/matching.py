@@ -166,7 +166,8 @@ class MaTS(AbstractPreprocess):
 
     from the average, in float64. For `kfac` a sum of such operators has no inverse of closed form.
     Every iterate is linear in the directions once its step lengths are known, so the same steps
-    are taken on each `B_k` apart, and `A + sum_k B'_k` is the iterate itself. Few iterations stay
+    are taken on each `B_k` apart (K times the work of the sum's), and `A + sum_k B'_k` is the
+    iterate itself. Few iterations stay
     near the average, which the paper uses as the one thing to tune. Layers as for `RegMean`, but
     `kfac`, an approximation of curvature in any case, takes those that change their weight, too.
     """
