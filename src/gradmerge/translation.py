@@ -26,24 +26,27 @@ def for_merge(
     Args:
         arguments: as on the command line.
         folder: where translated files are written.
-        with_data: whether data is needed; default: as the arguments say (a step that needs
-            statistics and none given, a search, scores).
+        with_data: whether data is needed (for `collect` it always is); default: as the arguments
+            say (a step that needs statistics and none given, a search, scores).
 
     Returns:
         The arguments, and whether data is needed.
     """
     files = {at: _read(path) for at, _, path in _configs(arguments)}
+    # a file of a merge serves `collect` as well, which has no use for a search
+    dropped = _ASKING if with_data else ()
     if with_data is None:
         with_data = _needs_data(arguments, [file for file in files.values() if file is not None])
+    data = () if with_data else ("data",)
     translated = list(arguments)
     for at, flag, path in _configs(arguments):
         found = files[at]
-        if found is None or not ("model" in found or "data" in found):
+        if found is None or not {"model", "data", *dropped} & found.keys():
             continue
         given = os.path.join(folder, f"{at}", os.path.basename(path))
         os.mkdir(os.path.dirname(given))
         with open(given, "w", encoding="utf-8") as file:
-            yaml.safe_dump(_translated(found, with_data), file, sort_keys=False)
+            yaml.safe_dump(_translated(found, (*dropped, *data)), file, sort_keys=False)
         translated[at] = f"{flag}{given}"
     return translated, with_data
 
@@ -72,8 +75,7 @@ def _recipe(found: dict[str, Any]) -> Any:
     return model.get("recipe") if isinstance(model, dict) else found.get("recipe")
 
 
-def _translated(found: dict[str, Any], with_data: bool) -> dict[str, Any]:
-    dropped = () if with_data else ("data",)
+def _translated(found: dict[str, Any], dropped: Sequence[str]) -> dict[str, Any]:
     if not isinstance(found.get("model"), dict):
         return {key: value for key, value in found.items() if key not in dropped}
     dropped = ("model", *_OF_A_FIT, *dropped)

@@ -49,7 +49,8 @@ def test_a_merge_collects_what_its_recipe_needs(suite, tmp_path, capsys):
     text = capsys.readouterr()
     assert "a: Gram matrices of 8 of" in text.err
     assert "merged 2 sources" in text.out
-    assert main(["collect", *files, "--output", "statistics"]) == 0
+    search = write(tmp_path / "search.yaml", {"search": "GreedySoup"})
+    assert main(["collect", *files, "--config", search, "--output", "statistics"]) == 0
     assert "statistics written to statistics" in capsys.readouterr().out
     assert main(["merge", *files, "--recipe.statistics", "statistics", "--output", "kept"]) == 0
     assert "Gram" not in capsys.readouterr().err
