@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -26,7 +26,8 @@ commands:
   validate  score on the selection split  gradmerge validate --config merge.yaml --ckpt_path X.ckpt
   test      score on the test split       gradmerge test --config merge.yaml --ckpt_path X.ckpt
   export    checkpoint -> model folder    gradmerge export X.ckpt FOLDER
-  merge     fixed coefficients, no data   gradmerge merge --config static.yaml --output FOLDER
+  merge     merge without training        gradmerge merge --config static.yaml --output FOLDER
+  collect   statistics for such merges    gradmerge collect --config merge.yaml --output FOLDER
   unpack    compact EMR -> model folders  gradmerge unpack COMPACT FOLDER
   inspect   do these sources fit?         gradmerge inspect A B --base BASE
 
@@ -37,7 +38,7 @@ gradmerge COMMAND --help lists a command's options; configs/ holds runnable exam
 DEFAULT_STEPS = 200
 
 LEARNING = ("fit", "validate", "test")
-COMMANDS = (*LEARNING, "export", "merge", "unpack", "inspect")
+COMMANDS = (*LEARNING, "export", "merge", "collect", "unpack", "inspect")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +93,7 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
     from gradmerge.callbacks import StepProgress
     from gradmerge.commands import require_checkpoint
     from gradmerge.data import MergeDataModule
+    from gradmerge.logging_defaults import with_coefficients, with_csv
     from gradmerge.module import MergeModule
 
     register()
@@ -188,59 +190,6 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", pattern)
 
 
-def with_csv(given: Any, folder: str | None) -> Any:
-    """The loggers of a configuration: ours if it names none, and always a CSV file.
-
-    False stays false: nothing is logged.
-    """
-    from lightning.pytorch.loggers import CSVLogger
-
-    if given is False:
-        return False
-    if given is None or given is True:
-        return default_loggers(folder)
-    loggers = list(given) if isinstance(given, Iterable) else [given]
-    if not any(isinstance(logger, CSVLogger) for logger in loggers):
-        loggers.append(CSVLogger(folder or "outputs", name="logs"))
-    return loggers
-
-
-def with_coefficients(given: Any) -> list[Any]:
-    """The callbacks of a configuration, with one that logs coefficients."""
-    from gradmerge.callbacks import CoefficientLogger
-
-    callbacks = list(given) if isinstance(given, Iterable) else [given] if given else []
-    if not any(isinstance(callback, CoefficientLogger) for callback in callbacks):
-        # last: its picture is of the coefficients that an export has restored
-        callbacks.append(CoefficientLogger())
-    return callbacks
-
-
-def default_loggers(folder: str | None) -> list[Any]:
-    """CSV always; W&B too, offline unless a key is set: it never prompts or hangs."""
-    from lightning.pytorch.loggers import CSVLogger, WandbLogger
-
-    root = folder or "outputs"
-    csv = CSVLogger(root, name="logs")
-    if os.environ.get("WANDB_MODE") == "disabled":
-        return [csv]
-    offline = not has_wandb_key() or os.environ.get("WANDB_MODE") == "offline"
-    os.makedirs(root, exist_ok=True)
-    return [csv, WandbLogger(project="gradmerge", save_dir=root, offline=offline)]
-
-
-def has_wandb_key() -> bool:
-    """Whether W&B can log in without asking."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    path = os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))
-    try:
-        with open(path, encoding="utf-8") as file:
-            return "api.wandb.ai" in file.read()
-    except OSError:
-        return False
-
-
 def register() -> None:
     """Make attribute docstrings the help texts, and every component's short name known."""
     import jsonargparse
@@ -249,6 +198,7 @@ def register() -> None:
     import gradmerge.objectives
     import gradmerge.operators
     import gradmerge.preprocess
+    import gradmerge.search
     import gradmerge.sources  # noqa: F401
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -279,9 +229,9 @@ def component_names(stock: bool = True) -> dict[str, str]:
         stock: torch's optimisers and schedules and Lightning's callbacks and loggers, too, by their
             whole paths.
     """
-    from gradmerge import coefficients, objectives, operators, preprocess, sources
+    from gradmerge import coefficients, objectives, operators, preprocess, search, sources
 
-    modules: tuple[Any, ...] = (coefficients, objectives, operators, preprocess, sources)
+    modules: tuple[Any, ...] = (coefficients, objectives, operators, preprocess, search, sources)
     own = [n for m in modules for n in m.__all__ if not n.startswith("Abstract")]
     known = {name: name for name in (*own, "CoefficientLogger", "ExportAtEnd")}
     if stock:
@@ -352,7 +302,7 @@ def _keys(parser: Any) -> set[str]:
     return keys
 
 
-# ---- export, merge, inspect ---------------------------------------------------------------------
+# ---- export, merge, collect, inspect ------------------------------------------------------------
 
 
 def _plain(command: str, arguments: Sequence[str]) -> None:
@@ -362,26 +312,45 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
         def error(self, message: str, *args: Any, **kwargs: Any) -> Any:
             stop(message, self)
 
+    register()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments, function = _command(command, arguments, folder)
+        parser = Parser(
+            prog=f"gradmerge {command}",
+            allow_abbrev=False,
+            description=function.__doc__.split("\n")[0],
+        )
+        parser.add_argument(
+            "--config", action="config", help="YAML file with any of these options."
+        )
+        positional = _POSITIONALS.get(command, [])
+        for name in positional:
+            several: dict[str, Any] = {"nargs": "+"} if name == "sources" else {}
+            parser.add_argument(name, type=str, help=_POSITIONAL[name], **several)
+        groups: set[str | int] = set(positional)
+        if "data" in function.__annotations__:
+            from gradmerge.data import MergeDataModule
+
+            parser.add_class_arguments(MergeDataModule, "data")
+            parser.set_defaults({"data.tasks": {}})  # see `learn`
+            groups.add("data")
+        parser.add_function_arguments(function, as_group=False, skip=groups)
+        parsed = parser.instantiate_classes(parser.parse_args(arguments))
+    function(**{key: value for key, value in vars(parsed).items() if key != "config"})
+
+
+def _command(command: str, arguments: Sequence[str], folder: str) -> tuple[list[str], Any]:
+    """The arguments, as its own parser takes them, and the function of a command."""
     from gradmerge import commands
     from gradmerge.translation import for_merge
 
-    register()
-    function: Any = getattr(commands, command)
-    parser = Parser(
-        prog=f"gradmerge {command}",
-        allow_abbrev=False,
-        description=function.__doc__.split("\n")[0],
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of these options.")
-    positional = _POSITIONALS.get(command, [])
-    for name in positional:
-        several: dict[str, Any] = {"nargs": "+"} if name == "sources" else {}
-        parser.add_argument(name, type=str, help=_POSITIONAL[name], **several)
-    parser.add_function_arguments(function, as_group=False, skip=set(positional))
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = list(arguments) if command != "merge" else for_merge(arguments, folder)
-        parsed = parser.instantiate_classes(parser.parse_args(arguments))
-    function(**{key: value for key, value in vars(parsed).items() if key != "config"})
+    arguments, with_data = list(arguments), False
+    if command in ("merge", "collect"):
+        arguments, with_data = for_merge(arguments, folder, command == "collect" or None)
+    if not with_data:
+        return arguments, getattr(commands, command)
+    quieten()
+    return arguments, getattr(importlib.import_module("gradmerge.data_commands"), command)
 
 
 _POSITIONALS = {

@@ -248,6 +248,7 @@ class MergeDataModule(lightning.LightningDataModule):
         self.processor_path = processor
         self.check_disjoint = check_disjoint
         self.processor: Any = None
+        self._network: Any = None
         self._prepared: dict[str, dict[Stage, Any]] = {}
         self._pad = 0
 
@@ -283,9 +284,13 @@ class MergeDataModule(lightning.LightningDataModule):
         network = getattr(self._merged(), "skeleton", None)
         self._pad = padding_id(self.processor, network, classifies and several)
 
+    def attach(self, merged: Any) -> None:
+        """Prepare for a merged model where no trainer says for which."""
+        self._network = merged
+
     def _merged(self) -> Any:
         module = None if self.trainer is None else self.trainer.lightning_module
-        return getattr(module, "merged", None)
+        return getattr(module, "merged", self._network)
 
     def _default_processor(self) -> str | None:
         plan = getattr(self._merged(), "plan", None)

@@ -307,5 +307,6 @@ def provenance_of(
         **({"tokenizer": {k: v for k, v in tokens.items() if k not in long}} if tokens else {}),
         "results": dict(results or {}),
         **({"run": plan.run} if plan.run else {}),
+        **({"statistics": plan.collected.summary()} if plan.collected is not None else {}),
         **(extra or {}),
     }

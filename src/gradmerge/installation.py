@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from gradmerge.errors import ConfigError
 from gradmerge.sources.skeleton import empty_like_parameter
 
 Fetch = Callable[[str, bool], Tensor]
@@ -71,6 +72,21 @@ def restamp(skeleton: nn.Module, dtype: torch.dtype, device: torch.device) -> No
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
+
+
+def checkpoint_blocks(skeleton: nn.Module) -> None:
+    """Have a transformers network recompute each block's activations in backward.
+
+    Raises:
+        ConfigError: the network does not support it.
+    """
+    enable: Any = getattr(skeleton, "gradient_checkpointing_enable", None)
+    if enable is None or not getattr(skeleton, "supports_gradient_checkpointing", True):
+        raise ConfigError(
+            f"{type(skeleton).__name__} offers no gradient checkpointing; leave it off or wrap its "
+            "blocks with torch.utils.checkpoint yourself."
+        )
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _with_properties(cls: type, names: tuple[str, ...]) -> type:

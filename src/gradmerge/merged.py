@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from gradmerge.buffers import NetworkBuffers
 from gradmerge.differentiation import Combine, Deferred, backward_of, checksums
 from gradmerge.errors import ConfigError, shorten
-from gradmerge.installation import LiveTensors, install, restamp
+from gradmerge.installation import LiveTensors, checkpoint_blocks, install, restamp
 from gradmerge.memory import BlockPool
 from gradmerge.plan import Plan
 from gradmerge.recipe import Recipe
@@ -92,7 +93,7 @@ class MergedModel(nn.Module):
         # In a tuple it is no submodule: its stand-ins stay out of parameters() and checkpoints.
         self._skeleton = (plan.skeleton,)
         self._task: str | None = None
-        self._teacher: str | None = None
+        self._given: Callable[[str], Tensor] | None = None
         self._stepping: dict[str, Tensor] | None = None
         self._private: dict[tuple[str, str], Tensor] = {}
         self._fixed: dict[str, Tensor] = {}
@@ -157,18 +158,8 @@ class MergedModel(nn.Module):
         return self
 
     def enable_activation_checkpointing(self) -> None:
-        """Recompute each transformer block's activations in backward (transformers models).
-
-        Raises:
-            ConfigError: the network does not support it.
-        """
-        enable = getattr(self.skeleton, "gradient_checkpointing_enable", None)
-        if enable is None or not getattr(self.skeleton, "supports_gradient_checkpointing", True):
-            raise ConfigError(
-                f"{type(self.skeleton).__name__} offers no gradient checkpointing; leave it off or "
-                "wrap its blocks with torch.utils.checkpoint yourself."
-            )
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        """Recompute each block's activations in backward (see `checkpoint_blocks`)."""
+        checkpoint_blocks(self.skeleton)
         self.train(self.training)
 
     def build(
@@ -186,8 +177,8 @@ class MergedModel(nn.Module):
             return self.plan.combine(key, raw, out)
 
     def _fetch(self, key: str, casts: bool) -> Tensor:
-        if self._teacher is not None:
-            return self._place(self.plan.read(self._teacher, key))
+        if self._given is not None:
+            return self._place(self._given(key))
         if key not in self.plan.tensors:
             return self._private_tensor(key)
         if self.memory == "resident":
@@ -250,16 +241,15 @@ class MergedModel(nn.Module):
         """
         if task is not None and task not in self.tasks:
             raise ConfigError(f"task {task!r}: expected one of {', '.join(self.tasks)}.")
-        if self.plan.private and task is None and self._teacher is None and len(self.tasks) > 1:
+        if self.plan.private and task is None and self._given is None and len(self.tasks) > 1:
             raise ConfigError(
                 f"{self.plan.private[0]} belongs to each task alone: say which task this batch is "
                 f"of, task=one of {', '.join(self.tasks)}."
             )
         self._task = task
-        if self._teacher is not None:
-            return self.skeleton(*args, **kwargs)
-        if self.memory == "resident":
+        if self._given is None and self.memory == "resident":
             self._refresh()
+        if self._given is not None or self.memory == "resident":
             return self.skeleton(*args, **kwargs)
         self._live.purge()
         keep = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
@@ -388,12 +378,21 @@ class MergedModel(nn.Module):
         """
         if source not in self.plan.sources:
             raise ConfigError(f"{source!r} is no source; there are {', '.join(self.plan.sources)}.")
-        task, self._teacher = self._task, source
+        weights = self.as_weights(partial(self.plan.read, source))
+        with self.statistics.of_source(source), torch.no_grad(), weights:
+            yield
+
+    @contextmanager
+    def as_weights(self, read: Callable[[str], Tensor]) -> Iterator[None]:
+        """Within the context the network runs with the tensors that `read` gives, by name.
+
+        Gradients reach those that ask for them, if a gradient is recorded at all.
+        """
+        before, self._given = (self._task, self._given), read
         try:
-            with self.statistics.of_source(source), torch.no_grad():
-                yield
+            yield
         finally:
-            self._teacher, self._task = None, task
+            self._task, self._given = before
 
     def coefficients(self) -> dict[str, Tensor]:
         """`c` of every learned tensor, `[sources, *slot]`, differentiable."""

@@ -141,7 +141,11 @@ class MergeModule(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         """Take the tasks, and whose source each uses, from the data module."""
         data = getattr(self._trainer, "datamodule", None)
-        described = getattr(data, "tasks", None)
+        self.take_tasks(getattr(data, "tasks", None))
+        self.objective.require_tasks(self.merged.tasks)
+
+    def take_tasks(self, described: Mapping[str, Any] | None) -> None:
+        """Take the tasks, and whose source each uses, from a data module's."""
         if described:
             tasks = {name: task.source or name for name, task in described.items()}
             lost = [f"{t} -> {s}" for t, s in tasks.items() if s not in self.merged.plan.sources]
@@ -157,7 +161,6 @@ class MergeModule(lightning.LightningModule):
             }
             if lost:
                 self.score_experts = False
-        self.objective.require_tasks(self.merged.tasks)
 
     def _tasks_need_source(self) -> bool:
         return self.objective.needs_teacher or bool(self.merged.plan.private)
@@ -177,7 +180,8 @@ class MergeModule(lightning.LightningModule):
             )
         return {self.tasks[0]: batch}
 
-    def _rows(self, task: str, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def rows(self, task: str, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits of a task's batch as rows, labels, and the rows kept (see `next_token_rows`)."""
         inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
         output = self.merged(task=task, **inputs)
         logits = getattr(output, "logits", output)
@@ -193,11 +197,11 @@ class MergeModule(lightning.LightningModule):
 
     def _expert_rows(self, task: str, batch: Batch) -> Tensor:
         with self.merged.as_source(self.merged.tasks[task]):
-            return self._rows(task, batch)[0].detach()
+            return self.rows(task, batch)[0].detach()
 
     def _predict(self, task: str, batch: Batch, shared: bool = False) -> Predictions:
         teacher = self._expert_rows(task, batch) if self.objective.needs_teacher else None
-        logits, labels, _ = self._rows(task, batch)
+        logits, labels, _ = self.rows(task, batch)
         if labels is None and self.objective.needs_labels:
             terms = [type(term).__name__ for term in self.objective.terms if term.needs_labels]
             raise ConfigError(
@@ -334,14 +338,16 @@ class MergeModule(lightning.LightningModule):
         if not self.trainer.sanity_checking:
             self.results[stage] = {**found, "average": averages}
 
-    def refresh_buffers(self) -> None:
-        """Recompute BatchNorm statistics on adaptation data, where the recipe says so."""
+    def refresh_buffers(self, data: Any = None) -> None:
+        """Recompute BatchNorm statistics on adaptation data (by default the trainer's), where the
+        recipe says so.
+        """
         merged = self.merged
         if self.recipe.buffers != "recompute" or not merged.statistics.batch_norms:
             return
         if self._buffers_version == merged.version:
             return
-        data = getattr(self._trainer, "datamodule", None)
+        data = data or getattr(self._trainer, "datamodule", None)
         if data is None or not hasattr(data, "evaluation_loaders"):
             lightning.pytorch.utilities.rank_zero_warn(
                 "BatchNorm statistics cannot be recomputed without a MergeDataModule; the mean of "
@@ -352,8 +358,8 @@ class MergeModule(lightning.LightningModule):
         runs: list[Callable[[], object]] = []
         for task, loader in zip(self.tasks, data.evaluation_loaders("adaptation"), strict=True):
             for batch in sample_batches(loader, _NORM_BATCHES):
-                moved = self._trainer.strategy.batch_to_device(batch, self.device)  # type: ignore[union-attr]
-                runs.append(partial(self._rows, task, moved))
+                moved = self.transfer_batch_to_device(batch, self.device, 0)
+                runs.append(partial(self.rows, task, moved))
         merged.statistics.recompute(runs)
         self._buffers_version = merged.version
 

@@ -27,6 +27,8 @@ from gradmerge.sources.skeleton import Binding, bind_or_refuse, input_axis
 from gradmerge.sources.statistics import direction_statistics
 from gradmerge.sources.views import alignment_of
 from gradmerge.sources.vocabulary import Alignment
+from gradmerge.spec import to_plain
+from gradmerge.statistics import SourceStatistics
 
 if TYPE_CHECKING:
     from gradmerge.recipe import Recipe
@@ -75,6 +77,8 @@ class Plan:
         """How the coefficients were learned, as plain data; empty before a fit."""
         self._on_device: dict[tuple[str, str], Tensor] = {}
         self._facts: dict[str, dict[str, Tensor]] = {}
+        self.collected = self._statistics()
+        """Statistics of the sources that the preprocess reads, if it reads any."""
         self._processed = ProcessedDirections(recipe.preprocess, self._directions)
 
     def _names(self) -> list[str]:
@@ -113,6 +117,23 @@ class Plan:
         if value == "origin":
             return 0.0
         return 1 / len(self.sources) if value == "mean" else float(value)
+
+    def _statistics(self) -> SourceStatistics | None:
+        """Statistics that the preprocess needs, after a look at what they are of."""
+        steps = [step for step in self.recipe.preprocess if step.needs is not None]
+        if not steps:
+            return None
+        if self.recipe.statistics is None:
+            raise ConfigError(
+                f"{type(steps[0]).__name__} needs statistics of the sources on data, and the "
+                "recipe names none. Give `gradmerge merge` the tasks' data as well; or run "
+                "`gradmerge collect` with the same files, and name its output: statistics of the "
+                "recipe."
+            )
+        found = SourceStatistics(self.recipe.statistics)
+        wanted = [(step.needs, to_plain(step)) for step in steps if step.needs is not None]
+        found.require(wanted, {name: self.fingerprints[name] for name in self.sources})
+        return found
 
     @property
     def unused_coefficient(self) -> float:
@@ -200,7 +221,7 @@ class Plan:
         for.
         """
         for name in self.tensors:
-            yield Site(name, self.source_names), partial(self.direction, name)
+            yield Site(name, self.source_names, self.collected), partial(self.direction, name)
 
     def direction(self, name: str) -> Tensor:
         """`B_k = theta_k - A` of a tensor before any preprocess, `[sources, *shape]`, float32."""

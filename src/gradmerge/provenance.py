@@ -73,7 +73,7 @@ def describe(trainer: Any, module: Any) -> dict[str, Any]:
     }
     data = getattr(trainer, "datamodule", None)
     if data is not None:
-        run["data"] = _data(data)
+        run["data"] = describe_data(data)
     yaml = _yaml(trainer.callbacks)
     return {**run, "yaml": yaml} if yaml else run
 
@@ -89,8 +89,8 @@ def _scheduler(config: Any) -> dict[str, Any]:
     return {**_described(config.scheduler, own), "interval": str(config.interval)}
 
 
-def _data(data: Any) -> dict[str, Any]:
-    """Seed, batch sizes and tasks, as far as the data module has them; never the examples."""
+def describe_data(data: Any) -> dict[str, Any]:
+    """Seed, batch sizes and tasks, as far as a data module has them; never the examples."""
     names = ("seed", "batch_size", "eval_batch_size", "processor_path")
     found = {name: to_plain(getattr(data, name)) for name in names if hasattr(data, name)}
     found["class_path"] = f"{type(data).__module__}.{type(data).__qualname__}"

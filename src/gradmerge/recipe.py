@@ -41,7 +41,10 @@ class Recipe:
     there is one, else zero."""
     preprocess: list[AbstractPreprocess] = field(default_factory=list)
     """What happens to the directions once, in order, before coefficients are put on them (Trim,
-    ElectSign, RandomDrop, TSVM and others)."""
+    ElectSign, RandomDrop, TSVM, RegMean and others)."""
+    statistics: str | None = None
+    """Folder of `gradmerge collect` with the sources' statistics on data, for steps that need them
+    (FisherScale, RegMean, MaTS)."""
     coefficients: AbstractCoefficients = field(default_factory=TensorGranularity)
     """Who shares a coefficient (Model, Group, Tensor, Column, Row, Partition, Element), possibly
     wrapped by a link (Clamp, Sigmoid, Tanh, Softmax, Complement)."""

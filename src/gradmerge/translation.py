@@ -1,48 +1,121 @@
-"""Files of other commands, as `gradmerge merge` reads them."""
+"""Files of other commands, as `gradmerge merge` and `collect` read them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
 
 # What else a file for `gradmerge fit` may say; a merge without training has no use for it.
-_OF_A_FIT = ("seed_everything", "data", "trainer", "optimizer", "lr_scheduler", "ckpt_path")
+_OF_A_FIT = ("seed_everything", "trainer", "optimizer", "lr_scheduler", "ckpt_path")
+# Options that ask for data, whatever is merged.
+_ASKING = ("search", "score")
 
 
-def for_merge(arguments: Sequence[str], folder: str) -> list[str]:
+def for_merge(
+    arguments: Sequence[str], folder: str, with_data: bool | None = None
+) -> tuple[list[str], bool]:
     """The arguments of `merge`, where a file of `fit` (with `model.recipe`) stands for its recipe.
 
-    So one pair of files, suite and method, serves both commands.
+    So one pair of files, suite and method, serves both commands. The files' `data` is kept only
+    where it is needed: reading it takes Lightning, which a plain merge need not wait for.
+
+    Args:
+        arguments: as on the command line.
+        folder: where translated files are written.
+        with_data: whether data is needed (for `collect` it always is); default: as the arguments
+            say (a step that needs statistics and none given, a search, scores).
+
+    Returns:
+        The arguments, and whether data is needed.
     """
-    translated: list[str] = []
-    previous = ""
-    for argument in arguments:
-        flag, equals, path = argument.partition("=")
-        given = path if flag == "--config" and equals else argument
-        if previous == "--config" or (flag == "--config" and equals):
-            found = _recipe_of_a_fit(given)
-            if found is not None:
-                given = os.path.join(folder, f"{len(translated)}", os.path.basename(given))
-                os.mkdir(os.path.dirname(given))
-                with open(given, "w", encoding="utf-8") as file:
-                    yaml.safe_dump(found, file, sort_keys=False)
-        translated.append(f"{flag}={given}" if flag == "--config" and equals else given)
-        previous = argument
-    return translated
+    files = {at: _read(path) for at, _, path in _configs(arguments)}
+    # a file of a merge serves `collect` as well, which has no use for a search
+    dropped = _ASKING if with_data else ()
+    if with_data is None:
+        with_data = _needs_data(arguments, [file for file in files.values() if file is not None])
+    data = () if with_data else ("data",)
+    translated = list(arguments)
+    for at, flag, path in _configs(arguments):
+        found = files[at]
+        if found is None or not {"model", "data", *dropped} & found.keys():
+            continue
+        given = os.path.join(folder, f"{at}", os.path.basename(path))
+        os.mkdir(os.path.dirname(given))
+        with open(given, "w", encoding="utf-8") as file:
+            yaml.safe_dump(_translated(found, (*dropped, *data)), file, sort_keys=False)
+        translated[at] = f"{flag}{given}"
+    return translated, with_data
 
 
-def _recipe_of_a_fit(path: str) -> dict[str, Any] | None:
-    """What a merge takes from a file of `fit`; None where it is no such file."""
+def _configs(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """Where a file is named, what stands before its path there, and the path."""
+    for at, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            yield at, "--config=", argument.removeprefix("--config=")
+        elif at and arguments[at - 1] == "--config":
+            yield at, "", argument
+
+
+def _read(path: str) -> dict[str, Any] | None:
+    """A file as plain data; None where it is none (the parser says what is wrong with it)."""
     try:
         with open(path, encoding="utf-8") as file:
             found = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None  # the parser says what is wrong with it
-    if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
         return None
-    rest = {key: value for key, value in found.items() if key not in ("model", *_OF_A_FIT)}
-    recipe = found["model"].get("recipe")
+    return found if isinstance(found, dict) else None
+
+
+def _recipe(found: dict[str, Any]) -> Any:
+    model = found.get("model")
+    return model.get("recipe") if isinstance(model, dict) else found.get("recipe")
+
+
+def _translated(found: dict[str, Any], dropped: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(found.get("model"), dict):
+        return {key: value for key, value in found.items() if key not in dropped}
+    dropped = ("model", *_OF_A_FIT, *dropped)
+    rest = {key: value for key, value in found.items() if key not in dropped}
+    recipe = _recipe(found)
     return {**rest, **({} if recipe is None else {"recipe": recipe})}
+
+
+def _needs_data(arguments: Sequence[str], files: Sequence[dict[str, Any]]) -> bool:
+    options = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
+    names = [option.removeprefix("--").split(".")[0] for option in options]
+    if "help" in names or "-h" in arguments or "data" in names:
+        return True  # the whole help; or data was given for something
+    for asking in _ASKING:
+        if asking in names or any(file.get(asking) for file in files):
+            return True
+    recipes = [recipe for recipe in map(_recipe, files) if isinstance(recipe, dict)]
+    if "--recipe.statistics" in options or any(recipe.get("statistics") for recipe in recipes):
+        return False
+    if not any("data" in file for file in files):
+        return False
+    said = [word for argument in arguments for word in re.split(r"\W+", argument)]
+    said += [word for recipe in recipes for word in _words(recipe.get("preprocess"))]
+    return not _needing_statistics().isdisjoint(said)
+
+
+def _words(value: Any) -> Iterator[str]:
+    """The last parts of all strings in nested data: class names among them."""
+    if isinstance(value, str):
+        yield value.rpartition(".")[2]
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _words(inner)
+
+
+def _needing_statistics() -> set[str]:
+    """Names of the steps that need statistics."""
+    from gradmerge import preprocess
+
+    base = preprocess.AbstractPreprocess
+    kinds = {name: getattr(preprocess, name) for name in preprocess.__all__}
+    steps = {n: k for n, k in kinds.items() if isinstance(k, type) and issubclass(k, base)}
+    return {name for name, kind in steps.items() if kind.needs is not base.needs}

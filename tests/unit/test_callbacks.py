@@ -296,7 +296,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from gradmerge import MergeModule
 from gradmerge.callbacks import CoefficientLogger
-from gradmerge.cli import default_loggers
+from gradmerge.logging_defaults import default_loggers
 from tiny import build, recipe_of, relatives, trainer_of, vectors
 
 folder = Path(sys.argv[2])

@@ -294,5 +294,5 @@ def test_padding_does_not_count_in_an_encoder_decoder(tmp_path, family):
     labels[1, 2:] = -100
     mask = torch.ones_like(inputs["input_ids"])
     mask[0, 4:] = 0
-    logits, kept, _ = module._rows("a", {**inputs, "attention_mask": mask, "labels": labels})
+    logits, kept, _ = module.rows("a", {**inputs, "attention_mask": mask, "labels": labels})
     assert len(logits) == len(kept) == (labels != -100).sum()

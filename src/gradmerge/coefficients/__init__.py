@@ -18,6 +18,7 @@ from gradmerge.coefficients.init import (
     InitContext,
     MetaGPT,
     Mixup,
+    Scaled,
     Uniform,
     initial_raw,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "Model",
     "Partition",
     "Row",
+    "Scaled",
     "Sigmoid",
     "Slot",
     "Softmax",

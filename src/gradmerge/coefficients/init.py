@@ -7,7 +7,7 @@ import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -65,6 +65,20 @@ class Uniform(AbstractInit):
         """See `AbstractInit.coefficient`."""
         num = len(context.sources)
         return torch.full((num, *slot.shape), 1 / num, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Scaled(AbstractInit):
+    """Another init's coefficients times one factor."""
+
+    inner: AbstractInit = field(default_factory=lambda: Constant(1.0))
+    """The init."""
+    factor: float = 1.0
+    """What its coefficients are multiplied with."""
+
+    def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
+        """See `AbstractInit.coefficient`."""
+        return self.factor * self.inner.coefficient(tensor, slot, context)
 
 
 @dataclass(frozen=True)

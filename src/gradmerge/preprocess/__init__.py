@@ -4,6 +4,7 @@ from gradmerge.preprocess.base import AbstractPreprocess, Site
 from gradmerge.preprocess.competition import ParameterCompetition
 from gradmerge.preprocess.drop import MagnitudeDrop, RandomDrop
 from gradmerge.preprocess.interference import WUDI
+from gradmerge.preprocess.matching import FisherScale, MaTS, RegMean
 from gradmerge.preprocess.orthogonalise import Orthogonalise
 from gradmerge.preprocess.processed import ProcessedDirections
 from gradmerge.preprocess.select import Consensus, SelectTop, ShareOfSquares
@@ -19,13 +20,16 @@ __all__ = [
     "Breadcrumbs",
     "Consensus",
     "ElectSign",
+    "FisherScale",
     "IsoC",
     "IsoCTS",
+    "MaTS",
     "MagnitudeDrop",
     "Orthogonalise",
     "ParameterCompetition",
     "ProcessedDirections",
     "RandomDrop",
+    "RegMean",
     "SelectTop",
     "ShareOfSquares",
     "Site",

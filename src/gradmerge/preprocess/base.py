@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from gradmerge.errors import ConfigError
+from gradmerge.statistics import Needs, Readable, Statistic
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,20 @@ class Site:
     """The tensor's name."""
     sources: tuple[str, ...]
     """Names of the sources, in order."""
+    collected: Readable | None = field(default=None, compare=False, repr=False)
+    """Statistics of the sources on data, for steps that need them."""
+
+    def statistics(self, kind: str) -> list[Statistic] | None:
+        """What is known of each source at this tensor; None where nothing was collected for it.
+
+        Raises:
+            ConfigError: no statistics were given at all.
+        """
+        if self.collected is None:
+            raise ConfigError(f"{self.name}: a step needs statistics ({kind}), and none are given.")
+        found = [self.collected.read(kind, source, self.name) for source in self.sources]
+        known = [statistic for statistic in found if statistic is not None]
+        return known if len(known) == len(found) else None
 
     def generator(self, seed: int, source: str) -> torch.Generator:
         """Random numbers that depend on seed, tensor and source alone, not on what was drawn
@@ -35,6 +52,11 @@ Passes = Callable[[], Iterator[tuple[Site, Tensor]]]
 
 class AbstractPreprocess(ABC):
     """A step over directions."""
+
+    @property
+    def needs(self) -> Needs | None:
+        """What it reads of the sources' statistics on data; None for a step over weights alone."""
+        return None
 
     @abstractmethod
     def __call__(self, directions: Tensor, site: Site) -> Tensor:

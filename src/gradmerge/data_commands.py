@@ -1,0 +1,114 @@
+"""Commands that need data but no training: `merge` with searches and statistics, and `collect`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gradmerge import collection
+from gradmerge.commands import output_options
+from gradmerge.data import MergeDataModule
+from gradmerge.evaluation import Selection
+from gradmerge.export import export_merged, export_plan
+from gradmerge.module import MergeModule
+from gradmerge.plan import Plan
+from gradmerge.recipe import Recipe
+from gradmerge.search import AbstractSearch
+
+
+def merge(
+    recipe: Recipe,
+    data: MergeDataModule,
+    search: AbstractSearch | None = None,
+    score: bool = False,
+    **options: Any,
+) -> None:
+    """Merge without any training; with data, also by statistics of the sources or a search.
+
+    Args:
+        recipe: what is merged; `init` gives the coefficients (Constant, Uniform, MetaGPT, ...).
+        data: the tasks, for steps that need statistics, for a search, and for scores.
+        search: chooses the coefficients by scores on the selection split (GreedySoup, Scales).
+        score: print the merge's scores on the selection split.
+        **options: those of `output_options`.
+    """
+    checked = output_options(**options)
+    extra: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="gradmerge-statistics-") as folder:
+        opened = recipe
+        if recipe.statistics is None and any(step.needs for step in recipe.preprocess):
+            found = collection.collect(recipe, data, Path(folder) / "found", report=_say)
+            opened = replace(recipe, statistics=str(found))
+        plan = opened.open(with_skeleton=False)
+        if search is not None or score or _has_batch_norms(plan):
+            module = MergeModule(opened, score_experts=False)
+            selection = Selection(module, data)
+            if search is not None:
+                chosen, extra["search"] = selection.search(search)
+                recipe = replace(recipe, init=chosen)
+                _print_search(selection, chosen)
+            if score or search is not None:
+                _print_scores(selection.score())
+            else:
+                data.attach(module.merged)
+                data.setup()
+                module.take_tasks(data.tasks)
+                module.refresh_buffers(data)
+            plan = module.merged.plan
+            plan.recipe = recipe  # a folder for temporary files is not part of it
+            _warn(plan)
+            written = export_merged(module.merged, **checked, results=module.results, extra=extra)
+        else:
+            plan.recipe = recipe
+            _warn(plan)
+            written = export_plan(plan, plan.initial_raw(), **checked, extra=extra)
+    print(f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors: {written}")
+
+
+def collect(recipe: Recipe, data: MergeDataModule, output: str, overwrite: bool = False) -> None:
+    """Collect the statistics of the sources that a recipe's steps need, to keep and reuse.
+
+    Args:
+        recipe: whose sources run on their tasks' adaptation data; its steps (FisherScale, RegMean,
+            MaTS) say what is collected. Name the output in it afterwards: `statistics`.
+        data: the tasks.
+        output: folder to write.
+        overwrite: replace an existing folder.
+    """
+    folder = collection.collect(recipe, data, output, overwrite, report=_say)
+    print(f"statistics written to {folder}")
+
+
+def _has_batch_norms(plan: Plan) -> bool:
+    recomputed = plan.recipe.buffers == "recompute"
+    return recomputed and any(name.endswith("running_mean") for name in plan.buffers)
+
+
+def _say(line: str) -> None:
+    print(f"gradmerge: {line}", file=sys.stderr)
+
+
+def _warn(plan: Plan) -> None:
+    for warning in plan.warnings:
+        print(f"gradmerge merge: warning {warning}", file=sys.stderr)
+
+
+def _print_search(selection: Selection, chosen: Any) -> None:
+    for trial in selection.trials:
+        mark = "*" if trial.init == chosen else " "
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in trial.average.items())
+        print(f"{mark} {_short(trial.init)}: {scores}")
+
+
+def _short(init: Any) -> str:
+    name = "factor" if hasattr(init, "factor") else "value"
+    return f"{type(init).__name__} {getattr(init, name, '')}"
+
+
+def _print_scores(found: dict[str, dict[str, float]]) -> None:
+    for task, values in found.items():
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        print(f"selection, {task}: {scores}")

@@ -1,0 +1,114 @@
+"""Scores of a merge on the selection split, for many coefficients of one opened merge."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning
+import torch
+
+from gradmerge.coefficients import AbstractInit, InitContext, initial_raw
+from gradmerge.data import MergeDataModule
+from gradmerge.errors import ConfigError
+from gradmerge.merged import MergedModel
+from gradmerge.metrics import ACCURACY, BITS_PER_BYTE
+from gradmerge.module import MergeModule
+from gradmerge.search import AbstractSearch
+from gradmerge.spec import to_plain
+
+
+def set_coefficients(merged: MergedModel, init: AbstractInit) -> None:
+    """Write an init's coefficients into a merged model.
+
+    Raises:
+        ConfigError: the link cannot reach them.
+    """
+    plan = merged.plan
+    context = InitContext(
+        plan.source_names, {name: plan.tensors[name] for name in plan.learned}, plan.direction_norms
+    )
+    pull_back = plan.recipe.coefficients.pull_back
+    raws = initial_raw(plan.layout, init, context, plan.num_rows, pull_back)
+    with torch.no_grad():
+        for key, value in raws.items():
+            merged.raw[key].copy_(value)
+
+
+@dataclass
+class Trial:
+    """Coefficients that were tried, and their scores."""
+
+    init: AbstractInit
+    average: Mapping[str, float]
+    """Means over tasks, by name, with the loss."""
+
+
+@dataclass
+class Selection:
+    """The selection split as a function of coefficients; nothing of the test split is read.
+
+    Examples are prepared once, and one merged model takes all coefficients in turn.
+    """
+
+    module: MergeModule
+    data: MergeDataModule
+    trials: list[Trial] = field(default_factory=list)
+    """Everything that was scored, in order."""
+
+    def __post_init__(self) -> None:
+        """A trainer that says nothing."""
+        log = logging.getLogger("lightning.pytorch")
+        level = log.level
+        log.setLevel(logging.ERROR)
+        try:
+            self._trainer = lightning.Trainer(
+                accelerator="cpu",
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+        finally:
+            log.setLevel(level)
+
+    def score(self) -> dict[str, dict[str, float]]:
+        """All scores of the coefficients as they stand: by task, and `average`."""
+        self._trainer.validate(self.module, datamodule=self.data, verbose=False)
+        return self.module.results["selection"]
+
+    def try_out(self, init: AbstractInit, metric: str) -> float:
+        """Write coefficients, score them, and give the metric, turned so that higher is better.
+
+        Raises:
+            ConfigError: the tasks have no such score.
+        """
+        set_coefficients(self.module.merged, init)
+        average = self.score()["average"]
+        self.trials.append(Trial(init, dict(average)))
+        score = BITS_PER_BYTE if self.module.causal else ACCURACY
+        name = "loss" if metric == "loss" else score.name
+        if name not in average:
+            raise ConfigError(
+                f"the selection split has no {name}, which the search goes by (it has "
+                f"{', '.join(average) or 'no score'}); tasks need labels."
+            )
+        return average[name] if name == score.name and score.higher_is_better else -average[name]
+
+    def search(self, search: AbstractSearch) -> tuple[AbstractInit, dict[str, Any]]:
+        """Run a search, leave its choice in the model, and say what was tried, as plain data."""
+        recipe = self.module.recipe
+        sources = self.module.merged.plan.source_names
+        chosen = search.run(recipe.init, sources, lambda init: self.try_out(init, search.metric))
+        set_coefficients(self.module.merged, chosen)
+        return chosen, {
+            "search": to_plain(search),
+            "chosen": to_plain(chosen),
+            "trials": [
+                {"init": to_plain(trial.init), "selection": dict(trial.average)}
+                for trial in self.trials
+            ],
+        }
