@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from gradmerge.errors import CompatibilityError, ConfigError
-from gradmerge.export import export_merged, export_plan
+from gradmerge.export import export_merged, export_plan, require_options
 from gradmerge.folders import refuse_existing
 from gradmerge.inspection import inspect_sources, render
+from gradmerge.mergekit_writer import require_file, write_mergekit
 from gradmerge.recipe import Recipe, named
 
 
@@ -38,37 +39,60 @@ def output_options(
     return {"output": output, "dtype": dtype, "overwrite": overwrite, "head": head}
 
 
-def merge(recipe: Recipe, **options: Any) -> None:
+def merge(recipe: Recipe, mergekit: bool = False, **options: Any) -> None:
     """Merge with the recipe's starting coefficients, without any training.
 
     Args:
         recipe: what is merged; `init` gives the coefficients (Constant, Uniform, MetaGPT, ...).
+        mergekit: write no folder but a mergekit YAML (OUTPUT ends in .yaml) that gives the same.
         **options: those of `output_options`.
     """
-    checked = output_options(**options)
+    checked = _file_options(**options) if mergekit else output_options(**options)
     plan = recipe.open(with_skeleton=False)
     for warning in plan.warnings:
         print(f"gradmerge merge: warning {warning}", file=sys.stderr)
+    if mergekit:
+        print(f"mergekit file written to {write_mergekit(plan, plan.initial_raw(), **checked)}")
+        return
     folder = export_plan(plan, plan.initial_raw(), **checked)
     print(f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors: {folder}")
 
 
-def export(checkpoint: str, **options: Any) -> None:
-    """Write a trained merge as a Hugging Face folder.
+def export(checkpoint: str, mergekit: bool = False, **options: Any) -> None:
+    """Write a trained merge as a Hugging Face folder, or its coefficients as a mergekit YAML.
 
     Args:
         checkpoint: checkpoint that `gradmerge fit` wrote.
+        mergekit: write no folder but a mergekit YAML (OUTPUT ends in .yaml) that gives the same.
         **options: those of `output_options`.
     """
-    checked = output_options(**options)
+    checked = _file_options(**options) if mergekit else output_options(**options)
     path = require_checkpoint(checkpoint)
 
     from gradmerge.module import MergeModule
 
     module = MergeModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    if mergekit:
+        merged, buffers = module.merged, module.merged.statistics.values()
+        print(
+            "mergekit file written to "
+            f"{write_mergekit(merged.plan, merged.raw, **checked, buffers=buffers)}"
+        )
+        return
     extra = {"checkpoint": path.name}
     folder = export_merged(module.merged, **checked, results=module.results, extra=extra)
     print(f"merged model written to {folder}")
+
+
+def _file_options(
+    output: str, dtype: str | None = None, overwrite: bool = False, head: str | None = None
+) -> dict[str, Any]:
+    """Those options for a mergekit file, refused before any work."""
+    if head is not None:
+        raise ConfigError("head: a mergekit file describes one model; leave it out.")
+    require_options(dtype, None, ())
+    require_file(Path(output).expanduser(), overwrite)
+    return {"output": output, "dtype": dtype, "overwrite": overwrite}
 
 
 def require_checkpoint(checkpoint: str) -> Path:

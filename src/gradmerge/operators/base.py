@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class View:
 class AbstractOperator(ABC):
     """`theta = combine(terms, c)`."""
 
-    differentiable: ClassVar[bool] = True
+    differentiable = True
     """Whether coefficients can be learned through it: `contract` is the gradient of `combine`."""
 
     def require(self, num_sources: int, origin: Origin) -> None:  # noqa: B027 (most have none)
