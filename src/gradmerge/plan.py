@@ -134,6 +134,9 @@ class Plan:
             self.source_names,
             {name: self.tensors[name] for name in self.learned},
             self.direction_norms,
+            self.recipe.resolved_origin,
+            {name: checkpoint.label for name, checkpoint in self._everything.items()},
+            tuple(self.tensors),
         )
         coefficients = self.recipe.coefficients
         return initial_raw(
@@ -305,8 +308,11 @@ class Plan:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Content hash of every source, by name; reads all weights once."""
-        everything = {**({"base": self.base} if self.base is not None else {}), **self.sources}
-        return {name: checkpoint.fingerprint() for name, checkpoint in everything.items()}
+        return {name: checkpoint.fingerprint() for name, checkpoint in self._everything.items()}
+
+    @property
+    def _everything(self) -> dict[str, Checkpoint]:
+        return {**({"base": self.base} if self.base is not None else {}), **self.sources}
 
     def require_fingerprints(self, expected: Mapping[str, str]) -> None:
         """Refuse coefficients that were trained on other weights.

@@ -79,10 +79,6 @@ class Table:
             )
         return values[0]
 
-    def sole(self, parameter: str) -> dict[str, Any]:
-        """A parameter of the merge, tensor by tensor."""
-        return self.shared[parameter]
-
     def coefficients(self, problems: Problems) -> dict[str, list[float]]:
         """The coefficients of the sources, tensor by tensor, as far as the file states them.
 
@@ -91,6 +87,27 @@ class Table:
         they are the weights, without lambda).
         """
         return {name: self._coefficients(name, problems) for name in self.tensors}
+
+    def weights(self, problems: Problems) -> dict[str, dict[ModelReference, float]]:
+        """The weights of all models, the base too, of the sum that a method is or comes near to.
+
+        `theta = sum_m w_m theta_m`, with `1 - sum c` for the base of task vectors. Of methods that
+        prune or elect these are the weights that they put on task vectors, times lambda.
+        """
+        document = self.document
+        if document.method.name in ("nearswap", "arcee_fusion", "sce"):
+            problems.add("merge_method", f"{document.method.name} states no weights")
+            return {}
+        found = {}
+        for name, row in self.coefficients(problems).items():
+            if document.method.family is not None and document.method.family.elects:
+                row = [self.shared["lambda"][name] * value for value in row]
+            if document.method.name == "multislerp" and self.shared["normalize_weights"][name]:
+                row = [value / sum(row) for value in row]
+            found[name] = dict(zip(self.sources, row, strict=True))
+            if document.base is not None and document.base not in found[name]:
+                found[name][document.base] = 1 - sum(row)
+        return found
 
     def _coefficients(self, name: str, problems: Problems) -> list[float]:
         method = self.document.method
