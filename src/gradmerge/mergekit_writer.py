@@ -142,7 +142,11 @@ def _reasons(plan: Plan, buffers: Mapping[str, Tensor]) -> list[str]:
             f"private: each task keeps {shorten(plan.private, 2)}, and mergekit writes one model; "
             f"{_FOLDER}, which holds one for each task"
         )
-    changed = [n for n, value in buffers.items() if not torch.equal(value.cpu(), plan.buffer(n))]
+    changed = [
+        name
+        for name in _float_buffers(plan)
+        if name in buffers and not torch.equal(buffers[name].cpu(), plan.buffer(name))
+    ]
     if changed:
         reasons.append(
             f"buffers: {shorten(sorted(changed), 2)} were recomputed on data, which mergekit "

@@ -98,9 +98,10 @@ def _match(
     """The file's model that is a source: as stated, else by path, else by the last part's name."""
     if stated is not None:
         return next((model for model in weights if str(model) == stated), None)
+    names = {Path(label).name} if name == "base" else {name, Path(label).name}
     for same in (
         [model for model in weights if str(model) == label or _same_path(str(model), label)],
-        [model for model in weights if _last(model) in (name, Path(label).name)],
+        [model for model in weights if _last(model) in names],
     ):
         if len(same) == 1:
             return same[0]
