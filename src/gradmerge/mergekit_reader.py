@@ -276,7 +276,7 @@ def _vocabulary(
         problems.add("tokenizer", "this gradmerge cannot merge vocabularies; give models of one")
         return {}
     hint = typing.get_type_hints(Recipe)["tokenizer"]
-    kind = next(k for k in (*typing.get_args(hint), hint) if dataclasses.is_dataclass(k))
+    kind = next(k for k in typing.get_args(hint) if dataclasses.is_dataclass(k))
     source = document.tokenizer
     if isinstance(source, ModelReference):
         if source == document.base:

@@ -130,12 +130,13 @@ class Plan:
 
     def initial_raw(self) -> dict[str, Tensor]:
         """Raw coefficients at the start, by key, float32."""
+        labels = {name: checkpoint.label for name, checkpoint in self.sources.items()}
         context = InitContext(
             self.source_names,
             {name: self.tensors[name] for name in self.learned},
             self.direction_norms,
             self.recipe.resolved_origin,
-            {name: checkpoint.label for name, checkpoint in self._everything.items()},
+            {**({} if self.base is None else {"base": self.base.label}), **labels},
             tuple(self.tensors),
         )
         coefficients = self.recipe.coefficients
@@ -308,11 +309,8 @@ class Plan:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Content hash of every source, by name; reads all weights once."""
-        return {name: checkpoint.fingerprint() for name, checkpoint in self._everything.items()}
-
-    @property
-    def _everything(self) -> dict[str, Checkpoint]:
-        return {**({"base": self.base} if self.base is not None else {}), **self.sources}
+        everything = {**({"base": self.base} if self.base is not None else {}), **self.sources}
+        return {name: checkpoint.fingerprint() for name, checkpoint in everything.items()}
 
     def require_fingerprints(self, expected: Mapping[str, str]) -> None:
         """Refuse coefficients that were trained on other weights.

@@ -215,7 +215,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
             {"model": "d", "parameters": {"weight": [{"filter": "mlp"}, 0.3], "density": [[1]]}},
         ],
         "tokenizer": {"source": "union", "tokens": {"<s>": {"source": "a"}}},
-        "chat_template": "auto",
+        "chat_template": "chatml",
     }
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, config)
@@ -223,7 +223,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
     for part in [
         "mk.yaml: 16 problems keep this mergekit file from being read:",
         "dtyp: unknown key. Did you mean 'dtype'?",
-        "chat_template: is not supported: gradmerge keeps the chat template",
+        "chat_template: expected auto or the text of a template, came 'chatml'",
         "models[0].paramters: unknown key. Did you mean 'parameters'?",
         "models[0].parameters.wieght: task_arithmetic has no such parameter. Did you mean 'weight'",
         "models[0].parameters.normalize: is one for all models, and mergekit ignores it here",
@@ -294,6 +294,7 @@ REFUSED = [
         {"tokenizer": {"pad_to_multiple_of": 0.5}},
         "pad_to_multiple_of: expected a whole number, came 0.5",
     ),
+    ({"chat_template": "auto"}, "chat_template: expected a tokenizer_source with it, came none"),
     ({"experts": [], "gate_mode": "hidden"}, "gate_mode: is not supported: this is a file for"),
     (
         {"models": None, "modules": {"encoder": {}, "decoder": {}}},

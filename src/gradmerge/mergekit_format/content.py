@@ -67,6 +67,8 @@ class Document:
     tokenizer: ModelReference | str | None = None
     """`union`, `base` or a model whose tokenizer is taken; None: no tokens are moved."""
     pad_to_multiple_of: int | None = None
+    chat_template: str | None = None
+    """`auto`, or the text of one."""
 
     @property
     def models(self) -> tuple[ModelReference, ...]:

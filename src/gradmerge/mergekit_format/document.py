@@ -42,8 +42,6 @@ _UNSUPPORTED = {
     "residual_weight": "gradmerge has no such option, and mergekit itself does not use it",
     "override_architecture": "gradmerge reads the architecture from config.json",
     "tokens": "gradmerge takes rows of new tokens by its own rule",
-    "chat_template": "gradmerge keeps the chat template of the tokenizer; change it in the folder "
-    "that is written",
     "experts": _MIXTURE,
     "gate_mode": _MIXTURE,
 }
@@ -114,6 +112,7 @@ class _Reader:
             self.dtype("out_dtype", found.get("out_dtype")),
             tokenizer,
             multiple,
+            self.chat_template(found.get("chat_template"), tokenizer is not None),
         )
 
     def keys(self, where: str, found: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -377,6 +376,18 @@ class _Reader:
                 self.problems.add(where, "expected a base_model for 'base', came none")
             return source, multiple
         return self.model(where, source), multiple
+
+    def chat_template(self, found: Any, has_tokenizer: bool) -> str | None:
+        """The chat template that goes with the tokenizer."""
+        if found is not None and not has_tokenizer:
+            self.problems.add("chat_template", "expected a tokenizer_source with it, came none")
+        elif found is not None and found != "auto" and "{" not in str(found):
+            self.problems.add(
+                "chat_template",
+                f"expected auto or the text of a template, came {found!r}: the templates that come "
+                "with mergekit are not here",
+            )
+        return None if found is None else str(found)
 
 
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}

@@ -71,6 +71,7 @@ class View:
 class AbstractOperator(ABC):
     """`theta = combine(terms, c)`."""
 
+    # without an annotation: the parser would look for its names in a subclass's module
     differentiable = True
     """Whether coefficients can be learned through it: `contract` is the gradient of `combine`."""
 
