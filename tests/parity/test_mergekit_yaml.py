@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from conftest import ARCHITECTURES
+from gradmerge import operators, preprocess
 from gradmerge.cli import main
 from tiny import relatives, save_family, write_yaml
 
@@ -290,6 +291,67 @@ def test_sums_that_are_divided_or_scaled_agree_to_a_rounding(llamas, tmp_path):
         (tmp_path / str(i)).mkdir()
         ours, theirs = both(config, tmp_path / str(i))
         assert 0 < distance(ours, theirs) < ROUNDING, config["merge_method"]
+
+
+def on_vectors(**own: Any) -> dict[str, Any]:
+    """Parameters of three models: lists hold one a model."""
+    return {key: value if isinstance(value, list) else [value] * 3 for key, value in own.items()}
+
+
+PRUNED = on_vectors(weight=[[0.3, 0.8], 0.5, 0.2], density=[0.4, [0.2, 0.7], 0.6])
+WHOLE = on_vectors(weight=[[0.3, 0.8], 0.5, 0.2])
+SLICE = [{"filter": "mlp", "value": [0.1, 0.9]}, {"value": 0.4}]
+BY_ROW = {"nuslerp_flatten": False}
+# Of each method: its factors, the models, their parameters, those of the merge, whether the base is
+# given, and whether the bits have to be the same.
+OTHERS = [
+    ("ties", "DisjointMean", "abc", PRUNED, {}, True, True),
+    ("ties", "DisjointMean", "abc", PRUNED, {"lambda": 0.7, "normalize": False}, True, False),
+    ("breadcrumbs_ties", "DisjointMean", "abc", PRUNED, {}, True, True),
+    ("breadcrumbs_ties", "DisjointMean", "abc", PRUNED, {"rescale": True}, True, False),
+    ("dare_ties", "DisjointMean", "abc", WHOLE, {}, True, True),
+    ("della", "DisjointMean", "abc", WHOLE, {}, True, True),
+    ("della_linear", "Linear", "abc", WHOLE, {}, True, True),
+    ("sce", "ShareOfSquares", "abc", {}, {"select_topk": 0.3}, True, False),
+    ("sce", "ShareOfSquares", "abc", {}, {}, True, False),
+    ("slerp", "Slerp", ["base", "a"], {}, {"t": SLICE}, True, False),
+    ("slerp", "Slerp", ["a", "base"], {}, {"t": 0.3}, True, False),
+    ("nuslerp", "Slerp", "ab", WHOLE, {}, True, False),
+    ("nuslerp", "Slerp", "ab", WHOLE, {}, False, False),
+    ("nuslerp", "Slerp", "ab", WHOLE, BY_ROW, True, False),
+    ("nuslerp", "Slerp", "ab", WHOLE, {**BY_ROW, "nuslerp_row_wise": True}, True, False),
+    ("multislerp", "MultiSlerp", "abc", WHOLE, {}, True, False),
+    ("multislerp", "MultiSlerp", "abc", WHOLE, {}, False, False),
+    ("karcher", "Karcher", "abc", {}, {}, True, False),
+    ("karcher", "Karcher", "abc", {}, {"max_iter": 20}, False, False),
+    ("model_stock", "ModelStock", "abc", {}, {}, True, False),
+    ("model_stock", "ModelStock", "abc", {}, {"filter_wise": True}, True, False),
+    ("nearswap", "NearSwap", "a", {}, {"t": 0.003}, True, False),
+    ("arcee_fusion", "ArceeFusion", "a", {}, {}, True, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "factor", "models", "own", "shared", "with_base", "exact"),
+    OTHERS,
+    ids=[f"{i}-{row[0]}" for i, row in enumerate(OTHERS)],
+)
+def test_every_method_s_file_gives_its_weights(
+    llamas, tmp_path, method, factor, models, own, shared, with_base, exact
+):
+    if not hasattr(operators, factor) and not hasattr(preprocess, factor):
+        pytest.skip(f"there is no {factor} here")
+    entries = [
+        weight(llamas[name], **{key: values[i] for key, values in own.items()})
+        for i, name in enumerate(models)
+    ]
+    config = {"merge_method": method, "models": entries, "parameters": shared}
+    if with_base:
+        config["base_model"] = llamas["base"]
+    ours, theirs = both(config, tmp_path)
+    if exact:
+        assert different(ours, theirs) == []
+    assert distance(ours, theirs) < 1e-6
 
 
 def test_weights_that_cancel_out_are_not_normalised(llamas, tmp_path):
