@@ -351,7 +351,8 @@ def test_every_method_s_file_gives_its_weights(
     ours, theirs = both(config, tmp_path)
     if exact:
         assert different(ours, theirs) == []
-    assert distance(ours, theirs) < 1e-6
+    # mergekit's norms are sums in float32 over a whole tensor, ours in float64
+    assert distance(ours, theirs) < 2e-6
 
 
 def test_weights_that_cancel_out_are_not_normalised(llamas, tmp_path):
