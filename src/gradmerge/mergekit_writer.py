@@ -137,6 +137,8 @@ def _reasons(plan: Plan, buffers: Mapping[str, Tensor]) -> list[str]:
     if not isinstance(plan.recipe.operator, Linear):
         name = type(plan.recipe.operator).__name__
         reasons.append(f"operator: coefficients of {name} are no weights of a sum; {_FOLDER}")
+    if getattr(plan.recipe, "tokenizer", None) is not None:
+        reasons.append(f"tokenizer: mergekit aligns vocabularies by rules of its own; {_FOLDER}")
     if plan.private:
         reasons.append(
             f"private: each task keeps {shorten(plan.private, 2)}, and mergekit writes one model; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from conftest import ARCHITECTURES
-from gradmerge import operators, preprocess
+from gradmerge import Recipe, operators, preprocess
 from gradmerge.cli import main
 from tiny import relatives, save_family, write_yaml
 
@@ -395,6 +396,51 @@ def test_dtypes_of_the_file_and_of_the_command(llamas, tmp_path):
     path = str(tmp_path / "mk.yaml")
     wide = by_gradmerge(tmp_path / "wide", "--dtype", "float32", "--config", path)
     assert {tensor.dtype for tensor in wide.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("method", "tokenizer", "source"),
+    [
+        ("task_arithmetic", {"tokenizer_source": "union"}, "union"),
+        ("task_arithmetic", {"tokenizer": {"pad_to_multiple_of": 16}}, "union"),
+        ("task_arithmetic", {"tokenizer_source": "base"}, "base"),
+        (
+            "linear",
+            {"tokenizer": {"source": "b"}, "chat_template": "{{ messages[0].content }}"},
+            "b",
+        ),
+    ],
+)
+def test_files_that_merge_vocabularies(tmp_path, method, tokenizer, source):
+    if "tokenizer" not in {field.name for field in dataclasses.fields(Recipe)}:
+        pytest.skip("vocabularies that differ cannot be merged here")
+    wordings = pytest.importorskip("wordings", reason="no models with tokenizers that differ")
+    p = wordings.bpe_family(tmp_path, padding=3)
+    config = {
+        "merge_method": method,
+        "models": [weight(p["a"], 0.3), weight(p["b"], 0.7)],
+        "dtype": "float32",
+        **tokenizer,
+    }
+    if source == "b":
+        config["tokenizer"] = {"source": p["b"]}
+    if method == "task_arithmetic":
+        config["base_model"] = p["base"]
+    ours, theirs = both(config, tmp_path)
+    for name in ours.keys() & theirs.keys():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            # ids of tokens that the base lacks are in another order
+            first, second = (
+                wordings.rows_by_token(tmp_path / made, name) for made in ("theirs", "ours")
+            )
+            assert ours[name].shape == theirs[name].shape
+            assert first.keys() == second.keys()
+            assert distance(second, first) < 1e-6
+        else:
+            assert distance({name: ours[name]}, {name: theirs[name]}) < ROUNDING
+    if "chat_template" in tokenizer:
+        template = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours").chat_template
+        assert template == "{{ messages[0].content }}"
 
 
 # ---- and back -----------------------------------------------------------------------------------

@@ -194,6 +194,13 @@ def test_other_operators_are_refused(p):
         mergekit_yaml(plan, plan.initial_raw())
 
 
+def test_aligned_vocabularies_are_refused(p):
+    plan = recipe(p).open(with_skeleton=False)
+    object.__setattr__(plan.recipe, "tokenizer", "union")
+    with pytest.raises(ConfigError, match="tokenizer: mergekit aligns vocabularies by rules of"):
+        mergekit_yaml(plan, plan.initial_raw())
+
+
 def test_several_stored_dtypes_want_one_stated(tmp_path):
     kinds = (torch.float32, torch.bfloat16, torch.float32, torch.float32)
     p = {name: save(tmp_path / name, kinds) for name in ("base", "a", "b")}
