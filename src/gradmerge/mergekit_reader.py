@@ -78,6 +78,7 @@ def read_mergekit(path: str | Path) -> Reading:
     dtype = _dtype(document, reference, list(opened.values()), tensors, problems)
     factors = _factors(table, problems, exact=_in_float32(dtype, reference, tensors))
     coefficients = factors.pop("coefficients", None) or table.coefficients(problems)
+    vocabulary = _vocabulary(document, names, problems)
     problems.stop(str(path))
     value = compact(coefficients)
     recipe = Recipe(
@@ -86,9 +87,8 @@ def read_mergekit(path: str | Path) -> Reading:
         coefficients=TensorGranularity() if isinstance(value, dict) else Model(),
         init=Constant(value),
         **factors,
-        **_vocabulary(document, names, problems),
+        **vocabulary,
     )
-    problems.stop(str(path))
     summary = _summary(document, recipe, names, coefficients, dtype)
     return Reading(recipe, dtype, summary, table.warnings)
 
@@ -285,8 +285,12 @@ def _vocabulary(
             source = names[source]
         else:
             problems.add("tokenizer", f"expected one of the models, came {source}")
+    options: dict[str, Any] = {"source": str(source)}
+    options["pad_to_multiple_of"] = document.pad_to_multiple_of
+    if document.chat_template is not None:
+        options["chat_template"] = document.chat_template
     made: Any = kind
-    return {"tokenizer": made(source=str(source), pad_to_multiple_of=document.pad_to_multiple_of)}
+    return {"tokenizer": made(**options)}
 
 
 def _summary(

@@ -353,6 +353,37 @@ def test_a_method_whose_factor_is_missing_is_refused_by_name(p, read, monkeypatc
         read(config(p, "sce", own=()))
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "expected"),
+    [
+        ({"tokenizer_source": "union"}, ("union", None, "auto")),
+        ({"tokenizer_source": "base", "chat_template": "{{ x }}"}, ("base", None, "{{ x }}")),
+        ({"tokenizer": {"source": "B", "pad_to_multiple_of": 8}}, ("b", 8, "auto")),
+        ({"tokenizer": {"source": "BASE"}}, ("base", None, "auto")),
+    ],
+)
+def test_a_tokenizer_becomes_the_recipe_s(p, read, tokenizer, expected):
+    file = config(p, "task_arithmetic", **tokenizer)
+    if tokenizer.get("tokenizer", {}).get("source", "").isupper():
+        file["tokenizer"] = {**file["tokenizer"], "source": p[file["tokenizer"]["source"].lower()]}
+    if "tokenizer" not in {field.name for field in dataclasses.fields(Recipe)}:
+        with pytest.raises(
+            ConfigError, match="tokenizer: this gradmerge cannot merge vocabularies"
+        ):
+            read(file)
+        return
+    vocabulary = read(file).recipe.tokenizer
+    found = vocabulary.source, vocabulary.pad_to_multiple_of, vocabulary.chat_template
+    assert found == expected
+
+
+def test_a_tokenizer_of_another_model_is_refused(p, read):
+    if "tokenizer" not in {field.name for field in dataclasses.fields(Recipe)}:
+        pytest.skip("vocabularies that differ cannot be merged here")
+    with pytest.raises(ConfigError, match="tokenizer: expected one of the models, came /elsewhere"):
+        read(config(p, "task_arithmetic", tokenizer_source="/elsewhere"))
+
+
 def test_models_that_store_several_dtypes_want_one_stated(p, read, tmp_path):
     narrow = {"embed.weight": torch.zeros(4, 3).bfloat16()}
     (tmp_path / "mixed").mkdir()
