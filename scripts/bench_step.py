@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from gradmerge import MergedModel, Recipe
 from gradmerge.memory import release_freed_memory
-from gradmerge.operators.native import native_kernels
+from gradmerge.native import native_kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODES = ("resident", "streamed")

@@ -9,6 +9,7 @@ from typing import Any
 
 from gradmerge._typing import Raw
 from gradmerge.plan import Plan
+from gradmerge.sources.token_report import summarise, token_report
 
 
 def model_card(plan: Plan, raw: Raw, provenance: Mapping[str, Any], head: str) -> str:
@@ -23,6 +24,7 @@ def model_card(plan: Plan, raw: Raw, provenance: Mapping[str, Any], head: str) -
         "## Sources\n\n" + _sources(plan, provenance),
         "## Scores\n\n" + _scores(provenance.get("results") or {}),
         "## Coefficients\n\n" + _coefficients(plan, raw),
+        *_tokens(plan),
         "## Recipe\n\n```json\n" + json.dumps(provenance["recipe"], indent=2) + "\n```",
         "`coefficients.safetensors` holds every coefficient, `provenance.json` the fingerprints, "
         "versions, seeds and settings.",
@@ -63,6 +65,15 @@ def _sources(plan: Plan, provenance: Mapping[str, Any]) -> str:
     for name, entry in provenance["sources"].items():
         rows.append(f"| {name} | {Path(entry['from']).name} | `{entry['sha256'][:16]}` |")
     return "\n".join(rows)
+
+
+def _tokens(plan: Plan) -> list[str]:
+    """A section, where the merge chose whose tokens it has."""
+    if plan.alignment is None:
+        return []
+    summary = summarise(token_report(plan.alignment))
+    note = "`tokens.json` says what happened to each token that differs."
+    return [f"## Tokenizer\n\n```\n{summary}\n```\n\n{note}"]
 
 
 def _scores(results: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ commands:
   test      score on the test split       gradmerge test --config merge.yaml --ckpt_path X.ckpt
   export    checkpoint -> model folder    gradmerge export X.ckpt FOLDER
   merge     fixed coefficients, no data   gradmerge merge --config static.yaml --output FOLDER
+  unpack    compact EMR -> model folders  gradmerge unpack COMPACT FOLDER
   inspect   do these sources fit?         gradmerge inspect A B --base BASE
 
 gradmerge COMMAND --help lists a command's options; configs/ holds runnable examples.
@@ -36,7 +37,7 @@ gradmerge COMMAND --help lists a command's options; configs/ holds runnable exam
 DEFAULT_STEPS = 200
 
 LEARNING = ("fit", "validate", "test")
-COMMANDS = (*LEARNING, "export", "merge", "inspect")
+COMMANDS = (*LEARNING, "export", "merge", "unpack", "inspect")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -374,7 +375,7 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
         description=function.__doc__.split("\n")[0],
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
-    positional = {"export": ["checkpoint", "output"], "inspect": ["sources"]}.get(command, [])
+    positional = _POSITIONALS.get(command, [])
     for name in positional:
         several: dict[str, Any] = {"nargs": "+"} if name == "sources" else {}
         parser.add_argument(name, type=str, help=_POSITIONAL[name], **several)
@@ -385,8 +386,14 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
     function(**{key: value for key, value in vars(parsed).items() if key != "config"})
 
 
+_POSITIONALS = {
+    "export": ["checkpoint", "output"],
+    "inspect": ["sources"],
+    "unpack": ["folder", "output"],
+}
 _POSITIONAL = {
     "checkpoint": "Checkpoint that `gradmerge fit` wrote.",
+    "folder": "Folder that `gradmerge merge --outputs compact` wrote.",
     "output": "Folder to write.",
     "sources": "Paths or hub ids of the checkpoints.",
 }

@@ -7,16 +7,21 @@ import sys
 from json import dumps
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from gradmerge.errors import CompatibilityError, ConfigError
+from gradmerge.emr import export_compact, export_tasks, task_checkpoints
+from gradmerge.errors import CompatibilityError, ConfigError, nearest
 from gradmerge.export import export_merged, export_plan, require_options
 from gradmerge.folders import refuse_existing
 from gradmerge.inspection import inspect_sources, render
 from gradmerge.mergekit_writer import require_file, write_mergekit
 from gradmerge.recipe import Recipe, named
+from gradmerge.sources import as_source
+from gradmerge.sources.emr import EMRCheckpoint, read_description
+from gradmerge.sources.token_report import summarise, token_report
+from gradmerge.spec import to_plain
 
 
 def output_options(
@@ -39,22 +44,47 @@ def output_options(
     return {"output": output, "dtype": dtype, "overwrite": overwrite, "head": head}
 
 
-def merge(recipe: Recipe, mergekit: bool = False, **options: Any) -> None:
+def merge(
+    recipe: Recipe,
+    outputs: Literal["merged", "tasks", "compact"] = "merged",
+    mergekit: bool = False,
+    **options: Any,
+) -> None:
     """Merge with the recipe's starting coefficients, without any training.
 
     Args:
         recipe: what is merged; `init` gives the coefficients (Constant, Uniform, MetaGPT, ...).
+        outputs: one merged model; one model folder a task, of its own direction alone, whatever the
+            coefficients (EMR-Merging); or their compact form, one vector with a mask and a scale a
+            task, for recipes whose last preprocess is Unify.
         mergekit: write no folder but a mergekit YAML (OUTPUT ends in .yaml) that gives the same.
         **options: those of `output_options`.
     """
+    if mergekit and outputs != "merged":
+        raise ConfigError(f"outputs: a mergekit file is of one merged model, came {outputs}.")
     checked = _file_options(**options) if mergekit else output_options(**options)
+    if outputs != "merged" and checked["head"] is not None:
+        raise ConfigError(f"head: with outputs {outputs} every task has its own; leave it out.")
+    if outputs == "compact" and checked["dtype"] is not None:
+        raise ConfigError("dtype: the compact form has none; give it to `gradmerge unpack`.")
+    require_options(checked["dtype"], None, ())
     plan = recipe.open(with_skeleton=False)
     for warning in plan.warnings:
         print(f"gradmerge merge: warning {warning}", file=sys.stderr)
     if mergekit:
         print(f"mergekit file written to {write_mergekit(plan, plan.initial_raw(), **checked)}")
         return
-    folder = export_plan(plan, plan.initial_raw(), **checked)
+    if plan.alignment is not None:
+        print(summarise(token_report(plan.alignment)))
+    if outputs == "merged":
+        folder = export_plan(plan, plan.initial_raw(), **checked)
+    elif outputs == "compact":
+        folder = export_compact(plan, checked["output"], overwrite=checked["overwrite"])
+    else:
+        del checked["head"]
+        folder = export_tasks(
+            task_checkpoints(plan), **checked, extra={"merge": to_plain(plan.recipe)}
+        )
     print(f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors: {folder}")
 
 
@@ -95,6 +125,40 @@ def _file_options(
     return {"output": output, "dtype": dtype, "overwrite": overwrite}
 
 
+def unpack(
+    folder: str,
+    output: str,
+    base: str | None = None,
+    tasks: list[str] | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write one Hugging Face folder a task from the compact form of an EMR-Merging.
+
+    Args:
+        folder: what `gradmerge merge --outputs compact` wrote.
+        output: folder to write; each task is a folder in it.
+        base: path or hub id of the base; default: where it was when merging.
+        tasks: the tasks to write; default: all.
+        dtype: float32, bfloat16 or float16; default: as the base stores each tensor.
+        overwrite: replace an existing folder.
+    """
+    refuse_existing(Path(output).expanduser(), overwrite)
+    require_options(dtype, None, ())
+    path = Path(folder).expanduser()
+    described = read_description(path)
+    for task in tasks or ():
+        if task not in described["scales"]:
+            raise ConfigError(f"tasks: {task!r} is no task.{nearest(task, described['scales'])}")
+    opened = as_source(base or described["base"]["from"]).open()
+    found = {task: EMRCheckpoint(path, task, opened) for task in tasks or described["scales"]}
+    next(iter(found.values())).require_base()
+    written = export_tasks(
+        found, output, dtype=dtype, overwrite=overwrite, extra={"unpacked": described}
+    )
+    print(f"{len(found)} tasks: {written}")
+
+
 def require_checkpoint(checkpoint: str) -> Path:
     """The path of a checkpoint of ours; its tensors are not read.
 
@@ -126,6 +190,7 @@ def inspect(
     allow: list[str] | None = None,
     statistics: bool = True,
     json: bool = False,
+    tokenizer: str | None = None,
 ) -> None:
     """Report whether sources fit, their sizes, and how their directions lie to one another.
 
@@ -136,8 +201,10 @@ def inspect(
         allow: kinds of problems taken as warnings.
         statistics: read the weights for norms, cosines and sign conflicts.
         json: print JSON.
+        tokenizer: whose tokens a merge would have, where tokenizers differ (union, base, or the
+            name of a source: the last part of its path).
     """
-    found = inspect_sources(named(sources), base, private or [], allow or [], statistics)
+    found = inspect_sources(named(sources), base, private or [], allow or [], statistics, tokenizer)
     if json:
         found["problems"] = [dataclasses.asdict(problem) for problem in found["problems"]]
         print(dumps(found, indent=2))

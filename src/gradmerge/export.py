@@ -26,6 +26,7 @@ from gradmerge.memory import release_freed_memory
 from gradmerge.merged import MergedModel
 from gradmerge.plan import Plan
 from gradmerge.provenance import versions
+from gradmerge.sources.token_report import token_report
 from gradmerge.spec import to_plain
 from gradmerge.writing import Entry, write_safetensors
 
@@ -47,6 +48,7 @@ _NOT_COPIED = (
     "eval_results.json",
     "adapter_config.json",
     "provenance.json",
+    "tokens.json",
 )
 
 
@@ -115,15 +117,18 @@ def export_plan(
         shared = list(_merged_entries(plan, raw, buffers or {}, kind))
         private = list(_private_entries(plan, tasks[head], kind))
         files = _write_sharded(work, [*shared, *private], max_shard_size)
-        _write_config(plan, work, tasks[head] if plan.private else None, kind)
+        write_config(plan, work, tasks[head] if plan.private else None, kind)
         if plan.private:
             own = {entry.name for entry in private}
             shared_files = {name: file for name, file in files.items() if name not in own}
             for task, source in tasks.items():
                 _write_task(plan, work, task, source, shared_files, kind)
         _write_coefficients(plan, raw, work)
-        provenance = _provenance(plan, dtype, tasks, results, extra)
+        provenance = provenance_of(plan, dtype, tasks, results, extra)
         (work / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        if plan.alignment is not None:
+            text = json.dumps(token_report(plan.alignment), indent=2, ensure_ascii=False)
+            (work / "tokens.json").write_text(text + "\n", encoding="utf-8")
         if plan.run.get("yaml"):
             (work / "gradmerge.yaml").write_text(plan.run["yaml"])
         (work / "README.md").write_text(model_card(plan, raw, provenance, head))
@@ -212,7 +217,7 @@ def _write_index(folder: Path, files: Mapping[str, str], total: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(plan: Plan, work: Path, source: str | None, dtype: torch.dtype | None) -> None:
+def write_config(plan: Plan, work: Path, source: str | None, dtype: torch.dtype | None) -> None:
     """Config, generation config, tokenizer and processor: of the reference, labels of the
     head's.
     """
@@ -251,7 +256,7 @@ def _write_task(
     files = {name: f"../../{file}" for name, file in shared.items()}
     files.update({entry.name: "head.safetensors" for entry in entries})
     _write_index(folder, files, 0)
-    _write_config(plan, folder, source, dtype)
+    write_config(plan, folder, source, dtype)
 
 
 def _write_coefficients(plan: Plan, raw: Raw, work: Path) -> None:
@@ -275,15 +280,18 @@ def _write_coefficients(plan: Plan, raw: Raw, work: Path) -> None:
     write_safetensors(work / "coefficients.safetensors", entries, metadata)
 
 
-def _provenance(
+def provenance_of(
     plan: Plan,
     dtype: str | None,
     tasks: Mapping[str, str],
     results: Mapping[str, Any] | None,
     extra: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
+    """What a merge was made of and how, as plain data."""
     checkpoints = {**({"base": plan.base} if plan.base is not None else {}), **plan.sources}
     recipe = to_plain(plan.recipe)
+    tokens = {} if plan.alignment is None else token_report(plan.alignment)
+    long = ("added", "differs", "dropped", "other_settings")  # they stand in tokens.json
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -296,6 +304,7 @@ def _provenance(
         "fixed": dict(plan.fixed),
         "tasks": dict(tasks),
         "dtype": dtype or "as stored",
+        **({"tokenizer": {k: v for k, v in tokens.items() if k not in long}} if tokens else {}),
         "results": dict(results or {}),
         **({"run": plan.run} if plan.run else {}),
         **(extra or {}),

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradmerge.errors import report
-from gradmerge.sources import Checkpoint, as_source
+from gradmerge.errors import Problem, report
+from gradmerge.sources import Checkpoint, Vocabulary, as_source
 from gradmerge.sources.compatibility import check, check_private, is_private
 from gradmerge.sources.statistics import direction_statistics
+from gradmerge.sources.token_report import summarise, token_report
+from gradmerge.sources.views import align, alignment_of
 
 
 def inspect_sources(
@@ -17,6 +19,7 @@ def inspect_sources(
     private: Sequence[str] = (),
     allow: Sequence[str] = (),
     statistics: bool = True,
+    tokenizer: str | None = None,
 ) -> dict[str, Any]:
     """Everything that `gradmerge inspect` prints, as data.
 
@@ -26,11 +29,18 @@ def inspect_sources(
         private: regular expressions of tensors that stay with their task.
         allow: kinds of problems taken as warnings.
         statistics: read the weights for norms, cosines and sign conflicts.
+        tokenizer: whose tokens a merge would have (union, base, or the name of a source).
     """
+    vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
+    if vocabulary is not None:
+        vocabulary.require(list(sources), base is not None)
     base_source = None if base is None else as_source(base)
     opened = {} if base_source is None else {"base": base_source.open()}
     opened.update({name: as_source(s, base_source).open() for name, s in sources.items()})
-    problems = check(opened, private, allow)
+    problems: list[Problem] = []
+    if vocabulary is not None:
+        opened, problems = align(vocabulary, opened)
+    problems += check(opened, private, allow)
     tuned = {name: opened[name] for name in sources}
     problems += check_private(tuned, private, allow)
     found: dict[str, Any] = {
@@ -38,6 +48,9 @@ def inspect_sources(
         "problems": problems,
         "compatible": not any(problem.fatal for problem in problems),
     }
+    alignment = alignment_of(next(iter(opened.values())))
+    if alignment is not None:
+        found["tokenizer"] = token_report(alignment)
     if statistics and found["compatible"] and len(sources) >= 1:
         checkpoints = [opened[name] for name in sources]
         names = [
@@ -91,6 +104,8 @@ def render(found: Mapping[str, Any]) -> str:
         if found["compatible"]
         else f"compatible: no\n{report(problems)}"
     )
+    if "tokenizer" in found:
+        parts.append(summarise(found["tokenizer"]))
     measured = found.get("statistics")
     if measured:
         names = list(measured["norm"])

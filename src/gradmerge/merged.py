@@ -72,7 +72,7 @@ class MergedModel(nn.Module):
             )
         if memory not in ("resident", "streamed"):
             raise ConfigError(f"memory: expected 'resident' or 'streamed', came {memory!r}.")
-        plan.keep_processed()
+        plan.prepare_learning()
         self.plan = plan
         self.memory = memory
         self.dtype = dtype

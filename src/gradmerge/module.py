@@ -26,6 +26,7 @@ from gradmerge.objectives import (
 )
 from gradmerge.provenance import start_run
 from gradmerge.recipe import Recipe
+from gradmerge.sources.token_report import summarise, token_report
 from gradmerge.spec import from_plain, to_plain
 
 Batch = Mapping[str, Any]
@@ -102,6 +103,9 @@ class MergeModule(lightning.LightningModule):
         self.results: dict[str, dict[str, dict[str, float]]] = {}
         for warning in self.merged.plan.warnings:
             lightning.pytorch.utilities.rank_zero_warn(str(warning))
+        if self.merged.plan.alignment is not None:
+            summary = summarise(token_report(self.merged.plan.alignment))
+            lightning.pytorch.utilities.rank_zero_info(summary)
 
     def _remember(self, memory: str, dtype: str, activation_checkpointing: bool) -> None:
         """Hyper-parameters as plain data: the checkpoint then loads with `weights_only=True`."""

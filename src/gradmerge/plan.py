@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from gradmerge._typing import Raw
 from gradmerge.coefficients import InitContext, Layout, MergeTensor, initial_raw
 from gradmerge.errors import ConfigError, FingerprintError, Problem, shorten
-from gradmerge.operators import Spread, Terms
+from gradmerge.operators import Linear, Spread, Terms
 from gradmerge.preprocess import ProcessedDirections, Site
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.compatibility import is_private
 from gradmerge.sources.skeleton import Binding, bind_or_refuse, input_axis
 from gradmerge.sources.statistics import direction_statistics
+from gradmerge.sources.views import alignment_of
+from gradmerge.sources.vocabulary import Alignment
 
 if TYPE_CHECKING:
     from gradmerge.recipe import Recipe
@@ -71,6 +74,7 @@ class Plan:
         self.run: dict[str, Any] = {}
         """How the coefficients were learned, as plain data; empty before a fit."""
         self._on_device: dict[tuple[str, str], Tensor] = {}
+        self._facts: dict[str, dict[str, Tensor]] = {}
         self._processed = ProcessedDirections(recipe.preprocess, self._directions)
 
     def _names(self) -> list[str]:
@@ -193,6 +197,7 @@ class Plan:
         for owner in owners:
             for name in self.tensors:
                 self._on_device[owner, name] = self.read(owner, name).to(device)
+        self._facts.clear()
 
     def _directions(self) -> Iterator[tuple[Site, Callable[[], Tensor]]]:
         """`B_k = theta_k - A` of every merged tensor, `[sources, *shape]` in float32, when asked
@@ -220,22 +225,42 @@ class Plan:
             total.add_(self.read(source, name).to(total))
         return total.div_(len(self.sources))
 
-    def keep_processed(self) -> None:
-        """Run the preprocess, if there is any, now and for all tensors, and keep the directions in
-        mapped files.
+    def prepare_learning(self) -> None:
+        """Refuse what no gradient goes through; then run the preprocess, if there is any, for all
+        tensors, and keep the directions in mapped files.
+
+        Raises:
+            ConfigError: the operator is not differentiable in its coefficients.
         """
+        operator = self.recipe.operator
+        if not operator.differentiable:
+            raise ConfigError(
+                f"operator {type(operator).__name__} is not differentiable in its coefficients, so "
+                "they cannot be learned through it. Merge with stated ones (`gradmerge merge`, "
+                "Plan.materialise), or choose another operator."
+            )
+        for checkpoint in (*([self.base] if self.base is not None else []), *self.sources.values()):
+            checkpoint.keep()
         self._processed.keep()
 
     def terms(self, name: str) -> Terms:
         """The frozen tensors that `name` is merged from."""
+        facts = self._facts.setdefault(name, {})
         if self.recipe.preprocess:
+            sources = [self.read(source, name) for source in self.sources]
+            anchor = self._origin(name)
+            chosen = self._processed.select(name, sources, anchor)
+            if chosen is not None:
+                masks, factors = chosen.masks, chosen.factors
+                return Terms(sources, anchor, masks=masks, factors=factors, facts=facts)
             directions = list(self._processed.read(name))
-            return Terms(directions, self._origin(name), directions=True)
+            return Terms(directions, anchor, directions=True, facts=facts)
         origin = self.recipe.resolved_origin
         return Terms(
             [self.read(source, name) for source in self.sources],
             self.read("base", name) if origin == "base" else None,
             origin == "mean",
+            facts=facts,
         )
 
     def spread(self, name: str, device: torch.device) -> Spread:
@@ -260,7 +285,13 @@ class Plan:
         return self.recipe.coefficients.link(self.raw(name, raw))
 
     def combine(self, name: str, raw: Tensor | None, out: Tensor) -> Tensor:
-        """Write `theta_p(z)` into `out`; `raw` is the tensor's own z, None for a fixed tensor."""
+        """Write `theta_p(z)` into `out`; `raw` is the tensor's own z, None for a fixed tensor.
+
+        A fixed coefficient of 0 keeps the origin, whatever the operator makes of zeros.
+        """
+        operator = self.recipe.operator
+        if raw is None and self.fixed[name] == 0:
+            operator = Linear()
         with torch.no_grad():
             if raw is None:
                 coefficient = torch.full(
@@ -269,7 +300,7 @@ class Plan:
             else:
                 coefficient = self.recipe.coefficients.link(raw.detach())
             spread = self.spread(name, out.device)
-            return self.recipe.operator.combine(self.terms(name), coefficient, spread, out)
+            return operator.combine(self.terms(name), coefficient, spread, out)
 
     def contract(self, name: str, grad: Tensor, raw: Tensor) -> Tensor:
         """`dL/dz` of a tensor from `dL/dtheta`: the operator's contraction, then the link's vjp."""
@@ -308,9 +339,16 @@ class Plan:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Content hash of every source, by name; reads all weights once."""
+        """Content hash of every source, by name, and of the rows that tokens have, where they are
+        aligned; reads all weights once.
+        """
         everything = {**({"base": self.base} if self.base is not None else {}), **self.sources}
-        return {name: checkpoint.fingerprint() for name, checkpoint in everything.items()}
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing lets go of the lock
+            hashes = pool.map(lambda each: each.fingerprint(), everything.values())
+            found = dict(zip(everything, hashes, strict=True))
+        if self.alignment is not None:
+            found["(tokens)"] = self.alignment.fingerprint()
+        return found
 
     def require_fingerprints(self, expected: Mapping[str, str]) -> None:
         """Refuse coefficients that were trained on other weights.
@@ -330,6 +368,11 @@ class Plan:
                 )
                 + ". Give the sources they were trained on, or train again."
             )
+
+    @property
+    def alignment(self) -> Alignment | None:
+        """The tokens of the merge and their rows, where the recipe aligns vocabularies."""
+        return alignment_of(self.reference)
 
     @property
     def folder(self) -> Path | None:

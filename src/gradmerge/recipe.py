@@ -17,14 +17,15 @@ from torch import nn
 from gradmerge._typing import Origin
 from gradmerge.coefficients import AbstractCoefficients, AbstractInit, Column, Constant, Row
 from gradmerge.coefficients import Tensor as TensorGranularity
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, Problem
 from gradmerge.operators import AbstractOperator, Linear
 from gradmerge.plan import Plan
 from gradmerge.preprocess import AbstractPreprocess
-from gradmerge.sources import AbstractSource, Checkpoint, as_source
+from gradmerge.sources import AbstractSource, Checkpoint, Vocabulary, as_source
 from gradmerge.sources.compatibility import check, check_private, require
 from gradmerge.sources.resolve import FILE_SUFFIXES
 from gradmerge.sources.skeleton import build_skeleton, strip_weights
+from gradmerge.sources.views import align
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,15 @@ class Recipe:
     there is one, else zero."""
     preprocess: list[AbstractPreprocess] = field(default_factory=list)
     """What happens to the directions once, in order, before coefficients are put on them (Trim,
-    ElectSign, RandomDrop, Breadcrumbs)."""
+    ElectSign, RandomDrop, TSVM and others)."""
     coefficients: AbstractCoefficients = field(default_factory=TensorGranularity)
     """Who shares a coefficient (Model, Group, Tensor, Column, Row, Partition, Element), possibly
     wrapped by a link (Clamp, Sigmoid, Tanh, Softmax, Complement)."""
     init: AbstractInit = field(default_factory=Constant)
     """Where the coefficients start."""
     operator: AbstractOperator = field(default_factory=Linear)
-    """How directions are combined."""
+    """How directions are combined (Linear, DisjointMean, Slerp, MultiSlerp, Karcher, ModelStock,
+    NearSwap, ArceeFusion)."""
     frozen: dict[str, float | str] = field(default_factory=dict)
     """Tensors by regular expression that keep a stated coefficient: a number for every source,
     `origin` (0) or `mean` (1/K). The first match wins."""
@@ -60,6 +62,8 @@ class Recipe:
     """BatchNorm statistics: recomputed on adaptation data, the sources' mean, or the origin's."""
     allow: list[str] = field(default_factory=list)
     """Kinds of compatibility problems taken as warnings, e.g. tokenizer or config.rope_theta."""
+    tokenizer: Vocabulary | None = None
+    """Whose tokens the merge has, where tokenizers differ. Default: all must be the same."""
     trust_remote_code: bool = False
     """Allow modelling code that ships with a model to run."""
 
@@ -81,6 +85,8 @@ class Recipe:
                 raise ConfigError(
                     f"frozen[{pattern!r}]: expected a number, 'origin' or 'mean', came {value!r}."
                 )
+        if self.tokenizer is not None:
+            self.tokenizer.require(list(self.sources), self.base is not None)
         self.coefficients.num_rows(len(self.sources))
         self.operator.require(len(self.sources), self.resolved_origin)
 
@@ -107,7 +113,12 @@ class Recipe:
         everything = {**({"base": base} if base is not None else {}), **sources}
         if len(everything) != len(sources) + (base is not None):
             raise ConfigError("a source is named 'base', which is the base's own name; rename it.")
-        problems = check(everything, self.private, self.allow)
+        problems: list[Problem] = []
+        if self.tokenizer is not None:
+            everything, problems = align(self.tokenizer, everything, self.trust_remote_code)
+            base = everything.get("base")
+            sources = {name: everything[name] for name in sources}
+        problems += check(everything, self.private, self.allow)
         problems += check_private(sources, self.private, self.allow)
         require(problems)
         skeleton = None

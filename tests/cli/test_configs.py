@@ -106,6 +106,26 @@ def command_of(path):
     return [command, *arguments]
 
 
+@pytest.mark.parametrize(
+    "path", sorted((CONFIGS / "static").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_static_merge_merges(world, parser, path):
+    """The recipe of each over the tiny sources: something finite, other than the base."""
+    if command_of(path)[0] != "merge":
+        pytest.skip("its head names another command than merge")
+    own = yaml.safe_load(path.read_text())["model"]["recipe"]
+    recipe = {**world["model"]["recipe"], **own}
+    names = list(own.get("sources", recipe["sources"]))
+    theirs = list(world["model"]["recipe"]["sources"].values())
+    recipe["sources"] = dict(zip(names, theirs, strict=False))
+    found = parser.instantiate_classes(parser.parse_object({"recipe": recipe})).recipe
+    plan = found.open(with_skeleton=False)
+    raw = plan.initial_raw()
+    merged = {name: plan.materialise(name, raw) for name in plan.tensors}
+    assert all(tensor.isfinite().all() for tensor in merged.values())
+    assert any(not torch.equal(tensor, plan.base.read(name)) for name, tensor in merged.items())
+
+
 def made(spec, *arguments):
     """An object from its class path and arguments."""
     module, _, name = spec["class_path"].rpartition(".")

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gradmerge.errors import ConfigError
-from gradmerge.operators import Linear, Spread, Terms, native
+from gradmerge.native import build as native
+from gradmerge.operators import Linear, Spread, Terms
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("cc", "gcc", "clang")),
@@ -226,7 +227,7 @@ def test_a_compiler_that_fails_is_said_and_torch_does_it(fresh, monkeypatch):
         native.native_kernels()
 
 
-BUILT = "from gradmerge.operators import native; assert native.native_kernels() is not None"
+BUILT = "from gradmerge.native import build as native; assert native.native_kernels() is not None"
 
 
 @needs_compiler

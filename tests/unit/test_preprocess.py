@@ -14,7 +14,7 @@ from gradmerge import MergedModel, Recipe, export_merged
 from gradmerge.coefficients import Column, Constant, Element, Mixup, Tensor
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess import Breadcrumbs, ElectSign, RandomDrop, Site, Trim
-from gradmerge.preprocess.base import chain
+from gradmerge.preprocess.base import Chain
 
 SITE = Site("layers.0.weight", ("a", "b", "c"))
 
@@ -57,7 +57,7 @@ def test_trim_over_the_whole_model(density):
         for name, directions in tensors.items():
             yield Site(name, ("a", "b")), directions.clone()
 
-    step = chain([Trim(density, "model")], passes)
+    step = Chain([Trim(density, "model")], passes)
     came = {site.name: step(directions, site) for site, directions in passes()}
     for k in range(2):
         whole = torch.cat([directions[k].flatten() for directions in tensors.values()])
@@ -72,7 +72,7 @@ def test_a_survey_sees_what_earlier_steps_leave():
         for name, directions in tensors.items():
             yield Site(name, ("a", "b")), directions.clone()
 
-    step = chain([ElectSign(), Trim(0.1, "model")], passes)
+    step = Chain([ElectSign(), Trim(0.1, "model")], passes)
     came = torch.cat([step(d, site)[0] for site, d in passes()])
     elected = torch.cat([ElectSign()(d, site)[0] for site, d in passes()])
     assert torch.equal(came, elected * largest(elected, 10))

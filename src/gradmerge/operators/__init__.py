@@ -1,6 +1,27 @@
 """Operators: how directions are combined into one tensor."""
 
 from gradmerge.operators.base import AbstractOperator, Spread, Terms
+from gradmerge.operators.disjoint import DisjointMean
+from gradmerge.operators.entrywise import AbstractEntrywise
+from gradmerge.operators.fusion import ArceeFusion
 from gradmerge.operators.linear import Linear
+from gradmerge.operators.nearswap import NearSwap
+from gradmerge.operators.span import AbstractSpan
+from gradmerge.operators.spherical import Karcher, MultiSlerp, Slerp
+from gradmerge.operators.stock import ModelStock
 
-__all__ = ["AbstractOperator", "Linear", "Spread", "Terms"]
+__all__ = [
+    "AbstractEntrywise",
+    "AbstractOperator",
+    "AbstractSpan",
+    "ArceeFusion",
+    "DisjointMean",
+    "Karcher",
+    "Linear",
+    "ModelStock",
+    "MultiSlerp",
+    "NearSwap",
+    "Slerp",
+    "Spread",
+    "Terms",
+]

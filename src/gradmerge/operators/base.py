@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gradmerge._typing import Origin
+from gradmerge.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,32 @@ class Terms:
     """Whether the origin is the mean of the sources."""
     directions: bool = False
     """Whether `sources` hold directions: the origin has been taken off already."""
+    masks: list[Tensor | None] | None = None
+    """A byte an entry of each source, flat: its direction is zero where its mask is."""
+    factors: list[float] | None = None
+    """What each direction is multiplied by; given with `masks`."""
+    facts: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """What an operator has found out about these tensors and wants to keep from call to call; the
+    tensors never change, so a plan hands the same dictionary on every time."""
 
     @property
     def shape(self) -> torch.Size:
         """Shape of the merged tensor."""
         return self.sources[0].shape
+
+    def dense(self) -> Terms:
+        """The same with directions written out, in float32 or wider, and without masks."""
+        if self.masks is None or self.factors is None:
+            return self
+        directions = []
+        for source, mask, factor in zip(self.sources, self.masks, self.factors, strict=True):
+            direction = source.to(self.accumulate_dtype, copy=True)
+            if self.origin is not None and not self.directions:
+                direction.sub_(self.origin.to(direction))
+            if mask is not None:
+                direction.mul_(mask.view(self.shape).to(direction.device))
+            directions.append(direction.mul_(factor))
+        return Terms(directions, self.origin, directions=True, facts=self.facts)
 
     @property
     def accumulate_dtype(self) -> torch.dtype:
@@ -91,3 +113,16 @@ class AbstractOperator(ABC):
     @abstractmethod
     def contract(self, terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
         """`dL/dc`, `[sources, *slot]`, from `grad = dL/dtheta`."""
+
+
+def require_base(who: str, origin: Origin) -> None:
+    """Refuse an operator that measures from a base where there is none.
+
+    Raises:
+        ConfigError: the origin is another.
+    """
+    if origin != "base":
+        raise ConfigError(
+            f"{who}: expected directions from a base, came origin {origin}; set `base` (and leave "
+            "`origin` out), or choose another operator."
+        )

@@ -22,7 +22,7 @@ _CPU_CHUNK = 65_536
 _GPU_CHUNK = 1 << 26
 
 
-def _chunks(view: View, size: int) -> tuple[int, Iterator[slice]]:
+def chunks_of(view: View, size: int) -> tuple[int, Iterator[slice]]:
     """Length of a chunk of the flat tensor, and the coefficients along the width of each chunk.
 
     Chunks hold whole rows of the view where they span the width, and about `size` entries; all
@@ -40,7 +40,8 @@ def _chunks(view: View, size: int) -> tuple[int, Iterator[slice]]:
     return step * view.inner, columns
 
 
-def _chunk_size(device: torch.device) -> int:
+def chunk_size(device: torch.device) -> int:
+    """Entries a chunk on a device."""
     return _CPU_CHUNK * torch.get_num_threads() if device.type == "cpu" else _GPU_CHUNK
 
 
@@ -96,7 +97,7 @@ def combine(terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> T
     stored = terms.sources if terms.origin is None else [terms.origin, *terms.sources]
     flat = [term.reshape(-1) for term in stored]
     dtype = torch.promote_types(terms.accumulate_dtype, out.dtype)
-    length, chunks = _chunks(view, _chunk_size(out.device))
+    length, chunks = chunks_of(view, chunk_size(out.device))
     scratch = _Scratch(length, dtype, out.device)
     scalar = spread.kind == "scalar"
     scalars = stored_weights(terms, coefficient.double()).flatten().tolist() if scalar else []
@@ -126,7 +127,7 @@ def contract(terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) ->
     view = View.of(terms.shape, spread)
     flat = [source.reshape(-1) for source in terms.sources]
     dtype = torch.promote_types(terms.accumulate_dtype, grad.dtype)
-    length, chunks = _chunks(view, _chunk_size(grad.device))
+    length, chunks = chunks_of(view, chunk_size(grad.device))
     scratch = _Scratch(length, dtype, grad.device)
     pieces = grad.reshape(-1).split(length)
     origins: Iterator[Tensor | None] = repeat(None, len(pieces))

@@ -19,24 +19,26 @@ CPU compiled kernels do it (`native`); elsewhere, and without a compiler, torch'
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from gradmerge._typing import Origin
 from gradmerge.errors import ConfigError
-from gradmerge.operators import chunks
-from gradmerge.operators.base import AbstractOperator, Spread, Terms, View
-from gradmerge.operators.native import (
+from gradmerge.native import (
     FROM_BASE,
     FROM_DIRECTIONS,
     FROM_MEAN,
     FROM_ZERO,
     GIVEN,
+    Direction,
     Kernels,
     native_kernels,
+    selection,
 )
+from gradmerge.operators import chunks
+from gradmerge.operators.base import AbstractOperator, Spread, Terms, View
 from gradmerge.operators.stepwise import combine_directions
 
 
@@ -64,9 +66,12 @@ class Linear(AbstractOperator):
         if not out.numel():
             return out
         if self.form == "directions" and spread.kind == "scalar":
-            return combine_directions(terms, coefficient.detach().view(-1), out)
+            return combine_directions(terms.dense(), coefficient.detach().view(-1), out)
         coefficient = coefficient.detach().view(len(terms.sources), -1)
-        kernels = _kernels(terms, out)
+        kernels = kernels_for(terms, out)
+        if kernels is not None and (terms.directions or terms.masks is not None):
+            return merge_directions(kernels, terms, coefficient, spread, out)
+        terms = terms.dense()
         if kernels is None:
             return chunks.combine(terms, coefficient, spread, out)
         rule, weights = GIVEN, coefficient
@@ -77,7 +82,7 @@ class Linear(AbstractOperator):
                 rule = FROM_DIRECTIONS if terms.directions else FROM_BASE
         else:
             weights = chunks.stored_weights(terms, coefficient.double())
-        width, inner = _width_and_inner(terms, spread, weights)
+        width, inner = width_and_inner(terms, spread, weights)
         flat = [term.reshape(-1) for term in _stored(terms)]
         kernels.merge(out.view(-1), flat, weights, rule, width, inner, spread.parts)
         return out
@@ -86,11 +91,12 @@ class Linear(AbstractOperator):
         """See `AbstractOperator.contract`."""
         if not grad.numel():
             return torch.zeros_like(coefficient)
-        kernels = _kernels(terms, grad)
+        terms = terms.dense()
+        kernels = kernels_for(terms, grad)
         if kernels is None:
             return chunks.contract(terms, grad, coefficient, spread)
         rows = coefficient.view(len(terms.sources), -1)
-        width, inner = _width_and_inner(terms, spread, rows)
+        width, inner = width_and_inner(terms, spread, rows)
         total = kernels.contract(
             grad.reshape(-1),
             [source.reshape(-1) for source in terms.sources],
@@ -104,19 +110,55 @@ class Linear(AbstractOperator):
         return total.view(coefficient.shape).to(coefficient.dtype)
 
 
+def merge_directions(
+    kernels: Kernels,
+    terms: Terms,
+    coefficient: Tensor,
+    spread: Spread,
+    out: Tensor,
+    **election: Any,
+) -> Tensor:
+    """Merge directions that are formed on the way; `election` makes it a disjoint mean."""
+    width, inner = width_and_inner(terms, spread, coefficient)
+    selection.merge_directions(
+        kernels,
+        out.view(-1),
+        None if terms.origin is None else terms.origin.reshape(-1),
+        directions_of(terms),
+        terms.factors or [1.0] * len(terms.sources),
+        coefficient,
+        width,
+        inner,
+        spread.parts,
+        **election,
+    )
+    return out
+
+
+def directions_of(terms: Terms) -> list[Direction]:
+    """The directions as kernels form them, without their factors."""
+    anchor = None if terms.origin is None or terms.directions else terms.origin.reshape(-1)
+    masks = terms.masks or [None] * len(terms.sources)
+    return [
+        Direction(source.reshape(-1), anchor, mask)
+        for source, mask in zip(terms.sources, masks, strict=True)
+    ]
+
+
 def _stored(terms: Terms) -> list[Tensor]:
     return terms.sources if terms.origin is None else [terms.origin, *terms.sources]
 
 
-def _kernels(terms: Terms, tensor: Tensor) -> Kernels | None:
+def kernels_for(terms: Terms, tensor: Tensor | None) -> Kernels | None:
     """The compiled kernels, where they take these tensors."""
-    if tensor.device.type != "cpu":
+    tensors = _stored(terms) if tensor is None else [*_stored(terms), tensor]
+    if any(each.device.type != "cpu" for each in tensors):
         return None
     kernels = native_kernels()
-    return kernels if kernels is not None and kernels.take([*_stored(terms), tensor]) else None
+    return kernels if kernels is not None and kernels.take(tensors) else None
 
 
-def _width_and_inner(terms: Terms, spread: Spread, weights: Tensor) -> tuple[int, int]:
+def width_and_inner(terms: Terms, spread: Spread, weights: Tensor) -> tuple[int, int]:
     """Weights along the tensor, and neighbours that share one (see `kernels.c`)."""
     width = weights.shape[1]
     if width == 1:

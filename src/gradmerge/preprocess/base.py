@@ -49,26 +49,26 @@ class AbstractPreprocess(ABC):
         return self
 
 
-def chain(
-    steps: Sequence[AbstractPreprocess], passes: Callable[[], Iterator[tuple[Site, Tensor]]]
-) -> Step:
+class Chain:
     """All steps as one; those that need it see every tensor first.
 
     Args:
         steps: in the order they run.
         passes: gives all tensors' directions before the first step, anew each call.
     """
-    ready: list[Step] = []
 
-    def run(directions: Tensor, site: Site) -> Tensor:
-        for step in ready:
+    def __init__(self, steps: Sequence[AbstractPreprocess], passes: Passes) -> None:
+        self.steps: list[Step] = []
+        self._passes = passes
+        for step in steps:
+            self.steps.append(step.survey(self._so_far))
+
+    def __call__(self, directions: Tensor, site: Site) -> Tensor:
+        """Directions after all steps; may write over those given."""
+        for step in self.steps:
             directions = step(directions, site)
         return directions
 
-    def so_far() -> Iterator[tuple[Site, Tensor]]:
-        for site, directions in passes():
-            yield site, run(directions, site)
-
-    for step in steps:
-        ready.append(step.survey(so_far))
-    return run
+    def _so_far(self) -> Iterator[tuple[Site, Tensor]]:
+        for site, directions in self._passes():
+            yield site, self(directions, site)

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gradmerge.preprocess.base import AbstractPreprocess, Site, Step, chain
+from gradmerge.preprocess.base import AbstractPreprocess, Chain, Site
+from gradmerge.preprocess.selection import AbstractSelection, Selection
 
 Lazy = Callable[[], Iterator[tuple[Site, Callable[[], Tensor]]]]
 
@@ -35,8 +36,8 @@ class ProcessedDirections:
         self._kept: dict[str, Tensor] = {}
 
     @cached_property
-    def _step(self) -> Step:
-        return chain(self._steps, lambda: ((site, read()) for site, read in self._every()))
+    def _chain(self) -> Chain:
+        return Chain(self._steps, lambda: ((site, read()) for site, read in self._every()))
 
     @cached_property
     def _reads(self) -> dict[str, tuple[Site, Callable[[], Tensor]]]:
@@ -47,7 +48,29 @@ class ProcessedDirections:
         if name in self._kept:
             return self._kept[name]
         site, read = self._reads[name]
-        return self._step(read(), site)
+        return self._chain(read(), site)
+
+    def select(
+        self, name: str, sources: Sequence[Tensor], origin: Tensor | None
+    ) -> Selection | None:
+        """The same without storing them, where every step only zeroes and scales.
+
+        Args:
+            name: the tensor.
+            sources: `theta_k`.
+            origin: `A`; None for zero.
+
+        Returns:
+            None where a step does more, or the directions are kept.
+        """
+        steps = [step for step in self._chain.steps if isinstance(step, AbstractSelection)]
+        if name in self._kept or len(steps) < len(self._chain.steps):
+            return None
+        directions, (site, _) = Selection(sources, origin), self._reads[name]
+        if directions.size:
+            for step in steps:
+                step.select(directions, site)
+        return directions
 
     def keep(self) -> None:
         """Compute all directions once, if there is any step."""

@@ -5,20 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from gradmerge.errors import ConfigError
-from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
+from gradmerge.preprocess.base import Passes, Site, Step
+from gradmerge.preprocess.selection import AbstractSelection, Selection
 from gradmerge.settings import Setting, require_setting, settle
-
-_BINS = 1 << 16
-# Sums of magnitudes below this are not scaled up to (mergekit's bound).
-_NOTHING = 1e-7
 
 
 @dataclass(frozen=True)
-class Trim(AbstractPreprocess):
+class Trim(AbstractSelection):
     """Keep the `density` share of each direction's entries with the largest magnitude, zero the
     rest (TIES, arXiv 2306.01708).
 
@@ -43,33 +39,38 @@ class Trim(AbstractPreprocess):
                 "the whole; use scope tensor."
             )
 
-    def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """See `AbstractPreprocess`."""
+    def select(self, directions: Selection, site: Site) -> None:
+        """See `AbstractSelection`."""
         densities = settle("Trim.density", self.density, site.name, site.sources)
-        for direction, density in zip(directions, densities, strict=True):
-            size = direction.numel()
-            count = max(1, int(density * size)) if density else 0
-            keep_ranks(direction, size - count, size, self.rescale)
-        return directions
+        for k, density in enumerate(densities):
+            size = directions.size
+            count = min(size, max(1, int(density * size))) if density else 0
+            keep_ranks(directions, k, size - count, size, self.rescale)
 
     def survey(self, passes: Passes) -> Step:
         """See `AbstractPreprocess.survey`."""
         if self.scope == "tensor":
             return self
-        thresholds = _model_thresholds(passes, self.density)
-
-        def trim(directions: Tensor, site: Site) -> Tensor:
-            for direction, threshold in zip(directions, thresholds, strict=True):
-                before = l1(direction) if self.rescale == "l1" else 0.0
-                direction.mul_(_bits(direction).view(direction.shape) >= threshold)
-                restore_l1(direction, before)
-            return directions
-
-        return trim
+        return _TrimFrom(tuple(_model_thresholds(passes, self.density)), self.rescale)
 
 
 @dataclass(frozen=True)
-class Breadcrumbs(AbstractPreprocess):
+class _TrimFrom(AbstractSelection):
+    """Keep the magnitudes that reach a threshold a source, given as the bits of a float32."""
+
+    thresholds: tuple[int, ...]
+    rescale: Literal["none", "l1"]
+
+    def select(self, directions: Selection, site: Site) -> None:
+        """See `AbstractSelection`."""
+        for k, threshold in enumerate(self.thresholds):
+            before = directions.sum_magnitudes(k) if self.rescale == "l1" else 0.0
+            directions.keep_from(k, threshold)
+            directions.restore(k, before)
+
+
+@dataclass(frozen=True)
+class Breadcrumbs(AbstractSelection):
     """Zero the largest `gamma` share of each direction's entries and the smallest, so that a
     `density` share remains (Model Breadcrumbs, arXiv 2312.06795), a tensor at a time.
 
@@ -88,70 +89,29 @@ class Breadcrumbs(AbstractPreprocess):
         require_density("Breadcrumbs", self.density)
         require_setting("Breadcrumbs.gamma", self.gamma, "a share in [0, 1)", lambda x: 0 <= x < 1)
 
-    def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """See `AbstractPreprocess`."""
+    def select(self, directions: Selection, site: Site) -> None:
+        """See `AbstractSelection`."""
         densities = settle("Breadcrumbs.density", self.density, site.name, site.sources)
         gammas = settle("Breadcrumbs.gamma", self.gamma, site.name, site.sources)
-        for direction, density, gamma in zip(directions, densities, gammas, strict=True):
-            size = direction.numel()
+        size = directions.size
+        for k, (density, gamma) in enumerate(zip(densities, gammas, strict=True)):
             kept = int(density * size)
             first = max(0, size - kept - int(gamma * size))
-            keep_ranks(direction, first, first + kept, self.rescale)
-        return directions
+            keep_ranks(directions, k, first, first + kept, self.rescale)
 
 
 def keep_ranks(
-    direction: Tensor, first: int, last: int, rescale: Literal["none", "l1"] = "none"
+    directions: Selection, k: int, first: int, last: int, rescale: Literal["none", "l1"]
 ) -> None:
-    """Zero all entries but those whose rank by magnitude, smallest first, is in [first, last)."""
-    before = l1(direction) if rescale == "l1" else 0.0
-    direction.mul_(by_rank(direction, first, last))
-    restore_l1(direction, before)
-
-
-def l1(direction: Tensor) -> float:
-    """The sum of magnitudes."""
-    return float(direction.abs().sum(dtype=torch.float64))
-
-
-def restore_l1(direction: Tensor, before: float) -> None:
-    """Scale a direction to a sum of magnitudes, unless either is (nearly) nothing."""
-    if before < _NOTHING:
-        return
-    after = l1(direction)
-    if after >= _NOTHING:
-        direction.mul_(before / after)
-
-
-def by_rank(values: Tensor, first: int, last: int) -> Tensor:
-    """A mask of the entries whose rank by magnitude, smallest first, is in [first, last).
-
-    Exactly `last - first` entries; of equal ones those that stand first have the lower rank.
-    Two selections, no sort.
-    """
-    bits = _bits(values)
-    mask = torch.ones_like(bits, dtype=torch.bool)
-    if first >= last:
-        return mask.zero_().view(values.shape)
-    for rank, above in ((first, True), (last, False)):
-        if rank in (0, len(bits)):
-            continue
-        threshold = bits.kthvalue(rank).values  # the largest of the `rank` smallest
-        below = bits < threshold
-        equal = (bits == threshold).nonzero().flatten()[: rank - int(below.sum())]
-        below[equal] = True
-        mask &= ~below if above else below
-    return mask.view(values.shape)
+    """Keep ranks [first, last) of a direction, and its L1 norm where that is wanted."""
+    before = directions.sum_magnitudes(k) if rescale == "l1" else 0.0
+    directions.keep_ranks(k, first, last)
+    directions.restore(k, before)
 
 
 def require_density(who: str, density: Setting) -> None:
     """Refuse a share outside [0, 1]."""
     require_setting(f"{who}.density", density, "a share in [0, 1]", lambda x: 0 <= x <= 1)
-
-
-def _bits(values: Tensor) -> Tensor:
-    """Magnitudes as integers of the same order, flat: the bits of a float32 without its sign."""
-    return values.reshape(-1).view(torch.int32) & 0x7FFFFFFF
 
 
 def _model_thresholds(passes: Passes, density: Setting) -> list[int]:
@@ -174,11 +134,9 @@ def _histograms(passes: Passes, bins: tuple[int, ...] | None) -> list[Tensor]:
     """Counts of the upper 16 bits of each source; with `bins`, of the lower ones within its bin."""
     counts: list[Tensor] = []
     for _, directions in passes():
-        for k, direction in enumerate(directions):
-            bits = _bits(direction)
-            upper = bits >> 16
-            counted = upper if bins is None else bits[upper == bins[k]] & 0xFFFF
-            found = torch.bincount(counted, minlength=_BINS)
+        given = Selection(list(directions), None)
+        for k in range(len(given)):
+            found = given.count_magnitudes(k, None if bins is None else bins[k])
             if k == len(counts):
                 counts.append(found)
             else:

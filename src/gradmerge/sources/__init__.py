@@ -1,12 +1,15 @@
 """Sources: lazy checkpoints, their compatibility and fingerprints."""
 
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
+from gradmerge.sources.emr import EMR
 from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile
 from gradmerge.sources.lora import Lora
 from gradmerge.sources.memory import InMemory
 from gradmerge.sources.resolve import as_source
+from gradmerge.sources.vocabulary import Vocabulary
 
 __all__ = [
+    "EMR",
     "AbstractSource",
     "Checkpoint",
     "HuggingFace",
@@ -15,5 +18,6 @@ __all__ = [
     "SafetensorsFile",
     "TensorInfo",
     "TorchFile",
+    "Vocabulary",
     "as_source",
 ]

@@ -60,9 +60,17 @@ class Checkpoint(ABC):
         return None
 
     @property
+    def tokenizer_folder(self) -> Path | None:
+        """The folder whose tokenizer this checkpoint was trained with; most often `folder`."""
+        return self.folder
+
+    @property
     def config(self) -> Mapping[str, Any] | None:
         """`config.json` as plain data, if there is one."""
         return None
+
+    def keep(self) -> None:  # noqa: B027
+        """Prepare for being read again and again, where tensors are formed at every reading."""
 
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes of all tensors, in order of name.

@@ -20,6 +20,7 @@ from gradmerge.errors import (
 from gradmerge.sources.base import Checkpoint
 from gradmerge.sources.configuration import check_config
 from gradmerge.sources.files import read_json
+from gradmerge.sources.tokens import SENTENCEPIECE
 
 
 def check(
@@ -215,15 +216,12 @@ def _tie_hint(name: str) -> str:
 def _shape_hint(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> str:
     if _looks_like_head(name):
         return f"The heads differ in their number of labels. {_head_hint(name)}"
-    if first[1:] == second[1:] and ("embed" in name or "lm_head" in name or "wte" in name):
+    if first[1:] == second[1:] and re.search("embed|lm_head|wte|shared", name):
         return (
-            "The vocabularies differ in size. Resize one to the other "
-            "(`model.resize_token_embeddings`) after making their tokens agree."
+            "The vocabularies differ in size. Say whose tokens the merge has, and rows are matched "
+            "by token: tokenizer: {source: union} (or base, or the name of a source)."
         )
     return "These are different architectures or sizes."
-
-
-_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
@@ -251,6 +249,8 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
 
 
 def _check_tokenizer(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
+    if reference.tokenizer_folder == other.tokenizer_folder:
+        return []
     if reference.folder is None or other.folder is None or reference.folder == other.folder:
         return []
     first, second = read_vocabulary(reference.folder), read_vocabulary(other.folder)
@@ -272,7 +272,9 @@ def _check_tokenizer(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
             f"the {len(first)} tokens of {reference.label}",
             ", ".join(parts),
             "The same embedding row stands for different tokens, so merging rows mixes meanings. "
-            f"Allow it with allow: [tokenizer] if the tokens of {reference.label} should be used.",
+            "Say whose tokens the merge has, and rows are matched by token: tokenizer: {source: "
+            "union} (or base, or the name of a source). Or, if rows do agree and the tokens of "
+            f"{reference.label} should be used: allow: [tokenizer].",
         )
     ]
 
@@ -280,7 +282,7 @@ def _check_tokenizer(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
 def _check_sentencepiece(reference: Path, other: Path, label: str) -> list[Problem]:
     """Compare the files of tokenizers whose vocabulary only the sentencepiece package can read."""
     problems = []
-    for name in _SENTENCEPIECE:
+    for name in SENTENCEPIECE:
         first, second = reference / name, other / name
         if first.is_file() and second.is_file() and first.read_bytes() != second.read_bytes():
             problems.append(

@@ -36,6 +36,8 @@ _HARMLESS = re.compile(
     r"|use_return_dict|name_or_path|is_encoder_decoder)$"
 )
 
+_BY_TOKEN = " Or match rows by token, whatever their number: tokenizer: {source: union}."
+
 
 def check_config(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
     """Fields of two configs that differ; fatal where the same weights then compute something
@@ -68,7 +70,8 @@ def check_config(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
                 second.show(key),
                 "The same weights compute another function under another value"
                 f"{'' if fatal else ', or it only differs in form'}. Allow it with "
-                f"allow: [config.{field}] if it should be that of {reference.label}.",
+                f"allow: [config.{field}] if it should be that of {reference.label}."
+                f"{_BY_TOKEN if field == 'vocab_size' else ''}",
                 fatal,
             )
         )

@@ -18,6 +18,7 @@ from gradmerge.errors import SourceError, nearest, shorten
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
 from gradmerge.sources.files import HuggingFace, SafetensorsCheckpoint, read_json
 from gradmerge.sources.skeleton import bind, build_skeleton
+from gradmerge.sources.tokens import has_tokenizer
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.weight)?$")
@@ -108,6 +109,8 @@ class LoraCheckpoint(Checkpoint):
     def _index(self) -> None:
         unknown = []
         for key in self._adapter.infos:
+            if ".original_module." in key:  # what a module of `modules_to_save` stands in for
+                continue
             name = key.removeprefix(_PREFIX)
             match = _FACTOR.match(name)
             if match is not None:
@@ -230,6 +233,12 @@ class LoraCheckpoint(Checkpoint):
     def folder(self) -> Path | None:
         """See `Checkpoint.folder`."""
         return self._base.folder
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """See `Checkpoint.tokenizer_folder`; an adapter may bring its own."""
+        own = self._folder_adapter
+        return own if has_tokenizer(own) else self._base.tokenizer_folder
 
     @property
     def config(self) -> Mapping[str, Any] | None:

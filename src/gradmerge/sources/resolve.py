@@ -11,6 +11,7 @@ from torch import nn
 
 from gradmerge.errors import ConfigError, SourceError
 from gradmerge.sources.base import AbstractSource
+from gradmerge.sources.emr import EMR
 from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile, read_json
 from gradmerge.sources.lora import Lora
 from gradmerge.sources.memory import InMemory
@@ -23,8 +24,9 @@ def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
     """The source that `value` means.
 
     A string or path is a Hugging Face folder, a LoRA adapter folder (it holds
-    adapter_config.json), a `.safetensors`, `.bin` or `.pt` file, or else a hub id
-    (``owner/name`` or ``owner/name@revision``). A module or a mapping of tensors is taken as it is.
+    adapter_config.json), a task's folder of a compact EMR-Merging (it holds masks.safetensors), a
+    `.safetensors`, `.bin` or `.pt` file, or else a hub id (``owner/name`` or
+    ``owner/name@revision``). A module or a mapping of tensors is taken as it is.
 
     Raises:
         SourceError: a LoRA folder without a base to put it on.
@@ -46,6 +48,8 @@ def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
         return TorchFile(str(path))
     if (path / "adapter_config.json").is_file() and not (path / "model.safetensors").is_file():
         return Lora(str(path), base if base is not None else _own_base(path))
+    if (path / "masks.safetensors").is_file() and (path.parent.parent / "emr.json").is_file():
+        return EMR(str(path.parent.parent), path.name, base)
     if path.is_dir():
         return HuggingFace(str(path))
     if path.exists():

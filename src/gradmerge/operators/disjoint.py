@@ -1,0 +1,90 @@
+"""Means over the sources that agree in sign."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradmerge.operators.base import Spread, Terms
+from gradmerge.operators.entrywise import AbstractEntrywise
+from gradmerge.operators.linear import kernels_for, merge_directions
+
+
+@dataclass(frozen=True)
+class DisjointMean(AbstractEntrywise):
+    """Mean of what agrees with an entry's elected sign (TIES, arXiv 2306.01708).
+
+        D_k   = c_k B_k
+        sign  = + where sum_k D_k >= 0 (by sum) or sum_k sign(D_k) >= 0 (by count), else -
+        M_k   = 1 where sign(D_k) = sign, else 0
+        S     = sum_k M_k c_k  (1 where that is 0, or without `normalize`)
+        theta = A + scale * sum_k M_k D_k / S
+
+    After the preprocess `Trim` this is TIES. Differentiable almost everywhere, with the election
+    held: with `m = sum_k M_k D_k / S`,
+
+        dL/dc_k = scale * sum G M_k (B_k - m) / S   normalised (m = 0 where S was 0),
+        dL/dc_k = scale * sum G M_k B_k             otherwise.
+
+    A coefficient of exactly 0 takes part in no entry, so it has no gradient and stays there.
+    Normalised, the coefficients' common factor cancels: `scale` sets the size of the merge.
+    """
+
+    normalize: bool = True
+    """Whether sums are divided by the coefficients that take part in them."""
+    elect: Literal["sum", "count"] = "sum"
+    """Whether magnitudes count in the election or only signs."""
+    scale: float = 1.0
+    """Factor on the merged direction (the paper's lambda)."""
+
+    def combine(self, terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
+        """See `AbstractOperator.combine`; on a CPU in a compiled kernel."""
+        kernels = None if terms.mean_origin else kernels_for(terms, out)
+        if kernels is None or not out.numel():
+            return super().combine(terms, coefficient, spread, out)
+        rows = coefficient.detach().view(len(terms.sources), -1)
+        return merge_directions(
+            kernels,
+            terms,
+            rows,
+            spread,
+            out,
+            elect=self.elect,
+            normalise=self.normalize,
+            scale=self.scale,
+        )
+
+    def _agreeing(self, directions: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+        """`D_k`, and `M_k` in the same dtype."""
+        weighted = directions * coefficient
+        signs = weighted.sign()
+        votes = weighted if self.elect == "sum" else signs
+        # -1, 0, 1 to -1, 1, 1; comparisons and conversions of their results would take longer
+        elected = votes.sum(dim=0).sign_().add_(0.5).sign_()
+        return weighted, signs.mul_(elected).clamp_(min=0)
+
+    def _divisor(self, coefficient: Tensor, agree: Tensor) -> tuple[Tensor, Tensor]:
+        """`S`, and where it was 0."""
+        divisor = (coefficient * agree).sum(dim=0)
+        nothing = divisor == 0
+        return divisor.masked_fill_(nothing, 1), nothing
+
+    def merge(self, directions: Tensor, coefficient: Tensor) -> Tensor:
+        """See `AbstractEntrywise.merge`."""
+        weighted, agree = self._agreeing(directions, coefficient)
+        merged = weighted.mul_(agree).sum(dim=0)
+        if self.normalize:
+            merged.div_(self._divisor(coefficient, agree)[0])
+        return merged if self.scale == 1 else merged.mul_(self.scale)
+
+    def slope(self, directions: Tensor, coefficient: Tensor) -> Tensor:
+        """See `AbstractEntrywise.slope`."""
+        weighted, agree = self._agreeing(directions, coefficient)
+        if not self.normalize:
+            return agree.mul_(directions).mul_(self.scale)
+        divisor, nothing = self._divisor(coefficient, agree)
+        mean = weighted.mul_(agree).sum(dim=0).div_(divisor).masked_fill_(nothing, 0)
+        return torch.sub(directions, mean).mul_(agree).div_(divisor).mul_(self.scale)

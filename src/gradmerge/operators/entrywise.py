@@ -1,0 +1,83 @@
+"""Operators that treat each entry by itself: `theta_e = A_e + f(B_1e, ..., B_Ke; c)`.
+
+`f` and its slopes `df/dc_k` are a few operations of torch on a block of entries, so an operator is
+two short methods; the walk over blocks and the sums over the entries that share a coefficient are
+here. No temporary grows with the tensor.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gradmerge.operators.base import AbstractOperator, Spread, Terms, View
+from gradmerge.operators.blocks import blocks, collect, select
+
+Prepared = Callable[[Tensor, slice], Tensor]
+
+
+class AbstractEntrywise(AbstractOperator):
+    """`theta = A + merge(B, c)`, an entry at a time.
+
+    Differences, products and sums over sources are in float32 (float64 where a tensor or the result
+    is), sums over entries in float64. The gradient is `dL/dc_k = sum_e G_e slope_k,e` over the
+    entries that share `c_k`.
+    """
+
+    @abstractmethod
+    def merge(self, directions: Tensor, coefficient: Tensor) -> Tensor:
+        """What is added to the origin, `[outer, columns, inner]`.
+
+        Args:
+            directions: `[sources, outer, columns, inner]`.
+            coefficient: `[sources, 1, columns, 1]`.
+        """
+
+    @abstractmethod
+    def slope(self, directions: Tensor, coefficient: Tensor) -> Tensor:
+        """`d merge / dc_k` of each entry, `[sources, outer, columns, inner]`; see `merge`."""
+
+    def prepare(self, terms: Terms, device: torch.device) -> Prepared:
+        """What is done to a block of directions first, `[sources, entries]` on a device, given its
+        place.
+        """
+        return _as_they_are
+
+    def combine(self, terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
+        """See `AbstractOperator.combine`; differentiable through `contract`."""
+        if not out.numel():
+            return out
+        dtype = torch.promote_types(terms.accumulate_dtype, out.dtype)
+        rows = coefficient.detach().reshape(len(terms.sources), -1).to(out.device, dtype)
+        prepared, target = self.prepare(terms, out.device), out.view(-1)
+        for block in blocks(terms, View.of(terms.shape, spread), dtype, out.device):
+            directions = _prepared(prepared, block.directions, block.entries)
+            merged = self.merge(directions, select(rows, block.columns, spread)).reshape(-1)
+            target[block.entries] = merged if block.origin is None else block.origin + merged
+        return out
+
+    def contract(self, terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
+        """See `AbstractOperator.contract`."""
+        dtype = torch.promote_types(terms.accumulate_dtype, grad.dtype)
+        rows = coefficient.detach().reshape(len(terms.sources), -1).to(grad.device, dtype)
+        # an entry's own coefficient takes no sum
+        total = torch.zeros_like(rows, dtype=dtype if spread.kind == "element" else torch.float64)
+        if grad.numel():
+            prepared, flat = self.prepare(terms, grad.device), grad.reshape(-1)
+            for block in blocks(terms, View.of(terms.shape, spread), dtype, grad.device):
+                directions = _prepared(prepared, block.directions, block.entries)
+                slope = self.slope(directions, select(rows, block.columns, spread))
+                piece = flat[block.entries].to(dtype).view(slope.shape[1:])
+                collect(total, slope * piece, block.columns, spread)
+        return total.view(coefficient.shape).to(coefficient.dtype)
+
+
+def _as_they_are(directions: Tensor, entries: slice) -> Tensor:
+    return directions
+
+
+def _prepared(prepared: Prepared, directions: Tensor, entries: slice) -> Tensor:
+    return prepared(directions.view(len(directions), -1), entries).view(directions.shape)

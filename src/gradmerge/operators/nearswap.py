@@ -1,0 +1,41 @@
+"""Moving towards a source by no more than a threshold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradmerge._typing import Origin
+from gradmerge.operators.base import require_base
+from gradmerge.operators.entrywise import AbstractEntrywise
+
+
+@dataclass(frozen=True)
+class NearSwap(AbstractEntrywise):
+    """`theta = A + sum_k clamp(B_k, -c_k, c_k)`: entries near the base's are swapped for the
+    source's, others move by the threshold.
+
+    The coefficient is the threshold, in units of the weights (mergekit's `t`, with one source;
+    https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001). Differentiable almost everywhere:
+
+        dL/dc_k = sum G sign(B_k) [|B_k| > c_k]
+
+    A negative threshold counts as 0, and has no gradient to come back with: wrap the granularity in
+    a link that stays positive (`Clamp`, `Sigmoid`) where it is learned.
+    """
+
+    def require(self, num_sources: int, origin: Origin) -> None:
+        """See `AbstractOperator.require`."""
+        require_base("NearSwap", origin)
+
+    def merge(self, directions: Tensor, coefficient: Tensor) -> Tensor:
+        """See `AbstractEntrywise.merge`."""
+        threshold = coefficient.clamp(min=0)
+        return torch.minimum(torch.maximum(directions, -threshold), threshold).sum(dim=0)
+
+    def slope(self, directions: Tensor, coefficient: Tensor) -> Tensor:
+        """See `AbstractEntrywise.slope`."""
+        beyond = (directions.abs() > coefficient) & (coefficient >= 0)
+        return directions.sign().mul_(beyond)

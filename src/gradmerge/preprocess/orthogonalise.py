@@ -1,0 +1,96 @@
+"""Taking out of each direction what the ones before it already use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradmerge.errors import ConfigError
+from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
+from gradmerge.preprocess.matrices import decompose, matrices_of
+
+
+@dataclass(frozen=True)
+class Orthogonalise(AbstractPreprocess):
+    """Project each direction off what was merged before it, in the order of the sources (OPCM,
+    arXiv 2501.09522).
+
+        M_1 = B_1,  M_k = M_{k-1} + P_k,  P_1 = B_1
+        M_{k-1} = U S V^T,  Q = U^T B_k V,  r = least with S_1 + ... + S_r > alpha sum S, less one
+        P_k  = B_k - U (Q restricted to its diagonal and its block i, j <= r) V^T
+        B'_k = P_k / lambda,  lambda = |M_K| / mean_k |B_k|
+
+    so that the sum of the directions is OPCM's final delta, whose norm is the mean of the sources'
+    norms. The paper divides by a lambda at each step, which cancels from step to step; only the
+    last one remains. Tensors of more than two axes are taken as matrices `[out, rest]`, vectors are
+    not projected. FusionBench projects the weights of linear layers alone. Singular values of zero
+    take no part.
+    """
+
+    alpha: float = 0.5
+    """Share of the sum of singular values whose directions are protected, in [0, 1]; larger
+    protects more of what came before."""
+    scope: Literal["model", "tensor"] = "model"
+    """Whether norms are those of the whole model (the paper), for which every tensor is projected
+    once more to measure it, or of each tensor."""
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"Orthogonalise.alpha: expected in [0, 1], came {self.alpha}.")
+
+    def __call__(self, directions: Tensor, site: Site) -> Tensor:
+        """See `AbstractPreprocess`; norms are the tensor's own."""
+        norms = _squares(directions).sqrt()
+        merged = _project(directions, site, self.alpha)
+        return _scale(directions, norms, float(_squares(merged[None])))
+
+    def survey(self, passes: Passes) -> Step:
+        """See `AbstractPreprocess.survey`."""
+        if self.scope == "tensor":
+            return self
+        squares: Tensor | float = 0.0
+        merged = 0.0
+        for site, directions in passes():
+            squares = squares + _squares(directions)
+            merged += float(_squares(_project(directions, site, self.alpha)[None]))
+
+        def orthogonalise(directions: Tensor, site: Site) -> Tensor:
+            _project(directions, site, self.alpha)
+            return _scale(directions, torch.as_tensor(squares).sqrt(), merged)
+
+        return orthogonalise
+
+
+def _project(directions: Tensor, site: Site, alpha: float) -> Tensor:
+    """Write `P_k` over `B_k`; returns their sum."""
+    matrices = matrices_of(directions, site)
+    parts = directions if matrices is None else matrices
+    merged = parts[0].clone()
+    for matrix in parts[1:]:
+        if matrices is not None:
+            left, values, right = decompose(merged)
+            used = left.T @ matrix.double() @ right.T
+            reached = values.cumsum(0) > alpha * values.sum()
+            rank = int((~reached).sum())
+            diagonal = used.diagonal().clone()
+            used[rank:] = 0
+            used[:, rank:] = 0
+            used.diagonal().copy_(diagonal)
+            matrix.sub_((left @ used @ right).to(matrix.dtype))
+        merged.add_(matrix)
+    return merged
+
+
+def _squares(directions: Tensor) -> Tensor:
+    """`|B_k|^2`, `[sources]`, float64."""
+    found = [direction.square().sum(dtype=torch.float64) for direction in directions]
+    return torch.stack(found)
+
+
+def _scale(directions: Tensor, norms: Tensor, merged: float) -> Tensor:
+    """Bring the sum of the directions to the mean of the norms, unless it is nothing."""
+    return directions.mul_(float(norms.mean()) / merged**0.5) if merged else directions

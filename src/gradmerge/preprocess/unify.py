@@ -1,0 +1,80 @@
+"""One vector for all sources, and what each of them takes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
+
+
+@dataclass(frozen=True)
+class Unify(AbstractPreprocess):
+    """Elect one vector, mask it for each source and rescale it (EMR-Merging, arXiv 2405.17461).
+
+        s    = sign(sum_j B_j), - where it is 0
+        u    = s max_k |B_k| over the sources with sign(B_k) = s, 0 where there is none
+        M_k  = [B_k u > 0],  r_k = sum |B_k| / sum |M_k (.) u|  over the whole model
+        B'_k = r_k M_k (.) u
+
+    EMR-Merging runs each task with its own `A + B'_k`: `gradmerge merge --outputs tasks` writes
+    these models, `--outputs compact` one `u` with a mask and a scale a task. All tensors are read
+    once before the first is made.
+    """
+
+    rescale: Literal["sums", "means"] = "sums"
+    """Sums over the whole model (the paper), or the sum of each tensor's mean (the authors' code),
+    in which a bias counts like a weight matrix."""
+
+    def __call__(self, directions: Tensor, site: Site) -> Tensor:
+        """One tensor as if it were the whole model."""
+        return self.survey(lambda: iter([(site, directions)]))(directions, site)
+
+    def survey(self, passes: Passes) -> Step:
+        """See `AbstractPreprocess.survey`."""
+        scales = self.scales(passes)
+
+        def unify(directions: Tensor, site: Site) -> Tensor:
+            unified, masks = elect(directions)
+            for direction, mask, scale in zip(directions, masks, scales, strict=True):
+                direction.copy_(masked(unified, mask, scale))
+            return directions
+
+        return unify
+
+    def scales(self, passes: Passes) -> list[float]:
+        """`r_k` of each source; 1 where its mask is empty."""
+        own: list[float] = []
+        left: list[float] = []
+        for _, directions in passes():
+            own = own or [0.0] * len(directions)
+            left = left or [0.0] * len(directions)
+            if not directions.numel():
+                continue
+            size = 1 if self.rescale == "sums" else directions[0].numel()
+            unified, masks = elect(directions)
+            unified.abs_()
+            for k, (direction, mask) in enumerate(zip(directions, masks, strict=True)):
+                own[k] += float(direction.abs().sum(dtype=torch.float64)) / size
+                left[k] += float((unified * mask).sum(dtype=torch.float64)) / size
+        return [a / b if b else 1.0 for a, b in zip(own, left, strict=True)]
+
+
+def elect(directions: Tensor) -> tuple[Tensor, Tensor]:
+    """The unified vector `u`, `[*shape]`, and the masks `M_k`, `[sources, *shape]` of bool."""
+    positive = directions.sum(dim=0) > 0
+    masks = torch.stack(
+        [torch.where(positive, direction > 0, direction < 0) for direction in directions]
+    )
+    unified = torch.zeros_like(directions[0])
+    for direction, mask in zip(directions, masks, strict=True):
+        torch.maximum(unified, direction.abs().mul_(mask), out=unified)
+    return torch.where(positive, unified, -unified), masks
+
+
+def masked(unified: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """`r_k M_k (.) u`."""
+    return torch.where(mask, unified, 0.0).mul_(scale)

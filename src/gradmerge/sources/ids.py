@@ -1,0 +1,77 @@
+"""Fields of a config that say the vocabulary's size or name tokens by id."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_IDS = re.compile(r"(_token_ids?|_token_index|(^|_)suppress_tokens|^bad_words_ids)$")
+
+
+def with_size(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """A config whose vocabulary has another size, wherever it says the old one.
+
+    A config that leaves its size to the default of its class gets the field.
+    """
+    changed = copy.deepcopy(dict(config))
+    nested = [value for key, value in config.items() if key.endswith("config") and value]
+    sizes = [
+        fields.get("vocab_size") for fields in (config, *nested) if isinstance(fields, Mapping)
+    ]
+    old = next((found for found in sizes if found is not None), None)
+    if old is None or not _resize(changed, old, size):
+        changed["vocab_size"] = size
+    return changed
+
+
+def _resize(config: dict[str, Any], old: int, new: int) -> bool:
+    found = config.get("vocab_size") == old
+    if found:
+        config["vocab_size"] = new
+    for key, value in config.items():
+        if key.endswith("config") and isinstance(value, dict):
+            found = _resize(value, old, new) or found
+    return found
+
+
+def with_ids(
+    config: Mapping[str, Any],
+    owner: Mapping[str, Any],
+    moved: Mapping[int, int],
+    size: int,
+) -> dict[str, Any]:
+    """A config whose token ids mean tokens of the merge's tokenizer.
+
+    Args:
+        config: the fields, with ids of its own tokenizer.
+        owner: the complete fields of the config that goes with the merge's tokenizer; its ids are
+            taken as they are, where they are set.
+        moved: own id -> id in the merge's tokenizer, for all other fields; a token that is not
+            there becomes null.
+        size: rows of the merged vocabulary; an id beyond them becomes null.
+    """
+    changed = dict(config)
+    for key in {**owner, **config}:
+        own, given = config.get(key), owner.get(key)
+        if key.endswith("config") and isinstance(own, Mapping):
+            inner = given if isinstance(given, Mapping) else {}
+            changed[key] = with_ids(own, inner, moved, size)
+        elif _IDS.search(key) and given is not None:
+            changed[key] = copy.deepcopy(given)
+        elif _IDS.search(key) and own is not None:
+            changed[key] = _moved(own, moved)
+    pad = changed.get("pad_token_id")
+    if isinstance(pad, int) and pad >= size:  # a network refuses it
+        changed["pad_token_id"] = None
+    return changed
+
+
+def _moved(value: Any, moved: Mapping[int, int]) -> Any:
+    if isinstance(value, list):
+        found = [_moved(item, moved) for item in value]
+        return [item for item in found if item is not None] or None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return moved.get(value)
+    return value
