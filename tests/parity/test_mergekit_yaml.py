@@ -82,7 +82,13 @@ def by_mergekit(config: dict[str, Any] | Path, output: Path) -> dict[str, torch.
     LoaderCache.loaders.clear()  # else a path that is used again serves the weights of before
     if isinstance(config, Path):
         config = yaml.safe_load(config.read_text())
-    options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False, random_seed=0)
+    options = MergeOptions(
+        quiet=True,
+        copy_tokenizer=False,
+        write_model_card=False,
+        random_seed=0,
+        lora_merge_cache=str(output.parent / "adapters"),
+    )
     run_merge(MergeConfiguration.model_validate(config), str(output), options)
     return load_file(output / "model.safetensors")
 
@@ -396,6 +402,27 @@ def test_dtypes_of_the_file_and_of_the_command(llamas, tmp_path):
     path = str(tmp_path / "mk.yaml")
     wide = by_gradmerge(tmp_path / "wide", "--dtype", "float32", "--config", path)
     assert {tensor.dtype for tensor in wide.values()} == {torch.float32}
+
+
+def test_adapters_on_a_model(llamas, tmp_path):
+    import peft
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(llamas["base"])
+    torch.manual_seed(1)
+    options = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, options).save_pretrained(tmp_path / "adapter")
+    config = {
+        "merge_method": "task_arithmetic",
+        "base_model": llamas["base"],
+        "models": [
+            weight(f"{llamas['base']}+{tmp_path / 'adapter'}", [0.2, 0.9]),
+            weight(llamas["a"], 0.5),
+        ],
+    }
+    ours, theirs = both(config, tmp_path)
+    assert distance(ours, theirs) < ROUNDING
+    changed = different(ours, load_file(Path(llamas["base"]) / "model.safetensors"))
+    assert len(changed) == len(ours)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from conftest import ARCHITECTURES
 from gradmerge.cli import main
 from gradmerge.coefficients import Column, Constant, Element, Group, Model, Partition, Row, Sigmoid
 from gradmerge.errors import ConfigError
@@ -192,6 +193,24 @@ def test_other_operators_are_refused(p):
     plan.recipe = merge
     with pytest.raises(ConfigError, match="operator: coefficients of str are no weights of a sum"):
         mergekit_yaml(plan, plan.initial_raw())
+
+
+def test_both_names_of_a_tied_tensor_are_written(tmp_path):
+    models = relatives(ARCHITECTURES["llama-tied"][0](), 2)
+    paths = {}
+    for name, model in zip(("base", "a"), models, strict=True):
+        model.save_pretrained(tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        tensors = load_file(file)
+        save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
+        paths[name] = str(tmp_path / name)
+    init = Constant({"embed": 0.25, ".*": 0.5})
+    plan = Recipe({"a": paths["a"]}, base=paths["base"], init=init).open()
+    assert "lm_head.weight" not in plan.tensors
+    found = yaml.safe_load(mergekit_yaml(plan, plan.initial_raw()))["models"][1]
+    weight = {w.get("filter"): w["value"] for w in found["parameters"]["weight"]}
+    assert weight["lm_head.weight"] == weight["model.embed_tokens.weight"] == 0.25
+    assert weight["model.norm.weight"] == 0.5
 
 
 def test_aligned_vocabularies_are_refused(p):

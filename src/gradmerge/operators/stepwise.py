@@ -28,16 +28,13 @@ def combine_directions(terms: Terms, coefficient: Tensor, out: Tensor) -> Tensor
     weights = coefficient.double().tolist()
     for target, (origin, *parts) in zip(out.view(-1).split(length), pieces, strict=True):
         origin = origin.to(out.device, dtype)
-        total = torch.empty_like(origin)
-        product = torch.empty_like(origin)
-        for k, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-            into = product if k else total
-            part = part.to(out.device, dtype)
+        directions = origin.new_empty(len(parts), len(origin))
+        for direction, part, weight in zip(directions, parts, weights, strict=True):
             if terms.directions:
-                torch.mul(part, weight, out=into)
+                direction.copy_(part)
             else:
-                torch.sub(part, origin, out=into).mul_(weight)
-            if k:
-                total.add_(product)
-        target.copy_(total.add_(origin))
+                torch.sub(part.to(out.device, dtype), origin, out=direction)
+            direction.mul_(weight)
+        # torch's own sum over stacked tensors: of many it adds up several partial sums
+        target.copy_(directions.sum(dim=0).add_(origin))
     return out
