@@ -482,8 +482,10 @@ LEARNED = {
 }
 
 
-@pytest.mark.parametrize("kernels", ["native", "torch"])
-@pytest.mark.parametrize("form", LEARNED)
+@pytest.mark.parametrize(
+    ("form", "kernels"),
+    [*((form, "auto") for form in LEARNED), ("weights", "torch"), ("mean", "torch")],
+)
 def test_a_table_written_for_mergekit_gives_the_exported_weights_bit_for_bit(
     llamas, tmp_path, monkeypatch, form, kernels
 ):
