@@ -200,7 +200,9 @@ def register() -> None:
     import gradmerge.preprocess
     import gradmerge.search
     import gradmerge.sources  # noqa: F401
+    from gradmerge.parsing import copy_values_once
 
+    copy_values_once()
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     read_sources_once()
 

@@ -16,6 +16,7 @@ from gradmerge.errors import CompatibilityError, ConfigError, nearest
 from gradmerge.export import export_merged, export_plan, require_options
 from gradmerge.folders import refuse_existing
 from gradmerge.inspection import inspect_sources, render
+from gradmerge.mergekit_writer import require_file, write_mergekit
 from gradmerge.recipe import Recipe, named
 from gradmerge.sources import as_source
 from gradmerge.sources.emr import EMRCheckpoint, read_description
@@ -44,7 +45,10 @@ def output_options(
 
 
 def merge(
-    recipe: Recipe, outputs: Literal["merged", "tasks", "compact"] = "merged", **options: Any
+    recipe: Recipe,
+    outputs: Literal["merged", "tasks", "compact"] = "merged",
+    mergekit: bool = False,
+    **options: Any,
 ) -> None:
     """Merge with the recipe's starting coefficients, without any training.
 
@@ -53,9 +57,12 @@ def merge(
         outputs: one merged model; one model folder a task, of its own direction alone, whatever the
             coefficients (EMR-Merging); or their compact form, one vector with a mask and a scale a
             task, for recipes whose last preprocess is Unify.
+        mergekit: write no folder but a mergekit YAML (OUTPUT ends in .yaml) that gives the same.
         **options: those of `output_options`.
     """
-    checked = output_options(**options)
+    if mergekit and outputs != "merged":
+        raise ConfigError(f"outputs: a mergekit file is of one merged model, came {outputs}.")
+    checked = _file_options(**options) if mergekit else output_options(**options)
     if outputs != "merged" and checked["head"] is not None:
         raise ConfigError(f"head: with outputs {outputs} every task has its own; leave it out.")
     if outputs == "compact" and checked["dtype"] is not None:
@@ -64,6 +71,9 @@ def merge(
     plan = recipe.open(with_skeleton=False)
     for warning in plan.warnings:
         print(f"gradmerge merge: warning {warning}", file=sys.stderr)
+    if mergekit:
+        print(f"mergekit file written to {write_mergekit(plan, plan.initial_raw(), **checked)}")
+        return
     if plan.alignment is not None:
         print(summarise(token_report(plan.alignment)))
     if outputs == "merged":
@@ -78,22 +88,41 @@ def merge(
     print(f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors: {folder}")
 
 
-def export(checkpoint: str, **options: Any) -> None:
-    """Write a trained merge as a Hugging Face folder.
+def export(checkpoint: str, mergekit: bool = False, **options: Any) -> None:
+    """Write a trained merge as a Hugging Face folder, or its coefficients as a mergekit YAML.
 
     Args:
         checkpoint: checkpoint that `gradmerge fit` wrote.
+        mergekit: write no folder but a mergekit YAML (OUTPUT ends in .yaml) that gives the same.
         **options: those of `output_options`.
     """
-    checked = output_options(**options)
+    checked = _file_options(**options) if mergekit else output_options(**options)
     path = require_checkpoint(checkpoint)
 
     from gradmerge.module import MergeModule
 
     module = MergeModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    if mergekit:
+        merged, buffers = module.merged, module.merged.statistics.values()
+        print(
+            "mergekit file written to "
+            f"{write_mergekit(merged.plan, merged.raw, **checked, buffers=buffers)}"
+        )
+        return
     extra = {"checkpoint": path.name}
     folder = export_merged(module.merged, **checked, results=module.results, extra=extra)
     print(f"merged model written to {folder}")
+
+
+def _file_options(
+    output: str, dtype: str | None = None, overwrite: bool = False, head: str | None = None
+) -> dict[str, Any]:
+    """Those options for a mergekit file, refused before any work."""
+    if head is not None:
+        raise ConfigError("head: a mergekit file describes one model; leave it out.")
+    require_options(dtype, None, ())
+    require_file(Path(output).expanduser(), overwrite)
+    return {"output": output, "dtype": dtype, "overwrite": overwrite}
 
 
 def unpack(

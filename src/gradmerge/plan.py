@@ -155,10 +155,14 @@ class Plan:
 
     def initial_raw(self) -> dict[str, Tensor]:
         """Raw coefficients at the start, by key, float32."""
+        labels = {name: checkpoint.label for name, checkpoint in self.sources.items()}
         context = InitContext(
             self.source_names,
             {name: self.tensors[name] for name in self.learned},
             self.direction_norms,
+            self.recipe.resolved_origin,
+            {**({} if self.base is None else {"base": self.base.label}), **labels},
+            tuple(self.tensors),
         )
         coefficients = self.recipe.coefficients
         return initial_raw(

@@ -1,13 +1,18 @@
-"""Files of other commands, as `gradmerge merge` and `collect` read them."""
+"""Files of other commands, and of mergekit, as `gradmerge merge` and `collect` read them."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
+
+from gradmerge.mergekit_format import is_mergekit
+from gradmerge.mergekit_reader import read_mergekit
+from gradmerge.spec import to_plain
 
 # What else a file for `gradmerge fit` may say; a merge without training has no use for it.
 _OF_A_FIT = ("seed_everything", "trainer", "optimizer", "lr_scheduler", "ckpt_path")
@@ -18,10 +23,13 @@ _ASKING = ("search", "score")
 def for_merge(
     arguments: Sequence[str], folder: str, with_data: bool | None = None
 ) -> tuple[list[str], bool]:
-    """The arguments of `merge`, where a file of `fit` (with `model.recipe`) stands for its recipe.
+    """The arguments of `merge`, where a file of `fit` (with `model.recipe`) stands for its recipe,
+    and a mergekit YAML for the recipe that it describes.
 
     So one pair of files, suite and method, serves both commands. The files' `data` is kept only
-    where it is needed: reading it takes Lightning, which a plain merge need not wait for.
+    where it is needed: reading it takes Lightning, which a plain merge need not wait for. What a
+    mergekit file was understood as is printed; its dtype is the result's unless the arguments name
+    another.
 
     Args:
         arguments: as on the command line.
@@ -31,8 +39,16 @@ def for_merge(
 
     Returns:
         The arguments, and whether data is needed.
+
+    Raises:
+        ConfigError: a mergekit file that cannot be read.
     """
+    dtype_given = any(argument.partition("=")[0] == "--dtype" for argument in arguments)
     files = {at: _read(path) for at, _, path in _configs(arguments)}
+    theirs = {at for at, found in files.items() if is_mergekit(found)}
+    for at, _, path in _configs(arguments):
+        if at in theirs:
+            files[at] = _recipe_of_mergekit(path, dtype_given)
     # a file of a merge serves `collect` as well, which has no use for a search
     dropped = _ASKING if with_data else ()
     if with_data is None:
@@ -41,7 +57,9 @@ def for_merge(
     translated = list(arguments)
     for at, flag, path in _configs(arguments):
         found = files[at]
-        if found is None or not {"model", "data", *dropped} & found.keys():
+        if found is None:
+            continue
+        if at not in theirs and not {"model", "data", *dropped} & found.keys():
             continue
         given = os.path.join(folder, f"{at}", os.path.basename(path))
         os.mkdir(os.path.dirname(given))
@@ -119,3 +137,12 @@ def _needing_statistics() -> set[str]:
     kinds = {name: getattr(preprocess, name) for name in preprocess.__all__}
     steps = {n: k for n, k in kinds.items() if isinstance(k, type) and issubclass(k, base)}
     return {name for name, kind in steps.items() if kind.needs is not base.needs}
+
+
+def _recipe_of_mergekit(path: str, dtype_given: bool) -> dict[str, Any]:
+    reading = read_mergekit(path)
+    print(reading.summary)
+    for warning in reading.warnings:
+        print(f"gradmerge merge: warning {path}: {warning}", file=sys.stderr)
+    dtype = {} if reading.dtype is None or dtype_given else {"dtype": reading.dtype}
+    return {"recipe": to_plain(reading.recipe)["init_args"], **dtype}

@@ -1,6 +1,7 @@
 """Coefficients: granularity x link x init."""
 
 from gradmerge.coefficients.base import AbstractCoefficients, Layout, MergeTensor, Slot
+from gradmerge.coefficients.from_mergekit import FromMergekit
 from gradmerge.coefficients.granularity import (
     Column,
     Element,
@@ -34,6 +35,7 @@ __all__ = [
     "DepthRamp",
     "Element",
     "FromFile",
+    "FromMergekit",
     "Group",
     "InitContext",
     "Layout",

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gradmerge._typing import Origin
 from gradmerge.coefficients.base import Layout, MergeTensor, Slot
 from gradmerge.errors import ConfigError, nearest
 from gradmerge.settings import Setting, settle
@@ -34,6 +35,12 @@ class InitContext:
     """The tensors to merge, by name."""
     direction_norms: Callable[[], Tensor]
     """Squared norms of the directions over all tensors, `[sources]`; reads all weights."""
+    origin: Origin = "base"
+    """What directions are measured from."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Where each source is from, and `base`: a path or hub id."""
+    names: tuple[str, ...] = ()
+    """All tensors of the merge, also those whose coefficients are not learned."""
 
 
 class AbstractInit(ABC):
@@ -54,7 +61,7 @@ class Constant(AbstractInit):
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
         """See `AbstractInit.coefficient`."""
         values = settle("Constant", self.value, tensor.name, context.sources)
-        return _spread(torch.tensor(values, dtype=torch.float64), slot)
+        return over_slot(torch.tensor(values, dtype=torch.float64), slot)
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ class Mixup(AbstractInit):
             torch.manual_seed(self.seed * 1_000_003 + zlib.crc32(place.encode()))
             draw = torch.distributions.Dirichlet(alphas).sample(torch.Size(shape))
         ratio = self.scale * draw.movedim(-1, 0)
-        return ratio if self.per == "element" else _spread(ratio, slot)
+        return ratio if self.per == "element" else over_slot(ratio, slot)
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ class MetaGPT(AbstractInit):
         squared = context.direction_norms().double()
         if squared.sum() == 0:
             raise ConfigError("MetaGPT: all directions are zero; the sources equal their origin.")
-        return _spread(squared / squared.sum(), slot)
+        return over_slot(squared / squared.sum(), slot)
 
 
 @dataclass(frozen=True)
@@ -205,7 +212,7 @@ class FromFile(AbstractInit):
         if tuple(loaded.shape[1:]) == slot.shape:
             return loaded
         if loaded.dim() == 1:
-            return _spread(loaded, slot)
+            return over_slot(loaded, slot)
         if slot.shape == ():
             return loaded.flatten(1).mean(dim=1)
         raise ConfigError(
@@ -246,7 +253,7 @@ def initial_raw(
     return {key: raw[key] for key in layout.shapes}
 
 
-def _spread(per_source: Tensor, slot: Slot) -> Tensor:
+def over_slot(per_source: Tensor, slot: Slot) -> Tensor:
     """`[sources]` to `[sources, *slot]`."""
     column = per_source.reshape(-1, *([1] * len(slot.shape)))
     return column.expand(-1, *slot.shape).clone()

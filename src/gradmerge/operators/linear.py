@@ -19,11 +19,13 @@ CPU compiled kernels do it (`native`); elsewhere, and without a compiler, torch'
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from gradmerge._typing import Origin
+from gradmerge.errors import ConfigError
 from gradmerge.native import (
     FROM_BASE,
     FROM_DIRECTIONS,
@@ -37,16 +39,34 @@ from gradmerge.native import (
 )
 from gradmerge.operators import chunks
 from gradmerge.operators.base import AbstractOperator, Spread, Terms, View
+from gradmerge.operators.stepwise import combine_directions
 
 
 @dataclass(frozen=True)
 class Linear(AbstractOperator):
     """`theta = A + sum_k c_k (theta_k - A)` (task arithmetic, averaging, and all learned sums)."""
 
+    form: Literal["weights", "directions"] = "weights"
+    """How the same sum is rounded: `(1 - sum c) A + sum c_k theta_k`, or, slower, `A + (c_1 B_1 +
+    ...)` as mergekit's task_arithmetic, to be equal bit for bit in float32. The latter wants origin
+    base, and acts where a tensor has one coefficient a source."""
+
+    def require(self, num_sources: int, origin: Origin) -> None:
+        """See `AbstractOperator.require`."""
+        if self.form not in ("weights", "directions"):
+            raise ConfigError(f"Linear: form: expected weights or directions, came {self.form!r}.")
+        if self.form == "directions" and origin != "base":
+            raise ConfigError(
+                f"Linear: form directions sums directions from a base, came origin {origin}. Set "
+                "origin: base, or take form weights."
+            )
+
     def combine(self, terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
         """See `AbstractOperator.combine`; differentiable through `contract`."""
         if not out.numel():
             return out
+        if self.form == "directions" and spread.kind == "scalar":
+            return combine_directions(terms.dense(), coefficient.detach().view(-1), out)
         coefficient = coefficient.detach().view(len(terms.sources), -1)
         kernels = kernels_for(terms, out)
         if kernels is not None and (terms.directions or terms.masks is not None):
