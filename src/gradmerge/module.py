@@ -11,7 +11,6 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from gradmerge._version import __version__
 from gradmerge.errors import ConfigError
 from gradmerge.loaders import sample_batches
 from gradmerge.memory import release_freed_memory
@@ -26,6 +25,7 @@ from gradmerge.objectives import (
 )
 from gradmerge.provenance import start_run
 from gradmerge.recipe import Recipe
+from gradmerge.saved import restore, to_save
 from gradmerge.sources.token_report import summarise, token_report
 from gradmerge.spec import from_plain, to_plain
 
@@ -366,21 +366,8 @@ class MergeModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the coefficients belong to."""
         self.refresh_buffers()
-        plan = self.merged.plan
-        checkpoint["gradmerge"] = {
-            "version": __version__,
-            "sources": list(plan.source_names),
-            "tasks": dict(self.merged.tasks),
-            "fingerprints": plan.fingerprints,
-            "fixed": dict(plan.fixed),
-            "checked_unused": self._checked_unused,
-            "buffers": {
-                k: v.detach().cpu().clone() for k, v in self.merged.statistics.values().items()
-            },
-            "run": copy.deepcopy(plan.run),
-            "results": copy.deepcopy(self.results),
-            "experts": copy.deepcopy(self._experts),
-        }
+        own = (self._checked_unused, self.results, self._experts)
+        checkpoint["gradmerge"] = to_save(self.merged, *own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse coefficients of other weights, and restore what is not a parameter.
@@ -389,15 +376,5 @@ class MergeModule(lightning.LightningModule):
             FingerprintError: the sources' weights are not those of the checkpoint.
             ConfigError: the checkpoint is not one of gradmerge.
         """
-        saved = checkpoint.get("gradmerge")
-        if saved is None:
-            raise ConfigError("the checkpoint holds no gradmerge coefficients.")
-        plan = self.merged.plan
-        plan.require_fingerprints(saved["fingerprints"])
-        for name, coefficient in saved["fixed"].items():
-            self.merged.fix([name], coefficient)
-        plan.run = saved.get("run", {})
-        self.merged.tasks = dict(saved["tasks"])
-        self._checked_unused = saved["checked_unused"]
-        self.merged.statistics.set(saved["buffers"])
-        self.results, self._experts = saved["results"], saved["experts"]
+        restored = restore(self.merged, checkpoint.get("gradmerge"))
+        self._checked_unused, self.results, self._experts = restored

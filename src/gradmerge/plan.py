@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,12 @@ from torch import Tensor, nn
 
 from gradmerge._typing import Raw
 from gradmerge.coefficients import InitContext, Layout, MergeTensor, initial_raw
-from gradmerge.errors import ConfigError, FingerprintError, Problem, shorten
+from gradmerge.errors import ConfigError, Problem, shorten
 from gradmerge.operators import Linear, Spread, Terms
 from gradmerge.preprocess import ProcessedDirections, Site
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.compatibility import is_private
+from gradmerge.sources.fingerprints import fingerprints_of, require_same
 from gradmerge.sources.skeleton import Binding, bind_or_refuse, input_axis
 from gradmerge.sources.statistics import direction_statistics
 from gradmerge.sources.views import alignment_of
@@ -360,13 +360,9 @@ class Plan:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Content hash of every source, by name, and of the rows that tokens have, where they are
-        aligned; reads all weights once.
-        """
+        """Content hash of every source and of aligned tokens' rows; reads all weights once."""
         everything = {**({"base": self.base} if self.base is not None else {}), **self.sources}
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing lets go of the lock
-            hashes = pool.map(lambda each: each.fingerprint(), everything.values())
-            found = dict(zip(everything, hashes, strict=True))
+        found = fingerprints_of(everything)
         if self.alignment is not None:
             found["(tokens)"] = self.alignment.fingerprint()
         return found
@@ -377,18 +373,7 @@ class Plan:
         Raises:
             FingerprintError: names and hashes of the sources that differ.
         """
-        came = self.fingerprints
-        wrong = [name for name in expected if came.get(name) != expected[name]]
-        wrong += [name for name in came if name not in expected]
-        if wrong:
-            raise FingerprintError(
-                f"the coefficients were trained on other weights of: {shorten(wrong)}. "
-                + "; ".join(
-                    f"{n}: expected {expected.get(n, 'none')[:12]}, came {came.get(n, 'none')[:12]}"
-                    for n in wrong[:5]
-                )
-                + ". Give the sources they were trained on, or train again."
-            )
+        require_same(expected, self.fingerprints)
 
     @property
     def alignment(self) -> Alignment | None:
