@@ -39,7 +39,7 @@ from gradmerge.translation import for_merge
 
 ROOT = Path(__file__).resolve().parent.parent
 STATIC = ROOT / "configs" / "static"
-FACTORS = [0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0]
+FACTORS = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0]
 METRICS = {"lm": ("bits_per_byte", False, 3), "vision": ("accuracy", True, 3)}
 
 
@@ -78,8 +78,8 @@ def load(suite: Path, method: Path) -> tuple[Recipe, MergeDataModule, AbstractSe
     return found.recipe, found.data, found.search
 
 
-def merges_the_suite(method: Path, suite: str) -> bool:
-    """Whether a file names no sources of its own, and is not for the other suite alone."""
+def merges_the_suite(method: Path) -> bool:
+    """Whether a file names no sources of its own."""
     recipe = (yaml.safe_load(method.read_text()).get("model") or {}).get("recipe") or {}
     return "sources" not in recipe
 
@@ -119,11 +119,12 @@ def tuned(selection: Selection, recipe: Recipe, search: AbstractSearch | None) -
     return chosen.factor
 
 
-def run(suite: str, path: Path, config: Path) -> Result:
-    """One method on one seed."""
-    metric, higher, _ = METRICS[suite]
-    start = time.perf_counter()
+def run(suite: str, path: Path, config: Path, prepared: dict[Path, MergeDataModule]) -> Result:
+    """One method on one seed, whose data are prepared once."""
+    metric = METRICS[suite][0]
     recipe, data, search = load(config, path)
+    data = prepared.setdefault(config, data)
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         if recipe.statistics is None and any(step.needs for step in recipe.preprocess):
             found = collection.collect(recipe, data, Path(folder) / "statistics")
@@ -134,7 +135,6 @@ def run(suite: str, path: Path, config: Path) -> Result:
         chosen = selection.score()["average"][metric]
         selection._trainer.test(module, datamodule=data, verbose=False)
         score = module.results["test"]["average"][metric]
-    del higher
     return Result(score, chosen, factor, time.perf_counter() - start)
 
 
@@ -174,9 +174,10 @@ def main() -> None:
     quieten()
     warnings.filterwarnings("ignore")
     paths = sorted(STATIC.glob("*.yaml"))
-    paths = [path for path in paths if merges_the_suite(path, args.suite)]
+    paths = [path for path in paths if merges_the_suite(path)]
     if args.methods:
         paths = [path for path in paths if path.stem in args.methods]
+    prepared: dict[Path, MergeDataModule] = {}
     found: dict[str, dict[int, Result]] = {path.stem: {} for path in paths}
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
@@ -186,7 +187,7 @@ def main() -> None:
             config = suite_file(args.suite, seed, args.cache.resolve(), Path(folder))
             for path in paths:
                 torch.manual_seed(0)
-                result = run(args.suite, path, config)
+                result = run(args.suite, path, config, prepared)
                 found[path.stem][seed] = result
                 print(f"seed {seed} {path.stem}: {result}", flush=True)
     print(render(args.suite, found))
