@@ -11,17 +11,21 @@ from typing import Any, Literal
 
 import torch
 
+from gradmerge._typing import Raw
 from gradmerge.emr import export_compact, export_tasks, task_checkpoints
 from gradmerge.errors import CompatibilityError, ConfigError, nearest
 from gradmerge.export import export_merged, export_plan, require_options
 from gradmerge.folders import refuse_existing
 from gradmerge.inspection import inspect_sources, render
 from gradmerge.mergekit_writer import require_file, write_mergekit
+from gradmerge.plan import Plan
 from gradmerge.recipe import Recipe, named
 from gradmerge.sources import as_source
 from gradmerge.sources.emr import EMRCheckpoint, read_description
 from gradmerge.sources.token_report import summarise, token_report
 from gradmerge.spec import to_plain
+
+Outputs = Literal["merged", "tasks", "compact"]
 
 
 def output_options(
@@ -46,7 +50,7 @@ def output_options(
 
 def merge(
     recipe: Recipe,
-    outputs: Literal["merged", "tasks", "compact"] = "merged",
+    outputs: Outputs = "merged",
     mergekit: bool = False,
     **options: Any,
 ) -> None:
@@ -60,6 +64,17 @@ def merge(
         mergekit: write no folder but a mergekit YAML (OUTPUT ends in .yaml) that gives the same.
         **options: those of `output_options`.
     """
+    checked = merge_options(outputs, mergekit, **options)
+    plan = recipe.open(with_skeleton=False)
+    write_merge(plan, plan.initial_raw(), outputs, mergekit, checked)
+
+
+def merge_options(outputs: Outputs, mergekit: bool, **options: Any) -> dict[str, Any]:
+    """Options of a merge, refused before any work where they do not go together.
+
+    Raises:
+        ConfigError: they do not, or the output exists.
+    """
     if mergekit and outputs != "merged":
         raise ConfigError(f"outputs: a mergekit file is of one merged model, came {outputs}.")
     checked = _file_options(**options) if mergekit else output_options(**options)
@@ -68,23 +83,43 @@ def merge(
     if outputs == "compact" and checked["dtype"] is not None:
         raise ConfigError("dtype: the compact form has none; give it to `gradmerge unpack`.")
     require_options(checked["dtype"], None, ())
-    plan = recipe.open(with_skeleton=False)
+    return checked
+
+
+def write_merge(
+    plan: Plan,
+    raw: Raw,
+    outputs: Outputs,
+    mergekit: bool,
+    checked: dict[str, Any],
+    **known: Any,
+) -> None:
+    """Write a merge in the form that is asked for, with warnings before and the place after.
+
+    Args:
+        plan: the opened recipe.
+        raw: its raw coefficients.
+        outputs: see `merge`.
+        mergekit: see `merge`.
+        checked: what `merge_options` gave.
+        **known: what is known of a merged model besides: buffers, tasks, results, extra.
+    """
     for warning in plan.warnings:
         print(f"gradmerge merge: warning {warning}", file=sys.stderr)
     if mergekit:
-        print(f"mergekit file written to {write_mergekit(plan, plan.initial_raw(), **checked)}")
+        buffers = known.get("buffers")
+        print(f"mergekit file written to {write_mergekit(plan, raw, **checked, buffers=buffers)}")
         return
     if plan.alignment is not None:
         print(summarise(token_report(plan.alignment)))
     if outputs == "merged":
-        folder = export_plan(plan, plan.initial_raw(), **checked)
+        folder = export_plan(plan, raw, **checked, **known)
     elif outputs == "compact":
         folder = export_compact(plan, checked["output"], overwrite=checked["overwrite"])
     else:
-        del checked["head"]
-        folder = export_tasks(
-            task_checkpoints(plan), **checked, extra={"merge": to_plain(plan.recipe)}
-        )
+        extra = {"merge": to_plain(plan.recipe), **(known.get("extra") or {})}
+        own = {key: value for key, value in checked.items() if key != "head"}
+        folder = export_tasks(task_checkpoints(plan), **own, extra=extra)
     print(f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors: {folder}")
 
 

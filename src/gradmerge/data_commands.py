@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gradmerge import collection
-from gradmerge.commands import output_options
+from gradmerge._typing import Raw
+from gradmerge.commands import Outputs, merge_options, write_merge
 from gradmerge.data import MergeDataModule
 from gradmerge.evaluation import Selection
-from gradmerge.export import export_merged, export_plan
 from gradmerge.module import MergeModule
 from gradmerge.plan import Plan
 from gradmerge.recipe import Recipe
@@ -24,6 +24,8 @@ def merge(
     data: MergeDataModule,
     search: AbstractSearch | None = None,
     score: bool = False,
+    outputs: Outputs = "merged",
+    mergekit: bool = False,
     **options: Any,
 ) -> None:
     """Merge without any training; with data, also by statistics of the sources or a search.
@@ -33,10 +35,16 @@ def merge(
         data: the tasks, for steps that need statistics, for a search, and for scores.
         search: chooses the coefficients by scores on the selection split (GreedySoup, Scales).
         score: print the merge's scores on the selection split.
+        outputs: one merged model; one model folder a task, of its own direction alone, whatever the
+            coefficients (EMR-Merging); or their compact form, one vector with a mask and a scale a
+            task, for recipes whose last preprocess is Unify.
+        mergekit: write no folder but a mergekit YAML (OUTPUT ends in .yaml) that gives the same.
         **options: those of `output_options`.
     """
-    checked = output_options(**options)
+    checked = merge_options(outputs, mergekit, **options)
     extra: dict[str, Any] = {}
+    raw: Raw
+    known: dict[str, Any]
     with tempfile.TemporaryDirectory(prefix="gradmerge-statistics-") as folder:
         opened = recipe
         if recipe.statistics is None and any(step.needs for step in recipe.preprocess):
@@ -57,15 +65,16 @@ def merge(
                 data.setup()
                 module.take_tasks(data.tasks)
                 module.refresh_buffers(data)
-            plan = module.merged.plan
-            plan.recipe = recipe  # a folder for temporary files is not part of it
-            _warn(plan)
-            written = export_merged(module.merged, **checked, results=module.results, extra=extra)
+            plan, raw = module.merged.plan, module.merged.raw
+            known = {
+                "buffers": module.merged.statistics.values(),
+                "tasks": module.merged.tasks,
+                "results": module.results,
+            }
         else:
-            plan.recipe = recipe
-            _warn(plan)
-            written = export_plan(plan, plan.initial_raw(), **checked, extra=extra)
-    print(f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors: {written}")
+            raw, known = plan.initial_raw(), {}
+        plan.recipe = recipe  # a folder for temporary files is not part of it
+        write_merge(plan, raw, outputs, mergekit, checked, **known, extra=extra)
 
 
 def collect(recipe: Recipe, data: MergeDataModule, output: str, overwrite: bool = False) -> None:
@@ -89,11 +98,6 @@ def _has_batch_norms(plan: Plan) -> bool:
 
 def _say(line: str) -> None:
     print(f"gradmerge: {line}", file=sys.stderr)
-
-
-def _warn(plan: Plan) -> None:
-    for warning in plan.warnings:
-        print(f"gradmerge merge: warning {warning}", file=sys.stderr)
 
 
 def _print_search(selection: Selection, chosen: Any) -> None:

@@ -568,3 +568,23 @@ def test_merge_takes_the_recipe_of_the_files_that_fit_takes(world, tmp_path, cap
     odd.write_text(yaml.safe_dump({"model": {"recipe": {}}, "optimiser": {"lr": 1}}))
     options = ["merge", "--config", suite, "--config", str(odd), "--output", "no"]
     assert "optimiser" in fails(options, capsys)
+
+
+def test_the_best_scale_as_a_mergekit_file(world, tmp_path, capsys):
+    """Data and a search do not keep a merge from its other forms of output."""
+    suite = write(tmp_path / "suite.yaml", world)
+    recipe = {"coefficients": {"class_path": "Model"}, "init": {"class_path": "Constant"}}
+    method = tmp_path / "method.yaml"
+    search = {"class_path": "Scales", "init_args": {"values": [0.0, 1.0]}}
+    method.write_text(yaml.safe_dump({"model": {"recipe": recipe}, "search": search}))
+    options = ["merge", "--config", suite, "--config", str(method)]
+    assert main([*options, "--output", "found.yaml", "--mergekit", "true"]) == 0
+    printed = capsys.readouterr().out
+    best = re.search(r"^\* Scaled ([\d.]+):", printed, re.MULTILINE)
+    assert best is not None, printed
+    models = yaml.safe_load(Path("found.yaml").read_text())["models"]
+    assert len(models) == 1 + len(world["model"]["recipe"]["sources"])
+    for model in models[1:]:
+        assert model["parameters"]["weight"] == pytest.approx(0.3 * float(best[1]))
+    message = fails([*options, "--output", "no", "--outputs", "compact"], capsys)
+    assert "Unify" in message
