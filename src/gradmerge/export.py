@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,9 @@ def export_plan(
     head = head or next(iter(tasks))
     refuse_existing(target, overwrite)
     work = start_beside(target)
+    # sources are hashed while they are merged: both read the same files
+    hashing = ThreadPoolExecutor(1)
+    hashes = hashing.submit(lambda: plan.fingerprints)
     # else holes in the heap may keep each tensor that was written, up to the whole model
     release_freed_memory()
     try:
@@ -124,6 +128,7 @@ def export_plan(
             for task, source in tasks.items():
                 _write_task(plan, work, task, source, shared_files, kind)
         _write_coefficients(plan, raw, work)
+        hashes.result()
         provenance = provenance_of(plan, dtype, tasks, results, extra)
         (work / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
         if plan.alignment is not None:
@@ -134,6 +139,7 @@ def export_plan(
         (work / "README.md").write_text(model_card(plan, raw, provenance, head))
         take_name(work, target, overwrite)
     finally:
+        hashing.shutdown(wait=False, cancel_futures=True)
         discard(work, target)
     return target
 

@@ -14,6 +14,7 @@ import yaml
 
 from gradmerge import MergedModel, Recipe
 from gradmerge.cli import learn, main, register
+from gradmerge.coefficients import Tensor
 from tiny import write_yaml
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -130,6 +131,11 @@ def test_every_static_merge_merges(world, parser, path, tmp_path):
     merged = {name: plan.materialise(name, raw) for name in plan.tensors}
     assert all(tensor.isfinite().all() for tensor in merged.values())
     assert any(not torch.equal(tensor, plan.base.read(name)) for name, tensor in merged.items())
+    learned = MergedModel(replace(found, coefficients=Tensor()))
+    learned(input_ids=torch.arange(12).view(2, 6), labels=torch.tensor([0, 2])).loss.backward()
+    gradient = learned.raw["tensor"].grad
+    assert gradient.isfinite().all(), "it is the basis of a learned merge, too"
+    assert gradient.count_nonzero() > 0
 
 
 def made(spec, *arguments):

@@ -8,6 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from gradmerge import writing
 
 KILLED = """
 import hashlib, json, os, random, shutil, signal, sys, time
@@ -153,3 +157,36 @@ def test_an_export_holds_a_tensor_at_a_time(tmp_path):
     assert found["written"] > 400_000_000
     # the merged tensor, its chunk buffers and blocks that malloc keeps: 10 MB a tensor
     assert found["grown"] < 60_000_000, found
+
+
+@pytest.mark.parametrize("failing", [0, 3, 7])
+def test_a_write_that_fails_behind_the_merge_stops_it(tmp_path, monkeypatch, failing):
+    """A full disk is met in another thread, and later than the tensor was made."""
+    calls = iter(range(100))
+    original = writing._Behind._whole
+
+    def whole(self, view):
+        if next(calls) == failing:
+            raise OSError(28, "No space left on device")
+        original(self, view)
+
+    monkeypatch.setattr(writing._Behind, "_whole", whole)
+    entries = [
+        writing.Entry(f"t{i}", (3, i), torch.float32, lambda i=i: torch.full((3, i), float(i)))
+        for i in range(7)
+    ]
+    with pytest.raises(OSError, match="No space left"):
+        writing.write_safetensors(tmp_path / "x.safetensors", entries)
+
+
+def test_tensors_written_behind_are_those_that_were_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "_BEHIND", 50)
+    made = {f"t{i}": torch.full((i, 2), i, dtype=torch.bfloat16) for i in range(20)}
+    entries = [
+        writing.Entry(name, tuple(tensor.shape), tensor.dtype, tensor.clone)
+        for name, tensor in made.items()
+    ]
+    writing.write_safetensors(tmp_path / "x.safetensors", entries)
+    came = load_file(tmp_path / "x.safetensors")
+    assert came.keys() == made.keys()
+    assert all(torch.equal(came[name], tensor) for name, tensor in made.items())
