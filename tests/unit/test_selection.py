@@ -76,6 +76,21 @@ def test_ranks_in_rows_of_a_convolution_run_along_the_inputs(kernels):
     assert kept[:, -60:].mean() > 0.8
 
 
+def test_convolutions_of_several_sources_do_not_wait_for_each_other():
+    """Each source has a thread of the pool, and forming its direction would take others of it."""
+    site, steps = Site("x", ("a", "b", "c")), [MagnitudeDrop(0.5, 0.2, "l1")]
+    sources = [drawn((64, 512, 3, 3), torch.float32, seed) for seed in (1, 2, 3)]
+    before, found = torch.get_num_threads(), {}
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found[threads] = selected(steps, sources, None, site)
+    finally:
+        torch.set_num_threads(before)
+    for k in range(3):
+        torch.testing.assert_close(found[1].direction(k), found[2].direction(k))
+
+
 @pytest.mark.parametrize("coarse", [True, False], ids=["equals", "distinct"])
 def test_threads_count_equals_on(monkeypatch, coarse):
     source, site = drawn(700_001, torch.float32, 1, coarse), Site("x", ("a",))

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import itertools
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -146,8 +147,10 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
 def run_shared(run: Callable[[int, int], None], size: int) -> None:
     """Call `run` on each thread's entries; ctypes lets go of the interpreter lock meanwhile."""
     first, *others = ranges(size)
-    if not others:
-        run(*first)
+    if not others or getattr(_here, "busy", False):
+        # a thread of the pool that waited for the pool would wait for itself
+        for own in (first, *others):
+            run(*own)
         return
     pending = [_pool(torch.get_num_threads(), os.getpid()).submit(run, *own) for own in others]
     run(*first)
@@ -155,12 +158,25 @@ def run_shared(run: Callable[[int, int], None], size: int) -> None:
         one.result()
 
 
+_here = threading.local()
+
+
 def run_each(calls: Sequence[Callable[[], None]]) -> None:
-    """Run calls side by side, on as many threads as torch uses; they share out nothing further."""
+    """Run calls side by side, on as many threads as torch uses; within one, nothing is shared
+    out.
+    """
     if len(calls) < 2 or torch.get_num_threads() < 2:
         for call in calls:
             call()
         return
-    pending = [_pool(torch.get_num_threads(), os.getpid()).submit(call) for call in calls]
-    for one in pending:
+    pool = _pool(torch.get_num_threads(), os.getpid())
+    for one in [pool.submit(_alone, call) for call in calls]:
         one.result()
+
+
+def _alone(call: Callable[[], None]) -> None:
+    _here.busy = True
+    try:
+        call()
+    finally:
+        _here.busy = False
