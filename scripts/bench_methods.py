@@ -73,7 +73,11 @@ def load(suite: Path, method: Path) -> tuple[Recipe, MergeDataModule, AbstractSe
     parser.add_argument("--search", type=AbstractSearch | None, default=None)
     with tempfile.TemporaryDirectory() as folder:
         given = ["--config", str(suite), "--config", str(method)]
-        arguments, _ = for_merge(given, folder, with_data=True)
+        arguments, _ = for_merge(given, folder, with_data=True)  # which leaves searches out
+        search = Path(folder) / "search.yaml"
+        own = yaml.safe_load(method.read_text()).get("search")
+        search.write_text(yaml.safe_dump({"search": own}))
+        arguments += ["--config", str(search)]
         found = parser.instantiate_classes(parser.parse_args(arguments))
     return found.recipe, found.data, found.search
 

@@ -12,6 +12,7 @@ from gradmerge import collection
 from gradmerge._typing import Raw
 from gradmerge.commands import Outputs, merge_options, write_merge
 from gradmerge.data import MergeDataModule
+from gradmerge.errors import ConfigError
 from gradmerge.evaluation import Selection
 from gradmerge.module import MergeModule
 from gradmerge.plan import Plan
@@ -41,6 +42,11 @@ def merge(
         mergekit: write no folder but a mergekit YAML (OUTPUT ends in .yaml) that gives the same.
         **options: those of `output_options`.
     """
+    if outputs != "merged" and (search is not None or score):
+        raise ConfigError(
+            f"outputs: a search and scores are of one merged model, came {outputs}, which writes "
+            "each task's own; leave them out."
+        )
     checked = merge_options(outputs, mergekit, **options)
     extra: dict[str, Any] = {}
     raw: Raw

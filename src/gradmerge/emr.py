@@ -68,7 +68,7 @@ class TaskCheckpoint(Checkpoint):
         """See `Checkpoint.read`; merged tensors are formed in float32 or wider and kept there."""
         if name not in self._plan.tensors:
             return self._checkpoint.read(name)
-        terms = self._plan.terms(name)
+        terms = self._plan.terms(name).dense()
         direction = terms.sources[self._plan.source_names.index(self._source)]
         if terms.origin is None:
             return direction.contiguous()
@@ -150,7 +150,7 @@ def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -
         The folder.
 
     Raises:
-        ConfigError: the recipe is no EMR-Merging, or freezes tensors.
+        ConfigError: the recipe is no EMR-Merging, freezes tensors, or aligns vocabularies.
     """
     unify = plan.recipe.preprocess[-1] if plan.recipe.preprocess else None
     if not isinstance(unify, Unify):
@@ -159,6 +159,11 @@ def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -
         raise ConfigError(
             "outputs compact: expected origin base, which tasks are put on again, came "
             f"{plan.recipe.resolved_origin}."
+        )
+    if plan.alignment is not None:
+        raise ConfigError(
+            "outputs compact: the shared vector is put on the base as it is stored, and this "
+            "recipe aligns its rows to other tokens (tokenizer). Use --outputs tasks."
         )
     _require_none_frozen(plan)
     target = Path(output).expanduser()

@@ -229,7 +229,8 @@ class Plan:
 
     def direction(self, name: str) -> Tensor:
         """`B_k = theta_k - A` of a tensor before any preprocess, `[sources, *shape]`, float32."""
-        directions = torch.empty(len(self.sources), *self.tensors[name].shape)
+        shape = (len(self.sources), *self.tensors[name].shape)
+        directions = torch.empty(shape, dtype=torch.float32)
         for source, direction in zip(self.sources, directions, strict=True):
             direction.copy_(self.read(source, name))
         origin = self._origin(name)
@@ -241,14 +242,13 @@ class Plan:
             return self.read("base", name)
         if self.recipe.resolved_origin == "zero":
             return None
-        total = torch.zeros(self.tensors[name].shape)
+        total = torch.zeros(self.tensors[name].shape, dtype=torch.float32)
         for source in self.sources:
             total.add_(self.read(source, name).to(total))
         return total.div_(len(self.sources))
 
     def prepare_learning(self) -> None:
-        """Refuse what no gradient goes through; then run the preprocess, if there is any, for all
-        tensors, and keep the directions in mapped files.
+        """Refuse what no gradient goes through; then keep all processed directions in mapped files.
 
         Raises:
             ConfigError: the operator is not differentiable in its coefficients.
@@ -267,10 +267,12 @@ class Plan:
     def terms(self, name: str) -> Terms:
         """The frozen tensors that `name` is merged from."""
         facts = self._facts.setdefault(name, {})
-        if self.recipe.preprocess:
-            sources = [self.read(source, name) for source in self.sources]
+        if self.recipe.preprocess and self.fixed.get(name) != 0:
             anchor = self._origin(name)
-            chosen = self._processed.select(name, sources, anchor)
+            chosen = None
+            if not self._processed.is_kept(name):
+                sources = [self.read(source, name) for source in self.sources]
+                chosen = self._processed.select(name, sources, anchor)
             if chosen is not None:
                 masks, factors = chosen.masks, chosen.factors
                 return Terms(sources, anchor, masks=masks, factors=factors, facts=facts)
@@ -315,9 +317,8 @@ class Plan:
             operator = Linear()
         with torch.no_grad():
             if raw is None:
-                coefficient = torch.full(
-                    (len(self.sources),), self.fixed[name], dtype=torch.float64
-                )
+                num = len(self.sources)
+                coefficient = torch.full((num,), self.fixed[name], dtype=torch.float64)
             else:
                 coefficient = self.recipe.coefficients.link(raw.detach())
             spread = self.spread(name, out.device)

@@ -80,9 +80,20 @@ class Scales(AbstractSearch):
             raise ConfigError("Scales: expected at least one value, came none.")
 
     def run(self, start: AbstractInit, sources: Sequence[str], score: Evaluate) -> AbstractInit:
-        """See `AbstractSearch.run`; one score a value."""
+        """See `AbstractSearch.run`; one score a value.
+
+        Raises:
+            ConfigError: all scores are the same.
+        """
         scaled = [Scaled(start, value) for value in self.values]
         scores = [score(init) for init in scaled]
+        if len(set(scores)) == 1 and len(set(self.values)) > 1:
+            raise ConfigError(
+                f"Scales: the factors {self.values} give one and the same score, so this merge "
+                "does not depend on the size of its coefficients (a normalised DisjointMean, Slerp "
+                "and means on the sphere take only their ratios). Tune another number instead, "
+                "e.g. --recipe.operator.scale of DisjointMean."
+            )
         return scaled[scores.index(max(scores))]
 
 

@@ -14,10 +14,10 @@ from gradmerge import Recipe
 from gradmerge.cli import main
 from gradmerge.coefficients import Model, Uniform
 from gradmerge.commands import merge, unpack
-from gradmerge.emr import export_compact
+from gradmerge.emr import export_compact, task_checkpoints
 from gradmerge.errors import ConfigError, SourceError
-from gradmerge.preprocess import Trim, Unify
-from gradmerge.sources import EMR, HuggingFace, as_source
+from gradmerge.preprocess import RandomDrop, Site, Trim, Unify
+from gradmerge.sources import EMR, HuggingFace, Vocabulary, as_source
 from tiny import relatives, save_family
 
 FAMILIES = ["llama", "resnet"]
@@ -235,3 +235,34 @@ def test_a_failure_on_the_way_leaves_nothing(family, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         export_compact(plan, tmp_path / "compact")
     assert not [p for p in tmp_path.iterdir() if "compact" in p.name]
+
+
+@pytest.mark.parametrize("step", [Trim(0.5), RandomDrop(0.5)])
+def test_tasks_of_selected_directions(family, tmp_path, step):
+    """Steps that only select store no directions: a task is the base and its own, all the same."""
+    _, _, paths = saved(family, tmp_path)
+    plan = recipe_of(paths, preprocess=[step]).open(with_skeleton=False)
+    tasks = task_checkpoints(plan)
+    for name in plan.tensors:
+        directions = torch.stack([plan.read(s, name) - plan.read("base", name) for s in "ab"])
+        directions = step(directions, Site(name, ("a", "b")))
+        for task, direction in zip("ab", directions, strict=True):
+            came = tasks[task].read(name)
+            torch.testing.assert_close(came, plan.read("base", name) + direction)
+
+
+def test_a_task_as_a_source_checks_its_base(family, tmp_path):
+    _, _, paths = saved(family, tmp_path)
+    export_compact(recipe_of(paths).open(with_skeleton=False), tmp_path / "compact")
+    name = "model.norm.weight"
+    EMR(str(tmp_path / "compact"), "a").open().read(name)
+    other = EMR(str(tmp_path / "compact"), "a", base=HuggingFace(str(paths["b"]))).open()
+    with pytest.raises(SourceError, match="expected a base with fingerprint"):
+        other.read(name)
+
+
+def test_a_compact_form_of_aligned_tokens_is_refused(family, tmp_path):
+    _, _, paths = saved(family, tmp_path)
+    plan = recipe_of(paths, tokenizer=Vocabulary("base")).open(with_skeleton=False)
+    with pytest.raises(ConfigError, match="aligns its rows to other tokens"):
+        export_compact(plan, tmp_path / "compact")

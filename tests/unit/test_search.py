@@ -167,3 +167,9 @@ def test_coefficients_that_a_link_cannot_reach_are_refused():
     recipe = recipe_of(relatives(build()), coefficients=Clamp(Model(), 0, 1))
     with pytest.raises(ConfigError, match=r"Clamp"):
         set_coefficients(MergedModel(recipe), Constant(1.5))
+
+
+def test_scales_that_change_nothing_are_refused():
+    with pytest.raises(ConfigError, match="give one and the same score"):
+        Scales([0.5, 1.0]).run(Constant(1.0), ("a", "b"), lambda init: 0.25)
+    assert Scales([0.5]).run(Constant(1.0), ("a",), lambda init: 0.25) == Scaled(Constant(1.0), 0.5)

@@ -189,3 +189,63 @@ def test_the_kernel_of_the_disjoint_mean(monkeypatch, normalize, elect, kind, ba
             found[choice, name] = operator.combine(terms, coefficient, spread, out)
     for came in found.values():
         torch.testing.assert_close(came, found["torch", "dense"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [Trim(0.5), RandomDrop(0.5), MagnitudeDrop(0.5, 0.2, "l1")])
+def test_selections_do_not_depend_on_modes_and_defaults(kernels, step):
+    """A trainer evaluates in inference mode, and a default dtype may be another."""
+    layers = [torch.nn.Conv2d(5, 40, 3) for _ in range(3)]
+    recipe = Recipe({"a": layers[1], "b": layers[2]}, base=layers[0], preprocess=[step, Trim(0.9)])
+
+    def merged():
+        plan = recipe.open(with_skeleton=False)
+        return plan.materialise("weight", plan.initial_raw())
+
+    expected = merged()
+    with torch.inference_mode():
+        assert torch.equal(merged(), expected)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(merged(), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_what_is_no_number_shows_in_the_merge(kernels):
+    shape = (30, 40)
+    sources = [drawn(shape, torch.float32, seed) for seed in (1, 2)]
+    sources[0][3, 4] = float("nan")
+    directions = selected([Trim(0.5)], sources, None, Site("x", ("a", "b")))
+    terms = Terms(sources, None, masks=directions.masks, factors=directions.factors)
+    for operator in (Linear(), DisjointMean()):
+        out = torch.empty(shape)
+        came = operator.combine(terms, torch.ones(2), Spread("scalar"), out)
+        assert came.isnan().nonzero().tolist() == [[3, 4]]
+
+
+def test_nothing_is_left_at_density_0(kernels):
+    layers = [torch.nn.Linear(30, 40) for _ in range(3)]
+    for scope in ("tensor", "model"):
+        recipe = Recipe(
+            {"a": layers[1], "b": layers[2]},
+            base=layers[0],
+            preprocess=[Trim([0.0, 0.5], scope)],
+            init=Constant([1.0, 0.0]),
+        )
+        plan = recipe.open(with_skeleton=False)
+        came = plan.materialise("weight", plan.initial_raw())
+        assert torch.equal(came, layers[0].weight), scope
+
+
+def test_a_tensor_frozen_at_the_origin_needs_no_settings():
+    layers = [torch.nn.Linear(30, 40) for _ in range(2)]
+    recipe = Recipe(
+        {"a": layers[1]},
+        base=layers[0],
+        preprocess=[Trim({"weight": 0.5})],
+        frozen={"bias": "origin"},
+        init=Constant(1.0),
+    )
+    plan = recipe.open(with_skeleton=False)
+    assert torch.equal(plan.materialise("bias", plan.initial_raw()), layers[0].bias)

@@ -8,7 +8,7 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -153,7 +153,10 @@ def run_shared(run: Callable[[int, int], None], size: int) -> None:
             run(*own)
         return
     pending = [_pool(torch.get_num_threads(), os.getpid()).submit(run, *own) for own in others]
-    run(*first)
+    try:
+        run(*first)
+    finally:
+        wait(pending)  # they write to memory that the caller may let go of
     for one in pending:
         one.result()
 

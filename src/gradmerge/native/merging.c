@@ -1,4 +1,4 @@
-/* Merging and contracting frozen tensors on a CPU. Formulas: linear.py; caller: native.py.
+/* Merging and contracting frozen tensors on a CPU. Formulas: linear.py; caller: kernels.py.
  *
  * A tensor is seen as [outer, width, inner] with weights along `width`; entry e of the flat tensor
  * has weight e / inner % width, or parts[e]. Both functions work on entries [begin, end), so that

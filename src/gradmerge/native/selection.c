@@ -238,6 +238,7 @@ EXPORT int gradmerge_merge_directions(void *out, int out_type, const void *origi
                 const float *w = weights + (int64_t)k * width;
                 for (int64_t i = 0; i < n; i++) {
                     int agrees = votes[i] >= 0 ? d[i] > 0 : d[i] < 0;
+                    agrees |= d[i] != d[i]; /* what is no number must show */
                     float weight = parts != NULL ? w[parts[at + i]] : own ? w[column + i] : w[column];
                     total[i] += agrees ? d[i] : 0.0f;
                     divisor[i] += agrees ? weight : 0.0f;

@@ -47,7 +47,7 @@ class Terms:
             if self.origin is not None and not self.directions:
                 direction.sub_(self.origin.to(direction))
             if mask is not None:
-                direction.mul_(mask.view(self.shape).to(direction.device))
+                direction.masked_fill_(mask.view(self.shape).to(direction.device) == 0, 0)
             directions.append(direction.mul_(factor))
         return Terms(directions, self.origin, directions=True, facts=self.facts)
 

@@ -53,7 +53,7 @@ def blocks(terms: Terms, view: View, dtype: torch.dtype, device: torch.device) -
         if terms.masks is not None and terms.factors is not None:
             for row, mask, factor in zip(directions, terms.masks, terms.factors, strict=True):
                 if mask is not None:
-                    row.mul_(mask[entries].to(device))
+                    row.masked_fill_(mask[entries].to(device) == 0, 0)
                 row.mul_(factor)
         width = columns.stop - columns.start
         shape = (num, 1, 1, -1) if view.width == 1 else (num, -1, width, view.inner)

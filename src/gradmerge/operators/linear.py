@@ -159,7 +159,7 @@ def kernels_for(terms: Terms, tensor: Tensor | None) -> Kernels | None:
 
 
 def width_and_inner(terms: Terms, spread: Spread, weights: Tensor) -> tuple[int, int]:
-    """Weights along the tensor, and neighbours that share one (see `kernels.c`)."""
+    """Weights along the tensor, and neighbours that share one (see `merging.c`)."""
     width = weights.shape[1]
     if width == 1:
         return 1, terms.shape.numel()

@@ -122,7 +122,9 @@ class MagnitudeDrop(AbstractPreprocess):
             rows = lines.reshape(-1, lines.shape[-1] if direction.dim() > 1 else lines.numel())
             for block in rows.split(max(1, _BLOCK // rows.shape[1])):
                 probability = _probabilities(block, density, epsilon)
-                block.mul_(torch.rand(block.shape, generator=generator) < probability)
+                block.mul_(
+                    torch.rand(block.shape, generator=generator, dtype=torch.float32) < probability
+                )
                 block.div_(probability)
             if direction.dim() > 2:  # the rows were a copy
                 lines.copy_(rows.view(lines.shape))

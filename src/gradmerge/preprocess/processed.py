@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -67,10 +68,15 @@ class ProcessedDirections:
         if name in self._kept or len(steps) < len(self._chain.steps):
             return None
         directions, (site, _) = Selection(sources, origin), self._reads[name]
-        if directions.size:
-            for step in steps:
+        # masks are written to in place, also while a trainer evaluates in inference mode
+        with torch.inference_mode(False), torch.no_grad():
+            for step in steps if directions.size else ():
                 step.select(directions, site)
         return directions
+
+    def is_kept(self, name: str) -> bool:
+        """Whether the directions of a tensor lie in a file."""
+        return name in self._kept
 
     def keep(self) -> None:
         """Compute all directions once, if there is any step."""

@@ -65,7 +65,7 @@ class Selection:
     def direction(self, k: int) -> Tensor:
         """`B_k`, flat, float32, as the steps so far leave it."""
         if self._kernels is not None:
-            out = torch.empty(self.size)
+            out = torch.empty(self.size, dtype=torch.float32)
             selection.write_direction(self._kernels, self._lazy(k), out)
         else:
             out = self._flat[k].to(dtype=torch.float32, copy=True)
@@ -73,7 +73,7 @@ class Selection:
                 out.sub_(self._origin.to(out))
             mask = self.masks[k]
             if mask is not None:
-                out.mul_(mask)
+                out.masked_fill_(mask == 0, 0)
         return out if self.factors[k] == 1 else out.mul_(self.factors[k])
 
     def mask(self, k: int) -> Tensor:
@@ -130,7 +130,7 @@ class Selection:
     def _draw(self, k: int, density: float, generator: torch.Generator) -> None:
         fresh = self.masks[k] is None
         mask = self._empty_mask(k) if fresh else self.mask(k)
-        draws = torch.empty(min(_CHUNK, self.size))
+        draws = torch.empty(min(_CHUNK, self.size), dtype=torch.float32)
         for part in mask.split(_CHUNK):
             drawn = draws[: len(part)].uniform_(generator=generator)
             if self._kernels is not None:
@@ -151,7 +151,7 @@ class Selection:
             mask = self.mask(k).view(self.shape).movedim(1, -1)
             rows = self.direction(k).view(self.shape).movedim(1, -1).reshape(-1, length)
             kept = [
-                torch.rand(part.shape, generator=generator)
+                torch.rand(part.shape, generator=generator, dtype=torch.float32)
                 < between(row_ranks(part), length, low, high)
                 for part in rows.split(max(1, _RANKED // length))
             ]
@@ -160,7 +160,7 @@ class Selection:
         fresh = self.masks[k] is None
         mask = self._empty_mask(k) if fresh else self.mask(k)
         step = max(1, _CHUNK // length)
-        draws = torch.empty(min(step * length, self.size))
+        draws = torch.empty(min(step * length, self.size), dtype=torch.float32)
         ranks = torch.empty(len(draws), dtype=torch.int32)
         scratch = torch.empty(2 * length, dtype=torch.int64)
         lazy = self._lazy(k)
@@ -218,7 +218,7 @@ class AbstractSelection(AbstractPreprocess):
         self.select(found, site)
         for direction, mask, factor in zip(directions, found.masks, found.factors, strict=True):
             if mask is not None:
-                direction.mul_(mask.view(direction.shape))
+                direction.masked_fill_(mask.view(direction.shape) == 0, 0)
             if factor != 1:
                 direction.mul_(factor)
         return directions

@@ -176,5 +176,5 @@ def _outlier_weights(matrices: Tensor, deviations: float) -> Tensor:
         masses.append((magnitude * (magnitude > bound)).sum(dim=1))
     mass = torch.stack(masses)
     total = mass.sum(dim=0)
-    weight = torch.where(total > 0, len(mass) * mass / total, torch.ones(()))
+    weight = torch.where(total > 0, len(mass) * mass / total, torch.ones((), dtype=total.dtype))
     return weight.unsqueeze(-1)

@@ -12,6 +12,9 @@ from gradmerge.preprocess.base import Passes, Site, Step
 from gradmerge.preprocess.selection import AbstractSelection, Selection
 from gradmerge.settings import Setting, require_setting, settle
 
+# No magnitude has these bits.
+_NONE = 0x7FFFFFFF
+
 
 @dataclass(frozen=True)
 class Trim(AbstractSelection):
@@ -124,10 +127,11 @@ def _model_thresholds(passes: Passes, density: Setting) -> list[int]:
     ]
     bins, left = zip(*(_reach(c, w) for c, w in zip(high, wanted, strict=True)), strict=True)
     low = _histograms(passes, bins)
-    return [
+    found = [
         (chosen << 16) + _reach(counts, rest)[0]
         for chosen, counts, rest in zip(bins, low, left, strict=True)
     ]
+    return [f if density else _NONE for f, density in zip(found, densities, strict=True)]
 
 
 def _histograms(passes: Passes, bins: tuple[int, ...] | None) -> list[Tensor]:

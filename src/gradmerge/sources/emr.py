@@ -31,6 +31,7 @@ class EMRCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path, task: str, base: Checkpoint) -> None:
         self._base = base
+        self._checked = False
         self._label = f"{folder} task {task}"
         described = read_description(folder)
         scales = described["scales"]
@@ -78,6 +79,7 @@ class EMRCheckpoint(Checkpoint):
                 f"{self._label}: expected a base with fingerprint {self._expected[:12]}, came "
                 f"{self._base.label} with {came[:12]}. Give the base that was merged on."
             )
+        self._checked = True
 
     @property
     def label(self) -> str:
@@ -100,9 +102,15 @@ class EMRCheckpoint(Checkpoint):
         return read_json(self._folder / "config.json")
 
     def read(self, name: str) -> Tensor:
-        """See `Checkpoint.read`; merged tensors are formed in float32 or wider and kept there."""
+        """See `Checkpoint.read`; merged tensors are formed in float32 or wider and kept there.
+
+        Raises:
+            SourceError: the base is another than the tasks were merged on (read whole, once).
+        """
         if name in self._own.infos:
             return self._own.read(name)
+        if not self._checked:
+            self.require_base()
         unified = self._unified.read(name)
         bits = np.unpackbits(self._masks.read(name).numpy(), count=unified.numel())
         mask = torch.from_numpy(bits).view(unified.shape).bool()

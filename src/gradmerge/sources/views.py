@@ -159,7 +159,7 @@ class VocabularyView(Checkpoint):
         for i, name in enumerate(self._axes):
             if self._is_own or name in self._kept:
                 continue
-            path = Path(tempfile.mkstemp(suffix=f"-{i}.safetensors", dir=self._keep_folder)[1])
+            path = self._keep_folder / f"{i}.safetensors"
             save_file({name: self._form(name)}, path)
             with safe_open(path, framework="pt") as file:
                 self._kept[name] = file.get_tensor(name)
