@@ -587,4 +587,4 @@ def test_the_best_scale_as_a_mergekit_file(world, tmp_path, capsys):
     for model in models[1:]:
         assert model["parameters"]["weight"] == pytest.approx(0.3 * float(best[1]))
     message = fails([*options, "--output", "no", "--outputs", "compact"], capsys)
-    assert "Unify" in message
+    assert "a search and scores are of one merged model, came compact" in message
