@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from gradmerge._typing import Raw
-from gradmerge.coefficients import InitContext, Layout, MergeTensor, initial_raw
+from gradmerge.coefficients import InitContext, Layout, initial_raw
 from gradmerge.errors import ConfigError, Problem, shorten
+from gradmerge.inventory import take_inventory
 from gradmerge.operators import Linear, Spread, Terms
 from gradmerge.preprocess import ProcessedDirections, Site
 from gradmerge.sources import Checkpoint
-from gradmerge.sources.compatibility import is_private
 from gradmerge.sources.fingerprints import fingerprints_of, require_same
-from gradmerge.sources.skeleton import Binding, bind_or_refuse, input_axis
 from gradmerge.sources.statistics import direction_statistics
 from gradmerge.sources.views import alignment_of
 from gradmerge.sources.vocabulary import Alignment
@@ -32,9 +31,6 @@ from gradmerge.statistics import SourceStatistics
 
 if TYPE_CHECKING:
     from gradmerge.recipe import Recipe
-
-_BUFFER_NAME = re.compile(r"(running_mean|running_var|num_batches_tracked|inv_freq|position_ids)$")
-_NO_TIES = Binding({}, {}, {}, (), ())
 
 
 class Plan:
@@ -54,17 +50,9 @@ class Plan:
         self.skeleton = skeleton
         self.warnings = [problem for problem in problems if not problem.fatal]
         self.reference = base if base is not None else next(iter(self.sources.values()))
-        self.binding: Binding | None = None
-        if skeleton is not None:
-            self.binding = bind_or_refuse(skeleton, self._names(), self.reference.label)
-        names = [n for n in self._names() if n not in (self.binding or _NO_TIES).ties]
-        if self.binding is not None:
-            names.sort(key=_module_order(self.binding, skeleton))
-        self.private = [name for name in names if is_private(name, recipe.private)]
-        kept = set(self.private)
-        self.buffers = [n for n in names if n not in kept and self._is_buffer(n)]
-        kept |= set(self.buffers)
-        self.tensors = {name: self._describe(name) for name in names if name not in kept}
+        found = take_inventory(self.reference, self.sources, skeleton, recipe.private)
+        self.binding = found.binding
+        self.private, self.buffers, self.tensors = found.private, found.buffers, found.tensors
         if not self.tensors:
             raise ConfigError("no tensor is left to merge: every one is private or a buffer.")
         self.fixed: dict[str, float] = self._fixed()
@@ -80,26 +68,6 @@ class Plan:
         self.collected = self._statistics()
         """Statistics of the sources that the preprocess reads, if it reads any."""
         self._processed = ProcessedDirections(recipe.preprocess, self._directions)
-
-    def _names(self) -> list[str]:
-        """Tensors of the merge: the reference's, and the private ones as the sources have them."""
-        patterns = self.recipe.private
-        first = next(iter(self.sources.values()))
-        shared = [name for name in self.reference.infos if not is_private(name, patterns)]
-        return shared + [name for name in first.infos if is_private(name, patterns)]
-
-    def _is_buffer(self, name: str) -> bool:
-        if not self.reference.infos[name].dtype.is_floating_point:
-            return True
-        if self.binding is not None:
-            return name in self.binding.buffers
-        return bool(_BUFFER_NAME.search(name))
-
-    def _describe(self, name: str) -> MergeTensor:
-        shape = self.reference.infos[name].shape
-        places = () if self.binding is None else self.binding.parameters.get(name, ())
-        axis = input_axis(self.skeleton, places[0]) if places and self.skeleton else 1
-        return MergeTensor(name, shape, axis)
 
     def _fixed(self) -> dict[str, float]:
         fixed = {}
@@ -386,15 +354,3 @@ class Plan:
         """The folder with config and tokenizer that the export copies."""
         folders = [checkpoint.folder for checkpoint in (self.reference, *self.sources.values())]
         return next((folder for folder in folders if folder is not None), None)
-
-
-def _module_order(binding: Binding, skeleton: nn.Module | None) -> Callable[[str], int]:
-    """Sort key: the order of the network's parameters (files are often in order of the
-    alphabet).
-    """
-    if skeleton is None:
-        return lambda name: 0
-    names = [name for name, _ in skeleton.named_parameters(remove_duplicate=False)]
-    place = {name: i for i, name in enumerate(names)}
-    first = {key: place[places[0]] for key, places in binding.parameters.items()}
-    return lambda name: first.get(name, len(place))
