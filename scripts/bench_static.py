@@ -27,14 +27,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from measuring import measured
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -181,34 +181,6 @@ def largest_tensor(folder: Path) -> int:
 
 
 # ---- one run, in a process of its own -----------------------------------------------------------
-
-
-def anonymous() -> int:
-    """Anonymous resident memory of this process, in bytes."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        line = next(line for line in file if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-
-
-@contextmanager
-def measured(result: dict[str, float]) -> Iterator[None]:
-    """Wall and CPU time and peak anonymous memory of the block."""
-    before = peak = anonymous()
-    stop = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not stop.wait(0.004):
-            peak = max(peak, anonymous())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    wall, cpu = time.perf_counter(), time.process_time()
-    yield
-    result["wall"], result["cpu"] = time.perf_counter() - wall, time.process_time() - cpu
-    stop.set()
-    watcher.join()
-    result["memory"] = float(max(peak, anonymous()) - before)
 
 
 def run_mergekit(folder: Path, name: str, output: Path) -> dict[str, float]:

@@ -95,7 +95,9 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
     from gradmerge.data import MergeDataModule
     from gradmerge.logging_defaults import with_coefficients, with_csv
     from gradmerge.module import MergeModule
+    from gradmerge.translation import refuse_mergekit
 
+    refuse_mergekit(sys.argv[1:] if arguments is None else list(arguments))
     register()
     quieten()
 

@@ -14,6 +14,7 @@ from gradmerge.commands import Outputs, merge_options, write_merge
 from gradmerge.data import MergeDataModule
 from gradmerge.errors import ConfigError
 from gradmerge.evaluation import Selection
+from gradmerge.mergekit_writer import require_plain
 from gradmerge.module import MergeModule
 from gradmerge.plan import Plan
 from gradmerge.recipe import Recipe
@@ -48,6 +49,8 @@ def merge(
             "each task's own; leave them out."
         )
     checked = merge_options(outputs, mergekit, **options)
+    if mergekit:
+        require_plain(recipe)
     extra: dict[str, Any] = {}
     raw: Raw
     known: dict[str, Any]

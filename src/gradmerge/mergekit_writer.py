@@ -22,6 +22,7 @@ from gradmerge._version import __version__
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.operators import Linear
 from gradmerge.plan import Plan
+from gradmerge.recipe import Recipe
 from gradmerge.sources import AbstractSource, HuggingFace, as_source
 from gradmerge.sources.lora import Lora
 
@@ -58,8 +59,11 @@ def write_mergekit(
     text = mergekit_yaml(plan, raw, dtype, buffers)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    work.write_text(text, encoding="utf-8")
-    work.replace(target)
+    try:
+        work.write_text(text, encoding="utf-8")
+        work.replace(target)
+    finally:
+        work.unlink(missing_ok=True)  # a full disk leaves a part of it
     return target
 
 
@@ -75,6 +79,16 @@ def require_file(target: Path, overwrite: bool) -> None:
         raise ConfigError(f"{target} is a folder; give a file.")
     if target.exists() and not overwrite:
         raise ConfigError(f"{target} exists; give another file, or --overwrite true.")
+
+
+def require_plain(recipe: Recipe) -> None:
+    """Stop before data are read if the directions are not the sources' own.
+
+    Raises:
+        ConfigError: the recipe has a preprocess.
+    """
+    if recipe.preprocess:
+        raise ConfigError(f"mergekit cannot express this merge:\n  {_processed(recipe)}")
 
 
 def mergekit_yaml(
@@ -129,11 +143,7 @@ def _reasons(plan: Plan, buffers: Mapping[str, Tensor]) -> list[str]:
             f"weight a tensor and model. Learn Model, Group or Tensor, or {_FOLDER}"
         )
     if plan.recipe.preprocess:
-        steps = ", ".join(type(step).__name__ for step in plan.recipe.preprocess)
-        reasons.append(
-            f"preprocess: the coefficients belong to directions after {steps}, and mergekit takes "
-            f"them off the files anew; {_FOLDER}"
-        )
+        reasons.append(_processed(plan.recipe))
     if not isinstance(plan.recipe.operator, Linear):
         name = type(plan.recipe.operator).__name__
         reasons.append(f"operator: coefficients of {name} are no weights of a sum; {_FOLDER}")
@@ -155,6 +165,14 @@ def _reasons(plan: Plan, buffers: Mapping[str, Tensor]) -> list[str]:
             f"has none of; {_FOLDER}"
         )
     return reasons
+
+
+def _processed(recipe: Recipe) -> str:
+    steps = ", ".join(type(step).__name__ for step in recipe.preprocess)
+    return (
+        f"preprocess: the coefficients belong to directions after {steps}, and mergekit takes "
+        f"them off the files anew; {_FOLDER}"
+    )
 
 
 def _granularity(coefficients: Any) -> str:

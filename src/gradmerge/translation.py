@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from gradmerge.errors import ConfigError
 from gradmerge.mergekit_format import is_mergekit
 from gradmerge.mergekit_reader import read_mergekit
 from gradmerge.spec import to_plain
@@ -67,6 +68,22 @@ def for_merge(
             yaml.safe_dump(_translated(found, (*dropped, *data)), file, sort_keys=False)
         translated[at] = f"{flag}{given}"
     return translated, with_data
+
+
+def refuse_mergekit(arguments: Sequence[str]) -> None:
+    """Stop where a command that learns is given a file for mergekit.
+
+    Raises:
+        ConfigError: says what to do with it.
+    """
+    for _, _, path in _configs(["--config" if a == "-c" else a for a in arguments]):
+        if is_mergekit(_read(path)):
+            raise ConfigError(
+                f"{path} is a mergekit YAML, which states coefficients. Merge with them: "
+                f"`gradmerge merge --config {path} --output FOLDER`; or learn from there: name the "
+                "sources in the recipe, with `init: {class_path: FromMergekit, init_args: {path: "
+                f"{path}}}}}`."
+            )
 
 
 def _configs(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:

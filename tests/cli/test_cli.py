@@ -588,3 +588,16 @@ def test_the_best_scale_as_a_mergekit_file(world, tmp_path, capsys):
         assert model["parameters"]["weight"] == pytest.approx(0.3 * float(best[1]))
     message = fails([*options, "--output", "no", "--outputs", "compact"], capsys)
     assert "a search and scores are of one merged model, came compact" in message
+    options += ["--recipe.preprocess", "[Trim]", "--output", "no.yaml", "--mergekit", "true"]
+    message = fails(options, capsys)
+    assert "mergekit cannot express this merge:\n  preprocess: the coefficients belong" in message
+
+
+@pytest.mark.parametrize("flag", ["--config", "-c"])
+def test_a_fit_says_what_to_do_with_a_mergekit_file(world, tmp_path, capsys, flag):
+    suite, theirs = write(tmp_path / "suite.yaml", world), tmp_path / "theirs.yaml"
+    theirs.write_text(yaml.safe_dump({"merge_method": "linear", "models": [{"model": "a"}]}))
+    message = fails(["fit", "--config", suite, flag, str(theirs)], capsys)
+    assert f"gradmerge fit: {theirs} is a mergekit YAML, which states coefficients." in message
+    assert f"`gradmerge merge --config {theirs} --output FOLDER`" in message
+    assert f"init: {{class_path: FromMergekit, init_args: {{path: {theirs}}}}}" in message

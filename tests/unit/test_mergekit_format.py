@@ -242,6 +242,18 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
         assert part in message, (part, message)
 
 
+def test_an_unknown_method_does_not_hide_unknown_keys(tmp_path):
+    config = task_vectors(merge_method="tise", models=[{"model": "a", "params": {}}])
+    with pytest.raises(ConfigError, match="2 problems keep") as caught:
+        read(tmp_path, config)
+    assert "models[0].params: unknown key. Did you mean 'parameters'?" in str(caught.value)
+    parts = [{"sources": [{"model": "a", "range": [0, 1]}], "layer": 1}]
+    with pytest.raises(ConfigError, match="3 problems keep") as caught:
+        read(tmp_path, {"merge_method": "tise", "slices": parts})
+    for place in ("slices[0].layer", "slices[0].sources[0].range"):
+        assert f"{place}: unknown key." in str(caught.value)
+
+
 def slices(*ranges, **more):
     return [
         {"sources": [{"model": "a", "layer_range": list(r)} for r in part], **more}

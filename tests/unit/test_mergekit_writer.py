@@ -262,6 +262,21 @@ def test_the_file_s_name_and_place(p, tmp_path):
         write_mergekit(plan, raw, tmp_path / "x.yaml", overwrite=True)
 
 
+def test_a_failed_write_leaves_nothing(p, tmp_path, monkeypatch):
+    plan = recipe(p).open(with_skeleton=False)
+    (tmp_path / "old.yaml").write_text("kept")
+
+    def full(self, *args, **kwargs):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_mergekit(plan, plan.initial_raw(), tmp_path / "old.yaml", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.yaml"]
+    assert (tmp_path / "old.yaml").read_text() == "kept"
+
+
 def test_the_command_refuses_before_any_work(tmp_path, capsys):
     config = write_yaml(tmp_path / "c.yaml", {"recipe": {"sources": {"a": "/nowhere"}}})
     for options, message in [

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +16,14 @@ from conftest import logits_of
 from gradmerge import MergedModel, Recipe, export_merged
 from gradmerge.coefficients import Column, Constant, Element, Mixup, Tensor
 from gradmerge.errors import ConfigError
-from gradmerge.preprocess import Breadcrumbs, ElectSign, RandomDrop, Site, Trim
+from gradmerge.preprocess import (
+    Breadcrumbs,
+    ElectSign,
+    ProcessedDirections,
+    RandomDrop,
+    Site,
+    Trim,
+)
 from gradmerge.preprocess.base import Chain
 
 SITE = Site("layers.0.weight", ("a", "b", "c"))
@@ -271,3 +281,25 @@ def test_export_of_processed_directions_reloads_to_the_same_logits(tmp_path, fam
         torch.testing.assert_close(
             again(**inputs).logits, merged(**inputs).logits, rtol=1e-5, atol=1e-6
         )
+
+
+def test_two_threads_that_ask_first_read_the_whole_model_once():
+    """An export hashes its inputs in one thread and merges in another."""
+    passes = []
+
+    def every():
+        passes.append(None)
+        time.sleep(0.05)
+        yield SITE, lambda: draw(3, 4, 5)
+
+    alone = ProcessedDirections([Trim(0.5, scope="model")], every)
+    expected = alone.read(SITE.name)
+    wanted = len(passes)
+    passes.clear()
+    shared = ProcessedDirections([Trim(0.5, scope="model")], every)
+    start = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: (start.wait(), shared.read(SITE.name))[1], range(2)))
+    assert all(torch.equal(came, expected) for came in found)
+    # each thread may look up the tensors by itself; the pass over all of them is made once
+    assert len(passes) <= wanted + 1

@@ -11,6 +11,24 @@ from gradmerge.mergekit_format.methods import Method
 
 Settings = Mapping[str, Any]
 
+# The keys of a file, by place.
+OF_A_FILE = (
+    "merge_method",
+    "base_model",
+    "models",
+    "slices",
+    "modules",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+)
+OF_A_MODEL = ("model", "parameters")
+OF_A_SLICE = ("sources", "base_model", "residual_weight", "parameters")
+OF_SOURCES = ("model", "layer_range", "parameters")
+
 
 @dataclass(frozen=True)
 class ModelReference:

@@ -13,6 +13,10 @@ import yaml
 
 from gradmerge.errors import ConfigError, nearest
 from gradmerge.mergekit_format.content import (
+    OF_A_FILE,
+    OF_A_MODEL,
+    OF_A_SLICE,
+    OF_SOURCES,
     Document,
     Input,
     ModelReference,
@@ -22,19 +26,6 @@ from gradmerge.mergekit_format.content import (
 )
 from gradmerge.mergekit_format.methods import METHODS, REFUSED, Method, Parameter
 
-_TOP = (
-    "merge_method",
-    "base_model",
-    "models",
-    "slices",
-    "modules",
-    "parameters",
-    "dtype",
-    "out_dtype",
-    "tokenizer_source",
-    "tokenizer",
-    "chat_template",
-)
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _MIXTURE = "this is a file for mergekit-moe; gradmerge makes no mixtures of experts"
 # What mergekit knows and gradmerge does not, and why.
@@ -81,7 +72,7 @@ class _Reader:
 
     def document(self, found: Mapping[str, Any]) -> Document | None:
         """The file; None, with problems noted, where its method or form is not known."""
-        self.keys("", found, _TOP)
+        self.keys("", found, OF_A_FILE)
         method = self.method(found.get("merge_method"))
         base = self.optional_model("base_model", found.get("base_model"))
         forms = [form for form in ("models", "slices", "modules") if found.get(form)]
@@ -89,6 +80,7 @@ class _Reader:
             came = " and ".join(forms) or "none"
             self.problems.add("", f"expected one of models, slices and modules, came {came}")
         if method is None or len(forms) != 1:
+            self.outline(found)
             return None
         module = found
         module_parameters: Settings = {}
@@ -114,6 +106,15 @@ class _Reader:
             multiple,
             self.chat_template(found.get("chat_template"), tokenizer is not None),
         )
+
+    def outline(self, found: Mapping[str, Any]) -> None:
+        """Note unknown keys of models and slices, where no method tells their parameters."""
+        if found.get("models"):
+            self.entries("models", found["models"], OF_A_MODEL)
+        if found.get("slices"):
+            for i, entry in enumerate(self.entries("slices", found["slices"], OF_A_SLICE)):
+                if entry.get("sources"):
+                    self.entries(f"slices[{i}].sources", entry["sources"], OF_SOURCES)
 
     def keys(self, where: str, found: Mapping[str, Any], known: Iterable[str]) -> None:
         """Note keys that are unknown, or known and not supported."""
@@ -204,7 +205,7 @@ class _Reader:
     def models(self, found: Any, method: Method, base: ModelReference | None) -> tuple[Slice, ...]:
         """The form `models`: one slice of all layers. The base joins it if it is not listed."""
         inputs = []
-        for i, entry in enumerate(self.entries("models", found, ("model", "parameters"))):
+        for i, entry in enumerate(self.entries("models", found, OF_A_MODEL)):
             where = f"models[{i}]"
             model = self.model(f"{where}.model", entry.get("model"))
             own = self.parameters(f"{where}.parameters", entry.get("parameters"), method, True)
@@ -217,17 +218,15 @@ class _Reader:
         self, found: Any, method: Method, base: ModelReference | None
     ) -> tuple[tuple[Slice, ...], ModelReference | None]:
         """The form `slices`, which has to keep every layer where it is; and the base."""
-        known = ("sources", "base_model", "residual_weight", "parameters")
         slices: list[Slice] = []
         bases = set()
         start = 0
-        for i, entry in enumerate(self.entries("slices", found, known)):
+        for i, entry in enumerate(self.entries("slices", found, OF_A_SLICE)):
             where = f"slices[{i}]"
             bases.add(self.optional_model(f"{where}.base_model", entry.get("base_model")) or base)
             inputs, ranges = [], set()
-            keys = ("model", "layer_range", "parameters")
             for j, source in enumerate(
-                self.entries(f"{where}.sources", entry.get("sources"), keys)
+                self.entries(f"{where}.sources", entry.get("sources"), OF_SOURCES)
             ):
                 place = f"{where}.sources[{j}]"
                 model = self.model(f"{place}.model", source.get("model"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -35,10 +36,16 @@ class ProcessedDirections:
     def __init__(self, steps: Sequence[AbstractPreprocess], every: Lazy) -> None:
         self._steps, self._every = steps, every
         self._kept: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
+        self._made: Chain | None = None
 
-    @cached_property
+    @property
     def _chain(self) -> Chain:
-        return Chain(self._steps, lambda: ((site, read()) for site, read in self._every()))
+        # An export hashes in one thread and merges in another: both may come first.
+        with self._lock:
+            if self._made is None:
+                self._made = Chain(self._steps, lambda: ((s, read()) for s, read in self._every()))
+            return self._made
 
     @cached_property
     def _reads(self) -> dict[str, tuple[Site, Callable[[], Tensor]]]:
