@@ -1,5 +1,7 @@
 """Drivers: how the optimum is sought, where it is not one `trainer.fit`."""
 
 from gradmerge.drivers.base import AbstractDriver, Job, Output
+from gradmerge.drivers.continual import Continual
+from gradmerge.drivers.fold import AbstractFold, Pairwise, Tree
 
-__all__ = ["AbstractDriver", "Job", "Output"]
+__all__ = ["AbstractDriver", "AbstractFold", "Continual", "Job", "Output", "Pairwise", "Tree"]
