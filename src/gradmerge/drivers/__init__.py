@@ -2,6 +2,19 @@
 
 from gradmerge.drivers.base import AbstractDriver, Job, Output
 from gradmerge.drivers.continual import Continual
-from gradmerge.drivers.fold import AbstractFold, Pairwise, Tree
+from gradmerge.drivers.fold import AbstractFold
+from gradmerge.drivers.pairs import Pairwise, Tree
 
-__all__ = ["AbstractDriver", "AbstractFold", "Continual", "Job", "Output", "Pairwise", "Tree"]
+DRIVERS = ("Continual", "Pairwise", "Tree")
+"""Those that a configuration may name."""
+
+__all__ = [
+    "DRIVERS",
+    "AbstractDriver",
+    "AbstractFold",
+    "Continual",
+    "Job",
+    "Output",
+    "Pairwise",
+    "Tree",
+]
