@@ -210,7 +210,8 @@ class MergeCLI(LightningCLI):
         given["callbacks"] = [*first, *own, *rest]
         if rest:
             given["enable_checkpointing"] = True
-        given.update(overrides)
+        for name, value in overrides.items():
+            given[name] = value
         return self.instantiate_trainer()
 
     def _run_subcommand(self, subcommand: str) -> None:

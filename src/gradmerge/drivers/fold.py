@@ -62,6 +62,9 @@ class Node:
 class AbstractFold(AbstractDriver):
     """A merge of two at a time."""
 
+    # said again: the parser reads what a class and its parent say of their options
+    restart: bool = False
+    """Begin anew where an earlier run left its states: its folder is moved aside, never deleted."""
     tasks: Literal["members", "all"] = "members"
     """Tasks of a step: those of the sources that are in it, or all."""
     start: Literal["average", "recipe"] = "average"
