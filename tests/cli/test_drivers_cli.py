@@ -85,7 +85,7 @@ def test_a_fold_of_three_by_a_link_for_two_ends_in_a_model_folder(three, tmp_pat
         "init_args": {"monitor": "selection/loss", "filename": "best"},
     }
     part = {"model": {"recipe": {"coefficients": NP, "private": ["^classifier"]}}}
-    callbacks = {"trainer": {"callbacks": [best, export]}}
+    callbacks = {"trainer": {"callbacks": [best, export], "val_check_interval": 1}}
     config = write(tmp_path / "c.yaml", three, part, PAIRWISE, OPTIMISER, callbacks)
     fitted = []
     original = lightning.Trainer.fit
