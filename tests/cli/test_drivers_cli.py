@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import shlex
 from pathlib import Path
 
 import lightning
@@ -74,7 +75,9 @@ OPTIMISER = {
 }
 
 
-def test_a_fold_of_three_by_a_link_for_two_ends_in_a_model_folder(three, tmp_path, monkeypatch):
+def test_a_fold_of_three_by_a_link_for_two_ends_in_a_model_folder(
+    three, tmp_path, monkeypatch, capsys
+):
     """NP Merge of three: the recipe is never one of all sources."""
     export = {
         "class_path": "ExportAtEnd",
@@ -121,6 +124,15 @@ def test_a_fold_of_three_by_a_link_for_two_ends_in_a_model_folder(three, tmp_pat
         assert (step / "checkpoints/best.ckpt").is_file()
         assert list(step.rglob("metrics.csv"))
         assert list(step.rglob("coefficients.csv"))
+    # the merge as a source of its own, as `gradmerge test` with the driver's file says
+    message = fails(["validate", "--config", config], capsys)
+    options = message[message.index("--driver null") : message.index(", where tasks")]
+    heads = "{" + ", ".join(f"{task}: out/tasks/{task}" for task in "abc") + "}"
+    arguments = [*shlex.split(options.replace("FOLDER", "out")), "--model.recipe.heads", heads]
+    scores = learn(["validate", "--config", config, *arguments]).model.results["selection"]
+    for task, score in said["results"]["selection"].items():
+        assert scores[task]["loss"] == pytest.approx(score["loss"], rel=1e-2)  # bfloat16
+    # and nothing is done twice
     before = sorted((path, path.stat().st_mtime_ns) for path in Path().rglob("*"))
     assert main(["fit", "--config", config]) == 0
     assert sorted((path, path.stat().st_mtime_ns) for path in Path().rglob("*")) == before

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning
@@ -99,6 +100,10 @@ def test_a_fold_that_learns_nothing_is_the_plain_average(tmp_path, link):
         pytest.approx([2 / 3, 1 / 3]),
     ]
     assert [step["tasks"] for step in said["steps"]] == [["a", "b"], ["a", "b", "c"]]
+    hashes = {name: entry["sha256"] for name, entry in said["sources"].items()}
+    assert hashes == job_of(tmp_path, models, recipe=recipe).fingerprints
+    card = (folder / "README.md").read_text()
+    assert "2. a + b with c (mean coefficients 0.667, 0.333)" in card
     stored = tensors(tmp_path / "driver/steps/step-1/merged")
     assert {value.dtype for value in stored.values()} == {torch.float32}
 
@@ -265,6 +270,7 @@ def test_new_sources_join_an_earlier_merge_with_their_share(tmp_path):
     assert_equal(folder, average(models[1:]))
     said = provenance(folder)
     assert said["members"] == ["a", "b", "c", "d"]
+    assert list(said["sources"]) == ["base", "a", "b", "c", "d"]
     assert [list(step["coefficients"].values()) for step in said["steps"]] == [
         pytest.approx([2 / 3, 1 / 3]),
         pytest.approx([3 / 4, 1 / 4]),
@@ -310,7 +316,6 @@ def test_projection_is_opcm_s_recursion_one_source_at_a_time(tmp_path):
     """Onto a single source first, whose lambda is 1; then on from the folder that it wrote."""
     models = relatives(build(), 5)
     states = [model.state_dict() for model in models]
-    Pairwise()  # nothing is folded here
     first = tmp_path / "first"
     recipe = FoldedRecipe({"a": models[1]}, base=models[0], init=Constant(1.0))
     write_single(first, recipe)
@@ -571,6 +576,36 @@ def test_what_a_fold_has_no_meaning_for_is_refused(tmp_path):
     refused(Tree(order=["a", "b", "cc"]), "order: 'cc' is no source; there are a, b, c")
     refused(Pairwise(), "expected at least two to merge, came a", models=models[:2])
     refused(Pairwise(), "RegMean: its statistics are of the sources", preprocess=[RegMean()])
+
+
+def test_private_heads_of_aligned_sources_are_refused(tmp_path):
+    @dataclass(frozen=True)
+    class Aligned(FoldedRecipe):
+        alignment: str = "some"
+
+    models = relatives(build(), 4)
+    sources = dict(zip("abc", models[1:], strict=True))
+    recipe = Aligned(sources, base=models[0], private=["head"])
+    with pytest.raises(ConfigError, match="private tensors and alignment do not go together"):
+        Pairwise().run(job_of(tmp_path, models, recipe=recipe))
+
+
+def test_runs_of_one_job_are_one_group_of_w_and_b(tmp_path, monkeypatch):
+    seen = []
+
+    class Look(lightning.Callback):
+        def on_fit_start(self, *_):
+            seen.append((os.environ["WANDB_NAME"], os.environ["WANDB_RUN_GROUP"]))
+
+    for name in ("WANDB_NAME", "WANDB_RUN_GROUP"):
+        monkeypatch.setenv(name, "before")
+    for root in ("one", "two"):
+        job = job_of(tmp_path / root, relatives(build(), 4), callbacks=[Look()])
+        Pairwise(keep_steps=False).run(job)
+    groups = [group for _, group in seen]
+    assert [name for name, _ in seen] == ["step-1", "step-2"] * 2
+    assert groups[0] == groups[1] != groups[2] == groups[3]
+    assert groups[0].startswith("one-")
 
 
 def test_a_step_without_tasks_says_so(tmp_path):
