@@ -150,8 +150,9 @@ class AbstractFold(AbstractDriver):
                 f"{', finished before' if step.record.result is not None else ''}"
             )
             result = step.result()
-            # module and trainer know each other: the next model would come on top of this one
-            gc.collect()
+            if not last:
+                # module and trainer know each other: the next model would come on top of this one
+                gc.collect()
             history.append(result)
             made.append(step.node)
             if not self.keep_steps:
