@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from gradmerge.coefficients import AbstractInit
 from gradmerge.errors import ConfigError
 from gradmerge.loaders import sample_batches
 from gradmerge.memory import release_freed_memory
@@ -127,6 +129,17 @@ class MergeModule(lightning.LightningModule):
         """Coefficients, where the objective has regularisers that look at them."""
         return self.merged.coefficients() if self.objective.regularisers else {}
 
+    def start_at(self, init: AbstractInit) -> None:
+        """Take another start, as a search has chosen it: in the recipe, and for what is measured
+        from the start. The coefficients themselves are left alone.
+        """
+        self.recipe = self.merged.plan.recipe = replace(self.recipe, init=init)
+        self.hparams["recipe"] = to_plain(self.recipe)
+        plan = self.merged.plan
+        if self.objective.regularisers:
+            raw = {key: value.to(self.device) for key, value in plan.initial_raw().items()}
+            self._start = {name: plan.coefficient(name, raw).detach() for name in plan.learned}
+
     @property
     def causal(self) -> bool:
         """Whether the network predicts the next token."""
@@ -148,15 +161,15 @@ class MergeModule(lightning.LightningModule):
         """Take the tasks, and whose source each uses, from a data module's."""
         if described:
             tasks = {name: task.source or name for name, task in described.items()}
-            lost = [f"{t} -> {s}" for t, s in tasks.items() if s not in self.merged.plan.sources]
+            lost = [f"{t} -> {s}" for t, s in tasks.items() if s not in self.merged.plan.serving]
             if lost and len(self.merged.plan.sources) and self._tasks_need_source():
                 raise ConfigError(
                     f"these tasks name no source: {', '.join(lost)}; sources are "
-                    f"{', '.join(self.merged.plan.sources)}. Set `source` of the task."
+                    f"{', '.join(self.merged.plan.serving)}. Set `source` of the task."
                 )
             first = next(iter(self.merged.plan.sources))
             self.merged.tasks = {
-                name: source if source in self.merged.plan.sources else first
+                name: source if source in self.merged.plan.serving else first
                 for name, source in tasks.items()
             }
             if lost:

@@ -1,0 +1,20 @@
+"""Drivers: how the optimum is sought, where it is not one `trainer.fit`."""
+
+from gradmerge.drivers.base import AbstractDriver, Job, Output
+from gradmerge.drivers.continual import Continual
+from gradmerge.drivers.fold import AbstractFold
+from gradmerge.drivers.pairs import Pairwise, Tree
+
+DRIVERS = ("Continual", "Pairwise", "Tree")
+"""Those that a configuration may name."""
+
+__all__ = [
+    "DRIVERS",
+    "AbstractDriver",
+    "AbstractFold",
+    "Continual",
+    "Job",
+    "Output",
+    "Pairwise",
+    "Tree",
+]
