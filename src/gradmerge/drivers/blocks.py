@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -65,7 +65,8 @@ def _default(skeleton: nn.Module) -> list[str]:
     lists: list[str] = []
     for name, module in skeleton.named_modules():
         inside = any(name.startswith(f"{other}.") for other in lists)
-        if isinstance(module, nn.ModuleList) and not inside and any(True for _ in module.parameters()):
+        full = isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
+        if full and not inside:
             lists.append(name)
     if len(lists) != 1:
         found = f"several ({shorten(lists)})" if lists else "none"
@@ -141,8 +142,3 @@ def _require_own_coefficients(plan: Plan, blocks: Sequence[Block]) -> None:
                 "block (Tensor, Column, Row, Partition, Element, or Group with patterns that end "
                 "at a block), or learn end to end."
             )
-
-
-def owners(blocks: Sequence[Block]) -> Mapping[str, int]:
-    """The number of the block that holds each tensor."""
-    return {name: i for i, block in enumerate(blocks) for name in block.tensors}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -240,7 +241,7 @@ class Chain:
     def _hidden_slots(self, traced: Sequence[Any]) -> list[Slot]:
         """Which argument of each block is what the block before gave."""
         slots: list[Slot] = []
-        for (_, _, _, output), (number, args, kwargs, _) in zip(traced, traced[1:], strict=False):
+        for (_, _, _, output), (number, args, kwargs, _) in pairwise(traced):
             given = hidden_of(self.blocks[number].name, output)
             found = [at for at, v in arguments(args, kwargs) if _equal(v, given, 0.0)]
             if not found:
