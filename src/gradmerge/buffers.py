@@ -55,7 +55,7 @@ class NetworkBuffers:
         """A source's own buffers, in evaluation mode, for the length of the context."""
         kept = {name: value.clone() for name, value in self.values().items()}
         modes = {module: module.training for module in self._skeleton.modules()}
-        checkpoint = self._plan.sources[source]
+        checkpoint = self._plan.serving[source]
         try:
             self._skeleton.eval()
             self.set({name: checkpoint.read(name) for name in kept})

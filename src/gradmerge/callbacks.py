@@ -216,13 +216,19 @@ class ExportAtEnd(lightning.Callback):
             },
         )
         lightning.pytorch.utilities.rank_zero_info(f"merged model written to {folder}")
-        for logger in trainer.loggers:
-            if self.log_artifact and isinstance(logger, lightning.pytorch.loggers.WandbLogger):
-                import wandb
+        if self.log_artifact:
+            log_artifact(trainer, folder)
 
-                artifact = wandb.Artifact("merged-model", type="model")
-                artifact.add_dir(str(folder))
-                logger.experiment.log_artifact(artifact)
+
+def log_artifact(trainer: lightning.Trainer, folder: Path) -> None:
+    """Log a model folder to W&B, where the trainer logs there."""
+    for logger in trainer.loggers:
+        if isinstance(logger, lightning.pytorch.loggers.WandbLogger):
+            import wandb
+
+            artifact = wandb.Artifact("merged-model", type="model")
+            artifact.add_dir(str(folder))
+            logger.experiment.log_artifact(artifact)
 
 
 def restore_best(trainer: lightning.Trainer, module: MergeModule) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -287,6 +288,13 @@ class MergeDataModule(lightning.LightningDataModule):
     def attach(self, merged: Any) -> None:
         """Prepare for a merged model where no trainer says for which."""
         self._network = merged
+
+    def restricted(self, tasks: Sequence[str]) -> MergeDataModule:
+        """The same data with some of the tasks alone, for a trainer of its own."""
+        own = copy.copy(self)
+        own.tasks = {name: task for name, task in self.tasks.items() if name in tasks}
+        own._prepared, own.trainer = {}, None
+        return own
 
     def _merged(self) -> Any:
         module = None if self.trainer is None else self.trainer.lightning_module

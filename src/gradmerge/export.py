@@ -186,7 +186,7 @@ def _merged_entries(
 
 def _private_entries(plan: Plan, source: str, dtype: torch.dtype | None) -> Iterator[Entry]:
     plan.require_private(source)
-    infos = plan.sources[source].infos
+    infos = plan.serving[source].infos
     for name in plan.private:
         kind = dtype or infos[name].dtype
 
@@ -227,7 +227,7 @@ def write_config(plan: Plan, work: Path, source: str | None, dtype: torch.dtype 
     """Config, generation config, tokenizer and processor: of the reference, labels of the
     head's.
     """
-    head = plan.reference if source is None else plan.sources[source]
+    head = plan.reference if source is None else plan.serving[source]
     candidates = [head, plan.reference, *plan.sources.values()]
     config = next((dict(c.config) for c in candidates if c.config is not None), None)
     if plan.folder is not None:
@@ -296,6 +296,8 @@ def provenance_of(
     """What a merge was made of and how, as plain data."""
     checkpoints = {**({"base": plan.base} if plan.base is not None else {}), **plan.sources}
     recipe = to_plain(plan.recipe)
+    of = {name: checkpoint.label for name, checkpoint in plan.serving.items()}
+    heads = {name: label for name, label in of.items() if name not in plan.sources}
     tokens = {} if plan.alignment is None else token_report(plan.alignment)
     long = ("added", "differs", "dropped", "other_settings")  # they stand in tokens.json
     return {
@@ -305,6 +307,7 @@ def provenance_of(
             name: {"from": checkpoint.label, "sha256": plan.fingerprints[name]}
             for name, checkpoint in checkpoints.items()
         },
+        **({"heads": heads} if heads else {}),
         "recipe": recipe,
         "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
         "fixed": dict(plan.fixed),

@@ -78,11 +78,11 @@ class MergedModel(nn.Module):
         self.memory = memory
         self.dtype = dtype
         self.tasks = dict(tasks) if tasks is not None else {n: n for n in plan.sources}
-        lost = [source for source in self.tasks.values() if source not in plan.sources]
+        lost = [source for source in self.tasks.values() if source not in plan.serving]
         if lost:
             raise ConfigError(
                 f"tasks name sources that do not exist: {shorten(lost)}; there are "
-                f"{', '.join(plan.sources)}."
+                f"{', '.join(plan.serving)}."
             )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.raw = nn.ParameterDict(
@@ -376,8 +376,8 @@ class MergedModel(nn.Module):
 
         Nothing is copied: mapped tensors are used where they lie, or converted a layer at a time.
         """
-        if source not in self.plan.sources:
-            raise ConfigError(f"{source!r} is no source; there are {', '.join(self.plan.sources)}.")
+        if source not in self.plan.serving:
+            raise ConfigError(f"{source!r} is no source; there are {', '.join(self.plan.serving)}.")
         weights = self.as_weights(partial(self.plan.read, source))
         with self.statistics.of_source(source), torch.no_grad(), weights:
             yield

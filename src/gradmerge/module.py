@@ -148,15 +148,15 @@ class MergeModule(lightning.LightningModule):
         """Take the tasks, and whose source each uses, from a data module's."""
         if described:
             tasks = {name: task.source or name for name, task in described.items()}
-            lost = [f"{t} -> {s}" for t, s in tasks.items() if s not in self.merged.plan.sources]
+            lost = [f"{t} -> {s}" for t, s in tasks.items() if s not in self.merged.plan.serving]
             if lost and len(self.merged.plan.sources) and self._tasks_need_source():
                 raise ConfigError(
                     f"these tasks name no source: {', '.join(lost)}; sources are "
-                    f"{', '.join(self.merged.plan.sources)}. Set `source` of the task."
+                    f"{', '.join(self.merged.plan.serving)}. Set `source` of the task."
                 )
             first = next(iter(self.merged.plan.sources))
             self.merged.tasks = {
-                name: source if source in self.merged.plan.sources else first
+                name: source if source in self.merged.plan.serving else first
                 for name, source in tasks.items()
             }
             if lost:

@@ -43,9 +43,12 @@ class Plan:
         base: Checkpoint | None,
         skeleton: nn.Module | None,
         problems: Sequence[Problem],
+        heads: Mapping[str, Checkpoint] | None = None,
     ) -> None:
         self.recipe = recipe
         self.sources = dict(sources)
+        self.serving = {**self.sources, **(heads or {})}
+        """Checkpoints that may serve a task: the sources, and those that are not merged."""
         self.base = base
         self.skeleton = skeleton
         self.warnings = [problem for problem in problems if not problem.fatal]
@@ -161,7 +164,7 @@ class Plan:
         kept = self._on_device.get((source, name))
         if kept is not None:
             return kept
-        checkpoint = self.base if source == "base" and self.base else self.sources[source]
+        checkpoint = self.base if source == "base" and self.base else self.serving[source]
         if name not in checkpoint.infos:
             self.require_private(source)
         return checkpoint.read(name)
@@ -172,7 +175,7 @@ class Plan:
         Raises:
             ConfigError: the source lacks private tensors.
         """
-        checkpoint = self.sources[source]
+        checkpoint = self.serving[source]
         lost = [name for name in self.private if name not in checkpoint.infos]
         if lost:
             raise ConfigError(
@@ -228,7 +231,7 @@ class Plan:
                 "they cannot be learned through it. Merge with stated ones (`gradmerge merge`, "
                 "Plan.materialise), or choose another operator."
             )
-        for checkpoint in (*([self.base] if self.base is not None else []), *self.sources.values()):
+        for checkpoint in (*([self.base] if self.base is not None else []), *self.serving.values()):
             checkpoint.keep()
         self._processed.keep()
 
@@ -329,8 +332,8 @@ class Plan:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Content hash of every source and of aligned tokens' rows; reads all weights once."""
-        everything = {**({"base": self.base} if self.base is not None else {}), **self.sources}
+        """Content hash of every checkpoint and of aligned tokens' rows; reads all weights once."""
+        everything = {**({"base": self.base} if self.base is not None else {}), **self.serving}
         found = fingerprints_of(everything)
         if self.alignment is not None:
             found["(tokens)"] = self.alignment.fingerprint()

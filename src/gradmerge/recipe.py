@@ -61,6 +61,9 @@ class Recipe:
     unused: Literal["auto", "origin", "mean"] = "auto"
     """Coefficient of tensors that never get a gradient: origin (0), mean (1/K), or auto: origin
     where that is the base, else mean."""
+    heads: dict[str, str | AbstractSource] = field(default_factory=dict)
+    """Checkpoints by name that are not merged but serve tasks: with their private tensors, and as
+    the teacher of a task that names them (`source` of the task)."""
     buffers: Literal["recompute", "mean", "origin"] = "recompute"
     """BatchNorm statistics: recomputed on adaptation data, the sources' mean, or the origin's."""
     allow: list[str] = field(default_factory=list)
@@ -90,6 +93,13 @@ class Recipe:
                 )
         if self.tokenizer is not None:
             self.tokenizer.require(list(self.sources), self.base is not None)
+        both = [name for name in self.heads if name in self.sources or name == "base"]
+        if both:
+            raise ConfigError(f"heads: {', '.join(both)} is a source already; leave it out.")
+        self._require_number()
+
+    def _require_number(self) -> None:
+        """Whether coefficients and operator take this number of sources."""
         self.coefficients.num_rows(len(self.sources))
         self.operator.require(len(self.sources), self.resolved_origin)
 
@@ -113,6 +123,7 @@ class Recipe:
         base_spec = None if self.base is None else as_source(self.base)
         base = None if base_spec is None else base_spec.open()
         sources = {name: as_source(s, base_spec).open() for name, s in self.sources.items()}
+        heads = {name: as_source(s, base_spec).open() for name, s in self.heads.items()}
         everything = {**({"base": base} if base is not None else {}), **sources}
         if len(everything) != len(sources) + (base is not None):
             raise ConfigError("a source is named 'base', which is the base's own name; rename it.")
@@ -121,13 +132,13 @@ class Recipe:
             everything, problems = align(self.tokenizer, everything, self.trust_remote_code)
             base = everything.get("base")
             sources = {name: everything[name] for name in sources}
-        problems += check(everything, self.private, self.allow)
-        problems += check_private(sources, self.private, self.allow)
+        problems += check({**everything, **heads}, self.private, self.allow)
+        problems += check_private({**sources, **heads}, self.private, self.allow)
         require(problems)
         skeleton = None
         if with_skeleton or isinstance(_granularity(self.coefficients), (Column, Row)):
             skeleton = self._skeleton(module, everything)
-        return Plan(self, sources, base, skeleton, problems)
+        return Plan(self, sources, base, skeleton, problems, heads)
 
     def _skeleton(
         self, module: nn.Module | None, everything: Mapping[str, Checkpoint]

@@ -98,8 +98,12 @@ class Job:
         everything = {**({} if base is None else {"base": base}), **specs}
         return fingerprints_of({name: spec.open() for name, spec in everything.items()})
 
-    def begin(self, driver: AbstractDriver) -> str:
+    def begin(self, driver: AbstractDriver, **more: Any) -> str:
         """Start the job, or go on with it; the first thing that a driver does.
+
+        Args:
+            driver: the driver.
+            **more: what else the job depends on, as plain data.
 
         Returns:
             The job's number, which is drawn once and stays the same when it goes on. It belongs
@@ -119,6 +123,7 @@ class Job:
             "data": describe_data(self.data),
             "config": dict(self.config),
             "fingerprints": self.fingerprints,
+            **more,
         }
         path = self.folder / JOB
         if driver.restart and is_first_process():
@@ -191,15 +196,16 @@ class Job:
         if seed and seed.isdigit():
             lightning.seed_everything(int(seed), workers=True, verbose=False)
 
-    def export(self, write: Callable[..., Path], extra: Mapping[str, Any], **known: Any) -> Path:
+    def export(self, write: Callable[..., Path], said: Mapping[str, Any], **known: Any) -> Path:
         """Write the merged model where the job ends, and say where.
 
         Args:
             write: `export_merged` or `export_plan` with its first arguments bound
                 (`partial(export_plan, plan, raw)`).
-            extra: what the driver has to say for the provenance, as plain data; it stands there
+            said: what the driver has to say for the provenance, as plain data; it stands there
                 under `driver`, with the job's number.
-            **known: more arguments of `write` (results, tasks, buffers).
+            **known: more arguments of `write` (results, tasks, buffers, extra), or others than the
+                output's (dtype).
 
         Returns:
             The folder.
@@ -207,7 +213,7 @@ class Job:
         target = self.target
         options = {"dtype": target.dtype, "head": target.head, **known}
         overwrite = target.overwrite or self.exported is not None
-        more = {**options.pop("extra", {}), "driver": {"job": self._job, **extra}}
+        more = {**options.pop("extra", {}), "driver": {"job": self._job, **said}}
         folder = write(target.path, overwrite=overwrite, extra=more, **options)
         self.say(f"merged model written to {folder}")
         return folder
@@ -219,6 +225,12 @@ class AbstractDriver(ABC):
 
     restart: bool = False
     """Begin anew where an earlier run left its states: its folder is moved aside, never deleted."""
+
+    def recipe(self, **given: Any) -> Recipe:
+        """The recipe of a job from its fields; a driver that merges some of the sources at a time
+        checks other things of them.
+        """
+        return Recipe(**given)
 
     @abstractmethod
     def run(self, job: Job) -> Path:

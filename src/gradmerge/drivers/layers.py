@@ -253,7 +253,9 @@ class Layers:
         trainer = self._make_trainer(folder, total, logger=self._loggers or False)
         trainer.fit(module, train_dataloaders=StreamLoader(stream, 0))
         whole = trainer.global_step == total or getattr(trainer, "fast_dev_run", False)
-        if trainer.interrupted or not whole:
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        if not whole:
             raise ConfigError(
                 f"LayerWise: block {number} stopped after {trainer.global_step} of {total} steps. "
                 "Run the same command again to go on."

@@ -28,6 +28,9 @@ class Orthogonalise(AbstractPreprocess):
     last one remains. Tensors of more than two axes are taken as matrices `[out, rest]`, vectors are
     not projected. FusionBench projects the weights of linear layers alone. Singular values of zero
     take no part.
+
+    Where the first direction is itself such a merge, of n sources with `lambda_n`, the others join
+    as if its sources were here: `M_1 = lambda_n B_1`, and its norm counts n times in the mean.
     """
 
     alpha: float = 0.5
@@ -36,17 +39,26 @@ class Orthogonalise(AbstractPreprocess):
     scope: Literal["model", "tensor"] = "model"
     """Whether norms are those of the whole model (the paper), for which every tensor is projected
     once more to measure it, or of each tensor."""
+    earlier_scale: float = 1.0
+    """`lambda_n` of the first direction, where that is such a merge itself."""
+    earlier_sources: int = 1
+    """`n`, how many sources the first direction is a merge of."""
 
     def __post_init__(self) -> None:
-        """Check the share."""
+        """Check the share and what is said of the first direction."""
+        if self.earlier_scale <= 0 or self.earlier_sources < 1:
+            raise ConfigError(
+                "Orthogonalise: expected a positive earlier_scale and at least one of "
+                f"earlier_sources, came {self.earlier_scale} and {self.earlier_sources}."
+            )
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"Orthogonalise.alpha: expected in [0, 1], came {self.alpha}.")
 
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
         """See `AbstractPreprocess`; norms are the tensor's own."""
         norms = _squares(directions).sqrt()
-        merged = _project(directions, site, self.alpha)
-        return _scale(directions, norms, float(_squares(merged[None])))
+        merged = self._project(directions, site)
+        return self._scale(directions, norms, float(_squares(merged[None])))
 
     def survey(self, passes: Passes) -> Step:
         """See `AbstractPreprocess.survey`."""
@@ -56,13 +68,25 @@ class Orthogonalise(AbstractPreprocess):
         merged = 0.0
         for site, directions in passes():
             squares = squares + _squares(directions)
-            merged += float(_squares(_project(directions, site, self.alpha)[None]))
+            merged += float(_squares(self._project(directions, site)[None]))
 
         def orthogonalise(directions: Tensor, site: Site) -> Tensor:
-            _project(directions, site, self.alpha)
-            return _scale(directions, torch.as_tensor(squares).sqrt(), merged)
+            self._project(directions, site)
+            return self._scale(directions, torch.as_tensor(squares).sqrt(), merged)
 
         return orthogonalise
+
+    def _project(self, directions: Tensor, site: Site) -> Tensor:
+        if self.earlier_scale != 1:
+            directions[0].mul_(self.earlier_scale)
+        return _project(directions, site, self.alpha)
+
+    def _scale(self, directions: Tensor, norms: Tensor, merged: float) -> Tensor:
+        """Bring the sum of the directions to the mean of the norms, unless it is nothing."""
+        counts = torch.ones_like(norms)
+        counts[0] = self.earlier_sources
+        mean = float((counts * norms).sum() / counts.sum())
+        return directions.mul_(mean / merged**0.5) if merged else directions
 
 
 def _project(directions: Tensor, site: Site, alpha: float) -> Tensor:
@@ -89,8 +113,3 @@ def _squares(directions: Tensor) -> Tensor:
     """`|B_k|^2`, `[sources]`, float64."""
     found = [direction.square().sum(dtype=torch.float64) for direction in directions]
     return torch.stack(found)
-
-
-def _scale(directions: Tensor, norms: Tensor, merged: float) -> Tensor:
-    """Bring the sum of the directions to the mean of the norms, unless it is nothing."""
-    return directions.mul_(float(norms.mean()) / merged**0.5) if merged else directions

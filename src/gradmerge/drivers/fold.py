@@ -1,0 +1,390 @@
+"""Merges of two at a time: pairwise, as a tree, and what they share.
+
+A step merges two checkpoints, sources or merges of earlier steps, as an ordinary fit: with the
+recipe's own coefficients, link, operator and preprocess, on the tasks of the sources below it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+
+from gradmerge.callbacks import log_artifact
+from gradmerge.coefficients import Constant
+from gradmerge.data import MergeDataModule
+from gradmerge.drivers.base import AbstractDriver, Job
+from gradmerge.drivers.records import StepRecord
+from gradmerge.drivers.steps import learn_step
+from gradmerge.errors import ConfigError, nearest, shorten
+from gradmerge.export import export_plan
+from gradmerge.module import MergeModule
+from gradmerge.objectives import Objective
+from gradmerge.provenance import mean_coefficients
+from gradmerge.recipe import Recipe
+from gradmerge.sources import AbstractSource
+from gradmerge.sources.resolve import as_source
+from gradmerge.spec import to_plain
+
+Join = tuple[str | int, str | int]
+"""Two to merge: names of sources, or numbers of earlier joins."""
+
+
+@dataclass(frozen=True)
+class FoldedRecipe(Recipe):
+    """A recipe whose sources are merged two at a time, never all at once."""
+
+    def _require_number(self) -> None:
+        self.coefficients.num_rows(2)
+        self.operator.require(2, self.resolved_origin)
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a step merges: a source, or the merge of an earlier step."""
+
+    name: str
+    spec: str | AbstractSource
+    members: tuple[str, ...]
+    """The sources that are in it."""
+    weight: int
+    """How many sources are in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbstractFold(AbstractDriver):
+    """A merge of two at a time."""
+
+    tasks: Literal["members", "all"] = "members"
+    """Tasks of a step: those of the sources that are in it, or all."""
+    start: Literal["average", "recipe"] = "average"
+    """Where a step's coefficients start: at the plain average of all sources in it (m / (m + n) and
+    n / (m + n) for m and n sources), or at the recipe's `init`."""
+    keep_steps: bool = True
+    """Keep the model folders of the steps (float32); false removes each once it is merged on."""
+    every_n_steps: int = 50
+    """Optimiser steps between two states of the running step."""
+
+    def recipe(self, **given: Any) -> Recipe:
+        """See `AbstractDriver.recipe`."""
+        return FoldedRecipe(**given)
+
+    @abstractmethod
+    def joins(self, names: Sequence[str]) -> list[Join]:
+        """The steps, in order.
+
+        Args:
+            names: of what there is to merge.
+        """
+
+    def nodes(self, job: Job) -> dict[str, Node]:
+        """What there is to merge, by name; for most drivers the sources."""
+        return {name: Node(name, spec, (name,), 1) for name, spec in job.recipe.sources.items()}
+
+    def serving(self, job: Job) -> dict[str, str | AbstractSource]:
+        """Who serves tasks, by name: heads and teachers; for most drivers the sources."""
+        return dict(job.recipe.sources)
+
+    def reads(self, job: Job) -> dict[str, Any]:
+        """What else the job depends on, as plain data; see `Job.begin`."""
+        return {}
+
+    def prepared(self, recipe: Recipe, nodes: Sequence[Node], before: Mapping[str, Any]) -> Recipe:
+        """The recipe of a step, where a driver changes more than its sources and start.
+
+        Args:
+            recipe: with the step's sources and start.
+            nodes: what is merged.
+            before: what the step before gave.
+        """
+        return recipe
+
+    def found(self, module: MergeModule, before: Mapping[str, Any]) -> dict[str, Any]:
+        """What else a step gave, for the next one and for the provenance."""
+        return {}
+
+    def run(self, job: Job) -> Path:
+        """See `AbstractDriver.run`."""
+        _require_foldable(job.recipe)
+        nodes = self.nodes(job)
+        joins = self.joins(list(nodes))
+        if not joins:
+            raise ConfigError(
+                f"{type(self).__name__}: expected at least two to merge, came "
+                f"{', '.join(nodes)}; a fit without a driver learns one source's coefficients."
+            )
+        objective = job.options.get("objective")
+        if isinstance(objective, Objective):
+            objective.require_tasks(job.data.tasks)
+        job.begin(self, **self.reads(job))
+        if job.exported is not None:
+            job.say(f"this job is finished: {job.exported}")
+            return job.exported
+        made: list[Node] = []
+        history: list[dict[str, Any]] = []
+        name = "step"
+        while any(node.startswith(name) for node in nodes):
+            name = f"{name}_"
+        for number, join in enumerate(joins, 1):
+            pair = [made[at] if isinstance(at, int) else nodes[at] for at in join]
+            last = number == len(joins)
+            step = _Step(self, job, f"{name}-{number}", pair, history, last)
+            job.say(
+                f"{type(self).__name__}, step {number} of {len(joins)}: {step.title}"
+                f"{', finished before' if step.record.result is not None else ''}"
+            )
+            result = step.result()
+            history.append(result)
+            made.append(step.node)
+            if not self.keep_steps:
+                for node in pair:
+                    _remove(node, job)
+        return Path(job.target.path).expanduser()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairwise(AbstractFold):
+    """The first source with the second, the result with the third, and so on (NP Merge's fold,
+    arXiv 2412.15467).
+
+    The result depends on the order, and the later a source joins, the fewer steps can undo its
+    weight; the order and each step's coefficients stand in the provenance.
+    """
+
+    order: list[str] | Literal["given"] = "given"
+    """Names of all sources in the order that they join; default: as the recipe has them."""
+
+    def joins(self, names: Sequence[str]) -> list[Join]:
+        """See `AbstractFold.joins`."""
+        names = in_order(self.order, names)
+        found: list[Join] = []
+        for number, name in enumerate(names[1:]):
+            found.append((number - 1 if number else names[0], name))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tree(AbstractFold):
+    """A balanced binary tree: pairs first, then pairs of pairs; the odd one out advances.
+
+    Each source passes through about `log2 K` merges, instead of up to K - 1.
+    """
+
+    order: list[str] | Literal["given"] = "given"
+    """Names of all sources in the order of the leaves; default: as the recipe has them."""
+
+    def joins(self, names: Sequence[str]) -> list[Join]:
+        """See `AbstractFold.joins`."""
+        level: list[str | int] = list(in_order(self.order, names))
+        found: list[Join] = []
+        while len(level) > 1:
+            above: list[str | int] = []
+            for left, right in zip(level[::2], level[1::2], strict=False):
+                found.append((left, right))
+                above.append(len(found) - 1)
+            level = above + level[len(level) - len(level) % 2 :]
+        return found
+
+
+def in_order(order: Sequence[str] | Literal["given"], names: Sequence[str]) -> list[str]:
+    """The names as an order says.
+
+    Raises:
+        ConfigError: it does not name each exactly once.
+    """
+    if order == "given":
+        return list(names)
+    unknown = [name for name in order if name not in names]
+    if unknown:
+        raise ConfigError(
+            f"order: {unknown[0]!r} is no source; there are {', '.join(names)}."
+            f"{nearest(unknown[0], names)}"
+        )
+    if sorted(order) != sorted(names):
+        raise ConfigError(
+            f"order: expected each of {', '.join(names)} once, came {', '.join(order)}."
+        )
+    return list(order)
+
+
+class _Step:
+    """One join of a fold: its recipe, its tasks, and what it gives."""
+
+    def __init__(
+        self,
+        fold: AbstractFold,
+        job: Job,
+        name: str,
+        pair: Sequence[Node],
+        history: Sequence[Mapping[str, Any]],
+        last: bool,
+    ) -> None:
+        self.fold, self.job, self.pair, self.last = fold, job, pair, last
+        self.history = list(history)
+        self.before = history[-1] if history else {}
+        self.members = tuple(member for node in pair for member in node.members)
+        self.data = self._data()
+        self.recipe = self._recipe()
+        content = {"recipe": to_plain(self.recipe), "tasks": list(self.data.tasks)}
+        self.record: StepRecord = job.step(name, content)
+        self.name = name
+        self.node = Node(name, str(self._folder), self.members, sum(n.weight for n in pair))
+
+    @property
+    def title(self) -> str:
+        """What is merged with what, on which tasks."""
+        parts = ["+".join(node.members) for node in self.pair]
+        return f"{parts[0]} with {parts[1]}, on {', '.join(self.data.tasks)}"
+
+    @property
+    def _folder(self) -> Path:
+        return self.record.folder / "merged"
+
+    def _data(self) -> MergeDataModule:
+        data, serving = self.job.data, self.fold.serving(self.job)
+        chosen = []
+        for name, task in data.tasks.items():
+            source = task.source or name
+            if self.fold.tasks == "all" or source in self.members or source not in serving:
+                chosen.append(name)
+        if not chosen:
+            raise ConfigError(
+                f"no task is of {', '.join(self.members)}, which this step merges; tasks are "
+                f"{', '.join(data.tasks)}. Set `source` of the tasks, or take all of them at each "
+                "step: --driver.tasks all."
+            )
+        return data.restricted(chosen)
+
+    def _recipe(self) -> Recipe:
+        whole, (left, right) = self.job.recipe, self.pair
+        sources = {node.name: node.spec for node in self.pair}
+        serving = self.fold.serving(self.job)
+        used = {task.source or name for name, task in self.data.tasks.items()}
+        used |= set(self.members) if whole.private else set()
+        heads = {n: s for n, s in serving.items() if n in used and n not in sources}
+        given = {field.name: getattr(whole, field.name) for field in fields(Recipe)}
+        total = left.weight + right.weight
+        if self.fold.start == "average":
+            given["init"] = Constant([left.weight / total, right.weight / total])
+        recipe = Recipe(**{**given, "sources": sources, "heads": {**whole.heads, **heads}})
+        return self.fold.prepared(recipe, self.pair, self.before)
+
+    def result(self) -> dict[str, Any]:
+        """What the step gave; it is learned unless it is finished."""
+        found = self.record.result
+        if found is not None:
+            return found
+        options = dict(self.job.options)
+        objective = options.get("objective")
+        if isinstance(objective, Objective):
+            weights = {t: w for t, w in objective.task_weights.items() if t in self.data.tasks}
+            options["objective"] = replace(objective, task_weights=weights)
+        options["module"] = options.get("module") or _architecture(self.job.recipe)
+        self.job.seed()
+        module = self.job.module(self.recipe, **options)
+        learn_step(self.job, module, self.data, self.record, self._write, self.fold.every_n_steps)
+        found = self.record.result
+        assert found is not None
+        return found
+
+    def _write(self, module: MergeModule, fit: dict[str, Any]) -> None:
+        """The step's model folder and record; for the last step, the job's output."""
+        plan = module.merged.plan
+        result = {
+            "step": self.name,
+            "merged": [list(node.members) for node in self.pair],
+            "tasks": list(self.data.tasks),
+            "coefficients": mean_coefficients(plan, module.merged.raw),
+            **fit,
+            "results": module.results,
+            **self.fold.found(module, self.before),
+        }
+        tasks = {**module.merged.tasks, **self._tasks_without_data(module)}
+        write = partial(export_plan, plan, module.merged.raw)
+        known: dict[str, Any] = {
+            "buffers": module.merged.statistics.values(),
+            "tasks": tasks,
+            "results": module.results,
+        }
+        if self.last:
+            path = [*self.history, result]
+            said = {"class_path": type(self.fold).__name__, "members": self.members, "steps": path}
+            dtype = self.job.target.dtype or _stored(self.job.recipe)
+            folder = self.job.export(write, said, dtype=dtype, extra=fit, **known)
+            if self.job.target.log_artifact:
+                log_artifact(module.trainer, folder)
+        else:
+            # float32: rounding to the sources' dtype at each step would add up
+            dtype = "float64" if _stored(self.job.recipe) == "float64" else "float32"
+            write(self._folder, dtype=dtype, overwrite=True, extra=fit, **known)
+        self.record.finish(result)
+
+    def _tasks_without_data(self, module: MergeModule) -> dict[str, str]:
+        """Members whose heads no task of this step uses: their heads are kept by their names."""
+        plan = module.merged.plan
+        if not plan.private:
+            return {}
+        used = set(module.merged.tasks.values())
+        return {m: m for m in self.members if m in plan.serving and m not in used}
+
+
+def _require_foldable(recipe: Recipe) -> None:
+    """Refuse what has no meaning, or another one, in merges of two at a time.
+
+    Raises:
+        ConfigError: what it is, and what to do.
+    """
+    needy = [type(step).__name__ for step in recipe.preprocess if step.needs is not None]
+    if needy:
+        raise ConfigError(
+            f"{', '.join(needy)}: its statistics are of the sources, and the merge of two sources "
+            "has none. Learn without this step, or without a driver (all sources at once)."
+        )
+    if recipe.tokenizer is not None:
+        raise ConfigError(
+            "tokenizer: a merge of two at a time takes sources with one tokenizer. Learn without a "
+            "driver (all sources at once), which aligns all of them."
+        )
+    aligned = getattr(recipe, "alignment", None)
+    if aligned is not None and recipe.private:
+        raise ConfigError(
+            "private tensors and alignment do not go together in a merge of two at a time: an "
+            "aligned source's neurons are in another order in every step, and its head would have "
+            f"to follow. Came private: {shorten(recipe.private)}. Merge the heads, too, or learn "
+            "without a driver."
+        )
+
+
+def _architecture(recipe: Recipe) -> nn.Module | None:
+    """The network of sources in memory: their merges are files without a config."""
+    for spec in (*recipe.sources.values(), recipe.base):
+        inner = getattr(spec, "module", spec)
+        if isinstance(inner, nn.Module) and not hasattr(inner, "config"):
+            return inner
+    return None
+
+
+def _stored(recipe: Recipe) -> str | None:
+    """The dtype of the first source's weights, where it is one; else None."""
+    base = None if recipe.base is None else as_source(recipe.base)
+    infos = as_source(next(iter(recipe.sources.values())), base).open().infos.values()
+    kinds = {info.dtype for info in infos if info.dtype.is_floating_point}
+    known = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    kind = next(iter(kinds)) if len(kinds) == 1 else None
+    return str(kind).removeprefix("torch.") if kind in known else None
+
+
+@rank_zero_only
+def _remove(node: Node, job: Job) -> None:
+    """Remove the model folder of a step that has been merged on."""
+    folder = Path(str(node.spec))
+    if len(node.members) > 1 and job.folder in folder.parents and folder.is_dir():
+        shutil.rmtree(folder)

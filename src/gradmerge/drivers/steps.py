@@ -1,0 +1,132 @@
+"""One fit of a driver that has several: kept as it goes, finished once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Checkpoint
+
+from gradmerge.callbacks import restore_best
+from gradmerge.data import MergeDataModule
+from gradmerge.drivers.base import Job
+from gradmerge.drivers.records import StepRecord
+from gradmerge.module import MergeModule
+
+Write = Callable[[MergeModule, dict[str, Any]], None]
+
+
+class KeepLast(Checkpoint):
+    """Keeps the state of a running fit in one file, from which it goes on bitwise as it would have.
+
+    Saved after every validation and every n steps. Where a validation may be due it waits for that:
+    a trainer that goes on from between the two would take the validation for done.
+
+    Args:
+        path: of the checkpoint, which is written whole or not at all.
+        every_n_steps: optimiser steps between two states.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int = 50) -> None:
+        self.path = path
+        self.every_n_steps = every_n_steps
+        self._step = 0
+        self._whole = True  # no gradient is accumulated that has not been used
+        self._stopped = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the fit was told to stop early, which a trainer's own state does not say."""
+        return {"stopped": self._stopped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self._stopped = bool(state_dict["stopped"])
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Stop where the earlier run had been told to."""
+        trainer.should_stop = trainer.should_stop or self._stopped
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, unless a validation may follow."""
+        before, self._step = self._step, trainer.global_step
+        self._whole = self._step != before
+        due = self._whole and self._step % self.every_n_steps == 0
+        if due and not _may_validate(trainer, batch_idx):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Save, with what the callbacks before have made of the scores."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit" and self._whole:
+            self._save(trainer)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        self._stopped = trainer.should_stop
+        work = self.path.with_name(f".{self.path.name}.partial")
+        trainer.save_checkpoint(work)
+        if trainer.is_global_zero:
+            work.replace(self.path)
+        trainer.strategy.barrier()
+
+
+def _may_validate(trainer: lightning.Trainer, batch_idx: int) -> bool:
+    """Whether a validation may follow this batch: it does at the least where this is true."""
+    if not trainer.enable_validation:
+        return False
+    every = trainer.val_check_batch
+    if every is None or trainer.should_stop:  # by the clock, or at the end
+        return True
+    if trainer.check_val_every_n_epoch is None:
+        return (trainer.fit_loop.total_batch_idx + 1) % every == 0
+    return trainer.is_last_batch or (batch_idx + 1) % every == 0
+
+
+class _Finish(lightning.Callback):
+    """Restores the best coefficients when the fit ends, and hands them on, in one process."""
+
+    def __init__(self, write: Write) -> None:
+        self.write = write
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Restore, write, and wait for the process that writes."""
+        best = restore_best(trainer, pl_module)
+        if not best:
+            pl_module.refresh_buffers()
+        if trainer.is_global_zero:
+            found = {
+                "checkpoint": Path(best).name if best else "last state",
+                "steps": trainer.global_step,
+            }
+            self.write(pl_module, found)
+        trainer.strategy.barrier()
+
+
+def learn_step(
+    job: Job,
+    module: MergeModule,
+    data: MergeDataModule,
+    record: StepRecord,
+    write: Write,
+    every_n_steps: int = 50,
+) -> None:
+    """Fit one step, from its last state where there is one, and write what it gave.
+
+    Args:
+        job: whose trainer is used.
+        module: to be fitted.
+        data: the tasks of the step.
+        record: the step's folder.
+        write: takes the module with its best coefficients, and what is known of the fit; called in
+            one process alone.
+        every_n_steps: see `KeepLast`.
+    """
+    record.folder.mkdir(parents=True, exist_ok=True)
+    callbacks = [_Finish(write), KeepLast(record.checkpoint, every_n_steps)]
+    trainer = job.trainer(record.folder, callbacks)
+    last = record.checkpoint if record.checkpoint.is_file() else None
+    trainer.fit(module, datamodule=data, ckpt_path=last)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
