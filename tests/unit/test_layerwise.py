@@ -206,7 +206,7 @@ def raw_of(job):
 # ---- the reference: everything in memory, plain torch -------------------------------------------
 
 
-def reference(models, names, data, steps, optimiser, start, modes=lambda net: None):
+def reference(models, names, data, steps, optimiser, start):
     """Coefficients `[sources, *shape]` of every tensor, block by block, by plain autograd."""
     base, *experts = [dict(model.named_parameters()) for model in models]
     network = models[0]
@@ -302,7 +302,8 @@ def test_coefficients_are_those_of_a_plain_implementation(
     recipe = recipe_of(models, coefficients=Element())
     job = job_of(tmp_path, recipe, data, optimiser, dtype=str(dtype).removeprefix("torch."))
     LayerWise(steps=steps).run(job)
-    expected, history = reference(models, names, data, steps, optimiser, 0.3)
+    start = float(torch.tensor(0.3))  # a merge starts from float32
+    expected, history = reference(models, names, data, steps, optimiser, start)
     assert history[steps - 1] < history[0] or steps == 1
     found = raw_of(job)
     learned = [n for n in expected if any(n.startswith(f"{block}.") for block in names)]
@@ -454,7 +455,7 @@ def test_spilled_activations_give_the_same_coefficients(tmp_path, monkeypatch):
     job, driver = run_of(tmp_path / "spilled", models, kind, activation_memory=1e-6)
     driver.run(job)
     assert max(in_memory for in_memory, _ in spilled) <= 1e-6 * 2**30
-    assert max(on_disk for _, on_disk in spilled) > 10_000
+    assert max(on_disk for _, on_disk in spilled) > 4_000
     assert same(raw_of(job), raw_of(held))
     assert not (job.folder / "activations").exists()
 

@@ -101,14 +101,14 @@ class Layers:
             ConfigError: a task names no source.
         """
         tasks = {name: task.source or name for name, task in self.job.data.tasks.items()}
-        sources = self.plan.sources
+        sources = self.plan.serving
         lost = [f"{task} -> {source}" for task, source in tasks.items() if source not in sources]
         if lost:
             raise ConfigError(
                 f"LayerWise: each task's data pass its own expert, and these tasks name no source: "
                 f"{', '.join(lost)}; sources are {', '.join(sources)}. Set `source` of the task."
             )
-        idle = [source for source in sources if source not in tasks.values()]
+        idle = [source for source in self.plan.sources if source not in tasks.values()]
         if idle:
             self.job.say(f"no task is of {shorten(idle)}: nothing asks the merge to match them")
         return tasks
