@@ -50,6 +50,8 @@ class CoefficientLogger(lightning.Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._count += 1
+        if not hasattr(pl_module, "merged"):
+            return  # a driver's, of which a part is learned
         folder = trainer.log_dir  # agreed on by all processes, so all must ask
         if trainer.is_global_zero and (self._count - 1) % self.every_n_validations == 0:
             self._write(trainer, pl_module, folder)
@@ -57,7 +59,7 @@ class CoefficientLogger(lightning.Callback):
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Save the heat map."""
         folder = trainer.log_dir
-        if trainer.is_global_zero and folder:
+        if trainer.is_global_zero and folder and hasattr(pl_module, "merged"):
             names, table = coefficient_table(pl_module.merged.plan, pl_module.merged.raw)
             path = Path(folder) / "coefficients.png"
             heat_map(table, names, pl_module.merged.plan.source_names, path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-import os
 import re
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from gradmerge._version import __version__
-from gradmerge.errors import ConfigError, GradmergeError, nearest
+from gradmerge.errors import GradmergeError, nearest
 
 USAGE = f"""usage: gradmerge COMMAND [options]
 
@@ -33,9 +32,6 @@ commands:
 
 gradmerge COMMAND --help lists a command's options; configs/ holds runnable examples.
 """
-
-# Length of a fit that states none: coefficients are few, and a fit is a number of steps.
-DEFAULT_STEPS = 200
 
 LEARNING = ("fit", "validate", "test")
 COMMANDS = (*LEARNING, "export", "merge", "collect", "unpack", "inspect")
@@ -85,97 +81,13 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
             model, data and trainer are only built.
 
     Returns:
-        The CLI object, with `model`, `datamodule` and `trainer`.
+        The CLI object, with `model`, `datamodule` and `trainer`; with a driver, `job` instead.
     """
-    from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, ReduceLROnPlateau
-
-    from gradmerge.callbacks import StepProgress
-    from gradmerge.commands import require_checkpoint
-    from gradmerge.data import MergeDataModule
-    from gradmerge.logging_defaults import with_coefficients, with_csv
-    from gradmerge.module import MergeModule
+    from gradmerge.learning import start
 
     register()
     quieten()
-
-    class Parser(LightningArgumentParser):
-        def error(self, message: str, *args: Any, **kwargs: Any) -> Any:
-            stop(message, self)
-
-    class MergeCLI(LightningCLI):
-        @staticmethod
-        def subcommands() -> dict[str, set[str]]:
-            keep = LightningCLI.subcommands()
-            return {name: keep[name] for name in LEARNING}
-
-        def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-            kwargs.setdefault("dump_header", [f"gradmerge=={__version__}"])
-            kwargs["allow_abbrev"] = False  # a typo must not pass as an abbreviation
-            parser = Parser(**kwargs)
-            parser.add_argument(
-                "-c", "--config", action="config", help="YAML file with any of these options."
-            )
-            return parser
-
-        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            # `--data.tasks.NAME.path` adds to a mapping, and there is none where no file has one
-            parser.set_defaults({"data.tasks": {}})
-
-        def before_instantiate_classes(self) -> None:
-            if not self._get(self.config, "data.tasks"):
-                raise ConfigError(
-                    "data.tasks: expected at least one task, came none; write them in the YAML, or "
-                    "give --data.tasks.NAME.path and what else they need."
-                )
-            path = str(self._get(self.config, "ckpt_path") or "best")
-            # else a name that Lightning resolves, an address, or a folder of shards
-            if path not in ("best", "last", "hpc") and ":" not in path and not os.path.isdir(path):
-                require_checkpoint(path)
-
-        @staticmethod
-        def configure_optimizers(
-            lightning_module: Any, optimizer: Any, lr_scheduler: Any = None
-        ) -> Any:
-            """Schedulers move a step at a time: a fit is a number of steps, not of epochs."""
-            if lr_scheduler is None:
-                return optimizer
-            schedule = {"scheduler": lr_scheduler, "interval": "step"}
-            if isinstance(lr_scheduler, ReduceLROnPlateau):
-                schedule.update(interval="epoch", monitor=lr_scheduler.monitor)
-            return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-        def _parse_ckpt_path(self) -> None:
-            """The configuration says what to build; the checkpoint holds coefficients for it.
-
-            LightningCLI would parse the checkpoint's hyper-parameters, which are plain data here.
-            """
-
-        def instantiate_trainer(self, **kwargs: Any) -> Any:
-            given = self._get(self.config_init, "trainer") or {}
-            kwargs["logger"] = loggers = with_csv(
-                given.get("logger"), given.get("default_root_dir")
-            )
-            if loggers:
-                kwargs["callbacks"] = with_coefficients(given.get("callbacks"))
-            limits = [given.get(key) for key in ("max_epochs", "max_time")]
-            if limits == [None, None] and given.get("max_steps") in (None, -1):
-                kwargs["max_steps"] = DEFAULT_STEPS
-            trainer: Any = super().instantiate_trainer(**kwargs)
-            bar = trainer.progress_bar_callback
-            if bar is not None and type(bar) in (TQDMProgressBar, RichProgressBar):
-                trainer.callbacks[trainer.callbacks.index(bar)] = StepProgress()
-            return trainer
-
-    return MergeCLI(
-        MergeModule,
-        MergeDataModule,
-        args=None if arguments is None else list(arguments),
-        run=run,
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={"log_every_n_steps": 1},
-        parser_kwargs={"prog": "gradmerge"},
-    )
+    return start(arguments, run, stop)
 
 
 def quieten() -> None:
@@ -241,12 +153,15 @@ def component_names(stock: bool = True) -> dict[str, str]:
         from torch import optim
         from torch.optim import lr_scheduler
 
+        from gradmerge import drivers
+
         bases = {"Callback", "Logger", "LRScheduler", "Optimizer", "ProgressBar"}
         for module in (optim, lr_scheduler, callbacks, loggers):
             for name in getattr(module, "__all__", dir(module)):
                 found = isinstance(getattr(module, name), type) and name not in bases
                 if found and not name.startswith(("_", "Base")):
                     known.setdefault(name, f"{module.__name__}.{name}")
+        known.update({name: name for name in drivers.DRIVERS})
         # torch's own does not say which score it watches
         known["ReduceLROnPlateau"] = "lightning.pytorch.cli.ReduceLROnPlateau"
     return known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from gradmerge.coefficients import AbstractInit
 from gradmerge.errors import ConfigError
 from gradmerge.loaders import sample_batches
 from gradmerge.memory import release_freed_memory
@@ -126,6 +128,17 @@ class MergeModule(lightning.LightningModule):
     def _small_coefficients(self) -> dict[str, Tensor]:
         """Coefficients, where the objective has regularisers that look at them."""
         return self.merged.coefficients() if self.objective.regularisers else {}
+
+    def start_at(self, init: AbstractInit) -> None:
+        """Take another start, as a search has chosen it: in the recipe, and for what is measured
+        from the start. The coefficients themselves are left alone.
+        """
+        self.recipe = self.merged.plan.recipe = replace(self.recipe, init=init)
+        self.hparams["recipe"] = to_plain(self.recipe)
+        plan = self.merged.plan
+        if self.objective.regularisers:
+            raw = {key: value.to(self.device) for key, value in plan.initial_raw().items()}
+            self._start = {name: plan.coefficient(name, raw).detach() for name in plan.learned}
 
     @property
     def causal(self) -> bool:

@@ -15,7 +15,7 @@ from gradmerge.mergekit_reader import read_mergekit
 from gradmerge.spec import to_plain
 
 # What else a file for `gradmerge fit` may say; a merge without training has no use for it.
-_OF_A_FIT = ("seed_everything", "trainer", "optimizer", "lr_scheduler", "ckpt_path")
+_OF_A_FIT = ("seed_everything", "trainer", "optimizer", "lr_scheduler", "ckpt_path", "driver")
 # Options that ask for data, whatever is merged.
 _ASKING = ("search", "score")
 

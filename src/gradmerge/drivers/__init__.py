@@ -2,10 +2,15 @@
 
 from gradmerge.drivers.base import AbstractDriver, Job, Output
 from gradmerge.drivers.continual import Continual
-from gradmerge.drivers.fold import AbstractFold, Pairwise, Tree
+from gradmerge.drivers.fold import AbstractFold
 from gradmerge.drivers.layerwise import LayerWise
+from gradmerge.drivers.pairs import Pairwise, Tree
+
+DRIVERS = ("Continual", "LayerWise", "Pairwise", "Tree")
+"""Those that a configuration may name."""
 
 __all__ = [
+    "DRIVERS",
     "AbstractDriver",
     "AbstractFold",
     "Continual",

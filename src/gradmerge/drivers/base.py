@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +80,8 @@ class Job:
     """The whole configuration as plain data, as far as results depend on it."""
     say: Callable[[str], None] = rank_zero_info
     """Tells the user a line."""
+    _job: str = field(default="", init=False)
+    _seed: int | None = field(default=None, init=False)
 
     @property
     def folder(self) -> Path:
@@ -133,14 +136,14 @@ class Job:
         kept = read_json(path)
         if kept is None:
             refuse_existing(Path(self.target.path).expanduser(), self.target.overwrite)
-            kept = {"job": uuid.uuid4().hex, "content": plain(content)}
+            kept = {"job": uuid.uuid4().hex, "seed": _global_seed(), "content": plain(content)}
             if is_first_process():
                 write_record(path, kept)
         else:
             require_same(path, kept["content"], content)
             if not self._is_own_output(kept["job"]):
                 refuse_existing(Path(self.target.path).expanduser(), self.target.overwrite)
-        self._job = str(kept["job"])
+        self._job, self._seed = str(kept["job"]), kept["seed"]
         return self._job
 
     def _is_own_output(self, job: str) -> bool:
@@ -172,6 +175,11 @@ class Job:
             callbacks: more callbacks, after the configured ones.
             **overrides: arguments of the trainer that replace configured ones.
         """
+        # W&B: a run of its own for each trainer, all in one group
+        finish_wandb_run()
+        os.environ["WANDB_NAME"] = folder.name
+        os.environ.setdefault("WANDB_RUN_GROUP", f"{self.root.name}-{self._job[:8]}")
+        folder.mkdir(parents=True, exist_ok=True)
         return self.make_trainer(folder, callbacks, overrides)
 
     def configure(self, module: lightning.LightningModule) -> None:
@@ -191,10 +199,11 @@ class Job:
         return module
 
     def seed(self) -> None:
-        """Seed as the run was, so that a step does not depend on those before it having run."""
-        seed = os.environ.get("PL_GLOBAL_SEED")  # where `seed_everything` leaves it
-        if seed and seed.isdigit():
-            lightning.seed_everything(int(seed), workers=True, verbose=False)
+        """Seed as the job was when it began, so that a step does not depend on whether those before
+        it ran in this process.
+        """
+        if self._seed is not None:
+            lightning.seed_everything(self._seed, workers=True, verbose=False)
 
     def export(self, write: Callable[..., Path], said: Mapping[str, Any], **known: Any) -> Path:
         """Write the merged model where the job ends, and say where.
@@ -244,6 +253,18 @@ class AbstractDriver(ABC):
 def is_first_process() -> bool:
     """Whether this process writes what all share; others are started with their numbers set."""
     return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def finish_wandb_run() -> None:
+    """Close the run that a logger of an earlier trainer left open; the next would log to it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and getattr(wandb, "run", None) is not None:
+        wandb.finish()
+
+
+def _global_seed() -> int | None:
+    seed = os.environ.get("PL_GLOBAL_SEED")  # where `seed_everything` leaves it
+    return int(seed) if seed and seed.isdigit() else None
 
 
 def require_no_checkpoint(ckpt_path: str | None) -> None:

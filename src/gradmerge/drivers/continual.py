@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from gradmerge.coefficients import Constant
 from gradmerge.drivers.base import Job
-from gradmerge.drivers.fold import AbstractFold, Join, Node, in_order
+from gradmerge.drivers.fold import AbstractFold, Join, Node
+from gradmerge.drivers.pairs import in_order
 from gradmerge.errors import ConfigError
 from gradmerge.module import MergeModule
 from gradmerge.preprocess import Orthogonalise

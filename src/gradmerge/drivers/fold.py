@@ -1,4 +1,4 @@
-"""Merges of two at a time: pairwise, as a tree, and what they share.
+"""Merges of two at a time.
 
 A step merges two checkpoints, sources or merges of earlier steps, as an ordinary fit: with the
 recipe's own coefficients, link, operator and preprocess, on the tasks of the sources below it.
@@ -24,7 +24,7 @@ from gradmerge.data import MergeDataModule
 from gradmerge.drivers.base import AbstractDriver, Job
 from gradmerge.drivers.records import StepRecord
 from gradmerge.drivers.steps import learn_step
-from gradmerge.errors import ConfigError, nearest, shorten
+from gradmerge.errors import ConfigError, shorten
 from gradmerge.export import export_plan
 from gradmerge.module import MergeModule
 from gradmerge.objectives import Objective
@@ -148,71 +148,6 @@ class AbstractFold(AbstractDriver):
                 for node in pair:
                     _remove(node, job)
         return Path(job.target.path).expanduser()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pairwise(AbstractFold):
-    """The first source with the second, the result with the third, and so on (NP Merge's fold,
-    arXiv 2412.15467).
-
-    The result depends on the order, and the later a source joins, the fewer steps can undo its
-    weight; the order and each step's coefficients stand in the provenance.
-    """
-
-    order: list[str] | Literal["given"] = "given"
-    """Names of all sources in the order that they join; default: as the recipe has them."""
-
-    def joins(self, names: Sequence[str]) -> list[Join]:
-        """See `AbstractFold.joins`."""
-        names = in_order(self.order, names)
-        found: list[Join] = []
-        for number, name in enumerate(names[1:]):
-            found.append((number - 1 if number else names[0], name))
-        return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tree(AbstractFold):
-    """A balanced binary tree: pairs first, then pairs of pairs; the odd one out advances.
-
-    Each source passes through about `log2 K` merges, instead of up to K - 1.
-    """
-
-    order: list[str] | Literal["given"] = "given"
-    """Names of all sources in the order of the leaves; default: as the recipe has them."""
-
-    def joins(self, names: Sequence[str]) -> list[Join]:
-        """See `AbstractFold.joins`."""
-        level: list[str | int] = list(in_order(self.order, names))
-        found: list[Join] = []
-        while len(level) > 1:
-            above: list[str | int] = []
-            for left, right in zip(level[::2], level[1::2], strict=False):
-                found.append((left, right))
-                above.append(len(found) - 1)
-            level = above + level[len(level) - len(level) % 2 :]
-        return found
-
-
-def in_order(order: Sequence[str] | Literal["given"], names: Sequence[str]) -> list[str]:
-    """The names as an order says.
-
-    Raises:
-        ConfigError: it does not name each exactly once.
-    """
-    if order == "given":
-        return list(names)
-    unknown = [name for name in order if name not in names]
-    if unknown:
-        raise ConfigError(
-            f"order: {unknown[0]!r} is no source; there are {', '.join(names)}."
-            f"{nearest(unknown[0], names)}"
-        )
-    if sorted(order) != sorted(names):
-        raise ConfigError(
-            f"order: expected each of {', '.join(names)} once, came {', '.join(order)}."
-        )
-    return list(order)
 
 
 class _Step:
