@@ -87,7 +87,8 @@ class MergeCLI(LightningCLI):
             type=AbstractDriver | None,
             default=None,
             help="How the optimum is sought, where it is not one fit of all sources (Pairwise, "
-            "Tree, Continual, LayerWise). The same command again goes on with a job that was killed.",
+            "Tree, Continual, LayerWise). Run the same command again to go on with a job that was "
+            "killed.",
         )
         parser.add_argument(
             "--search",
@@ -210,7 +211,8 @@ class MergeCLI(LightningCLI):
         given["callbacks"] = [*first, *own, *rest]
         if rest:
             given["enable_checkpointing"] = True
-        given.update(overrides)
+        for name, value in overrides.items():
+            given[name] = value
         return self.instantiate_trainer()
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -505,6 +505,73 @@ def test_batch_norm_statistics_are_those_of_a_fit_with_the_same_coefficients(tmp
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
+def batched_reference(models, data, steps, optimiser, start):
+    """Coefficients of `Batched`'s blocks: batch statistics while learning, pooled ones after."""
+    base, *experts = [dict(model.state_dict()) for model in models]
+    inputs = [torch.stack([e["x"] for e in t.path["adaptation"]]) for t in data.tasks.values()]
+    c = {}
+
+    def theta(name):
+        given = c.get(name, torch.full((2, *base[name].shape), start, dtype=torch.float64))
+        return base[name] + sum(given[k] * (experts[k][name] - base[name]) for k in (0, 1))
+
+    def norm(x, place, get, mean=None, var=None):
+        weight, bias = get(f"{place}.weight"), get(f"{place}.bias")
+        return nn.functional.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, 1e-5)
+
+    def block(x, scale, place, get, statistics):
+        linear = nn.functional.linear(x, get(f"{place}.linear.weight"), get(f"{place}.linear.bias"))
+        return x + norm(linear, f"{place}.norm", get, *statistics(linear)).relu() * scale
+
+    def own(k, place, _=None):
+        return experts[k][f"{place}.running_mean"], experts[k][f"{place}.running_var"]
+
+    def pooled(rows):
+        every = torch.cat(rows)
+        return every.mean(dim=0), every.var(dim=0)
+
+    scales = [x.abs().mean() for x in inputs]
+    x1 = [norm(x, "first", theta, *pooled(inputs)) for x in inputs]
+    x2 = [norm(x, "first", experts[k].get, *own(k, "first")) for k, x in enumerate(inputs)]
+    for place in ("blocks.0", "blocks.1"):
+        x2 = [
+            block(x, scales[k], place, experts[k].get, partial(own, k, f"{place}.norm"))
+            for k, x in enumerate(x2)
+        ]
+        for part in ("linear.weight", "linear.bias", "norm.weight", "norm.bias"):
+            shape = (2, *base[f"{place}.{part}"].shape)
+            c[f"{place}.{part}"] = torch.full(shape, start, dtype=torch.float64).requires_grad_()
+        names = [name for name in c if name.startswith(place)]
+        chosen = optimiser([c[name] for name in names])
+        for _ in range(steps):
+            chosen.zero_grad()
+            came = [block(x, scales[k], place, theta, lambda _: ()) for k, x in enumerate(x1)]
+            sum(((a - b) ** 2).mean() for a, b in zip(came, x2, strict=True)).backward()
+            chosen.step()
+        for name in names:
+            c[name] = c[name].detach()
+        get = (f"{place}.linear.weight", f"{place}.linear.bias")
+        found = pooled([nn.functional.linear(x, *map(theta, get)) for x in x1])
+        given = partial(lambda found, _: found, found)
+        x1 = [block(x, scales[k], place, theta, given) for k, x in enumerate(x1)]
+    return c
+
+
+def test_blocks_with_batch_norm_are_learned_on_batch_statistics(tmp_path):
+    models = [model.double() for model in batched()]
+    data = data_of("x", count=9, batch_size=9)
+    recipe = recipe_of(models, coefficients=Element())
+    # a bias before BatchNorm has no gradient but rounding, of which Adam would make steps
+    job = job_of(tmp_path, recipe, data, SGD, dtype="float64")
+    LayerWise(steps=4).run(job)
+    expected = batched_reference(models, data, 4, SGD, float(torch.tensor(0.3)))
+    assert max(float((value - 0.3).abs().max()) for value in expected.values()) > 0.01
+    found = {k: v for k, v in raw_of(job).items() if not k.startswith("buffer:")}
+    assert {key.replace("/", ".") for key in found} == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name.replace(".", "/")], value, rtol=0, atol=1e-10)
+
+
 def test_a_tensor_without_a_gradient_is_set_by_the_rule_also_after_a_stop(tmp_path, monkeypatch):
     class First(nn.Module):
         def __init__(self):

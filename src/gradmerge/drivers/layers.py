@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,7 +174,8 @@ class Layers:
             record.finish(result)
             self.job.say(
                 f"block {number + 1} of {len(self.chain.blocks)}, {block.name}: loss "
-                f"{result['first_loss']:.3g} at the start, {result['loss']:.3g} in the end"
+                f"{result['first_loss']:.3g} in the first step, {result['loss']:.3g} over all "
+                "batches in the end"
             )
             return result, read_mapped(path)
         found = read_mapped(path)
@@ -250,8 +253,9 @@ class Layers:
         rate = self.job.options.get("learning_rate", 1e-2)
         module = BlockModule(merged, loss, rate, number * total, prefixes.batch_statistics)
         self.job.configure(module)
-        trainer = self._make_trainer(folder, total, logger=self._loggers or False)
-        trainer.fit(module, train_dataloaders=StreamLoader(stream, 0))
+        with _quiet():
+            trainer = self._make_trainer(folder, total, logger=self._loggers or False)
+            trainer.fit(module, train_dataloaders=StreamLoader(stream, 0))
         whole = trainer.global_step == total or getattr(trainer, "fast_dev_run", False)
         if trainer.interrupted:
             raise KeyboardInterrupt
@@ -303,3 +307,15 @@ class Layers:
 
 def _first(chosen: Sequence[Any]) -> Any:
     return chosen[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a trainer's greetings: there is one for each block."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
