@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
@@ -138,8 +139,8 @@ def examples(kind, seed, count):
     generator = torch.Generator().manual_seed(seed)
     found = []
     for i in range(count):
-        if kind == "x":
-            found.append({"x": torch.randn(6, generator=generator, dtype=torch.float64)})
+        if kind in ("x", "input"):
+            found.append({kind: torch.randn(6, generator=generator, dtype=torch.float64)})
         elif kind == "pixel_values":
             image = torch.randn(3, 8, 8, generator=generator, dtype=torch.float64)
             found.append({"pixel_values": image})
@@ -386,6 +387,24 @@ def test_the_export_is_the_merged_network_and_says_what_it_is(tmp_path):
     assert sorted(provenance["driver"]["kept_at_start"]) == sorted(kept)
     assert [block["name"] for block in provenance["driver"]["blocks"]] == names
     assert provenance["run"]["optimizers"][0]["class_path"] == "torch.optim.adam.Adam"
+
+
+def test_blocks_may_be_named_and_those_of_a_sequential_network_are_its_members(tmp_path):
+    torch.manual_seed(0)
+    members = [nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)]
+    models = relatives(nn.Sequential(OrderedDict(zip("abcde", members, strict=True))), scale=0.1)
+    for driver, kept in (
+        (LayerWise(steps=2), set()),
+        (LayerWise(steps=2, blocks=["[c-d]"]), {"a", "e"}),
+    ):
+        data = data_of("input", dtype=torch.float32)
+        job = job_of(
+            tmp_path / str(len(kept)), recipe_of(models, coefficients=Element()), data, ADAM
+        )
+        folder = driver.run(job)
+        coefficients = load_file(folder / "coefficients.safetensors")
+        still = {name[0] for name, c in coefficients.items() if bool((c == 0.3).all())}
+        assert still == kept
 
 
 # ---- resuming, spilling --------------------------------------------------------------------------

@@ -14,8 +14,8 @@ class Activations:
     """Tensors by name, each replaced in place as the blocks go by.
 
     What goes over the bound is kept in files of a folder and mapped from there, so that it counts
-    as the system's cache. The folder is scratch: it is emptied first and removed at the end, and
-    nothing of it is needed to go on after a kill.
+    as the system's cache. The folder is scratch: `close` removes it, with what a killed run left
+    there, and nothing of it is needed to go on.
 
     Args:
         folder: for the files; made when it is needed.
@@ -27,7 +27,6 @@ class Activations:
         self._held: dict[str, Tensor] = {}
         self._mapped: dict[str, Tensor] = {}
         self._files = 0
-        self.close()
 
     @property
     def held(self) -> int:

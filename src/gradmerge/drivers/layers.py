@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,20 +37,24 @@ _FILE, _BUFFER = "raw.safetensors", "buffer:"
 
 
 class Layers:
-    """One job of the layer-wise driver.
+    """One job of the layer-wise driver; making it finds out all that would be refused.
 
     Args:
         job: what is merged, and with which data.
         blocks: regular expressions of the blocks' names.
         batch_size: examples a task and step.
         memory: GiB of activations in memory.
+
+    Raises:
+        ConfigError: the network is no chain of blocks, or the tasks do not fit.
     """
 
     def __init__(
         self, job: Job, blocks: Sequence[str] | None, batch_size: int | None, memory: float
     ) -> None:
         self.job = job
-        trainer = self._make_trainer(job.folder, 1)
+        with _quiet():
+            trainer = self._make_trainer(job.folder, 1)
         if trainer.world_size != 1:
             raise ConfigError(
                 f"LayerWise: expected one process, came {trainer.world_size}: a block is small, "
@@ -65,15 +68,19 @@ class Layers:
         for warning in plan.warnings:
             lightning.pytorch.utilities.rank_zero_warn(str(warning))
         device = trainer.strategy.root_device
-        self.chain = Chain(plan, find_blocks(plan, blocks), dtype, device)
+        self.chain = chain = Chain(plan, find_blocks(plan, blocks), dtype, device)
+        job.data.attach(chain)
+        job.data.setup()
+        self.tasks = self._tasks()
+        self.activations = Activations(job.folder / "activations", int(memory * 2**30))
+        size = batch_size or job.data.batch_size
+        self.prefixes = Prefixes(chain, job.data, self.tasks, size, self.activations, {})
+        task, _, inputs = next(self.prefixes.inputs())
+        one = {k: v[:1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        self.deviation = chain.verify(one, self.tasks[task])
         if options.get("load_sources"):
             plan.load(device)
         self._starts = Starts(plan, torch.float64 if dtype == torch.float64 else torch.float32)
-        job.data.attach(self.chain)
-        job.data.setup()
-        self.tasks = self._tasks()
-        self._batch_size = batch_size or job.data.batch_size
-        self.activations = Activations(job.folder / "activations", int(memory * 2**30))
         self._run: dict[str, Any] = {}
 
     def _make_trainer(self, folder: Path, steps: int, **options: Any) -> lightning.Trainer:
@@ -119,20 +126,15 @@ class Layers:
 
     def run(self, epochs: int, steps: int | None) -> Path:
         """All blocks and the export."""
-        folder, chain, plan = self.job.folder, self.chain, self.plan
-        prefixes = Prefixes(
-            chain, self.job.data, self.tasks, self._batch_size, self.activations, {}
-        )
-        task, _, inputs = next(prefixes.inputs())
-        one = {k: v[:1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        deviation = chain.verify(one, self.tasks[task])
+        folder, chain, plan, prefixes = self.job.folder, self.chain, self.plan, self.prefixes
         within = {name for block in chain.blocks for name in block.tensors}
         outside = [name for name in plan.learned if name not in within]
         self.job.say(
             f"{len(chain.blocks)} blocks, {chain.blocks[0].name} to {chain.blocks[-1].name} (one "
-            f"by one {deviation:.1g} off the network itself); {len(outside)} tensors outside of "
-            f"them keep their starting coefficients{': ' if outside else ''}{shorten(outside)}"
+            f"by one {self.deviation:.1g} off the network itself); {len(outside)} tensors outside "
+            f"keep their starting coefficients{': ' if outside else ''}{shorten(outside)}"
         )
+        self.activations.close()  # what a killed run left
         self._starts.write(folder / "outside.safetensors", outside)
         parts = read_mapped(folder / "outside.safetensors")
         prefixes.outside = dict(parts)
@@ -142,14 +144,13 @@ class Layers:
             result, found = self._block(number, prefixes, epochs, steps)
             results.append(result)
             parts.update({k: v for k, v in found.items() if not k.startswith(_BUFFER)})
-            gc.collect()  # a trainer is in a circle with its module: coefficients, optimiser state
         self.activations.close()
         prefixes.recompute(partial(self._whole_passes, prefixes, parts))
         plan.run = self._run
         extra = {
-            "class_path": "gradmerge.drivers.layerwise.LayerWise",
+            "class_path": "LayerWise",
             "kept_at_start": outside,
-            "deviation": deviation,
+            "deviation": self.deviation,
             "blocks": [
                 {"name": block.name, **{k: v for k, v in result.items() if k != "run"}}
                 for block, result in zip(chain.blocks, results, strict=True)
@@ -211,6 +212,7 @@ class Layers:
         write_tensors(path, {**merged.raw, **buffers})
         result["loss"] = self._pass_merged(number, merged, prefixes)
         result.setdefault("first_loss", result["loss"])
+        merged.release()
         return result
 
     @torch.no_grad()
@@ -274,7 +276,9 @@ class Layers:
                 stacklevel=2,
             )
         self._run = self._run or self._describe(trainer, module)
-        merged.raw = {slot: z.detach() for slot, z in module.raw.items()}
+        merged.raw = module.release()
+        for optimiser in trainer.optimizers:
+            optimiser.state.clear()
         merged.renew(merged.names)
         return {
             "fixed": dict.fromkeys(module.unused, value),

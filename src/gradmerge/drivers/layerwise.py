@@ -58,12 +58,13 @@ class LayerWise(AbstractDriver):
                 "LayerWise: activation_checkpointing recomputes blocks within a pass of the whole "
                 "network; here one block runs at a time. Leave it out."
             )
+        # what would be refused is found before the job is on record
+        layers = Layers(job, self.blocks, self.batch_size, self.activation_memory)
         job.begin(self)
         done = job.exported
         if done is not None:
             job.say(f"finished before: {done}")
             return done
-        layers = Layers(job, self.blocks, self.batch_size, self.activation_memory)
         try:
             return layers.run(self.epochs, self.steps)
         finally:

@@ -132,6 +132,11 @@ class MergedBlock:
         loss: Tensor = Deferred.apply(total, ordered, *raws.values())
         return loss, values
 
+    def release(self) -> None:
+        """Let go of all tensors."""
+        self.raw = {}
+        self._theta.clear()
+
     def fix_unused(self) -> list[str]:
         """Set tensors that no backward has reached by the recipe's rule, and say which."""
         unused = [name for name in self.learned if name not in self.touched]
@@ -210,6 +215,18 @@ class BlockModule(lightning.LightningModule):
                 self.log(f"{prefix}/{task}/loss", value, **options)
         self.log("step", float(self._first_step + self.global_step), **options)
         return loss
+
+    def release(self) -> dict[str, Tensor]:
+        """The coefficients as they are; nothing is kept here.
+
+        A trainer and its module are in a circle, which Python collects when it will.
+        """
+        found = {}
+        for slot, parameter in self.raw.items():
+            found[slot] = parameter.detach()
+            parameter.grad = None
+            parameter.data = parameter.new_empty(0)
+        return found
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam; the command line's `optimizer` and `lr_scheduler` take its place."""
