@@ -20,7 +20,6 @@ from torch import nn
 
 from gradmerge.callbacks import log_artifact
 from gradmerge.coefficients import Constant
-from gradmerge.data import MergeDataModule
 from gradmerge.drivers.base import AbstractDriver, Job
 from gradmerge.drivers.records import StepRecord
 from gradmerge.drivers.steps import learn_step
@@ -63,6 +62,9 @@ class Node:
 class AbstractFold(AbstractDriver):
     """A merge of two at a time."""
 
+    # said again: the parser reads what a class and its parent say of their options
+    restart: bool = False
+    """Begin anew where an earlier run left its states: its folder is moved aside, never deleted."""
     tasks: Literal["members", "all"] = "members"
     """Tasks of a step: those of the sources that are in it, or all."""
     start: Literal["average", "recipe"] = "average"
@@ -124,6 +126,7 @@ class AbstractFold(AbstractDriver):
         objective = job.options.get("objective")
         if isinstance(objective, Objective):
             objective.require_tasks(job.data.tasks)
+        self._require_tasks(job, nodes, joins)
         job.begin(self, **self.reads(job))
         if job.exported is not None:
             job.say(f"this job is finished: {job.exported}")
@@ -149,6 +152,34 @@ class AbstractFold(AbstractDriver):
                     _remove(node, job)
         return Path(job.target.path).expanduser()
 
+    def _require_tasks(self, job: Job, nodes: Mapping[str, Node], joins: Sequence[Join]) -> None:
+        """Refuse steps without tasks before the first one."""
+        inside: list[tuple[str, ...]] = []
+        for pair in joins:
+            of = [inside[at] if isinstance(at, int) else nodes[at].members for at in pair]
+            inside.append((*of[0], *of[1]))
+            self.tasks_of(job, inside[-1])
+
+    def tasks_of(self, job: Job, members: Sequence[str]) -> list[str]:
+        """The tasks of a step with these sources in it.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        serving = self.serving(job)
+        chosen = []
+        for name, task in job.data.tasks.items():
+            source = task.source or name
+            if self.tasks == "all" or source in members or source not in serving:
+                chosen.append(name)
+        if not chosen:
+            raise ConfigError(
+                f"no task is of {', '.join(members)}, which one step merges; tasks are "
+                f"{', '.join(job.data.tasks)}. Set `source` of the tasks, or take all of them at "
+                "each step: --driver.tasks all."
+            )
+        return chosen
+
 
 class _Step:
     """One join of a fold: its recipe, its tasks, and what it gives."""
@@ -166,7 +197,7 @@ class _Step:
         self.history = list(history)
         self.before = history[-1] if history else {}
         self.members = tuple(member for node in pair for member in node.members)
-        self.data = self._data()
+        self.data = job.data.restricted(fold.tasks_of(job, self.members))
         self.recipe = self._recipe()
         content = {"recipe": to_plain(self.recipe), "tasks": list(self.data.tasks)}
         self.record: StepRecord = job.step(name, content)
@@ -182,21 +213,6 @@ class _Step:
     @property
     def _folder(self) -> Path:
         return self.record.folder / "merged"
-
-    def _data(self) -> MergeDataModule:
-        data, serving = self.job.data, self.fold.serving(self.job)
-        chosen = []
-        for name, task in data.tasks.items():
-            source = task.source or name
-            if self.fold.tasks == "all" or source in self.members or source not in serving:
-                chosen.append(name)
-        if not chosen:
-            raise ConfigError(
-                f"no task is of {', '.join(self.members)}, which this step merges; tasks are "
-                f"{', '.join(data.tasks)}. Set `source` of the tasks, or take all of them at each "
-                "step: --driver.tasks all."
-            )
-        return data.restricted(chosen)
 
     def _recipe(self) -> Recipe:
         whole, (left, right) = self.job.recipe, self.pair

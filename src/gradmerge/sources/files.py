@@ -118,9 +118,19 @@ def _parse_header(header: dict[str, Any], path: Path) -> tuple[dict[str, TensorI
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """Tensors mapped from one or more safetensors files."""
+    """Tensors mapped from one or more safetensors files.
 
-    def __init__(self, files: list[Path], label: str, folder: Path | None = None) -> None:
+    In a task's folder of an export the index names the task's own head in place of the shared one,
+    which lies with the shared weights in the folder above.
+    """
+
+    def __init__(
+        self,
+        files: list[Path],
+        label: str,
+        folder: Path | None = None,
+        places: Mapping[str, Path] | None = None,
+    ) -> None:
         self._label = label
         self._folder = folder
         self._infos: dict[str, TensorInfo] = {}
@@ -128,6 +138,9 @@ class SafetensorsCheckpoint(Checkpoint):
         self._mapped: dict[str, Tensor] = {}
         for file in files:
             for name, info in read_header(file).items():
+                place = (places or {}).get(name, file)
+                if place != file and place.parent != file.parent:
+                    continue
                 if name in self._infos:
                     raise SourceError(
                         f"{label}: tensor {name} stands in both {self._infos[name].file} and "
@@ -241,16 +254,16 @@ def _load_without_code(file: Path) -> dict[str, Tensor]:
     return state
 
 
-def _weight_files(folder: Path, single: str) -> tuple[list[Path], list[str]]:
-    """The weight files of a folder and the tensors its index promises, in transformers' order:
-    the single file if it is there, else the shards of the index.
+def _weight_files(folder: Path, single: str) -> tuple[list[Path], dict[str, Path]]:
+    """The weight files of a folder and where its index promises each tensor, in transformers'
+    order: the single file if it is there, else the shards of the index.
     """
     if (folder / single).is_file():
-        return [folder / single], []
+        return [folder / single], {}
     path = folder / f"{single}.index.json"
     index = read_json(path)
     if index is None:
-        return [], []
+        return [], {}
     places = index.get("weight_map")
     if not isinstance(places, dict) or not places:
         raise SourceError(f"{path}: expected a `weight_map` from tensors to shards, came none.")
@@ -261,7 +274,7 @@ def _weight_files(folder: Path, single: str) -> tuple[list[Path], list[str]]:
             f"{folder}: its index names shards that do not exist: {shorten(lost)}. "
             "Copy or download them again."
         )
-    return files, list(places)
+    return files, {name: folder / file for name, file in places.items()}
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -333,7 +346,10 @@ class HuggingFace(AbstractSource):
                 f"{folder}: expected model.safetensors, model.safetensors.index.json or "
                 f"pytorch_model.bin, came {there}.{_adapter_hint(folder)}"
             )
-        checkpoint = kind(files, label, folder)
+        if kind is SafetensorsCheckpoint:
+            checkpoint: Checkpoint = SafetensorsCheckpoint(files, label, folder, promised)
+        else:
+            checkpoint = kind(files, label, folder)
         lost = [name for name in promised if name not in checkpoint.infos]
         if lost and kind is SafetensorsCheckpoint:  # a .bin index also names tied tensors twice
             raise SourceError(

@@ -1,0 +1,277 @@
+"""Drivers and searches from the command line, on tiny folders."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+
+from gradmerge.cli import learn, main
+from gradmerge.coefficients import Scaled
+from gradmerge.objectives import L2ToInit
+from gradmerge.spec import from_plain
+from tiny import write_yaml as write
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+@pytest.fixture(scope="module")
+def three(world, tmp_path_factory):
+    """The world with a third source and task."""
+    import copy
+    import shutil
+
+    root = tmp_path_factory.mktemp("three")
+    found = copy.deepcopy(world)
+    recipe = found["model"]["recipe"]
+    folder = root / "c"
+    shutil.copytree(recipe["sources"]["b"], folder)
+    model = transformers.BertForSequenceClassification.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    recipe["sources"]["c"] = str(folder)
+    found["data"]["tasks"]["c"] = found["data"]["tasks"]["a"]
+    found["trainer"] |= {"default_root_dir": "run", "max_steps": 2, "limit_val_batches": 1}
+    found["seed_everything"] = 3
+    return found
+
+
+def fails(arguments, capsys):
+    """The message of a command that stops with status 2."""
+    try:
+        status = main(arguments)
+    except SystemExit as stopped:
+        status = stopped.code
+    message = capsys.readouterr().err
+    assert status == 2, message
+    return message
+
+
+PAIRWISE = {"driver": {"class_path": "Pairwise"}}
+NP = {
+    "class_path": "Complement",
+    "init_args": {
+        "inner": {"class_path": "Sigmoid", "init_args": {"inner": {"class_path": "Element"}}}
+    },
+}
+OPTIMISER = {
+    "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}},
+    "lr_scheduler": {
+        "class_path": "torch.optim.lr_scheduler.CosineAnnealingLR",
+        "init_args": {"T_max": 2},
+    },
+}
+
+
+def test_a_fold_of_three_by_a_link_for_two_ends_in_a_model_folder(three, tmp_path, monkeypatch):
+    """NP Merge of three: the recipe is never one of all sources."""
+    export = {
+        "class_path": "ExportAtEnd",
+        "init_args": {"output": "out", "dtype": "bfloat16", "head": "b"},
+    }
+    best = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"monitor": "selection/loss", "filename": "best"},
+    }
+    part = {"model": {"recipe": {"coefficients": NP, "private": ["^classifier"]}}}
+    callbacks = {"trainer": {"callbacks": [best, export]}}
+    config = write(tmp_path / "c.yaml", three, part, PAIRWISE, OPTIMISER, callbacks)
+    fitted = []
+    original = lightning.Trainer.fit
+
+    @functools.wraps(original)
+    def fit(self, module, *args, **kwargs):
+        original(self, module, *args, **kwargs)
+        (optimiser,) = self.optimizers
+        fitted.append((type(optimiser), optimiser.param_groups[0]["lr"], self.default_root_dir))
+
+    monkeypatch.setattr(lightning.Trainer, "fit", fit)
+    assert main(["fit", "--config", config]) == 0
+    # the configured optimiser and schedule, one of its own for each step
+    assert [(kind, round(rate, 8)) for kind, rate, _ in fitted] == [(torch.optim.SGD, 0.0)] * 2
+    assert [Path(root).name for *_, root in fitted] == ["step-1", "step-2"]
+
+    model = transformers.BertForSequenceClassification.from_pretrained("out")
+    assert model.dtype == torch.bfloat16
+    for task in "abc":
+        own = transformers.BertForSequenceClassification.from_pretrained(f"out/tasks/{task}")
+        source = load_file(Path(three["model"]["recipe"]["sources"][task]) / "model.safetensors")
+        assert torch.equal(own.classifier.weight, source["classifier.weight"].bfloat16())
+    said = json.loads(Path("out/provenance.json").read_text())
+    assert [step["merged"] for step in said["driver"]["steps"]] == [
+        [["a"], ["b"]],
+        [["a", "b"], ["c"]],
+    ]
+    assert said["driver"]["members"] == ["a", "b", "c"]
+    assert yaml.safe_load(said["run"]["yaml"])["driver"]["class_path"].endswith("Pairwise")
+    assert "Pairwise" in Path("out/gradmerge.yaml").read_text()
+    for number in (1, 2):
+        step = Path(f"run/driver/steps/step-{number}")
+        assert (step / "checkpoints/best.ckpt").is_file()
+        assert list(step.rglob("metrics.csv"))
+        assert list(step.rglob("coefficients.csv"))
+    before = sorted((path, path.stat().st_mtime_ns) for path in Path().rglob("*"))
+    assert main(["fit", "--config", config]) == 0
+    assert sorted((path, path.stat().st_mtime_ns) for path in Path().rglob("*")) == before
+
+
+def test_the_same_command_goes_on_with_a_killed_job(three, tmp_path, monkeypatch, capsys):
+    config = write(tmp_path / "c.yaml", three, OPTIMISER)
+    driver = ["--driver", "Pairwise", "--driver.every_n_steps", "1"]
+    root = ["--trainer.default_root_dir"]
+    assert main(["fit", "--config", config, *driver, *root, "whole"]) == 0
+    from gradmerge.module import MergeModule
+
+    original, steps = MergeModule.training_step, []
+
+    def killed(self, batch, batch_idx):
+        steps.append(0)
+        if len(steps) == 4:
+            raise KeyError("killed")
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(MergeModule, "training_step", killed)
+    with pytest.raises(KeyError, match="killed"):
+        main(["fit", "--config", config, *driver, *root, "run"])
+    assert not Path("run/merged").exists()
+    assert Path("run/driver/steps/step-2/last.ckpt").is_file()
+    message = fails(["fit", "--config", config, *driver, "--optimizer.lr", "0.1"], capsys)
+    assert "optimizer.init_args.lr: was 0.5, is 0.1" in message
+    assert "--driver.restart true" in message
+    # bars and the number of workers change no result
+    more = ["--data.num_workers", "0", "--trainer.enable_model_summary", "true"]
+    assert main(["fit", "--config", config, *driver, *root, "run", *more]) == 0
+    assert len(steps) == 5
+    first, second = (load_file(f"{r}/merged/coefficients.safetensors") for r in ("whole", "run"))
+    assert all(torch.equal(first[name], value) for name, value in second.items())
+
+
+def test_a_random_seed_stays_the_one_that_a_job_began_with(three, tmp_path):
+    part = {"seed_everything": True, "trainer": {"max_steps": 1}}
+    config = write(tmp_path / "c.yaml", three, part, PAIRWISE)
+    assert main(["fit", "--config", config, "--driver.keep_steps", "false"]) == 0
+    seed = json.loads(Path("run/driver/job.json").read_text())["seed"]
+    assert isinstance(seed, int)
+    assert main(["fit", "--config", config, "--driver.keep_steps", "false"]) == 0
+    assert json.loads(Path("run/driver/job.json").read_text())["seed"] == seed
+    assert not list(Path("run/driver").rglob("merged"))
+
+
+def test_a_driver_opens_nothing_before_it_runs(three, tmp_path, monkeypatch):
+    from gradmerge.recipe import Recipe
+
+    opened = []
+    monkeypatch.setattr(Recipe, "open", lambda *_: opened.append(0))
+    found = learn(["--config", write(tmp_path / "c.yaml", three, PAIRWISE)], run=False)
+    assert opened == []
+    assert found.model is None
+    assert list(found.job.recipe.sources) == ["a", "b", "c"]
+    assert found.job.root == Path("run")
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "message"),
+    [
+        ("validate", [], "`gradmerge validate` scores one merge"),
+        ("test", [], "--driver null"),
+        ("fit", ["--ckpt_path", "last"], "resumes by itself when the same command runs again"),
+        ("fit", ["--trainer.fast_dev_run", "1"], "--trainer.max_steps 1"),
+        ("fit", ["--search", "Scales"], "search and driver: a search chooses the start"),
+        ("fit", ["--driver", "Pairwize"], "Did you mean 'Pairwise'?"),
+        ("fit", ["--driver.order", "[a, b, d]"], "order: 'd' is no source"),
+    ],
+)
+def test_what_a_driver_has_no_use_for_is_refused(three, tmp_path, capsys, command, more, message):
+    config = write(tmp_path / "c.yaml", three, PAIRWISE)
+    assert message in fails([command, "--config", config, *more], capsys)
+
+
+def test_help_names_drivers_and_searches(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "How the optimum is sought, where it is not one fit of all sources" in text
+    assert "Searches for the coefficients that a fit starts at" in text
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--driver.help", "Tree"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Begin anew where an earlier run left its states" in text
+
+
+def test_a_plain_merge_takes_a_file_with_a_driver(three, tmp_path):
+    recipe = {"model": {"recipe": {"init": {"class_path": "Uniform"}}}}
+    config = write(tmp_path / "c.yaml", three, PAIRWISE, recipe)
+    assert main(["merge", "--config", config, "--output", "plain"]) == 0
+    assert Path("plain/model.safetensors").is_file()
+
+
+# ---- a search as the start ------------------------------------------------------------------
+
+
+def test_a_search_is_the_start_of_a_fit(three, tmp_path):
+    regularised = {
+        "objective": {"terms": ["CrossEntropy"], "regularisers": [{"class_path": "L2ToInit"}]},
+        "recipe": {"init": {"class_path": "Constant", "init_args": {"value": 1.0}}},
+    }
+    search = {
+        "search": {"class_path": "Scales", "init_args": {"values": [0.1, 0.4], "metric": "loss"}}
+    }
+    config = write(tmp_path / "c.yaml", three, {"model": regularised}, search)
+    at_rest = ["--model.learning_rate", "0"]
+    found = learn(["fit", "--config", config, *at_rest])
+    module = found.model
+    run = module.merged.plan.run["search"]
+    losses = [trial["selection"]["loss"] for trial in run["trials"]]
+    assert [trial["init"]["init_args"]["factor"] for trial in run["trials"]] == [0.1, 0.4]
+    assert losses[0] != losses[1]
+    best = (0.1, 0.4)[losses.index(min(losses))]
+    chosen = from_plain(run["chosen"])
+    assert isinstance(chosen, Scaled)
+    assert chosen.factor == best
+    assert torch.allclose(module.merged.raw["tensor"], torch.tensor(best))
+    assert L2ToInit().penalty(module._small_coefficients(), module._start).item() == 0
+    assert module.recipe.init == chosen
+    assert module.merged.plan.run["initial_coefficients"] == pytest.approx(
+        dict.fromkeys("abc", best)
+    )
+    with (Path(found.trainer.log_dir) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["search/trial"]]
+    assert [float(row["search/loss"]) for row in rows] == pytest.approx(losses)
+    # the score before the first step is that of the choice
+    (checkpoint,) = Path("run").rglob("*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["gradmerge"]["run"]["search"] == run
+    assert from_plain(saved["hyper_parameters"]["recipe"]).init == chosen
+
+
+def test_a_fit_that_goes_on_does_not_search_again(three, tmp_path, monkeypatch):
+    from gradmerge.evaluation import Selection
+
+    search = ["--search", "Scales", "--search.values", "[0.2, 0.6]", "--search.metric", "loss"]
+    part = {"model": {"objective": {"regularisers": ["L2ToInit"]}}}
+    config = write(tmp_path / "c.yaml", three, part)
+    whole = learn(["fit", "--config", config, *search, "--trainer.max_steps", "4"]).model
+    options = ["--trainer.default_root_dir", "first"]
+    learn(["fit", "--config", config, *search, *options])
+    (checkpoint,) = Path("first").rglob("*.ckpt")
+    monkeypatch.setattr(Selection, "search", lambda *_: pytest.fail("searched again"))
+    options = ["--trainer.max_steps", "4", "--ckpt_path", str(checkpoint)]
+    resumed = learn(["fit", "--config", config, *search, *options]).model
+    for key, raw in whole.merged.raw.items():
+        assert torch.equal(resumed.merged.raw[key], raw)
+    assert resumed.recipe.init == whole.recipe.init
+    for name, start in whole._start.items():
+        assert torch.equal(resumed._start[name], start)
+    run = resumed.merged.plan.run
+    assert run["search"] == run["before"]["search"] == whole.merged.plan.run["search"]
