@@ -3,8 +3,9 @@
     python scripts/bench_layerwise.py --json layerwise.json
 
 A Llama of 24 layers, made here: random weights, base and two sources, the sources a little off the
-base. Each run is a process of its own that takes its anonymous resident memory (RssAnon) when all
-is imported, learns one coefficient a weight and source for a few steps with Adam, and exports.
+base. Each run is a process of its own. It learns a tiny model first, so that all code is loaded,
+takes its anonymous resident memory (RssAnon), learns one coefficient a weight and source for a few
+steps with Adam, and exports.
 Mapped files are the system's cache and not counted. Reported are the peak above that start, and
 its parts that are known: activations held in memory, and of the block that is learned (end to end:
 of the model) the coefficients, their gradient and Adam's two moments. What is left is shown as a
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,14 +25,13 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SOURCES = ("a", "b")
-LAYERS, TOKENS, EXAMPLES = 24, 64, 16
+LAYERS, TOKENS, EXAMPLES, BATCH = 24, 64, 16, 8
 SIZES = {
     "5m": {"hidden_size": 640, "intermediate_size": 1792, "num_attention_heads": 10},
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2},
@@ -77,12 +76,12 @@ def make_models(folder: Path, size: str, dtype: str) -> None:
         config.save_pretrained(target)
 
 
-def block_entries(folder: Path) -> int:
-    """Entries of one block of one source."""
+def entries(folder: Path, part: str = "") -> int:
+    """Entries of one source's tensors with this in their names."""
     from safetensors import safe_open
 
     with safe_open(folder / "base" / "model.safetensors", framework="pt") as file:
-        names = [name for name in file.keys() if ".layers.0." in name]  # noqa: SIM118
+        names = [name for name in file.keys() if part in name]  # noqa: SIM118
         return sum(file.get_tensor(name).numel() for name in names)
 
 
@@ -114,8 +113,10 @@ def measured(result: dict[str, float]) -> Iterator[None]:
     result["peak"] = float(max(peak, anonymous()) - before)
 
 
-def run(kind: str, folder: Path, output: Path, steps: int, memory: float) -> dict[str, float]:
-    """One run, in this process."""
+def run(
+    kind: str, warm: Path, folder: Path, output: Path, steps: int, memory: float
+) -> dict[str, float]:
+    """One run, in this process, after one of a tiny model, for which all code is loaded."""
     import lightning
     import torch
 
@@ -125,25 +126,9 @@ def run(kind: str, folder: Path, output: Path, steps: int, memory: float) -> dic
     from gradmerge.drivers.activations import Activations
     from gradmerge.export import export_merged
     from gradmerge.native import native_kernels
-    from gradmerge.objectives import KLToSource
+    from gradmerge.objectives import KLToSource, Objective
 
     native_kernels()  # compiled once a machine, not once a merge
-    torch.manual_seed(0)
-    tasks = {}
-    for source in SOURCES:
-        drawn = torch.randint(3, 1000, (3, EXAMPLES, TOKENS))
-        splits = ("adaptation", "selection", "test")
-        path = {
-            s: [{"input_ids": row} for row in rows] for s, rows in zip(splits, drawn, strict=True)
-        }
-        tasks[source] = TaskData(path=path, kind="tensors")
-    data = MergeDataModule(tasks, batch_size=8)
-    recipe = Recipe(
-        {name: str(folder / name) for name in SOURCES},
-        base=str(folder / "base"),
-        coefficients=Element(),
-        init=Constant(0.3),
-    )
 
     def make_trainer(place: Path, callbacks: Any, overrides: dict[str, Any]) -> lightning.Trainer:
         settings = {
@@ -159,7 +144,41 @@ def run(kind: str, folder: Path, output: Path, steps: int, memory: float) -> dic
         }
         return lightning.Trainer(**{**settings, **overrides})
 
+    def learn(models: Path, place: Path, tokens: int) -> None:
+        torch.manual_seed(0)
+        tasks = {}
+        for source in SOURCES:
+            drawn = torch.randint(3, 1000, (3, EXAMPLES, tokens))
+            splits = ("adaptation", "selection", "test")
+            path = {
+                split: [{"input_ids": row} for row in rows]
+                for split, rows in zip(splits, drawn, strict=True)
+            }
+            tasks[source] = TaskData(path=path, kind="tensors")
+        data = MergeDataModule(tasks, batch_size=BATCH)
+        recipe = Recipe(
+            {name: str(models / name) for name in SOURCES},
+            base=str(models / "base"),
+            coefficients=Element(),
+            init=Constant(0.3),
+        )
+        if kind == "layerwise":
+            job = Job(recipe, data, place, make_trainer, options={"learning_rate": 0.01})
+            LayerWise(steps=steps, activation_memory=memory).run(job)
+        else:
+            module = MergeModule(
+                recipe,
+                Objective([KLToSource()]),
+                "streamed",
+                learning_rate=0.01,
+                score_experts=False,
+            )
+            trainer = make_trainer(place, [], {"max_steps": steps, "limit_val_batches": 0})
+            trainer.fit(module, datamodule=data)
+            export_merged(module.merged, place / "merged")
+
     result: dict[str, float] = {"held": 0.0, "spilled": 0.0}
+    learn(warm, output / "warm", 8)
     put = Activations.put
 
     def watched(self: Activations, name: str, tensor: torch.Tensor) -> None:
@@ -169,16 +188,7 @@ def run(kind: str, folder: Path, output: Path, steps: int, memory: float) -> dic
 
     Activations.put = watched  # type: ignore[method-assign]
     with measured(result):
-        if kind == "layerwise":
-            job = Job(recipe, data, output, make_trainer, options={"learning_rate": 0.01})
-            LayerWise(steps=steps, activation_memory=memory).run(job)
-        else:
-            module = MergeModule(
-                recipe, KLToSource(), memory="streamed", learning_rate=0.01, score_experts=False
-            )
-            trainer = make_trainer(output, [], {"max_steps": steps, "limit_val_batches": 0})
-            trainer.fit(module, datamodule=data)
-            export_merged(module.merged, output / "merged")
+        learn(folder, output, TOKENS)
     return result
 
 
@@ -189,34 +199,34 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps a block; of the fit")
     parser.add_argument("--cache", default=".cache/bench", help="where the models are kept")
     parser.add_argument("--json", help="file to write all figures to")
-    parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        kind, folder, output, steps, memory = args.run
-        print(json.dumps(run(kind, Path(folder), Path(output), int(steps), float(memory))))
+        kind, warm, folder, output, steps, memory = args.run
+        found = run(kind, Path(warm), Path(folder), Path(output), int(steps), float(memory))
+        print(json.dumps(found))
         return
     folder = Path(args.cache).resolve() / f"layers-{args.size}-{args.dtype}"
+    warm = folder.with_name(f"layers-tiny-{args.dtype}")
     make_models(folder, args.size, args.dtype)
-    block = 4 * block_entries(folder)
+    make_models(warm, "tiny", args.dtype)
+    block, whole = 4 * entries(folder, ".layers.0."), 4 * entries(folder)
     stored = sum(f.stat().st_size for f in folder.glob("*/model.safetensors"))
     print(f"a block of one source: {block / 1e6:.1f} MB in float32; files {stored / 1e6:.0f} MB")
     rows = []
-    state = partial(lambda blocks: 4 * len(SOURCES) * block * blocks)
     for kind, name, memory in (
         ("layerwise", "layer-wise", 4.0),
         ("layerwise", "layer-wise, all spilled", 0.0),
         ("fit", "end to end", 0.0),
     ):
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            command = [sys.executable, __file__, "--run", kind, str(folder), work]
+            command = [sys.executable, __file__, "--run", kind, str(warm), str(folder), work]
             command += [str(args.steps), str(memory)]
             ran = subprocess.run(command, capture_output=True, text=True, check=False)
-            shutil.rmtree(work, ignore_errors=True)
-            os.makedirs(work, exist_ok=True)
         if ran.returncode:
             raise SystemExit(f"{name} failed:\n{ran.stderr[-3000:]}")
         found = json.loads(ran.stdout.splitlines()[-1])
-        found["state"] = state(1 if kind == "layerwise" else LAYERS)
+        found["state"] = 4.0 * len(SOURCES) * (block if kind == "layerwise" else whole)
         found["rest"] = found["peak"] - found["state"] - found["held"]
         rows.append({"run": name, **found, "rest_in_blocks": found["rest"] / block})
         print(

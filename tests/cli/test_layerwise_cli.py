@@ -29,7 +29,7 @@ def test_the_shipped_files_learn_block_by_block(files, world, tmp_path, capsys):
     options = [option for file in files for option in ("--config", str(CONFIGS / file))]
     command = ["fit", "--config", suite, *options, "--driver.steps", "3"]
     assert main(command) == 0
-    with Path("outputs/driver/logs/version_0/metrics.csv").open() as file:
+    with Path("outputs/logs/version_0/metrics.csv").open() as file:
         losses = [float(row["layer/0/loss"]) for row in csv.DictReader(file)]
     assert len(losses) == 3
     provenance = json.loads(Path("outputs/merged/provenance.json").read_text())

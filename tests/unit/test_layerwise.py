@@ -34,6 +34,8 @@ from gradmerge.coefficients import (
 )
 from gradmerge.drivers import Job, LayerWise, layers
 from gradmerge.drivers.activations import Activations
+from gradmerge.drivers.blocks import find_blocks
+from gradmerge.drivers.chain import Chain
 from gradmerge.errors import ConfigError
 from tiny import SPLITS, build, recipe_of, relatives, save_family
 
@@ -653,6 +655,61 @@ def test_each_task_has_its_own_head(tmp_path):
         assert all(torch.equal(value, own[name]) for name, value in head.items())
 
 
+# ---- networks ------------------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+REAL = {
+    "GPT2LMHeadModel": {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2},
+    "Gemma3ForCausalLM": {**SMALL, "num_key_value_heads": 2, "head_dim": 4, "sliding_window": 4},
+    "MixtralForCausalLM": {**SMALL, "num_key_value_heads": 2, "num_local_experts": 2},
+    "DebertaV2ForSequenceClassification": {
+        **SMALL,
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+    },
+    "ResNetForImageClassification": {
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16],
+        "depths": [1, 2],
+        "layer_type": "basic",
+    },
+    "AlbertForSequenceClassification": {**SMALL, "embedding_size": 8},
+    "T5EncoderModel": {"vocab_size": 32, "d_model": 16, "d_ff": 24, "num_layers": 2, "d_kv": 4},
+}
+NO_CHAIN = {
+    "AlbertForSequenceClassification": r"albert_layer_groups\.0 runs 2 times in one pass",
+    "T5EncoderModel": r"args\[2\] of encoder\.block\.1 depends on what the blocks before",
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_networks_are_found_to_be_chains_or_not(name):
+    torch.manual_seed(0)
+    kind = getattr(transformers, name)
+    models = relatives(kind(kind.config_class(**REAL[name])), 2, 0.1)
+    plan = recipe_of(models).open()
+    blocks = find_blocks(plan)
+    assert len(blocks) == (1 if name.startswith("Albert") else 2)
+    chain = Chain(plan, blocks, torch.float32, torch.device("cpu"))
+    if "Image" in name:
+        inputs = {"pixel_values": torch.randn(1, 3, 32, 32)}
+    else:
+        mask = torch.tensor([[1] * 7 + [0] * 2])
+        inputs = {"input_ids": torch.randint(3, 32, (1, 9)), "attention_mask": mask}
+    if name in NO_CHAIN:
+        with pytest.raises(ConfigError, match=NO_CHAIN[name]):
+            chain.verify(inputs, "a")
+    else:
+        assert chain.verify(inputs, "a") <= 1e-6
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 
 
@@ -710,6 +767,7 @@ def test_what_cannot_be_learned_block_by_block_is_refused(driver, recipe, messag
     job = job_of(tmp_path, recipe_of(models, **{"coefficients": Tensor(), **recipe}), data_of(kind))
     with pytest.raises(ConfigError, match=message):
         LayerWise(steps=1, **driver).run(job)
+    assert not job.folder.exists(), "the corrected job is another"
 
 
 def test_other_refusals(tmp_path):

@@ -54,7 +54,7 @@ class Layers:
     ) -> None:
         self.job = job
         with _quiet():
-            trainer = self._make_trainer(job.folder, 1)
+            trainer = self._make_trainer(job.root, 1)
         if trainer.world_size != 1:
             raise ConfigError(
                 f"LayerWise: expected one process, came {trainer.world_size}: a block is small, "
