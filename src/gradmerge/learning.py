@@ -87,7 +87,8 @@ class MergeCLI(LightningCLI):
             type=AbstractDriver | None,
             default=None,
             help="How the optimum is sought, where it is not one fit of all sources (Pairwise, "
-            "Tree, Continual). Run the same command again to go on with a job that was killed.",
+            "Tree, Continual, LayerWise). Run the same command again to go on with a job that was "
+            "killed.",
         )
         parser.add_argument(
             "--search",

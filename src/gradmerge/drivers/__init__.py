@@ -3,9 +3,10 @@
 from gradmerge.drivers.base import AbstractDriver, Job, Output
 from gradmerge.drivers.continual import Continual
 from gradmerge.drivers.fold import AbstractFold
+from gradmerge.drivers.layerwise import LayerWise
 from gradmerge.drivers.pairs import Pairwise, Tree
 
-DRIVERS = ("Continual", "Pairwise", "Tree")
+DRIVERS = ("Continual", "LayerWise", "Pairwise", "Tree")
 """Those that a configuration may name."""
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "AbstractFold",
     "Continual",
     "Job",
+    "LayerWise",
     "Output",
     "Pairwise",
     "Tree",

@@ -1,0 +1,245 @@
+"""Memory of the layer-wise driver, beside a fit end to end on the same files.
+
+    python scripts/bench_layerwise.py --json layerwise.json
+
+A Llama of 24 layers, made here: random weights, base and two sources, the sources a little off the
+base. Each run is a process of its own. It learns a tiny model first, so that all code is loaded,
+takes its anonymous resident memory (RssAnon), learns one coefficient a weight and source for a few
+steps with Adam, and exports.
+Mapped files are the system's cache and not counted. Reported are the peak above that start, and
+its parts that are known: activations held in memory, and of the block that is learned (end to end:
+of the model) the coefficients, their gradient and Adam's two moments. What is left is shown as a
+multiple of one block of one source in float32, the dtype of the computation; the target is three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SOURCES = ("a", "b")
+LAYERS, TOKENS, EXAMPLES, BATCH = 24, 64, 16, 8
+SIZES = {
+    "5m": {"hidden_size": 640, "intermediate_size": 1792, "num_attention_heads": 10},
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2},
+}
+
+
+def make_models(folder: Path, size: str, dtype: str) -> None:
+    """Base and sources, once."""
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    config = transformers.LlamaConfig(
+        vocab_size=1024,
+        num_hidden_layers=LAYERS,
+        num_key_value_heads=SIZES[size]["num_attention_heads"],
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype=dtype,
+        **SIZES[size],
+    )
+    with torch.device("meta"):
+        shapes = {
+            name: tensor.shape
+            for name, tensor in transformers.LlamaForCausalLM(config).state_dict().items()
+        }
+    for index, name in enumerate(("base", *SOURCES)):
+        target = folder / name
+        if (target / "config.json").is_file():
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for key, shape in shapes.items():
+            seed = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+            tensor = torch.randn(shape, generator=seed) * 0.02
+            tensor = tensor + 1 if len(shape) == 1 else tensor
+            if index:
+                seed = torch.Generator().manual_seed(zlib.crc32(f"{index} {key}".encode()))
+                tensor += torch.randn(shape, generator=seed) * 0.01
+            tensors[key] = tensor.to(getattr(torch, dtype))
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(target)
+
+
+def entries(folder: Path, part: str = "") -> int:
+    """Entries of one source's tensors with this in their names."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "base" / "model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if part in name]  # noqa: SIM118
+        return sum(file.get_tensor(name).numel() for name in names)
+
+
+def anonymous() -> int:
+    """Anonymous resident memory of this process, in bytes."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        line = next(line for line in file if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+@contextmanager
+def measured(result: dict[str, float]) -> Iterator[None]:
+    """Wall time and peak anonymous memory of the block."""
+    before = peak = anonymous()
+    stop = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not stop.wait(0.002):
+            peak = max(peak, anonymous())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    start = time.perf_counter()
+    yield
+    result["seconds"] = time.perf_counter() - start
+    stop.set()
+    watcher.join()
+    result["peak"] = float(max(peak, anonymous()) - before)
+
+
+def run(
+    kind: str, warm: Path, folder: Path, output: Path, steps: int, memory: float
+) -> dict[str, float]:
+    """One run, in this process, after one of a tiny model, for which all code is loaded."""
+    import lightning
+    import torch
+
+    from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
+    from gradmerge.coefficients import Constant, Element
+    from gradmerge.drivers import Job, LayerWise
+    from gradmerge.drivers.activations import Activations
+    from gradmerge.export import export_merged
+    from gradmerge.native import native_kernels
+    from gradmerge.objectives import KLToSource, Objective
+
+    native_kernels()  # compiled once a machine, not once a merge
+
+    def make_trainer(place: Path, callbacks: Any, overrides: dict[str, Any]) -> lightning.Trainer:
+        settings = {
+            "default_root_dir": place,
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "num_sanity_val_steps": 0,
+            "callbacks": list(callbacks),
+        }
+        return lightning.Trainer(**{**settings, **overrides})
+
+    def learn(models: Path, place: Path, tokens: int) -> None:
+        torch.manual_seed(0)
+        tasks = {}
+        for source in SOURCES:
+            drawn = torch.randint(3, 1000, (3, EXAMPLES, tokens))
+            splits = ("adaptation", "selection", "test")
+            path = {
+                split: [{"input_ids": row} for row in rows]
+                for split, rows in zip(splits, drawn, strict=True)
+            }
+            tasks[source] = TaskData(path=path, kind="tensors")
+        data = MergeDataModule(tasks, batch_size=BATCH)
+        recipe = Recipe(
+            {name: str(models / name) for name in SOURCES},
+            base=str(models / "base"),
+            coefficients=Element(),
+            init=Constant(0.3),
+        )
+        if kind == "layerwise":
+            job = Job(recipe, data, place, make_trainer, options={"learning_rate": 0.01})
+            LayerWise(steps=steps, activation_memory=memory).run(job)
+        else:
+            module = MergeModule(
+                recipe,
+                Objective([KLToSource()]),
+                "streamed",
+                learning_rate=0.01,
+                score_experts=False,
+            )
+            trainer = make_trainer(place, [], {"max_steps": steps, "limit_val_batches": 0})
+            trainer.fit(module, datamodule=data)
+            export_merged(module.merged, place / "merged")
+
+    result: dict[str, float] = {"held": 0.0, "spilled": 0.0}
+    learn(warm, output / "warm", 8)
+    put = Activations.put
+
+    def watched(self: Activations, name: str, tensor: torch.Tensor) -> None:
+        put(self, name, tensor)
+        result["held"] = max(result["held"], float(self.held))
+        result["spilled"] = max(result["spilled"], float(self.spilled))
+
+    Activations.put = watched  # type: ignore[method-assign]
+    with measured(result):
+        learn(folder, output, TOKENS)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="5m")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--steps", type=int, default=3, help="steps a block; of the fit")
+    parser.add_argument("--cache", default=".cache/bench", help="where the models are kept")
+    parser.add_argument("--json", help="file to write all figures to")
+    parser.add_argument("--run", nargs=6, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        kind, warm, folder, output, steps, memory = args.run
+        found = run(kind, Path(warm), Path(folder), Path(output), int(steps), float(memory))
+        print(json.dumps(found))
+        return
+    folder = Path(args.cache).resolve() / f"layers-{args.size}-{args.dtype}"
+    warm = folder.with_name(f"layers-tiny-{args.dtype}")
+    make_models(folder, args.size, args.dtype)
+    make_models(warm, "tiny", args.dtype)
+    block, whole = 4 * entries(folder, ".layers.0."), 4 * entries(folder)
+    stored = sum(f.stat().st_size for f in folder.glob("*/model.safetensors"))
+    print(f"a block of one source: {block / 1e6:.1f} MB in float32; files {stored / 1e6:.0f} MB")
+    rows = []
+    for kind, name, memory in (
+        ("layerwise", "layer-wise", 4.0),
+        ("layerwise", "layer-wise, all spilled", 0.0),
+        ("fit", "end to end", 0.0),
+    ):
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            command = [sys.executable, __file__, "--run", kind, str(warm), str(folder), work]
+            command += [str(args.steps), str(memory)]
+            ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ran.returncode:
+            raise SystemExit(f"{name} failed:\n{ran.stderr[-3000:]}")
+        found = json.loads(ran.stdout.splitlines()[-1])
+        found["state"] = 4.0 * len(SOURCES) * (block if kind == "layerwise" else whole)
+        found["rest"] = found["peak"] - found["state"] - found["held"]
+        rows.append({"run": name, **found, "rest_in_blocks": found["rest"] / block})
+        print(
+            f"{name}: peak {found['peak'] / 1e6:.0f} MB = coefficients, gradient and moments "
+            f"{found['state'] / 1e6:.0f} + activations {found['held'] / 1e6:.0f} (spilled "
+            f"{found['spilled'] / 1e6:.0f}) + rest {found['rest'] / 1e6:.0f}, "
+            f"{found['rest'] / block:.2f} blocks; {found['seconds']:.0f} s",
+            flush=True,
+        )
+    if args.json:
+        content = {"size": args.size, "dtype": args.dtype, "block": block, "rows": rows}
+        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The layer-wise driver: one block at a time, each matched to the experts' own (ProDistill)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradmerge.drivers.base import AbstractDriver, Job
+from gradmerge.drivers.layers import Layers
+from gradmerge.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWise(AbstractDriver):
+    """Block by block: the merged block's output matches each expert's own (ProDistill, 2502.12706).
+
+    For l = 1..L in turn, over the coefficients of block l alone,
+
+        min sum_k mean_{x in D_k} | f^l(x1; theta^l(c)) - f^l(x2_k; theta_k^l) |^2
+
+    with x1 what the merged blocks before give of task k's adaptation data and x2_k what expert k's
+    own blocks before give; the mean is over entries of the hidden state, padding left out. Then
+    both pass the new block. No labels are used. Tensors outside of blocks (embeddings, head, last
+    norm) keep the coefficients that the recipe starts from.
+
+    Memory: the merged tensors of one block and their gradient, with its coefficients and their
+    optimiser's state, one expert's block, and activations up to `activation_memory`.
+    """
+
+    blocks: list[str] | None = None
+    """Regular expressions that match whole names of the modules that are the blocks, e.g.
+    `layer[1-4]`. Default: the members of the network's one nn.ModuleList."""
+    epochs: int = 100
+    """Passes over the adaptation data a block."""
+    steps: int | None = None
+    """Steps a block, instead of passes."""
+    batch_size: int | None = None
+    """Examples a task and step; default: that of the data. Batches are put together once."""
+    activation_memory: float = 4.0
+    """GiB of activations in memory; the rest is mapped from files in the job's folder."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name in ("epochs", "steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"LayerWise: {name}: expected at least 1, came {value}.")
+        if not self.activation_memory >= 0:
+            raise ConfigError(
+                f"LayerWise: activation_memory: expected GiB, at least 0, came "
+                f"{self.activation_memory}."
+            )
+
+    def run(self, job: Job) -> Path:
+        """See `AbstractDriver.run`."""
+        if job.options.get("activation_checkpointing"):
+            raise ConfigError(
+                "LayerWise: activation_checkpointing recomputes blocks within a pass of the whole "
+                "network; here one block runs at a time. Leave it out."
+            )
+        # what would be refused is found before the job is on record
+        layers = Layers(job, self.blocks, self.batch_size, self.activation_memory)
+        job.begin(self)
+        done = job.exported
+        if done is not None:
+            job.say(f"finished before: {done}")
+            return done
+        try:
+            return layers.run(self.epochs, self.steps)
+        finally:
+            layers.activations.close()

@@ -1,0 +1,841 @@
+"""The layer-wise driver against references that materialise everything, and its resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+from torch.func import functional_call
+
+from gradmerge import MergeDataModule, Recipe, TaskData
+from gradmerge.coefficients import (
+    Clamp,
+    Column,
+    Constant,
+    Element,
+    Group,
+    Mixup,
+    Model,
+    Softmax,
+    Tensor,
+    Uniform,
+)
+from gradmerge.drivers import Job, LayerWise, layers
+from gradmerge.drivers.activations import Activations
+from gradmerge.drivers.blocks import find_blocks
+from gradmerge.drivers.chain import Chain
+from gradmerge.errors import ConfigError
+from tiny import SPLITS, build, recipe_of, relatives, save_family
+
+
+class Stack(nn.Module):
+    """A stem, blocks of different widths in a ModuleList, and a head; one block has no weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(6, 5)
+        first = nn.Sequential(nn.Linear(5, 7), nn.Tanh())
+        self.blocks = nn.ModuleList([first, nn.Tanh(), nn.Sequential(nn.Linear(7, 4), nn.Tanh())])
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = self.stem(x).tanh()
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(hidden)
+
+
+class Narrow(Stack):
+    """Two blocks with weights, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        first, _, last = self.blocks
+        self.blocks = nn.ModuleList([first, last])
+
+
+class Batched(nn.Module):
+    """Blocks with BatchNorm, one before them and one after; a block returns a dictionary."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+
+        def forward(self, scale, *, x):
+            return {"hidden": x + self.norm(self.linear(x)).relu() * scale, "other": None}
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+        self.blocks = nn.ModuleList([self.Block(), self.Block()])
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        scale = x.abs().mean()
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(scale, x=x)["hidden"]
+        return self.head(self.last(x))
+
+
+def llama(layers=3, **options):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+        **options,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def bert():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def vit():
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+def examples(kind, seed, count):
+    """Inputs of each kind of network, of different lengths where there are tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for i in range(count):
+        if kind in ("x", "input"):
+            found.append({kind: torch.randn(6, generator=generator, dtype=torch.float64)})
+        elif kind == "pixel_values":
+            image = torch.randn(3, 8, 8, generator=generator, dtype=torch.float64)
+            found.append({"pixel_values": image})
+        else:
+            length = 4 + i % 3 if kind == "padded" else 6
+            tokens = torch.randint(3, 32, (length,), generator=generator)
+            mask = {"attention_mask": torch.ones(length, dtype=torch.long)}
+            found.append({"input_ids": tokens, **(mask if kind == "padded" else {})})
+    return found
+
+
+def data_of(kind="x", count=4, tasks="ab", dtype=torch.float64, **options):
+    described = {}
+    for i, task in enumerate(tasks):
+        path = {}
+        for j, split in enumerate(SPLITS):
+            path[split] = [
+                {k: v.to(dtype) if v.is_floating_point() else v for k, v in example.items()}
+                for example in examples(kind, 100 * i + j, count)
+            ]
+        described[task] = TaskData(path=path, kind="tensors")
+    return MergeDataModule(described, **{"batch_size": 8, **options})
+
+
+def job_of(folder, recipe, data, optimiser=None, **options):
+    def make_trainer(folder, callbacks, overrides):
+        settings = {
+            "default_root_dir": folder,
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "callbacks": list(callbacks),
+        }
+        return lightning.Trainer(**{**settings, **overrides})
+
+    def optimise(module):
+        module.configure_optimizers = lambda: optimiser(module.parameters())
+
+    said = []
+    job = Job(
+        recipe,
+        data,
+        Path(folder),
+        make_trainer,
+        options=options,
+        optimise=optimise if optimiser else None,
+        say=said.append,
+    )
+    job.said = said
+    return job
+
+
+def raw_of(job):
+    """All raw coefficients that a job wrote, by slot."""
+    found = {}
+    for path in sorted((job.folder / "steps").glob("*/raw.safetensors")):
+        found.update(load_file(path))
+    return found
+
+
+# ---- the reference: everything in memory, plain torch -------------------------------------------
+
+
+def reference(models, names, data, steps, optimiser, start):
+    """Coefficients `[sources, *shape]` of every tensor, block by block, by plain autograd."""
+    base, *experts = [dict(model.named_parameters()) for model in models]
+    network = models[0]
+    batches = [
+        {
+            key: nn.utils.rnn.pad_sequence([e[key] for e in split["adaptation"]], True)
+            for key in split["adaptation"][0]
+        }
+        for split in (task.path for task in data.tasks.values())
+    ]
+    num = len(experts)
+
+    def theta(c):
+        return {
+            name: base[name].detach()
+            + sum(c[name][k] * (experts[k][name] - base[name]).detach() for k in range(num))
+            for name in base
+        }
+
+    def output_of(block, parameters, inputs):
+        taken = []
+
+        def take(module, args, output):
+            taken.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = network.get_submodule(block).register_forward_hook(take)
+        functional_call(network, parameters, (), inputs)
+        handle.remove()
+        return taken[0]
+
+    c = {
+        name: torch.full((num, *value.shape), start, dtype=value.dtype)
+        for name, value in base.items()
+    }
+    history = []
+    for block in names:
+        own = [name for name in base if name.startswith(f"{block}.")]
+        if not own:
+            continue
+        targets = [
+            output_of(block, experts[k], inputs).detach() for k, inputs in enumerate(batches)
+        ]
+        for name in own:
+            c[name].requires_grad_()
+        chosen = optimiser([c[name] for name in own])
+        for _ in range(steps):
+            chosen.zero_grad()
+            total = 0.0
+            for inputs, target in zip(batches, targets, strict=True):
+                came = output_of(block, theta(c), inputs)
+                if "attention_mask" in inputs:
+                    keep = inputs["attention_mask"].bool()
+                    came, target = came[keep], target[keep]
+                total = total + ((came - target) ** 2).sum() / came.numel()
+            total.backward()
+            history.append(float(total.detach()))
+            chosen.step()
+        for name in own:
+            c[name] = c[name].detach()
+    return c, history
+
+
+NETWORKS = {
+    "stack": (Stack, "x", ["blocks.0", "blocks.1", "blocks.2"]),
+    "llama": (llama, "tokens", [f"model.layers.{i}" for i in range(3)]),
+    "bert": (bert, "padded", [f"bert.encoder.layer.{i}" for i in range(2)]),
+    "vit": (vit, "pixel_values", [f"vit.layers.{i}" for i in range(2)]),
+}
+ADAM, SGD = partial(torch.optim.Adam, lr=0.02), partial(torch.optim.SGD, lr=1.0)
+
+
+def network_of(name, dtype, num=2):
+    make, kind, names = NETWORKS[name]
+    first = (build(make) if make is Stack else make()).to(dtype)
+    return relatives(first, 1 + num, 0.1), kind, names
+
+
+@pytest.mark.parametrize(
+    ("dtype", "optimiser", "steps", "tolerance"),
+    [
+        (torch.float64, SGD, 1, 1e-10),
+        (torch.float64, ADAM, 3, 1e-10),
+        (torch.float32, SGD, 3, 1e-6),
+    ],
+    ids=["first gradient", "Adam", "float32"],
+)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_coefficients_are_those_of_a_plain_implementation(
+    name, dtype, optimiser, steps, tolerance, tmp_path
+):
+    models, kind, names = network_of(name, dtype)
+    data = data_of(kind, dtype=dtype)
+    recipe = recipe_of(models, coefficients=Element())
+    job = job_of(tmp_path, recipe, data, optimiser, dtype=str(dtype).removeprefix("torch."))
+    LayerWise(steps=steps).run(job)
+    start = float(torch.tensor(0.3))  # a merge starts from float32
+    expected, history = reference(models, names, data, steps, optimiser, start)
+    assert history[steps - 1] < history[0] or steps == 1
+    found = raw_of(job)
+    learned = [n for n in expected if any(n.startswith(f"{block}.") for block in names)]
+    assert {key.replace("/", ".") for key in found} == set(learned)
+    moved = 0.0
+    for key in learned:
+        own = found[key.replace(".", "/")]
+        assert own.dtype == dtype
+        torch.testing.assert_close(own, expected[key], rtol=0, atol=tolerance)
+        moved = max(moved, float((own - 0.3).abs().max()))
+    assert moved > 1e-4, "something must have been learned for this to mean anything"
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "init"),
+    [
+        (Tensor(), Constant(0.3)),
+        (Column(), Mixup(per="element", seed=3)),
+        (Clamp(Group((r"blocks\.\d+\.",))), Constant(0.4)),
+        (Softmax(Element()), Uniform()),
+    ],
+    ids=["Tensor", "Column", "Group", "Softmax"],
+)
+def test_any_granularity_and_link_starts_as_the_recipe_does_and_lowers_the_loss(
+    coefficients, init, tmp_path
+):
+    models, kind, _ = network_of("stack", torch.float64)
+    recipe = recipe_of(models, coefficients=coefficients, init=init)
+    job = job_of(tmp_path, recipe, data_of(kind), ADAM, dtype="float64")
+    folder = LayerWise(steps=8).run(job)
+    blocks = json.loads((folder / "provenance.json").read_text())["driver"]["blocks"]
+    assert [block["loss"] < block["first_loss"] for block in blocks] == [True, False, True]
+    plan = recipe.open()
+    start, found = plan.initial_raw(), load_file(folder / "coefficients.safetensors")
+    for name in plan.tensors:
+        before = plan.coefficient(name, start)
+        same = torch.equal(found[name], before.float())
+        assert same != name.startswith("blocks."), name
+
+
+def test_one_source_at_coefficient_one_has_no_loss_at_all(tmp_path):
+    models, kind, _ = network_of("bert", torch.float32, num=1)
+    recipe = recipe_of(models, coefficients=Element(), init=Constant(1.0))
+    job = job_of(tmp_path, recipe, data_of(kind, tasks="a"), partial(torch.optim.SGD, lr=1.0))
+    folder = LayerWise(steps=2).run(job)
+    blocks = json.loads((folder / "provenance.json").read_text())["driver"]["blocks"]
+    assert [(block["first_loss"], block["loss"]) for block in blocks] == [(0.0, 0.0)] * 2
+    assert all(bool((z == 1).all()) for z in raw_of(job).values())
+
+
+def test_the_export_is_the_merged_network_and_says_what_it_is(tmp_path):
+    models, kind, names = network_of("llama", torch.float32)
+    paths = save_family(tmp_path / "models", models, tokenizer=False)
+    recipe = Recipe(
+        {name: paths[name] for name in "ab"},
+        base=paths["base"],
+        coefficients=Element(),
+        init=Constant(0.3),
+    )
+    data = data_of(kind)
+    folder = LayerWise(steps=3).run(job_of(tmp_path / "run", recipe, data, ADAM))
+    coefficients = load_file(folder / "coefficients.safetensors")
+    base, *experts = [dict(model.named_parameters()) for model in models]
+    theta = {
+        name: base[name]
+        + sum(coefficients[name][k] * (experts[k][name] - base[name]) for k in (0, 1))
+        for name in base
+    }
+    tokens = torch.arange(3, 15).view(2, 6)
+    expected = functional_call(models[0], theta, (), {"input_ids": tokens}).logits
+    loaded = transformers.LlamaForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(loaded(input_ids=tokens).logits, expected, rtol=0, atol=1e-5)
+    moved = [name for name, c in coefficients.items() if not bool((c == 0.3).all())]
+    assert {
+        name.split(".self_attn")[0].split(".mlp")[0].split(".input")[0].split(".post")[0]
+        for name in moved
+    } == set(names)
+    provenance = json.loads((folder / "provenance.json").read_text())
+    kept = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    assert sorted(provenance["driver"]["kept_at_start"]) == sorted(kept)
+    assert [block["name"] for block in provenance["driver"]["blocks"]] == names
+    assert provenance["run"]["optimizers"][0]["class_path"] == "torch.optim.adam.Adam"
+
+
+def test_blocks_may_be_named_and_those_of_a_sequential_network_are_its_members(tmp_path):
+    torch.manual_seed(0)
+    members = [nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)]
+    models = relatives(nn.Sequential(OrderedDict(zip("abcde", members, strict=True))), scale=0.1)
+    for driver, kept in (
+        (LayerWise(steps=2), set()),
+        (LayerWise(steps=2, blocks=["[c-d]"]), {"a", "e"}),
+    ):
+        data = data_of("input", dtype=torch.float32)
+        job = job_of(
+            tmp_path / str(len(kept)), recipe_of(models, coefficients=Element()), data, ADAM
+        )
+        folder = driver.run(job)
+        coefficients = load_file(folder / "coefficients.safetensors")
+        still = {name[0] for name, c in coefficients.items() if bool((c == 0.3).all())}
+        assert still == kept
+
+
+# ---- resuming, spilling --------------------------------------------------------------------------
+
+
+def run_of(folder, models, kind, activation_memory=4.0, batch_size=3):
+    recipe = recipe_of(models, coefficients=Element())
+    job = job_of(folder, recipe, data_of(kind, count=7, dtype=torch.float32), ADAM)
+    driver = LayerWise(epochs=2, batch_size=batch_size, activation_memory=activation_memory)
+    return job, driver
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("name", ["stack", "bert"])
+def test_a_run_that_stopped_goes_on_with_the_first_unfinished_block(name, tmp_path, monkeypatch):
+    models, kind, _ = network_of(name, torch.float32)
+    whole, driver = run_of(tmp_path / "whole", models, kind)
+    expected = driver.run(whole)
+    fitted = []
+    plain = layers.Layers._fit
+
+    def counted(self, number, *arguments):
+        fitted.append(number)
+        return plain(self, number, *arguments)
+
+    monkeypatch.setattr(layers.Layers, "_fit", counted)
+    last = 2 if name == "stack" else 1
+
+    def stopped(self, batch, batch_idx):
+        if self.block.number == last and batch_idx == 1:
+            raise KeyError("stopped")
+        return step(self, batch, batch_idx)
+
+    step = layers.BlockModule.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(layers.BlockModule, "training_step", stopped)
+        with pytest.raises(KeyError, match="stopped"):
+            driver.run(run_of(tmp_path / "parts", models, kind)[0])
+    before = list(fitted)
+    job, _ = run_of(tmp_path / "parts", models, kind)
+    found = driver.run(job)
+    assert before[-1] == last
+    assert fitted[len(before) :] == [last], "finished blocks are not learned again"
+    assert same(raw_of(job), raw_of(whole))
+    for file in ("coefficients.safetensors", "model.safetensors"):
+        assert (found / file).read_bytes() == (expected / file).read_bytes()
+    again, _ = run_of(tmp_path / "parts", models, kind)
+    assert driver.run(again) == found
+    assert len(fitted) == len(before) + 1, "a finished job is not run again"
+
+
+def test_spilled_activations_give_the_same_coefficients(tmp_path, monkeypatch):
+    models, kind, _ = network_of("bert", torch.float32)
+    held, driver = run_of(tmp_path / "held", models, kind)
+    driver.run(held)
+    spilled = []
+    put = Activations.put
+
+    def watched(self, name, tensor):
+        put(self, name, tensor)
+        spilled.append((self.held, self.spilled))
+
+    monkeypatch.setattr(Activations, "put", watched)
+    job, driver = run_of(tmp_path / "spilled", models, kind, activation_memory=1e-6)
+    driver.run(job)
+    assert max(in_memory for in_memory, _ in spilled) <= 1e-6 * 2**30
+    assert max(on_disk for _, on_disk in spilled) > 4_000
+    assert same(raw_of(job), raw_of(held))
+    assert not (job.folder / "activations").exists()
+
+
+def test_activations_are_replaced_where_they_are(tmp_path):
+    kept = Activations(tmp_path / "scratch", limit=100)
+    kept.put("small", torch.arange(20.0))
+    kept.put("large", torch.arange(30.0).view(5, 6))
+    assert (kept.held, kept.spilled) == (80, 120)
+    mapped = kept.get("large")
+    kept.put("large", torch.ones(5, 6))
+    assert bool((mapped == 1).all()), "the same place"
+    kept.put("small", torch.ones(26))
+    assert (kept.held, kept.spilled) == (0, 224), "what grows is counted anew"
+    kept.put("large", torch.zeros(2))
+    assert (kept.held, kept.spilled) == (8, 104)
+    torch.testing.assert_close(kept.get("small"), torch.ones(26), rtol=0, atol=0)
+    kept.close()
+    assert not (tmp_path / "scratch").exists()
+
+
+# ---- buffers, private tensors, tensors without a gradient ----------------------------------------
+
+
+def batched(num=2):
+    torch.manual_seed(0)
+    return relatives(Batched(), 1 + num, 0.2)
+
+
+def test_batch_norm_statistics_are_those_of_a_fit_with_the_same_coefficients(tmp_path):
+    from gradmerge import MergeModule
+    from gradmerge.coefficients import FromFile
+
+    models = batched()
+    data = data_of("x", count=9, dtype=torch.float32, batch_size=3)
+    job = job_of(tmp_path, recipe_of(models, coefficients=Column()), data, ADAM)
+    folder = LayerWise(epochs=2).run(job)
+    init = FromFile(str(folder / "coefficients.safetensors"))
+    module = MergeModule(recipe_of(models, coefficients=Column(), init=init))
+    fresh = data_of("x", count=9, dtype=torch.float32, batch_size=3)
+    fresh.attach(module.merged)
+    fresh.setup()
+    module.take_tasks(fresh.tasks)
+    module.refresh_buffers(fresh)
+    found = load_file(folder / "model.safetensors")
+    for name, value in module.merged.statistics.values().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def batched_reference(models, data, steps, optimiser, start):
+    """Coefficients of `Batched`'s blocks: batch statistics while learning, pooled ones after."""
+    base, *experts = [dict(model.state_dict()) for model in models]
+    inputs = [torch.stack([e["x"] for e in t.path["adaptation"]]) for t in data.tasks.values()]
+    c = {}
+
+    def theta(name):
+        given = c.get(name, torch.full((2, *base[name].shape), start, dtype=torch.float64))
+        return base[name] + sum(given[k] * (experts[k][name] - base[name]) for k in (0, 1))
+
+    def norm(x, place, get, mean=None, var=None):
+        weight, bias = get(f"{place}.weight"), get(f"{place}.bias")
+        return nn.functional.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, 1e-5)
+
+    def block(x, scale, place, get, statistics):
+        linear = nn.functional.linear(x, get(f"{place}.linear.weight"), get(f"{place}.linear.bias"))
+        return x + norm(linear, f"{place}.norm", get, *statistics(linear)).relu() * scale
+
+    def own(k, place, _=None):
+        return experts[k][f"{place}.running_mean"], experts[k][f"{place}.running_var"]
+
+    def pooled(rows):
+        every = torch.cat(rows)
+        return every.mean(dim=0), every.var(dim=0)
+
+    scales = [x.abs().mean() for x in inputs]
+    x1 = [norm(x, "first", theta, *pooled(inputs)) for x in inputs]
+    x2 = [norm(x, "first", experts[k].get, *own(k, "first")) for k, x in enumerate(inputs)]
+    for place in ("blocks.0", "blocks.1"):
+        x2 = [
+            block(x, scales[k], place, experts[k].get, partial(own, k, f"{place}.norm"))
+            for k, x in enumerate(x2)
+        ]
+        for part in ("linear.weight", "linear.bias", "norm.weight", "norm.bias"):
+            shape = (2, *base[f"{place}.{part}"].shape)
+            c[f"{place}.{part}"] = torch.full(shape, start, dtype=torch.float64).requires_grad_()
+        names = [name for name in c if name.startswith(place)]
+        chosen = optimiser([c[name] for name in names])
+        for _ in range(steps):
+            chosen.zero_grad()
+            came = [block(x, scales[k], place, theta, lambda _: ()) for k, x in enumerate(x1)]
+            sum(((a - b) ** 2).mean() for a, b in zip(came, x2, strict=True)).backward()
+            chosen.step()
+        for name in names:
+            c[name] = c[name].detach()
+        get = (f"{place}.linear.weight", f"{place}.linear.bias")
+        found = pooled([nn.functional.linear(x, *map(theta, get)) for x in x1])
+        given = partial(lambda found, _: found, found)
+        x1 = [block(x, scales[k], place, theta, given) for k, x in enumerate(x1)]
+    return c
+
+
+def test_blocks_with_batch_norm_are_learned_on_batch_statistics(tmp_path):
+    models = [model.double() for model in batched()]
+    data = data_of("x", count=9, batch_size=9)
+    recipe = recipe_of(models, coefficients=Element())
+    # a bias before BatchNorm has no gradient but rounding, of which Adam would make steps
+    job = job_of(tmp_path, recipe, data, SGD, dtype="float64")
+    LayerWise(steps=4).run(job)
+    expected = batched_reference(models, data, 4, SGD, float(torch.tensor(0.3)))
+    assert max(float((value - 0.3).abs().max()) for value in expected.values()) > 0.01
+    found = {k: v for k, v in raw_of(job).items() if not k.startswith("buffer:")}
+    assert {key.replace("/", ".") for key in found} == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name.replace(".", "/")], value, rtol=0, atol=1e-10)
+
+
+def test_a_tensor_without_a_gradient_is_set_by_the_rule_also_after_a_stop(tmp_path, monkeypatch):
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.spare = nn.Linear(5, 5), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.linear(x).tanh()
+
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+            self.blocks = nn.ModuleList([First(), First()])
+
+        def forward(self, x):
+            hidden = self.stem(x)
+            for block in self.blocks:
+                hidden = block(hidden)
+            return self.head(hidden)
+
+    models = relatives(build(Spare))
+    recipe = recipe_of(models, coefficients=Tensor())
+
+    def job():
+        return job_of(tmp_path, recipe, data_of(dtype=torch.float32), ADAM)
+
+    with monkeypatch.context() as patch:
+        plain = layers.Layers._fit
+
+        def stopped(self, number, *arguments):
+            if number == 1:
+                raise KeyError("stopped")
+            return plain(self, number, *arguments)
+
+        patch.setattr(layers.Layers, "_fit", stopped)
+        with (
+            pytest.warns(UserWarning, match=r"2 tensors of blocks\.0 got no gradient"),
+            pytest.raises(KeyError, match="stopped"),
+        ):
+            LayerWise(steps=2).run(job())
+    with pytest.warns(UserWarning, match=r"2 tensors of blocks\.1 got no gradient"):
+        folder = LayerWise(steps=2).run(job())
+    provenance = json.loads((folder / "provenance.json").read_text())
+    spare = {f"blocks.{i}.spare.{part}" for i in (0, 1) for part in ("weight", "bias")}
+    assert provenance["fixed"] == dict.fromkeys(spare, 0.0)
+    found = load_file(folder / "model.safetensors")
+    assert all(torch.equal(found[name], models[0].state_dict()[name]) for name in spare)
+
+
+def test_each_task_has_its_own_head(tmp_path):
+    models, kind, _ = network_of("bert", torch.float32)
+    recipe = recipe_of(models, coefficients=Tensor(), private=["classifier", "bert.pooler"])
+    job = job_of(tmp_path, recipe, data_of(kind), ADAM)
+    folder = LayerWise(steps=2).run(job)
+    heads = [load_file(folder / "tasks" / t / "head.safetensors") for t in "ab"]
+    for head, model in zip(heads, models[1:], strict=True):
+        own = model.state_dict()
+        assert head
+        assert all(torch.equal(value, own[name]) for name, value in head.items())
+
+
+# ---- networks ------------------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+REAL = {
+    "GPT2LMHeadModel": {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2},
+    "Gemma3ForCausalLM": {**SMALL, "num_key_value_heads": 2, "head_dim": 4, "sliding_window": 4},
+    "MixtralForCausalLM": {**SMALL, "num_key_value_heads": 2, "num_local_experts": 2},
+    "DebertaV2ForSequenceClassification": {
+        **SMALL,
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+    },
+    "ResNetForImageClassification": {
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16],
+        "depths": [1, 2],
+        "layer_type": "basic",
+    },
+    "AlbertForSequenceClassification": {**SMALL, "embedding_size": 8},
+    "T5EncoderModel": {"vocab_size": 32, "d_model": 16, "d_ff": 24, "num_layers": 2, "d_kv": 4},
+}
+NO_CHAIN = {
+    "AlbertForSequenceClassification": r"albert_layer_groups\.0 runs 2 times in one pass",
+    "T5EncoderModel": r"args\[2\] of encoder\.block\.1 depends on what the blocks before",
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_networks_are_found_to_be_chains_or_not(name):
+    torch.manual_seed(0)
+    kind = getattr(transformers, name)
+    models = relatives(kind(kind.config_class(**REAL[name])), 2, 0.1)
+    plan = recipe_of(models).open()
+    blocks = find_blocks(plan)
+    assert len(blocks) == (1 if name.startswith("Albert") else 2)
+    chain = Chain(plan, blocks, torch.float32, torch.device("cpu"))
+    if "Image" in name:
+        inputs = {"pixel_values": torch.randn(1, 3, 32, 32)}
+    else:
+        mask = torch.tensor([[1] * 7 + [0] * 2])
+        inputs = {"input_ids": torch.randint(3, 32, (1, 9)), "attention_mask": mask}
+    if name in NO_CHAIN:
+        with pytest.raises(ConfigError, match=NO_CHAIN[name]):
+            chain.verify(inputs, "a")
+    else:
+        assert chain.verify(inputs, "a") <= 1e-6
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+class Chained(nn.Module):
+    """Two blocks and one way of not being a chain."""
+
+    def __init__(self, how=""):
+        super().__init__()
+        self.how = how
+        self.blocks = nn.ModuleList([nn.Bilinear(6, 6, 6), nn.Bilinear(6, 6, 6)])
+        if how == "tied":
+            self.blocks[1].weight = self.blocks[0].weight
+        if how == "several":
+            self.others = nn.ModuleList([nn.Linear(6, 6)])
+
+    def forward(self, x):
+        beside = x
+        for block in self.blocks:
+            for _ in range(2 if self.how == "twice" else 1):
+                came = block(x, beside)
+                beside = came.relu() if self.how == "beside" else beside
+                x = came + x if self.how == "between" else came
+        return x
+
+
+REFUSED = {
+    "several": "came several",
+    "tied": r"blocks\.0\.weight is tied",
+    "twice": r"blocks\.0 runs 2 times",
+    "between": r"no argument of blocks\.1 .* is what the block before returned",
+    "beside": r"args\[1\] of blocks\.1 depends on what the blocks before it computed",
+}
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_what_is_no_chain_is_refused_by_name(how, tmp_path):
+    torch.manual_seed(0)
+    recipe = recipe_of(relatives(Chained(how)), coefficients=Element())
+    with pytest.raises(ConfigError, match=REFUSED[how]):
+        LayerWise(steps=1).run(job_of(tmp_path, recipe, data_of(dtype=torch.float32), ADAM))
+
+
+@pytest.mark.parametrize(
+    ("driver", "recipe", "message"),
+    [
+        ({"blocks": ["block"]}, {}, "matches the whole name of no module .* Did you mean 'blocks'"),
+        ({"blocks": [r"blocks\.\d", r"blocks\.0\.0"]}, {}, "lies within the block"),
+        ({}, {"coefficients": Model()}, "share a coefficient"),
+        ({}, {"coefficients": Group((r"\.weight",))}, "share a coefficient"),
+        ({}, {"frozen": {r"^blocks\.": 0.3}}, "hold no tensor whose coefficients are learned"),
+    ],
+)
+def test_what_cannot_be_learned_block_by_block_is_refused(driver, recipe, message, tmp_path):
+    models, kind, _ = network_of("stack", torch.float32)
+    job = job_of(tmp_path, recipe_of(models, **{"coefficients": Tensor(), **recipe}), data_of(kind))
+    with pytest.raises(ConfigError, match=message):
+        LayerWise(steps=1, **driver).run(job)
+    assert not job.folder.exists(), "the corrected job is another"
+
+
+def test_other_refusals(tmp_path):
+    models, kind, _ = network_of("stack", torch.float32)
+    with pytest.raises(ConfigError, match="steps: expected at least 1, came 0"):
+        LayerWise(steps=0)
+    with pytest.raises(ConfigError, match="activation_memory: expected GiB"):
+        LayerWise(activation_memory=-1)
+    recipe = recipe_of(models)
+    job = job_of(tmp_path / "a", recipe, data_of(kind), activation_checkpointing=True)
+    with pytest.raises(ConfigError, match="activation_checkpointing recomputes"):
+        LayerWise().run(job)
+    with pytest.raises(ConfigError, match="tasks name no source: c -> c"):
+        LayerWise().run(job_of(tmp_path / "b", recipe, data_of(kind, tasks="ac")))
+    perceptrons = recipe_of(relatives(build()))
+    with pytest.raises(ConfigError, match=r"in one nn\.ModuleList, came none"):
+        LayerWise().run(job_of(tmp_path / "c", perceptrons, data_of(kind)))
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=32,
+            d_model=8,
+            d_ff=8,
+            num_layers=1,
+            num_heads=2,
+            d_kv=4,
+            decoder_start_token_id=0,
+        )
+    )
+    with pytest.raises(ConfigError, match="is an encoder with a decoder"):
+        LayerWise().run(job_of(tmp_path / "d", recipe_of(relatives(t5)), data_of("tokens")))
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+import torch
+from gradmerge.drivers import matching
+import test_layerwise as t
+
+step = matching.BlockModule.training_step
+def killed(self, batch, batch_idx):
+    if self.block.number == 1 and self.global_step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch, batch_idx)
+matching.BlockModule.training_step = killed
+models = t.relatives(t.build(t.Narrow))
+job, driver = t.run_of(Path("job"), models, "x")
+driver.run(job)
+"""
+
+
+def test_a_killed_process_leaves_what_the_next_one_goes_on_with(tmp_path, monkeypatch):
+    tests = Path(__file__).parents[1]
+    paths = [str(tests), str(tests / "unit"), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    ran = subprocess.run(
+        [sys.executable, "-c", KILLED], cwd=tmp_path, env=environment, capture_output=True
+    )
+    assert ran.returncode == -signal.SIGKILL, ran.stderr.decode()
+    models = relatives(build(Narrow))
+    job, driver = run_of(tmp_path / "job", models, "x")
+    first = job.folder / "steps" / "block-000" / "raw.safetensors"
+    written = first.stat().st_mtime_ns
+    assert [path.name for path in sorted((job.folder / "steps").glob("*/step.json"))] == [
+        "step.json"
+    ]
+    driver.run(job)
+    assert first.stat().st_mtime_ns == written
+    whole, driver = run_of(tmp_path / "whole", models, "x")
+    driver.run(whole)
+    assert same(raw_of(job), raw_of(whole))
