@@ -65,6 +65,8 @@ class Plan:
         """How the coefficients were learned, as plain data; empty before a fit."""
         self._on_device: dict[tuple[str, str], Tensor] = {}
         self._facts: dict[str, dict[str, Tensor]] = {}
+        self.slopes: dict[str, Tensor] | None = None
+        """Where set, `contract` adds up `dL/dc` here, by tensor, `[sources, *slot]`."""
         self.collected = self._statistics()
         """Statistics of the sources that the preprocess reads, if it reads any."""
         self._processed = ProcessedDirections(recipe.preprocess, self._directions)
@@ -305,6 +307,9 @@ class Plan:
                 coefficient.detach(),
                 self.spread(name, grad.device),
             )
+        if self.slopes is not None:
+            before = self.slopes.get(name)
+            self.slopes[name] = grad_coefficient if before is None else before + grad_coefficient
         if coefficient is leaf:
             return grad_coefficient.to(raw.dtype)
         (grad_raw,) = torch.autograd.grad(coefficient, leaf, grad_coefficient.to(coefficient.dtype))
