@@ -65,6 +65,7 @@ class Plan:
         """How the coefficients were learned, as plain data; empty before a fit."""
         self._on_device: dict[tuple[str, str], Tensor] = {}
         self._facts: dict[str, dict[str, Tensor]] = {}
+        self._keeps_facts = False  # a static merge asks for each tensor once
         self.slopes: dict[str, Tensor] | None = None
         """Where set, `contract` adds up `dL/dc` here, by tensor, `[sources, *slot]`."""
         self.collected = self._statistics()
@@ -230,13 +231,14 @@ class Plan:
                 "they cannot be learned through it. Merge with stated ones (`gradmerge merge`, "
                 "Plan.materialise), or choose another operator."
             )
+        self._keeps_facts = True
         for checkpoint in (*([self.base] if self.base is not None else []), *self.sources.values()):
             checkpoint.keep()
         self._processed.keep()
 
     def terms(self, name: str) -> Terms:
         """The frozen tensors that `name` is merged from."""
-        facts = self._facts.setdefault(name, {})
+        facts = self._facts.setdefault(name, {}) if self._keeps_facts else {}
         if self.recipe.preprocess and self.fixed.get(name) != 0:
             anchor = self._origin(name)
             chosen = None

@@ -162,6 +162,17 @@ def test_a_tensor_is_decomposed_once(monkeypatch):
     assert len(calls) == 2 * 2
 
 
+def test_a_static_merge_keeps_no_factors():
+    plan = recipe_of(family(), **MASKED, init=LeadingComponents(0.5)).open()
+    raw = plan.initial_raw()
+    first = {name: plan.materialise(name, raw) for name in plan.tensors}
+    assert plan._facts == {}
+    plan.prepare_learning()
+    assert all(torch.equal(plan.materialise(name, raw), first[name]) for name in first)
+    kept = plan._facts["conv.weight"].values()
+    assert [tuple(factor.shape) for factor in kept] == [(4, 8), (8, 27)]
+
+
 def test_directions_that_are_not_finite_are_refused():
     terms = Terms([torch.full((3, 3), float("nan"))], torch.zeros(3, 3))
     with pytest.raises(ConfigError, match="source 1 of 1 has NaN or infinity"):

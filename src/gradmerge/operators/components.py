@@ -32,9 +32,10 @@ class Components(AbstractOperator):
     axes are matrices `[out, rest]`. A tensor that has one coefficient a source (one axis, a frozen
     tensor), or any other granularity, takes the linear sum `A + scale * sum_k c_k B_k`.
 
-    Each tensor is decomposed once, in float64. `U_k` and `S_k V_k^T` are kept in float32 (float64
-    where a tensor is): on a CPU in files (`TMPDIR`) that are mapped, on a GPU in its memory. They
-    take `4 (out + rest) min(out, rest)` bytes a source, twice a square direction in float32.
+    In training each tensor is decomposed once, in float64. `U_k` and `S_k V_k^T` are kept in
+    float32 (float64 where a tensor is): on a CPU in files (`TMPDIR`) that are mapped, on a GPU in
+    its memory. They take `4 (out + rest) min(out, rest)` bytes a source, twice a square direction
+    in float32. A static merge keeps none.
     """
 
     scale: float = 1.0
