@@ -24,7 +24,8 @@ from gradmerge.objectives import (
     Predictions,
 )
 from gradmerge.optimisers import SAM
-from gradmerge.prediction import Batch, by_task, expert_rows, is_causal, predict, rows_of
+from gradmerge.prediction import Batch as Batch
+from gradmerge.prediction import by_task, expert_rows, is_causal, predict, rows_of
 from gradmerge.provenance import start_run
 from gradmerge.recipe import Recipe
 from gradmerge.regularisation import Regularisation

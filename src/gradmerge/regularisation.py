@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor, distributed
 
+from gradmerge._typing import Raw
 from gradmerge.errors import ConfigError
 from gradmerge.merged import MergedModel
 from gradmerge.objectives import Objective
@@ -25,11 +26,17 @@ class Regularisation:
 
     def __init__(self, objective: Objective, merged: MergedModel) -> None:
         self._objective, self._merged = objective, merged
-        known = merged.coefficients() if objective.regularisers else {}
-        self.start = {name: c.detach().clone() for name, c in known.items()}
+        self.start: dict[str, Tensor] = {}
         """Coefficients at the start, by tensor."""
+        self.start_at(merged.raw)
         self.importance: dict[str, Tensor] = {}
         """F of `FisherToInit` by key of the raw parameters, `[sources, *shape]`."""
+
+    def start_at(self, raw: Raw) -> None:
+        """Measure from these raw coefficients on, where there is any regulariser."""
+        if self._objective.regularisers:
+            plan = self._merged.plan
+            self.start = {n: plan.coefficient(n, raw).detach().clone() for n in plan.learned}
 
     def penalty(self) -> Tensor:
         """The weighted sum of all penalties, differentiable."""
