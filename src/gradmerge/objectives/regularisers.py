@@ -86,7 +86,8 @@ class FisherToInit(AbstractRegulariser):
     F is the squared gradient of the objective's terms in the coefficients at the start, averaged
     over training batches and divided by its mean, so that `weight` means what it means for
     `L2ToInit` (F = 1). Gradients are those of batches, not of single examples. Coefficients whose
-    gradient is zero are free. F is measured when a fit starts and kept in its checkpoints.
+    gradient is zero are free. F is measured when a fit starts, one float32 number a coefficient,
+    and kept in its checkpoints.
     """
 
     weight: float = 1e-2
