@@ -33,6 +33,8 @@ commands:
 gradmerge COMMAND --help lists a command's options; configs/ holds runnable examples.
 """
 
+# Packages that a configuration may name and nothing else needs, and how pip calls them.
+OPTIONAL = {"torchao": "gradmerge[eight-bit]", "bitsandbytes": "bitsandbytes"}
 LEARNING = ("fit", "validate", "test")
 COMMANDS = (*LEARNING, "export", "merge", "collect", "unpack", "inspect")
 
@@ -111,6 +113,7 @@ def register() -> None:
     import gradmerge.coefficients
     import gradmerge.objectives
     import gradmerge.operators
+    import gradmerge.optimisers
     import gradmerge.preprocess
     import gradmerge.search
     import gradmerge.sources  # noqa: F401
@@ -155,10 +158,10 @@ def component_names(stock: bool = True) -> dict[str, str]:
         from torch import optim
         from torch.optim import lr_scheduler
 
-        from gradmerge import drivers
+        from gradmerge import drivers, optimisers
 
         bases = {"Callback", "Logger", "LRScheduler", "Optimizer", "ProgressBar"}
-        for module in (optim, lr_scheduler, callbacks, loggers):
+        for module in (optim, optimisers, lr_scheduler, callbacks, loggers):
             for name in getattr(module, "__all__", dir(module)):
                 found = isinstance(getattr(module, name), type) and name not in bases
                 if found and not name.startswith(("_", "Base")):
@@ -203,6 +206,10 @@ def explain(message: str, parser: Any) -> str:
     ):
         name = next(part for part in unknown if part)
         hints.append(nearest(name, {*keys, *(key.rsplit(".", 1)[-1] for key in keys)}))
+    missing = [name for name in OPTIONAL if f"No module named '{name}" in message]
+    if missing:
+        name = missing[0]
+        return f"{name} is not installed: pip install '{OPTIONAL[name]}'\n{message}"
     known = component_names(stock="optimizer" in keys)
     for parts in re.findall(
         r"class_path'?:? '([\w.]+)'|import path string: ([\w.]+)|path but ([\w.]+)", message

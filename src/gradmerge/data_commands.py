@@ -35,7 +35,8 @@ def merge(
     Args:
         recipe: what is merged; `init` gives the coefficients (Constant, Uniform, MetaGPT, ...).
         data: the tasks, for steps that need statistics, for a search, and for scores.
-        search: chooses the coefficients by scores on the selection split (GreedySoup, Scales).
+        search: chooses the coefficients by scores on the selection split (GreedySoup, Scales,
+            Draws).
         score: print the merge's scores on the selection split.
         outputs: one merged model; one model folder a task, of its own direction alone, whatever the
             coefficients (EMR-Merging); or their compact form, one vector with a mask and a scale a
@@ -117,7 +118,7 @@ def _print_search(selection: Selection, chosen: Any) -> None:
 
 
 def _short(init: Any) -> str:
-    name = "factor" if hasattr(init, "factor") else "value"
+    name = next((n for n in ("factor", "value", "seed") if hasattr(init, n)), "")
     return f"{type(init).__name__} {getattr(init, name, '')}"
 
 

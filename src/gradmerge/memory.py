@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -82,3 +83,18 @@ def release_freed_memory(threshold: int = 1 << 20) -> bool:
         return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, threshold))
     except (AttributeError, OSError):
         return False
+
+
+def in_file(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor in a file of the folder for temporary files (`TMPDIR`), contents undefined.
+
+    The system may write its pages out and drop them from memory. The file has no name, so it goes
+    with the tensor, or with the process.
+    """
+    size = torch.Size(shape).numel()
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.TemporaryDirectory(prefix="gradmerge-") as folder:
+        # a mapping outlives its file's name
+        flat = torch.from_file(f"{folder}/tensor", shared=True, size=size, dtype=dtype)
+    return flat.view(*shape)

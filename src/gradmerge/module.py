@@ -17,22 +17,24 @@ from gradmerge.errors import ConfigError
 from gradmerge.loaders import sample_batches
 from gradmerge.memory import release_freed_memory
 from gradmerge.merged import Memory, MergedModel
-from gradmerge.metrics import TaskScores, mean_scores, normalised
 from gradmerge.objectives import (
     AbstractTerm,
     CrossEntropy,
+    LogitScale,
     Objective,
     Predictions,
-    next_token_rows,
 )
+from gradmerge.optimisers import SAM
+from gradmerge.prediction import Batch as Batch
+from gradmerge.prediction import by_task, expert_rows, is_causal, predict, rows_of
 from gradmerge.provenance import start_run
 from gradmerge.recipe import Recipe
+from gradmerge.regularisation import Regularisation
 from gradmerge.saved import restore, to_save
+from gradmerge.scoring import SplitScores
 from gradmerge.sources.token_report import summarise, token_report
 from gradmerge.spec import from_plain, to_plain
 
-Batch = Mapping[str, Any]
-_NOT_INPUTS = frozenset({"labels", "bytes_per_token"})
 # Batches a task, at most, that BatchNorm statistics are recomputed on.
 _NORM_BATCHES = 16
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -56,6 +58,8 @@ class MergeModule(lightning.LightningModule):
         load_sources: copy the sources to the training device once, instead of reading their mapped
             files at every step (a GPU wants it, if they fit).
         score_experts: also run each task's source once an evaluation split, for normalised scores.
+        logit_scale: start of a learned positive factor on the merged logits while training (learned
+            soup); evaluation and export do without it. Default: none.
         module: the architecture, where no source carries a config (Python only).
 
     Example:
@@ -77,6 +81,7 @@ class MergeModule(lightning.LightningModule):
         learning_rate: float = 1e-2,
         load_sources: bool = False,
         score_experts: bool = True,
+        logit_scale: float | None = None,
         module: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -96,20 +101,23 @@ class MergeModule(lightning.LightningModule):
         self.merged = MergedModel(recipe, module, memory, DTYPES[dtype])
         if activation_checkpointing:
             self.merged.enable_activation_checkpointing()
-        self._start = {k: c.detach().clone() for k, c in self._small_coefficients().items()}
-        self._remember(memory, dtype, activation_checkpointing)
+        self.regularisation = Regularisation(self.objective, self.merged)
+        self.logit_scale = (
+            None if logit_scale is None else LogitScale(logit_scale, self.objective.terms)
+        )
+        self._remember(memory, dtype, activation_checkpointing, logit_scale)
         self._checked_unused = False
         self._buffers_version = -1
-        self._scores: dict[str, TaskScores] = {}
-        self._experts: dict[str, dict[str, dict[str, float]]] = {}
-        self.results: dict[str, dict[str, dict[str, float]]] = {}
+        self._scores = SplitScores()
         for warning in self.merged.plan.warnings:
             lightning.pytorch.utilities.rank_zero_warn(str(warning))
         if self.merged.plan.alignment is not None:
             summary = summarise(token_report(self.merged.plan.alignment))
             lightning.pytorch.utilities.rank_zero_info(summary)
 
-    def _remember(self, memory: str, dtype: str, activation_checkpointing: bool) -> None:
+    def _remember(
+        self, memory: str, dtype: str, activation_checkpointing: bool, logit_scale: float | None
+    ) -> None:
         """Hyper-parameters as plain data: the checkpoint then loads with `weights_only=True`."""
         plain = {
             "recipe": to_plain(self.recipe),
@@ -120,14 +128,11 @@ class MergeModule(lightning.LightningModule):
             "learning_rate": self.learning_rate,
             "load_sources": self.load_sources,
             "score_experts": self.score_experts,
+            "logit_scale": logit_scale,
         }
         self._set_hparams(plain)
         self._hparams_initial = copy.deepcopy(self._hparams)
         self._log_hyperparams = True
-
-    def _small_coefficients(self) -> dict[str, Tensor]:
-        """Coefficients, where the objective has regularisers that look at them."""
-        return self.merged.coefficients() if self.objective.regularisers else {}
 
     def start_at(self, init: AbstractInit) -> None:
         """Take another start, as a search has chosen it: in the recipe, and for what is measured
@@ -135,16 +140,13 @@ class MergeModule(lightning.LightningModule):
         """
         self.recipe = self.merged.plan.recipe = replace(self.recipe, init=init)
         self.hparams["recipe"] = to_plain(self.recipe)
-        plan = self.merged.plan
-        if self.objective.regularisers:
-            raw = {key: value.to(self.device) for key, value in plan.initial_raw().items()}
-            self._start = {name: plan.coefficient(name, raw).detach() for name in plan.learned}
+        raw = self.merged.plan.initial_raw()
+        self.regularisation.start_at({key: value.to(self.device) for key, value in raw.items()})
 
     @property
     def causal(self) -> bool:
         """Whether the network predicts the next token."""
-        name = type(self.merged.skeleton).__name__
-        return name.endswith(("ForCausalLM", "LMHeadModel"))
+        return is_causal(self.merged.skeleton)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -178,62 +180,28 @@ class MergeModule(lightning.LightningModule):
     def _tasks_need_source(self) -> bool:
         return self.objective.needs_teacher or bool(self.merged.plan.private)
 
-    def _by_task(self, batch: Batch) -> dict[str, Batch]:
-        if all(isinstance(value, Mapping) for value in batch.values()):
-            unknown = [name for name in batch if name not in self.merged.tasks]
-            if unknown:
-                raise ConfigError(
-                    f"the batch has tasks {unknown}; expected some of {', '.join(self.tasks)}."
-                )
-            return dict(batch)
-        if len(self.merged.tasks) != 1:
-            raise ConfigError(
-                "a training batch must map task names to batches, came the keys "
-                f"{', '.join(map(str, batch))}; tasks are {', '.join(self.tasks)}."
-            )
-        return {self.tasks[0]: batch}
-
     def rows(self, task: str, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Logits of a task's batch as rows, labels, and the rows kept (see `next_token_rows`)."""
-        inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
-        output = self.merged(task=task, **inputs)
-        logits = getattr(output, "logits", output)
-        if not isinstance(logits, Tensor):
-            raise ConfigError(
-                f"{type(self.merged.skeleton).__name__} returned {type(output).__name__}; expected "
-                "a tensor of logits or an output with `logits`."
-            )
-        config = getattr(self.merged.skeleton, "config", None)
-        decodes = getattr(config, "is_encoder_decoder", False)
-        mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
-        return next_token_rows(logits.float(), batch.get("labels"), mask, self.causal)
-
-    def _expert_rows(self, task: str, batch: Batch) -> Tensor:
-        with self.merged.as_source(self.merged.tasks[task]):
-            return self.rows(task, batch)[0].detach()
+        return rows_of(self.merged, task, batch)
 
     def _predict(self, task: str, batch: Batch, shared: bool = False) -> Predictions:
-        teacher = self._expert_rows(task, batch) if self.objective.needs_teacher else None
-        logits, labels, _ = self.rows(task, batch)
-        if labels is None and self.objective.needs_labels:
-            terms = [type(term).__name__ for term in self.objective.terms if term.needs_labels]
-            raise ConfigError(
-                f"task {task} has no labels, which {', '.join(terms)} needs; name its "
-                "label column, or use Entropy or KLToSource."
-            )
-        return Predictions(logits, labels, teacher, shared)
+        return predict(self.merged, self.objective, task, batch, shared)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One merge, one backward a task, one contraction."""
-        batches = self._by_task(batch)
-        runs = [partial(self._task_loss, task, b, tuple(batches)) for task, b in batches.items()]
-        loss, values = self.merged.accumulate(runs, self._inner_scale())
+        batches = by_task(self.merged, batch)
+        if self.logit_scale is not None:
+            self.logit_scale.begin()
+        loss, values = self.merged.accumulate(self._runs(batches), self._inner_scale())
+        if self.logit_scale is not None:
+            loss = loss + self.logit_scale.deferred(self._inner_scale())
+            self.log("train/logit_scale", self.logit_scale.value, batch_size=1)
         if not self._checked_unused:
             self._checked_unused = True
             self._share_touched()
             self.merged.fix_unused()
         if self.objective.regularisers:
-            penalty = self.objective.penalty(self._small_coefficients(), self._start)
+            penalty = self.regularisation.penalty()
             self.log("train/penalty", penalty.detach(), batch_size=1)
             loss = loss + penalty
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
@@ -243,8 +211,14 @@ class MergeModule(lightning.LightningModule):
                 self.log(f"train/{task}/loss", value / share, batch_size=1)
         return loss
 
+    def _runs(self, batches: Mapping[str, Batch]) -> list[Callable[[], Tensor]]:
+        tasks = tuple(batches)
+        return [partial(self._task_loss, task, batch, tasks) for task, batch in batches.items()]
+
     def _task_loss(self, task: str, batch: Batch, tasks: Sequence[str]) -> Tensor:
         predictions = self._predict(task, batch, self.trainer.world_size > 1)
+        if self.logit_scale is not None:
+            predictions = replace(predictions, logits=self.logit_scale.scaled(predictions.logits))
         return self.objective.share(task, tasks) * self.objective.loss(predictions)
 
     def _inner_scale(self) -> float:
@@ -267,6 +241,33 @@ class MergeModule(lightning.LightningModule):
             release_freed_memory()
         if self.load_sources:
             self.merged.plan.load(self.device)
+
+    def on_train_start(self) -> None:
+        """Measure how much the coefficients matter, where the objective asks for it."""
+        if not self.regularisation.wants_batches:
+            return
+        data = getattr(self._trainer, "datamodule", None)
+        # a data module's new loader begins where training does, and leaves that one alone
+        loader: Any = self.trainer.train_dataloader if data is None else data.train_dataloader()
+        moved = (self.transfer_batch_to_device(batch, self.device, 0) for batch in loader)
+        with self.trainer.precision_plugin.train_step_context():
+            steps = (self._runs(by_task(self.merged, batch)) for batch in moved)
+            self.regularisation.measure(steps, self._inner_scale())
+
+    def on_train_epoch_start(self) -> None:
+        """Refuse settings of the trainer that an optimiser cannot do with."""
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, SAM):
+                scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+                optimizer.require(self.trainer.accumulate_grad_batches, scaled)
+
+    def on_train_end(self) -> None:
+        """Say what the logits were scaled by at last."""
+        self._note_logit_scale()
+
+    def _note_logit_scale(self) -> None:
+        if self.logit_scale is not None and self.merged.plan.run:
+            self.merged.plan.run["logit_scale"] = self.logit_scale.value
 
     def on_validation_model_train(self) -> None:
         """Go back to training; a trainer would restore flags of submodules, which the network is
@@ -308,48 +309,41 @@ class MergeModule(lightning.LightningModule):
 
     def _begin(self) -> None:
         self.refresh_buffers()
-        self._scores = {k: TaskScores(self.causal, self.device) for k in ("merged", "expert")}
+        self._scores.begin(self.causal, self.device)
 
     def _evaluate(self, batch: Batch, index: int, stage: str) -> None:
         if not batch:  # another process has one more
             return
         task = self.tasks[index]
         predictions = self._predict(task, batch)
-        bytes_per_token = float(batch.get("bytes_per_token", 1.0))
-        rows = self.objective.rows(predictions)
+        rows, labels = self.objective.rows(predictions), predictions.labels
         if rows:
-            self._scores["merged"].update_loss(task, self.objective.loss(predictions), rows)
-        if predictions.labels is None:
+            self._scores.add_loss(task, self.objective.loss(predictions), rows)
+        if labels is None:
             return
-        merged = self._scores["merged"]
-        merged.update(task, predictions.logits, predictions.labels, bytes_per_token)
-        if self.score_experts and stage not in self._experts and not self.trainer.sanity_checking:
+        bytes_per_token = float(batch.get("bytes_per_token", 1.0))
+        self._scores.add("merged", task, predictions.logits, labels, bytes_per_token)
+        known = self.trainer.sanity_checking or stage in self._scores.experts
+        if self.score_experts and not known:
             teacher = predictions.teacher
-            expert = teacher if teacher is not None else self._expert_rows(task, batch)
-            self._scores["expert"].update(task, expert, predictions.labels, bytes_per_token)
+            expert = teacher if teacher is not None else expert_rows(self.merged, task, batch)
+            self._scores.add("expert", task, expert, labels, bytes_per_token)
 
     def _finish(self, stage: str) -> None:
-        merged = self._scores["merged"]
-        found = merged.compute()
-        if not self.trainer.sanity_checking and stage not in self._experts:
-            self._experts[stage] = self._scores["expert"].compute()
+        keep = not self.trainer.sanity_checking
+        found, averages = self._scores.finish(stage, self.objective.share, keep)
         for task, values in found.items():
-            expert = self._experts.get(stage, {}).get(task, {}).get(merged.score.name)
-            own = values.get(merged.score.name)
-            if expert is not None and own is not None:
-                values["normalised"] = normalised(merged.score, own, expert)
             for name, value in values.items():
                 self.log(f"{stage}/{task}/{name}", value, rank_zero_only=True)
-        averages = mean_scores(found)
-        if "loss" in averages:
-            # Weighted as in training; early stopping and checkpoints watch it.
-            shares = {t: self.objective.share(t, tuple(found)) for t in found}
-            averages["loss"] = sum(shares[t] * v.get("loss", 0.0) for t, v in found.items())
         for name, value in averages.items():
             key = f"{stage}/loss" if name == "loss" else f"{stage}/average/{name}"
-            self.log(key, value, prog_bar=name in ("loss", merged.score.name))
-        if not self.trainer.sanity_checking:
-            self.results[stage] = {**found, "average": averages}
+            # early stopping and checkpoints watch the loss
+            self.log(key, value, prog_bar=name in ("loss", self._scores.score.name))
+
+    @property
+    def results(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Scores of the splits that were evaluated: by split, by task and `average`."""
+        return self._scores.results
 
     def refresh_buffers(self, data: Any = None) -> None:
         """Recompute BatchNorm statistics on adaptation data (by default the trainer's), where the
@@ -379,8 +373,10 @@ class MergeModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the coefficients belong to."""
         self.refresh_buffers()
-        own = (self._checked_unused, self.results, self._experts)
+        self._note_logit_scale()
+        own = (self._checked_unused, self.results, self._scores.experts)
         checkpoint["gradmerge"] = to_save(self.merged, *own)
+        checkpoint["gradmerge"]["regularisation"] = self.regularisation.to_save()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse coefficients of other weights, and restore what is not a parameter.
@@ -389,5 +385,7 @@ class MergeModule(lightning.LightningModule):
             FingerprintError: the sources' weights are not those of the checkpoint.
             ConfigError: the checkpoint is not one of gradmerge.
         """
-        restored = restore(self.merged, checkpoint.get("gradmerge"))
-        self._checked_unused, self.results, self._experts = restored
+        saved = checkpoint.get("gradmerge")
+        restored = restore(self.merged, saved)
+        self.regularisation.restore((saved or {}).get("regularisation", {}))
+        self._checked_unused, self._scores.results, self._scores.experts = restored

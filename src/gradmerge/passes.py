@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader
 
 from gradmerge.data import MergeDataModule
 from gradmerge.errors import ConfigError, shorten
-from gradmerge.module import Batch, MergeModule
+from gradmerge.module import MergeModule
 from gradmerge.objectives.base import UNLABELLED
 from gradmerge.observation import Grams, LinearLayer, linear_layers
 from gradmerge.plan import Plan
+from gradmerge.prediction import Batch
 from gradmerge.statistics import Needs
 
 Report = Callable[[str], None]

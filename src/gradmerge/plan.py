@@ -68,6 +68,9 @@ class Plan:
         """How the coefficients were learned, as plain data; empty before a fit."""
         self._on_device: dict[tuple[str, str], Tensor] = {}
         self._facts: dict[str, dict[str, Tensor]] = {}
+        self._keeps_facts = False  # a static merge asks for each tensor once
+        self.slopes: dict[str, Tensor] | None = None
+        """Where set, `contract` adds up `dL/dc` here, by tensor, `[sources, *slot]`."""
         self.collected = self._statistics()
         """Statistics of the sources that the preprocess reads, if it reads any."""
         self._processed = ProcessedDirections(recipe.preprocess, self._directions)
@@ -231,13 +234,14 @@ class Plan:
                 "they cannot be learned through it. Merge with stated ones (`gradmerge merge`, "
                 "Plan.materialise), or choose another operator."
             )
+        self._keeps_facts = True
         for checkpoint in (*([self.base] if self.base is not None else []), *self.serving.values()):
             checkpoint.keep()
         self._processed.keep()
 
     def terms(self, name: str) -> Terms:
         """The frozen tensors that `name` is merged from."""
-        facts = self._facts.setdefault(name, {})
+        facts = self._facts.setdefault(name, {}) if self._keeps_facts else {}
         if self.recipe.preprocess and self.fixed.get(name) != 0:
             anchor = self._origin(name)
             chosen = None
@@ -308,6 +312,9 @@ class Plan:
                 coefficient.detach(),
                 self.spread(name, grad.device),
             )
+        if self.slopes is not None:
+            before = self.slopes.get(name)
+            self.slopes[name] = grad_coefficient if before is None else before + grad_coefficient
         if coefficient is leaf:
             return grad_coefficient.to(raw.dtype)
         (grad_raw,) = torch.autograd.grad(coefficient, leaf, grad_coefficient.to(coefficient.dtype))

@@ -15,7 +15,14 @@ from typing import Any, Literal
 from torch import nn
 
 from gradmerge._typing import Origin
-from gradmerge.coefficients import AbstractCoefficients, AbstractInit, Column, Constant, Row
+from gradmerge.coefficients import (
+    AbstractCoefficients,
+    AbstractInit,
+    Column,
+    Component,
+    Constant,
+    Row,
+)
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.errors import ConfigError, Problem
 from gradmerge.operators import AbstractOperator, Linear
@@ -46,13 +53,13 @@ class Recipe:
     """Folder of `gradmerge collect` with the sources' statistics on data, for steps that need them
     (FisherScale, RegMean, MaTS)."""
     coefficients: AbstractCoefficients = field(default_factory=TensorGranularity)
-    """Who shares a coefficient (Model, Group, Tensor, Column, Row, Partition, Element), possibly
-    wrapped by a link (Clamp, Sigmoid, Tanh, Softmax, Complement)."""
+    """Who shares a coefficient (Model, Group, Tensor, Column, Row, Partition, Component, Element),
+    possibly wrapped by a link (Clamp, Sigmoid, Tanh, Softmax, Complement, HardMask)."""
     init: AbstractInit = field(default_factory=Constant)
     """Where the coefficients start."""
     operator: AbstractOperator = field(default_factory=Linear)
-    """How directions are combined (Linear, DisjointMean, Slerp, MultiSlerp, Karcher, ModelStock,
-    NearSwap, ArceeFusion)."""
+    """How directions are combined (Linear, Components, DisjointMean, Slerp, MultiSlerp, Karcher,
+    ModelStock, NearSwap, ArceeFusion)."""
     frozen: dict[str, float | str] = field(default_factory=dict)
     """Tensors by regular expression that keep a stated coefficient: a number for every source,
     `origin` (0) or `mean` (1/K). The first match wins."""
@@ -102,6 +109,13 @@ class Recipe:
         """Whether coefficients and operator take this number of sources."""
         self.coefficients.num_rows(len(self.sources))
         self.operator.require(len(self.sources), self.resolved_origin)
+        if isinstance(_granularity(self.coefficients), Component) and not (
+            self.operator.by_component
+        ):
+            raise ConfigError(
+                "coefficients: Component puts coefficients on singular components, which operator "
+                f"{type(self.operator).__name__} does not know. Set operator: Components."
+            )
 
     @property
     def resolved_origin(self) -> Origin:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gradmerge.coefficients import AbstractInit, Constant, Scaled
+from gradmerge.coefficients import AbstractInit, Constant, Mixup, Scaled
+from gradmerge.coefficients.init import require_alpha
 from gradmerge.errors import ConfigError
 
-__all__ = ["AbstractSearch", "GreedySoup", "Scales"]
+__all__ = ["AbstractSearch", "Draws", "GreedySoup", "Scales"]
 
 Evaluate = Callable[[AbstractInit], float]
 
@@ -95,6 +96,53 @@ class Scales(AbstractSearch):
                 "e.g. --recipe.operator.scale of DisjointMean."
             )
         return scaled[scores.index(max(scores))]
+
+
+@dataclass(frozen=True)
+class Draws(AbstractSearch):
+    """The best of several random mixing ratios (M3, arXiv 2502.15434).
+
+    The recipe's own coefficients are not used: draw i is `Mixup` of seed `seed + i`, Beta(alpha,
+    alpha) for two sources and Dirichlet for more. What is chosen is such a `Mixup`, so that its
+    seed gives the same merge again, and a learned merge can start there.
+    """
+
+    num_draws: int = 16
+    """How many are scored; of equally good ones the first is taken."""
+    alpha: float = 1.0
+    """Concentration of the draws; M3's code takes 0.5 by default, its paper 0.4 to 2."""
+    per: Literal["model", "tensor"] = "model"
+    """One ratio a merge (the paper's), or one a tensor (or what else shares a coefficient)."""
+    seed: int = 0
+    """Seed of the first draw."""
+    scale: float = 1.0
+    """Factor on the ratios; M3 takes 1, also with task arithmetic."""
+    metric: Literal["score", "loss"] = "score"
+    """What decides: the mean over tasks of the score that tasks are judged by (accuracy, bits a
+    byte), or the loss."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.num_draws < 1:
+            raise ConfigError(f"Draws: num_draws must be at least 1, came {self.num_draws}.")
+        require_alpha("Draws", self.alpha)
+
+    def run(self, start: AbstractInit, sources: Sequence[str], score: Evaluate) -> AbstractInit:
+        """See `AbstractSearch.run`; one score a draw.
+
+        Raises:
+            ConfigError: there is one source, whose ratio is always 1.
+        """
+        if len(sources) < 2:
+            raise ConfigError(
+                f"Draws: expected at least two sources to mix, came {', '.join(sources)}, whose "
+                "ratio is always 1. Tune its coefficient with Scales."
+            )
+        draws = [
+            Mixup(self.alpha, self.per, self.scale, self.seed + i) for i in range(self.num_draws)
+        ]
+        scores = [score(draw) for draw in draws]
+        return draws[scores.index(max(scores))]
 
 
 def soup(members: Sequence[int], num_sources: int) -> Constant:

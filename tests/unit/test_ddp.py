@@ -154,6 +154,34 @@ distributed.destroy_process_group()
 """
 
 
+# Two gradients a step, a prior measured at the start, and a parameter that is no coefficient.
+SHARP = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from gradmerge.objectives import CrossEntropy, FisherToInit, Objective
+from gradmerge.optimisers import SAM
+from tiny import Perceptron, build, module_of, relatives, trainer_of, vectors
+
+folder, devices, memory = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+objective = Objective([CrossEntropy()], [FisherToInit(0.5, batches=2)], {"a": 2.0})
+models = relatives(build(Perceptron, extra=True))
+module = module_of(models, objective, logit_scale=2.0, memory=memory)
+sgd = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
+module.configure_optimizers = lambda: SAM(module.parameters(), lr=0.3, rho=0.3, base=sgd)
+options = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
+trainer = trainer_of(folder, **options, max_steps=5, limit_val_batches=0, gradient_clip_val=1.0)
+trainer.fit(module, datamodule=vectors(batch_size=4 // devices, count=12))
+found = {
+    "raw": module.merged.raw["tensor"].detach(),
+    "importance": module.regularisation.importance["tensor"],
+    "scale": module.logit_scale.log_scale.detach(),
+}
+torch.save(found, folder / f"found{trainer.global_rank}.pt")
+"""
+
+
 def arguments(folder, devices, option, script=RUN):
     """The script, written to `folder`, and what it is called with."""
     folder.mkdir()
@@ -215,6 +243,23 @@ def test_two_processes_take_means_over_the_rows_of_both(tmp_path, option, monkey
         found = torch.load(tmp_path / "two" / f"found{rank}.pt")
         torch.testing.assert_close(found["raw"], alone["raw"], rtol=0, atol=1e-6)
         torch.testing.assert_close(found["losses"], alone["losses"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_sharp_steps_priors_and_scales_of_two_processes_are_those_of_one(
+    tmp_path, memory, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", arguments(tmp_path / "one", 1, memory, SHARP))
+    runpy.run_path(sys.argv[0])
+    run_in_two(arguments(tmp_path / "two", 2, memory, SHARP))
+    alone = torch.load(tmp_path / "one" / "found0.pt")
+    assert (alone["raw"] - 0.3).abs().max() > 1e-2
+    both = [torch.load(tmp_path / "two" / f"found{rank}.pt") for rank in range(2)]
+    for found in both:
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-6, msg=name)
+    assert all(torch.equal(both[0][name], both[1][name]) for name in alone)
 
 
 @pytest.mark.slow

@@ -7,9 +7,19 @@ import torch
 
 from conftest import logits_of
 from gradmerge import MergedModel, Recipe
-from gradmerge.coefficients import Column, Constant, Element, Partition, Tensor
+from gradmerge.coefficients import (
+    Column,
+    Component,
+    Constant,
+    Element,
+    HardMask,
+    LeadingComponents,
+    Partition,
+    Tensor,
+)
 from gradmerge.operators import (
     ArceeFusion,
+    Components,
     DisjointMean,
     Karcher,
     ModelStock,
@@ -77,6 +87,29 @@ def test_operators_on_a_gpu_equal_those_on_the_cpu(family, operator, granularity
     grads = []
     for device in ("cpu", "cuda"):
         merged = MergedModel(recipe, dtype=torch.float64).to(device)
+        if loaded:
+            merged.plan.load(torch.device(device))
+        moved = {key: value.to(device) for key, value in inputs.items()}
+        logits_of(merged(**moved)).log_softmax(-1)[..., 0].mean().backward()
+        grads.append({key: raw.grad.cpu() for key, raw in merged.raw.items()})
+    for key, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][key], grad, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["mapped", "loaded"])
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_components_on_a_gpu_equal_those_on_the_cpu(family, memory, loaded):
+    models, inputs = family("llama-tied")
+    recipe = Recipe(
+        sources={"a": models[1], "b": models[2]},
+        base=models[0],
+        coefficients=HardMask(Component()),
+        operator=Components(0.3),
+        init=LeadingComponents(0.5),
+    )
+    grads = []
+    for device in ("cpu", "cuda"):
+        merged = MergedModel(recipe, memory=memory, dtype=torch.float64).to(device)
         if loaded:
             merged.plan.load(torch.device(device))
         moved = {key: value.to(device) for key, value in inputs.items()}

@@ -196,6 +196,14 @@ def test_float64_is_float64_throughout(tmp_path):
     )
 
 
+def test_a_teacher_runs_once_a_task_and_step(tmp_path, monkeypatch):
+    module, seen = module_of(objective=Objective([KLToSource(), KLToSource(0.5, 1.0)])), []
+    real = module.merged.as_source
+    monkeypatch.setattr(module.merged, "as_source", lambda name: seen.append(name) or real(name))
+    fit(tmp_path, module, max_steps=2, limit_val_batches=0)
+    assert seen == ["a", "b"] * 2
+
+
 # ---- terms and regularisers -----------------------------------------------------------------
 
 

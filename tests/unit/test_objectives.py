@@ -214,6 +214,24 @@ def test_divergence_s_gradient_does_not_shrink_with_the_temperature():
     torch.testing.assert_close(student.grad, centred / 5 / 7, rtol=0, atol=1e-3)
 
 
+def test_divergence_is_a_mean_over_rows_however_they_are_cut_and_padded():
+    """DAM's own code divides the batch's mean by tokens again, which depends on the cut."""
+    student, teacher = 3 * draw(2, 6, 5), 3 * draw(2, 6, 5, seed=2)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
+
+    def loss(logits, expert, mask):
+        rows = [next_token_rows(each, None, mask, True)[0] for each in (logits, expert)]
+        return KLToSource().loss(Predictions(rows[0], teacher=rows[1])), len(rows[0])
+
+    whole, count = loss(student, teacher, mask)
+    halves = [loss(student[i : i + 1], teacher[i : i + 1], mask[i : i + 1]) for i in range(2)]
+    assert [rows for _, rows in halves] == [5, 1]
+    expected = sum(value * rows for value, rows in halves) / count
+    torch.testing.assert_close(whole, expected, rtol=1e-12, atol=0)
+    short = loss(student[1:, :2], teacher[1:, :2], mask[1:, :2])
+    torch.testing.assert_close(short[0], halves[1][0], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_divergence_refuses_a_temperature_that_is_not_positive(temperature):
     with pytest.raises(ConfigError, match="temperature must be positive"):

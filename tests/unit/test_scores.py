@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from gradmerge.coefficients import Constant, Sigmoid, Tensor
 from gradmerge.errors import ConfigError
 from gradmerge.objectives import CrossEntropy, Entropy, KLToSource, Objective
+from gradmerge.prediction import by_task
 from tiny import build, fit, module_of, raws, relatives, trainer_of, validate, vectors
 
 # ---- scores ---------------------------------------------------------------------------------
@@ -98,9 +99,9 @@ def test_batches_that_are_not_by_task_are_explained(tmp_path):
     with pytest.raises(
         ConfigError, match="must map task names to batches, came the keys x, labels"
     ):
-        module._by_task({"x": torch.zeros(1), "labels": torch.zeros(1)})
+        by_task(module.merged, {"x": torch.zeros(1), "labels": torch.zeros(1)})
     with pytest.raises(ConfigError, match=r"the batch has tasks \['z'\]; expected some of a, b"):
-        module._by_task({"z": {"x": torch.zeros(1)}})
+        by_task(module.merged, {"z": {"x": torch.zeros(1)}})
 
 
 def test_an_unknown_dtype_is_refused():

@@ -9,11 +9,14 @@ import torch
 from torch.nn import functional
 
 from gradmerge import MergeDataModule, MergeModule, TaskData
-from gradmerge.coefficients import Clamp, Constant, DepthRamp, Model, Scaled, Tensor
+from gradmerge.coefficients import Clamp, Constant, DepthRamp, Mixup, Model, Scaled, Tensor
 from gradmerge.errors import ConfigError
 from gradmerge.evaluation import Selection, set_coefficients
 from gradmerge.merged import MergedModel
-from gradmerge.search import GreedySoup, Scales, soup
+from gradmerge.operators import DisjointMean
+from gradmerge.preprocess import ElectSign, Trim
+from gradmerge.search import Draws, GreedySoup, Scales, soup
+from gradmerge.spec import from_plain
 from tiny import SPLITS, build, examples, recipe_of, relatives
 
 NAMES = ("a", "b", "c", "d")
@@ -173,3 +176,78 @@ def test_scales_that_change_nothing_are_refused():
     with pytest.raises(ConfigError, match="give one and the same score"):
         Scales([0.5, 1.0]).run(Constant(1.0), ("a", "b"), lambda init: 0.25)
     assert Scales([0.5]).run(Constant(1.0), ("a",), lambda init: 0.25) == Scaled(Constant(1.0), 0.5)
+
+
+# ---- M3: the best of several draws ------------------------------------------------------------
+
+
+def test_draws_are_seeded_mixups_and_the_first_of_the_best_wins():
+    scores, asked = [0.1, 0.7, 0.2, 0.7], []
+
+    def score(init):
+        asked.append(init)
+        return scores[len(asked) - 1]
+
+    chosen = Draws(4, alpha=0.5, per="tensor", seed=7, scale=0.8).run(Constant(), NAMES, score)
+    assert asked == [Mixup(0.5, "tensor", 0.8, 7 + i) for i in range(4)]
+    assert chosen == asked[1] == Mixup(0.5, "tensor", 0.8, 8)
+
+
+def test_a_draw_that_was_logged_reproduces(tmp_path):
+    models, data = relatives(build(), count=3), sealed("ab")
+    recipe = recipe_of(models, coefficients=Tensor(), init=Constant(0.0))
+    selection = Selection(MergeModule(recipe, score_experts=False), data)
+    chosen, found = selection.search(Draws(5, per="tensor", metric="loss"))
+    losses = [trial["selection"]["loss"] for trial in found["trials"]]
+    assert len(set(losses)) == 5
+    seeds = [trial["init"]["init_args"]["seed"] for trial in found["trials"]]
+    assert seeds == [0, 1, 2, 3, 4]
+    again = from_plain(found["chosen"])
+    assert again == chosen == Mixup(1.0, "tensor", 1.0, seeds[losses.index(min(losses))])
+    raw = recipe_of(models, coefficients=Tensor(), init=again).open().initial_raw()
+    assert torch.equal(raw["tensor"], selection.module.merged.raw["tensor"].detach())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_draw_on_ties_is_the_papers_rule_after_an_election(seed):
+    """Where both survive the ratio mixes them, elsewhere the survivor stays: by hand."""
+    models = relatives(build(), count=3)
+    init = Mixup(0.5, seed=seed)
+    recipe = recipe_of(
+        models,
+        coefficients=Model(),
+        init=init,
+        preprocess=[Trim(0.5), ElectSign()],
+        operator=DisjointMean(),
+    )
+    plan = recipe.open()
+    raw = plan.initial_raw()
+    ratio = raw["model"].flatten().tolist()
+    assert sum(ratio) == pytest.approx(1.0, abs=1e-6)
+    counts = [0, 0]
+    for name in plan.tensors:
+        base, *sources = (dict(m.named_parameters())[name].detach().flatten() for m in models)
+        trimmed = []
+        for source in sources:
+            direction = source - base
+            kept = direction.abs().argsort(descending=True)[: int(0.5 * len(direction))]
+            trimmed.append(torch.zeros_like(direction).index_copy_(0, kept, direction[kept]))
+        merged = plan.materialise(name, raw).flatten()
+        for i, (d1, d2) in enumerate(zip(*(t.tolist() for t in trimmed), strict=True)):
+            sign = 1 if d1 + d2 >= 0 else -1
+            alive = [d if d * sign > 0 else 0.0 for d in (d1, d2)]
+            both = bool(alive[0] and alive[1])
+            counts[both] += 1
+            expected = ratio[0] * alive[0] + ratio[1] * alive[1] if both else sum(alive)
+            assert float(merged[i] - base[i]) == pytest.approx(expected, abs=1e-6)
+    assert min(counts) > 5
+
+
+def test_draws_refuse_what_is_no_mixture():
+    with pytest.raises(ConfigError, match="num_draws must be at least 1"):
+        Draws(0)
+    for make in (lambda: Draws(alpha=0.0), lambda: Mixup(alpha=-1.0)):
+        with pytest.raises(ConfigError, match="In M3 an alpha of 0 or less stands for the first"):
+            make()
+    with pytest.raises(ConfigError, match="expected at least two sources to mix, came a"):
+        Draws(2).run(Constant(), ("a",), lambda init: 0.0)

@@ -4,6 +4,7 @@ from gradmerge.coefficients.base import AbstractCoefficients, Layout, MergeTenso
 from gradmerge.coefficients.from_mergekit import FromMergekit
 from gradmerge.coefficients.granularity import (
     Column,
+    Component,
     Element,
     Group,
     Model,
@@ -17,13 +18,14 @@ from gradmerge.coefficients.init import (
     DepthRamp,
     FromFile,
     InitContext,
+    LeadingComponents,
     MetaGPT,
     Mixup,
     Scaled,
     Uniform,
     initial_raw,
 )
-from gradmerge.coefficients.link import Clamp, Complement, Sigmoid, Softmax, Tanh
+from gradmerge.coefficients.link import Clamp, Complement, HardMask, Sigmoid, Softmax, Tanh
 
 __all__ = [
     "AbstractCoefficients",
@@ -31,14 +33,17 @@ __all__ = [
     "Clamp",
     "Column",
     "Complement",
+    "Component",
     "Constant",
     "DepthRamp",
     "Element",
     "FromFile",
     "FromMergekit",
     "Group",
+    "HardMask",
     "InitContext",
     "Layout",
+    "LeadingComponents",
     "MergeTensor",
     "MetaGPT",
     "Mixup",

@@ -18,7 +18,7 @@ from gradmerge._typing import Raw
 
 _PERMUTED = 1 << 18
 
-Kind = Literal["scalar", "axis", "partition", "element"]
+Kind = Literal["scalar", "axis", "partition", "element", "component"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Slot:
     key: str
     kind: Kind
     shape: tuple[int, ...]
-    """Compact shape: `()` scalar, `(d,)` along `axis`, `(parts,)`, or the tensor's own shape."""
+    """Compact shape: `()` scalar, `(d,)` along `axis`, `(parts,)`, `(components,)`, or the tensor's
+    own shape."""
     index: int | None = None
     axis: int = 0
     seed: int = 0

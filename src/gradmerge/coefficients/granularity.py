@@ -1,7 +1,8 @@
-"""Granularities: one coefficient a model, a group, a tensor, a column, a row, a part, an entry."""
+"""Granularities: one coefficient a model, group, tensor, column, row, part, component, entry."""
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from abc import abstractmethod
@@ -163,6 +164,23 @@ class Partition(_Own):
         seed = self.seed * 1_000_003 + zlib.crc32(tensor.name.encode())
         parts = (min(self.num_parts, size),)
         return Slot(parameter_key(tensor.name), "partition", parts, seed=seed)
+
+
+@dataclass(frozen=True)
+class Component(_Own):
+    """One coefficient a source and singular component of its direction (AdaRank, 2503.22178).
+
+    Tensors of two axes and more are matrices `[out, rest]` with `min(out, rest)` components, sorted
+    by singular value; 1-D tensors have one coefficient. Wants operator `Components`.
+    """
+
+    def slot(self, tensor: MergeTensor) -> Slot:
+        """See `_Own.slot`."""
+        key = parameter_key(tensor.name)
+        if len(tensor.shape) < 2 or 0 in tensor.shape:
+            return Slot(key, "scalar", ())
+        rank = min(tensor.shape[0], math.prod(tensor.shape[1:]))
+        return Slot(key, "component", (rank,))
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,7 @@ class Mixup(AbstractInit):
 
     def __post_init__(self) -> None:
         """Check alpha."""
-        if self.alpha <= 0:
-            raise ConfigError(f"Mixup: alpha must be positive, came {self.alpha}.")
+        require_alpha("Mixup", self.alpha)
 
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
         """See `AbstractInit.coefficient`."""
@@ -122,6 +121,40 @@ class Mixup(AbstractInit):
             draw = torch.distributions.Dirichlet(alphas).sample(torch.Size(shape))
         ratio = self.scale * draw.movedim(-1, 0)
         return ratio if self.per == "element" else over_slot(ratio, slot)
+
+
+@dataclass(frozen=True)
+class LeadingComponents(AbstractInit):
+    """1 on the first `floor(share * r)` of a direction's r singular components, else 0.
+
+    A truncated decomposition as the start of AdaRank (arXiv 2503.22178): 1.0 keeps all, CART keeps
+    0.16. Tensors of one axis start at 1.
+    """
+
+    share: float = 1.0
+    """Share of the components that are kept at the start, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        if not 0 <= self.share <= 1:
+            raise ConfigError(f"LeadingComponents: expected a share in [0, 1], came {self.share}.")
+
+    def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
+        """See `AbstractInit.coefficient`.
+
+        Raises:
+            ConfigError: the granularity is not `Component`.
+        """
+        if slot.kind != "component" and len(tensor.shape) > 1 and 0 not in tensor.shape:
+            raise ConfigError(
+                f"LeadingComponents: the coefficients of {tensor.name} run over "
+                f"{slot.spread_over}, not over singular components. Set coefficients: Component, "
+                "or take another init."
+            )
+        start = torch.ones(len(context.sources), *slot.shape, dtype=torch.float64)
+        if slot.kind == "component":
+            start[:, int(self.share * slot.shape[0]) :] = 0
+        return start
 
 
 @dataclass(frozen=True)
@@ -203,7 +236,9 @@ class FromFile(AbstractInit):
                     f"{list(context.sources)}."
                 )
             loaded = loaded[[stored.index(name) for name in context.sources]]
-        if spread not in (None, "scalar", slot.spread_over) and slot.shape != ():
+        # entries that share a coefficient have a mean; components have none
+        other = spread not in (None, "scalar", slot.spread_over)
+        if other and (slot.shape != () or spread == "component"):
             raise ConfigError(
                 f"FromFile: {self.path}: the coefficients of {tensor.name} run over {spread}, "
                 f"those of this merge over {slot.spread_over}. Take the granularity that they "
@@ -251,6 +286,19 @@ def initial_raw(
         if value.shape[0] != num_rows:
             raise ConfigError(f"{key}: expected {num_rows} raw rows, came {value.shape[0]}.")
     return {key: raw[key] for key in layout.shapes}
+
+
+def require_alpha(who: str, alpha: float) -> None:
+    """Refuse a concentration that is no distribution's.
+
+    Raises:
+        ConfigError: it is not positive.
+    """
+    if alpha <= 0:
+        raise ConfigError(
+            f"{who}: alpha must be positive, came {alpha}. In M3 an alpha of 0 or less stands for "
+            "the first model alone: say that with init Constant 1 on it and 0 on the others."
+        )
 
 
 def over_slot(per_source: Tensor, slot: Slot) -> Tensor:

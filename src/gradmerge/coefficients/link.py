@@ -179,6 +179,59 @@ class Complement(AbstractLink):
         return self.inner.pull_back(coefficient[:1])
 
 
+class _StraightThrough(torch.autograd.Function):
+    """`1[z > 0]`, with the gradient of `sigmoid(z / temperature)`."""
+
+    @staticmethod
+    def forward(ctx: Any, raw: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(raw)
+        ctx.temperature = temperature
+        # sigmoid(z / T) > 1/2, free of rounding
+        return (raw > 0).to(raw.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (raw,) = ctx.saved_tensors
+        soft = torch.sigmoid(raw / ctx.temperature)
+        return grads[0] * soft * (1 - soft) / ctx.temperature, None
+
+
+@dataclass(frozen=True)
+class HardMask(AbstractLink):
+    """`c = 1[sigmoid(z / temperature) > 1/2]`: 0 or 1 (AdaRank, arXiv 2503.22178).
+
+    The gradient is that of the sigmoid (straight through). As in the authors' code the temperature
+    divides: at 10 the slope is nearly the same everywhere, so that no coefficient saturates.
+    """
+
+    temperature: float = 10.0
+    start: float = 0.1
+    """Raw number of a coefficient that starts at 1; of one that starts at 0 it is `-start`."""
+
+    def __post_init__(self) -> None:
+        """Check both numbers."""
+        for name in ("temperature", "start"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"HardMask: {name} must be positive, came {getattr(self, name)}.")
+
+    def link(self, raw: Tensor) -> Tensor:
+        """See `AbstractCoefficients.link`."""
+        mask: Tensor = _StraightThrough.apply(self.inner.link(raw), self.temperature)
+        return mask
+
+    def pull_back(self, coefficient: Tensor) -> Tensor:
+        """See `AbstractCoefficients.pull_back`."""
+        between = coefficient[(coefficient.abs() > 1e-6) & ((coefficient - 1).abs() > 1e-6)]
+        if between.numel():
+            raise ConfigError(
+                "HardMask: starting coefficients must be 0 or 1, came "
+                f"{between.flatten()[0].item():.4g}. Use init Constant 1 or LeadingComponents; a "
+                "scale belongs to the operator (Components.scale)."
+            )
+        raw = torch.where(coefficient > 0.5, self.start, -self.start)
+        return self.inner.pull_back(raw.to(coefficient.dtype))
+
+
 def _require_within(coefficient: Tensor, low: float, high: float, name: str) -> None:
     outside = coefficient[(coefficient < low - 1e-6) | (coefficient > high + 1e-6)]
     if outside.numel():

@@ -6,8 +6,16 @@ from gradmerge.objectives.base import (
     Predictions,
     next_token_rows,
 )
+from gradmerge.objectives.logit_scale import LogitScale
 from gradmerge.objectives.objective import Objective
-from gradmerge.objectives.regularisers import L1, L2ToInit, Overlap, Similarity
+from gradmerge.objectives.regularisers import (
+    L1,
+    FisherToInit,
+    L2ToInit,
+    Lp,
+    Overlap,
+    Similarity,
+)
 from gradmerge.objectives.terms import CrossEntropy, Entropy, KLToSource
 
 __all__ = [
@@ -16,8 +24,11 @@ __all__ = [
     "AbstractTerm",
     "CrossEntropy",
     "Entropy",
+    "FisherToInit",
     "KLToSource",
     "L2ToInit",
+    "LogitScale",
+    "Lp",
     "Objective",
     "Overlap",
     "Predictions",

@@ -15,6 +15,7 @@ from gradmerge.objectives.base import (
     AbstractTerm,
     Predictions,
 )
+from gradmerge.objectives.regularisers import FisherToInit
 from gradmerge.objectives.terms import CrossEntropy
 
 
@@ -79,7 +80,25 @@ class Objective:
         losses = [term.weight * term.loss(predictions) for term in self.terms]
         return torch.stack(losses).sum()
 
-    def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
-        """The weighted regularisers."""
-        losses = [r.weight * r.penalty(coefficients, start) for r in self.regularisers]
+    @property
+    def importance_batches(self) -> int:
+        """Training batches that the coefficients' importance is measured on; 0: not needed."""
+        return max((r.batches for r in self.regularisers if isinstance(r, FisherToInit)), default=0)
+
+    def penalty(
+        self,
+        coefficients: Mapping[str, Tensor],
+        start: Mapping[str, Tensor],
+        importance: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The weighted regularisers; `importance` is F of `FisherToInit`, where there is one."""
+        losses = [
+            r.weight
+            * (
+                r.penalty(coefficients, start, importance)
+                if isinstance(r, FisherToInit)
+                else r.penalty(coefficients, start)
+            )
+            for r in self.regularisers
+        ]
         return torch.stack(losses).sum()

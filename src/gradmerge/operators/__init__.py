@@ -1,6 +1,7 @@
 """Operators: how directions are combined into one tensor."""
 
 from gradmerge.operators.base import AbstractOperator, Spread, Terms
+from gradmerge.operators.components import Components
 from gradmerge.operators.disjoint import DisjointMean
 from gradmerge.operators.entrywise import AbstractEntrywise
 from gradmerge.operators.fusion import ArceeFusion
@@ -15,6 +16,7 @@ __all__ = [
     "AbstractOperator",
     "AbstractSpan",
     "ArceeFusion",
+    "Components",
     "DisjointMean",
     "Karcher",
     "Linear",

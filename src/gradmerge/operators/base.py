@@ -63,7 +63,7 @@ class Terms:
 class Spread:
     """How coefficients `[sources, *slot]` spread over a tensor's entries."""
 
-    kind: Literal["scalar", "axis", "partition", "element"]
+    kind: Literal["scalar", "axis", "partition", "element", "component"]
     axis: int = 0
     parts: Tensor | None = None
     """Part of each entry (partition only), `[entries]`."""
@@ -96,6 +96,8 @@ class AbstractOperator(ABC):
     # without an annotation: the parser would look for its names in a subclass's module
     differentiable = True
     """Whether coefficients can be learned through it: `contract` is the gradient of `combine`."""
+    by_component = False
+    """Whether coefficients may stand on singular components (a spread of kind `component`)."""
 
     def require(self, num_sources: int, origin: Origin) -> None:  # noqa: B027 (most have none)
         """Refuse a merge that it cannot express; called before anything is opened.

@@ -1,0 +1,134 @@
+"""Coefficients on the singular components of each direction (AdaRank, arXiv 2503.22178).
+
+    B_k = U_k diag(s_k) V_k^T,  theta = A + scale * sum_k U_k diag(c_k s_k) V_k^T
+
+A merge is one product of matrices over all sources' components. With `G = dL/dtheta` the gradient
+of a coefficient is a number a component,
+
+    dL/dc_kr = scale * s_kr u_kr^T G v_kr,
+
+the sums of the columns of `(G V_k S_k) (.) U_k`: no product of the tensor's own size is formed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradmerge.errors import ConfigError
+from gradmerge.memory import in_file
+from gradmerge.operators.base import AbstractOperator, Spread, Terms
+from gradmerge.operators.linear import Linear
+
+
+@dataclass(frozen=True)
+class Components(AbstractOperator):
+    """`theta = A + scale * sum_k U_k diag(c_k s_k) V_k^T`, a coefficient a singular component.
+
+    The operator of granularity `Component` (AdaRank, arXiv 2503.22178). Tensors of more than two
+    axes are matrices `[out, rest]`. A tensor that has one coefficient a source (one axis, a frozen
+    tensor), or any other granularity, takes the linear sum `A + scale * sum_k c_k B_k`.
+
+    In training each tensor is decomposed once, in float64. `U_k` and `S_k V_k^T` are kept in
+    float32 (float64 where a tensor is): on a CPU in files (`TMPDIR`) that are mapped, on a GPU in
+    its memory. They take `4 (out + rest) min(out, rest)` bytes a source, twice a square direction
+    in float32. A static merge keeps none.
+    """
+
+    scale: float = 1.0
+    """Factor on the sum of directions (task arithmetic's; 0.3 in AdaRank over a base)."""
+    by_component = True
+
+    def combine(self, terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
+        """See `AbstractOperator.combine`; differentiable through `contract`."""
+        if spread.kind != "component":
+            wide = self.scale * coefficient.detach().double()
+            return Linear().combine(terms, wide, spread, out)
+        if not out.numel():
+            return out
+        terms = terms.dense()
+        left, right = factors(terms, out.device)
+        weights = self.scale * coefficient.detach().reshape(-1).to(left)
+        kept = weights.nonzero().flatten()
+        if 2 * len(kept) <= len(weights):  # masks leave most out
+            left, right, weights = left[:, kept], right[kept], weights[kept]
+        merged = ((left * weights) @ right).view(terms.shape)
+        origin = _origin(terms, merged)
+        return out.copy_(merged if origin is None else merged.add_(origin))
+
+    def contract(self, terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
+        """See `AbstractOperator.contract`."""
+        if spread.kind != "component":
+            slope = Linear().contract(terms, grad, self.scale * coefficient, spread)
+            return self.scale * slope
+        if not grad.numel():
+            return torch.zeros_like(coefficient)
+        left, right = factors(terms.dense(), grad.device)
+        matrix = grad.reshape(len(left), -1).to(left)
+        slopes = [
+            (matrix @ v.T).mul_(u).sum(dim=0, dtype=torch.float64)
+            for u, v in zip(
+                left.chunk(len(terms.sources), dim=1),
+                right.chunk(len(terms.sources)),
+                strict=True,
+            )
+        ]
+        total = torch.cat(slopes).mul_(self.scale).view(coefficient.shape)
+        return total.to(coefficient.device, coefficient.dtype)
+
+
+def factors(terms: Terms, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All sources' `U_k`, `[out, sources * r]`, and `S_k V_k^T`, `[sources * r, rest]`.
+
+    Components are in the order of their singular values, largest first; r is `min(out, rest)`.
+
+    Raises:
+        ConfigError: a direction is not finite, and so cannot be decomposed.
+    """
+    keys = f"left components {device}", f"right components {device}"
+    if keys[0] not in terms.facts:
+        # made in inference mode they could not be trained with
+        with torch.inference_mode(False), torch.no_grad():
+            found = _decompose(terms, device)
+            terms.facts.update(zip(keys, found, strict=True))
+    return terms.facts[keys[0]], terms.facts[keys[1]]
+
+
+def _decompose(terms: Terms, device: torch.device) -> tuple[Tensor, Tensor]:
+    out, rest = terms.shape[0], math.prod(terms.shape[1:])
+    num, rank, dtype = len(terms.sources), min(out, rest), terms.accumulate_dtype
+    shapes = (out, num * rank), (num * rank, rest)
+    if device.type == "cpu":
+        left, right = (in_file(shape, dtype) for shape in shapes)
+    else:
+        left, right = (torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
+    origin = None if terms.directions else _origin(terms, terms.sources[0].double())
+    for k, source in enumerate(terms.sources):
+        direction = source.to(device, torch.float64)
+        if origin is not None:
+            direction = direction - origin.to(direction)
+        if not direction.isfinite().all():
+            raise ConfigError(
+                f"Components: source {k + 1} of {num} has NaN or infinity in a tensor of shape "
+                f"{tuple(terms.shape)}, which cannot be decomposed. Is that checkpoint whole?"
+            )
+        u, s, v = torch.linalg.svd(direction.view(out, rest), full_matrices=False)
+        own = slice(k * rank, (k + 1) * rank)
+        left[:, own] = u
+        right[own] = s[:, None] * v
+    return left, right
+
+
+def _origin(terms: Terms, like: Tensor) -> Tensor | None:
+    """`A` in another tensor's dtype and device; None for zero."""
+    if terms.origin is not None:
+        return terms.origin.to(like)
+    if not terms.mean_origin:
+        return None
+    total = torch.zeros_like(like)
+    for source in terms.sources:
+        total.add_(source.to(like))
+    return total.div_(len(terms.sources))

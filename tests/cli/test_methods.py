@@ -1,0 +1,246 @@
+"""Published methods as they ship, in a tiny form, and optimisers of other packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from gradmerge.cli import learn, main
+from gradmerge.coefficients import Mixup
+from gradmerge.optimisers import SAM, MoFO
+from tiny import write_yaml
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def method(name, kind="methods"):
+    return str(CONFIGS / kind / f"{name}.yaml")
+
+
+@pytest.fixture
+def fit(world, tmp_path):
+    """Fit the tiny suite with files and options after it."""
+
+    def run(*arguments, steps="2"):
+        suite = write_yaml(tmp_path / "suite.yaml", world)
+        return learn(["fit", "--config", suite, *arguments, "--trainer.max_steps", steps])
+
+    return run
+
+
+def starts(found):
+    return found.model.merged.plan.initial_raw()
+
+
+def moved(found):
+    """Tensors of raw coefficients that training has changed."""
+    raw = found.model.merged.raw
+    return [
+        key for key, value in starts(found).items() if not torch.equal(raw[key].detach(), value)
+    ]
+
+
+LEARNED = ["adarank", "atlas", "dam", "learned_soup", "samerging", "supermerge"]
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_learned_family_learns_and_is_exported(fit, name):
+    found = fit("--config", method(name), "--trainer.logger", "false")
+    assert found.trainer.global_step == 2
+    assert moved(found)
+    own = yaml.safe_load(Path(method(name)).read_text())
+    stated = own["optimizer"]["class_path"].rpartition(".")[2]
+    assert type(found.trainer.optimizers[0]).__name__ == stated
+    found.trainer.save_checkpoint("last.ckpt")
+    assert main(["export", "last.ckpt", "merged"]) == 0
+    weights = load_file("merged/model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_adarank_masks_components_and_leaves_the_rest_at_task_arithmetic(fit, world):
+    found = fit("--config", method("adarank"))
+    plan, raw = found.model.merged.plan, found.model.merged.raw
+    masked = [name for name, slot in plan.layout.slots.items() if slot.kind == "component"]
+    assert len(masked) > 4
+    assert all(len(plan.tensors[name].shape) == 2 for name in masked)
+    norms = [name for name in plan.fixed if "LayerNorm" in name]
+    assert norms
+    base, *sources = (
+        load_file(Path(path) / "model.safetensors")
+        for path in (
+            world["model"]["recipe"]["base"],
+            *world["model"]["recipe"]["sources"].values(),
+        )
+    )
+    for name in norms:
+        expected = base[name] + 0.3 * sum(source[name] - base[name] for source in sources)
+        torch.testing.assert_close(plan.materialise(name, raw), expected, rtol=0, atol=1e-6)
+
+
+def test_cart_is_adarank_with_the_options_of_its_head(fit):
+    found = fit(
+        *("--config", method("adarank"), "--model.recipe.origin", "mean"),
+        *("--model.recipe.operator.init_args.scale", "2.3"),
+        *("--model.recipe.init.init_args.share", "0.16"),
+    )
+    start = starts(found)
+    key = next(key for key in start if key.endswith("dense/weight"))
+    assert (start[key][:, 0] > 0).all()
+    assert (start[key][:, 1:] < 0).all()  # one of eight components
+
+
+def test_dam_starts_at_the_mean_of_everything_biases_too(fit, world):
+    """Acceptance: the published code starts biases at their sum instead."""
+    found = fit("--config", method("dam"))
+    plan = found.model.merged.plan
+    paths = world["model"]["recipe"]["sources"].values()
+    sources = [load_file(Path(path) / "model.safetensors") for path in paths]
+    start = starts(found)
+    biases = [name for name in plan.learned if name.endswith("bias")]
+    assert biases
+    for name in plan.tensors:
+        mean = sum(source[name] for source in sources) / len(sources)
+        torch.testing.assert_close(plan.materialise(name, start), mean, rtol=0, atol=1e-6)
+    assert all("embed" in n or "norm" in n.lower() for n in plan.fixed if "pooler" not in n)
+
+
+def test_dam_takes_mofo_as_its_head_says(fit):
+    options = ["--optimizer", "gradmerge.optimisers.MoFO", "--optimizer.lr", "0.001"]
+    found = fit("--config", method("dam"), *options, steps="1")
+    (optimiser,) = found.trainer.optimizers
+    assert type(optimiser) is MoFO
+    start, checked = starts(found), 0
+    for key, raw in found.model.merged.raw.items():
+        if raw.grad is not None and raw.grad.count_nonzero() == raw.numel() > 4:
+            share = float((raw.detach() != start[key]).float().mean())
+            assert 0.3 <= share < 0.5, key
+            checked += 1
+    assert checked > 3
+
+
+def test_atlas_x_k_is_atlas_with_the_options_of_its_head(fit):
+    options = ["--model.recipe.coefficients", "Partition"]
+    options += ["--model.recipe.coefficients.num_parts", "10"]
+    found = fit("--config", method("atlas"), *options)
+    slots = found.model.merged.plan.layout.slots.values()
+    assert {slot.kind for slot in slots} == {"partition"}
+    assert max(slot.shape[0] for slot in slots) == 10
+    assert all((raw == 0).all() for raw in starts(found).values())
+
+
+def test_the_penalty_of_atlas_parses_as_its_head_says(fit, tmp_path):
+    penalty = {"class_path": "Lp", "init_args": {"p": 1, "weight": 0.5}}
+    more = write_yaml(tmp_path / "lp.yaml", {"model": {"objective": {"regularisers": [penalty]}}})
+    found = fit("--config", method("atlas"), "--config", more)
+    assert found.trainer.callback_metrics["train/penalty"] > 0
+
+
+def test_sam_takes_a_schedule_and_options_of_its_base(fit, tmp_path):
+    base = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
+    schedule = {"class_path": "torch.optim.lr_scheduler.StepLR"}
+    more = write_yaml(
+        tmp_path / "more.yaml",
+        {
+            "optimizer": {"class_path": "SAM", "init_args": {"lr": 0.4, "base": base}},
+            "lr_scheduler": {**schedule, "init_args": {"step_size": 1, "gamma": 0.5}},
+        },
+    )
+    found = fit("--config", method("samerging"), "--config", more)
+    (optimiser,) = found.trainer.optimizers
+    assert type(optimiser) is SAM
+    assert type(optimiser.base) is torch.optim.SGD
+    group = optimiser.base.param_groups[0]
+    assert (group["momentum"], group["lr"]) == (0.9, 0.1)
+    (described,) = found.model.merged.plan.run["optimizers"]
+    assert described["class_path"] == "gradmerge.optimisers.sam.SAM"
+    assert described["init_args"]["rho"] == 0.05
+    assert described["init_args"]["base"] == "torch.optim.sgd.SGD"
+
+
+# ---- optimisers of other packages ---------------------------------------------------------------
+
+
+ELEMENT = {"model": {"recipe": {"coefficients": {"class_path": "Element"}}}}
+EIGHT_BIT = {
+    "torchao": "torchao.optim.AdamW8bit",
+    "bitsandbytes": "bitsandbytes.optim.AdamW8bit",
+}
+
+
+def test_adafactor_holds_less_than_a_number_a_coefficient(fit, tmp_path):
+    rates = {"lr": 0.01, "relative_step": False, "scale_parameter": False}
+    spec = {"class_path": "transformers.optimization.Adafactor", "init_args": rates}
+    found = fit("--config", write_yaml(tmp_path / "o.yaml", ELEMENT, {"optimizer": spec}))
+    (optimiser,) = found.trainer.optimizers
+    assert moved(found)
+    sizes = [
+        (raw.numel(), sum(v.numel() for v in optimiser.state[raw].values() if torch.is_tensor(v)))
+        for raw in found.model.merged.raw.values()
+        if raw.dim() == 3
+    ]
+    coefficients, state = (sum(column) for column in zip(*sizes, strict=True))
+    assert 0 < state < 0.5 * coefficients
+
+
+@pytest.mark.parametrize("package", EIGHT_BIT)
+def test_adam_in_eight_bits_where_it_is_installed(fit, tmp_path, package):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    spec = {"class_path": EIGHT_BIT[package], "init_args": {"lr": 0.01}}
+    found = fit("--config", write_yaml(tmp_path / "o.yaml", ELEMENT, {"optimizer": spec}))
+    assert moved(found)
+    assert all(raw.isfinite().all() for raw in found.model.merged.raw.values())
+
+
+@pytest.mark.parametrize("package", EIGHT_BIT)
+def test_a_package_that_is_missing_is_named_with_its_command(fit, tmp_path, package, capsys):
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    spec = {"class_path": EIGHT_BIT[package], "init_args": {"lr": 0.01}}
+    with pytest.raises(SystemExit, match="2"):
+        fit("--config", write_yaml(tmp_path / "o.yaml", {"optimizer": spec}))
+    command = {"torchao": "gradmerge[eight-bit]", "bitsandbytes": "bitsandbytes"}[package]
+    message = capsys.readouterr().err
+    assert f"{package} is not installed: pip install '{command}'" in message
+    assert "Did you mean" not in message
+
+
+# ---- M3 as a search -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["m3", "task_arithmetic", "ties", "dare_linear"])
+def test_draws_search_after_any_static_file(world, tmp_path, capsys, name):
+    files = [write_yaml(tmp_path / "suite.yaml", world), method(name, "static")]
+    files += [method("m3_draws", "static")]
+    command = ["merge", *(word for file in files for word in ("--config", file))]
+    options = ["--search.init_args.num_draws", "3", "--search.init_args.metric", "loss"]
+    assert main([*command, *options, "--output", "merged"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split(":")[0][2:] for line in out.splitlines()[:3]] == [
+        "Mixup 0",
+        "Mixup 1",
+        "Mixup 2",
+    ]
+    found = json.loads(Path("merged/provenance.json").read_text())
+    chosen = found["search"]["chosen"]["init_args"]
+    assert found["recipe"]["init_args"]["init"]["init_args"] == chosen
+    again = write_yaml(
+        tmp_path / "again.yaml",
+        {"model": {"recipe": {"init": {"class_path": "Mixup", "init_args": chosen}}}},
+    )
+    start = ["--config", files[0], "--config", files[1], "--config", again]
+    assert main(["merge", *start, "--output", "again"]) == 0
+    first, second = (load_file(f"{folder}/model.safetensors") for folder in ("merged", "again"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    coefficients = load_file("merged/coefficients.safetensors")
+    ratio = Mixup(**chosen)
+    total = next(iter(coefficients.values())).sum()
+    assert float(total) == pytest.approx(ratio.scale, abs=1e-6)

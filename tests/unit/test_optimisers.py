@@ -1,0 +1,279 @@
+"""SAM and MoFO against their formulas, alone, around the engine and under a stock Trainer."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from gradmerge import MergedModel
+from gradmerge.coefficients import Column, Element, Mixup, Tensor
+from gradmerge.errors import ConfigError
+from gradmerge.optimisers import SAM, MoFO
+from tiny import build, fit, module_of, raws, recipe_of, relatives, trainer_of, vectors
+
+SGD = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
+
+
+def explicit(models, batches, weights):
+    """The weighted loss as a function of z, by plain autograd in float64: a number a tensor."""
+    base, *sources = [copy.deepcopy(model).double() for model in models]
+    own = {n: p.detach() for n, p in base.named_parameters()}
+    stacked = {
+        n: torch.stack([dict(s.named_parameters())[n].detach() - own[n] for s in sources])
+        for n in own
+    }
+
+    def gradient(z):
+        z = z.detach().requires_grad_()
+        theta = {
+            n: own[n] + torch.einsum("k,k...->...", z[:, i], stacked[n]) for i, n in enumerate(own)
+        }
+        losses = [
+            weights[t]
+            * cross_entropy(functional_call(base, theta, (b["x"].double(),)), b["labels"])
+            for t, b in batches.items()
+        ]
+        (found,) = torch.autograd.grad(sum(losses) / sum(weights.values()), z)
+        return found
+
+    return gradient
+
+
+def uphill(gradient, z, rho):
+    """The gradient at `z + rho g / |g|`."""
+    first = gradient(z)
+    return gradient(z + rho * first / first.norm())
+
+
+# ---- SAM --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_a_step_of_sam_is_its_formula_through_the_engine(memory):
+    """Two tasks through `accumulate`, in float64, SGD with momentum as the base, three steps."""
+    models = [model.double() for model in relatives(build())]
+    merged = MergedModel(recipe_of(models, init=Mixup(seed=1)), memory=memory, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    batches = {
+        task: {
+            "x": torch.randn(5, 6, generator=generator, dtype=torch.float64),
+            "labels": torch.randint(3, (5,), generator=generator),
+        }
+        for task in "ab"
+    }
+    optimiser = SAM(merged.parameters(), lr=0.5, rho=0.3, base=SGD)
+    seen = []
+
+    def closure():
+        optimiser.zero_grad()
+        runs = [
+            lambda b=b: cross_entropy(merged(b["x"]), b["labels"]) / 2 for b in batches.values()
+        ]
+        loss, _ = merged.accumulate(runs)
+        loss.backward()
+        seen.append(float(loss.detach()))
+        return loss
+
+    gradient = explicit(models, batches, {"a": 1.0, "b": 1.0})
+    z, velocity = merged.raw["tensor"].detach().clone(), 0.0
+    for step in range(3):
+        velocity = 0.9 * velocity + uphill(gradient, z, 0.3)
+        plain = z - 0.5 * gradient(z)
+        z = z - 0.5 * velocity
+        loss = optimiser.step(closure)
+        assert float(loss.detach()) == seen[2 * step], "the loss at the parameters themselves"
+        assert seen[2 * step + 1] > seen[2 * step], "the second is evaluated uphill"
+        torch.testing.assert_close(merged.raw["tensor"].detach(), z, rtol=0, atol=1e-12)
+        assert (plain - z).abs().max() > 1e-3
+
+
+def sam_module(**options):
+    module = module_of(**options)
+    module.configure_optimizers = lambda: SAM(module.parameters(), lr=0.5, rho=0.3, base=SGD)
+    return module
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_sam_in_a_trainer_takes_the_steps_of_its_formula(tmp_path, memory, clip):
+    models = relatives(build())
+    data = vectors()
+    data.setup()
+    stream = iter(data.train_dataloader())
+    z, velocity = torch.full((2, 4), 0.3, dtype=torch.float64), 0.0
+    for _ in range(3):
+        found = uphill(explicit(models, next(stream), {"a": 1.0, "b": 1.0}), z, 0.3)
+        if clip is not None:
+            found = found * min(1.0, clip / float(found.norm() + 1e-6))
+        velocity = 0.9 * velocity + found
+        z = z - 0.5 * velocity
+    module = sam_module(models=models, memory=memory)
+    fit(tmp_path, module, max_steps=3, gradient_clip_val=clip)
+    torch.testing.assert_close(raws(module)["tensor"].double(), z, rtol=0, atol=2e-6)
+
+
+def test_schedules_reach_the_base_of_sam(tmp_path):
+    module = module_of()
+
+    def configure():
+        optimiser = SAM(module.parameters(), lr=0.5, base="torch.optim.SGD")
+        schedule = torch.optim.lr_scheduler.StepLR(optimiser, 1, gamma=0.5)
+        return {
+            "optimizer": optimiser,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    module.configure_optimizers = configure
+    _, trainer = fit(tmp_path, module, max_steps=3)
+    (optimiser,) = trainer.optimizers
+    assert optimiser.base.param_groups[0]["lr"] == 0.5 * 0.5**3
+    assert trainer.global_step == 3
+
+
+def test_a_resumed_fit_with_sam_takes_the_same_steps(tmp_path):
+    whole, _ = fit(tmp_path, sam_module(), max_steps=4)
+    half, trainer = fit(tmp_path, sam_module(), max_steps=2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    (saved,) = torch.load(tmp_path / "half.ckpt", weights_only=True)["optimizer_states"]
+    assert "momentum_buffer" in saved["state"][0]
+    rest = sam_module()
+    trainer_of(tmp_path, max_steps=4).fit(
+        rest, datamodule=vectors(), ckpt_path=tmp_path / "half.ckpt"
+    )
+    assert torch.equal(raws(rest)["tensor"], raws(whole)["tensor"])
+    assert not torch.equal(raws(half)["tensor"], raws(whole)["tensor"])
+
+
+def test_sam_refuses_what_two_gradients_a_step_do_not_go_with(tmp_path):
+    with pytest.raises(ConfigError, match="accumulate_grad_batches 2 keeps only its last batch"):
+        fit(tmp_path, sam_module(), accumulate_grad_batches=2)
+    scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(ConfigError, match="closure, which float16's gradient scaler has none of"):
+        fit(tmp_path, sam_module(), plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    parameter = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ConfigError, match="expected a closure"):
+        SAM([parameter]).step()
+
+
+def test_bfloat16_autocast_goes_with_sam(tmp_path):
+    module, trainer = fit(tmp_path, sam_module(), max_steps=2, precision="bf16-mixed")
+    assert trainer.global_step == 2
+    assert (raws(module)["tensor"] - 0.3).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rho": -1.0}, "rho must not be negative"),
+        ({"base": "torch.optim.Adm"}, "expected the class path of an optimiser"),
+        ({"base": "nowhere.Adam"}, "expected the class path of an optimiser"),
+        ({"base": "torch.nn.Linear"}, "expected the class path of an optimiser"),
+        ({"base": {"class_path": "torch.optim.Adam", "init_args": {"x": 1}}}, "cannot be made of"),
+    ],
+)
+def test_sam_names_what_is_wrong_with_its_base(options, message):
+    with pytest.raises(ConfigError, match=message):
+        SAM([torch.nn.Parameter(torch.ones(2))], **options)
+
+
+def test_sam_without_a_slope_is_its_base():
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimiser = SAM([parameter], lr=0.1, base="SGD")
+
+    def closure():
+        optimiser.zero_grad()
+        loss = (parameter * 0).sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    assert parameter.tolist() == [1.0, 2.0]
+
+
+# ---- MoFO -------------------------------------------------------------------------------------
+
+
+def mofo(gradients, z, lr, decay, fraction, betas=(0.8, 0.95), eps=1e-6):
+    """The paper's update, a number at a time."""
+    z, n = list(z), len(z)
+    m, v = [0.0] * n, [0.0] * n
+    for t, gradient in enumerate(gradients, 1):
+        for i, g in enumerate(gradient):
+            m[i] = betas[0] * m[i] + (1 - betas[0]) * g
+            v[i] = betas[1] * v[i] + (1 - betas[1]) * g * g
+        largest = sorted(range(n), key=lambda i: -abs(m[i]))[: math.ceil(fraction * n)]
+        for i in range(n):
+            z[i] -= lr * decay * z[i]
+            if i in largest:
+                root = math.sqrt(v[i] / (1 - betas[1] ** t)) + eps
+                z[i] -= lr * m[i] / (1 - betas[0] ** t) / root
+    return z
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_mofo_is_its_formula(fraction, decay):
+    generator = torch.Generator().manual_seed(4)
+    gradients = torch.randn(6, 2, 5, generator=generator, dtype=torch.float64)
+    parameter = torch.nn.Parameter(torch.randn(2, 5, generator=generator, dtype=torch.float64))
+    start = parameter.detach().flatten().tolist()
+    options = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": decay, "fraction": fraction}
+    optimiser = MoFO([parameter], lr=0.1, **options)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimiser.step()
+    expected = mofo(gradients.flatten(1).tolist(), start, 0.1, decay, fraction)
+    found = parameter.detach().flatten()
+    torch.testing.assert_close(
+        found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0
+    )
+
+
+def test_mofo_with_all_entries_is_adamw():
+    generator = torch.Generator().manual_seed(5)
+    gradients = torch.randn(8, 3, 4, generator=generator)
+    pair = [torch.nn.Parameter(torch.ones(3, 4)) for _ in range(2)]
+    both = [
+        MoFO([pair[0]], lr=0.05, weight_decay=0.2, fraction=1.0),
+        torch.optim.AdamW([pair[1]], lr=0.05, weight_decay=0.2),
+    ]
+    for gradient in gradients:
+        for parameter, optimiser in zip(pair, both, strict=True):
+            parameter.grad = gradient.clone()
+            optimiser.step()
+    torch.testing.assert_close(*pair, rtol=0, atol=1e-6)
+
+
+def test_mofo_moves_its_share_of_each_tensor_in_a_fit(tmp_path):
+    module = module_of(coefficients=Element())
+    start = raws(module)
+    module.configure_optimizers = lambda: MoFO(module.parameters(), lr=0.01)
+    fit(tmp_path, module, max_steps=1)
+    for key, raw in raws(module).items():
+        moved = int((raw != start[key]).sum())
+        assert moved == math.ceil(0.3 * raw.numel()), key
+
+
+def test_mofo_checks_its_numbers():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ConfigError, match=r"fraction in \(0, 1\], came 0"):
+        MoFO([parameter], fraction=0)
+    with pytest.raises(ConfigError, match=r"betas lie in \[0, 1\)"):
+        MoFO([parameter], betas=(0.9, 1.0))
+
+
+@pytest.mark.parametrize("coefficients", [Tensor(), Column()], ids=repr)
+def test_mofo_learns(tmp_path, coefficients):
+    module = module_of(coefficients=coefficients)
+    module.configure_optimizers = lambda: MoFO(module.parameters(), lr=0.05)
+    _, trainer = fit(tmp_path, module, vectors(batch_size=12), max_steps=1)
+    first = float(trainer.callback_metrics["train/loss"])
+    trainer = trainer_of(tmp_path, max_steps=30)
+    trainer.fit(module, datamodule=vectors(batch_size=12))
+    assert float(trainer.callback_metrics["train/loss"]) < 0.9 * first
