@@ -143,6 +143,20 @@ def test_the_penalty_of_atlas_parses_as_its_head_says(fit, tmp_path):
     assert found.trainer.callback_metrics["train/penalty"] > 0
 
 
+def test_a_prior_by_importance_is_measured_and_kept(fit, tmp_path):
+    prior = {"class_path": "FisherToInit", "init_args": {"weight": 2.0, "batches": 2}}
+    factors = {"class_path": "Sigmoid", "init_args": {"inner": {"class_path": "Element"}}}
+    recipe = {"coefficients": factors}
+    model = {"recipe": recipe, "objective": {"regularisers": [prior]}}
+    found = fit("--config", write_yaml(tmp_path / "prior.yaml", {"model": model}))
+    assert found.trainer.callback_metrics["train/penalty"] > 0
+    found.trainer.save_checkpoint("last.ckpt")
+    saved = torch.load("last.ckpt", weights_only=True)["gradmerge"]["regularisation"]
+    assert {key: value.shape for key, value in saved.items()} == {
+        key: raw.shape for key, raw in found.model.merged.raw.items()
+    }
+
+
 def test_sam_takes_a_schedule_and_options_of_its_base(fit, tmp_path):
     base = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
     schedule = {"class_path": "torch.optim.lr_scheduler.StepLR"}

@@ -2,8 +2,8 @@
 
     B_k = U_k diag(s_k) V_k^T,  theta = A + scale * sum_k U_k diag(c_k s_k) V_k^T
 
-A merge is one product of matrices over all sources' components. With `G = dL/dtheta` the gradient
-of a coefficient is a number a component,
+A merge is one product of matrices a source, over the components that are not left out. With
+`G = dL/dtheta` the gradient of a coefficient is a number a component,
 
     dL/dc_kr = scale * s_kr u_kr^T G v_kr,
 
@@ -50,12 +50,16 @@ class Components(AbstractOperator):
         if not out.numel():
             return out
         terms = terms.dense()
+        num = len(terms.sources)
         left, right = factors(terms, out.device)
-        weights = self.scale * coefficient.detach().reshape(-1).to(left)
-        kept = weights.nonzero().flatten()
-        if 2 * len(kept) <= len(weights):  # masks leave most out
-            left, right, weights = left[:, kept], right[kept], weights[kept]
-        merged = ((left * weights) @ right).view(terms.shape)
+        merged = left.new_zeros(len(left), right.shape[1])
+        weights = self.scale * coefficient.detach().reshape(num, -1).to(left)
+        for u, v, own in zip(left.chunk(num, dim=1), right.chunk(num), weights, strict=True):
+            kept = own.nonzero().flatten()
+            if 2 * len(kept) <= len(own):  # a mask leaves most out
+                u, v, own = u[:, kept], v[kept], own[kept]
+            merged.addmm_(u * own, v)
+        merged = merged.view(terms.shape)
         origin = _origin(terms, merged)
         return out.copy_(merged if origin is None else merged.add_(origin))
 
@@ -67,14 +71,10 @@ class Components(AbstractOperator):
         if not grad.numel():
             return torch.zeros_like(coefficient)
         left, right = factors(terms.dense(), grad.device)
-        matrix = grad.reshape(len(left), -1).to(left)
+        matrix, num = grad.reshape(len(left), -1).to(left), len(terms.sources)
         slopes = [
             (matrix @ v.T).mul_(u).sum(dim=0, dtype=torch.float64)
-            for u, v in zip(
-                left.chunk(len(terms.sources), dim=1),
-                right.chunk(len(terms.sources)),
-                strict=True,
-            )
+            for u, v in zip(left.chunk(num, dim=1), right.chunk(num), strict=True)
         ]
         total = torch.cat(slopes).mul_(self.scale).view(coefficient.shape)
         return total.to(coefficient.device, coefficient.dtype)

@@ -22,7 +22,8 @@ class SAM(torch.optim.Optimizer):
     Each step evaluates the loss twice on the same batch: it wants a closure that clears gradients,
     computes the loss and calls backward, as trainers give. Where a trainer clips gradients, both
     are clipped; clipping by norm leaves e as it is. In several processes gradients are the same,
-    and so are the steps. Accumulating batches and float16's gradient scaler are refused.
+    and so are the steps. Accumulating batches and float16's gradient scaler are refused. What a
+    training step logs is logged twice, so that the loss at z + e is what remains.
 
     Args:
         params: the raw coefficients.
