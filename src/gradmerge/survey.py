@@ -15,6 +15,7 @@ from gradmerge.errors import shorten
 from gradmerge.finalisers import REPAIR
 from gradmerge.merged import MergedModel
 from gradmerge.observation import (
+    LinearLayer,
     first_argument,
     is_linear,
     is_linear_in_its_weight,
@@ -82,8 +83,12 @@ class _Call:
     module: nn.Module
     input: Tensor
     output: Tensor
-    written: int
-    """How often the output had been written to when the layer returned it."""
+    input_version: int
+    """How often the input had been written to when the layer was called."""
+    output_version: int
+    """The same of the output when the layer returned it."""
+    is_plain: bool
+    """Whether the output is the input times the stored weight."""
 
 
 def survey_of(merged: MergedModel, repair: REPAIR, run: Run) -> Survey:
@@ -94,13 +99,20 @@ def survey_of(merged: MergedModel, repair: REPAIR, run: Run) -> Survey:
         repair: what is to be done.
         run: the pass.
     """
-    with _noted(merged) as calls:
+    layers = linear_layers(merged.plan)
+    with _noted(merged, layers) as calls:
         run.call()
-    return _Surveyor(merged.plan, repair, calls).survey
+    return _Surveyor(merged.plan, repair, layers, calls).survey
 
 
 class _Surveyor:
-    def __init__(self, plan: Plan, repair: REPAIR, calls: Sequence[_Call]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        repair: REPAIR,
+        layers: Mapping[str, LinearLayer],
+        calls: Sequence[_Call],
+    ) -> None:
         assert plan.binding is not None
         self._plan, self._repair = plan, repair
         self._places = plan.binding.parameters
@@ -110,19 +122,19 @@ class _Surveyor:
         self._last = linear[-1].place if linear else None
         self._feeding = set(_feeding(calls))
         self.survey = Survey()
-        layers = linear_layers(plan)
         axes = {place: layer.axis for layer in layers.values() for place in layer.places}
-        before: Tensor | None = None
+        before: tuple[int, int] | None = None
         for call in calls:
             axis = axes.get(call.place)
             layer = self._linear(call, axis) if is_linear(call.module) else self._norm(call)
             if layer is None:
                 continue
-            if before is call.input and not layer.is_norm:
+            entry = id(call.input), call.input_version
+            if before == entry and not layer.is_norm:
                 self.survey.stages[-1].append(layer)
             else:
                 self.survey.stages.append([layer])
-            before = None if layer.is_norm else call.input
+            before = None if layer.is_norm else entry
         for name, known in layers.items():
             if not any(place in self._times for place in known.places):
                 self.survey.left[name] = "no pass calls it"
@@ -136,9 +148,7 @@ class _Surveyor:
             why = _FEEDS
         if why is None and call.place == self._last:
             why = _LAST
-        if why is None and not is_linear_in_its_weight(
-            call.module, call.input[:1], call.output[:1], axis
-        ):
+        if why is None and not call.is_plain:
             why = "its weight is transformed before use"
         if why is not None:
             self.survey.left[name] = why
@@ -190,20 +200,31 @@ def _feeding(calls: Sequence[_Call]) -> Iterator[str]:
         source = outputs.get(id(call.input))
         if source is None or is_linear(call.module):
             continue
-        if source.written == call.input._version:
+        if source.output_version == call.input_version:
             yield source.place
 
 
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; those of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 @contextmanager
-def _noted(merged: MergedModel) -> Iterator[list[_Call]]:
+def _noted(merged: MergedModel, layers: Mapping[str, LinearLayer]) -> Iterator[list[_Call]]:
     """Calls of linear layers and BatchNorm within the context, in order."""
     calls: list[_Call] = []
+    axes = {place: layer.axis for layer in layers.values() for place in layer.places}
     norms = merged.statistics.batch_norms
 
     def watch(place: str, module: nn.Module) -> Any:
         def note(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Tensor) -> None:
             entry = first_argument(args, kwargs)
-            calls.append(_Call(place, module, entry, output, output._version))
+            # at once: what comes next may write to both
+            plain = place in axes and is_linear_in_its_weight(
+                module, entry[:1], output[:1], axes[place]
+            )
+            versions = _version(entry), _version(output)
+            calls.append(_Call(place, module, entry, output, *versions, plain))
 
         return module.register_forward_hook(note, with_kwargs=True)
 

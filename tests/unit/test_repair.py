@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from gradmerge import MergedModel, Recipe
@@ -44,7 +43,7 @@ class Convolutions(nn.Module):
         self.head = nn.Linear(6, 3)
 
     def forward(self, x):
-        x = self.grouped(self.first(x).relu()).relu()
+        x = self.grouped(self.first(x).relu_()).relu_()
         return self.head(self.flat(x.flatten(2)).relu().mean(dim=2))
 
 
@@ -137,7 +136,7 @@ def channels(model, batches, places):
     def note(place, output):
         if mask is not None and output.dim() == 3:
             output = output[mask.bool()]
-        elif output.dim() > 2 and not isinstance(model, transformers.PreTrainedModel):
+        elif output.dim() == 4 or (output.dim() == 3 and isinstance(model, Convolutions)):
             output = output.movedim(1, -1)
         rows[place].append(output.reshape(-1, output.shape[-1]).double())
 
@@ -255,6 +254,73 @@ def test_a_llama_without_biases_gets_the_deviations(family):
     with torch.no_grad():
         came, wanted = merged(**batches[0]).logits, twin(**batches[0]).logits
     torch.testing.assert_close(came, wanted, rtol=1e-5, atol=1e-5)
+
+
+class Seen:
+    """A merged model in evaluation, as `channels` looks at networks."""
+
+    def __init__(self, merged):
+        self.merged, self.get_submodule = merged, merged.skeleton.get_submodule
+
+    def __call__(self, **batch):
+        return self.merged.eval()(**batch)
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("name", ["gpt2", "vit", "llama-tied", "t5"])
+def test_channels_of_other_architectures(family, name, memory):
+    """Weights stored `[in, out]`, renamed on loading, tied to an embedding; a decoder."""
+    models, inputs = family(name, 3, torch.float32)
+    batches = [inputs, {k: v.roll(1, -1) for k, v in inputs.items()}]
+    merged, _ = repaired(models[1:], batches, memory=memory)
+    report = merged.plan.finalisation.report
+    binding = merged.plan.binding.parameters
+
+    def places(kind):
+        return [binding[n][0].removesuffix(".weight") for n in report.get(kind, ())]
+
+    count = {"gpt2": (8, 0), "vit": (13, 0), "llama-tied": (0, 14), "t5": (0, 16)}[name]
+    assert (len(places("corrected")), len(places("scale alone"))) == count
+    for kind in ("corrected", "scale alone"):
+        expected = averages(models[1:], batches, places(kind))
+        came = channels(Seen(merged), batches, places(kind))
+        assert_statistics(came, expected, mean=kind == "corrected")
+
+
+def test_sixteen_bits_are_corrected_to_their_precision():
+    models, batches = networks(Deep), vectors(200)
+    merged, _ = repaired(models, [b.bfloat16() for b in batches], dtype=torch.bfloat16)
+    places = ["first", "second", "third"]
+    assert merged.plan.finalisation.report["corrected"] == [f"{place}.weight" for place in places]
+    expected = averages(models, batches, places)
+    came = channels(exported(merged, models[0]), batches, places)
+    for place in places:
+        assert (came[place][1] / expected[place][1] - 1).abs().max() < 0.05
+
+
+class InPlace(nn.Module):
+    """The second layer's input is the first's, written to by what the first put out."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = x.clone()
+        x += self.first(x).relu()
+        return self.head(self.second(x).relu())
+
+
+def test_an_input_that_was_written_to_is_another():
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(InPlace().eval())
+    merged, found = repaired(models, vectors(50))
+    assert [len(stage) for stage in found.survey.stages] == [1, 1]
+    places = ["first", "second"]
+    twin, expected = exported(merged, models[0]), averages(models, vectors(50), places)
+    assert_statistics(channels(twin, vectors(50), places), expected)
 
 
 def test_padding_does_not_count(family):
