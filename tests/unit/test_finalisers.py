@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gradmerge import MergedModel, MergeModule, Recipe, data_commands
-from gradmerge.coefficients import Column, Constant, DepthRamp, Model, Tensor, Uniform
+from gradmerge.coefficients import Column, Constant, DepthRamp, Model, Scaled, Tensor, Uniform
 from gradmerge.commands import export
 from gradmerge.commands import merge as plain_merge
 from gradmerge.depth import depth_of
@@ -313,6 +313,55 @@ def test_corrections_follow_the_coefficients(tmp_path):
     module.refresh_buffers(data)
     assert set(finalisation.corrections) == {"norm.weight"}, "the bias is frozen now"
     assert finalisation.report["scale alone"] == ["norm.weight"]
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_before_heads_of_tasks_the_last_shared_layer_is_corrected(tmp_path, memory):
+    """Each source runs on the data of all tasks, to the point where heads begin."""
+    data, models = vectors(count=20), relatives(build())
+    options = {"init": Uniform(), "finalisers": [REPAIR()], "private": [r"^head\."]}
+    module = MergeModule(recipe_of(models, **options), memory=memory)
+    trainer_of(tmp_path).validate(module, datamodule=data, verbose=False)
+    assert module.merged.plan.finalisation.report["corrected"] == ["body.weight"]
+    rows = [row["x"] for task in "ab" for row in data.tasks[task].path["adaptation"]]
+    x = torch.stack(rows)
+    raw = module.merged.raw
+    weight, bias = (module.merged.plan.materialise(f"body.{n}", raw) for n in ("weight", "bias"))
+    came = (x @ weight.T + bias).double()
+    own = [model.body(x).detach().double() for model in models[1:]]
+    torch.testing.assert_close(came.mean(0), sum(y.mean(0) for y in own) / 2, rtol=0, atol=1e-4)
+    wanted = sum(y.std(0, correction=0) for y in own) / 2
+    torch.testing.assert_close(came.std(0, correction=0), wanted, rtol=1e-4, atol=0)
+    for task, model in zip("ab", models[1:], strict=True):
+        with torch.no_grad():
+            expected = model.head((x @ weight.T + bias).tanh())
+            found = module.eval().merged(task=task, x=x)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    export_merged(module.merged, tmp_path / "merged")
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "after REPAIR (`finalisers`)" in card
+
+
+def test_a_search_tries_finished_merges(tmp_path):
+    from gradmerge.search import Scales
+
+    data, folder = vectors(count=30), tmp_path / "merged"
+    recipe = recipe_of(relatives(build(Normalised)), coefficients=Model(), finalisers=[REPAIR()])
+    search = Scales([0.5, 1.0], metric="loss")
+    data_commands.merge(recipe, data, search=search, output=str(folder))
+    found = json.loads((folder / "provenance.json").read_text())
+    chosen = found["search"]["chosen"]["init_args"]["factor"]
+    module = MergeModule(replace(recipe, init=Scaled(Constant(0.3), chosen)))
+    (scores,) = [trainer_of(tmp_path).validate(module, datamodule=data, verbose=False)]
+    losses = {
+        t["init"]["init_args"]["factor"]: t["selection"]["loss"] for t in found["search"]["trials"]
+    }
+    assert scores[0]["selection/loss"] == pytest.approx(losses[chosen], rel=1e-5)
+    raw = module.merged.raw
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if name in module.merged.plan.tensors:
+            expected = module.merged.plan.materialise(name, raw)
+            torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_without_data_it_is_refused(tmp_path):
