@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from gradmerge.differentiation import checksums
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.loaders import sample_batches
 from gradmerge.merged import MergedModel
@@ -57,6 +58,9 @@ class Finishing:
             return
         data = data or getattr(module._trainer, "datamodule", None)
         if data is None or not hasattr(data, "evaluation_loaders"):
+            if repair is not None and _are_current(merged):
+                self._state = state
+                return
             if repair is not None:
                 raise ConfigError(
                     "REPAIR takes the tasks' adaptation data, and there is no MergeDataModule to "
@@ -81,6 +85,13 @@ class Finishing:
                     _say(self._renormalisation)
                 self._renormalisation.correct(runs)
         self._state = state
+
+
+def _are_current(merged: MergedModel) -> bool:
+    """Whether the corrections at hand (a checkpoint's) are of the coefficients as they stand."""
+    finalisation = merged.plan.finalisation
+    own = checksums(merged.raw.values())
+    return finalisation.corrections is not None and finalisation.coefficients == own
 
 
 def _runs(module: MergeModule, data: Any, batches: int) -> list[Run]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmerge.buffers import Moments
+from gradmerge.differentiation import checksums
 from gradmerge.errors import ConfigError
 from gradmerge.finalisers import REPAIR, Correction
 from gradmerge.finalisers.repair import correction_of
@@ -105,7 +106,8 @@ class Renormalisation:
                     self._fold(layer, mean, deviation, corrections, report)
                     weights.changed(layer)
         report = {key: value for key, value in report.items() if value}
-        finalisation.correct(corrections, {"batches": len(runs), **report})
+        own = checksums(merged.raw.values())
+        finalisation.correct(corrections, {"batches": len(runs), **report}, own)
 
     def _fold(
         self,

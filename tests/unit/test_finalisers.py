@@ -286,6 +286,12 @@ def test_a_checkpoint_keeps_corrections(tmp_path, text):
     examples = rows(4)
     came, wanted = logits(loaded.merged, examples), logits(module.merged, examples)
     assert torch.equal(came, wanted)
+    loaded.refresh_buffers()  # without data: the checkpoint's are of these coefficients
+    again = MergeModule.load_from_checkpoint(path)
+    with torch.no_grad():
+        again.merged.raw["tensor"].add_(0.1)
+    with pytest.raises(ConfigError, match="REPAIR takes the tasks' adaptation data"):
+        again.refresh_buffers()
     before = {n: c.scale for n, c in loaded.merged.plan.finalisation.corrections.items()}
     trainer_of(tmp_path).validate(loaded, datamodule=data, verbose=False)
     for name, correction in loaded.merged.plan.finalisation.corrections.items():

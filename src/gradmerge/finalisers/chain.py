@@ -38,6 +38,8 @@ class Finalisation:
         """The finaliser that is computed on data, if there is one."""
         self.corrections: dict[str, Correction] | None = None
         """By tensor; None before they are computed."""
+        self.coefficients: list[int] = []
+        """Checksums of the coefficients that the corrections are of."""
         self.report: dict[str, Any] = {}
         """What was corrected, as plain data."""
         self.version = 0
@@ -92,10 +94,14 @@ class Finalisation:
         return theta if correction is None else correction(theta)
 
     def correct(
-        self, corrections: Mapping[str, Correction] | None, report: Mapping[str, Any]
+        self,
+        corrections: Mapping[str, Correction] | None,
+        report: Mapping[str, Any],
+        coefficients: Sequence[int],
     ) -> None:
-        """Take corrections, and what is to be said of them."""
+        """Take corrections, what is to be said of them, and checksums of their coefficients."""
         self.corrections = None if corrections is None else dict(corrections)
+        self.coefficients = list(coefficients)
         self.report = dict(report)
         self.version += 1
 
@@ -121,7 +127,8 @@ class Finalisation:
         for name, correction in self.corrections.items():
             shift = {} if correction.shift is None else {"shift": correction.shift}
             found[name] = {"scale": correction.scale, "axis": correction.axis, **shift}
-        return {"corrections": found, "report": self.report}
+        kept = {"report": self.report, "coefficients": self.coefficients}
+        return {"corrections": found, **kept}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
@@ -131,4 +138,4 @@ class Finalisation:
                 name: Correction(kept["scale"], kept.get("shift"), kept["axis"])
                 for name, kept in found.items()
             }
-        self.correct(corrections, state.get("report", {}))
+        self.correct(corrections, state.get("report", {}), state.get("coefficients", []))
