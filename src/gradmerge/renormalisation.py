@@ -82,7 +82,8 @@ class Renormalisation:
     def correct(self, runs: Sequence[Run]) -> None:
         """Compute the corrections for the coefficients as they stand, and give them to the plan.
 
-        BatchNorm statistics are recomputed on the way, where the recipe says so.
+        BatchNorm statistics are recomputed on the way, where the recipe says so. A single run takes
+        a single pass, whose outputs are corrected on the fly.
 
         Args:
             runs: the same passes again.
@@ -95,13 +96,17 @@ class Renormalisation:
             "left alone": dict(self.survey.left),
             "constant channels": {},
         }
-        weights = _Weights(merged, corrections)
+        layers = [layer for stage in self.survey.stages for layer in stage]
+        at_once = len(runs) == 1 and all(layer.calls == 1 for layer in layers)
+        weights = _Weights(merged, {} if at_once else corrections)
         with (
             torch.inference_mode(False),
             merged.statistics.evaluating(),
             merged.as_weights(weights.read),
         ):
-            for stage in self.survey.stages:
+            if at_once:
+                self._in_one_pass(layers, runs[0], corrections, report)
+            for stage in () if at_once else self.survey.stages:
                 for layer, (mean, deviation) in self._measure(stage, runs):
                     self._fold(layer, mean, deviation, corrections, report)
                     weights.changed(layer)
@@ -129,6 +134,52 @@ class Renormalisation:
         if constant:
             report["constant channels"][layer.weight] = constant
 
+    def _in_one_pass(
+        self,
+        layers: Sequence[Layer],
+        run: Run,
+        corrections: dict[str, Correction],
+        report: dict[str, Any],
+    ) -> None:
+        """Every layer measured when it is called, and its output corrected for those behind it."""
+        left = len(layers)
+
+        def take(layer: Layer, moments: Moments, batch: Tensor) -> None:
+            moments.take(batch)
+            if self._recomputes:
+                moments.write(layer.module)  # type: ignore[arg-type]
+
+        def correct(layer: Layer, moments: Moments, output: Tensor) -> Tensor:
+            nonlocal left
+            left -= 1
+            if not layer.is_norm:
+                moments.take(_channels(layer, output, run.mask))
+            if layer.weight is not None and moments.rows:
+                channels = moments.mean, moments.deviation
+                found = _normalised(layer, moments) if layer.is_norm else channels
+                self._fold(layer, *found, corrections, report)
+                output = _on_the_fly(layer, output, corrections)
+            if not left:
+                raise Enough
+            return output
+
+        hooks = []
+        for layer in layers:
+            moments = Moments()
+            if layer.is_norm:
+                hooks.append(_before(layer.module, partial(take, layer, moments)))
+            hooks.append(_after(layer.module, partial(correct, layer, moments)))
+        try:
+            with suppress(Enough):
+                run.call()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @property
+    def _recomputes(self) -> bool:
+        return self._merged.plan.recipe.buffers == "recompute"
+
     def _measure(
         self, stage: Sequence[Layer], runs: Sequence[Run]
     ) -> Iterator[tuple[Layer, tuple[Tensor, Tensor]]]:
@@ -139,15 +190,14 @@ class Renormalisation:
         for layer in stage:
             if not layer.is_norm:
                 continue
-            recomputes = self._merged.plan.recipe.buffers == "recompute"
             if layer.calls > 1:
-                if recomputes:
+                if self._recomputes:
                     calls = [run.call for run in runs]
                     self._merged.statistics.recompute(calls, [layer.module])
                 continue
             moments = Moments()
             _watch([layer], runs, partial(_take_batch, moments), _before)
-            if recomputes:
+            if self._recomputes:
                 moments.write(layer.module)  # type: ignore[arg-type]
             if layer.weight is not None and moments.rows:
                 yield layer, _normalised(layer, moments)
@@ -209,9 +259,9 @@ def _before(module: nn.Module, seen: Callable[[Tensor], None]) -> Any:
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _after(module: nn.Module, seen: Callable[[Tensor], None]) -> Any:
-    def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-        seen(output)
+def _after(module: nn.Module, seen: Callable[[Tensor], Tensor | None]) -> Any:
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+        return seen(output)
 
     return module.register_forward_hook(hook)
 
@@ -255,6 +305,21 @@ def _channels(layer: Layer, output: Tensor, mask: Tensor | None) -> Tensor:
         return output
     rows = output_rows(layer.module, output, mask)  # [groups, rows, out]
     return rows.permute(1, 0, 2).flatten(1)
+
+
+def _on_the_fly(layer: Layer, output: Tensor, corrections: Mapping[str, Correction]) -> Tensor:
+    """What a layer puts out once its weights are corrected."""
+    found = corrections.get(str(layer.weight))
+    if found is None:
+        return output
+    scale, shift = found.scale, torch.zeros_like(found.scale)
+    kept: Tensor | None = getattr(layer.module, "bias", None)
+    if layer.bias is not None:
+        shift = corrections[layer.bias].shift  # type: ignore[assignment]
+    elif kept is not None:  # frozen: it is not scaled with the weight
+        shift = (1 - scale) * kept.detach().cpu().double()
+    last = not layer.is_norm and not isinstance(layer.module, (nn.Conv1d, nn.Conv2d))
+    return Correction(scale, shift, output.dim() - 1 if last else 1)(output)
 
 
 def _normalised(layer: Layer, moments: Moments) -> tuple[Tensor, Tensor]:

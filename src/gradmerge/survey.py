@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from gradmerge.plan import Plan
 
 _LAST = "it is the network's last layer"
 _FEEDS = "it feeds a BatchNorm"
+# What a tensor is marked with on its way.
+_NUMBER, _FROM = "_gradmerge_number", "_gradmerge_from"
+_numbers = count()
 
 
 @dataclass(frozen=True)
@@ -77,16 +81,14 @@ class Survey:
         return {name: why for name, why in self.left.items() if why not in (_LAST, _FEEDS)}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Call:
     place: str
     module: nn.Module
-    input: Tensor
-    output: Tensor
-    input_version: int
-    """How often the input had been written to when the layer was called."""
-    output_version: int
-    """The same of the output when the layer returned it."""
+    entry: tuple[int, int]
+    """A number for its input, and how often that had been written to."""
+    fed_by: str | None
+    """The layer whose output, as it was, is its input."""
     is_plain: bool
     """Whether the output is the input times the stored weight."""
 
@@ -120,7 +122,7 @@ class _Surveyor:
         self._times = Counter(call.place for call in calls)
         linear = [call for call in calls if is_linear(call.module)]
         self._last = linear[-1].place if linear else None
-        self._feeding = set(_feeding(calls))
+        self._feeding = {call.fed_by for call in calls if not is_linear(call.module)}
         self.survey = Survey()
         axes = {place: layer.axis for layer in layers.values() for place in layer.places}
         before: tuple[int, int] | None = None
@@ -129,12 +131,11 @@ class _Surveyor:
             layer = self._linear(call, axis) if is_linear(call.module) else self._norm(call)
             if layer is None:
                 continue
-            entry = id(call.input), call.input_version
-            if before == entry and not layer.is_norm:
+            if before == call.entry and not layer.is_norm:
                 self.survey.stages[-1].append(layer)
             else:
                 self.survey.stages.append([layer])
-            before = None if layer.is_norm else entry
+            before = None if layer.is_norm else call.entry
         for name, known in layers.items():
             if not any(place in self._times for place in known.places):
                 self.survey.left[name] = "no pass calls it"
@@ -193,15 +194,11 @@ def _tensor(place: str, attribute: str) -> str:
     return f"{place}.{attribute}" if place else attribute
 
 
-def _feeding(calls: Sequence[_Call]) -> Iterator[str]:
-    """Linear layers whose output is a BatchNorm's input, as it is."""
-    outputs = {id(call.output): call for call in calls if is_linear(call.module)}
-    for call in calls:
-        source = outputs.get(id(call.input))
-        if source is None or is_linear(call.module):
-            continue
-        if source.output_version == call.input_version:
-            yield source.place
+def _number(tensor: Tensor) -> int:
+    """The tensor's own number, kept on it: to hold all inputs would take much memory."""
+    if not hasattr(tensor, _NUMBER):
+        setattr(tensor, _NUMBER, next(_numbers))
+    return int(getattr(tensor, _NUMBER))
 
 
 def _version(tensor: Tensor) -> int:
@@ -219,12 +216,16 @@ def _noted(merged: MergedModel, layers: Mapping[str, LinearLayer]) -> Iterator[l
     def watch(place: str, module: nn.Module) -> Any:
         def note(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Tensor) -> None:
             entry = first_argument(args, kwargs)
+            number, version = _number(entry), _version(entry)
             # at once: what comes next may write to both
             plain = place in axes and is_linear_in_its_weight(
                 module, entry[:1], output[:1], axes[place]
             )
-            versions = _version(entry), _version(output)
-            calls.append(_Call(place, module, entry, output, *versions, plain))
+            feeder, written = getattr(entry, _FROM, (None, 0))
+            fed_by = feeder if written == version else None
+            calls.append(_Call(place, module, (number, version), fed_by, plain))
+            if is_linear(module):
+                setattr(output, _FROM, (place, _version(output)))
 
         return module.register_forward_hook(note, with_kwargs=True)
 

@@ -368,6 +368,39 @@ def test_folded_weights_are_the_normaliser_on_the_fly(kind):
         torch.testing.assert_close(merged(batch), twin(batch), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("buffers", ["recompute", "mean"])
+@pytest.mark.parametrize("kind", [Deep, Convolutions, ResNet])
+def test_one_pass_over_one_batch_gives_what_passes_over_its_parts_give(kind, buffers, memory):
+    models = networks(kind)
+    parts = (vectors if kind is Deep else images)(30, 12)
+    options = {"frozen": {r"third\.bias": "mean"}} if kind is Deep else {}
+    passes, found = [], []
+    for batches in (parts, [torch.cat(parts)]):
+        merged, renormalisation = repaired(
+            models, batches, memory=memory, buffers=buffers, **options
+        )
+        calls = []
+        runs = [run_of(merged, batch) for batch in batches]
+        counted = [Run(lambda run=run, calls=calls: (calls.append(1), run.call())) for run in runs]
+        renormalisation.correct(counted)
+        passes.append(len(calls))
+        found.append(merged)
+    assert passes == [2 * len(renormalisation.survey.stages), 1]
+    many, one = (merged.plan.finalisation.corrections for merged in found)
+    assert many.keys() == one.keys()
+    for name, correction in many.items():
+        torch.testing.assert_close(one[name].scale, correction.scale, rtol=1e-4, atol=1e-5)
+        if correction.shift is not None:
+            torch.testing.assert_close(one[name].shift, correction.shift, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        came, wanted = (merged(parts[0]) for merged in found)
+    torch.testing.assert_close(came, wanted, rtol=1e-4, atol=1e-4)
+    for name, buffer in found[0].statistics.values().items():
+        if "num_batches" not in name:
+            torch.testing.assert_close(found[1].statistics.values()[name], buffer)
+
+
 def test_an_average_of_two_scalings_of_one_network_is_that_network():
     """Scaled by 4 and back behind the ReLU: an average is off by 1.5625, which REPAIR takes out."""
     (model,), batches = networks(Deep, 1), vectors(30, 20)

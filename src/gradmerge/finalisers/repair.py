@@ -57,8 +57,9 @@ class REPAIR(AbstractFinaliser):
     whose tokens have another mask).
 
     It is off while coefficients learn: statistics are those of weights that a step changes, there
-    is no gradient through them, and they take many passes. They take one pass of each source once,
-    and then, each time, one of the merged network to the point of each layer: half a pass a layer.
+    is no gradient through them, and they take passes over data. Those are one of each source once,
+    and then, each time, one of the merged network to the point of each layer, half a pass a layer;
+    where all data are one batch, which is corrected on the fly, a single one.
     """
 
     # without annotations: the parser would look for their names in a subclass's module
