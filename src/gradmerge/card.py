@@ -128,4 +128,12 @@ def _coefficients(plan: Plan, raw: Raw) -> str:
             f"| {source} | {sums[source] / count:.4f} | {low[source]:.4f} | {high[source]:.4f} |"
         )
     fixed = f"\n\n{len(plan.fixed)} tensors are fixed." if plan.fixed else ""
-    return "\n".join(rows) + fixed
+    return "\n".join(rows) + fixed + _finished(plan)
+
+
+def _finished(plan: Plan) -> str:
+    """What was done to the weights that these coefficients give."""
+    if not plan.finalisation.active:
+        return ""
+    names = ", ".join(type(finaliser).__name__ for finaliser in plan.recipe.finalisers)
+    return f"\n\nThe weights are those of these coefficients after {names} (`finalisers`)."

@@ -111,6 +111,7 @@ def register() -> None:
     import jsonargparse
 
     import gradmerge.coefficients
+    import gradmerge.finalisers
     import gradmerge.objectives
     import gradmerge.operators
     import gradmerge.optimisers
@@ -148,9 +149,18 @@ def component_names(stock: bool = True) -> dict[str, str]:
         stock: torch's optimisers and schedules and Lightning's callbacks and loggers, too, by their
             whole paths.
     """
-    from gradmerge import coefficients, objectives, operators, preprocess, search, sources
+    from gradmerge import (
+        coefficients,
+        finalisers,
+        objectives,
+        operators,
+        preprocess,
+        search,
+        sources,
+    )
 
-    modules: tuple[Any, ...] = (coefficients, objectives, operators, preprocess, search, sources)
+    concepts = (coefficients, finalisers, objectives, operators, preprocess)
+    modules: tuple[Any, ...] = (*concepts, search, sources)
     own = [n for m in modules for n in m.__all__ if not n.startswith("Abstract")]
     known = {name: name for name in (*own, "CoefficientLogger", "ExportAtEnd")}
     if stock:

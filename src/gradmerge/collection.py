@@ -130,6 +130,7 @@ def _engine(recipe: Recipe, data: MergeDataModule, module: nn.Module | None) -> 
     plain = replace(
         recipe,
         preprocess=[],
+        finalisers=[],
         statistics=None,
         coefficients=Model(),
         init=Uniform(),

@@ -315,6 +315,7 @@ def provenance_of(
         "dtype": dtype or "as stored",
         **({"tokenizer": {k: v for k, v in tokens.items() if k not in long}} if tokens else {}),
         "results": dict(results or {}),
+        **({"finalisation": plan.finalisation.report} if plan.finalisation.report else {}),
         **({"run": plan.run} if plan.run else {}),
         **({"statistics": plan.collected.summary()} if plan.collected is not None else {}),
         **(extra or {}),

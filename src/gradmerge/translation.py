@@ -36,7 +36,8 @@ def for_merge(
         arguments: as on the command line.
         folder: where translated files are written.
         with_data: whether data is needed (for `collect` it always is); default: as the arguments
-            say (a step that needs statistics and none given, a search, scores).
+            say (a step that needs statistics and none given, a finaliser that needs data, a search,
+            scores).
 
     Returns:
         The arguments, and whether data is needed.
@@ -128,13 +129,15 @@ def _needs_data(arguments: Sequence[str], files: Sequence[dict[str, Any]]) -> bo
         if asking in names or any(file.get(asking) for file in files):
             return True
     recipes = [recipe for recipe in map(_recipe, files) if isinstance(recipe, dict)]
+    given = any("data" in file for file in files)
+    options_say = [word for argument in arguments for word in re.split(r"\W+", argument)]
+    final = [word for recipe in recipes for word in _words(recipe.get("finalisers"))]
+    if given and not _finalisers_on_data().isdisjoint([*options_say, *final]):
+        return True
     if "--recipe.statistics" in options or any(recipe.get("statistics") for recipe in recipes):
         return False
-    if not any("data" in file for file in files):
-        return False
-    said = [word for argument in arguments for word in re.split(r"\W+", argument)]
-    said += [word for recipe in recipes for word in _words(recipe.get("preprocess"))]
-    return not _needing_statistics().isdisjoint(said)
+    steps = [word for recipe in recipes for word in _words(recipe.get("preprocess"))]
+    return given and not _needing_statistics().isdisjoint([*options_say, *steps])
 
 
 def _words(value: Any) -> Iterator[str]:
@@ -154,6 +157,14 @@ def _needing_statistics() -> set[str]:
     kinds = {name: getattr(preprocess, name) for name in preprocess.__all__}
     steps = {n: k for n, k in kinds.items() if isinstance(k, type) and issubclass(k, base)}
     return {name for name, kind in steps.items() if kind.needs is not base.needs}
+
+
+def _finalisers_on_data() -> set[str]:
+    """Names of the finalisers that are computed on data."""
+    from gradmerge import finalisers
+
+    kinds = {name: getattr(finalisers, name) for name in finalisers.__all__}
+    return {name for name, kind in kinds.items() if getattr(kind, "needs_data", False)}
 
 
 def _recipe_of_mergekit(path: str, dtype_given: bool) -> dict[str, Any]:
