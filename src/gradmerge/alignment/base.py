@@ -59,15 +59,18 @@ class AlignmentContext:
     """Groups, and their uses by tensor."""
     sources: Mapping[str, Checkpoint]
     """Opened, in order."""
+    compared: tuple[str, ...]
+    """Names of the parameters that all sources share: not private, no buffer. What a method over
+    weights compares."""
     skeleton: nn.Module | None = None
     """The network without weights."""
     activations: Activations | None = None
     """For methods that need them."""
 
-    def read(self, source: str, name: str) -> Tensor | None:
-        """A tensor of a source; None where the source lacks it (another task's head)."""
-        checkpoint = self.sources[source]
-        return checkpoint.read(name) if name in checkpoint.infos else None
+    def read(self, source: str, name: str, maps: Maps | None = None) -> Tensor:
+        """A compared tensor of a source, under maps of its units."""
+        tensor = self.sources[source].read(name)
+        return self.spec.apply(maps, name, tensor) if maps else tensor
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,10 @@ class Matching(AbstractAlignment):
     """Seed of the order in which groups (and sources, with `mean`) are visited."""
     max_iter: int = 100
     """Most sweeps over all groups; with `mean`, also most rounds over all sources."""
+    example: dict[str, Any] | None = None
+    """What the network is traced with, by the name of the argument of its forward: shapes, e.g.
+    {pixel_values: [1, 3, 32, 32]}, or tensors from Python. Names that end in `ids` are whole
+    numbers. Default: derived from the config or the first layer."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without a source."""

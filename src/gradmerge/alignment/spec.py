@@ -88,7 +88,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a group's units can be seen: in the output of a module.
+    """Where a group's units can be seen: in the output of a module (the first of several).
 
     The output's axis is cut to `[start, start + prod(sizes))` and reshaped to `sizes`; the units
     run along `sizes[position]`.
@@ -105,6 +105,8 @@ class Place:
     """Factors of the stretch."""
     position: int
     """Which factor runs over the units."""
+    call: int = 0
+    """Which call of the module in one forward pass (a ReLU may serve several layers)."""
 
     def units(self, output: Tensor) -> Tensor:
         """What the units gave, `[rows, size]`: a row for each place of every other axis."""
