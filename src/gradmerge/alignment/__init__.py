@@ -11,6 +11,7 @@ from gradmerge.alignment.base import (
     Moments,
 )
 from gradmerge.alignment.spec import LinearMap, Map, Maps, PermutationSpec
+from gradmerge.alignment.weights import WeightMatching
 
 __all__ = [
     "AbstractAlignment",
@@ -25,4 +26,5 @@ __all__ = [
     "Matching",
     "Moments",
     "PermutationSpec",
+    "WeightMatching",
 ]
