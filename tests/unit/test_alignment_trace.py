@@ -536,6 +536,27 @@ def test_a_network_that_does_not_run_asks_for_an_example() -> None:
     assert sizes(spec_of(Two(), {"x": [1, 3], "y": [1, 4]})) == []
 
 
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+        self.places = nn.Parameter(torch.randn(1, 9, 5))
+        self.lift = nn.Linear(5, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.body(x) + self.lift(self.places)[:, : x.shape[1]]).relu())
+
+
+def test_positions_beyond_the_example_keep_their_order() -> None:
+    torch.manual_seed(0)
+    net = shaken(Positions())
+    spec = spec_of(net, {"x": [1, 4, 4]})
+    assert sizes(spec) == [5, 6]
+    assert spec.fixed["places[1]"].startswith(("it is a constant", "slices leave it out"))
+    same_function(net, spec, {"x": torch.randn(2, 9, 4)})
+
+
 class Routed(nn.Module):
     """Each row goes to the expert of its largest score; `stacked`: one tensor holds them all."""
 

@@ -105,7 +105,10 @@ def take_slice(call: Call) -> Labels:
         dims[axis].pin(call.reason)
         cut = fixed(length, call.reason)
     else:
-        cut = sliced(dims[axis], start, start + length, call.reason)
+        stop = start + length
+        cut = sliced(dims[axis], start, stop, call.reason)
+        ends = [(a, b) for a, b in ((0, start), (stop, size)) if a < b]
+        call.leave(cut, [sliced(dims[axis], a, b, call.reason) for a, b in ends])
     return [*dims[:axis], cut, *dims[axis + 1 :]]
 
 

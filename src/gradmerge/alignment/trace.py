@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,6 +80,11 @@ def trace(skeleton: nn.Module, example: Mapping[str, Any]) -> Traced:
         )
     for name in unreached:
         pin_all(mode.traced.labels[name], "the run does not reach it")
+    taken = {unit for dim in mode.taken for unit in dim.units()}
+    for dim in mode.left:
+        for unit in dim.units():
+            if unit not in taken:
+                unit.pin("slices leave it out, which other inputs might take")
     return mode.traced
 
 
@@ -181,6 +186,8 @@ class _Tracing(TorchDispatchMode):
         self.names = names
         self.traced = Traced({}, set())
         self._labels: dict[int, tuple[Tensor, Label | None]] = {}  # holds tensors: ids stay unique
+        self.taken: list[Dim] = []
+        self.left: list[Dim] = []
         self.branches: list[str] = []
         """Operators that hand values which depend on weights to the program."""
         self._derived: set[int] = set(names)
@@ -310,7 +317,11 @@ class _Tracing(TorchDispatchMode):
         arguments.update(zip(arguments, args, strict=False))
         arguments.update(kwargs)
         reason = f"{name.removeprefix('aten::')} in {self.where}"
-        return Call(name, arguments, out, self.label, self._contract, reason)
+        return Call(name, arguments, out, self.label, self._contract, self._leave_out, reason)
+
+    def _leave_out(self, taken: Dim, left: Sequence[Dim]) -> None:
+        self.taken.append(taken)
+        self.left.extend(left)
 
     def _contract(self, dim: Dim) -> None:
         self.traced.reads |= dim.owners
