@@ -110,6 +110,7 @@ def register() -> None:
     """Make attribute docstrings the help texts, and every component's short name known."""
     import jsonargparse
 
+    import gradmerge.alignment
     import gradmerge.coefficients
     import gradmerge.finalisers
     import gradmerge.objectives
@@ -150,6 +151,7 @@ def component_names(stock: bool = True) -> dict[str, str]:
             whole paths.
     """
     from gradmerge import (
+        alignment,
         coefficients,
         finalisers,
         objectives,
@@ -159,7 +161,7 @@ def component_names(stock: bool = True) -> dict[str, str]:
         sources,
     )
 
-    concepts = (coefficients, finalisers, objectives, operators, preprocess)
+    concepts = (alignment, coefficients, finalisers, objectives, operators, preprocess)
     modules: tuple[Any, ...] = (*concepts, search, sources)
     own = [n for m in modules for n in m.__all__ if not n.startswith("Abstract")]
     known = {name: name for name in (*own, "CoefficientLogger", "ExportAtEnd")}

@@ -156,6 +156,10 @@ def _reasons(plan: Plan, buffers: Mapping[str, Tensor]) -> list[str]:
             f"finalisers: {names} changes a tensor by channels, and mergekit has one weight a "
             f"tensor and model; {_FOLDER}"
         )
+    if plan.order is not None:
+        reasons.append(
+            f"alignment: the sources' units are in another order than on disk; {_FOLDER}"
+        )
     if getattr(plan.recipe, "tokenizer", None) is not None:
         reasons.append(f"tokenizer: mergekit aligns vocabularies by rules of its own; {_FOLDER}")
     if plan.private:

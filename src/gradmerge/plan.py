@@ -31,6 +31,7 @@ from gradmerge.spec import to_plain
 from gradmerge.statistics import SourceStatistics
 
 if TYPE_CHECKING:
+    from gradmerge.alignment.opening import UnitOrder
     from gradmerge.recipe import Recipe
 
 
@@ -45,8 +46,11 @@ class Plan:
         skeleton: nn.Module | None,
         problems: Sequence[Problem],
         heads: Mapping[str, Checkpoint] | None = None,
+        order: UnitOrder | None = None,
     ) -> None:
         self.recipe = recipe
+        self.order = order
+        """How the sources' units were brought into one order, if the recipe aligns them."""
         self.sources = dict(sources)
         self.serving = {**self.sources, **(heads or {})}
         """Checkpoints that may serve a task: the sources, and those that are not merged."""
@@ -358,11 +362,15 @@ class Plan:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Content hash of every checkpoint and of aligned tokens' rows; reads all weights once."""
+        """Content hash of every checkpoint, of aligned tokens' rows and of the units' order; reads
+        all weights once.
+        """
         everything = {**({"base": self.base} if self.base is not None else {}), **self.serving}
         found = fingerprints_of(everything)
         if self.alignment is not None:
             found["(tokens)"] = self.alignment.fingerprint()
+        if self.order is not None:
+            found["(units)"] = self.order.fingerprint()
         return found
 
     def require_fingerprints(self, expected: Mapping[str, str]) -> None:

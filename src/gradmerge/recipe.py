@@ -15,6 +15,8 @@ from typing import Any, Literal
 from torch import nn
 
 from gradmerge._typing import Origin
+from gradmerge.alignment import AbstractAlignment
+from gradmerge.alignment.opening import align_sources
 from gradmerge.coefficients import (
     AbstractCoefficients,
     AbstractInit,
@@ -47,6 +49,9 @@ class Recipe:
     origin: Origin | None = None
     """What directions are measured from: base, zero, or the mean of the sources. Default: base if
     there is one, else zero."""
+    alignment: AbstractAlignment | None = None
+    """How the units of sources that share no initialisation are brought into one order
+    (WeightMatching). Default: they are taken as they are."""
     preprocess: list[AbstractPreprocess] = field(default_factory=list)
     """What happens to the directions once, in order, before coefficients are put on them (Trim,
     ElectSign, RandomDrop, TSVM, RegMean and others)."""
@@ -109,6 +114,8 @@ class Recipe:
             )
         if self.tokenizer is not None:
             self.tokenizer.require(list(self.sources), self.base is not None)
+        if self.alignment is not None and not self.alignment.is_identity:
+            self._require_alignment(self.alignment)
         both = [name for name in self.heads if name in self.sources or name == "base"]
         if both:
             raise ConfigError(f"heads: {', '.join(both)} is a source already; leave it out.")
@@ -124,6 +131,27 @@ class Recipe:
             raise ConfigError(
                 "coefficients: Component puts coefficients on singular components, which operator "
                 f"{type(self.operator).__name__} does not know. Set operator: Components."
+            )
+
+    def _require_alignment(self, alignment: AbstractAlignment) -> None:
+        kind = type(alignment).__name__
+        if self.resolved_origin == "base":
+            raise ConfigError(
+                f"alignment: {kind} moves the units of the sources, not those of the base, so "
+                "differences to the base would compare other units. Sources of one base need no "
+                "alignment: leave it out; or, for networks of their own, give no base, or origin "
+                "zero or mean."
+            )
+        if self.heads and self.private:
+            raise ConfigError(
+                f"alignment: {kind} moves the units of the sources, not those of the checkpoints "
+                f"in heads ({', '.join(self.heads)}), whose private tensors would read other units "
+                "than the merge has. Merge their sources too, or leave the alignment out."
+            )
+        if self.base is not None and self.buffers == "origin":
+            raise ConfigError(
+                f"alignment: {kind} with buffers origin would put the base's statistics, in its "
+                "own order of units, beside aligned weights; take buffers recompute or mean."
             )
 
     @property
@@ -158,10 +186,14 @@ class Recipe:
         problems += check({**everything, **heads}, self.private, self.allow)
         problems += check_private({**sources, **heads}, self.private, self.allow)
         require(problems)
-        skeleton = None
-        if with_skeleton or isinstance(_granularity(self.coefficients), (Column, Row)):
+        skeleton = order = None
+        aligned = self.alignment is not None and not self.alignment.is_identity
+        needed = with_skeleton or isinstance(_granularity(self.coefficients), (Column, Row))
+        if needed or aligned:
             skeleton = self._skeleton(module, everything)
-        return Plan(self, sources, base, skeleton, problems, heads)
+        if self.alignment is not None and aligned:
+            sources, order = align_sources(self.alignment, sources, skeleton, self.private)
+        return Plan(self, sources, base, skeleton if needed else None, problems, heads, order)
 
     def _skeleton(
         self, module: nn.Module | None, everything: Mapping[str, Checkpoint]
