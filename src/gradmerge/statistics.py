@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradmerge.errors import ConfigError, FingerprintError, shorten
 
-Kind = Literal["gram", "fisher", "kfac"]
+Kind = Literal["gram", "fisher", "kfac", "activations"]
 INDEX = "statistics.json"
 VERSION = 1
 
@@ -29,7 +29,8 @@ class Needs:
 
     kind: Kind
     """gram: `X^T X` of each linear layer's inputs; fisher: squared gradients of each weight; kfac:
-    `X^T X` and, of the gradients of the layer's outputs, `D^T D`."""
+    `X^T X` and, of the gradients of the layer's outputs, `D^T D`; activations: moments of units,
+    which alignments compare."""
     activations: Literal["source", "merged"] = "source"
     """Whether a layer's inputs are those of the source, or come from the layers merged before."""
     labels: Literal["model", "data"] = "model"
@@ -149,6 +150,8 @@ class SourceStatistics:
                 for name, source in collected["sources"].items()
             }
             kinds[kind] = {**collected, "sources": sources}
+            if "groups" in collected:
+                kinds[kind]["groups"] = len(collected["groups"])
         return {**self.index, "collected": kinds}
 
     def read(self, kind: str, source: str, tensor: str) -> Statistic | None:
@@ -160,6 +163,11 @@ class SourceStatistics:
         file = self._open(place["file"])
         values = {part: file.get_tensor(f"{part}:{tensor}") for part in place["parts"]}
         return Statistic(values, place["rows"], place["axis"], found["norm"])
+
+    def tensor(self, file: str, key: str) -> Tensor:
+        """A tensor of one of the folder's files, by its key there."""
+        found: Tensor = self._open(file).get_tensor(key)
+        return found
 
     def _open(self, name: str) -> Any:
         if name not in self._files:
