@@ -108,6 +108,7 @@ class UnitPasses(Passes):
                         sums[name].add_product(key, *b)
                     del two
                 del one
+        self._require_finite(sums)
         if not all(total.rows for total in sums.values()):
             silent = [name for name, total in sums.items() if not total.rows]
             raise ConfigError(
@@ -117,6 +118,17 @@ class UnitPasses(Passes):
         for found in self.found.values():
             found.examples = examples
         return sums
+
+    def _require_finite(self, sums: Mapping[str, _Sums]) -> None:
+        for group, total in sums.items():
+            for at, source in enumerate(self.found):
+                mean = total.totals.get(f"mean-{at}")
+                if mean is not None and not bool(mean.isfinite().all()):
+                    raise ConfigError(
+                        f"source {source} gave numbers that are not finite in the units of "
+                        f"{group}, so nothing can be matched by them; look at its weights and at "
+                        "the data."
+                    )
 
     def _outputs(
         self, source: str, task: str, batch: Batch, groups: Sequence[Group]

@@ -243,6 +243,14 @@ def test_groups_that_never_ran_are_refused(tmp_path):
     assert set(passes(models, data, tmp_path).units([BODY, nowhere], [("a", "b")])) == {"body"}
 
 
+def test_activations_that_are_not_finite_are_refused(tmp_path):
+    models, data = relatives(build()), vectors(count=4)
+    with torch.no_grad():
+        models[2].body.weight[3, 0] = torch.inf
+    with pytest.raises(ConfigError, match="source b gave numbers that are not finite in"):
+        passes(models, data, tmp_path).units([BODY], [("a", "b")])
+
+
 def test_sources_run_with_their_own_heads(tmp_path):
     models, data = relatives(build()), vectors(count=8)
     group = Group("classes", 3, (Place("head", -1, 0, (3,), 0),))

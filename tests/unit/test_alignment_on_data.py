@@ -334,11 +334,11 @@ FLATTENED = Axis((Segment((Factor(SIZE, "units"), Factor(4))),), "in")
 @pytest.mark.parametrize(
     ("tensors", "allowed"),
     [
-        ({"w": (UNITS, FREE), "b": (UNITS,), "next": (FREE, READS)}, True),
-        ({"w": (UNITS, FREE), "gain": (ALONG,), "var": (SQUARE,)}, True),
-        ({"w": (UNITS, FREE), "gain": (ALONG,)}, False),
-        ({"w": (BLOCKS, FREE), "next": (FREE, FLATTENED)}, False),
-        ({"w": (UNITS, FREE), "next": (FREE, FLATTENED)}, True),
+        ({"l.weight": (UNITS, FREE), "l.bias": (ALONG,), "next.weight": (FREE, READS)}, True),
+        ({"l.weight": (UNITS, FREE), "n.weight": (ALONG,), "n.running_var": (SQUARE,)}, True),
+        ({"l.weight": (UNITS, FREE), "n.weight": (ALONG,), "n.bias": (ALONG,)}, False),
+        ({"l.weight": (BLOCKS, FREE), "next.weight": (FREE, FLATTENED)}, False),
+        ({"l.weight": (UNITS, FREE), "next.weight": (FREE, FLATTENED)}, True),
     ],
     ids=["plain", "batch norm", "layer norm", "heads", "flattened"],
 )

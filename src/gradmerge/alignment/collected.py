@@ -11,12 +11,12 @@ from gradmerge.alignment.spec import Group, PermutationSpec
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.statistics import Needs, SourceStatistics
 
-KIND: Needs = Needs("activations")
+ACTIVATIONS = Needs("activations")
 
 
 def needed(alignment: AbstractAlignment) -> Needs | None:
     """What an alignment reads of the sources' statistics on data."""
-    return None if alignment.needs is None else KIND
+    return None if alignment.needs is None else ACTIVATIONS
 
 
 def pairs_of(alignment: AbstractAlignment, sources: Sequence[str]) -> list[tuple[str, str]]:
@@ -53,9 +53,9 @@ class CollectedActivations:
         spec: PermutationSpec,
         fingerprints: Mapping[str, str],
     ) -> None:
-        statistics.require([(KIND, None)], fingerprints)
+        statistics.require([(ACTIVATIONS, None)], fingerprints)
         self._statistics = statistics
-        found = statistics.index["collected"][KIND.kind]
+        found = statistics.index["collected"][ACTIVATIONS.kind]
         self._groups: dict[str, dict[str, Any]] = found["groups"]
         self._order = list(found["sources"])
         self._pairs = {tuple(pair) for pair in found["pairs"]}

@@ -25,16 +25,23 @@ def mixes(spec: PermutationSpec, group: str) -> bool:
 
     - the units are blocks of an axis (attention heads, which a softmax keeps apart): a tensor that
       writes them has another factor along the same stretch;
-    - a norm over the units has a gain for each (LayerNorm and RMSNorm on a residual stream): some
-      tensor runs along them, and no running variance goes with it, as it does with BatchNorm.
+    - something other than a layer's bias or BatchNorm runs along them: a norm over the units with a
+      gain for each (LayerNorm and RMSNorm on a residual stream), or a layer scale.
     """
-    roles = set()
+    owners: dict[str, set[int | str]] = {}
+    for name, axes in spec.tensors.items():
+        kinds = owners.setdefault(name.rpartition(".")[0], set())
+        kinds.update([len(axes), *(axis.role for axis in axes)])
     for use in spec.uses[group]:
-        roles.add(use.role)
-        segment = spec.tensors[use.tensor][use.axis].segments[use.segment]
+        axes = spec.tensors[use.tensor]
+        segment = axes[use.axis].segments[use.segment]
         if use.role == "out" and segment.size > segment.sizes[use.position]:
             return False
-    return "along" not in roles or "square" in roles
+        if len(axes) == 1:
+            kinds = owners[use.tensor.rpartition(".")[0]]
+            if "square" not in kinds and not any(isinstance(k, int) and k > 1 for k in kinds):
+                return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class OptimalTransport(MixingOnData):
     less their correlation (of activations alone)."""
     tolerance: float = 1e-9
     """On the sum of absolute errors of the marginals."""
-    iterations: int = 20_000
+    iterations: int = 1000
     """Most updates of the transport; an error where they do not suffice."""
 
     def __post_init__(self) -> None:
