@@ -18,8 +18,9 @@ from typing import Any
 from torch import nn
 
 from gradmerge.activations import UnitPasses
-from gradmerge.alignment import Identity
+from gradmerge.alignment import Identity, PermutationSpec
 from gradmerge.alignment.collected import ACTIVATIONS, pairs_of
+from gradmerge.alignment.opening import find_spec
 from gradmerge.coefficients import Model, Uniform
 from gradmerge.data import MergeDataModule
 from gradmerge.errors import ConfigError, shorten
@@ -73,9 +74,11 @@ def collect(
             "collected": {},
         }
         if recipe.alignment.needs is not None:
-            engine = engine_of(replace(recipe, alignment=Identity()), data, module)
+            engine = engine_of(replace(recipe, alignment=Identity(), statistics=None), data, module)
             index["data"] = describe_data(data)
-            index["collected"][ACTIVATIONS.kind] = _of_units(recipe, engine, data, work, report)
+            index["collected"][ACTIVATIONS.kind] = _of_units(
+                recipe, engine, data, module, work, report
+            )
             (work / INDEX).write_text(json.dumps(index, indent=1) + "\n")
             recipe = replace(recipe, statistics=str(work))
         if steps:
@@ -150,14 +153,7 @@ def needy(recipe: Recipe) -> list[AbstractPreprocess]:
 
 def engine_of(recipe: Recipe, data: MergeDataModule, module: nn.Module | None) -> MergeModule:
     """A merge of the same sources without any step, to run them with."""
-    plain = replace(
-        recipe,
-        preprocess=[],
-        statistics=recipe.statistics if recipe.alignment.needs is not None else None,
-        coefficients=Model(),
-        init=Uniform(),
-        operator=Linear(),
-    )
+    plain = _plain(recipe)
     engine = MergeModule(plain, score_experts=False, module=module).eval()
     data.attach(engine.merged)
     data.setup()
@@ -179,10 +175,16 @@ def _tasks_of_sources(sources: Sequence[str], data: MergeDataModule) -> dict[str
 
 
 def _of_units(
-    recipe: Recipe, engine: MergeModule, data: MergeDataModule, work: Path, report: Report
+    recipe: Recipe,
+    engine: MergeModule,
+    data: MergeDataModule,
+    module: nn.Module | None,
+    work: Path,
+    report: Report,
 ) -> dict[str, Any]:
     """Moments of units for the recipe's alignment; every source runs on every task's data."""
     plan = engine.merged.plan
+    spec = _spec(recipe, module)
     everywhere = {source: list(data.tasks) for source in plan.sources}
     pairs = pairs_of(recipe.alignment, plan.source_names)
     run = UnitPasses(engine, data, everywhere, ACTIVATIONS, work, report)
@@ -198,3 +200,15 @@ def _of_units(
         "pairs": [list(pair) for pair in pairs],
         "groups": groups,
     }
+
+
+def _spec(recipe: Recipe, module: nn.Module | None) -> PermutationSpec:
+    """The groups of units that the alignment will ask for, of a network that is not in use."""
+    plain = replace(_plain(recipe), alignment=Identity(), statistics=None)
+    plan = plain.open(module)
+    return find_spec(recipe.alignment, plan.sources, plan.skeleton)
+
+
+def _plain(recipe: Recipe) -> Recipe:
+    """The same sources without any step or learning."""
+    return replace(recipe, preprocess=[], coefficients=Model(), init=Uniform(), operator=Linear())

@@ -27,6 +27,7 @@ from gradmerge.alignment.spec import Axis, Factor, Group, Segment, plain_axis
 from gradmerge.errors import ConfigError
 
 SIZE = 7
+ORDER = torch.tensor([3, 0, 6, 1, 5, 2, 4])
 
 
 class Seen:
@@ -102,7 +103,7 @@ def test_a_unit_that_never_varies_correlates_with_none():
 
 def test_moments_of_a_mean_are_those_of_mean_activations():
     a, b, c, y = (correlated(seed) for seed in range(4))
-    order, matrix = torch.randperm(SIZE), correlated(9, SIZE)
+    order, matrix = ORDER, correlated(9, SIZE)
     targets = {
         "a": {"units": order},
         "b": {},
@@ -123,7 +124,7 @@ def test_moments_of_a_mean_are_those_of_mean_activations():
 
 @pytest.mark.parametrize("metric", ["correlation", "covariance"])
 def test_a_planted_permutation_is_found(metric):
-    x, order = correlated(0), torch.randperm(SIZE, generator=torch.Generator().manual_seed(5))
+    x, order = correlated(0), ORDER
     noise = 1e-3 * correlated(1)
     found = aligned(ActivationMatching(metric=metric), a=x, b=(x + noise)[:, order])
     assert found.maps["a"] == {}
@@ -189,7 +190,7 @@ def test_cca_undoes_a_rotation():
 
 
 def test_cca_of_permuted_units_is_the_permutation():
-    x, order = correlated(0), torch.randperm(SIZE, generator=torch.Generator().manual_seed(5))
+    x, order = correlated(0), ORDER
     for gamma in (0.0, 0.1):  # adding to the diagonal commutes with a permutation
         found = aligned(CCA(gamma=gamma), a=x, b=x[:, order]).maps["b"]["units"]
         expected = torch.eye(SIZE, dtype=torch.float64)[torch.argsort(order)]
@@ -256,7 +257,7 @@ def costs(seed=0, size=12):
     return torch.rand(size, size, generator=generator, dtype=torch.float64)
 
 
-def plain_sinkhorn(cost, level, rounds=5000):
+def plain_sinkhorn(cost, level, rounds=20_000):
     """Scalings of the kernel, as first published (arXiv 1306.0895)."""
     kernel = np.exp(-cost / level)
     u = v = np.ones(len(cost))
@@ -277,7 +278,7 @@ def test_sinkhorn_meets_its_marginals_and_is_the_scaling_algorithm(level):
 
 
 def test_sinkhorn_is_an_assignment_as_the_entropy_goes():
-    cost = costs()
+    cost = costs(7)  # any other assignment costs 0.11 more
     rows, columns = linear_sum_assignment(cost.numpy())
     plan = sinkhorn(cost, 1e-3)
     expected = torch.zeros_like(cost)
@@ -295,7 +296,7 @@ def test_sinkhorn_takes_costs_that_would_overflow_and_says_when_it_gave_up():
 
 @pytest.mark.parametrize("cost", ["euclidean", "squared", "correlation"])
 def test_transport_averages_units_with_the_plan(cost):
-    x, y = correlated(0), correlated(0)[:, torch.randperm(SIZE)] + 0.3 * correlated(1)
+    x, y = correlated(0), correlated(0)[:, ORDER] + 0.3 * correlated(1)
     method = OptimalTransport(cost=cost, regularisation=0.2)
     change = aligned(method, a=x, b=y).maps["b"]["units"]
     apart = np.sqrt((np.square(x.numpy()[:, :, None] - y.numpy()[:, None, :])).mean(0))
@@ -304,14 +305,14 @@ def test_transport_averages_units_with_the_plan(cost):
     if cost == "correlation":
         apart = 1 - np.corrcoef(x.numpy(), y.numpy(), rowvar=False)[:SIZE, SIZE:]
     level = 0.2 * float(torch.from_numpy(apart).median())
-    expected = SIZE * plain_sinkhorn(apart, level, 20_000)
+    expected = SIZE * plain_sinkhorn(apart, level)
     np.testing.assert_allclose(change.matrix.numpy(), expected, atol=1e-7)
     np.testing.assert_allclose(change.inverse.numpy(), expected.T, atol=1e-7)
     torch.testing.assert_close(change.matrix.sum(1), torch.ones(SIZE).double(), atol=1e-7, rtol=0)
 
 
 def test_exact_transport_is_a_permutation_and_the_limit_of_the_entropic():
-    x, order = correlated(0), torch.randperm(SIZE, generator=torch.Generator().manual_seed(5))
+    x, order = correlated(0), ORDER
     y = x[:, order] + 0.01 * correlated(1)
     exact = aligned(OptimalTransport(regularisation=0.0), a=x, b=y).maps["b"]["units"]
     assert torch.equal(exact, torch.argsort(order))
@@ -345,7 +346,7 @@ FLATTENED = Axis((Segment((Factor(SIZE, "units"), Factor(4))),), "in")
 def test_heads_and_normalised_residual_streams_keep_a_permutation(tensors, allowed):
     spec = spec_of(**tensors)
     assert mixes(spec, "units") is allowed
-    x, order = correlated(0), torch.randperm(SIZE, generator=torch.Generator().manual_seed(5))
+    x, order = correlated(0), ORDER
     for method in (CCA(), OptimalTransport()):
         change = aligned(method, spec, a=x, b=x[:, order]).maps["b"]["units"]
         if allowed:
