@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from gradmerge.activations import UnitPasses
-from gradmerge.alignment import Identity, PermutationSpec
+from gradmerge.alignment import PermutationSpec
 from gradmerge.alignment.collected import ACTIVATIONS, pairs_of
 from gradmerge.alignment.opening import find_spec
 from gradmerge.coefficients import Model, Uniform
@@ -73,8 +73,8 @@ def collect(
             "versions": versions(),
             "collected": {},
         }
-        if recipe.alignment.needs is not None:
-            engine = engine_of(replace(recipe, alignment=Identity(), statistics=None), data, module)
+        if aligns_on_data(recipe):
+            engine = engine_of(replace(recipe, alignment=None, statistics=None), data, module)
             index["data"] = describe_data(data)
             index["collected"][ACTIVATIONS.kind] = _of_units(
                 recipe, engine, data, module, work, report
@@ -84,6 +84,8 @@ def collect(
         if steps:
             engine = engine_of(recipe, data, module)
             index["data"] = describe_data(data)
+        order = recipe.alignment
+        aligned = None if order is None or order.is_identity else to_plain(order)
         for step in steps:
             plan = engine.merged.plan
             tasks = _tasks_of_sources(plan.source_names, data)
@@ -103,6 +105,7 @@ def collect(
             index["collected"][needs.kind] = {
                 "needs": asdict(needs),
                 "step": to_plain(step),
+                "alignment": aligned,
                 "sources": sources,
             }
         (work / INDEX).write_text(json.dumps(index, indent=1) + "\n")
@@ -114,8 +117,12 @@ def collect(
 
 def is_needed(recipe: Recipe) -> bool:
     """Whether a recipe reads statistics of its sources on data."""
-    steps = any(step.needs is not None for step in recipe.preprocess)
-    return steps or recipe.alignment.needs is not None
+    return aligns_on_data(recipe) or any(step.needs is not None for step in recipe.preprocess)
+
+
+def aligns_on_data(recipe: Recipe) -> bool:
+    """Whether a recipe's alignment reads statistics of its sources on data."""
+    return recipe.alignment is not None and recipe.alignment.needs is not None
 
 
 def needy(recipe: Recipe) -> list[AbstractPreprocess]:
@@ -141,12 +148,12 @@ def needy(recipe: Recipe) -> list[AbstractPreprocess]:
                 f"two steps want {step.needs.kind} statistics collected in different ways: {known} "
                 f"and {step}; merge with one of them."
             )
-    if not steps and recipe.alignment.needs is None:
+    if not steps and not aligns_on_data(recipe):
         raise ConfigError(
             "no step of this recipe needs statistics: expected FisherScale, RegMean or MaTS in "
             f"recipe.preprocess, came {shorten([type(s).__name__ for s in recipe.preprocess])}; or "
             "an alignment on data (ActivationMatching, CCA, OptimalTransport), came "
-            f"{type(recipe.alignment).__name__}."
+            f"{type(recipe.alignment).__name__ if recipe.alignment else 'none'}."
         )
     return list(steps.values())
 
@@ -183,6 +190,7 @@ def _of_units(
     report: Report,
 ) -> dict[str, Any]:
     """Moments of units for the recipe's alignment; every source runs on every task's data."""
+    assert recipe.alignment is not None
     plan = engine.merged.plan
     spec = _spec(recipe, module)
     everywhere = {source: list(data.tasks) for source in plan.sources}
@@ -204,11 +212,19 @@ def _of_units(
 
 def _spec(recipe: Recipe, module: nn.Module | None) -> PermutationSpec:
     """The groups of units that the alignment will ask for, of a network that is not in use."""
-    plain = replace(_plain(recipe), alignment=Identity(), statistics=None)
+    plain = replace(_plain(recipe), alignment=None, statistics=None)
     plan = plain.open(module)
+    assert recipe.alignment is not None
     return find_spec(recipe.alignment, plan.sources, plan.skeleton)
 
 
 def _plain(recipe: Recipe) -> Recipe:
-    """The same sources without any step or learning."""
-    return replace(recipe, preprocess=[], coefficients=Model(), init=Uniform(), operator=Linear())
+    """The same sources, aligned as the recipe says, without any step or learning."""
+    return replace(
+        recipe,
+        preprocess=[],
+        statistics=recipe.statistics if aligns_on_data(recipe) else None,
+        coefficients=Model(),
+        init=Uniform(),
+        operator=Linear(),
+    )

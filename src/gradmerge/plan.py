@@ -30,6 +30,7 @@ from gradmerge.spec import to_plain
 from gradmerge.statistics import SourceStatistics
 
 if TYPE_CHECKING:
+    from gradmerge.alignment.opening import UnitOrder
     from gradmerge.recipe import Recipe
 
 
@@ -43,8 +44,11 @@ class Plan:
         base: Checkpoint | None,
         skeleton: nn.Module | None,
         problems: Sequence[Problem],
+        order: UnitOrder | None = None,
     ) -> None:
         self.recipe = recipe
+        self.order = order
+        """How the sources' units were brought into one order, if the recipe aligns them."""
         self.sources = dict(sources)
         self.base = base
         self.skeleton = skeleton
@@ -87,20 +91,25 @@ class Plan:
         return 1 / len(self.sources) if value == "mean" else float(value)
 
     def _statistics(self) -> SourceStatistics | None:
-        """Statistics that the preprocess needs, after a look at what they are of."""
+        """Statistics that the alignment or the preprocess needs, after a look at what they are
+        of.
+        """
         steps = [step for step in self.recipe.preprocess if step.needs is not None]
-        if not steps:
-            return None
-        if self.recipe.statistics is None:
+        alignment, folder = self.recipe.alignment, self.recipe.statistics
+        if not steps:  # what an alignment needs was looked at when it ran
+            aligned = alignment is not None and alignment.needs is not None
+            return SourceStatistics(folder) if aligned and folder is not None else None
+        if folder is None:
             raise ConfigError(
                 f"{type(steps[0]).__name__} needs statistics of the sources on data, and the "
                 "recipe names none. Give `gradmerge merge` the tasks' data as well; or run "
                 "`gradmerge collect` with the same files, and name its output: statistics of the "
                 "recipe."
             )
-        found = SourceStatistics(self.recipe.statistics)
+        found = SourceStatistics(folder)
         wanted = [(step.needs, to_plain(step)) for step in steps if step.needs is not None]
-        found.require(wanted, {name: self.fingerprints[name] for name in self.sources})
+        order = None if alignment is None or alignment.is_identity else to_plain(alignment)
+        found.require(wanted, {name: self.fingerprints[name] for name in self.sources}, order)
         return found
 
     @property
@@ -329,11 +338,15 @@ class Plan:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Content hash of every source and of aligned tokens' rows; reads all weights once."""
+        """Content hash of every source, of aligned tokens' rows and of the units' order; reads all
+        weights once.
+        """
         everything = {**({"base": self.base} if self.base is not None else {}), **self.sources}
         found = fingerprints_of(everything)
         if self.alignment is not None:
             found["(tokens)"] = self.alignment.fingerprint()
+        if self.order is not None:
+            found["(units)"] = self.order.fingerprint()
         return found
 
     def require_fingerprints(self, expected: Mapping[str, str]) -> None:

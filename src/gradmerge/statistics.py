@@ -89,12 +89,18 @@ class SourceStatistics:
             )
         self._files: dict[str, Any] = {}
 
-    def require(self, needs: Sequence[tuple[Needs, Any]], fingerprints: Mapping[str, str]) -> None:
+    def require(
+        self,
+        needs: Sequence[tuple[Needs, Any]],
+        fingerprints: Mapping[str, str],
+        alignment: Any = None,
+    ) -> None:
         """Refuse statistics of something else.
 
         Args:
             needs: what each step wants, and the step as plain data.
             fingerprints: content hash of every source, by name.
+            alignment: as plain data: in which order the sources' units are read.
 
         Raises:
             ConfigError: something is missing, or was collected in another way.
@@ -123,6 +129,12 @@ class SourceStatistics:
                 raise ConfigError(
                     f"statistics: {self.folder} was collected on activations of layers merged by "
                     "the same step with other settings; collect again with this recipe."
+                )
+            if found.get("alignment") != alignment:
+                raise ConfigError(
+                    f"statistics: the {wanted.kind} statistics of {self.folder} are of sources "
+                    "whose units were in another order (another `alignment`, or other settings of "
+                    "it); collect again with this recipe."
                 )
             lost = [name for name in fingerprints if name not in found["sources"]]
             if lost:

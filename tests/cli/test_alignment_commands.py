@@ -81,7 +81,7 @@ def test_a_fit_starts_from_kept_statistics_and_says_how_to_get_them(moved, tmp_p
     files = files_of(moved, tmp_path, "ActivationMatching")
     assert main(["fit", *files]) == 2
     text = capsys.readouterr().err
-    assert "ActivationMatching needs statistics of the sources' activations" in text
+    assert "ActivationMatching needs the sources' activations on data" in text
     assert "gradmerge collect" in text
     assert main(["collect", *files, "--output", "statistics"]) == 0
     found = learn(["fit", *files, "--model.recipe.statistics", "statistics"])

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from gradmerge.alignment.base import AbstractAlignment, Moments
 from gradmerge.alignment.spec import Group, PermutationSpec
 from gradmerge.errors import ConfigError, shorten
+from gradmerge.sources import Checkpoint
+from gradmerge.sources.fingerprints import fingerprints_of
 from gradmerge.statistics import Needs, SourceStatistics
 
 ACTIVATIONS = Needs("activations")
 
 
-def needed(alignment: AbstractAlignment) -> Needs | None:
-    """What an alignment reads of the sources' statistics on data."""
-    return None if alignment.needs is None else ACTIVATIONS
+def open_activations(
+    folder: str | None, sources: Mapping[str, Checkpoint]
+) -> Callable[[PermutationSpec], CollectedActivations] | None:
+    """What opens the sources' moments, once the groups are known; None where no folder is named.
+
+    Args:
+        folder: what `gradmerge collect` wrote.
+        sources: as they are, before any alignment; they are read once for their fingerprints.
+    """
+    if folder is None:
+        return None
+
+    def opened(spec: PermutationSpec) -> CollectedActivations:
+        return CollectedActivations(SourceStatistics(folder), spec, fingerprints_of(sources))
+
+    return opened
 
 
 def pairs_of(alignment: AbstractAlignment, sources: Sequence[str]) -> list[tuple[str, str]]:

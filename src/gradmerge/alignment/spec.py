@@ -196,7 +196,8 @@ class PermutationSpec:
         start = sum(segment.size for segment in segments[: use.segment])
         segment = segments[use.segment]
         cut = tensor.narrow(use.axis, start, segment.size).unflatten(use.axis, segment.sizes)
-        return cut.movedim(use.axis + use.position, 0).flatten(1)
+        size = segment.sizes[use.position]
+        return cut.movedim(use.axis + use.position, 0).reshape(size, -1)
 
     def identity(self) -> dict[str, Map]:
         """The permutation of every group that moves nothing."""

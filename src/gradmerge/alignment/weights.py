@@ -2,7 +2,8 @@
 
     maximise over P   sum_p < theta_p^target , P(theta_p^source) >
 
-which for permutations is the same as minimising the squared distance. One group at a time the sum
+over the tensors that use a group, which for permutations is the same as minimising the squared
+distance. One group at a time the sum
 is linear in its permutation, `<A, P>` with
 
     A = sum over uses of the group   W^target [n, rest] @ W^source(other maps applied) [n, rest]^T
