@@ -44,7 +44,7 @@ class Recipe:
     there is one, else zero."""
     alignment: AbstractAlignment | None = None
     """How the units of sources that share no initialisation are brought into one order
-    (WeightMatching). Default: they are taken as they are."""
+    (WeightMatching; on data: ActivationMatching, CCA, OptimalTransport). Default: as they are."""
     preprocess: list[AbstractPreprocess] = field(default_factory=list)
     """What happens to the directions once, in order, before coefficients are put on them (Trim,
     ElectSign, RandomDrop, TSVM, RegMean and others)."""

@@ -14,6 +14,7 @@ from gradmerge.alignment.base import (
 from gradmerge.alignment.cca import CCA
 from gradmerge.alignment.spec import LinearMap, Map, Maps, PermutationSpec
 from gradmerge.alignment.transport import OptimalTransport
+from gradmerge.alignment.weights import WeightMatching
 
 __all__ = [
     "CCA",
@@ -31,4 +32,5 @@ __all__ = [
     "Moments",
     "OptimalTransport",
     "PermutationSpec",
+    "WeightMatching",
 ]

@@ -3,8 +3,7 @@
     maximise over P   sum_p < theta_p^target , P(theta_p^source) >
 
 over the tensors that use a group, which for permutations is the same as minimising the squared
-distance. One group at a time the sum
-is linear in its permutation, `<A, P>` with
+distance. In one group at a time the sum is linear, `<A, P>` with
 
     A = sum over uses of the group   W^target [n, rest] @ W^source(other maps applied) [n, rest]^T
 
@@ -14,14 +13,14 @@ anything (arXiv 2209.04836, algorithm 1).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gradmerge.alignment.base import AlignmentContext, Matched, Matching
-from gradmerge.alignment.spec import Map, Maps
+from gradmerge.alignment.spec import Map, Maps, Use
 from gradmerge.errors import ConfigError
 
 # Larger tensors are multiplied in float32: the sums are then short against the size of the gains.
@@ -34,8 +33,9 @@ class WeightMatching(Matching):
     groups (Git Re-Basin, arXiv 2209.04836). Needs no data.
 
     The objective kept for the provenance is the sum of inner products with the target after every
-    sweep; it never falls. A group that one tensor uses twice (rows and columns) is not linear: its
-    new permutation is taken only if the objective itself rises.
+    sweep; it never falls. A group on rows and columns of one tensor is not linear: of the best
+    permutations for the linearised sum and for the tensors that use it once, the better one is
+    taken, and only if the objective itself rises.
     """
 
     tolerance: float = 1e-12
@@ -103,34 +103,38 @@ class _Descent:
 
     def _improve(self, group: str, least: float) -> float:
         """Give a group its best permutation; returns the gain, 0 where it keeps the old one."""
-        scores = self._scores(group)
+        uses = self.uses[group]
+        crossed = _crossed(uses)
+        scores = self._scores(uses, group)
         old = self.maps[group]
         assert isinstance(old, Tensor)
         new = assign(scores)
-        rows = torch.arange(len(new))
-        gain = float((scores[rows, new] - scores[rows, old]).sum())
-        if gain <= least:
-            return 0.0
-        tensors = [use.tensor for use in self.uses[group]]
-        twice = sorted({name for name in tensors if tensors.count(name) > 1})
-        if not twice:
-            self.maps[group] = new
-            return gain
-        # not linear in this group: what it gains is measured
-        whole = list(dict.fromkeys(tensors))
-        before = self._objective(whole)[0]
-        self.maps[group] = new
-        gain = self._objective(whole)[0] - before
-        if gain <= least:
-            self.maps[group] = old
-            return 0.0
-        return gain
+        if not crossed:
+            rows = torch.arange(len(new))
+            gain = float((scores[rows, new] - scores[rows, old]).sum())
+            if gain > least:
+                self.maps[group] = new
+            return gain if gain > least else 0.0
+        # not linear in this group: what a permutation gains is measured
+        proposed = [new]
+        once = [use for use in uses if use.tensor not in crossed]
+        if once:
+            proposed.append(assign(self._scores(once, group)))
+        names = list(dict.fromkeys(use.tensor for use in uses))
+        before = self._objective(names)[0]
+        gains = []
+        for permutation in proposed:
+            self.maps[group] = permutation
+            gains.append(self._objective(names)[0] - before)
+        best = max(range(len(gains)), key=gains.__getitem__)
+        self.maps[group] = proposed[best] if gains[best] > least else old
+        return gains[best] if gains[best] > least else 0.0
 
-    def _scores(self, group: str) -> Tensor:
+    def _scores(self, uses: Sequence[Use], group: str) -> Tensor:
         """`A`: entry i, j is what the sum gains if unit j of the source becomes unit i."""
         spec = self.context.spec
         total = torch.zeros((spec.groups[group].size,) * 2, dtype=torch.float64)
-        for use in self.uses[group]:
+        for use in uses:
             target, mine = self._target(use.tensor), self._source(use.tensor)
             others = spec.apply(self.maps, use.tensor, mine, skip=use)
             total += (spec.expose(use, target) @ spec.expose(use, others).T).double()
@@ -160,6 +164,17 @@ class _Descent:
             total = one if total is None else total + one
         assert total is not None
         return total / len(self.targets) if len(self.targets) > 1 else total
+
+
+def _crossed(uses: Sequence[Use]) -> set[str]:
+    """Tensors in which the group multiplies itself: on two axes, or twice in one product."""
+    found = set()
+    for i, one in enumerate(uses):
+        for two in uses[:i]:
+            same = (one.axis, one.segment) == (two.axis, two.segment)
+            if one.tensor == two.tensor and (one.axis != two.axis or same):
+                found.add(one.tensor)
+    return found
 
 
 def assign(scores: Tensor) -> Tensor:
