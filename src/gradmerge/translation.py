@@ -140,9 +140,9 @@ def _needing_statistics() -> set[str]:
         (preprocess, preprocess.AbstractPreprocess),
     ]
     for module, base in bases:
-        kinds = {name: getattr(module, name) for name in module.__all__}
-        known = {n: k for n, k in kinds.items() if isinstance(k, type) and issubclass(k, base)}
-        found |= {name for name, kind in known.items() if kind.needs is not base.needs}
+        kinds: dict[str, Any] = {name: getattr(module, name) for name in module.__all__}
+        known = [n for n, k in kinds.items() if isinstance(k, type) and issubclass(k, base)]
+        found |= {name for name in known if kinds[name].needs is not base.needs}
     return found
 
 

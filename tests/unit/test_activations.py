@@ -56,15 +56,11 @@ def of_norm(model, x):
     return model.norm(model.body(x))
 
 
-def of_both(model, x):
-    return torch.cat([of_body(model, x), of_norm(model, x)])
-
-
 @pytest.mark.parametrize("memory", [1, 7000, 1 << 30])
 def test_moments_are_those_of_all_rows_at_once(tmp_path, memory):
     models, data, lines = relatives(build(Normalised), 4), vectors("ab", count=10), []
     run = passes(models, data, tmp_path, lines)
-    seen = {"body": of_body, "norm": of_norm, "both": of_both}
+    seen = {"body": [of_body], "norm": [of_norm], "both": [of_body, of_norm]}
     index = run.units([BODY, NORM, BOTH], every_pair("abc"), memory)
     files = {1: 3, 7000: 2, 1 << 30: 1}[memory]  # six matrices of 512 bytes a group
     assert len(list(tmp_path.iterdir())) == files
@@ -73,23 +69,25 @@ def test_moments_are_those_of_all_rows_at_once(tmp_path, memory):
         "readings of the data"
     ]
     assert not np.allclose(models[1].norm.running_mean, models[2].norm.running_mean)
-    for group, see in seen.items():
-        rows = [explicit(model, data, see) for model in models[1:]]
+    for group, every in seen.items():
+        places = [[explicit(model, data, see) for see in every] for model in models[1:]]
+        rows = [np.concatenate(of) for of in places]
+        # covariances are those within places, each about its own mean
+        apart = [np.concatenate([place - place.mean(0) for place in of]) for of in places]
         came = written(tmp_path, index, group)
-        assert index[group]["rows"] == len(rows[0]) == (40 if group == "both" else 20)
-        for i, one in enumerate(rows):
-            np.testing.assert_allclose(came[f"mean-{i}"], one.mean(0), atol=1e-12)
-            np.testing.assert_allclose(came[f"square-{i}"], one.T @ one / len(one), atol=1e-12)
-            for j, two in enumerate(rows[i + 1 :], i + 1):
-                np.testing.assert_allclose(
-                    came[f"cross-{i}-{j}"], one.T @ two / len(one), atol=1e-12
-                )
-                apart = came[f"cross-{i}-{j}"] - np.outer(came[f"mean-{i}"], came[f"mean-{j}"])
+        assert index[group]["rows"] == len(rows[0]) == 20 * len(every)
+        for i in range(3):
+            np.testing.assert_allclose(came[f"mean-{i}"], rows[i].mean(0), atol=1e-12)
+            for j in range(i, 3):
+                moment = came[f"cross-{i}-{j}" if i < j else f"square-{i}"]
+                covariance = moment - np.outer(came[f"mean-{i}"], came[f"mean-{j}"])
+                expected = apart[i].T @ apart[j] / len(rows[i])
+                np.testing.assert_allclose(covariance, expected, atol=1e-12)
                 spread = [
                     np.sqrt(came[f"square-{k}"].diagonal() - came[f"mean-{k}"] ** 2) for k in (i, j)
                 ]
-                expected = np.corrcoef(one, two, rowvar=False)[:8, 8:]
-                np.testing.assert_allclose(apart / np.outer(*spread), expected, atol=1e-10)
+                expected = np.corrcoef(apart[i], apart[j], rowvar=False)[:8, 8:]
+                np.testing.assert_allclose(covariance / np.outer(*spread), expected, atol=1e-10)
 
 
 def test_a_reference_runs_once_a_batch_and_every_pair_as_often_as_it_must(tmp_path, monkeypatch):
@@ -138,6 +136,7 @@ def test_rows_of_padding_do_not_count_and_factors_are_told_apart(tmp_path, famil
         Group("heads", 2, (Place(value, -1, 0, (2, 8), 0),)),
         Group("within", 8, (Place(value, -1, 0, (2, 8), 1),)),
         Group("last", 16, (Place(up, -1, 8, (16,), 0),)),
+        Group("fixed", 3, (Place(up, -1, 0, (3, 8), 0),)),  # the order of its eights is known
     ]
     run = passes(models, data, tmp_path)
     index = run.units(groups, [("a", "b")])
@@ -159,11 +158,12 @@ def test_rows_of_padding_do_not_count_and_factors_are_told_apart(tmp_path, famil
     whole = {key: torch.cat(rows).numpy() for key, rows in seen.items()}
     cut = {
         "up": (up, lambda x: x),
-        "heads": (value, lambda x: x.reshape(-1, 2, 8).transpose(0, 2, 1).reshape(-1, 2)),
-        "within": (value, lambda x: x.reshape(-1, 8)),
+        "heads": (value, lambda x: np.sqrt(np.square(x.reshape(-1, 2, 8)).mean(2))),
+        "within": (value, lambda x: np.sqrt(np.square(x.reshape(-1, 2, 8)).mean(1))),
+        "fixed": (up, lambda x: x.reshape(-1, 3, 8).transpose(0, 2, 1).reshape(-1, 3)),
         "last": (up, lambda x: x[:, 8:]),
     }
-    rows_a_token = {"up": 1, "heads": 8, "within": 2, "last": 1}
+    rows_a_token = {"up": 1, "heads": 1, "within": 1, "last": 1, "fixed": 8}
     for group, (place, see) in cut.items():
         a, b = (see(whole[k, place]) for k in range(2))
         came = written(tmp_path, index, group)
@@ -237,7 +237,7 @@ def test_a_network_whose_course_depends_on_its_weights_is_refused(tmp_path):
 def test_groups_that_never_ran_are_refused(tmp_path):
     models, data = relatives(build(extra=True)), vectors(count=4)
     group = Group("extra", 2, (Place("extra", -1, 0, (2,), 0),))
-    with pytest.raises(ConfigError, match=r"no activations came of extra \(1 groups in all\)"):
+    with pytest.raises(ConfigError, match="not every module that shows the units of extra ran in"):
         passes(models, data, tmp_path).units([BODY, group], [("a", "b")])
     nowhere = Group("nowhere", 8)
     assert set(passes(models, data, tmp_path).units([BODY, nowhere], [("a", "b")])) == {"body"}
@@ -249,6 +249,13 @@ def test_activations_that_are_not_finite_are_refused(tmp_path):
         models[2].body.weight[3, 0] = torch.inf
     with pytest.raises(ConfigError, match="source b gave numbers that are not finite in"):
         passes(models, data, tmp_path).units([BODY], [("a", "b")])
+
+
+def test_no_data_at_all_is_refused(tmp_path):
+    run = passes(relatives(build()), vectors(count=4), tmp_path)
+    run.loaders = dict.fromkeys(run.loaders, ())
+    with pytest.raises(ConfigError, match="no activations came of the sources: the tasks have no"):
+        run.units([BODY], [("a", "b")])
 
 
 def test_sources_run_with_their_own_heads(tmp_path):
