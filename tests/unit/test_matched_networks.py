@@ -1,4 +1,4 @@
-"""Alignments on data over whole networks: planted orders are found, functions stay what they are."""
+"""Alignments on data over whole networks: planted orders are found, functions stay."""
 
 from __future__ import annotations
 
@@ -229,11 +229,11 @@ def test_statistics_of_steps_are_of_the_same_order_or_refused(tmp_path):
     plain = Recipe({"a": first, "b": second}, **steps)
     folder = collect(plain, data, tmp_path / "plain", module=first)
     moved = replace(plain, alignment=OptimalTransport(ground="weights"), statistics=str(folder))
-    with pytest.raises(ConfigError, match="gram statistics of .* units were in another order"):
+    with pytest.raises(ConfigError, match=r"gram statistics of .* units were in another order"):
         moved.open(first)
     plan = opened(tmp_path, [first, second], ActivationMatching(), data, **steps)
     other = replace(plan.recipe, alignment=ActivationMatching(metric="covariance"))
-    with pytest.raises(ConfigError, match="gram statistics of .* units were in another order"):
+    with pytest.raises(ConfigError, match=r"gram statistics of .* units were in another order"):
         other.open(first)
 
 
