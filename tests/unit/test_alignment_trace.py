@@ -372,6 +372,50 @@ def test_fused_gates_are_two_stretches() -> None:
     same_function(net, spec, {"input_ids": ids()})
 
 
+def test_t5_shares_one_stream_between_encoder_and_decoder() -> None:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=32,
+        d_model=12,
+        d_kv=4,
+        d_ff=20,
+        num_layers=1,
+        num_heads=3,
+        decoder_start_token_id=0,
+    )
+    net = shaken(transformers.T5ForConditionalGeneration(config))
+    spec = spec_of(net)
+    # embeddings are shared, so the streams are one; heads carry a position bias each, so the
+    # layers of a stack share them; the decoder's attention to the encoder has its own
+    assert sizes(spec) == sorted([12, *[4, 4] * 3, 3, 3, 3, 20, 20])
+    # transformers gives the encoder's states out, too; they are no logits
+    decoder = torch.randint(3, 32, (2, 4))
+    with torch.no_grad():
+        one = net(input_ids=ids(), decoder_input_ids=decoder).logits
+        two = permuted(net, spec)(input_ids=ids(), decoder_input_ids=decoder).logits
+    assert float((one - two).abs().max()) <= 1e-5 * float(one.abs().max())
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 6, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+def test_the_gates_of_a_recurrent_layer_are_stretches_of_one_group() -> None:
+    torch.manual_seed(0)
+    net = shaken(Recurrent())
+    spec = spec_of(net, {"x": [1, 5, 4]})
+    assert sizes(spec) == [6]
+    gates = spec.tensors["lstm.weight_hh_l0"][0].segments
+    assert [s.factors[0].group for s in gates] == [next(iter(spec.groups))] * 4
+    same_function(net, spec, {"x": torch.randn(2, 5, 4)})
+
+
 class Packed(nn.Module):
     """PyTorch's own attention with its packed projection."""
 
@@ -444,6 +488,7 @@ def test_what_fixes_the_order_of_units() -> None:
         "a constant that is the same": lambda x: x * torch.full((6,), 2.0),
         "a softmax": lambda x: x.softmax(-1),
         "a norm": lambda x: x / x.norm(dim=-1, keepdim=True),
+        "a column that only tells a shape": lambda x: x + torch.zeros(x[..., 0].shape)[..., None],
         "a maximum": lambda x: x - x.amax(-1, keepdim=True),
     }
     for odd in keeping.values():

@@ -16,7 +16,7 @@ from gradmerge.alignment.units import Dim, fixed, pin_all, regroup
 
 
 @rule(
-    *("clone", "_to_copy", "detach", "alias", "contiguous", "lift_fresh", "lift_fresh_copy"),
+    *("clone", "_to_copy", "to", "detach", "alias", "contiguous", "lift_fresh", "lift_fresh_copy"),
     *("where", "masked_fill", "fill", "copy", "zero", "dropout", "_conj", "resolve_conj"),
     *("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "native_dropout"),
     *("clamp", "clamp_min", "clamp_max", "hardtanh", "addcmul", "addcdiv", "lerp", "nan_to_num"),

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from gradmerge.alignment.calls import Call, Label, Labels, bare, rule
 from gradmerge.alignment.units import Dim, fixed, fresh, joined, pin_all, regroup, sliced
+from gradmerge.errors import ConfigError
 
 
 @rule(
@@ -32,6 +33,23 @@ def permute(call: Call) -> Labels:
         order[one], order[two] = two, one
         return [dims[axis] for axis in order]
     return dims[::-1]
+
+
+@rule("as_strided")
+def strided(call: Call) -> Labels:
+    """Another layout of the same entries, as pools write it; any other use is refused."""
+    dims = call.label(call.first)
+    length, plain = 1, True
+    for size, stride in zip(call["size"][::-1], call["stride"][::-1], strict=True):
+        plain &= size == 1 or stride == length
+        length *= size
+    if [dim.size for dim in dims] != list(call["size"]) or not plain or call["storage_offset"]:
+        raise ConfigError(
+            f"alignment: the trace has no rule for {call.reason} where it takes other entries "
+            "than those of its argument, in order. Give a hand-written specification instead "
+            "(`spec:` of the alignment)."
+        )
+    return dims
 
 
 @rule("expand")

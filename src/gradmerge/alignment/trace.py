@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,9 +113,15 @@ def run(module: nn.Module, example: Mapping[str, Any], mode: TorchDispatchMode) 
 def tensors_of(out: Any) -> list[Tensor]:
     """The tensors of a network's output: a tensor, or those in a sequence, mapping or dataclass.
 
+    Of a mapping with logits those alone: transformers hands out hidden states beside them, whose
+    units would be fixed.
+
     Raises:
         ConfigError: there are none.
     """
+    if isinstance(out, Mapping):
+        logits = {name: value for name, value in out.items() if str(name).startswith("logits")}
+        out = logits or out
     found = _leaves(out)
     if not found:
         raise ConfigError(
@@ -139,13 +146,16 @@ def _leaves(out: Any) -> list[Tensor]:
 
 @contextmanager
 def _slow_paths() -> Iterator[None]:
-    """Without fused transformer layers, which would be one operator."""
+    """Without fused transformer and recurrent layers, which would be one operator each."""
     before = torch.backends.mha.get_fastpath_enabled()
+    fused = torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+        torch._C._set_mkldnn_enabled(fused)
 
 
 class _Tracing(TorchDispatchMode):
@@ -160,6 +170,7 @@ class _Tracing(TorchDispatchMode):
         self.names = names
         self.traced = Traced({}, set())
         self._labels: dict[int, tuple[Tensor, Label | None]] = {}  # holds tensors: ids stay unique
+        self._waiting: dict[int, tuple[Tensor, Callable[[], Any]]] = {}
         self._path: list[str] = []
         self._calls: dict[str, int] = {}
         self._seen: set[tuple[int, int]] = set()
@@ -218,6 +229,8 @@ class _Tracing(TorchDispatchMode):
         """
         if id(tensor) in self.names:
             self.traced.reached.add(self.names[id(tensor)])
+        if id(tensor) in self._waiting:
+            self._set(tensor, self._waiting.pop(id(tensor))[1]())
         if id(tensor) not in self._labels:
             self._labels[id(tensor)] = tensor, fixed_label(tensor, "it is a constant or an input")
         label = self._labels[id(tensor)][1]
@@ -259,7 +272,12 @@ class _Tracing(TorchDispatchMode):
             return out
         if not made:
             return out
-        found: Any = rule(self._call(func, name, args, kwargs, out))
+        call = self._call(func, name, args, kwargs, out)
+        if name == "aten::select" and not mutates:
+            # networks take a column of their units to learn its shape, which fixes nothing
+            self._waiting[id(out)] = out, partial(rule, call)
+            return out
+        found: Any = rule(call)
         if mutates and name not in _RESHAPING:
             return out  # what was written to keeps its dimensions, unified with the rest
         labels: list[Any] = [found] if isinstance(out, Tensor) else [*found, *[None] * len(made)]
