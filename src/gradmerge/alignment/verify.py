@@ -20,6 +20,8 @@ LIMIT = 1_000_000_000
 """Parameters up to which a network is checked: drawing the weights takes seconds a hundred
 million."""
 
+_BLOCK = 1_000_003
+
 
 class Float64(TorchDispatchMode):
     """Floating-point casts and constants stay in float64, whatever precision a network asks for.
@@ -138,9 +140,14 @@ class _Check:
 
 
 def _random(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """Weights of a size that keeps activations of order one; positive numbers for vectors."""
+    """Weights of a size that keeps activations of order one; positive numbers for vectors.
+
+    Drawing is what takes time, so a large tensor repeats a block of a prime number of entries.
+    """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}\n{name}".encode()))
     if len(shape) < 2:
         return 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
     fan = max(1, torch.Size(shape[1:]).numel())
-    return torch.randn(shape, generator=generator, dtype=torch.float64) / fan**0.5
+    count = shape.numel()
+    drawn = torch.randn(min(count, _BLOCK), generator=generator, dtype=torch.float64) / fan**0.5
+    return drawn.repeat(-(-count // _BLOCK))[:count].reshape(shape) if count else drawn.view(shape)
