@@ -326,7 +326,7 @@ def test_exact_transport_is_a_permutation_and_the_limit_of_the_entropic():
 
 UNITS = plain_axis([SIZE], ["units"])
 READS = plain_axis([SIZE], ["units"], "in")
-ALONG, SQUARE = (plain_axis([SIZE], ["units"], role) for role in ("along", "square"))
+ALONG, GAIN, SQUARE = (plain_axis([SIZE], ["units"], role) for role in ("along", "gain", "square"))
 FREE = plain_axis([5], [None])
 BLOCKS = Axis((Segment((Factor(SIZE, "units"), Factor(4))),))
 FLATTENED = Axis((Segment((Factor(SIZE, "units"), Factor(4))),), "in")
@@ -336,8 +336,8 @@ FLATTENED = Axis((Segment((Factor(SIZE, "units"), Factor(4))),), "in")
     ("tensors", "allowed"),
     [
         ({"l.weight": (UNITS, FREE), "l.bias": (ALONG,), "next.weight": (FREE, READS)}, True),
-        ({"l.weight": (UNITS, FREE), "n.weight": (ALONG,), "n.running_var": (SQUARE,)}, True),
-        ({"l.weight": (UNITS, FREE), "n.weight": (ALONG,), "n.bias": (ALONG,)}, False),
+        ({"l.weight": (UNITS, FREE), "n.weight": (GAIN,), "n.running_var": (SQUARE,)}, True),
+        ({"l.weight": (UNITS, FREE), "n.weight": (GAIN,), "n.bias": (ALONG,)}, False),
         ({"l.weight": (BLOCKS, FREE), "next.weight": (FREE, FLATTENED)}, False),
         ({"l.weight": (UNITS, FREE), "next.weight": (FREE, FLATTENED)}, True),
     ],
@@ -353,6 +353,22 @@ def test_heads_and_normalised_residual_streams_keep_a_permutation(tensors, allow
             assert isinstance(change, LinearMap)
         else:
             assert torch.equal(change, torch.argsort(order))
+
+
+def test_gains_are_those_of_the_nearest_diagonal():
+    """`argmin_d |diag(d) T - T diag(g)|`, a row at a time by least squares."""
+    spec = spec_of(**{"n.weight": (GAIN,), "n.bias": (ALONG,)})
+    matrix, gains = correlated(0, SIZE), torch.rand(SIZE, dtype=torch.float64) + 0.5
+    maps = {"units": LinearMap(matrix, torch.linalg.inv(matrix))}
+    wanted = (matrix * gains).numpy()
+    expected = [
+        np.linalg.lstsq(row[:, None].numpy(), target, rcond=None)[0][0]
+        for row, target in zip(matrix, wanted, strict=True)
+    ]
+    came = spec.apply(maps, "n.weight", gains)
+    np.testing.assert_allclose(came.numpy(), expected, atol=1e-12)
+    assert came.min() >= gains.min()
+    torch.testing.assert_close(spec.apply(maps, "n.bias", gains), matrix @ gains)
 
 
 @pytest.mark.parametrize(

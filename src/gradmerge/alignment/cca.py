@@ -26,10 +26,11 @@ class CCA(MixingOnData):
 
     in float64. `y -> T y` turns y's canonical variates onto x's, in x's own basis; where `y = M x`
     with M orthogonal, `T = M^T` as gamma goes to 0. T passes through no element-wise function
-    exactly, so the mapped source is near its own function, not equal to it. BatchNorm's gains,
-    shifts and running means are mapped by T, its variances by T's squared entries: have them
-    recomputed (`buffers: recompute`, the default). Attention heads and the units of a residual
-    stream with LayerNorm or RMSNorm gains keep a permutation, by correlations.
+    exactly, so the mapped source is near its own function, not equal to it. Of BatchNorm, shifts
+    and running means are mapped by T, gains are means weighted with T's squared entries (T itself
+    may cancel them, or turn their sign), and running variances are mapped by these: have the
+    statistics recomputed (`buffers: recompute`, the default). Attention heads and the units of a
+    residual stream with LayerNorm or RMSNorm gains keep a permutation, by correlations.
     """
 
     gamma: float = 0.1

@@ -30,9 +30,11 @@ class OptimalTransport(MixingOnData):
     new unit is a mean of the source's. Those that read them become `W Q^T`, the paper's
     `W P diag(1/b)`: a mean with the same weights. `Q^T` is the inverse of Q only where Q is a
     permutation (r = 0: exact transport between as many units is one), and only then does the source
-    compute what it computed. Gains and shifts are mapped by Q, running variances by its squared
-    entries: have them recomputed (`buffers: recompute`, the default). Attention heads and the units
-    of a residual stream with LayerNorm or RMSNorm gains keep the permutation of least cost.
+    compute what it computed. Of BatchNorm, shifts and running means are mapped by Q, gains are
+    means weighted with Q's squared entries, and running variances are mapped by these: have the
+    statistics recomputed (`buffers: recompute`, the default), which also takes back what averaging
+    units costs in variance. Attention heads and the units of a residual stream with LayerNorm or
+    RMSNorm gains keep the permutation of least cost.
 
     With `ground: weights` no data is needed: units are compared by all that is written into them
     (rows of weights, biases, gains), group after group in the order of the network, each under the
@@ -42,7 +44,8 @@ class OptimalTransport(MixingOnData):
     ground: Literal["activations", "weights"] = "activations"
     """What units are compared by."""
     regularisation: float = 0.05
-    """r, in medians of the cost; 0 for the exact assignment."""
+    """r, in medians of the cost; 0 for the exact assignment. The larger, the more alike the mapped
+    source's units become, until it adds nothing to a merge."""
     cost: Literal["euclidean", "squared", "correlation"] = "euclidean"
     """Root of the mean squared difference of two units over the rows (or weights), its square, or 1
     less their correlation (of activations alone)."""
@@ -137,7 +140,7 @@ def written_into(context: AlignmentContext, group: str, source: str, maps: Maps)
     """
     parts = [torch.empty(context.spec.groups[group].size, 0, dtype=torch.float64)]
     for use in context.spec.uses[group]:
-        if use.role in ("out", "along") and use.tensor in context.compared:
+        if use.role in ("out", "along", "gain") and use.tensor in context.compared:
             tensor = context.read(source, use.tensor, maps).double()
             parts.append(context.spec.expose(use, tensor))
     return torch.cat(parts, dim=1)
