@@ -163,6 +163,38 @@ def test_four_sources_come_together_at_their_running_mean():
     assert found.report["reference"] == "mean"
 
 
+@pytest.mark.parametrize("metric", ["correlation", "covariance"])
+def test_rounds_towards_the_mean_raise_the_sum_over_pairs_and_end(metric):
+    generator = torch.Generator().manual_seed(0)
+    shared = correlated(0)
+    rows = {
+        name: (shared + 2 * correlated(i + 1))[:, torch.randperm(SIZE, generator=generator)]
+        for i, name in enumerate("abcd")
+    }
+    rows["b"] = 10 * rows["b"]
+
+    def over_pairs(maps):
+        moved = [rows[n][:, maps[n].get("units", torch.arange(SIZE))].numpy() for n in rows]
+        measure = np.corrcoef if metric == "correlation" else np.cov
+        every = measure(np.concatenate(moved, axis=1), rowvar=False).reshape(4, SIZE, 4, SIZE)
+        return sum(np.trace(every[i, :, j]) for i in range(4) for j in range(i))
+
+    sums = [over_pairs({name: {} for name in rows})]
+    for rounds in (1, 2, 100):
+        found = aligned(
+            ActivationMatching(metric=metric, reference="mean", max_iter=rounds), **rows
+        )
+        sums.append(over_pairs(found.maps))
+    assert sums == sorted(sums)
+    assert sums[1] > sums[0]
+    assert found.report["rounds"] < 20
+    context = context_of(**rows)
+    for name in rows:
+        others = {other: found.maps[other] for other in rows if other != name}
+        again = ActivationMatching(metric=metric).match(context, name, others, {})
+        assert torch.equal(again.maps["units"], found.maps[name]["units"]), name
+
+
 def test_methods_on_data_say_what_they_miss():
     context = AlignmentContext(PLAIN, {"a": None, "b": None}, ())
     with pytest.raises(ConfigError, match="ActivationMatching needs statistics of the sources'"):

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from gradmerge.alignment.base import (
-    AlignmentContext,
-    Matched,
-    Matching,
-    Moments,
-    Needs,
-)
-from gradmerge.alignment.moments import correlation, covariances, with_mean
+from gradmerge.alignment.base import Activations, AlignmentContext, Matched, Matching, Needs
+from gradmerge.alignment.moments import correlation, covariances, on_first
 from gradmerge.alignment.sinkhorn import assign
-from gradmerge.alignment.spec import Group, Map, Maps
+from gradmerge.alignment.spec import Group, Map, Maps, PermutationSpec
 from gradmerge.errors import ConfigError, shorten
 
 
@@ -34,30 +29,31 @@ class MatchingOnData(Matching):
 
     @abstractmethod
     def match_group(
-        self, context: AlignmentContext, group: Group, moments: Moments
-    ) -> tuple[Map, float]:
-        """The map of one group, and what it gains.
+        self,
+        activations: Activations,
+        spec: PermutationSpec,
+        group: Group,
+        source: str,
+        targets: Mapping[str, Maps],
+    ) -> tuple[Map, float] | None:
+        """The map of one group, and what it gains; None where the group was never seen.
 
         Args:
-            context: what may be looked at.
+            activations: moments of the sources' units.
+            spec: all groups.
             group: whose units.
-            moments: of the mean of the targets (first) and of the source (second).
+            source: whose units are moved.
+            targets: the others, each with the maps that it is read under.
         """
 
     def match(
         self, context: AlignmentContext, source: str, targets: Mapping[str, Maps], start: Maps
     ) -> Matched:
-        """See `Matching.match`; the objective is the sum of the groups' gains."""
-        maps: dict[str, Map] = {}
-        gain = 0.0
-        for group, moments in self._seen(context, source, targets):
-            maps[group.name], own = self.match_group(context, group, moments)
-            gain += own
-        return Matched(maps, [gain])
+        """See `Matching.match`; the objective is the sum of the groups' gains.
 
-    def _seen(
-        self, context: AlignmentContext, source: str, targets: Mapping[str, Maps]
-    ) -> Iterator[tuple[Group, Moments]]:
+        Raises:
+            ConfigError: there are no statistics, or of no group at all.
+        """
         kind = type(self).__name__
         if context.activations is None:
             raise ConfigError(
@@ -65,14 +61,16 @@ class MatchingOnData(Matching):
                 "`gradmerge merge` the tasks' data as well; or run `gradmerge collect` with the "
                 "same files, and name its output: statistics of the recipe."
             )
-        unseen = []
+        maps: dict[str, Map] = {}
+        gain, unseen = 0.0, []
         for name, group in context.spec.groups.items():
-            moments = with_mean(context.activations, name, source, targets)
-            if moments is None:
+            found = self.match_group(context.activations, context.spec, group, source, targets)
+            if found is None:
                 unseen.append(name)
-            else:
-                yield group, moments
-        if len(unseen) == len(context.spec.groups):
+                continue
+            maps[name] = found[0]
+            gain += found[1]
+        if unseen and not maps:
             raise ConfigError(
                 f"{kind}: no group of units was seen in any module's output, so nothing can be "
                 f"matched; groups are {shorten(unseen)}. Use WeightMatching."
@@ -83,6 +81,13 @@ class MatchingOnData(Matching):
                 f"order: {shorten(unseen)}.",
                 stacklevel=2,
             )
+        return Matched(maps, [gain])
+
+
+def permute(gain: Tensor) -> tuple[Tensor, float]:
+    """The permutation p of largest `sum_i gain[i, p[i]]`, and that sum."""
+    order = assign(gain)
+    return order, float(gain.gather(1, order[:, None]).sum())
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,9 @@ class ActivationMatching(MatchingOnData):
         C_ij = corr(x_i, y_j),     p = argmax sum_i C[i, p[i]]
 
     over all permutations p, by linear assignment (arXiv 2209.04836, section 3.1; arXiv 2211.08403).
-    The permuted source computes what it computed. Memory: three matrices `[size, size]` of a group.
+    With several targets C is the mean of theirs, each under its own permutation, so that the sum
+    over pairs of sources never falls from round to round. The permuted source computes what it
+    computed. Memory: a few matrices `[size, size]` of one group.
     """
 
     metric: Literal["correlation", "covariance"] = "correlation"
@@ -110,13 +117,19 @@ class ActivationMatching(MatchingOnData):
             )
 
     def match_group(
-        self, context: AlignmentContext, group: Group, moments: Moments
-    ) -> tuple[Map, float]:
+        self,
+        activations: Activations,
+        spec: PermutationSpec,
+        group: Group,
+        source: str,
+        targets: Mapping[str, Maps],
+    ) -> tuple[Map, float] | None:
         """See `MatchingOnData.match_group`."""
-        gain = correlation(moments) if self.metric == "correlation" else covariances(moments)[2]
-        return _best(gain)
-
-
-def _best(gain: Tensor) -> tuple[Tensor, float]:
-    order = assign(gain)
-    return order, float(gain.gather(1, order[:, None]).sum())
+        total = torch.zeros(group.size, group.size, dtype=torch.float64)
+        for target, maps in targets.items():
+            moments = activations.moments(group.name, target, source)
+            if moments is None:
+                return None
+            gain = correlation(moments) if self.metric == "correlation" else covariances(moments)[2]
+            total += on_first(maps.get(group.name), gain) / len(targets)
+        return permute(total)

@@ -42,8 +42,8 @@ class CCA(MixingOnData):
         if not self.gamma >= 0:
             raise ConfigError(f"CCA.gamma: expected 0 or more, came {self.gamma}.")
 
-    def permute(self, moments: Moments) -> Tensor:
-        """See `MixingOnData.permute`."""
+    def likeness(self, moments: Moments) -> Tensor:
+        """See `MixingOnData.likeness`."""
         return correlation(moments)
 
     def mix(self, group: Group, moments: Moments) -> tuple[Map, float]:

@@ -42,14 +42,14 @@ def with_mean(
         square = torch.zeros_like(found.first)
         for other, theirs in targets.items():
             pair = found.first if other == name else _cross(activations, group, name, other)
-            square += _on_first(theirs.get(group), _on_first(own, pair).mT).mT
+            square += on_first(theirs.get(group), on_first(own, pair).mT).mT
         part = Moments(
             found.rows,
-            share * _on_first(own, found.first_mean),
+            share * on_first(own, found.first_mean),
             found.second_mean,
             share**2 * square,
             found.second,
-            share * _on_first(own, found.cross),
+            share * on_first(own, found.cross),
         )
         total = part if total is None else _plus(total, part)
     return total
@@ -66,8 +66,8 @@ def _plus(one: Moments, two: Moments) -> Moments:
     return Moments(one.rows, mean, one.second_mean, square, one.second, one.cross + two.cross)
 
 
-def _on_first(change: Map | None, values: Tensor) -> Tensor:
-    """`T values` over the first axis."""
+def on_first(change: Map | None, values: Tensor) -> Tensor:
+    """`T values` over the first axis; the values themselves without a map."""
     if change is None:
         return values
     if isinstance(change, LinearMap):

@@ -8,13 +8,14 @@ permutation (`mixes`).
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from gradmerge.alignment.activation import MatchingOnData
-from gradmerge.alignment.base import Aligned, AlignmentContext, Moments
-from gradmerge.alignment.sinkhorn import assign
+from gradmerge.alignment.activation import MatchingOnData, permute
+from gradmerge.alignment.base import Activations, Aligned, AlignmentContext, Moments
+from gradmerge.alignment.moments import with_mean
 from gradmerge.alignment.spec import Group, Map, Maps, PermutationSpec
 
 
@@ -57,18 +58,24 @@ class MixingOnData(MatchingOnData):
         """The map of a group whose units may be mixed, and what it gains."""
 
     @abstractmethod
-    def permute(self, moments: Moments) -> Tensor:
+    def likeness(self, moments: Moments) -> Tensor:
         """`[size, size]`: what it gains to put unit j of the source in the place of unit i."""
 
     def match_group(
-        self, context: AlignmentContext, group: Group, moments: Moments
-    ) -> tuple[Map, float]:
+        self,
+        activations: Activations,
+        spec: PermutationSpec,
+        group: Group,
+        source: str,
+        targets: Mapping[str, Maps],
+    ) -> tuple[Map, float] | None:
         """See `MatchingOnData.match_group`."""
-        if mixes(context.spec, group.name):
+        moments = with_mean(activations, group.name, source, targets)
+        if moments is None:
+            return None
+        if mixes(spec, group.name):
             return self.mix(group, moments)
-        gain = self.permute(moments)
-        order = assign(gain)
-        return order, float(gain.gather(1, order[:, None]).sum())
+        return permute(self.likeness(moments))
 
     def _to_running_mean(self, context: AlignmentContext) -> Aligned:
         first, *rest = context.sources

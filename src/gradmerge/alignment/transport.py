@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gradmerge.alignment.activation import permute
 from gradmerge.alignment.base import AlignmentContext, Matched, Moments, Needs
 from gradmerge.alignment.moments import correlation, squared_distances
-from gradmerge.alignment.sinkhorn import assign, sinkhorn
+from gradmerge.alignment.sinkhorn import sinkhorn
 from gradmerge.alignment.soft import MixingOnData, mixes
 from gradmerge.alignment.spec import Group, LinearMap, Map, Maps
 from gradmerge.errors import ConfigError
@@ -94,8 +95,8 @@ class OptimalTransport(MixingOnData):
     def _of_squares(self, squares: Tensor) -> Tensor:
         return squares if self.cost == "squared" else squares.sqrt()
 
-    def permute(self, moments: Moments) -> Tensor:
-        """See `MixingOnData.permute`."""
+    def likeness(self, moments: Moments) -> Tensor:
+        """See `MixingOnData.likeness`."""
         return -self._costs(moments)
 
     def mix(self, group: Group, moments: Moments) -> tuple[Map, float]:
@@ -105,8 +106,7 @@ class OptimalTransport(MixingOnData):
     def _transport(self, costs: Tensor, regularisation: float) -> tuple[Map, float]:
         level = regularisation * float(costs.median())
         if level == 0:
-            order = assign(-costs)
-            return order, -float(costs.gather(1, order[:, None]).sum())
+            return permute(-costs)
         plan = len(costs) * sinkhorn(costs, level, self.tolerance, self.iterations)
         return LinearMap(plan, plan.mT), -float((plan * costs).sum())
 
