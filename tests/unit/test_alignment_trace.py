@@ -534,3 +534,59 @@ def test_a_network_that_does_not_run_asks_for_an_example() -> None:
     with pytest.raises(ConfigError, match=r"not called with 'z'.*It takes x, y"):
         spec_of(Two(), {"z": [1, 3]})
     assert sizes(spec_of(Two(), {"x": [1, 3], "y": [1, 4]})) == []
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+        self.places = nn.Parameter(torch.randn(1, 9, 5))
+        self.lift = nn.Linear(5, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.body(x) + self.lift(self.places)[:, : x.shape[1]]).relu())
+
+
+def test_positions_beyond_the_example_keep_their_order() -> None:
+    torch.manual_seed(0)
+    net = shaken(Positions())
+    spec = spec_of(net, {"x": [1, 4, 4]})
+    assert sizes(spec) == [5, 6]
+    assert spec.fixed["places[1]"].startswith(("it is a constant", "slices leave it out"))
+    same_function(net, spec, {"x": torch.randn(2, 9, 4)})
+
+
+class Routed(nn.Module):
+    """Each row goes to the expert of its largest score; `stacked`: one tensor holds them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+        self.router = nn.Linear(6, 5)
+        self.experts = nn.ModuleList(nn.Linear(6, 3) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x).relu()
+        chosen = self.router(x).argmax(-1)
+        out = torch.zeros(len(x), 3)
+        for i in range(5):
+            (rows,) = torch.where(chosen == i)
+            if len(rows):
+                out = out.index_add(0, rows, self.experts[i](x[rows]))
+        return out
+
+
+def test_paths_that_depend_on_weights_must_be_reached() -> None:
+    with pytest.raises(ConfigError, match=r"did not reach experts.*other inputs might"):
+        spec_of(Routed())
+
+
+def test_mixture_of_experts_moves_units_within_experts() -> None:
+    net = llama("Mixtral", num_local_experts=4, experts_implementation="eager")
+    spec = spec_of(net)
+    assert sizes(spec) == sorted([24, *[2, 3, 4, 20] * 2])
+    experts = spec.tensors["model.layers.0.mlp.experts.gate_up_proj"]
+    assert not experts[0].groups
+    assert [s.size for s in experts[1].segments] == [20, 20]
+    same_function(net, spec, {"input_ids": ids()})

@@ -30,6 +30,8 @@ class Call:
     """The dimensions of an argument."""
     contract: Callable[[Dim], None]
     """Notes that a dimension was summed over in a product: its parameter reads these units."""
+    leave: Callable[[Dim, Sequence[Dim]], None]
+    """Notes what a slice took and what it left: another input may take more."""
     reason: str
     """Operator and module, for units that it pins."""
 

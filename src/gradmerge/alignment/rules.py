@@ -69,6 +69,21 @@ def product_plus(call: Call) -> Labels:
     return _plus(call, dims, call["self"])
 
 
+@rule("_grouped_mm")
+def experts(call: Call) -> Labels:
+    """Rows by expert: `[rows, k] @ [experts, k, n]`; which expert takes which rows is fixed."""
+    rows, weights = call.label(call["self"]), call.label(call["mat2"])
+    if len(rows) != 2 or len(weights) != 3:
+        for tensor in call.tensors:
+            pin_all(call.label(tensor), call.reason)
+        return [fixed(size, call.reason) for size in call.out.shape]
+    pin_all([rows[0], weights[0]], call.reason)
+    if call["bias"] is not None:
+        call.same(weights[2], call.label(call["bias"])[-1])
+        call.label(call["bias"])[0].pin(call.reason)
+    return _product(call, rows, weights[1:], 0)
+
+
 @rule("linear")
 def linear(call: Call) -> Labels:
     """`x W^T + b`."""

@@ -105,7 +105,10 @@ def take_slice(call: Call) -> Labels:
         dims[axis].pin(call.reason)
         cut = fixed(length, call.reason)
     else:
-        cut = sliced(dims[axis], start, start + length, call.reason)
+        stop = start + length
+        cut = sliced(dims[axis], start, stop, call.reason)
+        ends = [(a, b) for a, b in ((0, start), (stop, size)) if a < b]
+        call.leave(cut, [sliced(dims[axis], a, b, call.reason) for a, b in ends])
     return [*dims[:axis], cut, *dims[axis + 1 :]]
 
 
@@ -212,6 +215,18 @@ def by_index(call: Call) -> Labels:
     return bare([*dims[:axis], fixed(out[axis], call.reason), *dims[axis + 1 :]])
 
 
+@rule("index_add", "index_copy")
+def add_at(call: Call) -> Labels:
+    """Rows put where an index says: that dimension is fixed, the others agree."""
+    dims, source = call.label(call["self"]), call.label(call["source"])
+    axis = call.axis(call["dim"])
+    pin_all([dims[axis], source[axis], *call.label(call["index"])], call.reason)
+    for i, (one, two) in enumerate(zip(dims, source, strict=True)):
+        if i != axis:
+            call.same(one, two)
+    return bare(dims)
+
+
 @rule("index", "_unsafe_index")
 def index(call: Call) -> Labels:
     """Taken by tensors of indices: dimensions that have one are fixed, the others stay."""
@@ -242,8 +257,8 @@ def index(call: Call) -> Labels:
 
 
 @rule(
-    *("index_put", "_unsafe_index_put", "scatter", "scatter_add", "scatter_reduce", "index_add"),
-    *("index_copy", "index_fill", "one_hot", "nonzero", "masked_select", "masked_scatter"),
+    *("index_put", "_unsafe_index_put", "scatter", "scatter_add", "scatter_reduce"),
+    *("index_fill", "one_hot", "nonzero", "masked_select", "masked_scatter"),
     *("slice_scatter", "select_scatter", "searchsorted", "bucketize", "bincount", "diagonal"),
     *("eye", "arange", "linspace", "tril_indices", "triu_indices", "scalar_tensor", "unfold"),
 )

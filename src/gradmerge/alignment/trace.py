@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,7 @@ from gradmerge.alignment.calls import RULES, Call, Label
 from gradmerge.alignment.rules import attention, pointwise
 from gradmerge.alignment.shapes import fixed_label
 from gradmerge.alignment.units import Dim, fresh, pin_all, unify
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, shorten
 from gradmerge.sources.skeleton import empty_like_parameter
 
 _HINT = (
@@ -36,6 +36,9 @@ _HINT = (
 
 # in place they change the shape of what they are called with
 _RESHAPING = {f"aten::{name}" for name in ("t", "transpose", "squeeze", "unsqueeze")}
+_SHAPED_BY_VALUES = {
+    f"aten::{name}" for name in ("nonzero", "masked_select", "_unique2", "bincount")
+}
 
 
 @dataclass
@@ -68,9 +71,20 @@ def trace(skeleton: nn.Module, example: Mapping[str, Any]) -> Traced:
         out = run(module, example, mode)
     for leaf in tensors_of(out):
         pin_all(mode.label(leaf), "it is the network's output")
-    for name, label in mode.traced.labels.items():
-        if name not in mode.traced.reached:
-            pin_all(label, "the run does not reach it")
+    unreached = [name for name in mode.traced.labels if name not in mode.traced.reached]
+    if unreached and mode.branches:
+        raise ConfigError(
+            f"alignment: {type(skeleton).__name__} chooses what it runs by values that depend on "
+            f"its weights ({mode.branches[0]}), and this run did not reach {shorten(unreached)}: "
+            f"other inputs might, with units in another order. {_HINT}"
+        )
+    for name in unreached:
+        pin_all(mode.traced.labels[name], "the run does not reach it")
+    taken = {unit for dim in mode.taken for unit in dim.units()}
+    for dim in mode.left:
+        for unit in dim.units():
+            if unit not in taken:
+                unit.pin("slices leave it out, which other inputs might take")
     return mode.traced
 
 
@@ -90,6 +104,8 @@ def stand_in(skeleton: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[i
     config: Any = getattr(module, "config", None)
     if hasattr(config, "use_cache"):
         config.use_cache = False  # keys and values of a cache would pass for outputs
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "eager"  # grouped products take no stand-ins
     saved = set(module.state_dict(keep_vars=True))
     for path, owner in module.named_modules():
         for key, buffer in list(owner._buffers.items()):
@@ -170,6 +186,11 @@ class _Tracing(TorchDispatchMode):
         self.names = names
         self.traced = Traced({}, set())
         self._labels: dict[int, tuple[Tensor, Label | None]] = {}  # holds tensors: ids stay unique
+        self.taken: list[Dim] = []
+        self.left: list[Dim] = []
+        self.branches: list[str] = []
+        """Operators that hand values which depend on weights to the program."""
+        self._derived: set[int] = set(names)
         self._waiting: dict[int, tuple[Tensor, Callable[[], Any]]] = {}
         self._path: list[str] = []
         self._calls: dict[str, int] = {}
@@ -265,6 +286,11 @@ class _Tracing(TorchDispatchMode):
             )
         out = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if any(id(tensor) in self._derived for tensor in tensors):
+            self._derived.update(id(leaf) for leaf in made)
+            masked = name == "aten::index" and any(t.dtype == torch.bool for t in tensors)
+            if not made or masked or name in _SHAPED_BY_VALUES:
+                self.branches.append(f"{func} in {self.where}")
         if rule is None:
             for leaf in made:
                 label = fixed_label(leaf, f"{func} in {self.where} makes it")
@@ -291,7 +317,11 @@ class _Tracing(TorchDispatchMode):
         arguments.update(zip(arguments, args, strict=False))
         arguments.update(kwargs)
         reason = f"{name.removeprefix('aten::')} in {self.where}"
-        return Call(name, arguments, out, self.label, self._contract, reason)
+        return Call(name, arguments, out, self.label, self._contract, self._leave_out, reason)
+
+    def _leave_out(self, taken: Dim, left: Sequence[Dim]) -> None:
+        self.taken.append(taken)
+        self.left.extend(left)
 
     def _contract(self, dim: Dim) -> None:
         self.traced.reads |= dim.owners
