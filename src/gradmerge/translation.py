@@ -36,8 +36,8 @@ def for_merge(
         arguments: as on the command line.
         folder: where translated files are written.
         with_data: whether data is needed (for `collect` it always is); default: as the arguments
-            say (a step that needs statistics and none given, a finaliser that needs data, a search,
-            scores).
+            say (an alignment or step that needs statistics and none given, a finaliser that needs
+            data, a search, scores).
 
     Returns:
         The arguments, and whether data is needed.
@@ -136,7 +136,8 @@ def _needs_data(arguments: Sequence[str], files: Sequence[dict[str, Any]]) -> bo
         return True
     if "--recipe.statistics" in options or any(recipe.get("statistics") for recipe in recipes):
         return False
-    steps = [word for recipe in recipes for word in _words(recipe.get("preprocess"))]
+    factors = ("alignment", "preprocess")
+    steps = [word for recipe in recipes for f in factors for word in _words(recipe.get(f))]
     return given and not _needing_statistics().isdisjoint([*options_say, *steps])
 
 
@@ -150,13 +151,19 @@ def _words(value: Any) -> Iterator[str]:
 
 
 def _needing_statistics() -> set[str]:
-    """Names of the steps that need statistics."""
-    from gradmerge import preprocess
+    """Names of the alignments and steps that need statistics."""
+    from gradmerge import alignment, preprocess
 
-    base = preprocess.AbstractPreprocess
-    kinds = {name: getattr(preprocess, name) for name in preprocess.__all__}
-    steps = {n: k for n, k in kinds.items() if isinstance(k, type) and issubclass(k, base)}
-    return {name for name, kind in steps.items() if kind.needs is not base.needs}
+    found: set[str] = set()
+    bases: list[tuple[Any, Any]] = [
+        (alignment, alignment.AbstractAlignment),
+        (preprocess, preprocess.AbstractPreprocess),
+    ]
+    for module, base in bases:
+        kinds: dict[str, Any] = {name: getattr(module, name) for name in module.__all__}
+        known = [n for n, k in kinds.items() if isinstance(k, type) and issubclass(k, base)]
+        found |= {name for name in known if kinds[name].needs is not base.needs}
+    return found
 
 
 def _finalisers_on_data() -> set[str]:

@@ -15,7 +15,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
-from gradmerge import MergedModel, Recipe
+from gradmerge import MergedModel, Recipe, collection
 from gradmerge.cli import learn, main, register
 from gradmerge.coefficients import Tensor
 from tiny import write_yaml
@@ -156,7 +156,7 @@ def test_every_static_merge_merges(world, parser, path, tmp_path):
     theirs = list(world["model"]["recipe"]["sources"].values())
     recipe["sources"] = dict(zip(names, theirs, strict=False))
     found = parser.instantiate_classes(parser.parse_object({"recipe": recipe})).recipe
-    if any(step.needs for step in found.preprocess):
+    if collection.is_needed(found):
         suite = write_yaml(tmp_path / "suite.yaml", world)
         command = ["collect", "--config", suite, "--config", str(path), "--output", "statistics"]
         assert main(command) == 0

@@ -27,7 +27,8 @@ Needs = Literal["activations"]
 class Moments:
     """First and second moments of one group's units in two sources, on the same inputs.
 
-    Units in each source's own order; rows of all the group's places together. float64.
+    Units in each source's own order; rows of all the group's places, whose covariances are about
+    each place's own mean. float64.
     """
 
     rows: float

@@ -15,6 +15,7 @@ from gradmerge.alignment.spec import (
     Place,
     Role,
     Segment,
+    vector_role,
 )
 from gradmerge.alignment.trace import Traced
 from gradmerge.alignment.units import Dim, Unit
@@ -111,10 +112,8 @@ def _numbered(name: str) -> Iterable[str]:
 
 
 def _role(parameter: str, axis: int, label: Label, traced: Traced) -> Role:
-    if parameter.endswith("running_var"):
-        return "square"
     if len(label) == 1:
-        return "along"
+        return vector_role(parameter)
     return "in" if (parameter, axis) in traced.reads else "out"
 
 

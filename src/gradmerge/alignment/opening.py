@@ -79,8 +79,9 @@ def align_sources(
         if activations is None:
             raise ConfigError(
                 f"{type(method).__name__} needs the sources' activations on data, and the recipe "
-                "names no statistics. Run `gradmerge collect` with this recipe and its data, and "
-                "name the output: statistics of the recipe."
+                "names no statistics. Give `gradmerge merge` the tasks' data as well; or run "
+                "`gradmerge collect` with this recipe and its data, and name the output: "
+                "statistics of the recipe."
             )
         known = activations(spec)
     context = AlignmentContext(spec, sources, compared(sources, skeleton, private), skeleton, known)

@@ -6,10 +6,13 @@ mapped along its axes:
 
     out      W' = T W            rows of weights, biases, embeddings' columns
     in       W' = W T^-1         columns of weights: what reads z
-    along    g' = T g            one number a unit: gains, shifts, running means
-    square   v' = (T . T) v      one number a unit that is a variance (T . T: entry by entry)
+    along    b' = T b            one number a unit that is added: shifts, running means
+    gain     g' = R g            one number a unit that is multiplied with: R is T . T (entry by
+                                 entry) with rows that sum to 1
+    square   v' = (T . T) v      one number a unit that is a variance
 
-For a permutation `z'[i] = z[perm[i]]` all four are `new = old[perm]` along the axis. Other maps are
+For a permutation `z'[i] = z[perm[i]]` all five are `new = old[perm]` along the axis. R g is the
+diagonal nearest to T diag(g) after T, `argmin_d |diag(d) T - T diag(g)|` row by row. Other maps are
 pairs `(T, T^-1)`; they do not pass through element-wise functions, so they keep the function only
 approximately (as CCA and optimal transport do).
 """
@@ -24,7 +27,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Role = Literal["out", "in", "along", "square"]
+Role = Literal["out", "in", "along", "gain", "square"]
+
+
+def vector_role(name: str) -> Role:
+    """What a tensor of one axis does with its units, by its name."""
+    if name.endswith("running_var"):
+        return "square"
+    return "gain" if name.rpartition(".")[2] == "weight" else "along"
 
 
 class LinearMap(NamedTuple):
@@ -243,8 +253,10 @@ def _mapped(tensor: Tensor, axis: int, kind: Axis, maps: Maps, skip: Use | None)
             continue
         matrix = change.inverse.T if kind.role == "in" else change.matrix
         matrix = matrix.to(parts[j])
-        if kind.role == "square":
+        if kind.role in ("square", "gain"):
             matrix = matrix.square()
+        if kind.role == "gain":
+            matrix = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1e-30)
         cut = parts[j].unflatten(axis, segment.sizes).movedim(axis + k, 0)
         mapped = torch.tensordot(matrix, cut, dims=1)
         parts[j] = mapped.movedim(0, axis + k).flatten(axis, axis + len(segment.sizes) - 1)

@@ -17,9 +17,9 @@ A YAML file or a mapping: axes by tensor, each axis the name of its group, or a 
 
 An axis is `null` (fixed), a group, a row-major product of groups and fixed sizes, or a list of such
 products one after the other. A group's size is inferred from the axes that it stands on alone, or
-where all other factors are known. Roles (out, in, along, square) matter to linear maps only; the
-default is `along` for vectors (`square` where the name ends in running_var), `in` for axis 1 of a
-matrix or a kernel, and `out` else.
+where all other factors are known. Roles (out, in, along, gain, square) matter to linear maps only;
+the default is `along` for vectors (`gain` where the name's last part is weight, `square` where it
+ends in running_var), `in` for axis 1 of a matrix or a kernel, and `out` else.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from gradmerge.alignment.spec import (
     Place,
     Role,
     Segment,
+    vector_role,
 )
 from gradmerge.errors import ConfigError, nearest, shorten
 
@@ -251,7 +252,7 @@ class _Written:
                 f"roles: {name}: expected {count} of {', '.join(get_args(Role))}, came {given!r}."
             )
         if count == 1:
-            return ["square" if name.endswith("running_var") else "along"]
+            return [vector_role(name)]
         return ["in" if axis == 1 else "out" for axis in range(count)]
 
     def _places(self, group: str) -> tuple[Place, ...]:

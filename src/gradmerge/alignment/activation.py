@@ -1,0 +1,135 @@
+"""Matching units by what they give on the same inputs."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradmerge.alignment.base import Activations, AlignmentContext, Matched, Matching, Needs
+from gradmerge.alignment.moments import correlation, covariances, on_first
+from gradmerge.alignment.sinkhorn import assign
+from gradmerge.alignment.spec import Group, Map, Maps, PermutationSpec
+from gradmerge.errors import ConfigError, shorten
+
+
+@dataclass(frozen=True)
+class MatchingOnData(Matching):
+    """A matching that looks at each group's moments alone; groups do not depend on each other."""
+
+    @property
+    def needs(self) -> Needs | None:
+        """Moments of the sources' units on data."""
+        return "activations"
+
+    @abstractmethod
+    def match_group(
+        self,
+        activations: Activations,
+        spec: PermutationSpec,
+        group: Group,
+        source: str,
+        targets: Mapping[str, Maps],
+    ) -> tuple[Map, float] | None:
+        """The map of one group, and what it gains; None where the group was never seen.
+
+        Args:
+            activations: moments of the sources' units.
+            spec: all groups.
+            group: whose units.
+            source: whose units are moved.
+            targets: the others, each with the maps that it is read under.
+        """
+
+    def match(
+        self, context: AlignmentContext, source: str, targets: Mapping[str, Maps], start: Maps
+    ) -> Matched:
+        """See `Matching.match`; the objective is the sum of the groups' gains.
+
+        Raises:
+            ConfigError: there are no statistics, or of no group at all.
+        """
+        kind = type(self).__name__
+        if context.activations is None:
+            raise ConfigError(
+                f"{kind} needs statistics of the sources' activations, and none are given. Give "
+                "`gradmerge merge` the tasks' data as well; or run `gradmerge collect` with the "
+                "same files, and name its output: statistics of the recipe."
+            )
+        maps: dict[str, Map] = {}
+        gain, unseen = 0.0, []
+        for name, group in context.spec.groups.items():
+            found = self.match_group(context.activations, context.spec, group, source, targets)
+            if found is None:
+                unseen.append(name)
+                continue
+            maps[name] = found[0]
+            gain += found[1]
+        if unseen and not maps:
+            raise ConfigError(
+                f"{kind}: no group of units was seen in any module's output, so nothing can be "
+                f"matched; groups are {shorten(unseen)}. Use WeightMatching."
+            )
+        if unseen:
+            warnings.warn(
+                f"{kind}: {len(unseen)} groups are the output of no module and stay in their "
+                f"order: {shorten(unseen)}.",
+                stacklevel=2,
+            )
+        return Matched(maps, [gain])
+
+
+def permute(gain: Tensor) -> tuple[Tensor, float]:
+    """The permutation p of largest `sum_i gain[i, p[i]]`, and that sum."""
+    order = assign(gain)
+    return order, float(gain.gather(1, order[:, None]).sum())
+
+
+@dataclass(frozen=True)
+class ActivationMatching(MatchingOnData):
+    """Each unit goes to the one that it is most like on the same inputs: a permutation.
+
+    With x the reference's units and y the source's, for each group on its own
+
+        C_ij = corr(x_i, y_j),     p = argmax sum_i C[i, p[i]]
+
+    over all permutations p, by linear assignment (arXiv 2209.04836, section 3.1; arXiv 2211.08403).
+    With several targets C is the mean of theirs, each under its own permutation, so that the sum
+    over pairs of sources never falls from round to round. The permuted source computes what it
+    computed. Memory: a few matrices `[size, size]` of one group.
+    """
+
+    metric: Literal["correlation", "covariance"] = "correlation"
+    """What is summed: correlations, or covariances (units that vary much count more)."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a source."""
+        super().__post_init__()
+        if self.metric not in ("correlation", "covariance"):
+            raise ConfigError(
+                "ActivationMatching.metric: expected correlation or covariance, came "
+                f"{self.metric!r}."
+            )
+
+    def match_group(
+        self,
+        activations: Activations,
+        spec: PermutationSpec,
+        group: Group,
+        source: str,
+        targets: Mapping[str, Maps],
+    ) -> tuple[Map, float] | None:
+        """See `MatchingOnData.match_group`."""
+        total = torch.zeros(group.size, group.size, dtype=torch.float64)
+        for target, maps in targets.items():
+            moments = activations.moments(group.name, target, source)
+            if moments is None:
+                return None
+            gain = correlation(moments) if self.metric == "correlation" else covariances(moments)[2]
+            total += on_first(maps.get(group.name), gain) / len(targets)
+        return permute(total)
