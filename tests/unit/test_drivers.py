@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from safetensors.torch import load_file
 from torch import nn
 
@@ -479,6 +479,24 @@ def test_a_killed_job_goes_on_bitwise_as_it_would_have(tmp_path, uninterrupted, 
     assert all(torch.equal(found[name], value) for name, value in coefficients.items())
     assert all(torch.equal(tensors(folder)[name], value) for name, value in merged.items())
     assert not torch.allclose(coefficients["body.weight"], torch.tensor([2 / 3, 1 / 3]), atol=1e-2)
+
+
+def test_a_fit_that_was_told_to_stop_early_does_not_go_on(tmp_path):
+    """Killed between the last validation, which stops it, and the end of the step."""
+
+    def job(*more):
+        early = EarlyStopping("selection/loss", stopping_threshold=1e9)  # at the first validation
+        return job_of(tmp_path, relatives(build(), 3), learning_rate=0.3, callbacks=[early, *more])
+
+    with pytest.raises(RuntimeError, match="killed"):
+        Pairwise(every_n_steps=1).run(job(Kill(1, "on_train_end", 2)))
+    said = []
+    again = job()
+    again.say = said.append
+    folder = Pairwise(every_n_steps=1).run(again)
+    (step,) = provenance(folder)["steps"]
+    assert (step["steps"], step["checkpoint"]) == (2, "best.ckpt")
+    assert f"going on from {tmp_path}/driver/steps/step-1/last.ckpt" in said
 
 
 SCRIPT = """
