@@ -113,6 +113,7 @@ def test_a_fold_that_learns_nothing_is_the_plain_average(tmp_path, link):
     assert [step["tasks"] for step in said["steps"]] == [["a", "b"], ["a", "b", "c"]]
     hashes = {name: entry["sha256"] for name, entry in said["sources"].items()}
     assert hashes == job_of(tmp_path, models, recipe=recipe).fingerprints
+    assert said["steps"][1]["fingerprints"]["c"] == hashes["c"]
     card = (folder / "README.md").read_text()
     assert "2. a + b with c (mean coefficients 0.667, 0.333)" in card
     stored = tensors(tmp_path / "driver/steps/step-1/merged")

@@ -267,6 +267,7 @@ class _Step:
             "merged": [list(node.members) for node in self.pair],
             "tasks": list(self.data.tasks),
             "coefficients": mean_coefficients(plan, module.merged.raw),
+            "fingerprints": plan.fingerprints,
             **fit,
             "results": module.results,
             **self.fold.found(module, self.before),
