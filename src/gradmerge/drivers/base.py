@@ -141,20 +141,22 @@ class Job:
             **more,
         }
         path = self.folder / JOB
+        target, overwrite = Path(self.target.path).expanduser(), self.target.overwrite
         if driver.restart and is_first_process():
+            refuse_existing(target, overwrite)
             aside = set_aside(self.folder)
             if aside is not None:
                 self.say(f"the earlier job's folder is now {aside}")
         kept = read_json(path)
         if kept is None:
-            refuse_existing(Path(self.target.path).expanduser(), self.target.overwrite)
+            refuse_existing(target, overwrite)
             kept = {"job": uuid.uuid4().hex, "seed": _global_seed(), "content": plain(content)}
             if is_first_process():
                 write_record(path, kept)
         else:
             require_same(path, kept["content"], content)
             if not self._is_own_output(kept["job"]):
-                refuse_existing(Path(self.target.path).expanduser(), self.target.overwrite)
+                refuse_existing(target, overwrite)
         self._job, self._seed = str(kept["job"]), kept["seed"]
         return self._job
 

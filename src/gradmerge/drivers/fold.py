@@ -76,6 +76,11 @@ class AbstractFold(AbstractDriver):
     every_n_steps: int = 50
     """Optimiser steps between two states of the running step."""
 
+    def __post_init__(self) -> None:
+        """Check the number of steps."""
+        if self.every_n_steps < 1:
+            raise ConfigError(f"every_n_steps: must be at least 1, came {self.every_n_steps}.")
+
     def recipe(self, **given: Any) -> Recipe:
         """See `AbstractDriver.recipe`."""
         return FoldedRecipe(**given)
@@ -262,6 +267,7 @@ class _Step:
             "merged": [list(node.members) for node in self.pair],
             "tasks": list(self.data.tasks),
             "coefficients": mean_coefficients(plan, module.merged.raw),
+            "fingerprints": plan.fingerprints,
             **fit,
             "results": module.results,
             **self.fold.found(module, self.before),
