@@ -115,16 +115,21 @@ class MergedBlock:
             leaves[name].grad = None
             grads[slot] = grads[slot].add_(found) if slot in grads else found
 
-        values = []
+        values, hooks = [], []
         with self.running(leaves):
             for i, run in enumerate(losses):
                 if i == len(losses) - 1:
                     # with the last loss a weight gradient is complete as soon as it arrives
                     for name, leaf in leaves.items():
-                        leaf.register_post_accumulate_grad_hook(partial(contract, name))
+                        hook = leaf.register_post_accumulate_grad_hook(partial(contract, name))
+                        hooks.append(hook)
                 values.append(backward_of(run, 1.0))
         for name in leaves:
             contract(name)
+        # else hooks, leaves and the gradients form a circle that outlives the step
+        for hook in hooks:
+            hook.remove()
+        leaves.clear()
         total = torch.stack(values).sum()
         ordered = [
             grads[slot] if slot in grads else torch.zeros_like(z) for slot, z in raws.items()
