@@ -194,6 +194,7 @@ def register() -> None:
     """Make attribute docstrings the help texts, and every component's short name known."""
     import jsonargparse
 
+    import gradmerge.alignment
     import gradmerge.coefficients
     import gradmerge.objectives
     import gradmerge.operators
@@ -231,9 +232,11 @@ def component_names(stock: bool = True) -> dict[str, str]:
         stock: torch's optimisers and schedules and Lightning's callbacks and loggers, too, by their
             whole paths.
     """
-    from gradmerge import coefficients, objectives, operators, preprocess, search, sources
+    from gradmerge import alignment, coefficients, objectives, operators, preprocess, search
+    from gradmerge import sources as kinds
 
-    modules: tuple[Any, ...] = (coefficients, objectives, operators, preprocess, search, sources)
+    modules: tuple[Any, ...] = (alignment, coefficients, objectives, operators, preprocess)
+    modules += (search, kinds)
     own = [n for m in modules for n in m.__all__ if not n.startswith("Abstract")]
     known = {name: name for name in (*own, "CoefficientLogger", "ExportAtEnd")}
     if stock:

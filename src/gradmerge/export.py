@@ -311,6 +311,7 @@ def provenance_of(
         "tasks": dict(tasks),
         "dtype": dtype or "as stored",
         **({"tokenizer": {k: v for k, v in tokens.items() if k not in long}} if tokens else {}),
+        **({"alignment": plan.order.report} if plan.order is not None else {}),
         "results": dict(results or {}),
         **({"run": plan.run} if plan.run else {}),
         **({"statistics": plan.collected.summary()} if plan.collected is not None else {}),

@@ -137,6 +137,10 @@ def _reasons(plan: Plan, buffers: Mapping[str, Tensor]) -> list[str]:
     if not isinstance(plan.recipe.operator, Linear):
         name = type(plan.recipe.operator).__name__
         reasons.append(f"operator: coefficients of {name} are no weights of a sum; {_FOLDER}")
+    if plan.order is not None:
+        reasons.append(
+            f"alignment: the sources' units are in another order than on disk; {_FOLDER}"
+        )
     if getattr(plan.recipe, "tokenizer", None) is not None:
         reasons.append(f"tokenizer: mergekit aligns vocabularies by rules of its own; {_FOLDER}")
     if plan.private:

@@ -30,6 +30,7 @@ from gradmerge.spec import to_plain
 from gradmerge.statistics import SourceStatistics
 
 if TYPE_CHECKING:
+    from gradmerge.alignment.opening import UnitOrder
     from gradmerge.recipe import Recipe
 
 
@@ -43,8 +44,11 @@ class Plan:
         base: Checkpoint | None,
         skeleton: nn.Module | None,
         problems: Sequence[Problem],
+        order: UnitOrder | None = None,
     ) -> None:
         self.recipe = recipe
+        self.order = order
+        """How the sources' units were brought into one order, if the recipe aligns them."""
         self.sources = dict(sources)
         self.base = base
         self.skeleton = skeleton
@@ -329,11 +333,15 @@ class Plan:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Content hash of every source and of aligned tokens' rows; reads all weights once."""
+        """Content hash of every source, of aligned tokens' rows and of the units' order; reads all
+        weights once.
+        """
         everything = {**({"base": self.base} if self.base is not None else {}), **self.sources}
         found = fingerprints_of(everything)
         if self.alignment is not None:
             found["(tokens)"] = self.alignment.fingerprint()
+        if self.order is not None:
+            found["(units)"] = self.order.fingerprint()
         return found
 
     def require_fingerprints(self, expected: Mapping[str, str]) -> None:

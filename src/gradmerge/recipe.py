@@ -15,6 +15,8 @@ from typing import Any, Literal
 from torch import nn
 
 from gradmerge._typing import Origin
+from gradmerge.alignment import AbstractAlignment
+from gradmerge.alignment.opening import align_sources
 from gradmerge.coefficients import AbstractCoefficients, AbstractInit, Column, Constant, Row
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.errors import ConfigError, Problem
@@ -39,6 +41,9 @@ class Recipe:
     origin: Origin | None = None
     """What directions are measured from: base, zero, or the mean of the sources. Default: base if
     there is one, else zero."""
+    alignment: AbstractAlignment | None = None
+    """How the units of sources that share no initialisation are brought into one order
+    (WeightMatching). Default: they are taken as they are."""
     preprocess: list[AbstractPreprocess] = field(default_factory=list)
     """What happens to the directions once, in order, before coefficients are put on them (Trim,
     ElectSign, RandomDrop, TSVM, RegMean and others)."""
@@ -90,8 +95,25 @@ class Recipe:
                 )
         if self.tokenizer is not None:
             self.tokenizer.require(list(self.sources), self.base is not None)
+        if self.alignment is not None and not self.alignment.is_identity:
+            self._require_no_base(self.alignment)
         self.coefficients.num_rows(len(self.sources))
         self.operator.require(len(self.sources), self.resolved_origin)
+
+    def _require_no_base(self, alignment: AbstractAlignment) -> None:
+        kind = type(alignment).__name__
+        if self.resolved_origin == "base":
+            raise ConfigError(
+                f"alignment: {kind} moves the units of the sources, not those of the base, so "
+                "differences to the base would compare other units. Sources of one base need no "
+                "alignment: leave it out; or, for networks of their own, give no base, or origin "
+                "zero or mean."
+            )
+        if self.base is not None and self.buffers == "origin":
+            raise ConfigError(
+                f"alignment: {kind} with buffers origin would put the base's statistics, in its "
+                "own order of units, beside aligned weights; take buffers recompute or mean."
+            )
 
     @property
     def resolved_origin(self) -> Origin:
@@ -124,10 +146,14 @@ class Recipe:
         problems += check(everything, self.private, self.allow)
         problems += check_private(sources, self.private, self.allow)
         require(problems)
-        skeleton = None
-        if with_skeleton or isinstance(_granularity(self.coefficients), (Column, Row)):
+        skeleton = order = None
+        aligned = self.alignment is not None and not self.alignment.is_identity
+        needed = with_skeleton or isinstance(_granularity(self.coefficients), (Column, Row))
+        if needed or aligned:
             skeleton = self._skeleton(module, everything)
-        return Plan(self, sources, base, skeleton, problems)
+        if self.alignment is not None and aligned:
+            sources, order = align_sources(self.alignment, sources, skeleton, self.private)
+        return Plan(self, sources, base, skeleton if needed else None, problems, order)
 
     def _skeleton(
         self, module: nn.Module | None, everything: Mapping[str, Checkpoint]

@@ -187,6 +187,7 @@ def align(
 
 def alignment_of(checkpoint: Checkpoint) -> Alignment | None:
     """The vocabulary that a checkpoint is read with; None for its own."""
+    checkpoint = getattr(checkpoint, "inner", checkpoint)  # its units may be aligned, too
     return checkpoint.alignment if isinstance(checkpoint, VocabularyView) else None
 
 

@@ -1,0 +1,214 @@
+"""What an alignment is: maps of every source's units onto a common order.
+
+    align(context) -> Aligned(maps): source -> group -> map
+
+A method that aligns one network to others derives from `Matching` and writes `match` alone; several
+sources, a reference, and the running mean come from here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gradmerge.alignment.spec import Maps, PermutationSpec, same_maps
+from gradmerge.errors import ConfigError, nearest
+from gradmerge.sources import Checkpoint
+
+Needs = Literal["activations"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First and second moments of one group's units in two sources, on the same inputs.
+
+    Units in each source's own order; rows of all the group's places together. float64.
+    """
+
+    rows: float
+    """Rows that they are means over."""
+    first_mean: Tensor
+    """`E[a]`, `[size]`."""
+    second_mean: Tensor
+    """`E[b]`, `[size]`."""
+    first: Tensor
+    """`E[a a^T]`, `[size, size]`, not centred."""
+    second: Tensor
+    """`E[b b^T]`, `[size, size]`."""
+    cross: Tensor
+    """`E[a b^T]`, `[size of the first, size of the second]`."""
+
+
+class Activations(Protocol):
+    """Moments of the sources' units."""
+
+    def moments(self, group: str, first: str, second: str) -> Moments | None:
+        """Of a group in two sources; None where the group was never seen (it has no place)."""
+
+
+@dataclass(frozen=True)
+class AlignmentContext:
+    """What a method may look at."""
+
+    spec: PermutationSpec
+    """Groups, and their uses by tensor."""
+    sources: Mapping[str, Checkpoint]
+    """Opened, in order."""
+    compared: tuple[str, ...]
+    """Names of the parameters that all sources share: not private, no buffer. What a method over
+    weights compares."""
+    skeleton: nn.Module | None = None
+    """The network without weights."""
+    activations: Activations | None = None
+    """For methods that need them."""
+
+    def read(self, source: str, name: str, maps: Maps | None = None) -> Tensor:
+        """A compared tensor of a source, under maps of its units."""
+        tensor = self.sources[source].read(name)
+        return self.spec.apply(maps, name, tensor) if maps else tensor
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What one match found."""
+
+    maps: Maps
+    """For the matched source, by group."""
+    objective: list[float]
+    """After every sweep; the last one is the final one. What it is, the method says."""
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """What an alignment found."""
+
+    maps: dict[str, Maps]
+    """By source, by group; the reference and groups that stay may be left out."""
+    objective: dict[str, list[float]] = field(default_factory=dict)
+    """By source: after every sweep."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """More that the provenance should keep, as plain data."""
+
+
+class AbstractAlignment(ABC):
+    """How the sources' units are brought into one order."""
+
+    @property
+    def needs(self) -> Needs | None:
+        """What it reads of the sources on data; None for a method over weights alone."""
+        return None
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing, whatever the sources."""
+        return False
+
+    @abstractmethod
+    def align(self, context: AlignmentContext) -> Aligned:
+        """Maps for every source.
+
+        Raises:
+            ConfigError: the reference is no source, or what the method needs is not there.
+        """
+
+
+@dataclass(frozen=True)
+class Identity(AbstractAlignment):
+    """No alignment: units stay where they are."""
+
+    @property
+    def is_identity(self) -> bool:
+        """See `AbstractAlignment.is_identity`."""
+        return True
+
+    def align(self, context: AlignmentContext) -> Aligned:
+        """See `AbstractAlignment.align`."""
+        return Aligned({name: {} for name in context.sources})
+
+
+@dataclass(frozen=True)
+class Matching(AbstractAlignment):
+    """Each source is matched to others: to a reference, or to the mean of all the others."""
+
+    spec: str | dict[str, Any] | None = None
+    """A hand-written specification (see `PermutationSpec` in the documentation): a YAML file, or
+    the mapping itself. Default: traced from the network."""
+    reference: str | None = None
+    """Whose order of units all take: a source's name (default: the first), or `mean`: each is
+    matched to the mean of the others in turn, until nothing changes."""
+    seed: int = 0
+    """Seed of the order in which groups (and sources, with `mean`) are visited."""
+    max_iter: int = 100
+    """Most sweeps over all groups; with `mean`, also most rounds over all sources."""
+    example: dict[str, Any] | None = None
+    """What the network is traced with, by the name of the argument of its forward: shapes, e.g.
+    {pixel_values: [1, 3, 32, 32]}, or tensors from Python. Names that end in `ids` are whole
+    numbers. Default: derived from the config or the first layer."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a source."""
+        if self.max_iter < 1:
+            raise ConfigError(
+                f"{type(self).__name__}.max_iter: expected a positive number, came {self.max_iter}."
+            )
+
+    @abstractmethod
+    def match(
+        self, context: AlignmentContext, source: str, targets: Mapping[str, Maps], start: Maps
+    ) -> Matched:
+        """Maps for one source that bring it to the mean of others.
+
+        Args:
+            context: what may be looked at.
+            source: whose units are moved.
+            targets: the others, each with the maps that it is read under (none: as it is).
+            start: maps of `source` to begin with; empty for none.
+        """
+
+    def align(self, context: AlignmentContext) -> Aligned:
+        """See `AbstractAlignment.align`."""
+        names = list(context.sources)
+        reference = self.reference or names[0]
+        if reference == "mean":
+            return self._to_running_mean(context)
+        if reference not in names:
+            raise ConfigError(
+                f"{type(self).__name__}.reference: expected a source or 'mean', came "
+                f"{reference!r}.{nearest(reference, names)}"
+            )
+        found = {
+            name: self.match(context, name, {reference: {}}, {})
+            for name in names
+            if name != reference
+        }
+        return Aligned(
+            {reference: {}, **{name: matched.maps for name, matched in found.items()}},
+            {name: matched.objective for name, matched in found.items()},
+            {"reference": reference},
+        )
+
+    def _to_running_mean(self, context: AlignmentContext) -> Aligned:
+        """Match each source to the mean of the others, in random order, until nothing changes.
+
+        MergeMany of arXiv 2209.04836 (algorithm 2).
+        """
+        names = list(context.sources)
+        maps: dict[str, Maps] = {name: {} for name in names}
+        objective: dict[str, list[float]] = {name: [] for name in names}
+        generator = torch.Generator().manual_seed(self.seed)
+        rounds, changed = 0, len(names) > 1
+        while changed and rounds < self.max_iter:
+            rounds, changed = rounds + 1, False
+            for i in torch.randperm(len(names), generator=generator).tolist():
+                name = names[i]
+                others = {other: maps[other] for other in names if other != name}
+                matched = self.match(context, name, others, maps[name])
+                changed |= not same_maps(matched.maps, maps[name])
+                maps[name] = matched.maps
+                objective[name] += matched.objective
+        return Aligned(maps, objective, {"reference": "mean", "rounds": rounds})

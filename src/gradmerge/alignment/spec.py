@@ -1,0 +1,330 @@
+"""Which units of a network may change places: groups of units, and where each tensor uses them.
+
+A group of n units (channels, neurons, heads) is written by some tensors and read by others. With a
+map `z' = T z` of each group's units, the network computes the same function when every tensor is
+mapped along its axes:
+
+    out      W' = T W            rows of weights, biases, embeddings' columns
+    in       W' = W T^-1         columns of weights: what reads z
+    along    g' = T g            one number a unit: gains, shifts, running means
+    square   v' = (T . T) v      one number a unit that is a variance (T . T: entry by entry)
+
+For a permutation `z'[i] = z[perm[i]]` all four are `new = old[perm]` along the axis. Other maps are
+pairs `(T, T^-1)`; they do not pass through element-wise functions, so they keep the function only
+approximately (as CCA and optimal transport do).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Role = Literal["out", "in", "along", "square"]
+
+
+class LinearMap(NamedTuple):
+    """`z' = matrix @ z`; tensors that read the units take `inverse`. Both `[size, size]`."""
+
+    matrix: Tensor
+    inverse: Tensor
+
+
+Map = Tensor | LinearMap
+"""A permutation (int64 `[size]`, `new = old[perm]`), or a linear map."""
+Maps = Mapping[str, Map]
+"""By group; groups that are not named stay as they are."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One factor of an axis that is a row-major product."""
+
+    size: int
+    """Number of units."""
+    group: str | None = None
+    """Whose units they are; None where their order is fixed."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of an axis: a row-major product of factors, the first varying slowest."""
+
+    factors: tuple[Factor, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Size of each factor."""
+        return tuple(factor.size for factor in self.factors)
+
+    @property
+    def size(self) -> int:
+        """Entries of the stretch."""
+        return torch.Size(self.sizes).numel()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a tensor: stretches, one after the other (a fused qkv has three)."""
+
+    segments: tuple[Segment, ...]
+    role: Role = "out"
+    """What the tensor does with the units; without meaning where all factors are fixed."""
+
+    @property
+    def size(self) -> int:
+        """Entries of the axis."""
+        return sum(segment.size for segment in self.segments)
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """All groups along the axis."""
+        return frozenset(f.group for s in self.segments for f in s.factors if f.group is not None)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a group's units can be seen: in the output of a module (the first of several).
+
+    The output's axis is cut to `[start, start + prod(sizes))` and reshaped to `sizes`; the units
+    run along `sizes[position]`.
+    """
+
+    module: str
+    """Path of the module in the network."""
+    axis: int
+    """Axis of its output, counted from the end (-1: features of a linear layer; -3: channels of a
+    2-D convolution)."""
+    start: int
+    """Where the stretch begins."""
+    sizes: tuple[int, ...]
+    """Factors of the stretch."""
+    position: int
+    """Which factor runs over the units."""
+    call: int = 0
+    """Which call of the module in one forward pass (a ReLU may serve several layers)."""
+
+    def units(self, output: Tensor) -> Tensor:
+        """What the units gave, `[rows, size]`: a row for each place of every other axis."""
+        axis = self.axis + output.ndim
+        length = torch.Size(self.sizes).numel()
+        cut = output.narrow(axis, self.start, length).unflatten(axis, self.sizes)
+        size = self.sizes[self.position]
+        return cut.movedim(axis + self.position, -1).reshape(-1, size)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that may change places."""
+
+    name: str
+    size: int
+    places: tuple[Place, ...] = ()
+    """Where they can be seen, in the order of the forward pass; empty if nowhere."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """One place where a tensor uses a group."""
+
+    tensor: str
+    axis: int
+    segment: int
+    position: int
+    """The factor within the segment."""
+    role: Role
+
+
+@dataclass(frozen=True)
+class PermutationSpec:
+    """The groups of a network and the axes of its tensors.
+
+    Tensors that it does not name have no group on any axis.
+    """
+
+    groups: Mapping[str, Group]
+    """By name."""
+    tensors: Mapping[str, tuple[Axis, ...]]
+    """Axes by the tensor's name in the files; buffers too."""
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    """What keeps other axes in order: a place of the network -> the reason."""
+
+    @cached_property
+    def uses(self) -> Mapping[str, tuple[Use, ...]]:
+        """Every use of each group."""
+        found: dict[str, list[Use]] = {name: [] for name in self.groups}
+        for name, axes in self.tensors.items():
+            for i, axis in enumerate(axes):
+                for j, segment in enumerate(axis.segments):
+                    for k, factor in enumerate(segment.factors):
+                        if factor.group is not None:
+                            found[factor.group].append(Use(name, i, j, k, axis.role))
+        return {name: tuple(uses) for name, uses in found.items()}
+
+    def touched(self, name: str) -> frozenset[str]:
+        """Groups that a tensor uses."""
+        axes = self.tensors.get(name, ())
+        return frozenset(group for axis in axes for group in axis.groups)
+
+    def apply(self, maps: Maps, name: str, tensor: Tensor, skip: Use | None = None) -> Tensor:
+        """The tensor as the network with mapped units has it, in its own dtype.
+
+        Permutations move entries; linear maps are applied in float32 or better. The tensor itself
+        comes back where nothing changes it.
+
+        Args:
+            maps: by group.
+            name: the tensor's name in the files.
+            tensor: of the shape that the specification states.
+            skip: leave out this one use of a group.
+        """
+        for axis, kind in enumerate(self.tensors.get(name, ())):
+            if kind.groups & maps.keys():
+                own = skip if skip is not None and skip.axis == axis else None
+                tensor = _permuted(tensor, axis, kind, maps, own)
+                tensor = _mapped(tensor, axis, kind, maps, own)
+        return tensor
+
+    def expose(self, use: Use, tensor: Tensor) -> Tensor:
+        """A tensor as a matrix `[size, rest]` whose rows are the units of one use."""
+        axes = self.tensors[use.tensor]
+        segments = axes[use.axis].segments
+        start = sum(segment.size for segment in segments[: use.segment])
+        segment = segments[use.segment]
+        cut = tensor.narrow(use.axis, start, segment.size).unflatten(use.axis, segment.sizes)
+        size = segment.sizes[use.position]
+        return cut.movedim(use.axis + use.position, 0).reshape(size, -1)
+
+    def identity(self) -> dict[str, Map]:
+        """The permutation of every group that moves nothing."""
+        return {name: torch.arange(group.size) for name, group in self.groups.items()}
+
+    def random(self, seed: int) -> dict[str, Map]:
+        """A seeded random permutation of every group."""
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            name: torch.randperm(group.size, generator=generator)
+            for name, group in self.groups.items()
+        }
+
+
+def _permuted(tensor: Tensor, axis: int, kind: Axis, maps: Maps, skip: Use | None) -> Tensor:
+    """All permutations along one axis, as one index."""
+    parts, start, moved = [], 0, False
+    for j, k, factor, segment in _walk(kind):
+        if k == 0:
+            parts.append(torch.arange(start, start + segment.size).reshape(segment.sizes))
+            start += segment.size
+        change = maps.get(factor.group) if factor.group is not None else None
+        if isinstance(change, LinearMap) or change is None or _is(skip, j, k):
+            continue
+        parts[-1] = parts[-1].index_select(k, change)
+        moved = True
+    if not moved:
+        return tensor
+    index = torch.cat([part.flatten() for part in parts])
+    return tensor.index_select(axis, index.to(tensor.device))
+
+
+def _mapped(tensor: Tensor, axis: int, kind: Axis, maps: Maps, skip: Use | None) -> Tensor:
+    """All linear maps along one axis."""
+    linear = {name: change for name, change in maps.items() if isinstance(change, LinearMap)}
+    if not kind.groups & linear.keys():
+        return tensor
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    parts = list(tensor.to(wide).split([segment.size for segment in kind.segments], dim=axis))
+    for j, k, factor, segment in _walk(kind):
+        change = linear.get(factor.group) if factor.group is not None else None
+        if change is None or _is(skip, j, k):
+            continue
+        matrix = change.inverse.T if kind.role == "in" else change.matrix
+        matrix = matrix.to(parts[j])
+        if kind.role == "square":
+            matrix = matrix.square()
+        cut = parts[j].unflatten(axis, segment.sizes).movedim(axis + k, 0)
+        mapped = torch.tensordot(matrix, cut, dims=1)
+        parts[j] = mapped.movedim(0, axis + k).flatten(axis, axis + len(segment.sizes) - 1)
+    return torch.cat(parts, dim=axis).to(tensor.dtype)
+
+
+def _walk(kind: Axis) -> Iterator[tuple[int, int, Factor, Segment]]:
+    for j, segment in enumerate(kind.segments):
+        for k, factor in enumerate(segment.factors):
+            yield j, k, factor, segment
+
+
+def _is(skip: Use | None, segment: int, position: int) -> bool:
+    return skip is not None and (skip.segment, skip.position) == (segment, position)
+
+
+def invert(change: Map) -> Map:
+    """The map that undoes another."""
+    if isinstance(change, LinearMap):
+        return LinearMap(change.inverse, change.matrix)
+    return torch.argsort(change)
+
+
+def as_linear(change: Map, dtype: torch.dtype = torch.float64) -> LinearMap:
+    """A map as a pair of matrices; a permutation gives `T[i, perm[i]] = 1` and its transpose."""
+    if isinstance(change, LinearMap):
+        return LinearMap(change.matrix.to(dtype), change.inverse.to(dtype))
+    matrix = torch.eye(len(change), dtype=dtype, device=change.device)[change]
+    return LinearMap(matrix, matrix.T)
+
+
+def compose(first: Map, then: Map) -> Map:
+    """One map for `first`, and `then` on what it gave: `T = T_then T_first`."""
+    if isinstance(first, LinearMap) or isinstance(then, LinearMap):
+        one, two = as_linear(first), as_linear(then)
+        return LinearMap(two.matrix @ one.matrix, one.inverse @ two.inverse)
+    return first[then]
+
+
+def invert_all(maps: Maps) -> dict[str, Map]:
+    """`invert` of every group's map."""
+    return {name: invert(change) for name, change in maps.items()}
+
+
+def compose_all(first: Maps, then: Maps) -> dict[str, Map]:
+    """`compose` of every group's maps."""
+    both = {**then, **first}
+    return {
+        name: compose(first[name], then[name]) if name in first and name in then else change
+        for name, change in both.items()
+    }
+
+
+def same_maps(first: Maps, second: Maps, tolerance: float = 1e-9) -> bool:
+    """Whether two sets of maps are the same; a group that is not named is not moved."""
+    for name in {**first, **second}:
+        one, two = first.get(name), second.get(name)
+        if one is None or two is None:
+            known = two if one is None else one
+            if known is not None and share_moved(known) > 0:
+                return False
+        elif isinstance(one, LinearMap) or isinstance(two, LinearMap):
+            gap = (as_linear(one).matrix - as_linear(two).matrix).abs().max()
+            if float(gap) > tolerance:
+                return False
+        elif not torch.equal(one, two):
+            return False
+    return True
+
+
+def share_moved(change: Map) -> float:
+    """Share of units that a map moves: those that do not keep their own place (or row)."""
+    if isinstance(change, LinearMap):
+        eye = torch.eye(len(change.matrix), dtype=change.matrix.dtype, device=change.matrix.device)
+        return float((change.matrix - eye).abs().amax(dim=1).gt(1e-6).double().mean())
+    stays = change == torch.arange(len(change), device=change.device)
+    return float((~stays).double().mean())
+
+
+def plain_axis(sizes: Sequence[int], groups: Sequence[str | None], role: Role = "out") -> Axis:
+    """An axis of one stretch."""
+    factors = tuple(Factor(size, group) for size, group in zip(sizes, groups, strict=True))
+    return Axis((Segment(factors),), role)

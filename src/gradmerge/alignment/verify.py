@@ -1,0 +1,146 @@
+"""Does a specification hold? A random element of its groups must leave the output unchanged."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from gradmerge.alignment.spec import Maps, PermutationSpec
+from gradmerge.alignment.trace import run, stand_in, tensors_of
+from gradmerge.errors import ConfigError, shorten
+
+TOLERANCE = 1e-8
+LIMIT = 1_000_000_000
+"""Parameters up to which a network is checked: drawing the weights takes seconds a hundred
+million."""
+
+
+class Float64(TorchDispatchMode):
+    """Floating-point casts and constants stay in float64, whatever precision a network asks for.
+
+    Networks that take a norm or a softmax in float32 would show its rounding instead of the
+    function.
+
+    Args:
+        weights: what takes the place of some tensors, by identity; made anew at each use.
+    """
+
+    def __init__(self, weights: Mapping[int, Callable[[], Tensor]] | None = None) -> None:
+        super().__init__()
+        self.weights = dict(weights or {})
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run one operator, wide."""
+        kwargs = dict(kwargs or {})
+        kind = kwargs.get("dtype")
+        if kind is not None and kind.is_floating_point:
+            kwargs["dtype"] = torch.float64
+        if self.weights:
+            args, kwargs = tree_map_only(Tensor, self._filled, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _filled(self, tensor: Tensor) -> Tensor:
+        make = self.weights.get(id(tensor))
+        return tensor if make is None else make()
+
+
+def verify(
+    spec: PermutationSpec,
+    skeleton: nn.Module,
+    files: Mapping[str, str],
+    example: Mapping[str, Any],
+    seed: int = 0,
+) -> float | None:
+    """The largest relative change of the output under a random element of all groups.
+
+    Weights are random, in float64, drawn a tensor at a time whenever the network asks for one.
+    None where the network has more than `LIMIT` parameters and is not checked.
+
+    Args:
+        spec: by names in the files.
+        skeleton: the network.
+        files: first name in the module -> a name in the files.
+        example: arguments of its forward.
+        seed: of weights and permutations.
+
+    Raises:
+        ConfigError: the output changes by more than `TOLERANCE`; names the groups that change it.
+    """
+    if sum(parameter.numel() for parameter in skeleton.parameters()) > LIMIT:
+        return None
+    check = _Check(spec, skeleton, files, example, seed)
+    maps = spec.random(seed)
+    change = check.change(maps)
+    if change <= TOLERANCE:
+        return change
+    guilty = [name for name in spec.groups if check.change({name: maps[name]}) > TOLERANCE]
+    raise ConfigError(
+        f"alignment: permuting units changes what {type(skeleton).__name__} computes (relative "
+        f"change {change:.1e}, tolerance {TOLERANCE:.0e}), so the specification is wrong for it. "
+        f"Groups that change it by themselves: {shorten(guilty) or 'none alone'}. Give a "
+        "hand-written specification (`spec:` of the alignment) without them."
+    )
+
+
+class _Check:
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        skeleton: nn.Module,
+        files: Mapping[str, str],
+        example: Mapping[str, Any],
+        seed: int,
+    ) -> None:
+        self.spec, self.files, self.seed = spec, files, seed
+        self.module, self.names = stand_in(skeleton, torch.float64)
+        self.example = {
+            name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+            for name, value in example.items()
+        }
+        self.tensors = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
+        self.before = self._outputs({})
+
+    def change(self, maps: Maps) -> float:
+        """Relative change of the output under maps."""
+        after = self._outputs(maps)
+        gaps = [
+            float((one - two).abs().max() / one.abs().max().clamp_min(1e-300))
+            for one, two in zip(self.before, after, strict=True)
+            if one.numel()
+        ]
+        worst = max(gaps, default=0.0)
+        return worst if worst == worst else float("inf")
+
+    def _outputs(self, maps: Maps) -> Sequence[Tensor]:
+        def maker(name: str, shape: torch.Size) -> Callable[[], Tensor]:
+            def make() -> Tensor:
+                value = _random(name, shape, self.seed)
+                return self.spec.apply(maps, self.files.get(name, name), value)
+
+            return make
+
+        weights = {
+            key: maker(name, self.tensors[key].shape)
+            for key, name in self.names.items()
+            if self.tensors[key].is_floating_point()
+        }
+        with torch.no_grad():
+            out = run(self.module, self.example, Float64(weights))
+        return [leaf.double() for leaf in tensors_of(out)]
+
+
+def _random(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """Weights of a size that keeps activations of order one; positive numbers for vectors."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}\n{name}".encode()))
+    if len(shape) < 2:
+        return 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
+    fan = max(1, torch.Size(shape[1:]).numel())
+    return torch.randn(shape, generator=generator, dtype=torch.float64) / fan**0.5

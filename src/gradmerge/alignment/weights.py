@@ -1,0 +1,194 @@
+"""Weight matching: permutations that bring the weights themselves close (Git Re-Basin).
+
+    maximise over P   sum_p < theta_p^target , P(theta_p^source) >
+
+over the tensors that use a group, which for permutations is the same as minimising the squared
+distance. In one group at a time the sum is linear, `<A, P>` with
+
+    A = sum over uses of the group   W^target [n, rest] @ W^source(other maps applied) [n, rest]^T
+
+and its maximum is a linear assignment. Groups are visited in random order until no visit gains
+anything (arXiv 2209.04836, algorithm 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradmerge.alignment.base import AlignmentContext, Matched, Matching
+from gradmerge.alignment.spec import Map, Maps, Use
+from gradmerge.errors import ConfigError
+
+# Larger tensors are multiplied in float32: the sums are then short against the size of the gains.
+_WIDE = 1 << 20
+
+
+@dataclass(frozen=True)
+class WeightMatching(Matching):
+    """Permutations that maximise the inner product of the weights, by coordinate descent over the
+    groups (Git Re-Basin, arXiv 2209.04836). Needs no data.
+
+    The objective kept for the provenance is the sum of inner products with the target after every
+    sweep; it never falls. A group on rows and columns of one tensor is not linear: of the best
+    permutations for the linearised sum and for the tensors that use it once, the better one is
+    taken, and only if the objective itself rises.
+    """
+
+    tolerance: float = 1e-12
+    """Smallest gain, relative to the sum of the tensors' norms, that counts as one."""
+    restarts: int = 0
+    """Further descents with groups in other orders; the best objective is kept."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a source."""
+        super().__post_init__()
+        if self.tolerance < 0 or self.restarts < 0:
+            raise ConfigError(
+                "WeightMatching: expected tolerance and restarts of at least 0, came "
+                f"{self.tolerance} and {self.restarts}."
+            )
+
+    def match(
+        self, context: AlignmentContext, source: str, targets: Mapping[str, Maps], start: Maps
+    ) -> Matched:
+        """See `Matching.match`."""
+        found = [
+            _Descent(context, source, targets, start, self.seed + i).run(
+                self.max_iter, self.tolerance
+            )
+            for i in range(self.restarts + 1)
+        ]
+        return max(found, key=lambda matched: matched.objective[-1])
+
+
+class _Descent:
+    """One coordinate descent. Tensors are read one at a time, and read again for each group."""
+
+    def __init__(
+        self,
+        context: AlignmentContext,
+        source: str,
+        targets: Mapping[str, Maps],
+        start: Maps,
+        seed: int,
+    ) -> None:
+        self.context, self.source, self.targets = context, source, targets
+        self.maps: dict[str, Map] = {**context.spec.identity(), **start}
+        self.generator = torch.Generator().manual_seed(seed)
+        compared = set(context.compared)
+        self.uses = {
+            group: [use for use in uses if use.tensor in compared and use.role != "square"]
+            for group, uses in context.spec.uses.items()
+        }
+        self.groups = [group for group, uses in self.uses.items() if uses]
+        self.names = [name for name in context.compared if context.spec.touched(name)]
+
+    def run(self, max_iter: int, tolerance: float) -> Matched:
+        """Sweep until no group gains."""
+        value, scale = self._objective(self.names)
+        objective = [value]
+        gained, sweeps = True, 0
+        while gained and sweeps < max_iter:
+            gained, sweeps = False, sweeps + 1
+            for i in torch.randperm(len(self.groups), generator=self.generator).tolist():
+                gain = self._improve(self.groups[i], tolerance * scale)
+                value += gain
+                gained |= gain > 0
+            objective.append(value)
+        return Matched(dict(self.maps), objective)
+
+    def _improve(self, group: str, least: float) -> float:
+        """Give a group its best permutation; returns the gain, 0 where it keeps the old one."""
+        uses = self.uses[group]
+        crossed = _crossed(uses)
+        scores = self._scores(uses, group)
+        old = self.maps[group]
+        assert isinstance(old, Tensor)
+        new = assign(scores)
+        if not crossed:
+            rows = torch.arange(len(new))
+            gain = float((scores[rows, new] - scores[rows, old]).sum())
+            if gain > least:
+                self.maps[group] = new
+            return gain if gain > least else 0.0
+        # not linear in this group: what a permutation gains is measured
+        proposed = [new]
+        once = [use for use in uses if use.tensor not in crossed]
+        if once:
+            proposed.append(assign(self._scores(once, group)))
+        names = list(dict.fromkeys(use.tensor for use in uses))
+        before = self._objective(names)[0]
+        gains = []
+        for permutation in proposed:
+            self.maps[group] = permutation
+            gains.append(self._objective(names)[0] - before)
+        best = max(range(len(gains)), key=gains.__getitem__)
+        self.maps[group] = proposed[best] if gains[best] > least else old
+        return gains[best] if gains[best] > least else 0.0
+
+    def _scores(self, uses: Sequence[Use], group: str) -> Tensor:
+        """`A`: entry i, j is what the sum gains if unit j of the source becomes unit i."""
+        spec = self.context.spec
+        total = torch.zeros((spec.groups[group].size,) * 2, dtype=torch.float64)
+        for use in uses:
+            target, mine = self._target(use.tensor), self._source(use.tensor)
+            others = spec.apply(self.maps, use.tensor, mine, skip=use)
+            total += (spec.expose(use, target) @ spec.expose(use, others).T).double()
+        return total
+
+    def _objective(self, names: list[str]) -> tuple[float, float]:
+        """The sum of inner products, and of products of norms."""
+        value = scale = 0.0
+        for name in names:
+            target, mine = self._target(name).double(), self._source(name).double()
+            mapped = self.context.spec.apply(self.maps, name, mine)
+            value += float((target * mapped).sum())
+            scale += float(target.norm() * mine.norm())
+        return value, scale
+
+    def _source(self, name: str) -> Tensor:
+        mine = self.context.sources[self.source].read(name)
+        return mine.to(torch.float64 if mine.numel() <= _WIDE else torch.float32)
+
+    def _target(self, name: str) -> Tensor:
+        """The mean of the targets, each under its maps."""
+        total: Tensor | None = None
+        for target, maps in self.targets.items():
+            one = self.context.sources[target].read(name)
+            one = one.to(torch.float64 if one.numel() <= _WIDE else torch.float32)
+            one = self.context.spec.apply(maps, name, one)
+            total = one if total is None else total + one
+        assert total is not None
+        return total / len(self.targets) if len(self.targets) > 1 else total
+
+
+def _crossed(uses: Sequence[Use]) -> set[str]:
+    """Tensors in which the group multiplies itself: on two axes, or twice in one product."""
+    found = set()
+    for i, one in enumerate(uses):
+        for two in uses[:i]:
+            same = (one.axis, one.segment) == (two.axis, two.segment)
+            if one.tensor == two.tensor and (one.axis != two.axis or same):
+                found.add(one.tensor)
+    return found
+
+
+def assign(scores: Tensor) -> Tensor:
+    """The permutation with the largest sum of `scores[i, perm[i]]`, int64 `[size]`.
+
+    Raises:
+        ConfigError: scores are not finite, which weights or activations with NaN cause.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if not bool(torch.isfinite(scores).all()):
+        raise ConfigError(
+            "alignment: weights or activations are not finite, so units cannot be matched. Check "
+            "the sources for NaN and infinity."
+        )
+    _, columns = linear_sum_assignment(scores.cpu().numpy(), maximize=True)
+    return torch.as_tensor(columns, dtype=torch.int64)

@@ -1,0 +1,491 @@
+"""Groups found by tracing: what theory says, and a permuted network computes the same."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gradmerge.alignment.opening import traced_spec
+from gradmerge.alignment.spec import PermutationSpec
+from gradmerge.alignment.trace import tensors_of
+from gradmerge.alignment.verify import Float64
+from gradmerge.errors import ConfigError
+from gradmerge.sources.memory import persistent_tensors
+from gradmerge.sources.skeleton import strip_weights
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """Weights, gains and statistics that all differ from unit to unit."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for tensor in module.parameters():
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensor.add_(noise * (0.3 if tensor.ndim < 2 else 0.05))
+        for name, buffer in module.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.add_(torch.rand(buffer.shape, generator=generator))
+    return module.eval()
+
+
+def spec_of(module: nn.Module, example: dict[str, Any] | None = None) -> PermutationSpec:
+    return traced_spec(strip_weights(module), list(persistent_tensors(module)), example=example)
+
+
+def permuted(module: nn.Module, spec: PermutationSpec, seed: int = 1) -> nn.Module:
+    other = copy.deepcopy(module)
+    maps = spec.random(seed)
+    with torch.no_grad():
+        for name, tensor in persistent_tensors(other).items():
+            tensor.copy_(spec.apply(maps, name, tensor.clone()))
+    return other
+
+
+def outputs(module: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return tensors_of(module(**inputs))
+
+
+def same_function(module: nn.Module, spec: PermutationSpec, inputs: dict[str, Tensor]) -> None:
+    """1e-5 in float32, 1e-10 in float64, relative to the largest output."""
+    other = permuted(module, spec)
+    moved = [
+        name
+        for name, tensor in persistent_tensors(module).items()
+        if not torch.equal(tensor, persistent_tensors(other)[name])
+    ]
+    assert moved, "nothing was permuted"
+    for one, two in zip(outputs(module, inputs), outputs(other, inputs), strict=True):
+        assert float((one - two).abs().max()) <= 1e-5 * float(one.abs().max())
+        assert float(one.std()) > 1e-4 * float(one.abs().max())
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    module, other = copy.deepcopy(module).double(), copy.deepcopy(other).double()
+    with Float64():  # Llama takes its norms in float32 whatever its weights
+        pairs = zip(outputs(module, wide), outputs(other, wide), strict=True)
+        for one, two in pairs:
+            assert one.dtype == torch.float64
+            assert float((one - two).abs().max()) <= 1e-10 * float(one.abs().max())
+
+
+def sizes(spec: PermutationSpec) -> list[int]:
+    return sorted(group.size for group in spec.groups.values())
+
+
+def group_at(spec: PermutationSpec, tensor: str, axis: int, segment: int = 0) -> list[str | None]:
+    return [f.group for f in spec.tensors[tensor][axis].segments[segment].factors]
+
+
+# ---- perceptrons and convolutions ---------------------------------------------------------------
+
+
+def test_a_perceptron_has_one_group_a_hidden_layer() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 3))
+    shaken(net)
+    spec = spec_of(net)
+    assert sizes(spec) == [7, 9]
+    assert group_at(spec, "0.weight", 0) == group_at(spec, "2.weight", 1) == ["0"]
+    assert spec.tensors["2.weight"][1].role == "in"
+    assert spec.tensors["2.weight"][0].role == "out"
+    assert spec.tensors["0.bias"][0].role == "along"
+    assert spec.fixed["0.weight[1]"] == "it is a constant or an input"
+    assert spec.fixed["4.weight[0]"] == "it is the network's output"
+    places = [(p.module, p.axis, p.sizes) for p in spec.groups["0"].places]
+    assert places == [("0", -1, (7,)), ("1", -1, (7,))]
+    same_function(net, spec, {"input": torch.randn(4, 5)})
+
+
+class Vgg(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in ((3, 6), (6, 8)):
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after)]
+            layers += [nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(nn.Linear(8 * 4, 10), nn.ReLU(), nn.Linear(10, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.features(x), 1))
+
+
+def test_vgg_carries_channels_through_norms_pools_and_the_flattening() -> None:
+    torch.manual_seed(0)
+    net = shaken(Vgg())
+    spec = spec_of(net, {"x": [1, 3, 8, 8]})
+    assert sizes(spec) == [6, 8, 10]
+    last = group_at(spec, "features.4.weight", 0)
+    factors = spec.tensors["classifier.0.weight"][1].segments[0].factors
+    assert [(f.size, f.group) for f in factors] == [(8, last[0]), (4, None)]
+    assert spec.tensors["features.1.running_var"][0].role == "square"
+    assert group_at(spec, "features.1.running_mean", 0) == ["features.0"]
+    same_function(net, spec, {"x": torch.randn(2, 3, 8, 8)})
+
+
+def test_the_side_of_a_picture_is_found_where_only_one_fits() -> None:
+    torch.manual_seed(0)
+    net = shaken(Vgg())
+    net.classifier[0] = nn.Linear(8 * 49, 10)  # 28 x 28
+    assert sizes(spec_of(net)) == [6, 8, 10]
+
+
+class Block(nn.Module):
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(after)
+        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(after)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Module | None = None
+        if stride != 1:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class ResNet(nn.Module):
+    def __init__(self, padded: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.blocks = nn.Sequential(
+            Block(6, 6, 1), Block(6, 6, 1), Block(6, 10, 2), Block(10, 10, 1)
+        )
+        self.head = nn.Linear(10, 4)
+        self.padded = padded
+        if padded:
+            self.blocks[2].downsample = Padding()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.norm(self.stem(x)).relu())
+        return self.head(functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Padding(nn.Module):
+    """The shortcut of CIFAR ResNets without weights: every other place, zeros around channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+
+
+def test_a_resnet_has_one_group_a_block_and_one_a_residual_stream() -> None:
+    torch.manual_seed(0)
+    net = shaken(ResNet())
+    spec = spec_of(net)
+    assert sizes(spec) == [6, 6, 6, 10, 10, 10]  # streams of 6 and 10, one inner group a block
+    stream = group_at(spec, "stem.weight", 0)
+    for block in (0, 1):
+        assert group_at(spec, f"blocks.{block}.conv2.weight", 0) == stream
+        assert group_at(spec, f"blocks.{block}.conv1.weight", 0) != stream
+    assert group_at(spec, "blocks.2.downsample.0.weight", 0) == group_at(spec, "head.weight", 1)
+    # one ReLU serves two layers of a block: its calls show different groups
+    inner = spec.groups[group_at(spec, "blocks.0.conv1.weight", 0)[0] or ""]
+    assert ("blocks.0.relu", 0) in [(p.module, p.call) for p in inner.places]
+    stream_places = [(p.module, p.call) for p in spec.groups[stream[0] or ""].places]
+    assert ("blocks.0.relu", 1) in stream_places
+    assert ("blocks.0.relu", 0) not in stream_places
+    same_function(net, spec, {"x": torch.randn(2, 3, 16, 16)})
+
+
+def test_a_shortcut_that_pads_channels_gives_groups_of_stretches() -> None:
+    torch.manual_seed(0)
+    net = shaken(ResNet(padded=True))
+    spec = spec_of(net)
+    # the stream of 10 is 2 padded, the 6 of the stream before, and 2 padded
+    assert sizes(spec) == [2, 2, 6, 6, 6, 10, 10]
+    segments = spec.tensors["head.weight"][1].segments
+    assert [s.size for s in segments] == [2, 6, 2]
+    assert segments[1].factors[0].group == group_at(spec, "stem.weight", 0)[0]
+    same_function(net, spec, {"x": torch.randn(2, 3, 16, 16)})
+
+
+class Grouped(nn.Module):
+    """Depthwise and grouped convolutions, and GroupNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 1)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.multiplied = nn.Conv2d(12, 24, 3, padding=1, groups=12)
+        self.mix = nn.Conv2d(24, 12, 1)
+        self.grouped = nn.Conv2d(12, 20, 3, padding=1, groups=4)
+        self.norm = nn.GroupNorm(2, 20)
+        self.back = nn.ConvTranspose2d(20, 6, 2, stride=2)
+        self.up = nn.ConvTranspose2d(6, 8, 2, stride=2, groups=2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.gelu(self.depthwise(functional.silu(self.stem(x))))
+        x = self.norm(self.grouped(self.mix(self.multiplied(x).sigmoid())))
+        return self.head(self.up(functional.leaky_relu(self.back(x))).mean((-2, -1)))
+
+
+def test_grouped_convolutions_move_whole_groups_and_channels_within() -> None:
+    torch.manual_seed(0)
+    net = shaken(Grouped())
+    spec = spec_of(net)
+    # depthwise: the stem's 12; twice as many outputs: 12 x 2; groups of 4: 4 x 3 in, 4 x 5 out;
+    # GroupNorm's 2 halves split the 4 groups into 2 x 2; back: 6 = 2 x 3; up: 2 x 4
+    assert group_at(spec, "depthwise.weight", 0) == group_at(spec, "stem.weight", 0)
+    assert len(set(group_at(spec, "multiplied.weight", 0))) == 2
+    assert group_at(spec, "multiplied.weight", 0)[:1] == group_at(spec, "stem.weight", 0)
+    assert [f.size for f in spec.tensors["grouped.weight"][0].segments[0].factors] == [2, 2, 5]
+    assert [f.size for f in spec.tensors["grouped.weight"][1].segments[0].factors] == [3]
+    assert [f.size for f in spec.tensors["back.weight"][1].segments[0].factors] == [2, 3]
+    assert [f.size for f in spec.tensors["up.weight"][0].segments[0].factors] == [2, 3]
+    assert sizes(spec) == sorted([12, 2, 2, 2, 3, 5, 2, 3, 4])
+    same_function(net, spec, {"x": torch.randn(2, 3, 6, 6)})
+
+
+# ---- transformers -------------------------------------------------------------------------------
+
+
+def ids(count: int = 32) -> Tensor:
+    return torch.randint(3, count, (2, 7), generator=torch.Generator().manual_seed(5))
+
+
+def test_vit_has_a_stream_and_four_groups_a_layer() -> None:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=20,
+        image_size=8,
+        patch_size=4,
+        num_labels=5,
+    )
+    net = shaken(transformers.ViTForImageClassification(config))
+    spec = spec_of(net)
+    # stream; a layer: heads, width of queries and keys, width of values, intermediate
+    assert sizes(spec) == sorted([12, *[3, 4, 4, 20] * 2])
+    same_function(net, spec, {"pixel_values": torch.randn(2, 3, 8, 8)})
+
+
+def test_bert_has_a_stream_and_four_groups_a_layer() -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=32,
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=16,
+        num_labels=4,
+    )
+    net = shaken(transformers.BertForSequenceClassification(config))
+    spec = spec_of(net)
+    # the pooler's tanh between two linear layers is one more
+    assert sizes(spec) == sorted([12, 12, *[3, 4, 4, 20] * 2])
+    same_function(net, spec, {"input_ids": ids()})
+
+
+def test_gpt2_cuts_its_fused_projection_into_three_stretches() -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=32, n_embd=12, n_layer=2, n_head=3, n_positions=16, n_inner=20
+    )
+    net = shaken(transformers.GPT2LMHeadModel(config))
+    spec = spec_of(net)
+    assert sizes(spec) == sorted([12, *[3, 4, 4, 20] * 2])
+    rows, columns = spec.tensors["transformer.h.0.attn.c_attn.weight"]
+    assert rows.role == "in"
+    assert columns.role == "out"
+    query, key, value = (tuple(f.group for f in s.factors) for s in columns.segments)
+    assert query == key
+    assert query[0] == value[0]  # heads
+    assert query[1] != value[1]  # their widths
+    assert group_at(spec, "transformer.wte.weight", 1) == [next(iter(rows.groups))]
+    same_function(net, spec, {"input_ids": ids()})
+
+
+def llama(kind: str, **more: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=32,
+        hidden_size=24,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=4,
+        max_position_embeddings=16,
+        **more,
+    )
+    return shaken(getattr(transformers, f"{kind}ForCausalLM")(config))
+
+
+def test_llama_moves_heads_of_keys_and_queries_within() -> None:
+    net = llama("Llama")
+    spec = spec_of(net)
+    # stream; a layer: 2 heads of keys, 3 queries in each, 4 values wide, intermediate; the width
+    # of queries and keys is rotated
+    assert sizes(spec) == sorted([24, *[2, 3, 4, 20] * 2])
+    attention = "model.layers.0.self_attn"
+    query = spec.tensors[f"{attention}.q_proj.weight"][0].segments[0].factors
+    key = spec.tensors[f"{attention}.k_proj.weight"][0].segments[0].factors
+    output = spec.tensors[f"{attention}.o_proj.weight"][1].segments[0].factors
+    assert [f.size for f in query] == [2, 3, 4]
+    assert [f.group for f in query][:1] == [key[0].group]
+    assert query[2].group is key[1].group is None
+    assert [f.group for f in output[:2]] == [f.group for f in query[:2]]
+    assert output[2].group == group_at(spec, f"{attention}.v_proj.weight", 0)[1]
+    gate = group_at(spec, "model.layers.1.mlp.gate_proj.weight", 0)
+    assert gate == group_at(spec, "model.layers.1.mlp.up_proj.weight", 0)
+    assert gate == group_at(spec, "model.layers.1.mlp.down_proj.weight", 1)
+    same_function(net, spec, {"input_ids": ids()})
+
+
+def test_llama_by_eager_attention_has_the_same_groups() -> None:
+    eager = llama("Llama", attn_implementation="eager")
+    assert spec_of(eager) == spec_of(llama("Llama"))
+
+
+def test_qwen2_has_biases_and_a_tied_head() -> None:
+    net = llama("Qwen2", tie_word_embeddings=True)
+    spec = spec_of(net)
+    assert sizes(spec) == sorted([24, *[2, 3, 4, 20] * 2])
+    bias = group_at(spec, "model.layers.0.self_attn.q_proj.bias", 0)
+    assert bias == group_at(spec, "model.layers.0.self_attn.q_proj.weight", 0)
+    assert "lm_head.weight" not in spec.tensors
+    same_function(net, spec, {"input_ids": ids()})
+
+
+def test_fused_gates_are_two_stretches() -> None:
+    net = llama("Phi3", pad_token_id=0)
+    spec = spec_of(net)
+    up = spec.tensors["model.layers.0.mlp.gate_up_proj.weight"][0]
+    assert [s.size for s in up.segments] == [20, 20]
+    assert up.segments[0] == up.segments[1]
+    assert sizes(spec) == sorted([24, *[2, 3, 4, 20] * 2])
+    same_function(net, spec, {"input_ids": ids()})
+
+
+class Packed(nn.Module):
+    """PyTorch's own attention with its packed projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 12)
+        self.layer = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.embed(x)).mean(1))
+
+
+def test_torchs_own_encoder_layer() -> None:
+    torch.manual_seed(0)
+    net = shaken(Packed())
+    spec = spec_of(net)
+    # queries, keys and values are a product with a fixed 3, so they share the width of a head
+    assert sizes(spec) == sorted([12, 3, 4, 20])
+    same_function(net, spec, {"x": torch.randint(11, (2, 5))})
+
+
+# ---- what is refused or fixed -------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    def __init__(self, odd: Any) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 6)
+        self.body = nn.Module()
+        self.head = nn.Linear(6, 2)
+        self.odd = odd
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.odd(self.inner(x)))
+
+
+def test_an_operator_without_a_rule_is_refused_by_name() -> None:
+    net = Odd(lambda x: torch.linalg.solve_triangular(torch.eye(6), x.mT, upper=True).mT)
+    with pytest.raises(ConfigError, match=r"operator aten.linalg_solve_triangular.*the network"):
+        spec_of(net)
+
+
+def test_an_operator_is_refused_with_its_module() -> None:
+    class Wrapped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.rfft(x).real
+
+    net = Odd(None)
+    net.odd = Wrapped()
+    net.head = nn.Linear(4, 2)
+    with pytest.raises(ConfigError, match=r"aten._fft_r2c.*in module odd .*hand-written"):
+        spec_of(net)
+
+
+def test_what_fixes_the_order_of_units() -> None:
+    constants = torch.linspace(1, 2, 6)
+    breaking = {
+        "a constant that differs": lambda x: x * constants,
+        "a mirror": lambda x: x.flip(-1),
+        "a rotation": lambda x: torch.cat((-x[..., 3:], x[..., :3]), -1) + x,
+        "a running sum": lambda x: x.cumsum(-1),
+        "a unit by its place": lambda x: x + x[..., :1],
+        "the largest ones": lambda x: torch.topk(x, 6).values,
+    }
+    for odd in breaking.values():
+        spec = spec_of(Odd(odd))
+        assert not any(6 in (g.size,) for g in spec.groups.values())
+    keeping = {
+        "a constant that is the same": lambda x: x * torch.full((6,), 2.0),
+        "a softmax": lambda x: x.softmax(-1),
+        "a norm": lambda x: x / x.norm(dim=-1, keepdim=True),
+        "a maximum": lambda x: x - x.amax(-1, keepdim=True),
+    }
+    for odd in keeping.values():
+        assert sizes(spec_of(Odd(odd))) == [6]
+
+
+def test_units_behind_rotations_keep_what_freedom_is_left() -> None:
+    # halves that trade places: pairs (i, i + 3) cannot be told apart by stretches, so all is fixed;
+    # halves that only stand side by side stay free within themselves
+    spec = spec_of(Odd(lambda x: torch.cat((x[..., :2].relu(), x[..., 2:].tanh()), -1)))
+    assert sizes(spec) == [2, 4]
+
+
+class Partly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 5)
+        self.head = nn.Linear(5, 2)
+        self.idle = nn.Linear(3, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).relu())
+
+
+def test_what_the_run_does_not_reach_is_fixed() -> None:
+    spec = spec_of(Partly())
+    assert sizes(spec) == [5]
+    assert "idle.weight" not in spec.tensors
+    assert spec.fixed["idle.weight[0]"] == "the run does not reach it"
+
+
+def test_a_network_that_does_not_run_asks_for_an_example() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.layer(x) + y
+
+    with pytest.raises(ConfigError, match=r"does not run on .*Give `example`"):
+        spec_of(Two())
+    with pytest.raises(ConfigError, match=r"not called with 'z'.*It takes x, y"):
+        spec_of(Two(), {"z": [1, 3]})
+    assert sizes(spec_of(Two(), {"x": [1, 3], "y": [1, 4]})) == []
