@@ -40,7 +40,7 @@ import rebasin
 import rebasin_merges as merges
 import rebasin_tables
 from rebasin import ARCHITECTURES, Architecture, Sizes
-from rebasin_merges import ALIGNMENTS, SETTINGS, Budget, Case, Condition, Pool
+from rebasin_merges import ALIGNMENTS, LEARNED_ON, SETTINGS, Budget, Case, Condition, Pool
 from rebasin_tables import Found, Result, is_learned
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,14 +52,13 @@ FORMAT = 1  # raise when the code changes what a cell holds
 
 say = partial(common.say, "rebasin")
 
-Cell = Callable[[str], Result]
-Row = Callable[[Case, Cell], Result]
+Row = Callable[[Case], Result]
 
 
 def average_row(alignment: str | None, **factors: Any) -> Row:
     """An average: of the sources as they are, or aligned."""
 
-    def run(case: Case, cell: Cell) -> Result:
+    def run(case: Case) -> Result:
         return case.score(merges.averaged(case, alignment, **factors))
 
     return run
@@ -68,43 +67,31 @@ def average_row(alignment: str | None, **factors: Any) -> Row:
 def np_row(merge: Callable[[Case, str | None], Result], aligned: bool) -> Row:
     """A kind of NP Merge."""
 
-    def run(case: Case, cell: Cell) -> Result:
-        alignment = chosen_alignment(case, cell) if aligned else None
+    def run(case: Case) -> Result:
+        alignment = LEARNED_ON[case.architecture.name] if aligned else None
         return {**merge(case, alignment), "alignment": alignment}
 
     return run
 
 
-def tuned_row(case: Case, cell: Cell) -> Result:
+def tuned_row(case: Case) -> Result:
     """Fine-tuning of the average that NP Merge starts from."""
-    alignment = chosen_alignment(case, cell)
+    alignment = LEARNED_ON[case.architecture.name]
     return {**merges.fine_tuned(case, merges.averaged(case, alignment)), "alignment": alignment}
-
-
-def chosen_alignment(case: Case, cell: Cell) -> str:
-    """The alignment whose average is best on selection; NP Merge and fine-tuning both take it."""
-    if case.condition != Condition():
-        return merges.STUDIED  # weights need no data, so a condition changes nothing
-    return max(ALIGNMENTS, key=lambda name: cell(start_of(case, name))["selection"])
-
-
-def start_of(case: Case, alignment: str) -> str:
-    """The row of the average that learning starts from."""
-    return f"average, {alignment}" + (", statistics" if case.has_norms else "")
 
 
 def rows_of(case: Case) -> dict[str, Row]:
     """All rows of a case, in the order of the table."""
     rows: dict[str, Row] = {
-        "endpoints": lambda case, cell: merges.endpoints(case),
-        "ensemble": lambda case, cell: merges.ensemble(case),
+        "endpoints": lambda case: merges.endpoints(case),
+        "ensemble": lambda case: merges.ensemble(case),
     }
     for name in ("none", *ALIGNMENTS):
         alignment = None if name == "none" else name
         rows[f"average, {name}"] = average_row(alignment, buffers="mean")
         if case.has_norms:
             rows[f"average, {name}, statistics"] = average_row(alignment)
-        if alignment:
+        if alignment and hasattr(merges, "REPAIR"):
             rows[f"average, {name}, REPAIR"] = average_row(alignment, repair=True)
     if case.members == 2:
         kinds = {"NP Merge": merges.np_pair}
@@ -124,7 +111,7 @@ def rows_of(case: Case) -> dict[str, Row]:
 def study_rows(case: Case) -> dict[str, Row]:
     """What the study compares."""
     return {
-        "start": lambda case, cell: case.score(merges.averaged(case, merges.STUDIED)),
+        "start": average_row(LEARNED_ON[case.architecture.name]),
         "NP Merge": np_row(merges.np_pair, True),
         "fine-tuning": tuned_row,
     }
@@ -135,13 +122,15 @@ def compute(case: Case, row: str, rows: Mapping[str, Row]) -> Result:
     content: list[Any] = [FORMAT, rebasin.FORMAT, case.architecture, case.pool.sizes]
     content += [SETTINGS[case.setting][case.members], case.condition, row]
     content += [case.budget if is_learned(row) else None]
+    if is_learned(row) and "none" not in row:
+        content.append(LEARNED_ON[case.architecture.name])
     file = row.replace(", ", "-").replace(" ", "-").lower()
     path = case.cache / "cells" / case.name / f"{file}-{common.fingerprint(content)}.json"
     found = common.read_json(path)
     if found is None:
         lightning.seed_everything(case.repeat, verbose=False)
         began, cpu = time.perf_counter(), time.process_time()
-        found = rows[row](case, lambda other: compute(case, other, rows))
+        found = rows[row](case)
         found |= {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
         common.write_json(path, json.loads(json.dumps(found)), sort_keys=False)
         say(f"{case.name} {row}: test {found['test']:.4f} ({found['seconds']:.0f} s)")

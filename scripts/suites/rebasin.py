@@ -254,20 +254,20 @@ def cut(train: Images, test: Images, sizes: Sizes, repeat: int) -> Parts:
 # ----------------------------------------------------------------------------------------------
 
 
-class MLP(nn.Sequential):
+class MLP(nn.Module):
     """784 - width - width - width - 10, ReLU between."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.flatten = nn.Flatten()
-        for number, inputs in enumerate((784, width, width)):
-            self.add_module(f"fc{number + 1}", nn.Linear(inputs, width))
-            self.add_module(f"relu{number + 1}", nn.ReLU())
+        self.fc1 = nn.Linear(784, width)
+        self.fc2 = nn.Linear(width, width)
+        self.fc3 = nn.Linear(width, width)
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits."""
-        return super().forward(images)
+        hidden = functional.relu(self.fc1(torch.flatten(images, 1)))
+        return self.head(functional.relu(self.fc3(functional.relu(self.fc2(hidden)))))
 
 
 class VGG11(nn.Module):

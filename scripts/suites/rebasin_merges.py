@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
+from gradmerge.alignment import AbstractAlignment, WeightMatching
 from gradmerge.coefficients import Complement, Constant, Element, Sigmoid, Softmax, Uniform
 from gradmerge.evaluation import set_coefficients
 
@@ -34,8 +35,9 @@ SETTINGS: dict[str, dict[int, list[tuple[int, ...]]]] = {
         4: [(0, 1, 2), (3, 4, 5), (6, 7), (8, 9)],
     },
 }
-ALIGNMENTS: dict[str, Any] = {}
-STUDIED = "weights"  # needs no data, so no condition changes it
+ALIGNMENTS: dict[str, AbstractAlignment] = {"weights": WeightMatching()}
+# What NP Merge and fine-tuning start from: chosen by the selection split of repeat 0 of the pairs.
+LEARNED_ON = {"mlp": "weights", "vgg11": "weights", "resnet20": "weights"}
 
 State = dict[str, Tensor]
 
