@@ -1,12 +1,15 @@
 """Collecting the sources' statistics: each runs on its own tasks' adaptation data.
 
-Which statistics is up to the recipe's steps (`AbstractPreprocess.needs`). They are written to a
-folder that `gradmerge.statistics` reads, complete or not at all.
+Which statistics is up to the recipe's steps (`AbstractPreprocess.needs`) and its alignment
+(`AbstractAlignment.needs`: every source on every task's data). They are written to a folder that
+`gradmerge.statistics` reads, complete or not at all. The alignment's come first, because the steps'
+are of aligned sources.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,6 +17,10 @@ from typing import Any
 
 from torch import nn
 
+from gradmerge.activations import UnitPasses
+from gradmerge.alignment import PermutationSpec
+from gradmerge.alignment.collected import ACTIVATIONS, pairs_of
+from gradmerge.alignment.opening import find_spec
 from gradmerge.coefficients import Model, Uniform
 from gradmerge.data import MergeDataModule
 from gradmerge.errors import ConfigError, shorten
@@ -21,7 +28,6 @@ from gradmerge.folders import discard, refuse_existing, start_beside, take_name
 from gradmerge.module import MergeModule
 from gradmerge.operators import Linear
 from gradmerge.passes import Report
-from gradmerge.plan import Plan
 from gradmerge.preprocess import AbstractPreprocess
 from gradmerge.provenance import describe_data, versions
 from gradmerge.recipe import Recipe
@@ -38,10 +44,10 @@ def collect(
     module: nn.Module | None = None,
     report: Report = lambda line: None,
 ) -> Path:
-    """Write the statistics that a recipe's steps need.
+    """Write the statistics that a recipe's alignment and steps need.
 
     Args:
-        recipe: whose sources run, and whose steps say what they need.
+        recipe: whose sources run, and whose alignment and steps say what they need.
         data: the tasks; each source runs on the adaptation splits of the tasks that name it.
         output: folder to write; it must not exist unless `overwrite`.
         overwrite: replace an existing folder, once the new one is complete.
@@ -52,24 +58,37 @@ def collect(
         The folder.
 
     Raises:
-        ConfigError: no step needs any, a source has no task, or the folder exists.
+        ConfigError: nothing needs any, a source has no task, or the folder exists.
     """
     steps = needy(recipe)
     target = Path(output).expanduser()
     refuse_existing(target, overwrite)
-    engine = _engine(recipe, data, module)
-    plan = engine.merged.plan
-    tasks = _tasks_of_sources(plan, data)
+    if steps:
+        _tasks_of_sources(list(recipe.sources), data)  # a mistake shows before anything runs
     work = start_beside(target)
     try:
         index: dict[str, Any] = {
             "version": VERSION,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),
-            "data": describe_data(data),
             "collected": {},
         }
+        if aligns_on_data(recipe):
+            engine = engine_of(replace(recipe, alignment=None, statistics=None), data, module)
+            index["data"] = describe_data(data)
+            index["collected"][ACTIVATIONS.kind] = _of_units(
+                recipe, engine, data, module, work, report
+            )
+            (work / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+            recipe = replace(recipe, statistics=str(work))
+        if steps:
+            engine = engine_of(recipe, data, module)
+            index["data"] = describe_data(data)
+        order = recipe.alignment
+        aligned = None if order is None or order.is_identity else to_plain(order)
         for step in steps:
+            plan = engine.merged.plan
+            tasks = _tasks_of_sources(plan.source_names, data)
             needs = step.needs
             assert needs is not None
             run = Stages(engine, data, tasks, needs, work, report)
@@ -86,6 +105,7 @@ def collect(
             index["collected"][needs.kind] = {
                 "needs": asdict(needs),
                 "step": to_plain(step),
+                "alignment": aligned,
                 "sources": sources,
             }
         (work / INDEX).write_text(json.dumps(index, indent=1) + "\n")
@@ -95,12 +115,23 @@ def collect(
     return target
 
 
+def is_needed(recipe: Recipe) -> bool:
+    """Whether a recipe reads statistics of its sources on data."""
+    return aligns_on_data(recipe) or any(step.needs is not None for step in recipe.preprocess)
+
+
+def aligns_on_data(recipe: Recipe) -> bool:
+    """Whether a recipe's alignment reads statistics of its sources on data."""
+    return recipe.alignment is not None and recipe.alignment.needs is not None
+
+
 def needy(recipe: Recipe) -> list[AbstractPreprocess]:
     """The steps that need statistics, one a kind.
 
     Raises:
-        ConfigError: there is none; two want one kind in different ways; or one that wants merged
-            layers comes after another step, whose directions it would not know.
+        ConfigError: there is none, nor an alignment that needs any; two want one kind in different
+            ways; or one that wants merged layers comes after another step, whose directions it
+            would not know.
     """
     steps: dict[str, AbstractPreprocess] = {}
     for position, step in enumerate(recipe.preprocess):
@@ -117,24 +148,19 @@ def needy(recipe: Recipe) -> list[AbstractPreprocess]:
                 f"two steps want {step.needs.kind} statistics collected in different ways: {known} "
                 f"and {step}; merge with one of them."
             )
-    if not steps:
+    if not steps and not aligns_on_data(recipe):
         raise ConfigError(
             "no step of this recipe needs statistics: expected FisherScale, RegMean or MaTS in "
-            f"recipe.preprocess, came {shorten([type(s).__name__ for s in recipe.preprocess])}."
+            f"recipe.preprocess, came {shorten([type(s).__name__ for s in recipe.preprocess])}; or "
+            "an alignment on data (ActivationMatching, CCA, OptimalTransport), came "
+            f"{type(recipe.alignment).__name__ if recipe.alignment else 'none'}."
         )
     return list(steps.values())
 
 
-def _engine(recipe: Recipe, data: MergeDataModule, module: nn.Module | None) -> MergeModule:
+def engine_of(recipe: Recipe, data: MergeDataModule, module: nn.Module | None) -> MergeModule:
     """A merge of the same sources without any step, to run them with."""
-    plain = replace(
-        recipe,
-        preprocess=[],
-        statistics=None,
-        coefficients=Model(),
-        init=Uniform(),
-        operator=Linear(),
-    )
+    plain = _plain(recipe)
     engine = MergeModule(plain, score_experts=False, module=module).eval()
     data.attach(engine.merged)
     data.setup()
@@ -142,8 +168,8 @@ def _engine(recipe: Recipe, data: MergeDataModule, module: nn.Module | None) -> 
     return engine
 
 
-def _tasks_of_sources(plan: Plan, data: MergeDataModule) -> dict[str, list[str]]:
-    tasks: dict[str, list[str]] = {source: [] for source in plan.sources}
+def _tasks_of_sources(sources: Sequence[str], data: MergeDataModule) -> dict[str, list[str]]:
+    tasks: dict[str, list[str]] = {source: [] for source in sources}
     for name, task in data.tasks.items():
         tasks.get(task.source or name, []).append(name)
     lost = [source for source, own in tasks.items() if not own]
@@ -153,3 +179,52 @@ def _tasks_of_sources(plan: Plan, data: MergeDataModule) -> dict[str, list[str]]
             f"tasks are {', '.join(data.tasks)}. Name a task like its source, or set its `source`."
         )
     return tasks
+
+
+def _of_units(
+    recipe: Recipe,
+    engine: MergeModule,
+    data: MergeDataModule,
+    module: nn.Module | None,
+    work: Path,
+    report: Report,
+) -> dict[str, Any]:
+    """Moments of units for the recipe's alignment; every source runs on every task's data."""
+    assert recipe.alignment is not None
+    plan = engine.merged.plan
+    spec = _spec(recipe, module)
+    everywhere = {source: list(data.tasks) for source in plan.sources}
+    pairs = pairs_of(recipe.alignment, plan.source_names)
+    run = UnitPasses(engine, data, everywhere, ACTIVATIONS, work, report)
+    groups = run.units(list(spec.groups.values()), pairs)
+    sources = {
+        name: {"fingerprint": plan.fingerprints[name], **asdict(found)}
+        for name, found in run.found.items()
+    }
+    return {
+        "needs": asdict(ACTIVATIONS),
+        "step": to_plain(recipe.alignment),
+        "sources": sources,
+        "pairs": [list(pair) for pair in pairs],
+        "groups": groups,
+    }
+
+
+def _spec(recipe: Recipe, module: nn.Module | None) -> PermutationSpec:
+    """The groups of units that the alignment will ask for, of a network that is not in use."""
+    plain = replace(_plain(recipe), alignment=None, statistics=None)
+    plan = plain.open(module)
+    assert recipe.alignment is not None
+    return find_spec(recipe.alignment, plan.sources, plan.skeleton)
+
+
+def _plain(recipe: Recipe) -> Recipe:
+    """The same sources, aligned as the recipe says, without any step or learning."""
+    return replace(
+        recipe,
+        preprocess=[],
+        statistics=recipe.statistics if aligns_on_data(recipe) else None,
+        coefficients=Model(),
+        init=Uniform(),
+        operator=Linear(),
+    )

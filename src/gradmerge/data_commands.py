@@ -53,7 +53,7 @@ def merge(
     known: dict[str, Any]
     with tempfile.TemporaryDirectory(prefix="gradmerge-statistics-") as folder:
         opened = recipe
-        if recipe.statistics is None and any(step.needs for step in recipe.preprocess):
+        if recipe.statistics is None and collection.is_needed(recipe):
             found = collection.collect(recipe, data, Path(folder) / "found", report=_say)
             opened = replace(recipe, statistics=str(found))
         plan = opened.open(with_skeleton=False)
@@ -84,11 +84,12 @@ def merge(
 
 
 def collect(recipe: Recipe, data: MergeDataModule, output: str, overwrite: bool = False) -> None:
-    """Collect the statistics of the sources that a recipe's steps need, to keep and reuse.
+    """Collect the statistics of the sources that a recipe needs, to keep and reuse.
 
     Args:
         recipe: whose sources run on their tasks' adaptation data; its steps (FisherScale, RegMean,
-            MaTS) say what is collected. Name the output in it afterwards: `statistics`.
+            MaTS) and its alignment (ActivationMatching, CCA, OptimalTransport: every source on all
+            tasks' data) say what is collected. Name the output in it afterwards: `statistics`.
         data: the tasks.
         output: folder to write.
         overwrite: replace an existing folder.

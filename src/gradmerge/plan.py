@@ -91,20 +91,25 @@ class Plan:
         return 1 / len(self.sources) if value == "mean" else float(value)
 
     def _statistics(self) -> SourceStatistics | None:
-        """Statistics that the preprocess needs, after a look at what they are of."""
+        """Statistics that the alignment or the preprocess needs, after a look at what they are
+        of.
+        """
         steps = [step for step in self.recipe.preprocess if step.needs is not None]
-        if not steps:
-            return None
-        if self.recipe.statistics is None:
+        alignment, folder = self.recipe.alignment, self.recipe.statistics
+        if not steps:  # what an alignment needs was looked at when it ran
+            aligned = alignment is not None and alignment.needs is not None
+            return SourceStatistics(folder) if aligned and folder is not None else None
+        if folder is None:
             raise ConfigError(
                 f"{type(steps[0]).__name__} needs statistics of the sources on data, and the "
                 "recipe names none. Give `gradmerge merge` the tasks' data as well; or run "
                 "`gradmerge collect` with the same files, and name its output: statistics of the "
                 "recipe."
             )
-        found = SourceStatistics(self.recipe.statistics)
+        found = SourceStatistics(folder)
         wanted = [(step.needs, to_plain(step)) for step in steps if step.needs is not None]
-        found.require(wanted, {name: self.fingerprints[name] for name in self.sources})
+        order = None if alignment is None or alignment.is_identity else to_plain(alignment)
+        found.require(wanted, {name: self.fingerprints[name] for name in self.sources}, order)
         return found
 
     @property

@@ -16,6 +16,7 @@ from torch import nn
 
 from gradmerge._typing import Origin
 from gradmerge.alignment import AbstractAlignment
+from gradmerge.alignment.collected import open_activations
 from gradmerge.alignment.opening import align_sources
 from gradmerge.coefficients import AbstractCoefficients, AbstractInit, Column, Constant, Row
 from gradmerge.coefficients import Tensor as TensorGranularity
@@ -43,7 +44,7 @@ class Recipe:
     there is one, else zero."""
     alignment: AbstractAlignment | None = None
     """How the units of sources that share no initialisation are brought into one order
-    (WeightMatching). Default: they are taken as they are."""
+    (WeightMatching; on data: ActivationMatching, CCA, OptimalTransport). Default: as they are."""
     preprocess: list[AbstractPreprocess] = field(default_factory=list)
     """What happens to the directions once, in order, before coefficients are put on them (Trim,
     ElectSign, RandomDrop, TSVM, RegMean and others)."""
@@ -152,7 +153,10 @@ class Recipe:
         if needed or aligned:
             skeleton = self._skeleton(module, everything)
         if self.alignment is not None and aligned:
-            sources, order = align_sources(self.alignment, sources, skeleton, self.private)
+            activations = open_activations(self.statistics, sources)
+            sources, order = align_sources(
+                self.alignment, sources, skeleton, self.private, activations
+            )
         return Plan(self, sources, base, skeleton if needed else None, problems, order)
 
     def _skeleton(

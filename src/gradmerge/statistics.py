@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradmerge.errors import ConfigError, FingerprintError, shorten
 
-Kind = Literal["gram", "fisher", "kfac"]
+Kind = Literal["gram", "fisher", "kfac", "activations"]
 INDEX = "statistics.json"
 VERSION = 1
 
@@ -29,7 +29,8 @@ class Needs:
 
     kind: Kind
     """gram: `X^T X` of each linear layer's inputs; fisher: squared gradients of each weight; kfac:
-    `X^T X` and, of the gradients of the layer's outputs, `D^T D`."""
+    `X^T X` and, of the gradients of the layer's outputs, `D^T D`; activations: moments of units,
+    which alignments compare."""
     activations: Literal["source", "merged"] = "source"
     """Whether a layer's inputs are those of the source, or come from the layers merged before."""
     labels: Literal["model", "data"] = "model"
@@ -88,12 +89,18 @@ class SourceStatistics:
             )
         self._files: dict[str, Any] = {}
 
-    def require(self, needs: Sequence[tuple[Needs, Any]], fingerprints: Mapping[str, str]) -> None:
+    def require(
+        self,
+        needs: Sequence[tuple[Needs, Any]],
+        fingerprints: Mapping[str, str],
+        alignment: Any = None,
+    ) -> None:
         """Refuse statistics of something else.
 
         Args:
             needs: what each step wants, and the step as plain data.
             fingerprints: content hash of every source, by name.
+            alignment: as plain data: in which order the sources' units are read.
 
         Raises:
             ConfigError: something is missing, or was collected in another way.
@@ -123,6 +130,12 @@ class SourceStatistics:
                     f"statistics: {self.folder} was collected on activations of layers merged by "
                     "the same step with other settings; collect again with this recipe."
                 )
+            if found.get("alignment") != alignment:
+                raise ConfigError(
+                    f"statistics: the {wanted.kind} statistics of {self.folder} are of sources "
+                    "whose units were in another order (another `alignment`, or other settings of "
+                    "it); collect again with this recipe."
+                )
             lost = [name for name in fingerprints if name not in found["sources"]]
             if lost:
                 raise ConfigError(
@@ -149,6 +162,8 @@ class SourceStatistics:
                 for name, source in collected["sources"].items()
             }
             kinds[kind] = {**collected, "sources": sources}
+            if "groups" in collected:
+                kinds[kind]["groups"] = len(collected["groups"])
         return {**self.index, "collected": kinds}
 
     def read(self, kind: str, source: str, tensor: str) -> Statistic | None:
@@ -160,6 +175,11 @@ class SourceStatistics:
         file = self._open(place["file"])
         values = {part: file.get_tensor(f"{part}:{tensor}") for part in place["parts"]}
         return Statistic(values, place["rows"], place["axis"], found["norm"])
+
+    def tensor(self, file: str, key: str) -> Tensor:
+        """A tensor of one of the folder's files, by its key there."""
+        found: Tensor = self._open(file).get_tensor(key)
+        return found
 
     def _open(self, name: str) -> Any:
         if name not in self._files:

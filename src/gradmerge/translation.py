@@ -35,7 +35,7 @@ def for_merge(
         arguments: as on the command line.
         folder: where translated files are written.
         with_data: whether data is needed (for `collect` it always is); default: as the arguments
-            say (a step that needs statistics and none given, a search, scores).
+            say (an alignment or step that needs statistics and none given, a search, scores).
 
     Returns:
         The arguments, and whether data is needed.
@@ -116,7 +116,8 @@ def _needs_data(arguments: Sequence[str], files: Sequence[dict[str, Any]]) -> bo
     if not any("data" in file for file in files):
         return False
     said = [word for argument in arguments for word in re.split(r"\W+", argument)]
-    said += [word for recipe in recipes for word in _words(recipe.get("preprocess"))]
+    for factor in ("alignment", "preprocess"):
+        said += [word for recipe in recipes for word in _words(recipe.get(factor))]
     return not _needing_statistics().isdisjoint(said)
 
 
@@ -130,13 +131,19 @@ def _words(value: Any) -> Iterator[str]:
 
 
 def _needing_statistics() -> set[str]:
-    """Names of the steps that need statistics."""
-    from gradmerge import preprocess
+    """Names of the alignments and steps that need statistics."""
+    from gradmerge import alignment, preprocess
 
-    base = preprocess.AbstractPreprocess
-    kinds = {name: getattr(preprocess, name) for name in preprocess.__all__}
-    steps = {n: k for n, k in kinds.items() if isinstance(k, type) and issubclass(k, base)}
-    return {name for name, kind in steps.items() if kind.needs is not base.needs}
+    found: set[str] = set()
+    bases: list[tuple[Any, Any]] = [
+        (alignment, alignment.AbstractAlignment),
+        (preprocess, preprocess.AbstractPreprocess),
+    ]
+    for module, base in bases:
+        kinds = {name: getattr(module, name) for name in module.__all__}
+        known = {n: k for n, k in kinds.items() if isinstance(k, type) and issubclass(k, base)}
+        found |= {name for name, kind in known.items() if kind.needs is not base.needs}
+    return found
 
 
 def _recipe_of_mergekit(path: str, dtype_given: bool) -> dict[str, Any]:

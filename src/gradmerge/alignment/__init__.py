@@ -1,5 +1,6 @@
 """Alignment: the units of networks that share no initialisation, brought into one order."""
 
+from gradmerge.alignment.activation import ActivationMatching
 from gradmerge.alignment.base import (
     AbstractAlignment,
     Activations,
@@ -10,11 +11,15 @@ from gradmerge.alignment.base import (
     Matching,
     Moments,
 )
+from gradmerge.alignment.cca import CCA
 from gradmerge.alignment.spec import LinearMap, Map, Maps, PermutationSpec
+from gradmerge.alignment.transport import OptimalTransport
 from gradmerge.alignment.weights import WeightMatching
 
 __all__ = [
+    "CCA",
     "AbstractAlignment",
+    "ActivationMatching",
     "Activations",
     "Aligned",
     "AlignmentContext",
@@ -25,6 +30,7 @@ __all__ = [
     "Matched",
     "Matching",
     "Moments",
+    "OptimalTransport",
     "PermutationSpec",
     "WeightMatching",
 ]

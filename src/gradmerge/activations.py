@@ -1,0 +1,259 @@
+"""Moments of the sources' units on the same batches: what alignments on data read.
+
+Every batch of every task's adaptation data runs through every source, each with its own weights,
+heads and buffers, in evaluation mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gradmerge.alignment.collected import plain_places
+from gradmerge.alignment.spec import Group, Place
+from gradmerge.errors import ConfigError
+from gradmerge.module import Batch
+from gradmerge.passes import Passes, length
+
+# Bytes of moments that one reading of the data may sum up; more groups take more readings.
+MEMORY = 4 << 30
+# Rows that are converted to float64 at a time.
+_ROWS = 1 << 14
+
+Pair = tuple[str, str]
+
+
+class UnitPasses(Passes):
+    """One reading of the data for as many groups as fit into memory, for all pairs of sources.
+
+    Sums are in float64. Memory holds the sums of the groups at hand (`MEMORY` bytes, or those of a
+    single group that is larger), and the outputs of their places for one batch in two sources.
+    """
+
+    def units(
+        self, groups: Sequence[Group], pairs: Sequence[Pair], memory: int = MEMORY
+    ) -> dict[str, dict[str, Any]]:
+        """Write the moments of all groups that have a place, and say where each is.
+
+        Args:
+            groups: units.
+            pairs: the sources whose units are compared.
+            memory: bytes of moments that one reading of the data sums up.
+
+        Returns:
+            What the index says of each group.
+
+        Raises:
+            ConfigError: there are no rows, or two sources' passes see different ones.
+        """
+        seen = [group for group in groups if group.places]
+        index: dict[str, dict[str, Any]] = {}
+        matrices = len(self.found) + len(pairs)
+        parts = _parts(seen, matrices, memory)
+        for number, part in enumerate(parts):
+            sums = self._read(part, pairs)
+            file = f"{self.needs.kind}-{number}.safetensors"
+            save_file(
+                {
+                    f"{key}:{group.name}": (total / sums[group.name].rows).cpu().contiguous()
+                    for group in part
+                    for key, total in sums[group.name].totals.items()
+                },
+                self.folder / file,
+            )
+            for group in part:
+                index[group.name] = {
+                    "file": file,
+                    "rows": sums[group.name].rows,
+                    "size": group.size,
+                    "places": plain_places(group),
+                }
+        examples = next(iter(self.found.values())).examples
+        self.report(
+            f"activations of {len(seen)} of {len(groups)} groups of units from {examples} examples "
+            f"through {len(self.found)} sources, in {len(parts)} readings of the data"
+        )
+        return index
+
+    @torch.no_grad()
+    def _read(self, groups: Sequence[Group], pairs: Sequence[Pair]) -> dict[str, _Sums]:
+        sums = {group.name: _Sums() for group in groups}
+        examples = 0
+        names = list(self.found)
+        # a common reference first, so that it runs once a batch
+        order = sorted(names, key=lambda name: -sum(name in pair for pair in pairs))
+        for task, batch in self.batches(names[0]):
+            examples += length(batch)
+            fresh = set(names)  # whose own moments this batch has not reached yet
+            for i, first in enumerate(order):
+                others = [name for name in order[i + 1 :] if _wanted(first, name, pairs)]
+                if not others and first not in fresh:
+                    continue
+                one = self._outputs(first, task, batch, groups)
+                _add_own(sums, names, first, one, fresh)
+                for second in others:
+                    two = self._outputs(second, task, batch, groups)
+                    _add_own(sums, names, second, two, fresh)
+                    for name in sums:
+                        self._require_same(name, task, (first, one[name]), (second, two[name]))
+                        a, b = (first, second), (one[name], two[name])
+                        if a not in pairs:
+                            a, b = a[::-1], b[::-1]
+                        key = f"cross-{names.index(a[0])}-{names.index(a[1])}"
+                        sums[name].add_product(key, *b)
+                    del two
+                del one
+        self._require_finite(sums)
+        if not all(total.rows for total in sums.values()):
+            silent = [name for name, total in sums.items() if not total.rows]
+            raise ConfigError(
+                f"no activations came of {silent[0]} ({len(silent)} groups in all): the tasks have "
+                "no adaptation data, or the network does not run these modules."
+            )
+        for found in self.found.values():
+            found.examples = examples
+        return sums
+
+    def _require_finite(self, sums: Mapping[str, _Sums]) -> None:
+        for group, total in sums.items():
+            for at, source in enumerate(self.found):
+                mean = total.totals.get(f"mean-{at}")
+                if mean is not None and not bool(mean.isfinite().all()):
+                    raise ConfigError(
+                        f"source {source} gave numbers that are not finite in the units of "
+                        f"{group}, so nothing can be matched by them; look at its weights and at "
+                        "the data."
+                    )
+
+    def _outputs(
+        self, source: str, task: str, batch: Batch, groups: Sequence[Group]
+    ) -> dict[str, list[Tensor]]:
+        """What the units of each group gave in one source, `[rows, size]` a call of a place."""
+        found: dict[str, list[Tensor]] = {group.name: [] for group in groups}
+        with self.merged.as_source(source), self._watching(groups, self.mask(batch), found):
+            self.engine.rows(task, batch)
+        return found
+
+    @contextmanager
+    def _watching(
+        self, groups: Sequence[Group], mask: Tensor | None, found: Mapping[str, list[Tensor]]
+    ) -> Iterator[None]:
+        hooks = []
+        for group in groups:
+            for place in group.places:
+                module = self.merged.skeleton.get_submodule(place.module)
+                hook = _Watch(place, mask, found[group.name])
+                hooks.append(module.register_forward_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    def _require_same(
+        self,
+        group: str,
+        task: str,
+        first: tuple[str, list[Tensor]],
+        second: tuple[str, list[Tensor]],
+    ) -> None:
+        shapes = [[tuple(rows.shape) for rows in found] for _, found in (first, second)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"task {task}: the units of {group} gave other rows in {second[0]} than in "
+                f"{first[0]} ({shapes[1][:3]}, {shapes[0][:3]}) on the same batch, so they cannot "
+                "be compared. The network's course depends on its weights; use WeightMatching."
+            )
+
+
+class _Watch:
+    """Takes the units of one place out of the call that it is of."""
+
+    def __init__(self, place: Place, mask: Tensor | None, found: list[Tensor]) -> None:
+        self._place, self._mask, self._found = place, mask, found
+        self._calls = 0
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._calls == self._place.call:
+            self._found.append(place_rows(self._place, output, self._mask))
+        self._calls += 1
+
+
+def place_rows(place: Place, output: Any, mask: Tensor | None) -> Tensor:
+    """What a place's units gave, `[rows, size]`, without rows of padding.
+
+    Args:
+        place: where.
+        output: of its module; of several outputs the first.
+        mask: `[batch, tokens]`, 0 on padding.
+    """
+    values: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    tokens = mask is not None and values.dim() > 2 and values.shape[:2] == mask.shape
+    if tokens and place.axis + values.dim() >= 2:
+        assert mask is not None
+        values = values[mask != 0]
+    return place.units(values.detach())
+
+
+class _Sums:
+    """Sums over rows, float64."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, key: str, value: Tensor) -> None:
+        """Add to a total."""
+        if key in self.totals:
+            self.totals[key] += value
+        else:
+            self.totals[key] = value
+
+    def add_product(self, key: str, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+        """Add `sum_rows a b^T`, a stretch of rows at a time."""
+        for one, two in zip(first, second, strict=True):
+            for a, b in zip(one.split(_ROWS), two.split(_ROWS), strict=True):
+                self.add(key, a.double().mT @ b.double())
+
+
+def _add_own(
+    sums: Mapping[str, _Sums],
+    names: Sequence[str],
+    source: str,
+    found: Mapping[str, Sequence[Tensor]],
+    fresh: set[str],
+) -> None:
+    """Means and squares of a source, once a batch; rows are counted with the first source."""
+    if source not in fresh:
+        return
+    fresh.remove(source)
+    at = names.index(source)
+    for name, total in sums.items():
+        if at == 0:
+            total.rows += sum(len(rows) for rows in found[name])
+        for rows in found[name]:
+            total.add(f"mean-{at}", rows.sum(dim=0, dtype=torch.float64))
+        total.add_product(f"square-{at}", found[name], found[name])
+
+
+def _wanted(first: str, second: str, pairs: Sequence[Pair]) -> bool:
+    return (first, second) in pairs or (second, first) in pairs
+
+
+def _parts(groups: Sequence[Group], matrices: int, memory: int) -> list[list[Group]]:
+    """Groups in order, as many together as the memory holds sums of; at least one."""
+    parts: list[list[Group]] = []
+    filled = 0
+    for group in groups:
+        size = 8 * matrices * group.size**2
+        if not parts or filled + size > memory:
+            parts.append([])
+            filled = 0
+        parts[-1].append(group)
+        filled += size
+    return parts

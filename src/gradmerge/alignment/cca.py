@@ -1,0 +1,69 @@
+"""CCA Merge: units through their canonical correlations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradmerge.alignment.base import Moments
+from gradmerge.alignment.moments import correlation, covariances
+from gradmerge.alignment.soft import MixingOnData
+from gradmerge.alignment.spec import Group, LinearMap, Map
+from gradmerge.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CCA(MixingOnData):
+    """Units through their canonical correlations (CCA Merge, arXiv 2407.05385).
+
+    With x the reference's units, y the source's, covariances with `gamma` added to their diagonals,
+    and `U S V^T = svd(S_xx^-1/2 S_xy S_yy^-1/2)`, a group's map and its inverse are
+
+        T    = S_xx^1/2 U V^T S_yy^-1/2        (the paper's, transposed: units are columns here)
+        T^-1 = S_yy^1/2 V U^T S_xx^-1/2
+
+    in float64. `y -> T y` turns y's canonical variates onto x's, in x's own basis; where `y = M x`
+    with M orthogonal, `T = M^T` as gamma goes to 0. T passes through no element-wise function
+    exactly, so the mapped source is near its own function, not equal to it. BatchNorm's gains,
+    shifts and running means are mapped by T, its variances by T's squared entries: have them
+    recomputed (`buffers: recompute`, the default). Attention heads and the units of a residual
+    stream with LayerNorm or RMSNorm gains keep a permutation, by correlations.
+    """
+
+    gamma: float = 0.1
+    """What is added to the variances, in their own units."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a source."""
+        super().__post_init__()
+        if not self.gamma >= 0:
+            raise ConfigError(f"CCA.gamma: expected 0 or more, came {self.gamma}.")
+
+    def permute(self, moments: Moments) -> Tensor:
+        """See `MixingOnData.permute`."""
+        return correlation(moments)
+
+    def mix(self, group: Group, moments: Moments) -> tuple[Map, float]:
+        """See `MixingOnData.mix`; the gain is the sum of the canonical correlations."""
+        xx, yy, xy = covariances(moments)
+        root_x, inverse_x = self._roots(group, xx)
+        root_y, inverse_y = self._roots(group, yy)
+        u, s, vh = torch.linalg.svd(inverse_x @ xy @ inverse_y)
+        turn = u @ vh
+        return LinearMap(root_x @ turn @ inverse_y, root_y @ turn.mT @ inverse_x), float(s.sum())
+
+    def _roots(self, group: Group, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        """`S^1/2` and `S^-1/2` of a covariance with gamma."""
+        values, vectors = torch.linalg.eigh(covariance)
+        values = values.clamp(min=0) + self.gamma
+        if not values[0] > 1e-12 * values[-1]:
+            raise ConfigError(
+                f"CCA: the covariance of the {group.size} units of {group.name} has no inverse "
+                f"(eigenvalues from {float(values[0]):.1e} to {float(values[-1]):.1e}): some never "
+                f"vary, or there are fewer rows than units. gamma is {self.gamma}; take a larger "
+                "one, or more data."
+            )
+        roots = values.sqrt()
+        return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT

@@ -1,0 +1,143 @@
+"""OT fusion: units by entropic optimal transport."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradmerge.alignment.base import AlignmentContext, Matched, Moments, Needs
+from gradmerge.alignment.moments import correlation, squared_distances
+from gradmerge.alignment.sinkhorn import assign, sinkhorn
+from gradmerge.alignment.soft import MixingOnData, mixes
+from gradmerge.alignment.spec import Group, LinearMap, Map, Maps
+from gradmerge.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class OptimalTransport(MixingOnData):
+    """Units by entropic optimal transport (OT fusion, arXiv 1910.05653).
+
+    With a cost C between the reference's units and the source's, uniform marginals, and r times the
+    median of C as the weight of the entropy,
+
+        P = argmin <P, C> + r median(C) sum_ij P_ij (log P_ij - 1),   P 1 = P^T 1 = 1/n
+
+    and `Q = n P`, whose rows and columns sum to 1, tensors that write the units become `Q W`: each
+    new unit is a mean of the source's. Those that read them become `W Q^T`, the paper's
+    `W P diag(1/b)`: a mean with the same weights. `Q^T` is the inverse of Q only where Q is a
+    permutation (r = 0: exact transport between as many units is one), and only then does the source
+    compute what it computed. Gains and shifts are mapped by Q, running variances by its squared
+    entries: have them recomputed (`buffers: recompute`, the default). Attention heads and the units
+    of a residual stream with LayerNorm or RMSNorm gains keep the permutation of least cost.
+
+    With `ground: weights` no data is needed: units are compared by all that is written into them
+    (rows of weights, biases, gains), group after group in the order of the network, each under the
+    maps found before it.
+    """
+
+    ground: Literal["activations", "weights"] = "activations"
+    """What units are compared by."""
+    regularisation: float = 0.05
+    """r, in medians of the cost; 0 for the exact assignment."""
+    cost: Literal["euclidean", "squared", "correlation"] = "euclidean"
+    """Root of the mean squared difference of two units over the rows (or weights), its square, or 1
+    less their correlation (of activations alone)."""
+    tolerance: float = 1e-9
+    """On the sum of absolute errors of the marginals."""
+    iterations: int = 1000
+    """Most updates of the transport; an error where they do not suffice."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a source."""
+        super().__post_init__()
+        if self.ground not in ("activations", "weights"):
+            raise ConfigError(
+                f"OptimalTransport.ground: expected activations or weights, came {self.ground!r}."
+            )
+        if not self.regularisation >= 0:
+            raise ConfigError(
+                f"OptimalTransport.regularisation: expected 0 or more, came {self.regularisation}."
+            )
+        if self.cost not in ("euclidean", "squared", "correlation"):
+            raise ConfigError(
+                "OptimalTransport.cost: expected euclidean, squared or correlation, came "
+                f"{self.cost!r}."
+            )
+        if self.cost == "correlation" and self.ground == "weights":
+            raise ConfigError(
+                "OptimalTransport: cost correlation is of activations; expected euclidean or "
+                "squared with ground: weights."
+            )
+        if not self.tolerance > 0 or self.iterations < 1:
+            raise ConfigError(
+                "OptimalTransport: expected a tolerance above 0 and at least one iteration, came "
+                f"tolerance {self.tolerance} and iterations {self.iterations}."
+            )
+
+    @property
+    def needs(self) -> Needs | None:
+        """Moments of the sources' units on data, unless weights are compared."""
+        return super().needs if self.ground == "activations" else None
+
+    def _costs(self, moments: Moments) -> Tensor:
+        if self.cost == "correlation":
+            return 1 - correlation(moments)
+        return self._of_squares(squared_distances(moments))
+
+    def _of_squares(self, squares: Tensor) -> Tensor:
+        return squares if self.cost == "squared" else squares.sqrt()
+
+    def permute(self, moments: Moments) -> Tensor:
+        """See `MixingOnData.permute`."""
+        return -self._costs(moments)
+
+    def mix(self, group: Group, moments: Moments) -> tuple[Map, float]:
+        """See `MixingOnData.mix`; the gain is minus the mean cost of the plan, times n."""
+        return self._transport(self._costs(moments), self.regularisation)
+
+    def _transport(self, costs: Tensor, regularisation: float) -> tuple[Map, float]:
+        level = regularisation * float(costs.median())
+        if level == 0:
+            order = assign(-costs)
+            return order, -float(costs.gather(1, order[:, None]).sum())
+        plan = len(costs) * sinkhorn(costs, level, self.tolerance, self.iterations)
+        return LinearMap(plan, plan.mT), -float((plan * costs).sum())
+
+    def match(
+        self, context: AlignmentContext, source: str, targets: Mapping[str, Maps], start: Maps
+    ) -> Matched:
+        """See `Matching.match`; the objective is minus the sum of the groups' costs."""
+        if self.ground == "activations":
+            return super().match(context, source, targets, start)
+        maps: dict[str, Map] = {}
+        gain = 0.0
+        for name in context.spec.groups:
+            wanted = [written_into(context, name, other, own) for other, own in targets.items()]
+            x, y = torch.stack(wanted).mean(dim=0), written_into(context, name, source, maps)
+            squares = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+            costs = self._of_squares(squares / max(1, x.shape[1]))
+            level = self.regularisation if mixes(context.spec, name) else 0.0
+            maps[name], own = self._transport(costs, level)
+            gain += own
+        return Matched(maps, [gain])
+
+
+def written_into(context: AlignmentContext, group: str, source: str, maps: Maps) -> Tensor:
+    """All weights of a source that write a group's units, `[size, rest]`, float64.
+
+    Args:
+        context: the sources and the groups.
+        group: whose units are the rows.
+        source: whose weights.
+        maps: of the source's other groups (and of this one, where it has one).
+    """
+    parts = [torch.empty(context.spec.groups[group].size, 0, dtype=torch.float64)]
+    for use in context.spec.uses[group]:
+        if use.role in ("out", "along") and use.tensor in context.compared:
+            tensor = context.read(source, use.tensor, maps).double()
+            parts.append(context.spec.expose(use, tensor))
+    return torch.cat(parts, dim=1)
