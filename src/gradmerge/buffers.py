@@ -51,22 +51,32 @@ class NetworkBuffers:
                 norm.momentum = 0.0  # running statistics stay those of the last recomputation
 
     @contextmanager
-    def of_source(self, source: str) -> Iterator[None]:
-        """A source's own buffers, in evaluation mode, for the length of the context."""
-        kept = {name: value.clone() for name, value in self.values().items()}
+    def evaluating(self) -> Iterator[None]:
+        """The network in evaluation mode for the length of the context."""
         modes = {module: module.training for module in self._skeleton.modules()}
-        checkpoint = self._plan.sources[source]
         try:
             self._skeleton.eval()
-            self.set({name: checkpoint.read(name) for name in kept})
             yield
         finally:
-            self.set(kept)
             for module, mode in modes.items():
                 module.training = mode
 
+    @contextmanager
+    def of_source(self, source: str) -> Iterator[None]:
+        """A source's own buffers, in evaluation mode, for the length of the context."""
+        kept = {name: value.clone() for name, value in self.values().items()}
+        checkpoint = self._plan.sources[source]
+        with self.evaluating():
+            try:
+                self.set({name: checkpoint.read(name) for name in kept})
+                yield
+            finally:
+                self.set(kept)
+
     @torch.no_grad()
-    def recompute(self, runs: Sequence[Callable[[], object]]) -> None:
+    def recompute(
+        self, runs: Sequence[Callable[[], object]], only: Sequence[nn.Module] | None = None
+    ) -> None:
         """BatchNorm statistics of all rows of the given forward passes together.
 
         A row is what a layer normalises: an example, or a position of one. With `n_b` rows, mean
@@ -78,12 +88,16 @@ class NetworkBuffers:
         the unbiased variance of the N rows: within batches and between them. While a pass runs, its
         layers normalise by the statistics of their batch, as in training. A layer that no pass
         reaches keeps its statistics.
+
+        Args:
+            runs: the passes.
+            only: layers whose statistics are recomputed; default: all.
         """
-        norms = self.batch_norms
+        norms = [norm for norm in self.batch_norms if only is None or norm in only]
         if not norms or not runs:
             return
         settings = [(module, module.momentum, module.training) for module in norms]
-        moments = {module: _Moments() for module in norms}
+        moments = {module: Moments() for module in norms}
         hooks = [
             module.register_forward_pre_hook(moments[module].add, with_kwargs=True)
             for module in norms
@@ -104,7 +118,7 @@ class NetworkBuffers:
             found.write(module)
 
 
-class _Moments:
+class Moments:
     """Number, mean and sum of squared deviations of the rows that reached a layer, a channel."""
 
     def __init__(self) -> None:
@@ -114,8 +128,11 @@ class _Moments:
 
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take in a batch `[examples, channels, ...]`, before the layer."""
-        batch: Tensor = args[0] if args else kwargs["input"]
-        rows = batch.numel() // batch.shape[1]
+        self.take(args[0] if args else kwargs["input"])
+
+    def take(self, batch: Tensor) -> None:
+        """Take in values `[examples, channels, ...]`."""
+        rows = batch.numel() // max(1, batch.shape[1])
         if rows == 0:
             return
         dims = [dim for dim in range(batch.dim()) if dim != 1]
@@ -126,6 +143,11 @@ class _Moments:
         apart = mean - self.mean
         self.squares = self.squares + rows * variance + apart.square() * (before * rows / self.rows)
         self.mean = self.mean + apart * (rows / self.rows)
+
+    @property
+    def deviation(self) -> Tensor:
+        """Standard deviation of all rows, of divisor `rows`."""
+        return (self.squares / max(1, self.rows)).sqrt()
 
     def write(self, module: nn.modules.batchnorm._BatchNorm) -> None:
         """Make them the layer's running statistics."""

@@ -196,6 +196,7 @@ def register() -> None:
 
     import gradmerge.alignment
     import gradmerge.coefficients
+    import gradmerge.finalisers
     import gradmerge.objectives
     import gradmerge.operators
     import gradmerge.preprocess
@@ -232,11 +233,19 @@ def component_names(stock: bool = True) -> dict[str, str]:
         stock: torch's optimisers and schedules and Lightning's callbacks and loggers, too, by their
             whole paths.
     """
-    from gradmerge import alignment, coefficients, objectives, operators, preprocess, search
-    from gradmerge import sources as kinds
+    from gradmerge import (
+        alignment,
+        coefficients,
+        finalisers,
+        objectives,
+        operators,
+        preprocess,
+        search,
+        sources,
+    )
 
-    modules: tuple[Any, ...] = (alignment, coefficients, objectives, operators, preprocess)
-    modules += (search, kinds)
+    concepts = (alignment, coefficients, finalisers, objectives, operators, preprocess)
+    modules: tuple[Any, ...] = (*concepts, search, sources)
     own = [n for m in modules for n in m.__all__ if not n.startswith("Abstract")]
     known = {name: name for name in (*own, "CoefficientLogger", "ExportAtEnd")}
     if stock:

@@ -223,6 +223,7 @@ def _plain(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         preprocess=[],
+        finalisers=[],
         statistics=recipe.statistics if aligns_on_data(recipe) else None,
         coefficients=Model(),
         init=Uniform(),

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from gradmerge._typing import Raw
-from gradmerge.emr import export_compact, export_tasks, task_checkpoints
+from gradmerge.emr import export_compact, export_tasks, refuse_finalisers, task_checkpoints
 from gradmerge.errors import CompatibilityError, ConfigError, nearest
 from gradmerge.export import export_merged, export_plan, require_options
 from gradmerge.folders import refuse_existing
@@ -65,6 +65,12 @@ def merge(
         **options: those of `output_options`.
     """
     checked = merge_options(outputs, mergekit, **options)
+    require_finalisers(recipe, outputs, mergekit)
+    if any(finaliser.needs_data for finaliser in recipe.finalisers):
+        raise ConfigError(
+            "REPAIR takes the tasks' adaptation data, came none: give a file with `data`, too (the "
+            "suite's that `gradmerge fit` takes), or leave REPAIR out of recipe.finalisers."
+        )
     plan = recipe.open(with_skeleton=False)
     write_merge(plan, plan.initial_raw(), outputs, mergekit, checked)
 
@@ -84,6 +90,21 @@ def merge_options(outputs: Outputs, mergekit: bool, **options: Any) -> dict[str,
         raise ConfigError("dtype: the compact form has none; give it to `gradmerge unpack`.")
     require_options(checked["dtype"], None, ())
     return checked
+
+
+def require_finalisers(recipe: Recipe, outputs: Outputs, mergekit: bool) -> None:
+    """Refuse finalisers in outputs that cannot hold them, before any work.
+
+    Raises:
+        ConfigError: they are of one merged model, and this output is not, or is made elsewhere.
+    """
+    if outputs != "merged":
+        refuse_finalisers(recipe)
+    if mergekit and any(finaliser.needs_data for finaliser in recipe.finalisers):
+        raise ConfigError(
+            "finalisers: REPAIR corrects channels, and mergekit has one weight a tensor; export "
+            "the merged model as a folder instead (without `mergekit`)."
+        )
 
 
 def write_merge(

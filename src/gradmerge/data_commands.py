@@ -10,7 +10,7 @@ from typing import Any
 
 from gradmerge import collection
 from gradmerge._typing import Raw
-from gradmerge.commands import Outputs, merge_options, write_merge
+from gradmerge.commands import Outputs, merge_options, require_finalisers, write_merge
 from gradmerge.data import MergeDataModule
 from gradmerge.errors import ConfigError
 from gradmerge.evaluation import Selection
@@ -48,6 +48,7 @@ def merge(
             "each task's own; leave them out."
         )
     checked = merge_options(outputs, mergekit, **options)
+    require_finalisers(recipe, outputs, mergekit)
     extra: dict[str, Any] = {}
     raw: Raw
     known: dict[str, Any]
@@ -57,7 +58,8 @@ def merge(
             found = collection.collect(recipe, data, Path(folder) / "found", report=_say)
             opened = replace(recipe, statistics=str(found))
         plan = opened.open(with_skeleton=False)
-        if search is not None or score or _has_batch_norms(plan):
+        needs_data = plan.finalisation.repair is not None
+        if search is not None or score or needs_data or _has_batch_norms(plan):
             module = MergeModule(opened, score_experts=False)
             selection = Selection(module, data)
             if search is not None:

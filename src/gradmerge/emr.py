@@ -97,6 +97,7 @@ def task_checkpoints(plan: Plan) -> dict[str, Checkpoint]:
             "outputs tasks: expected a preprocess (Unify, for EMR-Merging), came none; each task's "
             "model would be its source."
         )
+    refuse_finalisers(plan.recipe)
     _require_none_frozen(plan)
     return {name: TaskCheckpoint(plan, name) for name in plan.sources}
 
@@ -165,6 +166,7 @@ def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -
             "outputs compact: the shared vector is put on the base as it is stored, and this "
             "recipe aligns its rows to other tokens (tokenizer). Use --outputs tasks."
         )
+    refuse_finalisers(plan.recipe)
     _require_none_frozen(plan)
     target = Path(output).expanduser()
     refuse_existing(target, overwrite)
@@ -205,6 +207,20 @@ def _found_again(base: Checkpoint) -> str:
     """The base's label; a folder's path such that it holds from everywhere."""
     path = Path(base.label).expanduser()
     return str(path.resolve()) if path.exists() else base.label
+
+
+def refuse_finalisers(recipe: Recipe) -> None:
+    """Stop a merge whose finalisers would be lost in outputs a task.
+
+    Raises:
+        ConfigError: the recipe has finalisers.
+    """
+    if recipe.finalisers:
+        names = ", ".join(type(finaliser).__name__ for finaliser in recipe.finalisers)
+        raise ConfigError(
+            f"outputs: finalisers are of one merged model, came {names}, and here each task has "
+            "its own; leave `finalisers` out."
+        )
 
 
 def _require_none_frozen(plan: Plan) -> None:

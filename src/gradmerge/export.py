@@ -313,6 +313,7 @@ def provenance_of(
         **({"tokenizer": {k: v for k, v in tokens.items() if k not in long}} if tokens else {}),
         **({"alignment": plan.order.report} if plan.order is not None else {}),
         "results": dict(results or {}),
+        **({"finalisation": plan.finalisation.report} if plan.finalisation.report else {}),
         **({"run": plan.run} if plan.run else {}),
         **({"statistics": plan.collected.summary()} if plan.collected is not None else {}),
         **(extra or {}),

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from gradmerge.buffers import NetworkBuffers
-from gradmerge.differentiation import Combine, Deferred, backward_of, checksums
+from gradmerge.differentiation import Combine, Deferred, backward_of
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.installation import LiveTensors, checkpoint_blocks, install, restamp
 from gradmerge.memory import BlockPool
 from gradmerge.plan import Plan
 from gradmerge.recipe import Recipe
+from gradmerge.resident import ResidentTensors
 
 Memory = Literal["resident", "streamed"]
 
@@ -93,14 +94,11 @@ class MergedModel(nn.Module):
         # In a tuple it is no submodule: its stand-ins stay out of parameters() and checkpoints.
         self._skeleton = (plan.skeleton,)
         self._task: str | None = None
-        self._given: Callable[[str], Tensor] | None = None
+        self._given: Callable[[str], Tensor | None] | None = None
         self._stepping: dict[str, Tensor] | None = None
         self._private: dict[tuple[str, str], Tensor] = {}
-        self._fixed: dict[str, Tensor] = {}
-        self._storage: dict[str, Tensor] = {}
-        self._theta: dict[str, Tensor] = {}
-        self._theta_state: object = None
-        self._theta_has_graph = False
+        self._resident = ResidentTensors()
+        self._finished = False
         self._live = LiveTensors()
         self._blocks = BlockPool(torch.Size(t.shape).numel() for t in plan.tensors.values())
         install(plan.skeleton, plan.binding.parameters, self._fetch, dtype, self.device)
@@ -136,14 +134,9 @@ class MergedModel(nn.Module):
         super()._apply(lambda tensor: tensor.to(device=probe.device, dtype=wide), recurse)
         self.device, self.dtype = probe.device, probe.dtype
         restamp(self.skeleton, self.dtype, self.device)
-        self._forget()
+        self._resident.forget(fixed=True)
         self._private.clear()
-        self._fixed.clear()
         return self
-
-    def _forget(self) -> None:
-        self._theta, self._storage = {}, {}
-        self._theta_state, self._theta_has_graph = None, False
 
     def train(self, mode: bool = True) -> MergedModel:
         """Dropout stays off (sources are frozen); BatchNorm uses batch statistics while training
@@ -163,9 +156,14 @@ class MergedModel(nn.Module):
         self.train(self.training)
 
     def build(
-        self, key: str, raw: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
+        self,
+        key: str,
+        raw: Tensor | None,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+        finished: bool = False,
     ) -> Tensor:
-        """`theta` of one tensor, without a graph."""
+        """`theta` of one tensor, without a graph; finished where asked for."""
         # A trainer evaluates in inference mode; a tensor made there could never be trained with.
         with torch.inference_mode(False):
             if out is None:
@@ -174,15 +172,17 @@ class MergedModel(nn.Module):
                     out = self._blocks.empty(shape, dtype)
                 else:
                     out = torch.empty(shape, dtype=dtype, device=self.device)
-            return self.plan.combine(key, raw, out)
+            write = self.plan.finish if finished else self.plan.combine
+            return write(key, raw, out)
 
     def _fetch(self, key: str, casts: bool) -> Tensor:
-        if self._given is not None:
-            return self._place(self._given(key))
+        given = None if self._given is None else self._given(key)
+        if given is not None:
+            return self._place(given)
         if key not in self.plan.tensors:
             return self._private_tensor(key)
         if self.memory == "resident":
-            return self._theta[key]
+            return self._resident.theta[key]
         dtype = self.dtype
         if casts and torch.is_autocast_enabled(self.device.type):
             # Built in the dtype that autocast would cast to: the cast copy would be a tensor of its
@@ -190,6 +190,8 @@ class MergedModel(nn.Module):
             dtype = torch.get_autocast_dtype(self.device.type)
         if key in self.plan.fixed:
             theta = self.build(key, None, dtype)
+        elif self._finished:
+            theta = self.build(key, self.plan.raw(key, self.raw).detach(), dtype, finished=True)
         else:
             raws = self.raw if self._stepping is None else self._stepping
             theta = Combine.apply(self.plan.raw(key, raws), self, key, dtype)
@@ -207,32 +209,12 @@ class MergedModel(nn.Module):
                 self._private[source, key] = self._place(self.plan.read(source, key)).clone()
         return self._private[source, key]
 
-    def _refresh(self) -> None:
-        """Resident: merge all tensors, unless they still stand for the current coefficients."""
-        graph = torch.is_grad_enabled() and self._stepping is None
-        state = self.version, checksums(self.raw.values())
-        if self._theta_state == state and (self._theta_has_graph or not graph):
-            return
-        for key in self.plan.fixed:
-            if key in self.plan.binding.parameters and key not in self._fixed:  # type: ignore[union-attr]
-                self._fixed[key] = self.build(key, None, self.dtype)
-        # Merged tensors of before are let go first: two models would live otherwise.
-        self._theta = dict(self._fixed)
-        if graph:
-            self._storage = {}
-            for key in self.plan.learned:
-                raw = self.plan.raw(key, self.raw)
-                self._theta[key] = Combine.apply(raw, self, key, self.dtype)
-        else:
-            for key in self.plan.learned:
-                raw = self.plan.raw(key, self.raw).detach()
-                # Written over in place: fresh pages would fault in at every step.
-                self._storage[key] = self.build(key, raw, self.dtype, self._storage.get(key))
-                self._theta[key] = self._storage[key]
-        self._theta_state, self._theta_has_graph = state, graph
-
     def forward(self, *args: Any, task: str | None = None, **kwargs: Any) -> Any:
         """Run the network with merged weights.
+
+        In evaluation mode and without gradient they are finished (`Recipe.finalisers`), as in the
+        export. Otherwise coefficients learn, and finalisers, which no gradient goes through, are
+        off.
 
         Args:
             *args: as the network takes them.
@@ -247,14 +229,21 @@ class MergedModel(nn.Module):
                 f"of, task=one of {', '.join(self.tasks)}."
             )
         self._task = task
-        if self._given is None and self.memory == "resident":
-            self._refresh()
-        if self._given is not None or self.memory == "resident":
+        if self._given is not None:
             return self.skeleton(*args, **kwargs)
-        self._live.purge()
-        keep = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-        with keep if torch.is_grad_enabled() else nullcontext():
-            return self.skeleton(*args, **kwargs)
+        graph = torch.is_grad_enabled() and self._stepping is None
+        evaluates = not (self.training or torch.is_grad_enabled() or self._stepping is not None)
+        self._finished = evaluates and self.plan.finalisation.active
+        try:
+            if self.memory == "resident":
+                self._resident.refresh(self, graph, self._finished)
+                return self.skeleton(*args, **kwargs)
+            self._live.purge()
+            keep = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+            with keep if torch.is_grad_enabled() else nullcontext():
+                return self.skeleton(*args, **kwargs)
+        finally:
+            self._finished = False
 
     def _pack(self, tensor: Tensor) -> Any:
         tag = self._live.find(tensor)
@@ -306,10 +295,10 @@ class MergedModel(nn.Module):
     def _accumulate_resident(
         self, losses: Sequence[Callable[[], Tensor]], grads: Mapping[str, Tensor], scale: float
     ) -> list[Tensor]:
-        self._refresh()
-        merged = self._theta
+        self._resident.refresh(self, graph=False, finished=False)
+        merged = self._resident.theta
         leaves = {key: merged[key].detach().requires_grad_() for key in self.plan.learned}
-        self._theta = {**merged, **leaves}
+        self._resident.theta = {**merged, **leaves}
 
         def contract(key: str) -> None:
             grad = leaves[key].grad
@@ -331,7 +320,7 @@ class MergedModel(nn.Module):
             for key in leaves:
                 contract(key)
         finally:
-            self._theta = merged
+            self._resident.theta = merged
         return values
 
     def _accumulate_streamed(
@@ -356,7 +345,7 @@ class MergedModel(nn.Module):
         if unused:
             value = self.plan.unused_coefficient
             self.plan.fix(unused, value)
-            self._forget()
+            self._resident.forget()
             warnings.warn(
                 f"{len(unused)} tensors got no gradient and are kept at coefficient {value:g} "
                 f"(recipe: unused): {shorten(unused)}. They do not take part in the objective.",
@@ -367,8 +356,7 @@ class MergedModel(nn.Module):
     def fix(self, names: Sequence[str], coefficient: float) -> None:
         """Keep tensors at a coefficient (when a checkpoint says so)."""
         self.plan.fix(names, coefficient)
-        self._fixed.clear()
-        self._forget()
+        self._resident.forget(fixed=True)
 
     @contextmanager
     def as_source(self, source: str) -> Iterator[None]:
@@ -383,8 +371,9 @@ class MergedModel(nn.Module):
             yield
 
     @contextmanager
-    def as_weights(self, read: Callable[[str], Tensor]) -> Iterator[None]:
-        """Within the context the network runs with the tensors that `read` gives, by name.
+    def as_weights(self, read: Callable[[str], Tensor | None]) -> Iterator[None]:
+        """Within the context the network runs with the tensors that `read` gives, by name; for None
+        a private tensor is the task's own.
 
         Gradients reach those that ask for them, if a gradient is recorded at all.
         """

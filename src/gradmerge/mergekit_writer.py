@@ -3,7 +3,8 @@
 The sum that gradmerge computes is written as it is, as mergekit's `linear` without normalisation:
 `(1 - sum c) A + sum c_k theta_k` has the base as its first model. Under
 `Linear(form="directions")` it is mergekit's `task_arithmetic`. Every number is written so that it
-reads as the same float32, and in float32 both give the same bits (`tests/parity`).
+reads as the same float32, and in float32 both give the same bits (`tests/parity`). Finalisers that
+rescale a direction are a factor on its coefficients, and give the same to rounding.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from gradmerge._typing import Raw
 from gradmerge._version import __version__
 from gradmerge.errors import ConfigError, shorten
+from gradmerge.finalisers import AbstractRescale
 from gradmerge.operators import Linear
 from gradmerge.plan import Plan
 from gradmerge.sources import AbstractSource, HuggingFace, as_source
@@ -141,6 +143,13 @@ def _reasons(plan: Plan, buffers: Mapping[str, Tensor]) -> list[str]:
         reasons.append(
             f"alignment: the sources' units are in another order than on disk; {_FOLDER}"
         )
+    corrects = [f for f in plan.recipe.finalisers if not isinstance(f, AbstractRescale)]
+    if corrects:
+        names = ", ".join(type(finaliser).__name__ for finaliser in corrects)
+        reasons.append(
+            f"finalisers: {names} changes a tensor by channels, and mergekit has one weight a "
+            f"tensor and model; {_FOLDER}"
+        )
     if getattr(plan.recipe, "tokenizer", None) is not None:
         reasons.append(f"tokenizer: mergekit aligns vocabularies by rules of its own; {_FOLDER}")
     if plan.private:
@@ -241,6 +250,8 @@ def _rows(plan: Plan, raw: Raw) -> dict[str, dict[str, float]]:
     with torch.no_grad():
         for name in plan.tensors:
             own = plan.coefficient(name, raw).detach().double().cpu()
+            if plan.finalisation.active and name not in plan.fixed:
+                own = own * plan.finalisation.factor(name, _merged(plan, raw, name))
             rest = 1 - own.sum()
             if origin == "mean":  # mean + sum c (theta - mean), as a sum of the theta
                 own = own + rest / len(own)
@@ -258,6 +269,12 @@ def _rows(plan: Plan, raw: Raw) -> dict[str, dict[str, float]]:
             if name in rows and other in plan.reference.infos:
                 rows[other] = rows[name]
     return rows
+
+
+def _merged(plan: Plan, raw: Raw, name: str) -> Tensor:
+    """A merged tensor before its finalisers, float32."""
+    out = torch.empty(plan.tensors[name].shape)
+    return plan.combine(name, plan.raw(name, raw).detach().cpu(), out)
 
 
 class _Line(dict[str, Any]):

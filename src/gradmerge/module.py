@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmerge.errors import ConfigError
-from gradmerge.loaders import sample_batches
+from gradmerge.finishing import Finishing
 from gradmerge.memory import release_freed_memory
 from gradmerge.merged import Memory, MergedModel
 from gradmerge.metrics import TaskScores, mean_scores, normalised
@@ -31,8 +31,6 @@ from gradmerge.spec import from_plain, to_plain
 
 Batch = Mapping[str, Any]
 _NOT_INPUTS = frozenset({"labels", "bytes_per_token"})
-# Batches a task, at most, that BatchNorm statistics are recomputed on.
-_NORM_BATCHES = 16
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
@@ -97,7 +95,7 @@ class MergeModule(lightning.LightningModule):
         self._start = {k: c.detach().clone() for k, c in self._small_coefficients().items()}
         self._remember(memory, dtype, activation_checkpointing)
         self._checked_unused = False
-        self._buffers_version = -1
+        self._finishing = Finishing()
         self._scores: dict[str, TaskScores] = {}
         self._experts: dict[str, dict[str, dict[str, float]]] = {}
         self.results: dict[str, dict[str, dict[str, float]]] = {}
@@ -339,29 +337,10 @@ class MergeModule(lightning.LightningModule):
             self.results[stage] = {**found, "average": averages}
 
     def refresh_buffers(self, data: Any = None) -> None:
-        """Recompute BatchNorm statistics on adaptation data (by default the trainer's), where the
-        recipe says so.
+        """Recompute on adaptation data (by default the trainer's) what the recipe says is to be:
+        BatchNorm statistics, and the corrections of finalisers.
         """
-        merged = self.merged
-        if self.recipe.buffers != "recompute" or not merged.statistics.batch_norms:
-            return
-        if self._buffers_version == merged.version:
-            return
-        data = data or getattr(self._trainer, "datamodule", None)
-        if data is None or not hasattr(data, "evaluation_loaders"):
-            lightning.pytorch.utilities.rank_zero_warn(
-                "BatchNorm statistics cannot be recomputed without a MergeDataModule; the mean of "
-                "the sources' statistics is used."
-            )
-            self._buffers_version = merged.version
-            return
-        runs: list[Callable[[], object]] = []
-        for task, loader in zip(self.tasks, data.evaluation_loaders("adaptation"), strict=True):
-            for batch in sample_batches(loader, _NORM_BATCHES):
-                moved = self.transfer_batch_to_device(batch, self.device, 0)
-                runs.append(partial(self.rows, task, moved))
-        merged.statistics.recompute(runs)
-        self._buffers_version = merged.version
+        self._finishing.refresh(self, data)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the coefficients belong to."""

@@ -46,7 +46,7 @@ def linear_layers(plan: Plan) -> dict[str, LinearLayer]:
         for place in binding.parameters.get(name, ()):
             owner, _, attribute = place.rpartition(".")
             module = skeleton.get_submodule(owner)
-            owners.append((owner, module, attribute == "weight" and _is_linear(module)))
+            owners.append((owner, module, attribute == "weight" and is_linear(module)))
         if owners and all(linear for _, _, linear in owners):
             places = tuple(owner for owner, _, _ in owners)
             axis = input_axis(skeleton, binding.parameters[name][0])
@@ -59,7 +59,8 @@ def _is_conv1d_of_transformers(module: nn.Module) -> bool:
     return kind.__module__ == "transformers.pytorch_utils" and kind.__name__ == "Conv1D"
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a layer that is linear in its weight."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
     return isinstance(module, kinds) or _is_conv1d_of_transformers(module)
 
@@ -104,17 +105,30 @@ def _patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
 
 
 def is_linear_in_its_weight(module: Any, inputs: Tensor, output: Tensor, axis: int) -> bool:
-    """Whether an output is the layer's inputs times its stored weight, plus its bias (to 1e-3)."""
-    rows = input_rows(module, inputs, None)
-    weight = module.weight.detach()
+    """Whether an output is the layer's inputs times its stored weight, plus its bias (to 1e-3; to
+    0.03 in 16 bits).
+    """
+    tolerance = 1e-3 if output.element_size() > 2 else 0.03
+    rows = input_rows(module, inputs.float() if inputs.element_size() < 4 else inputs, None)
+    weight = module.weight.detach().to(rows)
     weight = weight.mT if axis == 0 else weight
     expected = rows @ weight.reshape(len(rows), -1, rows.shape[-1]).mT
     if module.bias is not None:
-        expected = expected + module.bias.detach().reshape(len(rows), 1, -1)
-    came = output_rows(module, output.detach(), None)
+        expected = expected + module.bias.detach().to(rows).reshape(len(rows), 1, -1)
+    came = output_rows(module, output.detach(), None).to(expected)
     if came.shape != expected.shape:
         return False
-    return float((came - expected).norm()) <= 1e-3 * float(expected.norm())
+    return float((came - expected).norm()) <= tolerance * float(expected.norm())
+
+
+class Enough(Exception):  # noqa: N818 (it is no error)
+    """The layers that are watched have run: what follows of the pass is not needed."""
+
+
+def mask_of(skeleton: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens are no padding; unknown with a decoder, whose own tokens are others."""
+    decodes = getattr(getattr(skeleton, "config", None), "is_encoder_decoder", False)
+    return None if decodes else batch.get("attention_mask")
 
 
 class Grams:
@@ -189,7 +203,7 @@ class Grams:
 
 def _before(name: str, take: Callable[[str, nn.Module, Tensor], None]) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        take(name, module, _first(args, kwargs))
+        take(name, module, first_argument(args, kwargs))
 
     return hook
 
@@ -198,12 +212,13 @@ def _after(name: str, take: Callable[[str, nn.Module, Tensor, Tensor], None]) ->
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> None:
-        take(name, module, _first(args, kwargs), output)
+        take(name, module, first_argument(args, kwargs), output)
 
     return hook
 
 
-def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer is called with."""
     return args[0] if args else next(iter(kwargs.values()))
 
 

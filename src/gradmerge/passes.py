@@ -19,7 +19,7 @@ from gradmerge.data import MergeDataModule
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.module import Batch, MergeModule
 from gradmerge.objectives.base import UNLABELLED
-from gradmerge.observation import Grams, LinearLayer, linear_layers
+from gradmerge.observation import Grams, LinearLayer, linear_layers, mask_of
 from gradmerge.plan import Plan
 from gradmerge.statistics import Needs
 
@@ -67,10 +67,8 @@ class Passes:
                 yield task, batch
 
     def mask(self, batch: Batch) -> Tensor | None:
-        """Which tokens are no padding; unknown with a decoder, whose own tokens are others."""
-        config = getattr(self.merged.skeleton, "config", None)
-        decodes = getattr(config, "is_encoder_decoder", False)
-        return None if decodes else batch.get("attention_mask")
+        """Which tokens are no padding; see `mask_of`."""
+        return mask_of(self.merged.skeleton, batch)
 
     def log_likelihood(self, task: str, batch: Batch, generator: torch.Generator) -> Tensor:
         """`log p(y | x)` summed over the batch's decisions, with y as the step wants it."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gradmerge._typing import Raw
 from gradmerge.coefficients import InitContext, Layout, initial_raw
 from gradmerge.errors import ConfigError, Problem, shorten
+from gradmerge.finalisers import Finalisation, FinalSite
 from gradmerge.inventory import take_inventory
 from gradmerge.operators import Linear, Spread, Terms
 from gradmerge.preprocess import ProcessedDirections, Site
@@ -72,6 +73,8 @@ class Plan:
         self.collected = self._statistics()
         """Statistics of the sources that the preprocess reads, if it reads any."""
         self._processed = ProcessedDirections(recipe.preprocess, self._directions)
+        self.finalisation = Finalisation(recipe.finalisers, self._final_site, self.fixed)
+        """The recipe's finalisers, with what was computed for them on data."""
 
     def _fixed(self) -> dict[str, float]:
         fixed = {}
@@ -301,6 +304,22 @@ class Plan:
             spread = self.spread(name, out.device)
             return operator.combine(self.terms(name), coefficient, spread, out)
 
+    def finish(self, name: str, raw: Tensor | None, out: Tensor) -> Tensor:
+        """Write the finished tensor into `out`: what `combine` gives, in float32 or wider, after
+        the recipe's finalisers.
+        """
+        if not self.finalisation.active or name in self.fixed:
+            return self.combine(name, raw, out)
+        wide = out.new_empty(out.shape, dtype=torch.promote_types(out.dtype, torch.float32))
+        with torch.no_grad():
+            return out.copy_(self.finalisation(name, self.combine(name, raw, wide)))
+
+    def _final_site(self, name: str) -> FinalSite:
+        def sources() -> list[Tensor]:
+            return [self.read(source, name) for source in self.sources]
+
+        return FinalSite(name, tuple(self.tensors), partial(self._origin, name), sources)
+
     def contract(self, name: str, grad: Tensor, raw: Tensor) -> Tensor:
         """`dL/dz` of a tensor from `dL/dtheta`: the operator's contraction, then the link's vjp."""
         link = self.recipe.coefficients.link
@@ -321,11 +340,11 @@ class Plan:
 
     @torch.no_grad()
     def materialise(self, name: str, raw: Raw, dtype: torch.dtype | None = None) -> Tensor:
-        """One merged tensor in a dtype (default: the reference's stored dtype)."""
+        """One merged and finished tensor in a dtype (default: the reference's stored dtype)."""
         info = self.reference.infos[name]
         out = torch.empty(info.shape, dtype=dtype or info.dtype)
         own = None if name in self.fixed else self.raw(name, raw)
-        return self.combine(name, own, out)
+        return self.finish(name, own, out)
 
     @torch.no_grad()
     def buffer(self, name: str) -> Tensor:

@@ -21,6 +21,7 @@ from gradmerge.alignment.opening import align_sources
 from gradmerge.coefficients import AbstractCoefficients, AbstractInit, Column, Constant, Row
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.errors import ConfigError, Problem
+from gradmerge.finalisers import AbstractFinaliser
 from gradmerge.operators import AbstractOperator, Linear
 from gradmerge.plan import Plan
 from gradmerge.preprocess import AbstractPreprocess
@@ -59,6 +60,9 @@ class Recipe:
     operator: AbstractOperator = field(default_factory=Linear)
     """How directions are combined (Linear, DisjointMean, Slerp, MultiSlerp, Karcher, ModelStock,
     NearSwap, ArceeFusion)."""
+    finalisers: list[AbstractFinaliser] = field(default_factory=list)
+    """What happens to merged weights in the end, in order, in evaluation and export (REPAIR,
+    SpectralRescale, DepthRescale); not while coefficients learn."""
     frozen: dict[str, float | str] = field(default_factory=dict)
     """Tensors by regular expression that keep a stated coefficient: a number for every source,
     `origin` (0) or `mean` (1/K). The first match wins."""
@@ -94,6 +98,11 @@ class Recipe:
                 raise ConfigError(
                     f"frozen[{pattern!r}]: expected a number, 'origin' or 'mean', came {value!r}."
                 )
+        if sum(finaliser.needs_data for finaliser in self.finalisers) > 1:
+            raise ConfigError(
+                "finalisers: expected REPAIR once, came twice; the second would find every channel "
+                "as it should be. Leave one out."
+            )
         if self.tokenizer is not None:
             self.tokenizer.require(list(self.sources), self.base is not None)
         if self.alignment is not None and not self.alignment.is_identity:

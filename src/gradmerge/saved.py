@@ -17,7 +17,7 @@ def to_save(
     results: Mapping[str, Any],
     experts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Fingerprints, fixed tensors, buffers and scores of a merge.
+    """Fingerprints, fixed tensors, buffers, corrections and scores of a merge.
 
     Args:
         merged: whose coefficients are saved.
@@ -34,6 +34,7 @@ def to_save(
         "fixed": dict(plan.fixed),
         "checked_unused": checked_unused,
         "buffers": {k: v.detach().cpu().clone() for k, v in merged.statistics.values().items()},
+        "finalisation": plan.finalisation.state(),
         "run": copy.deepcopy(plan.run),
         "results": copy.deepcopy(dict(results)),
         "experts": copy.deepcopy(dict(experts)),
@@ -58,4 +59,5 @@ def restore(
     plan.run = saved.get("run", {})
     merged.tasks = dict(saved["tasks"])
     merged.statistics.set(saved["buffers"])
+    plan.finalisation.load_state(saved.get("finalisation", {}))
     return saved["checked_unused"], saved["results"], saved["experts"]

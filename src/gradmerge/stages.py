@@ -10,14 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmerge.observation import Grams, LinearLayer, blocks, linear_layers
+from gradmerge.observation import Enough, Grams, LinearLayer, blocks, linear_layers
 from gradmerge.passes import Passes, length
 from gradmerge.preprocess import AbstractPreprocess, Site
 from gradmerge.statistics import Statistic
-
-
-class _Enough(Exception):  # noqa: N818 (it is no error)
-    """The layers that are watched have run."""
 
 
 class Stages(Passes):
@@ -122,7 +118,7 @@ class Stages(Passes):
             try:
                 for task, batch in self.batches(source):
                     grams.mask = self.mask(batch)
-                    with suppress(_Enough):
+                    with suppress(Enough):
                         self.engine.rows(task, batch)
             finally:
                 for handle in hooks:
@@ -169,4 +165,4 @@ def _count(times: dict[str, int], name: str, *_: Any) -> None:
 
 
 def _stop(*_: Any) -> None:
-    raise _Enough
+    raise Enough

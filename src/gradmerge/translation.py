@@ -35,7 +35,8 @@ def for_merge(
         arguments: as on the command line.
         folder: where translated files are written.
         with_data: whether data is needed (for `collect` it always is); default: as the arguments
-            say (an alignment or step that needs statistics and none given, a search, scores).
+            say (an alignment or step that needs statistics and none given, a finaliser that needs
+            data, a search, scores).
 
     Returns:
         The arguments, and whether data is needed.
@@ -111,14 +112,18 @@ def _needs_data(arguments: Sequence[str], files: Sequence[dict[str, Any]]) -> bo
         if asking in names or any(file.get(asking) for file in files):
             return True
     recipes = [recipe for recipe in map(_recipe, files) if isinstance(recipe, dict)]
+    given = any("data" in file for file in files)
+    options_say = [word for argument in arguments for word in re.split(r"\W+", argument)]
+    final = [word for recipe in recipes for word in _words(recipe.get("finalisers"))]
+    if given and not _finalisers_on_data().isdisjoint([*options_say, *final]):
+        return True
     if "--recipe.statistics" in options or any(recipe.get("statistics") for recipe in recipes):
         return False
-    if not any("data" in file for file in files):
+    if not given:
         return False
-    said = [word for argument in arguments for word in re.split(r"\W+", argument)]
     for factor in ("alignment", "preprocess"):
-        said += [word for recipe in recipes for word in _words(recipe.get(factor))]
-    return not _needing_statistics().isdisjoint(said)
+        options_say += [word for recipe in recipes for word in _words(recipe.get(factor))]
+    return not _needing_statistics().isdisjoint(options_say)
 
 
 def _words(value: Any) -> Iterator[str]:
@@ -144,6 +149,14 @@ def _needing_statistics() -> set[str]:
         known = {n: k for n, k in kinds.items() if isinstance(k, type) and issubclass(k, base)}
         found |= {name for name, kind in known.items() if kind.needs is not base.needs}
     return found
+
+
+def _finalisers_on_data() -> set[str]:
+    """Names of the finalisers that are computed on data."""
+    from gradmerge import finalisers
+
+    kinds = {name: getattr(finalisers, name) for name in finalisers.__all__}
+    return {name for name, kind in kinds.items() if getattr(kind, "needs_data", False)}
 
 
 def _recipe_of_mergekit(path: str, dtype_given: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import jsonargparse
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from gradmerge import MergedModel, Recipe
 from gradmerge.cli import learn, main, register
@@ -87,6 +89,34 @@ def test_combinations_are_fitted_from_the_command_line(world, tmp_path, granular
     assert any(not torch.equal(raw, start[key]) for key, raw in found.model.merged.raw.items())
 
 
+def test_finalisers_are_named_in_a_fit_and_act_on_its_export(world, tmp_path, capsys):
+    depth = {"class_path": "DepthRescale", "init_args": {"first": 0.5, "last": 1.0}}
+    factors = {"finalisers": [depth, "SpectralRescale", "REPAIR"]}
+    callbacks = {"callbacks": [{"class_path": "ExportAtEnd", "init_args": {"output": "merged"}}]}
+    files = [{"model": {"recipe": factors}}, {"trainer": callbacks}]
+    learn(["fit", "--config", write_yaml(tmp_path / "c.yaml", world, *files)])
+    came = load_file("merged/model.safetensors")
+    provenance = json.loads(Path("merged/provenance.json").read_text())
+    assert len(provenance["finalisation"]["corrected"]) == 7
+    learned = load_file("merged/coefficients.safetensors")
+    base, a, b = (
+        load_file(Path(folder) / "model.safetensors")
+        for folder in (
+            world["model"]["recipe"]["base"],
+            *world["model"]["recipe"]["sources"].values(),
+        )
+    )
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    c = learned[name]
+    plain = base[name] + c[0] * (a[name] - base[name]) + c[1] * (b[name] - base[name])
+    ratio = came[name] / plain
+    assert not torch.allclose(came[name], plain, atol=1e-3)
+    assert torch.isfinite(ratio).all()
+    with pytest.raises(SystemExit, match="2"):
+        main(["merge", "--config", str(tmp_path / "c.yaml"), "--recipe.finalisers", "[Repair]"])
+    assert "Did you mean 'REPAIR'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.relative_to(CONFIGS).as_posix()
 )
@@ -126,9 +156,16 @@ def test_every_static_merge_merges(world, parser, path, tmp_path):
         command = ["collect", "--config", suite, "--config", str(path), "--output", "statistics"]
         assert main(command) == 0
         found = replace(found, statistics="statistics")
-    plan = found.open(with_skeleton=False)
-    raw = plan.initial_raw()
-    merged = {name: plan.materialise(name, raw) for name in plan.tensors}
+    if any(finaliser.needs_data for finaliser in found.finalisers):
+        suite = write_yaml(tmp_path / "suite.yaml", world)
+        command = ["merge", "--config", suite, "--config", str(path), "--output", "merged"]
+        assert main(command) == 0
+        plan = found.open(with_skeleton=False)
+        merged = load_file("merged/model.safetensors")
+    else:
+        plan = found.open(with_skeleton=False)
+        raw = plan.initial_raw()
+        merged = {name: plan.materialise(name, raw) for name in plan.tensors}
     assert all(tensor.isfinite().all() for tensor in merged.values())
     assert any(not torch.equal(tensor, plan.base.read(name)) for name, tensor in merged.items())
     learned = MergedModel(replace(found, coefficients=Tensor()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -18,11 +17,9 @@ from torch import Tensor
 
 from gradmerge._typing import Origin
 from gradmerge.coefficients.base import Layout, MergeTensor, Slot
+from gradmerge.depth import depth_of
 from gradmerge.errors import ConfigError, nearest
 from gradmerge.settings import Setting, settle
-
-# By name: files list tensors in alphabetical order, which says nothing of depth.
-_EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|shared|stem|conv1|bn1|cls_token|class_token)\b")
 
 
 @dataclass(frozen=True)
@@ -137,13 +134,7 @@ class DepthRamp(AbstractInit):
 
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
         """See `AbstractInit.coefficient`."""
-        numbers = sorted({n for n in map(_block, context.tensors) if n is not None})
-        block = _block(tensor.name)
-        if block is not None:
-            depth = numbers.index(block)
-        else:
-            depth = -1 if _EMBEDDING.search(tensor.name) else len(numbers)
-        share = (depth + 1) / (len(numbers) + 1)
+        share = depth_of(tensor.name, context.tensors)
         value = self.first + (self.last - self.first) * share
         return torch.full((len(context.sources), *slot.shape), value, dtype=torch.float64)
 
@@ -257,9 +248,3 @@ def over_slot(per_source: Tensor, slot: Slot) -> Tensor:
     """`[sources]` to `[sources, *slot]`."""
     column = per_source.reshape(-1, *([1] * len(slot.shape)))
     return column.expand(-1, *slot.shape).clone()
-
-
-def _block(name: str) -> int | None:
-    """The number of the block that a tensor belongs to, by the first number in its name."""
-    match = re.search(r"(?:^|\.)(?:(?:layer|stage|block)_?)?(\d+)\.", name)
-    return int(match[1]) if match else None

@@ -1,0 +1,41 @@
+"""How deep in the network a tensor sits, by its name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# By name: files list tensors in alphabetical order, which says nothing of depth.
+_EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|shared|stem|conv1|bn1|cls_token|class_token)\b")
+_BLOCK = re.compile(r"(?:^|\.)(?:(?:layer|stage|block)_?)?(\d+)\.")
+
+
+def block_of(name: str) -> int | None:
+    """The number of the block that a tensor belongs to, by the first number in its name."""
+    match = _BLOCK.search(name)
+    return int(match[1]) if match else None
+
+
+def depth_of(name: str, names: Iterable[str]) -> float:
+    """The depth of a tensor between 0 (embeddings) and 1 (the head): with n blocks in all,
+    `(i + 1) / (n + 1)` in the i-th.
+
+    Of the tensors outside of blocks, embeddings and stems (by name) come before the first block and
+    all others after the last.
+
+    Args:
+        name: the tensor.
+        names: all tensors of the network.
+
+    Example:
+        >>> names = ["embed.weight", "layers.0.weight", "layers.4.weight", "head.weight"]
+        >>> [round(depth_of(name, names), 3) for name in names]
+        [0.0, 0.333, 0.667, 1.0]
+    """
+    numbers = sorted({number for number in map(block_of, names) if number is not None})
+    block = block_of(name)
+    if block is not None:
+        depth = numbers.index(block)
+    else:
+        depth = -1 if _EMBEDDING.search(name) else len(numbers)
+    return (depth + 1) / (len(numbers) + 1)

@@ -1,0 +1,18 @@
+"""What makes merged weights a good checkpoint, once their coefficients are known."""
+
+from gradmerge.finalisers.base import AbstractFinaliser, AbstractRescale, FinalSite
+from gradmerge.finalisers.chain import Finalisation
+from gradmerge.finalisers.depth import DepthRescale
+from gradmerge.finalisers.repair import REPAIR, Correction
+from gradmerge.finalisers.spectral import SpectralRescale
+
+__all__ = [
+    "REPAIR",
+    "AbstractFinaliser",
+    "AbstractRescale",
+    "Correction",
+    "DepthRescale",
+    "FinalSite",
+    "Finalisation",
+    "SpectralRescale",
+]

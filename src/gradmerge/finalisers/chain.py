@@ -1,0 +1,134 @@
+"""All finalisers of a merge as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmerge.errors import ConfigError
+from gradmerge.finalisers.base import AbstractFinaliser, AbstractRescale, FinalSite
+from gradmerge.finalisers.repair import REPAIR, Correction
+
+
+class Finalisation:
+    """`theta' = f_n(...f_1(theta))`, a tensor at a time, with the corrections that REPAIR found.
+
+    Frozen tensors keep what they are.
+
+    Args:
+        finalisers: in the order they run.
+        site: what each tensor was merged from.
+        frozen: names of frozen tensors, as they stand when a tensor is finished.
+    """
+
+    def __init__(
+        self,
+        finalisers: Sequence[AbstractFinaliser],
+        site: Callable[[str], FinalSite],
+        frozen: Collection[str],
+    ) -> None:
+        self.finalisers = list(finalisers)
+        self._site, self._frozen = site, frozen
+        self._facts: dict[tuple[int, str], dict[str, float]] = {}
+        self.repair = next((f for f in finalisers if isinstance(f, REPAIR)), None)
+        """The finaliser that is computed on data, if there is one."""
+        self.corrections: dict[str, Correction] | None = None
+        """By tensor; None before they are computed."""
+        self.report: dict[str, Any] = {}
+        """What was corrected, as plain data."""
+        self.version = 0
+        """Changes with the corrections."""
+
+    @property
+    def active(self) -> bool:
+        """Whether there is any finaliser."""
+        return bool(self.finalisers)
+
+    def __call__(self, name: str, theta: Tensor) -> Tensor:
+        """The finished tensor, from a merged one in float32 or wider; may write over it.
+
+        Raises:
+            ConfigError: REPAIR has not been computed.
+        """
+        return self._run(name, self.before_repair(name, theta), after=True)
+
+    def before_repair(self, name: str, theta: Tensor) -> Tensor:
+        """A tensor after what comes before REPAIR (nothing, where there is none)."""
+        return theta if self.repair is None else self._run(name, theta, after=False)
+
+    def _run(self, name: str, theta: Tensor, after: bool) -> Tensor:
+        for finaliser, site in self._steps(name, after):
+            if isinstance(finaliser, REPAIR):
+                theta = self._corrected(name, theta)
+            else:
+                theta = finaliser.finish(theta, site)
+        return theta
+
+    def _steps(self, name: str, after: bool) -> list[tuple[AbstractFinaliser, FinalSite]]:
+        """REPAIR and those after it, or those before it."""
+        if name in self._frozen or not self.finalisers:
+            return []
+        cut = 0 if self.repair is None else self.finalisers.index(self.repair)
+        site = self._site(name)
+        return [
+            (finaliser, replace(site, facts=self._facts.setdefault((at, name), {})))
+            for at, finaliser in enumerate(self.finalisers)
+            if (at >= cut) == after
+        ]
+
+    def _corrected(self, name: str, theta: Tensor) -> Tensor:
+        if self.corrections is None:
+            raise ConfigError(
+                "REPAIR has not been computed for these coefficients: it takes the tasks' "
+                "adaptation data. Give `gradmerge merge` their `data`, too (a suite's file); in "
+                "Python call `MergeModule.refresh_buffers(data)`; or leave REPAIR out of "
+                "`finalisers`."
+            )
+        correction = self.corrections.get(name)
+        return theta if correction is None else correction(theta)
+
+    def correct(
+        self, corrections: Mapping[str, Correction] | None, report: Mapping[str, Any]
+    ) -> None:
+        """Take corrections, and what is to be said of them."""
+        self.corrections = None if corrections is None else dict(corrections)
+        self.report = dict(report)
+        self.version += 1
+
+    def factor(self, name: str, theta: Tensor) -> float:
+        """What a tensor's coefficients are multiplied with in all, where finalisers only rescale.
+
+        Args:
+            name: the tensor.
+            theta: merged, in float32 or wider; may be written over.
+        """
+        product = 1.0
+        for finaliser, site in self._steps(name, after=True):
+            assert isinstance(finaliser, AbstractRescale)
+            theta, factor = finaliser.rescale(theta, site)
+            product *= factor
+        return product
+
+    def state(self) -> dict[str, Any]:
+        """Corrections and report as a checkpoint holds them: tensors and plain data."""
+        if self.corrections is None:
+            return {}
+        found = {}
+        for name, correction in self.corrections.items():
+            shift = {} if correction.shift is None else {"shift": correction.shift}
+            found[name] = {"scale": correction.scale, "axis": correction.axis, **shift}
+        return {"corrections": found, "report": self.report}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        found = state.get("corrections")
+        with torch.inference_mode(False):
+            corrections = found and {
+                name: Correction(kept["scale"], kept.get("shift"), kept["axis"])
+                for name, kept in found.items()
+            }
+        self.correct(corrections, state.get("report", {}))

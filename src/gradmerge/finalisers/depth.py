@@ -1,0 +1,41 @@
+"""Rescaling by depth."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gradmerge.depth import depth_of
+from gradmerge.errors import ConfigError
+from gradmerge.finalisers.base import AbstractRescale, FinalSite
+
+
+@dataclass(frozen=True)
+class DepthRescale(AbstractRescale):
+    """`theta' = A + lambda(d) (theta - A)`, `lambda(d) = first + (last - first) d` (LiNeS after the
+    merge, arXiv 2410.17146).
+
+    Depth d is 0 at the embeddings and 1 at the head, as for the init `DepthRamp`. Shallow layers
+    hold what tasks share, so they move less (first < last). Under `Linear` it is the same as all
+    coefficients times lambda; after another operator there is no such coefficient.
+
+    Difference: the paper counts blocks alone, from 0 at the first to 1 at the last.
+    """
+
+    first: float
+    """The factor at the embeddings."""
+    last: float
+    """The factor at the head."""
+
+    def __post_init__(self) -> None:
+        """Check both ends."""
+        for name in ("first", "last"):
+            value = getattr(self, name)
+            if not math.isfinite(value):
+                raise ConfigError(f"DepthRescale: {name}: expected a finite number, came {value}.")
+
+    def factor(self, delta: Tensor, site: FinalSite) -> float:
+        """See `AbstractRescale.factor`."""
+        return self.first + (self.last - self.first) * depth_of(site.name, site.names)

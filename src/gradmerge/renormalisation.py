@@ -1,0 +1,264 @@
+"""REPAIR's corrections: channels of the sources and of the merged network, layer after layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradmerge.buffers import Moments
+from gradmerge.errors import ConfigError
+from gradmerge.finalisers import REPAIR, Correction
+from gradmerge.finalisers.repair import correction_of
+from gradmerge.merged import MergedModel
+from gradmerge.observation import Enough, first_argument, output_rows
+from gradmerge.survey import Layer, Run, survey_of
+
+Channels = dict[str, tuple[Tensor, Tensor]]
+
+
+class Renormalisation:
+    """REPAIR of one merged model on given passes, for any coefficients.
+
+    Layers and targets do not depend on coefficients, so they are found once.
+
+    Args:
+        merged: the merged model.
+        repair: what is to be done.
+        runs: forward passes through `merged`; all their rows count alike. They are not kept.
+    """
+
+    def __init__(self, merged: MergedModel, repair: REPAIR, runs: Sequence[Run]) -> None:
+        if not runs:
+            raise ConfigError("REPAIR: expected passes over adaptation data, came none.")
+        self._merged, self._repair = merged, repair
+        with torch.inference_mode(False), torch.no_grad():
+            first = next(iter(merged.plan.sources))
+            with merged.as_source(first):
+                self.survey = survey_of(merged, repair, runs[0])
+            self._require_layers()
+            self._own: dict[str, Channels] = {}
+            for source in merged.plan.sources:
+                with merged.as_source(source):
+                    self._own[source] = _outputs(self.survey.layers, runs)
+
+    def _require_layers(self) -> None:
+        if not self.survey.layers:
+            reasons = "; ".join(f"{name}: {why}" for name, why in self.survey.left.items())
+            raise ConfigError(
+                "REPAIR: found no layer to correct: it takes linear layers, convolutions and "
+                f"BatchNorm before the network's last layer ({reasons or 'there are none'}). Leave "
+                "it out of `finalisers`."
+            )
+
+    def targets(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """Mean and deviation that a layer's channels shall have, `[channels]`, float64.
+
+        Raises:
+            ConfigError: the coefficients say no mean of the sources.
+        """
+        assert layer.weight is not None
+        means, deviations = zip(*(own[layer.weight] for own in self._own.values()), strict=True)
+        weights = torch.full((len(means), 1), 1 / len(means), dtype=torch.float64)
+        if self._repair.interpolate == "coefficients":
+            plan = self._merged.plan
+            found = plan.coefficient(layer.weight, self._merged.raw).detach().double().cpu()
+            found = found.reshape(len(means), -1).mean(dim=1, keepdim=True)
+            if not (found >= 0).all() or found.sum() == 0:
+                raise ConfigError(
+                    f"REPAIR: interpolate: coefficients wants some above zero and none below, came "
+                    f"{[round(c, 4) for c in found.flatten().tolist()]} at {layer.weight}; take "
+                    "interpolate: mean."
+                )
+            weights = found / found.sum()
+        return (weights * torch.stack(means)).sum(0), (weights * torch.stack(deviations)).sum(0)
+
+    @torch.no_grad()
+    def correct(self, runs: Sequence[Run]) -> None:
+        """Compute the corrections for the coefficients as they stand, and give them to the plan.
+
+        BatchNorm statistics are recomputed on the way, where the recipe says so.
+
+        Args:
+            runs: the same passes again.
+        """
+        merged, finalisation = self._merged, self._merged.plan.finalisation
+        corrections: dict[str, Correction] = {}
+        report: dict[str, Any] = {
+            "corrected": [],
+            "scale alone": [],
+            "left alone": dict(self.survey.left),
+            "constant channels": {},
+        }
+        weights = _Weights(merged, corrections)
+        with (
+            torch.inference_mode(False),
+            merged.statistics.evaluating(),
+            merged.as_weights(weights.read),
+        ):
+            for stage in self.survey.stages:
+                for layer, (mean, deviation) in self._measure(stage, runs):
+                    self._fold(layer, mean, deviation, corrections, report)
+                    weights.changed(layer)
+        report = {key: value for key, value in report.items() if value}
+        finalisation.correct(corrections, {"batches": len(runs), **report})
+
+    def _fold(
+        self,
+        layer: Layer,
+        mean: Tensor,
+        deviation: Tensor,
+        corrections: dict[str, Correction],
+        report: dict[str, Any],
+    ) -> None:
+        assert layer.weight is not None
+        if any(layer.weight not in own for own in self._own.values()):
+            report["left alone"][layer.weight] = "no row of the data reaches it in some source"
+            return
+        scale, shift, constant = correction_of(mean, deviation, *self.targets(layer))
+        corrections[layer.weight] = Correction(scale, None, layer.axis)
+        if layer.bias is not None:
+            corrections[layer.bias] = Correction(scale, shift)
+        report["scale alone" if layer.bias is None else "corrected"].append(layer.weight)
+        if constant:
+            report["constant channels"][layer.weight] = constant
+
+    def _measure(
+        self, stage: Sequence[Layer], runs: Sequence[Run]
+    ) -> Iterator[tuple[Layer, tuple[Tensor, Tensor]]]:
+        """Channels of a stage, as far as rows reach it; a BatchNorm's own statistics come first."""
+        linear = [layer for layer in stage if not layer.is_norm]
+        found = _outputs(linear, runs)
+        yield from ((layer, found[n]) for layer in linear if (n := str(layer.weight)) in found)
+        for layer in stage:
+            if not layer.is_norm:
+                continue
+            recomputes = self._merged.plan.recipe.buffers == "recompute"
+            if layer.calls > 1:
+                if recomputes:
+                    calls = [run.call for run in runs]
+                    self._merged.statistics.recompute(calls, [layer.module])
+                continue
+            moments = Moments()
+            _watch([layer], runs, partial(_take_batch, moments), _before)
+            if recomputes:
+                moments.write(layer.module)  # type: ignore[arg-type]
+            if layer.weight is not None and moments.rows:
+                yield layer, _normalised(layer, moments)
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+def _outputs(layers: Sequence[Layer], runs: Sequence[Run]) -> Channels:
+    """Mean and deviation of layers' output channels by weight, with the weights in place."""
+    moments = {layer.place: Moments() for layer in layers}
+
+    def take(layer: Layer, output: Tensor, mask: Tensor | None) -> None:
+        moments[layer.place].take(_channels(layer, output, mask))
+
+    _watch(layers, runs, take, _after)
+    every = ((layer, moments[layer.place]) for layer in layers)
+    return {str(layer.weight): (m.mean, m.deviation) for layer, m in every if m.rows}
+
+
+def _watch(
+    layers: Sequence[Layer],
+    runs: Sequence[Run],
+    take: Callable[[Layer, Tensor, Tensor | None], None],
+    register: Callable[[nn.Module, Callable[[Tensor], None]], Any],
+) -> None:
+    """Every run to the point where all layers have been called."""
+    if not layers:
+        return
+    mask: Tensor | None = None
+    left = 0
+
+    def seen(layer: Layer, values: Tensor) -> None:
+        nonlocal left
+        take(layer, values.detach(), mask)
+        left -= 1
+        if not left:
+            raise Enough
+
+    hooks = [register(layer.module, partial(seen, layer)) for layer in layers]
+    try:
+        for run in runs:
+            mask, left = run.mask, len(layers)
+            with suppress(Enough):
+                run.call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _take_batch(moments: Moments, layer: Layer, batch: Tensor, mask: Tensor | None) -> None:
+    moments.take(batch)
+
+
+def _before(module: nn.Module, seen: Callable[[Tensor], None]) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        seen(first_argument(args, kwargs))
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _after(module: nn.Module, seen: Callable[[Tensor], None]) -> Any:
+    def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+        seen(output)
+
+    return module.register_forward_hook(hook)
+
+
+class _Weights:
+    """The merged network as far as it is corrected: what finalisers before REPAIR left, corrected.
+
+    In resident memory all tensors are kept, in streamed memory each is built when its layer asks.
+    """
+
+    def __init__(self, merged: MergedModel, corrections: Mapping[str, Correction]) -> None:
+        self._merged, self._corrections = merged, corrections
+        self._kept: dict[str, Tensor] = {}
+
+    def read(self, name: str) -> Tensor | None:
+        """A tensor in the dtype of the computation; None for a private one."""
+        plan = self._merged.plan
+        if name not in plan.tensors:
+            return None
+        if name in self._kept:
+            return self._kept[name]
+        dtype = torch.promote_types(self._merged.dtype, torch.float32)
+        raw = None if name in plan.fixed else plan.raw(name, self._merged.raw).detach()
+        theta = plan.finalisation.before_repair(name, self._merged.build(name, raw, dtype))
+        if name in self._corrections:
+            theta = self._corrections[name](theta)
+        theta = theta.to(self._merged.dtype)
+        if self._merged.memory == "resident":
+            self._kept[name] = theta
+        return theta
+
+    def changed(self, layer: Layer) -> None:
+        """Build a layer's tensors anew."""
+        for name in (layer.weight, layer.bias):
+            self._kept.pop(str(name), None)
+
+
+def _channels(layer: Layer, output: Tensor, mask: Tensor | None) -> Tensor:
+    """A layer's outputs as `[rows, channels, ...]`, without rows of padding."""
+    if layer.is_norm:
+        return output
+    rows = output_rows(layer.module, output, mask)  # [groups, rows, out]
+    return rows.permute(1, 0, 2).flatten(1)
+
+
+def _normalised(layer: Layer, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of a BatchNorm's outputs from those of its inputs."""
+    module: Any = layer.module
+    gain, bias = (value.detach().cpu().double() for value in (module.weight, module.bias))
+    mean, variance = (b.cpu().double() for b in (module.running_mean, module.running_var))
+    slope = gain / (variance + module.eps).sqrt()
+    return bias + slope * (moments.mean - mean), slope.abs() * moments.deviation

@@ -1,0 +1,608 @@
+"""REPAIR: channels' statistics after it, what is folded, and what is left alone."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from gradmerge import MergedModel, Recipe
+from gradmerge.coefficients import Constant, Model, Uniform
+from gradmerge.errors import ConfigError
+from gradmerge.finalisers import REPAIR, DepthRescale, SpectralRescale
+from gradmerge.finalisers.repair import correction_of
+from gradmerge.renormalisation import Renormalisation
+from gradmerge.survey import Run
+
+
+class Deep(nn.Module):
+    """Three linear layers and a head, without any norm."""
+
+    def __init__(self, width=16, bias=True):
+        super().__init__()
+        self.first = nn.Linear(6, width, bias=bias)
+        self.second = nn.Linear(width, width, bias=bias)
+        self.third = nn.Linear(width, width, bias=bias)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.third(self.second(self.first(x).relu()).relu()).relu())
+
+
+class Convolutions(nn.Module):
+    """Convolutions with biases, one of them in groups, and a 1-D one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.grouped = nn.Conv2d(8, 8, 3, stride=2, groups=4)
+        self.flat = nn.Conv1d(8, 6, 2)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.grouped(self.first(x).relu_()).relu_()
+        return self.head(self.flat(x.flatten(2)).relu().mean(dim=2))
+
+
+class Block(nn.Module):
+    def __init__(self, width, out, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.short = nn.Sequential()
+        if stride != 1:
+            self.short = nn.Sequential(nn.Conv2d(width, out, 1, stride), nn.BatchNorm2d(out))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (y + self.short(x)).relu()
+
+
+class ResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.blocks = nn.Sequential(Block(6, 6, 1), Block(6, 8, 2))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.norm(self.stem(x)).relu()).mean(dim=(2, 3)))
+
+
+def networks(kind, count=2, **options):
+    """Independently initialised networks; statistics of BatchNorm from data of their own."""
+    made = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        model = kind(**options)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 2)
+                nn.init.normal_(module.bias)
+                module.momentum = None
+        with torch.no_grad():
+            model.train()(torch.randn(64, 3, 8, 8) if kind is not Deep else torch.randn(64, 6))
+        made.append(model.eval())
+    return made
+
+
+def images(*sizes):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(n, 3, 8, 8, generator=generator) + 0.5 for n in sizes]
+
+
+def vectors(*sizes):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(n, 6, generator=generator) + 0.5 for n in sizes]
+
+
+def repaired(models, batches, repair=None, memory="resident", dtype=torch.float32, **options):
+    """A merged model after REPAIR on batches, and the REPAIR."""
+    sources = dict(zip("abcd", models, strict=False))
+    factors = {"coefficients": Model(), "init": Uniform(), "finalisers": [repair or REPAIR()]}
+    merged = MergedModel(Recipe(sources, **{**factors, **options}), memory=memory, dtype=dtype)
+    runs = [run_of(merged, batch) for batch in batches]
+    found = Renormalisation(merged, merged.plan.finalisation.repair, runs)
+    found.correct(runs)
+    return merged, found
+
+
+def run_of(merged, batch):
+    if isinstance(batch, dict):
+        return Run(lambda: merged(**batch), batch.get("attention_mask"))
+    return Run(lambda: merged(batch))
+
+
+def exported(merged, model):
+    """A network of its own with the tensors and buffers that an export writes."""
+    twin = copy.deepcopy(model)
+    state = {n: merged.plan.materialise(n, merged.raw) for n in merged.plan.tensors}
+    state.update({n: b.clone() for n, b in merged.statistics.values().items()})
+    twin.load_state_dict(state, strict=False)
+    return twin.eval()
+
+
+def channels(model, batches, places):
+    """Mean and deviation of layers' outputs over all rows together, by place."""
+    rows = {place: [] for place in places}
+    mask = None
+
+    def note(place, output):
+        if mask is not None and output.dim() == 3:
+            output = output[mask.bool()]
+        elif output.dim() == 4 or (output.dim() == 3 and isinstance(model, Convolutions)):
+            output = output.movedim(1, -1)
+        rows[place].append(output.reshape(-1, output.shape[-1]).double())
+
+    hooks = [
+        model.get_submodule(place).register_forward_hook(
+            lambda _, __, output, place=place: note(place, output)
+        )
+        for place in places
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+            model(**batch) if isinstance(batch, dict) else model(batch)
+    for hook in hooks:
+        hook.remove()
+    every = {place: torch.cat(found) for place, found in rows.items()}
+    return {p: (r.mean(0), r.std(0, correction=0)) for p, r in every.items()}
+
+
+def averages(models, batches, places, weights=None):
+    """What the channels shall have."""
+    weights = weights or [1 / len(models)] * len(models)
+    own = [channels(model, batches, places) for model in models]
+    return {
+        place: tuple(
+            sum(w * o[place][i] for w, o in zip(weights, own, strict=True)) for i in (0, 1)
+        )
+        for place in places
+    }
+
+
+def assert_statistics(came, expected, mean=True, tolerance=1e-4):
+    for place, (target, deviation) in expected.items():
+        if mean:
+            torch.testing.assert_close(came[place][0], target, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(came[place][1], deviation, rtol=tolerance, atol=tolerance)
+
+
+# ---- statistics after it --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_channels_of_a_perceptron_are_those_of_its_sources(memory):
+    models, batches = networks(Deep, 3), vectors(40, 7, 23)
+    merged, found = repaired(models, batches, memory=memory)
+    places = ["first", "second", "third"]
+    twin, expected = exported(merged, models[0]), averages(models, batches, places)
+    assert_statistics(channels(twin, batches, places), expected)
+    report = merged.plan.finalisation.report
+    assert report["corrected"] == [f"{place}.weight" for place in places]
+    assert report["left alone"] == {"head.weight": "it is the network's last layer"}
+    assert report["batches"] == 3
+    average = sum(model.head.weight for model in models) / 3
+    torch.testing.assert_close(twin.head.weight, average, rtol=1e-6, atol=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(batches[0]), twin(batches[0]), rtol=1e-5, atol=1e-6)
+    assert found.survey.unusual == {}
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_channels_of_convolutions_are_those_of_their_sources(memory):
+    models, batches = networks(Convolutions), images(16, 5)
+    merged, _ = repaired(models, batches, memory=memory)
+    places = ["first", "grouped", "flat"]
+    twin = exported(merged, models[0])
+    assert_statistics(channels(twin, batches, places), averages(models, batches, places))
+    assert merged.plan.finalisation.report["corrected"] == [f"{p}.weight" for p in places]
+
+
+@pytest.mark.parametrize("buffers", ["recompute", "mean"])
+def test_channels_of_a_residual_network_are_those_of_its_sources(buffers):
+    """Behind each BatchNorm; its statistics are of what it sees, if the recipe says so."""
+    models, batches = networks(ResNet), images(24, 9)
+    merged, _ = repaired(models, batches, buffers=buffers)
+    places = ["norm", *(f"blocks.{i}.bn{j}" for i in (0, 1) for j in (1, 2)), "blocks.1.short.1"]
+    twin = exported(merged, models[0])
+    assert_statistics(channels(twin, batches, places), averages(models, batches, places))
+    report = merged.plan.finalisation.report
+    assert sorted(report["corrected"]) == sorted(f"{place}.weight" for place in places)
+    assert report["left alone"]["stem.weight"] == "it feeds a BatchNorm"
+    stem = channels(twin, batches, ["stem", "blocks.1.conv1"])
+    seen = torch.stack([stem["stem"][0].float(), twin.norm.running_mean])
+    assert torch.allclose(*seen, atol=1e-5) == (buffers == "recompute")
+    if buffers == "recompute":
+        inner = twin.blocks[1].bn1
+        rows = 33 * 16
+        variance = stem["blocks.1.conv1"][1].square() * rows / (rows - 1)
+        torch.testing.assert_close(inner.running_var.double(), variance, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(batches[0]), twin(batches[0]), rtol=1e-5, atol=1e-5)
+
+
+def tokens(*lengths):
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(0, 32, (len(lengths), 8), generator=generator)
+    mask = (torch.arange(8)[None] < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_a_llama_without_biases_gets_the_deviations(family):
+    models, _ = family("llama", 3, torch.float32)
+    batches = [tokens(8, 5, 3), tokens(2, 8)]
+    merged, found = repaired(models[1:], batches)
+    linear = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    linear += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    places = [f"model.layers.{i}.{name}" for i in (0, 1) for name in linear]
+    twin = exported(merged, models[0])
+    expected = averages(models[1:], batches, places)
+    assert_statistics(channels(twin, batches, places), expected, mean=False)
+    report = merged.plan.finalisation.report
+    assert report["scale alone"] == [f"{place}.weight" for place in places]
+    assert "corrected" not in report
+    sizes = [len(stage) for stage in found.survey.stages]
+    assert sizes == [3, 1, 2, 1] * 2, "layers of one input are measured in one pass"
+    with torch.no_grad():
+        came, wanted = merged(**batches[0]).logits, twin(**batches[0]).logits
+    torch.testing.assert_close(came, wanted, rtol=1e-5, atol=1e-5)
+
+
+class Seen:
+    """A merged model in evaluation, as `channels` looks at networks."""
+
+    def __init__(self, merged):
+        self.merged, self.get_submodule = merged, merged.skeleton.get_submodule
+
+    def __call__(self, **batch):
+        return self.merged.eval()(**batch)
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("name", ["gpt2", "vit", "llama-tied", "t5"])
+def test_channels_of_other_architectures(family, name, memory):
+    """Weights stored `[in, out]`, renamed on loading, tied to an embedding; a decoder."""
+    models, inputs = family(name, 3, torch.float32)
+    batches = [inputs, {k: v.roll(1, -1) for k, v in inputs.items()}]
+    merged, _ = repaired(models[1:], batches, memory=memory)
+    report = merged.plan.finalisation.report
+    binding = merged.plan.binding.parameters
+
+    def places(kind):
+        return [binding[n][0].removesuffix(".weight") for n in report.get(kind, ())]
+
+    count = {"gpt2": (8, 0), "vit": (13, 0), "llama-tied": (0, 14), "t5": (0, 16)}[name]
+    assert (len(places("corrected")), len(places("scale alone"))) == count
+    for kind in ("corrected", "scale alone"):
+        expected = averages(models[1:], batches, places(kind))
+        came = channels(Seen(merged), batches, places(kind))
+        assert_statistics(came, expected, mean=kind == "corrected")
+
+
+def test_sixteen_bits_are_corrected_to_their_precision():
+    models, batches = networks(Deep), vectors(200)
+    merged, _ = repaired(models, [b.bfloat16() for b in batches], dtype=torch.bfloat16)
+    places = ["first", "second", "third"]
+    assert merged.plan.finalisation.report["corrected"] == [f"{place}.weight" for place in places]
+    expected = averages(models, batches, places)
+    came = channels(exported(merged, models[0]), batches, places)
+    for place in places:
+        assert (came[place][1] / expected[place][1] - 1).abs().max() < 0.05
+
+
+class InPlace(nn.Module):
+    """The second layer's input is the first's, written to by what the first put out."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = x.clone()
+        x += self.first(x).relu()
+        return self.head(self.second(x).relu())
+
+
+def test_an_input_that_was_written_to_is_another():
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(InPlace().eval())
+    merged, found = repaired(models, vectors(50))
+    assert [len(stage) for stage in found.survey.stages] == [1, 1]
+    places = ["first", "second"]
+    twin, expected = exported(merged, models[0]), averages(models, vectors(50), places)
+    assert_statistics(channels(twin, vectors(50), places), expected)
+
+
+def test_padding_does_not_count(family):
+    models, _ = family("bert", 3, torch.float32)
+    batches = [tokens(8, 5, 3), tokens(2, 8)]
+    merged, _ = repaired(models[1:], batches)
+    report = merged.plan.finalisation.report
+    places = [name.removesuffix(".weight") for name in report["corrected"]]
+    assert len(places) == 2 * 6 + 1
+    assert "bert.pooler.dense" in places
+    twin = exported(merged, models[0])
+    assert_statistics(channels(twin, batches, places), averages(models[1:], batches, places))
+    unmasked = [{"input_ids": batch["input_ids"]} for batch in batches]
+    place = places[-2]
+    other = channels(twin, unmasked, [place])[place]
+    assert not torch.allclose(other[0], averages(models[1:], batches, places)[place][0], atol=1e-3)
+
+
+# ---- what is folded -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Deep, Convolutions])
+def test_folded_weights_are_the_normaliser_on_the_fly(kind):
+    """The paper's: each layer's output is normalised by its batch, then given the targets."""
+    models = networks(kind)
+    batch = (vectors if kind is Deep else images)(50)[0]
+    merged, _ = repaired(models, [batch])
+    places = [n for n, m in models[0].named_modules() if n not in ("", "head")]
+    targets = averages(models, [batch], places)
+    twin = copy.deepcopy(models[0])
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            parameter.copy_(sum(dict(m.named_parameters())[name] for m in models) / 2)
+    for place in places:
+
+        def normalise(_, __, output, place=place):
+            dims = [d for d in range(output.dim()) if d != 1]
+            shape = [1, -1] + [1] * (output.dim() - 2)
+            mean, deviation = (t.float().view(shape) for t in targets[place])
+            apart = output - output.mean(dims, keepdim=True)
+            return apart / output.std(dims, correction=0, keepdim=True) * deviation + mean
+
+        twin.get_submodule(place).register_forward_hook(normalise)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(batch), twin(batch), rtol=1e-5, atol=1e-5)
+
+
+def test_an_average_of_two_scalings_of_one_network_is_that_network():
+    """Scaled by 4 and back behind the ReLU: an average is off by 1.5625, which REPAIR takes out."""
+    (model,), batches = networks(Deep, 1), vectors(30, 20)
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        for tensor in (scaled.first.weight, scaled.first.bias):
+            tensor.mul_(4)
+        scaled.second.weight.div_(4)
+    merged, _ = repaired([model, scaled], batches)
+    with torch.no_grad():
+        expected = model(batches[0])
+        torch.testing.assert_close(scaled(batches[0]), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(merged(batches[0]), expected, rtol=1e-5, atol=1e-5)
+        merged.train()
+        assert (merged(batches[0]) - expected).abs().max() > 0.02
+
+
+def test_the_variance_collapse_of_independent_networks_is_undone():
+    models, batches = networks(Deep, 4, width=64), vectors(200)
+    places = ["first", "second", "third"]
+    wanted = averages(models, batches, places)
+    merged, _ = repaired(models, batches)
+    collapsed = Recipe(dict(zip("abcd", models, strict=True)), coefficients=Model(), init=Uniform())
+    ratios = []
+    for each in (MergedModel(collapsed), merged):
+        came = channels(exported(each, models[0]), batches, places)
+        ratios.append([float((came[p][1] / wanted[p][1]).mean()) for p in places])
+    assert ratios[0][0] < 0.6
+    assert ratios[0][2] < 0.15, "from layer to layer"
+    assert ratios[1] == pytest.approx([1, 1, 1], abs=1e-4)
+
+
+def test_of_one_source_nothing_changes():
+    (model,), batches = networks(Deep, 1), vectors(20, 12)
+    merged, _ = repaired([model], batches)
+    for name, tensor in model.named_parameters():
+        came = merged.plan.materialise(name, merged.raw)
+        torch.testing.assert_close(came, tensor.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_of_one_source_with_batch_norm_the_function_stays():
+    """Whatever its statistics were of: gain and bias make up for those that are recomputed."""
+    (model,), batches = networks(ResNet, 1), images(20, 12)
+    merged, _ = repaired([model], batches)
+    means = [merged.statistics.values()["norm.running_mean"], model.norm.running_mean]
+    assert not torch.allclose(*means, atol=1e-3)
+    with torch.no_grad():
+        expected = model(batches[0])
+        torch.testing.assert_close(merged(batches[0]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_targets_go_by_coefficients_where_asked_for():
+    models, batches = networks(Deep), vectors(40)
+    repair = REPAIR(interpolate="coefficients")
+    merged, _ = repaired(models, batches, repair, init=Constant([0.6, 0.2]))
+    places = ["first", "second", "third"]
+    expected = averages(models, batches, places, [0.75, 0.25])
+    assert_statistics(channels(exported(merged, models[0]), batches, places), expected)
+    with pytest.raises(ConfigError, match=r"none below, came \[0.6, -0.2\] at first.weight"):
+        repaired(models, batches, repair, init=Constant([0.6, -0.2]))
+
+
+def test_a_constant_channel_gets_the_mean_alone():
+    values = [torch.tensor(v, dtype=torch.float64) for v in ([1.0, 2.0], [0.0, 0.5], [3.0, 4.0])]
+    target = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    scale, shift, constant = correction_of(*values, target)
+    assert scale.tolist() == [1, 2]
+    assert shift.tolist() == [2, 0]
+    assert constant == 1
+
+
+@pytest.mark.parametrize("others", ["before", "after"])
+def test_others_act_in_the_order_given(others):
+    models, batches = networks(Deep), vectors(40)
+    free = [DepthRescale(0.5, 1.5), SpectralRescale()]
+    finalisers = [*free, REPAIR()] if others == "before" else [REPAIR(), *free]
+    merged, _ = repaired(models, batches, finalisers=finalisers)
+    places = ["first", "second", "third"]
+    expected = averages(models, batches, places)
+    twin = exported(merged, models[0])
+    came = channels(twin, batches, places)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(batches[0]), twin(batches[0]), rtol=1e-5, atol=1e-5)
+    if others == "before":
+        assert_statistics(came, expected)
+    else:
+        norms = [torch.linalg.matrix_norm(m.first.weight.detach(), 2) for m in models]
+        own = torch.linalg.matrix_norm(twin.first.weight.detach(), 2)
+        torch.testing.assert_close(own, sum(norms) / 2, rtol=1e-5, atol=0)
+        assert not torch.allclose(came["second"][1], expected["second"][1], rtol=1e-2)
+
+
+# ---- where it is off ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_it_is_off_while_coefficients_learn(memory):
+    models, (batch,) = networks(Deep), vectors(40)
+    merged, _ = repaired(models, [batch], memory=memory)
+    plain = MergedModel(
+        Recipe(dict(zip("ab", models, strict=True)), coefficients=Model(), init=Uniform()),
+        memory=memory,
+    )
+    with torch.no_grad():
+        finished = merged(batch)
+    losses = []
+    for model in (merged, plain):
+        loss = model(batch).square().mean()
+        with torch.no_grad():
+            model(batch)  # finished in between, before backward
+        loss.backward()
+        losses.append(loss.detach())
+    assert torch.equal(*losses)
+    assert torch.equal(merged.raw["model"].grad, plain.raw["model"].grad)
+    with torch.no_grad():
+        assert torch.equal(merged(batch), finished)
+        torch.testing.assert_close(merged.train()(batch), plain(batch), rtol=0, atol=0)
+    assert not torch.allclose(finished, plain(batch), atol=1e-2)
+
+
+def test_no_finalisers_change_no_bit():
+    models, (batch,) = networks(ResNet), images(8)
+    plain, none = (
+        MergedModel(Recipe(dict(zip("ab", models, strict=True)), **options))
+        for options in ({}, {"finalisers": []})
+    )
+    assert not none.plan.finalisation.active
+    for name in plain.plan.tensors:
+        first, second = (m.plan.materialise(name, m.raw) for m in (plain, none))
+        assert torch.equal(first, second)
+    with torch.no_grad():
+        assert torch.equal(plain(batch), none(batch))
+
+
+# ---- what is left alone ---------------------------------------------------------------------
+
+
+class Standardised(nn.Linear):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean(dim=1, keepdim=True)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class Odd(nn.Module):
+    """Layers that cannot be corrected, each for a reason of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice = nn.Linear(6, 6)
+        self.one, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.other.weight = self.one.weight
+        self.standardised = Standardised(6, 6)
+        self.frozen, self.skipped = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.partly = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.uncalled = nn.Linear(2, 2)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.norm(self.twice(self.norm(self.twice(x)).relu()).relu())
+        x = self.standardised(self.other(self.one(x)).relu()).relu()
+        return self.head(self.partly(self.skipped(self.frozen(x)).relu()).relu())
+
+
+def test_what_cannot_be_corrected_is_left_alone_and_named():
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(Odd().eval())
+    merged, found = repaired(
+        models,
+        vectors(30),
+        REPAIR(skip=["^skipped"]),
+        frozen={r"^frozen\.": "mean", r"partly\.bias": "mean"},
+    )
+    assert found.survey.left == {
+        "twice.weight": "it is called 2 times a pass",
+        "norm.weight": "it is called 2 times a pass",
+        "one.weight": "its weight is shared by one.weight, other.weight",
+        "standardised.weight": "its weight is transformed before use",
+        "frozen.weight": "it is frozen",
+        "skipped.weight": "skip names it",
+        "head.weight": "it is the network's last layer",
+        "uncalled.weight": "no pass calls it",
+    }
+    assert merged.plan.finalisation.report["scale alone"] == ["partly.weight"]
+    places = ["partly"]
+    twin, expected = exported(merged, models[0]), averages(models, vectors(30), places)
+    assert_statistics(channels(twin, vectors(30), places), expected, mean=False)
+    average = {
+        n: (p + dict(models[1].named_parameters())[n]) / 2 for n, p in models[0].named_parameters()
+    }
+    for name, tensor in twin.named_parameters():
+        same = torch.allclose(tensor, average[name], atol=1e-6)
+        assert same == (name != "partly.weight"), name
+
+
+def test_nothing_to_correct_is_an_error():
+    models = [nn.Linear(6, 3), nn.Linear(6, 3)]
+    with pytest.raises(ConfigError, match=r"no layer to correct.*last layer \(weight: it is the"):
+        repaired(models, vectors(9))
+
+
+def test_it_has_to_be_computed_first():
+    merged = MergedModel(
+        Recipe(dict(zip("ab", networks(Deep), strict=True)), finalisers=[REPAIR()])
+    )
+    with pytest.raises(ConfigError, match=r"REPAIR has not been computed.*adaptation data"):
+        merged.plan.materialise("first.weight", merged.raw)
+    with torch.no_grad(), pytest.raises(ConfigError, match="REPAIR has not been computed"):
+        merged(vectors(3)[0])
+    merged(vectors(3)[0]).sum().backward()
+    assert merged.raw["tensor"].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"interpolate": "median"}, "REPAIR: interpolate: expected mean or coefficients"),
+        ({"batches": 0}, "REPAIR: batches: expected 1 or more, came 0"),
+        ({"skip": ["("]}, "REPAIR: skip: .* is no regular expression"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ConfigError, match=message):
+        REPAIR(**options)
+
+
+def test_it_stands_once_in_a_recipe():
+    with pytest.raises(ConfigError, match="finalisers: expected REPAIR once, came twice"):
+        Recipe({"a": nn.Linear(2, 2)}, finalisers=[REPAIR(), REPAIR()])
+
+
+def test_no_warning_in_evaluation():
+    models, batches = networks(Deep), vectors(10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        repaired(models, batches)
