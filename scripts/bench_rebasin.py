@@ -91,7 +91,7 @@ def rows_of(case: Case) -> dict[str, Row]:
         rows[f"average, {name}"] = average_row(alignment, buffers="mean")
         if case.has_norms:
             rows[f"average, {name}, statistics"] = average_row(alignment)
-        if alignment and hasattr(merges, "REPAIR"):
+        if alignment:
             rows[f"average, {name}, REPAIR"] = average_row(alignment, repair=True)
     if case.members == 2:
         kinds = {"NP Merge": merges.np_pair}

@@ -7,6 +7,7 @@ public interface, as a user would write them; the ensemble and fine-tuning are p
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -22,9 +23,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
-from gradmerge.alignment import AbstractAlignment, WeightMatching
+from gradmerge.alignment import (
+    CCA,
+    AbstractAlignment,
+    ActivationMatching,
+    OptimalTransport,
+    WeightMatching,
+)
 from gradmerge.coefficients import Complement, Constant, Element, Sigmoid, Softmax, Uniform
+from gradmerge.collection import collect
 from gradmerge.evaluation import set_coefficients
+from gradmerge.finalisers import REPAIR
 
 # Of each setting and number of models, the classes that each model sees.
 ALL = tuple(range(CLASSES))
@@ -35,7 +44,12 @@ SETTINGS: dict[str, dict[int, list[tuple[int, ...]]]] = {
         4: [(0, 1, 2), (3, 4, 5), (6, 7), (8, 9)],
     },
 }
-ALIGNMENTS: dict[str, AbstractAlignment] = {"weights": WeightMatching()}
+ALIGNMENTS: dict[str, AbstractAlignment] = {
+    "weights": WeightMatching(),
+    "activations": ActivationMatching(),
+    "CCA": CCA(),
+    "transport": OptimalTransport(),
+}
 # What NP Merge and fine-tuning start from: chosen by the selection split of repeat 0 of the pairs.
 LEARNED_ON = {"mlp": "weights", "vgg11": "weights", "resnet20": "weights"}
 
@@ -177,6 +191,11 @@ class Case:
         return found
 
     @cached_property
+    def scratch(self) -> tempfile.TemporaryDirectory[str]:
+        """A folder that lives as long as the case."""
+        return tempfile.TemporaryDirectory()
+
+    @cached_property
     def parts(self) -> Parts:
         """The images, as the condition leaves them."""
         return self.condition.apply(self.pool.parts(self.repeat), self.repeat)
@@ -232,7 +251,15 @@ class Case:
 
 def with_alignment(case: Case, recipe: Recipe, name: str) -> Recipe:
     """The recipe under an alignment, with what that reads of the sources on data."""
-    return replace(recipe, alignment=ALIGNMENTS[name])
+    recipe = replace(recipe, alignment=ALIGNMENTS[name])
+    if ALIGNMENTS[name].needs is None:
+        return recipe
+    # The same for all alignments on data; a merge on the way to another has its own.
+    own = recipe.sources == case.sources()
+    folder = Path(case.scratch.name) / ("own" if own else "other")
+    if not own or not folder.is_dir():
+        collect(recipe, case.data, folder, overwrite=True, module=case.network())
+    return replace(recipe, statistics=str(folder))
 
 
 def open_merge(case: Case, recipe: Recipe, alignment: str | None) -> MergeModule:
@@ -259,7 +286,8 @@ def averaged(
     repair: bool = False,
 ) -> State:
     """The average of the sources, under an alignment."""
-    recipe = Recipe(dict(case.sources()), init=Uniform(), buffers=buffers)
+    final = [REPAIR()] if repair else []
+    recipe = Recipe(dict(case.sources()), init=Uniform(), buffers=buffers, finalisers=final)
     return state_of(open_merge(case, recipe, alignment), case.data)
 
 
