@@ -15,13 +15,14 @@ from gradmerge.sources.token_report import summarise, token_report
 def model_card(plan: Plan, raw: Raw, provenance: Mapping[str, Any], head: str) -> str:
     """What was merged, how, how well it scored, and how to load it."""
     sections = [
-        _front_matter(plan),
+        _front_matter(provenance),
         "# Merged model",
         f"A merge of {len(plan.sources)} checkpoints of one architecture, written by gradmerge "
         f"{provenance['versions']['gradmerge']}. It is an ordinary checkpoint: "
         "`transformers` loads it alone.",
         _loading(plan, head),
-        "## Sources\n\n" + _sources(plan, provenance),
+        "## Sources\n\n" + _sources(provenance),
+        *_steps(provenance),
         "## Scores\n\n" + _scores(provenance.get("results") or {}),
         "## Coefficients\n\n" + _coefficients(plan, raw),
         *_tokens(plan),
@@ -32,9 +33,9 @@ def model_card(plan: Plan, raw: Raw, provenance: Mapping[str, Any], head: str) -
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(plan: Plan) -> str:
+def _front_matter(provenance: Mapping[str, Any]) -> str:
     lines = ["---", "library_name: transformers", "tags:", "- merge", "- gradmerge"]
-    labels = [c.label for c in [plan.base, *plan.sources.values()] if c is not None]
+    labels = [entry["from"] for entry in _entries(provenance).values()]
     hub = [x for x in labels if x.count("/") == 1 and not Path(x).exists() and x[0].isalnum()]
     if hub:
         lines += ["base_model:", *(f"- {label.partition('@')[0]}" for label in hub)]
@@ -60,9 +61,28 @@ def _loading(plan: Plan, head: str) -> str:
     return text
 
 
-def _sources(plan: Plan, provenance: Mapping[str, Any]) -> str:
+def _entries(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Everything that is in the merge; of one made in steps, more than the last step merged."""
+    entries: Mapping[str, Any] = provenance.get("driver", {}).get("sources")
+    return entries or provenance["sources"]
+
+
+def _steps(provenance: Mapping[str, Any]) -> list[str]:
+    """A section, where the merge was made in steps; coefficients and recipe are of the last one."""
+    steps = [step for step in provenance.get("driver", {}).get("steps", []) if "merged" in step]
+    if not steps:
+        return []
+    rows = ["## Steps\n\nCoefficients and recipe below are those of the last step.\n"]
+    for number, step in enumerate(steps, 1):
+        names = " with ".join(" + ".join(members) for members in step["merged"])
+        shares = ", ".join(f"{value:.3f}" for value in step["coefficients"].values())
+        rows.append(f"{number}. {names} (mean coefficients {shares})")
+    return ["\n".join(rows)]
+
+
+def _sources(provenance: Mapping[str, Any]) -> str:
     rows = ["| name | from | sha256 of the weights |", "|---|---|---|"]
-    for name, entry in provenance["sources"].items():
+    for name, entry in _entries(provenance).items():
         rows.append(f"| {name} | {Path(entry['from']).name} | `{entry['sha256'][:16]}` |")
     return "\n".join(rows)
 

@@ -124,8 +124,9 @@ class MergeCLI(LightningCLI):
                 f"driver: `gradmerge {self.subcommand}` scores one merge, and a driver makes "
                 "several. Score the folder that it wrote, as a source of its own: --driver null "
                 "--model.recipe.base null --model.recipe.sources '{merged: FOLDER}' "
-                "--model.recipe.init '{class_path: Constant, init_args: {value: 1}}'; private "
-                "heads are in FOLDER/tasks: --model.recipe.heads '{TASK: FOLDER/tasks/TASK}'."
+                "--model.recipe.coefficients Model --model.recipe.init.class_path Constant "
+                "--model.recipe.init.value 1, where tasks have private heads also "
+                "--model.recipe.heads '{SOURCE: FOLDER/tasks/TASK}'."
             )
         require_no_checkpoint(ckpt_path)
         if self._get(self.config, "search"):

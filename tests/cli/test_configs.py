@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import jsonargparse
 import pytest
 import torch
+import transformers
 import yaml
 
 from gradmerge import MergedModel, Recipe
@@ -136,6 +138,27 @@ def test_every_static_merge_merges(world, parser, path, tmp_path):
     gradient = learned.raw["tensor"].grad
     assert gradient.isfinite().all(), "it is the basis of a learned merge, too"
     assert gradient.count_nonzero() > 0
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CONFIGS / "drivers").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_driver_drives(world, path, tmp_path):
+    """Each with the tiny sources in place of the suite's, from the plain average."""
+    sources = world["model"]["recipe"]["sources"]
+    if path.stem == "continual":
+        first = write_yaml(tmp_path / "first.yaml", {"recipe": world["model"]["recipe"]})
+        own = ["--recipe.sources", f"{{a: {sources['a']}}}", "--recipe.init", "Uniform"]
+        assert main(["merge", "--config", first, *own, "--output", "earlier-merge"]) == 0
+        sources = {"b": sources["b"]}
+    given = {**world, "model": {"recipe": {**world["model"]["recipe"], "sources": sources}}}
+    suite = write_yaml(tmp_path / "suite.yaml", given, {"trainer": {"max_steps": 1}})
+    assert main(["fit", "--config", suite, "--config", str(path)]) == 0
+    said = json.loads(Path("outputs/merged/provenance.json").read_text())["driver"]
+    assert said["members"] == ["a", "b"]
+    assert [step["merged"] for step in said["steps"]] == [[["a"], ["b"]]]
+    model = transformers.BertForSequenceClassification.from_pretrained("outputs/merged")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def made(spec, *arguments):

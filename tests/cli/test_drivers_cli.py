@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import shlex
 from pathlib import Path
 
 import lightning
@@ -16,7 +17,6 @@ from safetensors.torch import load_file
 
 from gradmerge.cli import learn, main
 from gradmerge.coefficients import Scaled
-from gradmerge.objectives import L2ToInit
 from gradmerge.spec import from_plain
 from tiny import write_yaml as write
 
@@ -74,7 +74,9 @@ OPTIMISER = {
 }
 
 
-def test_a_fold_of_three_by_a_link_for_two_ends_in_a_model_folder(three, tmp_path, monkeypatch):
+def test_a_fold_of_three_by_a_link_for_two_ends_in_a_model_folder(
+    three, tmp_path, monkeypatch, capsys
+):
     """NP Merge of three: the recipe is never one of all sources."""
     export = {
         "class_path": "ExportAtEnd",
@@ -85,7 +87,7 @@ def test_a_fold_of_three_by_a_link_for_two_ends_in_a_model_folder(three, tmp_pat
         "init_args": {"monitor": "selection/loss", "filename": "best"},
     }
     part = {"model": {"recipe": {"coefficients": NP, "private": ["^classifier"]}}}
-    callbacks = {"trainer": {"callbacks": [best, export]}}
+    callbacks = {"trainer": {"callbacks": [best, export], "val_check_interval": 1}}
     config = write(tmp_path / "c.yaml", three, part, PAIRWISE, OPTIMISER, callbacks)
     fitted = []
     original = lightning.Trainer.fit
@@ -121,6 +123,15 @@ def test_a_fold_of_three_by_a_link_for_two_ends_in_a_model_folder(three, tmp_pat
         assert (step / "checkpoints/best.ckpt").is_file()
         assert list(step.rglob("metrics.csv"))
         assert list(step.rglob("coefficients.csv"))
+    # the merge as a source of its own, as `gradmerge test` with the driver's file says
+    message = fails(["validate", "--config", config], capsys)
+    options = message[message.index("--driver null") : message.index(", where tasks")]
+    heads = "{" + ", ".join(f"{task}: out/tasks/{task}" for task in "abc") + "}"
+    arguments = [*shlex.split(options.replace("FOLDER", "out")), "--model.recipe.heads", heads]
+    scores = learn(["validate", "--config", config, *arguments]).model.results["selection"]
+    for task, score in said["results"]["selection"].items():
+        assert scores[task]["loss"] == pytest.approx(score["loss"], rel=1e-2)  # bfloat16
+    # and nothing is done twice
     before = sorted((path, path.stat().st_mtime_ns) for path in Path().rglob("*"))
     assert main(["fit", "--config", config]) == 0
     assert sorted((path, path.stat().st_mtime_ns) for path in Path().rglob("*")) == before
@@ -240,7 +251,7 @@ def test_a_search_is_the_start_of_a_fit(three, tmp_path):
     assert isinstance(chosen, Scaled)
     assert chosen.factor == best
     assert torch.allclose(module.merged.raw["tensor"], torch.tensor(best))
-    assert L2ToInit().penalty(module._small_coefficients(), module._start).item() == 0
+    assert found.trainer.callback_metrics["train/penalty"] == 0, "it measures from the choice"
     assert module.recipe.init == chosen
     assert module.merged.plan.run["initial_coefficients"] == pytest.approx(
         dict.fromkeys("abc", best)
@@ -259,7 +270,9 @@ def test_a_fit_that_goes_on_does_not_search_again(three, tmp_path, monkeypatch):
     from gradmerge.evaluation import Selection
 
     search = ["--search", "Scales", "--search.values", "[0.2, 0.6]", "--search.metric", "loss"]
-    part = {"model": {"objective": {"regularisers": ["L2ToInit"]}}}
+    # what it measures from has to be the same, too
+    regulariser = {"class_path": "L2ToInit", "init_args": {"weight": 10.0}}
+    part = {"model": {"objective": {"regularisers": [regulariser]}, "learning_rate": 0.1}}
     config = write(tmp_path / "c.yaml", three, part)
     whole = learn(["fit", "--config", config, *search, "--trainer.max_steps", "4"]).model
     options = ["--trainer.default_root_dir", "first"]
@@ -271,7 +284,5 @@ def test_a_fit_that_goes_on_does_not_search_again(three, tmp_path, monkeypatch):
     for key, raw in whole.merged.raw.items():
         assert torch.equal(resumed.merged.raw[key], raw)
     assert resumed.recipe.init == whole.recipe.init
-    for name, start in whole._start.items():
-        assert torch.equal(resumed._start[name], start)
     run = resumed.merged.plan.run
     assert run["search"] == run["before"]["search"] == whole.merged.plan.run["search"]

@@ -8,25 +8,37 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+import transformers
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from safetensors.torch import load_file
 from torch import nn
 
-from gradmerge import TaskData
+from gradmerge import MergeModule, Recipe, TaskData
 from gradmerge.coefficients import Complement, Constant, Element, Sigmoid
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.drivers import Continual, Job, Output, Pairwise, Tree
 from gradmerge.drivers.fold import FoldedRecipe
-from gradmerge.errors import ConfigError
+from gradmerge.errors import CompatibilityError, ConfigError, FingerprintError
 from gradmerge.objectives import CrossEntropy, KLToSource, Objective
 from gradmerge.preprocess import RegMean, Trim
-from tiny import SPLITS, Normalised, Perceptron, build, examples, relatives, trainer_of, vectors
+from tiny import (
+    SPLITS,
+    Normalised,
+    Perceptron,
+    build,
+    examples,
+    relatives,
+    save_family,
+    trainer_of,
+    vectors,
+)
 
 NAMES = "abcdef"
 
@@ -99,6 +111,11 @@ def test_a_fold_that_learns_nothing_is_the_plain_average(tmp_path, link):
         pytest.approx([2 / 3, 1 / 3]),
     ]
     assert [step["tasks"] for step in said["steps"]] == [["a", "b"], ["a", "b", "c"]]
+    hashes = {name: entry["sha256"] for name, entry in said["sources"].items()}
+    assert hashes == job_of(tmp_path, models, recipe=recipe).fingerprints
+    assert said["steps"][1]["fingerprints"]["c"] == hashes["c"]
+    card = (folder / "README.md").read_text()
+    assert "2. a + b with c (mean coefficients 0.667, 0.333)" in card
     stored = tensors(tmp_path / "driver/steps/step-1/merged")
     assert {value.dtype for value in stored.values()} == {torch.float32}
 
@@ -265,6 +282,7 @@ def test_new_sources_join_an_earlier_merge_with_their_share(tmp_path):
     assert_equal(folder, average(models[1:]))
     said = provenance(folder)
     assert said["members"] == ["a", "b", "c", "d"]
+    assert list(said["sources"]) == ["base", "a", "b", "c", "d"]
     assert [list(step["coefficients"].values()) for step in said["steps"]] == [
         pytest.approx([2 / 3, 1 / 3]),
         pytest.approx([3 / 4, 1 / 4]),
@@ -310,7 +328,6 @@ def test_projection_is_opcm_s_recursion_one_source_at_a_time(tmp_path):
     """Onto a single source first, whose lambda is 1; then on from the folder that it wrote."""
     models = relatives(build(), 5)
     states = [model.state_dict() for model in models]
-    Pairwise()  # nothing is folded here
     first = tmp_path / "first"
     recipe = FoldedRecipe({"a": models[1]}, base=models[0], init=Constant(1.0))
     write_single(first, recipe)
@@ -438,12 +455,9 @@ def uninterrupted(tmp_path_factory):
     ("hook", "step"),
     [
         ("on_train_batch_start", 0),
-        ("on_train_batch_start", 1),
         ("on_train_batch_start", 2),
-        ("on_train_batch_end", 2),
         ("on_validation_start", 2),
         ("on_validation_epoch_end", 4),
-        ("on_train_epoch_start", 3),
         ("on_train_batch_end", 3),
         ("on_train_end", 5),
     ],
@@ -468,6 +482,24 @@ def test_a_killed_job_goes_on_bitwise_as_it_would_have(tmp_path, uninterrupted, 
     assert not torch.allclose(coefficients["body.weight"], torch.tensor([2 / 3, 1 / 3]), atol=1e-2)
 
 
+def test_a_fit_that_was_told_to_stop_early_does_not_go_on(tmp_path):
+    """Killed between the last validation, which stops it, and the end of the step."""
+
+    def job(*more):
+        early = EarlyStopping("selection/loss", stopping_threshold=1e9)  # at the first validation
+        return job_of(tmp_path, relatives(build(), 3), learning_rate=0.3, callbacks=[early, *more])
+
+    with pytest.raises(RuntimeError, match="killed"):
+        Pairwise(every_n_steps=1).run(job(Kill(1, "on_train_end", 2)))
+    said = []
+    again = job()
+    again.say = said.append
+    folder = Pairwise(every_n_steps=1).run(again)
+    (step,) = provenance(folder)["steps"]
+    assert (step["steps"], step["checkpoint"]) == (2, "best.ckpt")
+    assert f"going on from {tmp_path}/driver/steps/step-1/last.ckpt" in said
+
+
 SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
@@ -487,6 +519,7 @@ Pairwise(every_n_steps=1).run(job_of(sys.argv[2], models, learning_rate=0.3, cal
 """
 
 
+@pytest.mark.slow
 def test_a_job_that_was_killed_outright_goes_on(tmp_path, uninterrupted):
     here = str(Path(__file__).parent)
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
@@ -541,6 +574,9 @@ def test_a_job_begun_anew_moves_the_earlier_one_aside(tmp_path):
     models = relatives(build(), 3)
     Pairwise().run(job_of(tmp_path, models))
     before = files(tmp_path / "driver")
+    with pytest.raises(ConfigError, match="merged exists; give another folder"):
+        Pairwise(restart=True).run(job_of(tmp_path, models, learning_rate=0.1))
+    assert files(tmp_path / "driver") == before
     output = Output(str(tmp_path / "merged"), overwrite=True)
     Pairwise(restart=True).run(job_of(tmp_path, models, learning_rate=0.1, output=output))
     assert files(tmp_path / "driver.before-1") == before
@@ -568,9 +604,41 @@ def test_what_a_fold_has_no_meaning_for_is_refused(tmp_path):
         assert not (tmp_path / "driver").exists()
 
     refused(Pairwise(order=["a", "b"]), "order: expected each of a, b, c once, came a, b")
+    with pytest.raises(ConfigError, match="every_n_steps: must be at least 1, came 0"):
+        Tree(every_n_steps=0)
     refused(Tree(order=["a", "b", "cc"]), "order: 'cc' is no source; there are a, b, c")
     refused(Pairwise(), "expected at least two to merge, came a", models=models[:2])
     refused(Pairwise(), "RegMean: its statistics are of the sources", preprocess=[RegMean()])
+
+
+def test_private_heads_of_aligned_sources_are_refused(tmp_path):
+    @dataclass(frozen=True)
+    class Aligned(FoldedRecipe):
+        alignment: str = "some"
+
+    models = relatives(build(), 4)
+    sources = dict(zip("abc", models[1:], strict=True))
+    recipe = Aligned(sources, base=models[0], private=["head"])
+    with pytest.raises(ConfigError, match="private tensors and alignment do not go together"):
+        Pairwise().run(job_of(tmp_path, models, recipe=recipe))
+
+
+def test_runs_of_one_job_are_one_group_of_w_and_b(tmp_path, monkeypatch):
+    seen = []
+
+    class Look(lightning.Callback):
+        def on_fit_start(self, *_):
+            seen.append((os.environ["WANDB_NAME"], os.environ["WANDB_RUN_GROUP"]))
+
+    for name in ("WANDB_NAME", "WANDB_RUN_GROUP"):
+        monkeypatch.setenv(name, "before")
+    for root in ("one", "two"):
+        job = job_of(tmp_path / root, relatives(build(), 4), callbacks=[Look()])
+        Pairwise(keep_steps=False).run(job)
+    groups = [group for _, group in seen]
+    assert [name for name, _ in seen] == ["step-1", "step-2"] * 2
+    assert groups[0] == groups[1] != groups[2] == groups[3]
+    assert groups[0].startswith("one-")
 
 
 def test_a_step_without_tasks_says_so(tmp_path):
@@ -583,4 +651,57 @@ def test_a_step_without_tasks_says_so(tmp_path):
 def test_a_name_serves_as_source_or_as_head(tmp_path):
     base, a, b = relatives(build(Perceptron), 3)
     with pytest.raises(ConfigError, match="heads: a is a source already"):
-        FoldedRecipe({"a": a, "b": b}, base=base, heads={"a": a})
+        Recipe({"a": a, "b": b}, base=base, heads={"a": a})
+    other = build(Perceptron)
+    other.body = nn.Linear(6, 9)
+    with pytest.raises(CompatibilityError, match=r"body\.weight"):
+        Recipe({"a": a}, base=base, heads={"b": other}).open()
+
+
+def test_a_head_serves_a_task_of_a_plain_fit(tmp_path):
+    models, data = of_several_classes(2)
+    recipe = Recipe({"a": models[1]}, base=models[0], private=["head"], heads={"b": models[2]})
+    module = MergeModule(recipe, learning_rate=0.1)
+    trainer = trainer_of(tmp_path, max_steps=2)
+    trainer.fit(module, datamodule=data)
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert module.merged(task="b", x=x).shape == (4, 4)
+        with module.merged.as_source("b"):
+            came = module.merged(task="b", x=x)
+        torch.testing.assert_close(came, models[2](x))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    moved = copy.deepcopy(models[2])
+    with torch.no_grad():
+        moved.head.bias.add_(1)
+    changed = replace(recipe, heads={"b": moved})
+    with pytest.raises(FingerprintError, match="trained on other weights of: b"):
+        MergeModule.load_from_checkpoint(tmp_path / "one.ckpt", recipe=changed)
+
+
+def test_a_step_s_last_state_is_a_checkpoint_as_any_other(tmp_path, family, monkeypatch):
+    """It names the step's recipe, heads included, and loads without the job."""
+    monkeypatch.chdir(tmp_path)
+    models, _ = family("bert", 4, dtype=torch.float32)
+    paths = save_family(tmp_path, models)
+    recipe = FoldedRecipe({k: paths[k] for k in "abc"}, base=paths["base"], private=["classifier"])
+    generator = torch.Generator().manual_seed(3)
+
+    def rows():
+        tokens = torch.randint(32, (6, 5), generator=generator)
+        return [{"input_ids": row, "labels": torch.tensor(i % 2)} for i, row in enumerate(tokens)]
+
+    data = vectors("abc", check_disjoint=False)
+    for name in "abc":
+        data.tasks[name] = TaskData({split: rows() for split in SPLITS}, kind="tensors")
+    job = job_of(tmp_path, models, data, learning_rate=0.1, recipe=recipe)
+    Pairwise(every_n_steps=1).run(job)
+    module = MergeModule.load_from_checkpoint(tmp_path / "driver/steps/step-2/last.ckpt")
+    assert list(module.recipe.sources) == ["step-1", "c"]
+    assert list(module.recipe.heads) == ["a", "b"]
+    tokens = torch.arange(10).view(2, 5)
+    own = transformers.BertForSequenceClassification.from_pretrained("merged/tasks/a")
+    assert torch.equal(own.classifier.weight, models[1].classifier.weight)
+    with torch.no_grad():
+        for task in "abc":
+            assert module.merged(task=task, input_ids=tokens).logits.isfinite().all()

@@ -112,6 +112,46 @@ def test_orthogonal_directions_stay_as_they_are_but_for_the_scale():
 
 
 @pytest.mark.parametrize("scope", ["model", "tensor"])
+def test_a_merge_may_go_on_from_an_earlier_one(scope):
+    """The third and fourth onto the merge of two, with its lambda, are all four at once."""
+    tensors, passes = model(4)
+    options = {"scope": scope, "alpha": 0.4}
+
+    def some(first, last):
+        return lambda: ((cut(s, last - first), d[first:last].clone()) for s, d in passes())
+
+    def cut(site, num):
+        return Site(site.name, site.sources[:num])
+
+    def lengths(parts):
+        return {n: float(p.double().norm()) for n, p in parts.items()}
+
+    early = Chain([Orthogonalise(**options)], some(0, 2))
+    merged = {s.name: early(d, s).sum(dim=0) for s, d in some(0, 2)()}
+    own, first = lengths({n: d[0] for n, d in tensors.items()}), {}
+    for site, directions in some(0, 2)():
+        first[site.name] = float(early(directions, site)[0].double().norm())
+    scale = sum(own.values()) / sum(first.values())  # lambda: what the first was divided by
+    if scope == "tensor":
+        site, _ = next(iter(passes()))
+        tensors = {site.name: tensors[site.name]}
+        scale = own[site.name] / first[site.name]
+    whole = Chain([Orthogonalise(**options)], passes)
+
+    def onto():
+        for site, directions in passes():
+            if site.name in tensors:
+                yield cut(site, 3), torch.cat([merged[site.name][None], directions[2:]])
+
+    late = Chain([Orthogonalise(**options, earlier_scale=scale, earlier_sources=2)], onto)
+    full = {s.name: (s, d) for s, d in passes()}
+    for site, directions in onto():
+        came = late(directions, site).sum(dim=0)
+        wanted = whole(*reversed(full[site.name])).sum(dim=0)
+        torch.testing.assert_close(came, wanted, rtol=2e-5, atol=2e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("scope", ["model", "tensor"])
 def test_zero_directions(scope):
     directions = torch.stack([torch.zeros(5, 4), draw(5, 4), torch.zeros(5, 4)])
     site = Site("x", ("a", "b", "c"))
@@ -125,3 +165,6 @@ def test_zero_directions(scope):
 def test_alpha_is_a_share():
     with pytest.raises(ConfigError, match=r"alpha: expected in \[0, 1\], came 1.5"):
         Orthogonalise(1.5)
+    for wrong in ({"earlier_scale": 0.0}, {"earlier_sources": 0}):
+        with pytest.raises(ConfigError, match="expected a positive earlier_scale"):
+            Orthogonalise(**wrong)

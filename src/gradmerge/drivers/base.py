@@ -28,6 +28,9 @@ from gradmerge.sources import as_source
 from gradmerge.sources.fingerprints import fingerprints_of
 from gradmerge.spec import to_plain
 
+# The user's own, before a job has set one.
+_GIVEN_GROUP = os.environ.get("WANDB_RUN_GROUP")
+
 
 class MakeTrainer(Protocol):
     """Makes a fresh trainer, configured as the job says."""
@@ -94,12 +97,21 @@ class Job:
         return self.output or Output(str(self.root / "merged"))
 
     @cached_property
-    def fingerprints(self) -> dict[str, str]:
-        """Content hash of the base and of each source; reads all weights once."""
+    def sources(self) -> dict[str, dict[str, str]]:
+        """Where the base and each source are from, and the hash of their weights, which are read
+        once.
+        """
         base = None if self.recipe.base is None else as_source(self.recipe.base)
         specs = {name: as_source(spec, base) for name, spec in self.recipe.sources.items()}
         everything = {**({} if base is None else {"base": base}), **specs}
-        return fingerprints_of({name: spec.open() for name, spec in everything.items()})
+        opened = {name: spec.open() for name, spec in everything.items()}
+        hashes = fingerprints_of(opened)
+        return {name: {"from": c.label, "sha256": hashes[name]} for name, c in opened.items()}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Content hash of the base and of each source."""
+        return {name: entry["sha256"] for name, entry in self.sources.items()}
 
     def begin(self, driver: AbstractDriver, **more: Any) -> str:
         """Start the job, or go on with it; the first thing that a driver does.
@@ -129,20 +141,22 @@ class Job:
             **more,
         }
         path = self.folder / JOB
+        target, overwrite = Path(self.target.path).expanduser(), self.target.overwrite
         if driver.restart and is_first_process():
+            refuse_existing(target, overwrite)
             aside = set_aside(self.folder)
             if aside is not None:
                 self.say(f"the earlier job's folder is now {aside}")
         kept = read_json(path)
         if kept is None:
-            refuse_existing(Path(self.target.path).expanduser(), self.target.overwrite)
+            refuse_existing(target, overwrite)
             kept = {"job": uuid.uuid4().hex, "seed": _global_seed(), "content": plain(content)}
             if is_first_process():
                 write_record(path, kept)
         else:
             require_same(path, kept["content"], content)
             if not self._is_own_output(kept["job"]):
-                refuse_existing(Path(self.target.path).expanduser(), self.target.overwrite)
+                refuse_existing(target, overwrite)
         self._job, self._seed = str(kept["job"]), kept["seed"]
         return self._job
 
@@ -178,7 +192,7 @@ class Job:
         # W&B: a run of its own for each trainer, all in one group
         finish_wandb_run()
         os.environ["WANDB_NAME"] = folder.name
-        os.environ.setdefault("WANDB_RUN_GROUP", f"{self.root.name}-{self._job[:8]}")
+        os.environ["WANDB_RUN_GROUP"] = _GIVEN_GROUP or f"{self.root.name}-{self._job[:8]}"
         folder.mkdir(parents=True, exist_ok=True)
         return self.make_trainer(folder, callbacks, overrides)
 

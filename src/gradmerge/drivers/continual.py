@@ -131,6 +131,12 @@ class Continual(AbstractFold):
             )
         return {"earlier": HuggingFace(self.earlier).open().fingerprint()}
 
+    def origins(self, job: Job) -> dict[str, dict[str, str]]:
+        """See `AbstractFold.origins`."""
+        driver = self._provenance.get("driver", {})
+        known = driver.get("sources") or self._provenance.get("sources", {})
+        return {**known, **job.sources}
+
     def prepared(self, recipe: Recipe, nodes: Sequence[Node], before: Mapping[str, Any]) -> Recipe:
         """See `AbstractFold.prepared`: the projection."""
         if not self.projection:

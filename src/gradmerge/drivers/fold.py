@@ -6,6 +6,7 @@ recipe's own coefficients, link, operator and preprocess, on the tasks of the so
 
 from __future__ import annotations
 
+import gc
 import shutil
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,11 @@ class AbstractFold(AbstractDriver):
     every_n_steps: int = 50
     """Optimiser steps between two states of the running step."""
 
+    def __post_init__(self) -> None:
+        """Check the number of steps."""
+        if self.every_n_steps < 1:
+            raise ConfigError(f"every_n_steps: must be at least 1, came {self.every_n_steps}.")
+
     def recipe(self, **given: Any) -> Recipe:
         """See `AbstractDriver.recipe`."""
         return FoldedRecipe(**given)
@@ -98,6 +104,10 @@ class AbstractFold(AbstractDriver):
     def reads(self, job: Job) -> dict[str, Any]:
         """What else the job depends on, as plain data; see `Job.begin`."""
         return {}
+
+    def origins(self, job: Job) -> dict[str, dict[str, str]]:
+        """The base and all sources that are in the result: where they are from, and their hash."""
+        return job.sources
 
     def prepared(self, recipe: Recipe, nodes: Sequence[Node], before: Mapping[str, Any]) -> Recipe:
         """The recipe of a step, where a driver changes more than its sources and start.
@@ -145,6 +155,9 @@ class AbstractFold(AbstractDriver):
                 f"{', finished before' if step.record.result is not None else ''}"
             )
             result = step.result()
+            if not last:
+                # module and trainer know each other: the next model would come on top of this one
+                gc.collect()
             history.append(result)
             made.append(step.node)
             if not self.keep_steps:
@@ -254,6 +267,7 @@ class _Step:
             "merged": [list(node.members) for node in self.pair],
             "tasks": list(self.data.tasks),
             "coefficients": mean_coefficients(plan, module.merged.raw),
+            "fingerprints": plan.fingerprints,
             **fit,
             "results": module.results,
             **self.fold.found(module, self.before),
@@ -267,7 +281,12 @@ class _Step:
         }
         if self.last:
             path = [*self.history, result]
-            said = {"class_path": type(self.fold).__name__, "members": self.members, "steps": path}
+            said = {
+                "class_path": type(self.fold).__name__,
+                "members": self.members,
+                "sources": self.fold.origins(self.job),
+                "steps": path,
+            }
             dtype = self.job.target.dtype or _stored(self.job.recipe)
             folder = self.job.export(write, said, dtype=dtype, extra=fit, **known)
             if self.job.target.log_artifact:

@@ -127,6 +127,8 @@ def learn_step(
     callbacks = [_Finish(write), KeepLast(record.checkpoint, every_n_steps)]
     trainer = job.trainer(record.folder, callbacks)
     last = record.checkpoint if record.checkpoint.is_file() else None
+    if last is not None:
+        job.say(f"going on from {last}")
     trainer.fit(module, datamodule=data, ckpt_path=last)
     if trainer.interrupted:
         raise KeyboardInterrupt
