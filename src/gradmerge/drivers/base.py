@@ -189,8 +189,9 @@ class Job:
             callbacks: more callbacks, after the configured ones.
             **overrides: arguments of the trainer that replace configured ones.
         """
-        # W&B: a run of its own for each trainer, all in one group
-        finish_wandb_run()
+        # W&B: a run of its own for each trainer with loggers of its own, all in one group
+        if "logger" not in overrides:
+            finish_wandb_run()
         os.environ["WANDB_NAME"] = folder.name
         os.environ["WANDB_RUN_GROUP"] = _GIVEN_GROUP or f"{self.root.name}-{self._job[:8]}"
         folder.mkdir(parents=True, exist_ok=True)
