@@ -57,8 +57,8 @@ class Recipe:
     """What happens to the directions once, in order, before coefficients are put on them (Trim,
     ElectSign, RandomDrop, TSVM, RegMean and others)."""
     statistics: str | None = None
-    """Folder of `gradmerge collect` with the sources' statistics on data, for steps that need them
-    (FisherScale, RegMean, MaTS)."""
+    """Folder of `gradmerge collect` with the sources' statistics on data, for steps (FisherScale,
+    RegMean, MaTS) and alignments (ActivationMatching, CCA, OptimalTransport) that need them."""
     coefficients: AbstractCoefficients = field(default_factory=TensorGranularity)
     """Who shares a coefficient (Model, Group, Tensor, Column, Row, Partition, Component, Element),
     possibly wrapped by a link (Clamp, Sigmoid, Tanh, Softmax, Complement, HardMask)."""

@@ -319,6 +319,26 @@ def test_sinkhorn_is_an_assignment_as_the_entropy_goes():
     assert sinkhorn(cost, 1e4).sub(1 / 144).abs().max() < 1e-6
 
 
+def test_sinkhorn_arrives_where_turns_stall():
+    """Nearly a permutation; optimal if and only if marginals hold and `r log P + C = f + g`."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 64, generator=generator, dtype=torch.float64)
+    x = x + 2 * torch.randn(500, 1, generator=generator, dtype=torch.float64)
+    y = x + 0.5 * torch.randn(500, 64, generator=generator, dtype=torch.float64)
+    cost = squared_distances(Seen(a=x, b=y).moments("units", "a", "b"))
+    cost[:8, :8] = cost[:8, :8].mean()  # eight units that no cost tells apart
+    level = 0.1 * float(cost.median())
+    with pytest.raises(ConfigError, match="after 100 iterations"):
+        sinkhorn(cost, level, tolerance=1e-12, iterations=100)
+    plan = sinkhorn(cost, level, tolerance=1e-12)
+    even = torch.full((64,), 1 / 64, dtype=torch.float64)
+    torch.testing.assert_close(plan.sum(0), even, rtol=0, atol=1e-12)
+    torch.testing.assert_close(plan.sum(1), even, rtol=0, atol=1e-12)
+    potentials = level * plan.log() + cost
+    rest = potentials - potentials[:1] - potentials[:, :1] + potentials[0, 0]
+    assert rest.abs().max() < 1e-10
+
+
 def test_sinkhorn_takes_costs_that_would_overflow_and_says_when_it_gave_up():
     plan = sinkhorn(1e6 + 1e3 * costs(), 100.0)
     assert torch.isfinite(plan).all()

@@ -23,8 +23,7 @@ from gradmerge.alignment.base import AlignmentContext, Matched, Matching
 from gradmerge.alignment.spec import Map, Maps, Use
 from gradmerge.errors import ConfigError
 
-# Larger tensors are multiplied in float32: the sums are then short against the size of the gains.
-_WIDE = 1 << 20
+_PART = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,14 @@ class _Descent:
         }
         self.groups = [group for group, uses in self.uses.items() if uses]
         self.names = [name for name in context.compared if context.spec.touched(name)]
+        # what a group's best permutation depends on: others on its tensors, and itself if crossed
+        self.neighbours = {
+            group: {other for use in self.uses[group] for other in context.spec.touched(use.tensor)}
+            - (set() if _crossed(self.uses[group]) else {group})
+            for group in self.groups
+        }
+        self.stale = set(self.groups)
+        """Groups of which something changed since their last visit."""
 
     def run(self, max_iter: int, tolerance: float) -> Matched:
         """Sweep until no group gains."""
@@ -95,9 +102,14 @@ class _Descent:
         while gained and sweeps < max_iter:
             gained, sweeps = False, sweeps + 1
             for i in torch.randperm(len(self.groups), generator=self.generator).tolist():
-                gain = self._improve(self.groups[i], tolerance * scale)
-                value += gain
-                gained |= gain > 0
+                group = self.groups[i]
+                if group not in self.stale:
+                    continue
+                self.stale.discard(group)
+                gain = self._improve(group, tolerance * scale)
+                if gain > 0:
+                    value, gained = value + gain, True
+                    self.stale |= {g for g, near in self.neighbours.items() if group in near}
             objective.append(value)
         return Matched(dict(self.maps), objective)
 
@@ -137,7 +149,10 @@ class _Descent:
         for use in uses:
             target, mine = self._target(use.tensor), self._source(use.tensor)
             others = spec.apply(self.maps, use.tensor, mine, skip=use)
-            total += (spec.expose(use, target) @ spec.expose(use, others).T).double()
+            one, two = spec.expose(use, target), spec.expose(use, others)
+            for start in range(0, one.shape[1], _PART):  # in float64, a part at a time
+                part = slice(start, start + _PART)
+                total += one[:, part].double() @ two[:, part].double().T
         return total
 
     def _objective(self, names: list[str]) -> tuple[float, float]:
@@ -152,14 +167,14 @@ class _Descent:
 
     def _source(self, name: str) -> Tensor:
         mine = self.context.sources[self.source].read(name)
-        return mine.to(torch.float64 if mine.numel() <= _WIDE else torch.float32)
+        return mine.to(torch.promote_types(mine.dtype, torch.float32))
 
     def _target(self, name: str) -> Tensor:
         """The mean of the targets, each under its maps."""
         total: Tensor | None = None
         for target, maps in self.targets.items():
             one = self.context.sources[target].read(name)
-            one = one.to(torch.float64 if one.numel() <= _WIDE else torch.float32)
+            one = one.to(torch.promote_types(one.dtype, torch.float32))
             one = self.context.spec.apply(maps, name, one)
             total = one if total is None else total + one
         assert total is not None
