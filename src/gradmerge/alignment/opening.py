@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -111,7 +111,7 @@ def find_spec(
         shapes = {name: info.shape for name, info in first.infos.items()}
         spec = read_spec(given, shapes, skeleton)
         if skeleton is not None:
-            _verify(spec, skeleton, list(first.infos), first.label, example)
+            return _verified(spec, skeleton, list(first.infos), first.label, example)
         return spec
     if skeleton is None:
         raise ConfigError(
@@ -142,22 +142,22 @@ def traced_spec(
     binding = bind_or_refuse(skeleton, names, label)
     traced = _first_that_runs(skeleton, example, partial(trace, skeleton))
     spec = to_spec(traced, skeleton, binding)
-    _verify(spec, skeleton, names, label, example)
-    return spec
+    return _verified(spec, skeleton, names, label, example)
 
 
-def _verify(
+def _verified(
     spec: PermutationSpec,
     skeleton: nn.Module,
     names: Sequence[str],
     label: str,
     example: Mapping[str, Any] | None,
-) -> None:
+) -> PermutationSpec:
     files: dict[str, str] = {}
     binding = bind_or_refuse(skeleton, names, label)
     for file_name, module_name in module_names(skeleton, binding).items():
         files.setdefault(module_name, file_name)
-    _first_that_runs(skeleton, example, partial(verify, spec, skeleton, files))
+    change = _first_that_runs(skeleton, example, partial(verify, spec, skeleton, files))
+    return replace(spec, checked=change)
 
 
 def _first_that_runs(
@@ -245,6 +245,7 @@ def _report(
 ) -> dict[str, Any]:
     return {
         "method": type(method).__name__,
+        "output_changes_by": spec.checked,
         "groups": {name: group.size for name, group in spec.groups.items()},
         "moved": {
             source: {group: round(share_moved(change), 6) for group, change in own.items()}
