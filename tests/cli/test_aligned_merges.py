@@ -92,3 +92,31 @@ def test_np_merge_learns_saves_and_exports(world, tmp_path):
         assert bool(((tensor >= low - 1e-6) & (tensor <= high + 1e-6)).all()), name
     kept = json.loads(Path("merged/provenance.json").read_text())
     assert kept["alignment"]["moved"]["b"] == moved
+
+
+def test_a_written_specification_stands_in_the_configuration(world, tmp_path, capsys):
+    net, _ = strangers(world, tmp_path)
+    sources = {name: str(tmp_path / name) for name in "ab"}
+    inner = "bert.encoder.layer.0"
+    written = {
+        "tensors": {
+            f"{inner}.intermediate.dense.weight": ["hidden", None],
+            f"{inner}.intermediate.dense.bias": ["hidden"],
+            f"{inner}.output.dense.weight": [None, "hidden"],
+        }
+    }
+    alignment = {"class_path": "WeightMatching", "init_args": {"spec": written, "seed": 3}}
+    recipe = {"sources": sources, "alignment": alignment, "coefficients": "Model"}
+    recipe["init"] = "Uniform"
+    config = write_yaml(tmp_path / "own.yaml", {"model": {"recipe": recipe}})
+    assert main(["merge", "--config", config, "--output", "merged"]) == 0
+    kept = json.loads(Path("merged/provenance.json").read_text())
+    hidden = net.config.intermediate_size
+    assert kept["alignment"]["groups"] == {"hidden": hidden}
+    assert kept["recipe"]["init_args"]["alignment"]["init_args"]["spec"] == written
+    written["tensors"][f"{inner}.output.dense.weight"] = ["hidden", None]
+    config = write_yaml(tmp_path / "own.yaml", {"model": {"recipe": recipe}})
+    assert main(["merge", "--config", config, "--output", "wrong"]) == 2
+    text = capsys.readouterr().err
+    assert "permuting units changes what BertForSequenceClassification computes" in text
+    assert "change it by themselves: hidden" in text

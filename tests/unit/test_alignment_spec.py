@@ -252,7 +252,7 @@ def test_products_stretches_and_inferred_sizes() -> None:
 def test_every_problem_of_a_written_specification_is_named_at_once() -> None:
     given: dict[str, Any] = {
         "tensors": {
-            "0.weigth": ["first"],
+            "0.weights": ["first"],
             "0.weight": ["first", None, None],
             "0.bias": ["first"],
             "2.weight": ["second", "second"],
@@ -264,7 +264,7 @@ def test_every_problem_of_a_written_specification_is_named_at_once() -> None:
         read_spec(given, shapes())
     text = str(caught.value)
     for part in (
-        "0.weigth: the checkpoint has no such tensor. Did you mean '0.weight'?",
+        "0.weights: the checkpoint has no such tensor. Did you mean '0.weight'?",
         "0.weight: expected a list of at most 2 axes",
         "0.bias: expected axes of [7], came [['first']] with {'first': 8}",
         "2.weight: expected axes of [9, 7]",

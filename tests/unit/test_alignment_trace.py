@@ -590,3 +590,13 @@ def test_mixture_of_experts_moves_units_within_experts() -> None:
     assert not experts[0].groups
     assert [s.size for s in experts[1].segments] == [20, 20]
     same_function(net, spec, {"input_ids": ids()})
+
+
+def test_a_network_too_large_to_check_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = spec_of(Partly())
+    assert checked.checked is not None
+    assert checked.checked <= 1e-8
+    monkeypatch.setattr("gradmerge.alignment.verify.LIMIT", 10)
+    unchecked = spec_of(Partly())
+    assert unchecked.checked is None
+    assert unchecked == checked

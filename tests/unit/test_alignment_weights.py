@@ -280,6 +280,7 @@ def test_an_export_of_aligned_transformers_computes_the_same(tmp_path: Path, kin
     assert float((one - two).abs().max()) <= 1e-6 * max(1.0, float(one.abs().max()))
     kept = json.loads((folder / "provenance.json").read_text())
     assert kept["alignment"]["method"] == "WeightMatching"
+    assert 0 <= kept["alignment"]["output_changes_by"] <= 1e-8
     assert sorted(kept["alignment"]["groups"].values()) == sorted(
         group.size for group in spec.groups.values()
     )

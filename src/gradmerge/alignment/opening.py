@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from gradmerge.alignment.base import AbstractAlignment, Activations, AlignmentCo
 from gradmerge.alignment.derive import module_names, to_spec
 from gradmerge.alignment.inputs import candidates
 from gradmerge.alignment.spec import LinearMap, Maps, PermutationSpec, share_moved
-from gradmerge.alignment.trace import Traced, trace
+from gradmerge.alignment.trace import trace
 from gradmerge.alignment.verify import verify
 from gradmerge.alignment.views import AlignedView
 from gradmerge.alignment.written import read_spec
@@ -23,6 +24,8 @@ from gradmerge.sources import Checkpoint
 from gradmerge.sources.base import tensor_bytes
 from gradmerge.sources.compatibility import is_private
 from gradmerge.sources.skeleton import bind_or_refuse
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -104,18 +107,20 @@ def find_spec(
         ConfigError: there is no network to trace, or it cannot be traced.
     """
     first = next(iter(sources.values()))
-    given = getattr(method, "spec", None)
+    given, example = getattr(method, "spec", None), getattr(method, "example", None)
     if given is not None:
-        return read_spec(given, {name: info.shape for name, info in first.infos.items()}, skeleton)
+        shapes = {name: info.shape for name, info in first.infos.items()}
+        spec = read_spec(given, shapes, skeleton)
+        if skeleton is not None:
+            return _verified(spec, skeleton, list(first.infos), first.label, example)
+        return spec
     if skeleton is None:
         raise ConfigError(
             f"{type(method).__name__} traces the network to find which units may change places, "
             "and no source tells which network it is: expected a folder with a config, or a module "
             "from Python. Give one, or a hand-written specification (`spec` of the alignment)."
         )
-    return traced_spec(
-        skeleton, list(first.infos), first.label, example=getattr(method, "example", None)
-    )
+    return traced_spec(skeleton, list(first.infos), first.label, example)
 
 
 def traced_spec(
@@ -136,20 +141,35 @@ def traced_spec(
         ConfigError: the network cannot be run or traced, or a permutation changes what it computes.
     """
     binding = bind_or_refuse(skeleton, names, label)
-    inputs, traced = _run(skeleton, example)
+    traced = _first_that_runs(skeleton, example, partial(trace, skeleton))
     spec = to_spec(traced, skeleton, binding)
+    return _verified(spec, skeleton, names, label, example)
+
+
+def _verified(
+    spec: PermutationSpec,
+    skeleton: nn.Module,
+    names: Sequence[str],
+    label: str,
+    example: Mapping[str, Any] | None,
+) -> PermutationSpec:
     files: dict[str, str] = {}
+    binding = bind_or_refuse(skeleton, names, label)
     for file_name, module_name in module_names(skeleton, binding).items():
         files.setdefault(module_name, file_name)
-    verify(spec, skeleton, files, inputs)
-    return spec
+    change = _first_that_runs(skeleton, example, partial(verify, spec, skeleton, files))
+    return replace(spec, checked=change)
 
 
-def _run(skeleton: nn.Module, example: Mapping[str, Any] | None) -> tuple[dict[str, Any], Traced]:
+def _first_that_runs(
+    skeleton: nn.Module,
+    example: Mapping[str, Any] | None,
+    attempt: Callable[[Mapping[str, Any]], Found],
+) -> Found:
     failures = []
     for inputs in candidates(skeleton, example):
         try:
-            return inputs, trace(skeleton, inputs)
+            return attempt(inputs)
         except GradmergeError:
             raise
         except Exception as error:  # whatever a network raises on an input that is not its own
@@ -226,6 +246,7 @@ def _report(
 ) -> dict[str, Any]:
     return {
         "method": type(method).__name__,
+        "output_changes_by": spec.checked,
         "groups": {name: group.size for name, group in spec.groups.items()},
         "moved": {
             source: {group: round(share_moved(change), 6) for group, change in own.items()}

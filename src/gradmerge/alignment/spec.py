@@ -161,7 +161,10 @@ class PermutationSpec:
     tensors: Mapping[str, tuple[Axis, ...]]
     """Axes by the tensor's name in the files; buffers too."""
     fixed: Mapping[str, str] = field(default_factory=dict)
-    """What keeps other axes in order: a place of the network -> the reason."""
+    """What keeps other axes in order: tensor and axis -> the reason."""
+    checked: float | None = field(default=None, compare=False)
+    """Relative change of the network's output under a random element of all groups, in float64;
+    None where that was not checked (no network, or one of more than 10^9 parameters)."""
 
     @cached_property
     def uses(self) -> Mapping[str, tuple[Use, ...]]:
