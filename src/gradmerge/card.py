@@ -17,7 +17,7 @@ def model_card(plan: Plan, raw: Raw, provenance: Mapping[str, Any], head: str) -
     sections = [
         _front_matter(provenance),
         "# Merged model",
-        f"A merge of {len(plan.sources)} checkpoints of one architecture, written by gradmerge "
+        f"A merge of {len([n for n in _entries(provenance) if n != 'base'])} checkpoints of one architecture, written by gradmerge "
         f"{provenance['versions']['gradmerge']}. It is an ordinary checkpoint: "
         "`transformers` loads it alone.",
         _loading(plan, head),
