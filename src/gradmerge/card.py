@@ -14,10 +14,11 @@ from gradmerge.sources.token_report import summarise, token_report
 
 def model_card(plan: Plan, raw: Raw, provenance: Mapping[str, Any], head: str) -> str:
     """What was merged, how, how well it scored, and how to load it."""
+    count = len([name for name in _entries(provenance) if name != "base"])
     sections = [
         _front_matter(provenance),
         "# Merged model",
-        f"A merge of {len(plan.sources)} checkpoints of one architecture, written by gradmerge "
+        f"A merge of {count} checkpoints of one architecture, written by gradmerge "
         f"{provenance['versions']['gradmerge']}. It is an ordinary checkpoint: "
         "`transformers` loads it alone.",
         _loading(plan, head),

@@ -115,6 +115,7 @@ def test_a_fold_that_learns_nothing_is_the_plain_average(tmp_path, link):
     assert hashes == job_of(tmp_path, models, recipe=recipe).fingerprints
     assert said["steps"][1]["fingerprints"]["c"] == hashes["c"]
     card = (folder / "README.md").read_text()
+    assert "A merge of 3 checkpoints" in card
     assert "2. a + b with c (mean coefficients 0.667, 0.333)" in card
     stored = tensors(tmp_path / "driver/steps/step-1/merged")
     assert {value.dtype for value in stored.values()} == {torch.float32}
