@@ -175,6 +175,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def small(architecture: Architecture) -> Architecture:
     """One that trains in a second."""
     training = replace(architecture.training, epochs=4.0)
+    if training.optimiser == "adam":
+        training = replace(training, learning_rate=1e-2)
     return replace(architecture, width={"mlp": 32}.get(architecture.name, 4), training=training)
 
 
@@ -185,6 +187,9 @@ def cases_of(options: argparse.Namespace) -> Iterator[Case]:
     budget = Budget(steps=6, checks=2) if quick else Budget()
     if options.study:
         budget = replace(budget, steps=budget.steps // 2)
+    budgets = {
+        name: replace(budget, batch_size=256) if name == "mlp" else budget for name in options.archs
+    }
     conditions = (
         [CONDITIONS[name] for name in options.conditions] if options.study else [Condition()]
     )
@@ -197,7 +202,7 @@ def cases_of(options: argparse.Namespace) -> Iterator[Case]:
             for members in [2] if options.study else options.members:
                 for repeat in range(options.repeats):
                     for setting in options.settings:
-                        kind = (pool, architecture, setting, members, repeat, budget)
+                        kind = (pool, architecture, setting, members, repeat, budgets[name])
                         for condition in conditions:
                             yield Case(options.cache.resolve(), *kind, condition)
 

@@ -51,7 +51,7 @@ ALIGNMENTS: dict[str, AbstractAlignment] = {
     "transport": OptimalTransport(),
 }
 # What NP Merge and fine-tuning start from: chosen by the selection split of repeat 0 of the pairs.
-LEARNED_ON = {"mlp": "weights", "vgg11": "weights", "resnet20": "weights"}
+LEARNED_ON = {"mlp": "weights", "vgg11": "transport", "resnet20": "transport"}
 
 State = dict[str, Tensor]
 
@@ -60,13 +60,13 @@ State = dict[str, Tensor]
 class Budget:
     """What NP Merge and fine-tuning are each given."""
 
-    steps: int = 150
+    steps: int = 120
     checks: int = 3
     """Scores on selection on the way; the best state is kept (the start is one of them)."""
     batch_size: int = 64
-    np_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
+    np_rates: tuple[float, ...] = (0.01, 0.05, 0.25)
     """Of Adam on the raw coefficients; they fall linearly to zero."""
-    tuning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    tuning_rates: tuple[float, ...] = (1e-4, 5e-4, 2.5e-3)
     """Of Adam on the weights; likewise."""
 
 
