@@ -15,6 +15,7 @@ import lightning
 import pytest
 import torch
 import transformers
+from lightning.pytorch.loggers import WandbLogger
 from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
@@ -34,6 +35,7 @@ from gradmerge.coefficients import (
 )
 from gradmerge.drivers import Job, LayerWise, layers
 from gradmerge.drivers.activations import Activations
+from gradmerge.drivers.base import finish_wandb_run
 from gradmerge.drivers.blocks import find_blocks
 from gradmerge.drivers.chain import Chain
 from gradmerge.errors import ConfigError
@@ -167,16 +169,17 @@ def data_of(kind="x", count=4, tasks="ab", dtype=torch.float64, **options):
     return MergeDataModule(described, **{"batch_size": 8, **options})
 
 
-def job_of(folder, recipe, data, optimiser=None, **options):
+def job_of(folder, recipe, data, optimiser=None, logger=None, **options):
     def make_trainer(folder, callbacks, overrides):
         settings = {
             "default_root_dir": folder,
             "accelerator": "cpu",
             "devices": 1,
-            "logger": False,
+            "logger": False if logger is None else logger(folder),
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "enable_checkpointing": False,
+            "log_every_n_steps": 1,
             "callbacks": list(callbacks),
         }
         return lightning.Trainer(**{**settings, **overrides})
@@ -407,6 +410,19 @@ def test_blocks_may_be_named_and_those_of_a_sequential_network_are_its_members(t
         coefficients = load_file(folder / "coefficients.safetensors")
         still = {name[0] for name, c in coefficients.items() if bool((c == 0.3).all())}
         assert still == kept
+
+
+def test_all_blocks_log_to_one_run_of_w_and_b(tmp_path, monkeypatch):
+    """A run that ends with the first block's trainer refuses what the second logs."""
+    for name, value in {"MODE": "offline", "SILENT": "true", "RUN_GROUP": "", "NAME": ""}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    torch.manual_seed(0)
+    recipe = recipe_of(relatives(build(Stack), 3), coefficients=Tensor())
+    logger = partial(WandbLogger, project="gradmerge", save_dir=tmp_path, offline=True)
+    job = job_of(tmp_path / "job", recipe, data_of(dtype=torch.float32), ADAM, lambda _: [logger()])
+    LayerWise(steps=2).run(job)
+    finish_wandb_run()
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
 
 
 # ---- resuming, spilling --------------------------------------------------------------------------
