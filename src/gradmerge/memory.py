@@ -82,3 +82,16 @@ def release_freed_memory(threshold: int = 1 << 20) -> bool:
         return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, threshold))
     except (AttributeError, OSError):
         return False
+
+
+def trim_heap() -> bool:
+    """Give what is free between small blocks of the heap back to the system (glibc).
+
+    Returns:
+        Whether the C library could (other than glibc has no such call).
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return False
+    return True
