@@ -4,17 +4,18 @@
 
 A Llama of 24 layers, made here: random weights, base and two sources, the sources a little off the
 base. Each run is a process of its own. It learns a tiny model first, so that all code is loaded,
-takes its anonymous resident memory (RssAnon), learns one coefficient a weight and source for a few
-steps with Adam, and exports.
-Mapped files are the system's cache and not counted. Reported are the peak above that start, and
-its parts that are known: activations held in memory, and of the block that is learned (end to end:
-of the model) the coefficients, their gradient and Adam's two moments. What is left is shown as a
-multiple of one block of one source in float32, the dtype of the computation; the target is three.
+gives free memory back (`malloc_trim`), takes its anonymous resident memory (RssAnon), learns one
+coefficient a weight and source for a few steps with Adam, and exports. Mapped files are the
+system's cache and not counted. Reported are the peak above that start, and its parts that are
+known: activations held in memory, and of the block that is learned (end to end: of the model) the
+coefficients, their gradient and Adam's two moments. What is left is shown as a multiple of one
+block of one source in float32, the dtype of the computation; the target is three.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -125,6 +126,7 @@ def run(
     from gradmerge.drivers import Job, LayerWise
     from gradmerge.drivers.activations import Activations
     from gradmerge.export import export_merged
+    from gradmerge.memory import trim_heap
     from gradmerge.native import native_kernels
     from gradmerge.objectives import KLToSource, Objective
 
@@ -187,6 +189,8 @@ def run(
         result["spilled"] = max(result["spilled"], float(self.spilled))
 
     Activations.put = watched  # type: ignore[method-assign]
+    gc.collect()
+    trim_heap()
     with measured(result):
         learn(folder, output, TOKENS)
     return result

@@ -98,3 +98,16 @@ def in_file(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         # a mapping outlives its file's name
         flat = torch.from_file(f"{folder}/tensor", shared=True, size=size, dtype=dtype)
     return flat.view(*shape)
+
+
+def trim_heap() -> bool:
+    """Give what is free between small blocks of the heap back to the system (glibc).
+
+    Returns:
+        Whether the C library could (other than glibc has no such call).
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return False
+    return True

@@ -310,17 +310,22 @@ class MergedModel(nn.Module):
             leaves[key].grad = None
 
         values = []
+        hooks = []
         try:
             for i, run in enumerate(losses):
                 if i == len(losses) - 1:
                     # With the last loss a weight gradient is complete as soon as it arrives.
                     for key, leaf in leaves.items():
-                        leaf.register_post_accumulate_grad_hook(lambda _, key=key: contract(key))
+                        hook = partial(lambda key, _: contract(key), key)
+                        hooks.append(leaf.register_post_accumulate_grad_hook(hook))
                 values.append(backward_of(run, scale))
             for key in leaves:
                 contract(key)
         finally:
             self._resident.theta = merged
+            for handle in hooks:
+                # leaf, hook, leaves: a cycle, which would hold `grads` until the collector comes
+                handle.remove()
         return values
 
     def _accumulate_streamed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -342,3 +343,28 @@ def test_evaluation_in_inference_mode_does_not_spoil_training(family, memory):
     assert before != loss
     _, grads, _ = oracle(merged, models, inputs, "base")
     assert_same(merged.raw, grads, 1e-9)
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_a_step_leaves_no_tensor_to_the_collector(memory):
+    """What only the garbage collector frees would pile up over steps: an Element merge's gradients
+    are a model a source.
+    """
+    torch.manual_seed(0)
+    base, a, b = (torch.nn.Linear(4, 3) for _ in range(3))
+    recipe = Recipe(sources={"a": a, "b": b}, base=base, coefficients=Element())
+    merged = MergedModel(recipe, memory=memory)
+    runs = [lambda: merged(torch.ones(2, 4)).square().sum()] * 2
+    merged.accumulate(runs)[0].backward()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        merged.accumulate(runs)[0].backward()
+        gc.collect()
+        left = [found for found in gc.garbage if isinstance(found, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not left

@@ -26,7 +26,7 @@ from gradmerge.drivers.raw_files import Starts, assembled, read_mapped, write_te
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.export import export_plan
 from gradmerge.loaders import StreamLoader, TaskStream, sample_batches
-from gradmerge.memory import release_freed_memory
+from gradmerge.memory import release_freed_memory, trim_heap
 from gradmerge.module import DTYPES
 from gradmerge.provenance import describe, describe_data
 from gradmerge.spec import to_plain
@@ -143,6 +143,7 @@ class Layers:
         for number in range(len(chain.blocks)):
             result, found = self._block(number, prefixes, epochs, steps)
             results.append(result)
+            trim_heap()  # holes grow from trainer to trainer
             parts.update({k: v for k, v in found.items() if not k.startswith(_BUFFER)})
         self.activations.close()
         prefixes.recompute(partial(self._whole_passes, prefixes, parts))

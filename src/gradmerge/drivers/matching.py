@@ -15,8 +15,9 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from gradmerge.differentiation import Deferred, backward_of
+from gradmerge.differentiation import backward_of
 from gradmerge.drivers.blocks import slot_id
 from gradmerge.drivers.chain import Chain
 from gradmerge.errors import ConfigError
@@ -24,11 +25,31 @@ from gradmerge.errors import ConfigError
 Read = Callable[[str], Tensor]
 
 
+class _Known(torch.autograd.Function):
+    """A loss whose gradient is known, and handed over: it is as large as the coefficients, and no
+    copy is made of it. Its backward runs once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *raws: Tensor) -> Tensor:
+        """The loss itself."""
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The known gradients, scaled by the incoming one."""
+        known = [grad.mul_(grads[0]) for grad in ctx.grads]
+        ctx.grads.clear()  # else they would be copied
+        return (None, None, *known)
+
+
 class MergedBlock:
     """The merged tensors of one block, from raw coefficients by slot.
 
-    Merged tensors live while the block is learned and are written over in place at each step; a
-    step's weight gradients are contracted, and freed, as its last backward produces them.
+    Merged tensors live for a step; its weight gradients are contracted, and freed, as its last
+    backward produces them.
 
     Args:
         chain: the network.
@@ -130,11 +151,14 @@ class MergedBlock:
         for hook in hooks:
             hook.remove()
         leaves.clear()
+        for name in self.learned:  # the optimiser's temporaries take their place
+            self._theta.pop(name, None)
+            self._stale.add(name)
         total = torch.stack(values).sum()
         ordered = [
-            grads[slot] if slot in grads else torch.zeros_like(z) for slot, z in raws.items()
+            grads.pop(slot) if slot in grads else torch.zeros_like(z) for slot, z in raws.items()
         ]
-        loss: Tensor = Deferred.apply(total, ordered, *raws.values())
+        loss: Tensor = _Known.apply(total, ordered, *raws.values())
         return loss, values
 
     def release(self) -> None:
