@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import lightning
@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gradmerge import MergeModule, Recipe, TaskData
-from gradmerge.coefficients import Complement, Constant, Element, Sigmoid
+from gradmerge.alignment import ActivationMatching, WeightMatching
+from gradmerge.coefficients import Complement, Constant, Element, Sigmoid, Uniform
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.drivers import Continual, Job, Output, Pairwise, Tree
 from gradmerge.drivers.fold import FoldedRecipe
@@ -612,16 +613,48 @@ def test_what_a_fold_has_no_meaning_for_is_refused(tmp_path):
     refused(Pairwise(), "RegMean: its statistics are of the sources", preprocess=[RegMean()])
 
 
-def test_private_heads_of_aligned_sources_are_refused(tmp_path):
-    @dataclass(frozen=True)
-    class Aligned(FoldedRecipe):
-        alignment: str = "some"
-
+@pytest.mark.parametrize(
+    ("alignment", "private", "message"),
+    [
+        (WeightMatching(), ["head"], "private tensors and alignment do not go together"),
+        (
+            WeightMatching(reference="b"),
+            [],
+            "reference: a merge of two at a time aligns",
+        ),
+        (ActivationMatching(), [], "ActivationMatching: its statistics are of the sources"),
+    ],
+)
+def test_alignments_that_steps_cannot_have_are_refused(alignment, private, message, tmp_path):
     models = relatives(build(), 4)
     sources = dict(zip("abc", models[1:], strict=True))
-    recipe = Aligned(sources, base=models[0], private=["head"])
-    with pytest.raises(ConfigError, match="private tensors and alignment do not go together"):
+    recipe = FoldedRecipe(sources, private=private, alignment=alignment, init=Uniform())
+    with pytest.raises(ConfigError, match=message):
         Pairwise().run(job_of(tmp_path, models, recipe=recipe))
+    assert not (tmp_path / "driver").exists()
+
+
+def test_a_fold_aligns_each_source_to_the_merge_so_far(tmp_path):
+    """Three orders of one network's units: the fold's average is that network again."""
+    network = build(Perceptron)
+    models = [network]
+    for seed in (1, 2):
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+        moved = copy.deepcopy(network)
+        with torch.no_grad():
+            moved.body.weight.copy_(network.body.weight[order])
+            moved.body.bias.copy_(network.body.bias[order])
+            moved.head.weight.copy_(network.head.weight[:, order])
+        models.append(moved)
+    recipe = FoldedRecipe(
+        dict(zip("abc", models, strict=True)),
+        alignment=WeightMatching(example={"x": [1, 6]}),
+        init=Uniform(),
+    )
+    folder = Pairwise().run(job_of(tmp_path, models, recipe=recipe))
+    found = load_file(folder / "model.safetensors")
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
 
 
 def test_runs_of_one_job_are_one_group_of_w_and_b(tmp_path, monkeypatch):

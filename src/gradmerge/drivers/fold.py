@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
+from gradmerge.alignment import AbstractAlignment
 from gradmerge.callbacks import log_artifact
 from gradmerge.coefficients import Constant
 from gradmerge.drivers.base import AbstractDriver, Job
@@ -323,8 +324,25 @@ def _require_foldable(recipe: Recipe) -> None:
             "tokenizer: a merge of two at a time takes sources with one tokenizer. Learn without a "
             "driver (all sources at once), which aligns all of them."
         )
-    aligned = getattr(recipe, "alignment", None)
-    if aligned is not None and recipe.private:
+    if recipe.alignment is not None and not recipe.alignment.is_identity:
+        _require_alignment(recipe, recipe.alignment)
+
+
+def _require_alignment(recipe: Recipe, alignment: AbstractAlignment) -> None:
+    kind = type(alignment).__name__
+    if alignment.needs is not None:
+        raise ConfigError(
+            f"{kind}: its statistics are of the sources, and the merge of two sources has none. "
+            "Align by weights (WeightMatching), or learn without a driver (all sources at once)."
+        )
+    reference = getattr(alignment, "reference", None)
+    if reference is not None:
+        raise ConfigError(
+            f"{kind}: reference: a merge of two at a time aligns the second to the first, which is "
+            f"the merge so far; came {reference}. Leave it out, and name that source first in the "
+            "driver's order."
+        )
+    if recipe.private:
         raise ConfigError(
             "private tensors and alignment do not go together in a merge of two at a time: an "
             "aligned source's neurons are in another order in every step, and its head would have "
