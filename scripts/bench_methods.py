@@ -83,9 +83,11 @@ def load(suite: Path, method: Path) -> tuple[Recipe, MergeDataModule, AbstractSe
 
 
 def merges_the_suite(method: Path) -> bool:
-    """Whether a file names no sources of its own."""
-    recipe = (yaml.safe_load(method.read_text()).get("model") or {}).get("recipe") or {}
-    return "sources" not in recipe
+    """Whether a file is a merge of the suite's sources: it names none of its own, aligns none (they
+    share an initialisation), and is no part that goes after another file.
+    """
+    recipe = (yaml.safe_load(method.read_text()).get("model") or {}).get("recipe")
+    return recipe is not None and not {"sources", "alignment"} & recipe.keys()
 
 
 def tuned(selection: Selection, recipe: Recipe, search: AbstractSearch | None) -> float | None:
