@@ -7,9 +7,11 @@ base. Each run is a process of its own. It learns a tiny model first, so that al
 gives free memory back (`malloc_trim`), takes its anonymous resident memory (RssAnon), learns one
 coefficient a weight and source for a few steps with Adam, and exports. Mapped files are the
 system's cache and not counted. Reported are the peak above that start, and its parts that are
-known: activations held in memory, and of the block that is learned (end to end: of the model) the
-coefficients, their gradient and Adam's two moments. What is left is shown as a multiple of one
-block of one source in float32, the dtype of the computation; the target is three.
+known: of the block that is learned (end to end: of the model) the coefficients, their gradient and
+Adam's two moments; the hidden states that are kept between blocks; and what autograd saves of one
+forward pass of a block for its backward, other than weights (counted as it is saved). What is left
+is shown as a multiple of one block of one source in float32, the dtype of the computation; the
+target is three.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from measuring import measured
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -86,34 +88,6 @@ def entries(folder: Path, part: str = "") -> int:
         return sum(file.get_tensor(name).numel() for name in names)
 
 
-def anonymous() -> int:
-    """Anonymous resident memory of this process, in bytes."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        line = next(line for line in file if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-
-
-@contextmanager
-def measured(result: dict[str, float]) -> Iterator[None]:
-    """Wall time and peak anonymous memory of the block."""
-    before = peak = anonymous()
-    stop = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not stop.wait(0.002):
-            peak = max(peak, anonymous())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    start = time.perf_counter()
-    yield
-    result["seconds"] = time.perf_counter() - start
-    stop.set()
-    watcher.join()
-    result["peak"] = float(max(peak, anonymous()) - before)
-
-
 def run(
     kind: str, warm: Path, folder: Path, output: Path, steps: int, memory: float
 ) -> dict[str, float]:
@@ -125,6 +99,7 @@ def run(
     from gradmerge.coefficients import Constant, Element
     from gradmerge.drivers import Job, LayerWise
     from gradmerge.drivers.activations import Activations
+    from gradmerge.drivers.matching import MergedBlock
     from gradmerge.export import export_merged
     from gradmerge.memory import trim_heap
     from gradmerge.native import native_kernels
@@ -179,7 +154,7 @@ def run(
             trainer.fit(module, datamodule=data)
             export_merged(module.merged, place / "merged")
 
-    result: dict[str, float] = {"held": 0.0, "spilled": 0.0}
+    result: dict[str, float] = {"held": 0.0, "spilled": 0.0, "saved": 0.0}
     learn(warm, output / "warm", 8)
     put = Activations.put
 
@@ -189,6 +164,27 @@ def run(
         result["spilled"] = max(result["spilled"], float(self.spilled))
 
     Activations.put = watched  # type: ignore[method-assign]
+    accumulate = MergedBlock.accumulate
+
+    def counted(block: MergedBlock, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            value = loss()
+        weights = {t.untyped_storage().data_ptr() for t in block._theta.values()}
+        saved = sum(size for place, size in sizes.items() if place not in weights)
+        result["saved"] = max(result["saved"], float(saved))
+        return value
+
+    def counting(self: MergedBlock, losses: Any, raws: Any) -> Any:
+        return accumulate(self, [partial(counted, self, loss) for loss in losses], raws)
+
+    MergedBlock.accumulate = counting  # type: ignore[method-assign]
     gc.collect()
     trim_heap()
     with measured(result):
@@ -231,13 +227,13 @@ def main() -> None:
             raise SystemExit(f"{name} failed:\n{ran.stderr[-3000:]}")
         found = json.loads(ran.stdout.splitlines()[-1])
         found["state"] = 4.0 * len(SOURCES) * (block if kind == "layerwise" else whole)
-        found["rest"] = found["peak"] - found["state"] - found["held"]
+        found["rest"] = found["memory"] - found["state"] - found["held"] - found["saved"]
         rows.append({"run": name, **found, "rest_in_blocks": found["rest"] / block})
         print(
-            f"{name}: peak {found['peak'] / 1e6:.0f} MB = coefficients, gradient and moments "
-            f"{found['state'] / 1e6:.0f} + activations {found['held'] / 1e6:.0f} (spilled "
-            f"{found['spilled'] / 1e6:.0f}) + rest {found['rest'] / 1e6:.0f}, "
-            f"{found['rest'] / block:.2f} blocks; {found['seconds']:.0f} s",
+            f"{name}: peak {found['memory'] / 1e6:.0f} MB = coefficients, gradient and moments "
+            f"{found['state'] / 1e6:.0f} + hidden states {found['held'] / 1e6:.0f} (spilled "
+            f"{found['spilled'] / 1e6:.0f}) + saved for backward {found['saved'] / 1e6:.0f} + rest "
+            f"{found['rest'] / 1e6:.0f}, {found['rest'] / block:.2f} blocks; {found['wall']:.0f} s",
             flush=True,
         )
     if args.json:
