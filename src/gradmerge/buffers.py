@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmerge.plan import Plan
+from gradmerge.sources import Checkpoint
 
 
 class NetworkBuffers:
@@ -64,8 +65,13 @@ class NetworkBuffers:
     @contextmanager
     def of_source(self, source: str) -> Iterator[None]:
         """A source's own buffers, in evaluation mode, for the length of the context."""
+        with self.of(self._plan.serving[source]):
+            yield
+
+    @contextmanager
+    def of(self, checkpoint: Checkpoint) -> Iterator[None]:
+        """The same of a checkpoint."""
         kept = {name: value.clone() for name, value in self.values().items()}
-        checkpoint = self._plan.serving[source]
         with self.evaluating():
             try:
                 self.set({name: checkpoint.read(name) for name in kept})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gradmerge.coefficients import Slot
 from gradmerge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,19 +36,50 @@ class Combine(torch.autograd.Function):
 
 
 class Deferred(torch.autograd.Function):
-    """A loss whose gradient in the raw coefficients is already known."""
+    """A loss whose gradient in the raw coefficients is already known, and handed over: it may be as
+    large as the sources, so no copy is made of it. Its backward runs once.
+    """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, grads: Sequence[Tensor], *raws: Tensor) -> Tensor:
-        """The loss itself."""
+    def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *raws: Tensor) -> Tensor:
+        """The loss itself; the list is emptied by backward, and its tensors are written to."""
         ctx.grads = grads
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The known gradients, scaled by the incoming one."""
-        return (None, None, *(grads[0] * grad for grad in ctx.grads))
+        """The known gradients, scaled by the incoming one.
+
+        Raises:
+            RuntimeError: they were handed over before.
+        """
+        if not ctx.grads:
+            raise RuntimeError(
+                "backward runs once through a loss of `accumulate`, whose gradient is handed over; "
+                "call `accumulate` again."
+            )
+        known = [grad.mul_(grads[0]) for grad in ctx.grads]
+        ctx.grads.clear()  # else they would be copied
+        return (None, None, *known)
+
+
+def add_gradient(grads: dict[str, Tensor], slot: Slot, found: Tensor, raw: Tensor) -> None:
+    """Add a tensor's `dL/dz` to those of its raw parameter.
+
+    Args:
+        grads: by key of the raw parameters; what is not there is zero.
+        slot: the tensor's.
+        found: `dL/dz`, which is kept itself where it is all there is: with a coefficient a weight
+            it is as large as the sources.
+        raw: the parameter.
+    """
+    if slot.key not in grads and slot.index is None:
+        grads[slot.key] = found
+        return
+    if slot.key not in grads:
+        grads[slot.key] = torch.zeros_like(raw)
+    slot.read(grads).add_(found)
 
 
 def backward_of(run: Callable[[], Tensor], scale: float) -> Tensor:

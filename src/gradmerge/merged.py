@@ -20,8 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gradmerge.alignment.views import original_of
 from gradmerge.buffers import NetworkBuffers
-from gradmerge.differentiation import Combine, Deferred, backward_of
+from gradmerge.differentiation import Combine, Deferred, add_gradient, backward_of
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.installation import LiveTensors, checkpoint_blocks, install, restamp
 from gradmerge.memory import BlockPool
@@ -278,7 +279,7 @@ class MergedModel(nn.Module):
             losses one by one.
         """
         raws = dict(self.raw.items())
-        grads = {key: torch.zeros_like(raw) for key, raw in raws.items()}
+        grads: dict[str, Tensor] = {}
         self._stepping = {key: raw.detach().requires_grad_() for key, raw in raws.items()}
         try:
             if self.memory == "resident":
@@ -287,13 +288,16 @@ class MergedModel(nn.Module):
                 values = self._accumulate_streamed(losses, grads, scale)
         finally:
             self._stepping = None
-        ordered = [grads[key].div_(scale) for key in raws]
+        ordered = [
+            grads.pop(key).div_(scale) if key in grads else torch.zeros_like(raw)
+            for key, raw in raws.items()
+        ]
         total = torch.stack(values).sum()
         loss: Tensor = Deferred.apply(total, ordered, *raws.values())
         return loss, values
 
     def _accumulate_resident(
-        self, losses: Sequence[Callable[[], Tensor]], grads: Mapping[str, Tensor], scale: float
+        self, losses: Sequence[Callable[[], Tensor]], grads: dict[str, Tensor], scale: float
     ) -> list[Tensor]:
         self._resident.refresh(self, graph=False, finished=False)
         merged = self._resident.theta
@@ -305,9 +309,10 @@ class MergedModel(nn.Module):
             if grad is None:
                 return
             self.touched.add(key)
-            raw = self.plan.raw(key, self.raw)
-            self.plan.layout.slots[key].read(grads).add_(self.plan.contract(key, grad, raw))
+            slot = self.plan.layout.slots[key]
+            found = self.plan.contract(key, grad, self.plan.raw(key, self.raw))
             leaves[key].grad = None
+            add_gradient(grads, slot, found, self.raw[slot.key])
 
         values = []
         hooks = []
@@ -364,15 +369,16 @@ class MergedModel(nn.Module):
         self._resident.forget(fixed=True)
 
     @contextmanager
-    def as_source(self, source: str) -> Iterator[None]:
-        """Within the context the network runs with one source's own weights, without gradient.
-
-        Nothing is copied: mapped tensors are used where they lie, or converted a layer at a time.
+    def as_source(self, source: str, own: bool = False) -> Iterator[None]:
+        """Within the context the network runs with one source's weights, without gradient; with
+        `own` as they lie on disk, where an alignment mixes units. Nothing is copied.
         """
         if source not in self.plan.serving:
             raise ConfigError(f"{source!r} is no source; there are {', '.join(self.plan.serving)}.")
-        weights = self.as_weights(partial(self.plan.read, source))
-        with self.statistics.of_source(source), torch.no_grad(), weights:
+        checkpoint = self.plan.serving[source]
+        itself = original_of(checkpoint) if own else checkpoint
+        read = partial(self.plan.read, source) if itself is checkpoint else itself.read
+        with self.statistics.of(itself), torch.no_grad(), self.as_weights(read):
             yield
 
     @contextmanager

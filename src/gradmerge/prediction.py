@@ -67,7 +67,7 @@ def rows_of(
 
 def expert_rows(merged: MergedModel, task: str, batch: Batch) -> Tensor:
     """Logits of the task's own source, run by the same network, without gradient."""
-    with merged.as_source(merged.tasks[task]):
+    with merged.as_source(merged.tasks[task], own=True):
         return rows_of(merged, task, batch)[0].detach()
 
 

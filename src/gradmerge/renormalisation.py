@@ -126,6 +126,15 @@ class Renormalisation:
         if any(layer.weight not in own for own in self._own.values()):
             report["left alone"][layer.weight] = "no row of the data reaches it in some source"
             return
+        for what, values in (
+            ("merged network", (mean, deviation)),
+            ("sources", self.targets(layer)),
+        ):
+            if not all(value.isfinite().all() for value in values):
+                raise ConfigError(
+                    f"REPAIR: {layer.weight}: the outputs of the {what} are not all finite on the "
+                    "data, so that they have no mean. Look for NaN or infinite weights and inputs."
+                )
         scale, shift, constant = correction_of(mean, deviation, *self.targets(layer))
         corrections[layer.weight] = Correction(scale, None, layer.axis)
         if layer.bias is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradmerge.alignment.opening import traced_spec
-from gradmerge.alignment.spec import PermutationSpec
+from gradmerge.alignment.spec import Group, PermutationSpec, plain_axis
 from gradmerge.alignment.trace import tensors_of
-from gradmerge.alignment.verify import Float64
+from gradmerge.alignment.verify import Float64, verify
 from gradmerge.errors import ConfigError
 from gradmerge.sources.memory import persistent_tensors
 from gradmerge.sources.skeleton import strip_weights
@@ -33,8 +34,11 @@ def shaken(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def spec_of(module: nn.Module, example: dict[str, Any] | None = None) -> PermutationSpec:
-    return traced_spec(strip_weights(module), list(persistent_tensors(module)), example=example)
+def spec_of(
+    module: nn.Module, example: dict[str, Any] | None = None, unreached: Sequence[str] = ()
+) -> PermutationSpec:
+    names = list(persistent_tensors(module))
+    return traced_spec(strip_weights(module), names, example=example, unreached=unreached)
 
 
 def permuted(module: nn.Module, spec: PermutationSpec, seed: int = 1) -> nn.Module:
@@ -514,7 +518,9 @@ class Partly(nn.Module):
 
 
 def test_what_the_run_does_not_reach_is_fixed() -> None:
-    spec = spec_of(Partly())
+    with pytest.raises(ConfigError, match=r"did not reach idle\.weight, idle\.bias.*`unreached`"):
+        spec_of(Partly())
+    spec = spec_of(Partly(), unreached=["^idle"])
     assert sizes(spec) == [5]
     assert "idle.weight" not in spec.tensors
     assert spec.fixed["idle.weight[0]"] == "the run does not reach it"
@@ -578,7 +584,7 @@ class Routed(nn.Module):
 
 
 def test_paths_that_depend_on_weights_must_be_reached() -> None:
-    with pytest.raises(ConfigError, match=r"did not reach experts.*other inputs might"):
+    with pytest.raises(ConfigError, match=r"did not reach experts.*values that depend on weights"):
         spec_of(Routed())
 
 
@@ -593,10 +599,61 @@ def test_mixture_of_experts_moves_units_within_experts() -> None:
 
 
 def test_a_network_too_large_to_check_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    checked = spec_of(Partly())
+    checked = spec_of(Partly(), unreached=["^idle"])
     assert checked.checked is not None
     assert checked.checked <= 1e-8
     monkeypatch.setattr("gradmerge.alignment.verify.LIMIT", 10)
-    unchecked = spec_of(Partly())
+    unchecked = spec_of(Partly(), unreached=["^idle"])
     assert unchecked.checked is None
     assert unchecked == checked
+
+
+class Two(nn.Module):
+    """What `give` makes of the logits and of a hidden layer of 4."""
+
+    def __init__(self, give: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.body, self.head, self.side = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 5)
+        self.give = give
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.body(x).relu()
+        return self.give(self.head(hidden), self.side(hidden))
+
+
+def test_outputs_beside_logits_keep_their_order_but_hidden_states_may_move() -> None:
+    boxes = spec_of(Two(lambda logits, side: {"logits": logits, "boxes": side}))
+    assert sizes(boxes) == [4]
+    states = spec_of(Two(lambda logits, side: {"logits": logits, "decoder_hidden_states": (side,)}))
+    assert sizes(states) == [4, 5]
+    with pytest.raises(ConfigError, match="gives a Categorical among its outputs"):
+        spec_of(Two(lambda logits, side: (logits, torch.distributions.Categorical(logits=side))))
+
+
+def test_a_wrong_specification_is_seen_with_two_units_masks_and_nan() -> None:
+    groups = {"h": Group("h", 2)}
+    for seed in range(20):
+        assert PermutationSpec(groups, {}).random(seed)["h"].tolist() == [1, 0]
+
+    class Masked(nn.Module):
+        def __init__(self, fill: float) -> None:
+            super().__init__()
+            self.fc1, self.fc2, self.fill = nn.Linear(3, 2), nn.Linear(2, 4), fill
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.tensor([False, False, True, True])
+            return self.fc2(self.fc1(x).relu()).masked_fill(mask, self.fill)
+
+    names = {f"fc{i}.{kind}": f"fc{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
+    out = plain_axis([2], ["h"])
+    wrong = PermutationSpec(
+        groups, {"fc1.weight": (out, plain_axis([3], [None])), "fc1.bias": (out,)}
+    )
+    for fill in (0.0, -1e9, torch.finfo(torch.float32).min, float("-inf")):
+        right = spec_of(Masked(fill))
+        assert sizes(right) == [2]
+        assert right.checked is not None
+        with pytest.raises(ConfigError, match="the specification is wrong for it"):
+            verify(wrong, Masked(fill), names, {"x": torch.randn(2, 3)})
+    with pytest.raises(ConfigError, match="gives no finite output"):
+        verify(wrong, Masked(0.0), names, {"x": torch.empty(0, 3)})

@@ -15,12 +15,12 @@ from test_alignment_trace import ResNet, Vgg, llama, permuted, shaken, spec_of
 from torch import nn
 
 import tiny
-from gradmerge import Recipe
+from gradmerge import MergedModel, Recipe
 from gradmerge.alignment import Identity, WeightMatching
 from gradmerge.alignment.base import AlignmentContext
 from gradmerge.alignment.opening import align_sources, compared
-from gradmerge.alignment.spec import Maps, PermutationSpec, compose_all, same_maps
-from gradmerge.alignment.views import AlignedView
+from gradmerge.alignment.spec import LinearMap, Maps, PermutationSpec, compose_all, same_maps
+from gradmerge.alignment.views import AlignedView, original_of
 from gradmerge.coefficients import Complement, Constant, Element, Sigmoid, Uniform
 from gradmerge.errors import ConfigError, FingerprintError
 from gradmerge.export import export_plan
@@ -430,3 +430,26 @@ def test_elements_of_aligned_sources_learn(tmp_path: Path) -> None:
     trainer.fit(module, datamodule=tiny.vectors())
     assert module.merged.plan.order is not None
     assert all(not torch.equal(before[k], v) for k, v in tiny.raws(module).items())
+
+
+def test_experts_run_as_they_are_where_units_are_mixed() -> None:
+    """A teacher read through a mixing map would compute something else than the source."""
+    torch.manual_seed(0)
+    a, b = (nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)) for _ in range(2))
+    spec = spec_of(a)
+    (group,) = spec.groups
+    matrix = torch.randn(7, 7, dtype=torch.float64) + 3 * torch.eye(7, dtype=torch.float64)
+    maps = {group: LinearMap(matrix, torch.linalg.inv(matrix))}
+    plan = Recipe({"a": a, "b": b}, init=Uniform()).open()
+    view = AlignedView(plan.sources["b"], spec, maps)
+    plan.sources["b"] = plan.serving["b"] = view
+    merged = MergedModel(plan)
+    x = torch.randn(4, 5)
+    with merged.as_source("b", own=True):
+        torch.testing.assert_close(merged(x), b(x).detach(), rtol=0, atol=1e-6)
+    with merged.as_source("b"):
+        assert (merged(x) - b(x)).abs().max() > 0.01
+    order = {group: torch.randperm(7)}
+    permuted = AlignedView(view.inner, spec, order)
+    assert original_of(permuted) is permuted
+    assert original_of(view) is view.inner

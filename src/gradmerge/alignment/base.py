@@ -150,6 +150,10 @@ class Matching(AbstractAlignment):
     """What the network is traced with, by the name of the argument of its forward: shapes, e.g.
     {pixel_values: [1, 3, 32, 32]}, or tensors from Python. Names that end in `ids` are whole
     numbers. Default: derived from the config or the first layer."""
+    unreached: list[str] = field(default_factory=list)
+    """Regular expressions of parameters (by their names in the network) that the example does not
+    reach and that take no part in what is wanted of the network: they stay as they are. Any other
+    that is not reached is refused."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without a source."""

@@ -59,7 +59,7 @@ def _arguments(skeleton: nn.Module) -> list[str]:
 
 def _first_argument(skeleton: nn.Module) -> str | None:
     names = _arguments(skeleton)
-    if isinstance(skeleton, nn.Sequential):
+    if type(skeleton).forward is nn.Sequential.forward:
         return "input"
     return names[0] if names else None
 

@@ -120,7 +120,8 @@ def find_spec(
             "and no source tells which network it is: expected a folder with a config, or a module "
             "from Python. Give one, or a hand-written specification (`spec` of the alignment)."
         )
-    return traced_spec(skeleton, list(first.infos), first.label, example)
+    idle = getattr(method, "unreached", ())
+    return traced_spec(skeleton, list(first.infos), first.label, example, idle)
 
 
 def traced_spec(
@@ -128,6 +129,7 @@ def traced_spec(
     names: Sequence[str],
     label: str = "the checkpoint",
     example: Mapping[str, Any] | None = None,
+    unreached: Sequence[str] = (),
 ) -> PermutationSpec:
     """The groups of a network by tracing, checked on random weights.
 
@@ -136,12 +138,13 @@ def traced_spec(
         names: tensors by their names in the files.
         label: whose names they are, for messages.
         example: arguments of its forward: tensors, or shapes; default: derived.
+        unreached: regular expressions of parameters that take no part in the network.
 
     Raises:
         ConfigError: the network cannot be run or traced, or a permutation changes what it computes.
     """
     binding = bind_or_refuse(skeleton, names, label)
-    traced = _first_that_runs(skeleton, example, partial(trace, skeleton))
+    traced = _first_that_runs(skeleton, example, partial(trace, skeleton, unreached=unreached))
     spec = to_spec(traced, skeleton, binding)
     return _verified(spec, skeleton, names, label, example)
 

@@ -217,12 +217,13 @@ class PermutationSpec:
         return {name: torch.arange(group.size) for name, group in self.groups.items()}
 
     def random(self, seed: int) -> dict[str, Map]:
-        """A seeded random permutation of every group."""
+        """A seeded random permutation of every group, never the one that moves nothing."""
         generator = torch.Generator().manual_seed(seed)
-        return {
-            name: torch.randperm(group.size, generator=generator)
-            for name, group in self.groups.items()
-        }
+        found: dict[str, Map] = {}
+        for name, group in self.groups.items():
+            order = torch.randperm(group.size, generator=generator)
+            found[name] = order if share_moved(order) else order.roll(1)
+        return found
 
 
 def _permuted(tensor: Tensor, axis: int, kind: Axis, maps: Maps, skip: Use | None) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,6 +42,12 @@ _SHAPED_BY_VALUES = {
 }
 
 
+# What outputs of transformers hold beside predictions.
+_BESIDE = re.compile(
+    r"(hidden_states?|attentions?|past_key_values|cache_params|router_logits|mems)$"
+)
+
+
 @dataclass
 class Traced:
     """What a trace found, before it becomes a specification."""
@@ -55,15 +62,17 @@ class Traced:
     """Module, call and dimensions of every module's output, in order."""
 
 
-def trace(skeleton: nn.Module, example: Mapping[str, Any]) -> Traced:
+def trace(skeleton: nn.Module, example: Mapping[str, Any], unreached: Sequence[str] = ()) -> Traced:
     """Run a network on an example and carry its parameters' units along.
 
     Args:
         skeleton: the network; its weights are not used and not changed.
         example: arguments of its forward by name.
+        unreached: regular expressions of parameters that take no part in the network.
 
     Raises:
-        ConfigError: it calls an operator that has no rule.
+        ConfigError: it calls an operator that has no rule, or the example does not reach a
+            parameter that other inputs might.
     """
     module, names = stand_in(skeleton, torch.float32)
     mode = _Tracing(names)
@@ -71,14 +80,19 @@ def trace(skeleton: nn.Module, example: Mapping[str, Any]) -> Traced:
         out = run(module, example, mode)
     for leaf in tensors_of(out):
         pin_all(mode.label(leaf), "it is the network's output")
-    unreached = [name for name in mode.traced.labels if name not in mode.traced.reached]
-    if unreached and mode.branches:
+    lost = [name for name in mode.traced.labels if name not in mode.traced.reached]
+    idle = [name for name in lost if any(re.search(pattern, name) for pattern in unreached)]
+    if len(lost) > len(idle):
+        missed = [name for name in lost if name not in idle]
+        why = f", by values that depend on weights ({mode.branches[0]})" if mode.branches else ""
         raise ConfigError(
-            f"alignment: {type(skeleton).__name__} chooses what it runs by values that depend on "
-            f"its weights ({mode.branches[0]}), and this run did not reach {shorten(unreached)}: "
-            f"other inputs might, with units in another order. {_HINT}"
+            f"alignment: {type(skeleton).__name__} did not reach {shorten(missed)} on the "
+            f"example{why}. With other inputs they might read or write units that were put into "
+            "another order, so they have to be seen: give `example` inputs that reach them; or, if "
+            "they take no part in what is wanted of the network, name them as regular expressions "
+            f"in `unreached`. {_HINT}"
         )
-    for name in unreached:
+    for name in lost:
         pin_all(mode.traced.labels[name], "the run does not reach it")
     taken = {unit for dim in mode.taken for unit in dim.units()}
     for dim in mode.left:
@@ -129,15 +143,14 @@ def run(module: nn.Module, example: Mapping[str, Any], mode: TorchDispatchMode) 
 def tensors_of(out: Any) -> list[Tensor]:
     """The tensors of a network's output: a tensor, or those in a sequence, mapping or dataclass.
 
-    Of a mapping with logits those alone: transformers hands out hidden states beside them, whose
-    units would be fixed.
+    Of a mapping with logits all but the hidden states, attentions and caches that transformers
+    hands out beside them, whose units would be fixed.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are none, or something of another kind, whose content cannot be told.
     """
-    if isinstance(out, Mapping):
-        logits = {name: value for name, value in out.items() if str(name).startswith("logits")}
-        out = logits or out
+    if isinstance(out, Mapping) and any(str(name).startswith("logits") for name in out):
+        out = {name: value for name, value in out.items() if not _BESIDE.search(str(name))}
     found = _leaves(out)
     if not found:
         raise ConfigError(
@@ -157,7 +170,12 @@ def _leaves(out: Any) -> list[Tensor]:
         return [leaf for value in out for leaf in _leaves(value)]
     if dataclasses.is_dataclass(out):
         return [leaf for f in dataclasses.fields(out) for leaf in _leaves(getattr(out, f.name))]
-    return []
+    if out is None or isinstance(out, (bool, int, float, str)):
+        return []
+    raise ConfigError(
+        f"alignment: the network gives a {type(out).__name__} among its outputs, in which units "
+        f"cannot be found. Let it give tensors. {_HINT}"
+    )
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from gradmerge.alignment.trace import run, stand_in, tensors_of
 from gradmerge.errors import ConfigError, shorten
 
 TOLERANCE = 1e-8
+# Outputs beyond it are a mask's; with weights of order one no other comes near.
+_MASKED = 1e6
 LIMIT = 1_000_000_000
 """Parameters up to which a network is checked: drawing the weights takes seconds a hundred
 million."""
@@ -111,15 +113,20 @@ class _Check:
         self.before = self._outputs({})
 
     def change(self, maps: Maps) -> float:
-        """Relative change of the output under maps."""
+        """Largest relative change of an output under maps.
+
+        Raises:
+            ConfigError: the network's outputs hold no numbers to compare.
+        """
         after = self._outputs(maps)
-        gaps = [
-            float((one - two).abs().max() / one.abs().max().clamp_min(1e-300))
-            for one, two in zip(self.before, after, strict=True)
-            if one.numel()
-        ]
-        worst = max(gaps, default=0.0)
-        return worst if worst == worst else float("inf")
+        gaps = [_gap(one, two) for one, two in zip(self.before, after, strict=True)]
+        known = [gap for gap in gaps if gap is not None]
+        if not known:
+            raise ConfigError(
+                "alignment: the example gives no finite output, so that nothing can be checked. "
+                "Give another `example`."
+            )
+        return max(known)
 
     def _outputs(self, maps: Maps) -> Sequence[Tensor]:
         def maker(name: str, shape: torch.Size) -> Callable[[], Tensor]:
@@ -137,6 +144,21 @@ class _Check:
         with torch.no_grad():
             out = run(self.module, self.example, Float64(weights))
         return [leaf.double() for leaf in tensors_of(out)]
+
+
+def _gap(one: Tensor, two: Tensor) -> float | None:
+    """`max |one - two| / max |one|` over finite entries; None where there are none.
+
+    Large constants that masks write (-1e9, -inf) are the same in both and would hide the rest.
+    """
+    finite = one.isfinite() & two.isfinite()
+    if not torch.equal(one.isfinite(), two.isfinite()):
+        return float("inf")
+    compared = finite & ((one != two) | (one.abs() < _MASKED))
+    if not compared.any():
+        return None
+    one, two = one[compared], two[compared]
+    return float((one - two).abs().max() / one.abs().max().clamp_min(1e-300))
 
 
 def _random(name: str, shape: torch.Size, seed: int) -> Tensor:

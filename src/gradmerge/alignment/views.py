@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gradmerge.alignment.spec import Maps, PermutationSpec, share_moved
+from gradmerge.alignment.spec import LinearMap, Maps, PermutationSpec, share_moved
 from gradmerge.sources import Checkpoint, TensorInfo
 
 
@@ -94,3 +94,13 @@ class AlignedView(Checkpoint):
     def fingerprint(self) -> str:
         """See `Checkpoint.fingerprint`."""
         return self.inner.fingerprint()
+
+
+def original_of(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint as it lies on disk, where its view mixes units and so computes something else; a
+    view that only permutes them computes the same, and is given back.
+    """
+    if isinstance(checkpoint, AlignedView):
+        mixes = any(isinstance(change, LinearMap) for change in checkpoint.maps.values())
+        return checkpoint.inner if mixes else checkpoint
+    return checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,6 +144,7 @@ class Layers:
         for number in range(len(chain.blocks)):
             result, found = self._block(number, prefixes, epochs, steps)
             results.append(result)
+            gc.collect()  # a trainer and its module are in a circle
             trim_heap()  # holes grow from trainer to trainer
             parts.update({k: v for k, v in found.items() if not k.startswith(_BUFFER)})
         self.activations.close()

@@ -15,34 +15,13 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from gradmerge.differentiation import backward_of
+from gradmerge.differentiation import Deferred, backward_of
 from gradmerge.drivers.blocks import slot_id
 from gradmerge.drivers.chain import Chain
 from gradmerge.errors import ConfigError
 
 Read = Callable[[str], Tensor]
-
-
-class _Known(torch.autograd.Function):
-    """A loss whose gradient is known, and handed over: it is as large as the coefficients, and no
-    copy is made of it. Its backward runs once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *raws: Tensor) -> Tensor:
-        """The loss itself."""
-        ctx.grads = grads
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The known gradients, scaled by the incoming one."""
-        known = [grad.mul_(grads[0]) for grad in ctx.grads]
-        ctx.grads.clear()  # else they would be copied
-        return (None, None, *known)
 
 
 class MergedBlock:
@@ -158,7 +137,7 @@ class MergedBlock:
         ordered = [
             grads.pop(slot) if slot in grads else torch.zeros_like(z) for slot, z in raws.items()
         ]
-        loss: Tensor = _Known.apply(total, ordered, *raws.values())
+        loss: Tensor = Deferred.apply(total, ordered, *raws.values())
         return loss, values
 
     def release(self) -> None:
