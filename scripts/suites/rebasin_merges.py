@@ -233,6 +233,10 @@ class Case:
         """Test and selection accuracy of one network."""
         return self.score_logits(partial(rebasin.logits_of, self.network(state)))
 
+    def score_last(self, state: Callable[[], State]) -> Result | None:
+        """The score at the end of a training, without early stopping; only the study asks."""
+        return None if self.condition == Condition() else self.score(state())
+
     def score_logits(self, logits: Callable[[Images], Tensor]) -> Result:
         """Test and selection accuracy of whatever gives a score a class."""
         found = logits(self.parts.test)
@@ -323,12 +327,13 @@ def learned(
         module.learning_rate = rate
         keep = KeepBest(start["selection"])
         quiet_trainer(steps, budget.checks, keep).fit(module, datamodule=case.data)
+        last = case.score_last(lambda: state_of(module, case.data))
         set_coefficients(module.merged, recipe.init)
         with torch.no_grad():
             for key, value in (keep.raws or {}).items():
                 module.merged.raw[key].copy_(value)
         state = state_of(module, case.data)
-        tried[rate] = {**case.score(state), "step": keep.step}
+        tried[rate] = {**case.score(state), "step": keep.step, "last": last}
         if tried[rate]["selection"] > best["selection"]:
             best, best_state = {**tried[rate], "rate": rate}, state
     return {**best, "start": start, "tried": tried}, best_state
@@ -438,7 +443,8 @@ def fine_tuned(case: Case, begin: State) -> Result:
                 if rebasin.accuracy(came, case.parts.selection.labels) > chosen["selection"]:
                     chosen = {**case.score(network.state_dict()), "step": step}
                 network.train()
-        tried[rate] = chosen
+        rebasin.recompute_batch_norm(network, sample)
+        tried[rate] = {**chosen, "last": case.score_last(network.state_dict)}
         if chosen["selection"] > best["selection"]:
             best = {**chosen, "rate": rate}
     return {**best, "start": start, "tried": tried}
