@@ -17,6 +17,7 @@ Trained networks and finished cells are kept in the cache, so a run that was sto
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -133,6 +134,7 @@ def compute(case: Case, row: str, rows: Mapping[str, Row], finished: bool) -> Re
         found = rows[row](case)
         found |= {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
         common.write_json(path, json.loads(json.dumps(found)), sort_keys=False)
+        gc.collect()  # trainers and modules hold each other, with all their tensors
         say(f"{case.name} {row}: test {found['test']:.4f} ({found['seconds']:.0f} s)")
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -115,18 +115,18 @@ class Pool:
     data: str
     cache: Path
     sizes: Sizes
-    _parts: dict[int, Parts] = field(default_factory=dict)
+    _parts: tuple[int, Parts] | None = None
 
     @cached_property
-    def everything(self) -> tuple[Images, Images]:
+    def everything(self) -> rebasin.Raw:
         """Training and test images."""
         return rebasin.read_images(self.data, self.cache)
 
     def parts(self, repeat: int) -> Parts:
-        """The disjoint parts of a repeat."""
-        if repeat not in self._parts:
-            self._parts[repeat] = rebasin.cut(*self.everything, self.sizes, repeat)
-        return self._parts[repeat]
+        """The disjoint parts of a repeat; one repeat's are kept."""
+        if self._parts is None or self._parts[0] != repeat:
+            self._parts = repeat, rebasin.cut(self.everything, self.sizes, repeat)
+        return self._parts[1]
 
 
 def falling(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
