@@ -59,6 +59,8 @@ def render_study(found: Found, missing: Mapping[str, tuple[int, ...]], repeats: 
     heads = ["start", *learners, *(f"{name}, untuned" for name in learners)]
     lines = [f"| case | condition | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
     for key, rows in found.items():
+        if not any(row in rows for row in learners):
+            continue
         data, name, setting, members, mark = key
         columns = {row: list(results.values()) for row, results in rows.items()}
         for row in learners:
