@@ -17,6 +17,7 @@ Trained networks and finished cells are kept in the cache, so a run that was sto
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -117,8 +118,8 @@ def study_rows(case: Case) -> dict[str, Row]:
     }
 
 
-def compute(case: Case, row: str, rows: Mapping[str, Row]) -> Result:
-    """One row of a case, from the cache or computed."""
+def compute(case: Case, row: str, rows: Mapping[str, Row], finished: bool) -> Result | None:
+    """One row of a case, from the cache or (unless only finished ones are wanted) computed."""
     content: list[Any] = [FORMAT, rebasin.FORMAT, case.architecture, case.pool.sizes]
     content += [SETTINGS[case.setting][case.members], case.condition, row]
     content += [case.budget if is_learned(row) else None]
@@ -127,12 +128,13 @@ def compute(case: Case, row: str, rows: Mapping[str, Row]) -> Result:
     file = row.replace(", ", "-").replace(" ", "-").lower()
     path = case.cache / "cells" / case.name / f"{file}-{common.fingerprint(content)}.json"
     found = common.read_json(path)
-    if found is None:
+    if found is None and not finished:
         lightning.seed_everything(case.repeat, verbose=False)
         began, cpu = time.perf_counter(), time.process_time()
         found = rows[row](case)
         found |= {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
         common.write_json(path, json.loads(json.dumps(found)), sort_keys=False)
+        gc.collect()  # trainers and modules hold each other, with all their tensors
         say(f"{case.name} {row}: test {found['test']:.4f} ({found['seconds']:.0f} s)")
     return found
 
@@ -166,6 +168,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--study", action="store_true", help="few labels, wrong ones, lost classes")
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=CONDITIONS)
     parser.add_argument("--quick", action="store_true", help="tiny networks and drawn images")
+    parser.add_argument(
+        "--finished", action="store_true", help="compute nothing: tables of what is in the cache"
+    )
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "rebasin")
     parser.add_argument("--json", type=Path, help="file to write all figures to")
     parser.add_argument("--table", type=Path, help="file to write the tables to")
@@ -219,7 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows = study_rows(case) if options.study else rows_of(case)
             for row in rows:
                 if any(row.startswith(begin) for begin in options.rows):
-                    result = compute(case, row, rows)
+                    result = compute(case, row, rows, options.finished)
+                    if result is None:
+                        continue
                     cells = found.setdefault((*key, case.condition.name), {})
                     cells.setdefault(row, {})[case.repeat] = result
             if options.json:
@@ -229,9 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if options.study:
         missing = {case.condition.name: case.condition.missing for case in cases_of(options)}
-        table, lines = rebasin_tables.render_study(found, missing), []
+        table, lines = rebasin_tables.render_study(found, missing, options.repeats), []
     else:
-        table, lines = rebasin_tables.render(found), rebasin_tables.verdicts(found)
+        table, lines = rebasin_tables.render(found, options.repeats), rebasin_tables.verdicts(found)
     text = "\n".join([table, "", *(f"- {line}" for line in lines)])
     print(text)
     if options.table:

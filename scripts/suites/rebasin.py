@@ -94,7 +94,7 @@ ARCHITECTURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Normalised images ``[n, 1, 28, 28]`` in float32 and labels ``[n]``."""
+    """Images ``[n, 1, 28, 28]`` and labels ``[n]``."""
 
     images: Tensor
     labels: Tensor
@@ -211,8 +211,24 @@ READERS: dict[str, Callable[[Path], tuple[np.ndarray, ...]]] = {
 }
 
 
-def read_images(data: str, cache: Path) -> tuple[Images, Images]:
-    """All training and test images, normalised by the training pixels; training ones once each."""
+@dataclasses.dataclass(frozen=True)
+class Raw:
+    """All images of a data set as bytes; training ones once each, and none that is in the test."""
+
+    train: Images
+    test: Images
+    mean: float
+    """Of the training pixels."""
+    spread: float
+    """Their standard deviation."""
+
+    def normalised(self, images: Images) -> Images:
+        """In float32, by the training pixels."""
+        return Images((images.images.float() - self.mean) / self.spread, images.labels)
+
+
+def read_images(data: str, cache: Path) -> Raw:
+    """All images of a data set."""
     images, labels, test_images, test_labels = READERS[data](cache)
     seen = {image.tobytes() for image in test_images}
     kept = []
@@ -222,31 +238,32 @@ def read_images(data: str, cache: Path) -> tuple[Images, Images]:
             seen.add(content)
             kept.append(index)
     images, labels = images[kept], labels[kept]
-    mean, spread = float(images.mean()), float(images.std())
 
-    def normalise(pixels: np.ndarray, wanted: np.ndarray) -> Images:
-        scaled = (torch.from_numpy(pixels.astype(np.float32)) - mean) / spread
-        return Images(scaled[:, None], torch.from_numpy(np.array(wanted)).long())
+    def tensors(pixels: np.ndarray, wanted: np.ndarray) -> Images:
+        stacked = torch.from_numpy(np.array(pixels))[:, None]
+        return Images(stacked, torch.from_numpy(np.array(wanted)).long())
 
-    return normalise(images, labels), normalise(test_images, test_labels)
+    train, test = tensors(images, labels), tensors(test_images, test_labels)
+    return Raw(train, test, float(images.mean()), float(images.std()))
 
 
-def cut(train: Images, test: Images, sizes: Sizes, repeat: int) -> Parts:
+def cut(raw: Raw, sizes: Sizes, repeat: int) -> Parts:
     """The disjoint parts of one repeat.
 
     Raises:
         SuiteError: there are too few training images.
     """
     wanted = sizes.train + sizes.adaptation + sizes.selection
-    if len(train) < wanted:
+    if len(raw.train) < wanted:
         raise SuiteError(
             f"wanted {wanted} different training images for the parts of a repeat, there are "
-            f"{len(train)}; ask for fewer."
+            f"{len(raw.train)}; ask for fewer."
         )
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1_000 + repeat))
+    order = torch.randperm(len(raw.train), generator=torch.Generator().manual_seed(1_000 + repeat))
     lengths = [sizes.train, sizes.adaptation, sizes.selection]
-    first, second, third = (train.at(part) for part in order[:wanted].split(lengths))
-    return Parts(first, second, third, test.at(torch.arange(min(sizes.test, len(test)))))
+    found = [raw.train.at(part) for part in order[:wanted].split(lengths)]
+    found.append(raw.test.at(torch.arange(min(sizes.test, len(raw.test)))))
+    return Parts(*(raw.normalised(part) for part in found))
 
 
 # ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -115,18 +115,18 @@ class Pool:
     data: str
     cache: Path
     sizes: Sizes
-    _parts: dict[int, Parts] = field(default_factory=dict)
+    _parts: tuple[int, Parts] | None = None
 
     @cached_property
-    def everything(self) -> tuple[Images, Images]:
+    def everything(self) -> rebasin.Raw:
         """Training and test images."""
         return rebasin.read_images(self.data, self.cache)
 
     def parts(self, repeat: int) -> Parts:
-        """The disjoint parts of a repeat."""
-        if repeat not in self._parts:
-            self._parts[repeat] = rebasin.cut(*self.everything, self.sizes, repeat)
-        return self._parts[repeat]
+        """The disjoint parts of a repeat; one repeat's are kept."""
+        if self._parts is None or self._parts[0] != repeat:
+            self._parts = repeat, rebasin.cut(self.everything, self.sizes, repeat)
+        return self._parts[1]
 
 
 def falling(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
@@ -233,6 +233,10 @@ class Case:
         """Test and selection accuracy of one network."""
         return self.score_logits(partial(rebasin.logits_of, self.network(state)))
 
+    def score_last(self, state: Callable[[], State]) -> Result | None:
+        """The score at the end of a training, without early stopping; only the study asks."""
+        return None if self.condition == Condition() else self.score(state())
+
     def score_logits(self, logits: Callable[[Images], Tensor]) -> Result:
         """Test and selection accuracy of whatever gives a score a class."""
         found = logits(self.parts.test)
@@ -323,12 +327,13 @@ def learned(
         module.learning_rate = rate
         keep = KeepBest(start["selection"])
         quiet_trainer(steps, budget.checks, keep).fit(module, datamodule=case.data)
+        last = case.score_last(lambda: state_of(module, case.data))
         set_coefficients(module.merged, recipe.init)
         with torch.no_grad():
             for key, value in (keep.raws or {}).items():
                 module.merged.raw[key].copy_(value)
         state = state_of(module, case.data)
-        tried[rate] = {**case.score(state), "step": keep.step}
+        tried[rate] = {**case.score(state), "step": keep.step, "last": last}
         if tried[rate]["selection"] > best["selection"]:
             best, best_state = {**tried[rate], "rate": rate}, state
     return {**best, "start": start, "tried": tried}, best_state
@@ -438,7 +443,8 @@ def fine_tuned(case: Case, begin: State) -> Result:
                 if rebasin.accuracy(came, case.parts.selection.labels) > chosen["selection"]:
                     chosen = {**case.score(network.state_dict()), "step": step}
                 network.train()
-        tried[rate] = chosen
+        rebasin.recompute_batch_norm(network, sample)
+        tried[rate] = {**chosen, "last": case.score_last(network.state_dict)}
         if chosen["selection"] > best["selection"]:
             best = {**chosen, "rate": rate}
     return {**best, "start": start, "tried": tried}

@@ -19,20 +19,21 @@ def is_learned(row: str) -> bool:
     return row.startswith(("NP", "fine"))
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation in percent."""
+def spread(values: Sequence[float], wanted: int = 0) -> str:
+    """Mean and deviation in percent; how many values, where there are fewer than wanted."""
     values = [100 * value for value in values]
     if not values:
         return ""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
+    count = f" ({len(values)} of {wanted})" if len(values) < wanted else ""
+    return f"{statistics.mean(values):.1f}{deviation}{count}"
 
 
 def tests(results: Mapping[int, Result]) -> list[float]:
     return [result["test"] for result in results.values()]
 
 
-def render(found: Found) -> str:
+def render(found: Found, repeats: int) -> str:
     """A markdown table for each data set and architecture: rows by setting and number."""
     blocks = []
     plain = {key: rows for key, rows in found.items() if key[4] == "plain"}
@@ -42,68 +43,70 @@ def render(found: Found) -> str:
         lines = [f"| {data}, {name} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
         order = dict.fromkeys(row for rows in cases.values() for row in rows)
         for row in sorted(order, key=lambda row: (is_learned(row), list(order).index(row))):
-            cells = [spread(tests(rows.get(row, {}))) for rows in cases.values()]
+            cells = [spread(tests(rows.get(row, {})), repeats) for rows in cases.values()]
             lines.append(f"| {row} | {' | '.join(cells)} |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
-def render_study(found: Found, missing: Mapping[str, tuple[int, ...]]) -> str:
-    """A markdown table: a line a condition, and what each method gives."""
-    lines = []
+def render_study(found: Found, missing: Mapping[str, tuple[int, ...]], repeats: int) -> str:
+    """A markdown table: a line a condition, and what each method gives.
+
+    The last columns are of the largest learning rate and the last step: what comes without a
+    selection split to choose on.
+    """
+    learners = ("NP Merge", "fine-tuning")
+    heads = ["start", *learners, *(f"{name}, untuned" for name in learners)]
+    lines = [f"| case | condition | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
     for key, rows in found.items():
-        data, name, setting, members, mark = key
-        if mark not in missing or "start" not in rows:
+        if not any(row in rows for row in learners):
             continue
-        if not lines:
-            lines = [f"| case | condition | {' | '.join(rows)} |", "|---" * (2 + len(rows)) + "|"]
+        data, name, setting, members, mark = key
+        columns = {row: list(results.values()) for row, results in rows.items()}
+        for row in learners:
+            tried = [list(result["tried"].values())[-1] for result in columns.get(row, [])]
+            columns[f"{row}, untuned"] = [result["last"] for result in tried]
         lost = missing[mark]
         groups: dict[str, Sequence[int]] = {"": CLASSES}
         if lost:
             seen = [k for k in CLASSES if k not in lost]
-            groups = {", all classes": CLASSES, ", seen classes": seen, ", unseen classes": lost}
+            groups = {", all": CLASSES, ", classes it has": seen, ", classes it lacks": lost}
         for label, classes in groups.items():
-            cells = [
-                spread([statistics.mean(r["classes"][k] for k in classes) for r in row.values()])
-                for row in rows.values()
-            ]
+            cells = []
+            for head in heads:
+                results = columns.get(head, [])
+                scores = [statistics.mean(r["classes"][k] for k in classes) for r in results]
+                cells.append(spread(scores, repeats))
             case = f"{data}, {name}, {setting}, {members}"
             lines.append(f"| {case} | {mark}{label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def verdicts(found: Found) -> list[str]:
-    """The targets, each with what was measured."""
+    """What the targets speak of, as measured: means over repeats, in points of accuracy."""
     lines = []
-
-    def mean(rows: Mapping[str, Mapping[int, Result]], row: str) -> float:
-        return 100 * statistics.mean(tests(rows[row]))
-
     for (data, name, setting, members, mark), rows in found.items():
         where = f"{data}, {name}, {setting}, {members}"
-        if mark != "plain" or not {"endpoints", "ensemble"} <= set(rows):
+        mean = {row: 100 * statistics.mean(tests(results)) for row, results in rows.items()}
+        if mark != "plain" or not {"endpoints", "ensemble"} <= set(mean):
             continue
-        ends, upper = mean(rows, "endpoints"), mean(rows, "ensemble")
-        averages = [row for row in rows if row.startswith("average, ") and "none" not in row]
-        if setting == "same" and name == "mlp":
-            for row in averages:
-                lines.append(f"{where}: {row} is {mean(rows, row) - ends:+.2f} from the endpoints")
-        tuned = rows.get("fine-tuning, aligned")
-        for row in rows:
-            if not (row.startswith("NP") and row.endswith("aligned")):
-                continue
-            own = mean(rows, row)
+        ends, upper = mean["endpoints"], mean["ensemble"]
+        aligned = [row for row in mean if row.startswith("average, ") and "none" not in row]
+        if not aligned:
+            continue
+        best = max(aligned, key=lambda row: mean[row])
+        lines.append(
+            f"{where}: the best aligned average ({best}) is {mean[best] - ends:+.2f} from "
+            "the endpoints"
+        )
+        for row in (row for row in mean if row.startswith("NP") and row.endswith("aligned")):
+            texts = [f"{mean[row] - mean[best]:+.2f} from the best aligned average"]
             if setting == "same":
-                share = (own - ends) / (upper - ends) if upper != ends else float("nan")
-                text = (
-                    f"{own - ends:+.2f} from the endpoints, {share:.2f} of the way to the ensemble"
+                texts.append(
+                    f"{mean[row] - ends:+.2f} from the endpoints (half-way to the "
+                    f"ensemble: {(upper - ends) / 2:+.2f})"
                 )
-            else:
-                start = max(
-                    mean(rows, r) for r in rows if r.startswith("average") and "none" not in r
-                )
-                text = f"{own - start:+.2f} from the best aligned average"
-            if tuned:
-                text += f", {own - mean(rows, 'fine-tuning, aligned'):+.2f} from fine-tuning"
-            lines.append(f"{where}: {row} is {text}")
+            if "fine-tuning, aligned" in mean:
+                texts.append(f"{mean[row] - mean['fine-tuning, aligned']:+.2f} from fine-tuning")
+            lines.append(f"{where}: {row} is {', '.join(texts)}")
     return lines
