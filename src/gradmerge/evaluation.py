@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import lightning
 import torch
 
-from gradmerge.coefficients import AbstractInit, InitContext, initial_raw
+from gradmerge.coefficients import AbstractInit
 from gradmerge.data import MergeDataModule
 from gradmerge.errors import ConfigError
 from gradmerge.merged import MergedModel
@@ -26,14 +27,8 @@ def set_coefficients(merged: MergedModel, init: AbstractInit) -> None:
     Raises:
         ConfigError: the link cannot reach them.
     """
-    plan = merged.plan
-    context = InitContext(
-        plan.source_names, {name: plan.tensors[name] for name in plan.learned}, plan.direction_norms
-    )
-    pull_back = plan.recipe.coefficients.pull_back
-    raws = initial_raw(plan.layout, init, context, plan.num_rows, pull_back)
     with torch.no_grad():
-        for key, value in raws.items():
+        for key, value in merged.plan.initial_raw(init).items():
             merged.raw[key].copy_(value)
 
 
@@ -96,13 +91,27 @@ class Selection:
                 f"the selection split has no {name}, which the search goes by (it has "
                 f"{', '.join(average) or 'no score'}); tasks need labels."
             )
-        return average[name] if name == score.name and score.higher_is_better else -average[name]
+        value = average[name]
+        if math.isnan(value):
+            return -math.inf
+        return value if name == score.name and score.higher_is_better else -value
 
     def search(self, search: AbstractSearch) -> tuple[AbstractInit, dict[str, Any]]:
         """Run a search, leave its choice in the model, and say what was tried, as plain data."""
         recipe = self.module.recipe
         sources = self.module.merged.plan.source_names
-        chosen = search.run(recipe.init, sources, lambda init: self.try_out(init, search.metric))
+        scores = []
+
+        def score(init: AbstractInit) -> float:
+            scores.append(self.try_out(init, search.metric))
+            return scores[-1]
+
+        chosen = search.run(recipe.init, sources, score)
+        if scores and max(scores) == -math.inf:
+            raise ConfigError(
+                f"{type(search).__name__}: none of {len(scores)} merges has a score: every one is "
+                "NaN on the selection split. Look for NaN in sources; take smaller coefficients."
+            )
         set_coefficients(self.module.merged, chosen)
         return chosen, {
             "search": to_plain(search),

@@ -95,7 +95,7 @@ class MergeCLI(LightningCLI):
             type=AbstractSearch | None,
             default=None,
             help="Searches for the coefficients that a fit starts at, by scores on the selection "
-            "split (GreedySoup, Scales).",
+            "split (GreedySoup, Scales, Draws).",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -124,8 +124,11 @@ class MergeCLI(LightningCLI):
                 f"driver: `gradmerge {self.subcommand}` scores one merge, and a driver makes "
                 "several. Score the folder that it wrote, as a source of its own: --driver null "
                 "--model.recipe.base null --model.recipe.sources '{merged: FOLDER}' "
-                "--model.recipe.coefficients Model --model.recipe.init.class_path Constant "
-                "--model.recipe.init.value 1, where tasks have private heads also "
+                "--model.recipe.origin zero --model.recipe.coefficients Model "
+                "--model.recipe.init.class_path Constant --model.recipe.init.value 1 "
+                "--model.recipe.operator Linear --model.recipe.preprocess '[]' "
+                "--model.recipe.finalisers '[]' --model.recipe.frozen '{}' "
+                "--model.recipe.alignment null, where tasks have private heads also "
                 "--model.recipe.heads '{SOURCE: FOLDER/tasks/TASK}'."
             )
         require_no_checkpoint(ckpt_path)

@@ -49,7 +49,7 @@ class MergeModule(lightning.LightningModule):
         recipe: what is merged and how.
         objective: what is minimised; a single term will do.
         memory: `resident` keeps merged tensors for the step; `streamed` rebuilds them in backward
-        and     holds about one layer.
+            and holds about one layer.
         dtype: dtype of the merged weights in training.
         activation_checkpointing: recompute each block's activations in backward.
         learning_rate: of Adam, where no other optimiser is configured.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmerge._typing import Raw
-from gradmerge.coefficients import InitContext, Layout, initial_raw
+from gradmerge.coefficients import AbstractInit, InitContext, Layout, initial_raw
 from gradmerge.errors import ConfigError, Problem, shorten
 from gradmerge.finalisers import Finalisation, FinalSite
 from gradmerge.inventory import take_inventory
@@ -139,21 +139,23 @@ class Plan:
         """Names of the sources, in order."""
         return tuple(self.sources)
 
-    def initial_raw(self) -> dict[str, Tensor]:
-        """Raw coefficients at the start, by key, float32."""
+    def init_context(self) -> InitContext:
+        """What an init may look at."""
         labels = {name: checkpoint.label for name, checkpoint in self.sources.items()}
-        context = InitContext(
+        return InitContext(
             self.source_names,
             {name: self.tensors[name] for name in self.learned},
-            self.direction_norms,
+            cache(self.direction_norms),
             self.recipe.resolved_origin,
             {**({} if self.base is None else {"base": self.base.label}), **labels},
             tuple(self.tensors),
         )
-        coefficients = self.recipe.coefficients
-        return initial_raw(
-            self.layout, self.recipe.init, context, self.num_rows, coefficients.pull_back
-        )
+
+    def initial_raw(self, init: AbstractInit | None = None) -> dict[str, Tensor]:
+        """Raw coefficients of an init (default: the recipe's), by key, float32."""
+        init, context = init or self.recipe.init, self.init_context()
+        pull_back = self.recipe.coefficients.pull_back
+        return initial_raw(self.layout, init, context, self.num_rows, pull_back)
 
     def direction_norms(self) -> Tensor:
         """`|B_k|^2` over all merged tensors, `[sources]`, float64."""

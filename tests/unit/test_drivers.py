@@ -27,6 +27,7 @@ from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.drivers import Continual, Job, Output, Pairwise, Tree
 from gradmerge.drivers.fold import FoldedRecipe
 from gradmerge.errors import CompatibilityError, ConfigError, FingerprintError
+from gradmerge.finalisers import DepthRescale
 from gradmerge.objectives import CrossEntropy, KLToSource, Objective
 from gradmerge.preprocess import RegMean, Trim
 from tiny import (
@@ -58,9 +59,9 @@ def job_of(root, models, data=None, learning_rate=0.0, callbacks=(), recipe=None
         best = ModelCheckpoint(folder / "best", "best", monitor="selection/loss")
         first = [c for c in more if not isinstance(c, Checkpoint)]
         rest = [c for c in more if isinstance(c, Checkpoint)]
-        settings = {"val_check_interval": 2, "check_val_every_n_epoch": None, **overrides}
+        own = {"max_steps": 5, "val_check_interval": 2, "check_val_every_n_epoch": None}
         every = [*first, *callbacks, best, *rest]
-        return trainer_of(folder, callbacks=every, max_steps=5, **settings)
+        return trainer_of(folder, callbacks=every, **{**own, **overrides})
 
     output = options.pop("output", None)
     return Job(
@@ -500,6 +501,51 @@ def test_a_fit_that_was_told_to_stop_early_does_not_go_on(tmp_path):
     (step,) = provenance(folder)["steps"]
     assert (step["steps"], step["checkpoint"]) == (2, "best.ckpt")
     assert f"going on from {tmp_path}/driver/steps/step-1/last.ckpt" in said
+
+
+@pytest.mark.parametrize("hook", ["on_validation_end", "on_train_epoch_end"])
+def test_a_job_that_validates_at_the_end_of_epochs_goes_on_as_well(tmp_path, hook):
+    """Callbacks that watch a score act before the state is saved: there is none after a resume."""
+
+    def job(root, *more):
+        models = relatives(build(), 3)
+        found = job_of(root, models, learning_rate=1.5, callbacks=more)
+        make = found.make_trainer
+
+        def by_epochs(folder, callbacks, overrides):
+            early = EarlyStopping("selection/loss", patience=1)
+            settings = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1, "max_steps": 12}
+            return make(folder, [early, *callbacks], {**overrides, **settings})
+
+        found.make_trainer = by_epochs
+        return found
+
+    whole = provenance(Pairwise().run(job(tmp_path / "whole")))["steps"][0]
+    with pytest.raises(RuntimeError, match="killed"):
+        Pairwise().run(job(tmp_path / "killed", Kill(1, hook, 3)))
+    folder = Pairwise().run(job(tmp_path / "killed"))
+    again = provenance(folder)["steps"][0]
+    for name in ("steps", "checkpoint", "coefficients", "results"):
+        assert again[name] == whole[name], name
+
+
+def test_finalisers_act_once_in_the_last_step(tmp_path):
+    models = relatives(build(), 4)
+    recipe = recipe_of(models, finalisers=[DepthRescale(0.5, 0.5)])
+    folder = Pairwise().run(job_of(tmp_path, models, recipe=recipe))
+    base, plain = models[0].state_dict(), average(models[1:])
+    for name, value in tensors(folder).items():
+        expected = base[name].double() + 0.5 * (plain[name] - base[name].double())
+        torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_an_output_that_was_moved_is_written_again(tmp_path):
+    models = relatives(build(), 4)
+    folder = Pairwise().run(job_of(tmp_path, models, learning_rate=0.3))
+    kept = tensors(folder)
+    folder.rename(tmp_path / "elsewhere")
+    assert Pairwise().run(job_of(tmp_path, models, learning_rate=0.3)) == folder
+    assert all(torch.equal(value, kept[name]) for name, value in tensors(folder).items())
 
 
 SCRIPT = """

@@ -39,6 +39,7 @@ from gradmerge.drivers.base import finish_wandb_run
 from gradmerge.drivers.blocks import find_blocks
 from gradmerge.drivers.chain import Chain
 from gradmerge.errors import ConfigError
+from gradmerge.finalisers import REPAIR
 from tiny import SPLITS, build, recipe_of, relatives, save_family
 
 
@@ -788,6 +789,12 @@ def test_what_cannot_be_learned_block_by_block_is_refused(driver, recipe, messag
 
 def test_other_refusals(tmp_path):
     models, kind, _ = network_of("stack", torch.float32)
+    with pytest.raises(ConfigError, match=r"blocks: '\[bad' is no regular expression"):
+        LayerWise(blocks=["[bad"])
+    job = job_of(tmp_path / "r", recipe_of(models, finalisers=[REPAIR()]), data_of(kind))
+    with pytest.raises(ConfigError, match="REPAIR takes passes of the whole merged network"):
+        LayerWise().run(job)
+    assert not (tmp_path / "r").exists() or not list((tmp_path / "r").rglob("job.json"))
     with pytest.raises(ConfigError, match="steps: expected at least 1, came 0"):
         LayerWise(steps=0)
     with pytest.raises(ConfigError, match="activation_memory: expected GiB"):

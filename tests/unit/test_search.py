@@ -251,3 +251,38 @@ def test_draws_refuse_what_is_no_mixture():
             make()
     with pytest.raises(ConfigError, match="expected at least two sources to mix, came a"):
         Draws(2).run(Constant(), ("a",), lambda init: 0.0)
+
+
+def test_a_search_never_chooses_what_has_no_score(monkeypatch):
+    module = MergeModule(recipe_of(relatives(build(), 3), coefficients=Model()))
+    described = {
+        task: TaskData({s: examples(3 * i + j, 6) for j, s in enumerate(SPLITS)}, kind="tensors")
+        for i, task in enumerate("ab")
+    }
+    selection = Selection(module, MergeDataModule(described))
+    values = iter([float("nan"), 0.5, 0.9, 0.7])
+    monkeypatch.setattr(selection, "score", lambda: {"average": {"accuracy": next(values)}})
+    chosen, found = selection.search(Draws(num_draws=4))
+    assert chosen == from_plain(found["trials"][2]["init"])
+    values = iter([float("nan")] * 4)
+    with pytest.raises(ConfigError, match="Draws: none of 4 merges has a score"):
+        selection.search(Draws(num_draws=4))
+
+
+def test_a_search_tells_an_init_what_a_merge_tells_it():
+    """Origin, labels and names decide what `FromMergekit` reads."""
+    seen = []
+
+    class Look(Constant):
+        def coefficient(self, tensor, slot, context):
+            seen.append((context.origin, dict(context.labels), context.names, context.sources))
+            return super().coefficient(tensor, slot, context)
+
+    recipe = recipe_of(relatives(build(), 3), origin="zero", coefficients=Model(), init=Look(0.5))
+    merged = MergedModel(recipe)
+    first = seen[0]
+    assert first[0] == "zero"
+    assert len(first[2]) == 4
+    seen.clear()
+    set_coefficients(merged, Scaled(Look(0.5), 1.0))
+    assert seen[0] == first

@@ -153,7 +153,7 @@ class AbstractFold(AbstractDriver):
             step = _Step(self, job, f"{name}-{number}", pair, history, last)
             job.say(
                 f"{type(self).__name__}, step {number} of {len(joins)}: {step.title}"
-                f"{', finished before' if step.record.result is not None else ''}"
+                f"{', finished before' if step.finished else ''}"
             )
             result = step.result()
             if not last:
@@ -219,6 +219,12 @@ class _Step:
         self.node = Node(name, str(self._folder), self.members, sum(n.weight for n in pair))
 
     @property
+    def finished(self) -> bool:
+        """Whether it was learned, and what it wrote is there (an output may have been moved)."""
+        lost = self.last and self.job.exported is None
+        return self.record.result is not None and not lost
+
+    @property
     def title(self) -> str:
         """What is merged with what, on which tasks."""
         parts = ["+".join(node.members) for node in self.pair]
@@ -236,6 +242,8 @@ class _Step:
         used |= set(self.members) if whole.private else set()
         heads = {n: s for n, s in serving.items() if n in used and n not in sources}
         given = {field.name: getattr(whole, field.name) for field in fields(Recipe)}
+        if not self.last:
+            given["finalisers"] = []  # once, in the end
         total = left.weight + right.weight
         if self.fold.start == "average":
             given["init"] = Constant([left.weight / total, right.weight / total])
@@ -245,7 +253,7 @@ class _Step:
     def result(self) -> dict[str, Any]:
         """What the step gave; it is learned unless it is finished."""
         found = self.record.result
-        if found is not None:
+        if found is not None and self.finished:
             return found
         options = dict(self.job.options)
         objective = options.get("objective")

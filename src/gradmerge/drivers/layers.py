@@ -54,6 +54,12 @@ class Layers:
         self, job: Job, blocks: Sequence[str] | None, batch_size: int | None, memory: float
     ) -> None:
         self.job = job
+        on_data = [type(f).__name__ for f in job.recipe.finalisers if f.needs_data]
+        if on_data:
+            raise ConfigError(
+                f"LayerWise: {', '.join(on_data)} takes passes of the whole merged network, which "
+                "is never held here. Take SpectralRescale or DepthRescale, or learn end to end."
+            )
         with _quiet():
             trainer = self._make_trainer(job.root, 1)
         if trainer.world_size != 1:
@@ -291,7 +297,8 @@ class Layers:
         }
 
     def _describe(self, trainer: lightning.Trainer, module: BlockModule) -> dict[str, Any]:
-        options = {k: to_plain(v) for k, v in self.job.options.items() if k != "module"}
+        unused = ("module", "objective", "logit_scale")  # the loss is the driver's own
+        options = {k: to_plain(v) for k, v in self.job.options.items() if k not in unused}
         data = describe_data(self.job.data)
         return {**describe(trainer, module), "model": options, "data": data}
 
@@ -305,7 +312,7 @@ class Layers:
             def read(name: str, source: str = source) -> Tensor:
                 if name not in self.plan.tensors:
                     return self.plan.read(source, name)
-                return prefixes.theta(name, parts)
+                return prefixes.theta(name, parts, finished=True)
 
             with self.chain.weights(read):
                 for batch in sample_batches(loader, _NORM_BATCHES):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,13 @@ class LayerWise(AbstractDriver):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"LayerWise: {name}: expected at least 1, came {value}.")
+        for pattern in self.blocks or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"LayerWise: blocks: {pattern!r} is no regular expression: {error}."
+                ) from error
         if not self.activation_memory >= 0:
             raise ConfigError(
                 f"LayerWise: activation_memory: expected GiB, at least 0, came "

@@ -20,6 +20,7 @@ from gradmerge.differentiation import Deferred, backward_of
 from gradmerge.drivers.blocks import slot_id
 from gradmerge.drivers.chain import Chain
 from gradmerge.errors import ConfigError
+from gradmerge.optimisers import SAM
 
 Read = Callable[[str], Tensor]
 
@@ -200,6 +201,12 @@ class BlockModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Sources' statistics describe other weights: batches have their own, as in any fit."""
         self._batch_statistics(True)
+
+    def on_train_epoch_start(self) -> None:
+        """Refuse settings of the trainer that an optimiser cannot do with."""
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, SAM):
+                optimizer.require(self.trainer.accumulate_grad_batches, False)
 
     def on_fit_end(self) -> None:
         """Ready for use."""

@@ -126,13 +126,13 @@ class Prefixes:
             self._kept[name] = theta
         return theta
 
-    def theta(self, name: str, raw: Mapping[str, Tensor]) -> Tensor:
-        """A merged tensor of raw coefficients by slot."""
+    def theta(self, name: str, raw: Mapping[str, Tensor], finished: bool = False) -> Tensor:
+        """A merged tensor of raw coefficients by slot, or what finalisers make of it."""
         plan, chain = self.chain.plan, self.chain
         own = None if name in plan.fixed else raw[slot_id(plan.layout.slots[name])]
         out = torch.empty(plan.tensors[name].shape, dtype=chain.dtype, device=chain.device)
         with torch.inference_mode(False), torch.no_grad():
-            return plan.combine(name, own, out)
+            return (plan.finish if finished else plan.combine)(name, own, out)
 
     # ---- activations ----------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from gradmerge.coefficients import InitContext
 from gradmerge.drivers.blocks import slot_id
 from gradmerge.plan import Plan
 from gradmerge.writing import Entry, write_safetensors
@@ -34,15 +33,7 @@ class Starts:
 
     def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
         self._plan, self.dtype = plan, dtype
-        labels = {name: checkpoint.label for name, checkpoint in plan.sources.items()}
-        self._context = InitContext(
-            plan.source_names,
-            {name: plan.tensors[name] for name in plan.learned},
-            cache(plan.direction_norms),
-            plan.recipe.resolved_origin,
-            {**({} if plan.base is None else {"base": plan.base.label}), **labels},
-            tuple(plan.tensors),
-        )
+        self._context = plan.init_context()
 
     def slots(self, names: Iterable[str]) -> dict[str, list[str]]:
         """The slots of tensors, by name, and the tensors that share each."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 
 from gradmerge.callbacks import restore_best
 from gradmerge.data import MergeDataModule
@@ -44,8 +44,19 @@ class KeepLast(Checkpoint):
         """See `state_dict`."""
         self._stopped = bool(state_dict["stopped"])
 
+    def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
+        """Let callbacks that watch a score act when the validation ends, before the state is saved:
+        at the end of the epoch, where they would by default, a fit that goes on has no score.
+        """
+        for callback in trainer.callbacks if trainer.enable_validation else ():  # type: ignore
+            if isinstance(callback, EarlyStopping):
+                callback._check_on_train_epoch_end = False
+            elif isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+                callback._save_on_train_epoch_end = False
+
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Stop where the earlier run had been told to."""
+        self._step = trainer.global_step
         trainer.should_stop = trainer.should_stop or self._stopped
 
     def on_train_batch_end(
