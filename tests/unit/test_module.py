@@ -199,7 +199,12 @@ def test_float64_is_float64_throughout(tmp_path):
 def test_a_teacher_runs_once_a_task_and_step(tmp_path, monkeypatch):
     module, seen = module_of(objective=Objective([KLToSource(), KLToSource(0.5, 1.0)])), []
     real = module.merged.as_source
-    monkeypatch.setattr(module.merged, "as_source", lambda name: seen.append(name) or real(name))
+
+    def as_source(name, own):
+        seen.append(name)
+        return real(name, own)
+
+    monkeypatch.setattr(module.merged, "as_source", as_source)
     fit(tmp_path, module, max_steps=2, limit_val_batches=0)
     assert seen == ["a", "b"] * 2
 
