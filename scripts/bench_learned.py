@@ -34,6 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["WANDB_MODE"] = "disabled"  # a run for each fit would be measured, too
 
 from measuring import measured
+from suite_files import suite_file
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -71,17 +72,6 @@ METHODS = {
     "m3": Method("tensor", ("--model.recipe.coefficients", "Model", *_DRAWS), learns=False),
     "tensor from m3": Method("tensor", _DRAWS),
 }
-
-
-def suite_file(suite: str, seed: int, cache: Path, folder: Path) -> Path:
-    """The shipped configuration, for another seed."""
-    text = (CONFIGS / "suites" / f"{suite}.yaml").read_text()
-    text = text.replace(".cache/suites", str(cache))
-    text = text.replace(f"{suite}-seed0", f"{suite}-seed{seed}")
-    text = text.replace("seed_everything: 0", f"seed_everything: {seed}")
-    path = folder / f"{suite}-seed{seed}.yaml"
-    path.write_text(text)
-    return path
 
 
 def options_of(

@@ -36,6 +36,7 @@ from gradmerge.coefficients import Scaled
 from gradmerge.evaluation import Selection
 from gradmerge.search import AbstractSearch, Scales
 from gradmerge.translation import for_merge
+from suite_files import suite_file
 
 ROOT = Path(__file__).resolve().parent.parent
 STATIC = ROOT / "configs" / "static"
@@ -51,17 +52,6 @@ class Result:
     selection: float
     factor: float | None
     seconds: float
-
-
-def suite_file(suite: str, seed: int, cache: Path, folder: Path) -> Path:
-    """The shipped configuration, for another seed."""
-    text = (ROOT / "configs" / "suites" / f"{suite}.yaml").read_text()
-    text = text.replace(".cache/suites", str(cache)).replace(
-        f"{suite}-seed0", f"{suite}-seed{seed}"
-    )
-    path = folder / f"{suite}-seed{seed}.yaml"
-    path.write_text(text)
-    return path
 
 
 def load(suite: Path, method: Path) -> tuple[Recipe, MergeDataModule, AbstractSearch | None]:

@@ -25,6 +25,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from suite_files import suite_file
+
 ROOT = Path(__file__).resolve().parent.parent
 SCALES = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0]
 
@@ -94,14 +96,7 @@ class SuiteRun:
         self.name, self.suite, self.seed = name, SUITES[name], seed
         self.cache, self.output = cache, output
         self.output.mkdir(parents=True, exist_ok=True)
-        text = (ROOT / "configs" / "suites" / f"{name}.yaml").read_text()
-        # The shipped configuration speaks of the default cache and of seed 0.
-        text = text.replace(".cache/suites", str(cache)).replace(
-            f"{name}-seed0", f"{name}-seed{seed}"
-        )
-        text = text.replace("seed_everything: 0", f"seed_everything: {seed}")
-        self.config = Path(tempfile.mkdtemp()) / f"{name}-seed{seed}.yaml"
-        self.config.write_text(text)
+        self.config = suite_file(name, seed, cache, Path(tempfile.mkdtemp()))
 
     def build(self) -> None:
         """Experts and data, from the cache or new."""
