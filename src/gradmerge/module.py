@@ -26,7 +26,14 @@ from gradmerge.objectives import (
 )
 from gradmerge.optimisers import SAM
 from gradmerge.prediction import Batch as Batch
-from gradmerge.prediction import by_task, expert_rows, is_causal, predict, rows_of
+from gradmerge.prediction import (
+    by_task,
+    expert_rows,
+    is_causal,
+    predict,
+    require_ensemble,
+    rows_of,
+)
 from gradmerge.provenance import start_run
 from gradmerge.recipe import Recipe
 from gradmerge.regularisation import Regularisation
@@ -99,6 +106,7 @@ class MergeModule(lightning.LightningModule):
         self.merged = MergedModel(recipe, module, memory, DTYPES[dtype])
         if activation_checkpointing:
             self.merged.enable_activation_checkpointing()
+        require_ensemble(self.merged, self.objective)
         self.regularisation = Regularisation(self.objective, self.merged)
         self.logit_scale = (
             None if logit_scale is None else LogitScale(logit_scale, self.objective.terms)

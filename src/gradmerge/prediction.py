@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradmerge.errors import ConfigError
@@ -65,10 +66,26 @@ def rows_of(
     return next_token_rows(logits.float(), batch.get("labels"), mask, causal)
 
 
-def expert_rows(merged: MergedModel, task: str, batch: Batch) -> Tensor:
-    """Logits of the task's own source, run by the same network, without gradient."""
-    with merged.as_source(merged.tasks[task], own=True):
+def expert_rows(merged: MergedModel, task: str, batch: Batch, source: str | None = None) -> Tensor:
+    """Logits of a source, without one the task's own, run by the same network, without gradient."""
+    with merged.as_source(source or merged.tasks[task], own=True):
         return rows_of(merged, task, batch)[0].detach()
+
+
+def require_ensemble(merged: MergedModel, objective: Objective) -> None:
+    """Refuse an ensemble of sources that do not share a head.
+
+    Raises:
+        ConfigError: a term needs the ensemble, and tensors are private.
+    """
+    private = merged.plan.private
+    if objective.needs_ensemble and private:
+        terms = [type(term).__name__ for term in objective.terms if term.needs_ensemble]
+        raise ConfigError(
+            f"{', '.join(terms)} averages what all sources predict, so they must share a head, but "
+            f"each keeps its own {', '.join(sorted(private)[:3])}. Use KLToSource, whose teacher "
+            "is the task's own source."
+        )
 
 
 def predict(
@@ -80,6 +97,10 @@ def predict(
         ConfigError: the task has no labels and a term needs them.
     """
     teacher = expert_rows(merged, task, batch) if objective.needs_teacher else None
+    ensemble = None
+    if objective.needs_ensemble:
+        each = [expert_rows(merged, task, batch, name) for name in merged.plan.sources]
+        ensemble = torch.stack(each)
     logits, labels, _ = rows_of(merged, task, batch)
     if labels is None and objective.needs_labels:
         terms = [type(term).__name__ for term in objective.terms if term.needs_labels]
@@ -87,4 +108,4 @@ def predict(
             f"task {task} has no labels, which {', '.join(terms)} needs; name its "
             "label column, or use Entropy or KLToSource."
         )
-    return Predictions(logits, labels, teacher, shared)
+    return Predictions(logits, labels, teacher, shared, ensemble)

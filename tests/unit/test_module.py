@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
 from gradmerge.coefficients import Column, Element, Softmax, Tensor, Uniform
-from gradmerge.objectives import L1, CrossEntropy, KLToSource, L2ToInit, Objective
+from gradmerge.errors import ConfigError
+from gradmerge.objectives import L1, CrossEntropy, KLToEnsemble, KLToSource, L2ToInit, Objective
 from tiny import (
     SPLITS,
     Normalised,
@@ -256,6 +257,24 @@ def test_the_teacher_is_the_source_itself_and_leaves_no_trace(memory, training):
     for name, value in weights.items():
         assert torch.equal(module.merged.plan.materialise(name, module.merged.raw), value)
     assert sum(p.numel() for p in module.parameters()) == 2 * len(weights)
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_the_ensemble_is_of_all_sources_as_they_are(memory):
+    models = relatives(build(Normalised))
+    module = module_of(models, Objective([KLToEnsemble()]), memory=memory)
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    predictions = module._predict("b", {"x": x})
+    assert predictions.teacher is None
+    with torch.no_grad():
+        expected = torch.stack([model.eval()(x) for model in models[1:]])
+    torch.testing.assert_close(predictions.ensemble, expected, rtol=1e-6, atol=1e-6)
+    assert not predictions.ensemble.requires_grad
+
+
+def test_an_ensemble_needs_a_head_that_all_share():
+    with pytest.raises(ConfigError, match=r"KLToEnsemble averages .* its own head\.bias, head"):
+        module_of(objective=Objective([KLToEnsemble()]), private=["head.*"])
 
 
 def test_distillation_needs_no_labels_and_pulls_towards_the_sources(tmp_path):

@@ -13,6 +13,7 @@ from gradmerge.objectives import (
     L1,
     CrossEntropy,
     Entropy,
+    KLToEnsemble,
     KLToSource,
     L2ToInit,
     Objective,
@@ -232,10 +233,35 @@ def test_divergence_is_a_mean_over_rows_however_they_are_cut_and_padded():
     torch.testing.assert_close(short[0], halves[1][0], rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 10.0])
+def test_the_ensemble_s_divergence_equals_torch_distributions_of_mean_probabilities(temperature):
+    student = (3 * draw(7, 5)).requires_grad_()
+    sources = torch.stack([3 * draw(7, 5, seed=seed) for seed in (2, 3, 4)])
+    mean = Categorical(probs=(sources / temperature).softmax(dim=-1).mean(dim=0))
+    expected = kl_divergence(mean, Categorical(logits=student / temperature)).mean()
+    came = KLToEnsemble(temperature=temperature).loss(Predictions(student, ensemble=sources))
+    torch.testing.assert_close(came, temperature**2 * expected, rtol=1e-10, atol=0)
+    # its gradient is the mean of the gradients of distilling each source alone
+    each = KLToSource(temperature=temperature)
+    alone = [each.loss(Predictions(student, teacher=source)) for source in sources]
+    (gradient,) = torch.autograd.grad(came, student)
+    (expected,) = torch.autograd.grad(torch.stack(alone).mean(), student)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_ensemble_is_not_what_the_mean_of_logits_would_give():
+    sources = torch.tensor([[[4.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]]]).double()
+    mean = sources.softmax(dim=-1).mean(dim=0).log()
+    assert abs(KLToEnsemble(temperature=1.0).loss(Predictions(mean, ensemble=sources))) < 1e-12
+    wrong = Predictions(sources.mean(dim=0), ensemble=sources)
+    assert KLToEnsemble(temperature=1.0).loss(wrong) > 0.01
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_divergence_refuses_a_temperature_that_is_not_positive(temperature):
-    with pytest.raises(ConfigError, match="temperature must be positive"):
-        KLToSource(temperature=temperature)
+    for term in (KLToSource, KLToEnsemble):
+        with pytest.raises(ConfigError, match=f"{term.__name__}: temperature must be positive"):
+            term(temperature=temperature)
 
 
 # ---- regularisers ---------------------------------------------------------------------------
@@ -327,6 +353,8 @@ def test_what_terms_need_is_known():
     both = Objective([CrossEntropy(), KLToSource()])
     assert (plain.needs_labels, plain.needs_teacher) == (False, False)
     assert (both.needs_labels, both.needs_teacher) == (True, True)
+    assert [o.needs_ensemble for o in (both, Objective([KLToEnsemble()]))] == [False, True]
+    assert not Objective([KLToEnsemble()]).needs_teacher
 
 
 def test_an_unknown_task_in_the_weights_names_the_nearest():

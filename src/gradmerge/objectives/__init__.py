@@ -16,7 +16,7 @@ from gradmerge.objectives.regularisers import (
     Overlap,
     Similarity,
 )
-from gradmerge.objectives.terms import CrossEntropy, Entropy, KLToSource
+from gradmerge.objectives.terms import CrossEntropy, Entropy, KLToEnsemble, KLToSource
 
 __all__ = [
     "L1",
@@ -25,6 +25,7 @@ __all__ = [
     "CrossEntropy",
     "Entropy",
     "FisherToInit",
+    "KLToEnsemble",
     "KLToSource",
     "L2ToInit",
     "LogitScale",

@@ -28,6 +28,9 @@ class Predictions:
     """Whether every process holds rows of one global batch, which the mean is over (training in
     several processes). Terms then call collectives: every process has the same tasks, in one order,
     if need be with no row."""
+    ensemble: Tensor | None = None
+    """Logits of all sources on the same rows, `[sources, rows, classes]`, where a term asks for
+    them."""
 
 
 class AbstractTerm(ABC):
@@ -43,6 +46,11 @@ class AbstractTerm(ABC):
     @property
     def needs_teacher(self) -> bool:
         """Whether the task's source is run on the same batch."""
+        return False
+
+    @property
+    def needs_ensemble(self) -> bool:
+        """Whether all sources are run on the same batch."""
         return False
 
     @abstractmethod

@@ -34,7 +34,11 @@ class LogitScale(nn.Module):
         super().__init__()
         if not (start > 0 and math.isfinite(start)):
             raise ConfigError(f"logit_scale: expected a positive number, came {start}.")
-        free = [type(t).__name__ for t in terms if not (t.needs_labels or t.needs_teacher)]
+        free = [
+            type(t).__name__
+            for t in terms
+            if not (t.needs_labels or t.needs_teacher or t.needs_ensemble)
+        ]
         if free:
             raise ConfigError(
                 f"logit_scale: {', '.join(free)} falls with the scale of the logits alone, "

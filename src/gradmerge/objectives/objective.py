@@ -52,6 +52,11 @@ class Objective:
         """Whether any term needs the task's own source."""
         return any(term.needs_teacher for term in self.terms)
 
+    @property
+    def needs_ensemble(self) -> bool:
+        """Whether any term needs all sources."""
+        return any(term.needs_ensemble for term in self.terms)
+
     def require_tasks(self, tasks: Iterable[str]) -> None:
         """Refuse weights of tasks that do not exist."""
         known = list(tasks)

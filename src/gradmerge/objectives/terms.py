@@ -91,12 +91,8 @@ def _entropy(log_p: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class KLToSource(AbstractTerm):
-    """`T^2 KL( softmax(teacher / T) || softmax(merged / T) )`, distilling the task's own source.
-
-    The teacher is the source of the task, run on the same batch by the same network with its own
-    weights: no second model is held (DAM, arXiv 2410.08371). A batch without rows gives zero.
-    """
+class _Distillation(AbstractTerm):
+    """What distilling has in common, whoever the teacher is."""
 
     weight: float = 1.0
     temperature: float = 2.0
@@ -104,7 +100,25 @@ class KLToSource(AbstractTerm):
     def __post_init__(self) -> None:
         """Check the temperature."""
         if self.temperature <= 0:
-            raise ConfigError(f"KLToSource: temperature must be positive, came {self.temperature}.")
+            raise ConfigError(
+                f"{type(self).__name__}: temperature must be positive, came {self.temperature}."
+            )
+
+    def _divergence(self, teacher: Tensor, predictions: Predictions) -> Tensor:
+        """`T^2 KL(teacher || merged)`, a mean over rows; of the teacher log-probabilities at T."""
+        t = self.temperature
+        student = functional.log_softmax(predictions.logits / t, dim=-1)
+        divergence = functional.kl_div(student, teacher, reduction="sum", log_target=True)
+        return t * t * mean_over_rows(divergence, len(student), predictions.shared)
+
+
+@dataclass(frozen=True)
+class KLToSource(_Distillation):
+    """`T^2 KL( softmax(teacher / T) || softmax(merged / T) )`, distilling the task's own source.
+
+    The teacher is the source of the task, run on the same batch by the same network with its own
+    weights: no second model is held (DAM, arXiv 2410.08371). A batch without rows gives zero.
+    """
 
     @property
     def needs_teacher(self) -> bool:
@@ -114,8 +128,32 @@ class KLToSource(AbstractTerm):
     def loss(self, predictions: Predictions) -> Tensor:
         """See `AbstractTerm.loss`."""
         assert predictions.teacher is not None
-        t = self.temperature
-        student = functional.log_softmax(predictions.logits / t, dim=-1)
-        teacher = functional.log_softmax(predictions.teacher / t, dim=-1)
-        divergence = functional.kl_div(student, teacher, reduction="sum", log_target=True)
-        return t * t * mean_over_rows(divergence, len(student), predictions.shared)
+        teacher = functional.log_softmax(predictions.teacher / self.temperature, dim=-1)
+        return self._divergence(teacher, predictions)
+
+
+@dataclass(frozen=True)
+class KLToEnsemble(_Distillation):
+    """`T^2 KL( mean_k softmax(source_k / T) || softmax(merged / T) )`, distilling the ensemble of
+    all sources (Hinton et al., arXiv 1503.02531).
+
+    For sources that all know the task, such as networks trained on the same data from different
+    seeds: there the ensemble is better than any of them. Where each knows a part, its teacher is
+    the task's own source (`KLToSource`). All sources run on the same batch by the same network, one
+    after another: no second model is held, and a step costs a forward pass a source more. A batch
+    without rows gives zero.
+
+    The gradient is that of the mean of `T^2 KL(source_k || merged)` over sources.
+    """
+
+    @property
+    def needs_ensemble(self) -> bool:
+        """Yes."""
+        return True
+
+    def loss(self, predictions: Predictions) -> Tensor:
+        """See `AbstractTerm.loss`."""
+        assert predictions.ensemble is not None
+        each = functional.log_softmax(predictions.ensemble / self.temperature, dim=-1)
+        mean = each.logsumexp(dim=0) - math.log(len(each))
+        return self._divergence(mean, predictions)
