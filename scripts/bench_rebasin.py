@@ -6,7 +6,8 @@ Endpoints are trained here, on the same images from different seeds, or on disjo
 for pairs and quartets of them: endpoints, ensemble, plain and aligned averages, the same with
 BatchNorm statistics recomputed or with REPAIR, NP Merge, and plain fine-tuning of the same aligned
 average on the same adaptation images, in the same order, for as many steps, with as many learning
-rates tried and the same early stopping. Everything that is chosen is chosen on the selection split.
+rates tried and the same early stopping. *Distilled*: both learn the ensemble's predictions, not the
+labels, for four times the steps. Everything that is chosen is chosen on the selection split.
 
 `--study` asks when one coefficient a weight is the better choice: few labels, wrong labels, and
 classes that the adaptation data lack.
@@ -42,7 +43,7 @@ import rebasin_merges as merges
 import rebasin_tables
 from rebasin import ARCHITECTURES, Architecture, Sizes
 from rebasin_merges import ALIGNMENTS, LEARNED_ON, SETTINGS, Budget, Case, Condition, Pool
-from rebasin_tables import Found, Result, is_learned
+from rebasin_tables import Found, Result, is_distilled, is_learned
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = 1  # raise when the code changes what a cell holds
@@ -65,20 +66,21 @@ def average_row(alignment: str | None, **factors: Any) -> Row:
     return run
 
 
-def np_row(merge: Callable[[Case, str | None], Result], aligned: bool) -> Row:
+def np_row(merge: Callable[..., Result], aligned: bool, **options: Any) -> Row:
     """A kind of NP Merge."""
 
     def run(case: Case) -> Result:
         alignment = LEARNED_ON[case.architecture.name] if aligned else None
-        return {**merge(case, alignment), "alignment": alignment}
+        return {**merge(case, alignment, **options), "alignment": alignment}
 
     return run
 
 
-def tuned_row(case: Case) -> Result:
+def tuned_row(case: Case, **options: Any) -> Result:
     """Fine-tuning of the average that NP Merge starts from."""
     alignment = LEARNED_ON[case.architecture.name]
-    return {**merges.fine_tuned(case, merges.averaged(case, alignment)), "alignment": alignment}
+    begin = merges.averaged(case, alignment)
+    return {**merges.fine_tuned(case, begin, **options), "alignment": alignment}
 
 
 def rows_of(case: Case) -> dict[str, Row]:
@@ -106,6 +108,9 @@ def rows_of(case: Case) -> dict[str, Row]:
     rows[f"{first}, none"] = np_row(kinds[first], False)
     rows |= {f"{kind}, aligned": np_row(merge, True) for kind, merge in kinds.items()}
     rows["fine-tuning, aligned"] = tuned_row
+    if case.setting == "same":  # else no ensemble knows all classes
+        rows[f"{first}, aligned, distilled"] = np_row(kinds[first], True, distil=True)
+        rows["fine-tuning, aligned, distilled"] = partial(tuned_row, distil=True)
     return rows
 
 
@@ -123,6 +128,8 @@ def compute(case: Case, row: str, rows: Mapping[str, Row], finished: bool) -> Re
     content: list[Any] = [FORMAT, rebasin.FORMAT, case.architecture, case.pool.sizes]
     content += [SETTINGS[case.setting][case.members], case.condition, row]
     content += [case.budget if is_learned(row) else None]
+    if is_distilled(row):
+        content.append(merges.DISTILLATION)
     if is_learned(row) and "none" not in row:
         content.append(LEARNED_ON[case.architecture.name])
     file = row.replace(", ", "-").replace(" ", "-").lower()

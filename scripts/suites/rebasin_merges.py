@@ -34,6 +34,7 @@ from gradmerge.coefficients import Complement, Constant, Element, Sigmoid, Softm
 from gradmerge.collection import collect
 from gradmerge.evaluation import set_coefficients
 from gradmerge.finalisers import REPAIR
+from gradmerge.objectives import KLToEnsemble, Objective
 
 # Of each setting and number of models, the classes that each model sees.
 ALL = tuple(range(CLASSES))
@@ -68,6 +69,18 @@ class Budget:
     """Of Adam on the raw coefficients; they fall linearly to zero."""
     tuning_rates: tuple[float, ...] = (1e-4, 5e-4, 2.5e-3)
     """Of Adam on the weights; likewise."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How the rows learn that see no label: `KLToEnsemble`, and the same for fine-tuning."""
+
+    temperature: float = 2.0
+    longer: int = 4
+    """Times the steps of the budget."""
+
+
+DISTILLATION = Distillation()
 
 
 @dataclass(frozen=True)
@@ -266,11 +279,13 @@ def with_alignment(case: Case, recipe: Recipe, name: str) -> Recipe:
     return replace(recipe, statistics=str(folder))
 
 
-def open_merge(case: Case, recipe: Recipe, alignment: str | None) -> MergeModule:
+def open_merge(
+    case: Case, recipe: Recipe, alignment: str | None, objective: Objective | None = None
+) -> MergeModule:
     """A merge that is ready to be scored or learned."""
     if alignment is not None:
         recipe = with_alignment(case, recipe, alignment)
-    module = Learner(recipe, module=case.network(), score_experts=False)
+    module = Learner(recipe, objective, module=case.network(), score_experts=False)
     module.take_tasks(case.data.tasks)
     return module
 
@@ -312,12 +327,19 @@ def quiet_trainer(steps: int, checks: int, callback: lightning.Callback) -> ligh
 
 
 def learned(
-    case: Case, recipe: Recipe, alignment: str | None, steps: int | None = None
+    case: Case,
+    recipe: Recipe,
+    alignment: str | None,
+    steps: int | None = None,
+    distil: bool = False,
 ) -> tuple[Result, State]:
     """Learn the coefficients with each learning rate; the best on selection stays."""
-    budget = case.budget
+    budget, objective = case.budget, None
     steps = steps or budget.steps
-    module = open_merge(case, recipe, alignment)
+    if distil:
+        steps *= DISTILLATION.longer
+        objective = Objective([KLToEnsemble(temperature=DISTILLATION.temperature)])
+    module = open_merge(case, recipe, alignment, objective)
     begin = state_of(module, case.data)
     start = case.score(begin)
     best, best_state = {**start, "rate": None, "step": 0}, begin
@@ -345,16 +367,17 @@ def pairwise_recipe(sources: Mapping[str, Any], shares: Sequence[float]) -> Reci
     return Recipe(dict(sources), coefficients=coefficients, init=Constant(list(shares)))
 
 
-def np_pair(case: Case, alignment: str | None) -> Result:
+def np_pair(case: Case, alignment: str | None, distil: bool = False) -> Result:
     """One coefficient a weight, `sigmoid(a)` and `1 - sigmoid(a)`."""
-    return learned(case, pairwise_recipe(case.sources(), [0.5, 0.5]), alignment)[0]
+    recipe = pairwise_recipe(case.sources(), [0.5, 0.5])
+    return learned(case, recipe, alignment, distil=distil)[0]
 
 
-def np_joint(case: Case, alignment: str | None) -> Result:
+def np_joint(case: Case, alignment: str | None, distil: bool = False) -> Result:
     """All at once, a softmax over sources for each weight."""
     coefficients = Softmax(Element())
     recipe = Recipe(dict(case.sources()), coefficients=coefficients, init=Uniform())
-    return learned(case, recipe, alignment)[0]
+    return learned(case, recipe, alignment, distil=distil)[0]
 
 
 def np_fold(case: Case, alignment: str | None) -> Result:
@@ -400,13 +423,40 @@ def endpoints(case: Case) -> Result:
 
 def ensemble(case: Case) -> Result:
     """The mean of the networks' probabilities."""
-    networks = [case.network(rebasin.load_state(path)) for path in case.files]
+    networks = endpoint_networks(case)
 
     def probabilities(images: Images) -> Tensor:
         logits = [rebasin.logits_of(network, images) for network in networks]
         return torch.stack(logits).softmax(dim=-1).mean(dim=0)
 
     return case.score_logits(probabilities)
+
+
+def endpoint_networks(case: Case) -> list[nn.Module]:
+    """The networks, in evaluation mode."""
+    return [case.network(rebasin.load_state(path)).eval() for path in case.files]
+
+
+def distillation_loss(networks: Sequence[nn.Module]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """What fine-tuning learns without labels: the ensemble's probabilities, softened."""
+    t = DISTILLATION.temperature
+
+    def loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            each = torch.stack([network(images) for network in networks])
+        target = (each / t).softmax(dim=-1).mean(dim=0)
+        return (
+            t
+            * t
+            * functional.kl_div((logits / t).log_softmax(dim=-1), target, reduction="batchmean")
+        )
+
+    return loss
+
+
+def label_loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    """What fine-tuning learns with them."""
+    return functional.cross_entropy(logits, labels)
 
 
 def training_batches(case: Case, steps: int) -> Iterator[dict[str, Tensor]]:
@@ -419,9 +469,13 @@ def training_batches(case: Case, steps: int) -> Iterator[dict[str, Tensor]]:
                 return
 
 
-def fine_tuned(case: Case, begin: State) -> Result:
+def fine_tuned(case: Case, begin: State, distil: bool = False) -> Result:
     """All weights trained from a start, with the budget of NP Merge."""
     budget = case.budget
+    loss_of = label_loss
+    if distil:
+        budget = replace(budget, steps=budget.steps * DISTILLATION.longer)
+        loss_of = distillation_loss(endpoint_networks(case))
     sample = case.parts.adaptation.at(torch.arange(min(2_048, len(case.parts.adaptation))))
     start = case.score(begin)
     best: Result = {**start, "rate": None, "step": 0}
@@ -432,7 +486,7 @@ def fine_tuned(case: Case, begin: State) -> Result:
         schedule = falling(optimiser, budget.steps)
         chosen: Result = {**start, "step": 0}
         for step, batch in enumerate(training_batches(case, budget.steps), start=1):
-            loss = functional.cross_entropy(network(batch["images"]), batch["labels"])
+            loss = loss_of(network(batch["images"]), batch["images"], batch["labels"])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

@@ -19,6 +19,11 @@ def is_learned(row: str) -> bool:
     return row.startswith(("NP", "fine"))
 
 
+def is_distilled(row: str) -> bool:
+    """Whether it learns from the ensemble."""
+    return row.endswith("distilled")
+
+
 def spread(values: Sequence[float], wanted: int = 0) -> str:
     """Mean and deviation in percent; how many values, where there are fewer than wanted."""
     values = [100 * value for value in values]
@@ -99,14 +104,15 @@ def verdicts(found: Found) -> list[str]:
             f"{where}: the best aligned average ({best}) is {mean[best] - ends:+.2f} from "
             "the endpoints"
         )
-        for row in (row for row in mean if row.startswith("NP") and row.endswith("aligned")):
+        for row in (row for row in mean if row.startswith("NP") and "aligned" in row):
             texts = [f"{mean[row] - mean[best]:+.2f} from the best aligned average"]
             if setting == "same":
                 texts.append(
                     f"{mean[row] - ends:+.2f} from the endpoints (half-way to the "
                     f"ensemble: {(upper - ends) / 2:+.2f})"
                 )
-            if "fine-tuning, aligned" in mean:
-                texts.append(f"{mean[row] - mean['fine-tuning, aligned']:+.2f} from fine-tuning")
+            rival = "fine-tuning, aligned" + (", distilled" if is_distilled(row) else "")
+            if rival in mean:
+                texts.append(f"{mean[row] - mean[rival]:+.2f} from fine-tuning")
             lines.append(f"{where}: {row} is {', '.join(texts)}")
     return lines
