@@ -6,8 +6,9 @@ Endpoints are trained here, on the same images from different seeds, or on disjo
 for pairs and quartets of them: endpoints, ensemble, plain and aligned averages, the same with
 BatchNorm statistics recomputed or with REPAIR, NP Merge, and plain fine-tuning of the same aligned
 average on the same adaptation images, in the same order, for as many steps, with as many learning
-rates tried and the same early stopping. *Distilled*: both learn the ensemble's predictions, not the
-labels, for four times the steps. Everything that is chosen is chosen on the selection split.
+rates tried and the same early stopping. *Distilled*: both learn the ensemble's predictions on other
+images, of which no label is read, for four times the steps. Everything that is chosen is chosen on
+the selection split.
 
 `--study` asks when one coefficient a weight is the better choice: few labels, wrong labels, and
 classes that the adaptation data lack.

@@ -15,7 +15,7 @@ data        from                                               licence
 =========== ================================================== ==================================
 
 No image is stored in this repository. Of the official training images a seeded draw a repeat gives
-three disjoint parts: what endpoints are trained on, *adaptation* and *selection*. *Test* is from
+disjoint parts: what endpoints are trained on, *adaptation*, *selection*, the *rest*. *Test* is from
 the official test set. Images that repeat another one exactly are left out of the training images.
 """
 
@@ -122,6 +122,8 @@ class Parts:
     adaptation: Images
     selection: Images
     test: Images
+    rest: Images
+    """Training images of no other part, of which no label is read."""
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -263,6 +265,7 @@ def cut(raw: Raw, sizes: Sizes, repeat: int) -> Parts:
     lengths = [sizes.train, sizes.adaptation, sizes.selection]
     found = [raw.train.at(part) for part in order[:wanted].split(lengths)]
     found.append(raw.test.at(torch.arange(min(sizes.test, len(raw.test)))))
+    found.append(raw.train.at(order[wanted:]))
     return Parts(*(raw.normalised(part) for part in found))
 
 

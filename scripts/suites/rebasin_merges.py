@@ -75,6 +75,8 @@ class Budget:
 class Distillation:
     """How the rows learn that see no label: `KLToEnsemble`, and the same for fine-tuning."""
 
+    images: int = 20_000
+    """At most; they are of no other part."""
     temperature: float = 2.0
     longer: int = 4
     """Times the steps of the budget."""
@@ -216,8 +218,18 @@ class Case:
     @cached_property
     def data(self) -> MergeDataModule:
         """The same images as gradmerge takes them: one task."""
-        splits = {k: getattr(self.parts, k) for k in ("adaptation", "selection", "test")}
-        size = min(self.budget.batch_size, len(self.parts.adaptation))
+        return self._data_of(self.parts.adaptation)
+
+    @cached_property
+    def unlabelled(self) -> MergeDataModule:
+        """The same, with other images to learn from."""
+        rest = self.parts.rest
+        return self._data_of(rest.at(torch.arange(min(DISTILLATION.images, len(rest)))))
+
+    def _data_of(self, adaptation: Images) -> MergeDataModule:
+        splits = {"adaptation": adaptation}
+        splits |= {k: getattr(self.parts, k) for k in ("selection", "test")}
+        size = min(self.budget.batch_size, len(adaptation))
         module = MergeDataModule(
             {"images": TaskData(splits, "tensors")},
             batch_size=size,
@@ -334,10 +346,10 @@ def learned(
     distil: bool = False,
 ) -> tuple[Result, State]:
     """Learn the coefficients with each learning rate; the best on selection stays."""
-    budget, objective = case.budget, None
+    budget, data, objective = case.budget, case.data, None
     steps = steps or budget.steps
     if distil:
-        steps *= DISTILLATION.longer
+        steps, data = steps * DISTILLATION.longer, case.unlabelled
         objective = Objective([KLToEnsemble(temperature=DISTILLATION.temperature)])
     module = open_merge(case, recipe, alignment, objective)
     begin = state_of(module, case.data)
@@ -348,7 +360,7 @@ def learned(
         set_coefficients(module.merged, recipe.init)
         module.learning_rate = rate
         keep = KeepBest(start["selection"])
-        quiet_trainer(steps, budget.checks, keep).fit(module, datamodule=case.data)
+        quiet_trainer(steps, budget.checks, keep).fit(module, datamodule=data)
         last = case.score_last(lambda: state_of(module, case.data))
         set_coefficients(module.merged, recipe.init)
         with torch.no_grad():
@@ -459,9 +471,9 @@ def label_loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits, labels)
 
 
-def training_batches(case: Case, steps: int) -> Iterator[dict[str, Tensor]]:
+def training_batches(data: MergeDataModule, steps: int) -> Iterator[dict[str, Tensor]]:
     """The batches that gradmerge learns on, in the same order."""
-    loader = case.data.train_dataloader()
+    loader = data.train_dataloader()
     while loader.step < steps:
         for batch in loader:
             yield batch["images"]
@@ -471,10 +483,10 @@ def training_batches(case: Case, steps: int) -> Iterator[dict[str, Tensor]]:
 
 def fine_tuned(case: Case, begin: State, distil: bool = False) -> Result:
     """All weights trained from a start, with the budget of NP Merge."""
-    budget = case.budget
-    loss_of = label_loss
+    budget, data, loss_of = case.budget, case.data, label_loss
     if distil:
         budget = replace(budget, steps=budget.steps * DISTILLATION.longer)
+        data = case.unlabelled
         loss_of = distillation_loss(endpoint_networks(case))
     sample = case.parts.adaptation.at(torch.arange(min(2_048, len(case.parts.adaptation))))
     start = case.score(begin)
@@ -485,7 +497,7 @@ def fine_tuned(case: Case, begin: State, distil: bool = False) -> Result:
         optimiser = torch.optim.Adam(network.parameters(), lr=rate)
         schedule = falling(optimiser, budget.steps)
         chosen: Result = {**start, "step": 0}
-        for step, batch in enumerate(training_batches(case, budget.steps), start=1):
+        for step, batch in enumerate(training_batches(data, budget.steps), start=1):
             loss = loss_of(network(batch["images"]), batch["images"], batch["labels"])
             optimiser.zero_grad()
             loss.backward()

@@ -94,7 +94,7 @@ def test_parts_are_disjoint_and_conditions_hold(bench: ModuleType, tmp_path: Pat
     parts = pool.parts(0)
     seen = [
         {image.numpy().tobytes() for image in getattr(parts, name).images}
-        for name in ("train", "adaptation", "selection", "test")
+        for name in ("train", "adaptation", "selection", "test", "rest")
     ]
     assert len(set.union(*seen)) == sum(map(len, seen))
     few = bench.Condition(50).apply(parts, 0)
