@@ -7,8 +7,8 @@ for pairs and quartets of them: endpoints, ensemble, plain and aligned averages,
 BatchNorm statistics recomputed or with REPAIR, NP Merge, and plain fine-tuning of the same aligned
 average on the same adaptation images, in the same order, for as many steps, with as many learning
 rates tried and the same early stopping. *Distilled*: both learn the ensemble's predictions on other
-images, of which no label is read, for four times the steps. Everything that is chosen is chosen on
-the selection split.
+images, of which no label is read, for four times the steps, and are chosen by that loss. Everything
+that is chosen is chosen on the selection split.
 
 `--study` asks when one coefficient a weight is the better choice: few labels, wrong labels, and
 classes that the adaptation data lack.
@@ -130,7 +130,7 @@ def compute(case: Case, row: str, rows: Mapping[str, Row], finished: bool) -> Re
     content += [SETTINGS[case.setting][case.members], case.condition, row]
     content += [case.budget if is_learned(row) else None]
     if is_distilled(row):
-        content.append(merges.DISTILLATION)
+        content.append((merges.DISTILLATION, "chosen by the loss"))
     if is_learned(row) and "none" not in row:
         content.append(LEARNED_ON[case.architecture.name])
     file = row.replace(", ", "-").replace(" ", "-").lower()

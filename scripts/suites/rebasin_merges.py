@@ -160,15 +160,16 @@ class Learner(MergeModule):
 
 
 class KeepBest(lightning.Callback):
-    """The raw coefficients with the best accuracy on selection so far."""
+    """The raw coefficients with the best accuracy on selection so far, or with the least loss."""
 
-    def __init__(self, start: float) -> None:
-        self.best, self.step = start, 0
+    def __init__(self, start: float, distil: bool) -> None:
+        self.best, self.step, self.distil = start, 0, distil
         self.raws: State | None = None
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Compare."""
-        score = pl_module.results["selection"]["average"]["accuracy"]
+        found = pl_module.results["selection"]["average"]
+        score = -found["loss"] if self.distil else found["accuracy"]
         if score > self.best:
             self.best, self.step = score, trainer.global_step
             self.raws = {k: raw.detach().clone() for k, raw in pl_module.merged.raw.items()}
@@ -353,13 +354,15 @@ def learned(
         objective = Objective([KLToEnsemble(temperature=DISTILLATION.temperature)])
     module = open_merge(case, recipe, alignment, objective)
     begin = state_of(module, case.data)
+    rank = chooser(case, distil)
     start = case.score(begin)
+    start["rank"] = rank(begin, start)
     best, best_state = {**start, "rate": None, "step": 0}, begin
     tried = {}
     for rate in budget.np_rates:
         set_coefficients(module.merged, recipe.init)
         module.learning_rate = rate
-        keep = KeepBest(start["selection"])
+        keep = KeepBest(start["rank"], distil)
         quiet_trainer(steps, budget.checks, keep).fit(module, datamodule=data)
         last = case.score_last(lambda: state_of(module, case.data))
         set_coefficients(module.merged, recipe.init)
@@ -367,8 +370,9 @@ def learned(
             for key, value in (keep.raws or {}).items():
                 module.merged.raw[key].copy_(value)
         state = state_of(module, case.data)
-        tried[rate] = {**case.score(state), "step": keep.step, "last": last}
-        if tried[rate]["selection"] > best["selection"]:
+        score = case.score(state)
+        tried[rate] = {**score, "rank": rank(state, score), "step": keep.step, "last": last}
+        if tried[rate]["rank"] > best["rank"]:
             best, best_state = {**tried[rate], "rate": rate}, state
     return {**best, "start": start, "tried": tried}, best_state
 
@@ -466,6 +470,24 @@ def distillation_loss(networks: Sequence[nn.Module]) -> Callable[[Tensor, Tensor
     return loss
 
 
+def chooser(case: Case, distil: bool) -> Callable[[State, Result], float]:
+    """What of several states is chosen by, on selection: more is better.
+
+    With labels the accuracy. Without, minus the divergence from the ensemble: no label is read
+    then, and it is less noisy.
+    """
+    if not distil:
+        return lambda state, score: float(score["selection"])
+    images = case.parts.selection
+    loss_of = distillation_loss(endpoint_networks(case))
+
+    def rank(state: State, score: Result) -> float:
+        logits = rebasin.logits_of(case.network(state), images)
+        return -float(loss_of(logits, images.images, images.labels))
+
+    return rank
+
+
 def label_loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
     """What fine-tuning learns with them."""
     return functional.cross_entropy(logits, labels)
@@ -489,7 +511,9 @@ def fine_tuned(case: Case, begin: State, distil: bool = False) -> Result:
         data = case.unlabelled
         loss_of = distillation_loss(endpoint_networks(case))
     sample = case.parts.adaptation.at(torch.arange(min(2_048, len(case.parts.adaptation))))
+    rank = chooser(case, distil)
     start = case.score(begin)
+    start["rank"] = rank(begin, start)
     best: Result = {**start, "rate": None, "step": 0}
     tried = {}
     for rate in budget.tuning_rates:
@@ -505,12 +529,13 @@ def fine_tuned(case: Case, begin: State, distil: bool = False) -> Result:
             schedule.step()
             if step % max(1, budget.steps // budget.checks) == 0:
                 rebasin.recompute_batch_norm(network, sample)
-                came = rebasin.logits_of(network, case.parts.selection)
-                if rebasin.accuracy(came, case.parts.selection.labels) > chosen["selection"]:
-                    chosen = {**case.score(network.state_dict()), "step": step}
+                score = case.score(network.state_dict())
+                score["rank"] = rank(network.state_dict(), score)
+                if score["rank"] > chosen["rank"]:
+                    chosen = {**score, "step": step}
                 network.train()
         rebasin.recompute_batch_norm(network, sample)
         tried[rate] = {**chosen, "last": case.score_last(network.state_dict)}
-        if chosen["selection"] > best["selection"]:
+        if chosen["rank"] > best["rank"]:
             best = {**chosen, "rate": rate}
     return {**best, "start": start, "tried": tried}
