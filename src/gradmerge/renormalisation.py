@@ -40,7 +40,7 @@ class Renormalisation:
         with torch.inference_mode(False), torch.no_grad():
             first = next(iter(merged.plan.sources))
             with merged.as_source(first):
-                self.survey = survey_of(merged, repair, runs[0])
+                self.survey = survey_of(merged, repair, runs)
             self._require_layers()
             self._own: dict[str, Channels] = {}
             for source in merged.plan.sources:
@@ -52,7 +52,7 @@ class Renormalisation:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.survey.left.items())
             raise ConfigError(
                 "REPAIR: found no layer to correct: it takes linear layers, convolutions and "
-                f"BatchNorm before the network's last layer ({reasons or 'there are none'}). Leave "
+                f"BatchNorm before the network's outputs ({reasons or 'there are none'}). Leave "
                 "it out of `finalisers`."
             )
 

@@ -17,6 +17,9 @@ from gradmerge.finalisers.repair import correction_of
 from gradmerge.renormalisation import Renormalisation
 from gradmerge.survey import Run
 
+LAST = "it is a last layer: no other reads its output"
+GIVEN = "the network gives out its output as it is"
+
 
 class Deep(nn.Module):
     """Three linear layers and a head, without any norm."""
@@ -187,7 +190,7 @@ def test_channels_of_a_perceptron_are_those_of_its_sources(memory):
     assert_statistics(channels(twin, batches, places), expected)
     report = merged.plan.finalisation.report
     assert report["corrected"] == [f"{place}.weight" for place in places]
-    assert report["left alone"] == {"head.weight": "it is the network's last layer"}
+    assert report["left alone"] == {"head.weight": LAST}
     assert report["batches"] == 3
     average = sum(model.head.weight for model in models) / 3
     torch.testing.assert_close(twin.head.weight, average, rtol=1e-6, atol=1e-7)
@@ -583,7 +586,7 @@ def test_what_cannot_be_corrected_is_left_alone_and_named():
         "standardised.weight": "its weight is transformed before use",
         "frozen.weight": "it is frozen",
         "skipped.weight": "skip names it",
-        "head.weight": "it is the network's last layer",
+        "head.weight": LAST,
         "uncalled.weight": "no pass calls it",
     }
     assert merged.plan.finalisation.report["scale alone"] == ["partly.weight"]
@@ -598,9 +601,57 @@ def test_what_cannot_be_corrected_is_left_alone_and_named():
         assert same == (name != "partly.weight"), name
 
 
+class Detector(nn.Module):
+    """Class and box heads behind one trunk; an output that another layer reads; a BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.trunk = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3)
+        self.classes, self.boxes = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 8, 1)
+        self.coarse, self.fine = nn.Linear(6, 5), nn.Linear(11, 3)
+        self.project = nn.Linear(6, 5)
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        features = self.trunk(self.stem(x).relu()).relu()
+        boxes = torch.empty(len(x), 2, features[0, 0].numel(), 4)
+        boxes[:] = self.boxes(features).unflatten(1, (2, 4)).flatten(3).mT
+        classes = self.classes(features).permute(0, 2, 3, 1).reshape(len(x), -1, 4)
+        pooled = features.mean(dim=(2, 3))
+        coarse = self.coarse(pooled)
+        fine = self.fine(torch.cat([pooled, coarse.softmax(dim=1)], dim=1))
+        found = {"boxes": [boxes], "classes": classes.softmax(dim=-1)}
+        return found, (coarse[:, :], fine.squeeze(1)), self.norm(self.project(pooled))
+
+
+def test_no_output_of_the_network_is_corrected():
+    """What gives an output keeps the average of the sources, whichever was called last."""
+    models, batches = networks(Detector), images(16, 5)
+    merged, found = repaired(models, batches)
+    assert found.survey.left == {
+        "classes.weight": LAST,
+        "boxes.weight": LAST,
+        "coarse.weight": GIVEN,
+        "fine.weight": LAST,
+        "norm.weight": LAST,
+        "project.weight": "it feeds a BatchNorm",
+    }
+    assert merged.plan.finalisation.report["corrected"] == ["stem.weight", "trunk.weight"]
+    twin, places = exported(merged, models[0]), ["stem", "trunk"]
+    assert_statistics(channels(twin, batches, places), averages(models, batches, places))
+    for name, tensor in twin.named_parameters():
+        if not name.startswith(("stem", "trunk")):
+            average = sum(dict(model.named_parameters())[name] for model in models) / 2
+            torch.testing.assert_close(tensor, average, rtol=1e-6, atol=1e-7)
+    seen = channels(twin, batches, ["project"])["project"][0].float()
+    torch.testing.assert_close(twin.norm.running_mean, seen, rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_to_correct_is_an_error():
     models = [nn.Linear(6, 3), nn.Linear(6, 3)]
-    with pytest.raises(ConfigError, match=r"no layer to correct.*last layer \(weight: it is the"):
+    with pytest.raises(
+        ConfigError, match=r"no layer to correct.*outputs \(weight: it is a last layer"
+    ):
         repaired(models, vectors(9))
 
 

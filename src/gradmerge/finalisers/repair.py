@@ -48,11 +48,14 @@ class REPAIR(AbstractFinaliser):
     need it: the deviation of an average of channels that are not perfectly correlated is smaller
     than theirs, from layer to layer (variance collapse).
 
-    Corrected is the output of every linear layer and convolution but the network's last, attention
-    projections among them; of those that feed a BatchNorm it is that BatchNorm's, whose statistics
-    are recomputed (as the recipe says) and whose gain and bias are corrected. A layer without bias,
-    or whose bias is frozen, gets the scale alone. Left alone, and named in the report: weights that
-    are shared, called several times a pass or transformed before use, and frozen tensors.
+    Corrected is the output of every linear layer and convolution, attention projections among
+    them; of those that feed a BatchNorm it is that BatchNorm's, whose statistics are recomputed (as
+    the recipe says) and whose gain and bias are corrected. A layer without bias, or whose bias is
+    frozen, gets the scale alone. What gives an output of the network is left alone (each head of
+    several): a layer whose output no other reads, through any operators, on any batch, or whose
+    output the network gives out as it is (the tensor itself, or a view of it). Left alone, too, and
+    named in the report: weights that are shared, called several times a pass or transformed before
+    use, and frozen tensors.
     Embeddings and other norms stay. Rows of padding do not count (except with a decoder of its own,
     whose tokens have another mask).
 
