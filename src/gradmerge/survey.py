@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from itertools import count, pairwise
 from typing import Any
@@ -78,6 +78,14 @@ class Survey:
     def layers(self) -> list[Layer]:
         """Those that are corrected."""
         return [layer for stage in self.stages for layer in stage if layer.weight is not None]
+
+    def leave(self, layer: Layer, why: str, calls: int) -> None:
+        """Correct a layer no longer; of a BatchNorm the statistics stay to be recomputed."""
+        self.left[str(layer.weight)] = why
+        kept = replace(layer, weight=None, bias=None, calls=calls) if layer.is_norm else None
+        stages = [[kept if own is layer else own for own in stage] for stage in self.stages]
+        found = [[own for own in stage if own is not None] for stage in stages]
+        self.stages = [stage for stage in found if stage]
 
     @property
     def unusual(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ from gradmerge.errors import ConfigError
 from gradmerge.finalisers import REPAIR, DepthRescale, SpectralRescale
 from gradmerge.finalisers.repair import correction_of
 from gradmerge.renormalisation import Renormalisation
-from gradmerge.survey import Run
+from gradmerge.survey import Run, in_order
 
 LAST = "it is a last layer: no other reads its output"
 GIVEN = "the network gives out its output as it is"
@@ -599,6 +599,103 @@ def test_what_cannot_be_corrected_is_left_alone_and_named():
     for name, tensor in twin.named_parameters():
         same = torch.allclose(tensor, average[name], atol=1e-6)
         assert same == (name != "partly.weight"), name
+
+
+class Loops(nn.Module):
+    """The course depends on the batch's size, and on a number among the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.loop, self.side = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.third, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.level = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        x, size = self.first(x).relu(), len(x)
+        for _ in range(1 + size % 2):
+            x = self.loop(x).relu()
+        if size > 20:
+            x = self.side(x).relu()
+        x = self.third(x).relu()
+        if self.level > 0:
+            x = self.third(x).relu()
+        return self.head(x)
+
+
+def loops(*levels):
+    models = []
+    for seed, level in enumerate(levels):
+        torch.manual_seed(seed)
+        models.append(Loops().eval())
+        models[-1].level.data.fill_(level)
+    return models
+
+
+def test_calls_are_those_of_all_batches():
+    """Called twice on the third batch alone; called on the second and third alone."""
+    models, batches = loops(-1, -2), vectors(20, 30, 31)
+    merged, found = repaired(models, batches)
+    report = merged.plan.finalisation.report
+    assert report["corrected"] == ["first.weight", "side.weight", "third.weight"]
+    assert report["left alone"] == {
+        "loop.weight": "it is called 2 times a pass",
+        "head.weight": LAST,
+    }
+    assert [[layer.place for layer in stage] for stage in found.survey.stages] == [
+        ["first"],
+        ["side"],
+        ["third"],
+    ]
+    twin, places = exported(merged, models[0]), ["first", "side", "third"]
+    assert_statistics(channels(twin, batches, places), averages(models, batches, places))
+
+
+def test_calls_are_those_of_all_sources():
+    models, batches = loops(-1, 2), vectors(20, 30)
+    merged, _ = repaired(models, batches)
+    report = merged.plan.finalisation.report
+    assert report["corrected"] == ["first.weight", "loop.weight", "side.weight"]
+    assert report["left alone"]["third.weight"] == "source b calls it 2 times a pass"
+    twin, places = exported(merged, models[0]), ["first", "loop", "side"]
+    assert_statistics(channels(twin, batches, places), averages(models, batches, places))
+
+
+@pytest.mark.parametrize("sizes", [[30], [30, 40]])
+def test_a_layer_that_the_merged_network_alone_calls_again_is_refused(sizes):
+    """Coefficients that leave the sources' range turn the number's sign."""
+    models, batches = loops(-1, -2), vectors(*sizes)
+    message = r"merged network calls third more than once.*Name third.weight in `skip`"
+    with pytest.raises(ConfigError, match=message):
+        repaired(models, batches, init=Constant([1.0, -0.9]))
+    merged, _ = repaired(models, batches, REPAIR(skip=["^third"]), init=Constant([1.0, -0.9]))
+    assert "third.weight" not in merged.plan.finalisation.report["corrected"]
+
+
+class Turned(Loops):
+    """Two layers change places with the batch's size."""
+
+    def forward(self, x):
+        order = (self.side, self.loop) if len(x) > 20 else (self.loop, self.side)
+        x = self.first(x).relu()
+        for layer in order:
+            x = layer(x).relu()
+        return self.head(self.third(x).relu())
+
+
+def test_orders_of_calls_that_contradict_each_other_are_refused():
+    models = [Turned().eval(), Turned().eval()]
+    with pytest.raises(ConfigError, match=r"contradict each other: among loop, side, third"):
+        repaired(models, vectors(20, 30))
+    merged, _ = repaired(models, vectors(20, 30), REPAIR(skip=[r"^side\."]))
+    places = ["first", "loop", "third"]
+    twin, expected = exported(merged, models[0]), averages(models, vectors(20, 30), places)
+    came = channels(twin, vectors(20, 30), places)
+    assert_statistics(came, expected)
+
+
+def test_one_order_keeps_that_of_every_batch():
+    assert in_order(["abd", "bcd", "ce"]) == list("abcde")
+    assert in_order([]) == []
 
 
 class Detector(nn.Module):

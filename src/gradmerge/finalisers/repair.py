@@ -54,15 +54,16 @@ class REPAIR(AbstractFinaliser):
     frozen, gets the scale alone. What gives an output of the network is left alone (each head of
     several): a layer whose output no other reads, through any operators, on any batch, or whose
     output the network gives out as it is (the tensor itself, or a view of it). Left alone, too, and
-    named in the report: weights that are shared, called several times a pass or transformed before
-    use, and frozen tensors.
+    named in the report: weights that are shared, called several times in the pass of any batch or
+    source (a correction for one call would change what the next sees) or transformed before use,
+    and frozen tensors. A layer that some batches do not call is corrected by those that do.
     Embeddings and other norms stay. Rows of padding do not count (except with a decoder of its own,
     whose tokens have another mask).
 
     It is off while coefficients learn: statistics are those of weights that a step changes, there
-    is no gradient through them, and they take passes over data. Those are one of each source once,
-    and then, each time, one of the merged network to the point of each layer, half a pass a layer;
-    where all data are one batch, which is corrected on the fly, a single one.
+    is no gradient through them, and they take passes over data. Those are one of each source once
+    (two of the first), and then, each time, one of the merged network to the point of each layer,
+    half a pass a layer; where all data are one batch, which is corrected on the fly, a single one.
     """
 
     # without annotations: the parser would look for their names in a subclass's module
