@@ -278,3 +278,33 @@ def test_every_problem_of_a_written_specification_is_named_at_once() -> None:
         read_spec({"groups": {}}, shapes())
     with pytest.raises(ConfigError, match="cannot be read"):
         read_spec("/nowhere/spec.yaml", shapes())
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("sizes", True, r"sizes: expected a mapping such as \{heads: 12\}, came 'True'"),
+        ("roles", ["out"], r"roles: expected a mapping such as \{fc1.weight: \[out, in\]\}"),
+        ("places", "0", r"places: expected a mapping such as \{hidden"),
+        ("sizes", {"first": True}, "sizes: first: expected a positive number, came True"),
+        ("tensors", {"0.bias": [True]}, "0.bias: expected names of groups and positive sizes"),
+        ("places", {"first": 3}, "places: first: expected modules, or pairs .*; came 3"),
+        ("places", {"first": True}, "places: first: expected modules, or pairs .*; came True"),
+        ("places", {"first": [[]]}, r"places: first: expected modules, or pairs .*; came \[\]"),
+        ("places", {"first": [["0", -1, 2]]}, r"or pairs .*; came \['0', -1, 2\]"),
+        ("places", {"first": [["0", "y"]]}, r"or pairs .*; came \['0', 'y'\]"),
+        ("places", {"first": [["0", 1]]}, r"or pairs .*; came \['0', 1\]"),
+        ("places", {"first": [{"a": 1}]}, r"or pairs .*; came \{'a': 1\}"),
+    ],
+)
+def test_fields_of_another_type_are_named(name: str, given: Any, message: str) -> None:
+    tensors = {"0.weight": ["first", None], "0.bias": ["first"]}
+    fields = {"tensors": tensors, name: {**tensors, **given} if name == "tensors" else given}
+    with pytest.raises(ConfigError, match=message):
+        read_spec(fields, {"0.weight": (8, 4), "0.bias": (8,)})
+
+
+def test_one_place_needs_no_list() -> None:
+    fields = {"tensors": {"0.bias": ["first"]}, "places": {"first": "0"}}
+    spec = read_spec(fields, {"0.bias": (8,)})
+    assert spec.groups["first"].places == (Place("0", -1, 0, (8,), 0),)

@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gradmerge.alignment import WeightMatching
 from gradmerge.alignment.opening import traced_spec
 from gradmerge.alignment.spec import Group, PermutationSpec, plain_axis
 from gradmerge.alignment.trace import tensors_of
@@ -524,6 +525,30 @@ def test_what_the_run_does_not_reach_is_fixed() -> None:
     assert sizes(spec) == [5]
     assert "idle.weight" not in spec.tensors
     assert spec.fixed["idle.weight[0]"] == "the run does not reach it"
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"input": [-1, 3]}, r"example: input: expected a shape .*came \[-1, 3\]"),
+        ({"input": [True, 3]}, r"example: input: expected a shape .*came \[True, 3\]"),
+        (
+            {"input": [10**9, 10**4, 3]},
+            r"example: input: a tensor of shape \[1000000000, .* cannot",
+        ),
+        ({3: [1, 3]}, r"example: expected names of arguments of Linear, came 3. It takes input"),
+    ],
+)
+def test_an_example_that_is_no_shape_is_named(example: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        spec_of(nn.Linear(3, 4), example)
+
+
+def test_options_of_a_matching_are_checked_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"WeightMatching.example: expected shapes .*came '\[1"):
+        WeightMatching(example=[1, 3])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"WeightMatching.unreached: '\(' is no regular"):
+        WeightMatching(unreached=["("])
 
 
 def test_a_network_that_does_not_run_asks_for_an_example() -> None:

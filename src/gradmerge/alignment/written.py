@@ -44,6 +44,11 @@ from gradmerge.alignment.spec import (
 from gradmerge.errors import ConfigError, nearest, shorten
 
 _FIELDS = ("tensors", "sizes", "roles", "places")
+_EXAMPLES = {
+    "sizes": "{heads: 12}",
+    "roles": "{fc1.weight: [out, in]}",
+    "places": "{hidden: [fc1, [relu1, -3]]}",
+}
 
 
 def read_spec(
@@ -92,7 +97,17 @@ def _fields(given: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
             f"alignment.spec: no field {unknown[0]!r}.{nearest(unknown[0], _FIELDS)} Expected "
             f"{', '.join(_FIELDS)}."
         )
+    for name, example in _EXAMPLES.items():
+        if not isinstance(given.get(name) or {}, Mapping):
+            raise ConfigError(
+                f"alignment.spec: {name}: expected a mapping such as {example}, came "
+                f"{str(given[name])[:60]!r}."
+            )
     return given
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class _Written:
@@ -110,7 +125,7 @@ class _Written:
         self.axes: dict[str, list[list[list[Any]]]] = {}
         self.fields = fields
         for name, size in (fields.get("sizes") or {}).items():
-            if isinstance(size, int) and size > 0:
+            if _is_size(size):
                 self.sizes[name] = size
             else:
                 self.problems.append(f"sizes: {name}: expected a positive number, came {size!r}.")
@@ -165,7 +180,7 @@ class _Written:
             for axis in found
             for segment in axis
             for factor in segment
-            if not (isinstance(factor, str) or (isinstance(factor, int) and factor > 0))
+            if not (isinstance(factor, str) or _is_size(factor))
         ]
         if wrong:
             self.problems.append(
@@ -257,16 +272,27 @@ class _Written:
 
     def _places(self, group: str) -> tuple[Place, ...]:
         found = []
-        for entry in (self.fields.get("places") or {}).get(group) or []:
-            module, axis = entry if isinstance(entry, (list, tuple)) else (entry, -1)
+        given = (self.fields.get("places") or {}).get(group) or []
+        if not isinstance(given, (list, tuple)):
+            given = [given]
+        for entry in given:
+            pair = entry if isinstance(entry, (list, tuple)) else (entry, -1)
+            whole = len(pair) == 2 and isinstance(pair[1], int) and not isinstance(pair[1], bool)
+            if not whole or not isinstance(pair[0], str) or pair[1] >= 0:
+                self.problems.append(
+                    f"places: {group}: expected modules, or pairs of a module and an axis of its "
+                    f"output from the end (-1 the last), e.g. [fc1, [relu1, -3]]; came {entry!r}."
+                )
+                continue
+            module, axis = pair
             if self.skeleton is not None:
                 modules = dict(self.skeleton.named_modules())
                 if module not in modules:
                     self.problems.append(
-                        f"places: {group}: no module {module!r}.{nearest(str(module), modules)}"
+                        f"places: {group}: no module {module!r}.{nearest(module, modules)}"
                     )
                     continue
                 if axis == -1 and isinstance(modules[module], (nn.Conv2d, nn.BatchNorm2d)):
                     axis = -3
-            found.append(Place(str(module), axis, 0, (self.sizes[group],), 0))
+            found.append(Place(module, axis, 0, (self.sizes[group],), 0))
         return tuple(found)
