@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from gradmerge.alignment import WeightMatching
 from gradmerge.alignment.opening import traced_spec
+from gradmerge.alignment.sizes import at_other_sizes
 from gradmerge.alignment.spec import Group, PermutationSpec, plain_axis
 from gradmerge.alignment.trace import tensors_of
 from gradmerge.alignment.verify import Float64, verify
@@ -525,6 +526,80 @@ def test_what_the_run_does_not_reach_is_fixed() -> None:
     assert sizes(spec) == [5]
     assert "idle.weight" not in spec.tensors
     assert spec.fixed["idle.weight[0]"] == "the run does not reach it"
+
+
+class BySize(nn.Module):
+    """What it does with its units depends on the size of the input, where `turns` says so."""
+
+    def __init__(self, turns: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.turns = turns
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).tanh()
+        if self.turns(x):
+            hidden = hidden.roll(1, dims=-1)
+        return self.second(hidden)
+
+
+@pytest.mark.parametrize(
+    ("turns", "came"),
+    [
+        (lambda x: len(x) == 1, r"x \[1, 3, 5\]"),
+        (lambda x: len(x) > 2, r"x \[3, 13, 5\]"),
+        (lambda x: x.shape[1] < 6, r"x \[1, 3, 5\]"),
+        (lambda x: x.shape[1] > 6, r"x \[3, 13, 5\]"),
+    ],
+)
+def test_a_course_that_depends_on_the_size_is_refused(
+    turns: Callable[[Tensor], bool], came: str
+) -> None:
+    """Units are free on the example alone: batches of 1 and 3, lengths of 3 and 13 turn them."""
+    match = rf"changes what BySize computes .* with {came}\).*by themselves: first\."
+    with pytest.raises(ConfigError, match=match):
+        spec_of(BySize(turns), {"x": [2, 6, 5]})
+    assert spec_of(BySize(lambda x: False), {"x": [2, 6, 5]}).groups["first"].size == 8
+
+
+@pytest.mark.parametrize("fixed", ["batch", "length", "both"])
+def test_a_network_that_refuses_other_sizes_is_checked_on_those_it_takes(fixed: str) -> None:
+    taken = []
+
+    class Fixed(BySize):
+        def forward(self, x: Tensor) -> Tensor:
+            if (fixed != "length" and len(x) != 2) or (fixed != "batch" and x.shape[1] != 6):
+                raise ValueError("not this size")
+            found = super().forward(x)
+            taken.append(tuple(x.shape))
+            return found
+
+    spec = spec_of(Fixed(lambda x: False), {"x": [2, 6, 5]})
+    assert spec.groups["first"].size == 8
+    assert spec.checked is not None
+    others = {"batch": {(2, 3, 5), (2, 13, 5)}, "length": {(1, 6, 5), (3, 6, 5)}, "both": set()}
+    assert set(taken) == {(2, 6, 5), *others[fixed]}
+    if fixed != "both":
+        turned = Fixed(lambda x: tuple(x.shape) != (2, 6, 5))
+        with pytest.raises(ConfigError, match="permuting units changes what Fixed computes"):
+            spec_of(turned, {"x": [2, 6, 5]})
+
+
+def test_other_sizes_keep_ids_masks_and_pictures_consistent() -> None:
+    def sizes(example: dict[str, Tensor]) -> list[dict[str, list[int]]]:
+        found = at_other_sizes(example, lambda other: None)
+        return [{k: list(v.shape) for k, v in other.items()} for other, _ in found]
+
+    ids = torch.arange(6).expand(1, 6)
+    text = {"input_ids": ids, "mask": torch.ones(1, 1, 6, 6), "decoder_input_ids": ids[:, :5]}
+    assert sizes(text) == [
+        {"input_ids": [2, 3], "mask": [2, 1, 3, 3], "decoder_input_ids": [2, 2]},
+        {"input_ids": [3, 13], "mask": [3, 1, 13, 13], "decoder_input_ids": [3, 11]},
+    ]
+    assert sizes({"x": torch.ones(2, 3, 32, 32)}) == [{"x": [1, 3, 24, 24]}, {"x": [3, 3, 32, 32]}]
+    assert sizes({"x": torch.ones(2, 7)}) == [{"x": [1, 7]}, {"x": [3, 7]}]
+    longest = [other for other, _ in at_other_sizes({"x": ids}, lambda other: None)][-1]["x"]
+    assert longest.tolist() == [[*range(6), *range(6), 0]] * 3
 
 
 @pytest.mark.parametrize(
