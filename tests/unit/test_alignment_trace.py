@@ -15,7 +15,7 @@ from torch.nn import functional
 from gradmerge.alignment import WeightMatching
 from gradmerge.alignment.opening import traced_spec
 from gradmerge.alignment.sizes import at_other_sizes
-from gradmerge.alignment.spec import Group, PermutationSpec, plain_axis
+from gradmerge.alignment.spec import Group, PermutationSpec, Place, plain_axis
 from gradmerge.alignment.trace import tensors_of
 from gradmerge.alignment.verify import Float64, verify
 from gradmerge.errors import ConfigError
@@ -583,6 +583,41 @@ def test_a_network_that_refuses_other_sizes_is_checked_on_those_it_takes(fixed: 
         turned = Fixed(lambda x: tuple(x.shape) != (2, 6, 5))
         with pytest.raises(ConfigError, match="permuting units changes what Fixed computes"):
             spec_of(turned, {"x": [2, 6, 5]})
+
+
+class Folded(nn.Module):
+    """Heads share an axis with examples, which vary slowest (or fastest)."""
+
+    def __init__(self, heads_first: bool) -> None:
+        super().__init__()
+        self.heads_first = heads_first
+        self.query, self.act, self.out = nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.query(x).view(-1, 4, 2)
+        if self.heads_first:
+            heads = heads.transpose(0, 1)
+        folded = self.act(heads.reshape(-1, 2)).view(heads.shape)
+        if self.heads_first:
+            folded = folded.transpose(0, 1)
+        return self.out(folded.reshape(-1, 8))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_units_are_not_looked_for_where_they_share_an_axis_with_examples(
+    heads_first: bool, batch: int
+) -> None:
+    """A stretch of fixed length would show those of the first examples alone."""
+    module = Folded(heads_first)
+    spec = spec_of(module, {"x": [batch, 6]})
+    heads = [group for group in spec.groups.values() if group.size == 4]
+    width = [group for group in spec.groups.values() if group.size == 2]
+    assert [group.places for group in heads] == [(Place("query", -1, 0, (4, 2), 0),)]
+    assert [p.module for p in width[0].places] == ["query", "act"]
+    same_function(module, spec, {"x": torch.randn(5, 6)})
+    (place,) = heads[0].places
+    assert place.units(module.query(torch.randn(5, 6))).shape == (5 * 2, 4)
 
 
 def test_other_sizes_keep_ids_masks_and_pictures_consistent() -> None:

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -131,7 +131,7 @@ def stand_in(skeleton: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[i
     return module, first
 
 
-def run(module: nn.Module, example: Mapping[str, Any], mode: TorchDispatchMode) -> Any:
+def run(module: nn.Module, example: Mapping[str, Any], mode: AbstractContextManager[object]) -> Any:
     """The network's output on an example, within a mode."""
     inputs = {
         key: value.clone() if isinstance(value, Tensor) else value for key, value in example.items()
