@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradmerge.buffers import Moments
+from gradmerge.channels import channel_axis
 from gradmerge.errors import ConfigError
 from gradmerge.observation import Enough, first_argument, output_rows
 from gradmerge.survey import Layer, Run
@@ -139,7 +140,8 @@ def after_call(module: nn.Module, seen: Callable[[Tensor], Tensor | None]) -> An
 
 def channels_of(layer: Layer, output: Tensor, mask: Tensor | None) -> Tensor:
     """A layer's outputs as `[rows, channels, ...]`, without rows of padding."""
-    if layer.is_norm:
-        return output
-    rows = output_rows(layer.module, output, mask)  # [groups, rows, out]
-    return rows.permute(1, 0, 2).flatten(1)
+    axis = channel_axis(layer.module, output)
+    if layer.is_norm or axis < output.dim() - 1:
+        return output.movedim(axis, 1) if axis else output[None]
+    (rows,) = output_rows(layer.module, output, mask)
+    return rows

@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradmerge.buffers import Moments
+from gradmerge.channels import channel_axis
 from gradmerge.differentiation import checksums
 from gradmerge.errors import ConfigError
 from gradmerge.finalisers import REPAIR, Correction
@@ -151,7 +152,7 @@ class Renormalisation:
                     "data, so that they have no mean. Look for NaN or infinite weights and inputs."
                 )
         scale, shift, constant = correction_of(mean, deviation, *self.targets(layer))
-        corrections[layer.weight] = Correction(scale, None, layer.axis)
+        corrections[layer.weight] = Correction(scale, None, layer.axis, layer.groups)
         if layer.bias is not None:
             corrections[layer.bias] = Correction(scale, shift)
         report["scale alone" if layer.bias is None else "corrected"].append(layer.weight)
@@ -276,8 +277,7 @@ def _on_the_fly(layer: Layer, output: Tensor, corrections: Mapping[str, Correcti
         shift = corrections[layer.bias].shift  # type: ignore[assignment]
     elif kept is not None:  # frozen: it is not scaled with the weight
         shift = (1 - scale) * kept.detach().cpu().double()
-    last = not layer.is_norm and not isinstance(layer.module, (nn.Conv1d, nn.Conv2d))
-    return Correction(scale, shift, output.dim() - 1 if last else 1)(output)
+    return Correction(scale, shift, channel_axis(layer.module, output))(output)
 
 
 def _normalised(layer: Layer, moments: Moments) -> tuple[Tensor, Tensor]:

@@ -13,17 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradmerge.channels import ScaledWeight, has_channels, is_plain, joined, scaled_weights
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.finalisers import REPAIR
 from gradmerge.flow import Flow, version
 from gradmerge.merged import MergedModel
-from gradmerge.observation import (
-    LinearLayer,
-    first_argument,
-    is_linear,
-    is_linear_in_its_weight,
-    linear_layers,
-)
+from gradmerge.observation import first_argument
 from gradmerge.plan import Plan
 
 _LAST = "it is a last layer: no other reads its output"
@@ -56,13 +51,15 @@ class Layer:
     """The tensor that takes scale and shift; None where there is none to be changed."""
     axis: int = 0
     """The weight's axis of output channels."""
+    groups: int = 1
+    """See `ScaledWeight`."""
     calls: int = 1
     """Calls a pass; more than one only of a BatchNorm that is recomputed alone."""
 
     @property
     def is_norm(self) -> bool:
         """Whether it is a BatchNorm."""
-        return not is_linear(self.module)
+        return not has_channels(self.module)
 
 
 @dataclass
@@ -117,13 +114,15 @@ def survey_of(merged: MergedModel, repair: REPAIR, runs: Sequence[Run]) -> Surve
     Raises:
         ConfigError: batches call the layers in orders that contradict each other.
     """
-    layers = linear_layers(merged.plan)
+    weights, others = scaled_weights(merged.plan)
     calls: list[_Call] = []
     flow = Flow()
     for number, run in enumerate(runs):
-        with _noted(merged, layers, flow, number, calls), flow:
+        with _noted(merged, weights, flow, number, calls), flow:
             run.call()
-    return _Surveyor(merged.plan, repair, layers, calls, flow).survey
+    survey = _Surveyor(merged.plan, repair, weights, calls, flow).survey
+    survey.left.update(others)
+    return survey
 
 
 class _Surveyor:
@@ -131,7 +130,7 @@ class _Surveyor:
         self,
         plan: Plan,
         repair: REPAIR,
-        layers: Mapping[str, LinearLayer],
+        weights: Mapping[str, ScaledWeight],
         calls: Sequence[_Call],
         flow: Flow,
     ) -> None:
@@ -143,27 +142,27 @@ class _Surveyor:
         self._times: Counter[str] = Counter()
         for (_, place), often in times.items():
             self._times[place] = max(self._times[place], often)
-        self._feeding = {call.fed_by for call in calls if not is_linear(call.module)}
+        self._feeding = {call.fed_by for call in calls if not has_channels(call.module)}
         self._plain = {call.place: True for call in calls}
         for call in calls:
             self._plain[call.place] &= call.is_plain
         self.survey = Survey()
-        axes = {place: layer.axis for layer in layers.values() for place in layer.places}
         found: dict[str, Layer] = {}
         for call in {call.place: call for call in calls}.values():
-            axis = axes.get(call.place)
-            layer = self._linear(call, axis) if is_linear(call.module) else self._norm(call)
+            weight = weights.get(call.place)
+            layer = self._linear(call, weight) if has_channels(call.module) else self._norm(call)
             if layer is not None:
                 found[call.place] = layer
         self.survey.stages = _stages(found, calls)
-        for name, known in layers.items():
-            if not any(place in self._times for place in known.places):
-                self.survey.left[name] = "no pass calls it"
+        called = {weights[place].name for place in self._times if place in weights}
+        for weight in weights.values():
+            if weight.name not in called:
+                self.survey.left[weight.name] = "no pass calls it"
 
-    def _linear(self, call: _Call, axis: int | None) -> Layer | None:
-        if axis is None:  # a private head, or an embedding's weight
+    def _linear(self, call: _Call, weight: ScaledWeight | None) -> Layer | None:
+        if weight is None:  # a private head, an embedding's weight, or a computed one
             return None
-        name = self._names[_tensor(call.place, "weight")]
+        name = weight.name
         why = self._against(call.place, name)
         if why is None and call.place in self._feeding:
             why = _FEEDS
@@ -173,11 +172,12 @@ class _Surveyor:
         if why is not None:
             self.survey.left[name] = why
             return None
-        return Layer(call.place, call.module, name, self._bias(call.place), 1 - axis)
+        bias = self._bias(call.place)
+        return Layer(call.place, call.module, name, bias, weight.axis, weight.groups)
 
     def _norm(self, call: _Call) -> Layer | None:
         times = self._times[call.place]
-        name = self._names.get(_tensor(call.place, "weight"))
+        name = self._names.get(joined(call.place, "weight"))
         if name is None or name not in self._plan.tensors:  # none to correct, or a task's own
             return Layer(call.place, call.module, None, calls=times)
         why = self._against(call.place, name) or self._last(call.place)
@@ -206,7 +206,7 @@ class _Surveyor:
 
     def _bias(self, place: str) -> str | None:
         """The tensor of a layer's bias, where it is the layer's alone and not frozen."""
-        name = self._names.get(_tensor(place, "bias"))
+        name = self._names.get(joined(place, "bias"))
         if name is None or name not in self._plan.tensors or name in self._plan.fixed:
             return None
         return name if len(self._places[name]) == 1 else None
@@ -270,11 +270,6 @@ def in_order(sequences: Sequence[Sequence[str]]) -> list[str]:
     return found
 
 
-def _tensor(place: str, attribute: str) -> str:
-    """The name of a module's parameter; a network may be a layer itself."""
-    return f"{place}.{attribute}" if place else attribute
-
-
 def _number(tensor: Tensor) -> int:
     """The tensor's own number, kept on it: to hold all inputs would take much memory."""
     if not hasattr(tensor, _NUMBER):
@@ -285,13 +280,12 @@ def _number(tensor: Tensor) -> int:
 @contextmanager
 def _noted(
     merged: MergedModel,
-    layers: Mapping[str, LinearLayer],
+    weights: Mapping[str, ScaledWeight],
     flow: Flow,
     run: int,
     calls: list[_Call],
 ) -> Iterator[None]:
     """Note the calls of linear layers and BatchNorm within the context, in order."""
-    axes = {place: layer.axis for layer in layers.values() for place in layer.places}
     norms = merged.statistics.batch_norms
     known = {call.place for call in calls}
 
@@ -303,15 +297,12 @@ def _noted(
             entry = first_argument(args, kwargs)
             number, written = _number(entry), version(entry)
             # at once: what comes next may write to both
-            plain = place in known or (
-                place in axes
-                and is_linear_in_its_weight(module, entry[:1], output[:1], axes[place])
-            )
+            plain = place in known or (place in weights and is_plain(module, args, kwargs, output))
             feeder, when = getattr(entry, _FROM, (None, 0))
             fed_by = feeder if when == written else None
             calls.append(_Call(run, place, module, (number, written), fed_by, plain))
             flow.leaves(place, output)
-            if is_linear(module):
+            if has_channels(module):
                 setattr(output, _FROM, (place, version(output)))
 
         return module.register_forward_hook(note, with_kwargs=True)
@@ -321,7 +312,7 @@ def _noted(
 
     hooks = []
     for place, module in merged.skeleton.named_modules():
-        if is_linear(module) or module in norms:
+        if has_channels(module) or module in norms:
             hooks += [module.register_forward_pre_hook(enter, with_kwargs=True)]
             hooks += [watch(place, module)]
     hooks += [merged.skeleton.register_forward_hook(end)]
