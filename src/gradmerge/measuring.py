@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradmerge.buffers import Moments
 from gradmerge.channels import channel_axis
 from gradmerge.errors import ConfigError
-from gradmerge.observation import Enough, first_argument, output_rows
+from gradmerge.observation import Enough, first_argument, without_padding
 from gradmerge.survey import Layer, Run
 
 Channels = dict[str, tuple[Tensor, Tensor]]
@@ -139,9 +139,10 @@ def after_call(module: nn.Module, seen: Callable[[Tensor], Tensor | None]) -> An
 
 
 def channels_of(layer: Layer, output: Tensor, mask: Tensor | None) -> Tensor:
-    """A layer's outputs as `[rows, channels, ...]`, without rows of padding."""
-    axis = channel_axis(layer.module, output)
-    if layer.is_norm or axis < output.dim() - 1:
-        return output.movedim(axis, 1) if axis else output[None]
-    (rows,) = output_rows(layer.module, output, mask)
-    return rows
+    """A layer's outputs as `[rows, channels, ...]`, without rows of padding (which a BatchNorm
+    normalises like others).
+    """
+    if layer.is_norm:
+        return output
+    kept, axis = without_padding(output, mask, channel_axis(layer.module, output))
+    return kept.movedim(axis, -1).flatten(0, -2) if kept.dim() > 1 else kept[None]

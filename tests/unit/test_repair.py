@@ -343,6 +343,51 @@ def test_padding_does_not_count(family):
     assert not torch.allclose(other[0], averages(models[1:], batches, places)[place][0], atol=1e-3)
 
 
+class Layouts(nn.Module):
+    """Tokens, each by itself, in one layout after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.flat, self.width = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(3, 3)
+        self.heads, self.turned = nn.Linear(3, 3), nn.Linear(6, 6)
+        self.conv, self.head = nn.Conv1d(6, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x, attention_mask):
+        batch, tokens, _ = x.shape
+        x = self.flat(self.plain(x).relu().flatten(0, 1)).relu()
+        x = self.width(x.view(batch, tokens, 2, 3)).relu()  # heads behind tokens
+        x = self.heads(x.transpose(1, 2)).relu().transpose(1, 2).flatten(2)  # and before them
+        x = self.turned(x.transpose(0, 1)).relu().transpose(0, 1)
+        x = self.conv(x.mT).relu().mT
+        kept = x * attention_mask[..., None]
+        return self.head(kept.sum(dim=1) / attention_mask.sum(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_padding_does_not_count_in_any_layout(count):
+    """Other numbers on padding change no correction."""
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(Layouts().eval())
+    found = []
+    for noise in (0.0, 5.0):
+        batches = []
+        for lengths in ([5, 3, 2], [1, 5])[:count]:
+            mask = (torch.arange(5) < torch.tensor(lengths)[:, None]).float()
+            x = torch.randn(len(lengths), 5, 6, generator=torch.Generator().manual_seed(4))
+            batches.append({"x": x + noise * (1 - mask)[..., None], "attention_mask": mask})
+        merged, _ = repaired(models, batches)
+        found.append(merged.plan.finalisation)
+    names = ["plain", "flat", "width", "heads", "turned", "conv"]
+    assert found[0].report["corrected"] == [f"{name}.weight" for name in names]
+    for name, correction in found[0].corrections.items():
+        other = found[1].corrections[name]
+        torch.testing.assert_close(other.scale, correction.scale, rtol=1e-5, atol=1e-6)
+        if correction.shift is not None:
+            torch.testing.assert_close(other.shift, correction.shift, rtol=1e-5, atol=1e-6)
+
+
 # ---- what is folded -------------------------------------------------------------------------
 
 
