@@ -288,6 +288,8 @@ def test_every_problem_of_a_written_specification_is_named_at_once() -> None:
         ("sizes", True, r"sizes: expected a mapping such as \{heads: 12\}, came 'True'"),
         ("roles", ["out"], r"roles: expected a mapping such as \{fc1.weight: \[out, in\]\}"),
         ("places", "0", r"places: expected a mapping such as \{hidden"),
+        ("multiplied", "first", "multiplied: expected a list of groups such as .*'first'"),
+        ("multiplied", ["fist"], "multiplied: fist is no group of a tensor. Did you mean 'first'"),
         ("sizes", {"first": True}, "sizes: first: expected a positive number, came True"),
         ("tensors", {"0.bias": [True]}, "0.bias: expected names of groups and positive sizes"),
         ("places", {"first": 3}, "places: first: expected modules, or pairs .*; came 3"),
@@ -307,8 +309,9 @@ def test_fields_of_another_type_are_named(name: str, given: Any, message: str) -
 
 
 def test_one_place_needs_no_list() -> None:
-    fields = {"tensors": {"0.bias": ["first"]}, "places": {"first": "0"}}
+    fields = {"tensors": {"0.bias": ["first"]}, "places": {"first": "0"}, "multiplied": ["first"]}
     spec = read_spec(fields, {"0.bias": (8,)})
+    assert spec.groups["first"].multiplied
     assert spec.groups["first"].places == (Place("0", -1, 0, (8,), 0),)
 
 

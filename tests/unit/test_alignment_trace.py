@@ -792,3 +792,78 @@ def test_a_wrong_specification_is_seen_with_two_units_masks_and_nan() -> None:
             verify(wrong, Masked(fill), names, {"x": torch.randn(2, 3)})
     with pytest.raises(ConfigError, match="gives no finite output"):
         verify(wrong, Masked(0.0), names, {"x": torch.empty(0, 3)})
+
+
+# ---- what is multiplied ----------------------------------------------------------------------
+
+
+class SingleHead(nn.Module):
+    """Attention with one head, by products or by the fused operator; a gate by channels."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.q, self.k, self.v = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(4, 5)
+        self.out, self.squeeze, self.head = nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.fused:
+            seen = functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        else:
+            seen = (q @ k.mT / 6**0.5).softmax(dim=-1) @ v
+        x = self.out(seen)
+        return self.head(x * self.squeeze(x.mean(dim=1, keepdim=True)).sigmoid().expand_as(x))
+
+
+class Cells(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x)[0])
+
+
+class Standardised(nn.Linear):
+    """Weights that are multiplied with weights, and functions of one tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
+        return x * x.sigmoid() * (1 + torch.tanh(x**3)) / x.square().mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "multiplied", "free"),
+    [
+        (lambda: SingleHead(False), (2, 3, 4), {"q", "out"}, {"v"}),
+        (lambda: SingleHead(True), (2, 3, 4), {"q", "out"}, {"v"}),
+        (Cells, (2, 3, 4), {"cells.0"}, set()),
+        (lambda: nn.Sequential(Standardised(4, 6), nn.Linear(6, 2)), (2, 4), set(), {"0"}),
+        (
+            lambda: nn.Sequential(
+                nn.Conv1d(2, 6, 1), nn.Conv1d(6, 6, 2, groups=6), nn.ReLU(), nn.Conv1d(6, 3, 1)
+            ),
+            (2, 2, 5),
+            {"0"},
+            set(),
+        ),
+        (
+            lambda: nn.Sequential(
+                nn.Linear(4, 6), nn.BatchNorm1d(6), nn.GELU(), nn.Dropout(), nn.Linear(6, 2)
+            ),
+            (2, 4),
+            set(),
+            {"0"},
+        ),
+    ],
+    ids=["products", "fused attention", "lstm", "own function", "depthwise", "norm"],
+)
+def test_units_that_are_multiplied_with_others_are_told(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], multiplied: set[str], free: set[str]
+) -> None:
+    module = make()
+    name = "input" if isinstance(module, nn.Sequential) else "x"
+    groups = spec_of(module, {name: list(shape)}).groups
+    assert {n for n, group in groups.items() if group.multiplied} == multiplied
+    assert {n for n, group in groups.items() if not group.multiplied} == free

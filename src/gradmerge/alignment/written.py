@@ -14,6 +14,7 @@ A YAML file or a mapping: axes by tensor, each axis the name of its group, or a 
     sizes: {heads: 12}                    # where no axis tells
     roles: {attn.c_attn.weight: [in, out]}
     places: {hidden: [fc1, [relu1, -3]]}  # modules whose output shows the units, and its axis
+    multiplied: [heads]                   # units that others multiply: no map may mix them
 
 An axis is `null` (fixed), a group, a row-major product of groups and fixed sizes, or a list of such
 products one after the other. A group's size is inferred from the axes that it stands on alone, or
@@ -43,7 +44,7 @@ from gradmerge.alignment.spec import (
 )
 from gradmerge.errors import ConfigError, nearest, shorten
 
-_FIELDS = ("tensors", "sizes", "roles", "places")
+_FIELDS = ("tensors", "sizes", "roles", "places", "multiplied")
 _EXAMPLES = {
     "sizes": "{heads: 12}",
     "roles": "{fc1.weight: [out, in]}",
@@ -103,6 +104,11 @@ def _fields(given: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
                 f"alignment.spec: {name}: expected a mapping such as {example}, came "
                 f"{str(given[name])[:60]!r}."
             )
+    if not isinstance(given.get("multiplied") or [], (list, tuple)):
+        raise ConfigError(
+            f"alignment.spec: multiplied: expected a list of groups such as [heads], came "
+            f"{str(given['multiplied'])[:60]!r}."
+        )
     return given
 
 
@@ -138,7 +144,13 @@ class _Written:
             pass
         tensors = {name: self._tensor(name, axes) for name, axes in self.axes.items()}
         names = dict.fromkeys(g for axes in tensors.values() for axis in axes for g in axis.groups)
-        groups = {n: Group(n, self.sizes[n], self._places(n)) for n in sorted(names)}
+        apart = self.fields.get("multiplied") or []
+        groups = {n: Group(n, self.sizes[n], self._places(n), n in apart) for n in sorted(names)}
+        self.problems += [
+            f"multiplied: {name} is no group of a tensor.{nearest(str(name), names)}"
+            for name in apart
+            if name not in names
+        ]
         for field in ("sizes", "places"):
             for name in self.fields.get(field) or {}:
                 if name not in names:
