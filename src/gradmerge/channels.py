@@ -20,6 +20,9 @@ from gradmerge.observation import first_argument, is_linear, is_linear_in_its_we
 from gradmerge.plan import Plan
 from gradmerge.sources.skeleton import input_axis
 
+UNKNOWN = "no layer of a known kind holds it"
+"""What is said of tables and matrices that may be no layer's weight (positions)."""
+_WITHOUT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 _OTHERS = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
 
 
@@ -62,11 +65,7 @@ def scaled_weights(plan: Plan) -> tuple[dict[str, ScaledWeight], dict[str, str]]
     for place, module in skeleton.named_modules():
         own = {k: names[joined(place, k)] for k in _weights(module)}
         own = {k: name for k, name in own.items() if name in plan.tensors}
-        if isinstance(module, _OTHERS):
-            why = f"REPAIR corrects no {type(module).__name__}"
-            stored: dict[str, Any] = module._parameters  # the attributes ask for merged tensors
-            others.update({n: why for k, n in own.items() if stored[k].dim() > 1})
-        elif has_channels(module):
+        if has_channels(module):
             known = _scaled(module, place, own)
             if known is None:
                 why = "its layer's weight is computed from it"
@@ -77,7 +76,21 @@ def scaled_weights(plan: Plan) -> tuple[dict[str, ScaledWeight], dict[str, str]]
                 for p in binding.parameters[known.name]
             ):
                 found[place] = known
+        elif not isinstance(module, _WITHOUT) and "parametrizations" not in place.split("."):
+            for key, name in own.items():
+                if len(binding.parameters[name]) == 1:
+                    others.update(_of_other(module, key, name))
     return found, others
+
+
+def _of_other(module: nn.Module, key: str, name: str) -> dict[str, str]:
+    """A weight of a module of another kind, where it looks like one: several axes beyond 1."""
+    stored: Any = module._parameters[key]  # the attribute would ask for the merged tensor
+    axes = sum(size > 1 for size in stored.shape)
+    if axes < 2:
+        return {}
+    warns = axes > 2 or isinstance(module, _OTHERS)
+    return {name: f"REPAIR corrects no {type(module).__name__}" if warns else UNKNOWN}
 
 
 def _weights(module: nn.Module) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradmerge.channels import ScaledWeight, has_channels, is_plain, joined, scaled_weights
+from gradmerge.channels import UNKNOWN, ScaledWeight, has_channels, is_plain, joined, scaled_weights
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.finalisers import REPAIR
 from gradmerge.flow import Flow, version
@@ -24,7 +24,7 @@ from gradmerge.plan import Plan
 _LAST = "it is a last layer: no other reads its output"
 _GIVEN = "the network gives out its output as it is"
 _FEEDS = "it feeds a BatchNorm"
-_USUAL = (_LAST, _GIVEN, _FEEDS)
+_USUAL = (_LAST, _GIVEN, _FEEDS, UNKNOWN)
 # What a tensor is marked with on its way.
 _NUMBER, _FROM = "_gradmerge_number", "_gradmerge_from"
 _numbers = count()
