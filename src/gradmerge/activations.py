@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from gradmerge.alignment.collected import plain_places
 from gradmerge.alignment.spec import Group, Place
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.module import Batch
+from gradmerge.observation import without_padding
 from gradmerge.passes import Passes, length
 
 # Bytes of moments that one reading of the data may sum up; more groups take more readings.
@@ -201,17 +203,14 @@ def place_rows(
     Args:
         place: where.
         output: of its module; of several outputs the first.
-        mask: `[batch, tokens]`, 0 on padding.
+        mask: `[batch, tokens]`, 0 on padding; see `without_padding` for the outputs it is found in.
         moving: other factors of the stretch whose units may have changed places, too (channels
             within heads). Their positions are no rows: a unit is seen by its root mean square over
             them, which no order of theirs changes.
     """
     values: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    values = values.detach()
-    tokens = mask is not None and values.dim() > 2 and values.shape[:2] == mask.shape
-    if tokens and place.axis + values.dim() >= 2:
-        assert mask is not None
-        values = values[mask != 0]
+    values, axis = without_padding(values.detach(), mask, place.axis)
+    place = replace(place, axis=axis)
     if not moving:
         return place.units(values)
     axis = place.axis + values.dim()

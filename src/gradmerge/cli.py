@@ -8,6 +8,7 @@ import importlib
 import re
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -65,10 +66,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             learn(given)
         else:
             _plain(command, arguments[1:])
-    except GradmergeError as error:
-        print(f"gradmerge {command}: {error}", file=sys.stderr)
+    except ValueError as error:
+        own = _own_error(error)
+        if own is None:
+            raise
+        print(f"gradmerge {command}: {own}", file=sys.stderr)
         return 2
     return 0
+
+
+def _own_error(error: BaseException) -> GradmergeError | None:
+    """The error of ours that an error is, or that the parser put aside for it: a component of an
+    optional option that refuses its values is one of several types that did not fit.
+    """
+    if isinstance(error, GradmergeError):
+        return error
+    put_aside: list[BaseException] = []
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "raise_union_unexpected_value":
+            put_aside += frame.f_locals.get("exceptions", ())
+    return next((own for each in put_aside if (own := _own_error(each))), None)
 
 
 # ---- fit, validate, test ------------------------------------------------------------------------

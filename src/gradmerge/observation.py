@@ -87,9 +87,41 @@ def output_rows(module: nn.Module, outputs: Tensor, mask: Tensor | None) -> Tens
 
 
 def _tokens(values: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None and values.dim() == 3 and values.shape[:2] == mask.shape:
-        return values[mask != 0]
-    return values.reshape(-1, values.shape[-1])
+    kept, _ = without_padding(values, mask, -1)
+    return kept.reshape(-1, values.shape[-1])
+
+
+def without_padding(values: Tensor, mask: Tensor | None, axis: int) -> tuple[Tensor, int]:
+    """Values at tokens that are no padding, and where their axis of channels is then (negative).
+
+    Of the other axes, batch and tokens are found by their sizes, the first that fits of
+
+        [batch, tokens, ...], [batch, ..., tokens, ...], [batch * tokens, ...], [tokens, batch, ...]
+
+    and go as one axis to the front. Where none fits, the values come back as they are: outputs that
+    are pooled, or of another length (a convolution with a stride), hold no padding to leave out.
+
+    Args:
+        values: what a layer gives or is given.
+        mask: `[batch, tokens]`, 0 on padding.
+        axis: of channels, which is no batch and holds no tokens.
+    """
+    channels = axis % values.dim() if values.dim() else 0
+    others = [i for i in range(values.dim()) if i != channels]
+    if mask is None or mask.dim() != 2 or not others:
+        return values, channels - values.dim()
+    sizes = [values.shape[i] for i in others]
+    batch, tokens = mask.shape
+    if sizes[0] == batch and tokens in sizes[1:]:
+        lead = [others[0], others[1 + sizes[1:].index(tokens)]]
+    elif sizes[0] == batch * tokens:
+        lead, mask = others[:1], mask.flatten()
+    elif sizes[:2] == [tokens, batch]:
+        lead = [others[1], others[0]]
+    else:
+        return values, channels - values.dim()
+    rest = [i for i in range(values.dim()) if i not in lead]
+    return values.permute(*lead, *rest)[mask != 0], rest.index(channels) - len(rest)
 
 
 def _patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:

@@ -209,11 +209,11 @@ class Plan:
         self._facts.clear()
 
     def _directions(self) -> Iterator[tuple[Site, Callable[[], Tensor]]]:
-        """`B_k = theta_k - A` of every merged tensor, `[sources, *shape]` in float32, when asked
-        for.
-        """
+        """`B_k` of every merged tensor, `[sources, *shape]` in float32, when asked for."""
         for name in self.tensors:
-            yield Site(name, self.source_names, self.collected), partial(self.direction, name)
+            kept = any(re.search(p, name) for p in self.recipe.frozen) and not self.fixed[name]
+            site = Site(name, self.source_names, self.collected, not kept)
+            yield site, partial(self.direction, name)
 
     def direction(self, name: str) -> Tensor:
         """`B_k = theta_k - A` of a tensor before any preprocess, `[sources, *shape]`, float32."""

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradmerge.buffers import Moments
+from gradmerge.channels import channel_axis
 from gradmerge.differentiation import checksums
 from gradmerge.errors import ConfigError
 from gradmerge.finalisers import REPAIR, Correction
 from gradmerge.finalisers.repair import correction_of
+from gradmerge.measuring import (
+    Channels,
+    after_call,
+    before_call,
+    called_again,
+    called_once,
+    channels_of,
+    output_channels,
+    take_batch,
+    watch,
+)
 from gradmerge.merged import MergedModel
-from gradmerge.observation import Enough, first_argument, output_rows
 from gradmerge.survey import Layer, Run, survey_of
-
-Channels = dict[str, tuple[Tensor, Tensor]]
 
 
 class Renormalisation:
@@ -40,19 +48,25 @@ class Renormalisation:
         with torch.inference_mode(False), torch.no_grad():
             first = next(iter(merged.plan.sources))
             with merged.as_source(first):
-                self.survey = survey_of(merged, repair, runs[0])
-            self._require_layers()
+                self.survey = survey_of(merged, repair, runs)
             self._own: dict[str, Channels] = {}
             for source in merged.plan.sources:
                 with merged.as_source(source):
-                    self._own[source] = _outputs(self.survey.layers, runs)
+                    own, calls = output_channels(self.survey.layers, runs, whole=True, once=False)
+                self._own[source] = own
+                for layer in self.survey.layers:
+                    count = calls[layer.place]
+                    if count > 1:
+                        why = f"source {source} calls it {count} times a pass"
+                        self.survey.leave(layer, why, count)
+            self._require_layers()
 
     def _require_layers(self) -> None:
         if not self.survey.layers:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.survey.left.items())
             raise ConfigError(
                 "REPAIR: found no layer to correct: it takes linear layers, convolutions and "
-                f"BatchNorm before the network's last layer ({reasons or 'there are none'}). Leave "
+                f"BatchNorm before the network's outputs ({reasons or 'there are none'}). Leave "
                 "it out of `finalisers`."
             )
 
@@ -106,10 +120,12 @@ class Renormalisation:
         ):
             if at_once:
                 self._in_one_pass(layers, runs[0], corrections, report)
+            before: list[Layer] = []
             for stage in () if at_once else self.survey.stages:
-                for layer, (mean, deviation) in self._measure(stage, runs):
+                for layer, (mean, deviation) in self._measure(stage, before, runs):
                     self._fold(layer, mean, deviation, corrections, report)
                     weights.changed(layer)
+                before += stage
         report = {key: value for key, value in report.items() if value}
         own = checksums(merged.raw.values())
         finalisation.correct(corrections, {"batches": len(runs), **report}, own)
@@ -136,7 +152,7 @@ class Renormalisation:
                     "data, so that they have no mean. Look for NaN or infinite weights and inputs."
                 )
         scale, shift, constant = correction_of(mean, deviation, *self.targets(layer))
-        corrections[layer.weight] = Correction(scale, None, layer.axis)
+        corrections[layer.weight] = Correction(scale, None, layer.axis, layer.groups)
         if layer.bias is not None:
             corrections[layer.bias] = Correction(scale, shift)
         report["scale alone" if layer.bias is None else "corrected"].append(layer.weight)
@@ -151,7 +167,7 @@ class Renormalisation:
         report: dict[str, Any],
     ) -> None:
         """Every layer measured when it is called, and its output corrected for those behind it."""
-        left = len(layers)
+        called: set[str] = set()
 
         def take(layer: Layer, moments: Moments, batch: Tensor) -> None:
             moments.take(batch)
@@ -159,28 +175,26 @@ class Renormalisation:
                 moments.write(layer.module)  # type: ignore[arg-type]
 
         def correct(layer: Layer, moments: Moments, output: Tensor) -> Tensor:
-            nonlocal left
-            left -= 1
+            if layer.place in called:
+                raise called_again(layer)
+            called.add(layer.place)
             if not layer.is_norm:
-                moments.take(_channels(layer, output, run.mask))
+                moments.take(channels_of(layer, output, run.mask))
             if layer.weight is not None and moments.rows:
                 channels = moments.mean, moments.deviation
                 found = _normalised(layer, moments) if layer.is_norm else channels
                 self._fold(layer, *found, corrections, report)
                 output = _on_the_fly(layer, output, corrections)
-            if not left:
-                raise Enough
             return output
 
         hooks = []
         for layer in layers:
             moments = Moments()
             if layer.is_norm:
-                hooks.append(_before(layer.module, partial(take, layer, moments)))
-            hooks.append(_after(layer.module, partial(correct, layer, moments)))
+                hooks.append(before_call(layer.module, partial(take, layer, moments)))
+            hooks.append(after_call(layer.module, partial(correct, layer, moments)))
         try:
-            with suppress(Enough):
-                run.call()
+            run.call()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -190,11 +204,18 @@ class Renormalisation:
         return self._merged.plan.recipe.buffers == "recompute"
 
     def _measure(
-        self, stage: Sequence[Layer], runs: Sequence[Run]
+        self, stage: Sequence[Layer], before: Sequence[Layer], runs: Sequence[Run]
     ) -> Iterator[tuple[Layer, tuple[Tensor, Tensor]]]:
         """Channels of a stage, as far as rows reach it; a BatchNorm's own statistics come first."""
+        whole = stage is self.survey.stages[-1]  # which sees whether a layer is called again
+        with called_once(before, runs) as counted:
+            yield from self._measured(stage, counted, whole)
+
+    def _measured(
+        self, stage: Sequence[Layer], runs: Sequence[Run], whole: bool
+    ) -> Iterator[tuple[Layer, tuple[Tensor, Tensor]]]:
         linear = [layer for layer in stage if not layer.is_norm]
-        found = _outputs(linear, runs)
+        found, _ = output_channels(linear, runs, whole)
         yield from ((layer, found[n]) for layer in linear if (n := str(layer.weight)) in found)
         for layer in stage:
             if not layer.is_norm:
@@ -205,74 +226,11 @@ class Renormalisation:
                     self._merged.statistics.recompute(calls, [layer.module])
                 continue
             moments = Moments()
-            _watch([layer], runs, partial(_take_batch, moments), _before)
+            watch([layer], runs, partial(take_batch, moments), before_call, whole)
             if self._recomputes:
                 moments.write(layer.module)  # type: ignore[arg-type]
             if layer.weight is not None and moments.rows:
                 yield layer, _normalised(layer, moments)
-
-
-# ---- measuring ----------------------------------------------------------------------------------
-
-
-def _outputs(layers: Sequence[Layer], runs: Sequence[Run]) -> Channels:
-    """Mean and deviation of layers' output channels by weight, with the weights in place."""
-    moments = {layer.place: Moments() for layer in layers}
-
-    def take(layer: Layer, output: Tensor, mask: Tensor | None) -> None:
-        moments[layer.place].take(_channels(layer, output, mask))
-
-    _watch(layers, runs, take, _after)
-    every = ((layer, moments[layer.place]) for layer in layers)
-    return {str(layer.weight): (m.mean, m.deviation) for layer, m in every if m.rows}
-
-
-def _watch(
-    layers: Sequence[Layer],
-    runs: Sequence[Run],
-    take: Callable[[Layer, Tensor, Tensor | None], None],
-    register: Callable[[nn.Module, Callable[[Tensor], None]], Any],
-) -> None:
-    """Every run to the point where all layers have been called."""
-    if not layers:
-        return
-    mask: Tensor | None = None
-    left = 0
-
-    def seen(layer: Layer, values: Tensor) -> None:
-        nonlocal left
-        take(layer, values.detach(), mask)
-        left -= 1
-        if not left:
-            raise Enough
-
-    hooks = [register(layer.module, partial(seen, layer)) for layer in layers]
-    try:
-        for run in runs:
-            mask, left = run.mask, len(layers)
-            with suppress(Enough):
-                run.call()
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _take_batch(moments: Moments, layer: Layer, batch: Tensor, mask: Tensor | None) -> None:
-    moments.take(batch)
-
-
-def _before(module: nn.Module, seen: Callable[[Tensor], None]) -> Any:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        seen(first_argument(args, kwargs))
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _after(module: nn.Module, seen: Callable[[Tensor], Tensor | None]) -> Any:
-    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-        return seen(output)
-
-    return module.register_forward_hook(hook)
 
 
 class _Weights:
@@ -308,14 +266,6 @@ class _Weights:
             self._kept.pop(str(name), None)
 
 
-def _channels(layer: Layer, output: Tensor, mask: Tensor | None) -> Tensor:
-    """A layer's outputs as `[rows, channels, ...]`, without rows of padding."""
-    if layer.is_norm:
-        return output
-    rows = output_rows(layer.module, output, mask)  # [groups, rows, out]
-    return rows.permute(1, 0, 2).flatten(1)
-
-
 def _on_the_fly(layer: Layer, output: Tensor, corrections: Mapping[str, Correction]) -> Tensor:
     """What a layer puts out once its weights are corrected."""
     found = corrections.get(str(layer.weight))
@@ -327,8 +277,7 @@ def _on_the_fly(layer: Layer, output: Tensor, corrections: Mapping[str, Correcti
         shift = corrections[layer.bias].shift  # type: ignore[assignment]
     elif kept is not None:  # frozen: it is not scaled with the weight
         shift = (1 - scale) * kept.detach().cpu().double()
-    last = not layer.is_norm and not isinstance(layer.module, (nn.Conv1d, nn.Conv2d))
-    return Correction(scale, shift, output.dim() - 1 if last else 1)(output)
+    return Correction(scale, shift, channel_axis(layer.module, output))(output)
 
 
 def _normalised(layer: Layer, moments: Moments) -> tuple[Tensor, Tensor]:

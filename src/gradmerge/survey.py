@@ -6,26 +6,25 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop, heappush
+from itertools import count, pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
-from gradmerge.errors import shorten
+from gradmerge.channels import UNKNOWN, ScaledWeight, has_channels, is_plain, joined, scaled_weights
+from gradmerge.errors import ConfigError, shorten
 from gradmerge.finalisers import REPAIR
+from gradmerge.flow import Flow, version
 from gradmerge.merged import MergedModel
-from gradmerge.observation import (
-    LinearLayer,
-    first_argument,
-    is_linear,
-    is_linear_in_its_weight,
-    linear_layers,
-)
+from gradmerge.observation import first_argument
 from gradmerge.plan import Plan
 
-_LAST = "it is the network's last layer"
+_LAST = "it is a last layer: no other reads its output"
+_GIVEN = "the network gives out its output as it is"
 _FEEDS = "it feeds a BatchNorm"
+_USUAL = (_LAST, _GIVEN, _FEEDS, UNKNOWN)
 # What a tensor is marked with on its way.
 _NUMBER, _FROM = "_gradmerge_number", "_gradmerge_from"
 _numbers = count()
@@ -52,13 +51,15 @@ class Layer:
     """The tensor that takes scale and shift; None where there is none to be changed."""
     axis: int = 0
     """The weight's axis of output channels."""
+    groups: int = 1
+    """See `ScaledWeight`."""
     calls: int = 1
     """Calls a pass; more than one only of a BatchNorm that is recomputed alone."""
 
     @property
     def is_norm(self) -> bool:
         """Whether it is a BatchNorm."""
-        return not is_linear(self.module)
+        return not has_channels(self.module)
 
 
 @dataclass
@@ -75,14 +76,23 @@ class Survey:
         """Those that are corrected."""
         return [layer for stage in self.stages for layer in stage if layer.weight is not None]
 
+    def leave(self, layer: Layer, why: str, calls: int) -> None:
+        """Correct a layer no longer; of a BatchNorm the statistics stay to be recomputed."""
+        self.left[str(layer.weight)] = why
+        kept = replace(layer, weight=None, bias=None, calls=calls) if layer.is_norm else None
+        stages = [[kept if own is layer else own for own in stage] for stage in self.stages]
+        found = [[own for own in stage if own is not None] for stage in stages]
+        self.stages = [stage for stage in found if stage]
+
     @property
     def unusual(self) -> dict[str, str]:
         """Weights that are left alone for another reason than the usual ones."""
-        return {name: why for name, why in self.left.items() if why not in (_LAST, _FEEDS)}
+        return {name: why for name, why in self.left.items() if why not in _USUAL}
 
 
 @dataclass(frozen=True)
 class _Call:
+    run: int
     place: str
     module: nn.Module
     entry: tuple[int, int]
@@ -93,18 +103,26 @@ class _Call:
     """Whether the output is the input times the stored weight."""
 
 
-def survey_of(merged: MergedModel, repair: REPAIR, run: Run) -> Survey:
-    """Let one batch pass, and sort the layers by what they do on the way.
+def survey_of(merged: MergedModel, repair: REPAIR, runs: Sequence[Run]) -> Survey:
+    """Let all batches pass, and sort the layers by what they do on the way.
 
     Args:
         merged: the merged model, with any weights in place.
         repair: what is to be done.
-        run: the pass.
+        runs: the passes.
+
+    Raises:
+        ConfigError: batches call the layers in orders that contradict each other.
     """
-    layers = linear_layers(merged.plan)
-    with _noted(merged, layers) as calls:
-        run.call()
-    return _Surveyor(merged.plan, repair, layers, calls).survey
+    weights, others = scaled_weights(merged.plan)
+    calls: list[_Call] = []
+    flow = Flow()
+    for number, run in enumerate(runs):
+        with _noted(merged, weights, flow, number, calls), flow:
+            run.call()
+    survey = _Surveyor(merged.plan, repair, weights, calls, flow).survey
+    survey.left.update(others)
+    return survey
 
 
 class _Surveyor:
@@ -112,58 +130,57 @@ class _Surveyor:
         self,
         plan: Plan,
         repair: REPAIR,
-        layers: Mapping[str, LinearLayer],
+        weights: Mapping[str, ScaledWeight],
         calls: Sequence[_Call],
+        flow: Flow,
     ) -> None:
         assert plan.binding is not None
-        self._plan, self._repair = plan, repair
+        self._plan, self._repair, self._flow = plan, repair, flow
         self._places = plan.binding.parameters
         self._names = {place: name for name, places in self._places.items() for place in places}
-        self._times = Counter(call.place for call in calls)
-        linear = [call for call in calls if is_linear(call.module)]
-        self._last = linear[-1].place if linear else None
-        self._feeding = {call.fed_by for call in calls if not is_linear(call.module)}
-        self.survey = Survey()
-        axes = {place: layer.axis for layer in layers.values() for place in layer.places}
-        before: tuple[int, int] | None = None
+        times = Counter((call.run, call.place) for call in calls)
+        self._times: Counter[str] = Counter()
+        for (_, place), often in times.items():
+            self._times[place] = max(self._times[place], often)
+        self._feeding = {call.fed_by for call in calls if not has_channels(call.module)}
+        self._plain = {call.place: True for call in calls}
         for call in calls:
-            axis = axes.get(call.place)
-            layer = self._linear(call, axis) if is_linear(call.module) else self._norm(call)
-            if layer is None:
-                continue
-            if before == call.entry and not layer.is_norm:
-                self.survey.stages[-1].append(layer)
-            else:
-                self.survey.stages.append([layer])
-            before = None if layer.is_norm else call.entry
-        for name, known in layers.items():
-            if not any(place in self._times for place in known.places):
-                self.survey.left[name] = "no pass calls it"
+            self._plain[call.place] &= call.is_plain
+        self.survey = Survey()
+        found: dict[str, Layer] = {}
+        for call in {call.place: call for call in calls}.values():
+            weight = weights.get(call.place)
+            layer = self._linear(call, weight) if has_channels(call.module) else self._norm(call)
+            if layer is not None:
+                found[call.place] = layer
+        self.survey.stages = _stages(found, calls)
+        called = {weights[place].name for place in self._times if place in weights}
+        for weight in weights.values():
+            if weight.name not in called:
+                self.survey.left[weight.name] = "no pass calls it"
 
-    def _linear(self, call: _Call, axis: int | None) -> Layer | None:
-        if axis is None:  # a private head, or an embedding's weight
+    def _linear(self, call: _Call, weight: ScaledWeight | None) -> Layer | None:
+        if weight is None:  # a private head, an embedding's weight, or a computed one
             return None
-        name = self._names[_tensor(call.place, "weight")]
+        name = weight.name
         why = self._against(call.place, name)
         if why is None and call.place in self._feeding:
             why = _FEEDS
-        if why is None and call.place == self._last:
-            why = _LAST
-        if why is None and not call.is_plain:
+        why = why or self._last(call.place)
+        if why is None and not self._plain[call.place]:
             why = "its weight is transformed before use"
         if why is not None:
             self.survey.left[name] = why
             return None
-        return Layer(call.place, call.module, name, self._bias(call.place), 1 - axis)
+        bias = self._bias(call.place)
+        return Layer(call.place, call.module, name, bias, weight.axis, weight.groups)
 
     def _norm(self, call: _Call) -> Layer | None:
         times = self._times[call.place]
-        name = self._names.get(_tensor(call.place, "weight"))
-        if times > 1 and any(call.place == seen.place for s in self.survey.stages for seen in s):
-            return None
+        name = self._names.get(joined(call.place, "weight"))
         if name is None or name not in self._plan.tensors:  # none to correct, or a task's own
             return Layer(call.place, call.module, None, calls=times)
-        why = self._against(call.place, name)
+        why = self._against(call.place, name) or self._last(call.place)
         if why is not None:
             self.survey.left[name] = why
             return Layer(call.place, call.module, None, calls=times)
@@ -181,17 +198,76 @@ class _Surveyor:
             return f"it is called {self._times[place]} times a pass"
         return None
 
+    def _last(self, place: str) -> str | None:
+        """Whether it gives an output of the network, whose values are not to be changed."""
+        if place not in self._flow.read:
+            return _LAST
+        return _GIVEN if place in self._flow.given else None
+
     def _bias(self, place: str) -> str | None:
         """The tensor of a layer's bias, where it is the layer's alone and not frozen."""
-        name = self._names.get(_tensor(place, "bias"))
+        name = self._names.get(joined(place, "bias"))
         if name is None or name not in self._plan.tensors or name in self._plan.fixed:
             return None
         return name if len(self._places[name]) == 1 else None
 
 
-def _tensor(place: str, attribute: str) -> str:
-    """The name of a module's parameter; a network may be a layer itself."""
-    return f"{place}.{attribute}" if place else attribute
+def _stages(layers: Mapping[str, Layer], calls: Sequence[_Call]) -> list[list[Layer]]:
+    """Layers in an order that holds for every run; those that are always given one tensor stand
+    together.
+    """
+    runs: dict[int, list[str]] = {}
+    entries: dict[str, dict[int, tuple[int, int]]] = {place: {} for place in layers}
+    for call in calls:
+        if call.place in layers and call.run not in entries[call.place]:
+            runs.setdefault(call.run, []).append(call.place)
+            entries[call.place][call.run] = call.entry
+    stages: list[list[Layer]] = []
+    before: dict[int, tuple[int, int]] | None = None
+    for place in in_order(list(runs.values())):
+        layer, entry = layers[place], entries[place]
+        if before == entry and not layer.is_norm:
+            stages[-1].append(layer)
+        else:
+            stages.append([layer])
+        before = None if layer.is_norm else entry
+    return stages
+
+
+def in_order(sequences: Sequence[Sequence[str]]) -> list[str]:
+    """One sequence that keeps the order of each; where it is open, the order of appearance.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    number: dict[str, int] = {}
+    after: dict[str, set[str]] = {}
+    for sequence in sequences:
+        for place in sequence:
+            number.setdefault(place, len(number))
+            after.setdefault(place, set())
+        for one, two in pairwise(sequence):
+            after[one].add(two)
+    waiting = Counter(place for places in after.values() for place in places)
+    ready = [number[place] for place in after if not waiting[place]]
+    heapify(ready)
+    places = list(number)
+    found: list[str] = []
+    while ready:
+        found.append(places[heappop(ready)])
+        for place in after[found[-1]]:
+            waiting[place] -= 1
+            if not waiting[place]:
+                heappush(ready, number[place])
+    left = [place for place in places if place not in set(found)]
+    if left:
+        raise ConfigError(
+            "REPAIR corrects layers in the order of their calls, and batches call some in orders "
+            f"that contradict each other: among {shorten(left)}. A layer's correction would change "
+            "what others were corrected for. Name some of them in `skip` of REPAIR (regular "
+            "expressions of weights), or leave it out of `finalisers`."
+        )
+    return found
 
 
 def _number(tensor: Tensor) -> int:
@@ -201,41 +277,47 @@ def _number(tensor: Tensor) -> int:
     return int(getattr(tensor, _NUMBER))
 
 
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; those of inference mode do not count."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 @contextmanager
-def _noted(merged: MergedModel, layers: Mapping[str, LinearLayer]) -> Iterator[list[_Call]]:
-    """Calls of linear layers and BatchNorm within the context, in order."""
-    calls: list[_Call] = []
-    axes = {place: layer.axis for layer in layers.values() for place in layer.places}
+def _noted(
+    merged: MergedModel,
+    weights: Mapping[str, ScaledWeight],
+    flow: Flow,
+    run: int,
+    calls: list[_Call],
+) -> Iterator[None]:
+    """Note the calls of linear layers and BatchNorm within the context, in order."""
     norms = merged.statistics.batch_norms
+    known = {call.place for call in calls}
+
+    def enter(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        flow.enters((args, kwargs))
 
     def watch(place: str, module: nn.Module) -> Any:
         def note(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Tensor) -> None:
             entry = first_argument(args, kwargs)
-            number, version = _number(entry), _version(entry)
+            number, written = _number(entry), version(entry)
             # at once: what comes next may write to both
-            plain = place in axes and is_linear_in_its_weight(
-                module, entry[:1], output[:1], axes[place]
-            )
-            feeder, written = getattr(entry, _FROM, (None, 0))
-            fed_by = feeder if written == version else None
-            calls.append(_Call(place, module, (number, version), fed_by, plain))
-            if is_linear(module):
-                setattr(output, _FROM, (place, _version(output)))
+            plain = place in known or (place in weights and is_plain(module, args, kwargs, output))
+            feeder, when = getattr(entry, _FROM, (None, 0))
+            fed_by = feeder if when == written else None
+            calls.append(_Call(run, place, module, (number, written), fed_by, plain))
+            flow.leaves(place, output)
+            if has_channels(module):
+                setattr(output, _FROM, (place, version(output)))
 
         return module.register_forward_hook(note, with_kwargs=True)
 
-    hooks = [
-        watch(place, module)
-        for place, module in merged.skeleton.named_modules()
-        if is_linear(module) or module in norms
-    ]
+    def end(_: nn.Module, __: Any, output: Any) -> None:
+        flow.ends(output)
+
+    hooks = []
+    for place, module in merged.skeleton.named_modules():
+        if has_channels(module) or module in norms:
+            hooks += [module.register_forward_pre_hook(enter, with_kwargs=True)]
+            hooks += [watch(place, module)]
+    hooks += [merged.skeleton.register_forward_hook(end)]
     try:
-        yield calls
+        yield
     finally:
         for hook in hooks:
             hook.remove()

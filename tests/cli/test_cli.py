@@ -142,6 +142,30 @@ def test_wrong_commands_and_options_suggest_the_nearest(capsys, arguments, messa
             ["Mixup: alpha must be positive, came -1"],
         ),
         ({"model": {"objective": {"task_weights": {"aa": 1.0}}}}, ["'aa' is no task", "'a'"]),
+        (
+            {
+                "model": {
+                    "objective": {
+                        "terms": [{"class_path": "Entropy"}],
+                        "regularisers": [{"class_path": "Lp", "init_args": {"p": 0.5}}],
+                    }
+                }
+            },
+            ["gradmerge fit: Lp: p must be at least 1, came 0.5."],
+        ),
+        (
+            {
+                "model": {
+                    "recipe": {
+                        "alignment": {
+                            "class_path": "WeightMatching",
+                            "init_args": {"unreached": ["("]},
+                        }
+                    }
+                }
+            },
+            ["gradmerge fit: WeightMatching.unreached: '(' is no regular expression"],
+        ),
         ({"data": {"tasks": {"a": {"kind": "text_clasification"}}}}, ["text_clasification"]),
         ({"data": {"batch_size": 0}}, ["batch_size: must be at least 1"]),
         ({"model": {"recipe": {"sources": {"a": "absent-folder"}}}}, ["absent-folder"]),

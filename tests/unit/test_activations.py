@@ -268,3 +268,38 @@ def test_sources_run_with_their_own_heads(tmp_path):
         rows[0].T @ rows[1] / len(rows[0]),
         atol=1e-12,
     )
+
+
+@pytest.mark.parametrize(
+    ("order", "flat"),
+    [
+        ("btcw", False),
+        ("bctw", False),
+        ("bcwt", False),
+        ("btwc", True),
+        ("tbcw", False),
+        ("ctbw", False),
+        ("wcbt", None),
+    ],
+)
+def test_padding_is_left_out_of_every_layout_that_tells_it(order, flat):
+    """Batch 3, tokens 5; where neither is where it may stand, all rows stay."""
+    sizes = {"b": 3, "t": 5, "c": 4, "w": 2}
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 5, 4, 2, generator=generator)
+    mask = (torch.arange(5) < torch.tensor([5, 3, 1])[:, None]).long()
+    laid = values.permute(["btcw".index(name) for name in order])
+    laid = laid.flatten(0, 1) if flat else laid
+    axis = order.index("c") - 4
+    rows = place_rows(Place("m", axis, 0, (sizes["c"],), 0), laid, mask)
+    kept = values.flatten(0, 1) if flat is None else values[mask != 0]
+    wanted = kept.movedim(1, -1).reshape(-1, 4)
+    assert rows.shape == wanted.shape
+    assert torch.equal(*(torch.tensor(sorted(r.tolist())) for r in (rows, wanted)))
+
+
+def test_outputs_without_tokens_hold_no_padding():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    place = Place("m", -1, 0, (4,), 0)
+    for shape in ((2, 4), (2, 7, 4), (3, 4)):
+        assert len(place_rows(place, torch.randn(shape), mask)) == torch.Size(shape[:-1]).numel()

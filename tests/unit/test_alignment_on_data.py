@@ -22,7 +22,7 @@ from gradmerge.alignment import (
 )
 from gradmerge.alignment.moments import correlation, covariances, squared_distances, with_mean
 from gradmerge.alignment.sinkhorn import sinkhorn
-from gradmerge.alignment.soft import mixes
+from gradmerge.alignment.soft import kept_apart
 from gradmerge.alignment.spec import Axis, Factor, Group, Segment, plain_axis
 from gradmerge.errors import ConfigError
 
@@ -397,7 +397,7 @@ FLATTENED = Axis((Segment((Factor(SIZE, "units"), Factor(4))),), "in")
 )
 def test_heads_and_normalised_residual_streams_keep_a_permutation(tensors, allowed):
     spec = spec_of(**tensors)
-    assert mixes(spec, "units") is allowed
+    assert (kept_apart(spec, "units") is None) is allowed
     x, order = correlated(0), ORDER
     for method in (CCA(), OptimalTransport()):
         change = aligned(method, spec, a=x, b=x[:, order]).maps["b"]["units"]

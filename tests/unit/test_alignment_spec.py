@@ -10,7 +10,8 @@ import torch
 import yaml
 from torch import nn
 
-from gradmerge.alignment.opening import traced_spec
+from gradmerge.alignment import WeightMatching
+from gradmerge.alignment.opening import find_spec, traced_spec
 from gradmerge.alignment.spec import (
     Axis,
     Factor,
@@ -31,6 +32,7 @@ from gradmerge.alignment.spec import (
 from gradmerge.alignment.units import fresh, regroup, sliced, unify
 from gradmerge.alignment.written import read_spec
 from gradmerge.errors import ConfigError
+from gradmerge.sources import InMemory
 from gradmerge.sources.memory import persistent_tensors
 
 GROUPS = {"h": Group("h", 3), "d": Group("d", 4), "r": Group("r", 5)}
@@ -278,3 +280,51 @@ def test_every_problem_of_a_written_specification_is_named_at_once() -> None:
         read_spec({"groups": {}}, shapes())
     with pytest.raises(ConfigError, match="cannot be read"):
         read_spec("/nowhere/spec.yaml", shapes())
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("sizes", True, r"sizes: expected a mapping such as \{heads: 12\}, came 'True'"),
+        ("roles", ["out"], r"roles: expected a mapping such as \{fc1.weight: \[out, in\]\}"),
+        ("places", "0", r"places: expected a mapping such as \{hidden"),
+        ("multiplied", "first", "multiplied: expected a list of groups such as .*'first'"),
+        ("multiplied", ["fist"], "multiplied: fist is no group of a tensor. Did you mean 'first'"),
+        ("sizes", {"first": True}, "sizes: first: expected a positive number, came True"),
+        ("tensors", {"0.bias": [True]}, "0.bias: expected names of groups and positive sizes"),
+        ("places", {"first": 3}, "places: first: expected modules, or pairs .*; came 3"),
+        ("places", {"first": True}, "places: first: expected modules, or pairs .*; came True"),
+        ("places", {"first": [[]]}, r"places: first: expected modules, or pairs .*; came \[\]"),
+        ("places", {"first": [["0", -1, 2]]}, r"or pairs .*; came \['0', -1, 2\]"),
+        ("places", {"first": [["0", "y"]]}, r"or pairs .*; came \['0', 'y'\]"),
+        ("places", {"first": [["0", 1]]}, r"or pairs .*; came \['0', 1\]"),
+        ("places", {"first": [{"a": 1}]}, r"or pairs .*; came \{'a': 1\}"),
+    ],
+)
+def test_fields_of_another_type_are_named(name: str, given: Any, message: str) -> None:
+    tensors = {"0.weight": ["first", None], "0.bias": ["first"]}
+    fields = {"tensors": tensors, name: {**tensors, **given} if name == "tensors" else given}
+    with pytest.raises(ConfigError, match=message):
+        read_spec(fields, {"0.weight": (8, 4), "0.bias": (8,)})
+
+
+def test_one_place_needs_no_list() -> None:
+    fields = {"tensors": {"0.bias": ["first"]}, "places": {"first": "0"}, "multiplied": ["first"]}
+    spec = read_spec(fields, {"0.bias": (8,)})
+    assert spec.groups["first"].multiplied
+    assert spec.groups["first"].places == (Place("0", -1, 0, (8,), 0),)
+
+
+@pytest.mark.parametrize(
+    ("place", "gives"),
+    [("2", r"2 gives \[1, 3\]"), (["0", -2], r"0 gives \[1, 8\]"), ("3", "3 gives no tensor")],
+)
+def test_a_written_place_has_to_show_its_group(place: Any, gives: str) -> None:
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    network.add_module("3", nn.Sequential())
+    network.forward = nn.Sequential(*network[:3]).forward  # type: ignore[method-assign]
+    tensors = {"0.weight": ["h", None], "0.bias": ["h"], "2.weight": [None, "h"]}
+    method = WeightMatching(spec={"tensors": tensors, "places": {"h": ["1", place]}})
+    match = rf"1 problem.*\n.*places: h: expected a module whose output has 8 entries .*{gives}"
+    with pytest.raises(ConfigError, match=match):
+        find_spec(method, {"a": InMemory(network).open()}, network)

@@ -12,8 +12,10 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gradmerge.alignment import WeightMatching
 from gradmerge.alignment.opening import traced_spec
-from gradmerge.alignment.spec import Group, PermutationSpec, plain_axis
+from gradmerge.alignment.sizes import at_other_sizes
+from gradmerge.alignment.spec import Group, PermutationSpec, Place, plain_axis
 from gradmerge.alignment.trace import tensors_of
 from gradmerge.alignment.verify import Float64, verify
 from gradmerge.errors import ConfigError
@@ -526,6 +528,139 @@ def test_what_the_run_does_not_reach_is_fixed() -> None:
     assert spec.fixed["idle.weight[0]"] == "the run does not reach it"
 
 
+class BySize(nn.Module):
+    """What it does with its units depends on the size of the input, where `turns` says so."""
+
+    def __init__(self, turns: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.turns = turns
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).tanh()
+        if self.turns(x):
+            hidden = hidden.roll(1, dims=-1)
+        return self.second(hidden)
+
+
+@pytest.mark.parametrize(
+    ("turns", "came"),
+    [
+        (lambda x: len(x) == 1, r"x \[1, 3, 5\]"),
+        (lambda x: len(x) > 2, r"x \[3, 13, 5\]"),
+        (lambda x: x.shape[1] < 6, r"x \[1, 3, 5\]"),
+        (lambda x: x.shape[1] > 6, r"x \[3, 13, 5\]"),
+    ],
+)
+def test_a_course_that_depends_on_the_size_is_refused(
+    turns: Callable[[Tensor], bool], came: str
+) -> None:
+    """Units are free on the example alone: batches of 1 and 3, lengths of 3 and 13 turn them."""
+    match = rf"changes what BySize computes .* with {came}\).*by themselves: first\."
+    with pytest.raises(ConfigError, match=match):
+        spec_of(BySize(turns), {"x": [2, 6, 5]})
+    assert spec_of(BySize(lambda x: False), {"x": [2, 6, 5]}).groups["first"].size == 8
+
+
+@pytest.mark.parametrize("fixed", ["batch", "length", "both"])
+def test_a_network_that_refuses_other_sizes_is_checked_on_those_it_takes(fixed: str) -> None:
+    taken = []
+
+    class Fixed(BySize):
+        def forward(self, x: Tensor) -> Tensor:
+            if (fixed != "length" and len(x) != 2) or (fixed != "batch" and x.shape[1] != 6):
+                raise ValueError("not this size")
+            found = super().forward(x)
+            taken.append(tuple(x.shape))
+            return found
+
+    spec = spec_of(Fixed(lambda x: False), {"x": [2, 6, 5]})
+    assert spec.groups["first"].size == 8
+    assert spec.checked is not None
+    others = {"batch": {(2, 3, 5), (2, 13, 5)}, "length": {(1, 6, 5), (3, 6, 5)}, "both": set()}
+    assert set(taken) == {(2, 6, 5), *others[fixed]}
+    if fixed != "both":
+        turned = Fixed(lambda x: tuple(x.shape) != (2, 6, 5))
+        with pytest.raises(ConfigError, match="permuting units changes what Fixed computes"):
+            spec_of(turned, {"x": [2, 6, 5]})
+
+
+class Folded(nn.Module):
+    """Heads share an axis with examples, which vary slowest (or fastest)."""
+
+    def __init__(self, heads_first: bool) -> None:
+        super().__init__()
+        self.heads_first = heads_first
+        self.query, self.act, self.out = nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.query(x).view(-1, 4, 2)
+        if self.heads_first:
+            heads = heads.transpose(0, 1)
+        folded = self.act(heads.reshape(-1, 2)).view(heads.shape)
+        if self.heads_first:
+            folded = folded.transpose(0, 1)
+        return self.out(folded.reshape(-1, 8))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_units_are_not_looked_for_where_they_share_an_axis_with_examples(
+    heads_first: bool, batch: int
+) -> None:
+    """A stretch of fixed length would show those of the first examples alone."""
+    module = Folded(heads_first)
+    spec = spec_of(module, {"x": [batch, 6]})
+    heads = [group for group in spec.groups.values() if group.size == 4]
+    width = [group for group in spec.groups.values() if group.size == 2]
+    assert [group.places for group in heads] == [(Place("query", -1, 0, (4, 2), 0),)]
+    assert [p.module for p in width[0].places] == ["query", "act"]
+    same_function(module, spec, {"x": torch.randn(5, 6)})
+    (place,) = heads[0].places
+    assert place.units(module.query(torch.randn(5, 6))).shape == (5 * 2, 4)
+
+
+def test_other_sizes_keep_ids_masks_and_pictures_consistent() -> None:
+    def sizes(example: dict[str, Tensor]) -> list[dict[str, list[int]]]:
+        found = at_other_sizes(example, lambda other: None)
+        return [{k: list(v.shape) for k, v in other.items()} for other, _ in found]
+
+    ids = torch.arange(6).expand(1, 6)
+    text = {"input_ids": ids, "mask": torch.ones(1, 1, 6, 6), "decoder_input_ids": ids[:, :5]}
+    assert sizes(text) == [
+        {"input_ids": [2, 3], "mask": [2, 1, 3, 3], "decoder_input_ids": [2, 2]},
+        {"input_ids": [3, 13], "mask": [3, 1, 13, 13], "decoder_input_ids": [3, 11]},
+    ]
+    assert sizes({"x": torch.ones(2, 3, 32, 32)}) == [{"x": [1, 3, 24, 24]}, {"x": [3, 3, 32, 32]}]
+    assert sizes({"x": torch.ones(2, 7)}) == [{"x": [1, 7]}, {"x": [3, 7]}]
+    longest = [other for other, _ in at_other_sizes({"x": ids}, lambda other: None)][-1]["x"]
+    assert longest.tolist() == [[*range(6), *range(6), 0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"input": [-1, 3]}, r"example: input: expected a shape .*came \[-1, 3\]"),
+        ({"input": [True, 3]}, r"example: input: expected a shape .*came \[True, 3\]"),
+        (
+            {"input": [10**9, 10**4, 3]},
+            r"example: input: a tensor of shape \[1000000000, .* cannot",
+        ),
+        ({3: [1, 3]}, r"example: expected names of arguments of Linear, came 3. It takes input"),
+    ],
+)
+def test_an_example_that_is_no_shape_is_named(example: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        spec_of(nn.Linear(3, 4), example)
+
+
+def test_options_of_a_matching_are_checked_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"WeightMatching.example: expected shapes .*came '\[1"):
+        WeightMatching(example=[1, 3])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"WeightMatching.unreached: '\(' is no regular"):
+        WeightMatching(unreached=["("])
+
+
 def test_a_network_that_does_not_run_asks_for_an_example() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -657,3 +792,78 @@ def test_a_wrong_specification_is_seen_with_two_units_masks_and_nan() -> None:
             verify(wrong, Masked(fill), names, {"x": torch.randn(2, 3)})
     with pytest.raises(ConfigError, match="gives no finite output"):
         verify(wrong, Masked(0.0), names, {"x": torch.empty(0, 3)})
+
+
+# ---- what is multiplied ----------------------------------------------------------------------
+
+
+class SingleHead(nn.Module):
+    """Attention with one head, by products or by the fused operator; a gate by channels."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.q, self.k, self.v = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(4, 5)
+        self.out, self.squeeze, self.head = nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.fused:
+            seen = functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        else:
+            seen = (q @ k.mT / 6**0.5).softmax(dim=-1) @ v
+        x = self.out(seen)
+        return self.head(x * self.squeeze(x.mean(dim=1, keepdim=True)).sigmoid().expand_as(x))
+
+
+class Cells(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x)[0])
+
+
+class Standardised(nn.Linear):
+    """Weights that are multiplied with weights, and functions of one tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
+        return x * x.sigmoid() * (1 + torch.tanh(x**3)) / x.square().mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "multiplied", "free"),
+    [
+        (lambda: SingleHead(False), (2, 3, 4), {"q", "out"}, {"v"}),
+        (lambda: SingleHead(True), (2, 3, 4), {"q", "out"}, {"v"}),
+        (Cells, (2, 3, 4), {"cells.0"}, set()),
+        (lambda: nn.Sequential(Standardised(4, 6), nn.Linear(6, 2)), (2, 4), set(), {"0"}),
+        (
+            lambda: nn.Sequential(
+                nn.Conv1d(2, 6, 1), nn.Conv1d(6, 6, 2, groups=6), nn.ReLU(), nn.Conv1d(6, 3, 1)
+            ),
+            (2, 2, 5),
+            {"0"},
+            set(),
+        ),
+        (
+            lambda: nn.Sequential(
+                nn.Linear(4, 6), nn.BatchNorm1d(6), nn.GELU(), nn.Dropout(), nn.Linear(6, 2)
+            ),
+            (2, 4),
+            set(),
+            {"0"},
+        ),
+    ],
+    ids=["products", "fused attention", "lstm", "own function", "depthwise", "norm"],
+)
+def test_units_that_are_multiplied_with_others_are_told(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], multiplied: set[str], free: set[str]
+) -> None:
+    module = make()
+    name = "input" if isinstance(module, nn.Sequential) else "x"
+    groups = spec_of(module, {name: list(shape)}).groups
+    assert {n for n, group in groups.items() if group.multiplied} == multiplied
+    assert {n for n, group in groups.items() if not group.multiplied} == free

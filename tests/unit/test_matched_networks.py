@@ -13,7 +13,7 @@ from conftest import ARCHITECTURES, logits_of
 from gradmerge import MergeDataModule, Recipe, TaskData
 from gradmerge.alignment import CCA, ActivationMatching, LinearMap, OptimalTransport
 from gradmerge.alignment.opening import traced_spec
-from gradmerge.alignment.soft import mixes
+from gradmerge.alignment.soft import kept_apart
 from gradmerge.alignment.spec import invert_all, same_maps
 from gradmerge.coefficients import Model, Uniform
 from gradmerge.collection import collect
@@ -50,13 +50,27 @@ class Deep(nn.Module):
         return self.head(self.two(self.one(x).relu()).relu())
 
 
+class Gated(nn.Module):
+    """A gate from another layer, the halves of one layer, and a function of one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(6, 9), nn.Linear(6, 9), nn.Linear(9, 6)
+        self.halves, self.own, self.head = nn.Linear(6, 14), nn.Linear(7, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.down(self.up(x) * nn.functional.silu(self.gate(x)))
+        x = self.own(nn.functional.glu(self.halves(x)))
+        return self.head(x * x.sigmoid())
+
+
 NETWORKS = ["deep", "residual", "llama", "vit", "bert", "gpt2"]
 
 
 def network(name, seed=0):
     """A network with weights and statistics of order one, so that no two units are alike."""
     torch.manual_seed(seed)
-    own = {"deep": Deep, "residual": Residual}
+    own = {"deep": Deep, "residual": Residual, "gated": Gated}
     model = (own[name] if name in own else ARCHITECTURES[name][0])().eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -70,7 +84,7 @@ def network(name, seed=0):
 def rows_of(name, count, seed):
     generator = torch.Generator().manual_seed(seed)
     label = torch.tensor(0)
-    if name == "deep":
+    if name in ("deep", "gated"):
         return [{"x": torch.randn(6, generator=generator), "labels": label} for _ in range(count)]
     if name in ("residual", "vit"):
         images = torch.randn(count, 3, 8, 8, generator=generator)
@@ -185,13 +199,31 @@ def test_maps_that_mix_undo_planted_orders_and_spare_what_must_not_mix(tmp_path,
     else:
         plan = opened(tmp_path, [first, second], method, data)
     for group, change in plan.order.maps["b"].items():
-        assert isinstance(change, LinearMap) is mixes(spec, group), group
-    mixed = [group for group in spec.groups if mixes(spec, group)]
+        assert isinstance(change, LinearMap) is (kept_apart(spec, group) is None), group
+    mixed = [group for group in spec.groups if kept_apart(spec, group) is None]
     assert mixed == (list(spec.groups) if name == "residual" else [g for g in mixed if "mlp" in g])
     aligned = read(plan, "b", first)
     gap = (outputs(aligned, data) - outputs(first, data)).abs().max()
     spread = outputs(first, data).std()
     assert gap < (0.02 if isinstance(method, CCA) else 0.2) * spread, gap / spread
+
+
+@pytest.mark.parametrize("method", [CCA(), OptimalTransport()])
+def test_what_is_multiplied_keeps_a_permutation(tmp_path, method):
+    """Two networks of their own: gates and what they gate are only permuted, and named."""
+    models, data = [network("gated"), network("gated", seed=1)], data_of("gated", count=80)
+    plan = opened(tmp_path, models, method, data)
+    why = "its units are multiplied one by one with others"
+    assert plan.order.report["permuted only"] == {"up": why, "halves.0": why}
+    maps = plan.order.maps["b"]
+    mixed = {group for group, change in maps.items() if isinstance(change, LinearMap)}
+    assert mixed == {"down", "own"}
+    aligned, x = read(plan, "b", models[0]), torch.randn(20, 6)
+    inverse = maps["down"].matrix.float().inverse()
+    with torch.no_grad():  # as far as the mixture behind the gate, which is linear
+        hidden = aligned.down(aligned.up(x) * nn.functional.silu(aligned.gate(x)))
+        wanted = models[1].down(models[1].up(x) * nn.functional.silu(models[1].gate(x)))
+    torch.testing.assert_close(hidden @ inverse.mT, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_a_linear_map_is_no_symmetry_of_a_network(tmp_path):

@@ -175,6 +175,7 @@ def test_bfloat16_autocast_goes_with_sam(tmp_path):
         ({"base": "nowhere.Adam"}, "expected the class path of an optimiser"),
         ({"base": "torch.nn.Linear"}, "expected the class path of an optimiser"),
         ({"base": {"class_path": "torch.optim.Adam", "init_args": {"x": 1}}}, "cannot be made of"),
+        ({"base": "torch.optim.LBFGS"}, "LBFGS evaluates the loss itself, several times a step"),
     ],
 )
 def test_sam_names_what_is_wrong_with_its_base(options, message):

@@ -283,6 +283,26 @@ def test_export_of_processed_directions_reloads_to_the_same_logits(tmp_path, fam
         )
 
 
+@pytest.mark.parametrize("value", ["origin", 0.5])
+def test_what_is_frozen_at_the_origin_has_no_share_in_the_model(value):
+    """A large frozen tensor would take all of it; one that is merged with a number counts."""
+    torch.manual_seed(0)
+    base, *models = (torch.nn.Sequential(torch.nn.Linear(4, 6)) for _ in range(3))
+    for model in models:
+        model[0].bias.data.add_(100)
+    recipe = Recipe(
+        dict(zip("ab", models, strict=True)),
+        base=base,
+        preprocess=[Trim(0.25, scope="model")],
+        frozen={r"bias": value},
+        init=Constant(1.0),
+    )
+    plan = recipe.open(with_skeleton=False)
+    kept = plan.terms("0.weight")
+    counts = [int(mask.bool().sum()) for mask in kept.masks]
+    assert counts == ([6, 6] if value == "origin" else [1, 1])
+
+
 def test_two_threads_that_ask_first_read_the_whole_model_once():
     """An export hashes its inputs in one thread and merges in another."""
     passes = []

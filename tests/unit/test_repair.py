@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Constant, Model, Uniform
@@ -15,7 +16,10 @@ from gradmerge.errors import ConfigError
 from gradmerge.finalisers import REPAIR, DepthRescale, SpectralRescale
 from gradmerge.finalisers.repair import correction_of
 from gradmerge.renormalisation import Renormalisation
-from gradmerge.survey import Run
+from gradmerge.survey import Run, in_order
+
+LAST = "it is a last layer: no other reads its output"
+GIVEN = "the network gives out its output as it is"
 
 
 class Deep(nn.Module):
@@ -187,7 +191,7 @@ def test_channels_of_a_perceptron_are_those_of_its_sources(memory):
     assert_statistics(channels(twin, batches, places), expected)
     report = merged.plan.finalisation.report
     assert report["corrected"] == [f"{place}.weight" for place in places]
-    assert report["left alone"] == {"head.weight": "it is the network's last layer"}
+    assert report["left alone"] == {"head.weight": LAST}
     assert report["batches"] == 3
     average = sum(model.head.weight for model in models) / 3
     torch.testing.assert_close(twin.head.weight, average, rtol=1e-6, atol=1e-7)
@@ -337,6 +341,51 @@ def test_padding_does_not_count(family):
     place = places[-2]
     other = channels(twin, unmasked, [place])[place]
     assert not torch.allclose(other[0], averages(models[1:], batches, places)[place][0], atol=1e-3)
+
+
+class Layouts(nn.Module):
+    """Tokens, each by itself, in one layout after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.flat, self.width = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(3, 3)
+        self.heads, self.turned = nn.Linear(3, 3), nn.Linear(6, 6)
+        self.conv, self.head = nn.Conv1d(6, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x, attention_mask):
+        batch, tokens, _ = x.shape
+        x = self.flat(self.plain(x).relu().flatten(0, 1)).relu()
+        x = self.width(x.view(batch, tokens, 2, 3)).relu()  # heads behind tokens
+        x = self.heads(x.transpose(1, 2)).relu().transpose(1, 2).flatten(2)  # and before them
+        x = self.turned(x.transpose(0, 1)).relu().transpose(0, 1)
+        x = self.conv(x.mT).relu().mT
+        kept = x * attention_mask[..., None]
+        return self.head(kept.sum(dim=1) / attention_mask.sum(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_padding_does_not_count_in_any_layout(count):
+    """Other numbers on padding change no correction."""
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(Layouts().eval())
+    found = []
+    for noise in (0.0, 5.0):
+        batches = []
+        for lengths in ([5, 3, 2], [1, 5])[:count]:
+            mask = (torch.arange(5) < torch.tensor(lengths)[:, None]).float()
+            x = torch.randn(len(lengths), 5, 6, generator=torch.Generator().manual_seed(4))
+            batches.append({"x": x + noise * (1 - mask)[..., None], "attention_mask": mask})
+        merged, _ = repaired(models, batches)
+        found.append(merged.plan.finalisation)
+    names = ["plain", "flat", "width", "heads", "turned", "conv"]
+    assert found[0].report["corrected"] == [f"{name}.weight" for name in names]
+    for name, correction in found[0].corrections.items():
+        other = found[1].corrections[name]
+        torch.testing.assert_close(other.scale, correction.scale, rtol=1e-5, atol=1e-6)
+        if correction.shift is not None:
+            torch.testing.assert_close(other.shift, correction.shift, rtol=1e-5, atol=1e-6)
 
 
 # ---- what is folded -------------------------------------------------------------------------
@@ -583,7 +632,7 @@ def test_what_cannot_be_corrected_is_left_alone_and_named():
         "standardised.weight": "its weight is transformed before use",
         "frozen.weight": "it is frozen",
         "skipped.weight": "skip names it",
-        "head.weight": "it is the network's last layer",
+        "head.weight": LAST,
         "uncalled.weight": "no pass calls it",
     }
     assert merged.plan.finalisation.report["scale alone"] == ["partly.weight"]
@@ -598,9 +647,257 @@ def test_what_cannot_be_corrected_is_left_alone_and_named():
         assert same == (name != "partly.weight"), name
 
 
+class Loops(nn.Module):
+    """The course depends on the batch's size, and on a number among the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.loop, self.side = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.third, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.level = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        x, size = self.first(x).relu(), len(x)
+        for _ in range(1 + size % 2):
+            x = self.loop(x).relu()
+        if size > 20:
+            x = self.side(x).relu()
+        x = self.third(x).relu()
+        if self.level > 0:
+            x = self.third(x).relu()
+        return self.head(x)
+
+
+def loops(*levels):
+    models = []
+    for seed, level in enumerate(levels):
+        torch.manual_seed(seed)
+        models.append(Loops().eval())
+        models[-1].level.data.fill_(level)
+    return models
+
+
+def test_calls_are_those_of_all_batches():
+    """Called twice on the third batch alone; called on the second and third alone."""
+    models, batches = loops(-1, -2), vectors(20, 30, 31)
+    merged, found = repaired(models, batches)
+    report = merged.plan.finalisation.report
+    assert report["corrected"] == ["first.weight", "side.weight", "third.weight"]
+    assert report["left alone"] == {
+        "loop.weight": "it is called 2 times a pass",
+        "head.weight": LAST,
+    }
+    assert [[layer.place for layer in stage] for stage in found.survey.stages] == [
+        ["first"],
+        ["side"],
+        ["third"],
+    ]
+    twin, places = exported(merged, models[0]), ["first", "side", "third"]
+    assert_statistics(channels(twin, batches, places), averages(models, batches, places))
+
+
+def test_calls_are_those_of_all_sources():
+    models, batches = loops(-1, 2), vectors(20, 30)
+    merged, _ = repaired(models, batches)
+    report = merged.plan.finalisation.report
+    assert report["corrected"] == ["first.weight", "loop.weight", "side.weight"]
+    assert report["left alone"]["third.weight"] == "source b calls it 2 times a pass"
+    twin, places = exported(merged, models[0]), ["first", "loop", "side"]
+    assert_statistics(channels(twin, batches, places), averages(models, batches, places))
+
+
+@pytest.mark.parametrize("sizes", [[30], [30, 40]])
+def test_a_layer_that_the_merged_network_alone_calls_again_is_refused(sizes):
+    """Coefficients that leave the sources' range turn the number's sign."""
+    models, batches = loops(-1, -2), vectors(*sizes)
+    message = r"merged network calls third more than once.*Name third.weight in `skip`"
+    with pytest.raises(ConfigError, match=message):
+        repaired(models, batches, init=Constant([1.0, -0.9]))
+    merged, _ = repaired(models, batches, REPAIR(skip=["^third"]), init=Constant([1.0, -0.9]))
+    assert "third.weight" not in merged.plan.finalisation.report["corrected"]
+
+
+class Turned(Loops):
+    """Two layers change places with the batch's size."""
+
+    def forward(self, x):
+        order = (self.side, self.loop) if len(x) > 20 else (self.loop, self.side)
+        x = self.first(x).relu()
+        for layer in order:
+            x = layer(x).relu()
+        return self.head(self.third(x).relu())
+
+
+def test_orders_of_calls_that_contradict_each_other_are_refused():
+    models = [Turned().eval(), Turned().eval()]
+    with pytest.raises(ConfigError, match=r"contradict each other: among loop, side, third"):
+        repaired(models, vectors(20, 30))
+    merged, _ = repaired(models, vectors(20, 30), REPAIR(skip=[r"^side\."]))
+    places = ["first", "loop", "third"]
+    twin, expected = exported(merged, models[0]), averages(models, vectors(20, 30), places)
+    came = channels(twin, vectors(20, 30), places)
+    assert_statistics(came, expected)
+
+
+def test_one_order_keeps_that_of_every_batch():
+    assert in_order(["124", "234", "35"]) == list("12345")
+    assert in_order([]) == []
+
+
+class Volumes(nn.Module):
+    """Convolutions of three axes, transposed ones (in groups, too), weights by `weight_norm`."""
+
+    def __init__(self):
+        super().__init__()
+        self.solid = nn.Conv3d(2, 6, 2)
+        self.up1 = nn.ConvTranspose1d(6, 8, 3, stride=2)
+        self.up2 = nn.ConvTranspose2d(8, 6, 3, groups=2, bias=False)
+        self.up3 = nn.ConvTranspose3d(6, 4, 2, groups=2)
+        self.normed = weight_norm(nn.Linear(4, 6))
+        self.filter = weight_norm(nn.Conv1d(1, 4, 2))
+        self.spectral = spectral_norm(nn.Linear(4, 6))
+        self.columns = weight_norm(nn.Linear(6, 6), dim=1)
+        self.recurrent = nn.LSTM(6, 5, batch_first=True)
+        self.experts, self.table = nn.Parameter(torch.ones(2, 5, 5)), nn.Parameter(torch.ones(2, 5))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.solid(x.unflatten(1, (1, 3)).expand(-1, 2, -1, -1, -1)).relu()
+        x = self.up1(x.mean(dim=(2, 3))).relu()
+        x = self.up2(x.unflatten(2, (5, -1))).relu()
+        x = self.up3(x[:, :, :4, :3, None]).relu()
+        x = self.normed(x.mean(dim=(2, 3, 4))).relu()
+        x = self.filter(x[:, None]).relu().mean(dim=2)
+        x = self.columns(self.spectral(x).relu()).relu()
+        x = self.recurrent(x[:, None])[0][:, 0]
+        return self.head(x @ self.experts.mean(dim=0) + self.table.mean(dim=0))
+
+
+def channels_first(model, batches, places):
+    """`channels`, of layers whose outputs are `[batch, channels, ...]`."""
+    rows = {place: [] for place in places}
+    hooks = [
+        model.get_submodule(place).register_forward_hook(
+            lambda _, __, output, place=place: rows[place].append(
+                output.movedim(1, -1).flatten(0, -2).double()
+            )
+        )
+        for place in places
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    every = {place: torch.cat(found) for place, found in rows.items()}
+    return {p: (r.mean(0), r.std(0, correction=0)) for p, r in every.items()}
+
+
+@pytest.mark.parametrize("parts", [[24], [16, 8]])
+def test_every_layer_that_can_be_scaled_is_corrected(parts):
+    """On the fly and folded; the rest is named."""
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(Volumes().eval())
+    batches = images(*parts)
+    merged, found = repaired(models, batches)
+    report = merged.plan.finalisation.report
+    g = "parametrizations.weight.original0"
+    corrected = ["solid.weight", "up1.weight", "up3.weight", f"normed.{g}", f"filter.{g}"]
+    assert report["corrected"] == corrected
+    assert report["scale alone"] == ["up2.weight"]
+    computed, lstm = "its layer's weight is computed from it", "REPAIR corrects no LSTM"
+    assert found.survey.unusual == {
+        "spectral.parametrizations.weight.original": computed,
+        f"columns.{g}": computed,
+        "columns.parametrizations.weight.original1": computed,
+        "recurrent.weight_ih_l0": lstm,
+        "recurrent.weight_hh_l0": lstm,
+        "experts": "REPAIR corrects no Volumes",
+    }
+    assert found.survey.left["table"] == "no layer of a known kind holds it"
+    places = ["solid", "up1", "up2", "up3", "normed", "filter"]
+    came = channels_first(exported(merged, models[0]), batches, places)
+    own = [channels_first(model, batches, places) for model in models]
+    for place in places:
+        means, deviations = (sum(o[place][i] for o in own) / 2 for i in (0, 1))
+        torch.testing.assert_close(came[place][1], deviations, rtol=1e-4, atol=1e-5)
+        if place != "up2":
+            torch.testing.assert_close(came[place][0], means, rtol=1e-4, atol=1e-4)
+    finalisation = merged.plan.finalisation
+    before = {n: merged.plan.materialise(n, merged.raw) for n in ("up2.weight", "up3.weight")}
+    finalisation.load_state(finalisation.state())
+    for name, tensor in before.items():
+        assert torch.equal(merged.plan.materialise(name, merged.raw), tensor)
+
+
+def test_weight_norm_of_old_style_is_scaled_by_its_g():
+    models, batches = networks(Deep), vectors(40, 9)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for model in models:
+            torch.nn.utils.weight_norm(model.second)
+            model(batches[0])
+    merged, _ = repaired(models, batches)
+    names = ["first.weight", "second.weight_g", "third.weight"]
+    assert merged.plan.finalisation.report["corrected"] == names
+    places = ["first", "second", "third"]
+    twin, expected = exported(merged, models[0]), averages(models, batches, places)
+    assert_statistics(channels(twin, batches, places), expected)
+
+
+class Detector(nn.Module):
+    """Class and box heads behind one trunk; an output that another layer reads; a BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.trunk = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3)
+        self.classes, self.boxes = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 8, 1)
+        self.coarse, self.fine = nn.Linear(6, 5), nn.Linear(11, 3)
+        self.project = nn.Linear(6, 5)
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        features = self.trunk(self.stem(x).relu()).relu()
+        boxes = torch.empty(len(x), 2, features[0, 0].numel(), 4)
+        boxes[:] = self.boxes(features).unflatten(1, (2, 4)).flatten(3).mT
+        classes = self.classes(features).permute(0, 2, 3, 1).reshape(len(x), -1, 4)
+        pooled = features.mean(dim=(2, 3))
+        coarse = self.coarse(pooled)
+        fine = self.fine(torch.cat([pooled, coarse.softmax(dim=1)], dim=1))
+        found = {"boxes": [boxes], "classes": classes.softmax(dim=-1)}
+        return found, (coarse[:, :], fine.squeeze(1)), self.norm(self.project(pooled))
+
+
+def test_no_output_of_the_network_is_corrected():
+    """What gives an output keeps the average of the sources, whichever was called last."""
+    models, batches = networks(Detector), images(16, 5)
+    merged, found = repaired(models, batches)
+    assert found.survey.left == {
+        "classes.weight": LAST,
+        "boxes.weight": LAST,
+        "coarse.weight": GIVEN,
+        "fine.weight": LAST,
+        "norm.weight": LAST,
+        "project.weight": "it feeds a BatchNorm",
+    }
+    assert merged.plan.finalisation.report["corrected"] == ["stem.weight", "trunk.weight"]
+    twin, places = exported(merged, models[0]), ["stem", "trunk"]
+    assert_statistics(channels(twin, batches, places), averages(models, batches, places))
+    for name, tensor in twin.named_parameters():
+        if not name.startswith(("stem", "trunk")):
+            average = sum(dict(model.named_parameters())[name] for model in models) / 2
+            torch.testing.assert_close(tensor, average, rtol=1e-6, atol=1e-7)
+    seen = channels(twin, batches, ["project"])["project"][0].float()
+    torch.testing.assert_close(twin.norm.running_mean, seen, rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_to_correct_is_an_error():
     models = [nn.Linear(6, 3), nn.Linear(6, 3)]
-    with pytest.raises(ConfigError, match=r"no layer to correct.*last layer \(weight: it is the"):
+    with pytest.raises(
+        ConfigError, match=r"no layer to correct.*outputs \(weight: it is a last layer"
+    ):
         repaired(models, vectors(9))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils import prune
 
 from conftest import ARCHITECTURES, logits_of
 from gradmerge import MergedModel, Recipe
@@ -352,6 +353,25 @@ def test_strip_weights_leaves_the_module_alone_and_keeps_ties(family, name):
     ):
         assert torch.equal(ours, theirs), key
         assert ours.data_ptr() != theirs.data_ptr()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    ("compute", "name"),
+    [
+        (lambda layer: torch.nn.utils.weight_norm(layer), "weight_norm"),
+        (lambda layer: torch.nn.utils.spectral_norm(layer), "spectral_norm"),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "prune"),
+    ],
+)
+def test_weights_that_are_computed_before_a_call_are_refused_by_name(compute, name):
+    models = [nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)) for _ in range(2)]
+    for model in models:
+        compute(model[1])
+        model(torch.ones(3, 4))
+    match = rf"1\.weight is no parameter, but computed .*old torch\.nn\.utils\.{name}\)"
+    with pytest.raises(ConfigError, match=match):
+        MergedModel(Recipe(dict(zip("ab", models, strict=True))))
 
 
 def test_merging_does_not_change_the_users_modules(family):

@@ -7,6 +7,7 @@ merge of the whole tensor with it, read off at these entries, so every spread fo
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -384,6 +385,17 @@ def test_a_checkpoint_says_which_operator_it_was(name):
 
 
 # ---- refusals -----------------------------------------------------------------------------------
+
+
+def test_an_election_of_directions_from_the_mean_is_warned_of():
+    """They add up to zero: under equal coefficients rounding would elect."""
+    two = {name: InMemory(torch.nn.Linear(4, 2)) for name in "ab"}
+    with pytest.warns(UserWarning, match="rounding elects the sign of every entry that all"):
+        Recipe(sources=two, origin="mean", operator=DisjointMean())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Recipe(sources=two, origin="mean", operator=DisjointMean(elect="count"))
+        Recipe(sources=two, origin="zero", operator=DisjointMean())
 
 
 def test_merges_that_cannot_be_expressed_are_refused():

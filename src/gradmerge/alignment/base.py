@@ -8,6 +8,7 @@ sources, a reference, and the running mean come from here.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -161,6 +162,19 @@ class Matching(AbstractAlignment):
             raise ConfigError(
                 f"{type(self).__name__}.max_iter: expected a positive number, came {self.max_iter}."
             )
+        if self.example is not None and not isinstance(self.example, Mapping):
+            raise ConfigError(
+                f"{type(self).__name__}.example: expected shapes (or tensors) by the name of the "
+                f"argument, e.g. {{x: [1, 3, 32, 32]}}, came {str(self.example)[:60]!r}."
+            )
+        for pattern in self.unreached:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"{type(self).__name__}.unreached: {pattern!r} is no regular expression: "
+                    f"{error}."
+                ) from error
 
     @abstractmethod
     def match(

@@ -29,8 +29,9 @@ class CCA(MixingOnData):
     exactly, so the mapped source is near its own function, not equal to it. Of BatchNorm, shifts
     and running means are mapped by T, gains are means weighted with T's squared entries (T itself
     may cancel them, or turn their sign), and running variances are mapped by these: have the
-    statistics recomputed (`buffers: recompute`, the default). Attention heads and the units of a
-    residual stream with LayerNorm or RMSNorm gains keep a permutation, by correlations.
+    statistics recomputed (`buffers: recompute`, the default). Attention heads, units that are
+    multiplied one by one with others (gated MLPs) and those of a residual stream with LayerNorm or
+    RMSNorm gains keep a permutation, by correlations; the report names them.
     """
 
     gamma: float = 0.1

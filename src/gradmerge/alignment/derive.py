@@ -30,11 +30,14 @@ def to_spec(traced: Traced, skeleton: nn.Module, binding: Binding) -> Permutatio
         skeleton: the network.
         binding: where the files' tensors sit in it.
     """
-    _settle([*traced.labels.values(), *(label for _, _, label in traced.seen)])
+    seen = [label for _, _, label in traced.seen]
+    _settle([*traced.labels.values(), *seen, traced.multiplied])
     names = _name_groups(traced)
     places = _places(traced, names)
+    multiplied = {unit for dim in traced.multiplied for unit in dim.units()}
     groups = {
-        name: Group(name, unit.size, tuple(places.get(name, ()))) for unit, name in names.items()
+        name: Group(name, unit.size, tuple(places.get(name, ())), unit in multiplied)
+        for unit, name in names.items()
     }
     tensors = {}
     fixed = {}

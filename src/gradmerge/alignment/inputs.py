@@ -45,6 +45,10 @@ def candidates(skeleton: nn.Module, given: Mapping[str, Any] | None) -> Iterator
         yield {name: _draw(shape, count, generator)}
 
 
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def _draw(shape: list[int], count: int, generator: torch.Generator) -> Tensor:
     if count:
         return torch.randint(count, shape, generator=generator)
@@ -70,6 +74,11 @@ def _given(
     known = _arguments(skeleton)
     found: dict[str, Any] = {}
     for name, value in given.items():
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"alignment.example: expected names of arguments of {type(skeleton).__name__}, "
+                f"came {name!r}. It takes {', '.join(known)}."
+            )
         if known and name not in known and "kwargs" not in str(inspect.signature(skeleton.forward)):
             raise ConfigError(
                 f"alignment.example: {type(skeleton).__name__} is not called with {name!r}."
@@ -77,13 +86,19 @@ def _given(
             )
         if isinstance(value, Tensor):
             found[name] = value
-        elif isinstance(value, (list, tuple)) and all(isinstance(n, int) for n in value):
+        elif isinstance(value, (list, tuple)) and all(_is_size(n) for n in value):
             ids = name.endswith("ids")
-            found[name] = _draw(list(value), _num_tokens(skeleton) if ids else 0, generator)
+            try:
+                found[name] = _draw(list(value), _num_tokens(skeleton) if ids else 0, generator)
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"alignment.example: {name}: a tensor of shape {list(value)} cannot be made "
+                    f"({str(error)[:120]}). A small one will do."
+                ) from error
         else:
             raise ConfigError(
-                f"alignment.example: {name}: expected a shape such as [1, 3, 32, 32], or a tensor, "
-                f"came {value!r}."
+                f"alignment.example: {name}: expected a shape of positive numbers such as "
+                f"[1, 3, 32, 32], or a tensor, came {value!r}."
             )
     return found
 

@@ -14,6 +14,7 @@ from torch import nn
 from gradmerge.alignment.base import AbstractAlignment, Activations, AlignmentContext
 from gradmerge.alignment.derive import module_names, to_spec
 from gradmerge.alignment.inputs import candidates
+from gradmerge.alignment.places import steady
 from gradmerge.alignment.spec import LinearMap, Maps, PermutationSpec, share_moved
 from gradmerge.alignment.trace import trace
 from gradmerge.alignment.verify import verify
@@ -112,7 +113,7 @@ def find_spec(
         shapes = {name: info.shape for name, info in first.infos.items()}
         spec = read_spec(given, shapes, skeleton)
         if skeleton is not None:
-            return _verified(spec, skeleton, list(first.infos), first.label, example)
+            return _verified(spec, skeleton, list(first.infos), first.label, example, True)
         return spec
     if skeleton is None:
         raise ConfigError(
@@ -155,13 +156,18 @@ def _verified(
     names: Sequence[str],
     label: str,
     example: Mapping[str, Any] | None,
+    written: bool = False,
 ) -> PermutationSpec:
     files: dict[str, str] = {}
     binding = bind_or_refuse(skeleton, names, label)
     for file_name, module_name in module_names(skeleton, binding).items():
         files.setdefault(module_name, file_name)
-    change = _first_that_runs(skeleton, example, partial(verify, spec, skeleton, files))
-    return replace(spec, checked=change)
+
+    def checked(inputs: Mapping[str, Any]) -> PermutationSpec:
+        found = replace(spec, checked=verify(spec, skeleton, files, inputs))
+        return steady(found, skeleton, inputs, written)
+
+    return _first_that_runs(skeleton, example, checked)
 
 
 def _first_that_runs(

@@ -2,14 +2,14 @@
 
 Their maps are no symmetry of a network with element-wise functions between its layers, so a source
 computes something near what it computed. Where a mixture makes no sense at all a group keeps a
-permutation (`mixes`).
+permutation (`kept_apart`).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -19,16 +19,20 @@ from gradmerge.alignment.moments import with_mean
 from gradmerge.alignment.spec import Group, Map, Maps, PermutationSpec
 
 
-def mixes(spec: PermutationSpec, group: str) -> bool:
-    """Whether a group's units may be mixed, and not only change places.
+def kept_apart(spec: PermutationSpec, group: str) -> str | None:
+    """Why a group's units may change places alone; None where they may be mixed.
 
-    They may not where
+    They may not be mixed where
 
+    - they are multiplied one by one with others: a gate and what it gates, cells of a recurrent
+      layer, channels of a depthwise convolution, queries and keys (`multiplied.py`);
     - the units are blocks of an axis (attention heads, which a softmax keeps apart): a tensor that
       writes them has another factor along the same stretch;
     - something other than a layer's bias or BatchNorm runs along them: a norm over the units with a
       gain for each (LayerNorm and RMSNorm on a residual stream), or a layer scale.
     """
+    if spec.groups[group].multiplied:
+        return "its units are multiplied one by one with others"
     owners: dict[str, set[int | str]] = {}
     for name, axes in spec.tensors.items():
         kinds = owners.setdefault(name.rpartition(".")[0], set())
@@ -37,12 +41,12 @@ def mixes(spec: PermutationSpec, group: str) -> bool:
         axes = spec.tensors[use.tensor]
         segment = axes[use.axis].segments[use.segment]
         if use.role == "out" and segment.size > segment.sizes[use.position]:
-            return False
+            return f"its units are blocks of {use.tensor}, or lie within some"
         if len(axes) == 1:
             kinds = owners[use.tensor.rpartition(".")[0]]
             if "square" not in kinds and not any(isinstance(k, int) and k > 1 for k in kinds):
-                return False
-    return True
+                return f"{use.tensor} runs along its units"
+    return None
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,18 @@ class MixingOnData(MatchingOnData):
         moments = with_mean(activations, group.name, source, targets)
         if moments is None:
             return None
-        if mixes(spec, group.name):
+        if kept_apart(spec, group.name) is None:
             return self.mix(group, moments)
         return permute(self.likeness(moments))
+
+    def align(self, context: AlignmentContext) -> Aligned:
+        """See `AbstractAlignment.align`; the report names the groups that are not mixed."""
+        found = super().align(context)
+        reasons = {name: kept_apart(context.spec, name) for name in context.spec.groups}
+        apart = {name: why for name, why in reasons.items() if why is not None}
+        return replace(
+            found, report={**found.report, **({"permuted only": apart} if apart else {})}
+        )
 
     def _to_running_mean(self, context: AlignmentContext) -> Aligned:
         first, *rest = context.sources

@@ -135,6 +135,8 @@ class Group:
     size: int
     places: tuple[Place, ...] = ()
     """Where they can be seen, in the order of the forward pass; empty if nowhere."""
+    multiplied: bool = False
+    """Whether they are multiplied one by one with other units (a gate): no map may mix them."""
 
 
 @dataclass(frozen=True)

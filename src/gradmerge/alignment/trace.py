@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gradmerge.alignment.calls import RULES, Call, Label
+from gradmerge.alignment.multiplied import Multiplied
 from gradmerge.alignment.rules import attention, pointwise
 from gradmerge.alignment.shapes import fixed_label
 from gradmerge.alignment.units import Dim, fresh, pin_all, unify
@@ -60,6 +61,8 @@ class Traced:
     """Parameters' axes that products sum over."""
     seen: list[tuple[str, int, Label]] = field(default_factory=list)
     """Module, call and dimensions of every module's output, in order."""
+    multiplied: list[Dim] = field(default_factory=list)
+    """Dimensions whose units are multiplied one by one with others (`multiplied.py`)."""
 
 
 def trace(skeleton: nn.Module, example: Mapping[str, Any], unreached: Sequence[str] = ()) -> Traced:
@@ -99,6 +102,7 @@ def trace(skeleton: nn.Module, example: Mapping[str, Any], unreached: Sequence[s
         for unit in dim.units():
             if unit not in taken:
                 unit.pin("slices leave it out, which other inputs might take")
+    mode.traced.multiplied = mode.multiplied.dims
     return mode.traced
 
 
@@ -131,7 +135,7 @@ def stand_in(skeleton: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[i
     return module, first
 
 
-def run(module: nn.Module, example: Mapping[str, Any], mode: TorchDispatchMode) -> Any:
+def run(module: nn.Module, example: Mapping[str, Any], mode: AbstractContextManager[object]) -> Any:
     """The network's output on an example, within a mode."""
     inputs = {
         key: value.clone() if isinstance(value, Tensor) else value for key, value in example.items()
@@ -209,6 +213,7 @@ class _Tracing(TorchDispatchMode):
         self.branches: list[str] = []
         """Operators that hand values which depend on weights to the program."""
         self._derived: set[int] = set(names)
+        self.multiplied = Multiplied(names)
         self._waiting: dict[int, tuple[Tensor, Callable[[], Any]]] = {}
         self._path: list[str] = []
         self._calls: dict[str, int] = {}
@@ -320,8 +325,10 @@ class _Tracing(TorchDispatchMode):
         if name == "aten::select" and not mutates:
             # networks take a column of their units to learn its shape, which fixes nothing
             self._waiting[id(out)] = out, partial(rule, call)
+            self.multiplied.follow(call, made)
             return out
         found: Any = rule(call)
+        self.multiplied.follow(call, made)
         if mutates and name not in _RESHAPING:
             return out  # what was written to keeps its dimensions, unified with the rest
         labels: list[Any] = [found] if isinstance(out, Tensor) else [*found, *[None] * len(made)]

@@ -13,7 +13,7 @@ from gradmerge.alignment.activation import permute
 from gradmerge.alignment.base import AlignmentContext, Matched, Moments, Needs
 from gradmerge.alignment.moments import correlation, squared_distances
 from gradmerge.alignment.sinkhorn import sinkhorn
-from gradmerge.alignment.soft import MixingOnData, mixes
+from gradmerge.alignment.soft import MixingOnData, kept_apart
 from gradmerge.alignment.spec import Group, LinearMap, Map, Maps
 from gradmerge.errors import ConfigError
 
@@ -34,8 +34,9 @@ class OptimalTransport(MixingOnData):
     compute what it computed. Of BatchNorm, shifts and running means are mapped by Q, gains are
     means weighted with Q's squared entries, and running variances are mapped by these: have the
     statistics recomputed (`buffers: recompute`, the default), which also takes back what averaging
-    units costs in variance. Attention heads and the units of a residual stream with LayerNorm or
-    RMSNorm gains keep the permutation of least cost.
+    units costs in variance. Attention heads, units that are multiplied one by one with others
+    (gated MLPs) and those of a residual stream with LayerNorm or RMSNorm gains keep the permutation
+    of least cost; the report names them.
 
     With `ground: weights` no data is needed: units are compared by all that is written into them
     (rows of weights, biases, gains), group after group in the order of the network, each under the
@@ -123,7 +124,8 @@ class OptimalTransport(MixingOnData):
             x, y = torch.stack(wanted).mean(dim=0), written_into(context, name, source, maps)
             squares = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
             costs = self._of_squares(squares / max(1, x.shape[1]))
-            level = self.regularisation if mixes(context.spec, name) else 0.0
+            apart = kept_apart(context.spec, name) is not None
+            level = 0.0 if apart else self.regularisation
             maps[name], own = self._transport(costs, level)
             gain += own
         return Matched(maps, [gain])

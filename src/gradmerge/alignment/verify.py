@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from gradmerge.alignment.sizes import at_other_sizes
 from gradmerge.alignment.spec import Maps, PermutationSpec
 from gradmerge.alignment.trace import run, stand_in, tensors_of
 from gradmerge.errors import ConfigError, shorten
@@ -65,8 +67,10 @@ def verify(
 ) -> float | None:
     """The largest relative change of the output under a random element of all groups.
 
-    Weights are random, in float64, drawn a tensor at a time whenever the network asks for one.
-    None where the network has more than `LIMIT` parameters and is not checked.
+    Weights are random, in float64, drawn a tensor at a time whenever the network asks for one. The
+    output is compared on the example, and on a smaller and a larger batch and length, as far as the
+    network takes them (`at_other_sizes`): its course may depend on the size of its input. None
+    where the network has more than `LIMIT` parameters and is not checked.
 
     Args:
         spec: by names in the files.
@@ -80,18 +84,16 @@ def verify(
     """
     if sum(parameter.numel() for parameter in skeleton.parameters()) > LIMIT:
         return None
-    check = _Check(spec, skeleton, files, example, seed)
-    maps = spec.random(seed)
-    change = check.change(maps)
-    if change <= TOLERANCE:
-        return change
-    guilty = [name for name in spec.groups if check.change({name: maps[name]}) > TOLERANCE]
-    raise ConfigError(
-        f"alignment: permuting units changes what {type(skeleton).__name__} computes (relative "
-        f"change {change:.1e}, tolerance {TOLERANCE:.0e}), so the specification is wrong for it. "
-        f"Groups that change it by themselves: {shorten(guilty) or 'none alone'}. Give a "
-        "hand-written specification (`spec:` of the alignment) without them."
-    )
+    check = _Check(spec, skeleton, files, seed)
+    change = check.change(example, check.outputs(example, {}))
+    if change is None:
+        raise ConfigError(
+            "alignment: the example gives no finite output, so that nothing can be checked. Give "
+            "another `example`."
+        )
+    for other, outputs in at_other_sizes(example, partial(check.outputs, maps={})):
+        change = max(change, check.change(other, outputs) or 0.0)
+    return change
 
 
 class _Check:
@@ -100,35 +102,48 @@ class _Check:
         spec: PermutationSpec,
         skeleton: nn.Module,
         files: Mapping[str, str],
-        example: Mapping[str, Any],
         seed: int,
     ) -> None:
         self.spec, self.files, self.seed = spec, files, seed
         self.module, self.names = stand_in(skeleton, torch.float64)
-        self.example = {
-            name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
-            for name, value in example.items()
-        }
         self.tensors = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
-        self.before = self._outputs({})
+        self.kind = type(skeleton).__name__
+        self.maps = spec.random(seed)
 
-    def change(self, maps: Maps) -> float:
-        """Largest relative change of an output under maps.
+    def change(self, example: Mapping[str, Any], before: Sequence[Tensor]) -> float | None:
+        """Largest relative change of an output under all maps; None where no number can be
+        compared.
 
         Raises:
-            ConfigError: the network's outputs hold no numbers to compare.
+            ConfigError: it is more than `TOLERANCE`.
         """
-        after = self._outputs(maps)
-        gaps = [_gap(one, two) for one, two in zip(self.before, after, strict=True)]
-        known = [gap for gap in gaps if gap is not None]
-        if not known:
-            raise ConfigError(
-                "alignment: the example gives no finite output, so that nothing can be checked. "
-                "Give another `example`."
-            )
-        return max(known)
+        change = self._gap(example, before, self.maps)
+        if change is None or change <= TOLERANCE:
+            return change
+        guilty = [
+            name
+            for name in self.spec.groups
+            if (self._gap(example, before, {name: self.maps[name]}) or 0.0) > TOLERANCE
+        ]
+        shapes = [f"{k} {list(v.shape)}" for k, v in example.items() if isinstance(v, Tensor)]
+        raise ConfigError(
+            f"alignment: permuting units changes what {self.kind} computes (relative change "
+            f"{change:.1e}, tolerance {TOLERANCE:.0e}, with {', '.join(shapes)}), so the "
+            "specification is wrong for it. Groups that change it by themselves: "
+            f"{shorten(guilty) or 'none alone'}. Give a hand-written specification (`spec:` of the "
+            "alignment) without them."
+        )
 
-    def _outputs(self, maps: Maps) -> Sequence[Tensor]:
+    def _gap(
+        self, example: Mapping[str, Any], before: Sequence[Tensor], maps: Maps
+    ) -> float | None:
+        after = self.outputs(example, maps)
+        gaps = (_gap(one, two) for one, two in zip(before, after, strict=True))
+        return max((gap for gap in gaps if gap is not None), default=None)
+
+    def outputs(self, example: Mapping[str, Any], maps: Maps) -> Sequence[Tensor]:
+        """What the network gives in float64, with its units mapped."""
+
         def maker(name: str, shape: torch.Size) -> Callable[[], Tensor]:
             def make() -> Tensor:
                 value = _random(name, shape, self.seed)
@@ -141,8 +156,12 @@ class _Check:
             for key, name in self.names.items()
             if self.tensors[key].is_floating_point()
         }
+        wide = {
+            name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+            for name, value in example.items()
+        }
         with torch.no_grad():
-            out = run(self.module, self.example, Float64(weights))
+            out = run(self.module, wide, Float64(weights))
         return [leaf.double() for leaf in tensors_of(out)]
 
 

@@ -14,6 +14,7 @@ A YAML file or a mapping: axes by tensor, each axis the name of its group, or a 
     sizes: {heads: 12}                    # where no axis tells
     roles: {attn.c_attn.weight: [in, out]}
     places: {hidden: [fc1, [relu1, -3]]}  # modules whose output shows the units, and its axis
+    multiplied: [heads]                   # units that others multiply: no map may mix them
 
 An axis is `null` (fixed), a group, a row-major product of groups and fixed sizes, or a list of such
 products one after the other. A group's size is inferred from the axes that it stands on alone, or
@@ -43,7 +44,12 @@ from gradmerge.alignment.spec import (
 )
 from gradmerge.errors import ConfigError, nearest, shorten
 
-_FIELDS = ("tensors", "sizes", "roles", "places")
+_FIELDS = ("tensors", "sizes", "roles", "places", "multiplied")
+_EXAMPLES = {
+    "sizes": "{heads: 12}",
+    "roles": "{fc1.weight: [out, in]}",
+    "places": "{hidden: [fc1, [relu1, -3]]}",
+}
 
 
 def read_spec(
@@ -92,7 +98,22 @@ def _fields(given: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
             f"alignment.spec: no field {unknown[0]!r}.{nearest(unknown[0], _FIELDS)} Expected "
             f"{', '.join(_FIELDS)}."
         )
+    for name, example in _EXAMPLES.items():
+        if not isinstance(given.get(name) or {}, Mapping):
+            raise ConfigError(
+                f"alignment.spec: {name}: expected a mapping such as {example}, came "
+                f"{str(given[name])[:60]!r}."
+            )
+    if not isinstance(given.get("multiplied") or [], (list, tuple)):
+        raise ConfigError(
+            f"alignment.spec: multiplied: expected a list of groups such as [heads], came "
+            f"{str(given['multiplied'])[:60]!r}."
+        )
     return given
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class _Written:
@@ -110,7 +131,7 @@ class _Written:
         self.axes: dict[str, list[list[list[Any]]]] = {}
         self.fields = fields
         for name, size in (fields.get("sizes") or {}).items():
-            if isinstance(size, int) and size > 0:
+            if _is_size(size):
                 self.sizes[name] = size
             else:
                 self.problems.append(f"sizes: {name}: expected a positive number, came {size!r}.")
@@ -123,7 +144,13 @@ class _Written:
             pass
         tensors = {name: self._tensor(name, axes) for name, axes in self.axes.items()}
         names = dict.fromkeys(g for axes in tensors.values() for axis in axes for g in axis.groups)
-        groups = {n: Group(n, self.sizes[n], self._places(n)) for n in sorted(names)}
+        apart = self.fields.get("multiplied") or []
+        groups = {n: Group(n, self.sizes[n], self._places(n), n in apart) for n in sorted(names)}
+        self.problems += [
+            f"multiplied: {name} is no group of a tensor.{nearest(str(name), names)}"
+            for name in apart
+            if name not in names
+        ]
         for field in ("sizes", "places"):
             for name in self.fields.get(field) or {}:
                 if name not in names:
@@ -165,7 +192,7 @@ class _Written:
             for axis in found
             for segment in axis
             for factor in segment
-            if not (isinstance(factor, str) or (isinstance(factor, int) and factor > 0))
+            if not (isinstance(factor, str) or _is_size(factor))
         ]
         if wrong:
             self.problems.append(
@@ -257,16 +284,27 @@ class _Written:
 
     def _places(self, group: str) -> tuple[Place, ...]:
         found = []
-        for entry in (self.fields.get("places") or {}).get(group) or []:
-            module, axis = entry if isinstance(entry, (list, tuple)) else (entry, -1)
+        given = (self.fields.get("places") or {}).get(group) or []
+        if not isinstance(given, (list, tuple)):
+            given = [given]
+        for entry in given:
+            pair = entry if isinstance(entry, (list, tuple)) else (entry, -1)
+            whole = len(pair) == 2 and isinstance(pair[1], int) and not isinstance(pair[1], bool)
+            if not whole or not isinstance(pair[0], str) or pair[1] >= 0:
+                self.problems.append(
+                    f"places: {group}: expected modules, or pairs of a module and an axis of its "
+                    f"output from the end (-1 the last), e.g. [fc1, [relu1, -3]]; came {entry!r}."
+                )
+                continue
+            module, axis = pair
             if self.skeleton is not None:
                 modules = dict(self.skeleton.named_modules())
                 if module not in modules:
                     self.problems.append(
-                        f"places: {group}: no module {module!r}.{nearest(str(module), modules)}"
+                        f"places: {group}: no module {module!r}.{nearest(module, modules)}"
                     )
                     continue
                 if axis == -1 and isinstance(modules[module], (nn.Conv2d, nn.BatchNorm2d)):
                     axis = -3
-            found.append(Place(str(module), axis, 0, (self.sizes[group],), 0))
+            found.append(Place(module, axis, 0, (self.sizes[group],), 0))
         return tuple(found)

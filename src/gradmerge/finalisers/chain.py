@@ -126,7 +126,9 @@ class Finalisation:
         found = {}
         for name, correction in self.corrections.items():
             shift = {} if correction.shift is None else {"shift": correction.shift}
-            found[name] = {"scale": correction.scale, "axis": correction.axis, **shift}
+            groups = {} if correction.groups == 1 else {"groups": correction.groups}
+            own = {"scale": correction.scale, "axis": correction.axis}
+            found[name] = {**own, **shift, **groups}
         kept = {"report": self.report, "coefficients": self.coefficients}
         return {"corrections": found, **kept}
 
@@ -135,7 +137,9 @@ class Finalisation:
         found = state.get("corrections")
         with torch.inference_mode(False):
             corrections = found and {
-                name: Correction(kept["scale"], kept.get("shift"), kept["axis"])
+                name: Correction(
+                    kept["scale"], kept.get("shift"), kept["axis"], kept.get("groups", 1)
+                )
                 for name, kept in found.items()
             }
         self.correct(corrections, state.get("report", {}), state.get("coefficients", []))

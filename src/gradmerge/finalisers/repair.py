@@ -23,9 +23,16 @@ class Correction:
     """`[channels]`, float64; None for zero."""
     axis: int = 0
     """The tensor's axis of channels."""
+    groups: int = 1
+    """Of a tensor `[in, out / groups, ...]` whose first axis is cut into so many: channels of the
+    first group come first."""
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The corrected tensor; a new one."""
+        if self.groups > 1:
+            scale = self.scale.to(tensor.device, tensor.dtype).unflatten(0, (self.groups, -1))
+            cut = tensor.unflatten(0, (self.groups, -1))
+            return (cut * scale[(slice(None), None, ..., *[None] * (cut.dim() - 3))]).flatten(0, 1)
         shape = [1] * tensor.dim()
         shape[self.axis] = -1
         corrected = tensor * self.scale.to(tensor.device, tensor.dtype).view(shape)
@@ -48,18 +55,25 @@ class REPAIR(AbstractFinaliser):
     need it: the deviation of an average of channels that are not perfectly correlated is smaller
     than theirs, from layer to layer (variance collapse).
 
-    Corrected is the output of every linear layer and convolution but the network's last, attention
-    projections among them; of those that feed a BatchNorm it is that BatchNorm's, whose statistics
-    are recomputed (as the recipe says) and whose gain and bias are corrected. A layer without bias,
-    or whose bias is frozen, gets the scale alone. Left alone, and named in the report: weights that
-    are shared, called several times a pass or transformed before use, and frozen tensors.
-    Embeddings and other norms stay. Rows of padding do not count (except with a decoder of its own,
-    whose tokens have another mask).
+    Corrected is the output of every linear layer and convolution (of one to three axes, transposed
+    or not), attention projections among them; where `weight_norm` computes the weight, through its
+    g. Of those that feed a BatchNorm it is that BatchNorm's, whose statistics are recomputed (as
+    the recipe says) and whose gain and bias are corrected. A layer without bias, or whose bias is
+    frozen, gets the scale alone. What gives an output of the network is left alone (each head of
+    several): a layer whose output no other reads, through any operators, on any batch, or whose
+    output the network gives out as it is (the tensor itself, or a view of it). Left alone, too, and
+    named in the report: weights that are shared, called several times in the pass of any batch or
+    source (a correction for one call would change what the next sees), transformed before use or
+    computed by other parametrisations, recurrent layers, `MultiheadAttention`'s own weights, and
+    frozen tensors. A layer that some batches do not call is corrected by those that do.
+    Embeddings and other norms stay. Rows of padding do not count, in every layout that tells them
+    (`observation.without_padding`); except for a BatchNorm, which normalises by them, and with a
+    decoder of its own, whose tokens have another mask.
 
     It is off while coefficients learn: statistics are those of weights that a step changes, there
-    is no gradient through them, and they take passes over data. Those are one of each source once,
-    and then, each time, one of the merged network to the point of each layer, half a pass a layer;
-    where all data are one batch, which is corrected on the fly, a single one.
+    is no gradient through them, and they take passes over data. Those are one of each source once
+    (two of the first), and then, each time, one of the merged network to the point of each layer,
+    half a pass a layer; where all data are one batch, which is corrected on the fly, a single one.
     """
 
     # without annotations: the parser would look for their names in a subclass's module

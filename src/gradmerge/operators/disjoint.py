@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from gradmerge._typing import Origin
 from gradmerge.operators.base import Spread, Terms
 from gradmerge.operators.entrywise import AbstractEntrywise
 from gradmerge.operators.linear import kernels_for, merge_directions
@@ -31,6 +33,9 @@ class DisjointMean(AbstractEntrywise):
 
     A coefficient of exactly 0 takes part in no entry, so it has no gradient and stays there.
     Normalised, the coefficients' common factor cancels: `scale` sets the size of the merge.
+
+    With the origin mean, directions add up to zero: under equal coefficients the sum over sources
+    that all keep an entry is rounding, and so is the sign that it elects. There is a warning.
     """
 
     normalize: bool = True
@@ -39,6 +44,16 @@ class DisjointMean(AbstractEntrywise):
     """Whether magnitudes count in the election or only signs."""
     scale: float = 1.0
     """Factor on the merged direction (the paper's lambda)."""
+
+    def require(self, num_sources: int, origin: Origin) -> None:
+        """See `AbstractOperator.require`: the mean as origin leaves little to elect."""
+        if origin == "mean" and self.elect == "sum":
+            warnings.warn(
+                "DisjointMean: directions from the sources' mean add up to zero, so with equal "
+                "coefficients rounding elects the sign of every entry that all sources keep. Take "
+                "elect: count, or another origin.",
+                stacklevel=2,
+            )
 
     def combine(self, terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
         """See `AbstractOperator.combine`; on a CPU in a compiled kernel."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -142,6 +143,7 @@ def _read(base: Any) -> tuple[Any, dict[str, Any]]:
         options = dict(options if isinstance(options, Mapping) else vars(options))
         spec = spec.get("class_path")
     module, _, name = str(spec).rpartition(".")
+    kind: Any
     try:
         kind = getattr(importlib.import_module(module or "torch.optim"), name, None)
     except ImportError:
@@ -151,5 +153,11 @@ def _read(base: Any) -> tuple[Any, dict[str, Any]]:
         raise ConfigError(
             f"SAM: base: expected the class path of an optimiser, e.g. torch.optim.Adam, came "
             f"{base!r}."
+        )
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"SAM: base: {kind.__name__} evaluates the loss itself, several times a step, and SAM "
+            "gives it one gradient. Take one that steps by a gradient, e.g. torch.optim.Adam."
         )
     return kind, options

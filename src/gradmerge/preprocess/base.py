@@ -24,6 +24,8 @@ class Site:
     """Names of the sources, in order."""
     collected: Readable | None = field(default=None, compare=False, repr=False)
     """Statistics of the sources on data, for steps that need them."""
+    takes_part: bool = True
+    """Whether the tensor is merged; one that the recipe freezes at the origin is not."""
 
     def statistics(self, kind: str) -> list[Statistic] | None:
         """What is known of each source at this tensor; None where nothing was collected for it.

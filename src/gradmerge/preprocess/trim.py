@@ -23,7 +23,7 @@ class Trim(AbstractSelection):
 
     A tensor keeps `max(1, floor(density * entries))` entries (none at density 0). Over the whole
     model (the paper's way) every entry as large as the model's `floor(density * entries)`th largest
-    is kept.
+    is kept; tensors that the recipe freezes at the origin do not count.
     """
 
     density: Setting = 0.2
@@ -137,7 +137,9 @@ def _model_thresholds(passes: Passes, density: Setting) -> list[int]:
 def _histograms(passes: Passes, bins: tuple[int, ...] | None) -> list[Tensor]:
     """Counts of the upper 16 bits of each source; with `bins`, of the lower ones within its bin."""
     counts: list[Tensor] = []
-    for _, directions in passes():
+    for site, directions in passes():
+        if not site.takes_part:
+            continue
         given = Selection(list(directions), None)
         for k in range(len(given)):
             found = given.count_magnitudes(k, None if bins is None else bins[k])

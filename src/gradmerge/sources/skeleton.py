@@ -99,8 +99,31 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
     return module.eval()
 
 
+def _old_style(module: nn.Module) -> str:
+    names = {type(hook).__name__ for hook in module._forward_pre_hooks.values()}
+    for kind, name in (("WeightNorm", "weight_norm"), ("SpectralNorm", "spectral_norm")):
+        if kind in names:
+            return name
+    return "prune" if hasattr(module, "weight_mask") else "weight_norm, spectral_norm and prune"
+
+
 def strip_weights(module: nn.Module) -> nn.Module:
-    """A copy of `module` whose parameters take no memory; ties stay ties, buffers are copied."""
+    """A copy of `module` whose parameters take no memory; ties stay ties, buffers are copied.
+
+    Raises:
+        ConfigError: it holds tensors that are computed from its parameters.
+    """
+    for path, owner in module.named_modules():
+        for name, value in vars(owner).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                where = f"{path}.{name}" if path else name
+                raise ConfigError(
+                    f"{type(module).__name__}: {where} is no parameter, but computed from others "
+                    f"(as by the old torch.nn.utils.{_old_style(owner)}), so that it would not "
+                    "follow the merged ones. Use torch.nn.utils.parametrizations instead, or make "
+                    "it a plain weight (remove_weight_norm, remove_spectral_norm, prune.remove) "
+                    "in every source."
+                )
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         for parameter in module.parameters()
