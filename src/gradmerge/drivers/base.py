@@ -16,6 +16,7 @@ import lightning
 from lightning.pytorch.utilities import rank_zero_info
 
 from gradmerge.data import MergeDataModule
+from gradmerge.drivers.contents import describe_contents
 from gradmerge.drivers.records import JOB, StepRecord, plain, read_json, require_same, set_aside
 from gradmerge.drivers.records import write_json as write_record
 from gradmerge.errors import ConfigError
@@ -136,6 +137,7 @@ class Job:
             "recipe": to_plain(self.recipe),
             "options": to_plain(dict(self.options)),
             "data": describe_data(self.data),
+            "examples": describe_contents(self.data),
             "config": dict(self.config),
             "fingerprints": self.fingerprints,
             **more,
