@@ -618,6 +618,38 @@ def test_another_job_in_the_folder_is_refused_with_what_differs(tmp_path):
             driver.run(job)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("job.json", "{}", "came one without `job`"),
+        ("job.json", "[]", "came list"),
+        ("job.json", '{"job": "x", "seed": 0', r"came something else \(Expecting"),
+        ("job.json", '{"job": "x", "seed": 0, "content": null}', "came `content` of type NoneType"),
+        ("steps/step-1/step.json", "{}", "came one without `step`"),
+        ("steps/step-1/step.json", '{"step": {}}', "came one without `result`"),
+    ],
+)
+def test_a_damaged_record_is_refused_by_name(tmp_path, name, content, message):
+    models = relatives(build(), 3)
+    folder = Pairwise().run(job_of(tmp_path, models))
+    folder.rename(tmp_path / "elsewhere")
+    path = tmp_path / "driver" / name
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=rf"{name}: expected the record .*{message}.*restart"):
+        Pairwise().run(job_of(tmp_path, models))
+    assert path.read_text() == content
+    assert Pairwise(restart=True).run(job_of(tmp_path, models)) == folder
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"driver": 1}', '{"driver": {"job": 1}}'])
+def test_a_folder_with_another_provenance_is_not_the_job_s_own(tmp_path, content):
+    models = relatives(build(), 3)
+    folder = Pairwise().run(job_of(tmp_path, models))
+    (folder / "provenance.json").write_text(content)
+    with pytest.raises(ConfigError, match="merged exists; give another folder"):
+        Pairwise().run(job_of(tmp_path, models))
+
+
 def test_a_job_begun_anew_moves_the_earlier_one_aside(tmp_path):
     models = relatives(build(), 3)
     Pairwise().run(job_of(tmp_path, models))

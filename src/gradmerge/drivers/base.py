@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import uuid
@@ -126,8 +127,8 @@ class Job:
             into the export's provenance (`export` puts it there).
 
         Raises:
-            ConfigError: the folder holds another job (what differs is listed), or the output exists
-                and is not of this job.
+            ConfigError: the folder holds another job (what differs is listed) or a damaged record,
+                or the output exists and is not of this job.
         """
         require_options(self.target.dtype, self.target.head, self.data.tasks)
         own = dict(to_plain(driver)["init_args"])
@@ -149,7 +150,7 @@ class Job:
             aside = set_aside(self.folder)
             if aside is not None:
                 self.say(f"the earlier job's folder is now {aside}")
-        kept = read_json(path)
+        kept = read_json(path, job=str, seed=(int, type(None)), content=dict)
         if kept is None:
             refuse_existing(target, overwrite)
             kept = {"job": uuid.uuid4().hex, "seed": _global_seed(), "content": plain(content)}
@@ -163,8 +164,12 @@ class Job:
         return self._job
 
     def _is_own_output(self, job: str) -> bool:
-        found = read_json(Path(self.target.path).expanduser() / "provenance.json")
-        return found is not None and found.get("driver", {}).get("job") == job
+        path = Path(self.target.path).expanduser() / "provenance.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["driver"]["job"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return False  # made otherwise, whatever it is
+        return bool(found == job)
 
     @property
     def exported(self) -> Path | None:
