@@ -33,13 +33,15 @@ from gradmerge.coefficients import (
     Tensor,
     Uniform,
 )
-from gradmerge.drivers import Job, LayerWise, layers
+from gradmerge.drivers import Job, LayerWise, Output, layers
 from gradmerge.drivers.activations import Activations
 from gradmerge.drivers.base import finish_wandb_run
 from gradmerge.drivers.blocks import find_blocks
 from gradmerge.drivers.chain import Chain
 from gradmerge.errors import ConfigError
 from gradmerge.finalisers import REPAIR
+from gradmerge.objectives import L1, CrossEntropy, KLToSource, Objective
+from gradmerge.spec import to_plain
 from tiny import SPLITS, build, recipe_of, relatives, save_family
 
 
@@ -421,9 +423,12 @@ def test_all_blocks_log_to_one_run_of_w_and_b(tmp_path, monkeypatch):
     recipe = recipe_of(relatives(build(Stack), 3), coefficients=Tensor())
     logger = partial(WandbLogger, project="gradmerge", save_dir=tmp_path, offline=True)
     job = job_of(tmp_path / "job", recipe, data_of(dtype=torch.float32), ADAM, lambda _: [logger()])
+    job.output = Output(str(tmp_path / "out"), log_artifact=True)
     LayerWise(steps=2).run(job)
     finish_wandb_run()
-    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    (log,) = run.glob("*.wandb")
+    assert b"merged-model" in log.read_bytes()
 
 
 # ---- resuming, spilling --------------------------------------------------------------------------
@@ -821,6 +826,26 @@ def test_other_refusals(tmp_path):
     )
     with pytest.raises(ConfigError, match="is an encoder with a decoder"):
         LayerWise().run(job_of(tmp_path / "d", recipe_of(relatives(t5)), data_of("tokens")))
+
+
+def test_a_loss_of_one_s_own_is_refused_and_terms_are_said_to_be_unused(tmp_path):
+    models, kind, _ = network_of("stack", torch.float32)
+    recipe = recipe_of(models)
+    refused = (
+        ({"objective": Objective(regularisers=[L1(0.1)])}, r"objective\.regularisers .* \['L1'\]"),
+        ({"objective": to_plain(Objective(task_weights={"a": 2.0}))}, "task_weights .*'a': 2"),
+        ({"logit_scale": 2.0}, "logit_scale changes the loss of a fit, came 2.0.*logit_scale null"),
+    )
+    for options, message in refused:
+        with pytest.raises(ConfigError, match=f"LayerWise: .*{message}"):
+            LayerWise().run(job_of(tmp_path / "refused", recipe, data_of(kind), **options))
+    assert not (tmp_path / "refused").exists()
+    data = data_of(kind, dtype=torch.float32)
+    line = "objective KLToSource: not used, each block is matched to the experts' own"
+    for given in (KLToSource(), Objective([KLToSource()]), None, Objective([CrossEntropy()])):
+        job = job_of(tmp_path / type(given).__name__ / str(given), recipe, data, objective=given)
+        LayerWise(steps=1).run(job)
+        assert (line in job.said) == ("KLToSource" in str(given))
 
 
 KILLED = """

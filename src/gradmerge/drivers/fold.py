@@ -299,7 +299,7 @@ class _Step:
             dtype = self.job.target.dtype or _stored(self.job.recipe)
             folder = self.job.export(write, said, dtype=dtype, extra=fit, **known)
             if self.job.target.log_artifact:
-                log_artifact(module.trainer, folder)
+                log_artifact(module.trainer.loggers, folder)
         else:
             # float32: rounding to the sources' dtype at each step would add up
             dtype = "float64" if _stored(self.job.recipe) == "float64" else "float32"
