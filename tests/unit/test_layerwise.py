@@ -15,6 +15,7 @@ import lightning
 import pytest
 import torch
 import transformers
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 from safetensors.torch import load_file
 from torch import nn
@@ -424,11 +425,19 @@ def test_all_blocks_log_to_one_run_of_w_and_b(tmp_path, monkeypatch):
     logger = partial(WandbLogger, project="gradmerge", save_dir=tmp_path, offline=True)
     job = job_of(tmp_path / "job", recipe, data_of(dtype=torch.float32), ADAM, lambda _: [logger()])
     job.output = Output(str(tmp_path / "out"), log_artifact=True)
+    logged, log = [], wandb.sdk.wandb_run.Run.log_artifact
+
+    def noted(run, artifact):
+        logged.append(artifact)
+        return log(run, artifact)
+
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log_artifact", noted)
     LayerWise(steps=2).run(job)
     finish_wandb_run()
-    (run,) = (tmp_path / "wandb").glob("offline-run-*")
-    (log,) = run.glob("*.wandb")
-    assert b"merged-model" in log.read_bytes()
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+    (artifact,) = logged
+    assert artifact.name.startswith("merged-model")
+    assert "model.safetensors" in artifact.manifest.entries
 
 
 # ---- resuming, spilling --------------------------------------------------------------------------
@@ -613,6 +622,22 @@ def test_blocks_with_batch_norm_are_learned_on_batch_statistics(tmp_path):
     assert {key.replace("/", ".") for key in found} == set(expected)
     for name, value in expected.items():
         torch.testing.assert_close(found[name.replace(".", "/")], value, rtol=0, atol=1e-10)
+
+
+def test_no_batch_has_one_example_alone_of_which_batch_norm_knows_nothing(tmp_path):
+    recipe = recipe_of(batched(), coefficients=Column())
+
+    def run(name, count, size):
+        data = data_of("x", count=count, dtype=torch.float32, batch_size=size)
+        job = job_of(tmp_path / name, recipe, data)
+        LayerWise(epochs=1).run(job)
+        return json.loads((job.folder / "steps/block-000/step.json").read_text())["result"]
+
+    assert run("nine", 9, 4)["steps"] == 3, "three batches of three, not 4, 4 and 1"
+    assert run("pairs", 3, 2)["steps"] == 1
+    for name, count, size in (("ones", 4, 1), ("one", 1, 4)):
+        with pytest.raises(ConfigError, match=r"first: BatchNorm takes .* shape \(1, 6\)"):
+            run(name, count, size)
 
 
 def test_a_tensor_without_a_gradient_is_set_by_the_rule_also_after_a_stop(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
 from gradmerge.coefficients import Column, Element, Softmax, Tensor, Uniform
+from gradmerge.errors import ConfigError
 from gradmerge.objectives import L1, CrossEntropy, KLToSource, L2ToInit, Objective
 from tiny import (
     SPLITS,
@@ -228,6 +229,18 @@ def test_a_strong_pull_to_the_start_keeps_coefficients_there(tmp_path):
     assert (raws(module)["tensor"] - 0.3).abs().max() < 2e-3
     free, _ = fit(tmp_path, module_of(learning_rate=1e-3), max_steps=20)
     assert (raws(free)["tensor"] - 0.3).abs().max() > 5e-3
+
+
+def test_batch_norm_refuses_a_batch_of_one_example_and_never_gets_one_of_more(tmp_path):
+    models = relatives(build(Normalised))
+    with pytest.raises(ConfigError, match=r"norm: BatchNorm takes the .* came one .*\(1, 8\)"):
+        fit(tmp_path, module_of(models), vectors(batch_size=1))
+    # its statistics are recomputed on all three examples, not on two and then one
+    data = vectors(count=3, batch_size=2, eval_batch_size=2)
+    module, _ = fit(tmp_path, module_of(models), data, max_steps=1)
+    assert module.merged.statistics.batch_norms[0].num_batches_tracked == 2
+    kept = module_of(models, buffers="mean")
+    fit(tmp_path, kept, vectors(batch_size=1), max_steps=1)
 
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])

@@ -40,7 +40,8 @@ class LayerWise(AbstractDriver):
     steps: int | None = None
     """Steps a block, instead of passes."""
     batch_size: int | None = None
-    """Examples a task and step; default: that of the data. Batches are put together once."""
+    """Examples a task and step; default: that of the data. Batches are put together once, and
+    differ in size by one at most."""
     activation_memory: float = 4.0
     """GiB of activations in memory; the rest is mapped from files in the job's folder."""
 
