@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
 from safetensors.torch import load_file
 from torch import nn
 
@@ -26,6 +27,7 @@ from gradmerge.coefficients import Complement, Constant, Element, Sigmoid, Unifo
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.drivers import Continual, Job, Output, Pairwise, Tree
 from gradmerge.drivers.fold import FoldedRecipe
+from gradmerge.drivers.wandb_runs import finish_wandb_run
 from gradmerge.errors import CompatibilityError, ConfigError, FingerprintError
 from gradmerge.finalisers import DepthRescale
 from gradmerge.objectives import CrossEntropy, KLToSource, Objective
@@ -735,22 +737,30 @@ def test_a_fold_aligns_each_source_to_the_merge_so_far(tmp_path):
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
 
 
-def test_runs_of_one_job_are_one_group_of_w_and_b(tmp_path, monkeypatch):
+@pytest.mark.parametrize("set_by_user", [False, True])
+def test_runs_of_one_job_are_one_group_of_w_and_b(tmp_path, monkeypatch, set_by_user):
+    given = {"NAME": "mine", "RUN_GROUP": "ours"} if set_by_user else {"NAME": "", "RUN_GROUP": ""}
+    for name, value in {"MODE": "offline", "SILENT": "true", **given}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
     seen = []
 
     class Look(lightning.Callback):
-        def on_fit_start(self, *_):
-            seen.append((os.environ["WANDB_NAME"], os.environ["WANDB_RUN_GROUP"]))
+        def on_fit_start(self, trainer, pl_module):
+            seen.append((trainer.logger.experiment.name, trainer.logger.experiment.group))
 
-    for name in ("WANDB_NAME", "WANDB_RUN_GROUP"):
-        monkeypatch.setenv(name, "before")
-    for root in ("one", "two"):
-        job = job_of(tmp_path / root, relatives(build(), 4), callbacks=[Look()])
-        Pairwise(keep_steps=False).run(job)
-    groups = [group for _, group in seen]
-    assert [name for name, _ in seen] == ["step-1", "step-2"] * 2
-    assert groups[0] == groups[1] != groups[2] == groups[3]
-    assert groups[0].startswith("one-")
+    job = job_of(tmp_path / "one", relatives(build(), 4), callbacks=[Look()])
+    make = job.make_trainer
+
+    def logging(folder, callbacks, overrides):
+        logger = WandbLogger(project="gradmerge", save_dir=tmp_path, offline=True)
+        return make(folder, callbacks, {**overrides, "logger": logger})
+
+    job.make_trainer = logging
+    Pairwise(keep_steps=False).run(job)
+    finish_wandb_run()
+    number = json.loads((job.folder / "job.json").read_text())["job"]
+    start, group = ("mine-", "ours") if set_by_user else ("", f"one-{number[:8]}")
+    assert seen == [(f"{start}step-1", group), (f"{start}step-2", group)]
 
 
 def test_a_step_without_tasks_says_so(tmp_path):

@@ -36,9 +36,9 @@ from gradmerge.coefficients import (
 )
 from gradmerge.drivers import Job, LayerWise, Output, layers
 from gradmerge.drivers.activations import Activations
-from gradmerge.drivers.base import finish_wandb_run
 from gradmerge.drivers.blocks import find_blocks
 from gradmerge.drivers.chain import Chain
+from gradmerge.drivers.wandb_runs import finish_wandb_run
 from gradmerge.errors import ConfigError
 from gradmerge.finalisers import REPAIR
 from gradmerge.objectives import L1, CrossEntropy, KLToSource, Objective
@@ -416,10 +416,16 @@ def test_blocks_may_be_named_and_those_of_a_sequential_network_are_its_members(t
         assert still == kept
 
 
-def test_all_blocks_log_to_one_run_of_w_and_b(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["", "mine"])
+def test_all_blocks_log_to_one_run_of_w_and_b(tmp_path, monkeypatch, name):
     """A run that ends with the first block's trainer refuses what the second logs."""
-    for name, value in {"MODE": "offline", "SILENT": "true", "RUN_GROUP": "", "NAME": ""}.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
+    for variable, value in {
+        "MODE": "offline",
+        "SILENT": "true",
+        "RUN_GROUP": "",
+        "NAME": name,
+    }.items():
+        monkeypatch.setenv(f"WANDB_{variable}", value)
     torch.manual_seed(0)
     recipe = recipe_of(relatives(build(Stack), 3), coefficients=Tensor())
     logger = partial(WandbLogger, project="gradmerge", save_dir=tmp_path, offline=True)
@@ -428,14 +434,15 @@ def test_all_blocks_log_to_one_run_of_w_and_b(tmp_path, monkeypatch):
     logged, log = [], wandb.sdk.wandb_run.Run.log_artifact
 
     def noted(run, artifact):
-        logged.append(artifact)
+        logged.append((run.name, artifact))
         return log(run, artifact)
 
     monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log_artifact", noted)
     LayerWise(steps=2).run(job)
     finish_wandb_run()
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
-    (artifact,) = logged
+    ((came, artifact),) = logged
+    assert came == (name or "job")
     assert artifact.name.startswith("merged-model")
     assert "model.safetensors" in artifact.manifest.entries
 
