@@ -23,7 +23,15 @@ from torch import nn
 
 from gradmerge import MergeModule, Recipe, TaskData
 from gradmerge.alignment import ActivationMatching, WeightMatching
-from gradmerge.coefficients import Complement, Constant, Element, Sigmoid, Uniform
+from gradmerge.coefficients import (
+    Clamp,
+    Complement,
+    Constant,
+    Element,
+    HardMask,
+    Sigmoid,
+    Uniform,
+)
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.drivers import Continual, Job, Output, Pairwise, Tree
 from gradmerge.drivers.fold import FoldedRecipe
@@ -691,6 +699,30 @@ def test_what_a_fold_has_no_meaning_for_is_refused(tmp_path):
     refused(Tree(order=["a", "b", "cc"]), "order: 'cc' is no source; there are a, b, c")
     refused(Pairwise(), "expected at least two to merge, came a", models=models[:2])
     refused(Pairwise(), "RegMean: its statistics are of the sources", preprocess=[RegMean()])
+
+
+@pytest.mark.parametrize(
+    ("driver", "link", "message"),
+    [
+        (
+            Pairwise(),
+            HardMask(Element()),
+            r"step 1 at 0\.5 and 0\.5, .*HardMask: starting .* 0 or 1",
+        ),
+        (Tree(), Clamp(Element(), 0.0, 0.6), r"step 2 at 0\.6667 and 0\.3333, .* and Clamp cannot"),
+    ],
+)
+def test_a_link_that_no_step_can_start_with_is_refused_before_the_first(
+    tmp_path, driver, link, message
+):
+    models = relatives(build(), 4)
+    recipe = recipe_of(models, coefficients=link, init=Constant(1.0))
+    with pytest.raises(ConfigError, match=f"start: average begins {message}.*driver.start recipe"):
+        driver.run(job_of(tmp_path, models, recipe=recipe))
+    assert not (tmp_path / "driver").exists()
+    if isinstance(link, HardMask):
+        driver = replace(driver, start="recipe")
+        assert driver.run(job_of(tmp_path, models, recipe=recipe)).is_dir()
 
 
 @pytest.mark.parametrize(
