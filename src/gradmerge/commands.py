@@ -14,7 +14,7 @@ import torch
 from gradmerge._typing import Raw
 from gradmerge.emr import export_compact, export_tasks, refuse_finalisers, task_checkpoints
 from gradmerge.errors import CompatibilityError, ConfigError, nearest
-from gradmerge.export import export_merged, export_plan, require_options
+from gradmerge.export import export_merged, export_plan, read_as, require_options
 from gradmerge.folders import refuse_existing
 from gradmerge.inspection import inspect_sources, render
 from gradmerge.mergekit_writer import require_file, write_mergekit
@@ -138,7 +138,7 @@ def write_merge(
     elif outputs == "compact":
         folder = export_compact(plan, checked["output"], overwrite=checked["overwrite"])
     else:
-        extra = {"merge": to_plain(plan.recipe), **(known.get("extra") or {})}
+        extra = {"merge": to_plain(plan.recipe), **read_as(plan), **(known.get("extra") or {})}
         own = {key: value for key, value in checked.items() if key != "head"}
         folder = export_tasks(task_checkpoints(plan), **own, extra=extra)
     print(f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors: {folder}")

@@ -71,8 +71,8 @@ def require_start(driver: str, recipe: Recipe, number: int, shares: Sequence[flo
         recipe.coefficients.pull_back(torch.tensor(shares, dtype=torch.float64)[:, None])
     except ConfigError as error:
         raise ConfigError(
-            f"{driver}: start: average begins step {number} at {shares[0]:.4g} and {shares[1]:.4g}, "
-            f"whatever model.recipe.init says, and {type(recipe.coefficients).__name__} cannot "
-            f"begin there ({error}) Take the recipe's init at each step: --driver.start recipe; or "
-            "another link."
+            f"{driver}: start: average begins step {number} at {shares[0]:.4g} and "
+            f"{shares[1]:.4g}, whatever model.recipe.init says, and "
+            f"{type(recipe.coefficients).__name__} cannot begin there ({error}) Take the recipe's "
+            "init at each step: --driver.start recipe; or another link."
         ) from error
