@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from json import dumps
 from pathlib import Path
@@ -227,6 +228,15 @@ def require_checkpoint(checkpoint: str) -> Path:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+        # an optimiser of another package may keep its state in a class of its own
+        foreign = re.search(r"Unsupported global: GLOBAL ((?!torch\.|__main__)\S+)", str(error))
+        if foreign:
+            raise ConfigError(
+                f"{checkpoint} holds an object of {foreign[1]}, which is not loaded, for that "
+                "would take unpickling. If it is of an optimiser: export when the fit ends "
+                "(ExportAtEnd), or keep checkpoints without it (ModelCheckpoint with "
+                "save_weights_only: true)."
+            ) from error
         raise ConfigError(
             f"{checkpoint} cannot be read as a checkpoint: it is cut short, or something else than "
             "what `gradmerge fit` writes (*.ckpt)."
