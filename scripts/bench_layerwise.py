@@ -23,12 +23,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from local_llama import make_llamas
 from measuring import measured
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -43,40 +43,9 @@ SIZES = {
 
 def make_models(folder: Path, size: str, dtype: str) -> None:
     """Base and sources, once."""
-    import torch
-    import transformers
-    from safetensors.torch import save_file
-
-    config = transformers.LlamaConfig(
-        vocab_size=1024,
-        num_hidden_layers=LAYERS,
-        num_key_value_heads=SIZES[size]["num_attention_heads"],
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-        dtype=dtype,
-        **SIZES[size],
-    )
-    with torch.device("meta"):
-        shapes = {
-            name: tensor.shape
-            for name, tensor in transformers.LlamaForCausalLM(config).state_dict().items()
-        }
-    for index, name in enumerate(("base", *SOURCES)):
-        target = folder / name
-        if (target / "config.json").is_file():
-            continue
-        target.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for key, shape in shapes.items():
-            seed = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-            tensor = torch.randn(shape, generator=seed) * 0.02
-            tensor = tensor + 1 if len(shape) == 1 else tensor
-            if index:
-                seed = torch.Generator().manual_seed(zlib.crc32(f"{index} {key}".encode()))
-                tensor += torch.randn(shape, generator=seed) * 0.01
-            tensors[key] = tensor.to(getattr(torch, dtype))
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(target)
+    heads = {"num_key_value_heads": SIZES[size]["num_attention_heads"]}
+    stack = {"vocab_size": 1024, "num_hidden_layers": LAYERS}
+    make_llamas(folder, SOURCES, 0.01, dtype, **stack, **heads, **SIZES[size])
 
 
 def entries(folder: Path, part: str = "") -> int:
