@@ -43,6 +43,7 @@ from gradmerge.errors import ConfigError
 from gradmerge.finalisers import REPAIR
 from gradmerge.objectives import L1, CrossEntropy, KLToSource, Objective
 from gradmerge.spec import to_plain
+from networks import seeded
 from tiny import SPLITS, build, recipe_of, relatives, save_family
 
 
@@ -98,48 +99,18 @@ class Batched(nn.Module):
 
 
 def llama(layers=3, **options):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-        **options,
-    )
-    return transformers.LlamaForCausalLM(config)
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+    sizes = {"num_hidden_layers": layers, "num_key_value_heads": 1}
+    return seeded(transformers.LlamaForCausalLM, **sizes, **ends, **options)
 
 
 def bert():
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=32,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        num_labels=3,
-    )
-    return transformers.BertForSequenceClassification(config)
+    kind = transformers.BertForSequenceClassification
+    return seeded(kind, max_position_embeddings=16, num_labels=3)
 
 
 def vit():
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-        num_labels=3,
-    )
-    return transformers.ViTForImageClassification(config)
+    return seeded(transformers.ViTForImageClassification, num_labels=3)
 
 
 def examples(kind, seed, count):
