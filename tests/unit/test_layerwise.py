@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import WandbLogger
 from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from gradmerge import MergeDataModule, Recipe, TaskData
 from gradmerge.coefficients import (
@@ -38,10 +39,12 @@ from gradmerge.drivers import Job, LayerWise, Output, layers
 from gradmerge.drivers.activations import Activations
 from gradmerge.drivers.blocks import find_blocks
 from gradmerge.drivers.chain import Chain
+from gradmerge.drivers.matching import MergedBlock
 from gradmerge.drivers.wandb_runs import finish_wandb_run
 from gradmerge.errors import ConfigError
 from gradmerge.finalisers import REPAIR
 from gradmerge.objectives import L1, CrossEntropy, KLToSource, Objective
+from gradmerge.plan import Plan
 from gradmerge.spec import to_plain
 from networks import seeded
 from tiny import SPLITS, build, recipe_of, relatives, save_family
@@ -296,6 +299,63 @@ def test_coefficients_are_those_of_a_plain_implementation(
         torch.testing.assert_close(own, expected[key], rtol=0, atol=tolerance)
         moved = max(moved, float((own - 0.3).abs().max()))
     assert moved > 1e-4, "something must have been learned for this to mean anything"
+
+
+class Checkpointed(nn.Module):
+    """A block that uses one weight four times, twice within checkpoints of a kind, or of none."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.linear, self.reentrant = nn.Linear(5, 5), reentrant
+
+    def forward(self, x):
+        x = self._used(x)
+        for _ in range(2):
+            kind = {"use_reentrant": self.reentrant}
+            x = self._used(x) if self.reentrant is None else checkpoint(self._used, x, **kind)
+        return self._used(x)
+
+    def _used(self, x):
+        return self.linear(x).tanh()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_weights_that_backward_asks_for_again_get_their_whole_gradient(reentrant, tmp_path):
+    found = []
+    for way in (None, reentrant):
+        network = build(Narrow)
+        torch.manual_seed(1)
+        network.blocks = nn.ModuleList([Checkpointed(way), nn.Linear(5, 4)])
+        recipe = recipe_of(relatives(network.double(), 3), coefficients=Element())
+        job = job_of(tmp_path / str(way), recipe, data_of(), SGD, dtype="float64")
+        LayerWise(steps=3).run(job)
+        found.append(raw_of(job))
+    assert found[0].keys() == found[1].keys()
+    moved = {name: float((value - 0.3).abs().max()) for name, value in found[0].items()}
+    assert max(moved.values()) > 1e-3, moved
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-12)
+
+
+def test_no_merged_weight_outlives_its_last_gradient(tmp_path, monkeypatch):
+    models, kind, _ = network_of("llama", torch.float32)
+    job = job_of(tmp_path, recipe_of(models, coefficients=Element()), data_of(kind))
+    made, held = [], []
+    accumulate, contract = MergedBlock.accumulate, Plan.contract
+
+    def begun(block, *given):
+        made.append(block)
+        return accumulate(block, *given)
+
+    def noted(plan, name, grad, raw):
+        held.append(len(made[-1]._theta))
+        return contract(plan, name, grad, raw)
+
+    monkeypatch.setattr(MergedBlock, "accumulate", begun)
+    monkeypatch.setattr(Plan, "contract", noted)
+    LayerWise(steps=1).run(job)
+    assert len(made) == 3
+    assert held == list(range(8, -1, -1)) * 3, "of nine tensors, one less at each contraction"
 
 
 @pytest.mark.parametrize(

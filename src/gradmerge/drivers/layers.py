@@ -209,6 +209,8 @@ class Layers:
         names = [n for n in self.chain.blocks[number].tensors if n not in self.plan.fixed]
         slots = self._starts.slots(names)
         raw = {slot: self._starts.one(shared) for slot, shared in slots.items()}
+        gc.collect()
+        trim_heap()  # what the experts' passes left between smaller blocks
         merged = MergedBlock(self.chain, number, raw, prefixes.elsewhere)
         result: dict[str, Any] = {"fixed": {}, "steps": 0, "run": {}}
         if names:
