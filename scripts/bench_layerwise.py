@@ -2,16 +2,16 @@
 
     python scripts/bench_layerwise.py --json layerwise.json
 
-A Llama of 24 layers, made here: random weights, base and two sources, the sources a little off the
-base. Each run is a process of its own. It learns a tiny model first, so that all code is loaded,
-gives free memory back (`malloc_trim`), takes its anonymous resident memory (RssAnon), learns one
-coefficient a weight and source for a few steps with Adam, and exports. Mapped files are the
-system's cache and not counted. Reported are the peak above that start, and its parts that are
-known: of the block that is learned (end to end: of the model) the coefficients, their gradient and
-Adam's two moments; the hidden states that are kept between blocks; and what autograd saves of one
-forward pass of a block for its backward, other than weights (counted as it is saved). What is left
-is shown as a multiple of one block of one source in float32, the dtype of the computation; the
-target is three.
+A Llama, of 24 layers unless told, made here: random weights, base and two sources, the sources a
+little off the base. Each run is a process of its own. It learns a tiny model first, so that all
+code is loaded, gives free memory back (`malloc_trim`), takes its anonymous resident memory
+(RssAnon), learns one coefficient a weight and source for a few steps with Adam, and exports. Mapped
+files are the system's cache and not counted. Reported are the peak above that start, and its parts
+that are known: of the block that is learned (end to end: of the model) the coefficients, their
+gradient and Adam's two moments; the hidden states that are kept between blocks; and what autograd
+saves of one forward pass of a block for its backward, other than weights (counted as it is saved).
+What is left is shown as a multiple of one block of one source in float32, the dtype of the
+computation; the target is three.
 """
 
 from __future__ import annotations
@@ -23,60 +23,29 @@ import os
 import subprocess
 import sys
 import tempfile
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from local_llama import make_llamas
 from measuring import measured
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SOURCES = ("a", "b")
-LAYERS, TOKENS, EXAMPLES, BATCH = 24, 64, 16, 8
+TOKENS, EXAMPLES, BATCH = 64, 16, 8
 SIZES = {
     "5m": {"hidden_size": 640, "intermediate_size": 1792, "num_attention_heads": 10},
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2},
 }
 
 
-def make_models(folder: Path, size: str, dtype: str) -> None:
+def make_models(folder: Path, size: str, dtype: str, layers: int) -> None:
     """Base and sources, once."""
-    import torch
-    import transformers
-    from safetensors.torch import save_file
-
-    config = transformers.LlamaConfig(
-        vocab_size=1024,
-        num_hidden_layers=LAYERS,
-        num_key_value_heads=SIZES[size]["num_attention_heads"],
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-        dtype=dtype,
-        **SIZES[size],
-    )
-    with torch.device("meta"):
-        shapes = {
-            name: tensor.shape
-            for name, tensor in transformers.LlamaForCausalLM(config).state_dict().items()
-        }
-    for index, name in enumerate(("base", *SOURCES)):
-        target = folder / name
-        if (target / "config.json").is_file():
-            continue
-        target.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for key, shape in shapes.items():
-            seed = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-            tensor = torch.randn(shape, generator=seed) * 0.02
-            tensor = tensor + 1 if len(shape) == 1 else tensor
-            if index:
-                seed = torch.Generator().manual_seed(zlib.crc32(f"{index} {key}".encode()))
-                tensor += torch.randn(shape, generator=seed) * 0.01
-            tensors[key] = tensor.to(getattr(torch, dtype))
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(target)
+    heads = {"num_key_value_heads": SIZES[size]["num_attention_heads"]}
+    stack = {"vocab_size": 1024, "num_hidden_layers": layers}
+    make_llamas(folder, SOURCES, 0.01, dtype, **stack, **heads, **SIZES[size])
 
 
 def entries(folder: Path, part: str = "") -> int:
@@ -196,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="5m")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--layers", type=int, default=24, help="blocks")
     parser.add_argument("--steps", type=int, default=3, help="steps a block; of the fit")
     parser.add_argument("--cache", default=".cache/bench", help="where the models are kept")
     parser.add_argument("--json", help="file to write all figures to")
@@ -206,10 +176,11 @@ def main() -> None:
         found = run(kind, Path(warm), Path(folder), Path(output), int(steps), float(memory))
         print(json.dumps(found))
         return
-    folder = Path(args.cache).resolve() / f"layers-{args.size}-{args.dtype}"
-    warm = folder.with_name(f"layers-tiny-{args.dtype}")
-    make_models(folder, args.size, args.dtype)
-    make_models(warm, "tiny", args.dtype)
+    number = "" if args.layers == 24 else f"-{args.layers}"
+    folder = Path(args.cache).resolve() / f"layers-{args.size}-{args.dtype}{number}"
+    warm = folder.with_name(f"layers-tiny-{args.dtype}{number}")
+    make_models(folder, args.size, args.dtype, args.layers)
+    make_models(warm, "tiny", args.dtype, args.layers)
     block, whole = 4 * entries(folder, ".layers.0."), 4 * entries(folder)
     stored = sum(f.stat().st_size for f in folder.glob("*/model.safetensors"))
     print(f"a block of one source: {block / 1e6:.1f} MB in float32; files {stored / 1e6:.0f} MB")
@@ -237,7 +208,13 @@ def main() -> None:
             flush=True,
         )
     if args.json:
-        content = {"size": args.size, "dtype": args.dtype, "block": block, "rows": rows}
+        content = {
+            "size": args.size,
+            "layers": args.layers,
+            "dtype": args.dtype,
+            "block": block,
+            "rows": rows,
+        }
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -28,12 +28,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from local_llama import make_llamas
 from measuring import measured
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -133,43 +133,6 @@ METHODS = {
 
 
 # ---- models -------------------------------------------------------------------------------------
-
-
-def make_models(folder: Path, size: str) -> None:
-    """Base and sources, once."""
-    import torch
-    import transformers
-    from safetensors.torch import save_file
-
-    config = transformers.LlamaConfig(
-        vocab_size=32000 if size != "tiny" else 512,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-        **SIZES[size],
-    )
-    with torch.device("meta"):
-        shapes = {
-            name: tensor.shape
-            for name, tensor in transformers.LlamaForCausalLM(config).state_dict().items()
-        }
-    for index, name in enumerate(("base", *SOURCES)):
-        target = folder / name
-        if (target / "config.json").is_file():
-            continue
-        target.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for key, shape in shapes.items():
-            seed = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-            tensor = torch.randn(shape, generator=seed) * 0.02
-            if index:
-                seed = torch.Generator().manual_seed(zlib.crc32(f"{index} {key}".encode()))
-                tensor += torch.randn(shape, generator=seed) * 0.002
-            tensors[key] = tensor.bfloat16()
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(target)
 
 
 def largest_tensor(folder: Path) -> int:
@@ -357,7 +320,9 @@ def main() -> None:
         print(json.dumps(TOOLS[tool](Path(folder), name, Path(output))))
         return
     folder = Path(args.cache).resolve() / f"llama-{args.size}"
-    make_models(folder, args.size)
+    words = {"vocab_size": 512 if args.size == "tiny" else 32000}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    make_llamas(folder, SOURCES, 0.002, "bfloat16", **words, **heads, **SIZES[args.size])
     largest = largest_tensor(folder / "base")
     rows = []
     with tempfile.TemporaryDirectory(dir=folder) as work:

@@ -17,7 +17,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from networks import transformer
+
 transformers.logging.set_verbosity_error()
+
+WIDE = {"hidden_size": 16, "intermediate_size": 24}
 
 
 class Convolutions(nn.Module):
@@ -50,19 +54,10 @@ def _images() -> dict[str, Tensor]:
 
 
 def _llama(tied: bool) -> nn.Module:
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=tied,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    options = {**WIDE, **heads, **ends, "tie_word_embeddings": tied}
+    return transformer(transformers.LlamaForCausalLM, **options)
 
 
 def _gpt2() -> nn.Module:
@@ -80,16 +75,8 @@ def _gpt2() -> nn.Module:
 
 
 def _bert() -> nn.Module:
-    return transformers.BertForSequenceClassification(
-        transformers.BertConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-        )
-    )
+    kind = transformers.BertForSequenceClassification
+    return transformer(kind, **WIDE, max_position_embeddings=16)
 
 
 def _t5() -> nn.Module:
@@ -107,16 +94,7 @@ def _t5() -> nn.Module:
 
 
 def _vit() -> nn.Module:
-    return transformers.ViTForImageClassification(
-        transformers.ViTConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=8,
-            patch_size=4,
-        )
-    )
+    return transformer(transformers.ViTForImageClassification, **WIDE)
 
 
 def _t5_batch() -> dict[str, Tensor]:

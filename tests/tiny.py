@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
 from gradmerge.coefficients import Constant
 from gradmerge.coefficients import Tensor as TensorGranularity
+from networks import seeded
 
 SPLITS = ("adaptation", "selection", "test")
 WORDS = [f"w{i}" for i in range(29)]
@@ -213,18 +214,8 @@ def text_world(root: Path) -> dict[str, Any]:
 
     import transformers
 
-    torch.manual_seed(0)
-    model = transformers.BertForSequenceClassification(
-        transformers.BertConfig(
-            vocab_size=32,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            num_labels=3,
-        )
-    )
+    sizes = {"intermediate_size": 8, "num_hidden_layers": 1, "max_position_embeddings": 16}
+    model = seeded(transformers.BertForSequenceClassification, num_labels=3, **sizes)
     paths = save_family(root, relatives(model, scale=0.2))
     tasks = {}
     for i, task in enumerate("ab"):

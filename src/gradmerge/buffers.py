@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gradmerge.errors import ConfigError
 from gradmerge.plan import Plan
 from gradmerge.sources import Checkpoint
 
@@ -26,6 +28,9 @@ class NetworkBuffers:
         places = plan.binding.buffers if plan.binding else {}
         self._places = {name: places[name] for name in plan.buffers if name in places}
         self.set({name: plan.buffer(name) for name in self._places})
+        names = {module: name for name, module in skeleton.named_modules()}
+        for norm in self.batch_norms:
+            norm.register_forward_pre_hook(partial(_require_rows, names[norm]), with_kwargs=True)
 
     def values(self) -> dict[str, Tensor]:
         """The buffers as they stand (not copies)."""
@@ -122,6 +127,26 @@ class NetworkBuffers:
                 module.train(training)
         for module, found in moments.items():
             found.write(module)
+
+
+def _require_rows(
+    name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse a batch that has no statistics of its own, where they are asked for.
+
+    Raises:
+        ConfigError: it has one value a channel.
+    """
+    batch: Tensor = args[0] if args else kwargs["input"]
+    if not module.training or batch.dim() < 2 or batch.numel() != batch.shape[1]:
+        return
+    raise ConfigError(
+        f"{name}: BatchNorm takes the statistics of its batch while coefficients are learned and "
+        "where statistics are recomputed; expected two rows or more, came one (a batch of shape "
+        f"{tuple(batch.shape)}). Set data.batch_size and data.eval_batch_size (`batch_size` of "
+        "LayerWise) to 2 or more and give each task two adaptation examples, or keep the sources' "
+        "statistics: model.recipe.buffers: mean."
+    )
 
 
 class Moments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -219,12 +220,12 @@ class ExportAtEnd(lightning.Callback):
         )
         lightning.pytorch.utilities.rank_zero_info(f"merged model written to {folder}")
         if self.log_artifact:
-            log_artifact(trainer, folder)
+            log_artifact(trainer.loggers, folder)
 
 
-def log_artifact(trainer: lightning.Trainer, folder: Path) -> None:
-    """Log a model folder to W&B, where the trainer logs there."""
-    for logger in trainer.loggers:
+def log_artifact(loggers: Iterable[Any], folder: Path) -> None:
+    """Log a model folder to W&B, where one of a trainer's loggers logs there."""
+    for logger in loggers:
         if isinstance(logger, lightning.pytorch.loggers.WandbLogger):
             import wandb
 

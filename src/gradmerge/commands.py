@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from json import dumps
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from gradmerge._typing import Raw
 from gradmerge.emr import export_compact, export_tasks, refuse_finalisers, task_checkpoints
 from gradmerge.errors import CompatibilityError, ConfigError, nearest
-from gradmerge.export import export_merged, export_plan, require_options
+from gradmerge.export import export_merged, export_plan, read_as, require_options
 from gradmerge.folders import refuse_existing
 from gradmerge.inspection import inspect_sources, render
 from gradmerge.mergekit_writer import require_file, write_mergekit
@@ -138,7 +139,7 @@ def write_merge(
     elif outputs == "compact":
         folder = export_compact(plan, checked["output"], overwrite=checked["overwrite"])
     else:
-        extra = {"merge": to_plain(plan.recipe), **(known.get("extra") or {})}
+        extra = {"merge": to_plain(plan.recipe), **read_as(plan), **(known.get("extra") or {})}
         own = {key: value for key, value in checked.items() if key != "head"}
         folder = export_tasks(task_checkpoints(plan), **own, extra=extra)
     print(f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors: {folder}")
@@ -227,6 +228,15 @@ def require_checkpoint(checkpoint: str) -> Path:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+        # an optimiser of another package may keep its state in a class of its own
+        foreign = re.search(r"Unsupported global: GLOBAL ((?!torch\.|__main__)\S+)", str(error))
+        if foreign:
+            raise ConfigError(
+                f"{checkpoint} holds an object of {foreign[1]}, which is not loaded, for that "
+                "would take unpickling. If it is of an optimiser: export when the fit ends "
+                "(ExportAtEnd), or keep checkpoints without it (ModelCheckpoint with "
+                "save_weights_only: true)."
+            ) from error
         raise ConfigError(
             f"{checkpoint} cannot be read as a checkpoint: it is cut short, or something else than "
             "what `gradmerge fit` writes (*.ckpt)."

@@ -250,6 +250,7 @@ class MergeDataModule(lightning.LightningDataModule):
         self.check_disjoint = check_disjoint
         self.processor: Any = None
         self._network: Any = None
+        self._loaded: dict[str, tuple[TaskData, dict[Stage, Any]]] = {}
         self._prepared: dict[str, dict[Stage, Any]] = {}
         self._pad = 0
 
@@ -259,7 +260,7 @@ class MergeDataModule(lightning.LightningDataModule):
             return
         folder = self.processor_path or self._default_processor()
         for task, data in self.tasks.items():
-            splits = load_splits(task, data, self.seed)
+            splits = self.splits(task)
             if self.processor is None and data.kind != "tensors":
                 self.processor = load_processor(folder, data.kind)
             self._prepared[task] = {
@@ -284,6 +285,17 @@ class MergeDataModule(lightning.LightningDataModule):
         several = max(self.batch_size, self.eval_batch_size) > 1
         network = getattr(self._merged(), "skeleton", None)
         self._pad = padding_id(self.processor, network, classifies and several)
+
+    def splits(self, task: str) -> dict[Stage, Any]:
+        """A task's three splits as datasets, not prepared; they are loaded once.
+
+        Raises:
+            ConfigError: see `load_splits`.
+        """
+        data, kept = self.tasks[task], self._loaded.get(task)
+        if kept is None or kept[0] is not data:
+            kept = self._loaded[task] = data, load_splits(task, data, self.seed)
+        return kept[1]
 
     def attach(self, merged: Any) -> None:
         """Prepare for a merged model where no trainer says for which."""

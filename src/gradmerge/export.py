@@ -298,8 +298,6 @@ def provenance_of(
     recipe = to_plain(plan.recipe)
     of = {name: checkpoint.label for name, checkpoint in plan.serving.items()}
     heads = {name: label for name, label in of.items() if name not in plan.sources}
-    tokens = {} if plan.alignment is None else token_report(plan.alignment)
-    long = ("added", "differs", "dropped", "other_settings")  # they stand in tokens.json
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -313,11 +311,22 @@ def provenance_of(
         "fixed": dict(plan.fixed),
         "tasks": dict(tasks),
         "dtype": dtype or "as stored",
-        **({"tokenizer": {k: v for k, v in tokens.items() if k not in long}} if tokens else {}),
-        **({"alignment": plan.order.report} if plan.order is not None else {}),
+        **read_as(plan),
         "results": dict(results or {}),
         **({"finalisation": plan.finalisation.report} if plan.finalisation.report else {}),
         **({"run": plan.run} if plan.run else {}),
-        **({"statistics": plan.collected.summary()} if plan.collected is not None else {}),
         **(extra or {}),
+    }
+
+
+def read_as(plan: Plan) -> dict[str, Any]:
+    """How a merge's sources were read, as plain data: in whose tokens, with units in which order,
+    and with statistics of which data.
+    """
+    tokens = {} if plan.alignment is None else token_report(plan.alignment)
+    long = ("added", "differs", "dropped", "other_settings")  # they stand in tokens.json
+    return {
+        **({"tokenizer": {k: v for k, v in tokens.items() if k not in long}} if tokens else {}),
+        **({"alignment": plan.order.report} if plan.order is not None else {}),
+        **({"statistics": plan.collected.summary()} if plan.collected is not None else {}),
     }

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, ReduceLROnPlateau
+from lightning.pytorch.utilities import rank_zero_info
 
 from gradmerge._version import __version__
 from gradmerge.callbacks import ExportAtEnd, StepProgress
@@ -234,6 +235,19 @@ class MergeCLI(LightningCLI):
         self.trainer.callbacks.insert(0, start)
         if self._get(self.config, "ckpt_path") is None:
             start.run(self.model, self.datamodule)
+
+    def before_validate(self) -> None:
+        """Say that a search is left out."""
+        if self._get(self.config_init, "search") is None:
+            return
+        checkpoint = self._get(self.config, "ckpt_path")
+        start = "that model.recipe.init gives (--ckpt_path scores what a fit has learned)"
+        rank_zero_info(
+            f"search: not run by `gradmerge {self.subcommand}`, which scores the coefficients "
+            + (f"of {checkpoint}" if checkpoint else start)
+        )
+
+    before_test = before_validate
 
     @staticmethod
     def configure_optimizers(

@@ -9,6 +9,7 @@ sample of a split, for statistics, is the same in every process.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -145,8 +146,8 @@ def sample_batches(loader: DataLoader[Any], batches: int) -> DataLoader[Any]:
 
     Of L examples `n = min(L, batches * batch_size)` are taken, the i-th drawn from
     `[i L / n, (i + 1) L / n)`, so that a split in the order of its classes gives of every class its
-    share. Their order is drawn, too, so that each batch is mixed, and the batches differ in size by
-    one at most. The draws have one seed: each call, and each process, takes the same.
+    share. Their order is drawn, too, so that each batch is mixed; `even_batches` cuts it. The draws
+    have one seed: each call, and each process, takes the same.
     """
     length = len(loader.dataset)  # type: ignore[arg-type]
     size = loader.batch_size or 1
@@ -155,14 +156,29 @@ def sample_batches(loader: DataLoader[Any], batches: int) -> DataLoader[Any]:
     edges = [i * length // max(1, count) for i in range(count + 1)]
     drawn = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
     taken = [a + int(u * (b - a)) for a, b, u in zip(edges, edges[1:], drawn, strict=False)]
-    order = torch.randperm(count, generator=generator)
-    parts = order.tensor_split(-(-count // size)) if count else ()
+    order = torch.randperm(count, generator=generator).tolist()
     return DataLoader(
         loader.dataset,
-        batch_sampler=[[taken[i] for i in part.tolist()] for part in parts],
+        batch_sampler=even_batches([taken[i] for i in order], size),
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
     )
+
+
+def even_batches(order: Sequence[int], size: int) -> list[list[int]]:
+    """All indices in batches of about `size`, which differ in length by one at most.
+
+    Nothing is left out, and no batch has one example alone, of which BatchNorm knows no statistics,
+    unless the size is one or there is but one; of an odd number in pairs one batch has three.
+    """
+    parts = -(-len(order) // size)
+    if size > 1:
+        parts = min(parts, max(1, len(order) // 2))
+    if not parts:
+        return []
+    least, more = divmod(len(order), parts)
+    edges = [i * least + min(i, more) for i in range(parts + 1)]
+    return [list(order[a:b]) for a, b in itertools.pairwise(edges)]
 
 
 def collate(examples: Sequence[Mapping[str, Any]], pad: int = 0) -> dict[str, Any]:

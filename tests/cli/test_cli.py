@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -525,6 +526,14 @@ def test_what_is_no_checkpoint_of_ours_is_refused_in_a_line(world, tmp_path, cap
         options = [command, "--config", config, "--ckpt_path"]
         assert "cannot be read as a checkpoint" in fails([*options, "files/text.json"], capsys)
         assert "absent.ckpt: no such checkpoint" in fails([*options, "absent.ckpt"], capsys)
+
+
+def test_a_checkpoint_with_a_class_of_an_optimiser_is_refused_by_its_name(tmp_path, capsys):
+    state = {"state": {0: {"exp_avg": Fraction(1)}}}
+    torch.save({"gradmerge": {}, "hyper_parameters": {}, "optimizer_states": [state]}, "own.ckpt")
+    text = fails(["export", "own.ckpt", "merged"], capsys)
+    assert "own.ckpt holds an object of fractions.Fraction, which is not loaded" in text
+    assert "save_weights_only: true" in text
 
 
 @pytest.mark.parametrize("command", ["merge", "export"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import logging
 import shlex
 from pathlib import Path
 
@@ -264,6 +265,23 @@ def test_a_search_is_the_start_of_a_fit(three, tmp_path):
     saved = torch.load(checkpoint, weights_only=True)
     assert saved["gradmerge"]["run"]["search"] == run
     assert from_plain(saved["hyper_parameters"]["recipe"]).init == chosen
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_score_says_that_a_search_was_left_out(three, tmp_path, caplog, monkeypatch, command):
+    # Lightning's loggers do not hand on what they have shown
+    for name in ("lightning", "lightning.pytorch"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    config = write(tmp_path / "c.yaml", three)
+    said = f"search: not run by `gradmerge {command}`, which scores the coefficients that"
+    learn([command, "--config", config])
+    assert said not in caplog.text
+    learn([command, "--config", config, "--search", "Scales"])
+    assert said in caplog.text
+    learn(["fit", "--config", config, "--trainer.max_steps", "1"])
+    (checkpoint,) = map(str, Path("run").rglob("*.ckpt"))
+    learn([command, "--config", config, "--search", "Scales", "--ckpt_path", checkpoint])
+    assert f"`gradmerge {command}`, which scores the coefficients of {checkpoint}" in caplog.text
 
 
 def test_a_fit_that_goes_on_does_not_search_again(three, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ pytest.importorskip("mergekit", reason="the oracle of these tests: pip install g
 
 from mergekit import merge_methods, sparsify
 
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, WIDE
 from gradmerge import Recipe
 from gradmerge.coefficients import Constant, Uniform
 from gradmerge.operators import (
@@ -45,6 +45,7 @@ from gradmerge.preprocess import (
     Site,
     Trim,
 )
+from networks import transformer
 
 SEED = 5
 WEIGHTS = (0.5, 0.3, 0.4)
@@ -206,16 +207,9 @@ METHODS = {
 
 
 def _qwen2() -> nn.Module:
-    config = transformers.Qwen2Config(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    return transformers.Qwen2ForCausalLM(config)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    kind = transformers.Qwen2ForCausalLM
+    return transformer(kind, **WIDE, **heads, tie_word_embeddings=True)
 
 
 def _resnet() -> nn.Module:

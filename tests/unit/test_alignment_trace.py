@@ -21,6 +21,7 @@ from gradmerge.alignment.verify import Float64, verify
 from gradmerge.errors import ConfigError
 from gradmerge.sources.memory import persistent_tensors
 from gradmerge.sources.skeleton import strip_weights
+from networks import seeded
 
 
 def shaken(module: nn.Module) -> nn.Module:
@@ -261,18 +262,15 @@ def ids(count: int = 32) -> Tensor:
     return torch.randint(3, count, (2, 7), generator=torch.Generator().manual_seed(5))
 
 
+THREE_HEADS = {"hidden_size": 12, "num_attention_heads": 3, "intermediate_size": 20}
+
+
+def vit() -> nn.Module:
+    return shaken(seeded(transformers.ViTForImageClassification, num_labels=5, **THREE_HEADS))
+
+
 def test_vit_has_a_stream_and_four_groups_a_layer() -> None:
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=20,
-        image_size=8,
-        patch_size=4,
-        num_labels=5,
-    )
-    net = shaken(transformers.ViTForImageClassification(config))
+    net = vit()
     spec = spec_of(net)
     # stream; a layer: heads, width of queries and keys, width of values, intermediate
     assert sizes(spec) == sorted([12, *[3, 4, 4, 20] * 2])
@@ -280,17 +278,8 @@ def test_vit_has_a_stream_and_four_groups_a_layer() -> None:
 
 
 def test_bert_has_a_stream_and_four_groups_a_layer() -> None:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=32,
-        hidden_size=12,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        max_position_embeddings=16,
-        num_labels=4,
-    )
-    net = shaken(transformers.BertForSequenceClassification(config))
+    kind = transformers.BertForSequenceClassification
+    net = shaken(seeded(kind, max_position_embeddings=16, num_labels=4, **THREE_HEADS))
     spec = spec_of(net)
     # the pooler's tanh between two linear layers is one more
     assert sizes(spec) == sorted([12, 12, *[3, 4, 4, 20] * 2])

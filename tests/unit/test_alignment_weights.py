@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_alignment_trace import ResNet, Vgg, llama, permuted, shaken, spec_of
+from test_alignment_trace import ResNet, Vgg, llama, permuted, shaken, spec_of, vit
 from torch import nn
 
 import tiny
@@ -246,20 +246,6 @@ def test_the_average_of_two_orders_of_one_network_is_that_network(kind: str) -> 
         torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-6)
     plain = merged_state(recipe(net, permuted(net, spec), alignment=None))
     assert any((plain[n] - t).abs().max() > 0.1 for n, t in persistent_tensors(net).items())
-
-
-def vit() -> nn.Module:
-    config = transformers.ViTConfig(
-        hidden_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=20,
-        image_size=8,
-        patch_size=4,
-        num_labels=5,
-    )
-    torch.manual_seed(0)
-    return shaken(transformers.ViTForImageClassification(config))
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "vit"])

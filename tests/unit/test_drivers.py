@@ -17,15 +17,25 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
 from safetensors.torch import load_file
 from torch import nn
 
 from gradmerge import MergeModule, Recipe, TaskData
 from gradmerge.alignment import ActivationMatching, WeightMatching
-from gradmerge.coefficients import Complement, Constant, Element, Sigmoid, Uniform
+from gradmerge.coefficients import (
+    Clamp,
+    Complement,
+    Constant,
+    Element,
+    HardMask,
+    Sigmoid,
+    Uniform,
+)
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.drivers import Continual, Job, Output, Pairwise, Tree
 from gradmerge.drivers.fold import FoldedRecipe
+from gradmerge.drivers.wandb_runs import finish_wandb_run
 from gradmerge.errors import CompatibilityError, ConfigError, FingerprintError
 from gradmerge.finalisers import DepthRescale
 from gradmerge.objectives import CrossEntropy, KLToSource, Objective
@@ -618,6 +628,38 @@ def test_another_job_in_the_folder_is_refused_with_what_differs(tmp_path):
             driver.run(job)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("job.json", "{}", "came one without `job`"),
+        ("job.json", "[]", "came list"),
+        ("job.json", '{"job": "x", "seed": 0', r"came something else \(Expecting"),
+        ("job.json", '{"job": "x", "seed": 0, "content": null}', "came `content` of type NoneType"),
+        ("steps/step-1/step.json", "{}", "came one without `step`"),
+        ("steps/step-1/step.json", '{"step": {}}', "came one without `result`"),
+    ],
+)
+def test_a_damaged_record_is_refused_by_name(tmp_path, name, content, message):
+    models = relatives(build(), 3)
+    folder = Pairwise().run(job_of(tmp_path, models))
+    folder.rename(tmp_path / "elsewhere")
+    path = tmp_path / "driver" / name
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=rf"{name}: expected the record .*{message}.*restart"):
+        Pairwise().run(job_of(tmp_path, models))
+    assert path.read_text() == content
+    assert Pairwise(restart=True).run(job_of(tmp_path, models)) == folder
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"driver": 1}', '{"driver": {"job": 1}}'])
+def test_a_folder_with_another_provenance_is_not_the_job_s_own(tmp_path, content):
+    models = relatives(build(), 3)
+    folder = Pairwise().run(job_of(tmp_path, models))
+    (folder / "provenance.json").write_text(content)
+    with pytest.raises(ConfigError, match="merged exists; give another folder"):
+        Pairwise().run(job_of(tmp_path, models))
+
+
 def test_a_job_begun_anew_moves_the_earlier_one_aside(tmp_path):
     models = relatives(build(), 3)
     Pairwise().run(job_of(tmp_path, models))
@@ -657,6 +699,30 @@ def test_what_a_fold_has_no_meaning_for_is_refused(tmp_path):
     refused(Tree(order=["a", "b", "cc"]), "order: 'cc' is no source; there are a, b, c")
     refused(Pairwise(), "expected at least two to merge, came a", models=models[:2])
     refused(Pairwise(), "RegMean: its statistics are of the sources", preprocess=[RegMean()])
+
+
+@pytest.mark.parametrize(
+    ("driver", "link", "message"),
+    [
+        (
+            Pairwise(),
+            HardMask(Element()),
+            r"step 1 at 0\.5 and 0\.5, .*HardMask: starting .* 0 or 1",
+        ),
+        (Tree(), Clamp(Element(), 0.0, 0.6), r"step 2 at 0\.6667 and 0\.3333, .* and Clamp cannot"),
+    ],
+)
+def test_a_link_that_no_step_can_start_with_is_refused_before_the_first(
+    tmp_path, driver, link, message
+):
+    models = relatives(build(), 4)
+    recipe = recipe_of(models, coefficients=link, init=Constant(1.0))
+    with pytest.raises(ConfigError, match=f"start: average begins {message}.*driver.start recipe"):
+        driver.run(job_of(tmp_path, models, recipe=recipe))
+    assert not (tmp_path / "driver").exists()
+    if isinstance(link, HardMask):
+        driver = replace(driver, start="recipe")
+        assert driver.run(job_of(tmp_path, models, recipe=recipe)).is_dir()
 
 
 @pytest.mark.parametrize(
@@ -703,22 +769,30 @@ def test_a_fold_aligns_each_source_to_the_merge_so_far(tmp_path):
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
 
 
-def test_runs_of_one_job_are_one_group_of_w_and_b(tmp_path, monkeypatch):
+@pytest.mark.parametrize("set_by_user", [False, True])
+def test_runs_of_one_job_are_one_group_of_w_and_b(tmp_path, monkeypatch, set_by_user):
+    given = {"NAME": "mine", "RUN_GROUP": "ours"} if set_by_user else {"NAME": "", "RUN_GROUP": ""}
+    for name, value in {"MODE": "offline", "SILENT": "true", **given}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
     seen = []
 
     class Look(lightning.Callback):
-        def on_fit_start(self, *_):
-            seen.append((os.environ["WANDB_NAME"], os.environ["WANDB_RUN_GROUP"]))
+        def on_fit_start(self, trainer, pl_module):
+            seen.append((trainer.logger.experiment.name, trainer.logger.experiment.group))
 
-    for name in ("WANDB_NAME", "WANDB_RUN_GROUP"):
-        monkeypatch.setenv(name, "before")
-    for root in ("one", "two"):
-        job = job_of(tmp_path / root, relatives(build(), 4), callbacks=[Look()])
-        Pairwise(keep_steps=False).run(job)
-    groups = [group for _, group in seen]
-    assert [name for name, _ in seen] == ["step-1", "step-2"] * 2
-    assert groups[0] == groups[1] != groups[2] == groups[3]
-    assert groups[0].startswith("one-")
+    job = job_of(tmp_path / "one", relatives(build(), 4), callbacks=[Look()])
+    make = job.make_trainer
+
+    def logging(folder, callbacks, overrides):
+        logger = WandbLogger(project="gradmerge", save_dir=tmp_path, offline=True)
+        return make(folder, callbacks, {**overrides, "logger": logger})
+
+    job.make_trainer = logging
+    Pairwise(keep_steps=False).run(job)
+    finish_wandb_run()
+    number = json.loads((job.folder / "job.json").read_text())["job"]
+    start, group = ("mine-", "ours") if set_by_user else ("", f"one-{number[:8]}")
+    assert seen == [(f"{start}step-1", group), (f"{start}step-2", group)]
 
 
 def test_a_step_without_tasks_says_so(tmp_path):

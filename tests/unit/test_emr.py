@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from conftest import logits_of
 from gradmerge import Recipe
+from gradmerge.alignment import WeightMatching
 from gradmerge.cli import main
 from gradmerge.coefficients import Model, Uniform
 from gradmerge.commands import merge, unpack
@@ -199,6 +200,19 @@ def test_another_base_is_refused(family, tmp_path):
     with pytest.raises(SourceError, match=r"there is no task 'c'.*There are: a, b"):
         EMR(str(tmp_path / "compact"), "c").open()
     assert not (tmp_path / "out").exists()
+
+
+def test_tasks_say_how_their_sources_were_aligned(family, tmp_path):
+    _, _, paths = saved(family, tmp_path)
+    factors = {"coefficients": Model(), "init": Uniform(), "preprocess": [Trim(0.5)]}
+    recipe = Recipe([paths["a"], paths["b"]], alignment=WeightMatching(reference="a"), **factors)
+    found = {}
+    for outputs in ("merged", "tasks"):
+        merge(recipe, outputs=outputs, output=str(tmp_path / outputs))
+        place = tmp_path / outputs / ("a" if outputs == "tasks" else "")
+        found[outputs] = json.loads((place / "provenance.json").read_text())["alignment"]
+    assert found["tasks"] == found["merged"]
+    assert found["tasks"]["reference"] == "a"
 
 
 def test_what_has_no_such_form_is_refused(family, tmp_path):

@@ -15,10 +15,12 @@ import lightning
 import pytest
 import torch
 import transformers
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from gradmerge import MergeDataModule, Recipe, TaskData
 from gradmerge.coefficients import (
@@ -33,13 +35,18 @@ from gradmerge.coefficients import (
     Tensor,
     Uniform,
 )
-from gradmerge.drivers import Job, LayerWise, layers
+from gradmerge.drivers import Job, LayerWise, Output, layers
 from gradmerge.drivers.activations import Activations
-from gradmerge.drivers.base import finish_wandb_run
 from gradmerge.drivers.blocks import find_blocks
 from gradmerge.drivers.chain import Chain
+from gradmerge.drivers.matching import MergedBlock
+from gradmerge.drivers.wandb_runs import finish_wandb_run
 from gradmerge.errors import ConfigError
 from gradmerge.finalisers import REPAIR
+from gradmerge.objectives import L1, CrossEntropy, KLToSource, Objective
+from gradmerge.plan import Plan
+from gradmerge.spec import to_plain
+from networks import seeded
 from tiny import SPLITS, build, recipe_of, relatives, save_family
 
 
@@ -95,48 +102,18 @@ class Batched(nn.Module):
 
 
 def llama(layers=3, **options):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-        **options,
-    )
-    return transformers.LlamaForCausalLM(config)
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+    sizes = {"num_hidden_layers": layers, "num_key_value_heads": 1}
+    return seeded(transformers.LlamaForCausalLM, **sizes, **ends, **options)
 
 
 def bert():
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=32,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        num_labels=3,
-    )
-    return transformers.BertForSequenceClassification(config)
+    kind = transformers.BertForSequenceClassification
+    return seeded(kind, max_position_embeddings=16, num_labels=3)
 
 
 def vit():
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-        num_labels=3,
-    )
-    return transformers.ViTForImageClassification(config)
+    return seeded(transformers.ViTForImageClassification, num_labels=3)
 
 
 def examples(kind, seed, count):
@@ -324,6 +301,63 @@ def test_coefficients_are_those_of_a_plain_implementation(
     assert moved > 1e-4, "something must have been learned for this to mean anything"
 
 
+class Checkpointed(nn.Module):
+    """A block that uses one weight four times, twice within checkpoints of a kind, or of none."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.linear, self.reentrant = nn.Linear(5, 5), reentrant
+
+    def forward(self, x):
+        x = self._used(x)
+        for _ in range(2):
+            kind = {"use_reentrant": self.reentrant}
+            x = self._used(x) if self.reentrant is None else checkpoint(self._used, x, **kind)
+        return self._used(x)
+
+    def _used(self, x):
+        return self.linear(x).tanh()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_weights_that_backward_asks_for_again_get_their_whole_gradient(reentrant, tmp_path):
+    found = []
+    for way in (None, reentrant):
+        network = build(Narrow)
+        torch.manual_seed(1)
+        network.blocks = nn.ModuleList([Checkpointed(way), nn.Linear(5, 4)])
+        recipe = recipe_of(relatives(network.double(), 3), coefficients=Element())
+        job = job_of(tmp_path / str(way), recipe, data_of(), SGD, dtype="float64")
+        LayerWise(steps=3).run(job)
+        found.append(raw_of(job))
+    assert found[0].keys() == found[1].keys()
+    moved = {name: float((value - 0.3).abs().max()) for name, value in found[0].items()}
+    assert max(moved.values()) > 1e-3, moved
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-12)
+
+
+def test_no_merged_weight_outlives_its_last_gradient(tmp_path, monkeypatch):
+    models, kind, _ = network_of("llama", torch.float32)
+    job = job_of(tmp_path, recipe_of(models, coefficients=Element()), data_of(kind))
+    made, held = [], []
+    accumulate, contract = MergedBlock.accumulate, Plan.contract
+
+    def begun(block, *given):
+        made.append(block)
+        return accumulate(block, *given)
+
+    def noted(plan, name, grad, raw):
+        held.append(len(made[-1]._theta))
+        return contract(plan, name, grad, raw)
+
+    monkeypatch.setattr(MergedBlock, "accumulate", begun)
+    monkeypatch.setattr(Plan, "contract", noted)
+    LayerWise(steps=1).run(job)
+    assert len(made) == 3
+    assert held == list(range(8, -1, -1)) * 3, "of nine tensors, one less at each contraction"
+
+
 @pytest.mark.parametrize(
     ("coefficients", "init"),
     [
@@ -413,17 +447,35 @@ def test_blocks_may_be_named_and_those_of_a_sequential_network_are_its_members(t
         assert still == kept
 
 
-def test_all_blocks_log_to_one_run_of_w_and_b(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["", "mine"])
+def test_all_blocks_log_to_one_run_of_w_and_b(tmp_path, monkeypatch, name):
     """A run that ends with the first block's trainer refuses what the second logs."""
-    for name, value in {"MODE": "offline", "SILENT": "true", "RUN_GROUP": "", "NAME": ""}.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
+    for variable, value in {
+        "MODE": "offline",
+        "SILENT": "true",
+        "RUN_GROUP": "",
+        "NAME": name,
+    }.items():
+        monkeypatch.setenv(f"WANDB_{variable}", value)
     torch.manual_seed(0)
     recipe = recipe_of(relatives(build(Stack), 3), coefficients=Tensor())
     logger = partial(WandbLogger, project="gradmerge", save_dir=tmp_path, offline=True)
     job = job_of(tmp_path / "job", recipe, data_of(dtype=torch.float32), ADAM, lambda _: [logger()])
+    job.output = Output(str(tmp_path / "out"), log_artifact=True)
+    logged, log = [], wandb.sdk.wandb_run.Run.log_artifact
+
+    def noted(run, artifact):
+        logged.append((run.name, artifact))
+        return log(run, artifact)
+
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log_artifact", noted)
     LayerWise(steps=2).run(job)
     finish_wandb_run()
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+    ((came, artifact),) = logged
+    assert came == (name or "job")
+    assert artifact.name.startswith("merged-model")
+    assert "model.safetensors" in artifact.manifest.entries
 
 
 # ---- resuming, spilling --------------------------------------------------------------------------
@@ -608,6 +660,22 @@ def test_blocks_with_batch_norm_are_learned_on_batch_statistics(tmp_path):
     assert {key.replace("/", ".") for key in found} == set(expected)
     for name, value in expected.items():
         torch.testing.assert_close(found[name.replace(".", "/")], value, rtol=0, atol=1e-10)
+
+
+def test_no_batch_has_one_example_alone_of_which_batch_norm_knows_nothing(tmp_path):
+    recipe = recipe_of(batched(), coefficients=Column())
+
+    def run(name, count, size):
+        data = data_of("x", count=count, dtype=torch.float32, batch_size=size)
+        job = job_of(tmp_path / name, recipe, data)
+        LayerWise(epochs=1).run(job)
+        return json.loads((job.folder / "steps/block-000/step.json").read_text())["result"]
+
+    assert run("nine", 9, 4)["steps"] == 3, "three batches of three, not 4, 4 and 1"
+    assert run("pairs", 3, 2)["steps"] == 1
+    for name, count, size in (("ones", 4, 1), ("one", 1, 4)):
+        with pytest.raises(ConfigError, match=r"first: BatchNorm takes .* shape \(1, 6\)"):
+            run(name, count, size)
 
 
 def test_a_tensor_without_a_gradient_is_set_by_the_rule_also_after_a_stop(tmp_path, monkeypatch):
@@ -821,6 +889,26 @@ def test_other_refusals(tmp_path):
     )
     with pytest.raises(ConfigError, match="is an encoder with a decoder"):
         LayerWise().run(job_of(tmp_path / "d", recipe_of(relatives(t5)), data_of("tokens")))
+
+
+def test_a_loss_of_one_s_own_is_refused_and_terms_are_said_to_be_unused(tmp_path):
+    models, kind, _ = network_of("stack", torch.float32)
+    recipe = recipe_of(models)
+    refused = (
+        ({"objective": Objective(regularisers=[L1(0.1)])}, r"objective\.regularisers .* \['L1'\]"),
+        ({"objective": to_plain(Objective(task_weights={"a": 2.0}))}, "task_weights .*'a': 2"),
+        ({"logit_scale": 2.0}, "logit_scale changes the loss of a fit, came 2.0.*logit_scale null"),
+    )
+    for options, message in refused:
+        with pytest.raises(ConfigError, match=f"LayerWise: .*{message}"):
+            LayerWise().run(job_of(tmp_path / "refused", recipe, data_of(kind), **options))
+    assert not (tmp_path / "refused").exists()
+    data = data_of(kind, dtype=torch.float32)
+    line = "objective KLToSource: not used, each block is matched to the experts' own"
+    for given in (KLToSource(), Objective([KLToSource()]), None, Objective([CrossEntropy()])):
+        job = job_of(tmp_path / type(given).__name__ / str(given), recipe, data, objective=given)
+        LayerWise(steps=1).run(job)
+        assert (line in job.said) == ("KLToSource" in str(given))
 
 
 KILLED = """

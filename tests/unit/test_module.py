@@ -231,6 +231,18 @@ def test_a_strong_pull_to_the_start_keeps_coefficients_there(tmp_path):
     assert (raws(free)["tensor"] - 0.3).abs().max() > 5e-3
 
 
+def test_batch_norm_refuses_a_batch_of_one_example_and_never_gets_one_of_more(tmp_path):
+    models = relatives(build(Normalised))
+    with pytest.raises(ConfigError, match=r"norm: BatchNorm takes the .* came one .*\(1, 8\)"):
+        fit(tmp_path, module_of(models), vectors(batch_size=1))
+    # its statistics are recomputed on all three examples, not on two and then one
+    data = vectors(count=3, batch_size=2, eval_batch_size=2)
+    module, _ = fit(tmp_path, module_of(models), data, max_steps=1)
+    assert module.merged.statistics.batch_norms[0].num_batches_tracked == 2
+    kept = module_of(models, buffers="mean")
+    fit(tmp_path, kept, vectors(batch_size=1), max_steps=1)
+
+
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
 @pytest.mark.parametrize("training", [True, False])
 def test_the_teacher_is_the_source_itself_and_leaves_no_trace(memory, training):

@@ -12,7 +12,14 @@ from torch.utils.data import DataLoader
 
 from gradmerge import MergeDataModule, TaskData
 from gradmerge.data import STAGES
-from gradmerge.loaders import ShareLoader, StreamLoader, TaskStream, collate, sample_batches
+from gradmerge.loaders import (
+    ShareLoader,
+    StreamLoader,
+    TaskStream,
+    collate,
+    even_batches,
+    sample_batches,
+)
 
 
 def numbers(count, first=0):
@@ -185,3 +192,14 @@ def test_a_sample_of_a_small_split_is_all_of_it_in_even_batches(count):
     assert sorted(chain(*batches)) == list(range(count))
     sizes = {len(batch) for batch in batches}
     assert not sizes or max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 16])
+def test_even_batches_leave_nothing_out_and_no_example_alone(count, size):
+    batches = even_batches(range(count), size)
+    assert list(chain(*batches)) == list(range(count))
+    sizes = [len(batch) for batch in batches]
+    assert max(sizes, default=0) - min(sizes, default=0) <= 1
+    assert max(sizes, default=0) <= max(size, 3 if size == 2 else 0)
+    assert min(sizes, default=2) >= min(size, count, 2)

@@ -20,6 +20,7 @@ from gradmerge.errors import CompatibilityError, ConfigError, SourceError
 from gradmerge.export import export_plan
 from gradmerge.sources import Lora, SafetensorsFile, Vocabulary
 from gradmerge.sources.token_report import token_report
+from networks import seeded
 from wordings import bpe, bpe_family, copies, llama, rows_by_token, vocabulary_of, words
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -157,16 +158,8 @@ def test_rows_of_the_widest_dtype(tmp_path: Path) -> None:
 
 
 def _bert(rows: int, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    config = transformers.BertConfig(
-        vocab_size=rows,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-    )
-    return transformers.BertForMaskedLM(config)
+    sizes = {"intermediate_size": 8, "num_hidden_layers": 1, "max_position_embeddings": 16}
+    return seeded(transformers.BertForMaskedLM, seed, vocab_size=rows, **sizes)
 
 
 def _gpt2(rows: int, seed: int) -> nn.Module:

@@ -20,6 +20,7 @@ from gradmerge.export import export_plan
 from gradmerge.sources import Vocabulary
 from gradmerge.sources.ids import with_ids, with_size
 from gradmerge.sources.token_report import summarise, token_report
+from networks import seeded
 from tiny import SPLITS, trainer_of, write_yaml
 from wordings import bpe, bpe_family, llama, rows_by_token, vocabulary_of, words
 
@@ -246,18 +247,9 @@ def test_merging_an_export_again_does_not_carry_its_old_report(tmp_path: Path) -
 
 
 def _task_network(rows: int, labels: int, seed: int) -> transformers.PreTrainedModel:
-    torch.manual_seed(seed)
-    return transformers.BertForSequenceClassification(
-        transformers.BertConfig(
-            vocab_size=rows,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            num_labels=labels,
-        )
-    )
+    sizes = {"intermediate_size": 8, "num_hidden_layers": 1, "max_position_embeddings": 16}
+    options = {"vocab_size": rows, "num_labels": labels, **sizes}
+    return seeded(transformers.BertForSequenceClassification, seed, **options)
 
 
 def test_heads_of_tasks_go_with_the_merged_tokens(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import sys
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +16,10 @@ import lightning
 from lightning.pytorch.utilities import rank_zero_info
 
 from gradmerge.data import MergeDataModule
+from gradmerge.drivers.contents import describe_contents
 from gradmerge.drivers.records import JOB, StepRecord, plain, read_json, require_same, set_aside
 from gradmerge.drivers.records import write_json as write_record
+from gradmerge.drivers.wandb_runs import finish_wandb_run, name_wandb_runs
 from gradmerge.errors import ConfigError
 from gradmerge.export import require_options
 from gradmerge.folders import refuse_existing
@@ -27,9 +29,6 @@ from gradmerge.recipe import Recipe
 from gradmerge.sources import as_source
 from gradmerge.sources.fingerprints import fingerprints_of
 from gradmerge.spec import to_plain
-
-# The user's own, before a job has set one.
-_GIVEN_GROUP = os.environ.get("WANDB_RUN_GROUP")
 
 
 class MakeTrainer(Protocol):
@@ -125,8 +124,8 @@ class Job:
             into the export's provenance (`export` puts it there).
 
         Raises:
-            ConfigError: the folder holds another job (what differs is listed), or the output exists
-                and is not of this job.
+            ConfigError: the folder holds another job (what differs is listed) or a damaged record,
+                or the output exists and is not of this job.
         """
         require_options(self.target.dtype, self.target.head, self.data.tasks)
         own = dict(to_plain(driver)["init_args"])
@@ -136,6 +135,7 @@ class Job:
             "recipe": to_plain(self.recipe),
             "options": to_plain(dict(self.options)),
             "data": describe_data(self.data),
+            "examples": describe_contents(self.data),
             "config": dict(self.config),
             "fingerprints": self.fingerprints,
             **more,
@@ -147,7 +147,7 @@ class Job:
             aside = set_aside(self.folder)
             if aside is not None:
                 self.say(f"the earlier job's folder is now {aside}")
-        kept = read_json(path)
+        kept = read_json(path, job=str, seed=(int, type(None)), content=dict)
         if kept is None:
             refuse_existing(target, overwrite)
             kept = {"job": uuid.uuid4().hex, "seed": _global_seed(), "content": plain(content)}
@@ -161,8 +161,12 @@ class Job:
         return self._job
 
     def _is_own_output(self, job: str) -> bool:
-        found = read_json(Path(self.target.path).expanduser() / "provenance.json")
-        return found is not None and found.get("driver", {}).get("job") == job
+        path = Path(self.target.path).expanduser() / "provenance.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["driver"]["job"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return False  # made otherwise, whatever it is
+        return bool(found == job)
 
     @property
     def exported(self) -> Path | None:
@@ -189,13 +193,16 @@ class Job:
             callbacks: more callbacks, after the configured ones.
             **overrides: arguments of the trainer that replace configured ones.
         """
-        # W&B: a run of its own for each trainer with loggers of its own, all in one group
-        if "logger" not in overrides:
+        own = "logger" not in overrides  # others go on with the run that they have
+        if own:
             finish_wandb_run()
-        os.environ["WANDB_NAME"] = folder.name
-        os.environ["WANDB_RUN_GROUP"] = _GIVEN_GROUP or f"{self.root.name}-{self._job[:8]}"
         folder.mkdir(parents=True, exist_ok=True)
-        return self.make_trainer(folder, callbacks, overrides)
+        trainer = self.make_trainer(folder, callbacks, overrides)
+        if own:
+            group = f"{self.root.name}-{self._job[:8]}" if self._job else self.root.name
+            step = None if folder == self.root else folder.name
+            name_wandb_runs(trainer.loggers, group, step, self.root.name)
+        return trainer
 
     def configure(self, module: lightning.LightningModule) -> None:
         """Give a module the configured optimiser and schedule (else it keeps its own)."""
@@ -268,13 +275,6 @@ class AbstractDriver(ABC):
 def is_first_process() -> bool:
     """Whether this process writes what all share; others are started with their numbers set."""
     return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
-
-
-def finish_wandb_run() -> None:
-    """Close the run that a logger of an earlier trainer left open; the next would log to it."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and getattr(wandb, "run", None) is not None:
-        wandb.finish()
 
 
 def _global_seed() -> int | None:

@@ -85,17 +85,20 @@ def take_apart(
                     "strings, None, and tuples, lists or dicts of them. Learn end to end."
                 )
 
-    def convert(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return constants.add(value)
-        if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-            return _like(value, [convert(item) for item in value])
-        if isinstance(value, dict):
-            return {key: convert(item) for key, item in value.items()}
-        return value
-
-    kept = {at: _Hidden() if at == slot else convert(v) for at, v in arguments(args, kwargs)}
+    kept = {
+        at: _Hidden() if at == slot else _convert(v, constants) for at, v in arguments(args, kwargs)
+    }
     return Call(tuple(kept[i] for i in range(len(args))), {key: kept[key] for key in kwargs})
+
+
+def _convert(value: Any, constants: Constants) -> Any:
+    if isinstance(value, Tensor):
+        return constants.add(value)
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return _like(value, [_convert(item, constants) for item in value])
+    if isinstance(value, dict):
+        return {key: _convert(item, constants) for key, item in value.items()}
+    return value
 
 
 def _filled(value: Any, hidden: Tensor, constants: Sequence[Tensor]) -> Any:

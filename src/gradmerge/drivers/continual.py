@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from gradmerge.coefficients import Constant
 from gradmerge.drivers.base import Job
 from gradmerge.drivers.fold import AbstractFold, Join, Node
 from gradmerge.drivers.pairs import in_order
@@ -137,14 +136,17 @@ class Continual(AbstractFold):
         known = driver.get("sources") or self._provenance.get("sources", {})
         return {**known, **job.sources}
 
+    def shares(self, left: int, right: int) -> list[float]:
+        """See `AbstractFold.shares`; of projected directions, 1 each."""
+        return [1.0, 1.0] if self.projection else super().shares(left, right)
+
     def prepared(self, recipe: Recipe, nodes: Sequence[Node], before: Mapping[str, Any]) -> Recipe:
         """See `AbstractFold.prepared`: the projection."""
         if not self.projection:
             return recipe
         count = nodes[0].weight
         step = Orthogonalise(self.alpha, "model", self._scale(before), count)
-        init = recipe.init if self.start == "recipe" else Constant(1.0)
-        return replace(recipe, preprocess=[step], init=init)
+        return replace(recipe, preprocess=[step])
 
     def found(self, module: MergeModule, before: Mapping[str, Any]) -> dict[str, Any]:
         """See `AbstractFold.found`: `lambda_t`, from how long the first direction was and is."""

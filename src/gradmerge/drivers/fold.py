@@ -19,13 +19,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from gradmerge.alignment import AbstractAlignment
 from gradmerge.callbacks import log_artifact
 from gradmerge.coefficients import Constant
 from gradmerge.drivers.base import AbstractDriver, Job
+from gradmerge.drivers.foldable import require_foldable, require_start
 from gradmerge.drivers.records import StepRecord
 from gradmerge.drivers.steps import learn_step
-from gradmerge.errors import ConfigError, shorten
+from gradmerge.errors import ConfigError
 from gradmerge.export import export_plan
 from gradmerge.module import MergeModule
 from gradmerge.objectives import Objective
@@ -110,6 +110,10 @@ class AbstractFold(AbstractDriver):
         """The base and all sources that are in the result: where they are from, and their hash."""
         return job.sources
 
+    def shares(self, left: int, right: int) -> list[float]:
+        """Coefficients that a step of so many sources starts at, unless at the recipe's init."""
+        return [left / (left + right), right / (left + right)]
+
     def prepared(self, recipe: Recipe, nodes: Sequence[Node], before: Mapping[str, Any]) -> Recipe:
         """The recipe of a step, where a driver changes more than its sources and start.
 
@@ -126,7 +130,7 @@ class AbstractFold(AbstractDriver):
 
     def run(self, job: Job) -> Path:
         """See `AbstractDriver.run`."""
-        _require_foldable(job.recipe)
+        require_foldable(job.recipe)
         nodes = self.nodes(job)
         joins = self.joins(list(nodes))
         if not joins:
@@ -138,6 +142,7 @@ class AbstractFold(AbstractDriver):
         if isinstance(objective, Objective):
             objective.require_tasks(job.data.tasks)
         self._require_tasks(job, nodes, joins)
+        self._require_start(job.recipe, nodes, joins)
         job.begin(self, **self.reads(job))
         if job.exported is not None:
             job.say(f"this job is finished: {job.exported}")
@@ -173,6 +178,17 @@ class AbstractFold(AbstractDriver):
             of = [inside[at] if isinstance(at, int) else nodes[at].members for at in pair]
             inside.append((*of[0], *of[1]))
             self.tasks_of(job, inside[-1])
+
+    def _require_start(
+        self, recipe: Recipe, nodes: Mapping[str, Node], joins: Sequence[Join]
+    ) -> None:
+        """Refuse a link that a step cannot start with before the first one."""
+        made: list[int] = []
+        for number, pair in enumerate(joins, 1):
+            left, right = (made[at] if isinstance(at, int) else nodes[at].weight for at in pair)
+            made.append(left + right)
+            if self.start == "average":
+                require_start(type(self).__name__, recipe, number, self.shares(left, right))
 
     def tasks_of(self, job: Job, members: Sequence[str]) -> list[str]:
         """The tasks of a step with these sources in it.
@@ -244,9 +260,8 @@ class _Step:
         given = {field.name: getattr(whole, field.name) for field in fields(Recipe)}
         if not self.last:
             given["finalisers"] = []  # once, in the end
-        total = left.weight + right.weight
         if self.fold.start == "average":
-            given["init"] = Constant([left.weight / total, right.weight / total])
+            given["init"] = Constant(self.fold.shares(left.weight, right.weight))
         recipe = Recipe(**{**given, "sources": sources, "heads": {**whole.heads, **heads}})
         return self.fold.prepared(recipe, self.pair, self.before)
 
@@ -299,7 +314,7 @@ class _Step:
             dtype = self.job.target.dtype or _stored(self.job.recipe)
             folder = self.job.export(write, said, dtype=dtype, extra=fit, **known)
             if self.job.target.log_artifact:
-                log_artifact(module.trainer, folder)
+                log_artifact(module.trainer.loggers, folder)
         else:
             # float32: rounding to the sources' dtype at each step would add up
             dtype = "float64" if _stored(self.job.recipe) == "float64" else "float32"
@@ -313,50 +328,6 @@ class _Step:
             return {}
         used = set(module.merged.tasks.values())
         return {m: m for m in self.members if m in plan.serving and m not in used}
-
-
-def _require_foldable(recipe: Recipe) -> None:
-    """Refuse what has no meaning, or another one, in merges of two at a time.
-
-    Raises:
-        ConfigError: what it is, and what to do.
-    """
-    needy = [type(step).__name__ for step in recipe.preprocess if step.needs is not None]
-    if needy:
-        raise ConfigError(
-            f"{', '.join(needy)}: its statistics are of the sources, and the merge of two sources "
-            "has none. Learn without this step, or without a driver (all sources at once)."
-        )
-    if recipe.tokenizer is not None:
-        raise ConfigError(
-            "tokenizer: a merge of two at a time takes sources with one tokenizer. Learn without a "
-            "driver (all sources at once), which aligns all of them."
-        )
-    if recipe.alignment is not None and not recipe.alignment.is_identity:
-        _require_alignment(recipe, recipe.alignment)
-
-
-def _require_alignment(recipe: Recipe, alignment: AbstractAlignment) -> None:
-    kind = type(alignment).__name__
-    if alignment.needs is not None:
-        raise ConfigError(
-            f"{kind}: its statistics are of the sources, and the merge of two sources has none. "
-            "Align by weights (WeightMatching), or learn without a driver (all sources at once)."
-        )
-    reference = getattr(alignment, "reference", None)
-    if reference is not None:
-        raise ConfigError(
-            f"{kind}: reference: a merge of two at a time aligns the second to the first, which is "
-            f"the merge so far; came {reference}. Leave it out, and name that source first in the "
-            "driver's order."
-        )
-    if recipe.private:
-        raise ConfigError(
-            "private tensors and alignment do not go together in a merge of two at a time: an "
-            "aligned source's neurons are in another order in every step, and its head would have "
-            f"to follow. Came private: {shorten(recipe.private)}. Merge the heads, too, or learn "
-            "without a driver."
-        )
 
 
 def _architecture(recipe: Recipe) -> nn.Module | None:

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from torch import Tensor
 
-from gradmerge.callbacks import CoefficientLogger
+from gradmerge.callbacks import CoefficientLogger, log_artifact
 from gradmerge.drivers.activations import Activations
 from gradmerge.drivers.base import Job
 from gradmerge.drivers.blocks import find_blocks
@@ -167,7 +167,10 @@ class Layers:
         }
         write = partial(export_plan, plan, assembled(plan, parts))
         buffers = chain.statistics.values()
-        return self.job.export(write, extra, buffers=buffers, tasks=self.tasks)
+        written = self.job.export(write, extra, buffers=buffers, tasks=self.tasks)
+        if self.job.target.log_artifact:
+            log_artifact(self._loggers, written)
+        return written
 
     def _block(
         self, number: int, prefixes: Prefixes, epochs: int, steps: int | None
@@ -206,6 +209,8 @@ class Layers:
         names = [n for n in self.chain.blocks[number].tensors if n not in self.plan.fixed]
         slots = self._starts.slots(names)
         raw = {slot: self._starts.one(shared) for slot, shared in slots.items()}
+        gc.collect()
+        trim_heap()  # what the experts' passes left between smaller blocks
         merged = MergedBlock(self.chain, number, raw, prefixes.elsewhere)
         result: dict[str, Any] = {"fixed": {}, "steps": 0, "run": {}}
         if names:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from gradmerge.drivers.base import AbstractDriver, Job
 from gradmerge.drivers.layers import Layers
 from gradmerge.errors import ConfigError
+from gradmerge.objectives import AbstractTerm, Objective
+from gradmerge.spec import from_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,8 @@ class LayerWise(AbstractDriver):
     with x1 what the merged blocks before give of task k's adaptation data and x2_k what expert k's
     own blocks before give; the mean is over entries of the hidden state, padding left out. Then
     both pass the new block. No labels are used. Tensors outside of blocks (embeddings, head, last
-    norm) keep the coefficients that the recipe starts from.
+    norm) keep the coefficients that the recipe starts from. The terms of a configured objective are
+    not used, which a message says; regularisers, task weights and a logit scale are refused.
 
     Memory: the merged tensors of one block and their gradient, with its coefficients and their
     optimiser's state, one expert's block, and activations up to `activation_memory`.
@@ -36,7 +40,8 @@ class LayerWise(AbstractDriver):
     steps: int | None = None
     """Steps a block, instead of passes."""
     batch_size: int | None = None
-    """Examples a task and step; default: that of the data. Batches are put together once."""
+    """Examples a task and step; default: that of the data. Batches are put together once, and
+    differ in size by one at most."""
     activation_memory: float = 4.0
     """GiB of activations in memory; the rest is mapped from files in the job's folder."""
 
@@ -66,6 +71,7 @@ class LayerWise(AbstractDriver):
                 "LayerWise: activation_checkpointing recomputes blocks within a pass of the whole "
                 "network; here one block runs at a time. Leave it out."
             )
+        _require_own_loss(job)
         # what would be refused is found before the job is on record
         layers = Layers(job, self.blocks, self.batch_size, self.activation_memory)
         job.begin(self)
@@ -77,3 +83,32 @@ class LayerWise(AbstractDriver):
             return layers.run(self.epochs, self.steps)
         finally:
             layers.activations.close()
+
+
+def _require_own_loss(job: Job) -> None:
+    """Say that the terms of an objective are not used: the files of methods state theirs, whatever
+    driver they are run with. What asks for more than terms was meant for this loss.
+
+    Raises:
+        ConfigError: regularisers, task weights or a logit scale are stated.
+    """
+    given = job.options.get("objective")
+    if isinstance(given, Mapping):
+        given = from_plain(given)
+    objective = Objective([given]) if isinstance(given, AbstractTerm) else given or Objective()
+    stated = {
+        "objective.regularisers": [type(term).__name__ for term in objective.regularisers],
+        "objective.task_weights": objective.task_weights,
+        "logit_scale": job.options.get("logit_scale"),
+    }
+    for name, value in stated.items():
+        if value or value == 0:
+            raise ConfigError(
+                f"LayerWise: {name} changes the loss of a fit, came {value}, and here the loss is "
+                "the driver's own: each block's distance to the experts' blocks, all tasks alike, "
+                f"without logits and penalties. Leave it out (--model.{name.split('.')[0]} null), "
+                "or learn end to end."
+            )
+    if objective.terms != Objective().terms:
+        terms = ", ".join(type(term).__name__ for term in objective.terms)
+        job.say(f"objective {terms}: not used, each block is matched to the experts' own")

@@ -77,14 +77,15 @@ class MergedBlock:
         return self._theta[name]
 
     @contextmanager
-    def running(self, leaves: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-        """Within the context the network takes the block's merged tensors, or these leaves."""
-        leaves = leaves or {}
-        own = set(self.names)
+    def running(self, leaf: Read | None = None) -> Iterator[None]:
+        """Within the context the network takes the block's merged tensors; of those that are
+        learned, what `leaf` gives.
+        """
+        own, learned = set(self.names), set(self.learned)
 
         def read(name: str) -> Tensor:
-            if name in leaves:
-                return leaves[name]
+            if leaf is not None and name in learned:
+                return leaf(name)
             return self.theta(name) if name in own else self.elsewhere(name)
 
         with self.chain.weights(read):
@@ -103,34 +104,48 @@ class MergedBlock:
             The sum of the losses, whose `backward()` adds the known gradients, and each.
         """
         self.renew(self.learned)
-        leaves = {name: self.theta(name).detach().requires_grad_() for name in self.learned}
+        leaves: dict[str, Tensor] = {}
         grads: dict[str, Tensor] = {}
+        hooks: list[Any] = []
+        values: list[Tensor] = []
 
-        def contract(name: str, *_: Any) -> None:
-            grad = leaves[name].grad
+        def read(name: str) -> Tensor:
+            if name not in leaves:
+                leaves[name] = self.theta(name).detach().requires_grad_()
+                if len(values) == len(losses) - 1:
+                    watch(name)
+            return leaves[name]
+
+        def watch(name: str) -> None:
+            hook = partial(contract, name)
+            hooks.append(leaves[name].register_post_accumulate_grad_hook(hook))
+
+        def contract(name: str, leaf: Tensor) -> None:
+            # with the last loss a weight gradient is complete as soon as it arrives, and no
+            # backward that is still to run needs the weight
+            if leaves.get(name) is leaf:
+                del leaves[name]
+                self._theta.pop(name, None)
+                self._stale.add(name)
+            grad, leaf.grad = leaf.grad, None
             if grad is None:
                 return
             self.touched.add(name)
             slot = slot_id(self.plan.layout.slots[name])
             found = self.plan.contract(name, grad, self.z(name))
-            leaves[name].grad = None
             grads[slot] = grads[slot].add_(found) if slot in grads else found
 
-        values, hooks = [], []
-        with self.running(leaves):
+        with self.running(read):
             for i, run in enumerate(losses):
                 if i == len(losses) - 1:
-                    # with the last loss a weight gradient is complete as soon as it arrives
-                    for name, leaf in leaves.items():
-                        hook = leaf.register_post_accumulate_grad_hook(partial(contract, name))
-                        hooks.append(hook)
+                    for name in leaves:
+                        watch(name)
                 values.append(backward_of(run, 1.0))
-        for name in leaves:
-            contract(name)
+        for name, leaf in list(leaves.items()):
+            contract(name, leaf)
         # else hooks, leaves and the gradients form a circle that outlives the step
         for hook in hooks:
             hook.remove()
-        leaves.clear()
         for name in self.learned:  # the optimiser's temporaries take their place
             self._theta.pop(name, None)
             self._stale.add(name)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from gradmerge.data import MergeDataModule
 from gradmerge.drivers.activations import Activations
@@ -18,6 +18,7 @@ from gradmerge.drivers.blocks import slot_id
 from gradmerge.drivers.calls import Call
 from gradmerge.drivers.chain import Chain
 from gradmerge.errors import ConfigError
+from gradmerge.loaders import even_batches
 
 Side = Literal["expert", "merged"]
 _NOT_INPUTS = frozenset({"labels", "bytes_per_token"})
@@ -73,7 +74,8 @@ class Prefixes:
     def inputs(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
         """Task, number of the batch, and the network's inputs; the same batches each time.
 
-        They are put together once: examples may lie in the order of classes.
+        They are put together once: examples may lie in the order of classes. They differ in size by
+        one at most, see `even_batches`.
         """
         for task, whole in zip(
             self.tasks, self._data.evaluation_loaders("adaptation"), strict=True
@@ -82,8 +84,8 @@ class Prefixes:
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(whole.dataset), generator=generator).tolist()
             loader = DataLoader(
-                Subset(whole.dataset, order),
-                batch_size=self._size,
+                whole.dataset,
+                batch_sampler=even_batches(order, self._size),
                 collate_fn=whole.collate_fn,
                 num_workers=whole.num_workers,
             )

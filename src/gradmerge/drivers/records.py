@@ -33,24 +33,39 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     work.replace(path)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path, **fields: type | tuple[type, ...]) -> dict[str, Any] | None:
     """The content of a file, or None where there is none.
 
+    Args:
+        path: of the file.
+        **fields: what it must hold, and of which types.
+
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: it is damaged, or no such record.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(
-            f"{path}: expected the record of a driver, came something else ({error}). Begin anew: "
-            "--driver.restart true (the folder is moved aside)."
-        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _no_record(path, f"something else ({error})") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{path}: expected the record of a driver, came {type(found).__name__}.")
+        raise _no_record(path, type(found).__name__)
+    for name, types in fields.items():
+        if name not in found:
+            raise _no_record(path, f"one without `{name}`")
+        if not isinstance(found[name], types):
+            raise _no_record(path, f"`{name}` of type {type(found[name]).__name__}")
     return found
+
+
+def _no_record(path: Path, came: str) -> ConfigError:
+    return ConfigError(
+        f"{path}: expected the record of a driver, by which a job that was killed goes on, came "
+        f"{came}: it was changed or damaged. Put it back, give another folder "
+        "(--trainer.default_root_dir), or begin anew: --driver.restart true (the folder is moved "
+        "aside, nothing is deleted)."
+    )
 
 
 def digest(content: Any) -> str:
@@ -101,12 +116,12 @@ class StepRecord:
         """What the step gave, as plain data; None while it is not finished.
 
         Raises:
-            ConfigError: the record is of another step.
+            ConfigError: the record is of another step, or damaged.
         """
-        found = read_json(self.folder / STEP)
+        found = read_json(self.folder / STEP, step=dict, result=dict)
         if found is None:
             return None
-        require_same(self.folder / STEP, found.get("step"), self.content)
+        require_same(self.folder / STEP, found["step"], self.content)
         result: dict[str, Any] = found["result"]
         return result
 

@@ -1,0 +1,126 @@
+"""What jobs keep of their data's content, and that they refuse to go on with other data."""
+
+from __future__ import annotations
+
+import io
+import os
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from test_drivers import Kill, Pairwise, build, job_of, relatives
+
+from gradmerge import MergeDataModule, TaskData
+from gradmerge.drivers import contents
+from gradmerge.drivers.contents import describe_contents
+from gradmerge.errors import ConfigError
+from tiny import SPLITS, vectors
+
+
+def described(rows, **options):
+    """The line of a split with these rows."""
+    path = {"adaptation": rows, "selection": [{"x": 0}], "test": [{"x": 1}]}
+    task = TaskData(path, **{"kind": "tensors", **options})
+    return describe_contents(MergeDataModule({"t": task}))["t"]["adaptation"]
+
+
+CHANGES = {
+    "label": lambda rows: rows[3].update(labels=torch.tensor(7)),
+    "dtype": lambda rows: rows[3].update(x=rows[3]["x"].double()),
+    "shape": lambda rows: rows[3].update(x=rows[3]["x"].view(2, 3)),
+    "order": lambda rows: rows.reverse(),
+    "number": lambda rows: rows.pop(),
+    "column": lambda rows: rows[3].update(other=None),
+}
+
+
+def test_a_job_does_not_go_on_with_data_that_changed(tmp_path):
+    models = relatives(build(), 3)
+    with pytest.raises(RuntimeError, match="killed"):
+        Pairwise().run(job_of(tmp_path, models, callbacks=[Kill(1, "on_train_batch_start", 2)]))
+    message = r"driver holds another job.*examples\.b\.selection: was \"12 examples, sha256 \w+\""
+    for change in CHANGES.values():
+        data = vectors("ab", check_disjoint=False)
+        change(data.tasks["b"].path["selection"])
+        with pytest.raises(ConfigError, match=message) as caught:
+            Pairwise().run(job_of(tmp_path, models, data))
+        assert "examples.a" not in str(caught.value)
+    assert Pairwise().run(job_of(tmp_path, models)).is_dir()
+
+
+def test_files_count_by_what_is_in_them(tmp_path):
+    def found(test):
+        for name in SPLITS:
+            (tmp_path / f"{name}.txt").write_text("a b\nc d" if name != "test" else test)
+        files = {name: str(tmp_path / f"{name}.txt") for name in SPLITS}
+        return describe_contents(MergeDataModule({"t": TaskData("text", data_files=files)}))["t"]
+
+    first = found("a b\nc d")
+    for name in SPLITS:
+        os.utime(tmp_path / f"{name}.txt", (0, 0))
+    assert found("a b\nc d") == first
+    changed = found("a b\nc e")
+    assert [name for name in SPLITS if changed[name] != first[name]] == ["test"]
+
+
+def test_of_many_rows_a_sample_counts_and_the_fingerprint_of_datasets(monkeypatch):
+    monkeypatch.setattr(contents, "ROWS", 8)
+    rows = [{"x": i, "text": f"line {i}"} for i in range(100)]
+    read = []
+
+    class Watched(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    line = described(Watched(rows))
+    assert line.startswith("100 examples, sha256 of 8 ")
+    assert len(set(read)) == 8
+    assert described([*rows[:99], {"x": -1}]) == line, "not in the sample"
+    assert described([{"x": -1} if i in read else row for i, row in enumerate(rows)]) != line
+    whole = datasets.Dataset.from_list(rows)
+    changed = datasets.Dataset.from_list([*rows[:99], {"x": -1, "text": ""}])
+    assert described(whole) == described(datasets.Dataset.from_list(rows))
+    assert described(changed) != described(whole)
+    monkeypatch.setattr(contents, "ROWS", 4096)
+    monkeypatch.setattr(contents, "BYTES", 100)
+    assert described([{"x": torch.zeros(10)}] * 9).startswith("9 examples, sha256 of 3 ")
+
+
+def test_rows_beyond_a_limit_do_not_count():
+    rows = [{"x": i} for i in range(10)]
+    assert described(rows, limit={"adaptation": 4}) == described(rows[:4])
+
+
+def test_examples_that_are_drawn_anew_count_by_their_number():
+    class Drawn(list):
+        def __getitem__(self, index):
+            return {"x": torch.rand(3)}
+
+    assert described(Drawn(range(5))) == "5 examples, drawn anew each time"
+
+
+def test_images_count_by_their_files_undecoded(tmp_path):
+    paths = []
+    for shade in (0, 255):
+        paths.append(str(tmp_path / f"{shade}.png"))
+        Image.new("L", (4, 4), shade).save(paths[-1])
+
+    def line(columns):
+        rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        return described(rows, kind="image_classification")
+
+    both = line({"image": paths})
+    assert both == line({"image": paths})
+    content = io.BytesIO()
+    Image.new("L", (4, 4), 7).save(content, "png")
+    (tmp_path / "0.png").write_bytes(content.getvalue())
+    assert line({"image": paths}) != both
+
+
+def test_values_of_different_kinds_do_not_run_together():
+    values = [1, "1", 1.0, True, b"1", None, [1], ["1"], {"1": 1}, torch.tensor(1), object()]
+    assert len({described([{"x": value}]) for value in values}) == len(values)
+    part = torch.arange(8)[2:4]
+    assert described([{"x": part}]) == described([{"x": part.clone()}])
