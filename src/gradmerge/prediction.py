@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gradmerge.errors import ConfigError
@@ -99,8 +98,7 @@ def predict(
     teacher = expert_rows(merged, task, batch) if objective.needs_teacher else None
     ensemble = None
     if objective.needs_ensemble:
-        each = [expert_rows(merged, task, batch, name) for name in merged.plan.sources]
-        ensemble = torch.stack(each)
+        ensemble = [expert_rows(merged, task, batch, name) for name in merged.plan.sources]
     logits, labels, _ = rows_of(merged, task, batch)
     if labels is None and objective.needs_labels:
         terms = [type(term).__name__ for term in objective.terms if term.needs_labels]

@@ -38,7 +38,7 @@ from gradmerge.drivers.fold import FoldedRecipe
 from gradmerge.drivers.wandb_runs import finish_wandb_run
 from gradmerge.errors import CompatibilityError, ConfigError, FingerprintError
 from gradmerge.finalisers import DepthRescale
-from gradmerge.objectives import CrossEntropy, KLToSource, Objective
+from gradmerge.objectives import CrossEntropy, KLToEnsemble, KLToSource, Objective
 from gradmerge.preprocess import RegMean, Trim
 from tiny import (
     SPLITS,
@@ -191,6 +191,16 @@ def test_weights_of_tasks_that_join_later_are_no_mistake(tmp_path):
     objective = Objective([CrossEntropy()], task_weights={"d": 2.0})
     with pytest.raises(ConfigError, match="'d' is no task; there are a, b, c"):
         Pairwise().run(job_of(tmp_path / "other", models, objective=objective))
+
+
+@pytest.mark.parametrize("given", [Objective([KLToEnsemble()]), KLToEnsemble()])
+def test_an_ensemble_is_of_two_sources_or_refused(tmp_path, given):
+    """In a second step the merge so far would be one of its members."""
+    with pytest.raises(ConfigError, match=r"Pairwise: KLToEnsemble averages .* of 2 steps all but"):
+        Pairwise().run(job_of(tmp_path / "three", relatives(build(), 4), objective=given))
+    assert not (tmp_path / "three").exists()
+    folder = Pairwise().run(job_of(tmp_path / "two", relatives(build(), 3), objective=given))
+    assert (folder / "provenance.json").is_file()
 
 
 def test_batch_norm_statistics_are_those_of_the_exported_network(tmp_path):

@@ -24,11 +24,12 @@ from gradmerge.errors import ConfigError
 from gradmerge.export import require_options
 from gradmerge.folders import refuse_existing
 from gradmerge.module import MergeModule
+from gradmerge.objectives import AbstractTerm, Objective
 from gradmerge.provenance import describe_data
 from gradmerge.recipe import Recipe
 from gradmerge.sources import as_source
 from gradmerge.sources.fingerprints import fingerprints_of
-from gradmerge.spec import to_plain
+from gradmerge.spec import from_plain, to_plain
 
 
 class MakeTrainer(Protocol):
@@ -203,6 +204,14 @@ class Job:
             step = None if folder == self.root else folder.name
             name_wandb_runs(trainer.loggers, group, step, self.root.name)
         return trainer
+
+    @property
+    def objective(self) -> Objective:
+        """The module's, whatever form it was given in."""
+        given = self.options.get("objective")
+        if isinstance(given, Mapping):
+            given = from_plain(given)
+        return Objective([given]) if isinstance(given, AbstractTerm) else given or Objective()
 
     def configure(self, module: lightning.LightningModule) -> None:
         """Give a module the configured optimiser and schedule (else it keeps its own)."""

@@ -22,13 +22,12 @@ from torch import nn
 from gradmerge.callbacks import log_artifact
 from gradmerge.coefficients import Constant
 from gradmerge.drivers.base import AbstractDriver, Job
-from gradmerge.drivers.foldable import require_foldable, require_start
+from gradmerge.drivers.foldable import require_foldable, require_objective, require_start
 from gradmerge.drivers.records import StepRecord
 from gradmerge.drivers.steps import learn_step
 from gradmerge.errors import ConfigError
 from gradmerge.export import export_plan
 from gradmerge.module import MergeModule
-from gradmerge.objectives import Objective
 from gradmerge.provenance import mean_coefficients
 from gradmerge.recipe import Recipe
 from gradmerge.sources import AbstractSource
@@ -138,9 +137,8 @@ class AbstractFold(AbstractDriver):
                 f"{type(self).__name__}: expected at least two to merge, came "
                 f"{', '.join(nodes)}; a fit without a driver learns one source's coefficients."
             )
-        objective = job.options.get("objective")
-        if isinstance(objective, Objective):
-            objective.require_tasks(job.data.tasks)
+        job.objective.require_tasks(job.data.tasks)
+        require_objective(type(self).__name__, job.objective, len(joins))
         self._require_tasks(job, nodes, joins)
         self._require_start(job.recipe, nodes, joins)
         job.begin(self, **self.reads(job))
@@ -271,10 +269,9 @@ class _Step:
         if found is not None and self.finished:
             return found
         options = dict(self.job.options)
-        objective = options.get("objective")
-        if isinstance(objective, Objective):
-            weights = {t: w for t, w in objective.task_weights.items() if t in self.data.tasks}
-            options["objective"] = replace(objective, task_weights=weights)
+        objective = self.job.objective
+        weights = {t: w for t, w in objective.task_weights.items() if t in self.data.tasks}
+        options["objective"] = replace(objective, task_weights=weights)
         options["module"] = options.get("module") or _architecture(self.job.recipe)
         self.job.seed()
         module = self.job.module(self.recipe, **options)

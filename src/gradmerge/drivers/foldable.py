@@ -8,6 +8,7 @@ import torch
 
 from gradmerge.alignment import AbstractAlignment
 from gradmerge.errors import ConfigError, shorten
+from gradmerge.objectives import Objective
 from gradmerge.recipe import Recipe
 
 
@@ -52,6 +53,22 @@ def _require_alignment(recipe: Recipe, alignment: AbstractAlignment) -> None:
             "aligned source's neurons are in another order in every step, and its head would have "
             f"to follow. Came private: {shorten(recipe.private)}. Merge the heads, too, or learn "
             "without a driver."
+        )
+
+
+def require_objective(driver: str, objective: Objective, joins: int) -> None:
+    """Refuse an ensemble of all sources where a step merges the merge so far with one of them.
+
+    Raises:
+        ConfigError: a term needs the ensemble, and there are several steps.
+    """
+    terms = [type(term).__name__ for term in objective.terms if term.needs_ensemble]
+    if terms and joins > 1:
+        raise ConfigError(
+            f"{driver}: {', '.join(terms)} averages what the sources of a step predict; of {joins} "
+            "steps all but the first have a merge among them, so that the sources would not count "
+            "alike, and the teacher would be another one in each step. Use KLToSource, whose "
+            "teachers are the sources themselves, or learn without a driver (all at once)."
         )
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from gradmerge.drivers.base import AbstractDriver, Job
 from gradmerge.drivers.layers import Layers
 from gradmerge.errors import ConfigError
-from gradmerge.objectives import AbstractTerm, Objective
-from gradmerge.spec import from_plain
+from gradmerge.objectives import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +90,7 @@ def _require_own_loss(job: Job) -> None:
     Raises:
         ConfigError: regularisers, task weights or a logit scale are stated.
     """
-    given = job.options.get("objective")
-    if isinstance(given, Mapping):
-        given = from_plain(given)
-    objective = Objective([given]) if isinstance(given, AbstractTerm) else given or Objective()
+    objective = job.objective
     stated = {
         "objective.regularisers": [type(term).__name__ for term in objective.regularisers],
         "objective.task_weights": objective.task_weights,

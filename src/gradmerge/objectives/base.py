@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,9 +28,8 @@ class Predictions:
     """Whether every process holds rows of one global batch, which the mean is over (training in
     several processes). Terms then call collectives: every process has the same tasks, in one order,
     if need be with no row."""
-    ensemble: Tensor | None = None
-    """Logits of all sources on the same rows, `[sources, rows, classes]`, where a term asks for
-    them."""
+    ensemble: Sequence[Tensor] | None = None
+    """Logits of each source on the same rows, where a term asks for them."""
 
 
 class AbstractTerm(ABC):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -140,8 +141,8 @@ class KLToEnsemble(_Distillation):
     For sources that all know the task, such as networks trained on the same data from different
     seeds: there the ensemble is better than any of them. Where each knows a part, its teacher is
     the task's own source (`KLToSource`). All sources run on the same batch by the same network, one
-    after another: no second model is held, and a step costs a forward pass a source more. A batch
-    without rows gives zero.
+    after another: no second model is held, but the logits of each; a step costs a forward pass a
+    source more. A batch without rows gives zero.
 
     The gradient is that of the mean of `T^2 KL(source_k || merged)` over sources.
     """
@@ -154,6 +155,9 @@ class KLToEnsemble(_Distillation):
     def loss(self, predictions: Predictions) -> Tensor:
         """See `AbstractTerm.loss`."""
         assert predictions.ensemble is not None
-        each = functional.log_softmax(predictions.ensemble / self.temperature, dim=-1)
-        mean = each.logsumexp(dim=0) - math.log(len(each))
-        return self._divergence(mean, predictions)
+        first, *others = predictions.ensemble
+        total = functional.log_softmax(first / self.temperature, dim=-1)
+        for logits in others:  # one at a time: of a language model each is large
+            own = functional.log_softmax(logits / self.temperature, dim=-1)
+            total = torch.logaddexp(total, own)
+        return self._divergence(total - math.log(1 + len(others)), predictions)
