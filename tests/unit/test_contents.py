@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
+import decimal
+import enum
+import fractions
 import io
 import os
+import subprocess
+import sys
 
 import datasets
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -124,3 +132,106 @@ def test_values_of_different_kinds_do_not_run_together():
     assert len({described([{"x": value}]) for value in values}) == len(values)
     part = torch.arange(8)[2:4]
     assert described([{"x": part}]) == described([{"x": part.clone()}])
+
+
+class Kind(enum.StrEnum):
+    A = "a"
+    B = "b"
+
+
+class Word(str):
+    __slots__ = ()
+
+
+@dataclasses.dataclass
+class Row:
+    x: object
+    note: str = ""
+
+
+def objects(*values):
+    """An array of Python objects."""
+    array = numpy.empty(len(values), object)
+    array[:] = values
+    return array
+
+
+PAIRS = {
+    "datetime": [datetime.datetime(2020, 1, 1, second=s) for s in (0, 1)],
+    "zone": [
+        datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone(datetime.timedelta(hours=h)))
+        for h in (0, 1)
+    ],
+    "date": [datetime.date(2020, 1, 1), datetime.date(2020, 1, 2)],
+    "time": [datetime.time(1), datetime.time(2)],
+    "timedelta": [datetime.timedelta(1), datetime.timedelta(2)],
+    "decimal": [decimal.Decimal("1.0"), decimal.Decimal("1.00")],
+    "fraction": [fractions.Fraction(1, 2), fractions.Fraction(1, 3)],
+    "complex": [1 + 2j, 1 + 3j],
+    "enum": [Kind.A, Kind.B],
+    "derived": [Word("a"), Word("b")],
+    "dataclass": [Row(torch.zeros(2)), Row(torch.ones(2))],
+    "within": [Row({"at": [Row(1)]}), Row({"at": [Row(2)]})],
+    "objects": [objects("a", [1]), objects("a", [2])],
+    "strings": [numpy.array(["a" * 40, t * 40], numpy.dtypes.StringDType()) for t in "bc"],
+    "record": [numpy.array([(1, v)], [("a", int), ("b", object)]) for v in ("x", "y")],
+    "sparse": [torch.eye(3).to_sparse(), torch.eye(3).mul(2).to_sparse()],
+    "rows": [torch.eye(3).to_sparse_csr(), torch.eye(3).mul(2).to_sparse_csr()],
+    "conjugate": [torch.tensor([1 + 1j]).conj(), torch.tensor([1 + 2j]).conj()],
+    "set": [{"a", "b", "c"}, {"a", "b", "d"}],
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_a_value_holds_counts(name):
+    first, second = ([{"x": value}] for value in PAIRS[name])
+    assert described(first) != described(second)
+    assert "class alone" not in described(first)
+
+
+def test_what_is_said_of_values_is_the_same_in_every_process():
+    def lines():
+        return "".join(f"{name} {described([{'x': v}])}\n" for name, (v, _) in PAIRS.items())
+
+    code = (
+        "from test_contents import PAIRS, described\n"
+        "for name, (v, _) in PAIRS.items(): print(name, described([{'x': v}]))"
+    )
+    path = os.pathsep.join(filter(None, sys.path))
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout == lines()
+
+
+def test_of_an_unknown_class_the_line_says_that_it_counts_alone():
+    class Other:
+        pass
+
+    line = described([{"x": Other()}])
+    assert line == described([{"x": Other()}])
+    assert line.endswith("Other: class alone)")
+
+
+def test_a_stream_and_values_without_content_are_refused():
+    stream = datasets.Dataset.from_list([{"x": 1}]).to_iterable_dataset()
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield {"x": 1}
+
+        def __len__(self):
+            return 1
+
+    for split in (stream, Stream()):
+        with pytest.raises(ConfigError, match=r"task t, adaptation: expected a dataset with a len"):
+            described(split)
+    loop = []
+    loop.append(loop)
+    for value in (torch.empty(2, device="meta"), loop):
+        with pytest.raises(ConfigError, match=r"task t, adaptation: expected rows of tensors"):
+            described([{"x": value}])
