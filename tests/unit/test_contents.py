@@ -9,6 +9,7 @@ import enum
 import fractions
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -235,3 +236,46 @@ def test_a_stream_and_values_without_content_are_refused():
     for value in (torch.empty(2, device="meta"), loop):
         with pytest.raises(ConfigError, match=r"task t, adaptation: expected rows of tensors"):
             described([{"x": value}])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_rows_of_a_table_are_read_no_further_than_the_limit(monkeypatch, nested):
+    monkeypatch.setattr(contents, "BYTES", 80_000)
+    monkeypatch.setattr(contents, "_CHUNK_BYTES", 20_000)
+    read = []
+    at = datasets.Dataset.__getitem__
+
+    def watched(self, key):
+        read.append(at(self, key).nbytes)
+        return at(self, key)
+
+    monkeypatch.setattr(datasets.Dataset, "__getitem__", watched)
+    values = numpy.random.default_rng(0).random((200, 3, 16, 16), "float32")  # of 3 KiB each
+    features = datasets.Features({"x": datasets.Array3D((3, 16, 16), "float32")})
+    if nested:
+        split = datasets.Dataset.from_dict({"x": values.tolist()})
+    else:
+        split = datasets.Dataset.from_dict({"x": values}, features)
+    line = described(split)
+    count = int(re.search(r"sha256 of (\d+) ", line)[1])
+    assert count == 27 if not nested else 2 < count < 27
+    assert max(read) <= 20_000
+    twice = 2 * 16 * 3300  # the rows that are read twice, beforehand
+    assert sum(read) < twice + 80_000 + 20_000
+
+
+def test_arrays_and_lists_of_numbers_in_a_table_count_by_their_values():
+    def line(value, feature):
+        rows = {"x": [value, [[0.0, 1.0]] if numpy.ndim(value) == 2 else [0, 1]]}
+        return described(datasets.Dataset.from_dict(rows, datasets.Features({"x": feature})))
+
+    pair = datasets.Array2D((1, 2), "float32")
+    assert line([[1.0, 2.0]], pair) == line([[1.0, 2.0]], pair) != line([[1.0, 3.0]], pair)
+    ids = [datasets.Value("int64")]
+    values = [[1, 2], [1, 3], [1, None], None, [], [1], [1, 2, 0]]
+    assert len({line(value, ids) for value in values}) == len(values)
+    assert line([1, 2], ids) == line([1, 2], ids)
+    assert line([1, 2], ids) != line([1, 2], [datasets.Value("int32")])
+    split = datasets.Dataset.from_dict({"x": [[i] * (i % 3) for i in range(9)]})
+    whole = datasets.concatenate_datasets([split.select([i]) for i in range(9)])
+    assert described(whole) == described(split) == described(split.select([*range(9)]))

@@ -23,6 +23,8 @@ from gradmerge.errors import ConfigError
 
 # A split is read whole up to so many rows and bytes; beyond, a sample that is always the same.
 ROWS, BYTES = 4096, 64 << 20
+# Rows of a table are made objects so many at once, and no more than of so many bytes.
+_CHUNK, _CHUNK_BYTES = 64, 1 << 20
 # Rows that are read twice: a dataset may draw its examples anew each time.
 _TWICE = 16
 _PLAIN = {bool, int, float, complex, str, type(None)}
@@ -104,8 +106,48 @@ def _rows(split: Any, at: Sequence[int]) -> Iterator[Any]:
     if not hasattr(split, "_fingerprint"):
         yield from (split[i] for i in at)
         return
-    for start in range(0, len(at), 64):
-        yield from split[list(at[start : start + 64])].to_pylist()
+    start, size = 0, 1
+    while start < len(at):
+        table = split[list(at[start : start + size])]
+        rows, start = len(table), start + size
+        # nested lists are ten times as large as objects
+        part = max(1, rows * _CHUNK_BYTES // max(1, table.nbytes))
+        for first in range(0, rows, part):
+            yield from _unpacked(table.slice(first, part))
+        size = min(_CHUNK, 4 * size, part)
+
+
+def _unpacked(table: Any) -> Iterator[dict[str, Any]]:
+    """Rows of an Arrow table; numbers of one row stay an array."""
+    columns = [_values(column.combine_chunks()) for column in table.columns]
+    for values in zip(*columns, strict=True):
+        yield dict(zip(table.column_names, values, strict=True))
+
+
+def _values(column: Any) -> Sequence[Any]:
+    import pyarrow
+
+    kind = column.type
+    found: Sequence[Any]
+    if hasattr(kind, "shape") and not column.null_count:  # Array2D and so on
+        found = column.to_numpy(zero_copy_only=False)
+        return found
+    if not pyarrow.types.is_list(kind) or not _is_number(kind.value_type):
+        found = column.to_pylist()
+        return found
+    rows = (row.values for row in column)
+    return [
+        row.to_numpy(zero_copy_only=False)
+        if row is not None and not row.null_count
+        else row and row.to_pylist()
+        for row in rows
+    ]
+
+
+def _is_number(kind: Any) -> bool:
+    import pyarrow
+
+    return bool(pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind))
 
 
 def _repeats(split: Any, at: Sequence[int]) -> bool:
@@ -201,7 +243,7 @@ class _Hash:
             self._put(name)
             self._add_list(sorted(_digest(item) for item in value))
         elif isinstance(value, (int, float, complex, str)):  # of a class derived from them
-            own = next(kind for kind in type(value).__mro__ if kind in _PLAIN)
+            own: Any = next(kind for kind in type(value).__mro__ if kind in _PLAIN)
             self._put(name, _text(own.__repr__(value)))
         else:
             self.unknown.add(name)
