@@ -8,7 +8,9 @@ import decimal
 import enum
 import fractions
 import io
+import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -73,7 +75,7 @@ def test_files_count_by_what_is_in_them(tmp_path):
     assert [name for name in SPLITS if changed[name] != first[name]] == ["test"]
 
 
-def test_of_many_rows_a_sample_counts_and_the_fingerprint_of_datasets(monkeypatch):
+def test_of_many_rows_a_sample_counts(monkeypatch):
     monkeypatch.setattr(contents, "ROWS", 8)
     rows = [{"x": i, "text": f"line {i}"} for i in range(100)]
     read = []
@@ -88,13 +90,78 @@ def test_of_many_rows_a_sample_counts_and_the_fingerprint_of_datasets(monkeypatc
     assert len(set(read)) == 8
     assert described([*rows[:99], {"x": -1}]) == line, "not in the sample"
     assert described([{"x": -1} if i in read else row for i, row in enumerate(rows)]) != line
-    whole = datasets.Dataset.from_list(rows)
-    changed = datasets.Dataset.from_list([*rows[:99], {"x": -1, "text": ""}])
-    assert described(whole) == described(datasets.Dataset.from_list(rows))
-    assert described(changed) != described(whole)
     monkeypatch.setattr(contents, "ROWS", 4096)
     monkeypatch.setattr(contents, "BYTES", 100)
     assert described([{"x": torch.zeros(10)}] * 9).startswith("9 examples, sha256 of 3 ")
+
+
+def test_of_a_large_table_small_columns_count_whole_and_others_by_their_lengths(monkeypatch):
+    monkeypatch.setattr(contents, "ROWS", 8)
+    monkeypatch.setattr(contents, "BYTES", 4000)
+    monkeypatch.setattr(contents, "_CHUNK", 32)
+    rows = [
+        {"label": i % 7, "text": f"line {i:3}" * 9, "file": {"n": "a" * 50}} for i in range(100)
+    ]
+    read = random.Random(0).sample(range(100), 8)
+    unread = next(i for i in range(100) if i not in read)
+
+    def line(split=lambda table: table, **change):
+        one = [{**row, **change} if i == unread else row for i, row in enumerate(rows)]
+        return described(split(datasets.Dataset.from_list(one)))
+
+    assert line().startswith("100 examples, sha256 of 8 ")
+    other = rows[unread]["text"].replace("l", "m")
+    assert line(text=other) == line(), "as long as it was"
+    changes = [{"label": 9}, {"text": other[1:]}, {"text": None}, {"file": {"n": "b"}}]
+    assert len({line(), *(line(**change) for change in changes)}) == 5
+
+    def shuffled(table):
+        return table.shuffle(seed=1)
+
+    assert line(shuffled) != line()
+    assert line(shuffled, text="") != line(shuffled)
+    assert line(lambda table: table.shuffle(seed=1).flatten_indices()) == line(shuffled)
+
+
+def test_when_files_were_changed_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(contents, "ROWS", 4)
+    path = tmp_path / "rows.json"
+    rows = [{"x": i, "y": i % 3} for i in range(60)]
+
+    def found():
+        path.write_text("\n".join(map(json.dumps, rows)))
+        os.utime(path, (len(times), len(times)))
+        times.append(0)
+        data = TaskData("json", data_files=str(path), kind="tensors")
+        data = MergeDataModule({"t": data})
+        return describe_contents(data)["t"], data.splits("t")["adaptation"]._fingerprint
+
+    times = []
+    (first, mark), (again, other) = found(), found()
+    assert mark != other, "`datasets` takes it for another file"
+    assert again == first
+    assert all("of 4" in line for line in first.values())
+    for row in rows:
+        row["y"] = 2 - row["y"]
+    assert not set(found()[0].values()) & set(first.values())
+
+
+def test_of_many_files_that_a_table_names_the_sizes_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(contents, "ROWS", 2)
+    paths = [str(tmp_path / f"{i}.png") for i in range(9)]
+    for path in paths:
+        Image.new("L", (4, 4), 7).save(path)
+    unread = next(i for i in range(9) if i not in random.Random(0).sample(range(9), 2))
+
+    def line():
+        rows = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+        return described(rows, kind="image_classification")
+
+    first = line()
+    os.utime(paths[unread], (0, 0))
+    assert line() == first
+    Image.new("L", (64, 64), 7).save(paths[unread])
+    assert line() != first
 
 
 def test_rows_beyond_a_limit_do_not_count():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -24,7 +25,7 @@ from gradmerge.errors import ConfigError
 # A split is read whole up to so many rows and bytes; beyond, a sample that is always the same.
 ROWS, BYTES = 4096, 64 << 20
 # Rows of a table are made objects so many at once, and no more than of so many bytes.
-_CHUNK, _CHUNK_BYTES = 64, 1 << 20
+_CHUNK, _CHUNK_BYTES = 1024, 1 << 20
 # Rows that are read twice: a dataset may draw its examples anew each time.
 _TWICE = 16
 _PLAIN = {bool, int, float, complex, str, type(None)}
@@ -37,8 +38,10 @@ def describe_contents(data: MergeDataModule) -> dict[str, dict[str, str]]:
 
     Content is that of the rows as they are stored, in their order; of a task with `limit`, of the
     first rows alone (not for `causal_lm`, whose limit counts windows). Of a split with more than
-    `ROWS` rows, or `BYTES` bytes, a fixed sample counts, with the fingerprint that `datasets` keeps
-    (from Python there may be none, and a change outside of the sample is not seen). Examples that
+    `ROWS` rows, or `BYTES` bytes, a fixed sample counts; of a table of `datasets` further every row
+    of its smallest columns, up to `BYTES` together (of files that a path names, their sizes), and
+    how long each row of the others is. What is neither is not seen to change: in a split from
+    Python anything outside of the sample. When files were changed does not count. Examples that
     a dataset draws anew each time count by their number alone, and an object of a class that is not
     known here by its class: the line names it.
 
@@ -89,9 +92,8 @@ def _counted(split: Any, limit: int | None) -> str:
         read += 1
         if whole.bytes > BYTES:
             break
-    own = getattr(split, "_fingerprint", None)
-    if read < count and own is not None:
-        whole.add(own)
+    if read < count and stored is not split:
+        _add_columns(whole, stored, count)
     part = "" if read == count else f" of {read}"
     alone = f" ({', '.join(sorted(whole.unknown))}: class alone)" if whole.unknown else ""
     return f"{count} examples, sha256{part} {whole.hexdigest()[:16]}{alone}"
@@ -99,11 +101,16 @@ def _counted(split: Any, limit: int | None) -> str:
 
 def _stored(split: Any) -> Any:
     """A dataset of `datasets` as it lies in its table: nothing is decoded or transformed."""
-    return split.with_format("arrow") if hasattr(split, "_fingerprint") else split
+    return split.with_format("arrow") if _is_table(split) else split
+
+
+def _is_table(split: Any) -> bool:
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(split, datasets.Dataset)
 
 
 def _rows(split: Any, at: Sequence[int]) -> Iterator[Any]:
-    if not hasattr(split, "_fingerprint"):
+    if not _is_table(split):
         yield from (split[i] for i in at)
         return
     start, size = 0, 1
@@ -150,6 +157,46 @@ def _is_number(kind: Any) -> bool:
     return bool(pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind))
 
 
+def _add_columns(whole: _Hash, split: Any, count: int) -> None:
+    """Take in what is cheap to read of all rows of a table."""
+    whole.reads_files = False
+    table, room = split.data, BYTES
+    sizes = {name: table.column(name).nbytes * count // len(table) for name in table.column_names}
+    small = set()
+    for name in sorted(split.column_names, key=sizes.__getitem__):
+        room -= sizes[name]
+        if room >= 0:
+            small.add(name)
+    for name in split.column_names:
+        whole.add(name)
+        if name not in small:
+            for lengths in _lengths(table.column(name)):
+                own = lengths.fill_null(-1)
+                own = own if split._indices is None else own.take(split._indices.column(0))
+                whole.add(own.slice(0, count).to_numpy())
+            continue
+        one = split.select_columns([name])
+        for start in range(0, count, _CHUNK):
+            rows = one[start : min(start + _CHUNK, count)]
+            whole.add(list(_values(rows.column(0).combine_chunks())))
+
+
+def _lengths(column: Any) -> Iterator[Any]:
+    """Of text, bytes and lists, also within structs, the length of each row."""
+    import pyarrow
+    import pyarrow.compute
+
+    is_a, kind = pyarrow.types, column.type
+    texts = (is_a.is_string, is_a.is_large_string, is_a.is_binary, is_a.is_large_binary)
+    if is_a.is_struct(kind):
+        for i in range(kind.num_fields):
+            yield from _lengths(pyarrow.compute.struct_field(column, [i]))
+    elif any(f(kind) for f in texts):
+        yield pyarrow.compute.binary_length(column)
+    elif is_a.is_list(kind) or is_a.is_large_list(kind):
+        yield pyarrow.compute.list_value_length(column)
+
+
 def _repeats(split: Any, at: Sequence[int]) -> bool:
     digests = []
     for _ in range(2):
@@ -171,6 +218,7 @@ class _Hash:
         self._hash = hashlib.sha256()
         self.bytes = 0
         self.unknown: set[str] = set()
+        self.reads_files = True  # else their sizes count
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
@@ -259,7 +307,7 @@ class _Hash:
 
     def _add_file(self, bytes: Any, path: Any) -> None:
         if bytes is None and isinstance(path, str) and Path(path).is_file():
-            bytes = Path(path).read_bytes()
+            bytes = Path(path).read_bytes() if self.reads_files else Path(path).stat().st_size
         self._put("file")
         self.add(path if bytes is None else bytes)
 
