@@ -283,6 +283,7 @@ def test_of_an_unknown_class_the_line_says_that_it_counts_alone():
     line = described([{"x": Other()}])
     assert line == described([{"x": Other()}])
     assert line.endswith("Other: class alone)")
+    assert described([{"x": {Other()}}]).endswith("Other: class alone)")
 
 
 def test_a_stream_and_values_without_content_are_refused():

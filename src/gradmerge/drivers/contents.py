@@ -289,7 +289,9 @@ class _Hash:
             self._put(name, _text(value))
         elif isinstance(value, Set):
             self._put(name)
-            self._add_list(sorted(_digest(item) for item in value))
+            items = [_hash_of(item) for item in value]
+            self.unknown.update(*(item.unknown for item in items))
+            self._add_list(sorted(item.hexdigest() for item in items))
         elif isinstance(value, (int, float, complex, str)):  # of a class derived from them
             own: Any = next(kind for kind in type(value).__mro__ if kind in _PLAIN)
             self._put(name, _text(own.__repr__(value)))
@@ -312,10 +314,10 @@ class _Hash:
         self.add(path if bytes is None else bytes)
 
 
-def _digest(value: Any) -> str:
+def _hash_of(value: Any) -> _Hash:
     one = _Hash()
     one.add(value)
-    return one.hexdigest()
+    return one
 
 
 def _name(value: Any) -> str:
