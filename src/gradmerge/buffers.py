@@ -140,6 +140,8 @@ def _require_rows(
     batch: Tensor = args[0] if args else kwargs["input"]
     if not module.training or batch.dim() < 2 or batch.numel() != batch.shape[1]:
         return
+    if isinstance(module, nn.SyncBatchNorm) and _processes(module) > 1:
+        return  # the statistics are those of all processes' rows
     raise ConfigError(
         f"{name}: BatchNorm takes the statistics of its batch while coefficients are learned and "
         "where statistics are recomputed; expected two rows or more, came one (a batch of shape "
@@ -147,6 +149,14 @@ def _require_rows(
         "LayerWise) to 2 or more and give each task two adaptation examples, or keep the sources' "
         "statistics: model.recipe.buffers: mean."
     )
+
+
+def _processes(norm: nn.SyncBatchNorm) -> int:
+    """How many processes share the statistics."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 1
+    return distributed.get_world_size(norm.process_group)
 
 
 class Moments:

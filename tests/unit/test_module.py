@@ -8,8 +8,10 @@ import math
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from torch import distributed, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
 from gradmerge.coefficients import Column, Element, Softmax, Tensor, Uniform
@@ -241,6 +243,26 @@ def test_batch_norm_refuses_a_batch_of_one_example_and_never_gets_one_of_more(tm
     assert module.merged.statistics.batch_norms[0].num_batches_tracked == 2
     kept = module_of(models, buffers="mean")
     fit(tmp_path, kept, vectors(batch_size=1), max_steps=1)
+
+
+def test_synchronised_batch_norm_takes_one_example_a_process():
+    """Two processes by their number alone; the layer itself runs on GPUs only, and says so last."""
+    models = [nn.SyncBatchNorm.convert_sync_batchnorm(m) for m in relatives(build(Normalised))]
+    module = module_of(models)
+    module.train()
+    one = torch.ones(1, 6)
+    with pytest.raises(ConfigError, match=r"norm: BatchNorm takes .* came one .*\(1, 8\)"):
+        module.merged(task="a", x=one)
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
+            module.merged(task="a", x=one)
+    finally:
+        distributed.destroy_process_group()
+    plain = module_of(relatives(build(Normalised)))
+    plain.train()
+    with pytest.raises(ConfigError, match="norm: BatchNorm takes"):
+        plain.merged(task="a", x=one)
 
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])

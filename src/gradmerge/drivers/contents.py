@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+import sys
+from collections.abc import Iterator, Mapping, Sequence, Set
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
+from pathlib import Path, PurePath
 from typing import Any
+from uuid import UUID
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from gradmerge.data import MergeDataModule
+from gradmerge.errors import ConfigError
 
 # A split is read whole up to so many rows and bytes; beyond, a sample that is always the same.
 ROWS, BYTES = 4096, 64 << 20
+# Rows of a table are made objects so many at once, and no more than of so many bytes.
+_CHUNK, _CHUNK_BYTES = 1024, 1 << 20
 # Rows that are read twice: a dataset may draw its examples anew each time.
 _TWICE = 16
-_PLAIN = {bool, int, float, str, type(None)}
+_PLAIN = {bool, int, float, complex, str, type(None)}
+# Whose `repr` says all that they hold, the same in every process.
+_SAID = (Decimal, Fraction, PurePath, UUID, range, timedelta)
 
 
 def describe_contents(data: MergeDataModule) -> dict[str, dict[str, str]]:
@@ -25,21 +38,48 @@ def describe_contents(data: MergeDataModule) -> dict[str, dict[str, str]]:
 
     Content is that of the rows as they are stored, in their order; of a task with `limit`, of the
     first rows alone (not for `causal_lm`, whose limit counts windows). Of a split with more than
-    `ROWS` rows, or `BYTES` bytes, a fixed sample counts, with the fingerprint that `datasets` keeps
-    (from Python there may be none, and a change outside of the sample is not seen). Examples that
-    a dataset draws anew each time count by their number alone.
+    `ROWS` rows, or `BYTES` bytes, a fixed sample counts; of a table of `datasets` further every row
+    of its smallest columns, up to `BYTES` together (of files that a path names, their sizes), and
+    how long each row of the others is. What is neither is not seen to change: in a split from
+    Python anything outside of the sample. When files were changed does not count. Examples that
+    a dataset draws anew each time count by their number alone, and an object of a class that is not
+    known here by its class: the line names it.
+
+    Raises:
+        ConfigError: a split has no length or no rows by index, or holds a value that cannot be
+            hashed.
     """
     found: dict[str, dict[str, str]] = {}
     for name, task in data.tasks.items():
         limits = {} if task.kind == "causal_lm" else task.limit or {}
         found[name] = {
-            stage: _described(split, limits.get(stage))
+            stage: _described(f"task {name}, {stage}", split, limits.get(stage))
             for stage, split in data.splits(name).items()
         }
     return found
 
 
-def _described(split: Any, limit: int | None) -> str:
+def _described(place: str, split: Any, limit: int | None) -> str:
+    if isinstance(split, IterableDataset) or not all(
+        hasattr(split, name) for name in ("__len__", "__getitem__")
+    ):
+        raise ConfigError(
+            f"{place}: expected a dataset with a length and rows by index, came "
+            f"{_name(split)}: a driver keeps a hash of the examples, so that "
+            "a job does not go on with others, and a stream is read but once. Load it whole "
+            "(`datasets.load_dataset` without `streaming`), or give a list of its rows."
+        )
+    try:
+        return _counted(split, limit)
+    except (_UnhashableError, RecursionError) as error:
+        raise ConfigError(
+            f"{place}: expected rows of tensors, arrays, text, numbers and lists, mappings or "
+            f"dataclasses of them, came {error}: a driver keeps a hash of the examples, so that a "
+            "job does not go on with others. Give such values as dense tensors in memory."
+        ) from error
+
+
+def _counted(split: Any, limit: int | None) -> str:
     count = len(split) if limit is None else min(limit, len(split))
     # in no order, so that what is left out lies everywhere
     rows = random.Random(0).sample(range(count), min(count, ROWS))
@@ -52,24 +92,109 @@ def _described(split: Any, limit: int | None) -> str:
         read += 1
         if whole.bytes > BYTES:
             break
-    own = getattr(split, "_fingerprint", None)
-    if read < count and own is not None:
-        whole.add(own)
+    if read < count and stored is not split:
+        _add_columns(whole, stored, count)
     part = "" if read == count else f" of {read}"
-    return f"{count} examples, sha256{part} {whole.hexdigest()[:16]}"
+    alone = f" ({', '.join(sorted(whole.unknown))}: class alone)" if whole.unknown else ""
+    return f"{count} examples, sha256{part} {whole.hexdigest()[:16]}{alone}"
 
 
 def _stored(split: Any) -> Any:
     """A dataset of `datasets` as it lies in its table: nothing is decoded or transformed."""
-    return split.with_format("arrow") if hasattr(split, "_fingerprint") else split
+    return split.with_format("arrow") if _is_table(split) else split
+
+
+def _is_table(split: Any) -> bool:
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(split, datasets.Dataset)
 
 
 def _rows(split: Any, at: Sequence[int]) -> Iterator[Any]:
-    if not hasattr(split, "_fingerprint"):
+    if not _is_table(split):
         yield from (split[i] for i in at)
         return
-    for start in range(0, len(at), 64):
-        yield from split[list(at[start : start + 64])].to_pylist()
+    start, size = 0, 1
+    while start < len(at):
+        table = split[list(at[start : start + size])]
+        rows, start = len(table), start + size
+        # nested lists are ten times as large as objects
+        part = max(1, rows * _CHUNK_BYTES // max(1, table.nbytes))
+        for first in range(0, rows, part):
+            yield from _unpacked(table.slice(first, part))
+        size = min(_CHUNK, 4 * size, part)
+
+
+def _unpacked(table: Any) -> Iterator[dict[str, Any]]:
+    """Rows of an Arrow table; numbers of one row stay an array."""
+    columns = [_values(column.combine_chunks()) for column in table.columns]
+    for values in zip(*columns, strict=True):
+        yield dict(zip(table.column_names, values, strict=True))
+
+
+def _values(column: Any) -> Sequence[Any]:
+    import pyarrow
+
+    kind = column.type
+    found: Sequence[Any]
+    if hasattr(kind, "shape") and not column.null_count:  # Array2D and so on
+        found = column.to_numpy(zero_copy_only=False)
+        return found
+    if not pyarrow.types.is_list(kind) or not _is_number(kind.value_type):
+        found = column.to_pylist()
+        return found
+    rows = (row.values for row in column)
+    return [
+        row.to_numpy(zero_copy_only=False)
+        if row is not None and not row.null_count
+        else row and row.to_pylist()
+        for row in rows
+    ]
+
+
+def _is_number(kind: Any) -> bool:
+    import pyarrow
+
+    return bool(pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind))
+
+
+def _add_columns(whole: _Hash, split: Any, count: int) -> None:
+    """Take in what is cheap to read of all rows of a table."""
+    whole.reads_files = False
+    table, room = split.data, BYTES
+    sizes = {name: table.column(name).nbytes * count // len(table) for name in table.column_names}
+    small = set()
+    for name in sorted(split.column_names, key=sizes.__getitem__):
+        room -= sizes[name]
+        if room >= 0:
+            small.add(name)
+    for name in split.column_names:
+        whole.add(name)
+        if name not in small:
+            for lengths in _lengths(table.column(name)):
+                own = lengths.fill_null(-1)
+                own = own if split._indices is None else own.take(split._indices.column(0))
+                whole.add(own.slice(0, count).to_numpy())
+            continue
+        one = split.select_columns([name])
+        for start in range(0, count, _CHUNK):
+            rows = one[start : min(start + _CHUNK, count)]
+            whole.add(list(_values(rows.column(0).combine_chunks())))
+
+
+def _lengths(column: Any) -> Iterator[Any]:
+    """Of text, bytes and lists, also within structs, the length of each row."""
+    import pyarrow
+    import pyarrow.compute
+
+    is_a, kind = pyarrow.types, column.type
+    texts = (is_a.is_string, is_a.is_large_string, is_a.is_binary, is_a.is_large_binary)
+    if is_a.is_struct(kind):
+        for i in range(kind.num_fields):
+            yield from _lengths(pyarrow.compute.struct_field(column, [i]))
+    elif any(f(kind) for f in texts):
+        yield pyarrow.compute.binary_length(column)
+    elif is_a.is_list(kind) or is_a.is_large_list(kind):
+        yield pyarrow.compute.list_value_length(column)
 
 
 def _repeats(split: Any, at: Sequence[int]) -> bool:
@@ -82,12 +207,18 @@ def _repeats(split: Any, at: Sequence[int]) -> bool:
     return digests[0] == digests[1]
 
 
+class _UnhashableError(Exception):
+    """A value whose content cannot be read; what it is."""
+
+
 class _Hash:
     """SHA-256 of nested values, each with its kind, so that no two run together."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
         self.bytes = 0
+        self.unknown: set[str] = set()
+        self.reads_files = True  # else their sizes count
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
@@ -100,10 +231,9 @@ class _Hash:
     def add(self, value: Any) -> None:
         """Take in a value; of an object of an unknown class, its class alone."""
         if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            self._put(f"{value.dtype}{tuple(value.shape)}", flat.numpy().tobytes())
-        elif isinstance(value, bytes):
-            self._put("bytes", value)
+            self._add_tensor(value)
+        elif isinstance(value, (bytes, bytearray)):
+            self._put("bytes", bytes(value))
         elif type(value) in _PLAIN:
             self._put(type(value).__name__, _text(value))
         elif isinstance(value, Mapping):
@@ -116,11 +246,58 @@ class _Hash:
                 self.add(value[key])
         elif isinstance(value, (list, tuple)):
             self._add_list(value)
-        elif hasattr(value, "tobytes"):  # an array, an image
-            form = [getattr(value, name, "") for name in ("dtype", "shape", "mode", "size")]
-            self._put(f"{form}", value.tobytes())
+        elif hasattr(value, "tobytes"):
+            self._add_array(value)
         else:
-            self._put(f"{type(value).__module__}.{type(value).__qualname__}")
+            self._add_object(value, _name(value))
+
+    def _add_tensor(self, value: Tensor) -> None:
+        value = value.detach()
+        try:
+            if value.layout is not torch.strided:
+                value = value.to_sparse_coo().coalesce()
+                self._put(f"sparse{tuple(value.shape)}")
+                self.add(value.indices())
+                self.add(value.values())
+                return
+            flat = value.cpu().resolve_conj().resolve_neg().contiguous().flatten()
+            content = flat.view(torch.uint8).numpy().tobytes()
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            kind = f"a tensor of {value.dtype}, {value.layout}, on {value.device}"
+            raise _UnhashableError(f"{kind} ({error})") from error
+        self._put(f"{value.dtype}{tuple(value.shape)}", content)
+
+    def _add_array(self, value: Any) -> None:
+        """An array, an image."""
+        form = [getattr(value, name, "") for name in ("dtype", "shape", "mode", "size")]
+        kind = getattr(form[0], "kind", "")
+        if getattr(form[0], "hasobject", False) or kind == "T":  # its bytes are addresses
+            self._put(f"{form}")
+            self.add(value.ravel().tolist())
+            return
+        self._put(f"{form}", value.tobytes())
+
+    def _add_object(self, value: Any, name: str) -> None:
+        if isinstance(value, Enum):
+            self._put(name, value.name.encode())
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            self._put(name)
+            self.add({f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)})
+        elif isinstance(value, (date, time)):
+            self._put(name, value.isoformat().encode())  # a zone by its offset
+        elif isinstance(value, _SAID):
+            self._put(name, _text(value))
+        elif isinstance(value, Set):
+            self._put(name)
+            items = [_hash_of(item) for item in value]
+            self.unknown.update(*(item.unknown for item in items))
+            self._add_list(sorted(item.hexdigest() for item in items))
+        elif isinstance(value, (int, float, complex, str)):  # of a class derived from them
+            own: Any = next(kind for kind in type(value).__mro__ if kind in _PLAIN)
+            self._put(name, _text(own.__repr__(value)))
+        else:
+            self.unknown.add(name)
+            self._put(name)
 
     def _add_list(self, values: Sequence[Any]) -> None:
         if set(map(type, values)) <= _PLAIN:
@@ -132,9 +309,19 @@ class _Hash:
 
     def _add_file(self, bytes: Any, path: Any) -> None:
         if bytes is None and isinstance(path, str) and Path(path).is_file():
-            bytes = Path(path).read_bytes()
+            bytes = Path(path).read_bytes() if self.reads_files else Path(path).stat().st_size
         self._put("file")
         self.add(path if bytes is None else bytes)
+
+
+def _hash_of(value: Any) -> _Hash:
+    one = _Hash()
+    one.add(value)
+    return one
+
+
+def _name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _text(value: Any) -> bytes:
