@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -620,10 +620,37 @@ def test_other_sizes_keep_ids_masks_and_pictures_consistent() -> None:
         {"input_ids": [2, 3], "mask": [2, 1, 3, 3], "decoder_input_ids": [2, 2]},
         {"input_ids": [3, 13], "mask": [3, 1, 13, 13], "decoder_input_ids": [3, 11]},
     ]
-    assert sizes({"x": torch.ones(2, 3, 32, 32)}) == [{"x": [1, 3, 24, 24]}, {"x": [3, 3, 32, 32]}]
+    assert sizes({"x": torch.ones(1, 3, 32, 32)}) == [{"x": [2, 3, 24, 24]}, {"x": [3, 3, 32, 32]}]
     assert sizes({"x": torch.ones(2, 7)}) == [{"x": [1, 7]}, {"x": [3, 7]}]
     longest = [other for other, _ in at_other_sizes({"x": ids}, lambda other: None)][-1]["x"]
     assert longest.tolist() == [[*range(6), *range(6), 0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "whole", "found"),
+    [
+        ([1, 512], False, [[2, 7], [3, 5]]),
+        ([3, 512], False, [[1, 7], [2, 5]]),
+        ([8, 32], False, [[1, 7], [3, 5]]),
+        ([1, 80, 3000], False, [[2, 7, 3000], [3, 5, 3000]]),
+        ([2, 3, 64, 64], False, [[1, 3, 48, 48], [3, 3, 32, 32]]),
+        ([1, 512], True, [[2, 512]]),
+        ([8, 512], True, [[1, 512], [3, 512]]),
+    ],
+)
+def test_a_large_example_is_only_cut(shape: list[int], whole: bool, found: list[list[int]]) -> None:
+    """A network that takes a length alone (`whole`) is run on two of a single one, never more."""
+    tried = []
+
+    def attempt(other: Mapping[str, Tensor]) -> None:
+        tried.append(other["x"].numel())
+        if whole and other["x"].shape[1] != shape[1]:
+            raise ValueError("not this length")
+
+    x = torch.zeros(shape, dtype=torch.int64 if len(shape) == 2 else torch.float32)
+    others = at_other_sizes({"x": x}, attempt)
+    assert [list(other["x"].shape) for other, _ in others] == found
+    assert max(tried) <= (2 * x.numel() if whole and shape[0] == 1 else x.numel())
 
 
 @pytest.mark.parametrize(
