@@ -81,6 +81,7 @@ def input_rows(module: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor
 def output_rows(module: nn.Module, outputs: Tensor, mask: Tensor | None) -> Tensor:
     """Rows of the layer's outputs (or their gradients) in the same order, `[groups, rows, out]`."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        outputs = outputs if _has_batch(module, outputs) else outputs[None]
         split = outputs.flatten(2).unflatten(1, (module.groups, -1))
         return split.permute(1, 0, 3, 2).flatten(1, 2)
     return _tokens(outputs, mask)[None]
@@ -124,7 +125,16 @@ def without_padding(values: Tensor, mask: Tensor | None, axis: int) -> tuple[Ten
     return values.permute(*lead, *rest)[mask != 0], rest.index(channels) - len(rest)
 
 
+def _has_batch(module: nn.Module, values: Tensor) -> bool:
+    """Whether inputs or outputs of a linear layer or convolution are several examples'; otherwise
+    their first axis is that of features or channels.
+    """
+    kernel = module.kernel_size if isinstance(module, (nn.Conv1d, nn.Conv2d)) else ()
+    return values.dim() > 1 + len(kernel)
+
+
 def _patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
+    inputs = inputs if _has_batch(module, inputs) else inputs[None]
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padded = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
     kernel, dilation, stride = module.kernel_size, module.dilation, module.stride
@@ -138,8 +148,10 @@ def _patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
 
 def is_linear_in_its_weight(module: Any, inputs: Tensor, output: Tensor, axis: int) -> bool:
     """Whether an output is the layer's inputs times its stored weight, plus its bias (to 1e-3; to
-    0.03 in 16 bits).
+    0.03 in 16 bits); of the first example, where there are several.
     """
+    if _has_batch(module, inputs):
+        inputs, output = inputs[:1], output[:1]
     tolerance = 1e-3 if output.element_size() > 2 else 0.03
     rows = input_rows(module, inputs.float() if inputs.element_size() < 4 else inputs, None)
     weight = module.weight.detach().to(rows)
@@ -216,7 +228,7 @@ class Grams:
         if name in self._verified or name in self.others or not output.numel():
             return
         self._verified.add(name)
-        if not is_linear_in_its_weight(module, inputs[:1], output[:1], self._layers[name].axis):
+        if not is_linear_in_its_weight(module, inputs, output, self._layers[name].axis):
             self.others.add(name)
             self.inputs.pop(name, None)
             self.rows.pop(name, None)

@@ -512,6 +512,59 @@ def test_targets_go_by_coefficients_where_asked_for():
         repaired(models, batches, repair, init=Constant([0.6, -0.2]))
 
 
+class OneExample(nn.Module):
+    """Takes one example without an axis of batches, up to the vector behind its head."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")
+        self.grouped = nn.Conv2d(8, 8, 3, stride=2, groups=4)
+        self.flat = nn.Conv1d(8, 6, 2)
+        self.vector, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.grouped(self.first(x).relu()).relu()
+        return self.head(self.vector(self.flat(x.flatten(1)).relu().mean(dim=1)).relu())
+
+
+def test_examples_may_come_without_an_axis_of_batches():
+    """Means and deviations over the places of several examples are those of the sources."""
+    torch.manual_seed(0)
+    models = [OneExample().eval() for _ in range(2)]
+    batches = list(images(6)[0])
+    merged, found = repaired(models, batches)
+    places = ["first", "grouped", "flat", "vector"]
+    assert [layer.place for layer in found.survey.layers] == places
+    assert found.survey.left == {"head.weight": LAST}
+    own = [moments_without_a_batch(model, batches, places) for model in models]
+    after = moments_without_a_batch(exported(merged, models[0]), batches, places)
+    for place in places:
+        for i in range(2):
+            expected = (own[0][place][i] + own[1][place][i]) / 2
+            torch.testing.assert_close(after[place][i], expected, rtol=1e-4, atol=1e-5)
+
+
+def moments_without_a_batch(model, batches, places):
+    rows = {place: [] for place in places}
+    hooks = [
+        model.get_submodule(place).register_forward_hook(
+            lambda _, __, output, place=place: (
+                rows[place].append(output.flatten(1).T)
+                if output.dim() > 1
+                else rows[place].append(output[None])
+            )
+        )
+        for place in places
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    every = {place: torch.cat(found) for place, found in rows.items()}
+    return {place: (r.mean(0), r.std(0, correction=0)) for place, r in every.items()}
+
+
 def test_a_constant_channel_gets_the_mean_alone():
     values = [torch.tensor(v, dtype=torch.float64) for v in ([1.0, 2.0], [0.0, 0.5], [3.0, 4.0])]
     target = torch.tensor([2.0, 1.0], dtype=torch.float64)
