@@ -849,6 +849,67 @@ class Standardised(nn.Linear):
         return x * x.sigmoid() * (1 + torch.tanh(x**3)) / x.square().mean(-1, keepdim=True)
 
 
+class Gated(nn.Module):
+    """Two layers of 6 units, `joined` in one way or another."""
+
+    def __init__(self, joined: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.joined = joined
+        self.one, self.two, self.head = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.joined(self.one(x), self.two(x).sigmoid()))
+
+
+class Halves(nn.Module):
+    """A gated linear unit whose halves are taken by `half`."""
+
+    def __init__(self, half: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.half, self.both, self.head = half, nn.Linear(4, 12), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.both(x)
+        return self.head(self.half(x, 0) * self.half(x, 6).sigmoid())
+
+
+@pytest.mark.parametrize(
+    ("joined", "multiplied"),
+    [
+        (lambda a, b: torch.lerp(torch.zeros_like(a), a, b), True),
+        (lambda a, b: torch.lerp(a, torch.ones_like(a), b), True),
+        (lambda a, b: torch.lerp(a, b, 0.3), False),
+        (lambda a, b: torch.lerp(a, b, torch.tensor(0.3)), False),
+        (lambda a, b: torch.lerp(a, a.tanh(), a.sigmoid()) + b, False),
+        (lambda a, b: torch.stack([a, b]).prod(0), True),
+        (lambda a, b: torch.stack([a, b], dim=1).cumprod(1)[:, 1], True),
+        (lambda a, b: torch.stack([a, b]).sum(0), False),
+        (lambda a, b: (a + b).prod(-1, keepdim=True) + a, True),
+    ],
+    ids=["end", "self", "number", "constant", "own", "prod", "cumprod", "sum", "prod of units"],
+)
+def test_gates_by_other_operators_are_products_too(
+    joined: Callable[[Tensor, Tensor], Tensor], multiplied: bool
+) -> None:
+    groups = spec_of(Gated(joined), {"x": [2, 4]}).groups
+    assert {group.size: group.multiplied for group in groups.values()} == {6: multiplied}
+
+
+@pytest.mark.parametrize(
+    "half",
+    [
+        lambda x, at: x[:, at : at + 6],
+        lambda x, at: x.narrow(1, at, 6),
+        lambda x, at: x.view(-1, 2, 6)[:, torch.tensor([at // 6])].flatten(1),
+        lambda x, at: x.view(-1, 2, 6).index_select(1, torch.tensor([at // 6])).flatten(1),
+    ],
+    ids=["slice", "narrow", "index", "index_select"],
+)
+def test_halves_taken_by_place_or_index_are_two(half: Callable[[Tensor, int], Tensor]) -> None:
+    groups = spec_of(Halves(half), {"x": [2, 4]}).groups
+    assert {group.size: group.multiplied for group in groups.values()} == {6: True}
+
+
 @pytest.mark.parametrize(
     ("make", "shape", "multiplied", "free"),
     [
