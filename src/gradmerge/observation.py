@@ -7,7 +7,7 @@ the patches below the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -95,12 +95,15 @@ def _tokens(values: Tensor, mask: Tensor | None) -> Tensor:
 def without_padding(values: Tensor, mask: Tensor | None, axis: int) -> tuple[Tensor, int]:
     """Values at tokens that are no padding, and where their axis of channels is then (negative).
 
-    Of the other axes, batch and tokens are found by their sizes, the first that fits of
+    Of the other axes, batch and tokens are found by their sizes, as
 
-        [batch, tokens, ...], [batch, ..., tokens, ...], [batch * tokens, ...], [tokens, batch, ...]
+        [batch, tokens, ...], [batch, ..., tokens, ...], [tokens, batch, ...], [batch * tokens, ...]
 
-    and go as one axis to the front. Where none fits, the values come back as they are: outputs that
-    are pooled, or of another length (a convolution with a stride), hold no padding to leave out.
+    and go as one axis to the front; the last is read as a `flatten` of the first two. Where none
+    fits, the values come back as they are: outputs that are pooled, or of another length (a
+    convolution with a stride), hold no padding to leave out. So they do where several fit that take
+    different rows (as many heads as tokens, as many examples as tokens): rows of padding then
+    count, but none is lost.
 
     Args:
         values: what a layer gives or is given.
@@ -111,18 +114,30 @@ def without_padding(values: Tensor, mask: Tensor | None, axis: int) -> tuple[Ten
     others = [i for i in range(values.dim()) if i != channels]
     if mask is None or mask.dim() != 2 or not others:
         return values, channels - values.dim()
-    sizes = [values.shape[i] for i in others]
-    batch, tokens = mask.shape
-    if sizes[0] == batch and tokens in sizes[1:]:
-        lead = [others[0], others[1 + sizes[1:].index(tokens)]]
-    elif sizes[0] == batch * tokens:
-        lead, mask = others[:1], mask.flatten()
-    elif sizes[:2] == [tokens, batch]:
-        lead = [others[1], others[0]]
-    else:
+    readings = list(_readings([values.shape[i] for i in others], mask != 0))
+    everywhere = [_over(values, [others[i] for i in axes], kept) for axes, kept in readings]
+    if not readings or any(not kept.equal(everywhere[0]) for kept in everywhere[1:]):
         return values, channels - values.dim()
+    lead, kept = [others[i] for i in readings[0][0]], readings[0][1]
     rest = [i for i in range(values.dim()) if i not in lead]
-    return values.permute(*lead, *rest)[mask != 0], rest.index(channels) - len(rest)
+    return values.permute(*lead, *rest)[kept], rest.index(channels) - len(rest)
+
+
+def _readings(sizes: Sequence[int], kept: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+    """Axes that batch and tokens may be (or both in one), and which rows along them are kept."""
+    batch, tokens = kept.shape
+    if sizes[0] == batch:
+        yield from (([0, i], kept) for i in range(1, len(sizes)) if sizes[i] == tokens)
+    if list(sizes[:2]) == [tokens, batch]:
+        yield [0, 1], kept.mT
+    if sizes[0] == batch * tokens:
+        yield [0], kept.flatten()
+
+
+def _over(values: Tensor, axes: Sequence[int], kept: Tensor) -> Tensor:
+    """What is kept along some axes (in ascending order), at every entry; no copy."""
+    shape = [size if i in axes else 1 for i, size in enumerate(values.shape)]
+    return kept.reshape(shape).expand(values.shape)
 
 
 def _has_batch(module: nn.Module, values: Tensor) -> bool:

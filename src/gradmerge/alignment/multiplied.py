@@ -36,8 +36,8 @@ _ATTENTION = "aten::_scaled_dot_product"
 class Multiplied:
     """Follows which products wrote what each activation holds.
 
-    What is read out of one by its place (a stretch, a part, an index) counts as another's, so that the
-    halves of a gated linear unit are two.
+    What is read out of one by its place (a stretch, a part, an index) counts as another's, so that
+    the halves of a gated linear unit are two.
 
     Args:
         weights: identities of the parameters and buffers.
