@@ -302,6 +302,12 @@ def test_sixteen_bits_are_corrected_to_their_precision():
         assert (came[place][1] / expected[place][1] - 1).abs().max() < 0.05
 
 
+def test_no_tensor_of_the_data_is_marked():
+    batches = vectors(8, 8)
+    repaired(networks(Deep), batches)
+    assert [vars(batch) for batch in batches] == [{}, {}]
+
+
 class InPlace(nn.Module):
     """The second layer's input is the first's, written to by what the first put out."""
 
