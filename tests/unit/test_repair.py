@@ -776,6 +776,47 @@ def test_a_layer_that_the_merged_network_alone_calls_again_is_refused(sizes):
     assert "third.weight" not in merged.plan.finalisation.report["corrected"]
 
 
+class Experts(nn.Module):
+    """Rows go to one of two experts by the sign of a number; each is called on its rows."""
+
+    def __init__(self, norm=False):
+        super().__init__()
+        kind = (lambda: nn.BatchNorm1d(6)) if norm else (lambda: nn.Linear(6, 6))
+        self.first = nn.Linear(6, 6)
+        self.experts, self.head = nn.ModuleList(kind() for _ in range(2)), nn.Linear(6, 3)
+
+    def forward(self, x):
+        chosen = (x[:, 0] > 0).long()
+        x = self.first(x)
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            y[chosen == i] = expert(x[chosen == i])
+        return self.head(y.relu())
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("sizes", [(8,), (8, 4)])
+def test_an_expert_that_no_row_reaches_is_named(sizes, norm):
+    torch.manual_seed(0)
+    models = [Experts(norm).eval() for _ in range(2)]
+    batches = [batch.abs() for batch in vectors(*sizes)]
+    merged, _ = repaired(models, batches, buffers="mean")
+    report = merged.plan.finalisation.report
+    assert report["corrected"] == ["first.weight", "experts.1.weight"]
+    assert report["left alone"] == {
+        "experts.0.weight": "no row of the data reaches it in the merged network",
+        "head.weight": LAST,
+    }
+    before, after = (
+        MergedModel(
+            Recipe(dict(zip("ab", models, strict=True)), coefficients=Model(), init=Uniform())
+        ),
+        exported(merged, models[0]),
+    )
+    kept = before.plan.materialise("experts.0.weight", before.raw)
+    torch.testing.assert_close(after.experts[0].weight, nn.Parameter(kept))
+
+
 class Turned(Loops):
     """Two layers change places with the batch's size."""
 
