@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from gradmerge.observation import first_argument, is_linear, is_linear_in_its_weight
+from gradmerge.observation import first_argument, is_linear, is_linear_in_its_weight, tolerance_of
 from gradmerge.plan import Plan
 from gradmerge.sources.skeleton import input_axis
 
@@ -131,13 +131,14 @@ def joined(place: str, attribute: str) -> str:
 
 def is_plain(module: Any, args: Any, kwargs: Mapping[str, Any], output: Tensor) -> bool:
     """Whether an output is what the layer's kind makes of its input and its weight, bias included
-    (to 1e-3; to 0.03 in 16 bits); of the first example.
+    (to `tolerance_of`).
     """
     inputs = first_argument(args, kwargs)
     if is_linear(module):
-        return is_linear_in_its_weight(module, inputs[:1], output[:1], input_axis_of(module))
+        return is_linear_in_its_weight(module, inputs, output, input_axis_of(module))
     kind = next(kind for kind in type(module).__mro__ if kind.__module__ == _ConvNd.__module__)
     expected = kind.forward(module, *args, **kwargs).float()  # type: ignore[attr-defined]
-    tolerance = 1e-3 if output.element_size() > 2 else 0.03
+    if expected.shape != output.shape:
+        return False
     apart = (output.detach().float() - expected).norm()
-    return expected.shape == output.shape and float(apart) <= tolerance * float(expected.norm())
+    return float(apart) <= tolerance_of(output) * float(expected.norm())

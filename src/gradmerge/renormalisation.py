@@ -126,6 +126,10 @@ class Renormalisation:
                     self._fold(layer, mean, deviation, corrections, report)
                     weights.changed(layer)
                 before += stage
+        for layer in layers:
+            if layer.weight is not None and layer.weight not in corrections:
+                why = "no row of the data reaches it in the merged network"
+                report["left alone"].setdefault(layer.weight, why)
         report = {key: value for key, value in report.items() if value}
         own = checksums(merged.raw.values())
         finalisation.correct(corrections, {"batches": len(runs), **report}, own)

@@ -12,6 +12,7 @@ from itertools import count, pairwise
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradmerge.channels import UNKNOWN, ScaledWeight, has_channels, is_plain, joined, scaled_weights
 from gradmerge.errors import ConfigError, shorten
@@ -25,9 +26,6 @@ _LAST = "it is a last layer: no other reads its output"
 _GIVEN = "the network gives out its output as it is"
 _FEEDS = "it feeds a BatchNorm"
 _USUAL = (_LAST, _GIVEN, _FEEDS, UNKNOWN)
-# What a tensor is marked with on its way.
-_NUMBER, _FROM = "_gradmerge_number", "_gradmerge_from"
-_numbers = count()
 
 
 @dataclass(frozen=True)
@@ -116,9 +114,9 @@ def survey_of(merged: MergedModel, repair: REPAIR, runs: Sequence[Run]) -> Surve
     """
     weights, others = scaled_weights(merged.plan)
     calls: list[_Call] = []
-    flow = Flow()
+    flow, marks = Flow(), _Marks()
     for number, run in enumerate(runs):
-        with _noted(merged, weights, flow, number, calls), flow:
+        with _noted(merged, weights, flow, marks, number, calls), flow:
             run.call()
     survey = _Surveyor(merged.plan, repair, weights, calls, flow).survey
     survey.left.update(others)
@@ -270,11 +268,29 @@ def in_order(sequences: Sequence[Sequence[str]]) -> list[str]:
     return found
 
 
-def _number(tensor: Tensor) -> int:
-    """The tensor's own number, kept on it: to hold all inputs would take much memory."""
-    if not hasattr(tensor, _NUMBER):
-        setattr(tensor, _NUMBER, next(_numbers))
-    return int(getattr(tensor, _NUMBER))
+class _Marks:
+    """What is noted of tensors on their way, without a mark on them and without keeping them: to
+    hold all inputs would take much memory, and some are the data's own.
+    """
+
+    def __init__(self) -> None:
+        self._numbers, self._made = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        self._count = count()
+
+    def number(self, tensor: Tensor) -> int:
+        """The tensor's own number."""
+        if tensor not in self._numbers:
+            self._numbers[tensor] = next(self._count)
+        return int(self._numbers[tensor])
+
+    def leaves(self, place: str, tensor: Tensor) -> None:
+        """A layer gives it."""
+        self._made[tensor] = place, version(tensor)
+
+    def fed_by(self, tensor: Tensor) -> str | None:
+        """The layer that gave it, as it is."""
+        place, when = self._made.get(tensor, (None, 0))
+        return place if when == version(tensor) else None
 
 
 @contextmanager
@@ -282,6 +298,7 @@ def _noted(
     merged: MergedModel,
     weights: Mapping[str, ScaledWeight],
     flow: Flow,
+    marks: _Marks,
     run: int,
     calls: list[_Call],
 ) -> Iterator[None]:
@@ -295,15 +312,13 @@ def _noted(
     def watch(place: str, module: nn.Module) -> Any:
         def note(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Tensor) -> None:
             entry = first_argument(args, kwargs)
-            number, written = _number(entry), version(entry)
+            state, fed_by = (marks.number(entry), version(entry)), marks.fed_by(entry)
             # at once: what comes next may write to both
             plain = place in known or (place in weights and is_plain(module, args, kwargs, output))
-            feeder, when = getattr(entry, _FROM, (None, 0))
-            fed_by = feeder if when == written else None
-            calls.append(_Call(run, place, module, (number, written), fed_by, plain))
+            calls.append(_Call(run, place, module, state, fed_by, plain))
             flow.leaves(place, output)
             if has_channels(module):
-                setattr(output, _FROM, (place, version(output)))
+                marks.leaves(place, output)
 
         return module.register_forward_hook(note, with_kwargs=True)
 

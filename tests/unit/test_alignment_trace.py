@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -620,10 +620,37 @@ def test_other_sizes_keep_ids_masks_and_pictures_consistent() -> None:
         {"input_ids": [2, 3], "mask": [2, 1, 3, 3], "decoder_input_ids": [2, 2]},
         {"input_ids": [3, 13], "mask": [3, 1, 13, 13], "decoder_input_ids": [3, 11]},
     ]
-    assert sizes({"x": torch.ones(2, 3, 32, 32)}) == [{"x": [1, 3, 24, 24]}, {"x": [3, 3, 32, 32]}]
+    assert sizes({"x": torch.ones(1, 3, 32, 32)}) == [{"x": [2, 3, 24, 24]}, {"x": [3, 3, 32, 32]}]
     assert sizes({"x": torch.ones(2, 7)}) == [{"x": [1, 7]}, {"x": [3, 7]}]
     longest = [other for other, _ in at_other_sizes({"x": ids}, lambda other: None)][-1]["x"]
     assert longest.tolist() == [[*range(6), *range(6), 0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "whole", "found"),
+    [
+        ([1, 512], False, [[2, 7], [3, 5]]),
+        ([3, 512], False, [[1, 7], [2, 5]]),
+        ([8, 32], False, [[1, 7], [3, 5]]),
+        ([1, 80, 3000], False, [[2, 7, 3000], [3, 5, 3000]]),
+        ([2, 3, 64, 64], False, [[1, 3, 48, 48], [3, 3, 32, 32]]),
+        ([1, 512], True, [[2, 512]]),
+        ([8, 512], True, [[1, 512], [3, 512]]),
+    ],
+)
+def test_a_large_example_is_only_cut(shape: list[int], whole: bool, found: list[list[int]]) -> None:
+    """A network that takes a length alone (`whole`) is run on two of a single one, never more."""
+    tried = []
+
+    def attempt(other: Mapping[str, Tensor]) -> None:
+        tried.append(other["x"].numel())
+        if whole and other["x"].shape[1] != shape[1]:
+            raise ValueError("not this length")
+
+    x = torch.zeros(shape, dtype=torch.int64 if len(shape) == 2 else torch.float32)
+    others = at_other_sizes({"x": x}, attempt)
+    assert [list(other["x"].shape) for other, _ in others] == found
+    assert max(tried) <= (2 * x.numel() if whole and shape[0] == 1 else x.numel())
 
 
 @pytest.mark.parametrize(
@@ -820,6 +847,67 @@ class Standardised(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         x = functional.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
         return x * x.sigmoid() * (1 + torch.tanh(x**3)) / x.square().mean(-1, keepdim=True)
+
+
+class Gated(nn.Module):
+    """Two layers of 6 units, `joined` in one way or another."""
+
+    def __init__(self, joined: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.joined = joined
+        self.one, self.two, self.head = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.joined(self.one(x), self.two(x).sigmoid()))
+
+
+class Halves(nn.Module):
+    """A gated linear unit whose halves are taken by `half`."""
+
+    def __init__(self, half: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.half, self.both, self.head = half, nn.Linear(4, 12), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.both(x)
+        return self.head(self.half(x, 0) * self.half(x, 6).sigmoid())
+
+
+@pytest.mark.parametrize(
+    ("joined", "multiplied"),
+    [
+        (lambda a, b: torch.lerp(torch.zeros_like(a), a, b), True),
+        (lambda a, b: torch.lerp(a, torch.ones_like(a), b), True),
+        (lambda a, b: torch.lerp(a, b, 0.3), False),
+        (lambda a, b: torch.lerp(a, b, torch.tensor(0.3)), False),
+        (lambda a, b: torch.lerp(a, a.tanh(), a.sigmoid()) + b, False),
+        (lambda a, b: torch.stack([a, b]).prod(0), True),
+        (lambda a, b: torch.stack([a, b], dim=1).cumprod(1)[:, 1], True),
+        (lambda a, b: torch.stack([a, b]).sum(0), False),
+        (lambda a, b: (a + b).prod(-1, keepdim=True) + a, True),
+    ],
+    ids=["end", "self", "number", "constant", "own", "prod", "cumprod", "sum", "prod of units"],
+)
+def test_gates_by_other_operators_are_products_too(
+    joined: Callable[[Tensor, Tensor], Tensor], multiplied: bool
+) -> None:
+    groups = spec_of(Gated(joined), {"x": [2, 4]}).groups
+    assert {group.size: group.multiplied for group in groups.values()} == {6: multiplied}
+
+
+@pytest.mark.parametrize(
+    "half",
+    [
+        lambda x, at: x[:, at : at + 6],
+        lambda x, at: x.narrow(1, at, 6),
+        lambda x, at: x.view(-1, 2, 6)[:, torch.tensor([at // 6])].flatten(1),
+        lambda x, at: x.view(-1, 2, 6).index_select(1, torch.tensor([at // 6])).flatten(1),
+    ],
+    ids=["slice", "narrow", "index", "index_select"],
+)
+def test_halves_taken_by_place_or_index_are_two(half: Callable[[Tensor, int], Tensor]) -> None:
+    groups = spec_of(Halves(half), {"x": [2, 4]}).groups
+    assert {group.size: group.multiplied for group in groups.values()} == {6: True}
 
 
 @pytest.mark.parametrize(

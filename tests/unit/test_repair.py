@@ -302,6 +302,12 @@ def test_sixteen_bits_are_corrected_to_their_precision():
         assert (came[place][1] / expected[place][1] - 1).abs().max() < 0.05
 
 
+def test_no_tensor_of_the_data_is_marked():
+    batches = vectors(8, 8)
+    repaired(networks(Deep), batches)
+    assert [vars(batch) for batch in batches] == [{}, {}]
+
+
 class InPlace(nn.Module):
     """The second layer's input is the first's, written to by what the first put out."""
 
@@ -512,6 +518,59 @@ def test_targets_go_by_coefficients_where_asked_for():
         repaired(models, batches, repair, init=Constant([0.6, -0.2]))
 
 
+class OneExample(nn.Module):
+    """Takes one example without an axis of batches, up to the vector behind its head."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")
+        self.grouped = nn.Conv2d(8, 8, 3, stride=2, groups=4)
+        self.flat = nn.Conv1d(8, 6, 2)
+        self.vector, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.grouped(self.first(x).relu()).relu()
+        return self.head(self.vector(self.flat(x.flatten(1)).relu().mean(dim=1)).relu())
+
+
+def test_examples_may_come_without_an_axis_of_batches():
+    """Means and deviations over the places of several examples are those of the sources."""
+    torch.manual_seed(0)
+    models = [OneExample().eval() for _ in range(2)]
+    batches = list(images(6)[0])
+    merged, found = repaired(models, batches)
+    places = ["first", "grouped", "flat", "vector"]
+    assert [layer.place for layer in found.survey.layers] == places
+    assert found.survey.left == {"head.weight": LAST}
+    own = [moments_without_a_batch(model, batches, places) for model in models]
+    after = moments_without_a_batch(exported(merged, models[0]), batches, places)
+    for place in places:
+        for i in range(2):
+            expected = (own[0][place][i] + own[1][place][i]) / 2
+            torch.testing.assert_close(after[place][i], expected, rtol=1e-4, atol=1e-5)
+
+
+def moments_without_a_batch(model, batches, places):
+    rows = {place: [] for place in places}
+    hooks = [
+        model.get_submodule(place).register_forward_hook(
+            lambda _, __, output, place=place: (
+                rows[place].append(output.flatten(1).T)
+                if output.dim() > 1
+                else rows[place].append(output[None])
+            )
+        )
+        for place in places
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    every = {place: torch.cat(found) for place, found in rows.items()}
+    return {place: (r.mean(0), r.std(0, correction=0)) for place, r in every.items()}
+
+
 def test_a_constant_channel_gets_the_mean_alone():
     values = [torch.tensor(v, dtype=torch.float64) for v in ([1.0, 2.0], [0.0, 0.5], [3.0, 4.0])]
     target = torch.tensor([2.0, 1.0], dtype=torch.float64)
@@ -715,6 +774,47 @@ def test_a_layer_that_the_merged_network_alone_calls_again_is_refused(sizes):
         repaired(models, batches, init=Constant([1.0, -0.9]))
     merged, _ = repaired(models, batches, REPAIR(skip=["^third"]), init=Constant([1.0, -0.9]))
     assert "third.weight" not in merged.plan.finalisation.report["corrected"]
+
+
+class Experts(nn.Module):
+    """Rows go to one of two experts by the sign of a number; each is called on its rows."""
+
+    def __init__(self, norm=False):
+        super().__init__()
+        kind = (lambda: nn.BatchNorm1d(6)) if norm else (lambda: nn.Linear(6, 6))
+        self.first = nn.Linear(6, 6)
+        self.experts, self.head = nn.ModuleList(kind() for _ in range(2)), nn.Linear(6, 3)
+
+    def forward(self, x):
+        chosen = (x[:, 0] > 0).long()
+        x = self.first(x)
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            y[chosen == i] = expert(x[chosen == i])
+        return self.head(y.relu())
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("sizes", [(8,), (8, 4)])
+def test_an_expert_that_no_row_reaches_is_named(sizes, norm):
+    torch.manual_seed(0)
+    models = [Experts(norm).eval() for _ in range(2)]
+    batches = [batch.abs() for batch in vectors(*sizes)]
+    merged, _ = repaired(models, batches, buffers="mean")
+    report = merged.plan.finalisation.report
+    assert report["corrected"] == ["first.weight", "experts.1.weight"]
+    assert report["left alone"] == {
+        "experts.0.weight": "no row of the data reaches it in the merged network",
+        "head.weight": LAST,
+    }
+    before, after = (
+        MergedModel(
+            Recipe(dict(zip("ab", models, strict=True)), coefficients=Model(), init=Uniform())
+        ),
+        exported(merged, models[0]),
+    )
+    kept = before.plan.materialise("experts.0.weight", before.raw)
+    torch.testing.assert_close(after.experts[0].weight, nn.Parameter(kept))
 
 
 class Turned(Loops):

@@ -374,6 +374,35 @@ def test_weights_that_are_computed_before_a_call_are_refused_by_name(compute, na
         MergedModel(Recipe(dict(zip("ab", models, strict=True))))
 
 
+class Keeps(nn.Module):
+    """Keeps what it computed, as `kept` has it."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        self.kept, self.last, self.weight_mask = kept, None, None
+
+    def forward(self, x):
+        y = self.inner(x)
+        self.last = self.kept(y)
+        return y
+
+
+@pytest.mark.parametrize("kept", [lambda y: y, lambda y: {"all": [y]}], ids=["tensor", "nested"])
+def test_an_activation_that_a_network_kept_is_to_be_dropped(kept):
+    """Utilities of torch that the network does not use are not named; without it, it merges."""
+    models = [Keeps(kept) for _ in range(2)]
+    for model in models:
+        model(torch.ones(3, 4))
+    with pytest.raises(ConfigError, match=r"Keeps: last is no parameter.*set it to None") as error:
+        MergedModel(Recipe(dict(zip("ab", models, strict=True))))
+    assert "torch.nn.utils" not in str(error.value)
+    for model in models:
+        model.last = None
+    merged = MergedModel(Recipe(dict(zip("ab", models, strict=True))))
+    assert merged(torch.ones(3, 4)).shape == (3, 2)
+
+
 def test_merging_does_not_change_the_users_modules(family):
     models, inputs = family("convolutions", dtype=torch.float32)
     before = [copy.deepcopy(model.state_dict()) for model in models]

@@ -150,7 +150,8 @@ class Matching(AbstractAlignment):
     example: dict[str, Any] | None = None
     """What the network is traced with, by the name of the argument of its forward: shapes, e.g.
     {pixel_values: [1, 3, 32, 32]}, or tensors from Python. Names that end in `ids` are whole
-    numbers. Default: derived from the config or the first layer."""
+    numbers. A small one will do (a handful of tokens): a large one takes the memory of the network
+    on it, in float64. Default: derived from the config or the first layer."""
     unreached: list[str] = field(default_factory=list)
     """Regular expressions of parameters (by their names in the network) that the example does not
     reach and that take no part in what is wanted of the network: they stay as they are. Any other

@@ -27,15 +27,17 @@ _PRODUCTS |= _aten("linear", "_grouped_mm")
 _WRITE = _PRODUCTS | _aten("convolution", "_convolution", "embedding")
 _PARTS = _aten("slice", "narrow", "select", "unbind", "split", "split_with_sizes", "chunk")
 _PARTS |= _aten("unsafe_split", "unsafe_chunk", "tensor_split")
+_PARTS |= _aten("index", "_unsafe_index", "index_select", "gather")
 _ONE_BY_ONE = _aten("mul", "div", "addcmul", "addcdiv")
+_ALONG = _aten("prod", "cumprod")
 _ATTENTION = "aten::_scaled_dot_product"
 
 
 class Multiplied:
     """Follows which products wrote what each activation holds.
 
-    What is read out of one by its place (a stretch, a part) counts as another's, so that the halves
-    of a gated linear unit are two.
+    What is read out of one by its place (a stretch, a part, an index) counts as another's, so that
+    the halves of a gated linear unit are two.
 
     Args:
         weights: identities of the parameters and buffers.
@@ -83,6 +85,16 @@ class Multiplied:
             found = [tensor for tensor in call.tensors if self._of(tensor)]
             for i, one in enumerate(found):
                 for two in found[:i]:
-                    if self._of(one) != self._of(two):
-                        dims = zip(call.label(one)[::-1], call.label(two)[::-1], strict=False)
-                        self.dims += [a for a, b in dims if a.size == b.size != 1]
+                    self._note_pair(call, one, two)
+        elif call.name == "aten::lerp" and isinstance(call["weight"], Tensor):
+            for name in ("self", "end"):
+                self._note_pair(call, call["weight"], call[name])
+        elif call.name in _ALONG and self._of(call.first):
+            # of what was stacked, or of the units themselves
+            self.dims += [dim for dim in call.label(call.first) if dim.size != 1]
+
+    def _note_pair(self, call: Call, one: Tensor, two: Tensor) -> None:
+        """A product, entry by entry, of what different products wrote."""
+        if self._of(one) and self._of(two) and self._of(one) != self._of(two):
+            dims = zip(call.label(one)[::-1], call.label(two)[::-1], strict=False)
+            self.dims += [a for a, b in dims if a.size == b.size != 1]

@@ -68,7 +68,7 @@ def verify(
     """The largest relative change of the output under a random element of all groups.
 
     Weights are random, in float64, drawn a tensor at a time whenever the network asks for one. The
-    output is compared on the example, and on a smaller and a larger batch and length, as far as the
+    output is compared on the example, and in two other sizes of batch and length, as far as the
     network takes them (`at_other_sizes`): its course may depend on the size of its input. None
     where the network has more than `LIMIT` parameters and is not checked.
 

@@ -64,11 +64,11 @@ class REPAIR(AbstractFinaliser):
     output the network gives out as it is (the tensor itself, or a view of it). Left alone, too, and
     named in the report: weights that are shared, called several times in the pass of any batch or
     source (a correction for one call would change what the next sees), transformed before use or
-    computed by other parametrisations, recurrent layers, `MultiheadAttention`'s own weights, and
-    frozen tensors. A layer that some batches do not call is corrected by those that do.
-    Embeddings and other norms stay. Rows of padding do not count, in every layout that tells them
-    (`observation.without_padding`); except for a BatchNorm, which normalises by them, and with a
-    decoder of its own, whose tokens have another mask.
+    computed by other parametrisations, recurrent layers, `MultiheadAttention`'s own weights, frozen
+    tensors, and experts that no row reaches. A layer that some batches do not call is corrected by
+    those that do. Embeddings and other norms stay. Rows of padding do not count, in every layout
+    that tells them (`observation.without_padding`); except for a BatchNorm, which
+    normalises by them, and with a decoder of its own, whose tokens have another mask.
 
     It is off while coefficients learn: statistics are those of weights that a step changes, there
     is no gradient through them, and they take passes over data. Those are one of each source once

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gradmerge.errors import ConfigError, SourceError, nearest, shorten
 
@@ -99,12 +100,16 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
     return module.eval()
 
 
-def _old_style(module: nn.Module) -> str:
-    names = {type(hook).__name__ for hook in module._forward_pre_hooks.values()}
-    for kind, name in (("WeightNorm", "weight_norm"), ("SpectralNorm", "spectral_norm")):
-        if kind in names:
-            return name
-    return "prune" if hasattr(module, "weight_mask") else "weight_norm, spectral_norm and prune"
+def _old_style(module: nn.Module, name: str) -> str | None:
+    """Which of torch.nn.utils computes an attribute of a module before each call."""
+    hooks = {
+        type(hook).__name__: getattr(hook, "name", None)
+        for hook in module._forward_pre_hooks.values()
+    }
+    for kind, util in (("WeightNorm", "weight_norm"), ("SpectralNorm", "spectral_norm")):
+        if hooks.get(kind) == name:
+            return util
+    return "prune" if f"{name}_mask" in module._buffers else None
 
 
 def strip_weights(module: nn.Module) -> nn.Module:
@@ -115,14 +120,24 @@ def strip_weights(module: nn.Module) -> nn.Module:
     """
     for path, owner in module.named_modules():
         for name, value in vars(owner).items():
-            if isinstance(value, Tensor) and not value.is_leaf:
+            if any(isinstance(leaf, Tensor) and not leaf.is_leaf for leaf in tree_leaves(value)):
                 where = f"{path}.{name}" if path else name
+                util = _old_style(owner, name)
+                if util is not None:
+                    how = f"computed from others (as by the old torch.nn.utils.{util})"
+                    remedy = (
+                        "Use torch.nn.utils.parametrizations instead, or make it a plain weight "
+                        "(remove_weight_norm, remove_spectral_norm, prune.remove) in every source"
+                    )
+                else:
+                    how = "computed (an activation that an earlier pass kept, say)"
+                    remedy = (
+                        "If no later pass reads it, set it to None in every source before the "
+                        "merge; otherwise compute it in the network's forward"
+                    )
                 raise ConfigError(
-                    f"{type(module).__name__}: {where} is no parameter, but computed from others "
-                    f"(as by the old torch.nn.utils.{_old_style(owner)}), so that it would not "
-                    "follow the merged ones. Use torch.nn.utils.parametrizations instead, or make "
-                    "it a plain weight (remove_weight_norm, remove_spectral_norm, prune.remove) "
-                    "in every source."
+                    f"{type(module).__name__}: {where} is no parameter, but {how}, so that it "
+                    f"would not follow the merged ones. {remedy}."
                 )
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
