@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from networks import transformer
+from tiny import close_wandb_run
 
 transformers.logging.set_verbosity_error()
 
@@ -158,3 +159,10 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def logits_of(output: object) -> Tensor:
     """The logits of a transformers output, or the output itself."""
     return getattr(output, "logits", output)  # type: ignore[return-value]
+
+
+@pytest.fixture(autouse=True)
+def _no_run_left_open() -> Iterator[None]:
+    """No test logs to the W&B run of another."""
+    yield
+    close_wandb_run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -237,3 +238,10 @@ def text_world(root: Path) -> dict[str, Any]:
             "enable_model_summary": False,
         },
     }
+
+
+def close_wandb_run() -> None:
+    """Finish the W&B run that is open, if any."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and getattr(wandb, "run", None) is not None:
+        wandb.finish()

@@ -46,6 +46,7 @@ from tiny import (
     Normalised,
     Perceptron,
     build,
+    close_wandb_run,
     examples,
     relatives,
     save_family,
@@ -811,6 +812,7 @@ def wandb_anew():
     """W&B as it is in a new process: it reads the environment anew."""
     wandb.teardown()
     yield
+    close_wandb_run()  # else it stays behind, without the service that it logs to
     wandb.teardown()
 
 
