@@ -550,15 +550,12 @@ def test_examples_may_come_without_an_axis_of_batches():
             torch.testing.assert_close(after[place][i], expected, rtol=1e-4, atol=1e-5)
 
 
-def moments_without_a_batch(model, batches, places):
+def moments_of(model, batches, places, rows_of):
+    """Mean and deviation of each place's channels; `rows_of` makes an output `[rows, channels]`."""
     rows = {place: [] for place in places}
     hooks = [
         model.get_submodule(place).register_forward_hook(
-            lambda _, __, output, place=place: (
-                rows[place].append(output.flatten(1).T)
-                if output.dim() > 1
-                else rows[place].append(output[None])
-            )
+            lambda _, __, output, place=place: rows[place].append(rows_of(output))
         )
         for place in places
     ]
@@ -569,6 +566,13 @@ def moments_without_a_batch(model, batches, places):
         hook.remove()
     every = {place: torch.cat(found) for place, found in rows.items()}
     return {place: (r.mean(0), r.std(0, correction=0)) for place, r in every.items()}
+
+
+def moments_without_a_batch(model, batches, places):
+    """Of layers whose outputs are `[channels, ...]`."""
+    return moments_of(
+        model, batches, places, lambda out: out.flatten(1).T if out.dim() > 1 else out[None]
+    )
 
 
 def test_a_constant_channel_gets_the_mean_alone():
@@ -875,22 +879,9 @@ class Volumes(nn.Module):
 
 def channels_first(model, batches, places):
     """`channels`, of layers whose outputs are `[batch, channels, ...]`."""
-    rows = {place: [] for place in places}
-    hooks = [
-        model.get_submodule(place).register_forward_hook(
-            lambda _, __, output, place=place: rows[place].append(
-                output.movedim(1, -1).flatten(0, -2).double()
-            )
-        )
-        for place in places
-    ]
-    with torch.no_grad():
-        for batch in batches:
-            model(batch)
-    for hook in hooks:
-        hook.remove()
-    every = {place: torch.cat(found) for place, found in rows.items()}
-    return {p: (r.mean(0), r.std(0, correction=0)) for p, r in every.items()}
+    return moments_of(
+        model, batches, places, lambda out: out.movedim(1, -1).flatten(0, -2).double()
+    )
 
 
 @pytest.mark.parametrize("parts", [[24], [16, 8]])
