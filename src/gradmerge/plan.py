@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gradmerge import linking
 from gradmerge._typing import Raw
 from gradmerge.coefficients import AbstractInit, InitContext, Layout, initial_raw
 from gradmerge.errors import ConfigError, Problem, shorten
@@ -301,16 +302,15 @@ class Plan:
 
         A fixed coefficient of 0 keeps the origin, whatever the operator makes of zeros.
         """
-        operator = self.recipe.operator
-        if raw is None and self.fixed[name] == 0:
+        recipe, operator = self.recipe, self.recipe.operator
+        spread = self.spread(name, out.device)
+        if raw is not None:
+            terms = self.terms(name)
+            return linking.combine(recipe.coefficients, operator, terms, raw, spread, out)
+        if self.fixed[name] == 0:
             operator = Linear()
         with torch.no_grad():
-            if raw is None:
-                num = len(self.sources)
-                coefficient = torch.full((num,), self.fixed[name], dtype=torch.float64)
-            else:
-                coefficient = self.recipe.coefficients.link(raw.detach())
-            spread = self.spread(name, out.device)
+            coefficient = self.coefficient(name, {})
             return operator.combine(self.terms(name), coefficient, spread, out)
 
     def finish(self, name: str, raw: Tensor | None, out: Tensor) -> Tensor:
@@ -331,24 +331,19 @@ class Plan:
 
     def contract(self, name: str, grad: Tensor, raw: Tensor) -> Tensor:
         """`dL/dz` of a tensor from `dL/dtheta`: the operator's contraction, then the link's vjp."""
-        link = self.recipe.coefficients.link
-        with torch.enable_grad():
-            leaf = raw.detach().requires_grad_()
-            coefficient = link(leaf)
-        with torch.no_grad():
-            grad_coefficient = self.recipe.operator.contract(
-                self.terms(name),
-                grad.detach(),
-                coefficient.detach(),
-                self.spread(name, grad.device),
-            )
-        if self.slopes is not None:
+        found, slope = linking.contract(
+            self.recipe.coefficients,
+            self.recipe.operator,
+            self.terms(name),
+            raw,
+            self.spread(name, grad.device),
+            grad,
+            slopes=self.slopes is not None,
+        )
+        if self.slopes is not None and slope is not None:
             before = self.slopes.get(name)
-            self.slopes[name] = grad_coefficient if before is None else before + grad_coefficient
-        if coefficient is leaf:
-            return grad_coefficient.to(raw.dtype)
-        (grad_raw,) = torch.autograd.grad(coefficient, leaf, grad_coefficient.to(coefficient.dtype))
-        return grad_raw
+            self.slopes[name] = slope if before is None else before + slope
+        return found
 
     @torch.no_grad()
     def materialise(self, name: str, raw: Raw, dtype: torch.dtype | None = None) -> Tensor:

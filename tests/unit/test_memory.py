@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gradmerge import MergedModel, Recipe
+from gradmerge.differentiation import checksums
 from gradmerge.memory import BlockPool, release_freed_memory
 
 SIZE = 1 << 16
@@ -124,6 +125,23 @@ def test_coefficients_written_through_data_are_noticed(memory, grad):
     fresh = MergedModel(layers(), memory=memory)
     fresh.raw["tensor"].data.copy_(swapped)
     torch.testing.assert_close(fresh(inputs).detach(), last, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 1023, 1024, 1026, 5000, 5001])
+def test_a_checksum_is_a_weighted_sum_of_all_words(size):
+    """Odd factors, none twice: in Python's integers, modulo 2^64. Odd sizes go word by word."""
+    values = torch.randn(size, generator=torch.Generator().manual_seed(size))
+    words = values.view(torch.int32 if size % 2 else torch.int64).tolist()
+    expected = sum((2 * i + 1) * word for i, word in enumerate(words)) % 2**64
+    assert [found % 2**64 for found in checksums([values])] == [expected]
+
+
+def test_a_checksum_of_a_view_takes_any_offset_and_order():
+    values = torch.arange(3_000.0)
+    assert checksums([values[1:]]) == checksums([values[1:].clone()])
+    assert checksums([values[1:-1]]) != checksums([values[:-2]])
+    matrix = values.view(50, 60)
+    assert checksums([matrix.T]) == checksums([matrix.T.contiguous()]) != checksums([matrix])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")

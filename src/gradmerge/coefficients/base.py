@@ -92,6 +92,13 @@ class Layout:
 class AbstractCoefficients(ABC):
     """A granularity, possibly wrapped by links."""
 
+    @property
+    def by_entry(self) -> bool:
+        """Whether `link` treats each entry of a slot by itself (over all rows), so that a slot may
+        be taken part by part.
+        """
+        return False
+
     @abstractmethod
     def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
         """Place every tensor's raw coefficients."""

@@ -28,6 +28,11 @@ class AbstractGranularity(AbstractCoefficients):
         """One row a source."""
         return num_sources
 
+    @property
+    def by_entry(self) -> bool:
+        """Raw numbers are the coefficients."""
+        return True
+
     def link(self, raw: torch.Tensor) -> torch.Tensor:
         """The identity."""
         return raw

@@ -30,6 +30,15 @@ class AbstractLink(AbstractCoefficients):
         return self.inner.num_rows(num_sources)
 
 
+class _Entrywise(AbstractLink):
+    """A link of each entry by itself."""
+
+    @property
+    def by_entry(self) -> bool:
+        """As what is wrapped."""
+        return self.inner.by_entry
+
+
 class _ClampThatReturns(torch.autograd.Function):
     """Clamp whose gradient vanishes at a bound only where descent would push further out.
 
@@ -52,7 +61,7 @@ class _ClampThatReturns(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Clamp(AbstractLink):
+class Clamp(_Entrywise):
     """`c = min(max(z, low), high)`, with a gradient that can come back from the bound."""
 
     low: float = 0.0
@@ -75,7 +84,7 @@ class Clamp(AbstractLink):
 
 
 @dataclass(frozen=True)
-class Sigmoid(AbstractLink):
+class Sigmoid(_Entrywise):
     """`c = 1 / (1 + exp(-z))`, between 0 and 1 (NP Merge)."""
 
     eps: float = 0.01
@@ -96,7 +105,7 @@ class Sigmoid(AbstractLink):
 
 
 @dataclass(frozen=True)
-class Tanh(AbstractLink):
+class Tanh(_Entrywise):
     """`c = tanh(z)`, between -1 and 1 (SUPERMERGE, arXiv 2412.10416)."""
 
     eps: float = 0.01
@@ -117,7 +126,7 @@ class Tanh(AbstractLink):
 
 
 @dataclass(frozen=True)
-class Softmax(AbstractLink):
+class Softmax(_Entrywise):
     """`c_k = exp(z_k) / sum_j exp(z_j)`: positive, summing to 1 over the sources (learned soup)."""
 
     eps: float = 1e-4
@@ -152,7 +161,7 @@ class Softmax(AbstractLink):
 
 
 @dataclass(frozen=True)
-class Complement(AbstractLink):
+class Complement(_Entrywise):
     """Two sources share one number: `c = (a, 1 - a)` with `a` from the wrapped coefficients."""
 
     def num_rows(self, num_sources: int) -> int:
@@ -197,7 +206,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class HardMask(AbstractLink):
+class HardMask(_Entrywise):
     """`c = 1[sigmoid(z / temperature) > 1/2]`: 0 or 1 (AdaRank, arXiv 2503.22178).
 
     The gradient is that of the sigmoid (straight through). As in the authors' code the temperature

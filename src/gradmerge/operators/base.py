@@ -96,6 +96,9 @@ class AbstractOperator(ABC):
     # without an annotation: the parser would look for its names in a subclass's module
     differentiable = True
     """Whether coefficients can be learned through it: `contract` is the gradient of `combine`."""
+    by_entry = False
+    """Whether an entry is merged, and contracted, from its own entries and coefficients alone, so
+    that a tensor with a coefficient a weight may be taken part by part, each flat."""
     by_component = False
     """Whether coefficients may stand on singular components (a spread of kind `component`)."""
 

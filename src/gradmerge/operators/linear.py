@@ -46,6 +46,8 @@ from gradmerge.operators.stepwise import combine_directions
 class Linear(AbstractOperator):
     """`theta = A + sum_k c_k (theta_k - A)` (task arithmetic, averaging, and all learned sums)."""
 
+    by_entry = True
+
     form: Literal["weights", "directions"] = "weights"
     """How the same sum is rounded: `(1 - sum c) A + sum c_k theta_k`, or, slower, `A + (c_1 B_1 +
     ...)` as mergekit's task_arithmetic, to be equal bit for bit in float32. The latter wants origin

@@ -1,0 +1,117 @@
+"""A link and an operator together: `theta = combine(terms, link(z))`, and its gradient in z.
+
+With one coefficient a weight, the raw numbers, the coefficients and the gradients of both are each
+as large as a source or as all of them. Where link and operator treat every entry by itself, such a
+tensor is merged and contracted part by part, of a size that a processor's cache holds: no temporary
+grows with the tensor, and memory sees each stored byte once a pass. The results are the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gradmerge.coefficients import AbstractCoefficients
+from gradmerge.operators import AbstractOperator, Spread, Terms
+from gradmerge.operators.chunks import chunk_size
+
+# A part in chunks of the operators: shorter ones spend their time in calls (docs/benchmarks.md).
+_CHUNKS = 4
+
+
+def combine(
+    coefficients: AbstractCoefficients,
+    operator: AbstractOperator,
+    terms: Terms,
+    raw: Tensor,
+    spread: Spread,
+    out: Tensor,
+) -> Tensor:
+    """Write `combine(terms, link(raw))` into `out`; no gradient is recorded."""
+    with torch.no_grad():
+        raw = raw.detach()
+        if not _goes_by_parts(coefficients, operator, spread, out):
+            return operator.combine(terms, coefficients.link(raw), spread, out)
+        flat = out.view(-1)
+        for here, own, part in _parts(terms, raw, out):
+            operator.combine(part, coefficients.link(own), spread, flat[here])
+        return out
+
+
+def contract(
+    coefficients: AbstractCoefficients,
+    operator: AbstractOperator,
+    terms: Terms,
+    raw: Tensor,
+    spread: Spread,
+    grad: Tensor,
+    slopes: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`dL/dz` from `grad = dL/dtheta`; with `slopes` also `dL/dc`, `[sources, *slot]`."""
+    grad = grad.detach()
+    if slopes or not _goes_by_parts(coefficients, operator, spread, grad):
+        found, slope = _contract(coefficients, operator, terms, raw, spread, grad)
+        return found, slope if slopes else None
+    flat = grad.reshape(-1)
+    total = torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
+    rows = total.view(len(raw), -1)
+    for here, own, part in _parts(terms, raw.detach(), grad):
+        rows[:, here], _ = _contract(coefficients, operator, part, own, spread, flat[here])
+    return total, None
+
+
+def _contract(
+    coefficients: AbstractCoefficients,
+    operator: AbstractOperator,
+    terms: Terms,
+    raw: Tensor,
+    spread: Spread,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = raw.detach().requires_grad_()
+        coefficient = coefficients.link(leaf)
+    with torch.no_grad():
+        slope = operator.contract(terms, grad, coefficient.detach(), spread)
+    if coefficient is leaf:
+        return slope.to(raw.dtype), slope
+    (found,) = torch.autograd.grad(coefficient, leaf, slope.to(coefficient.dtype))
+    return found, slope
+
+
+def _length(tensor: Tensor) -> int:
+    """Entries of a part."""
+    return _CHUNKS * chunk_size(tensor.device)
+
+
+def _goes_by_parts(
+    coefficients: AbstractCoefficients, operator: AbstractOperator, spread: Spread, tensor: Tensor
+) -> bool:
+    return (
+        spread.kind == "element"
+        and operator.by_entry
+        and coefficients.by_entry
+        and tensor.numel() > _length(tensor)
+    )
+
+
+def _parts(terms: Terms, raw: Tensor, tensor: Tensor) -> Iterator[tuple[slice, Tensor, Terms]]:
+    """Where each part lies in the flat tensor, its raw numbers `[rows, part]`, and its terms."""
+    sources = [source.reshape(-1) for source in terms.sources]
+    origin = None if terms.origin is None else terms.origin.reshape(-1)
+    masks = terms.masks
+    rows = raw.reshape(len(raw), -1)
+    size, length = tensor.numel(), _length(tensor)
+    for begin in range(0, size, length):
+        here = slice(begin, min(begin + length, size))
+        own = replace(
+            terms,
+            sources=[source[here] for source in sources],
+            origin=None if origin is None else origin[here],
+            masks=masks and [None if mask is None else mask[here] for mask in masks],
+            facts={},
+        )
+        yield here, rows[:, here], own
