@@ -108,9 +108,12 @@ def rows_of(case: Case) -> dict[str, Row]:
     first = next(iter(kinds))
     rows[f"{first}, none"] = np_row(kinds[first], False)
     rows |= {f"{kind}, aligned": np_row(merge, True) for kind, merge in kinds.items()}
+    rows["NP Merge, unbounded, aligned"] = np_row(merges.np_unbounded, True)
     rows["fine-tuning, aligned"] = tuned_row
     if case.setting == "same":  # else no ensemble knows all classes
         rows[f"{first}, aligned, distilled"] = np_row(kinds[first], True, distil=True)
+        unbounded = np_row(merges.np_unbounded, True, distil=True)
+        rows["NP Merge, unbounded, aligned, distilled"] = unbounded
         rows["fine-tuning, aligned, distilled"] = partial(tuned_row, distil=True)
     return rows
 
@@ -131,6 +134,10 @@ def compute(case: Case, row: str, rows: Mapping[str, Row], finished: bool) -> Re
     content += [case.budget if is_learned(row) else None]
     if is_distilled(row):
         content.append((merges.DISTILLATION, "chosen by the loss"))
+    if "unbounded" in row:
+        content.append(merges.UNBOUNDED_RATES)
+    if "REPAIR" in row:
+        content.append("targets of sources whose units are not mixed")
     if is_learned(row) and "none" not in row:
         content.append(LEARNED_ON[case.architecture.name])
     file = row.replace(", ", "-").replace(" ", "-").lower()
@@ -173,6 +180,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--members", nargs="+", type=int, default=[2, 4], choices=[2, 4])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", nargs="+", default=[""], help="only rows that begin so")
+    parser.add_argument("--skip", nargs="+", default=[], help="no rows with these words in them")
     parser.add_argument("--study", action="store_true", help="few labels, wrong ones, lost classes")
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=CONDITIONS)
     parser.add_argument("--quick", action="store_true", help="tiny networks and drawn images")
@@ -231,7 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             key = (case.pool.data, case.architecture.name, case.setting, case.members)
             rows = study_rows(case) if options.study else rows_of(case)
             for row in rows:
-                if any(row.startswith(begin) for begin in options.rows):
+                if any(map(row.startswith, options.rows)) and not any(
+                    word in row for word in options.skip
+                ):
                     result = compute(case, row, rows, options.finished)
                     if result is None:
                         continue

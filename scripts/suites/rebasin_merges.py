@@ -84,6 +84,9 @@ class Distillation:
 
 DISTILLATION = Distillation()
 
+# For coefficients without bounds, which are not raw numbers behind a sigmoid or softmax.
+UNBOUNDED_RATES = (0.01, 0.03, 0.1)
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -345,6 +348,7 @@ def learned(
     alignment: str | None,
     steps: int | None = None,
     distil: bool = False,
+    rates: Sequence[float] | None = None,
 ) -> tuple[Result, State]:
     """Learn the coefficients with each learning rate; the best on selection stays."""
     budget, data, objective = case.budget, case.data, None
@@ -359,7 +363,7 @@ def learned(
     start["rank"] = rank(begin, start)
     best, best_state = {**start, "rate": None, "step": 0}, begin
     tried = {}
-    for rate in budget.np_rates:
+    for rate in rates or budget.np_rates:
         set_coefficients(module.merged, recipe.init)
         module.learning_rate = rate
         keep = KeepBest(start["rank"], distil)
@@ -394,6 +398,12 @@ def np_joint(case: Case, alignment: str | None, distil: bool = False) -> Result:
     coefficients = Softmax(Element())
     recipe = Recipe(dict(case.sources()), coefficients=coefficients, init=Uniform())
     return learned(case, recipe, alignment, distil=distil)[0]
+
+
+def np_unbounded(case: Case, alignment: str | None, distil: bool = False) -> Result:
+    """A coefficient for each weight of each source, which may be any number."""
+    recipe = Recipe(dict(case.sources()), coefficients=Element(), init=Uniform(), origin="zero")
+    return learned(case, recipe, alignment, distil=distil, rates=UNBOUNDED_RATES)[0]
 
 
 def np_fold(case: Case, alignment: str | None) -> Result:

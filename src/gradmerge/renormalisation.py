@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradmerge.alignment.views import original_of
 from gradmerge.buffers import Moments
 from gradmerge.channels import channel_axis
 from gradmerge.differentiation import checksums
@@ -45,12 +46,15 @@ class Renormalisation:
         if not runs:
             raise ConfigError("REPAIR: expected passes over adaptation data, came none.")
         self._merged, self._repair = merged, repair
+        # A view that mixes units computes something else than its source: its channels vary less
+        # from layer to layer. Targets are those of the others, the first or the reference at least.
+        opened = merged.plan.sources
+        self._unmixed = [name for name in opened if original_of(opened[name]) is opened[name]]
         with torch.inference_mode(False), torch.no_grad():
-            first = next(iter(merged.plan.sources))
-            with merged.as_source(first):
+            with merged.as_source(self._unmixed[0]):
                 self.survey = survey_of(merged, repair, runs)
             self._own: dict[str, Channels] = {}
-            for source in merged.plan.sources:
+            for source in self._unmixed:
                 with merged.as_source(source):
                     own, calls = output_channels(self.survey.layers, runs, whole=True, once=False)
                 self._own[source] = own
@@ -82,7 +86,8 @@ class Renormalisation:
         if self._repair.interpolate == "coefficients":
             plan = self._merged.plan
             found = plan.coefficient(layer.weight, self._merged.raw).detach().double().cpu()
-            found = found.reshape(len(means), -1).mean(dim=1, keepdim=True)
+            found = found.reshape(len(found), -1).mean(dim=1, keepdim=True)
+            found = found[[list(plan.sources).index(source) for source in self._unmixed]]
             if not (found >= 0).all() or found.sum() == 0:
                 raise ConfigError(
                     f"REPAIR: interpolate: coefficients wants some above zero and none below, came "
@@ -131,6 +136,8 @@ class Renormalisation:
                 why = "no row of the data reaches it in the merged network"
                 report["left alone"].setdefault(layer.weight, why)
         report = {key: value for key, value in report.items() if value}
+        if len(self._unmixed) < len(merged.plan.sources):
+            report["targets of"] = list(self._unmixed)
         own = checksums(merged.raw.values())
         finalisation.correct(corrections, {"batches": len(runs), **report}, own)
 

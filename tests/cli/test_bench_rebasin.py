@@ -54,8 +54,9 @@ def test_every_row_is_there_and_in_the_table(run: dict[str, Any], bench: ModuleT
     for setting in ("same", "split"):
         rows = _found(run, setting)
         wanted = {"endpoints", "ensemble", "average, none", "NP Merge, none", "NP Merge, aligned"}
-        wanted |= {"fine-tuning, aligned"}
+        wanted |= {"NP Merge, unbounded, aligned", "fine-tuning, aligned"}
         if setting == "same":
+            wanted |= {"NP Merge, unbounded, aligned, distilled"}
             wanted |= {"NP Merge, aligned, distilled", "fine-tuning, aligned, distilled"}
         wanted |= {f"average, {name}" for name in bench.ALIGNMENTS}
         wanted |= {f"average, {name}, REPAIR" for name in bench.ALIGNMENTS}

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from gradmerge import MergedModel, Recipe
+from gradmerge.alignment import OptimalTransport, WeightMatching
 from gradmerge.coefficients import Constant, Model, Uniform
 from gradmerge.errors import ConfigError
 from gradmerge.finalisers import REPAIR, DepthRescale, SpectralRescale
@@ -516,6 +517,40 @@ def test_targets_go_by_coefficients_where_asked_for():
     assert_statistics(channels(exported(merged, models[0]), batches, places), expected)
     with pytest.raises(ConfigError, match=r"none below, came \[0.6, -0.2\] at first.weight"):
         repaired(models, batches, repair, init=Constant([0.6, -0.2]))
+
+
+@pytest.mark.parametrize(("reference", "number"), [("a", 0), ("b", 1)])
+@pytest.mark.parametrize("interpolate", ["mean", "coefficients"])
+def test_a_source_whose_units_are_mixed_sets_no_target(reference, number, interpolate):
+    """Its view computes something else than the source, whose channels are none of the merge."""
+    models, batches = networks(Deep), vectors(40, 30)
+    mixing = OptimalTransport(ground="weights", regularisation=0.2, reference=reference)
+    repair = REPAIR(interpolate=interpolate)
+    merged, _ = repaired(models, batches, repair, alignment=mixing)
+    places = ["first", "second", "third"]
+    own = channels(models[number], batches, places)
+    assert_statistics(channels(exported(merged, models[0]), batches, places), own)
+    assert merged.plan.finalisation.report["targets of"] == [reference]
+    view = exported_source(merged, models[0], "ba"[number])
+    mixed, original = (channels(m, batches, places) for m in (view, models[1 - number]))
+    shrunk = mixed["third"][1].mean() / original["third"][1].mean()
+    assert shrunk < 0.7  # a target that the merge would have been scaled down to
+
+
+def test_every_source_sets_targets_where_units_are_permuted():
+    models, batches = networks(Deep), vectors(40, 30)
+    merged, _ = repaired(models, batches, alignment=WeightMatching())
+    assert "targets of" not in merged.plan.finalisation.report
+    places = ["first", "second", "third"]
+    twin = exported(merged, models[0])
+    aligned = [exported_source(merged, models[0], name) for name in "ab"]
+    assert_statistics(channels(twin, batches, places), averages(aligned, batches, places))
+
+
+def exported_source(merged, model, name):
+    twin = copy.deepcopy(model)
+    twin.load_state_dict({n: merged.plan.read(name, n) for n in merged.plan.tensors}, strict=False)
+    return twin.eval()
 
 
 class OneExample(nn.Module):

@@ -50,7 +50,9 @@ class REPAIR(AbstractFinaliser):
         W' = diag(s_t / s) W        b' = (b - m) s_t / s + m_t
 
     where `m_t`, `s_t` are means over the sources of their own channels' (each with its own weights
-    and buffers, on the same data, all tasks together). Layers are corrected in the order in which
+    and buffers, on the same data, all tasks together). A source whose units an alignment mixes
+    (`CCA`, `OptimalTransport`) has no channels of the merge, and does not count among them; the
+    report says which do. Layers are corrected in the order in which
     the network calls them, and what a layer sees comes through corrected ones. Averaged networks
     need it: the deviation of an average of channels that are not perfectly correlated is smaller
     than theirs, from layer to layer (variance collapse).
@@ -80,8 +82,8 @@ class REPAIR(AbstractFinaliser):
     needs_data = True
 
     interpolate: Literal["mean", "coefficients"] = "mean"
-    """How sources weigh in the targets: alike, or by their mean coefficient at the layer (with a
-    sum of 1)."""
+    """How those sources weigh in the targets: alike, or by their mean coefficient at the layer
+    (with a sum of 1)."""
     batches: int = 16
     """Batches a task, at most, of the adaptation split."""
     skip: list[str] = field(default_factory=list)
