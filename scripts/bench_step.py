@@ -15,6 +15,9 @@ the C library keeps up to a quarter more than is in use, and how much is chance.
 memory-mapped files: the system caches them, they are not counted. The bound on streamed memory is
 the plain peak less the weights, plus two layers of weights.
 
+Part `elements` is one coefficient a weight (NP Merge of a pair) over plain fine-tuning of a model:
+forward, backward and Adam on all weights, in time and memory.
+
 Merged weights and computation are float32 in every case; `dtype` is what the files hold.
 """
 
@@ -43,6 +46,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gradmerge import MergedModel, Recipe
+from gradmerge.coefficients import Complement, Element, Sigmoid, Uniform
 from gradmerge.memory import release_freed_memory
 from gradmerge.native import native_kernels
 
@@ -71,12 +75,15 @@ class Case:
     memory: str = "resident"
     tasks: int = 1
     kernels: str = "auto"
+    elements: bool = False
+    """One coefficient a weight; the reference, too, has an optimiser of all weights."""
 
     @property
     def name(self) -> str:
         """As the table shows it."""
         tasks = f", {self.tasks} tasks" if self.tasks > 1 else ""
         kernels = "" if self.kernels == "auto" else f", {self.kernels} kernels"
+        kernels += ", a coefficient a weight" if self.elements else ""
         return f"{self.model}, {self.dtype}, K={self.sources}, {self.memory}{tasks}{kernels}"
 
 
@@ -153,10 +160,10 @@ def batches(model: str, count: int) -> list[dict[str, Tensor]]:
 
 def recipe_of(case: Case, folder: Path) -> Recipe:
     root = folder / case.model / case.dtype
-    return Recipe(
-        sources={f"source{k}": str(root / f"source{k}") for k in range(1, case.sources + 1)},
-        base=str(root / "base"),
-    )
+    sources = {f"source{k}": str(root / f"source{k}") for k in range(1, case.sources + 1)}
+    if case.elements:
+        return Recipe(sources, coefficients=Complement(Sigmoid(Element())), init=Uniform())
+    return Recipe(sources, base=str(root / "base"))
 
 
 def merge_of(case: Case, folder: Path) -> tuple[Any, dict[str, Tensor]]:
@@ -170,10 +177,13 @@ def step_of(case: Case, folder: Path) -> Callable[[], None]:
     data = batches(case.model, case.tasks)
     if case.sources == 0:
         module = architecture(case.model)
+        tuned = torch.optim.Adam(module.parameters(), lr=1e-4) if case.elements else None
 
         def plain() -> None:
             for batch in data:
                 module(**batch).loss.backward()
+            if tuned is not None:
+                tuned.step()
             module.zero_grad(set_to_none=True)
 
         return plain
@@ -201,7 +211,8 @@ def cpu_seconds(step: Callable[[], None]) -> float:
 
 def time_group(cases: Sequence[Case], folder: Path, repeats: int) -> Iterator[dict[str, Any]]:
     """CPU time of cases that share a reference, in turns."""
-    reference = step_of(Case(cases[0].model, tasks=cases[0].tasks), folder)
+    first = cases[0]
+    reference = step_of(Case(first.model, tasks=first.tasks, elements=first.elements), folder)
     steps = [step_of(case, folder) for case in cases]
     for step in (reference, *steps):
         step()  # page in the files, size the buffers
@@ -225,7 +236,8 @@ def time_group(cases: Sequence[Case], folder: Path, repeats: int) -> Iterator[di
     floor = min(min(times) for times in plain)
     for i, case in enumerate(cases):
         paired = statistics.median(o / p for o, p in zip(ours[i], plain[i], strict=True))
-        target = TARGETS.get((case.model, case.memory, case.sources)) if case.tasks == 1 else None
+        common = case.tasks == 1 and not case.elements
+        target = TARGETS.get((case.model, case.memory, case.sources)) if common else None
         best = min(ours[i])
         yield record(case, "CPU time", "s", best, floor, median_paired_ratio=paired, target=target)
 
@@ -318,13 +330,13 @@ def memory_group(
     plain: dict[int, float] = {}
     for case in cases:
         if case.tasks not in plain:
-            reference = Case(case.model, tasks=case.tasks)
+            reference = Case(case.model, tasks=case.tasks, elements=case.elements)
             plain[case.tasks] = peak_in_subprocess(reference, folder, malloc, threads)
         peak = peak_in_subprocess(case, folder, malloc, threads)
         quantity = f"peak anonymous memory, malloc {malloc}"
         reference_peak = plain[case.tasks]
-        target = 1.0
-        if case.memory == "streamed":
+        target = None if case.elements else 1.0
+        if target and case.memory == "streamed":
             weights, layer = weight_mb(case.model)
             target = (reference_peak - weights + 2 * layer) / reference_peak
         yield record(case, quantity, "MB", peak, reference_peak, target=target)
@@ -387,6 +399,10 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                 records += memory_group(
                     several, folder, options.malloc or "release", options.threads
                 )
+            if "elements" in options.parts and once:
+                pairs = [Case(model, dtype, 2, memory, elements=True) for memory in options.modes]
+                records += time_group(pairs, folder, options.repeats)
+                records += memory_group(pairs, folder, options.malloc or "release", options.threads)
             for file in (folder / model / dtype).rglob("*.safetensors"):
                 file.unlink()
     return records
@@ -399,7 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--sources", nargs="+", type=int, default=[2, 4, 8], help="how many")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
-    parts = ["time", "memory", "tasks", "kernels"]
+    parts = ["time", "memory", "tasks", "kernels", "elements"]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--tasks", type=int, default=8, help="tasks a step in the multi-task case")
     parser.add_argument(
