@@ -218,6 +218,11 @@ def assert_starts(start, value):
         torch.testing.assert_close(raw, torch.full_like(raw, value), rtol=1e-7, atol=0, msg=name)
 
 
+def furthest(one, other):
+    """The largest difference of two updates."""
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
 @pytest.fixture
 def models():
     """A base and two sources in float64, whose differences float32 holds exactly."""
@@ -258,6 +263,9 @@ def test_atlas(models, tmp_path, p):
     if p:
         lp = {"class_path": "Lp", "init_args": {"p": p, "weight": 0.5}}
         changes["model/objective/regularisers"] = [lp]
+    clip = 1.0
+    if p == 1:  # one that gradients reach
+        changes["trainer/gradient_clip_val"] = clip = 0.1
     if p == 2:  # away from zero, where the root has no slope
         changes["model/recipe/init/init_args/value"] = 0.25
     module, start = learned(shipped("atlas", changes), tmp_path, models[1:], models[0])
@@ -273,7 +281,10 @@ def test_atlas(models, tmp_path, p):
 
     adam = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
     rates = cosine(0), cosine(1)
-    assert_updated(module, start, descend(start, loss, adam, clip=1.0, rates=rates))
+    expected = descend(start, loss, adam, clip=clip, rates=rates)
+    assert_updated(module, start, expected)
+    free = descend(start, loss, adam, rates=rates)
+    assert (furthest(free, expected) > 1e-6) == (p == 1)
 
 
 def test_supermerge(models, tmp_path):
@@ -332,8 +343,7 @@ def test_samerging(models, tmp_path):
     adam = partial(torch.optim.Adam, lr=0.03)
     expected = descend(start, loss, adam, rho=0.05)
     assert_updated(module, start, expected)
-    flat = descend(start, loss, adam)
-    assert max((flat[n] - expected[n]).abs().max() for n in NAMES) > 1e-6
+    assert furthest(descend(start, loss, adam), expected) > 1e-6
 
 
 def test_learned_soup(models, tmp_path):
@@ -358,8 +368,12 @@ def test_learned_soup(models, tmp_path):
     assert_updated(module, start, expected)
 
 
-def test_dam(models, tmp_path):
-    module, start = learned(shipped("dam"), tmp_path, models[1:], models[0])
+@pytest.mark.parametrize("clip", [1.0, 0.03])
+def test_dam(models, tmp_path, clip):
+    """As shipped, and with a clip that gradients reach."""
+    parts = shipped("dam", {} if clip == 1.0 else {"trainer/gradient_clip_val": clip})
+    assert parts.clip == clip
+    module, start = learned(parts, tmp_path, models[1:], models[0])
     assert_starts(start, 0.5)
     shapes = {"body.weight": (2, 6), "body.bias": (2,), "head.weight": (2, 10), "head.bias": (2,)}
     assert {name: tuple(raw.shape) for name, raw in start.items()} == shapes
@@ -376,7 +390,9 @@ def test_dam(models, tmp_path):
         return kl + 0.01 * sum(cosines) / len(cosines)
 
     adam = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
-    assert_updated(module, start, descend(start, loss, adam, clip=1.0))
+    expected = descend(start, loss, adam, clip=clip)
+    assert_updated(module, start, expected)
+    assert (furthest(descend(start, loss, adam), expected) > 1e-6) == (clip < 1)
 
 
 @pytest.mark.parametrize("anchor", ["base", "mean"])
