@@ -248,6 +248,16 @@ def test_without_the_prior_nothing_is_measured(tmp_path):
     assert not module.regularisation.wants_batches
 
 
+def test_a_searched_start_is_measured_from_in_float64():
+    objective = Objective([CrossEntropy()], [L2ToInit(weight=1.0)])
+    module = module_of(objective=objective, coefficients=Sigmoid(), dtype="float64")
+    chosen = Constant(0.7)
+    module.start_at(chosen)
+    set_coefficients(module.merged, chosen)
+    assert {start.dtype for start in module.regularisation.start.values()} == {torch.float64}
+    assert module.regularisation.penalty() == 0
+
+
 # ---- the learned scale of logits -----------------------------------------------------------------
 
 
@@ -333,16 +343,6 @@ def test_a_resumed_fit_goes_on_with_its_scale(tmp_path):
     trainer = trainer_of(tmp_path, max_steps=4)
     trainer.fit(rest, datamodule=vectors(), ckpt_path=tmp_path / "half.ckpt")
     assert torch.equal(rest.logit_scale.log_scale, whole.logit_scale.log_scale)
-
-
-def test_a_searched_start_is_measured_from_in_float64():
-    objective = Objective([CrossEntropy()], [L2ToInit(weight=1.0)])
-    module = module_of(objective=objective, coefficients=Sigmoid(), dtype="float64")
-    chosen = Constant(0.7)
-    module.start_at(chosen)
-    set_coefficients(module.merged, chosen)
-    assert {start.dtype for start in module.regularisation.start.values()} == {torch.float64}
-    assert module.regularisation.penalty() == 0
 
 
 def test_the_scale_stays_wide_in_low_precision(tmp_path):
