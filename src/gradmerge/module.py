@@ -147,7 +147,8 @@ class MergeModule(lightning.LightningModule):
         self.recipe = self.merged.plan.recipe = replace(self.recipe, init=init)
         self.hparams["recipe"] = to_plain(self.recipe)
         raw = self.merged.plan.initial_raw()
-        self.regularisation.start_at({key: value.to(self.device) for key, value in raw.items()})
+        own = self.merged.raw
+        self.regularisation.start_at({key: value.to(own[key]) for key, value in raw.items()})
 
     @property
     def causal(self) -> bool:

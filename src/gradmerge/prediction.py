@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradmerge.errors import ConfigError
@@ -62,7 +63,8 @@ def rows_of(
     decodes = getattr(config, "is_encoder_decoder", False)
     mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
     causal = is_causal(merged.skeleton)
-    return next_token_rows(logits.float(), batch.get("labels"), mask, causal)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return next_token_rows(wide, batch.get("labels"), mask, causal)
 
 
 def expert_rows(merged: MergedModel, task: str, batch: Batch, source: str | None = None) -> Tensor:

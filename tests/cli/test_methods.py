@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
 
@@ -48,11 +49,20 @@ def moved(found):
     ]
 
 
-LEARNED = ["adarank", "atlas", "dam", "learned_soup", "samerging", "supermerge"]
+ELSEWHERE = {
+    "np_merge": "test_aligned_merges.py: two networks of its own",
+    "prodistill": "test_layerwise_cli.py: by a driver",
+}
+LEARNED = sorted(p.stem for p in (CONFIGS / "methods").glob("*.yaml") if p.stem not in ELSEWHERE)
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_a_learned_family_learns_and_is_exported(fit, name):
+def test_a_learned_family_learns_and_is_exported(fit, world, tmp_path, name):
+    """What is exported is what was learned: its weights, and its predictions once it is read."""
+    if name == "regmean_tensor":
+        suite = write_yaml(tmp_path / "first.yaml", world)
+        collect = ["collect", "--config", suite, "--config", method(name)]
+        assert main([*collect, "--output", "regmean-statistics"]) == 0
     found = fit("--config", method(name), "--trainer.logger", "false")
     assert found.trainer.global_step == 2
     assert moved(found)
@@ -61,8 +71,16 @@ def test_a_learned_family_learns_and_is_exported(fit, name):
     assert type(found.trainer.optimizers[0]).__name__ == stated
     found.trainer.save_checkpoint("last.ckpt")
     assert main(["export", "last.ckpt", "merged"]) == 0
+    merged = found.model.merged
     weights = load_file("merged/model.safetensors")
-    assert all(weight.isfinite().all() for weight in weights.values())
+    assert weights.keys() == merged.plan.tensors.keys()
+    for key, weight in weights.items():
+        assert torch.equal(weight, merged.plan.materialise(key, merged.raw)), key
+    inputs = {"input_ids": torch.arange(12).view(2, 6)}
+    read = transformers.BertForSequenceClassification.from_pretrained("merged").eval()
+    with torch.no_grad():
+        expected = merged(**inputs, task="a").logits
+        torch.testing.assert_close(read(**inputs).logits, expected, rtol=0, atol=1e-5)
 
 
 def test_adarank_masks_components_and_leaves_the_rest_at_task_arithmetic(fit, world):

@@ -182,6 +182,46 @@ found = {
 torch.save(found, folder / f"found{trainer.global_rank}.pt")
 """
 
+# Coefficients whose gradients are not a tensor's own numbers: of decomposed directions, and of one
+# number for two sources, of which the second is read in another order.
+FACTORS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from gradmerge import MergeModule, Recipe
+from gradmerge.alignment import WeightMatching
+from gradmerge.coefficients import Complement, Component, Constant, Element, HardMask, Sigmoid
+from gradmerge.coefficients import Uniform
+from gradmerge.objectives import CrossEntropy, Objective
+from gradmerge.operators import Components
+from tiny import Perceptron, build, relatives, trainer_of, vectors
+
+folder, devices, option = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+first = build()
+if option == "component":
+    base, a, b = relatives(first)
+    factors = {"coefficients": HardMask(Component()), "operator": Components(0.3)}
+    recipe = Recipe({"a": a, "b": b}, base=base, init=Constant(1.0), **factors)
+    rate = 300.0  # masks change, and no number comes nearer to its threshold than 0.009
+else:
+    other = Perceptron()  # of weights drawn after those of the first
+    factors = {"coefficients": Complement(Sigmoid(Element())), "alignment": WeightMatching()}
+    recipe = Recipe({"a": first, "b": other}, origin="zero", init=Uniform(), **factors)
+    rate = 10.0
+module = MergeModule(recipe, Objective([CrossEntropy()], task_weights={"a": 2.0}))
+module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=rate)
+options = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
+trainer = trainer_of(folder, **options, max_steps=5, limit_val_batches=0)
+start = {key: value.detach().clone() for key, value in module.merged.raw.items()}
+trainer.fit(module, datamodule=vectors(batch_size=4 // devices, count=12))
+raw = {key: value.detach() for key, value in module.merged.raw.items()}
+order = module.merged.plan.order
+maps = {} if order is None else {str(key): value for key, value in order.maps["b"].items()}
+found = {"start": start, "raw": raw, "maps": maps}
+torch.save(found, folder / f"found{trainer.global_rank}.pt")
+"""
+
 
 def arguments(folder, devices, option, script=RUN):
     """The script, written to `folder`, and what it is called with."""
@@ -261,6 +301,29 @@ def test_sharp_steps_priors_and_scales_of_two_processes_are_those_of_one(
         for name, value in alone.items():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-6, msg=name)
     assert all(torch.equal(both[0][name], both[1][name]) for name in alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["component", "aligned"])
+def test_two_processes_learn_masks_of_components_and_aligned_weights(tmp_path, option, monkeypatch):
+    monkeypatch.setattr(sys, "argv", arguments(tmp_path / "one", 1, option, FACTORS))
+    runpy.run_path(sys.argv[0])
+    run_in_two(arguments(tmp_path / "two", 2, option, FACTORS))
+    alone = torch.load(tmp_path / "one" / "found0.pt")
+    start, raw = alone["start"], alone["raw"]
+    assert max((raw[key] - start[key]).abs().max() for key in raw) > 0.1
+    if option == "component":
+        assert (raw["body/weight"] < 0).sum() == 4  # all start at 0.1
+    else:
+        (order,) = alone["maps"].values()
+        assert not torch.equal(order, torch.arange(8))
+    both = [torch.load(tmp_path / "two" / f"found{rank}.pt") for rank in range(2)]
+    for found in both:
+        for key, value in raw.items():
+            torch.testing.assert_close(found["raw"][key], value, rtol=1e-5, atol=2e-6, msg=key)
+        for key, order in alone["maps"].items():
+            assert torch.equal(found["maps"][key], order)
+    assert all(torch.equal(both[0]["raw"][key], both[1]["raw"][key]) for key in raw)
 
 
 @pytest.mark.slow

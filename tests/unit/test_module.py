@@ -190,13 +190,47 @@ def test_a_scaler_s_factor_is_taken_out_again(tmp_path, memory):
 
 
 def test_float64_is_float64_throughout(tmp_path):
-    module = with_sgd(module_of(dtype="float64"))
-    double, _ = fit(tmp_path, module, precision="64-true")
+    """Losses and teachers, too: two steps are those of autograd to float64's rounding."""
+    models = [model.double() for model in relatives(build())]
+    data = vectors()
+    for task in data.tasks.values():
+        for row in (row for split in task.path.values() for row in split):
+            row["x"] = row["x"].double()
+    objective = Objective([CrossEntropy(), KLToSource(0.5), KLToEnsemble(0.25, 1.0)])
+    module = with_sgd(module_of(models, objective, dtype="float64"))
+    start = raws(module)["tensor"]
+    double, _ = fit(tmp_path, module, data, precision="64-true", max_steps=2)
     assert {p.dtype for p in double.parameters()} == {torch.float64}
-    single, _ = fit(tmp_path, with_sgd(module_of()))
-    torch.testing.assert_close(
-        raws(double)["tensor"], raws(single)["tensor"].double(), rtol=0, atol=1e-6
-    )
+
+    base, *own = (dict(model.named_parameters()) for model in models)
+    places = {name: slot.index for name, slot in module.merged.plan.layout.slots.items()}
+
+    def run(weights, x):
+        return functional_call(models[0], weights, (x,)).log_softmax(-1)
+
+    def loss(z, batches):
+        theta = {
+            n: base[n].detach() + sum(z[k, i] * (own[k][n] - base[n]).detach() for k in range(2))
+            for n, i in places.items()
+        }
+        total = 0.0
+        for teacher, batch in zip(own, batches.values(), strict=True):
+            logits = functional_call(models[0], theta, (batch["x"],))
+            total += cross_entropy(logits, batch["labels"])
+            with torch.no_grad():
+                p = (functional_call(models[0], teacher, (batch["x"],)) / 2).softmax(-1)
+                q = sum(run(weights, batch["x"]).exp() for weights in own) / 2
+            cross = (p * (p.log() - (logits / 2).log_softmax(-1))).sum(-1).mean()
+            total += 0.5 * 4 * cross
+            total += 0.25 * (q * (q.log() - logits.log_softmax(-1))).sum(-1).mean()
+        return total / 2
+
+    z, stream = start.clone(), iter(data.train_dataloader())
+    for _ in range(2):
+        leaf = z.clone().requires_grad_()
+        z = z - 0.5 * torch.autograd.grad(loss(leaf, next(stream)), leaf)[0]
+    assert (z - start).abs().max() > 1e-2
+    torch.testing.assert_close(raws(double)["tensor"], z, rtol=0, atol=1e-13)
 
 
 def test_a_teacher_runs_once_a_task_and_step(tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ from gradmerge.coefficients import (
     Uniform,
 )
 from gradmerge.errors import ConfigError
+from gradmerge.evaluation import set_coefficients
 from gradmerge.objectives import (
     L1,
     CrossEntropy,
@@ -245,6 +246,16 @@ def test_without_the_prior_nothing_is_measured(tmp_path):
     module, _ = fit(tmp_path, module_of(objective=Objective([CrossEntropy()], [L2ToInit()])))
     assert module.regularisation.importance == {}
     assert not module.regularisation.wants_batches
+
+
+def test_a_searched_start_is_measured_from_in_float64():
+    objective = Objective([CrossEntropy()], [L2ToInit(weight=1.0)])
+    module = module_of(objective=objective, coefficients=Sigmoid(), dtype="float64")
+    chosen = Constant(0.7)
+    module.start_at(chosen)
+    set_coefficients(module.merged, chosen)
+    assert {start.dtype for start in module.regularisation.start.values()} == {torch.float64}
+    assert module.regularisation.penalty() == 0
 
 
 # ---- the learned scale of logits -----------------------------------------------------------------

@@ -19,7 +19,7 @@ class Predictions:
     """One batch's predictions, one row a decision (an image, a text, or a token to predict)."""
 
     logits: Tensor
-    """`[rows, classes]`, float32."""
+    """`[rows, classes]`, float32 or wider."""
     labels: Tensor | None = None
     """`[rows]`, where the task has labels; -100 where a row has none."""
     teacher: Tensor | None = None
