@@ -112,6 +112,16 @@ def test_dam_starts_at_the_mean_of_everything_biases_too(fit, world):
     assert all("embed" in n or "norm" in n.lower() for n in plan.fixed if "pooler" not in n)
 
 
+@pytest.mark.parametrize("suite", ["lm", "vision"])
+def test_the_loss_of_dam_is_the_published_one_over_the_number_of_tasks(suite):
+    """Acceptance: 0.01 and clipping at 1 beside a sum over tasks and layers."""
+    own = yaml.safe_load(Path(method("dam")).read_text())
+    tasks = yaml.safe_load(Path(method(suite, "suites")).read_text())["data"]["tasks"]
+    (similarity,) = own["model"]["objective"]["regularisers"]
+    assert similarity["init_args"] == {"weight": 0.01 / len(tasks), "reduce": "sum"}
+    assert own["trainer"]["gradient_clip_val"] == 1 / len(tasks)
+
+
 def test_dam_takes_mofo_as_its_head_says(fit):
     options = ["--optimizer", "gradmerge.optimisers.MoFO", "--optimizer.lr", "0.001"]
     found = fit("--config", method("dam"), *options, steps="1")
