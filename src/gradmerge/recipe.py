@@ -61,7 +61,7 @@ class Recipe:
     RegMean, MaTS) and alignments (ActivationMatching, CCA, OptimalTransport) that need them."""
     coefficients: AbstractCoefficients = field(default_factory=TensorGranularity)
     """Who shares a coefficient (Model, Group, Tensor, Column, Row, Partition, Component, Element),
-    possibly wrapped by a link (Clamp, Sigmoid, Tanh, Softmax, Complement, HardMask)."""
+    possibly wrapped by a link (Clamp, Sigmoid, Tanh, Softmax, Complement, HardMask, WithScale)."""
     init: AbstractInit = field(default_factory=Constant)
     """Where the coefficients start."""
     operator: AbstractOperator = field(default_factory=Linear)

@@ -92,8 +92,11 @@ def measure_importance(
     """
     plan, layout = merged.plan, merged.plan.layout
     num = len(plan.sources)
+    # of coefficients, not of raw numbers: these may have a scale beside them
+    own = {slot.key: slot.shape for slot in layout.slots.values() if slot.index is None}
     total = {
-        key: torch.zeros(num, *shape, device=merged.device) for key, shape in layout.shapes.items()
+        key: torch.zeros(num, *shape, device=merged.device)
+        for key, shape in {**layout.shapes, **own}.items()
     }
     count, reached = 0, set[str]()
     for runs in batches:

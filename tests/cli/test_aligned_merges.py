@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,8 @@ from tiny import save_family, write_yaml
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+NP_MERGE = CONFIGS / "methods" / "np_merge.yaml"
+OPTION = re.compile(r"^( *)# ((regularisers|optimizer): .*)$", re.MULTILINE)
 
 
 def strangers(world, folder):
@@ -57,9 +61,12 @@ def test_rebasin_of_two_orders_of_one_network_is_that_network(world, tmp_path):
     assert kept["objective"]["b"][-1] > kept["objective"]["b"][0]
 
 
-def test_np_merge_learns_saves_and_exports(world, tmp_path):
-    strangers(world, tmp_path)
-    sources = {"a": str(tmp_path / "base"), "b": str(tmp_path / "a")}
+def of_strangers(world, folder, names="ab"):
+    """A suite of two or three networks that share no initialisation, to go after a method."""
+    strangers(world, folder)
+    sources = {
+        name: str(folder / path) for name, path in zip(names, ("base", "a", "b"), strict=False)
+    }
     own = {
         "model": {"recipe": {"sources": sources, "base": None}},
         "data": world["data"],
@@ -69,9 +76,12 @@ def test_np_merge_learns_saves_and_exports(world, tmp_path):
             "init_args": {"factor": 1.0},
         },
     }
-    method = str(CONFIGS / "methods" / "np_merge.yaml")
-    suite = write_yaml(tmp_path / "suite.yaml", own)
-    found = learn(["fit", "--config", method, "--config", suite])
+    return write_yaml(folder / "suite.yaml", own)
+
+
+def test_np_merge_learns_saves_and_exports(world, tmp_path):
+    suite = of_strangers(world, tmp_path)
+    found = learn(["fit", "--config", str(NP_MERGE), "--config", suite])
     plan = found.model.merged.plan
     assert plan.order is not None
     assert plan.order.report["method"] == "WeightMatching"
@@ -92,6 +102,53 @@ def test_np_merge_learns_saves_and_exports(world, tmp_path):
         assert bool(((tensor >= low - 1e-6) & (tensor <= high + 1e-6)).all()), name
     kept = json.loads(Path("merged/provenance.json").read_text())
     assert kept["alignment"]["moved"]["b"] == moved
+
+
+@pytest.mark.parametrize("option", OPTION.finditer(NP_MERGE.read_text()), ids=lambda m: m[2][:60])
+def test_a_line_that_np_merge_offers_works_as_it_is_written(world, tmp_path, option):
+    """The comment sign is taken away; an optimiser takes the place of the one in use."""
+    text = NP_MERGE.read_text()
+    own = option[1] + option[2]
+    if option[3] == "optimizer":
+        (used,) = re.findall(r"^optimizer: .*$", text, re.MULTILINE)
+        text = text.replace(option[0], "").replace(used, own)
+    else:
+        text = text.replace(option[0], own)
+    if "torchao" in own and importlib.util.find_spec("torchao") is None:
+        pytest.skip("torchao is not installed")
+    (tmp_path / "method.yaml").write_text(text)
+    suite = of_strangers(world, tmp_path)
+    found = learn(["fit", "--config", str(tmp_path / "method.yaml"), "--config", suite])
+    assert found.trainer.global_step > 0
+    stated = re.search(r"class_path: [\w.]*?(\w+),", own)[1]
+    if option[3] == "optimizer":
+        assert type(found.trainer.optimizers[0]).__name__ == stated
+    else:
+        assert [type(r).__name__ for r in found.model.objective.regularisers] == [stated]
+        assert found.trainer.callback_metrics["train/penalty"] > 0
+    start = found.model.merged.plan.initial_raw()
+    assert any(not torch.equal(raw, start[key]) for key, raw in found.model.merged.raw.items())
+
+
+def test_np_merge_of_three_at_once_learns_shares_of_each_weight(world, tmp_path):
+    suite = of_strangers(world, tmp_path, names="abc")
+    method = str(CONFIGS / "methods" / "np_merge_joint.yaml")
+    found = learn(["fit", "--config", method, "--config", suite])
+    plan, raw = found.model.merged.plan, found.model.merged.raw
+    moved = plan.order.report["moved"]
+    assert all(max(moved[name].values()) > 0 for name in "bc")
+    start = plan.initial_raw()
+    assert any(not torch.equal(now, start[key]) for key, now in raw.items())
+    for name in plan.learned:
+        aligned = [plan.sources[k].read(name) for k in "abc"]
+        mean = sum(aligned) / 3
+        torch.testing.assert_close(plan.materialise(name, start), mean, rtol=0, atol=1e-6)
+        shares = plan.coefficient(name, raw).detach()
+        assert shares.shape == (3, *aligned[0].shape)
+        torch.testing.assert_close(shares.sum(0), torch.ones_like(mean), rtol=0, atol=1e-6)
+    checkpoint = found.trainer.checkpoint_callback.best_model_path
+    assert main(["export", checkpoint, "merged"]) == 0
+    assert all(t.isfinite().all() for t in load_file("merged/model.safetensors").values())
 
 
 def test_a_written_specification_stands_in_the_configuration(world, tmp_path, capsys):

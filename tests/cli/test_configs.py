@@ -173,6 +173,11 @@ def test_every_static_merge_merges(world, parser, path, tmp_path):
         merged = {name: plan.materialise(name, raw) for name in plan.tensors}
     assert all(tensor.isfinite().all() for tensor in merged.values())
     assert any(not torch.equal(tensor, plan.base.read(name)) for name, tensor in merged.items())
+    if found.finalisers:
+        plain = replace(found, finalisers=[]).open(with_skeleton=False)
+        raw = plain.initial_raw()
+        gaps = {n: (plain.materialise(n, raw) - t).abs().max() for n, t in merged.items()}
+        assert any(gap > 1e-3 for gap in gaps.values()), "its finalisers act"
     learned = MergedModel(replace(found, coefficients=Tensor()))
     learned(input_ids=torch.arange(12).view(2, 6), labels=torch.tensor([0, 2])).loss.backward()
     gradient = learned.raw["tensor"].grad

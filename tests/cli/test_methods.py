@@ -83,14 +83,14 @@ def test_a_learned_family_learns_and_is_exported(fit, world, tmp_path, name):
         torch.testing.assert_close(read(**inputs).logits, expected, rtol=0, atol=1e-5)
 
 
-def test_adarank_masks_components_and_leaves_the_rest_at_task_arithmetic(fit, world):
+def test_adarank_masks_components_and_learns_a_coefficient_of_every_tensor(fit, world):
     found = fit("--config", method("adarank"))
     plan, raw = found.model.merged.plan, found.model.merged.raw
-    masked = [name for name, slot in plan.layout.slots.items() if slot.kind == "component"]
+    slots = plan.layout.slots
+    masked = [name for name, slot in slots.items() if slot.kind == "component"]
     assert len(masked) > 4
     assert all(len(plan.tensors[name].shape) == 2 for name in masked)
-    norms = [name for name in plan.fixed if "LayerNorm" in name]
-    assert norms
+    assert not any("embed" in name and "LayerNorm" not in name for name in masked)
     base, *sources = (
         load_file(Path(path) / "model.safetensors")
         for path in (
@@ -98,21 +98,42 @@ def test_adarank_masks_components_and_leaves_the_rest_at_task_arithmetic(fit, wo
             *world["model"]["recipe"]["sources"].values(),
         )
     )
-    for name in norms:
+    start = starts(found)
+    for name in plan.learned:
         expected = base[name] + 0.3 * sum(source[name] - base[name] for source in sources)
-        torch.testing.assert_close(plan.materialise(name, raw), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(plan.materialise(name, start), expected, rtol=0, atol=1e-6)
+    for name in (*masked, "bert.encoder.layer.0.output.LayerNorm.weight"):
+        key = slots[name].key
+        now, then = (table[key].detach().reshape(2, -1)[:, 0] for table in (raw, start))
+        torch.testing.assert_close(then, torch.full((2,), 0.3))
+        assert ((now - then).abs() > 1e-4).all(), f"{name}: its coefficient learns"
+    key = slots[masked[0]].key
+    assert not torch.equal(raw[key][:, 1:], start[key][:, 1:]), "its masks learn"
 
 
-def test_cart_is_adarank_with_the_options_of_its_head(fit):
+def test_cart_and_masks_alone_are_adarank_with_the_options_of_its_head(fit, tmp_path):
     found = fit(
         *("--config", method("adarank"), "--model.recipe.origin", "mean"),
-        *("--model.recipe.operator.init_args.scale", "2.3"),
-        *("--model.recipe.init.init_args.share", "0.16"),
+        *("--model.recipe.init.init_args.factor", "2.3"),
+        *("--model.recipe.coefficients.init_args.start", "2.3"),
+        *("--model.recipe.init.init_args.inner.init_args.share", "0.16"),
     )
     start = starts(found)
     key = next(key for key in start if key.endswith("dense/weight"))
-    assert (start[key][:, 0] > 0).all()
-    assert (start[key][:, 1:] < 0).all()  # one of eight components
+    assert (start[key][:, 1] > 0).all()
+    assert (start[key][:, 2:] < 0).all()  # one of eight components
+    scales = [value.reshape(2, -1)[:, 0] for value in start.values()]
+    torch.testing.assert_close(torch.cat(scales), torch.full((2 * len(scales),), 2.3))
+
+    masks = {
+        "coefficients": {"class_path": "HardMask", "init_args": {"inner": "Component"}},
+        "init": {"class_path": "LeadingComponents", "init_args": {"share": 1.0}},
+        "operator": {"class_path": "Components", "init_args": {"scale": 0.3}},
+    }
+    alone = write_yaml(tmp_path / "masks.yaml", {"model": {"recipe": masks}})
+    found = fit("--config", method("adarank"), "--config", alone)
+    values = torch.cat([c.flatten() for c in found.model.merged.coefficients().values()])
+    assert values.unique().tolist() == [1.0]
 
 
 def test_dam_starts_at_the_mean_of_everything_biases_too(fit, world):
@@ -128,6 +149,16 @@ def test_dam_starts_at_the_mean_of_everything_biases_too(fit, world):
         mean = sum(source[name] for source in sources) / len(sources)
         torch.testing.assert_close(plan.materialise(name, start), mean, rtol=0, atol=1e-6)
     assert all("embed" in n or "norm" in n.lower() for n in plan.fixed if "pooler" not in n)
+
+
+@pytest.mark.parametrize("suite", ["lm", "vision"])
+def test_the_loss_of_dam_is_the_published_one_over_the_number_of_tasks(suite):
+    """Acceptance: 0.01 and clipping at 1 beside a sum over tasks and layers."""
+    own = yaml.safe_load(Path(method("dam")).read_text())
+    tasks = yaml.safe_load(Path(method(suite, "suites")).read_text())["data"]["tasks"]
+    (similarity,) = own["model"]["objective"]["regularisers"]
+    assert similarity["init_args"] == {"weight": 0.01 / len(tasks), "reduce": "sum"}
+    assert own["trainer"]["gradient_clip_val"] == 1 / len(tasks)
 
 
 def test_dam_takes_mofo_as_its_head_says(fit):

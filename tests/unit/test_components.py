@@ -17,18 +17,27 @@ from gradmerge import MergedModel, Recipe
 from gradmerge.callbacks import coefficient_table
 from gradmerge.coefficients import (
     Column,
+    Complement,
     Component,
     Constant,
+    Element,
     FromFile,
     HardMask,
     LeadingComponents,
     Mixup,
+    Model,
     Row,
+    Scaled,
+    Sigmoid,
     Tensor,
+    Uniform,
+    WithScale,
 )
+from gradmerge.drivers.raw_files import Starts
 from gradmerge.errors import ConfigError
 from gradmerge.export import export_plan
 from gradmerge.mergekit_writer import write_mergekit
+from gradmerge.objectives import CrossEntropy, FisherToInit, Objective
 from gradmerge.operators import Components, DisjointMean, Linear, Spread, Terms
 from gradmerge.preprocess import Trim
 from gradmerge.provenance import mean_coefficients
@@ -221,6 +230,111 @@ def test_the_gradient_is_autograd_s_through_the_explicit_formula(memory, origin,
     for key, raw in merged.raw.items():
         assert leaves[key].grad.abs().max() > 1e-6, key
         torch.testing.assert_close(raw.grad, leaves[key].grad, rtol=1e-9, atol=1e-13)
+
+
+def published_adarank(z, origin, directions, whole):
+    """The merge of the authors' code: w times `m s + ((m > 1/2) - m) s`, the last part held."""
+    theta = {}
+    for name, anchor in origin.items():
+        total = torch.tensor(anchor)
+        for k, direction in enumerate(directions[name]):
+            direction = torch.tensor(direction)
+            if name in whole:
+                total = total + z[name][k] * direction
+                continue
+            u, s, v = torch.linalg.svd(direction.flatten(1), full_matrices=False)
+            weight, mask = z[name][k, 0], torch.sigmoid(z[name][k, 1:] / 10)
+            masked = mask * s + (((mask > 0.5).double() - mask) * s).detach()
+            total = total + weight * ((u * masked) @ v).view(direction.shape)
+        theta[name] = total
+    return theta
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("origin", ["base", "mean"])
+def test_masks_and_scales_have_the_gradients_of_the_published_form(memory, origin):
+    """Acceptance: the merge, dL/dw and dL/dm, by float64 autograd through the formula."""
+    models = family()
+    names = ("conv.weight", "conv.bias", "head.weight", "head.bias")
+    found = {name: directions(models, name, origin) for name in names}
+    for whole in ("conv", None):
+        recipe = recipe_of(
+            models,
+            coefficients=WithScale(HardMask(Component(whole=whole))),
+            operator=Components(),
+            origin=origin,
+            init=Scaled(LeadingComponents(0.5), 0.3),
+        )
+        merged = MergedModel(recipe, memory=memory, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():  # any scale, of either sign, and any mask
+            for raw in merged.raw.values():
+                raw.copy_(torch.randn(raw.shape, generator=generator, dtype=torch.float64))
+        batch = torch.randn(4, 3, 5, 5, generator=generator, dtype=torch.float64)
+        labels = torch.tensor([0, 1, 2, 5])
+        cross_entropy(merged(batch), labels).backward()
+
+        keys = {name: name.replace(".", "/") for name in names}
+        z = {n: merged.raw[key].detach().clone().requires_grad_() for n, key in keys.items()}
+        alone = ("conv.bias", "head.bias", *(["conv.weight"] if whole else []))
+        conv = (2,) if whole else (2, 5)
+        assert [tuple(z[n].shape) for n in names] == [conv, (2,), (2, 5), (2,)]
+        theta = published_adarank(
+            z, {n: pair[0] for n, pair in found.items()}, {n: p[1] for n, p in found.items()}, alone
+        )
+        came = {n: merged.plan.materialise(n, merged.raw, torch.float64) for n in names}
+        for name in names:
+            torch.testing.assert_close(came[name], theta[name].detach(), rtol=0, atol=1e-12)
+        cross_entropy(functional_call(copy.deepcopy(models[0]), theta, (batch,)), labels).backward()
+        for name in names:
+            grad = merged.raw[keys[name]].grad
+            assert grad.abs().max() > 1e-6, name
+            torch.testing.assert_close(grad, z[name].grad, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "inner", [Component(), HardMask(Component()), Column(), Row(), Sigmoid(Column(), eps=1e-9)]
+)
+def test_a_scale_is_the_largest_coefficient_and_what_is_wrapped_the_rest(inner):
+    link = WithScale(inner, start=0.7)
+    c = torch.tensor([[0.0, -2.0, 0.0], [0.3, 0.3, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    z = link.pull_back(c)
+    assert z.shape == (3, 4)
+    assert z[:, 0].tolist() == [-2.0, 0.3, 0.7]
+    torch.testing.assert_close(link.link(z), c, rtol=0, atol=1e-8)
+    alone = torch.tensor([0.25, -4.0, 0.0])
+    assert torch.equal(link.link(link.pull_back(alone)), alone)
+    none = torch.zeros(3, 0)
+    assert link.link(link.pull_back(none)).shape == (3, 0)
+
+
+def test_what_takes_no_scale_is_refused():
+    for inner in (Tensor(), Element(), HardMask(Model())):
+        with pytest.raises(ConfigError, match="expected Column, Row, Partition or Component"):
+            WithScale(inner)
+    with pytest.raises(ConfigError, match=r"came 1 for 2 sources \(Complement\)"):
+        Recipe({"a": "nowhere", "b": "nowhere"}, coefficients=WithScale(Complement(Column())))
+    with pytest.raises(ConfigError, match=r"Component: whole: '\(' is no regular expression"):
+        Component(whole="(")
+
+
+def test_importance_and_files_of_parts_know_the_place_of_a_scale(tmp_path):
+    """F is of coefficients, files are of raw numbers, which are one more."""
+    options = {
+        "coefficients": WithScale(Column()),
+        "init": Uniform(),
+        "objective": Objective([CrossEntropy()], [FisherToInit(2.0, batches=2)]),
+    }
+    module = module_of(**options, learning_rate=0.05)
+    _, trainer = fit(tmp_path, module, max_steps=3)
+    assert trainer.callback_metrics["train/penalty"] > 0
+    plan = module.merged.plan
+    kept = module.regularisation.importance
+    starts = Starts(plan, torch.float32)
+    for name, slot in plan.layout.slots.items():
+        assert kept[slot.key].shape == (2, *slot.shape)
+        assert starts.shape(name) == tuple(module.merged.raw[slot.key].shape)
+        assert torch.equal(starts.one([name]), plan.initial_raw()[slot.key])
 
 
 def test_the_mask_s_gradient_is_the_sigmoid_s():

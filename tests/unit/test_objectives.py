@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from gradmerge.objectives import (
     L1,
     CrossEntropy,
     Entropy,
+    FisherToInit,
     KLToEnsemble,
     KLToSource,
     L2ToInit,
+    Lp,
     Objective,
     Overlap,
     Predictions,
@@ -308,10 +311,69 @@ def test_overlap_is_the_mean_sum_of_smaller_magnitudes():
     assert Overlap().penalty(COEFFICIENTS, START).item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("regulariser", [Similarity(), Overlap()])
-def test_pairwise_penalties_of_single_numbers_are_a_differentiable_zero(regulariser):
+def published_dam(divergences, coefficients, similarity=0.01, overlap=0.0):
+    """The loss of DAM's code: sums over data sets and layers, a mean over pairs alone."""
+    total = sum(divergences)
+    for c in coefficients.values():
+        if c.dim() == 1:
+            continue  # a layer's bias has no part in it
+        cosines, smaller = [], []
+        for a, b in ((0, 1), (0, 2), (1, 2)):
+            x, y = c[a].flatten(), c[b].flatten()
+            cosines.append(x @ y / (x.norm() * y.norm()))
+            smaller.append(torch.where(x.abs() < y.abs(), x.abs(), y.abs()).sum())
+        total = total + similarity * sum(cosines) / 3 + overlap * sum(smaller) / 3
+    return total
+
+
+@pytest.mark.parametrize(
+    ("regulariser", "weights"),
+    [
+        (Similarity(weight=0.01 / 4, reduce="sum"), {}),
+        (Overlap(weight=1e-3 / 4, reduce="sum"), {"similarity": 0.0, "overlap": 1e-3}),
+    ],
+)
+def test_a_sum_over_tensors_is_the_published_loss_of_dam_over_the_number_of_tasks(
+    regulariser, weights
+):
+    """Acceptance: value and gradient, by float64 autograd."""
+    objective = Objective([CrossEntropy()], [regulariser])
+    shares = [objective.share(task, "abcd") for task in "abcd"]
+    leaves = [{n: c.clone().requires_grad_() for n, c in COEFFICIENTS.items()} for _ in range(2)]
+    found = [
+        [(c.square().sum() * (i + 1)).sin() for i, c in enumerate(own.values())] for own in leaves
+    ]
+    found = [[*losses, losses[0] * losses[1]] for losses in found]  # four stand for divergences
+    ours = sum(s * loss for s, loss in zip(shares, found[0], strict=True))
+    ours = ours + objective.penalty(leaves[0], START)
+    theirs = published_dam(found[1], leaves[1], **weights) / 4
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    ours.backward()
+    theirs.backward()
+    for name, leaf in leaves[0].items():
+        torch.testing.assert_close(leaf.grad, leaves[1][name].grad, rtol=1e-10, atol=1e-14)
+    mean = replace(regulariser, reduce="mean").penalty(COEFFICIENTS, START)
+    total = regulariser.penalty(COEFFICIENTS, START)
+    torch.testing.assert_close(total, 2 * mean, rtol=1e-12, atol=0)  # x and z
+
+
+@pytest.mark.parametrize(("kind", "count"), [(L1, 27), (L2ToInit, 27), (FisherToInit, 27), (Lp, 9)])
+def test_the_other_penalties_sum_over_what_they_take_the_mean_of(kind, count):
+    more = (COEFFICIENTS,) if kind is FisherToInit else ()
+    mean = kind().penalty(COEFFICIENTS, START, *more)
+    total = kind(reduce="sum").penalty(COEFFICIENTS, START, *more)
+    assert total.item() == pytest.approx(count * mean.item(), rel=1e-12)
+    with pytest.raises(
+        ConfigError, match=f"{kind.__name__}: reduce: expected mean or sum, came 'max'"
+    ):
+        kind(reduce="max")
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+@pytest.mark.parametrize("kind", [Similarity, Overlap])
+def test_pairwise_penalties_of_single_numbers_are_a_differentiable_zero(kind, reduce):
     coefficient = draw(2).requires_grad_()
-    penalty = regulariser.penalty({"x": coefficient}, {"x": coefficient.detach()})
+    penalty = kind(reduce=reduce).penalty({"x": coefficient}, {"x": coefficient.detach()})
     penalty.backward()
     assert penalty == 0
     assert torch.equal(coefficient.grad, torch.zeros(2, dtype=torch.float64))

@@ -26,6 +26,7 @@ from gradmerge.coefficients.init import (
     initial_raw,
 )
 from gradmerge.coefficients.link import Clamp, Complement, HardMask, Sigmoid, Softmax, Tanh
+from gradmerge.coefficients.scale import WithScale
 
 __all__ = [
     "AbstractCoefficients",
@@ -57,5 +58,6 @@ __all__ = [
     "Tanh",
     "Tensor",
     "Uniform",
+    "WithScale",
     "initial_raw",
 ]

@@ -42,7 +42,7 @@ class Slot:
     """The place of one tensor's raw coefficients.
 
     `raw[key]` has shape `[rows, width]` for shared tables (`index` picks a column) and
-    `[rows, *shape]` otherwise.
+    `[rows, *shape]` otherwise (behind a scale, `[rows, 1 + n]`: see `WithScale`).
     """
 
     key: str

@@ -55,6 +55,13 @@ class _Own(AbstractGranularity):
         """Where this tensor's raw coefficients stand."""
 
 
+def _require_pattern(who: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{who}: {pattern!r} is no regular expression: {error}") from error
+
+
 def _table(key: str, columns: dict[str, int]) -> Layout:
     slots = {name: Slot(key, "scalar", (), index=column) for name, column in columns.items()}
     return Layout(slots, {key: (max(columns.values(), default=-1) + 1,)})
@@ -85,12 +92,7 @@ class Group(AbstractGranularity):
     def __post_init__(self) -> None:
         """Check the patterns."""
         for pattern in self.patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(
-                    f"Group: {pattern!r} is no regular expression: {error}"
-                ) from error
+            _require_pattern("Group", pattern)
 
     def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
         """See `AbstractCoefficients.layout`."""
@@ -179,10 +181,19 @@ class Component(_Own):
     by singular value; 1-D tensors have one coefficient. Wants operator `Components`.
     """
 
+    whole: str | None = None
+    """Regular expression of tensors that are not decomposed: one coefficient a source, too."""
+
+    def __post_init__(self) -> None:
+        """Check the pattern."""
+        if self.whole is not None:
+            _require_pattern("Component: whole", self.whole)
+
     def slot(self, tensor: MergeTensor) -> Slot:
         """See `_Own.slot`."""
         key = parameter_key(tensor.name)
-        if len(tensor.shape) < 2 or 0 in tensor.shape:
+        whole = self.whole is not None and re.search(self.whole, tensor.name)
+        if whole or len(tensor.shape) < 2 or 0 in tensor.shape:
             return Slot(key, "scalar", ())
         rank = min(tensor.shape[0], math.prod(tensor.shape[1:]))
         return Slot(key, "component", (rank,))

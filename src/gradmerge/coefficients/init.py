@@ -125,7 +125,7 @@ class LeadingComponents(AbstractInit):
     """1 on the first `floor(share * r)` of a direction's r singular components, else 0.
 
     A truncated decomposition as the start of AdaRank (arXiv 2503.22178): 1.0 keeps all, CART keeps
-    0.16. Tensors of one axis start at 1.
+    0.16. Tensors that are not decomposed (of one axis, or `Component.whole`) start at 1.
     """
 
     share: float = 1.0
@@ -142,7 +142,9 @@ class LeadingComponents(AbstractInit):
         Raises:
             ConfigError: the granularity is not `Component`.
         """
-        if slot.kind != "component" and len(tensor.shape) > 1 and 0 not in tensor.shape:
+        # a place of its own for one number: a matrix that Component leaves whole
+        alone = slot.kind == "scalar" and slot.index is None
+        if slot.kind != "component" and not alone and len(tensor.shape) > 1:
             raise ConfigError(
                 f"LeadingComponents: the coefficients of {tensor.name} run over "
                 f"{slot.spread_over}, not over singular components. Set coefficients: Component, "

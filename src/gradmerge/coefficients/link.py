@@ -235,7 +235,7 @@ class HardMask(_Entrywise):
             raise ConfigError(
                 "HardMask: starting coefficients must be 0 or 1, came "
                 f"{between.flatten()[0].item():.4g}. Use init Constant 1 or LeadingComponents; a "
-                "scale belongs to the operator (Components.scale)."
+                "scale belongs to the operator (Components.scale), or is learned (WithScale)."
             )
         raw = torch.where(coefficient > 0.5, self.start, -self.start)
         return self.inner.pull_back(raw.to(coefficient.dtype))

@@ -44,7 +44,10 @@ class Starts:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor's raw coefficients."""
-        return (self._plan.num_rows, *self._plan.layout.slots[name].shape)
+        layout = self._plan.layout
+        slot = layout.slots[name]
+        own = layout.shapes[slot.key] if slot.index is None else slot.shape
+        return (self._plan.num_rows, *own)
 
     def one(self, names: Sequence[str]) -> Tensor:
         """`z` of a slot that these tensors share: the mean of what the init gives each."""

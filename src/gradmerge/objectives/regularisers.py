@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,38 +14,53 @@ from gradmerge.errors import ConfigError
 from gradmerge.objectives.base import AbstractRegulariser
 
 
-def _mean(values: list[Tensor], coefficients: Mapping[str, Tensor]) -> Tensor:
-    if values:
-        return torch.stack(values).mean()
-    return next(iter(coefficients.values())).sum() * 0.0
+@dataclass(frozen=True)
+class _Reduced(AbstractRegulariser):
+    """A penalty of many numbers, of which the mean or the sum is taken."""
 
+    reduce: Literal["mean", "sum"] = field(default="mean", kw_only=True)
+    """What is taken of a penalty's numbers: `mean`, so that `weight` means the same in any network,
+    or `sum`, as papers often write it (DAM over layers, EWC over coefficients)."""
 
-def _over_pairs(
-    coefficients: Mapping[str, Tensor], measure: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Mean over tensors and pairs of sources; coefficients of one number have no direction."""
-    values = [
-        measure(c[a].flatten(), c[b].flatten())
-        for c in coefficients.values()
-        if c[0].numel() > 1
-        for a, b in combinations(range(len(c)), 2)
-    ]
-    return _mean(values, coefficients)
+    def __post_init__(self) -> None:
+        """Check the reduction."""
+        if self.reduce not in ("mean", "sum"):
+            raise ConfigError(
+                f"{type(self).__name__}: reduce: expected mean or sum, came {self.reduce!r}."
+            )
+
+    def _reduced(self, values: Tensor) -> Tensor:
+        return values.mean() if self.reduce == "mean" else values.sum()
+
+    def _over_pairs(
+        self, coefficients: Mapping[str, Tensor], measure: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Of each tensor the mean over pairs of sources; numbers alone have no direction."""
+        values = [
+            torch.stack(
+                [measure(c[a].flatten(), c[b].flatten()) for a, b in combinations(range(len(c)), 2)]
+            ).mean()
+            for c in coefficients.values()
+            if c[0].numel() > 1 and len(c) > 1
+        ]
+        if values:
+            return self._reduced(torch.stack(values))
+        return next(iter(coefficients.values())).sum() * 0.0
 
 
 @dataclass(frozen=True)
-class L1(AbstractRegulariser):
+class L1(_Reduced):
     """`mean |c|`: sparse coefficients."""
 
     weight: float = 1e-3
 
     def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
         """See `AbstractRegulariser.penalty`."""
-        return torch.cat([c.abs().flatten() for c in coefficients.values()]).mean()
+        return self._reduced(torch.cat([c.abs().flatten() for c in coefficients.values()]))
 
 
 @dataclass(frozen=True)
-class Lp(AbstractRegulariser):
+class Lp(_Reduced):
     """`mean over slots of (sum_k |c_k|^p)^(1/p)`: the norm over the sources (aTLAS, 2407.02880).
 
     A slot is what shares a coefficient. For p = 1 this is K times `L1`; for p = 2 it drives all
@@ -57,6 +73,7 @@ class Lp(AbstractRegulariser):
 
     def __post_init__(self) -> None:
         """Check the order."""
+        super().__post_init__()
         if not self.p >= 1:
             raise ConfigError(f"Lp: p must be at least 1, came {self.p}.")
 
@@ -64,11 +81,11 @@ class Lp(AbstractRegulariser):
         """See `AbstractRegulariser.penalty`."""
         slots = torch.cat([c.reshape(len(c), -1) for c in coefficients.values()], dim=1)
         norms: Tensor = torch.linalg.vector_norm(slots, self.p, dim=0)
-        return norms.mean()
+        return self._reduced(norms)
 
 
 @dataclass(frozen=True)
-class L2ToInit(AbstractRegulariser):
+class L2ToInit(_Reduced):
     """`mean (c - c_start)^2`: stay near the start (the prior of NP Merge, arXiv 2412.15467)."""
 
     weight: float = 1e-2
@@ -76,11 +93,11 @@ class L2ToInit(AbstractRegulariser):
     def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
         """See `AbstractRegulariser.penalty`."""
         moved = [(c - start[name].to(c)).square().flatten() for name, c in coefficients.items()]
-        return torch.cat(moved).mean()
+        return self._reduced(torch.cat(moved))
 
 
 @dataclass(frozen=True)
-class FisherToInit(AbstractRegulariser):
+class FisherToInit(_Reduced):
     """`mean F (c - c_start)^2`: stay near the start where the data care (EWC, arXiv 1612.00796).
 
     F is the squared gradient of the objective's terms in the coefficients at the start, averaged
@@ -96,6 +113,7 @@ class FisherToInit(AbstractRegulariser):
 
     def __post_init__(self) -> None:
         """Check the number of batches."""
+        super().__post_init__()
         if self.batches < 1:
             raise ConfigError(f"FisherToInit: batches must be at least 1, came {self.batches}.")
 
@@ -124,24 +142,30 @@ class FisherToInit(AbstractRegulariser):
             (importance[name].to(c) * (c - start[name].to(c)).square()).flatten()
             for name, c in coefficients.items()
         ]
-        return torch.cat(moved).mean()
+        return self._reduced(torch.cat(moved))
 
 
 @dataclass(frozen=True)
-class Similarity(AbstractRegulariser):
-    """Mean cosine between two sources' coefficients of a tensor (DAM, arXiv 2410.08371)."""
+class Similarity(_Reduced):
+    """Cosine between two sources' coefficients of a tensor (DAM, arXiv 2410.08371).
+
+    `mean over tensors of mean over pairs of cos(c_a, c_b)`. DAM takes the sum over tensors
+    (`reduce: sum`), beside a divergence that is a sum over K tasks where `Objective` takes the
+    mean: its 0.01 is a weight of 0.01 / K here.
+    """
 
     weight: float = 1e-2
 
     def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
         """See `AbstractRegulariser.penalty`."""
-        return _over_pairs(coefficients, lambda a, b: torch.cosine_similarity(a, b, dim=0))
+        return self._over_pairs(coefficients, lambda a, b: torch.cosine_similarity(a, b, dim=0))
 
 
 @dataclass(frozen=True)
-class Overlap(AbstractRegulariser):
+class Overlap(_Reduced):
     """`sum_j min(|c_a,j|, |c_b,j|)`, mean over tensors and pairs (DAM, arXiv 2410.08371).
 
+    DAM takes the sum over tensors (`reduce: sum`); see `Similarity` for its weight.
     DAM's other form weighs column j by sin^2 of twice the angle between the two directions there.
     It is left out: regularisers see coefficients, and the angles would need all directions.
     """
@@ -150,4 +174,4 @@ class Overlap(AbstractRegulariser):
 
     def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
         """See `AbstractRegulariser.penalty`."""
-        return _over_pairs(coefficients, lambda a, b: torch.minimum(a.abs(), b.abs()).sum())
+        return self._over_pairs(coefficients, lambda a, b: torch.minimum(a.abs(), b.abs()).sum())
