@@ -56,6 +56,21 @@ class Method:
     learns: bool = True
 
 
+# CART's start: the first components of what each source has beside the mean, scaled.
+_CART = (
+    *("--model.recipe.origin", "mean"),
+    "--model.recipe.coefficients.init_args.start=2.3",
+    "--model.recipe.init.init_args.factor=2.3",
+    "--model.recipe.init.init_args.inner.init_args.share=0.16",
+)
+# Nothing learned but the masks, and of components alone.
+_MASKS = (
+    *("--model.recipe.coefficients", "HardMask"),
+    *("--model.recipe.coefficients.inner", "Component"),
+    *("--model.recipe.init", "LeadingComponents"),
+    "--model.recipe.operator.init_args.scale=0.3",
+    *("--model.recipe.frozen", '{"(?i)bias$|norm|embed|ln_|cls_token": 1.0}'),
+)
 _CLASSES = ("vision",)  # entropy is for classification
 METHODS = {
     "tensor": Method("tensor"),
@@ -64,6 +79,8 @@ METHODS = {
     "adamerging": Method("adamerging", suites=_CLASSES),
     "adamerging_pp": Method("adamerging_pp", suites=_CLASSES),
     "adarank": Method("adarank", suites=_CLASSES),
+    "adarank from the mean": Method("adarank", _CART, suites=_CLASSES),
+    "adarank, masks alone": Method("adarank", _MASKS, suites=_CLASSES),
     "dam": Method("dam"),
     "learned_soup": Method("learned_soup"),
     "atlas": Method("atlas"),
