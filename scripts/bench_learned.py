@@ -66,6 +66,7 @@ _CART = (
 # Nothing learned but the masks, and of components alone.
 _MASKS = (
     *("--model.recipe.coefficients", "HardMask"),
+    "--model.recipe.coefficients.start=0.1",
     *("--model.recipe.coefficients.inner", "Component"),
     *("--model.recipe.init", "LeadingComponents"),
     "--model.recipe.operator.init_args.scale=0.3",
