@@ -53,6 +53,26 @@ from networks import seeded
 from tiny import SPLITS, build, recipe_of, relatives, save_family
 
 
+@contextmanager
+def frozen():
+    """Nothing that is there already is looked at when a block's garbage is collected: beside such
+    small blocks, searching all that was imported twice a block would be most of the time.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_collections():
+    """See `frozen`."""
+    with frozen():
+        yield
+
+
 class Stack(nn.Module):
     """A stem, blocks of different widths in a ModuleList, and a head; one block has no weights."""
 
@@ -992,19 +1012,6 @@ with t.frozen():
 """
 
 
-@contextmanager
-def frozen():
-    """Nothing that is there already is looked at when a block's garbage is collected: beside such
-    small blocks, searching all modules twice a block would be most of the time.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 def deep(folder, models):
     """A Llama of 24 blocks, of which each is learned in two steps."""
     sources = {name: str(models / name) for name in "ab"}
@@ -1031,10 +1038,9 @@ def test_a_killed_merge_of_24_blocks_goes_on_to_the_same_coefficients(tmp_path, 
     names = [f"block-{number:03d}" for number in range(BLOCKS)]
     assert sorted(path.parent.name for path in steps.glob("*/step.json")) == names[:STOP]
     written = {name: (steps / name / "raw.safetensors").stat().st_mtime_ns for name in names[:STOP]}
-    with frozen():
-        found = driver.run(job)
-        whole, driver = deep(Path("whole"), Path("models"))
-        expected = driver.run(whole)
+    found = driver.run(job)
+    whole, driver = deep(Path("whole"), Path("models"))
+    expected = driver.run(whole)
     for name, time in written.items():
         assert (steps / name / "raw.safetensors").stat().st_mtime_ns == time, name
     coefficients = raw_of(whole)

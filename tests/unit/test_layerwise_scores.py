@@ -15,7 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
-from test_layerwise import ADAM, Batched, batched, data_of, job_of, network_of
+from test_layerwise import ADAM, Batched, batched, data_of, frozen, job_of, network_of
 from torch.nn import functional
 
 from gradmerge import Recipe
@@ -31,6 +31,13 @@ from gradmerge.metrics import ACCURACY, BITS_PER_BYTE
 from gradmerge.objectives import KLToEnsemble, KLToSource
 from gradmerge.provenance import mean_coefficients
 from tiny import recipe_of, relatives
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_collections():
+    """See `frozen`."""
+    with frozen():
+        yield
 
 
 def labelled(data, kind):
