@@ -5,7 +5,8 @@
 A Llama, of 24 layers unless told, made here: random weights, base and two sources, the sources a
 little off the base. Each run is a process of its own. It learns a tiny model first, so that all
 code is loaded, gives free memory back (`malloc_trim`), takes its anonymous resident memory
-(RssAnon), learns one coefficient a weight and source for a few steps with Adam, and exports. Mapped
+(RssAnon), learns one coefficient a weight and source for a few steps with Adam, and exports; the
+layer-wise driver scores the merge and the experts in the end, which the peak counts, too. Mapped
 files are the system's cache and not counted. Reported are the peak above that start, and its parts
 that are known: of the block that is learned (end to end: of the model) the coefficients, their
 gradient and Adam's two moments; the hidden states that are kept between blocks; and what autograd
@@ -97,7 +98,7 @@ def run(
             drawn = torch.randint(3, 1000, (3, EXAMPLES, tokens))
             splits = ("adaptation", "selection", "test")
             path = {
-                split: [{"input_ids": row} for row in rows]
+                split: [{"input_ids": row, "labels": row} for row in rows]
                 for split, rows in zip(splits, drawn, strict=True)
             }
             tasks[source] = TaskData(path=path, kind="tensors")

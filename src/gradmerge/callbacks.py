@@ -55,19 +55,25 @@ class CoefficientLogger(lightning.Callback):
             return  # a driver's, of which a part is learned
         folder = trainer.log_dir  # agreed on by all processes, so all must ask
         if trainer.is_global_zero and (self._count - 1) % self.every_n_validations == 0:
-            self._write(trainer, pl_module, folder)
+            merged = pl_module.merged
+            self.write(trainer.loggers, folder, merged.plan, merged.raw, trainer.global_step)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Save the heat map."""
         folder = trainer.log_dir
         if trainer.is_global_zero and folder and hasattr(pl_module, "merged"):
-            names, table = coefficient_table(pl_module.merged.plan, pl_module.merged.raw)
-            path = Path(folder) / "coefficients.png"
-            heat_map(table, names, pl_module.merged.plan.source_names, path)
+            self.draw(folder, pl_module.merged.plan, pl_module.merged.raw)
 
-    def _write(self, trainer: lightning.Trainer, module: MergeModule, folder: str | None) -> None:
-        plan = module.merged.plan
-        names, table = coefficient_table(plan, module.merged.raw)
+    def draw(self, folder: str, plan: Plan, raw: Any) -> None:
+        """Save the heat map of coefficients as they stand."""
+        names, table = coefficient_table(plan, raw)
+        heat_map(table, names, plan.source_names, Path(folder) / "coefficients.png")
+
+    def write(
+        self, loggers: Iterable[Any], folder: str | None, plan: Plan, raw: Any, step: int
+    ) -> None:
+        """Log coefficients as they stand, to the folder's table and to W&B."""
+        names, table = coefficient_table(plan, raw)
         if folder:
             path = Path(folder) / "coefficients.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,19 +83,13 @@ class CoefficientLogger(lightning.Callback):
                 if new:
                     writer.writerow(["step", "tensor", *plan.source_names])
                 for name, row in zip(names, table.tolist(), strict=True):
-                    writer.writerow([trainer.global_step, name, *(f"{value:.6g}" for value in row)])
-        for logger in trainer.loggers:
+                    writer.writerow([step, name, *(f"{value:.6g}" for value in row)])
+        for logger in loggers:
             if isinstance(logger, lightning.pytorch.loggers.WandbLogger):
-                self._to_wandb(logger, plan, module, table, names, trainer.global_step)
+                self._to_wandb(logger, plan, table, names, step)
 
     def _to_wandb(
-        self,
-        logger: Any,
-        plan: Plan,
-        module: MergeModule,
-        table: Tensor,
-        names: list[str],
-        step: int,
+        self, logger: Any, plan: Plan, table: Tensor, names: list[str], step: int
     ) -> None:
         import wandb
 

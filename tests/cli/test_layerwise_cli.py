@@ -29,10 +29,23 @@ def test_the_shipped_files_learn_block_by_block(files, world, tmp_path, capsys):
     options = [option for file in files for option in ("--config", str(CONFIGS / file))]
     command = ["fit", "--config", suite, *options, "--driver.steps", "3"]
     assert main(command) == 0
-    with Path("outputs/logs/version_0/metrics.csv").open() as file:
-        losses = [float(row["layer/0/loss"]) for row in csv.DictReader(file)]
+    logs = Path("outputs/logs/version_0")
+    with (logs / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["layer/0/loss"]) for row in rows if row["layer/0/loss"]]
     assert len(losses) == 3
+    assert rows[0]["init/a"]
+    assert rows[0]["init/b"]
     provenance = json.loads(Path("outputs/merged/provenance.json").read_text())
+    scores = provenance["results"]["selection"]
+    last = rows[-1]
+    assert last["step"] == "3"
+    assert float(last["selection/loss"]) == pytest.approx(scores["average"]["loss"], rel=1e-5)
+    assert float(last["selection/a/accuracy"]) == pytest.approx(scores["a"]["accuracy"], rel=1e-5)
+    assert {file.name for file in logs.glob("coefficients.*")} == {
+        "coefficients.csv",
+        "coefficients.png",
+    }
     (block,) = provenance["driver"]["blocks"]
     assert block["name"] == "bert.encoder.layer.0"
     assert block["steps"] == 3

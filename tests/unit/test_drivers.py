@@ -507,6 +507,51 @@ def test_a_killed_job_goes_on_bitwise_as_it_would_have(tmp_path, uninterrupted, 
     assert not torch.allclose(coefficients["body.weight"], torch.tensor([2 / 3, 1 / 3]), atol=1e-2)
 
 
+FOLDS = {  # driver, its sources, step of the kill, of how many, where the first one starts
+    "tree": (Tree, {}, "abcde", 3, 4, [1 / 2, 1 / 2]),
+    "continual": (Continual, {}, "cd", 2, 2, [2 / 3, 1 / 3]),
+    "continual, projected": (Continual, {"projection": True}, "cd", 2, 2, [1.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("name", FOLDS)
+def test_every_fold_that_was_killed_goes_on_bitwise_as_it_would_have(tmp_path, name):
+    kind, options, names, number, count, start = FOLDS[name]
+    models = relatives(build(), 6)
+    if kind is Continual:
+        two = FoldedRecipe(dict(zip("ab", models[1:3], strict=True)), base=models[0])
+        earlier = Tree().run(job_of(tmp_path / "first", models, learning_rate=0.3, recipe=two))
+        options = {**options, "earlier": str(earlier)}
+    sources = {source: models[1 + NAMES.index(source)] for source in names}
+
+    def run(root, *callbacks):
+        recipe = FoldedRecipe(sources, base=models[0])
+        own = {"learning_rate": 0.3, "callbacks": callbacks, "recipe": recipe}
+        driver = kind(every_n_steps=1, **options)
+        return driver.run(job_of(tmp_path / root, models, **own))
+
+    whole = run("whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        run("parts", Kill(number, "on_train_batch_start", 2))
+    steps = tmp_path / "parts/driver/steps"
+    before = {i: files(steps / f"step-{i}") for i in range(1, number)}
+    assert (steps / f"step-{number}/last.ckpt").is_file()
+    assert not (tmp_path / "parts/merged").exists()
+    found = run("parts")
+    for i, content in before.items():
+        assert files(steps / f"step-{i}") == content, "a finished step is not touched again"
+    for file in ("coefficients.safetensors", "model.safetensors"):
+        assert (found / file).read_bytes() == (whole / file).read_bytes()
+    said = [provenance(folder)["steps"] for folder in (whole, found)]
+    assert len(said[0]) == count
+    for first, second in zip(*said, strict=True):
+        assert ("lambda" in first) == ("projection" in options)
+        for key in ("steps", "coefficients", "results", "lambda"):
+            assert first.get(key) == second.get(key), key
+    learned = list(said[0][0]["coefficients"].values())
+    assert learned != pytest.approx(start, abs=1e-2), "something must have been learned"
+
+
 def test_a_fit_that_was_told_to_stop_early_does_not_go_on(tmp_path):
     """Killed between the last validation, which stops it, and the end of the step."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections import OrderedDict
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -44,10 +46,31 @@ from gradmerge.drivers.wandb_runs import finish_wandb_run
 from gradmerge.errors import ConfigError
 from gradmerge.finalisers import REPAIR
 from gradmerge.objectives import L1, CrossEntropy, KLToSource, Objective
+from gradmerge.optimisers import SAM
 from gradmerge.plan import Plan
 from gradmerge.spec import to_plain
 from networks import seeded
 from tiny import SPLITS, build, recipe_of, relatives, save_family
+
+
+@contextmanager
+def frozen():
+    """Nothing that is there already is looked at when a block's garbage is collected: beside such
+    small blocks, searching all that was imported twice a block would be most of the time.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_collections():
+    """See `frozen`."""
+    with frozen():
+        yield
 
 
 class Stack(nn.Module):
@@ -299,6 +322,63 @@ def test_coefficients_are_those_of_a_plain_implementation(
         torch.testing.assert_close(own, expected[key], rtol=0, atol=tolerance)
         moved = max(moved, float((own - 0.3).abs().max()))
     assert moved > 1e-4, "something must have been learned for this to mean anything"
+
+
+def sam(models, names, data, rate, rho):
+    """Coefficients after one step of SAM (arXiv 2010.01412, equation 2) on each block's loss:
+    `c - rate grad L(c + rho grad L(c) / |grad L(c)|)`, the norm over all of a block.
+    """
+    base, *experts = [{n: p.detach() for n, p in m.named_parameters()} for m in models]
+    network = models[0]
+    batches = [torch.stack([e["x"] for e in t.path["adaptation"]]) for t in data.tasks.values()]
+    start = float(torch.tensor(0.3))
+    c = {n: torch.full((2, *v.shape), start, dtype=v.dtype) for n, v in base.items()}
+
+    def output_of(block, parameters, x):
+        taken = []
+        hook = network.get_submodule(block).register_forward_hook(lambda *a: taken.append(a[2]))
+        functional_call(network, parameters, (x,))
+        hook.remove()
+        return taken[0]
+
+    for block in names:
+        own = [name for name in base if name.startswith(f"{block}.")]
+        targets = [output_of(block, experts[k], x) for k, x in enumerate(batches)]
+
+        def gradients(at, own=own, block=block, targets=targets):
+            z = {n: v.clone().requires_grad_(n in own) for n, v in at.items()}
+            theta = {
+                n: base[n] + sum(z[n][k] * (experts[k][n] - base[n]) for k in (0, 1)) for n in base
+            }
+            came = [output_of(block, theta, x) for x in batches]
+            loss = sum(((a - b) ** 2).mean() for a, b in zip(came, targets, strict=True))
+            return dict(zip(own, torch.autograd.grad(loss, [z[n] for n in own]), strict=True))
+
+        plain = gradients(c)
+        norm = torch.sqrt(sum(g.square().sum() for g in plain.values()))
+        uphill = {n: v + rho * plain[n] / norm if n in own else v for n, v in c.items()}
+        c |= {n: c[n] - rate * g for n, g in gradients(uphill).items()}
+    return c
+
+
+def test_a_step_of_sam_in_each_block_is_the_paper_s(tmp_path):
+    models = relatives(build(Narrow).double(), 3, 0.5)
+    data, rate, rho = data_of(), 0.5, 0.5
+    names = ["blocks.0", "blocks.1"]
+    optimiser = partial(SAM, lr=rate, rho=rho, base="torch.optim.SGD")
+    recipe = recipe_of(models, coefficients=Element())
+    job = job_of(tmp_path, recipe, data, optimiser, dtype="float64")
+    LayerWise(steps=1).run(job)
+    found = raw_of(job)
+    expected = sam(models, names, data, rate, rho)
+    flat = sam(models, names, data, rate, 0.0)
+    assert {key.replace("/", ".") for key in found} == {n for n in flat if n.startswith("blocks.")}
+    apart = 0.0
+    for key, value in found.items():
+        name = key.replace("/", ".")
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-10)
+        apart = max(apart, float((value - flat[name]).abs().max()))
+    assert apart > 1e-4, "a plain step must be another for this to mean anything"
 
 
 class Checkpointed(nn.Module):
@@ -911,26 +991,41 @@ def test_a_loss_of_one_s_own_is_refused_and_terms_are_said_to_be_unused(tmp_path
         assert (line in job.said) == ("KLToSource" in str(given))
 
 
-KILLED = """
+# ---- 24 blocks -----------------------------------------------------------------------------------
+
+BLOCKS, STOP = 24, 17
+KILLED = f"""
 import os, signal
 from pathlib import Path
-import torch
 from gradmerge.drivers import matching
 import test_layerwise as t
 
 step = matching.BlockModule.training_step
 def killed(self, batch, batch_idx):
-    if self.block.number == 1 and self.global_step == 2:
+    if self.block.number == {STOP} and self.global_step == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, batch_idx)
 matching.BlockModule.training_step = killed
-models = t.relatives(t.build(t.Narrow))
-job, driver = t.run_of(Path("job"), models, "x")
-driver.run(job)
+with t.frozen():
+    job, driver = t.deep(Path("job"), Path("models"))
+    driver.run(job)
 """
 
 
-def test_a_killed_process_leaves_what_the_next_one_goes_on_with(tmp_path, monkeypatch):
+def deep(folder, models):
+    """A Llama of 24 blocks, of which each is learned in two steps."""
+    sources = {name: str(models / name) for name in "ab"}
+    options = {"coefficients": Element(), "init": Constant(0.3)}
+    recipe = Recipe(sources, base=str(models / "base"), **options)
+    data = data_of("tokens", dtype=torch.float32)
+    return job_of(folder, recipe, data, ADAM), LayerWise(steps=2)
+
+
+def test_a_killed_merge_of_24_blocks_goes_on_to_the_same_coefficients(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the job is the same by the same paths
+    small = {"hidden_size": 8, "intermediate_size": 8}
+    family = relatives(llama(BLOCKS, **small), 3, 0.1)
+    save_family(tmp_path / "models", family, tokenizer=False)
     tests = Path(__file__).parents[1]
     paths = [str(tests), str(tests / "unit"), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -938,15 +1033,19 @@ def test_a_killed_process_leaves_what_the_next_one_goes_on_with(tmp_path, monkey
         [sys.executable, "-c", KILLED], cwd=tmp_path, env=environment, capture_output=True
     )
     assert ran.returncode == -signal.SIGKILL, ran.stderr.decode()
-    models = relatives(build(Narrow))
-    job, driver = run_of(tmp_path / "job", models, "x")
-    first = job.folder / "steps" / "block-000" / "raw.safetensors"
-    written = first.stat().st_mtime_ns
-    assert [path.name for path in sorted((job.folder / "steps").glob("*/step.json"))] == [
-        "step.json"
-    ]
-    driver.run(job)
-    assert first.stat().st_mtime_ns == written
-    whole, driver = run_of(tmp_path / "whole", models, "x")
-    driver.run(whole)
-    assert same(raw_of(job), raw_of(whole))
+    job, driver = deep(Path("job"), Path("models"))
+    steps = job.folder / "steps"
+    names = [f"block-{number:03d}" for number in range(BLOCKS)]
+    assert sorted(path.parent.name for path in steps.glob("*/step.json")) == names[:STOP]
+    written = {name: (steps / name / "raw.safetensors").stat().st_mtime_ns for name in names[:STOP]}
+    found = driver.run(job)
+    whole, driver = deep(Path("whole"), Path("models"))
+    expected = driver.run(whole)
+    for name, time in written.items():
+        assert (steps / name / "raw.safetensors").stat().st_mtime_ns == time, name
+    coefficients = raw_of(whole)
+    assert len(coefficients) == 9 * BLOCKS
+    assert sum(not bool((z == 0.3).all()) for z in coefficients.values()) > 8 * BLOCKS
+    assert same(raw_of(job), coefficients)
+    for file in ("coefficients.safetensors", "model.safetensors"):
+        assert (found / file).read_bytes() == (expected / file).read_bytes()

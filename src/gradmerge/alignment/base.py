@@ -110,6 +110,11 @@ class AbstractAlignment(ABC):
         """Whether it changes nothing, whatever the sources."""
         return False
 
+    @property
+    def mixes_units(self) -> bool:
+        """Whether its maps may mix units, so that a mapped source computes something else."""
+        return False
+
     @abstractmethod
     def align(self, context: AlignmentContext) -> Aligned:
         """Maps for every source.

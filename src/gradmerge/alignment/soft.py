@@ -57,6 +57,11 @@ class MixingOnData(MatchingOnData):
     order: maps that mix would shrink the mean from round to round.
     """
 
+    @property
+    def mixes_units(self) -> bool:
+        """See `AbstractAlignment.mixes_units`."""
+        return True
+
     @abstractmethod
     def mix(self, group: Group, moments: Moments) -> tuple[Map, float]:
         """The map of a group whose units may be mixed, and what it gains."""

@@ -88,6 +88,11 @@ class OptimalTransport(MixingOnData):
         """Moments of the sources' units on data, unless weights are compared."""
         return super().needs if self.ground == "activations" else None
 
+    @property
+    def mixes_units(self) -> bool:
+        """See `AbstractAlignment.mixes_units`; an exact assignment permutes."""
+        return self.regularisation > 0
+
     def _costs(self, moments: Moments) -> Tensor:
         if self.cost == "correlation":
             return 1 - correlation(moments)

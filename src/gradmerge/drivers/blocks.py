@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from gradmerge.alignment import AbstractAlignment
+from gradmerge.alignment.views import original_of
 from gradmerge.coefficients.base import Slot
 from gradmerge.errors import ConfigError, nearest, shorten
 from gradmerge.plan import Plan
@@ -142,3 +144,34 @@ def _require_own_coefficients(plan: Plan, blocks: Sequence[Block]) -> None:
                 "block (Tensor, Column, Row, Partition, Element, or Group with patterns that end "
                 "at a block), or learn end to end."
             )
+
+
+def require_permuted(alignment: AbstractAlignment | None, plan: Plan | None = None) -> None:
+    """Refuse an alignment that mixes units.
+
+    What a block is matched to are hidden features of an expert. A permuted expert computes them, in
+    the merge's order; a mixed one computes something else, and the expert's own are in another
+    basis than the merge's.
+
+    Args:
+        alignment: the recipe's.
+        plan: the opened recipe, whose maps are looked at; default: what the alignment says.
+
+    Raises:
+        ConfigError: it mixes.
+    """
+    if alignment is None:
+        return
+    if plan is None:
+        found = "may mix units" if alignment.mixes_units else ""
+    else:
+        mixed = [name for name, view in plan.serving.items() if original_of(view) is not view]
+        found = f"mixes units of {shorten(mixed)}" if mixed else ""
+    if found:
+        raise ConfigError(
+            f"LayerWise: alignment {type(alignment).__name__} {found}, expected one that permutes "
+            "them. Each block is matched to an expert's hidden features; those of a mixed source "
+            "are not the expert's, and the expert's own lie in another basis than the merge's. "
+            "Take WeightMatching or ActivationMatching, or learn end to end, where the teacher is "
+            "the source itself."
+        )

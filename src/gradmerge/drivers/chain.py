@@ -80,6 +80,8 @@ class Chain:
         self._slots: list[Slot] = []
         self._forms: list[Any] = []
         self._read: Callable[[str], Tensor] | None = None
+        self.gives_logits = False
+        """Whether the network gives what scores are of; known once it is verified."""
 
     # ---- weights --------------------------------------------------------------------------------
 
@@ -178,6 +180,8 @@ class Chain:
         """
         with self.as_source(source):
             traced, output = self._traced(inputs)
+            logits = getattr(output, "logits", output)
+            self.gives_logits = isinstance(logits, Tensor) and logits.dim() in (2, 3)
             order = [number for number, *_ in traced]
             for number, block in enumerate(self.blocks):
                 if order.count(number) != 1:

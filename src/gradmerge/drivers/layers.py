@@ -16,14 +16,16 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from torch import Tensor
 
+from gradmerge._typing import Raw
 from gradmerge.callbacks import CoefficientLogger, log_artifact
 from gradmerge.drivers.activations import Activations
 from gradmerge.drivers.base import Job
-from gradmerge.drivers.blocks import find_blocks
+from gradmerge.drivers.blocks import find_blocks, require_permuted
 from gradmerge.drivers.chain import Chain
 from gradmerge.drivers.matching import BlockModule, MergedBlock, mean_square, require_finite
 from gradmerge.drivers.prefixes import Batch, Prefixes
 from gradmerge.drivers.raw_files import Starts, assembled, read_mapped, write_tensors
+from gradmerge.drivers.scores import FinishedMerge, ScoreModule, initial_coefficients
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.export import export_plan
 from gradmerge.loaders import StreamLoader, TaskStream, sample_batches
@@ -60,6 +62,7 @@ class Layers:
                 f"LayerWise: {', '.join(on_data)} takes passes of the whole merged network, which "
                 "is never held here. Take SpectralRescale or DepthRescale, or learn end to end."
             )
+        require_permuted(job.recipe.alignment)
         with _quiet():
             trainer = self._make_trainer(job.root, 1)
         if trainer.world_size != 1:
@@ -72,6 +75,7 @@ class Layers:
         options = dict(job.options)
         dtype = DTYPES[options.get("dtype") or "float32"]
         self.plan = plan = job.recipe.open(options.get("module"))
+        require_permuted(job.recipe.alignment, plan)
         for warning in plan.warnings:
             lightning.pytorch.utilities.rank_zero_warn(str(warning))
         device = trainer.strategy.root_device
@@ -92,21 +96,27 @@ class Layers:
 
     def _make_trainer(self, folder: Path, steps: int, **options: Any) -> lightning.Trainer:
         """A trainer of the job for one block: no validation, no checkpoints but our own."""
-        trainer = self.job.trainer(
-            folder,
-            max_steps=steps,
-            max_epochs=-1,
-            max_time=None,
-            precision="32-true",  # the computation's dtype is model.dtype
-            limit_train_batches=1.0,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            val_check_interval=1.0,
-            check_val_every_n_epoch=1,
-            **options,
+        return self._stripped(
+            self.job.trainer(
+                folder,
+                max_steps=steps,
+                max_epochs=-1,
+                max_time=None,
+                precision="32-true",  # the computation's dtype is model.dtype
+                limit_train_batches=1.0,
+                limit_val_batches=0,
+                num_sanity_val_steps=0,
+                val_check_interval=1.0,
+                check_val_every_n_epoch=1,
+                **options,
+            )
         )
+
+    def _stripped(self, trainer: lightning.Trainer) -> lightning.Trainer:
+        """A trainer without callbacks that need the whole merge; coefficients are logged by us."""
         ours = (Checkpoint, EarlyStopping, CoefficientLogger)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        self._coefficients = [c for c in callbacks if isinstance(c, CoefficientLogger)]
         callbacks[:] = [callback for callback in callbacks if not isinstance(callback, ours)]
         return trainer
 
@@ -141,6 +151,9 @@ class Layers:
             f"by one {self.deviation:.1g} off the network itself); {len(outside)} tensors outside "
             f"keep their starting coefficients{': ' if outside else ''}{shorten(outside)}"
         )
+        start = initial_coefficients(plan, self._starts)
+        for logger in self._loggers:
+            logger.log_metrics({f"init/{source}": c for source, c in start.items()}, step=0)
         self.activations.close()  # what a killed run left
         self._starts.write(folder / "outside.safetensors", outside)
         parts = read_mapped(folder / "outside.safetensors")
@@ -155,7 +168,10 @@ class Layers:
             parts.update({k: v for k, v in found.items() if not k.startswith(_BUFFER)})
         self.activations.close()
         prefixes.recompute(partial(self._whole_passes, prefixes, parts))
-        plan.run = self._run
+        plan.run = {**self._run, "initial_coefficients": start}
+        raw = assembled(plan, parts)
+        step = max((n + 1) * int(result["steps"]) for n, result in enumerate(results))
+        scores = self._score(prefixes, parts, raw, step)
         extra = {
             "class_path": "LayerWise",
             "kept_at_start": outside,
@@ -165,9 +181,9 @@ class Layers:
                 for block, result in zip(chain.blocks, results, strict=True)
             ],
         }
-        write = partial(export_plan, plan, assembled(plan, parts))
+        write = partial(export_plan, plan, raw)
         buffers = chain.statistics.values()
-        written = self.job.export(write, extra, buffers=buffers, tasks=self.tasks)
+        written = self.job.export(write, extra, buffers=buffers, tasks=self.tasks, results=scores)
         if self.job.target.log_artifact:
             log_artifact(self._loggers, written)
         return written
@@ -309,19 +325,55 @@ class Layers:
 
     # ---- the end --------------------------------------------------------------------------------
 
+    def _finished(
+        self, prefixes: Prefixes, parts: Mapping[str, Tensor], source: str, name: str
+    ) -> Tensor:
+        """A tensor of the finished merge, as a task of this source has it."""
+        if name not in self.plan.tensors:
+            return self.plan.read(source, name)
+        return prefixes.theta(name, parts, finished=True)
+
     def _whole_passes(self, prefixes: Prefixes, parts: Mapping[str, Tensor]) -> None:
         """Passes of the whole merged network; a merged tensor lives while its layer runs."""
         loaders = self.job.data.evaluation_loaders("adaptation")
         for source, loader in zip(self.tasks.values(), loaders, strict=True):
-
-            def read(name: str, source: str = source) -> Tensor:
-                if name not in self.plan.tensors:
-                    return self.plan.read(source, name)
-                return prefixes.theta(name, parts, finished=True)
-
-            with self.chain.weights(read):
+            with self.chain.weights(partial(self._finished, prefixes, parts, source)):
                 for batch in sample_batches(loader, _NORM_BATCHES):
                     self.chain.skeleton(**prefixes.moved(batch))
+
+    def _score(
+        self, prefixes: Prefixes, parts: Mapping[str, Tensor], raw: Raw, step: int
+    ) -> dict[str, Any]:
+        """Scores of the selection split, which are logged once, with the coefficients."""
+        record = self.job.step("scores", {"scores": "selection"})
+        if record.result is not None:
+            return record.result
+        with _quiet():
+            trainer = self._stripped(
+                self.job.trainer(
+                    self.job.root, logger=self._loggers or False, precision="32-true", max_time=None
+                )
+            )
+            network = FinishedMerge(
+                self.chain, self.tasks, partial(self._finished, prefixes, parts)
+            )
+            experts = bool(self.job.options.get("score_experts", True))
+            module = ScoreModule(network, self.job.objective, experts, step)
+            if self.chain.gives_logits:
+                loaders = self.job.data.evaluation_loaders("selection")
+                trainer.validate(module, dataloaders=loaders, verbose=False)
+            else:
+                self.job.say("not scored: the network gives no logits")
+        folder = trainer.log_dir
+        for callback in self._coefficients:
+            callback.write(self._loggers, folder, self.plan, raw, step)
+            if folder:
+                callback.draw(folder, self.plan, raw)
+        for logger in self._loggers:
+            logger.save()
+        record.finish(module.results)
+        trim_heap()
+        return module.results
 
 
 def _first(chosen: Sequence[Any]) -> Any:

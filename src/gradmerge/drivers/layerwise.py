@@ -24,7 +24,11 @@ class LayerWise(AbstractDriver):
     own blocks before give; the mean is over entries of the hidden state, padding left out. Then
     both pass the new block. No labels are used. Tensors outside of blocks (embeddings, head, last
     norm) keep the coefficients that the recipe starts from. The terms of a configured objective are
-    not used, which a message says; regularisers, task weights and a logit scale are refused.
+    not used, which a message says; regularisers, task weights and a logit scale are refused, and so
+    are alignments that mix units (CCA, OptimalTransport): a mapped source is not the expert.
+
+    In the end the merge is scored on the selection split, as a fit is, one tensor in memory at a
+    time (`trainer.limit_val_batches: 0` leaves that out).
 
     Memory: the merged tensors of one block and their gradient, with its coefficients and their
     optimiser's state, one expert's block, and activations up to `activation_memory`.

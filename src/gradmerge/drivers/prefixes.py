@@ -132,8 +132,8 @@ class Prefixes:
         """A merged tensor of raw coefficients by slot, or what finalisers make of it."""
         plan, chain = self.chain.plan, self.chain
         own = None if name in plan.fixed else raw[slot_id(plan.layout.slots[name])]
-        out = torch.empty(plan.tensors[name].shape, dtype=chain.dtype, device=chain.device)
         with torch.inference_mode(False), torch.no_grad():
+            out = torch.empty(plan.tensors[name].shape, dtype=chain.dtype, device=chain.device)
             return (plan.finish if finished else plan.combine)(name, own, out)
 
     # ---- activations ----------------------------------------------------------------------------
