@@ -56,7 +56,7 @@ class Method:
     learns: bool = True
 
 
-# With free scales entropy alone collapses (docs/benchmarks.md): the term of entropy.yaml against it.
+# With free scales entropy alone collapses (docs/benchmarks.md): entropy.yaml's term against it.
 _MARGINAL = ("--model.objective.terms", '[{"class_path": "Entropy", "init_args": {"marginal": 1}}]')
 # CART's start: the first components of what each source has beside the mean, scaled.
 _CART = (

@@ -7,8 +7,9 @@ for pairs and quartets of them: endpoints, ensemble, plain and aligned averages,
 BatchNorm statistics recomputed or with REPAIR, NP Merge, and plain fine-tuning of the same aligned
 average on the same adaptation images, in the same order, for as many steps, with as many learning
 rates tried and the same early stopping. *Distilled*: both learn the ensemble's predictions on other
-images, of which no label is read, for four times the steps, and are chosen by that loss. Everything
-that is chosen is chosen on the selection split.
+images, of which no label is read, for four times the steps, and are chosen by that loss; *longer*:
+for sixteen times the steps, with the rate that the shorter run chose. Everything that is chosen is
+chosen on the selection split.
 
 `--study` asks when one coefficient a weight is the better choice: few labels, wrong labels, and
 classes that the adaptation data lack.
@@ -43,7 +44,17 @@ import rebasin
 import rebasin_merges as merges
 import rebasin_tables
 from rebasin import ARCHITECTURES, Architecture, Sizes
-from rebasin_merges import ALIGNMENTS, LEARNED_ON, SETTINGS, Budget, Case, Condition, Pool
+from rebasin_merges import (
+    ALIGNMENTS,
+    DISTILLATION,
+    LEARNED_ON,
+    LONGER,
+    SETTINGS,
+    Budget,
+    Case,
+    Condition,
+    Pool,
+)
 from rebasin_tables import Found, Result, is_distilled, is_learned
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +95,19 @@ def tuned_row(case: Case, **options: Any) -> Result:
     return {**merges.fine_tuned(case, begin, **options), "alignment": alignment}
 
 
+def longer_row(shorter: str, make: Callable[..., Row], rows: Mapping[str, Row]) -> Row:
+    """Distillation for longer, with the rate that another row chose."""
+
+    def run(case: Case) -> Result:
+        found = compute(case, shorter, rows, False)
+        assert found is not None
+        # none was better than the start: the middle one
+        rate = found["rate"] or float(list(found["tried"])[1])
+        return make(distil=LONGER, rates=[rate])(case)
+
+    return run
+
+
 def rows_of(case: Case) -> dict[str, Row]:
     """All rows of a case, in the order of the table."""
     rows: dict[str, Row] = {
@@ -111,10 +135,14 @@ def rows_of(case: Case) -> dict[str, Row]:
     rows["NP Merge, unbounded, aligned"] = np_row(merges.np_unbounded, True)
     rows["fine-tuning, aligned"] = tuned_row
     if case.setting == "same":  # else no ensemble knows all classes
-        rows[f"{first}, aligned, distilled"] = np_row(kinds[first], True, distil=True)
-        unbounded = np_row(merges.np_unbounded, True, distil=True)
-        rows["NP Merge, unbounded, aligned, distilled"] = unbounded
-        rows["fine-tuning, aligned, distilled"] = partial(tuned_row, distil=True)
+        rows[f"{first}, aligned, distilled"] = np_row(kinds[first], True, distil=DISTILLATION)
+        unbounded, tuned = "NP Merge, unbounded, aligned", "fine-tuning, aligned"
+        learn = partial(np_row, merges.np_unbounded, True)
+        tune = partial(partial, tuned_row)
+        rows[f"{unbounded}, distilled"] = learn(distil=DISTILLATION)
+        rows[f"{tuned}, distilled"] = tune(distil=DISTILLATION)
+        rows[f"{unbounded}, distilled longer"] = longer_row(f"{unbounded}, distilled", learn, rows)
+        rows[f"{tuned}, distilled longer"] = longer_row(f"{tuned}, distilled", tune, rows)
     return rows
 
 
@@ -133,7 +161,7 @@ def compute(case: Case, row: str, rows: Mapping[str, Row], finished: bool) -> Re
     content += [SETTINGS[case.setting][case.members], case.condition, row]
     content += [case.budget if is_learned(row) else None]
     if is_distilled(row):
-        content.append((merges.DISTILLATION, "chosen by the loss"))
+        content.append((LONGER if "longer" in row else DISTILLATION, "chosen by the loss"))
     if "unbounded" in row:
         content.append(merges.UNBOUNDED_RATES)
     if "REPAIR" in row:

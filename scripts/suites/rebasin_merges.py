@@ -83,6 +83,8 @@ class Distillation:
 
 
 DISTILLATION = Distillation()
+# For as long as the endpoints were trained; with the one rate that the shorter distillation chose.
+LONGER = Distillation(images=40_000, longer=16)
 
 # For coefficients without bounds, which are not raw numbers behind a sigmoid or softmax.
 UNBOUNDED_RATES = (0.01, 0.03, 0.1)
@@ -165,7 +167,7 @@ class Learner(MergeModule):
 class KeepBest(lightning.Callback):
     """The raw coefficients with the best accuracy on selection so far, or with the least loss."""
 
-    def __init__(self, start: float, distil: bool) -> None:
+    def __init__(self, start: float, distil: Distillation | None) -> None:
         self.best, self.step, self.distil = start, 0, distil
         self.raws: State | None = None
 
@@ -224,11 +226,10 @@ class Case:
         """The same images as gradmerge takes them: one task."""
         return self._data_of(self.parts.adaptation)
 
-    @cached_property
-    def unlabelled(self) -> MergeDataModule:
+    def unlabelled(self, distil: Distillation) -> MergeDataModule:
         """The same, with other images to learn from."""
         rest = self.parts.rest
-        return self._data_of(rest.at(torch.arange(min(DISTILLATION.images, len(rest)))))
+        return self._data_of(rest.at(torch.arange(min(distil.images, len(rest)))))
 
     def _data_of(self, adaptation: Images) -> MergeDataModule:
         splits = {"adaptation": adaptation}
@@ -347,15 +348,15 @@ def learned(
     recipe: Recipe,
     alignment: str | None,
     steps: int | None = None,
-    distil: bool = False,
+    distil: Distillation | None = None,
     rates: Sequence[float] | None = None,
 ) -> tuple[Result, State]:
     """Learn the coefficients with each learning rate; the best on selection stays."""
     budget, data, objective = case.budget, case.data, None
     steps = steps or budget.steps
     if distil:
-        steps, data = steps * DISTILLATION.longer, case.unlabelled
-        objective = Objective([KLToEnsemble(temperature=DISTILLATION.temperature)])
+        steps, data = steps * distil.longer, case.unlabelled(distil)
+        objective = Objective([KLToEnsemble(temperature=distil.temperature)])
     module = open_merge(case, recipe, alignment, objective)
     begin = state_of(module, case.data)
     rank = chooser(case, distil)
@@ -387,23 +388,28 @@ def pairwise_recipe(sources: Mapping[str, Any], shares: Sequence[float]) -> Reci
     return Recipe(dict(sources), coefficients=coefficients, init=Constant(list(shares)))
 
 
-def np_pair(case: Case, alignment: str | None, distil: bool = False) -> Result:
+def np_pair(case: Case, alignment: str | None, distil: Distillation | None = None) -> Result:
     """One coefficient a weight, `sigmoid(a)` and `1 - sigmoid(a)`."""
     recipe = pairwise_recipe(case.sources(), [0.5, 0.5])
     return learned(case, recipe, alignment, distil=distil)[0]
 
 
-def np_joint(case: Case, alignment: str | None, distil: bool = False) -> Result:
+def np_joint(case: Case, alignment: str | None, distil: Distillation | None = None) -> Result:
     """All at once, a softmax over sources for each weight."""
     coefficients = Softmax(Element())
     recipe = Recipe(dict(case.sources()), coefficients=coefficients, init=Uniform())
     return learned(case, recipe, alignment, distil=distil)[0]
 
 
-def np_unbounded(case: Case, alignment: str | None, distil: bool = False) -> Result:
+def np_unbounded(
+    case: Case,
+    alignment: str | None,
+    distil: Distillation | None = None,
+    rates: Sequence[float] = UNBOUNDED_RATES,
+) -> Result:
     """A coefficient for each weight of each source, which may be any number."""
     recipe = Recipe(dict(case.sources()), coefficients=Element(), init=Uniform(), origin="zero")
-    return learned(case, recipe, alignment, distil=distil, rates=UNBOUNDED_RATES)[0]
+    return learned(case, recipe, alignment, distil=distil, rates=rates)[0]
 
 
 def np_fold(case: Case, alignment: str | None) -> Result:
@@ -480,7 +486,7 @@ def distillation_loss(networks: Sequence[nn.Module]) -> Callable[[Tensor, Tensor
     return loss
 
 
-def chooser(case: Case, distil: bool) -> Callable[[State, Result], float]:
+def chooser(case: Case, distil: Distillation | None) -> Callable[[State, Result], float]:
     """What of several states is chosen by, on selection: more is better.
 
     With labels the accuracy. Without, minus the divergence from the ensemble: no label is read
@@ -513,12 +519,17 @@ def training_batches(data: MergeDataModule, steps: int) -> Iterator[dict[str, Te
                 return
 
 
-def fine_tuned(case: Case, begin: State, distil: bool = False) -> Result:
+def fine_tuned(
+    case: Case,
+    begin: State,
+    distil: Distillation | None = None,
+    rates: Sequence[float] | None = None,
+) -> Result:
     """All weights trained from a start, with the budget of NP Merge."""
     budget, data, loss_of = case.budget, case.data, label_loss
     if distil:
-        budget = replace(budget, steps=budget.steps * DISTILLATION.longer)
-        data = case.unlabelled
+        budget = replace(budget, steps=budget.steps * distil.longer)
+        data = case.unlabelled(distil)
         loss_of = distillation_loss(endpoint_networks(case))
     sample = case.parts.adaptation.at(torch.arange(min(2_048, len(case.parts.adaptation))))
     rank = chooser(case, distil)
@@ -526,7 +537,7 @@ def fine_tuned(case: Case, begin: State, distil: bool = False) -> Result:
     start["rank"] = rank(begin, start)
     best: Result = {**start, "rate": None, "step": 0}
     tried = {}
-    for rate in budget.tuning_rates:
+    for rate in rates or budget.tuning_rates:
         network = case.network(begin).train()
         optimiser = torch.optim.Adam(network.parameters(), lr=rate)
         schedule = falling(optimiser, budget.steps)

@@ -21,7 +21,7 @@ def is_learned(row: str) -> bool:
 
 def is_distilled(row: str) -> bool:
     """Whether it learns from the ensemble."""
-    return row.endswith("distilled")
+    return ", distilled" in row
 
 
 def spread(values: Sequence[float], wanted: int = 0) -> str:
@@ -111,7 +111,7 @@ def verdicts(found: Found) -> list[str]:
                     f"{mean[row] - ends:+.2f} from the endpoints (half-way to the "
                     f"ensemble: {(upper - ends) / 2:+.2f})"
                 )
-            rival = "fine-tuning, aligned" + (", distilled" if is_distilled(row) else "")
+            rival = "fine-tuning, aligned" + "".join(row.partition(", distilled")[1:])
             if rival in mean:
                 texts.append(f"{mean[row] - mean[rival]:+.2f} from fine-tuning")
             lines.append(f"{where}: {row} is {', '.join(texts)}")

@@ -56,8 +56,9 @@ def test_every_row_is_there_and_in_the_table(run: dict[str, Any], bench: ModuleT
         wanted = {"endpoints", "ensemble", "average, none", "NP Merge, none", "NP Merge, aligned"}
         wanted |= {"NP Merge, unbounded, aligned", "fine-tuning, aligned"}
         if setting == "same":
-            wanted |= {"NP Merge, unbounded, aligned, distilled"}
-            wanted |= {"NP Merge, aligned, distilled", "fine-tuning, aligned, distilled"}
+            wanted |= {"NP Merge, aligned, distilled"}
+            for row in ("NP Merge, unbounded, aligned", "fine-tuning, aligned"):
+                wanted |= {f"{row}, distilled", f"{row}, distilled longer"}
         wanted |= {f"average, {name}" for name in bench.ALIGNMENTS}
         wanted |= {f"average, {name}, REPAIR" for name in bench.ALIGNMENTS}
         assert set(rows) == wanted
@@ -78,7 +79,10 @@ def test_learning_keeps_the_best_of_start_and_rates_on_selection(run: dict[str, 
             ranks = [tried["rank"] for tried in record["tried"].values()]
             assert record["rank"] == max([record["start"]["rank"], *ranks])
             by_accuracy = record["rank"] == record["selection"]
-            assert by_accuracy != record["row"].endswith("distilled")
+            assert by_accuracy != (", distilled" in record["row"])
+            if record["row"].endswith("longer"):
+                shorter = _found(run, "same")[record["row"].removesuffix(" longer")]
+                assert [float(rate) for rate in record["tried"]] == [shorter["rate"]]
 
 
 def test_rivals_start_from_the_same_network(run: dict[str, Any]) -> None:
