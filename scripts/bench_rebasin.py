@@ -88,9 +88,9 @@ def np_row(merge: Callable[..., Result], aligned: bool, **options: Any) -> Row:
     return run
 
 
-def tuned_row(case: Case, **options: Any) -> Result:
+def tuned_row(case: Case, aligned: bool = True, **options: Any) -> Result:
     """Fine-tuning of the average that NP Merge starts from."""
-    alignment = LEARNED_ON[case.architecture.name]
+    alignment = LEARNED_ON[case.architecture.name] if aligned else None
     begin = merges.averaged(case, alignment)
     return {**merges.fine_tuned(case, begin, **options), "alignment": alignment}
 
@@ -133,6 +133,7 @@ def rows_of(case: Case) -> dict[str, Row]:
     rows[f"{first}, none"] = np_row(kinds[first], False)
     rows |= {f"{kind}, aligned": np_row(merge, True) for kind, merge in kinds.items()}
     rows["NP Merge, unbounded, aligned"] = np_row(merges.np_unbounded, True)
+    rows["fine-tuning, none"] = partial(tuned_row, aligned=False)
     rows["fine-tuning, aligned"] = tuned_row
     if case.setting == "same":  # else no ensemble knows all classes
         rows[f"{first}, aligned, distilled"] = np_row(kinds[first], True, distil=DISTILLATION)

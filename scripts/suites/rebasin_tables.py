@@ -104,14 +104,15 @@ def verdicts(found: Found) -> list[str]:
             f"{where}: the best aligned average ({best}) is {mean[best] - ends:+.2f} from "
             "the endpoints"
         )
-        for row in (row for row in mean if row.startswith("NP") and "aligned" in row):
+        for row in (row for row in mean if row.startswith("NP")):
             texts = [f"{mean[row] - mean[best]:+.2f} from the best aligned average"]
             if setting == "same":
                 texts.append(
                     f"{mean[row] - ends:+.2f} from the endpoints (half-way to the "
                     f"ensemble: {(upper - ends) / 2:+.2f})"
                 )
-            rival = "fine-tuning, aligned" + "".join(row.partition(", distilled")[1:])
+            start = "none" if "none" in row else "aligned"
+            rival = f"fine-tuning, {start}" + "".join(row.partition(", distilled")[1:])
             if rival in mean:
                 texts.append(f"{mean[row] - mean[rival]:+.2f} from fine-tuning")
             lines.append(f"{where}: {row} is {', '.join(texts)}")

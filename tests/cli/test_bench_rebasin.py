@@ -54,7 +54,7 @@ def test_every_row_is_there_and_in_the_table(run: dict[str, Any], bench: ModuleT
     for setting in ("same", "split"):
         rows = _found(run, setting)
         wanted = {"endpoints", "ensemble", "average, none", "NP Merge, none", "NP Merge, aligned"}
-        wanted |= {"NP Merge, unbounded, aligned", "fine-tuning, aligned"}
+        wanted |= {"NP Merge, unbounded, aligned", "fine-tuning, none", "fine-tuning, aligned"}
         if setting == "same":
             wanted |= {"NP Merge, aligned, distilled"}
             for row in ("NP Merge, unbounded, aligned", "fine-tuning, aligned"):
@@ -88,9 +88,10 @@ def test_learning_keeps_the_best_of_start_and_rates_on_selection(run: dict[str, 
 def test_rivals_start_from_the_same_network(run: dict[str, Any]) -> None:
     for setting in ("same", "split"):
         rows = _found(run, setting)
-        np_merge, tuned = rows["NP Merge, aligned"], rows["fine-tuning, aligned"]
-        assert np_merge["alignment"] == tuned["alignment"]
-        assert np_merge["start"]["test"] == pytest.approx(tuned["start"]["test"], abs=0.005)
+        for start in ("aligned", "none"):
+            np_merge, tuned = rows[f"NP Merge, {start}"], rows[f"fine-tuning, {start}"]
+            assert np_merge["alignment"] == tuned["alignment"]
+            assert np_merge["start"]["test"] == pytest.approx(tuned["start"]["test"], abs=0.005)
 
 
 def test_a_second_run_reads_what_the_first_left(run: dict[str, Any], bench: ModuleType) -> None:
