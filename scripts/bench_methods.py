@@ -99,12 +99,12 @@ def tuned(selection: Selection, recipe: Recipe, search: AbstractSearch | None) -
         for factor in FACTORS:
             scaled: Any = replace(operator, scale=operator.scale * factor)  # type: ignore
             merged.plan.recipe = replace(recipe, operator=scaled)
-            merged._forget()
+            merged._resident.forget()
             scores[factor] = selection.try_out(recipe.init, "score")
         best = max(scores, key=lambda factor: scores[factor])
         scaled = replace(operator, scale=operator.scale * best)  # type: ignore
         merged.plan.recipe = replace(recipe, operator=scaled)
-        merged._forget()
+        merged._resident.forget()
         selection.score()
         return best
     if recipe.resolved_origin != "base" or type(operator).__name__ != "Linear":
