@@ -9,6 +9,11 @@ are chosen on the selection split, by the score, or by the loss where the method
 The best is scored on the test split, which nothing else reads. `m3` alone draws sixteen mixing
 ratios, `tensor from m3` starts at the best of them.
 
+`--drivers` is a table of its own: `tensor` two at a time, all merges together as many steps as one
+fit of all four, and the fourth source onto an earlier merge of the first three, which was learned
+with two thirds of the steps and the best of the rates. *New data*: of the fourth task alone, to
+learn and to choose by, as if the others' were gone. All are scored on all four tasks.
+
 Every fit is a process of its own: `seconds` is the wall time of the chosen fit with its validations
 (the least of the seeds, for other work on the machine only adds), `memory` how far its anonymous
 memory rose (the most; mapped files do not count). `adaptation` is how many examples were learned
@@ -27,12 +32,14 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["WANDB_MODE"] = "disabled"  # a run for each fit would be measured, too
+
+import yaml
 
 from measuring import measured
 from suite_files import suite_file
@@ -41,7 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 FORMAT = 1  # raise when the code changes what a fit gives
 METRICS = {"lm": ("bits_per_byte", False, 3), "vision": ("accuracy", True, 3)}
-RATES = (0.01, 0.03, 0.1)
+RATES = (0.01, 0.03, 0.1, 0.3)
 STEPS = {"lm": 60, "vision": 100}
 _DRAWS = ("--search", "Draws", "--search.num_draws", "16", "--search.alpha", "0.5")
 
@@ -54,6 +61,22 @@ class Method:
     options: tuple[str, ...] = ()
     suites: tuple[str, ...] = ("lm", "vision")
     learns: bool = True
+    driver: str = ""
+    """A file of configs/drivers."""
+    sources: str = "all"
+    """`first`: all but the last; `last`: that one alone, onto a merge of the others."""
+    data: str = "all"
+    """`new`: of the sources' own tasks alone."""
+
+    @property
+    def share(self) -> float:
+        """Of the suite's steps, for each of its fits."""
+        return {"first": 2 / 3, "last": 1 / 3}.get(self.sources, 1 / 3 if self.folds else 1.0)
+
+    @property
+    def folds(self) -> bool:
+        """Whether it merges two at a time."""
+        return bool(self.driver)
 
 
 # With free scales entropy alone collapses (docs/benchmarks.md): entropy.yaml's term against it.
@@ -96,19 +119,52 @@ METHODS = {
     "m3": Method("tensor", ("--model.recipe.coefficients", "Model", *_DRAWS), learns=False),
     "tensor from m3": Method("tensor", _DRAWS),
 }
+# The merge that `continual` goes on with.
+_EARLIER = "earlier"
+_PLAIN = ("--driver.projection", "false")
+DRIVERS = {
+    "tensor": METHODS["tensor"],
+    "pairwise": Method("tensor", driver="pairwise"),
+    "tree": Method("tensor", driver="tree"),
+    _EARLIER: Method("tensor", sources="first", data="new"),
+    "continual": Method("tensor", _PLAIN, driver="continual", sources="last"),
+    "continual, projected": Method("tensor", driver="continual", sources="last"),
+    "continual, new data": Method("tensor", _PLAIN, driver="continual", sources="last", data="new"),
+    "continual, projected, new data": Method(
+        "tensor", driver="continual", sources="last", data="new"
+    ),
+}
+ALL = METHODS | DRIVERS
 
 
-def options_of(
-    suite: str, seed: int, method: Method, rate: float, cache: Path, folder: Path
-) -> Any:
-    """Arguments of `gradmerge fit`."""
-    steps = STEPS[suite]
-    options = ["--config", str(suite_file(suite, seed, cache, folder))]
-    options += ["--config", str(CONFIGS / "methods" / f"{method.file}.yaml"), *method.options]
-    options += ["--trainer.max_steps", str(steps), f"--optimizer.init_args.lr={rate}"]
+def options_of(job: Job, folder: Path, whole: bool = False) -> list[str]:
+    """Arguments of `gradmerge fit`.
+
+    Args:
+        job: what is to be learned.
+        folder: for files of its own.
+        whole: with all sources and tasks, and without a driver.
+    """
+    method = job.method
+    steps = round(STEPS[job.suite] * method.share)
+    folder.mkdir(exist_ok=True)
+    path = suite_file(job.suite, job.seed, job.cache, folder)
+    if not whole:
+        _leave_part(path, method, job.earlier if method.sources == "first" else None)
+    options = ["--config", str(path)]
+    options += ["--config", str(CONFIGS / "methods" / f"{method.file}.yaml")]
+    if method.driver and not whole:
+        options += ["--config", str(CONFIGS / "drivers" / f"{method.driver}.yaml")]
+        if method.sources == "last":
+            options += ["--driver.earlier", str(job.earlier)]
+    if not whole:
+        options += method.options
+    options += ["--trainer.max_steps", str(steps), f"--optimizer.init_args.lr={job.rate}"]
+    if method.folds:
+        options += ["--trainer.val_check_interval", str(max(1, steps // 3))]
     cosine = "torch.optim.lr_scheduler.CosineAnnealingLR"
     options += ["--lr_scheduler", cosine, f"--lr_scheduler.T_max={steps}"]
-    options += [f"--lr_scheduler.eta_min={0.06 * rate}"]
+    options += [f"--lr_scheduler.eta_min={0.06 * job.rate}"]
     options += ["--trainer.default_root_dir", str(folder)]
     options += ["--trainer.enable_progress_bar", "false"]
     options += ["--trainer.enable_model_summary", "false"]
@@ -117,15 +173,30 @@ def options_of(
     return options
 
 
-def fit(suite: str, seed: int, name: str, rate: float, cache: Path) -> dict[str, Any]:
+def _leave_part(path: Path, method: Method, output: Path | None) -> None:
+    """Leave a suite's file with a method's own sources and tasks alone."""
+    config = yaml.safe_load(path.read_text())
+    sources = config["model"]["recipe"]["sources"]
+    *first, last = sources
+    for gone in {"all": [], "first": [last], "last": first}[method.sources]:
+        del sources[gone]
+        if method.data == "new":
+            del config["data"]["tasks"][gone]
+    if output is not None:
+        export = {"class_path": "ExportAtEnd", "init_args": {"output": str(output)}}
+        config["trainer"]["callbacks"].append(export)
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def fit(job: Job) -> dict[str, Any]:
     """One fit and its scores; runs in a process of its own."""
     from gradmerge.cli import learn
 
     quieten()
-    method, metric = METHODS[name], METRICS[suite][0]
+    method, metric = job.method, METRICS[job.suite][0]
     cost: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        options = options_of(suite, seed, method, rate, cache, Path(folder))
+        options = options_of(job, Path(folder))
         if not method.learns:
             cli = learn(options, run=False)
             module, data, chosen, count = searched(cli, cost)
@@ -133,16 +204,19 @@ def fit(suite: str, seed: int, name: str, rate: float, cache: Path) -> dict[str,
             with measured(cost):
                 cli = learn(["fit", *options])
             if cli.model is None:
-                module, data, chosen, count = driven(cli)
+                whole = options_of(job, Path(folder) / "whole", whole=True)
+                module, data, chosen, count = driven(cli, learn(whole, run=False))
             else:
                 module, data, chosen, count = fitted(cli)
         found = {
             "selection": chosen["average"][metric],
             "loss": chosen["average"]["loss"],
             "score": module.results["test"]["average"][metric],
+            "test": {task: scores[metric] for task, scores in module.results["test"].items()},
         }
-    drawn = data.batch_size * STEPS[suite]
-    sizes = [len(split) for split in data.examples("adaptation").values()]
+    drawn = data.batch_size * STEPS[job.suite]
+    examples = data.examples("adaptation")
+    sizes = [len(examples[task]) for task in cli.datamodule.tasks]
     labels = method.learns and module.objective.needs_labels and method.file != "prodistill"
     return {
         **found,
@@ -190,7 +264,7 @@ def searched(cli: Any, cost: dict[str, float]) -> tuple[Any, Any, Any, int]:
     return cli.model, cli.datamodule, chosen, 1
 
 
-def driven(cli: Any) -> tuple[Any, Any, Any, int]:
+def driven(cli: Any, whole: Any) -> tuple[Any, Any, Any, int]:
     """Scores of the folder that a driver wrote; each task has its own head."""
     from safetensors import safe_open
 
@@ -198,47 +272,93 @@ def driven(cli: Any) -> tuple[Any, Any, Any, int]:
     from gradmerge.coefficients import Constant, Model
     from gradmerge.evaluation import Selection
 
-    recipe, folder = cli.job.recipe, Path(cli.job.target.path)
-    whole = Recipe(
+    recipe, folder = whole.model.merged.plan.recipe, Path(cli.job.target.path)
+    merged = Recipe(
         sources={"merged": str(folder)},
         coefficients=Model(),
         init=Constant(1.0),
         private=recipe.private,
         heads=dict(recipe.sources) if recipe.private else {},
     )
-    module = MergeModule(whole, score_experts=False)
-    selection = Selection(module, cli.datamodule)
-    chosen = selection.score()
-    selection._trainer.test(module, datamodule=cli.datamodule, verbose=False)
+    module = MergeModule(merged, score_experts=False)
+    selection = Selection(module, whole.datamodule)
+    scores = selection.score()
+    mine = list(cli.datamodule.tasks)
+    metrics = {name for task in mine for name in scores[task]}
+    average = {m: statistics.mean(scores[task][m] for task in mine) for m in metrics}
+    selection._trainer.test(module, datamodule=whole.datamodule, verbose=False)
     with safe_open(folder / "coefficients.safetensors", framework="pt") as file:
         sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
-    return module, cli.datamodule, chosen, sum(sizes)
+    return module, whole.datamodule, {"average": average}, sum(sizes)
 
 
-def cell(args: argparse.Namespace, seed: int, name: str, rate: float) -> dict[str, Any]:
-    """One fit, from the cache or by a process of its own."""
-    text = repr((FORMAT, METHODS[name], STEPS[args.suite], rate)).encode()
-    text += (CONFIGS / "methods" / f"{METHODS[name].file}.yaml").read_bytes()
-    text += (CONFIGS / "suites" / f"{args.suite}.yaml").read_bytes()
-    slug = name.replace(" ", "-")
-    kept = args.cache.parent / "learned"
-    kept /= f"{args.suite}-{seed}-{slug}-{rate:g}-{zlib.crc32(text):08x}.json"
-    if kept.is_file():
-        found: dict[str, Any] = json.loads(kept.read_text())
+@dataclass(frozen=True)
+class Job:
+    """One fit of a method."""
+
+    suite: str
+    seed: int
+    name: str
+    rate: float
+    cache: Path
+    earlier: Path | None = None
+    """The merge that it goes on with, or, of that merge itself, where it goes."""
+
+    @property
+    def method(self) -> Method:
+        """What is learned."""
+        return ALL[self.name]
+
+    @property
+    def key(self) -> str:
+        """Of all that its result depends on."""
+        method = self.method
+        files = [f"suites/{self.suite}", f"methods/{method.file}"]
+        files += [f"drivers/{method.driver}"] if method.driver else []
+        read = [yaml.safe_load((CONFIGS / f"{file}.yaml").read_text()) for file in files]
+        own = (method.options, method.learns, method.driver, method.sources, method.data)
+        earlier = self.earlier.name if self.earlier and method.sources == "last" else ""
+        text = repr((FORMAT, own, STEPS[self.suite], self.rate, read, earlier))
+        slug = self.name.replace(" ", "-")
+        number = zlib.crc32(text.encode())
+        return f"{self.suite}-{self.seed}-{slug}-{self.rate:g}-{number:08x}"
+
+    def result(self) -> dict[str, Any]:
+        """From the cache, or by a process of its own."""
+        kept = self.cache.parent / "learned" / f"{self.key}.json"
+        if kept.is_file():
+            found: dict[str, Any] = json.loads(kept.read_text())
+            return found
+        command = [sys.executable, __file__, self.suite, "--cache", str(self.cache)]
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "result.json"
+            command += ["--json", str(output), "--fit", str(self.seed), self.name, str(self.rate)]
+            command += ["--earlier", str(self.earlier)] if self.earlier else []
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{self.key} failed:\n{done.stderr[-3000:]}")
+            found = json.loads(output.read_text())
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        work = kept.with_suffix(".partial")
+        work.write_text(json.dumps(found))
+        work.replace(kept)
         return found
-    command = [sys.executable, __file__, args.suite, "--cache", str(args.cache)]
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "result.json"
-        command += ["--json", str(output), "--fit", str(seed), name, str(rate)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{name}, seed {seed}, rate {rate:g} failed:\n{done.stderr[-3000:]}")
-        found = json.loads(output.read_text())
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    work = kept.with_suffix(".partial")
-    work.write_text(json.dumps(found))
-    work.replace(kept)
-    return found
+
+
+def tuned(suite: str, seed: int, name: str, cache: Path) -> tuple[Job, dict[str, Any]]:
+    """The job whose rate the selection split prefers, and what it gave."""
+    method = ALL[name]
+    jobs = []
+    for rate in RATES if method.learns else RATES[:1]:
+        job = Job(suite, seed, name, rate, cache)
+        if method.sources == "first":
+            job = replace(job, earlier=cache.parent / "learned" / job.key)
+        elif method.sources == "last":
+            job = replace(job, earlier=tuned(suite, seed, _EARLIER, cache)[0].earlier)
+        jobs.append(job)
+    trials = {job.rate: job.result() for job in jobs}
+    rate = best_of(suite, trials)
+    return next(job for job in jobs if job.rate == rate), {"rate": rate, **trials[rate]}
 
 
 def best_of(suite: str, trials: dict[float, dict[str, Any]]) -> float:
@@ -255,13 +375,12 @@ def best_of(suite: str, trials: dict[float, dict[str, Any]]) -> float:
     return min(trials, key=rank)
 
 
-def render(suite: str, found: dict[str, dict[int, dict[str, Any]]]) -> str:
-    """A markdown table, the best first."""
+def render(suite: str, found: dict[str, dict[int, dict[str, Any]]], apart: bool = False) -> str:
+    """A markdown table, the best first; with the last task apart, if asked."""
     metric, higher, digits = METRICS[suite]
-    lines = [
-        f"| method | {metric} | rates | coefficients | adaptation | seconds | memory, MB |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    parts = ["first three tasks", "the fourth"] if apart else []
+    columns = ["method", metric, *parts, "rates", "coefficients", "adaptation", "seconds"]
+    lines = [f"| {' | '.join([*columns, 'memory, MB'])} |", "|---" * (len(columns) + 1) + "|"]
 
     def mean(name: str) -> float:
         return statistics.mean(result["score"] for result in found[name].values())
@@ -270,16 +389,24 @@ def render(suite: str, found: dict[str, dict[int, dict[str, Any]]]) -> str:
         results = list(found[name].values())
         scores = [result["score"] for result in results]
         spread = f" ± {statistics.stdev(scores):.{digits}f}" if len(scores) > 1 else ""
-        rates = ", ".join(f"{result['rate']:g}" for result in results)
+        cells = [f"`{name}`", f"{mean(name):.{digits}f}{spread}"]
+        if apart:
+            every = [[s for task, s in r["test"].items() if task != "average"] for r in results]
+            earlier = statistics.mean(score for one in every for score in one[:-1])
+            cells += [
+                f"{earlier:.{digits}f}",
+                f"{statistics.mean(o[-1] for o in every):.{digits}f}",
+            ]
         first = results[0]
         labels = "labels" if first["labels"] else "no labels"
-        data = f"{first['examples']:,}, {labels}" if first["examples"] else "none; selection labels"
-        lines.append(
-            f"| `{name}` | {mean(name):.{digits}f}{spread} | "
-            f"{rates if METHODS[name].learns else '-'} | {first['coefficients']:,} | {data} | "
-            f"{min(r['seconds'] for r in results):.0f} | "
-            f"{max(r['memory'] for r in results) / 1e6:.0f} |"
-        )
+        cells += [
+            ", ".join(f"{result['rate']:g}" for result in results) if ALL[name].learns else "-",
+            f"{first['coefficients']:,}",
+            f"{first['examples']:,}, {labels}" if first["examples"] else "none; selection labels",
+            f"{min(r['seconds'] for r in results):.0f}",
+            f"{max(r['memory'] for r in results) / 1e6:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -288,31 +415,32 @@ def main() -> None:
     parser.add_argument("suite", choices=METRICS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all of the suite")
+    parser.add_argument("--drivers", action="store_true", help="two at a time, and one after")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "suites")
     parser.add_argument("--json", type=Path, help="file to write all figures to")
     parser.add_argument("--fit", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--earlier", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.cache = args.cache.resolve()
     if args.fit:
         seed, method, rate = args.fit
-        found_one = fit(args.suite, int(seed), method, float(rate), args.cache)
-        args.json.write_text(json.dumps(found_one))
+        job = Job(args.suite, int(seed), method, float(rate), args.cache, args.earlier)
+        args.json.write_text(json.dumps(fit(job)))
         return
     methods = args.methods or [n for n, m in METHODS.items() if args.suite in m.suites]
+    if args.drivers:
+        methods = [name for name in DRIVERS if name != _EARLIER]
     found: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in methods}
     for seed in args.seeds:
         build = [sys.executable, str(ROOT / "scripts" / "suites" / f"{args.suite}.py")]
         command = [*build, "--cache", str(args.cache), "--seed", str(seed)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         for method in methods:
-            rates = RATES if METHODS[method].learns else RATES[:1]
-            trials = {rate: cell(args, seed, method, rate) for rate in rates}
-            rate = best_of(args.suite, trials)
-            found[method][seed] = {"rate": rate, **trials[rate]}
+            found[method][seed] = tuned(args.suite, seed, method, args.cache)[1]
             print(f"seed {seed} {method}: {found[method][seed]}", flush=True)
             if args.json:
                 args.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(render(args.suite, found))
+    print(render(args.suite, found, apart=args.drivers))
 
 
 if __name__ == "__main__":

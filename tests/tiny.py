@@ -245,3 +245,18 @@ def close_wandb_run() -> None:
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
         wandb.finish()
+
+
+def plain_statistics(module: MergeModule, models: Sequence[nn.Module], data: Any) -> nn.Module:
+    """Running statistics of the merged network by PyTorch's own, all examples in one batch."""
+    merged: Any = copy.deepcopy(models[0])
+    for name, parameter in merged.named_parameters():
+        parameter.data.copy_(module.merged.plan.materialise(name, raws(module)))
+    merged.norm.reset_running_stats()
+    merged.norm.momentum = None
+    merged.train()
+    loaders = data.evaluation_loaders("adaptation")
+    with torch.no_grad():
+        merged(torch.cat([batch["x"] for loader in loaders for batch in loader]))
+    norm: nn.Module = merged.norm
+    return norm

@@ -38,6 +38,10 @@ class Finishing:
         self._known: object = None
         self._renormalisation: Renormalisation | None = None
 
+    def __reduce__(self) -> tuple[type[Finishing], tuple[()]]:
+        """A copy knows nothing: what is known is of the original's network and data."""
+        return Finishing, ()
+
     def refresh(self, module: MergeModule, data: Any = None) -> None:
         """Compute what the recipe asks for, unless it is of the current coefficients.
 
@@ -53,7 +57,8 @@ class Finishing:
         norms = merged.plan.recipe.buffers == "recompute" and merged.statistics.batch_norms
         if not norms and repair is None:
             return
-        state = merged.version, frozenset(merged.plan.fixed)
+        own = tuple(checksums(merged.raw.values()))
+        state = own, frozenset(merged.plan.fixed)
         if self._state == state:
             return
         data = data or getattr(module._trainer, "datamodule", None)

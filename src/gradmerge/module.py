@@ -37,7 +37,7 @@ from gradmerge.prediction import (
 from gradmerge.provenance import start_run
 from gradmerge.recipe import Recipe
 from gradmerge.regularisation import Regularisation
-from gradmerge.saved import restore, to_save
+from gradmerge.saved import holding, restore, to_save
 from gradmerge.scoring import SplitScores
 from gradmerge.sources.token_report import summarise, token_report
 from gradmerge.spec import from_plain, to_plain
@@ -359,11 +359,15 @@ class MergeModule(lightning.LightningModule):
         self._finishing.refresh(self, data)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the coefficients belong to."""
-        self.refresh_buffers()
-        self._note_logit_scale()
-        own = (self._checked_unused, self.results, self._scores.experts)
-        checkpoint["gradmerge"] = to_save(self.merged, *own)
+        """Add what the coefficients belong to: those of the checkpoint, which a callback that
+        averages has put there in place of the current ones.
+        """
+        own = dict(self.named_parameters())
+        with holding(own, checkpoint.get("state_dict", {})):
+            self.refresh_buffers()
+            self._note_logit_scale()
+            known = (self._checked_unused, self.results, self._scores.experts)
+            checkpoint["gradmerge"] = to_save(self.merged, *known)
         checkpoint["gradmerge"]["regularisation"] = self.regularisation.to_save()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from gradmerge.finalisers import Finalisation, FinalSite
 from gradmerge.inventory import take_inventory
 from gradmerge.operators import Linear, Spread, Terms
 from gradmerge.preprocess import ProcessedDirections, Site
+from gradmerge.sharing import SharedDict
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.fingerprints import fingerprints_of, require_same
 from gradmerge.sources.statistics import direction_statistics
@@ -72,8 +73,8 @@ class Plan:
         self.num_rows = recipe.coefficients.num_rows(len(self.sources))
         self.run: dict[str, Any] = {}
         """How the coefficients were learned, as plain data; empty before a fit."""
-        self._on_device: dict[tuple[str, str], Tensor] = {}
-        self._facts: dict[str, dict[str, Tensor]] = {}
+        self._on_device: SharedDict[tuple[str, str], Tensor] = SharedDict()
+        self._facts: SharedDict[str, dict[str, Tensor]] = SharedDict()
         self._keeps_facts = False  # a static merge asks for each tensor once
         self.slopes: dict[str, Tensor] | None = None
         """Where set, `contract` adds up `dL/dc` here, by tensor, `[sources, *slot]`."""

@@ -32,6 +32,7 @@ from gradmerge.finalisers import AbstractFinaliser
 from gradmerge.operators import AbstractOperator, Linear
 from gradmerge.plan import Plan
 from gradmerge.preprocess import AbstractPreprocess
+from gradmerge.sharing import Shared
 from gradmerge.sources import AbstractSource, Checkpoint, Vocabulary, as_source
 from gradmerge.sources.compatibility import check, check_private, require
 from gradmerge.sources.resolve import FILE_SUFFIXES
@@ -40,7 +41,7 @@ from gradmerge.sources.views import align
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Shared):
     """Everything that defines a merge before its coefficients are trained."""
 
     sources: dict[str, str | AbstractSource]

@@ -23,6 +23,10 @@ class ResidentTensors:
         self._state: object = None
         self._has_graph = False
 
+    def __reduce__(self) -> tuple[type[ResidentTensors], tuple[()]]:
+        """A copy merges anew: the tensors are of the original's coefficients and graph."""
+        return ResidentTensors, ()
+
     def forget(self, fixed: bool = False) -> None:
         """Build anew next time; of fixed tensors only where asked for."""
         self.theta, self._storage = {}, {}

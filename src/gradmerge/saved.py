@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from gradmerge._version import __version__
 from gradmerge.errors import ConfigError
 from gradmerge.merged import MergedModel
+
+
+@contextmanager
+def holding(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the context parameters have other values, where any are given that differ."""
+    changed = {
+        name: (parameter, parameter.detach().clone())
+        for name, parameter in parameters.items()
+        if name in values and not torch.equal(parameter, values[name].to(parameter))
+    }
+    # through .data: a graph that is waiting for its backward is of the values after the context
+    for name, (parameter, _) in changed.items():
+        parameter.data.copy_(values[name])
+    try:
+        yield
+    finally:
+        for parameter, before in changed.values():
+            parameter.data.copy_(before)
 
 
 def to_save(

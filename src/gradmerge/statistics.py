@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gradmerge.errors import ConfigError, FingerprintError, shorten
+from gradmerge.sharing import Shared
 
 Kind = Literal["gram", "fisher", "kfac", "activations"]
 INDEX = "statistics.json"
@@ -63,7 +64,7 @@ class Readable(Protocol):
         """What is known of a source at a tensor; None where nothing was collected."""
 
 
-class SourceStatistics:
+class SourceStatistics(Shared):
     """An opened folder of statistics.
 
     Args:

@@ -20,6 +20,7 @@ from tiny import (
     Normalised,
     Perceptron,
     build,
+    plain_statistics,
     raws,
     recipe_of,
     relatives,
@@ -262,20 +263,6 @@ def test_private_heads_may_differ_in_their_labels(tmp_path):
 
 
 # ---- BatchNorm ------------------------------------------------------------------------------
-
-
-def plain_statistics(module, models, data):
-    """Running statistics of the merged network by PyTorch's own, all examples in one batch."""
-    merged = copy.deepcopy(models[0])
-    for name, parameter in merged.named_parameters():
-        parameter.data.copy_(module.merged.plan.materialise(name, raws(module)))
-    merged.norm.reset_running_stats()
-    merged.norm.momentum = None
-    merged.train()
-    loaders = data.evaluation_loaders("adaptation")
-    with torch.no_grad():
-        merged(torch.cat([batch["x"] for loader in loaders for batch in loader]))
-    return merged.norm
 
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from gradmerge.preprocess.base import AbstractPreprocess, Chain, Site
 from gradmerge.preprocess.selection import AbstractSelection, Selection
+from gradmerge.sharing import Shared
 
 Lazy = Callable[[], Iterator[tuple[Site, Callable[[], Tensor]]]]
 
 
-class ProcessedDirections:
+class ProcessedDirections(Shared):
     """Directions `[sources, *shape]` of every tensor, in float32, after all steps.
 
     A static merge asks for each tensor once, and none is held. Training asks at every step:

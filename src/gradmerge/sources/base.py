@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradmerge.sharing import Shared
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -33,7 +35,7 @@ class TensorInfo:
         return self.num_elements * self.dtype.itemsize
 
 
-class Checkpoint(ABC):
+class Checkpoint(Shared, ABC):
     """An opened source: headers in memory, tensors read (mapped) one at a time, by name."""
 
     @property
@@ -69,7 +71,7 @@ class Checkpoint(ABC):
         """`config.json` as plain data, if there is one."""
         return None
 
-    def keep(self) -> None:  # noqa: B027
+    def keep(self) -> None:
         """Prepare for being read again and again, where tensors are formed at every reading."""
 
     def fingerprint(self) -> str:
