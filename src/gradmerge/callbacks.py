@@ -160,6 +160,10 @@ class StepProgress(TQDMProgressBar):
         return {key: value for key, value in metrics.items() if key != "v_num"}
 
 
+OVERWRITE = "ExportAtEnd with overwrite: true"
+"""How a fit is told to replace a folder."""
+
+
 class ExportAtEnd(lightning.Callback):
     """Write the merged model as a Hugging Face folder when the fit ends.
 
@@ -191,11 +195,19 @@ class ExportAtEnd(lightning.Callback):
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse before training what would be refused after it."""
         if stage == "fit":
-            refuse_existing(Path(self.output).expanduser(), self.overwrite)
+            self.require_free()
+
+    def require_free(self) -> None:
+        """Refuse an existing folder, unless it is to be replaced."""
+        refuse_existing(Path(self.output).expanduser(), self.overwrite, OVERWRITE)
+
+    def require_tasks(self, tasks: Iterable[str]) -> None:
+        """Refuse options that these tasks do not have, and a dtype that is none."""
+        require_options(self.dtype, self.head, tasks)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """The same for options that depend on the tasks."""
-        require_options(self.dtype, self.head, pl_module.merged.tasks)
+        self.require_tasks(pl_module.merged.tasks)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Restore the best coefficients and export."""

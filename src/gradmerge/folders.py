@@ -27,10 +27,15 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _serial = itertools.count()
 
 
-def refuse_existing(target: Path, overwrite: bool) -> None:
+def refuse_existing(target: Path, overwrite: bool, remedy: str = "--overwrite true") -> None:
     """Stop before any work if the target would be overwritten unasked.
 
     What dead runs left of the target is put right first: their old folder may be the target.
+
+    Args:
+        target: what would be written.
+        overwrite: whether that was asked for.
+        remedy: how it is asked for.
 
     Raises:
         ConfigError: it exists.
@@ -41,7 +46,7 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
     except OSError:
         return
     if not overwrite:
-        raise ConfigError(f"{target} exists; give another folder, or --overwrite true.")
+        raise ConfigError(f"{target} exists; give another folder, or {remedy}.")
     if not stat.S_ISDIR(mode):
         raise ConfigError(f"{target} is a file; give a folder.")
 

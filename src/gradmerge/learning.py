@@ -28,6 +28,7 @@ from gradmerge.drivers.base import require_no_checkpoint
 from gradmerge.errors import ConfigError
 from gradmerge.logging_defaults import with_coefficients, with_csv
 from gradmerge.module import MergeModule
+from gradmerge.optimisers import SAM
 from gradmerge.recipe import Recipe
 from gradmerge.search import AbstractSearch
 from gradmerge.starting import SearchedStart
@@ -109,6 +110,9 @@ class MergeCLI(LightningCLI):
         given = self._get(self.config, "ckpt_path")
         if self._get(self.config, "driver"):
             self._require_driven(given)
+        kind = str(getattr(self._get(self.config, "optimizer"), "class_path", ""))
+        if kind.startswith(f"{SAM.__module__.rpartition('.')[0]}.") and kind.endswith(".SAM"):
+            SAM.require(self._get(self.config, "trainer.accumulate_grad_batches") or 1, False)
         path = str(given or "best")
         # else a name that Lightning resolves, an address, or a folder of shards
         if path not in ("best", "last", "hpc") and ":" not in path and not os.path.isdir(path):
@@ -231,6 +235,10 @@ class MergeCLI(LightningCLI):
         search = self._get(self.config_init, "search")
         if search is None:
             return
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, ExportAtEnd):  # before the trials, not after them
+                callback.require_free()
+                callback.require_tasks(self.datamodule.tasks)
         start = SearchedStart(search)
         self.trainer.callbacks.insert(0, start)
         if self._get(self.config, "ckpt_path") is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmerge.coefficients import AbstractInit
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, nearest
 from gradmerge.finishing import Finishing
 from gradmerge.memory import release_freed_memory
 from gradmerge.merged import Memory, MergedModel
@@ -183,6 +183,7 @@ class MergeModule(lightning.LightningModule):
             }
             if lost:
                 self.score_experts = False
+                _warn_of_sources(described, self.merged.plan.serving)
 
     def _tasks_need_source(self) -> bool:
         return self.objective.needs_teacher or bool(self.merged.plan.private)
@@ -250,7 +251,13 @@ class MergeModule(lightning.LightningModule):
             self.merged.plan.load(self.device)
 
     def on_train_start(self) -> None:
-        """Measure how much the coefficients matter, where the objective asks for it."""
+        """Refuse settings of the trainer that an optimiser cannot do with; measure how much the
+        coefficients matter, where the objective asks for it.
+        """
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, SAM):
+                scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+                optimizer.require(self.trainer.accumulate_grad_batches, scaled)
         if not self.regularisation.wants_batches:
             return
         data = getattr(self._trainer, "datamodule", None)
@@ -260,13 +267,6 @@ class MergeModule(lightning.LightningModule):
         with self.trainer.precision_plugin.train_step_context():
             steps = (self._runs(by_task(self.merged, batch)) for batch in moved)
             self.regularisation.measure(steps, self._inner_scale())
-
-    def on_train_epoch_start(self) -> None:
-        """Refuse settings of the trainer that an optimiser cannot do with."""
-        for optimizer in self.trainer.optimizers:
-            if isinstance(optimizer, SAM):
-                scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-                optimizer.require(self.trainer.accumulate_grad_batches, scaled)
 
     def on_train_end(self) -> None:
         """Say what the logits were scaled by at last."""
@@ -381,3 +381,15 @@ class MergeModule(lightning.LightningModule):
         restored = restore(self.merged, saved)
         self.regularisation.restore((saved or {}).get("regularisation", {}))
         self._checked_unused, self._scores.results, self._scores.experts = restored
+
+
+def _warn_of_sources(described: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Say which tasks name sources that do not exist; others have data of no source."""
+    known = list(known)
+    for name, task in described.items():
+        if task.source is not None and task.source not in known:
+            lightning.pytorch.utilities.rank_zero_warn(
+                f"task {name}: source {task.source!r} does not exist; there are "
+                f"{', '.join(known)}.{nearest(task.source, known)} Its examples count in every "
+                "merge, and no task is scored beside its expert."
+            )

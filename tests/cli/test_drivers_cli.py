@@ -18,7 +18,10 @@ from safetensors.torch import load_file
 
 from gradmerge.cli import learn, main
 from gradmerge.coefficients import Scaled
+from gradmerge.drivers import Job
+from gradmerge.recipe import Recipe
 from gradmerge.spec import from_plain
+from gradmerge.starting import SearchedStart
 from tiny import write_yaml as write
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -304,3 +307,80 @@ def test_a_fit_that_goes_on_does_not_search_again(three, tmp_path, monkeypatch):
     assert resumed.recipe.init == whole.recipe.init
     run = resumed.merged.plan.run
     assert run["search"] == run["before"]["search"] == whole.merged.plan.run["search"]
+
+
+# ---- what is refused before anything slow -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ({"output": "out"}, "out exists; give another folder, or ExportAtEnd with overwrite: true"),
+        ({"output": "new", "head": "nope"}, "head: 'nope' is no task"),
+        ({"output": "new", "dtype": "int8"}, "dtype: expected one of float64, float32"),
+    ],
+)
+def test_what_an_export_refuses_is_refused_before_a_search(
+    output, message, world, tmp_path, monkeypatch, capsys
+):
+    Path("out").mkdir()
+    export = {"class_path": "ExportAtEnd", "init_args": output}
+    own = {"trainer": {"callbacks": [export], "max_steps": 1}}
+    config = write(tmp_path / "c.yaml", world, own)
+    monkeypatch.setattr(SearchedStart, "run", lambda *_: pytest.fail("it searched"))
+    assert message in fails(["fit", "--config", config, "--search", "Draws"], capsys)
+    assert not any(Path("out").iterdir())
+
+
+@pytest.mark.parametrize("way", [["--driver", "Pairwise"], ["--driver", "LayerWise"], []])
+def test_accumulation_that_sam_cannot_do_with_is_seen_in_the_files(
+    way, three, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(Recipe, "open", lambda *_: pytest.fail("it opened the sources"))
+    config = write(tmp_path / "c.yaml", three)
+    options = ["--optimizer", "gradmerge.optimisers.SAM", "--trainer.accumulate_grad_batches", "2"]
+    message = fails(["fit", "--config", config, *way, *options], capsys)
+    assert "SAM needs the loss of a step twice, and accumulate_grad_batches 2" in message
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("driver", ["Pairwise", "LayerWise"])
+def test_an_output_that_exists_is_refused_before_anything_is_read(
+    driver, three, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(Recipe, "open", lambda *_: pytest.fail("it opened the sources"))
+    monkeypatch.setattr(Job, "sources", property(lambda *_: pytest.fail("it hashed the sources")))
+    Path("out").mkdir()
+    callbacks = [{"class_path": "ExportAtEnd", "init_args": {"output": "out"}}]
+    config = write(tmp_path / "c.yaml", three, {"trainer": {"callbacks": callbacks}})
+    message = fails(["fit", "--config", config, "--driver", driver], capsys)
+    assert "out exists; give another folder, or ExportAtEnd with overwrite: true" in message
+    assert not Path("run").exists()
+
+
+def test_a_job_that_was_stopped_before_its_first_state_is_begun_differently(
+    three, tmp_path, capsys
+):
+    """Nothing is lost by that; a job with a state is kept from it."""
+    config = write(tmp_path / "c.yaml", three, PAIRWISE, {"trainer": {"val_check_interval": 1}})
+    stopped = ["--trainer.callbacks", "lightning.pytorch.callbacks.EarlyStopping"]
+    stopped += ["--trainer.callbacks.monitor", "selection/los"]
+    with pytest.raises(RuntimeError, match="selection/los` which is not available"):
+        main(["fit", "--config", config, *stopped])
+    record = json.loads(Path("run/driver/job.json").read_text())
+    stopped[-1] = "selection/loss"
+    assert main(["fit", "--config", config, *stopped]) == 0
+    now = json.loads(Path("run/driver/job.json").read_text())
+    assert now["job"] == record["job"]
+    assert now["content"]["config"] != record["content"]["config"]
+    provenance = json.loads(Path("run/merged/provenance.json").read_text())
+    assert provenance["driver"]["job"] == now["job"]
+    stopped[-1] = "train/loss"
+    assert "holds another job" in fails(["fit", "--config", config, *stopped], capsys)
+
+
+def test_a_misspelt_source_of_a_task_is_said(three, tmp_path):
+    config = write(tmp_path / "c.yaml", three)
+    found = r"task c: source 'cc' does not exist; there are a, b, c\. Did you mean 'c'\?"
+    with pytest.warns(UserWarning, match=found):
+        learn(["fit", "--config", config, "--data.tasks.c.source", "cc"])

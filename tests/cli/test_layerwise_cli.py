@@ -63,3 +63,64 @@ def test_the_shipped_files_learn_block_by_block(files, world, tmp_path, capsys):
         capsys.readouterr()
         assert main([*command, "--optimizer.lr", "0.5"]) == 2
         assert "holds another job" in capsys.readouterr().err
+
+
+PLATEAU = ["--lr_scheduler", "ReduceLROnPlateau", "--lr_scheduler.patience", "0"]
+
+
+def layerwise(world, tmp_path, *options):
+    """A short job of column coefficients, and its logs."""
+    suite = write_yaml(tmp_path / "suite.yaml", world)
+    files = ["methods/column.yaml", "drivers/layerwise.yaml"]
+    given = [option for file in files for option in ("--config", str(CONFIGS / file))]
+    return main(["fit", "--config", suite, *given, "--driver.epochs", "3", *options])
+
+
+def test_a_schedule_may_watch_the_loss_of_each_block(world, tmp_path, capsys):
+    """With `mode: max` a loss that falls is no better: the rate is cut after the second pass."""
+    watched = [*PLATEAU, "--lr_scheduler.monitor", "layer/loss", "--lr_scheduler.mode", "max"]
+    assert layerwise(world, tmp_path, *watched, "--lr_scheduler.factor", "1e-9") == 0
+    cut = load_file("outputs/merged/coefficients.safetensors")
+    assert layerwise(world, tmp_path, "--trainer.default_root_dir", "plain") == 0
+    plain = load_file("plain/merged/coefficients.safetensors")
+    assert any(not torch.equal(cut[name], plain[name]) for name in plain)
+    with Path("outputs/logs/version_0/metrics.csv").open() as file:
+        assert "layer/loss" not in next(csv.reader(file))
+
+
+def test_a_schedule_that_watches_scores_is_refused_before_anything_is_read(world, tmp_path, capsys):
+    options = [*PLATEAU, "--lr_scheduler.monitor", "selection/loss"]
+    assert layerwise(world, tmp_path, *options) == 2
+    message = capsys.readouterr().err
+    assert "lr_scheduler watches selection/loss, and a block has a loss alone" in message
+    assert "--lr_scheduler.monitor layer/loss" in message
+    assert not Path("outputs").exists()
+
+
+def test_what_of_the_trainer_is_not_used_is_said(world, tmp_path, caplog):
+    options = ["--trainer.max_time", "00:00:05:00", "--trainer.precision", "bf16-mixed"]
+    options += ["--trainer.callbacks", "lightning.pytorch.callbacks.EarlyStopping"]
+    options += ["--trainer.callbacks.monitor", "selection/loss"]
+    with caplog.at_level("INFO"):
+        assert layerwise(world, tmp_path, *options) == 0
+    assert "trainer.max_time, trainer.precision, EarlyStopping: not used" in caplog.text
+
+
+def test_passes_are_passes_with_accumulated_batches(world, tmp_path):
+    assert layerwise(world, tmp_path) == 0
+    assert (
+        layerwise(
+            world,
+            tmp_path,
+            *("--trainer.accumulate_grad_batches", "2"),
+            *("--trainer.default_root_dir", "two"),
+        )
+        == 0
+    )
+    steps = []
+    for folder in ("outputs", "two"):
+        provenance = json.loads(Path(folder, "merged/provenance.json").read_text())
+        (block,) = provenance["driver"]["blocks"]
+        steps.append(block["steps"])
+    assert steps[0] % 3 == 0
+    assert steps[1] == 3 * -(-(steps[0] // 3) // 2)

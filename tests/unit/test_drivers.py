@@ -980,3 +980,22 @@ def test_a_step_s_last_state_is_a_checkpoint_as_any_other(tmp_path, family, monk
     with torch.no_grad():
         for task in "abc":
             assert module.merged(task=task, input_ids=tokens).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("driver", [Pairwise(), Tree()])
+def test_a_step_whose_tasks_weigh_nothing_is_refused_before_the_first(tmp_path, driver):
+    objective = Objective(task_weights={"a": 0.0, "b": 0.0})
+    job = job_of(tmp_path, relatives(build(), 4), objective=objective)
+    with pytest.raises(ConfigError, match=r"every task here weighs 0 \(a, b\)"):
+        driver.run(job)
+    assert not job.folder.exists()
+
+
+def test_a_model_of_a_step_that_is_gone_and_wanted_again_is_named(tmp_path):
+    models = relatives(build(), 4)
+    folder = Pairwise(keep_steps=False).run(job_of(tmp_path, models))
+    moved = folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"step step-2 merges this model.*begin anew"):
+        Pairwise(keep_steps=False).run(job_of(tmp_path, models))
+    moved.rename(folder)
+    assert Pairwise(keep_steps=False).run(job_of(tmp_path, models)) == folder

@@ -434,3 +434,10 @@ def test_an_objective_without_terms_is_cross_entropy():
 def test_negative_task_weights_are_refused():
     with pytest.raises(ConfigError, match="must not be negative: b"):
         Objective(task_weights={"a": 1.0, "b": -1.0})
+
+
+def test_task_weights_that_leave_nothing_to_learn_are_refused():
+    objective = Objective(task_weights={"a": 0.0, "b": 0.0})
+    objective.require_tasks(["a", "b", "c"])
+    with pytest.raises(ConfigError, match=r"every task here weighs 0 \(a, b\)"):
+        objective.require_tasks(["a", "b"])

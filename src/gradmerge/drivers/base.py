@@ -15,9 +15,18 @@ from typing import Any, Protocol
 import lightning
 from lightning.pytorch.utilities import rank_zero_info
 
+from gradmerge.callbacks import OVERWRITE
 from gradmerge.data import MergeDataModule
 from gradmerge.drivers.contents import describe_contents
-from gradmerge.drivers.records import JOB, StepRecord, plain, read_json, require_same, set_aside
+from gradmerge.drivers.records import (
+    JOB,
+    StepRecord,
+    has_states,
+    plain,
+    read_json,
+    require_same,
+    set_aside,
+)
 from gradmerge.drivers.records import write_json as write_record
 from gradmerge.drivers.wandb_runs import finish_wandb_run, name_wandb_runs
 from gradmerge.errors import ConfigError
@@ -113,6 +122,25 @@ class Job:
         """Content hash of the base and of each source."""
         return {name: entry["sha256"] for name, entry in self.sources.items()}
 
+    def require_free(self, driver: AbstractDriver) -> dict[str, Any] | None:
+        """Refuse what takes no reading of weights and data to see; what was kept of the job.
+
+        Args:
+            driver: the driver.
+
+        Raises:
+            ConfigError: options of the output that do not exist, a damaged record, or the output
+                exists and is not of this job.
+        """
+        require_options(self.target.dtype, self.target.head, self.data.tasks)
+        kept = None
+        if not driver.restart:
+            kept = read_json(self.folder / JOB, job=str, seed=(int, type(None)), content=dict)
+        if kept is None or not self._is_own_output(kept["job"]):
+            target = Path(self.target.path).expanduser()
+            refuse_existing(target, self.target.overwrite, OVERWRITE)
+        return kept
+
     def begin(self, driver: AbstractDriver, **more: Any) -> str:
         """Start the job, or go on with it; the first thing that a driver does.
 
@@ -128,7 +156,7 @@ class Job:
             ConfigError: the folder holds another job (what differs is listed) or a damaged record,
                 or the output exists and is not of this job.
         """
-        require_options(self.target.dtype, self.target.head, self.data.tasks)
+        kept = self.require_free(driver)
         own = dict(to_plain(driver)["init_args"])
         own.pop("restart", None)
         content = {
@@ -142,22 +170,19 @@ class Job:
             **more,
         }
         path = self.folder / JOB
-        target, overwrite = Path(self.target.path).expanduser(), self.target.overwrite
-        if driver.restart and is_first_process():
-            refuse_existing(target, overwrite)
-            aside = set_aside(self.folder)
+        if driver.restart:
+            aside = set_aside(self.folder) if is_first_process() else None
             if aside is not None:
                 self.say(f"the earlier job's folder is now {aside}")
-        kept = read_json(path, job=str, seed=(int, type(None)), content=dict)
-        if kept is None:
-            refuse_existing(target, overwrite)
-            kept = {"job": uuid.uuid4().hex, "seed": _global_seed(), "content": plain(content)}
+            kept = read_json(path, job=str, seed=(int, type(None)), content=dict)
+        if kept is not None and has_states(self.folder):
+            require_same(path, kept["content"], content)
+        elif kept is None or kept["content"] != plain(content):
+            # of a job that was stopped before it learned anything nothing is lost
+            number = uuid.uuid4().hex if kept is None else kept["job"]
+            kept = {"job": number, "seed": _global_seed(), "content": plain(content)}
             if is_first_process():
                 write_record(path, kept)
-        else:
-            require_same(path, kept["content"], content)
-            if not self._is_own_output(kept["job"]):
-                refuse_existing(target, overwrite)
         self._job, self._seed = str(kept["job"]), kept["seed"]
         return self._job
 

@@ -28,6 +28,7 @@ from gradmerge.drivers.steps import learn_step
 from gradmerge.errors import ConfigError
 from gradmerge.export import export_plan
 from gradmerge.module import MergeModule
+from gradmerge.objectives import Objective
 from gradmerge.provenance import mean_coefficients
 from gradmerge.recipe import Recipe
 from gradmerge.sources import AbstractSource
@@ -175,7 +176,13 @@ class AbstractFold(AbstractDriver):
         for pair in joins:
             of = [inside[at] if isinstance(at, int) else nodes[at].members for at in pair]
             inside.append((*of[0], *of[1]))
-            self.tasks_of(job, inside[-1])
+            tasks = self.tasks_of(job, inside[-1])
+            self.objective_of(job, tasks).require_tasks(tasks)
+
+    def objective_of(self, job: Job, tasks: Sequence[str]) -> Objective:
+        """The objective of a step on these tasks."""
+        weights = {t: w for t, w in job.objective.task_weights.items() if t in tasks}
+        return replace(job.objective, task_weights=weights)
 
     def _require_start(
         self, recipe: Recipe, nodes: Mapping[str, Node], joins: Sequence[Join]
@@ -268,10 +275,9 @@ class _Step:
         found = self.record.result
         if found is not None and self.finished:
             return found
+        self._require_nodes()
         options = dict(self.job.options)
-        objective = self.job.objective
-        weights = {t: w for t, w in objective.task_weights.items() if t in self.data.tasks}
-        options["objective"] = replace(objective, task_weights=weights)
+        options["objective"] = self.fold.objective_of(self.job, list(self.data.tasks))
         options["module"] = options.get("module") or _architecture(self.job.recipe)
         self.job.seed()
         module = self.job.module(self.recipe, **options)
@@ -279,6 +285,22 @@ class _Step:
         found = self.record.result
         assert found is not None
         return found
+
+    def _require_nodes(self) -> None:
+        """Refuse to merge what an earlier step made and is gone.
+
+        Raises:
+            ConfigError: which.
+        """
+        for node in self.pair:
+            folder = Path(str(node.spec))
+            if len(node.members) > 1 and self.job.folder in folder.parents and not folder.is_dir():
+                raise ConfigError(
+                    f"{folder}: step {self.name} merges this model, which an earlier step made, "
+                    "and it is gone (keep_steps: false removes a model once it is merged on). Put "
+                    "it, or the job's output, back where it was; or begin anew: --driver.restart "
+                    "true (the folder is moved aside, nothing is deleted)."
+                )
 
     def _write(self, module: MergeModule, fit: dict[str, Any]) -> None:
         """The step's model folder and record; for the last step, the job's output."""

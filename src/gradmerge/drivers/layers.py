@@ -71,6 +71,7 @@ class Layers:
                 "and its steps follow one another. Set trainer.devices: 1."
             )
         self._loggers = list(trainer.loggers)
+        self._accumulated = trainer.accumulate_grad_batches
         release_freed_memory()
         options = dict(job.options)
         dtype = DTYPES[options.get("dtype") or "float32"]
@@ -274,7 +275,7 @@ class Layers:
             task: [number for of, number in batches if of == task] for task in self.tasks
         }
         stream = TaskStream(numbers, _first, 1, self.job.data.seed + number)
-        total = steps or epochs * stream.num_steps()
+        total = steps or epochs * -(-stream.num_steps() // self._accumulated)
 
         def loss(task: str, index: int) -> Tensor:
             batch: Batch = batches[task, index]

@@ -5,11 +5,23 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gradmerge.drivers.base import AbstractDriver, Job
 from gradmerge.drivers.layers import Layers
+from gradmerge.drivers.matching import BLOCK_LOSS
 from gradmerge.errors import ConfigError
 from gradmerge.objectives import Objective
+
+# Settings of a trainer that are a whole fit's, with what says nothing.
+_OF_A_FIT = {
+    "max_steps": -1,
+    "max_epochs": None,
+    "max_time": None,
+    "limit_train_batches": None,
+    "precision": None,
+}
+_CALLBACKS_OF_A_FIT = ("EarlyStopping", "ModelCheckpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +41,10 @@ class LayerWise(AbstractDriver):
 
     In the end the merge is scored on the selection split, as a fit is, one tensor in memory at a
     time (`trainer.limit_val_batches: 0` leaves that out).
+
+    The optimiser and its schedule are each block's own. One that watches a loss watches
+    `layer/loss` after each pass. What of the trainer is a whole fit's (its length, precision, early
+    stopping, checkpoints) is not used, which a message says.
 
     Memory: the merged tensors of one block and their gradient, with its coefficients and their
     optimiser's state, one expert's block, and activations up to `activation_memory`.
@@ -74,6 +90,9 @@ class LayerWise(AbstractDriver):
                 "network; here one block runs at a time. Leave it out."
             )
         _require_own_loss(job)
+        _require_own_monitor(job.config.get("lr_scheduler"))
+        _say_unused(job)
+        job.require_free(self)
         # what would be refused is found before the job is on record
         layers = Layers(job, self.blocks, self.batch_size, self.activation_memory)
         job.begin(self)
@@ -111,3 +130,36 @@ def _require_own_loss(job: Job) -> None:
     if objective.terms != Objective().terms:
         terms = ", ".join(type(term).__name__ for term in objective.terms)
         job.say(f"objective {terms}: not used, each block is matched to the experts' own")
+
+
+def _require_own_monitor(schedule: Any) -> None:
+    """Refuse a schedule that watches what no block has.
+
+    Raises:
+        ConfigError: it does.
+    """
+    monitor = ((schedule or {}).get("init_args") or {}).get("monitor")
+    if monitor not in (None, BLOCK_LOSS):
+        raise ConfigError(
+            f"LayerWise: lr_scheduler watches {monitor}, and a block has a loss alone, without "
+            f"scores. Set --lr_scheduler.monitor {BLOCK_LOSS} (it acts after each pass)."
+        )
+
+
+def _say_unused(job: Job) -> None:
+    """Say what of the trainer is a whole fit's: suites state it, whatever driver they run with."""
+    trainer = job.config.get("trainer") or {}
+    stated = [
+        f"trainer.{name}"
+        for name, nothing in _OF_A_FIT.items()
+        if trainer.get(name) not in (None, nothing)
+    ]
+    callbacks = trainer.get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        kind = str(callback.get("class_path", "")).rpartition(".")[2]
+        stated += [kind] if kind in _CALLBACKS_OF_A_FIT else []
+    if stated:
+        job.say(
+            f"{', '.join(stated)}: not used, for they are a whole fit's; a block's length is the "
+            "driver's epochs or steps, and its dtype is model.dtype"
+        )

@@ -24,6 +24,9 @@ from gradmerge.optimisers import SAM
 
 Read = Callable[[str], Tensor]
 
+BLOCK_LOSS = "layer/loss"
+"""The name that a schedule watches, whatever the block: the loss of the last step of a pass."""
+
 
 class MergedBlock:
     """The merged tensors of one block, from raw coefficients by slot.
@@ -240,6 +243,8 @@ class BlockModule(lightning.LightningModule):
         prefix = f"layer/{self.block.number}"
         options: dict[str, Any] = {"batch_size": 1}
         self.log(f"{prefix}/loss", loss.detach(), prog_bar=True, **options)
+        # one name for all blocks, for schedules that watch a loss; loggers have the block's own
+        self.log(BLOCK_LOSS, loss.detach(), logger=False, **options)
         if len(values) > 1:
             for task, value in zip(batch, values, strict=True):
                 self.log(f"{prefix}/{task}/loss", value, **options)

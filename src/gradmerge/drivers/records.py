@@ -19,7 +19,7 @@ from typing import Any
 
 from gradmerge.errors import ConfigError, shorten
 
-JOB, STEP = "job.json", "step.json"
+JOB, STEP, STATE = "job.json", "step.json", "last.ckpt"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -109,7 +109,7 @@ class StepRecord:
     @property
     def checkpoint(self) -> Path:
         """Where the running step keeps its last state."""
-        return self.folder / "last.ckpt"
+        return self.folder / STATE
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -145,6 +145,12 @@ def require_same(path: Path, kept: Any, came: Any) -> None:
             "(--trainer.default_root_dir), or begin anew: --driver.restart true (the folder is "
             "moved aside, nothing is deleted)."
         )
+
+
+def has_states(folder: Path) -> bool:
+    """Whether any step of the job in this folder is finished, or has a state to go on from."""
+    steps = folder / "steps"
+    return any(path.is_file() for name in (STEP, STATE) for path in steps.glob(f"*/{name}"))
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradmerge.errors import ConfigError, nearest
+from gradmerge.errors import ConfigError, nearest, shorten
 from gradmerge.objectives.base import (
     UNLABELLED,
     AbstractRegulariser,
@@ -58,7 +58,11 @@ class Objective:
         return any(term.needs_ensemble for term in self.terms)
 
     def require_tasks(self, tasks: Iterable[str]) -> None:
-        """Refuse weights of tasks that do not exist."""
+        """Refuse weights of tasks that do not exist, and weights that leave nothing to learn.
+
+        Raises:
+            ConfigError: which.
+        """
         known = list(tasks)
         for name in self.task_weights:
             if name not in known:
@@ -66,6 +70,12 @@ class Objective:
                     f"task_weights: {name!r} is no task; there are {', '.join(known)}."
                     f"{nearest(name, known)}"
                 )
+        if known and not any(self.task_weights.get(name, 1.0) for name in known):
+            raise ConfigError(
+                f"task_weights: every task here weighs 0 ({shorten(known)}), so that nothing would "
+                "be learned, and the loss that is watched would be 0 throughout. Give one of them "
+                "a weight."
+            )
 
     def share(self, task: str, tasks: Iterable[str]) -> float:
         """`w_t / sum_t w_t` over the tasks of a step."""

@@ -61,7 +61,8 @@ class SAM(torch.optim.Optimizer):
         self.param_groups = self.base.param_groups
         self.state = self.base.state
 
-    def require(self, accumulated: int, scaled: bool) -> None:
+    @staticmethod
+    def require(accumulated: int, scaled: bool) -> None:
         """Refuse a trainer that two gradients a step do not work with.
 
         Args:
