@@ -13,6 +13,9 @@ gradient and Adam's two moments; the hidden states that are kept between blocks;
 saves of one forward pass of a block for its backward, other than weights (counted as it is saved).
 What is left is shown as a multiple of one block of one source in float32, the dtype of the
 computation; the target is three.
+
+`--scoring N` times the scores in the end, of N batches: one block merged once for all, beside the
+whole network merged for each batch.
 """
 
 from __future__ import annotations
@@ -162,12 +165,60 @@ def run(
     return result
 
 
+def scoring(folder: Path, batches: int, tokens: int, runs: int) -> dict[str, float]:
+    """Least seconds of each way to score the same batches, in turn, in this process."""
+    import time
+
+    import torch
+
+    from gradmerge import Recipe
+    from gradmerge.coefficients import Constant, Element
+    from gradmerge.drivers.activations import Activations
+    from gradmerge.drivers.blocks import find_blocks
+    from gradmerge.drivers.chain import Chain
+    from gradmerge.drivers.scores import FinishedMerge
+
+    recipe = Recipe(
+        {name: str(folder / name) for name in SOURCES},
+        base=str(folder / "base"),
+        coefficients=Element(),
+        init=Constant(0.3),
+    )
+    plan = recipe.open()
+    chain = Chain(plan, find_blocks(plan, None), torch.float32, torch.device("cpu"))
+    torch.manual_seed(0)
+    drawn = torch.randint(3, 1000, (batches, BATCH, tokens))
+    asked = [(SOURCES[i % 2], {"input_ids": ids}) for i, ids in enumerate(drawn)]
+    chain.verify({"input_ids": drawn[0, :1]}, SOURCES[0])
+    raw = plan.initial_raw()
+
+    def read(source: str, name: str) -> torch.Tensor:
+        return plan.materialise(name, raw, torch.float32)
+
+    taken: dict[str, list[float]] = {"whole": [], "by blocks": []}
+    with torch.no_grad(), tempfile.TemporaryDirectory(dir=folder) as work:
+        for _ in range(runs):
+            for way, seconds in taken.items():
+                store = Activations(Path(work) / "activations", 2**32)
+                network = FinishedMerge(chain, {name: name for name in SOURCES}, read, store)
+                began = time.perf_counter()
+                if way == "by blocks":
+                    network.pass_blocks(asked)
+                for task, inputs in asked:
+                    network(task=task, **inputs)
+                seconds.append(time.perf_counter() - began)
+    return {way: min(seconds) for way, seconds in taken.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="5m")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--layers", type=int, default=24, help="blocks")
     parser.add_argument("--steps", type=int, default=3, help="steps a block; of the fit")
+    parser.add_argument("--scoring", type=int, help="instead: time of scoring so many batches")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each example to score")
+    parser.add_argument("--runs", type=int, default=3, help="of each way to score")
     parser.add_argument("--cache", default=".cache/bench", help="where the models are kept")
     parser.add_argument("--json", help="file to write all figures to")
     parser.add_argument("--run", nargs=6, help=argparse.SUPPRESS)
@@ -181,6 +232,14 @@ def main() -> None:
     folder = Path(args.cache).resolve() / f"layers-{args.size}-{args.dtype}{number}"
     warm = folder.with_name(f"layers-tiny-{args.dtype}{number}")
     make_models(folder, args.size, args.dtype, args.layers)
+    if args.scoring:
+        least = scoring(folder, args.scoring, args.tokens, args.runs)
+        ratio = least["by blocks"] / least["whole"]
+        print(
+            f"{args.scoring} batches, a merge of the whole for each: {least['whole']:.1f} s; block "
+            f"by block: {least['by blocks']:.1f} s, {ratio:.2f} of it"
+        )
+        return
     make_models(warm, "tiny", args.dtype, args.layers)
     block, whole = 4 * entries(folder, ".layers.0."), 4 * entries(folder)
     stored = sum(f.stat().st_size for f in folder.glob("*/model.safetensors"))

@@ -23,8 +23,11 @@ from gradmerge.alignment import CCA, ActivationMatching, OptimalTransport, Weigh
 from gradmerge.callbacks import CoefficientLogger
 from gradmerge.coefficients import Column, Element, Mixup, Tensor, Uniform
 from gradmerge.drivers import Job, LayerWise, layers
-from gradmerge.drivers.blocks import require_permuted
+from gradmerge.drivers.activations import Activations
+from gradmerge.drivers.blocks import find_blocks, require_permuted
+from gradmerge.drivers.chain import Chain
 from gradmerge.drivers.prefixes import Prefixes
+from gradmerge.drivers.scores import FinishedMerge
 from gradmerge.errors import ConfigError
 from gradmerge.finalisers import DepthRescale
 from gradmerge.metrics import ACCURACY, BITS_PER_BYTE
@@ -237,25 +240,67 @@ def test_a_network_without_logits_is_merged_and_not_scored(tmp_path):
     assert "not scored: the network gives no logits" in job.said
 
 
-def test_scoring_holds_the_tensors_of_one_layer(tmp_path, monkeypatch):
-    models, kind, _ = network_of("llama", torch.float32)
+@pytest.mark.parametrize("size", [100, 2])
+def test_scoring_merges_each_block_once_and_holds_no_more_than_one(tmp_path, monkeypatch, size):
+    models, kind, names = network_of("llama", torch.float32)
     data = labelled(data_of(kind, dtype=torch.float32), kind)
-    alive, counts = [], []
+    data.eval_batch_size = size
+    alive, counts, merged = [], [], []
     theta = Prefixes.theta
 
     def watched(self, name, raw, finished=False):
         if not finished:
             return theta(self, name, raw)
         counts.append(sum(ref() is not None for ref in alive))
+        merged.append(name)
         found = theta(self, name, raw, finished)
         alive.append(weakref.ref(found))
         return found
 
     monkeypatch.setattr(Prefixes, "theta", watched)
     recipe = recipe_of(models, coefficients=Element())
-    LayerWise(steps=1).run(logged_job(tmp_path, recipe, data))
-    assert len(counts) == 2 * len(recipe.open().tensors), "one batch of each task"
-    assert max(counts) <= 1
+    folder = LayerWise(steps=1).run(logged_job(tmp_path, recipe, data))
+    tensors = recipe.open().tensors
+    blocks = [[n for n in tensors if n.startswith(f"{block}.")] for block in names]
+    within = [name for block in blocks for name in block]
+    assert sorted(name for name in merged if name in within) == sorted(within)
+    batches = sum(-(-len(task.path["selection"]) // size) for task in data.tasks.values())
+    assert batches == 2 if size == 100 else batches > 2
+    # what is outside of blocks: before them once (embeddings), and again where a batch ends
+    outside = len(tensors) - len(within)
+    assert len(merged) == len(within) + 1 + batches * outside
+    assert max(counts) <= max(map(len, blocks))
+    monkeypatch.undo()
+    scores = json.loads((folder / "provenance.json").read_text())["results"]["selection"]
+    assert set(scores) == {*data.tasks, "average"}
+
+
+@pytest.mark.parametrize("order", ["as it was", "backwards", "twice"])
+def test_a_batch_that_is_not_the_next_runs_whole(order):
+    """What was passed on in advance is used where it belongs, and nowhere else."""
+    models, _, names = network_of("llama", torch.float32)
+    plan = recipe_of(models).open()
+    chain = Chain(plan, find_blocks(plan, names), torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    batches = [
+        ("a", {"input_ids": torch.randint(32, (2, 5), generator=generator)}) for _ in range(3)
+    ]
+    chain.verify(batches[0][1], "a")
+    raw = plan.initial_raw()
+    read = lambda source, name: plan.materialise(name, raw)  # noqa: E731
+    store = Activations(Path("unused"), 2**20)
+    plain = FinishedMerge(chain, {"a": "a"}, read, store)
+    network = FinishedMerge(chain, {"a": "a"}, read, store)
+    expected = [plain(task=task, **inputs).logits for task, inputs in batches]
+    network.pass_blocks(batches)
+    runs = []
+    chain.modules[1].mlp.register_forward_hook(lambda *_: runs.append(1))
+    asked = {"as it was": [0, 1, 2], "backwards": [2, 1, 0], "twice": [0, 0, 1, 2]}[order]
+    for number in asked:
+        task, inputs = batches[number]
+        came = network(task=task, **inputs).logits
+        torch.testing.assert_close(came, expected[number], rtol=1e-5, atol=1e-6)
+    assert len(runs) == {"as it was": 0, "backwards": 2, "twice": 1}[order]
 
 
 # ---- going on ------------------------------------------------------------------------------------

@@ -147,6 +147,20 @@ class Chain:
         args, kwargs = call.filled(hidden, constants)
         return hidden_of(self.blocks[number].name, self.modules[number](*args, **kwargs))
 
+    def end(self, inputs: Mapping[str, Any], last: Callable[[Tensor], Tensor]) -> Any:
+        """What the network gives where `last` makes the hidden state after the last block of that
+        before the first; no block runs.
+        """
+
+        def stand_in(number: int, *args: Any, **kwargs: Any) -> Any:
+            hidden = dict(arguments(args, kwargs))[self._slots[number]]
+            if number == len(self.blocks) - 1:
+                hidden = last(hidden)
+            return output_with(self._forms[number], hidden)
+
+        with self._standing_in(stand_in):
+            return self.skeleton(**inputs)
+
     @contextmanager
     def _standing_in(self, forward: Callable[..., Any]) -> Iterator[None]:
         """Within the context `forward(number, ...)` runs in the place of each block's own."""
@@ -201,7 +215,8 @@ class Chain:
                 hidden = self.run(number, call, hidden.clone(), start.constants)
             own = hidden_of(self.blocks[-1].name, traced[-1][-1])
             deviation = max(
-                _deviation(hidden, own), _deviation(self._ended(inputs, hidden), first_of(output))
+                _deviation(hidden, own),
+                _deviation(first_of(self.end(inputs, lambda _: hidden)), first_of(output)),
             )
         if not deviation <= TOLERANCE[self.dtype]:
             raise ConfigError(
@@ -285,17 +300,6 @@ class Chain:
                             "cannot be learned from that state alone. Learn end to end, or name "
                             "other `blocks`."
                         )
-
-    def _ended(self, inputs: Mapping[str, Any], hidden: Tensor) -> Tensor:
-        """What the network gives if the last block returns this."""
-
-        def stand_in(number: int, *args: Any, **kwargs: Any) -> Any:
-            own = dict(arguments(args, kwargs))[self._slots[number]]
-            last = number == len(self.blocks) - 1
-            return output_with(self._forms[number], hidden if last else own)
-
-        with self._standing_in(stand_in):
-            return first_of(self.skeleton(**inputs))
 
 
 def first_of(output: Any) -> Tensor:

@@ -356,13 +356,14 @@ class Layers:
                 )
             )
             network = FinishedMerge(
-                self.chain, self.tasks, partial(self._finished, prefixes, parts)
+                self.chain, self.tasks, partial(self._finished, prefixes, parts), self.activations
             )
             experts = bool(self.job.options.get("score_experts", True))
-            module = ScoreModule(network, self.job.objective, experts, step)
+            module = ScoreModule(network, self.job.objective, experts, step, prefixes.moved)
             if self.chain.gives_logits:
                 loaders = self.job.data.evaluation_loaders("selection")
                 trainer.validate(module, dataloaders=loaders, verbose=False)
+                self.activations.close()
             else:
                 self.job.say("not scored: the network gives no logits")
         folder = trainer.log_dir

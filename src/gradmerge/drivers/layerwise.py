@@ -39,8 +39,8 @@ class LayerWise(AbstractDriver):
     not used, which a message says; regularisers, task weights and a logit scale are refused, and so
     are alignments that mix units (CCA, OptimalTransport): a mapped source is not the expert.
 
-    In the end the merge is scored on the selection split, as a fit is, one tensor in memory at a
-    time (`trainer.limit_val_batches: 0` leaves that out).
+    In the end the merge is scored on the selection split, as a fit is, one merged block in
+    memory at a time (`trainer.limit_val_batches: 0` leaves that out).
 
     The optimiser and its schedule are each block's own. One that watches a loss watches
     `layer/loss` after each pass. What of the trainer is a whole fit's (its length, precision, early

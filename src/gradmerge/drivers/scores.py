@@ -1,27 +1,41 @@
 """What a layer-wise merge logs beside its losses: where it starts, and how it scores in the end.
 
-As a fit does: `init/<source>`, `selection/...`, the results of the export. The whole network runs,
-but a merged tensor, or a source's, lives while its layer runs, so nothing of the network's size is
-held.
+As a fit does: `init/<source>`, `selection/...`, the results of the export. Nothing of the network's
+size is held: the examples pass one merged block after the other, and a source's tensor lives while
+its layer runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import lightning
 import torch
 from torch import Tensor, nn
 
+from gradmerge.drivers.activations import Activations
 from gradmerge.drivers.chain import Chain
 from gradmerge.drivers.raw_files import Starts
 from gradmerge.objectives import Objective
 from gradmerge.plan import Plan
 from gradmerge.prediction import Batch, expert_rows, is_causal, predict, rows_of
 from gradmerge.scoring import Scores, SplitScores
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """A batch that has passed the merged blocks; its tensors are among the activations."""
+
+    task: str
+    name: str
+    before: tuple[torch.Size, float]
+    """What its hidden state before the first block was, to know it again."""
 
 
 class FinishedMerge:
@@ -31,13 +45,20 @@ class FinishedMerge:
         chain: the network.
         tasks: task -> its expert, whose private tensors it uses.
         read: gives a finished tensor of an expert's task, by the expert and the tensor's name.
+        activations: where hidden states are kept.
     """
 
     def __init__(
-        self, chain: Chain, tasks: Mapping[str, str], read: Callable[[str, str], Tensor]
+        self,
+        chain: Chain,
+        tasks: Mapping[str, str],
+        read: Callable[[str, str], Tensor],
+        activations: Activations,
     ) -> None:
         self.chain, self.tasks, self._read = chain, tasks, read
+        self._activations = activations
         self._is_source = False
+        self._passed: dict[str, deque[_Passed]] = {task: deque() for task in tasks}
 
     @property
     def plan(self) -> Plan:
@@ -49,13 +70,63 @@ class FinishedMerge:
         """The network."""
         return self.chain.skeleton
 
+    @torch.no_grad()
+    def pass_blocks(self, batches: Iterable[tuple[str, Batch]]) -> None:
+        """Let batches pass the merged blocks, one block's tensors in memory at a time, so that a
+        block is merged once for all of them. What is called then continues with the hidden states.
+
+        Args:
+            batches: task and inputs, in the order in which they will be asked for.
+        """
+        kept: dict[tuple[str, str], Tensor] = {}
+
+        def read(task: str, name: str) -> Tensor:
+            owner = "" if name in self.plan.tensors else self.tasks[task]
+            if (owner, name) not in kept:
+                kept[owner, name] = self._read(self.tasks[task], name)
+            return kept[owner, name]
+
+        calls, store = {}, self._activations
+        for number, (task, inputs) in enumerate(batches):
+            with self.chain.weights(partial(read, task)):
+                start = self.chain.start(self._moved(inputs))
+            passed = _Passed(task, f"score/{number}", _known_by(start.hidden))
+            store.put(passed.name, start.hidden)
+            for i, tensor in enumerate(start.constants):
+                store.put(f"{passed.name}/{i}", tensor)
+            calls[passed] = start.calls, len(start.constants)
+            self._passed[task].append(passed)
+        for number in range(len(self.chain.blocks)):
+            kept.clear()
+            for passed, (call, count) in calls.items():
+                place = self.chain.device
+                constants = [store.get(f"{passed.name}/{i}").to(place) for i in range(count)]
+                hidden = store.get(passed.name).to(place, copy=True)
+                with self.chain.weights(partial(read, passed.task)):
+                    hidden = self.chain.run(number, call[number], hidden, constants)
+                store.put(passed.name, hidden)
+
+    def _moved(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        place = self.chain.place
+        return {k: place(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
     def __call__(self, *, task: str, **inputs: Any) -> Any:
         """What the network gives of a task's inputs."""
-        place = self.chain.place
-        moved = {k: place(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        read = partial(self._read, self.tasks[task])
-        with nullcontext() if self._is_source else self.chain.weights(read):
+        moved = self._moved(inputs)
+        if self._is_source:
             return self.skeleton(**moved)
+        with self.chain.weights(partial(self._read, self.tasks[task])):
+            waiting = self._passed[task]
+            if waiting:
+                with suppress(_Other):
+                    return self.chain.end(moved, partial(self._after, waiting))
+            return self.skeleton(**moved)
+
+    def _after(self, waiting: deque[_Passed], hidden: Tensor) -> Tensor:
+        """The hidden state after the last block, of the batch that is next."""
+        if waiting[0].before != _known_by(hidden):
+            raise _Other
+        return self._activations.get(waiting.popleft().name).to(self.chain.device, copy=True)
 
     @contextmanager
     def as_source(self, source: str, own: bool = False) -> Iterator[None]:
@@ -70,6 +141,15 @@ class FinishedMerge:
             self._is_source = before
 
 
+class _Other(Exception):  # noqa: N818 (it is no error)
+    """It is another batch than the one that is next."""
+
+
+def _known_by(hidden: Tensor) -> tuple[torch.Size, float]:
+    """What tells a hidden state from others."""
+    return hidden.shape, float(hidden.double().abs().sum())
+
+
 class ScoreModule(lightning.LightningModule):
     """Scores a merge with `trainer.validate`, as a fit's validation does.
 
@@ -80,12 +160,19 @@ class ScoreModule(lightning.LightningModule):
         objective: the configured one.
         score_experts: also run each task's own source, for normalised scores.
         step: steps of the whole run, at which scores are logged.
+        inputs: what of a batch the network takes.
     """
 
     def __init__(
-        self, network: FinishedMerge, objective: Objective, score_experts: bool, step: int
+        self,
+        network: FinishedMerge,
+        objective: Objective,
+        score_experts: bool,
+        step: int,
+        inputs: Callable[[Batch], Batch],
     ) -> None:
         super().__init__()
+        self._inputs = inputs
         self.network, self.objective = network, objective
         self._score_experts, self._step = score_experts, step
         self._scores = SplitScores()
@@ -96,8 +183,20 @@ class ScoreModule(lightning.LightningModule):
         return {stage: found for stage, found in self._scores.results.items() if len(found) > 1}
 
     def on_validation_epoch_start(self) -> None:
-        """Start the scores."""
+        """Start the scores; all batches pass the merged blocks first."""
         self._scores.begin(is_causal(self.network.skeleton), self.device)
+        self.network.pass_blocks(self._batches())
+
+    def _batches(self) -> Iterator[tuple[str, Batch]]:
+        """Those that will be scored, and none that will not."""
+        trainer: Any = self.trainer
+        loaders = trainer.val_dataloaders
+        for task, loader, limit in zip(
+            self.network.tasks, loaders, trainer.num_val_batches, strict=True
+        ):
+            for batch in islice(loader, None if limit == float("inf") else int(limit)):
+                if batch.get("labels") is not None or self._has_loss(batch):
+                    yield task, self._inputs(batch)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score one task's batch."""
