@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 FORMAT = 1  # raise when the code changes what a fit gives
 METRICS = {"lm": ("bits_per_byte", False, 3), "vision": ("accuracy", True, 3)}
-RATES = (0.01, 0.03, 0.1, 0.3)
+RATES = {"lm": (0.01, 0.03, 0.1, 0.3), "vision": (0.01, 0.03, 0.1)}
 STEPS = {"lm": 60, "vision": 100}
 _DRAWS = ("--search", "Draws", "--search.num_draws", "16", "--search.alpha", "0.5")
 
@@ -363,7 +363,8 @@ def tuned(suite: str, seed: int, name: str, cache: Path) -> tuple[Job, dict[str,
     """The job whose rate the selection split prefers, and what it gave."""
     method = ALL[name]
     jobs = []
-    for rate in RATES if method.learns else RATES[:1]:
+    rates = RATES[suite]
+    for rate in rates if method.learns else rates[:1]:
         job = Job(suite, seed, name, rate, cache)
         if method.sources == "first":
             job = replace(job, earlier=cache.parent / "learned" / job.key)
