@@ -32,7 +32,6 @@ from gradmerge.finalisers import AbstractFinaliser
 from gradmerge.operators import AbstractOperator, Linear
 from gradmerge.plan import Plan
 from gradmerge.preprocess import AbstractPreprocess
-from gradmerge.sharing import Shared
 from gradmerge.sources import AbstractSource, Checkpoint, Vocabulary, as_source
 from gradmerge.sources.compatibility import check, check_private, require
 from gradmerge.sources.resolve import FILE_SUFFIXES
@@ -41,7 +40,7 @@ from gradmerge.sources.views import align
 
 
 @dataclass(frozen=True)
-class Recipe(Shared):
+class Recipe:
     """Everything that defines a merge before its coefficients are trained."""
 
     sources: dict[str, str | AbstractSource]
@@ -90,6 +89,12 @@ class Recipe(Shared):
     """Whose tokens the merge has, where tokenizers differ. Default: all must be the same."""
     trust_remote_code: bool = False
     """Allow modelling code that ships with a model to run."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
+        """Itself, as `Shared` is (the parser takes a dataclass field by field only without other
+        bases).
+        """
+        return self
 
     def __post_init__(self) -> None:
         """Check what can be checked without opening a file."""
