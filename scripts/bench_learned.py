@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 FORMAT = 1  # raise when the code changes what a fit gives
 METRICS = {"lm": ("bits_per_byte", False, 3), "vision": ("accuracy", True, 3)}
-RATES = {"lm": (0.01, 0.03, 0.1, 0.3), "vision": (0.01, 0.03, 0.1)}
+RATES = (0.01, 0.03, 0.1)
 STEPS = {"lm": 60, "vision": 100}
 _DRAWS = ("--search", "Draws", "--search.num_draws", "16", "--search.alpha", "0.5")
 
@@ -359,17 +360,18 @@ class Job:
         return found
 
 
-def tuned(suite: str, seed: int, name: str, cache: Path) -> tuple[Job, dict[str, Any]]:
+def tuned(
+    suite: str, seed: int, name: str, cache: Path, rates: Sequence[float]
+) -> tuple[Job, dict[str, Any]]:
     """The job whose rate the selection split prefers, and what it gave."""
     method = ALL[name]
     jobs = []
-    rates = RATES[suite]
-    for rate in rates if method.learns else rates[:1]:
+    for rate in rates if method.learns else RATES[:1]:
         job = Job(suite, seed, name, rate, cache)
         if method.sources == "first":
             job = replace(job, earlier=cache.parent / "learned" / job.key)
         elif method.sources == "last":
-            job = replace(job, earlier=tuned(suite, seed, _EARLIER, cache)[0].earlier)
+            job = replace(job, earlier=tuned(suite, seed, _EARLIER, cache, rates)[0].earlier)
         jobs.append(job)
     trials = {job.rate: job.result() for job in jobs}
     rate = best_of(suite, trials)
@@ -430,6 +432,7 @@ def main() -> None:
     parser.add_argument("suite", choices=METRICS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all of the suite")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="to choose from")
     parser.add_argument("--drivers", action="store_true", help="two at a time, and one after")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "suites")
     parser.add_argument("--json", type=Path, help="file to write all figures to")
@@ -451,7 +454,7 @@ def main() -> None:
         command = [*build, "--cache", str(args.cache), "--seed", str(seed)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         for method in methods:
-            found[method][seed] = tuned(args.suite, seed, method, args.cache)[1]
+            found[method][seed] = tuned(args.suite, seed, method, args.cache, args.rates)[1]
             print(f"seed {seed} {method}: {found[method][seed]}", flush=True)
             if args.json:
                 args.json.write_text(json.dumps(found, indent=1) + "\n")
