@@ -12,7 +12,8 @@ ratios (over task arithmetic, linear, DARE and TIES), `tensor from m3` starts at
 `--drivers` is a table of its own: `tensor` two at a time, all merges together as many steps as one
 fit of all four, and the fourth source onto an earlier merge of the first three, which was learned
 with two thirds of the steps and the best of the rates. *New data*: of the fourth task alone, to
-learn and to choose by, as if the others' were gone. All are scored on all four tasks.
+learn and to choose by, as if the others' were gone; *not learned*: where that starts. All are
+scored on all four tasks.
 
 Every fit is a process of its own: `seconds` is the wall time of the chosen fit with its validations
 (the least of the seeds, for other work on the machine only adds), `memory` how far its anonymous
@@ -68,6 +69,8 @@ class Method:
     """`first`: all but the last; `last`: that one alone, onto a merge of the others."""
     data: str = "all"
     """`new`: of the sources' own tasks alone."""
+    rates: tuple[float, ...] = ()
+    """Instead of those to choose from."""
 
     @property
     def share(self) -> float:
@@ -149,6 +152,8 @@ DRIVERS = {
         "tensor", driver="continual", sources="last", data="new"
     ),
 }
+for _name in ("continual", "continual, projected"):
+    DRIVERS[f"{_name}, not learned"] = replace(DRIVERS[f"{_name}, new data"], rates=(0.0,))
 ALL = METHODS | DRIVERS
 
 
@@ -366,7 +371,7 @@ def tuned(
     """The job whose rate the selection split prefers, and what it gave."""
     method = ALL[name]
     jobs = []
-    for rate in rates if method.learns else RATES[:1]:
+    for rate in method.rates or (rates if method.learns else RATES[:1]):
         job = Job(suite, seed, name, rate, cache)
         if method.sources == "first":
             job = replace(job, earlier=cache.parent / "learned" / job.key)
