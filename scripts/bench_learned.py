@@ -7,7 +7,8 @@ many steps a block). All get the same learning rates to choose from, for a rate 
 task vector whatever the method, and the same schedule, a cosine to 0.06 of the rate; rate and step
 are chosen on the selection split, by the score, or by the loss where the method sees no labels.
 The best is scored on the test split, which nothing else reads. `m3` alone draws sixteen mixing
-ratios (over task arithmetic, linear, DARE and TIES), `tensor from m3` starts at the best of them.
+ratios (over task arithmetic, of which linear is the same for ratios that sum to one, over DARE and
+TIES), `tensor from m3` starts at the best of them.
 
 `--drivers` is a table of its own: `tensor` two at a time, all merges together as many steps as one
 fit of all four, and the fourth source onto an earlier merge of the first three, which was learned
@@ -132,7 +133,6 @@ METHODS = {
     "samerging": Method("samerging"),
     "prodistill": Method("prodistill"),
     "m3": Method("tensor", _M3, learns=False),
-    "m3, linear": Method("tensor", (*_M3, "--model.recipe.origin", "zero"), learns=False),
     "m3, dare": Method("tensor", (*_M3, *_DROPPED), learns=False),
     "m3, ties": Method("tensor", (*_M3, *_TRIMMED), learns=False),
     "tensor from m3": Method("tensor", _DRAWS),

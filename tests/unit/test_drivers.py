@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -316,6 +317,18 @@ def test_new_sources_join_an_earlier_merge_with_their_share(tmp_path):
     more = relatives(build(), 6)
     last = continue_(tmp_path / "2", more, folder, "e")
     assert_equal(last, average(more[1:]))
+
+
+def test_learning_on_new_tasks_alone_is_warned_of(tmp_path):
+    """It forgets the earlier ones; with any of their data nothing is said."""
+    models = relatives(build(), 4)
+    recipe = FoldedRecipe({"a": models[1], "b": models[2]}, base=models[0])
+    earlier = Pairwise().run(job_of(tmp_path / "0", models, recipe=recipe))
+    with pytest.warns(UserWarning, match=r"no task is of a, b, which the earlier merge serves"):
+        continue_(tmp_path / "1", models, earlier, "c", vectors("c"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Continual: no task")
+        continue_(tmp_path / "2", models, earlier, "c", vectors("bc", check_disjoint=False))
 
 
 def opcm(base, sources, alpha, scale=1.0, count=1):

@@ -10,10 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from gradmerge.drivers.base import Job
 from gradmerge.drivers.fold import AbstractFold, Join, Node
 from gradmerge.drivers.pairs import in_order
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, shorten
 from gradmerge.module import MergeModule
 from gradmerge.preprocess import Orthogonalise
 from gradmerge.recipe import Recipe
@@ -94,11 +96,24 @@ class Continual(AbstractFold):
                 f"{', '.join(both)}: the earlier merge {self.earlier} has a source of that name; "
                 "give the new one another name (and set `source` of its tasks)."
             )
+        self._warn_of_tasks(job)
         name = "earlier"
         while name in new or name in self._members:
             name = f"{name}_"
         members = self._members or (name,)
         return {name: Node(name, HuggingFace(self.earlier), members, self._count), **new}
+
+    def _warn_of_tasks(self, job: Job) -> None:
+        """Say that nothing holds the merge to what it knows."""
+        earlier = {*self._members, *self._provenance.get("tasks", {})}
+        used = {task.source or name for name, task in job.data.tasks.items()}
+        if earlier and not earlier & used:
+            rank_zero_warn(
+                f"Continual: no task is of {shorten(sorted(earlier))}, which the earlier merge "
+                "serves: coefficients that are learned on new tasks alone follow those, and the "
+                "earlier are forgotten (docs/benchmarks.md). Give some of their data, or a prior "
+                "(L2ToInit); or merge without learning (`gradmerge merge`)."
+            )
 
     def serving(self, job: Job) -> dict[str, str | AbstractSource]:
         """See `AbstractFold.serving`: the earlier merge stands for its sources and tasks, each with
