@@ -76,12 +76,9 @@ class Method:
     @property
     def share(self) -> float:
         """Of the suite's steps, for each of its fits."""
-        return {"first": 2 / 3, "last": 1 / 3}.get(self.sources, 1 / 3 if self.folds else 1.0)
-
-    @property
-    def folds(self) -> bool:
-        """Whether it merges two at a time."""
-        return bool(self.driver)
+        if self.sources == "first":
+            return 2 / 3
+        return 1 / 3 if self.driver else 1.0
 
 
 # With free scales entropy alone collapses (docs/benchmarks.md): entropy.yaml's term against it.
@@ -180,7 +177,7 @@ def options_of(job: Job, folder: Path, whole: bool = False) -> list[str]:
     if not whole:
         options += method.options
     options += ["--trainer.max_steps", str(steps), f"--optimizer.init_args.lr={job.rate}"]
-    if method.folds:
+    if method.driver:
         options += ["--trainer.val_check_interval", str(max(1, steps // 3))]
     cosine = "torch.optim.lr_scheduler.CosineAnnealingLR"
     options += ["--lr_scheduler", cosine, f"--lr_scheduler.T_max={steps}"]
@@ -203,7 +200,10 @@ def _leave_part(path: Path, method: Method, output: Path | None) -> None:
         if method.data == "new":
             del config["data"]["tasks"][gone]
     if output is not None:
-        export = {"class_path": "ExportAtEnd", "init_args": {"output": str(output)}}
+        export = {
+            "class_path": "ExportAtEnd",
+            "init_args": {"output": str(output), "overwrite": True},
+        }
         config["trainer"]["callbacks"].append(export)
     path.write_text(yaml.safe_dump(config, sort_keys=False))
 

@@ -247,16 +247,20 @@ def close_wandb_run() -> None:
         wandb.finish()
 
 
-def plain_statistics(module: MergeModule, models: Sequence[nn.Module], data: Any) -> nn.Module:
+def plain_statistics(module: MergeModule, models: Sequence[nn.Module], data: Any) -> Any:
     """Running statistics of the merged network by PyTorch's own, all examples in one batch."""
     merged: Any = copy.deepcopy(models[0])
     for name, parameter in merged.named_parameters():
         parameter.data.copy_(module.merged.plan.materialise(name, raws(module)))
-    merged.norm.reset_running_stats()
-    merged.norm.momentum = None
-    merged.train()
+    return recomputed(merged, data)
+
+
+def recomputed(network: Any, data: Any) -> Any:
+    """The norm of a network with running statistics of all adaptation examples in one batch."""
+    network.norm.reset_running_stats()
+    network.norm.momentum = None
+    network.train()
     loaders = data.evaluation_loaders("adaptation")
     with torch.no_grad():
-        merged(torch.cat([batch["x"] for loader in loaders for batch in loader]))
-    norm: nn.Module = merged.norm
-    return norm
+        network(torch.cat([batch["x"] for loader in loaders for batch in loader]))
+    return network.norm

@@ -111,7 +111,7 @@ class MergeCLI(LightningCLI):
         if self._get(self.config, "driver"):
             self._require_driven(given)
         kind = str(getattr(self._get(self.config, "optimizer"), "class_path", ""))
-        if kind.startswith(f"{SAM.__module__.rpartition('.')[0]}.") and kind.endswith(".SAM"):
+        if kind.startswith("gradmerge.optimisers.") and kind.endswith(".SAM"):
             SAM.require(self._get(self.config, "trainer.accumulate_grad_batches") or 1, False)
         path = str(given or "best")
         # else a name that Lightning resolves, an address, or a folder of shards

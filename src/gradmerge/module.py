@@ -390,6 +390,6 @@ def _warn_of_sources(described: Mapping[str, Any], known: Iterable[str]) -> None
         if task.source is not None and task.source not in known:
             lightning.pytorch.utilities.rank_zero_warn(
                 f"task {name}: source {task.source!r} does not exist; there are "
-                f"{', '.join(known)}.{nearest(task.source, known)} Its examples count in every "
-                "merge, and no task is scored beside its expert."
+                f"{', '.join(known)}.{nearest(task.source, known)} Its examples are learned "
+                "from as those of no source, and no task is scored beside its expert."
             )

@@ -19,6 +19,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from gradmerge.differentiation import checksums
 from gradmerge.drivers.activations import Activations
 from gradmerge.drivers.chain import Chain
 from gradmerge.drivers.raw_files import Starts
@@ -34,7 +35,7 @@ class _Passed:
 
     task: str
     name: str
-    before: tuple[torch.Size, float]
+    before: tuple[torch.Size, int]
     """What its hidden state before the first block was, to know it again."""
 
 
@@ -76,7 +77,8 @@ class FinishedMerge:
         block is merged once for all of them. What is called then continues with the hidden states.
 
         Args:
-            batches: task and inputs, in the order in which they will be asked for.
+            batches: task and inputs, on the chain's device, in the order in which they will be
+                asked for.
         """
         kept: dict[tuple[str, str], Tensor] = {}
 
@@ -89,7 +91,7 @@ class FinishedMerge:
         calls, store = {}, self._activations
         for number, (task, inputs) in enumerate(batches):
             with self.chain.weights(partial(read, task)):
-                start = self.chain.start(self._moved(inputs))
+                start = self.chain.start(inputs)
             passed = _Passed(task, f"score/{number}", _known_by(start.hidden))
             store.put(passed.name, start.hidden)
             for i, tensor in enumerate(start.constants):
@@ -106,13 +108,10 @@ class FinishedMerge:
                     hidden = self.chain.run(number, call[number], hidden, constants)
                 store.put(passed.name, hidden)
 
-    def _moved(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        place = self.chain.place
-        return {k: place(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-
     def __call__(self, *, task: str, **inputs: Any) -> Any:
         """What the network gives of a task's inputs."""
-        moved = self._moved(inputs)
+        place = self.chain.place
+        moved = {k: place(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         if self._is_source:
             return self.skeleton(**moved)
         with self.chain.weights(partial(self._read, self.tasks[task])):
@@ -145,9 +144,9 @@ class _Other(Exception):  # noqa: N818 (it is no error)
     """It is another batch than the one that is next."""
 
 
-def _known_by(hidden: Tensor) -> tuple[torch.Size, float]:
-    """What tells a hidden state from others."""
-    return hidden.shape, float(hidden.double().abs().sum())
+def _known_by(hidden: Tensor) -> tuple[torch.Size, int]:
+    """What tells a hidden state from others, those with the same values in another order, too."""
+    return hidden.shape, checksums([hidden.float()])[0]
 
 
 class ScoreModule(lightning.LightningModule):
@@ -160,7 +159,7 @@ class ScoreModule(lightning.LightningModule):
         objective: the configured one.
         score_experts: also run each task's own source, for normalised scores.
         step: steps of the whole run, at which scores are logged.
-        inputs: what of a batch the network takes.
+        inputs: what of a batch the network takes, on its device.
     """
 
     def __init__(
