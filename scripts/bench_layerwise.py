@@ -32,6 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gradmerge.engine.opening import open_plan
 from local_llama import make_llamas
 from measuring import measured
 
@@ -69,14 +70,14 @@ def run(
     import torch
 
     from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
+    from gradmerge._memory import trim_heap
     from gradmerge.coefficients import Constant, Element
     from gradmerge.drivers import Job, LayerWise
-    from gradmerge.drivers.activations import Activations
-    from gradmerge.drivers.matching import MergedBlock
-    from gradmerge.export import export_merged
-    from gradmerge.memory import trim_heap
-    from gradmerge.native import native_kernels
+    from gradmerge.drivers.layerwise.block import MergedBlock
+    from gradmerge.drivers.layerwise.cache import Activations
+    from gradmerge.export.folder import export_merged
     from gradmerge.objectives import KLToSource, Objective
+    from gradmerge.operators._native import native_kernels
 
     native_kernels()  # compiled once a machine, not once a merge
 
@@ -173,10 +174,10 @@ def scoring(folder: Path, batches: int, tokens: int, runs: int) -> dict[str, flo
 
     from gradmerge import Recipe
     from gradmerge.coefficients import Constant, Element
-    from gradmerge.drivers.activations import Activations
-    from gradmerge.drivers.blocks import find_blocks
-    from gradmerge.drivers.chain import Chain
-    from gradmerge.drivers.scores import FinishedMerge
+    from gradmerge.drivers.layerwise.blocks import find_blocks
+    from gradmerge.drivers.layerwise.cache import Activations
+    from gradmerge.drivers.layerwise.chain import Chain
+    from gradmerge.drivers.layerwise.scores import FinishedMerge
 
     recipe = Recipe(
         {name: str(folder / name) for name in SOURCES},
@@ -184,7 +185,7 @@ def scoring(folder: Path, batches: int, tokens: int, runs: int) -> dict[str, flo
         coefficients=Element(),
         init=Constant(0.3),
     )
-    plan = recipe.open()
+    plan = open_plan(recipe)
     chain = Chain(plan, find_blocks(plan, None), torch.float32, torch.device("cpu"))
     torch.manual_seed(0)
     drawn = torch.randint(3, 1000, (batches, BATCH, tokens))

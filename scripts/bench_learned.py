@@ -210,7 +210,7 @@ def _leave_part(path: Path, method: Method, output: Path | None) -> None:
 
 def fit(job: Job) -> dict[str, Any]:
     """One fit and its scores; runs in a process of its own."""
-    from gradmerge.cli import learn
+    from gradmerge.cli.main import learn
 
     quieten()
     method, metric = job.method, METRICS[job.suite][0]
@@ -274,7 +274,7 @@ def fitted(cli: Any) -> tuple[Any, Any, Any, int]:
 
 def searched(cli: Any, cost: dict[str, float]) -> tuple[Any, Any, Any, int]:
     """Scores of a search alone."""
-    from gradmerge.evaluation import Selection
+    from gradmerge.training.search import Selection
 
     with measured(cost):
         selection = Selection(cli.model, cli.datamodule)
@@ -290,7 +290,7 @@ def driven(cli: Any, whole: Any) -> tuple[Any, Any, Any, int]:
 
     from gradmerge import MergeModule, Recipe
     from gradmerge.coefficients import Constant, Model
-    from gradmerge.evaluation import Selection
+    from gradmerge.training.search import Selection
 
     recipe, folder = whole.model.merged.plan.recipe, Path(cli.job.target.path)
     merged = Recipe(

@@ -30,12 +30,13 @@ import jsonargparse
 import torch
 import yaml
 
-from gradmerge import MergeDataModule, MergeModule, Recipe, collection
-from gradmerge.cli import quieten, register
+from gradmerge import MergeDataModule, MergeModule, Recipe
+from gradmerge.cli.configs import for_merge
+from gradmerge.cli.main import quieten, register
 from gradmerge.coefficients import Scaled
-from gradmerge.evaluation import Selection
 from gradmerge.search import AbstractSearch, Scales
-from gradmerge.translation import for_merge
+from gradmerge.training import collect
+from gradmerge.training.search import Selection
 from suite_files import suite_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +124,7 @@ def run(suite: str, path: Path, config: Path, prepared: dict[Path, MergeDataModu
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         if recipe.statistics is None and any(step.needs for step in recipe.preprocess):
-            found = collection.collect(recipe, data, Path(folder) / "statistics")
+            found = collect.collect(recipe, data, Path(folder) / "statistics")
             recipe = replace(recipe, statistics=str(found))
         module = MergeModule(recipe, score_experts=False)
         selection = Selection(module, data)

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradmerge.engine.opening import open_plan
 from local_llama import make_llamas
 from measuring import measured
 
@@ -175,9 +176,9 @@ def run_gradmerge(folder: Path, name: str, output: Path) -> dict[str, float]:
     import jsonargparse
 
     from gradmerge import Recipe
-    from gradmerge.cli import register
-    from gradmerge.export import export_plan
-    from gradmerge.native import native_kernels
+    from gradmerge.cli.main import register
+    from gradmerge.export.folder import export_plan
+    from gradmerge.operators._native import native_kernels
 
     register()
     native_kernels()  # compiled once a machine, not once a merge
@@ -193,7 +194,7 @@ def run_gradmerge(folder: Path, name: str, output: Path) -> dict[str, float]:
     recipe = parser.instantiate_classes(parser.parse_object({"recipe": given})).recipe
     result: dict[str, float] = {}
     with measured(result):
-        plan = recipe.open(with_skeleton=False)
+        plan = open_plan(recipe, with_skeleton=False)
         export_plan(plan, plan.initial_raw(), output, overwrite=True)
     return result
 

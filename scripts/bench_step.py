@@ -46,9 +46,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gradmerge import MergedModel, Recipe
+from gradmerge._memory import release_freed_memory
 from gradmerge.coefficients import Complement, Element, Sigmoid, Uniform
-from gradmerge.memory import release_freed_memory
-from gradmerge.native import native_kernels
+from gradmerge.engine.opening import open_plan
+from gradmerge.operators._native import native_kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODES = ("resident", "streamed")
@@ -168,7 +169,7 @@ def recipe_of(case: Case, folder: Path) -> Recipe:
 
 def merge_of(case: Case, folder: Path) -> tuple[Any, dict[str, Tensor]]:
     """An opened merge and its raw coefficients."""
-    plan = recipe_of(case, folder).open()
+    plan = open_plan(recipe_of(case, folder))
     return plan, plan.initial_raw()
 
 

@@ -126,7 +126,7 @@ class SuiteRun:
         import torch
 
         from gradmerge import MergeModule
-        from gradmerge.cli import learn
+        from gradmerge.cli.main import learn
         from gradmerge.coefficients import Constant, Model
 
         cli = learn(self.command("tensor")[1:], run=False)
@@ -175,7 +175,7 @@ class SuiteRun:
         """
         import torch
 
-        from gradmerge.cli import learn
+        from gradmerge.cli.main import learn
 
         start = time.perf_counter()
         better = (lambda a, b: a > b) if self.suite.higher_is_better else (lambda a, b: a < b)
@@ -226,9 +226,8 @@ def run(name: str, seed: int, cache: Path, output: Path) -> list[Row]:
 
 def finish(suite_run: SuiteRun, cli: Any, rows: list[Row]) -> None:
     """Export the best learned merge, draw its coefficients, show a sample."""
-    from gradmerge.callbacks import coefficient_table
-    from gradmerge.export import export_merged
-    from gradmerge.plots import heat_map
+    from gradmerge.export.folder import export_merged
+    from gradmerge.training.callbacks import coefficient_table, heat_map
 
     merged, folder = cli.model.merged, suite_run.output / f"merged-seed{suite_run.seed}"
     export_merged(

@@ -31,10 +31,10 @@ from gradmerge.alignment import (
     WeightMatching,
 )
 from gradmerge.coefficients import Complement, Constant, Element, Sigmoid, Softmax, Uniform
-from gradmerge.collection import collect
-from gradmerge.evaluation import set_coefficients
 from gradmerge.finalisers import REPAIR
 from gradmerge.objectives import KLToEnsemble, Objective
+from gradmerge.training.collect import collect
+from gradmerge.training.search import set_coefficients
 
 # Of each setting and number of models, the classes that each model sees.
 ALL = tuple(range(CLASSES))

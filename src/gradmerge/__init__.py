@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from gradmerge._version import __version__
 
 _WHERE = {
-    "MergeDataModule": "data",
-    "MergeModule": "module",
-    "MergedModel": "merged",
-    "Plan": "plan",
-    "Recipe": "recipe",
-    "TaskData": "data",
-    "export_merged": "export",
+    "MergeDataModule": "training.data",
+    "MergeModule": "training.module",
+    "MergedModel": "engine.merged",
+    "Plan": "engine.plan",
+    "Recipe": "engine.recipe",
+    "TaskData": "training.data",
+    "export_merged": "export.folder",
 }
 
 __all__ = [
@@ -32,12 +32,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from gradmerge.data import MergeDataModule, TaskData
-    from gradmerge.export import export_merged
-    from gradmerge.merged import MergedModel
-    from gradmerge.module import MergeModule
-    from gradmerge.plan import Plan
-    from gradmerge.recipe import Recipe
+    from gradmerge.engine.merged import MergedModel
+    from gradmerge.engine.plan import Plan
+    from gradmerge.engine.recipe import Recipe
+    from gradmerge.export.folder import export_merged
+    from gradmerge.training.data import MergeDataModule, TaskData
+    from gradmerge.training.module import MergeModule
 
 
 def __getattr__(name: str) -> Any:

@@ -1,36 +1,106 @@
-"""Specifications (frozen dataclasses) as plain data, and back.
+"""Specifications (frozen dataclasses) as plain data, and settings per source and tensor.
 
 A checkpoint holds its recipe as plain data, so that it loads with `weights_only=True`: nothing is
-unpickled, and only classes of this package are ever built from it.
+unpickled. Classes are named by public path (`gradmerge.coefficients.Column`), and only components
+are ever built from it: those of this package, and a user's own from modules that the user allows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
-from collections.abc import Mapping
+import inspect
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gradmerge.errors import ConfigError
 
+CONCEPTS = (
+    "sources",
+    "alignment",
+    "preprocess",
+    "coefficients",
+    "operators",
+    "finalisers",
+    "objectives",
+    "drivers",
+    "optimisers",
+    "search",
+    "mergekit",
+    "training",
+)
+"""Public namespaces of the package; the `__all__` of each lists its components."""
+
+# Paths of version 0.1 whose namespace has changed. Others kept theirs and lost the private module:
+# gradmerge.coefficients.granularity.Column is now gradmerge.coefficients.Column.
+_OLD_PATHS = {
+    "gradmerge.recipe.Recipe": "gradmerge.Recipe",
+    "gradmerge.data.TaskData": "gradmerge.TaskData",
+    "gradmerge.data.MergeDataModule": "gradmerge.MergeDataModule",
+    "gradmerge.module.MergeModule": "gradmerge.MergeModule",
+    "gradmerge.callbacks.CoefficientLogger": "gradmerge.training.CoefficientLogger",
+    "gradmerge.callbacks.ExportAtEnd": "gradmerge.training.ExportAtEnd",
+    "gradmerge.coefficients.FromMergekit": "gradmerge.mergekit.FromMergekit",
+    "gradmerge.coefficients.from_mergekit.FromMergekit": "gradmerge.mergekit.FromMergekit",
+}
 _IN_MEMORY = "in memory"
 
 
-def to_plain(value: Any) -> Any:
-    """Nested dicts, lists and scalars that say everything a specification says.
+def public_path(kind: type) -> str:
+    """Return the path by which users and files name a class, e.g. `gradmerge.operators.Linear`."""
+    package, _, rest = kind.__module__.partition(".")
+    if package == "gradmerge":
+        concept = rest.partition(".")[0]
+        for namespace in ["gradmerge", *([f"gradmerge.{concept}"] if concept in CONCEPTS else [])]:
+            public = importlib.import_module(namespace)
+            if kind.__name__ in public.__all__ and getattr(public, kind.__name__) is kind:
+                return f"{namespace}.{kind.__name__}"
+    return f"{kind.__module__}.{kind.__qualname__}"
 
-    Weights that live in memory cannot be said; they become a note that asks for them.
+
+def current_path(path: str) -> str:
+    """Return the present public path of a class that an earlier version wrote.
+
+    Example:
+        >>> current_path("gradmerge.coefficients.granularity.Column")
+        'gradmerge.coefficients.Column'
+    """
+    if path in _OLD_PATHS:
+        return _OLD_PATHS[path]
+    parts = path.split(".")
+    if len(parts) > 3 and parts[0] == "gradmerge" and parts[1] in CONCEPTS:
+        return f"gradmerge.{parts[1]}.{parts[-1]}"
+    return path
+
+
+def modernise(value: Any) -> Any:
+    """Return plain data that an earlier version wrote with present class paths."""
+    if isinstance(value, Mapping):
+        found = {key: modernise(item) for key, item in value.items()}
+        if isinstance(found.get("class_path"), str):
+            found["class_path"] = current_path(found["class_path"])
+        return found
+    if isinstance(value, list):
+        return [modernise(item) for item in value]
+    return value
+
+
+def to_plain(value: Any) -> Any:
+    """Return nested dicts, lists and scalars that state everything a specification states.
+
+    Weights that live in memory, and components that no module holds under their name, become a
+    note; loading such data asks for the recipe again.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
-        if not kind.__module__.startswith("gradmerge."):
-            return {_IN_MEMORY: kind.__qualname__}
         if kind.__name__ == "InMemory":
             return {_IN_MEMORY: getattr(value, "label", "")}
+        if not _is_importable(kind):
+            return {_IN_MEMORY: kind.__qualname__}
         fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": fields}
+        return {"class_path": public_path(kind), "init_args": fields}
     if isinstance(value, Mapping):
         if all(hasattr(item, "untyped_storage") for item in value.values()) and value:
             return {_IN_MEMORY: "state dict"}
@@ -44,11 +114,17 @@ def to_plain(value: Any) -> Any:
     return {_IN_MEMORY: type(value).__qualname__}
 
 
-def from_plain(value: Any) -> Any:
-    """The inverse of `to_plain`.
+def from_plain(value: Any, allow_modules: Collection[str] = ()) -> Any:
+    """Build what `to_plain` described.
+
+    Args:
+        value: plain data.
+        allow_modules: modules outside of gradmerge whose components may be imported and built; a
+            package allows all that is in it.
 
     Raises:
-        ConfigError: the data names a class outside this package, or weights that lived in memory.
+        ConfigError: the data names a module that was not allowed, something that is not a
+            component, or weights that lived in memory.
     """
     if isinstance(value, Mapping):
         if _IN_MEMORY in value:
@@ -57,24 +133,127 @@ def from_plain(value: Any) -> Any:
                 "recipe again: MergeModule.load_from_checkpoint(path, recipe=...)."
             )
         if "class_path" not in value:
-            return {key: from_plain(item) for key, item in value.items()}
-        module, _, name = str(value["class_path"]).rpartition(".")
-        kind = _class(module, name)
-        if kind is None:
-            raise ConfigError(f"{value['class_path']} is no class of gradmerge; it was not loaded.")
-        arguments = {key: from_plain(item) for key, item in value.get("init_args", {}).items()}
+            return {key: from_plain(item, allow_modules) for key, item in value.items()}
+        kind = _component(current_path(str(value["class_path"])), allow_modules)
+        given = value.get("init_args", {})
+        arguments = {key: from_plain(item, allow_modules) for key, item in given.items()}
         for field in dataclasses.fields(kind):
             if str(field.type).startswith("tuple") and field.name in arguments:
                 arguments[field.name] = tuple(arguments[field.name])
         return kind(**arguments)
     if isinstance(value, list):
-        return [from_plain(item) for item in value]
+        return [from_plain(item, allow_modules) for item in value]
     return value
 
 
-def _class(module: str, name: str) -> Any:
-    if not module.startswith("gradmerge.") or importlib.util.find_spec(module) is None:
-        return None
-    kind = getattr(importlib.import_module(module), name, None)
-    own = isinstance(kind, type) and kind.__module__ == module
-    return kind if own and dataclasses.is_dataclass(kind) else None
+def _component(path: str, allow_modules: Collection[str]) -> Any:
+    """Return the class of a public path, importing nothing that is not allowed."""
+    module, _, name = path.rpartition(".")
+    if module.split(".")[0] == "gradmerge":
+        public = ("gradmerge", *(f"gradmerge.{concept}" for concept in CONCEPTS))
+        space = importlib.import_module(module) if module in public else None
+        kind = getattr(space, name) if name in getattr(space, "__all__", ()) else None
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+            raise ConfigError(f"unknown component {path!r}: gradmerge has none of that name.")
+        return kind
+    if not any(module == known or module.startswith(f"{known}.") for known in allow_modules):
+        raise ConfigError(
+            f"the checkpoint uses {path}, a class outside of gradmerge, and importing it runs its "
+            f"module's code.\nIf you trust it, allow it: --allow-modules {module.split('.')[0]} "
+            "(Python: allow_modules=[...])."
+        )
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be imported ({error}). Install the package that defines it."
+        ) from error
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and is_component(kind)):
+        raise ConfigError(
+            f"{path}: expected a dataclass derived from an abstract class of gradmerge "
+            f"({', '.join(base.__name__ for base in _abstract_classes())}), got {kind!r}."
+        )
+    return kind
+
+
+def is_component(kind: type) -> bool:
+    """Return whether a class derives from the abstract class of one of the concepts."""
+    return issubclass(kind, _abstract_classes())
+
+
+def _abstract_classes() -> tuple[type, ...]:
+    concepts = [importlib.import_module(f"gradmerge.{concept}") for concept in CONCEPTS[:7]]
+    found = {getattr(c, n) for c in concepts for n in c.__all__ if n.startswith("Abstract")}
+    return tuple(sorted(filter(inspect.isabstract, found), key=lambda kind: str(kind.__name__)))
+
+
+def _is_importable(kind: type) -> bool:
+    """Return whether a class can be found again by its path."""
+    if kind.__module__.split(".")[0] == "gradmerge":
+        return True
+    named = kind.__module__ != "__main__" and "<locals>" not in kind.__qualname__
+    return named and is_component(kind)
+
+
+Setting = float | list[float] | dict[str, float | list[float]]
+"""A number; a list with one a source, in their order; or either by regular expression of tensor
+names, of which the first that matches counts (a whole name goes before all expressions)."""
+
+
+def settle(who: str, setting: Setting, tensor: str, sources: Sequence[str]) -> list[float]:
+    """The setting's number for each source at a tensor.
+
+    Args:
+        who: the option, for messages.
+        setting: see `Setting`.
+        tensor: the tensor's name.
+        sources: names of the sources, in order.
+
+    Raises:
+        ConfigError: no expression matches the tensor, or a list is not as long as the sources are
+            many.
+    """
+    if isinstance(setting, dict):
+        if tensor in setting:
+            setting = setting[tensor]
+        else:
+            found = next((key for key in setting if re.search(key, tensor)), None)
+            if found is None:
+                raise ConfigError(
+                    f"{who}: no expression matches the tensor {tensor}; came {list(setting)[:5]}. "
+                    "Add a last one for the rest: '.*'."
+                )
+            setting = setting[found]
+    if not isinstance(setting, list):
+        return [float(setting)] * len(sources)
+    if len(setting) != len(sources):
+        raise ConfigError(
+            f"{who}: expected one value or {len(sources)} (for {', '.join(sources)}), came "
+            f"{len(setting)}."
+        )
+    return [float(value) for value in setting]
+
+
+def require_setting(
+    who: str, setting: Setting, expected: str, holds: Callable[[float], bool]
+) -> None:
+    """Refuse a number that does not hold what is expected of it, or what is no expression.
+
+    Raises:
+        ConfigError: says which.
+    """
+    if isinstance(setting, dict):
+        if not setting:
+            raise ConfigError(f"{who}: expected at least one expression, came none.")
+        for pattern, value in setting.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"{who}: {pattern!r} is no regular expression: {error}"
+                ) from error
+            require_setting(f"{who}[{pattern!r}]", value, expected, holds)
+        return
+    for value in setting if isinstance(setting, list) else [setting]:
+        if not holds(float(value)):
+            raise ConfigError(f"{who}: expected {expected}, came {value}.")

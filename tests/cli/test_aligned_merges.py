@@ -13,9 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from gradmerge.alignment.opening import traced_spec
-from gradmerge.cli import learn, main
-from gradmerge.sources.memory import persistent_tensors
+from gradmerge.alignment.align import traced_spec
+from gradmerge.cli import main
+from gradmerge.cli.main import learn
+from gradmerge.sources.in_memory import persistent_tensors
 from gradmerge.sources.skeleton import strip_weights
 from tiny import save_family, write_yaml
 

@@ -11,7 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from gradmerge.cli import learn, main
+from gradmerge.cli import main
+from gradmerge.cli.main import learn
 from tiny import write_yaml as write
 
 pytestmark = pytest.mark.usefixtures("own_folder")

@@ -13,8 +13,8 @@ import pytest
 
 from gradmerge import MergeModule, Recipe
 from gradmerge.coefficients import Model, Uniform
-from gradmerge.evaluation import Selection
 from gradmerge.operators import DisjointMean
+from gradmerge.training.search import Selection
 from tiny import build, relatives, vectors
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"

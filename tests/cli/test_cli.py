@@ -19,10 +19,11 @@ import yaml
 from safetensors.torch import load_file
 
 from gradmerge import TaskData
-from gradmerge.callbacks import CoefficientLogger
-from gradmerge.cli import COMMANDS, learn, main
+from gradmerge.cli import main
+from gradmerge.cli.main import COMMANDS, learn
 from gradmerge.coefficients import Clamp, Constant, Tensor
 from gradmerge.objectives import CrossEntropy, Objective
+from gradmerge.training.callbacks import CoefficientLogger
 from tiny import write_yaml as write
 
 pytestmark = pytest.mark.usefixtures("own_folder")

@@ -15,9 +15,12 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
-from gradmerge import MergedModel, Recipe, collection
-from gradmerge.cli import learn, main, register
+from gradmerge import MergedModel, Recipe
+from gradmerge.cli import main
+from gradmerge.cli.main import learn, register
 from gradmerge.coefficients import Tensor
+from gradmerge.engine.opening import open_plan
+from gradmerge.training import collect
 from tiny import write_yaml
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -156,7 +159,7 @@ def test_every_static_merge_merges(world, parser, path, tmp_path):
     theirs = list(world["model"]["recipe"]["sources"].values())
     recipe["sources"] = dict(zip(names, theirs, strict=False))
     found = parser.instantiate_classes(parser.parse_object({"recipe": recipe})).recipe
-    if collection.is_needed(found):
+    if collect.is_needed(found):
         suite = write_yaml(tmp_path / "suite.yaml", world)
         command = ["collect", "--config", suite, "--config", str(path), "--output", "statistics"]
         assert main(command) == 0
@@ -165,16 +168,16 @@ def test_every_static_merge_merges(world, parser, path, tmp_path):
         suite = write_yaml(tmp_path / "suite.yaml", world)
         command = ["merge", "--config", suite, "--config", str(path), "--output", "merged"]
         assert main(command) == 0
-        plan = found.open(with_skeleton=False)
+        plan = open_plan(found, with_skeleton=False)
         merged = load_file("merged/model.safetensors")
     else:
-        plan = found.open(with_skeleton=False)
+        plan = open_plan(found, with_skeleton=False)
         raw = plan.initial_raw()
         merged = {name: plan.materialise(name, raw) for name in plan.tensors}
     assert all(tensor.isfinite().all() for tensor in merged.values())
     assert any(not torch.equal(tensor, plan.base.read(name)) for name, tensor in merged.items())
     if found.finalisers:
-        plain = replace(found, finalisers=[]).open(with_skeleton=False)
+        plain = open_plan(replace(found, finalisers=[]), with_skeleton=False)
         raw = plain.initial_raw()
         gaps = {n: (plain.materialise(n, raw) - t).abs().max() for n, t in merged.items()}
         assert any(gap > 1e-3 for gap in gaps.values()), "its finalisers act"

@@ -13,12 +13,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from gradmerge import data_commands
-from gradmerge.cli import learn, main
+from gradmerge.cli import data_commands, main
+from gradmerge.cli.configs import for_merge
+from gradmerge.cli.main import learn
 from gradmerge.coefficients import Constant
 from gradmerge.preprocess import RegMean
-from gradmerge.statistics import SourceStatistics
-from gradmerge.translation import for_merge
+from gradmerge.sources.collected import SourceStatistics
 from tiny import Normalised, build, recipe_of, relatives, vectors
 from tiny import write_yaml as write
 

@@ -16,12 +16,13 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
-from gradmerge.cli import learn, main
+from gradmerge.cli import main
+from gradmerge.cli.main import learn
 from gradmerge.coefficients import Scaled
 from gradmerge.drivers import Job
-from gradmerge.recipe import Recipe
+from gradmerge.engine.recipe import Recipe
 from gradmerge.spec import from_plain
-from gradmerge.starting import SearchedStart
+from gradmerge.training.search import SearchedStart
 from tiny import write_yaml as write
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -146,7 +147,7 @@ def test_the_same_command_goes_on_with_a_killed_job(three, tmp_path, monkeypatch
     driver = ["--driver", "Pairwise", "--driver.every_n_steps", "1"]
     root = ["--trainer.default_root_dir"]
     assert main(["fit", "--config", config, *driver, *root, "whole"]) == 0
-    from gradmerge.module import MergeModule
+    from gradmerge.training.module import MergeModule
 
     original, steps = MergeModule.training_step, []
 
@@ -184,7 +185,7 @@ def test_a_random_seed_stays_the_one_that_a_job_began_with(three, tmp_path):
 
 
 def test_a_driver_opens_nothing_before_it_runs(three, tmp_path, monkeypatch):
-    from gradmerge.recipe import Recipe
+    from gradmerge.engine.recipe import Recipe
 
     opened = []
     monkeypatch.setattr(Recipe, "open", lambda *_: opened.append(0))
@@ -288,7 +289,7 @@ def test_a_score_says_that_a_search_was_left_out(three, tmp_path, caplog, monkey
 
 
 def test_a_fit_that_goes_on_does_not_search_again(three, tmp_path, monkeypatch):
-    from gradmerge.evaluation import Selection
+    from gradmerge.training.search import Selection
 
     search = ["--search", "Scales", "--search.values", "[0.2, 0.6]", "--search.metric", "loss"]
     # what it measures from has to be the same, too

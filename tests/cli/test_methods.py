@@ -12,7 +12,8 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
-from gradmerge.cli import learn, main
+from gradmerge.cli import main
+from gradmerge.cli.main import learn
 from gradmerge.coefficients import Mixup
 from gradmerge.optimisers import SAM, MoFO
 from tiny import write_yaml

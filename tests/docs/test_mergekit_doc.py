@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from gradmerge import Recipe
 from gradmerge.cli import main
-from gradmerge.coefficients import FromMergekit
-from gradmerge.mergekit_format.methods import METHODS, REFUSED
+from gradmerge.engine.opening import open_plan
+from gradmerge.mergekit.init import FromMergekit
+from gradmerge.mergekit.methods import METHODS, REFUSED
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "mergekit.md").read_text()
 FILE, RECIPE = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
@@ -33,7 +34,7 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     fields = yaml.safe_load(RECIPE)["model"]["recipe"]
     init = FromMergekit(**fields["init"]["init_args"])
     recipe = Recipe(sources=fields["sources"], base=fields["base"], init=init)
-    plan = recipe.open(with_skeleton=False)
+    plan = open_plan(recipe, with_skeleton=False)
     first = plan.coefficient("model.layers.0.mlp.weight", plan.initial_raw())
     last = plan.coefficient("model.layers.2.mlp.weight", plan.initial_raw())
     assert first.tolist() == pytest.approx([0.18, 0.27])

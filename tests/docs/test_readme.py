@@ -11,7 +11,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import ARCHITECTURES
-from gradmerge.cli import COMMANDS, USAGE, main
+from gradmerge.cli import main
+from gradmerge.cli.main import COMMANDS, USAGE
 from tiny import relatives, sentences, word_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,11 +18,11 @@ from torch import nn
 
 pytest.importorskip("mergekit", reason="the oracle of these tests: pip install gradmerge[parity]")
 
-from mergekit import merge_methods, sparsify
-
 from conftest import ARCHITECTURES, WIDE
 from gradmerge import Recipe
 from gradmerge.coefficients import Constant, Uniform
+from gradmerge.engine.opening import open_plan
+from gradmerge.engine.plan import Plan
 from gradmerge.operators import (
     AbstractOperator,
     ArceeFusion,
@@ -34,7 +34,6 @@ from gradmerge.operators import (
     NearSwap,
     Slerp,
 )
-from gradmerge.plan import Plan
 from gradmerge.preprocess import (
     AbstractPreprocess,
     Breadcrumbs,
@@ -45,6 +44,7 @@ from gradmerge.preprocess import (
     Site,
     Trim,
 )
+from mergekit import merge_methods, sparsify
 from networks import transformer
 
 SEED = 5
@@ -270,7 +270,7 @@ def ours(method: Method, models: dict[str, nn.Module]) -> Plan:
         preprocess=list(method.preprocess),
         init=Uniform() if coefficients is None else Constant(list(coefficients)),
     )
-    return recipe.open(with_skeleton=False)
+    return open_plan(recipe, with_skeleton=False)
 
 
 def give_the_same_draws(
@@ -328,7 +328,7 @@ def test_equal_to_mergekit(name, models, monkeypatch):
 @pytest.mark.parametrize("models", ["resnet"], indirect=True)
 def test_statistics_by_the_mean_are_those_of_linear(models):
     recipe = Recipe(sources={s: models[s] for s in "abc"}, buffers="mean", init=Uniform())
-    plan = recipe.open()
+    plan = open_plan(recipe)
     expected = merge_methods.merge_state_dicts(
         {s: models[s].state_dict() for s in "abc"}, "linear", parameters={"weight": 1.0}
     )

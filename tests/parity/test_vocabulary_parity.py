@@ -10,7 +10,8 @@ import torch
 
 from gradmerge import Recipe
 from gradmerge.coefficients import Constant, Model
-from gradmerge.export import export_plan
+from gradmerge.engine.opening import open_plan
+from gradmerge.export.folder import export_plan
 from gradmerge.sources import HuggingFace, Vocabulary
 from wordings import bpe_family, rows_by_token, vocabulary_of
 
@@ -55,7 +56,7 @@ def ours(paths: dict[str, str], method: str, vocabulary: Vocabulary, out: Path) 
         init=Constant(list(WEIGHTS.values())),
         tokenizer=vocabulary,
     )
-    plan = recipe.open(with_skeleton=False)
+    plan = open_plan(recipe, with_skeleton=False)
     return export_plan(plan, plan.initial_raw(), out)
 
 

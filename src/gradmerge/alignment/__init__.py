@@ -12,7 +12,7 @@ from gradmerge.alignment.base import (
     Moments,
 )
 from gradmerge.alignment.cca import CCA
-from gradmerge.alignment.spec import LinearMap, Map, Maps, PermutationSpec
+from gradmerge.alignment.symmetry.spec import LinearMap, Map, Maps, PermutationSpec
 from gradmerge.alignment.transport import OptimalTransport
 from gradmerge.alignment.weights import WeightMatching
 

@@ -11,10 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradmerge.alignment.base import Activations, AlignmentContext, Matched, Matching, Needs
+from gradmerge.alignment.base import Activations, AlignmentContext, Matched, Matching, Needs, assign
 from gradmerge.alignment.moments import correlation, covariances, on_first
-from gradmerge.alignment.sinkhorn import assign
-from gradmerge.alignment.spec import Group, Map, Maps, PermutationSpec
+from gradmerge.alignment.symmetry.spec import Group, Map, Maps, PermutationSpec
 from gradmerge.errors import ConfigError, shorten
 
 

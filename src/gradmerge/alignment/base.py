@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from gradmerge.alignment.spec import Maps, PermutationSpec, same_maps
+from gradmerge.alignment.symmetry.spec import Maps, PermutationSpec, same_maps
 from gradmerge.errors import ConfigError, nearest
 from gradmerge.sources import Checkpoint
 
@@ -237,3 +238,9 @@ class Matching(AbstractAlignment):
                 maps[name] = matched.maps
                 objective[name] += matched.objective
         return Aligned(maps, objective, {"reference": "mean", "rounds": rounds})
+
+
+def assign(gain: Tensor) -> Tensor:
+    """The permutation p of largest `sum_i gain[i, p[i]]`, int64 `[size]` (Jonker-Volgenant)."""
+    _, columns = linear_sum_assignment(gain.double().cpu().numpy(), maximize=True)
+    return torch.from_numpy(columns).to(torch.int64)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from gradmerge.alignment.base import Moments
+from gradmerge.alignment.mixing import MixingOnData
 from gradmerge.alignment.moments import correlation, covariances
-from gradmerge.alignment.soft import MixingOnData
-from gradmerge.alignment.spec import Group, LinearMap, Map
+from gradmerge.alignment.symmetry.spec import Group, LinearMap, Map
 from gradmerge.errors import ConfigError
 
 

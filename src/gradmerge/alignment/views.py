@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gradmerge.alignment.spec import LinearMap, Maps, PermutationSpec, share_moved
+from gradmerge.alignment.symmetry.spec import LinearMap, Maps, PermutationSpec, share_moved
 from gradmerge.sources import Checkpoint, TensorInfo
 
 

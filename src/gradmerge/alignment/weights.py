@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gradmerge.alignment.base import AlignmentContext, Matched, Matching
-from gradmerge.alignment.spec import Map, Maps, Use
+from gradmerge.alignment.symmetry.spec import Map, Maps, Use
 from gradmerge.errors import ConfigError
 
 _PART = 1 << 14

@@ -1,7 +1,6 @@
 """Coefficients: granularity x link x init."""
 
 from gradmerge.coefficients.base import AbstractCoefficients, Layout, MergeTensor, Slot
-from gradmerge.coefficients.from_mergekit import FromMergekit
 from gradmerge.coefficients.granularity import (
     Column,
     Component,
@@ -25,8 +24,15 @@ from gradmerge.coefficients.init import (
     Uniform,
     initial_raw,
 )
-from gradmerge.coefficients.link import Clamp, Complement, HardMask, Sigmoid, Softmax, Tanh
-from gradmerge.coefficients.scale import WithScale
+from gradmerge.coefficients.link import (
+    Clamp,
+    Complement,
+    HardMask,
+    Sigmoid,
+    Softmax,
+    Tanh,
+    WithScale,
+)
 
 __all__ = [
     "AbstractCoefficients",
@@ -39,7 +45,6 @@ __all__ = [
     "DepthRamp",
     "Element",
     "FromFile",
-    "FromMergekit",
     "Group",
     "HardMask",
     "InitContext",

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from gradmerge._typing import Origin
 from gradmerge.coefficients.base import Layout, MergeTensor, Slot
-from gradmerge.depth import depth_of
 from gradmerge.errors import ConfigError, nearest
-from gradmerge.settings import Setting, settle
+from gradmerge.sources.names import depth_of
+from gradmerge.spec import Setting, settle
 
 
 @dataclass(frozen=True)

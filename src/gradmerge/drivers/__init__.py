@@ -3,8 +3,8 @@
 from gradmerge.drivers.base import AbstractDriver, Job, Output
 from gradmerge.drivers.continual import Continual
 from gradmerge.drivers.fold import AbstractFold
-from gradmerge.drivers.layerwise import LayerWise
-from gradmerge.drivers.pairs import Pairwise, Tree
+from gradmerge.drivers.layerwise.driver import LayerWise
+from gradmerge.drivers.pairwise import Pairwise, Tree
 
 DRIVERS = ("Continual", "LayerWise", "Pairwise", "Tree")
 """Those that a configuration may name."""

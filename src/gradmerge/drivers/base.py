@@ -15,30 +15,30 @@ from typing import Any, Protocol
 import lightning
 from lightning.pytorch.utilities import rank_zero_info
 
-from gradmerge.callbacks import OVERWRITE
-from gradmerge.data import MergeDataModule
-from gradmerge.drivers.contents import describe_contents
-from gradmerge.drivers.records import (
+from gradmerge.drivers.state import (
     JOB,
     StepRecord,
+    describe_contents,
     has_states,
     plain,
     read_json,
     require_same,
     set_aside,
 )
-from gradmerge.drivers.records import write_json as write_record
-from gradmerge.drivers.wandb_runs import finish_wandb_run, name_wandb_runs
+from gradmerge.drivers.state import write_json as write_record
+from gradmerge.drivers.wandb import finish_wandb_run, name_wandb_runs
+from gradmerge.engine.recipe import Recipe
 from gradmerge.errors import ConfigError
-from gradmerge.export import require_options
-from gradmerge.folders import refuse_existing
-from gradmerge.module import MergeModule
+from gradmerge.export.atomic import refuse_existing
+from gradmerge.export.folder import require_options
 from gradmerge.objectives import AbstractTerm, Objective
-from gradmerge.provenance import describe_data
-from gradmerge.recipe import Recipe
 from gradmerge.sources import as_source
-from gradmerge.sources.fingerprints import fingerprints_of
+from gradmerge.sources.base import fingerprints_of
 from gradmerge.spec import from_plain, to_plain
+from gradmerge.training.callbacks import OVERWRITE
+from gradmerge.training.data import MergeDataModule
+from gradmerge.training.module import MergeModule
+from gradmerge.training.run import describe_data
 
 
 class MakeTrainer(Protocol):

@@ -14,12 +14,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from gradmerge.drivers.base import Job
 from gradmerge.drivers.fold import AbstractFold, Join, Node
-from gradmerge.drivers.pairs import in_order
+from gradmerge.drivers.pairwise import in_order
+from gradmerge.engine.recipe import Recipe
 from gradmerge.errors import ConfigError, shorten
-from gradmerge.module import MergeModule
 from gradmerge.preprocess import Orthogonalise
-from gradmerge.recipe import Recipe
 from gradmerge.sources import AbstractSource, HuggingFace
+from gradmerge.training.module import MergeModule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 
-from gradmerge.callbacks import restore_best
-from gradmerge.data import MergeDataModule
 from gradmerge.drivers.base import Job
-from gradmerge.drivers.records import StepRecord
-from gradmerge.module import MergeModule
+from gradmerge.drivers.state import StepRecord
+from gradmerge.training.callbacks import restore_best
+from gradmerge.training.data import MergeDataModule
+from gradmerge.training.module import MergeModule
 
 Write = Callable[[MergeModule, dict[str, Any]], None]
 

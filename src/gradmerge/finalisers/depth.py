@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gradmerge.depth import depth_of
 from gradmerge.errors import ConfigError
 from gradmerge.finalisers.base import AbstractRescale, FinalSite
+from gradmerge.sources.names import depth_of
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from gradmerge.objectives.base import (
     Predictions,
     next_token_rows,
 )
-from gradmerge.objectives.logit_scale import LogitScale
 from gradmerge.objectives.objective import Objective
 from gradmerge.objectives.regularisers import (
     L1,
@@ -28,7 +27,6 @@ __all__ = [
     "KLToEnsemble",
     "KLToSource",
     "L2ToInit",
-    "LogitScale",
     "Lp",
     "Objective",
     "Overlap",

@@ -57,7 +57,7 @@ class AbstractTerm(ABC):
         """A scalar, the mean over rows, before `weight`; zero, not NaN, where there is no row.
 
         Where `predictions.shared`, rows are those of all processes, whose gradients are averaged
-        afterwards (see `gradmerge.objectives.sharing`).
+        afterwards (see `gradmerge.objectives.regularisers`).
         """
 
 

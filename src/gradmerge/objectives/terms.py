@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from gradmerge.errors import ConfigError
 from gradmerge.objectives.base import UNLABELLED, AbstractTerm, Predictions
-from gradmerge.objectives.sharing import log_mean_over_rows, mean_over_rows
+from gradmerge.objectives.regularisers import log_mean_over_rows, mean_over_rows
 
 # log p is -inf only beyond float32's range; 0 * inf would be NaN where the limit is 0.
 _LEAST = -1e4

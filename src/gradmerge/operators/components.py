@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradmerge._memory import in_file
 from gradmerge.errors import ConfigError
-from gradmerge.memory import in_file
 from gradmerge.operators.base import AbstractOperator, Spread, Terms
 from gradmerge.operators.linear import Linear
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradmerge.operators.base import AbstractOperator, Spread, Terms, View
-from gradmerge.operators.blocks import blocks, collect, select
+from gradmerge.operators.chunks import blocks, collect, select
 
 Prepared = Callable[[Tensor, slice], Tensor]
 

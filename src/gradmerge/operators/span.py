@@ -21,10 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradmerge.native import selection
+from gradmerge.operators._native import selection
 from gradmerge.operators.base import AbstractOperator, Spread, Terms, View
-from gradmerge.operators.blocks import blocks
-from gradmerge.operators.chunks import chunk_size
+from gradmerge.operators.chunks import blocks, chunk_size
 from gradmerge.operators.linear import Linear, directions_of, kernels_for
 
 Per = Literal["tensor", "row", "column"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradmerge.errors import ConfigError
-from gradmerge.statistics import Needs, Readable, Statistic
+from gradmerge.sources.collected import Needs, Readable, Statistic
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from gradmerge.errors import ConfigError
-from gradmerge.native.kernels import run_each
+from gradmerge.operators._native.kernels import run_each
 from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
-from gradmerge.preprocess.selection import AbstractSelection, Selection, between, row_ranks
+from gradmerge.preprocess.sparsity import AbstractSelection, Selection, between, row_ranks
 from gradmerge.preprocess.trim import require_density
-from gradmerge.settings import Setting, require_setting, settle
+from gradmerge.spec import Setting, require_setting, settle
 
 # Entries that are ranked at a time: their 64-bit keys are the largest temporary.
 _BLOCK = 1 << 22

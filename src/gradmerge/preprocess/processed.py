@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gradmerge.preprocess.base import AbstractPreprocess, Chain, Site
-from gradmerge.preprocess.selection import AbstractSelection, Selection
-from gradmerge.sharing import Shared
+from gradmerge.preprocess.sparsity import AbstractSelection, Selection
+from gradmerge.sources.base import Shared
 
 Lazy = Callable[[], Iterator[tuple[Site, Callable[[], Tensor]]]]
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess.base import AbstractPreprocess, Site
-from gradmerge.preprocess.selection import by_rank
+from gradmerge.preprocess.sparsity import by_rank
 from gradmerge.preprocess.trim import require_density
-from gradmerge.settings import Setting, require_setting, settle
+from gradmerge.spec import Setting, require_setting, settle
 
 # Sums below these count as nothing (mergekit's bounds).
 _NO_SQUARES, _NO_WEIGHT = 1e-6, 1e-6

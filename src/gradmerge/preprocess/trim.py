@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess.base import Passes, Site, Step
-from gradmerge.preprocess.selection import AbstractSelection, Selection
-from gradmerge.settings import Setting, require_setting, settle
+from gradmerge.preprocess.sparsity import AbstractSelection, Selection
+from gradmerge.spec import Setting, require_setting, settle
 
 # No magnitude has these bits.
 _NONE = 0x7FFFFFFF

@@ -1,12 +1,11 @@
 """Sources: lazy checkpoints, their compatibility and fingerprints."""
 
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
-from gradmerge.sources.emr import EMR
 from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile
+from gradmerge.sources.in_memory import InMemory
 from gradmerge.sources.lora import Lora
-from gradmerge.sources.memory import InMemory
-from gradmerge.sources.resolve import as_source
-from gradmerge.sources.vocabulary import Vocabulary
+from gradmerge.sources.resolve import EMR, as_source
+from gradmerge.sources.tokenizers.vocabulary import Vocabulary
 
 __all__ = [
     "EMR",

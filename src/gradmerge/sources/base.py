@@ -5,14 +5,31 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from gradmerge.sharing import Shared
+from gradmerge.errors import FingerprintError, shorten
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+Self = TypeVar("Self", bound="Shared")
+
+
+class Shared:
+    """What is frozen, and may be as large as all sources: a deep copy of its owner shares it."""
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        """Itself."""
+        return self
+
+
+class SharedDict(Shared, dict[Key, Value]):
+    """Copies of frozen tensors, made when they are first wanted."""
 
 
 @dataclass(frozen=True)
@@ -123,3 +140,29 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     if flat.numel() == 1:
         flat = flat.clone(memory_format=torch.contiguous_format)  # one entry may have any stride
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def fingerprints_of(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
+    """Content hash of each checkpoint; reads all weights once, several checkpoints at a time."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing lets go of the lock
+        hashes = pool.map(lambda checkpoint: checkpoint.fingerprint(), checkpoints.values())
+        return dict(zip(checkpoints, hashes, strict=True))
+
+
+def require_same(expected: Mapping[str, str], came: Mapping[str, str]) -> None:
+    """Refuse coefficients that were trained on other weights.
+
+    Raises:
+        FingerprintError: names and hashes of the sources that differ.
+    """
+    wrong = [name for name in expected if came.get(name) != expected[name]]
+    wrong += [name for name in came if name not in expected]
+    if wrong:
+        raise FingerprintError(
+            f"the coefficients were trained on other weights of: {shorten(wrong)}. "
+            + "; ".join(
+                f"{n}: expected {expected.get(n, 'none')[:12]}, came {came.get(n, 'none')[:12]}"
+                for n in wrong[:5]
+            )
+            + ". Give the sources they were trained on, or train again."
+        )

@@ -20,7 +20,7 @@ from gradmerge.errors import (
 from gradmerge.sources.base import Checkpoint
 from gradmerge.sources.configuration import check_config
 from gradmerge.sources.files import read_json
-from gradmerge.sources.tokens import SENTENCEPIECE
+from gradmerge.sources.tokenizers.files import SENTENCEPIECE
 
 
 def check(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gradmerge.errors import SourceError, nearest, shorten
-from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
+from gradmerge.sources.base import Checkpoint, TensorInfo
 from gradmerge.sources.files import SafetensorsCheckpoint, read_json
 
 FORMAT = "gradmerge-emr-1"
@@ -139,25 +138,3 @@ def read_description(folder: Path) -> dict[str, Any]:
             "compact` writes."
         )
     return found
-
-
-@dataclass(frozen=True)
-class EMR(AbstractSource):
-    """A task of a folder that `gradmerge merge --outputs compact` wrote (EMR-Merging, arXiv
-    2405.17461): `A + r_k M_k (.) u`, formed when asked for.
-    """
-
-    path: str
-    """The compact folder."""
-    task: str
-    """The task."""
-    base: AbstractSource | None = None
-    """The base that was merged on; default: where the folder says it is."""
-
-    def open(self) -> Checkpoint:
-        """See `AbstractSource.open`."""
-        from gradmerge.sources.resolve import as_source
-
-        folder = Path(self.path).expanduser()
-        base = self.base or as_source(read_description(folder)["base"]["from"])
-        return EMRCheckpoint(folder, self.task, base.open())

@@ -18,7 +18,7 @@ from gradmerge.errors import SourceError, nearest, shorten
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
 from gradmerge.sources.files import HuggingFace, SafetensorsCheckpoint, read_json
 from gradmerge.sources.skeleton import bind, build_skeleton
-from gradmerge.sources.tokens import has_tokenizer
+from gradmerge.sources.tokenizers.files import has_tokenizer
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.weight)?$")

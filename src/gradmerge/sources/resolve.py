@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from gradmerge.errors import ConfigError, SourceError
-from gradmerge.sources.base import AbstractSource
-from gradmerge.sources.emr import EMR
+from gradmerge.sources.base import AbstractSource, Checkpoint
+from gradmerge.sources.emr import EMRCheckpoint, read_description
 from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile, read_json
+from gradmerge.sources.in_memory import InMemory
 from gradmerge.sources.lora import Lora
-from gradmerge.sources.memory import InMemory
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
@@ -71,3 +71,23 @@ def _own_base(path: Path) -> AbstractSource:
     source = as_source(name)
     revision = settings.get("revision")
     return replace(source, revision=revision) if isinstance(source, HuggingFace) else source
+
+
+@dataclass(frozen=True)
+class EMR(AbstractSource):
+    """A task of a folder that `gradmerge merge --outputs compact` wrote (EMR-Merging, arXiv
+    2405.17461): `A + r_k M_k (.) u`, formed when asked for.
+    """
+
+    path: str
+    """The compact folder."""
+    task: str
+    """The task."""
+    base: AbstractSource | None = None
+    """The base that was merged on; default: where the folder says it is."""
+
+    def open(self) -> Checkpoint:
+        """See `AbstractSource.open`."""
+        folder = Path(self.path).expanduser()
+        base = self.base or as_source(read_description(folder)["base"]["from"])
+        return EMRCheckpoint(folder, self.task, base.open())

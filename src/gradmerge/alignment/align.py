@@ -1,0 +1,265 @@
+"""Opened sources, read with their units in one order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from gradmerge.alignment.base import AbstractAlignment, Activations, AlignmentContext
+from gradmerge.alignment.symmetry.derive import module_names, to_spec
+from gradmerge.alignment.symmetry.example import candidates
+from gradmerge.alignment.symmetry.handwritten import read_spec
+from gradmerge.alignment.symmetry.places import steady
+from gradmerge.alignment.symmetry.spec import LinearMap, Maps, PermutationSpec, share_moved
+from gradmerge.alignment.symmetry.trace import trace
+from gradmerge.alignment.symmetry.verify import verify
+from gradmerge.alignment.views import AlignedView
+from gradmerge.errors import ConfigError, GradmergeError, shorten
+from gradmerge.sources import Checkpoint
+from gradmerge.sources.base import tensor_bytes
+from gradmerge.sources.compatibility import is_private
+from gradmerge.sources.skeleton import bind_or_refuse
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class UnitOrder:
+    """What an alignment did to a merge's sources."""
+
+    spec: PermutationSpec
+    maps: Mapping[str, Maps]
+    """By source, by group."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """Method, objectives and the share of units moved, as plain data."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all maps."""
+        digest = hashlib.sha256()
+        for source, maps in self.maps.items():
+            for group in sorted(maps):
+                change = maps[group]
+                digest.update(f"{source}|{group}|".encode())
+                parts = change if isinstance(change, LinearMap) else (change,)
+                for part in parts:
+                    digest.update(tensor_bytes(part))
+        return digest.hexdigest()
+
+
+def align_sources(
+    method: AbstractAlignment,
+    sources: Mapping[str, Checkpoint],
+    skeleton: nn.Module | None,
+    private: Sequence[str] = (),
+    activations: Callable[[PermutationSpec], Activations] | None = None,
+) -> tuple[dict[str, Checkpoint], UnitOrder]:
+    """Views of all sources whose units are in one order.
+
+    Args:
+        method: which order.
+        sources: opened, in order.
+        skeleton: the network without weights; not needed with a hand-written specification.
+        private: regular expressions of tensors that stay with their task: they are mapped as their
+            inputs ask, but not compared.
+        activations: what opens the sources' moments on data, for methods that need them.
+
+    Raises:
+        ConfigError: the network cannot be traced, a specification does not fit, or the method
+            lacks what it needs.
+    """
+    if method.is_identity:
+        identity = UnitOrder(PermutationSpec({}, {}), {name: {} for name in sources})
+        return dict(sources), identity
+    spec = find_spec(method, sources, skeleton)
+    _require_heads(spec, sources, private)
+    known = None
+    if method.needs is not None:
+        if activations is None:
+            raise ConfigError(
+                f"{type(method).__name__} needs the sources' activations on data, and the recipe "
+                "names no statistics. Give `gradmerge merge` the tasks' data as well; or run "
+                "`gradmerge collect` with this recipe and its data, and name the output: "
+                "statistics of the recipe."
+            )
+        known = activations(spec)
+    context = AlignmentContext(spec, sources, compared(sources, skeleton, private), skeleton, known)
+    found = method.align(context)
+    order = UnitOrder(spec, found.maps, _report(method, spec, found.maps, found.objective))
+    order.report.update(found.report)
+    views: dict[str, Checkpoint] = {
+        name: AlignedView(checkpoint, spec, found.maps.get(name, {}))
+        for name, checkpoint in sources.items()
+    }
+    return views, order
+
+
+def find_spec(
+    method: AbstractAlignment, sources: Mapping[str, Checkpoint], skeleton: nn.Module | None
+) -> PermutationSpec:
+    """The specification that a method names, or the traced one.
+
+    Raises:
+        ConfigError: there is no network to trace, or it cannot be traced.
+    """
+    first = next(iter(sources.values()))
+    given, example = getattr(method, "spec", None), getattr(method, "example", None)
+    if given is not None:
+        shapes = {name: info.shape for name, info in first.infos.items()}
+        spec = read_spec(given, shapes, skeleton)
+        if skeleton is not None:
+            return _verified(spec, skeleton, list(first.infos), first.label, example, True)
+        return spec
+    if skeleton is None:
+        raise ConfigError(
+            f"{type(method).__name__} traces the network to find which units may change places, "
+            "and no source tells which network it is: expected a folder with a config, or a module "
+            "from Python. Give one, or a hand-written specification (`spec` of the alignment)."
+        )
+    idle = getattr(method, "unreached", ())
+    return traced_spec(skeleton, list(first.infos), first.label, example, idle)
+
+
+def traced_spec(
+    skeleton: nn.Module,
+    names: Sequence[str],
+    label: str = "the checkpoint",
+    example: Mapping[str, Any] | None = None,
+    unreached: Sequence[str] = (),
+) -> PermutationSpec:
+    """The groups of a network by tracing, checked on random weights.
+
+    Args:
+        skeleton: the network; its weights are not used.
+        names: tensors by their names in the files.
+        label: whose names they are, for messages.
+        example: arguments of its forward: tensors, or shapes; default: derived.
+        unreached: regular expressions of parameters that take no part in the network.
+
+    Raises:
+        ConfigError: the network cannot be run or traced, or a permutation changes what it computes.
+    """
+    binding = bind_or_refuse(skeleton, names, label)
+    traced = _first_that_runs(skeleton, example, partial(trace, skeleton, unreached=unreached))
+    spec = to_spec(traced, skeleton, binding)
+    return _verified(spec, skeleton, names, label, example)
+
+
+def _verified(
+    spec: PermutationSpec,
+    skeleton: nn.Module,
+    names: Sequence[str],
+    label: str,
+    example: Mapping[str, Any] | None,
+    written: bool = False,
+) -> PermutationSpec:
+    files: dict[str, str] = {}
+    binding = bind_or_refuse(skeleton, names, label)
+    for file_name, module_name in module_names(skeleton, binding).items():
+        files.setdefault(module_name, file_name)
+
+    def checked(inputs: Mapping[str, Any]) -> PermutationSpec:
+        found = replace(spec, checked=verify(spec, skeleton, files, inputs))
+        return steady(found, skeleton, inputs, written)
+
+    return _first_that_runs(skeleton, example, checked)
+
+
+def _first_that_runs(
+    skeleton: nn.Module,
+    example: Mapping[str, Any] | None,
+    attempt: Callable[[Mapping[str, Any]], Found],
+) -> Found:
+    failures = []
+    for inputs in candidates(skeleton, example):
+        try:
+            return attempt(inputs)
+        except GradmergeError:
+            raise
+        except Exception as error:  # whatever a network raises on an input that is not its own
+            failures.append(f"{_described(inputs)}: {type(error).__name__}: {error}")
+    raise ConfigError(
+        f"alignment: {type(skeleton).__name__} does not run on {shorten(failures, 2)}. Give "
+        "`example` of the alignment: shapes by the name of the argument, e.g. "
+        "{x: [1, 3, 32, 32]}."
+    )
+
+
+def _described(inputs: Mapping[str, Any]) -> str:
+    shapes = [f"{k} {list(v.shape) if torch.is_tensor(v) else v}" for k, v in inputs.items()]
+    return ", ".join(shapes)
+
+
+def compared(
+    sources: Mapping[str, Checkpoint], skeleton: nn.Module | None, private: Sequence[str]
+) -> tuple[str, ...]:
+    """Names of the floating-point parameters that all sources share."""
+    first = next(iter(sources.values()))
+    names = [
+        name
+        for name, info in first.infos.items()
+        if info.dtype.is_floating_point
+        and not is_private(name, private)
+        and all(name in checkpoint.infos for checkpoint in sources.values())
+    ]
+    if skeleton is None:
+        return tuple(n for n in names if not n.endswith(("running_mean", "running_var")))
+    binding = bind_or_refuse(skeleton, list(first.infos), first.label)
+    return tuple(name for name in names if name in binding.parameters)
+
+
+def _require_heads(
+    spec: PermutationSpec, sources: Mapping[str, Checkpoint], private: Sequence[str]
+) -> None:
+    """Heads must have the specification's tensors: another one's inputs would keep the old order.
+
+    Raises:
+        ConfigError: one has not.
+    """
+    first = next(iter(sources.values()))
+    for name, checkpoint in sources.items():
+        own = [n for n in checkpoint.infos if is_private(n, private) and n not in first.infos]
+        if own:
+            raise ConfigError(
+                f"alignment: source {name} ({checkpoint.label}) has private tensors that the "
+                f"network does not: {shorten(own)}. Nothing tells which units they read, so they "
+                "cannot follow the permutation. Rename them like those of the first source."
+            )
+        for tensor, axes in spec.tensors.items():
+            info = checkpoint.infos.get(tensor)
+            if info is None:
+                continue
+            expected = [axis.size for axis in axes]
+            wrong = [
+                i
+                for i, axis in enumerate(axes)
+                if axis.groups and (len(info.shape) != len(axes) or info.shape[i] != axis.size)
+            ]
+            if wrong:
+                raise ConfigError(
+                    f"alignment: {tensor} of source {name} is {list(info.shape)}, the "
+                    f"specification says {expected}; its units cannot be told."
+                )
+
+
+def _report(
+    method: AbstractAlignment,
+    spec: PermutationSpec,
+    maps: Mapping[str, Maps],
+    objective: Mapping[str, list[float]],
+) -> dict[str, Any]:
+    return {
+        "method": type(method).__name__,
+        "output_changes_by": spec.checked,
+        "groups": {name: group.size for name, group in spec.groups.items()},
+        "moved": {
+            source: {group: round(share_moved(change), 6) for group, change in own.items()}
+            for source, own in maps.items()
+        },
+        "objective": {source: list(values) for source, values in objective.items()},
+    }

@@ -1,0 +1,105 @@
+"""Matchings whose maps mix units: CCA and optimal transport.
+
+Their maps are no symmetry of a network with element-wise functions between its layers, so a source
+computes something near what it computed. Where a mixture makes no sense at all a group keeps a
+permutation (`kept_apart`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from gradmerge.alignment.activation import MatchingOnData, permute
+from gradmerge.alignment.base import Activations, Aligned, AlignmentContext, Moments
+from gradmerge.alignment.moments import with_mean
+from gradmerge.alignment.symmetry.spec import Group, Map, Maps, PermutationSpec
+
+
+def kept_apart(spec: PermutationSpec, group: str) -> str | None:
+    """Why a group's units may change places alone; None where they may be mixed.
+
+    They may not be mixed where
+
+    - they are multiplied one by one with others: a gate and what it gates, cells of a recurrent
+      layer, channels of a depthwise convolution, queries and keys (`multiplied.py`);
+    - the units are blocks of an axis (attention heads, which a softmax keeps apart): a tensor that
+      writes them has another factor along the same stretch;
+    - something other than a layer's bias or BatchNorm runs along them: a norm over the units with a
+      gain for each (LayerNorm and RMSNorm on a residual stream), or a layer scale.
+    """
+    if spec.groups[group].multiplied:
+        return "its units are multiplied one by one with others"
+    owners: dict[str, set[int | str]] = {}
+    for name, axes in spec.tensors.items():
+        kinds = owners.setdefault(name.rpartition(".")[0], set())
+        kinds.update([len(axes), *(axis.role for axis in axes)])
+    for use in spec.uses[group]:
+        axes = spec.tensors[use.tensor]
+        segment = axes[use.axis].segments[use.segment]
+        if use.role == "out" and segment.size > segment.sizes[use.position]:
+            return f"its units are blocks of {use.tensor}, or lie within some"
+        if len(axes) == 1:
+            kinds = owners[use.tensor.rpartition(".")[0]]
+            if "square" not in kinds and not any(isinstance(k, int) and k > 1 for k in kinds):
+                return f"{use.tensor} runs along its units"
+    return None
+
+
+@dataclass(frozen=True)
+class MixingOnData(MatchingOnData):
+    """A matching by linear maps, with permutations where units must not be mixed.
+
+    With `reference: mean` each source is matched to the mean of those before it, once, in their
+    order: maps that mix would shrink the mean from round to round.
+    """
+
+    @property
+    def mixes_units(self) -> bool:
+        """See `AbstractAlignment.mixes_units`."""
+        return True
+
+    @abstractmethod
+    def mix(self, group: Group, moments: Moments) -> tuple[Map, float]:
+        """The map of a group whose units may be mixed, and what it gains."""
+
+    @abstractmethod
+    def likeness(self, moments: Moments) -> Tensor:
+        """`[size, size]`: what it gains to put unit j of the source in the place of unit i."""
+
+    def match_group(
+        self,
+        activations: Activations,
+        spec: PermutationSpec,
+        group: Group,
+        source: str,
+        targets: Mapping[str, Maps],
+    ) -> tuple[Map, float] | None:
+        """See `MatchingOnData.match_group`."""
+        moments = with_mean(activations, group.name, source, targets)
+        if moments is None:
+            return None
+        if kept_apart(spec, group.name) is None:
+            return self.mix(group, moments)
+        return permute(self.likeness(moments))
+
+    def align(self, context: AlignmentContext) -> Aligned:
+        """See `AbstractAlignment.align`; the report names the groups that are not mixed."""
+        found = super().align(context)
+        reasons = {name: kept_apart(context.spec, name) for name in context.spec.groups}
+        apart = {name: why for name, why in reasons.items() if why is not None}
+        return replace(
+            found, report={**found.report, **({"permuted only": apart} if apart else {})}
+        )
+
+    def _to_running_mean(self, context: AlignmentContext) -> Aligned:
+        first, *rest = context.sources
+        maps: dict[str, Maps] = {first: {}}
+        objective: dict[str, list[float]] = {first: []}
+        for name in rest:
+            matched = self.match(context, name, dict(maps), {})
+            maps[name], objective[name] = matched.maps, matched.objective
+        return Aligned(maps, objective, {"reference": "mean", "rounds": 1})

@@ -1,0 +1,1 @@
+"""Which units of a network may be permuted without changing its output."""

@@ -1,0 +1,1 @@
+"""REPAIR: restore the scale of activations that averaging loses."""

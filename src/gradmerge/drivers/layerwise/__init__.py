@@ -1,0 +1,1 @@
+"""Merge block by block, without labels, in the memory of one block."""

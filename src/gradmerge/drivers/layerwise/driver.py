@@ -1,0 +1,165 @@
+"""The layer-wise driver: one block at a time, each matched to the experts' own (ProDistill)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradmerge.drivers.base import AbstractDriver, Job
+from gradmerge.drivers.layerwise.block import BLOCK_LOSS
+from gradmerge.drivers.layerwise.job import Layers
+from gradmerge.errors import ConfigError
+from gradmerge.objectives import Objective
+
+# Settings of a trainer that are a whole fit's, with what says nothing.
+_OF_A_FIT = {
+    "max_steps": -1,
+    "max_epochs": None,
+    "max_time": None,
+    "limit_train_batches": None,
+    "precision": None,
+}
+_CALLBACKS_OF_A_FIT = ("EarlyStopping", "ModelCheckpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWise(AbstractDriver):
+    """Block by block: the merged block's output matches each expert's own (ProDistill, 2502.12706).
+
+    For l = 1..L in turn, over the coefficients of block l alone,
+
+        min sum_k mean_{x in D_k} | f^l(x1; theta^l(c)) - f^l(x2_k; theta_k^l) |^2
+
+    with x1 what the merged blocks before give of task k's adaptation data and x2_k what expert k's
+    own blocks before give; the mean is over entries of the hidden state, padding left out. Then
+    both pass the new block. No labels are used. Tensors outside of blocks (embeddings, head, last
+    norm) keep the coefficients that the recipe starts from. The terms of a configured objective are
+    not used, which a message says; regularisers, task weights and a logit scale are refused, and so
+    are alignments that mix units (CCA, OptimalTransport): a mapped source is not the expert.
+
+    In the end the merge is scored on the selection split, as a fit is, one merged block in
+    memory at a time (`trainer.limit_val_batches: 0` leaves that out).
+
+    The optimiser and its schedule are each block's own. One that watches a loss watches
+    `layer/loss` after each pass. What of the trainer is a whole fit's (its length, precision, early
+    stopping, checkpoints) is not used, which a message says.
+
+    Memory: the merged tensors of one block and their gradient, with its coefficients and their
+    optimiser's state, one expert's block, and activations up to `activation_memory`.
+    """
+
+    blocks: list[str] | None = None
+    """Regular expressions that match whole names of the modules that are the blocks, e.g.
+    `layer[1-4]`. Default: the members of the network's one nn.ModuleList."""
+    epochs: int = 100
+    """Passes over the adaptation data a block."""
+    steps: int | None = None
+    """Steps a block, instead of passes."""
+    batch_size: int | None = None
+    """Examples a task and step; default: that of the data. Batches are put together once, and
+    differ in size by one at most."""
+    activation_memory: float = 4.0
+    """GiB of activations in memory; the rest is mapped from files in the job's folder."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name in ("epochs", "steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"LayerWise: {name}: expected at least 1, came {value}.")
+        for pattern in self.blocks or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"LayerWise: blocks: {pattern!r} is no regular expression: {error}."
+                ) from error
+        if not self.activation_memory >= 0:
+            raise ConfigError(
+                f"LayerWise: activation_memory: expected GiB, at least 0, came "
+                f"{self.activation_memory}."
+            )
+
+    def run(self, job: Job) -> Path:
+        """See `AbstractDriver.run`."""
+        if job.options.get("activation_checkpointing"):
+            raise ConfigError(
+                "LayerWise: activation_checkpointing recomputes blocks within a pass of the whole "
+                "network; here one block runs at a time. Leave it out."
+            )
+        _require_own_loss(job)
+        _require_own_monitor(job.config.get("lr_scheduler"))
+        _say_unused(job)
+        job.require_free(self)
+        # what would be refused is found before the job is on record
+        layers = Layers(job, self.blocks, self.batch_size, self.activation_memory)
+        job.begin(self)
+        done = job.exported
+        if done is not None:
+            job.say(f"finished before: {done}")
+            return done
+        try:
+            return layers.run(self.epochs, self.steps)
+        finally:
+            layers.activations.close()
+
+
+def _require_own_loss(job: Job) -> None:
+    """Say that the terms of an objective are not used: the files of methods state theirs, whatever
+    driver they are run with. What asks for more than terms was meant for this loss.
+
+    Raises:
+        ConfigError: regularisers, task weights or a logit scale are stated.
+    """
+    objective = job.objective
+    stated = {
+        "objective.regularisers": [type(term).__name__ for term in objective.regularisers],
+        "objective.task_weights": objective.task_weights,
+        "logit_scale": job.options.get("logit_scale"),
+    }
+    for name, value in stated.items():
+        if value or value == 0:
+            raise ConfigError(
+                f"LayerWise: {name} changes the loss of a fit, came {value}, and here the loss is "
+                "the driver's own: each block's distance to the experts' blocks, all tasks alike, "
+                f"without logits and penalties. Leave it out (--model.{name.split('.')[0]} null), "
+                "or learn end to end."
+            )
+    if objective.terms != Objective().terms:
+        terms = ", ".join(type(term).__name__ for term in objective.terms)
+        job.say(f"objective {terms}: not used, each block is matched to the experts' own")
+
+
+def _require_own_monitor(schedule: Any) -> None:
+    """Refuse a schedule that watches what no block has.
+
+    Raises:
+        ConfigError: it does.
+    """
+    monitor = ((schedule or {}).get("init_args") or {}).get("monitor")
+    if monitor not in (None, BLOCK_LOSS):
+        raise ConfigError(
+            f"LayerWise: lr_scheduler watches {monitor}, and a block has a loss alone, without "
+            f"scores. Set --lr_scheduler.monitor {BLOCK_LOSS} (it acts after each pass)."
+        )
+
+
+def _say_unused(job: Job) -> None:
+    """Say what of the trainer is a whole fit's: suites state it, whatever driver they run with."""
+    trainer = job.config.get("trainer") or {}
+    stated = [
+        f"trainer.{name}"
+        for name, nothing in _OF_A_FIT.items()
+        if trainer.get(name) not in (None, nothing)
+    ]
+    callbacks = trainer.get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        kind = str(callback.get("class_path", "")).rpartition(".")[2]
+        stated += [kind] if kind in _CALLBACKS_OF_A_FIT else []
+    if stated:
+        job.say(
+            f"{', '.join(stated)}: not used, for they are a whole fit's; a block's length is the "
+            "driver's epochs or steps, and its dtype is model.dtype"
+        )

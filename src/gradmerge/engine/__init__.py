@@ -1,0 +1,1 @@
+"""From a recipe to a merged network and the gradient of its coefficients."""

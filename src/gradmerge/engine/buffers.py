@@ -1,0 +1,202 @@
+"""Persistent buffers of the merged network: BatchNorm statistics above all.
+
+Buffers are no parameters: they cannot be learned, and the sources' statistics describe other
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradmerge.engine.plan import Plan
+from gradmerge.errors import ConfigError
+from gradmerge.sources import Checkpoint
+
+
+class NetworkBuffers:
+    """The buffers of a plan's skeleton, by their names in the files, set by the recipe's rule."""
+
+    def __init__(self, plan: Plan, skeleton: nn.Module) -> None:
+        self._plan = plan
+        self._skeleton = skeleton
+        places = plan.binding.buffers if plan.binding else {}
+        self._places = {name: places[name] for name in plan.buffers if name in places}
+        self.set({name: plan.buffer(name) for name in self._places})
+        names = {module: name for name, module in skeleton.named_modules()}
+        for norm in self.batch_norms:
+            norm.register_forward_pre_hook(partial(_require_rows, names[norm]), with_kwargs=True)
+
+    def values(self) -> dict[str, Tensor]:
+        """The buffers as they stand (not copies)."""
+        return {name: self._skeleton.get_buffer(place) for name, place in self._places.items()}
+
+    def set(self, values: Mapping[str, Tensor]) -> None:
+        """Write buffers in place."""
+        own = self.values()
+        for name, value in values.items():
+            own[name].copy_(value)
+
+    @property
+    def batch_norms(self) -> list[nn.modules.batchnorm._BatchNorm]:
+        """BatchNorm layers that keep running statistics."""
+        kind = nn.modules.batchnorm._BatchNorm
+        found = [module for module in self._skeleton.modules() if isinstance(module, kind)]
+        return [module for module in found if module.track_running_stats]
+
+    def train(self, mode: bool) -> None:
+        """Batch statistics while training, if the rule is to recompute afterwards."""
+        if mode and self._plan.recipe.buffers == "recompute":
+            for norm in self.batch_norms:
+                norm.train()
+                norm.momentum = 0.0  # running statistics stay those of the last recomputation
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The network in evaluation mode for the length of the context."""
+        modes = {module: module.training for module in self._skeleton.modules()}
+        try:
+            self._skeleton.eval()
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    @contextmanager
+    def of_source(self, source: str) -> Iterator[None]:
+        """A source's own buffers, in evaluation mode, for the length of the context."""
+        with self.of(self._plan.serving[source]):
+            yield
+
+    @contextmanager
+    def of(self, checkpoint: Checkpoint) -> Iterator[None]:
+        """The same of a checkpoint."""
+        kept = {name: value.clone() for name, value in self.values().items()}
+        with self.evaluating():
+            try:
+                self.set({name: checkpoint.read(name) for name in kept})
+                yield
+            finally:
+                self.set(kept)
+
+    @torch.no_grad()
+    def recompute(
+        self, runs: Sequence[Callable[[], object]], only: Sequence[nn.Module] | None = None
+    ) -> None:
+        """BatchNorm statistics of all rows of the given forward passes together.
+
+        A row is what a layer normalises: an example, or a position of one. With `n_b` rows, mean
+        `m_b` and variance `v_b` (of divisor `n_b`) in batch b, and `N = sum_b n_b`,
+
+            mean = sum_b n_b m_b / N
+            var  = (sum_b n_b v_b + sum_b n_b (m_b - mean)^2) / (N - 1)
+
+        the unbiased variance of the N rows: within batches and between them. While a pass runs, its
+        layers normalise by the statistics of their batch, as in training. A layer that no pass
+        reaches keeps its statistics.
+
+        Args:
+            runs: the passes.
+            only: layers whose statistics are recomputed; default: all.
+        """
+        norms = [norm for norm in self.batch_norms if only is None or norm in only]
+        if not norms or not runs:
+            return
+        settings = [(module, module.momentum, module.training) for module in norms]
+        moments = {module: Moments() for module in norms}
+        hooks = [
+            module.register_forward_pre_hook(moments[module].add, with_kwargs=True)
+            for module in norms
+        ]
+        try:
+            for module in norms:
+                module.momentum = 0.0  # the layer's own average is not used
+                module.train()
+            for run in runs:
+                run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, momentum, training in settings:
+                module.momentum = momentum
+                module.train(training)
+        for module, found in moments.items():
+            found.write(module)
+
+
+def _require_rows(
+    name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse a batch that has no statistics of its own, where they are asked for.
+
+    Raises:
+        ConfigError: it has one value a channel.
+    """
+    batch: Tensor = args[0] if args else kwargs["input"]
+    if not module.training or batch.dim() < 2 or batch.numel() != batch.shape[1]:
+        return
+    if isinstance(module, nn.SyncBatchNorm) and _processes(module) > 1:
+        return  # the statistics are those of all processes' rows
+    raise ConfigError(
+        f"{name}: BatchNorm takes the statistics of its batch while coefficients are learned and "
+        "where statistics are recomputed; expected two rows or more, came one (a batch of shape "
+        f"{tuple(batch.shape)}). Set data.batch_size and data.eval_batch_size (`batch_size` of "
+        "LayerWise) to 2 or more and give each task two adaptation examples, or keep the sources' "
+        "statistics: model.recipe.buffers: mean."
+    )
+
+
+def _processes(norm: nn.SyncBatchNorm) -> int:
+    """How many processes share the statistics."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 1
+    return distributed.get_world_size(norm.process_group)
+
+
+class Moments:
+    """Number, mean and sum of squared deviations of the rows that reached a layer, a channel."""
+
+    def __init__(self) -> None:
+        self.batches = self.rows = 0
+        # On the CPU, for not every device has float64.
+        self.mean = self.squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take in a batch `[examples, channels, ...]`, before the layer."""
+        self.take(args[0] if args else kwargs["input"])
+
+    def take(self, batch: Tensor) -> None:
+        """Take in values `[examples, channels, ...]`."""
+        rows = batch.numel() // max(1, batch.shape[1])
+        if rows == 0:
+            return
+        dims = [dim for dim in range(batch.dim()) if dim != 1]
+        wide = batch.float() if batch.element_size() < 4 else batch
+        variance, mean = torch.var_mean(wide, dims, correction=0)
+        variance, mean = variance.cpu().double(), mean.cpu().double()
+        before, self.rows, self.batches = self.rows, self.rows + rows, self.batches + 1
+        apart = mean - self.mean
+        self.squares = self.squares + rows * variance + apart.square() * (before * rows / self.rows)
+        self.mean = self.mean + apart * (rows / self.rows)
+
+    @property
+    def deviation(self) -> Tensor:
+        """Standard deviation of all rows, of divisor `rows`."""
+        return (self.squares / max(1, self.rows)).sqrt()
+
+    def write(self, module: nn.modules.batchnorm._BatchNorm) -> None:
+        """Make them the layer's running statistics."""
+        if not self.rows:
+            return
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        assert module.num_batches_tracked is not None
+        module.running_mean.copy_(self.mean)
+        module.running_var.copy_(self.squares / max(1, self.rows - 1))
+        module.num_batches_tracked.fill_(self.batches)

@@ -1,0 +1,468 @@
+"""The differentiable merged model: pure torch, for any `nn.Module`, usable without Lightning.
+
+For every tensor p, `theta_p = combine(theta_1..K, link(z))` and `dL/dz` is the contraction of
+`G_p = dL/dtheta_p` with the directions (see `gradmerge.operators`). There is no autograd graph over
+the sources and no temporary of the model's size a source.
+
+Memory modes:
+    resident: merged tensors live for the step; one merge and one contraction a step.
+    streamed: a merged tensor lives while its layer runs and is rebuilt when backward needs it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradmerge._memory import BlockPool
+from gradmerge.alignment.views import original_of
+from gradmerge.engine.autograd import Combine, Deferred, add_gradient, backward_of, checksums
+from gradmerge.engine.buffers import NetworkBuffers
+from gradmerge.engine.install import LiveTensors, checkpoint_blocks, install, restamp
+from gradmerge.engine.opening import open_plan
+from gradmerge.engine.plan import Plan
+from gradmerge.engine.recipe import Recipe
+from gradmerge.errors import ConfigError, shorten
+
+Memory = Literal["resident", "streamed"]
+
+
+class MergedModel(nn.Module):
+    """A network whose weights are a learned merge of frozen sources.
+
+    Its only parameters are the raw coefficients (`raw`), in float32. Call it like the network
+    itself; `loss.backward()` fills their gradients. For several losses a step use `accumulate`,
+    which keeps one loss's activations alive at a time and, in resident memory, merges and contracts
+    once.
+
+    Args:
+        recipe: a `Recipe`, or a `Plan` that was opened already.
+        module: the architecture, where no source carries a config. Its weights are not used and it
+            is not changed.
+        memory: resident or streamed.
+        dtype: dtype of the merged tensors and so of the computation; default float32.
+        tasks: task name -> source whose private tensors it uses; default: the sources' names.
+
+    Example:
+        >>> import torch
+        >>> from gradmerge import MergedModel, Recipe
+        >>> base, a, b = (torch.nn.Linear(4, 2) for _ in range(3))
+        >>> merged = MergedModel(Recipe(sources={"a": a, "b": b}, base=base))
+        >>> merged(torch.ones(1, 4)).sum().backward()
+        >>> {key: tuple(raw.grad.shape) for key, raw in merged.raw.items()}
+        {'tensor': (2, 2)}
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe | Plan,
+        module: nn.Module | None = None,
+        memory: Memory = "resident",
+        dtype: torch.dtype = torch.float32,
+        tasks: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        plan = open_plan(recipe, module) if isinstance(recipe, Recipe) else recipe
+        if plan.skeleton is None or plan.binding is None:
+            raise ConfigError(
+                "the sources carry no config to build the network from; pass it as `module`."
+            )
+        if memory not in ("resident", "streamed"):
+            raise ConfigError(f"memory: expected 'resident' or 'streamed', came {memory!r}.")
+        plan.prepare_learning()
+        self.plan = plan
+        self.memory = memory
+        self.dtype = dtype
+        self.tasks = dict(tasks) if tasks is not None else {n: n for n in plan.sources}
+        lost = [source for source in self.tasks.values() if source not in plan.serving]
+        if lost:
+            raise ConfigError(
+                f"tasks name sources that do not exist: {shorten(lost)}; there are "
+                f"{', '.join(plan.serving)}."
+            )
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.raw = nn.ParameterDict(
+            {key: nn.Parameter(value.to(wide)) for key, value in plan.initial_raw().items()}
+        )
+        self.touched: set[str] = set()
+        self.device = torch.device("cpu")
+        # In a tuple it is no submodule: its stand-ins stay out of parameters() and checkpoints.
+        self._skeleton = (plan.skeleton,)
+        self._task: str | None = None
+        self._given: Callable[[str], Tensor | None] | None = None
+        self._stepping: dict[str, Tensor] | None = None
+        self._private: dict[tuple[str, str], Tensor] = {}
+        self._resident = ResidentTensors()
+        self._finished = False
+        self._live = LiveTensors()
+        self._blocks = BlockPool(torch.Size(t.shape).numel() for t in plan.tensors.values())
+        install(plan.skeleton, plan.binding.parameters, self._fetch, dtype, self.device)
+        self.statistics = NetworkBuffers(plan, plan.skeleton)
+        self.train(False)
+
+    @property
+    def skeleton(self) -> nn.Module:
+        """The network; its parameters are stand-ins, its modules fetch merged tensors."""
+        return self._skeleton[0]
+
+    @property
+    def version(self) -> int:
+        """Changes whenever a raw coefficient is written."""
+        return sum(parameter._version for parameter in self.raw.values())
+
+    def require_version(self, version: int) -> None:
+        """Refuse a backward after the coefficients it belongs to have changed.
+
+        Raises:
+            RuntimeError: the raw coefficients were written between forward and backward.
+        """
+        if version != self.version:
+            raise RuntimeError(
+                "coefficients changed between forward and backward, so the gradient would mix two "
+                "merges; call backward before the optimiser's step."
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedModel:
+        """Follow `.to(...)`: device and compute dtype change, raw coefficients stay wide."""
+        probe = fn(torch.zeros((), dtype=self.dtype, device=self.device))
+        wide = torch.float64 if probe.dtype == torch.float64 else torch.float32
+        super()._apply(lambda tensor: tensor.to(device=probe.device, dtype=wide), recurse)
+        self.device, self.dtype = probe.device, probe.dtype
+        restamp(self.skeleton, self.dtype, self.device)
+        self._resident.forget(fixed=True)
+        self._private.clear()
+        return self
+
+    def train(self, mode: bool = True) -> MergedModel:
+        """Dropout stays off (sources are frozen); BatchNorm uses batch statistics while training
+        if they are recomputed afterwards.
+        """
+        super().train(mode)
+        self.skeleton.eval()
+        self.statistics.train(mode)
+        for module in self.skeleton.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = mode  # transformers checkpoints only what is in training mode
+        return self
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute each block's activations in backward (see `checkpoint_blocks`)."""
+        checkpoint_blocks(self.skeleton)
+        self.train(self.training)
+
+    def build(
+        self,
+        key: str,
+        raw: Tensor | None,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+        finished: bool = False,
+    ) -> Tensor:
+        """`theta` of one tensor, without a graph; finished where asked for."""
+        # A trainer evaluates in inference mode; a tensor made there could never be trained with.
+        with torch.inference_mode(False):
+            if out is None:
+                shape = self.plan.tensors[key].shape
+                if self.memory == "streamed" and self.device.type == "cpu":
+                    out = self._blocks.empty(shape, dtype)
+                else:
+                    out = torch.empty(shape, dtype=dtype, device=self.device)
+            write = self.plan.finish if finished else self.plan.combine
+            return write(key, raw, out)
+
+    def differentiable(self, key: str, raw: Tensor, dtype: torch.dtype) -> Tensor:
+        """`theta` of one tensor, whose backward contracts the gradient to `dL/dz`."""
+
+        def build(raw: Tensor) -> Tensor:
+            return self.build(key, raw, dtype)
+
+        theta: Tensor = Combine.apply(raw, build, partial(self._contract, key, self.version))
+        return theta
+
+    def _contract(self, key: str, version: int, grad: Tensor, raw: Tensor) -> Tensor:
+        self.require_version(version)
+        self.touched.add(key)
+        return self.plan.contract(key, grad, raw)
+
+    def _fetch(self, key: str, casts: bool) -> Tensor:
+        given = None if self._given is None else self._given(key)
+        if given is not None:
+            return self._place(given)
+        if key not in self.plan.tensors:
+            return self._private_tensor(key)
+        if self.memory == "resident":
+            return self._resident.theta[key]
+        dtype = self.dtype
+        if casts and torch.is_autocast_enabled(self.device.type):
+            # Built in the dtype that autocast would cast to: the cast copy would be a tensor of its
+            # own, saved for backward layer after layer.
+            dtype = torch.get_autocast_dtype(self.device.type)
+        if key in self.plan.fixed:
+            theta = self.build(key, None, dtype)
+        elif self._finished:
+            theta = self.build(key, self.plan.raw(key, self.raw).detach(), dtype, finished=True)
+        else:
+            raws = self.raw if self._stepping is None else self._stepping
+            theta = self.differentiable(key, self.plan.raw(key, raws), dtype)
+        self._live.add(theta, (key, dtype))
+        return theta
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        dtype = self.dtype if tensor.dtype.is_floating_point else tensor.dtype
+        return tensor.to(device=self.device, dtype=dtype)
+
+    def _private_tensor(self, key: str) -> Tensor:
+        source = self.tasks.get(self._task or "", next(iter(self.plan.sources)))
+        if (source, key) not in self._private:
+            with torch.inference_mode(False):
+                self._private[source, key] = self._place(self.plan.read(source, key)).clone()
+        return self._private[source, key]
+
+    def forward(self, *args: Any, task: str | None = None, **kwargs: Any) -> Any:
+        """Run the network with merged weights.
+
+        In evaluation mode and without gradient they are finished (`Recipe.finalisers`), as in the
+        export. Otherwise coefficients learn, and finalisers, which no gradient goes through, are
+        off.
+
+        Args:
+            *args: as the network takes them.
+            task: the task whose private tensors (head) are used, where the recipe has any.
+            **kwargs: as the network takes them.
+        """
+        if task is not None and task not in self.tasks:
+            raise ConfigError(f"task {task!r}: expected one of {', '.join(self.tasks)}.")
+        if self.plan.private and task is None and self._given is None and len(self.tasks) > 1:
+            raise ConfigError(
+                f"{self.plan.private[0]} belongs to each task alone: say which task this batch is "
+                f"of, task=one of {', '.join(self.tasks)}."
+            )
+        self._task = task
+        if self._given is not None:
+            return self.skeleton(*args, **kwargs)
+        graph = torch.is_grad_enabled() and self._stepping is None
+        evaluates = not (self.training or torch.is_grad_enabled() or self._stepping is not None)
+        self._finished = evaluates and self.plan.finalisation.active
+        try:
+            if self.memory == "resident":
+                self._resident.refresh(self, graph, self._finished)
+                return self.skeleton(*args, **kwargs)
+            self._live.purge()
+            keep = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+            with keep if torch.is_grad_enabled() else nullcontext():
+                return self.skeleton(*args, **kwargs)
+        finally:
+            self._finished = False
+
+    def _pack(self, tensor: Tensor) -> Any:
+        tag = self._live.find(tensor)
+        if tag is None:
+            return tensor
+        view = (tensor.size(), tensor.stride(), tensor.storage_offset())
+        return (*tag, *view, self.version)
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        key, dtype, size, stride, offset, version = packed
+        self.require_version(version)
+        raw = None if key in self.plan.fixed else self.plan.raw(key, self.raw).detach()
+        return self.build(key, raw, dtype).as_strided(size, stride, offset)
+
+    def accumulate(
+        self, losses: Sequence[Callable[[], Tensor]], scale: float = 1.0
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Backward of several losses, one after another, as one differentiable loss.
+
+        Each callable runs this model and returns a scalar. Its backward runs at once, so one
+        loss's activations live at a time. In resident memory all share one merge, and their weight
+        gradients add up before one contraction, which frees each as it is used.
+
+        Args:
+            losses: callables that return scalar losses.
+            scale: factor on the losses inside (a gradient scaler's, for float16); taken out again.
+
+        Returns:
+            The sum of the losses, whose `backward()` adds the known gradients to `raw`, and the
+            losses one by one.
+        """
+        raws = dict(self.raw.items())
+        grads: dict[str, Tensor] = {}
+        self._stepping = {key: raw.detach().requires_grad_() for key, raw in raws.items()}
+        try:
+            if self.memory == "resident":
+                values = self._accumulate_resident(losses, grads, scale)
+            else:
+                values = self._accumulate_streamed(losses, grads, scale)
+        finally:
+            self._stepping = None
+        ordered = [
+            grads.pop(key).div_(scale) if key in grads else torch.zeros_like(raw)
+            for key, raw in raws.items()
+        ]
+        total = torch.stack(values).sum()
+        loss: Tensor = Deferred.apply(total, ordered, *raws.values())
+        return loss, values
+
+    def _accumulate_resident(
+        self, losses: Sequence[Callable[[], Tensor]], grads: dict[str, Tensor], scale: float
+    ) -> list[Tensor]:
+        self._resident.refresh(self, graph=False, finished=False)
+        merged = self._resident.theta
+        leaves = {key: merged[key].detach().requires_grad_() for key in self.plan.learned}
+        self._resident.theta = {**merged, **leaves}
+
+        def contract(key: str) -> None:
+            grad = leaves[key].grad
+            if grad is None:
+                return
+            self.touched.add(key)
+            slot = self.plan.layout.slots[key]
+            found = self.plan.contract(key, grad, self.plan.raw(key, self.raw))
+            leaves[key].grad = None
+            add_gradient(grads, slot, found, self.raw[slot.key])
+
+        values = []
+        hooks = []
+        try:
+            for i, run in enumerate(losses):
+                if i == len(losses) - 1:
+                    # With the last loss a weight gradient is complete as soon as it arrives.
+                    for key, leaf in leaves.items():
+                        hook = partial(lambda key, _: contract(key), key)
+                        hooks.append(leaf.register_post_accumulate_grad_hook(hook))
+                values.append(backward_of(run, scale))
+            for key in leaves:
+                contract(key)
+        finally:
+            self._resident.theta = merged
+            for handle in hooks:
+                # leaf, hook, leaves: a cycle, which would hold `grads` until the collector comes
+                handle.remove()
+        return values
+
+    def _accumulate_streamed(
+        self, losses: Sequence[Callable[[], Tensor]], grads: dict[str, Tensor], scale: float
+    ) -> list[Tensor]:
+        assert self._stepping is not None
+        values = [backward_of(run, scale) for run in losses]
+        for key, proxy in self._stepping.items():
+            if proxy.grad is not None:
+                grads[key] = proxy.grad
+        return values
+
+    def fix_unused(self) -> list[str]:
+        """Set tensors that no backward has reached by the recipe's rule, and say which.
+
+        They would stay at their starting coefficient and be exported scaled by it.
+
+        Returns:
+            The names of the tensors that were set.
+        """
+        unused = [key for key in self.plan.learned if key not in self.touched]
+        if unused:
+            value = self.plan.unused_coefficient
+            self.plan.fix(unused, value)
+            self._resident.forget()
+            warnings.warn(
+                f"{len(unused)} tensors got no gradient and are kept at coefficient {value:g} "
+                f"(recipe: unused): {shorten(unused)}. They do not take part in the objective.",
+                stacklevel=2,
+            )
+        return unused
+
+    def fix(self, names: Sequence[str], coefficient: float) -> None:
+        """Keep tensors at a coefficient (when a checkpoint says so)."""
+        self.plan.fix(names, coefficient)
+        self._resident.forget(fixed=True)
+
+    @contextmanager
+    def as_source(self, source: str, own: bool = False) -> Iterator[None]:
+        """Within the context the network runs with one source's weights, without gradient; with
+        `own` as they lie on disk, where an alignment mixes units. Nothing is copied.
+        """
+        if source not in self.plan.serving:
+            raise ConfigError(f"{source!r} is no source; there are {', '.join(self.plan.serving)}.")
+        checkpoint = self.plan.serving[source]
+        itself = original_of(checkpoint) if own else checkpoint
+        read = partial(self.plan.read, source) if itself is checkpoint else itself.read
+        with self.statistics.of(itself), torch.no_grad(), self.as_weights(read):
+            yield
+
+    @contextmanager
+    def as_weights(self, read: Callable[[str], Tensor | None]) -> Iterator[None]:
+        """Within the context the network runs with the tensors that `read` gives, by name; for None
+        a private tensor is the task's own.
+
+        Gradients reach those that ask for them, if a gradient is recorded at all.
+        """
+        before, self._given = (self._task, self._given), read
+        try:
+            yield
+        finally:
+            self._task, self._given = before
+
+    def coefficients(self) -> dict[str, Tensor]:
+        """`c` of every learned tensor, `[sources, *slot]`, differentiable."""
+        return {key: self.plan.coefficient(key, self.raw) for key in self.plan.learned}
+
+
+class ResidentTensors:
+    """`theta` of every tensor, by name."""
+
+    def __init__(self) -> None:
+        self.theta: dict[str, Tensor] = {}
+        """As they stand; a step puts leaves of its own in their place."""
+        self._storage: dict[str, Tensor] = {}
+        self._fixed: dict[str, Tensor] = {}
+        self._state: object = None
+        self._has_graph = False
+
+    def __reduce__(self) -> tuple[type[ResidentTensors], tuple[()]]:
+        """A copy merges anew: the tensors are of the original's coefficients and graph."""
+        return ResidentTensors, ()
+
+    def forget(self, fixed: bool = False) -> None:
+        """Build anew next time; of fixed tensors only where asked for."""
+        self.theta, self._storage = {}, {}
+        self._state, self._has_graph = None, False
+        if fixed:
+            self._fixed.clear()
+
+    def refresh(self, engine: MergedModel, graph: bool, finished: bool) -> None:
+        """Merge all tensors, unless they still stand for the current coefficients.
+
+        Args:
+            engine: whose tensors they are.
+            graph: whether a gradient is recorded.
+            finished: whether the recipe's finalisers are applied.
+        """
+        plan = engine.plan
+        corrections = plan.finalisation.version if finished else None
+        state = engine.version, checksums(engine.raw.values()), corrections
+        if self._state == state and (self._has_graph or not graph):
+            return
+        for key in plan.fixed:
+            if key in plan.binding.parameters and key not in self._fixed:  # type: ignore[union-attr]
+                self._fixed[key] = engine.build(key, None, engine.dtype)
+        # Merged tensors of before are let go first: two models would live otherwise.
+        self.theta = dict(self._fixed)
+        if graph:
+            self._storage = {}
+            for key in plan.learned:
+                raw = plan.raw(key, engine.raw)
+                self.theta[key] = engine.differentiable(key, raw, engine.dtype)
+        else:
+            for key in plan.learned:
+                raw = plan.raw(key, engine.raw).detach()
+                # Written over in place: fresh pages would fault in at every step.
+                kept = self._storage.get(key)
+                self._storage[key] = engine.build(key, raw, engine.dtype, kept, finished)
+                self.theta[key] = self._storage[key]
+        self._state, self._has_graph = state, graph

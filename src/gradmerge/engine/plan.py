@@ -1,0 +1,393 @@
+"""An opened recipe: `theta_p(z)` and its contraction, one tensor at a time.
+
+A `Plan` knows names, slots and frozen tensors. It holds no weights and no trainable state;
+`gradmerge.engine.merged` adds a network, `gradmerge.export` a folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradmerge._typing import Raw
+from gradmerge.alignment.align import UnitOrder
+from gradmerge.coefficients import AbstractInit, InitContext, Layout, initial_raw
+from gradmerge.engine import contraction
+from gradmerge.engine.inventory import take_inventory
+from gradmerge.engine.recipe import Recipe
+from gradmerge.errors import ConfigError, Problem, shorten
+from gradmerge.finalisers import Finalisation, FinalSite
+from gradmerge.operators import Linear, Spread, Terms
+from gradmerge.preprocess import ProcessedDirections, Site
+from gradmerge.sources import Checkpoint
+from gradmerge.sources.base import SharedDict, fingerprints_of, require_same
+from gradmerge.sources.collected import SourceStatistics
+from gradmerge.sources.geometry import direction_statistics
+from gradmerge.sources.tokenizers.view import alignment_of
+from gradmerge.sources.tokenizers.vocabulary import Alignment
+from gradmerge.spec import to_plain
+
+
+class Plan:
+    """An opened recipe: `theta_p(z)` and its contraction, one tensor at a time."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: Mapping[str, Checkpoint],
+        base: Checkpoint | None,
+        skeleton: nn.Module | None,
+        problems: Sequence[Problem],
+        heads: Mapping[str, Checkpoint] | None = None,
+        order: UnitOrder | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.order = order
+        """How the sources' units were brought into one order, if the recipe aligns them."""
+        self.sources = dict(sources)
+        self.serving = {**self.sources, **(heads or {})}
+        """Checkpoints that may serve a task: the sources, and those that are not merged."""
+        self.base = base
+        self.skeleton = skeleton
+        self.warnings = [problem for problem in problems if not problem.fatal]
+        self.reference = base if base is not None else next(iter(self.sources.values()))
+        found = take_inventory(self.reference, self.sources, skeleton, recipe.private)
+        self.binding = found.binding
+        self.private, self.buffers, self.tensors = found.private, found.buffers, found.tensors
+        if not self.tensors:
+            raise ConfigError("no tensor is left to merge: every one is private or a buffer.")
+        self.fixed: dict[str, float] = self._fixed()
+        learned = [tensor for name, tensor in self.tensors.items() if name not in self.fixed]
+        if not learned:
+            raise ConfigError("no tensor is left to learn: `frozen` matches every one.")
+        self.layout: Layout = recipe.coefficients.layout(learned)
+        self.num_rows = recipe.coefficients.num_rows(len(self.sources))
+        self.run: dict[str, Any] = {}
+        """How the coefficients were learned, as plain data; empty before a fit."""
+        self._on_device: SharedDict[tuple[str, str], Tensor] = SharedDict()
+        self._facts: SharedDict[str, dict[str, Tensor]] = SharedDict()
+        self._keeps_facts = False  # a static merge asks for each tensor once
+        self.slopes: dict[str, Tensor] | None = None
+        """Where set, `contract` adds up `dL/dc` here, by tensor, `[sources, *slot]`."""
+        self.collected = self._statistics()
+        """Statistics of the sources that the preprocess reads, if it reads any."""
+        self._processed = ProcessedDirections(recipe.preprocess, self._directions)
+        self.finalisation = Finalisation(recipe.finalisers, self._final_site, self.fixed)
+        """The recipe's finalisers, with what was computed for them on data."""
+
+    def _fixed(self) -> dict[str, float]:
+        fixed = {}
+        for name in self.tensors:
+            for pattern, value in self.recipe.frozen.items():
+                if re.search(pattern, name):
+                    fixed[name] = self._number(value)
+                    break
+            else:
+                if self.binding is not None and name not in self.binding.parameters:
+                    fixed[name] = self.unused_coefficient
+        return fixed
+
+    def _number(self, value: float | str) -> float:
+        if value == "origin":
+            return 0.0
+        return 1 / len(self.sources) if value == "mean" else float(value)
+
+    def _statistics(self) -> SourceStatistics | None:
+        """Statistics that the alignment or the preprocess needs, after a look at what they are
+        of.
+        """
+        steps = [step for step in self.recipe.preprocess if step.needs is not None]
+        alignment, folder = self.recipe.alignment, self.recipe.statistics
+        if not steps:  # what an alignment needs was looked at when it ran
+            aligned = alignment is not None and alignment.needs is not None
+            return SourceStatistics(folder) if aligned and folder is not None else None
+        if folder is None:
+            raise ConfigError(
+                f"{type(steps[0]).__name__} needs statistics of the sources on data, and the "
+                "recipe names none. Give `gradmerge merge` the tasks' data as well; or run "
+                "`gradmerge collect` with the same files, and name its output: statistics of the "
+                "recipe."
+            )
+        found = SourceStatistics(folder)
+        wanted = [(step.needs, to_plain(step)) for step in steps if step.needs is not None]
+        order = None if alignment is None or alignment.is_identity else to_plain(alignment)
+        found.require(wanted, {name: self.fingerprints[name] for name in self.sources}, order)
+        return found
+
+    @property
+    def unused_coefficient(self) -> float:
+        """The coefficient that `Recipe.unused` states for tensors without a gradient."""
+        rule = self.recipe.unused
+        if rule == "auto":
+            rule = "origin" if self.recipe.resolved_origin == "base" else "mean"
+        return self._number(rule)
+
+    @property
+    def learned(self) -> list[str]:
+        """Names of the tensors whose coefficients are learned."""
+        return [name for name in self.tensors if name not in self.fixed]
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the sources, in order."""
+        return tuple(self.sources)
+
+    def init_context(self) -> InitContext:
+        """What an init may look at."""
+        labels = {name: checkpoint.label for name, checkpoint in self.sources.items()}
+        return InitContext(
+            self.source_names,
+            {name: self.tensors[name] for name in self.learned},
+            cache(self.direction_norms),
+            self.recipe.resolved_origin,
+            {**({} if self.base is None else {"base": self.base.label}), **labels},
+            tuple(self.tensors),
+        )
+
+    def initial_raw(self, init: AbstractInit | None = None) -> dict[str, Tensor]:
+        """Raw coefficients of an init (default: the recipe's), by key, float32."""
+        init, context = init or self.recipe.init, self.init_context()
+        pull_back = self.recipe.coefficients.pull_back
+        return initial_raw(self.layout, init, context, self.num_rows, pull_back)
+
+    def direction_norms(self) -> Tensor:
+        """`|B_k|^2` over all merged tensors, `[sources]`, float64."""
+        if self.recipe.preprocess:
+            squares = (self._processed.read(name).double().square() for name in self.tensors)
+            return torch.stack([square.flatten(1).sum(dim=1) for square in squares]).sum(dim=0)
+        origin = self.recipe.resolved_origin
+        statistics = direction_statistics(
+            list(self.sources.values()),
+            self.base if origin == "base" else None,
+            list(self.tensors),
+            origin == "mean",
+            signs=False,
+        )
+        return statistics.gram.diagonal()
+
+    def fix(self, names: Sequence[str], coefficient: float) -> None:
+        """Keep these tensors at a stated coefficient from now on."""
+        self.fixed.update(dict.fromkeys(names, coefficient))
+
+    def read(self, source: str, name: str) -> Tensor:
+        """Tensor `name` of a source (or of `base`), from the device copy if one was loaded."""
+        kept = self._on_device.get((source, name))
+        if kept is not None:
+            return kept
+        checkpoint = self.base if source == "base" and self.base else self.serving[source]
+        if name not in checkpoint.infos:
+            self.require_private(source)
+        return checkpoint.read(name)
+
+    def require_private(self, source: str) -> None:
+        """Refuse to run or write a task with a source that has no head for it.
+
+        Raises:
+            ConfigError: the source lacks private tensors.
+        """
+        checkpoint = self.serving[source]
+        lost = [name for name in self.private if name not in checkpoint.infos]
+        if lost:
+            raise ConfigError(
+                f"source {source} ({checkpoint.label}) has no {shorten(lost)}, so it can serve no "
+                "task; say whose head a task uses (`source` of the task)."
+            )
+
+    def load(self, device: torch.device) -> None:
+        """Copy every source to a device once, instead of reading mapped files each step."""
+        owners = [*self.sources, *(["base"] if self.recipe.resolved_origin == "base" else [])]
+        for owner in owners:
+            for name in self.tensors:
+                self._on_device[owner, name] = self.read(owner, name).to(device)
+        self._facts.clear()
+
+    def _directions(self) -> Iterator[tuple[Site, Callable[[], Tensor]]]:
+        """`B_k` of every merged tensor, `[sources, *shape]` in float32, when asked for."""
+        for name in self.tensors:
+            kept = any(re.search(p, name) for p in self.recipe.frozen) and not self.fixed[name]
+            site = Site(name, self.source_names, self.collected, not kept)
+            yield site, partial(self.direction, name)
+
+    def direction(self, name: str) -> Tensor:
+        """`B_k = theta_k - A` of a tensor before any preprocess, `[sources, *shape]`, float32."""
+        shape = (len(self.sources), *self.tensors[name].shape)
+        directions = torch.empty(shape, dtype=torch.float32)
+        for source, direction in zip(self.sources, directions, strict=True):
+            direction.copy_(self.read(source, name))
+        origin = self._origin(name)
+        return directions if origin is None else directions.sub_(origin.to(directions))
+
+    def _origin(self, name: str) -> Tensor | None:
+        """What directions are measured from; None for zero."""
+        if self.recipe.resolved_origin == "base":
+            return self.read("base", name)
+        if self.recipe.resolved_origin == "zero":
+            return None
+        total = torch.zeros(self.tensors[name].shape, dtype=torch.float32)
+        for source in self.sources:
+            total.add_(self.read(source, name).to(total))
+        return total.div_(len(self.sources))
+
+    def prepare_learning(self) -> None:
+        """Refuse what no gradient goes through; then keep all processed directions in mapped files.
+
+        Raises:
+            ConfigError: the operator is not differentiable in its coefficients.
+        """
+        operator = self.recipe.operator
+        if not operator.differentiable:
+            raise ConfigError(
+                f"operator {type(operator).__name__} is not differentiable in its coefficients, so "
+                "they cannot be learned through it. Merge with stated ones (`gradmerge merge`, "
+                "Plan.materialise), or choose another operator."
+            )
+        self._keeps_facts = True
+        for checkpoint in (*([self.base] if self.base is not None else []), *self.serving.values()):
+            checkpoint.keep()
+        self._processed.keep()
+
+    def terms(self, name: str) -> Terms:
+        """The frozen tensors that `name` is merged from."""
+        facts = self._facts.setdefault(name, {}) if self._keeps_facts else {}
+        if self.recipe.preprocess and self.fixed.get(name) != 0:
+            anchor = self._origin(name)
+            chosen = None
+            if not self._processed.is_kept(name):
+                sources = [self.read(source, name) for source in self.sources]
+                chosen = self._processed.select(name, sources, anchor)
+            if chosen is not None:
+                masks, factors = chosen.masks, chosen.factors
+                return Terms(sources, anchor, masks=masks, factors=factors, facts=facts)
+            directions = list(self._processed.read(name))
+            return Terms(directions, anchor, directions=True, facts=facts)
+        origin = self.recipe.resolved_origin
+        return Terms(
+            [self.read(source, name) for source in self.sources],
+            self.read("base", name) if origin == "base" else None,
+            origin == "mean",
+            facts=facts,
+        )
+
+    def spread(self, name: str, device: torch.device) -> Spread:
+        """How the coefficients of `name` spread over its entries."""
+        if name in self.fixed:
+            return Spread("scalar")
+        slot = self.layout.slots[name]
+        size = torch.Size(self.tensors[name].shape).numel()
+        parts = slot.parts(size, device) if slot.kind == "partition" else None
+        return Spread(slot.kind, slot.axis, parts)
+
+    def raw(self, name: str, raw: Raw) -> Tensor:
+        """`z` of a tensor, `[rows, *slot]`: a view of the raw parameters."""
+        return self.layout.slots[name].read(raw)
+
+    def coefficient(self, name: str, raw: Raw) -> Tensor:
+        """`c = link(z)` of a tensor, `[sources, *slot]`, differentiable; fixed ones are
+        constants.
+        """
+        if name in self.fixed:
+            return torch.full((len(self.sources),), self.fixed[name], dtype=torch.float64)
+        return self.recipe.coefficients.link(self.raw(name, raw))
+
+    def combine(self, name: str, raw: Tensor | None, out: Tensor) -> Tensor:
+        """Write `theta_p(z)` into `out`; `raw` is the tensor's own z, None for a fixed tensor.
+
+        A fixed coefficient of 0 keeps the origin, whatever the operator makes of zeros.
+        """
+        recipe, operator = self.recipe, self.recipe.operator
+        spread = self.spread(name, out.device)
+        if raw is not None:
+            terms = self.terms(name)
+            return contraction.combine(recipe.coefficients, operator, terms, raw, spread, out)
+        if self.fixed[name] == 0:
+            operator = Linear()
+        with torch.no_grad():
+            coefficient = self.coefficient(name, {})
+            return operator.combine(self.terms(name), coefficient, spread, out)
+
+    def finish(self, name: str, raw: Tensor | None, out: Tensor) -> Tensor:
+        """Write the finished tensor into `out`: what `combine` gives, in float32 or wider, after
+        the recipe's finalisers.
+        """
+        if not self.finalisation.active or name in self.fixed:
+            return self.combine(name, raw, out)
+        wide = out.new_empty(out.shape, dtype=torch.promote_types(out.dtype, torch.float32))
+        with torch.no_grad():
+            return out.copy_(self.finalisation(name, self.combine(name, raw, wide)))
+
+    def _final_site(self, name: str) -> FinalSite:
+        def sources() -> list[Tensor]:
+            return [self.read(source, name) for source in self.sources]
+
+        return FinalSite(name, tuple(self.tensors), partial(self._origin, name), sources)
+
+    def contract(self, name: str, grad: Tensor, raw: Tensor) -> Tensor:
+        """`dL/dz` of a tensor from `dL/dtheta`: the operator's contraction, then the link's vjp."""
+        found, slope = contraction.contract(
+            self.recipe.coefficients,
+            self.recipe.operator,
+            self.terms(name),
+            raw,
+            self.spread(name, grad.device),
+            grad,
+            slopes=self.slopes is not None,
+        )
+        if self.slopes is not None and slope is not None:
+            before = self.slopes.get(name)
+            self.slopes[name] = slope if before is None else before + slope
+        return found
+
+    @torch.no_grad()
+    def materialise(self, name: str, raw: Raw, dtype: torch.dtype | None = None) -> Tensor:
+        """One merged and finished tensor in a dtype (default: the reference's stored dtype)."""
+        info = self.reference.infos[name]
+        out = torch.empty(info.shape, dtype=dtype or info.dtype)
+        own = None if name in self.fixed else self.raw(name, raw)
+        return self.finish(name, own, out)
+
+    @torch.no_grad()
+    def buffer(self, name: str) -> Tensor:
+        """A buffer by the stated rule, before any recomputation on data."""
+        reference = self.reference.read(name)
+        if self.recipe.buffers == "origin" or not reference.dtype.is_floating_point:
+            return reference.clone()
+        stacked = torch.stack([source.read(name).double() for source in self.sources.values()])
+        return stacked.mean(dim=0).to(reference.dtype)
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Content hash of every checkpoint, of aligned tokens' rows and of the units' order; reads
+        all weights once.
+        """
+        everything = {**({"base": self.base} if self.base is not None else {}), **self.serving}
+        found = fingerprints_of(everything)
+        if self.alignment is not None:
+            found["(tokens)"] = self.alignment.fingerprint()
+        if self.order is not None:
+            found["(units)"] = self.order.fingerprint()
+        return found
+
+    def require_fingerprints(self, expected: Mapping[str, str]) -> None:
+        """Refuse coefficients that were trained on other weights.
+
+        Raises:
+            FingerprintError: names and hashes of the sources that differ.
+        """
+        require_same(expected, self.fingerprints)
+
+    @property
+    def alignment(self) -> Alignment | None:
+        """The tokens of the merge and their rows, where the recipe aligns vocabularies."""
+        return alignment_of(self.reference)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder with config and tokenizer that the export copies."""
+        folders = [checkpoint.folder for checkpoint in (self.reference, *self.sources.values())]
+        return next((folder for folder in folders if folder is not None), None)

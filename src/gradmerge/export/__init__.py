@@ -1,0 +1,1 @@
+"""Write a merge as an ordinary Hugging Face folder."""

@@ -1,0 +1,318 @@
+"""Calling the kernels that work on directions of which some entries are zeroed."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradmerge.operators._native.kernels import TYPES, Kernels, address, ranges, run_shared
+
+_UPPER, _LOWER = 1 << 15, 1 << 16
+_RULES = {None: 0, "sum": 1, "count": 2}
+
+
+class _Direction(ctypes.Structure):
+    _fields_ = (
+        ("term", ctypes.c_void_p),
+        ("anchor", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        ("type", ctypes.c_int32),
+        ("anchor_type", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True)
+class Direction:
+    """`term - anchor` in float32, zero where the mask is; flat, contiguous, on the CPU."""
+
+    term: Tensor
+    anchor: Tensor | None = None
+    mask: Tensor | None = None
+    """A byte an entry."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that kernels must be able to take."""
+        return [self.term] if self.anchor is None else [self.term, self.anchor]
+
+    def plain(self) -> _Direction:
+        """As the kernels take it."""
+        return _Direction(
+            self.term.data_ptr(),
+            None if self.anchor is None else self.anchor.data_ptr(),
+            None if self.mask is None else self.mask.data_ptr(),
+            TYPES[self.term.dtype],
+            0 if self.anchor is None else TYPES[self.anchor.dtype],
+        )
+
+
+def write_direction(kernels: Kernels, direction: Direction, out: Tensor) -> None:
+    """`out = direction`, float32."""
+    plain = direction.plain()
+
+    def run(begin: int, end: int) -> None:
+        kernels.library.gradmerge_direction(address(out), ctypes.byref(plain), *_bounds(begin, end))
+
+    run_shared(run, out.numel())
+
+
+def sum_magnitudes(kernels: Kernels, direction: Direction) -> float:
+    """The sum of magnitudes, in float64."""
+    plain = direction.plain()
+    kernels.library.gradmerge_sum_magnitudes.restype = ctypes.c_double
+    sums: list[float] = []
+
+    def run(begin: int, end: int) -> None:
+        found = kernels.library.gradmerge_sum_magnitudes(ctypes.byref(plain), *_bounds(begin, end))
+        sums.append(found)
+
+    run_shared(run, direction.term.numel())
+    return sum(sorted(sums))  # threads end in any order
+
+
+def keep_ranks(kernels: Kernels, direction: Direction, first: int, last: int, kept: Tensor) -> None:
+    """`kept` = whether an entry's rank by magnitude, smallest first, is in [first, last).
+
+    Of equal magnitudes those that stand first have the lower rank. Two passes count the bits of
+    the magnitudes, the third writes: no sort, and nothing of the tensor's size but `kept`, a byte
+    an entry, which may be the direction's own mask.
+    """
+    size = direction.term.numel()
+    if first >= last:
+        kept.zero_()
+        return
+    # the magnitude of the last entry that is left out below, and of the last that is kept
+    ranks = [first, last]
+    wanted = [rank for rank in ranks if 0 < rank < size]
+    shares = ranges(size)
+    bounds = _magnitudes_of_rank(kernels, direction, wanted, shares)
+    found = dict(zip(wanted, bounds, strict=True))
+    low = found.get(first, _Bound(-1, 0, [0] * len(shares)))
+    high = found.get(last, _Bound(1 << 31, 0, [0] * len(shares)))
+    plain = direction.plain()
+
+    def run(begin: int, end: int) -> None:
+        share = shares.index((begin, end))
+        kernels.library.gradmerge_keep_between(
+            address(kept),
+            *map(ctypes.c_int64, (min(low.bits, 0x7FFFFFFF), low.equal, sum(low.seen[:share]))),
+            *map(ctypes.c_int64, (min(high.bits, 0x7FFFFFFF), high.equal, sum(high.seen[:share]))),
+            ctypes.byref(plain),
+            *_bounds(begin, end),
+        )
+
+    run_shared(run, size)
+
+
+def keep_from(kernels: Kernels, direction: Direction, least: int, kept: Tensor) -> None:
+    """`kept` = whether the bits of an entry's magnitude are at least `least`."""
+    plain = direction.plain()
+
+    def run(begin: int, end: int) -> None:
+        kernels.library.gradmerge_keep_between(
+            address(kept),
+            *map(ctypes.c_int64, (least - 1, 1 << 62, 0, 0x7FFFFFFF, 0, 0)),
+            ctypes.byref(plain),
+            *_bounds(begin, end),
+        )
+
+    run_shared(run, direction.term.numel())
+
+
+def count_magnitudes(kernels: Kernels, direction: Direction, upper: int | None) -> Tensor:
+    """Counts of the upper 16 bits of the magnitudes, or of the lower ones below one `upper`."""
+    shares = ranges(direction.term.numel())
+    if upper is None:
+        return _count_upper(kernels, direction, shares).sum(dim=0)
+    return _count_lower(kernels, direction, [upper], shares).sum(dim=0)[0]
+
+
+def keep_below(kernels: Kernels, kept: Tensor, draws: Tensor, density: float, fresh: bool) -> None:
+    """`kept = draw < density`, and what it was unless it is fresh."""
+    kernels.library.gradmerge_keep_below(
+        address(kept),
+        address(draws),
+        ctypes.c_float(density),
+        int(fresh),
+        ctypes.c_int64(draws.numel()),
+    )
+
+
+def row_ranks(
+    kernels: Kernels, direction: Direction, first_row: int, ranks: Tensor, scratch: Tensor
+) -> None:
+    """Rank of each entry in its row by magnitude, 0 for the smallest, equals in order.
+
+    Args:
+        kernels: the library.
+        direction: of the whole tensor.
+        first_row: where the rows begin that are ranked.
+        ranks: int32 `[rows, size]`, written.
+        scratch: int64, at least `2 * size`.
+    """
+    rows, size = ranks.shape
+    plain = direction.plain()
+    kernels.library.gradmerge_row_ranks(
+        address(ranks),
+        address(scratch),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(size),
+        ctypes.byref(plain),
+        ctypes.c_int64(first_row),
+    )
+
+
+def keep_ranked(
+    kernels: Kernels,
+    kept: Tensor,
+    ranks: Tensor,
+    draws: Tensor,
+    low: float,
+    slope: float,
+    fresh: bool,
+) -> None:
+    """`kept = draw < low + slope * rank`, and what it was unless it is fresh."""
+    kernels.library.gradmerge_keep_ranked(
+        address(kept),
+        address(ranks),
+        address(draws),
+        ctypes.c_float(low),
+        ctypes.c_float(slope),
+        int(fresh),
+        ctypes.c_int64(draws.numel()),
+    )
+
+
+def merge_directions(
+    kernels: Kernels,
+    out: Tensor,
+    origin: Tensor | None,
+    directions: list[Direction],
+    factors: list[float],
+    weights: Tensor,
+    width: int,
+    inner: int,
+    parts: Tensor | None,
+    elect: Literal["sum", "count"] | None = None,
+    normalise: bool = False,
+    scale: float = 1.0,
+) -> None:
+    """`out = origin + sum_k weight_k factor_k B_k`, or the disjoint mean; see `selection.c`."""
+    weights = weights.to(torch.float32).contiguous()
+    plain = (_Direction * len(directions))(*(direction.plain() for direction in directions))
+    multiplied = (ctypes.c_float * len(factors))(*factors)
+    failed: list[int] = []
+
+    def run(begin: int, end: int) -> None:
+        if kernels.library.gradmerge_merge_directions(
+            address(out),
+            TYPES[out.dtype],
+            address(origin),
+            0 if origin is None else TYPES[origin.dtype],
+            plain,
+            len(directions),
+            multiplied,
+            address(weights),
+            ctypes.c_int64(width),
+            ctypes.c_int64(inner),
+            address(parts),
+            _RULES[elect],
+            int(normalise),
+            ctypes.c_float(scale),
+            *_bounds(begin, end),
+        ):
+            failed.append(begin)
+
+    run_shared(run, out.numel())
+    if failed:
+        raise MemoryError(f"no memory for a block of {len(directions)} directions")
+
+
+def gram(kernels: Kernels, directions: list[Direction]) -> Tensor:
+    """`<B_i, B_j>`, `[directions, directions]`, of float32 differences, summed in float64."""
+    num = len(directions)
+    plain = (_Direction * num)(*(direction.plain() for direction in directions))
+    size = directions[0].term.numel()
+    shares = ranges(size)
+    total = torch.zeros(len(shares), num, num, dtype=torch.float64)
+    failed: list[int] = []
+
+    def run(begin: int, end: int) -> None:
+        own = total[shares.index((begin, end))]
+        if kernels.library.gradmerge_gram(address(own), plain, num, *_bounds(begin, end)):
+            failed.append(begin)
+
+    run_shared(run, size)
+    if failed:
+        raise MemoryError(f"no memory for a block of {num} directions")
+    return total.sum(dim=0)
+
+
+@dataclass(frozen=True)
+class _Bound:
+    bits: int
+    """The magnitude, as an integer."""
+    equal: int
+    """How many entries of this magnitude lie below the rank."""
+    seen: list[int]
+    """How many of them each share of the entries has."""
+
+
+def _magnitudes_of_rank(
+    kernels: Kernels, direction: Direction, wanted: list[int], shares: list[tuple[int, int]]
+) -> list[_Bound]:
+    """The magnitude of the `rank`th smallest entry, for each rank."""
+    if not wanted:
+        return []
+    upper = _count_upper(kernels, direction, shares).sum(dim=0).cumsum(0)
+    # the first table entry that reaches the rank, and how many lie below it
+    places = [int(torch.searchsorted(upper, rank)) for rank in wanted]
+    below = [int(upper[place - 1]) if place else 0 for place in places]
+    lower = _count_lower(kernels, direction, places, shares)
+    bounds = []
+    for j, rank in enumerate(wanted):
+        within = lower[:, j].sum(dim=0).cumsum(0)
+        place = int(torch.searchsorted(within, rank - below[j]))
+        before = int(within[place - 1]) if place else 0
+        seen = lower[:, j, place].tolist()
+        bounds.append(_Bound((places[j] << 16) + place, rank - below[j] - before, seen))
+    return bounds
+
+
+def _count_upper(kernels: Kernels, direction: Direction, shares: list[tuple[int, int]]) -> Tensor:
+    counts = torch.zeros(len(shares), _UPPER, dtype=torch.int64)
+    plain = direction.plain()
+
+    def run(begin: int, end: int) -> None:
+        own = counts[shares.index((begin, end))]
+        kernels.library.gradmerge_count_upper(
+            address(own), ctypes.byref(plain), *_bounds(begin, end)
+        )
+
+    run_shared(run, direction.term.numel())
+    return counts
+
+
+def _count_lower(
+    kernels: Kernels, direction: Direction, places: list[int], shares: list[tuple[int, int]]
+) -> Tensor:
+    counts = torch.zeros(len(shares), len(places), _LOWER, dtype=torch.int64)
+    plain = direction.plain()
+    upper = (ctypes.c_int32 * len(places))(*places)
+
+    def run(begin: int, end: int) -> None:
+        own = counts[shares.index((begin, end))]
+        kernels.library.gradmerge_count_lower(
+            address(own), upper, len(places), ctypes.byref(plain), *_bounds(begin, end)
+        )
+
+    run_shared(run, direction.term.numel())
+    return counts
+
+
+def _bounds(begin: int, end: int) -> tuple[ctypes.c_int64, ctypes.c_int64]:
+    return ctypes.c_int64(begin), ctypes.c_int64(end)

@@ -1,0 +1,256 @@
+"""Optimisers that published merges use and torch does not have."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from gradmerge.errors import ConfigError
+
+__all__ = ["SAM", "MoFO"]
+
+
+class MoFO(torch.optim.Optimizer):
+    """Momentum-filtered AdamW (arXiv 2407.20999), the optimiser of DAM (arXiv 2410.08371).
+
+        m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2
+        z = z - lr weight_decay z
+        z = z - lr F (.) (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+    with F = 1 on the `ceil(fraction n)` entries of largest |m| of a parameter of n entries, else 0.
+    A parameter is a tensor's raw coefficients of all sources together (DAM filters each source's
+    apart), or the table that coarser granularities share.
+
+    Args:
+        params: the raw coefficients.
+        lr: learning rate.
+        betas: b1 and b2.
+        eps: added to the root.
+        weight_decay: decoupled, on all entries.
+        fraction: share of the entries that move, in (0, 1].
+
+    Raises:
+        ConfigError: a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        fraction: float = 0.3,
+    ) -> None:
+        if not 0 < fraction <= 1:
+            raise ConfigError(f"MoFO: expected a fraction in (0, 1], came {fraction}.")
+        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ConfigError(
+                "MoFO: lr, eps and weight_decay must not be negative and betas lie in [0, 1), came "
+                f"{lr}, {eps}, {weight_decay} and {tuple(betas)}."
+            )
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "fraction": fraction,
+        }
+        super().__init__(params, defaults)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._move(parameter, parameter.grad, group)
+        return loss
+
+    def _move(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        (b1, b2), rate = group["betas"], group["lr"]
+        state["step"] += 1
+        steps = float(state["step"])
+        m = state["exp_avg"].lerp_(grad, 1 - b1)
+        v = state["exp_avg_sq"].mul_(b2).addcmul_(grad, grad, value=1 - b2)
+        if group["weight_decay"]:
+            parameter.mul_(1 - rate * group["weight_decay"])
+        update = (m / (1 - b1**steps)).div_((v / (1 - b2**steps)).sqrt_().add_(group["eps"]))
+        moved = max(1, math.ceil(group["fraction"] * m.numel())) if m.numel() else 0
+        if moved < m.numel():
+            chosen = m.abs().flatten().topk(moved, sorted=False).indices
+            kept = torch.zeros_like(update).flatten().index_fill_(0, chosen, 1.0)
+            update.mul_(kept.view_as(update))
+        parameter.sub_(update, alpha=rate)
+
+
+class SAM(torch.optim.Optimizer):
+    """A base optimiser's step with the gradient from uphill (SAM, arXiv 2010.01412).
+
+        e = rho g / |g|,  g = dL/dz over all parameters
+        z is moved by `base` with the gradient at z + e
+
+    Each step evaluates the loss twice on the same batch: it wants a closure that clears gradients,
+    computes the loss and calls backward, as trainers give. Where a trainer clips gradients, both
+    are clipped; clipping by norm leaves e as it is. In several processes gradients are the same,
+    and so are the steps. Accumulating batches and float16's gradient scaler are refused. What a
+    training step logs is logged twice, so that the loss at z + e is what remains.
+
+    Args:
+        params: the raw coefficients.
+        lr: learning rate of the base optimiser.
+        rho: length of the perturbation, over all parameters together.
+        base: the base optimiser: a class path, or `{class_path: ..., init_args: {...}}`.
+
+    Raises:
+        ConfigError: rho is negative, or the base is no optimiser.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        rho: float = 0.05,
+        base: str | dict[str, Any] = "torch.optim.Adam",
+    ) -> None:
+        if not rho >= 0:
+            raise ConfigError(f"SAM: rho must not be negative, came {rho}.")
+        kind, options = _read(base)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        super().__init__(params, {"lr": lr})
+        try:
+            self.base: torch.optim.Optimizer = kind(self.param_groups, **{"lr": lr, **options})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"SAM: {name} cannot be made of {options}: {error}") from error
+        self.rho = rho
+        self.defaults = {**self.base.defaults, "rho": rho, "base": name}
+        self._share()
+
+    def _share(self) -> None:
+        """Schedules and checkpoints see the base's groups and state."""
+        self.param_groups = self.base.param_groups
+        self.state = self.base.state
+
+    @staticmethod
+    def require(accumulated: int, scaled: bool) -> None:
+        """Refuse a trainer that two gradients a step do not work with.
+
+        Args:
+            accumulated: batches whose gradients are added up for a step.
+            scaled: whether gradients are scaled for float16.
+
+        Raises:
+            ConfigError: there are several, or they are.
+        """
+        if accumulated != 1:
+            raise ConfigError(
+                f"SAM needs the loss of a step twice, and accumulate_grad_batches {accumulated} "
+                "keeps only its last batch. Set it to 1 and data.batch_size as high."
+            )
+        if scaled:
+            raise ConfigError(
+                "SAM steps through a closure, which float16's gradient scaler has none of. Set "
+                "trainer.precision to bf16-mixed or 32-true."
+            )
+
+    def step(self, closure: Callable[[], float] | None = None) -> float:  # type: ignore[override]
+        """One step.
+
+        Returns:
+            The loss at the parameters themselves.
+
+        Raises:
+            ConfigError: there is no closure to evaluate the loss a second time.
+        """
+        if closure is None:
+            raise ConfigError(
+                "SAM.step: expected a closure that clears gradients, computes the loss and calls "
+                "backward, for a step takes two gradients; came none."
+            )
+        with torch.enable_grad():
+            loss = closure()
+        kept = self._climb()
+        try:
+            with torch.enable_grad():
+                closure()
+        finally:
+            with torch.no_grad():
+                for parameter, value in kept:
+                    parameter.copy_(value)
+        self.base.step()
+        return loss
+
+    @torch.no_grad()
+    def _climb(self) -> list[tuple[Tensor, Tensor]]:
+        """Add e, and give the parameters with their values before."""
+        moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not moved:
+            return []
+        lengths = [torch.linalg.vector_norm(p.grad.double()).to(moved[0].device) for p in moved]
+        length = float(torch.linalg.vector_norm(torch.stack(lengths)))
+        if not length > 0:
+            return []
+        kept = [(p, p.detach().clone()) for p in moved]
+        for parameter in moved:
+            parameter.add_(parameter.grad, alpha=self.rho / length)
+        return kept
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the base optimiser: a step leaves nothing else behind."""
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the base optimiser."""
+        self.base.load_state_dict(state_dict)
+        self._share()
+
+
+def _read(base: Any) -> tuple[Any, dict[str, Any]]:
+    """Class and options of a specification."""
+    spec = vars(base) if hasattr(base, "class_path") else base
+    options: Any = {}
+    if isinstance(spec, Mapping):
+        options = spec.get("init_args") or {}
+        options = dict(options if isinstance(options, Mapping) else vars(options))
+        spec = spec.get("class_path")
+    module, _, name = str(spec).rpartition(".")
+    kind: Any
+    try:
+        kind = getattr(importlib.import_module(module or "torch.optim"), name, None)
+    except ImportError:
+        kind = None
+    wrong = not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer))
+    if wrong or kind is SAM:
+        raise ConfigError(
+            f"SAM: base: expected the class path of an optimiser, e.g. torch.optim.Adam, came "
+            f"{base!r}."
+        )
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"SAM: base: {kind.__name__} evaluates the loss itself, several times a step, and SAM "
+            "gives it one gradient. Take one that steps by a gradient, e.g. torch.optim.Adam."
+        )
+    return kind, options

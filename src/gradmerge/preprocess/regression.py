@@ -1,0 +1,311 @@
+"""Merges that match the sources' behaviour on data, as steps over directions.
+
+With a positive statistic `C_k` of source k on its own task's data, the merged tensor minimises
+`sum_k w_k |theta - theta_k|^2` in the norms of the `C_k`:
+
+    theta = (sum_j w_j C_j)^-1 sum_k w_k C_k theta_k = A + sum_k B'_k
+    B'_k  = (sum_j w_j C_j)^-1 w_k C_k B_k
+
+for any origin A, since `sum_k (sum_j w_j C_j)^-1 w_k C_k = I`. With every coefficient at 1 the
+merge is the method's own; learned ones start there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradmerge.errors import ConfigError
+from gradmerge.preprocess.base import AbstractPreprocess, Site
+from gradmerge.sources.collected import Needs, Statistic
+from gradmerge.spec import Setting, require_setting, settle
+
+
+@dataclass(frozen=True)
+class FisherScale(AbstractPreprocess):
+    """Weigh each entry by its diagonal Fisher information (Fisher merging, arXiv 2111.09832).
+
+        F_k  = E[(d log p(y | x) / d theta_k)^2]
+        B'_k = w_k F_k (.) B_k / sum_j w_j F_j
+
+    over the examples x of task k, with y as `labels` says. Tensors that get no gradient are
+    averaged by `w`.
+    """
+
+    floor: float = 1e-6
+    """Least value of `F_k`, after `normalise`; where no source has information, all count alike."""
+    normalise: bool = True
+    """Divide `F_k` by its L2 norm over all tensors, so that sources count alike."""
+    weights: Setting = 1.0
+    """`w_k`: one number, one a source, or by tensor."""
+    labels: Literal["model", "data"] = "model"
+    """y drawn from the source's own predictions (the Fisher information), or the data's labels (the
+    empirical Fisher)."""
+    per: Literal["example", "batch"] = "example"
+    """Square each example's gradient, or the sum over a batch of `eval_batch_size`: as many times
+    cheaper, and unbiased for drawn labels, whose gradients are independent with mean zero."""
+    seed: int = 0
+    """Seed of the draws of y."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        _require_weights("FisherScale", self.weights)
+        if self.floor <= 0:
+            raise ConfigError(f"FisherScale: expected a floor above 0, came {self.floor}.")
+        if self.per == "batch" and self.labels == "data":
+            raise ConfigError(
+                "FisherScale: per batch needs labels: model; gradients of the data's labels do not "
+                "cancel, so their sum's square is no sum of squares. Use per: example."
+            )
+
+    @property
+    def needs(self) -> Needs:
+        """See `AbstractPreprocess.needs`."""
+        return Needs("fisher", labels=self.labels, per=self.per, seed=self.seed)
+
+    def __call__(self, directions: Tensor, site: Site) -> Tensor:
+        """See `AbstractPreprocess`."""
+        found = site.statistics("fisher")
+        weights = settle("FisherScale.weights", self.weights, site.name, site.sources)
+        if found is None:
+            return _averaged(directions, weights)
+        total = torch.zeros(directions.shape[1:], dtype=torch.float64)
+        scales = []
+        for statistic, weight in zip(found, weights, strict=True):
+            fisher = statistic.values["fisher"].double()
+            if self.normalise and statistic.norm > 0:
+                fisher = fisher / statistic.norm
+            scales.append(fisher.clamp_(min=self.floor).mul_(weight))
+            total += scales[-1]
+        for direction, scale in zip(directions, scales, strict=True):
+            direction.copy_(direction.double().mul_(scale.div_(total)))
+        return directions
+
+
+@dataclass(frozen=True)
+class RegMean(AbstractPreprocess):
+    """Match the outputs of every linear layer on the tasks' data (RegMean, arXiv 2212.09849).
+
+        C_k  = a G_k + (1 - a) diag(G_k) + d I,     G_k = X_k^T X_k / rows
+        B'_k = B_k w_k C_k (sum_j w_j C_j)^-1       for a weight [out, in]
+
+    with `X_k` the layer's inputs when task k's data run through source k. Solved by Cholesky in
+    float64. Layers are `nn.Linear`, transformers' `Conv1D`, and 1-D and 2-D convolutions (inputs
+    unfolded, one solve a group). All other tensors are averaged by `w`: also weights tied to an
+    embedding, and of layers that change their weight before use (weight standardisation), which a
+    collection finds out and says.
+
+    `activations: merged` is RegMean++ (arXiv 2508.03121): task k's data run through the layers that
+    are merged already, block after block, and through source k's own weights within the block.
+    """
+
+    off_diagonal: float = 0.9
+    """Factor `a` on the entries off the diagonal, in [0, 1]; below 1 it keeps the solution near the
+    average."""
+    activations: Literal["source", "merged"] = "source"
+    """Whose activations reach a layer: the source's own, or the merged layers' (RegMean++)."""
+    normalise: bool = True
+    """Divide by the number of rows, so that tasks count alike however much data they have."""
+    damping: float = 1e-6
+    """`d`, relative to the mean diagonal of the sources' matrices; what no data reach is
+    averaged."""
+    weights: Setting = 1.0
+    """`w_k`: one number, one a source, or by tensor."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        _require_weights("RegMean", self.weights)
+        _require_damping("RegMean", self.damping)
+        if not 0 <= self.off_diagonal <= 1:
+            raise ConfigError(
+                f"RegMean: expected off_diagonal in [0, 1], came {self.off_diagonal}."
+            )
+
+    @property
+    def needs(self) -> Needs:
+        """See `AbstractPreprocess.needs`."""
+        return Needs("gram", activations=self.activations)
+
+    def __call__(self, directions: Tensor, site: Site) -> Tensor:
+        """See `AbstractPreprocess`."""
+        found = site.statistics("gram")
+        weights = settle("RegMean.weights", self.weights, site.name, site.sources)
+        if found is None:
+            return _averaged(directions, weights)
+        grams = [_gram(statistic, "gram", self.normalise) for statistic in found]
+        for gram in grams:
+            diagonal = gram.diagonal(dim1=-2, dim2=-1).clone()
+            gram.mul_(self.off_diagonal).diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+        grams = _damped(grams, weights, self.damping)
+        factor, failed = torch.linalg.cholesky_ex(_sum(grams))
+        if bool(failed.any()):
+            raise ConfigError(
+                f"RegMean: the Gram matrices of {site.name} are singular; set a damping above "
+                f"{self.damping:g} or a smaller off_diagonal, or give more data."
+            )
+        for direction, gram in zip(directions, grams, strict=True):
+            wide = _as_rows(direction, found[0].axis, gram)
+            solved = torch.cholesky_solve((wide @ gram).mT, factor).mT
+            _write_rows(direction, found[0].axis, solved)
+        return directions
+
+
+@dataclass(frozen=True)
+class MaTS(AbstractPreprocess):
+    """Match the sources in their task parameter subspaces by conjugate gradient (MaTS, arXiv
+    2312.04339).
+
+    Solves `sum_k w_k C_k(W) = sum_k w_k C_k(W_k)` for each linear layer's weight `[out, in]`, where
+
+        gram:  C_k(W) = W G_k            G_k = X_k^T X_k / rows
+        kfac:  C_k(W) = D_k W G_k        D_k = E[d^T d], d the gradient of log p(y | x) in the
+                                         layer's output, y drawn from the source's predictions
+
+    from the average, in float64. For `kfac` a sum of such operators has no inverse of closed form.
+    Every iterate is linear in the directions once its step lengths are known, so the same steps
+    are taken on each `B_k` apart (K times the work of the sum's), and `A + sum_k B'_k` is the
+    iterate itself. Few iterations stay
+    near the average, which the paper uses as the one thing to tune. Layers as for `RegMean`, but
+    `kfac`, an approximation of curvature in any case, takes those that change their weight, too.
+    """
+
+    iterations: int = 20
+    """Most iterations of the conjugate gradient; worth tuning, for more fit the data's noise."""
+    tolerance: float = 1e-8
+    """Stop when the residual's norm is this share of the right-hand side's."""
+    statistic: Literal["gram", "kfac"] = "gram"
+    """Input Gram matrices alone, or with those of the outputs' gradients."""
+    damping: float = 1e-6
+    """Multiple of the identity on each matrix, relative to the sources' mean diagonal."""
+    weights: Setting = 1.0
+    """`w_k`: one number, one a source, or by tensor."""
+    seed: int = 0
+    """Seed of the draws of y (kfac)."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        _require_weights("MaTS", self.weights)
+        _require_damping("MaTS", self.damping)
+        if self.iterations < 0 or self.tolerance < 0:
+            raise ConfigError(
+                "MaTS: expected iterations and a tolerance of at least 0, came "
+                f"{self.iterations} and {self.tolerance}."
+            )
+
+    @property
+    def needs(self) -> Needs:
+        """See `AbstractPreprocess.needs`."""
+        return Needs(self.statistic, seed=self.seed if self.statistic == "kfac" else 0)
+
+    def __call__(self, directions: Tensor, site: Site) -> Tensor:
+        """See `AbstractPreprocess`."""
+        found = site.statistics(self.statistic)
+        weights = settle("MaTS.weights", self.weights, site.name, site.sources)
+        if found is None:
+            return _averaged(directions, weights)
+        kfac = self.statistic == "kfac"
+        inputs = [_gram(statistic, "input" if kfac else "gram", True) for statistic in found]
+        inputs = _damped(inputs, weights, self.damping)
+        outputs = None
+        if kfac:
+            outputs = [statistic.values["output"].double() for statistic in found]
+            outputs = _damped(outputs, [1.0] * len(outputs), self.damping)
+        axis = found[0].axis
+        rows = torch.stack([_as_rows(direction, axis, inputs[0]) for direction in directions])
+        for direction, solved in zip(
+            directions, self._solve(rows, inputs, outputs, weights), strict=True
+        ):
+            _write_rows(direction, axis, solved)
+        return directions
+
+    def _solve(
+        self,
+        rows: Tensor,
+        inputs: list[Tensor],
+        outputs: list[Tensor] | None,
+        weights: list[float],
+    ) -> Tensor:
+        """Parts `[sources, groups, out, in]` of the solution, one a source; see the class."""
+        single = _sum(inputs)
+
+        def operator(parts: Tensor) -> Tensor:
+            if outputs is None:
+                return parts @ single
+            return _sum([left @ parts @ right for left, right in zip(outputs, inputs, strict=True)])
+
+        target = torch.stack(
+            [
+                row @ right if outputs is None else outputs[k] @ row @ right
+                for k, (row, right) in enumerate(zip(rows, inputs, strict=True))
+            ]
+        )
+        share = torch.tensor(weights, dtype=rows.dtype).view(-1, 1, 1, 1) / sum(weights)
+        parts = rows * share
+        residual = target - operator(parts)
+        step = residual.clone()
+        goal = self.tolerance * float(target.sum(dim=0).norm())
+        square = float(residual.sum(dim=0).square().sum())
+        for _ in range(self.iterations):
+            if square**0.5 <= goal or square == 0:
+                break
+            applied = operator(step)
+            length = square / float((step.sum(dim=0) * applied.sum(dim=0)).sum())
+            parts += length * step
+            residual -= length * applied
+            before, square = square, float(residual.sum(dim=0).square().sum())
+            step = residual + (square / before) * step
+        return parts
+
+
+def _require_weights(who: str, weights: Setting) -> None:
+    require_setting(f"{who}.weights", weights, "a number above 0", lambda x: x > 0)
+
+
+def _require_damping(who: str, damping: float) -> None:
+    if damping < 0:
+        raise ConfigError(f"{who}: expected a damping of at least 0, came {damping}.")
+
+
+def _averaged(directions: Tensor, weights: list[float]) -> Tensor:
+    for direction, weight in zip(directions, weights, strict=True):
+        direction.mul_(weight / sum(weights))
+    return directions
+
+
+def _gram(statistic: Statistic, part: str, normalise: bool) -> Tensor:
+    gram = statistic.values[part].double()
+    return gram / max(1.0, statistic.rows) if normalise else gram.clone()
+
+
+def _damped(matrices: list[Tensor], weights: list[float], damping: float) -> list[Tensor]:
+    """`w_k (C_k + d I)`, with d relative to the mean diagonal entry over all matrices.
+
+    The multiple of the identity belongs to each matrix, so the parts still sum to the whole, and
+    where all matrices are zero the result is the average.
+    """
+    mean = sum(float(m.diagonal(dim1=-2, dim2=-1).mean()) for m in matrices) / len(matrices)
+    added = damping * mean if mean > 0 else 1.0
+    for matrix, weight in zip(matrices, weights, strict=True):
+        matrix.diagonal(dim1=-2, dim2=-1).add_(added)
+        matrix.mul_(weight)
+    return matrices
+
+
+def _sum(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors).sum(dim=0)
+
+
+def _as_rows(direction: Tensor, axis: int, gram: Tensor) -> Tensor:
+    """A layer's weight as `[groups, out, in]`, float64."""
+    wide = direction.double()
+    return (wide.mT if axis == 0 else wide).reshape(gram.shape[0], -1, gram.shape[-1])
+
+
+def _write_rows(direction: Tensor, axis: int, rows: Tensor) -> None:
+    if axis == 0:
+        direction.copy_(rows.reshape(direction.shape[1], direction.shape[0]).mT)
+    else:
+        direction.copy_(rows.reshape(direction.shape))

@@ -1,0 +1,1 @@
+"""Tokenizers that differ, and the rows of embeddings that follow them."""

@@ -1,0 +1,195 @@
+"""A checkpoint read with the rows of another vocabulary."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gradmerge.errors import Problem
+from gradmerge.sources.base import Checkpoint, TensorInfo
+from gradmerge.sources.files import read_json
+from gradmerge.sources.tokenizers.files import TOKENIZER_FILES
+from gradmerge.sources.tokenizers.ids import with_ids, with_size
+from gradmerge.sources.tokenizers.vocabulary import Alignment, Vocabulary
+
+_COPIED = (".json", ".txt", ".jinja", ".py")
+_PART = 4096
+
+
+class VocabularyView(Checkpoint):
+    """A checkpoint whose embeddings, heads and their biases have a row a token of the merge.
+
+    All other tensors are its own. Its folder is a temporary one: the small files of its own, with
+    the merge's tokenizer, and with token ids that mean the same tokens there. A fingerprint is that
+    of the checkpoint as it lies on disk.
+
+    Args:
+        alignment: the vocabulary of the merge.
+        name: the checkpoint's name there.
+    """
+
+    def __init__(self, alignment: Alignment, name: str) -> None:
+        self.alignment = alignment
+        self._name = name
+        self._inner = alignment.checkpoints[name]
+        self._axes = alignment.axes[name]
+        self._kept: dict[str, Tensor] = {}
+        rows = alignment.rows[name]
+        own = torch.arange(alignment.size)
+        self._is_own = alignment.heights[name] == alignment.size and torch.equal(rows, own)
+
+    @property
+    def label(self) -> str:
+        """See `Checkpoint.label`."""
+        return self._inner.label
+
+    @cached_property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """See `Checkpoint.infos`; the axis over tokens has the merge's length."""
+        infos = dict(self._inner.infos)
+        for name, axis in self._axes.items():
+            shape = list(infos[name].shape)
+            shape[axis] = self.alignment.size
+            infos[name] = replace(infos[name], shape=tuple(shape))
+        return infos
+
+    @cached_property
+    def config(self) -> Mapping[str, Any] | None:
+        """See `Checkpoint.config`; with the merge's size and token ids."""
+        config = self._inner.config
+        if config is None:
+            return None
+        found = self.alignment
+        resized = with_size(config, found.size)
+        return with_ids(resized, found.owner_config, found.moved(self._name), found.size)
+
+    @cached_property
+    def folder(self) -> Path | None:
+        """See `Checkpoint.folder`."""
+        own = self._inner.folder
+        if own is None:
+            return None
+        number = list(self.alignment.checkpoints).index(self._name)  # a name may have slashes
+        folder = self.alignment.folder / str(number)
+        folder.mkdir()
+        for file in own.iterdir():
+            small = file.suffix in _COPIED and not file.name.endswith(".index.json")
+            if file.is_file() and small and file.name not in TOKENIZER_FILES:
+                shutil.copyfile(file, folder / file.name)
+        for file in self.alignment.tokenizer_folder.iterdir():
+            if (folder / file.name).exists():  # code
+                continue
+            try:
+                os.link(file, folder / file.name)
+            except OSError:  # a file system without links
+                shutil.copyfile(file, folder / file.name)
+        if self.config is not None:
+            _write(folder / "config.json", self.config)
+        generation = read_json(own / "generation_config.json")
+        if generation is not None:
+            found = self.alignment
+            theirs = found.checkpoints[found.owner].folder
+            owner = (theirs and read_json(theirs / "generation_config.json")) or {}
+            moved = found.moved(self._name)
+            changed = with_ids(generation, owner, moved, found.size)
+            _write(folder / "generation_config.json", changed)
+        return folder
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """See `Checkpoint.tokenizer_folder`."""
+        return self.alignment.tokenizer_folder
+
+    def read(self, name: str) -> Tensor:
+        """See `Checkpoint.read`; a tensor over tokens is formed unless it was kept."""
+        if name in self._kept:
+            return self._kept[name]
+        if name not in self._axes or self._is_own:
+            return self._inner.read(name)
+        return self._form(name)
+
+    def _form(self, name: str) -> Tensor:
+        found, axis = self.alignment, self._axes[name]
+        holders = {
+            holder: (checkpoint, found.axes[holder][name])
+            for holder, checkpoint in found.checkpoints.items()
+            if name in found.axes[holder]
+        }
+        mine = self._inner.read(name).movedim(axis, 0)
+        dtype = mine.dtype
+        for checkpoint, _ in holders.values():
+            dtype = torch.promote_types(dtype, checkpoint.infos[name].dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        formed = torch.zeros((found.size, *mine.shape[1:]), dtype=dtype)
+        rows = found.rows[self._name]
+        for ids in (rows >= 0).nonzero().squeeze(1).split(_PART):
+            formed[ids] = mine[rows[ids]].to(dtype)
+        for lost, donors in found.missing(self._name, list(holders)):
+            tensors = [holders[d][0].read(name).movedim(holders[d][1], 0) for d in donors]
+            for ids in lost.split(_PART) if donors else ():
+                total = torch.zeros((len(ids), *mine.shape[1:]), dtype=wide)
+                for donor, tensor in zip(donors, tensors, strict=True):
+                    total += tensor[found.rows[donor][ids]].to(wide)
+                formed[ids] = (total / len(donors)).to(dtype)
+        if not found.named.all():
+            count = int(found.named.sum())
+            first = bool(found.named[:count].all())  # then no copy is made
+            real = formed[:count] if first else formed[found.named]
+            formed[~found.named] = real.mean(dim=0, dtype=wide).to(dtype)
+        return formed.movedim(0, axis).contiguous()
+
+    def keep(self) -> None:
+        """Write the tensors over tokens to temporary files (`TMPDIR`) and map them from there.
+
+        Training reads them at every step.
+        """
+        for i, name in enumerate(self._axes):
+            if self._is_own or name in self._kept:
+                continue
+            path = self._keep_folder / f"{i}.safetensors"
+            save_file({name: self._form(name)}, path)
+            with safe_open(path, framework="pt") as file:
+                self._kept[name] = file.get_tensor(name)
+
+    @cached_property
+    def _keep_folder(self) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix="gradmerge-rows-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
+
+    def fingerprint(self) -> str:
+        """See `Checkpoint.fingerprint`."""
+        return self._inner.fingerprint()
+
+
+def align(
+    vocabulary: Vocabulary, checkpoints: Mapping[str, Checkpoint], trust_remote_code: bool = False
+) -> tuple[dict[str, Checkpoint], list[Problem]]:
+    """Views of all checkpoints on one vocabulary, and warnings; for arguments and errors see
+    `Alignment`.
+    """
+    alignment = Alignment(vocabulary, checkpoints, trust_remote_code)
+    return {name: VocabularyView(alignment, name) for name in checkpoints}, alignment.warnings
+
+
+def alignment_of(checkpoint: Checkpoint) -> Alignment | None:
+    """The vocabulary that a checkpoint is read with; None for its own."""
+    checkpoint = getattr(checkpoint, "inner", checkpoint)  # its units may be aligned, too
+    return checkpoint.alignment if isinstance(checkpoint, VocabularyView) else None
+
+
+def _write(path: Path, fields: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

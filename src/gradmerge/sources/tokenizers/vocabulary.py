@@ -1,0 +1,388 @@
+"""One vocabulary for sources whose tokenizers differ: whose row stands for which token."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmerge.errors import ConfigError, Problem, SourceError, nearest, shorten
+from gradmerge.sources.base import Checkpoint, tensor_bytes
+from gradmerge.sources.skeleton import bind, build_skeleton
+from gradmerge.sources.tokenizers.files import (
+    Tokens,
+    has_tokenizer,
+    read_tokens,
+    write_template,
+    write_tokenizer,
+)
+from gradmerge.sources.tokenizers.ids import with_size
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Whose tokens the merge has, where tokenizers differ.
+
+    Every source is read with one row a token of the merge's tokenizer. A token that a source has
+    keeps its own row; for another the source gets the row of its only owner, else of the base, else
+    the mean of its owners' rows, else zeros, with a warning (the rules of mergekit). Rows that no
+    token has are dropped; rows of padding are the mean of all tokens' rows.
+    """
+
+    source: str = "union"
+    """`union` (the tokens of all), `base`, or the name of a source. A union keeps the ids of the
+    base, or of the first source where there is no base; what other tokenizers have beyond that
+    follows as added tokens, which are matched whole, before the tokenizer's own rules."""
+    pad_to_multiple_of: int | None = None
+    """Round the number of rows up to a multiple of this."""
+    chat_template: str = "auto"
+    """Name of the source (or `base`) whose chat template is carried, the text of one, or auto: that
+    of the tokenizer which keeps its ids, else the first that a source has."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the sources."""
+        multiple = self.pad_to_multiple_of
+        if multiple is not None and multiple < 1:
+            raise ConfigError(f"tokenizer.pad_to_multiple_of: must be at least 1, came {multiple}.")
+
+    def require(self, sources: Sequence[str], has_base: bool) -> None:
+        """Refuse names that mean no source, or two things.
+
+        Raises:
+            ConfigError: says which.
+        """
+        names = [*(["base"] if has_base else []), *sources]
+        word = next((n for n in sources if n in ("union", "auto")), None)
+        if word is not None:
+            raise ConfigError(f"tokenizer: a source is named {word!r}, which is an option; rename.")
+        if self.source == "base" and not has_base:
+            raise ConfigError(
+                f"tokenizer.source is base, but no base is given; expected union or one of {names}."
+            )
+        if self.source not in ("union", *names):
+            raise ConfigError(
+                f"tokenizer.source: expected union or one of {', '.join(names)}, came "
+                f"{self.source!r}.{nearest(self.source, ['union', *names])}"
+            )
+        if self.chat_template not in ("auto", *names) and "{" not in self.chat_template:
+            raise ConfigError(
+                "tokenizer.chat_template: expected auto, the name of a source, or the text of a "
+                f"Jinja template, came {self.chat_template!r}."
+                f"{nearest(self.chat_template, ['auto', *names])}"
+            )
+
+
+class Alignment:
+    """The tokens of a merge, and the row of each source that stands for each of them.
+
+    Args:
+        vocabulary: the specification.
+        checkpoints: opened sources by name, the base (as `base`), if there is one, first.
+        trust_remote_code: allow modelling and tokenizer code that ships with a model to run.
+
+    Raises:
+        ConfigError: the architecture has no vocabulary, or an option names a source without a
+            tokenizer or chat template.
+        SourceError: a source has no tokenizer that could be read.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        checkpoints: Mapping[str, Checkpoint],
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.vocabulary = vocabulary
+        self.trust_remote_code = trust_remote_code
+        self.checkpoints = dict(checkpoints)
+        self.warnings: list[Problem] = []
+        self.other_settings: dict[str, list[str]] = {}
+        first = next(iter(self.checkpoints))
+        self.owner = first if vocabulary.source == "union" else vocabulary.source
+        self.axes = self._find_axes(trust_remote_code)
+        self.heights = {name: self._height(name) for name in self.checkpoints}
+        self.source_tokens = self._read_tokens(trust_remote_code)
+        self.folder = Path(tempfile.mkdtemp(prefix="gradmerge-tokenizer-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.tokenizer_folder = self.folder / "tokenizer"
+        self.tokenizer_folder.mkdir()
+        self.added = self._write(trust_remote_code)
+        self.template_of = self._carry_template()
+        self.tokens = self._written_tokens(trust_remote_code)
+        needed = max(self.tokens.values()) + 1
+        multiple = vocabulary.pad_to_multiple_of or 1
+        self.size = -(-needed // multiple) * multiple
+        self.rows = {name: self._rows(name) for name in self.checkpoints}
+        self.named = torch.zeros(self.size, dtype=torch.bool)
+        self.named[torch.tensor(list(self.tokens.values()))] = True
+        self._warn_of_zeros()
+
+    def _find_axes(self, trust: bool) -> dict[str, dict[str, int]]:
+        """The axis over tokens of every tensor that has one, by checkpoint and tensor."""
+        known: dict[Any, dict[str, int]] = {}
+        found = {}
+        for name, checkpoint in self.checkpoints.items():
+            if checkpoint.folder is not None and checkpoint.config is not None:
+                kind = tuple(checkpoint.infos), str(checkpoint.config.get("architectures"))
+                if kind not in known:
+                    known[kind] = vocabulary_axes(
+                        checkpoint, checkpoint.folder, checkpoint.config, trust
+                    )
+                found[name] = known[kind]
+        if not found:
+            raise ConfigError(
+                "tokenizer: no source is a model folder with a config and a tokenizer, so there "
+                "are no tokens to compare; give folders, or leave the option out."
+            )
+        some = next(iter(found.values()))
+        return {
+            name: found.get(name, {n: axis for n, axis in some.items() if n in checkpoint.infos})
+            for name, checkpoint in self.checkpoints.items()
+        }
+
+    def _height(self, name: str) -> int:
+        """Rows of a checkpoint's vocabulary."""
+        checkpoint = self.checkpoints[name]
+        heights = {t: checkpoint.infos[t].shape[axis] for t, axis in self.axes[name].items()}
+        if len(set(heights.values())) != 1:
+            came = shorten([f"{tensor} {height}" for tensor, height in heights.items()])
+            raise SourceError(
+                f"{checkpoint.label}: expected tensors with one row a token, all of one height, "
+                f"came {came or 'none'}. Its rows cannot be matched with tokens."
+            )
+        return next(iter(heights.values()))
+
+    def _read_tokens(self, trust: bool) -> dict[str, Tokens]:
+        first = next(iter(self.checkpoints))
+        found = {}
+        for name, checkpoint in self.checkpoints.items():
+            folder = checkpoint.tokenizer_folder
+            if folder is not None and has_tokenizer(folder):
+                found[name] = read_tokens(folder, trust)
+                continue
+            lacks = f"{checkpoint.label} (source {name}) has no tokenizer"
+            if name in (first, self.owner):
+                raise ConfigError(
+                    f"tokenizer: {lacks}, which others are compared with. Save one into its folder."
+                )
+            if self.heights[name] != self.heights[first]:
+                raise SourceError(
+                    f"{lacks}, and its embedding has {self.heights[name]} rows, that of {first} "
+                    f"{self.heights[first]}: nothing says what its rows stand for. Save its "
+                    "tokenizer into its folder."
+                )
+            self._warn(
+                checkpoint.label,
+                "a tokenizer",
+                "none",
+                f"As it has as many rows as {first}, its tokens are taken to be the same.",
+            )
+            found[name] = found[first]
+        return found
+
+    def _write(self, trust: bool) -> dict[str, list[str]]:
+        """Write the merge's tokenizer; returns what was added to its owner's: by rule, by hand."""
+        ordinary: dict[str, str] = {}
+        added: dict[str, Any] = {}
+        base = self.source_tokens[self.owner]
+        others = [n for n in self.checkpoints if n != self.owner]
+        for name in others if self.vocabulary.source == "union" else ():
+            tokens = self.source_tokens[name]
+            for token, row in sorted(tokens.ids.items(), key=lambda item: item[1]):
+                if row >= self.heights[name]:  # it has no row to bring
+                    continue
+                settings = tokens.added.get(token)
+                before = base.added.get(token, added.get(token))
+                if token in base.ids or token in added:
+                    if settings is not None and settings != before:
+                        self.other_settings.setdefault(name, []).append(token)
+                elif settings is not None:
+                    added[token] = settings
+                    ordinary.pop(token, None)
+                else:
+                    ordinary[token] = name
+        for name, tokens_set in self.other_settings.items():
+            self._warn(
+                self.checkpoints[name].label,
+                "the settings of added tokens (special, stripping) that others have",
+                f"others for {len(tokens_set)} ({_quoted(tokens_set)})",
+                "The first that were found are kept.",
+            )
+        folder = self.checkpoints[self.owner].tokenizer_folder
+        if folder is None:  # refused before
+            raise ConfigError(f"tokenizer: {self.owner} has no folder.")
+        write_tokenizer(folder, list(ordinary), list(added.values()), self.tokenizer_folder, trust)
+        if ordinary:
+            self._warn(
+                self.checkpoints[self.owner].label,
+                "the ordinary tokens of all sources",
+                f"{len(ordinary)} that only others have ({_quoted(list(ordinary))})",
+                "They become added tokens, which are matched whole wherever they stand in a text, "
+                f"before its own rules; with tokenizer.source: {self.owner} they are left out.",
+            )
+        return {"ordinary": list(ordinary), "added": list(added)}
+
+    def _carry_template(self) -> str | None:
+        """Write the chat template; returns whose it is."""
+        chosen = self.vocabulary.chat_template
+        if chosen != "auto" and chosen not in self.source_tokens:
+            write_template(self.tokenizer_folder, chosen)
+            return "the recipe"
+        names = [self.owner, *self.source_tokens] if chosen == "auto" else [chosen]
+        whose = next((n for n in names if self.source_tokens[n].template is not None), None)
+        if whose is None and chosen != "auto":
+            raise ConfigError(f"tokenizer.chat_template: source {chosen} has no chat template.")
+        template = None if whose is None else self.source_tokens[whose].template
+        if whose != self.owner and template is not None:
+            write_template(self.tokenizer_folder, template)
+        return whose
+
+    def _written_tokens(self, trust: bool) -> dict[str, int]:
+        """Tokens of the merge, as they are read back from what was written."""
+        config = self.tokenizer_folder / "config.json"  # may say the class of the tokenizer
+        fields = self.checkpoints[self.owner].config
+        if fields is not None:
+            config.write_text(json.dumps(dict(fields)))
+        found = read_tokens(self.tokenizer_folder, trust).ids
+        config.unlink(missing_ok=True)
+        if not found:
+            raise SourceError(f"{self.checkpoints[self.owner].label}: its tokenizer has no token.")
+        return dict(found)
+
+    def _rows(self, name: str) -> Tensor:
+        """Row of each id in a checkpoint, `[size]`; -1 where it has none."""
+        rows = torch.full((self.size,), -1, dtype=torch.long)
+        own, height = self.source_tokens[name].ids, self.heights[name]
+        places: dict[int, int] = {}
+        for token, i in self.tokens.items():
+            if own.get(token, height) < height:
+                places.setdefault(i, own[token])  # the first of several tokens with one id
+        if places:
+            rows[torch.tensor(list(places))] = torch.tensor(list(places.values()))
+        return rows
+
+    def _warn_of_zeros(self) -> None:
+        nowhere = self.named & (torch.stack(list(self.rows.values())) < 0).all(dim=0)
+        tokens = [token for token, i in self.tokens.items() if nowhere[i]]
+        if tokens:
+            self._warn(
+                self.checkpoints[self.owner].label,
+                "a row for every token in some checkpoint",
+                f"none for {len(tokens)} ({_quoted(tokens)})",
+                "Their rows are zeros; the model has never seen them.",
+            )
+
+    def _warn(self, where: str, expected: str, came: str, todo: str) -> None:
+        self.warnings.append(Problem("tokenizer", where, "vocabulary", expected, came, todo, False))
+
+    def donors(self, owners: Sequence[str]) -> list[str]:
+        """Whose rows a token gets, out of those that have it: the only one, the base, or all."""
+        return ["base"] if len(owners) > 1 and "base" in owners else list(owners)
+
+    def missing(self, name: str, holders: Sequence[str]) -> Iterator[tuple[Tensor, list[str]]]:
+        """Ids of tokens that a checkpoint lacks, with those that give the row (none: zeros).
+
+        Args:
+            name: the checkpoint.
+            holders: checkpoints that have the tensor in question.
+        """
+        ids = (self.named & (self.rows[name] < 0)).nonzero().squeeze(1)
+        if not len(ids):
+            return
+        table = torch.stack([self.rows[holder][ids] >= 0 for holder in holders])
+        patterns, place = torch.unique(table, dim=1, return_inverse=True)
+        for i, pattern in enumerate(patterns.unbind(dim=1)):
+            owners = [h for h, has in zip(holders, pattern.tolist(), strict=True) if has]
+            yield ids[place == i], self.donors(owners)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the tokens' ids and each checkpoint's rows."""
+        digest = hashlib.sha256(json.dumps(sorted(self.tokens.items())).encode())
+        for rows in self.rows.values():
+            digest.update(tensor_bytes(rows))
+        return digest.hexdigest()
+
+    @cached_property
+    def owner_config(self) -> dict[str, Any]:
+        """All fields of the config that goes with the merge's tokenizer, defaults too."""
+        import transformers
+
+        folder, config = self.checkpoints[self.owner].folder, self.checkpoints[self.owner].config
+        if folder is None or config is None:
+            return {}
+        try:
+            loaded = transformers.AutoConfig.from_pretrained(
+                folder, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        except (ValueError, OSError):  # its own code, which the network needs as well
+            return dict(config)
+        return {**loaded.to_dict(), **config}
+
+    def moved(self, name: str) -> dict[int, int]:
+        """Own id -> id in the merge, of a checkpoint's tokens."""
+        own = self.source_tokens[name].ids
+        return {row: self.tokens[token] for token, row in own.items() if token in self.tokens}
+
+
+def _quoted(tokens: Sequence[str]) -> str:
+    return shorten([repr(token) for token in tokens], 3)
+
+
+def vocabulary_axes(
+    checkpoint: Checkpoint, folder: Path, config: Mapping[str, Any], trust_remote_code: bool = False
+) -> dict[str, int]:
+    """The axis over tokens of every tensor of a checkpoint that has one.
+
+    Two networks without weights are compared, one of them with a larger vocabulary: what changes
+    its shape runs over tokens (embeddings, heads, their biases), whatever its name.
+
+    Raises:
+        ConfigError: the architecture has no vocabulary, or a tensor does not follow its size.
+    """
+    small = build_skeleton(folder, trust_remote_code)
+    fields: Any = getattr(small, "config", None)
+    size = getattr(fields.get_text_config() if fields is not None else None, "vocab_size", None)
+    if not isinstance(size, int):
+        raise ConfigError(
+            f"tokenizer: {type(small).__name__} ({checkpoint.label}) has no vocabulary: its config "
+            "has no vocab_size. Leave the option out."
+        )
+    with tempfile.TemporaryDirectory() as text:
+        other = Path(text)
+        for code in folder.glob("*.py"):
+            shutil.copyfile(code, other / code.name)
+        larger = with_size(config, 2 * size + 1)
+        (other / "config.json").write_text(json.dumps(larger))
+        large = build_skeleton(other, trust_remote_code).state_dict(keep_vars=True)
+    axes = {}
+    for place, tensor in small.state_dict(keep_vars=True).items():
+        shape, other_shape = tensor.shape, large[place].shape
+        changed = [axis for axis, length in enumerate(shape) if other_shape[axis] != length]
+        if not changed:
+            continue
+        if len(changed) > 1 or shape[changed[0]] != size:
+            raise ConfigError(
+                f"tokenizer: {place} of {type(small).__name__} is {tuple(shape)} where the "
+                f"vocabulary has {size} tokens, so its rows do not stand for tokens alone. Make "
+                "the vocabularies agree before the merge."
+            )
+        axes[place] = changed[0]
+    names = list(checkpoint.infos)
+    try:
+        binding = bind(small, names)
+    except ConfigError:  # tensors that are fused on loading; none of those runs over tokens
+        names = [n for n in names if size in checkpoint.infos[n].shape]
+        binding = bind(small, names)
+    places = {**{n: p[0] for n, p in binding.parameters.items()}, **binding.buffers}
+    places.update({alias: places[kept] for alias, kept in binding.ties.items()})
+    return {name: axes[place] for name, place in places.items() if place in axes}

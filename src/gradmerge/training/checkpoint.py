@@ -1,0 +1,85 @@
+"""What a checkpoint holds besides coefficients: what they belong to, as plain data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmerge._version import __version__
+from gradmerge.engine.merged import MergedModel
+from gradmerge.errors import ConfigError
+
+
+@contextmanager
+def holding(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the context parameters have other values, where any are given that differ."""
+    changed = {
+        name: (parameter, parameter.detach().clone())
+        for name, parameter in parameters.items()
+        if name in values and not torch.equal(parameter, values[name].to(parameter))
+    }
+    # through .data: a graph that is waiting for its backward is of the values after the context
+    for name, (parameter, _) in changed.items():
+        parameter.data.copy_(values[name])
+    try:
+        yield
+    finally:
+        for parameter, before in changed.values():
+            parameter.data.copy_(before)
+
+
+def to_save(
+    merged: MergedModel,
+    checked_unused: bool,
+    results: Mapping[str, Any],
+    experts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Fingerprints, fixed tensors, buffers, corrections and scores of a merge.
+
+    Args:
+        merged: whose coefficients are saved.
+        checked_unused: whether tensors without a gradient have been set by rule.
+        results: scores by split.
+        experts: scores of the tasks' own sources.
+    """
+    plan = merged.plan
+    return {
+        "version": __version__,
+        "sources": list(plan.source_names),
+        "tasks": dict(merged.tasks),
+        "fingerprints": plan.fingerprints,
+        "fixed": dict(plan.fixed),
+        "checked_unused": checked_unused,
+        "buffers": {k: v.detach().cpu().clone() for k, v in merged.statistics.values().items()},
+        "finalisation": plan.finalisation.state(),
+        "run": copy.deepcopy(plan.run),
+        "results": copy.deepcopy(dict(results)),
+        "experts": copy.deepcopy(dict(experts)),
+    }
+
+
+def restore(
+    merged: MergedModel, saved: Mapping[str, Any] | None
+) -> tuple[bool, dict[str, Any], dict[str, Any]]:
+    """Take over what `to_save` gave; returns its last three arguments.
+
+    Raises:
+        FingerprintError: the sources' weights are not those of the checkpoint.
+        ConfigError: the checkpoint is not one of gradmerge.
+    """
+    if saved is None:
+        raise ConfigError("the checkpoint holds no gradmerge coefficients.")
+    plan = merged.plan
+    plan.require_fingerprints(saved["fingerprints"])
+    for name, coefficient in saved["fixed"].items():
+        merged.fix([name], coefficient)
+    plan.run = saved.get("run", {})
+    merged.tasks = dict(saved["tasks"])
+    merged.statistics.set(saved["buffers"])
+    plan.finalisation.load_state(saved.get("finalisation", {}))
+    return saved["checked_unused"], saved["results"], saved["experts"]

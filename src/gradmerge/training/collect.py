@@ -1,0 +1,238 @@
+"""Collecting the sources' statistics: each runs on its own tasks' adaptation data.
+
+Which statistics is up to the recipe's steps (`AbstractPreprocess.needs`) and its alignment
+(`AbstractAlignment.needs`: every source on every task's data). They are written to a folder that
+`gradmerge.sources.collected` reads, complete or not at all. The alignment's come first, because the
+steps' are of aligned sources.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gradmerge.alignment import PermutationSpec
+from gradmerge.alignment.align import find_spec
+from gradmerge.alignment.moments import ACTIVATIONS, pairs_of
+from gradmerge.calibration.activations import UnitPasses
+from gradmerge.calibration.fisher import Report
+from gradmerge.calibration.sequential import Stages
+from gradmerge.coefficients import Model, Uniform
+from gradmerge.engine.opening import open_plan
+from gradmerge.engine.recipe import Recipe
+from gradmerge.errors import ConfigError, shorten
+from gradmerge.export.atomic import discard, refuse_existing, start_beside, take_name
+from gradmerge.export.provenance import versions
+from gradmerge.operators import Linear
+from gradmerge.preprocess import AbstractPreprocess
+from gradmerge.sources.collected import INDEX, VERSION
+from gradmerge.spec import to_plain
+from gradmerge.training.data import MergeDataModule
+from gradmerge.training.module import MergeModule
+from gradmerge.training.run import describe_data
+
+
+def collect(
+    recipe: Recipe,
+    data: MergeDataModule,
+    output: str | Path,
+    overwrite: bool = False,
+    module: nn.Module | None = None,
+    report: Report = lambda line: None,
+) -> Path:
+    """Write the statistics that a recipe's alignment and steps need.
+
+    Args:
+        recipe: whose sources run, and whose alignment and steps say what they need.
+        data: the tasks; each source runs on the adaptation splits of the tasks that name it.
+        output: folder to write; it must not exist unless `overwrite`.
+        overwrite: replace an existing folder, once the new one is complete.
+        module: the architecture, where no source carries a config.
+        report: called with a line for each source.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: nothing needs any, a source has no task, or the folder exists.
+    """
+    steps = needy(recipe)
+    target = Path(output).expanduser()
+    refuse_existing(target, overwrite)
+    if steps:
+        _tasks_of_sources(list(recipe.sources), data)  # a mistake shows before anything runs
+    work = start_beside(target)
+    try:
+        index: dict[str, Any] = {
+            "version": VERSION,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "collected": {},
+        }
+        if aligns_on_data(recipe):
+            engine = engine_of(replace(recipe, alignment=None, statistics=None), data, module)
+            index["data"] = describe_data(data)
+            index["collected"][ACTIVATIONS.kind] = _of_units(
+                recipe, engine, data, module, work, report
+            )
+            (work / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+            recipe = replace(recipe, statistics=str(work))
+        if steps:
+            engine = engine_of(recipe, data, module)
+            index["data"] = describe_data(data)
+        order = recipe.alignment
+        aligned = None if order is None or order.is_identity else to_plain(order)
+        for step in steps:
+            plan = engine.merged.plan
+            tasks = _tasks_of_sources(plan.source_names, data)
+            needs = step.needs
+            assert needs is not None
+            run = Stages(engine.merged, _loaders(data), tasks, needs, work, report)
+            if needs.kind == "fisher":
+                run.fisher()
+            elif needs.activations == "merged":
+                run.grams_through_merged_layers(step)
+            else:
+                run.grams()
+            sources = {
+                name: {"fingerprint": plan.fingerprints[name], **asdict(found)}
+                for name, found in run.found.items()
+            }
+            index["collected"][needs.kind] = {
+                "needs": asdict(needs),
+                "step": to_plain(step),
+                "alignment": aligned,
+                "sources": sources,
+            }
+        (work / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        take_name(work, target, overwrite)
+    finally:
+        discard(work, target)
+    return target
+
+
+def is_needed(recipe: Recipe) -> bool:
+    """Whether a recipe reads statistics of its sources on data."""
+    return aligns_on_data(recipe) or any(step.needs is not None for step in recipe.preprocess)
+
+
+def aligns_on_data(recipe: Recipe) -> bool:
+    """Whether a recipe's alignment reads statistics of its sources on data."""
+    return recipe.alignment is not None and recipe.alignment.needs is not None
+
+
+def needy(recipe: Recipe) -> list[AbstractPreprocess]:
+    """The steps that need statistics, one a kind.
+
+    Raises:
+        ConfigError: there is none, nor an alignment that needs any; two want one kind in different
+            ways; or one that wants merged layers comes after another step, whose directions it
+            would not know.
+    """
+    steps: dict[str, AbstractPreprocess] = {}
+    for position, step in enumerate(recipe.preprocess):
+        if step.needs is None:
+            continue
+        if step.needs.activations == "merged" and position:
+            raise ConfigError(
+                f"{type(step).__name__} with activations: merged must be the first step, came as "
+                f"number {position + 1}: its layers are merged from the sources themselves."
+            )
+        known = steps.setdefault(step.needs.kind, step)
+        if known.needs != step.needs or (step.needs.activations == "merged" and known != step):
+            raise ConfigError(
+                f"two steps want {step.needs.kind} statistics collected in different ways: {known} "
+                f"and {step}; merge with one of them."
+            )
+    if not steps and not aligns_on_data(recipe):
+        raise ConfigError(
+            "no step of this recipe needs statistics: expected FisherScale, RegMean or MaTS in "
+            f"recipe.preprocess, came {shorten([type(s).__name__ for s in recipe.preprocess])}; or "
+            "an alignment on data (ActivationMatching, CCA, OptimalTransport), came "
+            f"{type(recipe.alignment).__name__ if recipe.alignment else 'none'}."
+        )
+    return list(steps.values())
+
+
+def engine_of(recipe: Recipe, data: MergeDataModule, module: nn.Module | None) -> MergeModule:
+    """A merge of the same sources without any step, to run them with."""
+    plain = _plain(recipe)
+    engine = MergeModule(plain, score_experts=False, module=module).eval()
+    data.attach(engine.merged)
+    data.setup()
+    engine.take_tasks(data.tasks)
+    return engine
+
+
+def _loaders(data: MergeDataModule) -> dict[str, Any]:
+    """Batches of each task's adaptation split."""
+    return dict(zip(data.tasks, data.evaluation_loaders("adaptation"), strict=True))
+
+
+def _tasks_of_sources(sources: Sequence[str], data: MergeDataModule) -> dict[str, list[str]]:
+    tasks: dict[str, list[str]] = {source: [] for source in sources}
+    for name, task in data.tasks.items():
+        tasks.get(task.source or name, []).append(name)
+    lost = [source for source, own in tasks.items() if not own]
+    if lost:
+        raise ConfigError(
+            f"no task is of the sources {shorten(lost)}, so their statistics cannot be collected; "
+            f"tasks are {', '.join(data.tasks)}. Name a task like its source, or set its `source`."
+        )
+    return tasks
+
+
+def _of_units(
+    recipe: Recipe,
+    engine: MergeModule,
+    data: MergeDataModule,
+    module: nn.Module | None,
+    work: Path,
+    report: Report,
+) -> dict[str, Any]:
+    """Moments of units for the recipe's alignment; every source runs on every task's data."""
+    assert recipe.alignment is not None
+    plan = engine.merged.plan
+    spec = _spec(recipe, module)
+    everywhere = {source: list(data.tasks) for source in plan.sources}
+    pairs = pairs_of(recipe.alignment, plan.source_names)
+    run = UnitPasses(engine.merged, _loaders(data), everywhere, ACTIVATIONS, work, report)
+    groups = run.units(list(spec.groups.values()), pairs)
+    sources = {
+        name: {"fingerprint": plan.fingerprints[name], **asdict(found)}
+        for name, found in run.found.items()
+    }
+    return {
+        "needs": asdict(ACTIVATIONS),
+        "step": to_plain(recipe.alignment),
+        "sources": sources,
+        "pairs": [list(pair) for pair in pairs],
+        "groups": groups,
+    }
+
+
+def _spec(recipe: Recipe, module: nn.Module | None) -> PermutationSpec:
+    """The groups of units that the alignment will ask for, of a network that is not in use."""
+    plain = replace(_plain(recipe), alignment=None, statistics=None)
+    plan = open_plan(plain, module)
+    assert recipe.alignment is not None
+    return find_spec(recipe.alignment, plan.sources, plan.skeleton)
+
+
+def _plain(recipe: Recipe) -> Recipe:
+    """The same sources, aligned as the recipe says, without any step or learning."""
+    return replace(
+        recipe,
+        preprocess=[],
+        finalisers=[],
+        statistics=recipe.statistics if aligns_on_data(recipe) else None,
+        coefficients=Model(),
+        init=Uniform(),
+        operator=Linear(),
+    )

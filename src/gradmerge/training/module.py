@@ -1,0 +1,403 @@
+"""The LightningModule: merged model, objective, tasks and metrics meet here."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from gradmerge._memory import release_freed_memory
+from gradmerge.calibration.finish import Finishing
+from gradmerge.coefficients import AbstractInit
+from gradmerge.engine.merged import Memory, MergedModel
+from gradmerge.engine.predict import Batch as Batch
+from gradmerge.engine.predict import (
+    by_task,
+    expert_rows,
+    is_causal,
+    predict,
+    require_ensemble,
+    rows_of,
+)
+from gradmerge.engine.recipe import Recipe
+from gradmerge.errors import ConfigError, nearest
+from gradmerge.objectives import AbstractTerm, CrossEntropy, Objective, Predictions
+from gradmerge.optimisers import SAM
+from gradmerge.sources.tokenizers.report import summarise, token_report
+from gradmerge.spec import from_plain, to_plain
+from gradmerge.training.checkpoint import holding, restore, to_save
+from gradmerge.training.loaders import sample_batches
+from gradmerge.training.logit_scale import LogitScale
+from gradmerge.training.regularisation import Regularisation
+from gradmerge.training.run import start_run
+from gradmerge.training.scores import SplitScores
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
+
+class MergeModule(lightning.LightningModule):
+    """Learns the coefficients of a merge with `trainer.fit`.
+
+    A training batch maps task names to batches of that task (`MergeDataModule` makes them); a batch
+    is a mapping of model inputs, with `labels` where there are any. Only the raw coefficients are
+    parameters: they are all that the optimiser and the checkpoint hold.
+
+    Args:
+        recipe: what is merged and how.
+        objective: what is minimised; a single term will do.
+        memory: `resident` keeps merged tensors for the step; `streamed` rebuilds them in backward
+            and holds about one layer.
+        dtype: dtype of the merged weights in training.
+        activation_checkpointing: recompute each block's activations in backward.
+        learning_rate: of Adam, where no other optimiser is configured.
+        load_sources: copy the sources to the training device once, instead of reading their mapped
+            files at every step (a GPU wants it, if they fit).
+        score_experts: also run each task's source once an evaluation split, for normalised scores.
+        logit_scale: start of a learned positive factor on the merged logits while training (learned
+            soup); evaluation and export do without it. Default: none.
+        module: the architecture, where no source carries a config (Python only).
+        allow_modules: modules outside of gradmerge whose components a checkpoint may name (your own
+            granularity, operator, ...); they are imported when it is loaded.
+
+    Example:
+        >>> from gradmerge import MergeModule, Recipe
+        >>> import torch
+        >>> base, a, b = (torch.nn.Linear(4, 2) for _ in range(3))
+        >>> module = MergeModule(Recipe(sources={"a": a, "b": b}, base=base))
+        >>> [tuple(parameter.shape) for parameter in module.parameters()]
+        [(2, 2)]
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        objective: Objective | None = None,
+        memory: Memory = "resident",
+        dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
+        activation_checkpointing: bool = False,
+        learning_rate: float = 1e-2,
+        load_sources: bool = False,
+        score_experts: bool = True,
+        logit_scale: float | None = None,
+        module: nn.Module | None = None,
+        allow_modules: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.allow_modules = tuple(allow_modules)
+        if isinstance(recipe, Mapping):
+            recipe = from_plain(recipe, allow_modules)
+        if isinstance(objective, Mapping):
+            objective = from_plain(objective, allow_modules)
+        if isinstance(objective, AbstractTerm):
+            objective = Objective([objective])
+        self.recipe = recipe
+        self.objective = objective or Objective([CrossEntropy()])
+        self.learning_rate = learning_rate
+        self.load_sources = load_sources
+        self.score_experts = score_experts
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, came {dtype!r}.")
+        self.merged = MergedModel(recipe, module, memory, DTYPES[dtype])
+        if activation_checkpointing:
+            self.merged.enable_activation_checkpointing()
+        require_ensemble(self.merged, self.objective)
+        self.regularisation = Regularisation(self.objective, self.merged)
+        self.logit_scale = (
+            None if logit_scale is None else LogitScale(logit_scale, self.objective.terms)
+        )
+        self._remember(memory, dtype, activation_checkpointing, logit_scale)
+        self._checked_unused = False
+        self._finishing = Finishing(lightning.pytorch.utilities.rank_zero_warn)
+        self._scores = SplitScores()
+        for warning in self.merged.plan.warnings:
+            lightning.pytorch.utilities.rank_zero_warn(str(warning))
+        if self.merged.plan.alignment is not None:
+            summary = summarise(token_report(self.merged.plan.alignment))
+            lightning.pytorch.utilities.rank_zero_info(summary)
+
+    def _remember(
+        self, memory: str, dtype: str, activation_checkpointing: bool, logit_scale: float | None
+    ) -> None:
+        """Hyper-parameters as plain data: the checkpoint then loads with `weights_only=True`."""
+        plain = {
+            "recipe": to_plain(self.recipe),
+            "objective": to_plain(self.objective),
+            "memory": memory,
+            "dtype": dtype,
+            "activation_checkpointing": activation_checkpointing,
+            "learning_rate": self.learning_rate,
+            "load_sources": self.load_sources,
+            "score_experts": self.score_experts,
+            "logit_scale": logit_scale,
+        }
+        self._set_hparams(plain)
+        self._hparams_initial = copy.deepcopy(self._hparams)
+        self._log_hyperparams = True
+
+    def start_at(self, init: AbstractInit) -> None:
+        """Take another start, as a search has chosen it: in the recipe, and for what is measured
+        from the start. The coefficients themselves are left alone.
+        """
+        self.recipe = self.merged.plan.recipe = replace(self.recipe, init=init)
+        self.hparams["recipe"] = to_plain(self.recipe)
+        raw = self.merged.plan.initial_raw()
+        own = self.merged.raw
+        self.regularisation.start_at({key: value.to(own[key]) for key, value in raw.items()})
+
+    @property
+    def causal(self) -> bool:
+        """Whether the network predicts the next token."""
+        return is_causal(self.merged.skeleton)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Task names, in the order of the evaluation loaders."""
+        return tuple(self.merged.tasks)
+
+    def setup(self, stage: str) -> None:
+        """Take the tasks, and whose source each uses, from the data module."""
+        data = getattr(self._trainer, "datamodule", None)
+        self.take_tasks(getattr(data, "tasks", None))
+        self.objective.require_tasks(self.merged.tasks)
+
+    def take_tasks(self, described: Mapping[str, Any] | None) -> None:
+        """Take the tasks, and whose source each uses, from a data module's."""
+        if described:
+            tasks = {name: task.source or name for name, task in described.items()}
+            lost = [f"{t} -> {s}" for t, s in tasks.items() if s not in self.merged.plan.serving]
+            if lost and len(self.merged.plan.sources) and self._tasks_need_source():
+                raise ConfigError(
+                    f"these tasks name no source: {', '.join(lost)}; sources are "
+                    f"{', '.join(self.merged.plan.serving)}. Set `source` of the task."
+                )
+            first = next(iter(self.merged.plan.sources))
+            self.merged.tasks = {
+                name: source if source in self.merged.plan.serving else first
+                for name, source in tasks.items()
+            }
+            if lost:
+                self.score_experts = False
+                _warn_of_sources(described, self.merged.plan.serving)
+
+    def _tasks_need_source(self) -> bool:
+        return self.objective.needs_teacher or bool(self.merged.plan.private)
+
+    def rows(self, task: str, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits of a task's batch as rows, labels, and the rows kept (see `next_token_rows`)."""
+        return rows_of(self.merged, task, batch)
+
+    def _predict(self, task: str, batch: Batch, shared: bool = False) -> Predictions:
+        return predict(self.merged, self.objective, task, batch, shared)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One merge, one backward a task, one contraction."""
+        batches = by_task(self.merged, batch)
+        if self.logit_scale is not None:
+            self.logit_scale.begin()
+        loss, values = self.merged.accumulate(self._runs(batches), self._inner_scale())
+        if self.logit_scale is not None:
+            loss = loss + self.logit_scale.deferred(self._inner_scale())
+            self.log("train/logit_scale", self.logit_scale.value, batch_size=1)
+        if not self._checked_unused:
+            self._checked_unused = True
+            self._share_touched()
+            self.merged.fix_unused()
+        if self.objective.regularisers:
+            penalty = self.regularisation.penalty()
+            self.log("train/penalty", penalty.detach(), batch_size=1)
+            loss = loss + penalty
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        for task, value in zip(batches, values, strict=True):
+            share = self.objective.share(task, tuple(batches))
+            if share:
+                self.log(f"train/{task}/loss", value / share, batch_size=1)
+        return loss
+
+    def _runs(self, batches: Mapping[str, Batch]) -> list[Callable[[], Tensor]]:
+        tasks = tuple(batches)
+        return [partial(self._task_loss, task, batch, tasks) for task, batch in batches.items()]
+
+    def _task_loss(self, task: str, batch: Batch, tasks: Sequence[str]) -> Tensor:
+        predictions = self._predict(task, batch, self.trainer.world_size > 1)
+        if self.logit_scale is not None:
+            predictions = replace(predictions, logits=self.logit_scale.scaled(predictions.logits))
+        return self.objective.share(task, tasks) * self.objective.loss(predictions)
+
+    def _inner_scale(self) -> float:
+        """The scale of a float16 gradient scaler: the backward inside must not underflow either."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+
+    def _share_touched(self) -> None:
+        """A tensor is used if any process used it."""
+        if self.trainer.world_size > 1:
+            found: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(found, self.merged.touched)
+            self.merged.touched = set().union(*found)
+
+    def on_fit_start(self) -> None:
+        """Training mode, for trainers leave modes as they find them; sources to the device."""
+        self.train()
+        start_run(self.trainer, self)
+        if self.merged.memory == "streamed":
+            release_freed_memory()
+        if self.load_sources:
+            self.merged.plan.load(self.device)
+
+    def on_train_start(self) -> None:
+        """Refuse settings of the trainer that an optimiser cannot do with; measure how much the
+        coefficients matter, where the objective asks for it.
+        """
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, SAM):
+                scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+                optimizer.require(self.trainer.accumulate_grad_batches, scaled)
+        if not self.regularisation.wants_batches:
+            return
+        data = getattr(self._trainer, "datamodule", None)
+        # a data module's new loader begins where training does, and leaves that one alone
+        loader: Any = self.trainer.train_dataloader if data is None else data.train_dataloader()
+        moved = (self.transfer_batch_to_device(batch, self.device, 0) for batch in loader)
+        with self.trainer.precision_plugin.train_step_context():
+            steps = (self._runs(by_task(self.merged, batch)) for batch in moved)
+            self.regularisation.measure(steps, self._inner_scale())
+
+    def on_train_end(self) -> None:
+        """Say what the logits were scaled by at last."""
+        self._note_logit_scale()
+
+    def _note_logit_scale(self) -> None:
+        if self.logit_scale is not None and self.merged.plan.run:
+            self.merged.plan.run["logit_scale"] = self.logit_scale.value
+
+    def on_validation_model_train(self) -> None:
+        """Go back to training; a trainer would restore flags of submodules, which the network is
+        not.
+        """
+        self.train(self.trainer.state.fn == "fit")
+
+    def on_fit_end(self) -> None:
+        """Ready for use."""
+        self.eval()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam; the command line's `optimizer` and `lr_scheduler` take its place."""
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the scores of the selection split."""
+        self._begin()
+
+    def on_test_epoch_start(self) -> None:
+        """Start the scores of the test split."""
+        self._begin()
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score one task's batch of the selection split."""
+        self._evaluate(batch, dataloader_idx, "selection")
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score one task's batch of the test split."""
+        self._evaluate(batch, dataloader_idx, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of the selection split."""
+        self._finish("selection")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores of the test split."""
+        self._finish("test")
+
+    def _begin(self) -> None:
+        self.refresh_buffers()
+        self._scores.begin(self.causal, self.device)
+
+    def _evaluate(self, batch: Batch, index: int, stage: str) -> None:
+        if not batch:  # another process has one more
+            return
+        task = self.tasks[index]
+        predictions = self._predict(task, batch)
+        rows, labels = self.objective.rows(predictions), predictions.labels
+        if rows:
+            self._scores.add_loss(task, self.objective.loss(predictions), rows)
+        if labels is None:
+            return
+        bytes_per_token = float(batch.get("bytes_per_token", 1.0))
+        self._scores.add("merged", task, predictions.logits, labels, bytes_per_token)
+        known = self.trainer.sanity_checking or stage in self._scores.experts
+        if self.score_experts and not known:
+            teacher = predictions.teacher
+            expert = teacher if teacher is not None else expert_rows(self.merged, task, batch)
+            self._scores.add("expert", task, expert, labels, bytes_per_token)
+
+    def _finish(self, stage: str) -> None:
+        keep = not self.trainer.sanity_checking
+        found, averages = self._scores.finish(stage, self.objective.share, keep)
+        for task, values in found.items():
+            for name, value in values.items():
+                self.log(f"{stage}/{task}/{name}", value, rank_zero_only=True)
+        for name, value in averages.items():
+            key = f"{stage}/loss" if name == "loss" else f"{stage}/average/{name}"
+            # early stopping and checkpoints watch the loss
+            self.log(key, value, prog_bar=name in ("loss", self._scores.score.name))
+
+    @property
+    def results(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Scores of the splits that were evaluated: by split, by task and `average`."""
+        return self._scores.results
+
+    def refresh_buffers(self, data: Any = None) -> None:
+        """Recompute on adaptation data (by default the trainer's) what the recipe says is to be:
+        BatchNorm statistics, and the corrections of finalisers.
+        """
+        data = data or getattr(self._trainer, "datamodule", None)
+        sample = partial(self._sample, data) if hasattr(data, "evaluation_loaders") else None
+        self._finishing.refresh(self.merged, data, sample)
+
+    def _sample(self, data: Any, batches: int) -> Iterator[tuple[str, Batch]]:
+        """Batches of each task's adaptation split, on the module's device."""
+        for task, loader in zip(self.tasks, data.evaluation_loaders("adaptation"), strict=True):
+            for batch in sample_batches(loader, batches):
+                yield task, self.transfer_batch_to_device(batch, self.device, 0)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the coefficients belong to: those of the checkpoint, which a callback that
+        averages has put there in place of the current ones.
+        """
+        own = dict(self.named_parameters())
+        with holding(own, checkpoint.get("state_dict", {})):
+            self.refresh_buffers()
+            self._note_logit_scale()
+            known = (self._checked_unused, self.results, self._scores.experts)
+            checkpoint["gradmerge"] = to_save(self.merged, *known)
+        checkpoint["gradmerge"]["regularisation"] = self.regularisation.to_save()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse coefficients of other weights, and restore what is not a parameter.
+
+        Raises:
+            FingerprintError: the sources' weights are not those of the checkpoint.
+            ConfigError: the checkpoint is not one of gradmerge.
+        """
+        saved = checkpoint.get("gradmerge")
+        restored = restore(self.merged, saved)
+        self.regularisation.restore((saved or {}).get("regularisation", {}))
+        self._checked_unused, self._scores.results, self._scores.experts = restored
+
+
+def _warn_of_sources(described: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Say which tasks name sources that do not exist; others have data of no source."""
+    known = list(known)
+    for name, task in described.items():
+        if task.source is not None and task.source not in known:
+            lightning.pytorch.utilities.rank_zero_warn(
+                f"task {name}: source {task.source!r} does not exist; there are "
+                f"{', '.join(known)}.{nearest(task.source, known)} Its examples are learned "
+                "from as those of no source, and no task is scored beside its expert."
+            )

@@ -1,0 +1,92 @@
+"""How coefficients are learned, as plain data for the checkpoint and the exported folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.cli import SaveConfigCallback
+
+from gradmerge.export.provenance import mean_coefficients, versions
+from gradmerge.spec import public_path, to_plain
+
+_LIMITS = ("max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "precision")
+
+
+def start_run(trainer: Any, module: Any) -> None:
+    """Write into the plan how this fit learns, and log what the coefficients start at.
+
+    What an earlier fit wrote (a resumed run) is kept below `before`; the coefficients started
+    there.
+    """
+    plan = module.merged.plan
+    before = plan.run
+    start = before.get("initial_coefficients") or mean_coefficients(plan, module.merged.raw)
+    plan.run = {**describe(trainer, module), "initial_coefficients": start}
+    if before:
+        plan.run["before"] = before
+    for logger in trainer.loggers:
+        logger.log_metrics({f"init/{source}": value for source, value in start.items()}, step=0)
+
+
+def describe(trainer: Any, module: Any) -> dict[str, Any]:
+    """The run of a trainer: seeds, versions, optimisers, limits, data, and its YAML if it has one.
+
+    The YAML is the whole configuration as LightningCLI saves it.
+    """
+    seed = os.environ.get("PL_GLOBAL_SEED")  # where `seed_everything` leaves it
+    limits = {name: to_plain(getattr(trainer, name, None)) for name in _LIMITS}
+    options = {name: value for name, value in module.hparams.items() if name != "recipe"}
+    run: dict[str, Any] = {
+        "seed": int(seed) if seed and seed.isdigit() else None,
+        "versions": versions(),
+        "optimizers": [_described(o, o.defaults) for o in trainer.optimizers],
+        "lr_schedulers": [_scheduler(config) for config in trainer.lr_scheduler_configs],
+        "trainer": {**limits, "processes": trainer.world_size},
+        "model": to_plain(options),
+    }
+    data = getattr(trainer, "datamodule", None)
+    if data is not None:
+        run["data"] = describe_data(data)
+    yaml = _yaml(trainer.callbacks)
+    return {**run, "yaml": yaml} if yaml else run
+
+
+def _described(value: Any, options: dict[str, Any]) -> dict[str, Any]:
+    kind = type(value)
+    return {"class_path": public_path(kind), "init_args": to_plain(options)}
+
+
+def _scheduler(config: Any) -> dict[str, Any]:
+    state: dict[str, Any] = getattr(config.scheduler, "state_dict", dict)()
+    own = {name: value for name, value in state.items() if not name.startswith("_")}
+    return {**_described(config.scheduler, own), "interval": str(config.interval)}
+
+
+def describe_data(data: Any) -> dict[str, Any]:
+    """Seed, batch sizes and tasks, as far as a data module has them; never the examples."""
+    names = ("seed", "batch_size", "eval_batch_size", "processor_path")
+    found = {name: to_plain(getattr(data, name)) for name in names if hasattr(data, name)}
+    found["class_path"] = public_path(type(data))
+    tasks = getattr(data, "tasks", None)
+    if isinstance(tasks, dict):
+        found["tasks"] = {str(name): _task(task) for name, task in tasks.items()}
+    return found
+
+
+def _task(task: Any) -> Any:
+    if not dataclasses.is_dataclass(task) or isinstance(task, type):
+        return type(task).__qualname__
+    if not isinstance(getattr(task, "path", ""), str):
+        task = dataclasses.replace(task, path="in memory")
+    return to_plain(task)
+
+
+def _yaml(callbacks: Sequence[Any]) -> str:
+    """The configuration that the command line came with."""
+    for callback in callbacks:
+        if isinstance(callback, SaveConfigCallback):
+            return str(callback.parser.dump(callback.config, skip_none=False))
+    return ""

@@ -1,0 +1,230 @@
+"""Scores a task, with torchmetrics: accuracy, macro-F1 and calibration, or perplexity and bits a
+byte.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.nn import functional
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassF1Score,
+)
+
+from gradmerge.objectives.base import UNLABELLED
+
+
+@dataclass(frozen=True)
+class Score:
+    """The number that a task is judged by."""
+
+    name: str
+    higher_is_better: bool
+
+
+ACCURACY = Score("accuracy", True)
+BITS_PER_BYTE = Score("bits_per_byte", False)
+
+
+def build_metrics(causal: bool, num_classes: int) -> tuple[MetricCollection, Score]:
+    """The metrics of a task and the one it is judged by."""
+    if causal:
+        return MetricCollection({"language": _Language()}), BITS_PER_BYTE
+    collection = MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+            "macro_f1": MulticlassF1Score(num_classes, average="macro"),
+            "calibration_error": _CalibrationError(num_classes, n_bins=15),
+        },
+        compute_groups=False,
+    )
+    return collection, ACCURACY
+
+
+class _CalibrationError(MulticlassCalibrationError):
+    """Of logits: torchmetrics would take those that all lie in [0, 1] for probabilities."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add rows `[rows, classes]` and `[rows]`."""
+        super().update(preds.softmax(dim=-1), target)
+
+
+class _Language(Metric):
+    """Perplexity a token, and bits a byte of text: comparable between tokenizers."""
+
+    full_state_update = False
+    nats: Tensor
+    tokens: Tensor
+    bytes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nats", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("bytes", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor, bytes_per_token: float = 1.0) -> None:
+        """Add rows `[rows, vocab]` and `[rows]`."""
+        self.nats += functional.cross_entropy(logits, labels, reduction="sum").double()
+        self.tokens += len(labels)
+        self.bytes += len(labels) * bytes_per_token
+
+    def compute(self) -> dict[str, Tensor]:
+        """Both figures."""
+        return {
+            "perplexity": (self.nats / self.tokens).exp(),
+            "bits_per_byte": self.nats / math.log(2) / self.bytes,
+        }
+
+
+class TaskScores:
+    """Metrics of several tasks over one evaluation, built when a task's first batch arrives."""
+
+    def __init__(self, causal: bool, device: torch.device | None = None) -> None:
+        self._causal = causal
+        self._device = device
+        self._classes: dict[str, int] = {}
+        self._metrics: dict[str, MetricCollection] = {}
+        self._losses: dict[str, MeanMetric] = {}
+        self.score = BITS_PER_BYTE if causal else ACCURACY
+
+    def update(
+        self, task: str, logits: Tensor, labels: Tensor, bytes_per_token: float = 1.0
+    ) -> None:
+        """Add a batch's rows; those without a label do not count."""
+        labelled = labels != UNLABELLED
+        if not bool(labelled.all()):
+            logits, labels = logits[labelled], labels[labelled]
+        if len(labels) == 0:
+            return
+        if task not in self._metrics:
+            self._build(task, logits.shape[-1], logits.device)
+        if self._causal:
+            self._metrics[task].update(logits, labels, bytes_per_token=bytes_per_token)
+        else:
+            self._metrics[task].update(logits, labels)
+
+    def update_loss(self, task: str, loss: Tensor, rows: int) -> None:
+        """Add a batch's objective."""
+        if task not in self._losses:
+            self._losses[task] = MeanMetric().to(loss.device)
+        self._losses[task].update(loss, rows)
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        """`{task: {metric: value}}`; synchronised over processes by torchmetrics."""
+        self._agree()
+        tasks = list(dict.fromkeys([*self._losses, *self._metrics]))
+        found: dict[str, dict[str, float]] = {task: {} for task in tasks}
+        for task, metrics in self._metrics.items():
+            found[task] = {name: float(value) for name, value in metrics.compute().items()}
+        for task, loss in self._losses.items():
+            found[task]["loss"] = float(loss.compute())
+        return found
+
+    def _build(self, task: str, classes: int, device: torch.device | None) -> None:
+        metrics, _ = build_metrics(self._causal, classes)
+        self._metrics[task] = metrics.to(device)
+        self._classes[task] = classes
+
+    def _agree(self) -> None:
+        """The same metrics in one order in every process, also where one had no row of a task.
+
+        Each is synchronised by all processes together: one that lacks it would be waited for.
+        """
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        every: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(every, (self._classes, list(self._losses)))
+        classes = {task: count for own, _ in every for task, count in own.items()}
+        for task in classes.keys() - self._metrics.keys():
+            self._build(task, classes[task], self._device)
+        for task in {task for _, own in every for task in own} - self._losses.keys():
+            self._losses[task] = MeanMetric().to(self._device)
+        self._metrics = {task: self._metrics[task] for task in sorted(self._metrics)}
+        self._losses = {task: self._losses[task] for task in sorted(self._losses)}
+
+
+def normalised(score: Score, merged: float, expert: float) -> float:
+    """Merged over expert, so that 1 is as good as the expert and more is better."""
+    above, below = (merged, expert) if score.higher_is_better else (expert, merged)
+    return above / below if below else math.nan
+
+
+def mean_scores(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each score over the tasks that have it."""
+    names = dict.fromkeys(name for values in found.values() for name in values)
+    means = {}
+    for name in names:
+        values = [task[name] for task in found.values() if name in task]
+        means[name] = sum(values) / len(values)
+    return means
+
+
+Scores = dict[str, dict[str, float]]
+
+
+class SplitScores:
+    """What is scored of a split, batch by batch, and what came of each split.
+
+    The tasks' own sources never change, so each split is scored with them once.
+    """
+
+    def __init__(self) -> None:
+        self.results: dict[str, Scores] = {}
+        """By split: by task and `average`, the scores by name."""
+        self.experts: dict[str, Scores] = {}
+        """By split and task, the scores of the task's own source."""
+        self._running: dict[str, TaskScores] = {}
+
+    def begin(self, causal: bool, device: torch.device) -> None:
+        """Start a pass over a split."""
+        self._running = {who: TaskScores(causal, device) for who in ("merged", "expert")}
+
+    @property
+    def score(self) -> Any:
+        """What tasks are judged by."""
+        return self._running["merged"].score
+
+    def add_loss(self, task: str, loss: Tensor, rows: int) -> None:
+        """The merged model's loss on a batch."""
+        self._running["merged"].update_loss(task, loss, rows)
+
+    def add(
+        self, who: str, task: str, logits: Tensor, labels: Tensor, bytes_per_token: float
+    ) -> None:
+        """A batch's predictions of `merged` or of the `expert`."""
+        self._running[who].update(task, logits, labels, bytes_per_token)
+
+    def finish(
+        self, stage: str, share: Callable[[str, tuple[str, ...]], float], keep: bool
+    ) -> tuple[Scores, dict[str, float]]:
+        """All scores by task, and their averages; the loss is weighted as in training.
+
+        Args:
+            stage: the split.
+            share: a task's share of the objective, given all tasks.
+            keep: whether this was a whole pass, whose results stand.
+        """
+        found = self._running["merged"].compute()
+        if keep and stage not in self.experts:
+            self.experts[stage] = self._running["expert"].compute()
+        for task, values in found.items():
+            expert = self.experts.get(stage, {}).get(task, {}).get(self.score.name)
+            own = values.get(self.score.name)
+            if expert is not None and own is not None:
+                values["normalised"] = normalised(self.score, own, expert)
+        averages = mean_scores(found)
+        if "loss" in averages:
+            shares = {task: share(task, tuple(found)) for task in found}
+            averages["loss"] = sum(shares[t] * v.get("loss", 0.0) for t, v in found.items())
+        if keep:
+            self.results[stage] = {**found, "average": averages}
+        return found, averages

@@ -1,0 +1,190 @@
+"""Scores of a merge on the selection split, for many coefficients of one opened merge."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from gradmerge.coefficients import AbstractInit
+from gradmerge.engine.merged import MergedModel
+from gradmerge.errors import ConfigError
+from gradmerge.search import AbstractSearch
+from gradmerge.spec import from_plain, modernise, to_plain
+from gradmerge.training.data import MergeDataModule
+from gradmerge.training.module import MergeModule
+from gradmerge.training.scores import ACCURACY, BITS_PER_BYTE
+
+
+def set_coefficients(merged: MergedModel, init: AbstractInit) -> None:
+    """Write an init's coefficients into a merged model.
+
+    Raises:
+        ConfigError: the link cannot reach them.
+    """
+    with torch.no_grad():
+        for key, value in merged.plan.initial_raw(init).items():
+            merged.raw[key].copy_(value)
+
+
+@dataclass
+class Trial:
+    """Coefficients that were tried, and their scores."""
+
+    init: AbstractInit
+    average: Mapping[str, float]
+    """Means over tasks, by name, with the loss."""
+
+
+@dataclass
+class Selection:
+    """The selection split as a function of coefficients; nothing of the test split is read.
+
+    Examples are prepared once, and one merged model takes all coefficients in turn.
+    """
+
+    module: MergeModule
+    data: MergeDataModule
+    trials: list[Trial] = field(default_factory=list)
+    """Everything that was scored, in order."""
+
+    def __post_init__(self) -> None:
+        """A trainer that says nothing."""
+        log = logging.getLogger("lightning.pytorch")
+        level = log.level
+        log.setLevel(logging.ERROR)
+        try:
+            self._trainer = lightning.Trainer(
+                accelerator="cpu",
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+        finally:
+            log.setLevel(level)
+
+    def score(self) -> dict[str, dict[str, float]]:
+        """All scores of the coefficients as they stand: by task, and `average`."""
+        self._trainer.validate(self.module, datamodule=self.data, verbose=False)
+        return self.module.results["selection"]
+
+    def try_out(self, init: AbstractInit, metric: str) -> float:
+        """Write coefficients, score them, and give the metric, turned so that higher is better.
+
+        Raises:
+            ConfigError: the tasks have no such score.
+        """
+        set_coefficients(self.module.merged, init)
+        average = self.score()["average"]
+        self.trials.append(Trial(init, dict(average)))
+        score = BITS_PER_BYTE if self.module.causal else ACCURACY
+        name = "loss" if metric == "loss" else score.name
+        if name not in average:
+            raise ConfigError(
+                f"the selection split has no {name}, which the search goes by (it has "
+                f"{', '.join(average) or 'no score'}); tasks need labels."
+            )
+        value = average[name]
+        if math.isnan(value):
+            return -math.inf
+        return value if name == score.name and score.higher_is_better else -value
+
+    def search(self, search: AbstractSearch) -> tuple[AbstractInit, dict[str, Any]]:
+        """Run a search, leave its choice in the model, and say what was tried, as plain data."""
+        recipe = self.module.recipe
+        sources = self.module.merged.plan.source_names
+        scores = []
+
+        def score(init: AbstractInit) -> float:
+            scores.append(self.try_out(init, search.metric))
+            return scores[-1]
+
+        chosen = search.run(recipe.init, sources, score)
+        if scores and max(scores) == -math.inf:
+            raise ConfigError(
+                f"{type(search).__name__}: none of {len(scores)} merges has a score: every one is "
+                "NaN on the selection split. Look for NaN in sources; take smaller coefficients."
+            )
+        set_coefficients(self.module.merged, chosen)
+        return chosen, {
+            "search": to_plain(search),
+            "chosen": to_plain(chosen),
+            "trials": [
+                {"init": to_plain(trial.init), "selection": dict(trial.average)}
+                for trial in self.trials
+            ],
+        }
+
+
+# What processes that a trainer starts read instead of searching once more.
+_FOUND = "GRADMERGE_SEARCH"
+
+
+class SearchedStart(lightning.Callback):
+    """Starts a fit at the coefficients that a search has chosen.
+
+    The choice becomes the recipe's init, so that regularisers measure from it. All trials and the
+    choice stand in the run's provenance (`search`), in its checkpoints, and in its logs
+    (`search/...`, one line a trial). A fit that goes on from a checkpoint does not search again.
+
+    Args:
+        search: runs on the selection split.
+    """
+
+    def __init__(self, search: AbstractSearch) -> None:
+        self.search = search
+        self.found: dict[str, Any] | None = None
+        self._new = False
+
+    def run(self, module: MergeModule, data: MergeDataModule) -> None:
+        """Search, before the trainer starts; in a process that a trainer started, take over."""
+        known = os.environ.get(_FOUND)
+        if known is not None and os.environ.get("LOCAL_RANK", "0") != "0":
+            self.found = json.loads(known)
+        else:
+            _, self.found = Selection(module, data).search(self.search)
+            os.environ[_FOUND] = json.dumps(self.found)
+        self._new = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was found."""
+        return {"found": self.found}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what was found."""
+        self.found, self._new = modernise(state_dict["found"]), False
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Set the coefficients, the first process's choice in all of them."""
+        if self.found is None:
+            return
+        self.found = trainer.strategy.broadcast(self.found)
+        assert self.found is not None
+        chosen = from_plain(self.found["chosen"], pl_module.allow_modules)
+        pl_module.start_at(chosen)
+        if self._new:
+            set_coefficients(pl_module.merged, chosen)
+            pl_module.results.clear()
+            rank_zero_info(f"search: the fit starts at {chosen}")
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Record the search, and log its trials."""
+        if self.found is None:
+            return
+        pl_module.merged.plan.run["search"] = self.found
+        if not self._new:
+            return
+        for logger in trainer.loggers:
+            for number, trial in enumerate(self.found["trials"]):
+                scores = {f"search/{name}": value for name, value in trial["selection"].items()}
+                logger.log_metrics({"search/trial": float(number), **scores}, step=0)

@@ -1,0 +1,452 @@
+"""What a layer-wise merge logs beside its losses, and that its export scores as it says."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import math
+import weakref
+from functools import partial
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file
+from test_layerwise import ADAM, Batched, batched, data_of, frozen, job_of, network_of
+from torch.nn import functional
+
+from gradmerge import Recipe
+from gradmerge.alignment import CCA, ActivationMatching, OptimalTransport, WeightMatching
+from gradmerge.coefficients import Column, Element, Mixup, Tensor, Uniform
+from gradmerge.drivers import Job, LayerWise
+from gradmerge.drivers.layerwise import job as layers
+from gradmerge.drivers.layerwise.blocks import find_blocks, require_permuted
+from gradmerge.drivers.layerwise.cache import Activations, Prefixes
+from gradmerge.drivers.layerwise.chain import Chain
+from gradmerge.drivers.layerwise.scores import FinishedMerge
+from gradmerge.engine.opening import open_plan
+from gradmerge.errors import ConfigError
+from gradmerge.export.provenance import mean_coefficients
+from gradmerge.finalisers import DepthRescale
+from gradmerge.objectives import KLToEnsemble, KLToSource
+from gradmerge.training.callbacks import CoefficientLogger
+from gradmerge.training.scores import ACCURACY, BITS_PER_BYTE
+from tiny import recipe_of, relatives
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_collections():
+    """See `frozen`."""
+    with frozen():
+        yield
+
+
+def labelled(data, kind):
+    """The same examples with labels: classes, or the tokens themselves."""
+    for task in data.tasks.values():
+        for split in task.path.values():
+            for number, example in enumerate(split):
+                own = example["input_ids"] if kind == "tokens" else torch.tensor(number % 3)
+                example["labels"] = own
+    return data
+
+
+def logged_job(folder, recipe, data, logger=True, settings=None, **options):
+    """A job with a CSV logger and a logger of coefficients, as the command line adds them."""
+    job = job_of(folder, recipe, data, ADAM, **options)
+
+    def make(place, callbacks, overrides):
+        own = {
+            "default_root_dir": place,
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": [CSVLogger(place, name="logs")] if logger else False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "log_every_n_steps": 1,
+            "callbacks": [*callbacks, CoefficientLogger()],
+            **(settings or {}),
+        }
+        return lightning.Trainer(**{**own, **overrides})
+
+    job.make_trainer = make
+    return job
+
+
+def logs(folder):
+    """Names -> (step, value), of the one file of metrics below a folder."""
+    (path,) = Path(folder).rglob("metrics.csv")
+    found = {}
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    found.setdefault(name, []).append((int(row["step"]), float(value)))
+    return found
+
+
+def table(path):
+    with Path(path).open() as file:
+        return list(csv.reader(file))
+
+
+def logits_of(network, data, task):
+    """Logits and labels of a task's selection split, padded as one batch, by plain torch."""
+    examples = data.tasks[task].path["selection"]
+    inputs = {
+        key: torch.stack([e[key] for e in examples])
+        if key == "labels" and not examples[0][key].dim()
+        else torch.nn.utils.rnn.pad_sequence([e[key] for e in examples], True)
+        for key in examples[0]
+    }
+    labels = inputs.pop("labels", None)
+    network.eval()
+    with torch.no_grad():
+        output = network(**inputs)
+    return getattr(output, "logits", output), labels
+
+
+def of_export(folder, network, task):
+    """The network with the weights of an exported folder, and of a task's own head."""
+    state = load_file(folder / "model.safetensors")
+    head = folder / "tasks" / task / "head.safetensors"
+    state |= load_file(head) if head.is_file() else {}
+    own = copy.deepcopy(network)
+    lost, unknown = own.load_state_dict(state, strict=False)
+    assert not unknown
+    assert all(name.endswith("num_batches_tracked") for name in lost)
+    return own
+
+
+def scores_of(logits, labels, causal):
+    """Loss and score by their definitions."""
+    if causal:
+        nats = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        score = float(nats) / math.log(2)
+        return {"loss": float(nats), "perplexity": math.exp(nats), "bits_per_byte": score}
+    accuracy = float((logits.argmax(dim=1) == labels).double().mean())
+    return {"loss": float(functional.cross_entropy(logits, labels)), "accuracy": accuracy}
+
+
+CASES = {
+    "bert": {"private": ["classifier", "bert.pooler"], "init": Mixup(per="element", seed=3)},
+    "llama": {"finalisers": [DepthRescale(0.5, 1.0)]},
+    "batched": {},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_scores_of_a_merge_are_those_of_its_export_and_are_logged_as_a_fit_does(name, tmp_path):
+    if name == "batched":
+        models, kind = batched(), "x"
+    else:
+        models, kind, _ = network_of(name, torch.float32)
+    causal = kind == "tokens"
+    data = labelled(data_of(kind, count=9, dtype=torch.float32), kind)
+    recipe = recipe_of(models, **{"coefficients": Element(), **CASES[name]})
+    job = logged_job(tmp_path, recipe, data)
+    folder = LayerWise(steps=2).run(job)
+
+    provenance = json.loads((folder / "provenance.json").read_text())
+    found = provenance["results"]["selection"]
+    losses = []
+    for number, task in enumerate("ab", 1):
+        expected = scores_of(*logits_of(of_export(folder, models[0], task), data, task), causal)
+        expert = scores_of(*logits_of(models[number], data, task), causal)
+        judged = BITS_PER_BYTE if causal else ACCURACY
+        own, its = expected[judged.name], expert[judged.name]
+        wanted = (its / own if causal else own / its) if its else math.nan
+        assert found[task]["normalised"] == pytest.approx(wanted, rel=1e-5, nan_ok=True)
+        for score, value in expected.items():
+            assert found[task][score] == pytest.approx(value, rel=1e-5), (task, score)
+        losses.append(expected["loss"])
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    assert found["average"]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert "selection" in (folder / "README.md").read_text()
+
+    came = logs(tmp_path)
+    last = 2 * len(provenance["driver"]["blocks"])
+    for task in "ab":
+        for score, value in found[task].items():
+            ((step, given),) = came[f"selection/{task}/{score}"]
+            assert (step, given) == (last, pytest.approx(value, rel=1e-5, nan_ok=True))
+    assert came["selection/loss"] == [(last, pytest.approx(found["average"]["loss"], rel=1e-5))]
+    plan = open_plan(recipe)
+    start = mean_coefficients(plan, plan.initial_raw())
+    if name == "bert":
+        assert len(set(start.values())) == 2
+    for source, value in start.items():
+        assert came[f"init/{source}"] == [(0, pytest.approx(value, rel=1e-6))]
+    assert provenance["run"]["initial_coefficients"] == pytest.approx(start, rel=1e-6)
+
+    (path,) = tmp_path.rglob("coefficients.csv")
+    head, *rows = table(path)
+    assert head == ["step", "tensor", "a", "b"]
+    learned = load_file(folder / "coefficients.safetensors")
+    assert [row[1] for row in rows] == plan.learned
+    for step, tensor, *values in rows:
+        means = learned[tensor].reshape(2, -1).mean(dim=1).tolist()
+        assert int(step) == last
+        assert [float(value) for value in values] == pytest.approx(means, rel=1e-4)
+    assert path.with_name("coefficients.png").is_file()
+
+
+def test_the_loss_is_the_configured_objective_s_where_the_data_allow(tmp_path):
+    models, kind, _ = network_of("stack", torch.float32)
+    private = recipe_of(models, coefficients=Tensor(), private=["head"])
+    recipe = recipe_of(models, coefficients=Tensor())
+
+    def run(name, data, given=recipe, settings=None, **options):
+        job = logged_job(tmp_path / name, given, data, settings=settings, **options)
+        folder = LayerWise(steps=1).run(job)
+        found = json.loads((folder / "provenance.json").read_text())["results"]
+        if not found:
+            assert not any(key.startswith("selection/") for key in logs(tmp_path / name))
+        return folder, found.get("selection")
+
+    data = data_of(kind, dtype=torch.float32)
+    folder, found = run("teacher", data, objective=KLToSource(temperature=1.0))
+    for number, task in enumerate("ab", 1):
+        merged, _ = logits_of(of_export(folder, models[0], task), data, task)
+        expert, _ = logits_of(models[number], data, task)
+        p = expert.log_softmax(dim=1)
+        expected = (p.exp() * (p - merged.log_softmax(dim=1))).sum(dim=1).mean()
+        assert found[task] == {"loss": pytest.approx(float(expected), rel=1e-4)}
+    assert run("no labels", data)[1] is None
+    data = labelled(data_of(kind, dtype=torch.float32), kind)
+    assert run("switched off", data, settings={"limit_val_batches": 0})[1] is None
+    scores = run("no experts", data, score_experts=False)[1]
+    assert "accuracy" in scores["a"]
+    assert "normalised" not in scores["a"]
+    scores = run("heads", data, private, objective=KLToEnsemble())[1]
+    assert "accuracy" in scores["a"]
+    assert "loss" not in scores["a"], "sources without a common head have no ensemble"
+
+
+def test_a_network_without_logits_is_merged_and_not_scored(tmp_path):
+    class Hidden(Batched):
+        def forward(self, x):
+            return x[:, None, None].expand(-1, 2, 2, -1) * super().forward(x).sum()
+
+    torch.manual_seed(0)
+    data = labelled(data_of("x", dtype=torch.float32), "x")
+    recipe = recipe_of(relatives(Hidden(), 3, 0.2), coefficients=Tensor())
+    job = logged_job(tmp_path, recipe, data, objective=KLToSource())
+    folder = LayerWise(steps=1).run(job)
+    assert json.loads((folder / "provenance.json").read_text())["results"] == {}
+    assert "not scored: the network gives no logits" in job.said
+
+
+@pytest.mark.parametrize("size", [100, 2])
+def test_scoring_merges_each_block_once_and_holds_no_more_than_one(tmp_path, monkeypatch, size):
+    models, kind, names = network_of("llama", torch.float32)
+    data = labelled(data_of(kind, dtype=torch.float32), kind)
+    data.eval_batch_size = size
+    alive, counts, merged = [], [], []
+    theta = Prefixes.theta
+
+    def watched(self, name, raw, finished=False):
+        if not finished:
+            return theta(self, name, raw)
+        counts.append(sum(ref() is not None for ref in alive))
+        merged.append(name)
+        found = theta(self, name, raw, finished)
+        alive.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Prefixes, "theta", watched)
+    recipe = recipe_of(models, coefficients=Element())
+    folder = LayerWise(steps=1).run(logged_job(tmp_path, recipe, data))
+    tensors = open_plan(recipe).tensors
+    blocks = [[n for n in tensors if n.startswith(f"{block}.")] for block in names]
+    within = [name for block in blocks for name in block]
+    assert sorted(name for name in merged if name in within) == sorted(within)
+    batches = sum(-(-len(task.path["selection"]) // size) for task in data.tasks.values())
+    assert batches == 2 if size == 100 else batches > 2
+    # what is outside of blocks: before them once (embeddings), and again where a batch ends
+    outside = len(tensors) - len(within)
+    assert len(merged) == len(within) + 1 + batches * outside
+    assert max(counts) <= max(map(len, blocks))
+    monkeypatch.undo()
+    scores = json.loads((folder / "provenance.json").read_text())["results"]["selection"]
+    assert set(scores) == {*data.tasks, "average"}
+
+
+@pytest.mark.parametrize("order", ["as it was", "backwards", "twice"])
+def test_a_batch_that_is_not_the_next_runs_whole(order):
+    """What was passed on in advance is used where it belongs, and nowhere else."""
+    models, _, names = network_of("llama", torch.float32)
+    plan = open_plan(recipe_of(models))
+    chain = Chain(plan, find_blocks(plan, names), torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    batches = [
+        ("a", {"input_ids": torch.randint(32, (2, 5), generator=generator)}) for _ in range(3)
+    ]
+    chain.verify(batches[0][1], "a")
+    raw = plan.initial_raw()
+    read = lambda source, name: plan.materialise(name, raw)  # noqa: E731
+    store = Activations(Path("unused"), 2**20)
+    plain = FinishedMerge(chain, {"a": "a"}, read, store)
+    network = FinishedMerge(chain, {"a": "a"}, read, store)
+    expected = [plain(task=task, **inputs).logits for task, inputs in batches]
+    network.pass_blocks(batches)
+    runs = []
+    chain.modules[1].mlp.register_forward_hook(lambda *_: runs.append(1))
+    asked = {"as it was": [0, 1, 2], "backwards": [2, 1, 0], "twice": [0, 0, 1, 2]}[order]
+    for number in asked:
+        task, inputs = batches[number]
+        came = network(task=task, **inputs).logits
+        torch.testing.assert_close(came, expected[number], rtol=1e-5, atol=1e-6)
+    assert len(runs) == {"as it was": 0, "backwards": 2, "twice": 1}[order]
+
+
+# ---- going on ------------------------------------------------------------------------------------
+
+
+def test_a_run_that_stopped_logs_what_a_whole_one_does(tmp_path, monkeypatch):
+    models, kind, _ = network_of("stack", torch.float32)
+    recipe = recipe_of(models, coefficients=Column(), init=Mixup(per="element", seed=1))
+
+    def run(name):
+        data = labelled(data_of(kind, dtype=torch.float32), kind)
+        return LayerWise(steps=2).run(logged_job(tmp_path / name, recipe, data))
+
+    def stop(place, name, match):
+        def stopped(*_, **__):
+            raise KeyError(match)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, stopped)
+            with pytest.raises(KeyError, match=match):
+                run("parts")
+
+    whole = run("whole")
+    plain = layers.Layers._learn
+
+    def second(self, number, *arguments):
+        if number == 2:
+            raise KeyError("in a block")
+        return plain(self, number, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layers.Layers, "_learn", second)
+        with pytest.raises(KeyError, match="in a block"):
+            run("parts")
+    stop(lightning.Trainer, "validate", "in the scores")
+    stop(Job, "export", "in the export")
+    found = run("parts")
+    for file in ("coefficients.safetensors", "model.safetensors"):
+        assert (found / file).read_bytes() == (whole / file).read_bytes()
+    said = [json.loads((folder / "provenance.json").read_text()) for folder in (whole, found)]
+    assert said[0]["results"] == said[1]["results"] != {}
+    starts = [of["run"]["initial_coefficients"] for of in said]
+    assert starts[0] == starts[1]
+    # the third run scored, and the fourth had nothing left but to export
+    runs = sorted((tmp_path / "parts/logs").iterdir())
+    assert [path.name for path in runs] == [f"version_{i}" for i in range(len(runs))]
+    scored = [path for path in runs if (path / "coefficients.csv").is_file()]
+    assert len(scored) == 1
+    expected, came = logs(tmp_path / "whole"), logs(scored[0])
+    for name, value in expected.items():
+        if name.startswith(("init/", "selection/")):
+            assert came[name] == value, name
+    (path,) = (tmp_path / "whole").rglob("coefficients.csv")
+    assert table(path) == table(scored[0] / "coefficients.csv")
+
+
+def test_coefficients_are_written_once_where_all_runs_share_a_folder(tmp_path, monkeypatch):
+    models, kind, _ = network_of("stack", torch.float32)
+    recipe = recipe_of(models, coefficients=Tensor())
+    data = partial(data_of, kind, dtype=torch.float32)
+
+    def stopped(*_, **__):
+        raise KeyError("in the export")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "export", stopped)
+        with pytest.raises(KeyError, match="in the export"):
+            LayerWise(steps=1).run(logged_job(tmp_path, recipe, data(), logger=False))
+    before = table(tmp_path / "coefficients.csv")
+    LayerWise(steps=1).run(logged_job(tmp_path, recipe, data(), logger=False))
+    assert table(tmp_path / "coefficients.csv") == before
+    assert len(before) == 1 + len(open_plan(recipe).tensors)
+
+
+# ---- alignments ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "alignment", [CCA(), OptimalTransport(), OptimalTransport(ground="weights")]
+)
+def test_an_alignment_that_mixes_units_is_refused_before_anything_is_opened(
+    alignment, tmp_path, monkeypatch
+):
+    models, kind, _ = network_of("stack", torch.float64)
+    recipe = recipe_of(models, alignment=alignment, origin="zero", statistics="statistics")
+    job = job_of(tmp_path / "job", recipe, data_of(kind), dtype="float64")
+    monkeypatch.setattr(type(recipe), "open", lambda *_: pytest.fail("opened"))
+    name = type(alignment).__name__
+    with pytest.raises(ConfigError, match=f"{name} may mix units.* Take WeightMatching"):
+        LayerWise(steps=1).run(job)
+    assert not job.folder.exists()
+
+
+def test_an_alignment_that_permutes_is_not(tmp_path):
+    """What is matched is then the expert's own: the first loss of a merge that is one expert is
+    nothing, in the units' new order.
+    """
+    models, kind, _ = network_of("stack", torch.float64)
+    require_permuted(ActivationMatching())
+    for alignment in (WeightMatching(), OptimalTransport(ground="weights", regularisation=0.0)):
+        sources = {"a": models[1], "b": _shuffled(models[1])}
+        recipe = Recipe(
+            sources,
+            origin="zero",
+            coefficients=Element(),
+            alignment=alignment,
+            init=Uniform(),
+        )
+        plan = open_plan(recipe)
+        require_permuted(alignment, plan)
+        assert plan.order is not None
+        moved = [
+            n
+            for n in plan.tensors
+            if not torch.equal(plan.read("b", n), sources["b"].state_dict()[n])
+        ]
+        assert moved
+        job = job_of(tmp_path / type(alignment).__name__, recipe, data_of(kind), dtype="float64")
+        folder = LayerWise(steps=1).run(job)
+        blocks = json.loads((folder / "provenance.json").read_text())["driver"]["blocks"]
+        assert max(block["first_loss"] for block in blocks) < 1e-12
+
+
+def _shuffled(model):
+    """The same function with the units of its stem and first block in another order."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    stem, first, last = other.stem, other.blocks[0][0], other.blocks[2][0]
+    with torch.no_grad():
+        for writes, reads in ((stem, first), (first, last)):
+            order = torch.randperm(len(writes.bias), generator=generator)
+            writes.weight.copy_(writes.weight[order])
+            writes.bias.copy_(writes.bias[order])
+            reads.weight.copy_(reads.weight[:, order])
+    return other
+
+
+def test_a_map_that_mixes_is_found_in_the_opened_sources(tmp_path):
+    """An alignment of one's own may not say what it does."""
+    models, kind, _ = network_of("stack", torch.float64)
+
+    class Silent(OptimalTransport):
+        mixes_units = False
+
+    recipe = recipe_of(models, alignment=Silent(ground="weights"), origin="zero")
+    job = job_of(tmp_path / "job", recipe, data_of(kind), dtype="float64")
+    with pytest.raises(ConfigError, match="Silent mixes units of b, expected one that permutes"):
+        LayerWise(steps=1).run(job)

@@ -1,0 +1,271 @@
+"""The linear operator against float64 sums over expanded coefficients: both implementations."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gradmerge.errors import ConfigError
+from gradmerge.operators import Linear, Spread, Terms
+from gradmerge.operators._native import build as native
+
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("cc", "gcc", "clang")),
+    reason="no C compiler on this machine",
+)
+SHAPES = [(1,), (37,), (5, 1), (1, 7), (64, 65), (3, 5, 3, 3), (130, 2100)]
+SPREADS = ["scalar", "first", "last", "partition", "element"]
+
+
+@pytest.fixture(params=["torch", pytest.param("native", marks=needs_compiler)])
+def kernels(request, monkeypatch):
+    monkeypatch.setenv("GRADMERGE_KERNELS", request.param)
+    return request.param
+
+
+def spread_of(kind: str, shape: tuple[int, ...]) -> tuple[Spread, tuple[int, ...]]:
+    """A spread and the shape of a source's coefficients."""
+    size = torch.Size(shape).numel()
+    if kind == "first":
+        return Spread("axis", 0), (shape[0],)
+    if kind == "last":
+        axis = min(1, len(shape) - 1)
+        return Spread("axis", axis), (shape[axis],)
+    if kind == "partition":
+        count = min(3, size)
+        return Spread("partition", 0, torch.arange(size) * 7 % count), (count,)
+    return (Spread("scalar"), ()) if kind == "scalar" else (Spread("element"), shape)
+
+
+def expand(coefficient: torch.Tensor, spread: Spread, shape: tuple[int, ...]) -> torch.Tensor:
+    """`[sources, *slot]` to `[sources, *shape]`."""
+    sources = len(coefficient)
+    if spread.kind == "axis":
+        place = [sources, *[1] * len(shape)]
+        place[1 + spread.axis] = -1
+        return coefficient.reshape(place).expand(sources, *shape)
+    if spread.kind == "partition":
+        return coefficient[:, spread.parts].reshape(sources, *shape)
+    if spread.kind == "scalar":
+        return coefficient.reshape(sources, *[1] * len(shape)).expand(sources, *shape)
+    return coefficient
+
+
+def make(shape, dtype, origin, spread_kind, sources=3):
+    """Terms near one another; with origin "directions" they are small and the base is added."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator)
+
+    base = draw(*shape)
+    taken_off = origin.startswith("directions")
+    near = [(base * (not taken_off) + 0.01 * draw(*shape)).to(dtype) for _ in range(sources)]
+    anchor = base.to(dtype) if origin in ("base", "directions") else None
+    terms = Terms(near, anchor, origin == "mean", taken_off)
+    spread, slot = spread_of(spread_kind, shape)
+    return terms, spread, 0.4 * draw(sources, *slot), draw(*shape)
+
+
+def exact(terms, spread, coefficient, grad):
+    """Merged tensor and `dL/dc` by float64 autograd."""
+    stacked = torch.stack([source.double() for source in terms.sources])
+    anchor = torch.zeros_like(stacked[0])
+    if terms.origin is not None:
+        anchor = terms.origin.double()
+    elif terms.mean_origin:
+        anchor = stacked.mean(dim=0)
+    if terms.directions:
+        stacked = stacked + anchor
+    leaf = coefficient.double().requires_grad_()
+    spread_out = expand(leaf, spread, tuple(terms.shape))
+    theta = anchor + (spread_out * (stacked - anchor)).sum(dim=0)
+    theta.backward(grad.double())
+    # what the products of one coefficient add up to without their signs: rounding is relative to it
+    bound = coefficient.double().requires_grad_()
+    size = ((stacked - anchor).abs() * grad.double().abs()).detach()
+    (expand(bound, spread, tuple(terms.shape)) * size).sum().backward()
+    return theta.detach(), leaf.grad, bound.grad
+
+
+@pytest.mark.parametrize("origin", ["base", "zero", "mean", "directions", "directions alone"])
+@pytest.mark.parametrize("kind", SPREADS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merge_and_contraction_equal_float64(kernels, dtype, shape, kind, origin):
+    terms, spread, coefficient, grad = make(shape, dtype, origin, kind)
+    theta, dc, bound = exact(terms, spread, coefficient, grad)
+    out = Linear().combine(terms, coefficient, spread, torch.empty(shape))
+    torch.testing.assert_close(out.double(), theta, rtol=1e-6, atol=2e-6)
+    came = Linear().contract(terms, grad, coefficient, spread)
+    assert came.shape == coefficient.shape
+    if origin == "mean":
+        # a direction is itself a sum of differences, whose rounding is relative to these
+        bound += bound.max()
+    assert ((came.double() - dc).abs() <= 3e-7 * bound).all()
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", SPREADS)
+def test_16_bit_results_and_gradients(kernels, kind, out_dtype):
+    terms, spread, coefficient, grad = make((64, 65), torch.bfloat16, "base", kind)
+    grad = grad.to(out_dtype)
+    theta, dc, bound = exact(terms, spread, coefficient, grad)
+    out = Linear().combine(terms, coefficient, spread, torch.empty(64, 65, dtype=out_dtype))
+    assert out.dtype == out_dtype
+    # rounded once, from a float32 sum: at most one unit in the last place where that is a tie
+    ulp = torch.finfo(out_dtype).eps
+    assert ((out.double() - theta).abs() <= 0.51 * ulp * theta.abs() + 2e-6).all()
+    came = Linear().contract(terms, grad, coefficient, spread)
+    assert ((came.double() - dc).abs() <= 3e-7 * bound).all()
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32], ids=str)
+def test_a_float64_result_is_merged_in_float64(kernels, stored):
+    terms, spread, coefficient, grad = make((64, 65), stored, "base", "last")
+    theta, dc, _ = exact(terms, spread, coefficient, grad)
+    out = torch.empty(64, 65, dtype=torch.float64)
+    Linear().combine(terms, coefficient.double(), spread, out)
+    torch.testing.assert_close(out, theta, rtol=1e-13, atol=1e-13)
+    came = Linear().contract(terms, grad.double(), coefficient.double(), spread)
+    torch.testing.assert_close(came, dc, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", SPREADS)
+def test_terms_that_lie_awkwardly(kernels, kind):
+    """Transposed, and at an address that is no multiple of the number's size."""
+    terms, spread, coefficient, grad = make((64, 65), torch.float32, "base", kind)
+    theta, dc, bound = exact(terms, spread, coefficient, grad)
+    raw = torch.zeros(64 * 65 * 4 + 1, dtype=torch.uint8)
+    odd = raw[1:].numpy().view("float32").reshape(64, 65)
+    odd[:] = terms.sources[1].numpy()
+    sources = [terms.sources[0].t().contiguous().t(), torch.from_numpy(odd), terms.sources[2]]
+    awkward = Terms(sources, terms.origin)
+    out = Linear().combine(awkward, coefficient, spread, torch.empty(64, 65))
+    torch.testing.assert_close(out.double(), theta, rtol=1e-6, atol=1e-6)
+    came = Linear().contract(awkward, grad.t().contiguous().t(), coefficient, spread)
+    assert ((came.double() - dc).abs() <= 3e-7 * bound).all()
+
+
+@pytest.mark.parametrize("kind", SPREADS)
+def test_threads_share_a_tensor(kernels, kind):
+    terms, spread, coefficient, grad = make((130, 4100), torch.bfloat16, "base", kind)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            out = Linear().combine(terms, coefficient, spread, torch.empty(terms.shape))
+            found.append((out, Linear().contract(terms, grad, coefficient, spread)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0][0], found[1][0])
+    _, _, bound = exact(terms, spread, coefficient, grad)
+    assert ((found[0][1] - found[1][1]).abs() <= 3e-7 * bound).all()
+
+
+def test_coefficients_of_zero_and_one_are_exact(kernels):
+    for kind in SPREADS:
+        terms, spread, coefficient, _ = make((64, 65), torch.float32, "base", kind)
+        for values, expected in (([0, 0, 0], terms.origin), ([0, 1, 0], terms.sources[1])):
+            chosen = torch.tensor(values).float().view(3, *[1] * (coefficient.dim() - 1))
+            chosen = chosen.expand_as(coefficient).contiguous()
+            out = Linear().combine(terms, chosen, spread, torch.empty(64, 65))
+            assert torch.equal(out, expected), kind
+
+
+def test_bfloat16_rounds_as_torch_does(kernels):
+    special = torch.tensor(
+        [0.0, -0.0, 1.0, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, torch.inf, -torch.inf, torch.nan, 1e-40]
+    )
+    terms = Terms([special], None)
+    out = torch.empty(len(special), dtype=torch.bfloat16)
+    Linear().combine(terms, torch.ones(1), Spread("scalar"), out)
+    torch.testing.assert_close(out, special.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+# ---- building -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache folder, and nothing loaded."""
+    native._load.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("GRADMERGE_KERNELS", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    yield tmp_path
+    native._load.cache_clear()
+
+
+def test_unknown_choice_of_kernels(fresh, monkeypatch):
+    monkeypatch.setenv("GRADMERGE_KERNELS", "fast")
+    with pytest.raises(ConfigError, match="expected one of auto, native, torch, came 'fast'"):
+        native.native_kernels()
+
+
+def test_without_a_compiler_torch_does_it(fresh, monkeypatch, recwarn):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert native.native_kernels() is None
+    assert not recwarn.list
+    monkeypatch.setenv("GRADMERGE_KERNELS", "native")
+    with pytest.raises(ConfigError, match=r"no C compiler was found\. Install a C compiler"):
+        native.native_kernels()
+
+
+def test_a_compiler_that_fails_is_said_and_torch_does_it(fresh, monkeypatch):
+    monkeypatch.setenv("CC", "false")
+    with pytest.warns(UserWarning, match=r"could not be built or loaded: .*false .*goes on"):
+        assert native.native_kernels() is None
+    assert not list((fresh / "gradmerge").iterdir())
+    monkeypatch.setenv("GRADMERGE_KERNELS", "native")
+    with pytest.raises(ConfigError, match="could not be built or loaded"):
+        native.native_kernels()
+
+
+BUILT = """
+from gradmerge.operators._native import build as native
+
+assert native.native_kernels() is not None
+"""
+
+
+@needs_compiler
+def test_a_damaged_library_in_the_cache_is_built_anew(fresh):
+    # in processes of their own: a system does not open one path twice
+    subprocess.run([sys.executable, "-c", BUILT], check=True, timeout=120)
+    (library,) = (fresh / "gradmerge").iterdir()
+    whole = library.read_bytes()
+    library.write_bytes(whole[:100])
+    subprocess.run([sys.executable, "-c", BUILT], check=True, timeout=120)
+    assert library.stat().st_size == len(whole)
+
+
+@needs_compiler
+def test_kernels_are_built_once_and_by_several_processes_at_once(fresh):
+    running = [subprocess.Popen([sys.executable, "-c", BUILT]) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
+    (library,) = (fresh / "gradmerge").iterdir()
+    before = library.stat().st_mtime_ns
+    assert native.native_kernels() is not None
+    assert library.stat().st_mtime_ns == before
+
+
+@needs_compiler
+def test_without_a_home_the_kernels_are_built_for_the_process(fresh, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(native.Path, "home", no_home)
+    assert native.native_kernels() is not None
+
+
+@needs_compiler
+def test_a_cache_folder_that_cannot_be_made_is_no_obstacle(fresh, monkeypatch):
+    (fresh / "gradmerge").write_text("a file where the folder should be")
+    assert native.native_kernels() is not None
