@@ -22,13 +22,13 @@ if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("WANDB_MODE", "disabled")
 
+import compat_world as world
 import lightning
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import Logger
 from safetensors.torch import load_file
 
-import compat_world as world
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData, export_merged
 from gradmerge.alignment import WeightMatching
 from gradmerge.coefficients import Column, Constant, Sigmoid, Softmax, Tensor, Uniform
