@@ -27,7 +27,8 @@ def passes(models, data, folder, lines=None, **options):
     engine = engine_of(recipe, data, None)
     tasks = {name: list(data.tasks) for name in recipe.sources}
     report = (lambda line: None) if lines is None else lines.append
-    return UnitPasses(engine, data, tasks, Needs("activations"), folder, report)
+    loaders = dict(zip(data.tasks, data.evaluation_loaders("adaptation"), strict=True))
+    return UnitPasses(engine.merged, loaders, tasks, Needs("activations"), folder, report)
 
 
 def every_pair(names):

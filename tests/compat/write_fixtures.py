@@ -4,7 +4,7 @@ They are kept as the version before the package was reordered wrote them, with t
 its classes: `test_old_files.py` reads them with the present one. To run this program again replaces
 them by files of the present version, which proves nothing about old ones.
 
-    PYTHONPATH=src:tests python tests/compat/write_fixtures.py [FIXTURE...]
+    PYTHONPATH=src:tests/helpers python tests/compat/write_fixtures.py [FIXTURE...]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["WANDB_MODE"] = "disabled"
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import compat_world as world
 import lightning
@@ -42,6 +42,7 @@ from gradmerge import operators as op
 from gradmerge import preprocess as pre
 from gradmerge import sources as so
 from gradmerge.cli import main
+from gradmerge.mergekit import FromMergekit
 
 HERE = Path(__file__).parent
 EXPECTED = world.EXPECTED
@@ -185,7 +186,7 @@ CASES: dict[str, Callable[[Path], None]] = {
         coefficients=co.Column(),
         private=["^classifier"],
     ),
-    "from-mergekit": plain(init=co.FromMergekit("merge.yaml")),
+    "from-mergekit": plain(init=FromMergekit("merge.yaml")),
     "leading-components": plain(
         coefficients=co.HardMask(co.Component()), init=co.LeadingComponents(0.5), **COMPONENTS
     ),

@@ -2,7 +2,7 @@
 
 from gradmerge.drivers.base import AbstractDriver, Job, Output
 from gradmerge.drivers.continual import Continual
-from gradmerge.drivers.fold import AbstractFold
+from gradmerge.drivers.fold import AbstractFold, FoldedRecipe
 from gradmerge.drivers.layerwise.driver import LayerWise
 from gradmerge.drivers.pairwise import Pairwise, Tree
 
@@ -13,6 +13,7 @@ __all__ = [
     "DRIVERS",
     "AbstractDriver",
     "AbstractFold",
+    "FoldedRecipe",
     "Continual",
     "Job",
     "LayerWise",

@@ -162,7 +162,7 @@ class Job:
         content = {
             "driver": {"class_path": to_plain(driver)["class_path"], "init_args": own},
             "recipe": to_plain(self.recipe),
-            "options": to_plain(dict(self.options)),
+            "options": to_plain({k: v for k, v in self.options.items() if k != "allow_modules"}),
             "data": describe_data(self.data),
             "examples": describe_contents(self.data),
             "config": dict(self.config),
