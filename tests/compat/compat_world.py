@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -59,10 +60,10 @@ def fill(model: nn.Module, seed: int, near: bool = True) -> nn.Module:
     return model.eval()
 
 
-def bert(seed: int) -> nn.Module:
+def bert(seed: int, near: bool = True) -> nn.Module:
     kind = transformers.BertForSequenceClassification
     sizes = {"intermediate_size": 8, "max_position_embeddings": 16, "num_labels": 3}
-    return fill(transformer(kind, **sizes), seed)
+    return fill(transformer(kind, **sizes), seed, near)
 
 
 def llama(seed: int, **options: Any) -> nn.Module:
@@ -166,7 +167,8 @@ def write_world(root: Path, tasks: str = "abc") -> None:
     for i, name in enumerate(["base", *tasks]):
         write_model(root / name, bert(i))
     write_tasks(root, tasks)
-    for name in "ab":
+    for i, name in enumerate("ab", 1):
+        write_model(root / "far" / name, bert(i, near=False))
         weights = load_file(root / name / "model.safetensors")
         save_file(weights, root / f"{name}.safetensors", {"format": "pt"})
         torch.save(weights, root / f"{name}.pt")
@@ -183,6 +185,56 @@ def copy_fixtures(root: Path) -> None:
             shutil.copytree(FIXTURES / name, root / name, dirs_exist_ok=True)
     if (FIXTURES / "export").is_dir():
         shutil.copy(FIXTURES / "export/coefficients.safetensors", root)
+
+
+# ---- the command line --------------------------------------------------------------------------
+
+
+CONFIG: dict[str, Any] = {
+    "seed_everything": 3,
+    "model": {"recipe": {"sources": {"a": "a", "b": "b"}, "base": "base"}},
+    "data": {"tasks": {n: task(n) for n in "ab"}, "batch_size": 2, "check_disjoint": False},
+    "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
+    "trainer": {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": 2,
+        "num_sanity_val_steps": 0,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": "run",
+    },
+}
+
+
+def configured(path: str, part: dict[str, Any] | None = None, **more: Any) -> str:
+    """A YAML of the command line; `part` changes the recipe."""
+    whole = {**CONFIG, **more}
+    whole["model"] = {"recipe": {**CONFIG["model"]["recipe"], **(part or {})}}
+    Path(path).write_text(yaml.safe_dump(whole))
+    return path
+
+
+JOBS = {
+    "pairwise": (["--driver", "Pairwise", "--driver.every_n_steps", "1"], 3),
+    "layerwise": (["--driver", "LayerWise", "--driver.steps", "2"], 3),
+}
+
+
+def job_config() -> str:
+    """Three sources for drivers."""
+    data = {**CONFIG["data"], "tasks": {name: task(name) for name in "abc"}}
+    part = {"sources": {name: name for name in "abc"}, "private": ["^classifier"]}
+    return configured("job.yaml", part, data=data)
+
+
+def job(name: str, *options: str) -> int:
+    from gradmerge.cli import main
+
+    return main(["fit", "--config", job_config(), *JOBS[name][0], *options])
+
+
+# ---- comparisons -------------------------------------------------------------------------------
 
 
 def summary(tensor: Tensor) -> list[float]:

@@ -23,14 +23,13 @@ from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["WANDB_MODE"] = "disabled"
-sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+if __name__ == "__main__":
+    os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled")
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import compat_world as world
 import lightning
 import torch
-import yaml
 
 import gradmerge
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData, optimisers
@@ -81,6 +80,10 @@ def _tasks(kind: str) -> dict[str, Any]:
     return {name: world.task(name, kind) for name in "ab"}
 
 
+FAR = {"a": "far/a", "b": "far/b"}
+"""Sources that share no initialisation."""
+
+
 def recipe(**options: Any) -> Recipe:
     given = {"sources": {"a": "a", "b": "b"}, "base": "base", "init": co.Constant(0.3)}
     return Recipe(**{**given, **options})
@@ -98,7 +101,8 @@ def one(**options: Any) -> Callable[[Path], None]:
 
 def aligned(alignment: Any) -> Callable[[Path], None]:
     statistics = None if alignment.needs is None else "statistics/units"
-    return plain(base=None, alignment=alignment, statistics=statistics, init=co.Uniform())
+    options = {"statistics": statistics, "init": co.Uniform()}
+    return plain(sources=FAR, base=None, alignment=alignment, **options)
 
 
 def learned(*terms: Any, **options: Any) -> Callable[[Path], None]:
@@ -263,64 +267,34 @@ CASES: dict[str, Callable[[Path], None]] = {
 
 # ---- what is no checkpoint ----------------------------------------------------------------------
 
-CONFIG: dict[str, Any] = {
-    "seed_everything": 3,
-    "model": {"recipe": {"sources": {"a": "a", "b": "b"}, "base": "base"}},
-    "data": {"tasks": {n: world.task(n) for n in "ab"}, "batch_size": 2, "check_disjoint": False},
-    "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
-    "trainer": {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_steps": 2,
-        "num_sanity_val_steps": 0,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": "run",
-    },
-}
 FULL = {
     "origin": "base",
-    "preprocess": [{"class_path": "Trim", "init_args": {"density": 0.6}}, "ElectSign"],
+    "preprocess": [
+        {"class_path": "Trim", "init_args": {"density": 0.6}},
+        {"class_path": "ElectSign"},
+    ],
     "coefficients": {"class_path": "Sigmoid", "init_args": {"inner": "Tensor"}},
     "init": {"class_path": "Constant", "init_args": {"value": 0.4}},
     "operator": {"class_path": "DisjointMean", "init_args": {"scale": 0.9}},
-    "finalisers": ["SpectralRescale"],
+    "finalisers": [{"class_path": "SpectralRescale"}],
     "private": ["^classifier"],
 }
 STATISTICS = {
-    "fisher": {"preprocess": ["FisherScale"]},
-    "gram": {"preprocess": ["RegMean"]},
+    "fisher": {"preprocess": [{"class_path": "FisherScale"}]},
+    "gram": {"preprocess": [{"class_path": "RegMean"}]},
     "kfac": {"preprocess": [{"class_path": "MaTS", "init_args": {"statistic": "kfac"}}]},
-    "units": {"alignment": "ActivationMatching", "origin": "zero", "base": None},
+    "units": {"alignment": "ActivationMatching", "sources": FAR, "base": None},
 }
-
-
-def configured(path: str, part: dict[str, Any] | None = None, **more: Any) -> str:
-    """A YAML of the command line; `part` changes the recipe."""
-    whole = {**CONFIG, **more}
-    whole["model"] = {"recipe": {**CONFIG["model"]["recipe"], **(part or {})}}
-    Path(path).write_text(yaml.safe_dump(whole))
-    return path
-
-
-def components(part: dict[str, Any]) -> dict[str, Any]:
-    """Short names as the parser takes them."""
-    return {
-        key: [{"class_path": v} if isinstance(v, str) else v for v in value]
-        if key in ("preprocess", "finalisers")
-        else value
-        for key, value in part.items()
-    }
 
 
 def write_statistics(target: Path) -> None:
     for name, part in STATISTICS.items():
-        config = configured("collect.yaml", components(part))
+        config = world.configured("collect.yaml", part)
         assert main(["collect", "--config", config, "--output", str(target / name)]) == 0
 
 
 def write_compact(target: Path) -> None:
-    config = configured("emr.yaml", {"preprocess": [{"class_path": "Unify"}]})
+    config = world.configured("emr.yaml", {"preprocess": [{"class_path": "Unify"}]})
     arguments = ["--outputs", "compact", "--output", str(target)]
     assert main(["merge", "--config", config, *arguments]) == 0
 
@@ -328,10 +302,9 @@ def write_compact(target: Path) -> None:
 def write_export(target: Path) -> None:
     """A fit with everything, its logged configuration, and its export."""
     export = {"class_path": "ExportAtEnd", "init_args": {"output": "exported"}}
-    trainer = {**CONFIG["trainer"], "callbacks": [export]}
-    assert (
-        main(["fit", "--config", configured("full.yaml", components(FULL), trainer=trainer)]) == 0
-    )
+    trainer = {**world.CONFIG["trainer"], "callbacks": [export]}
+    arguments = ["--config", world.configured("full.yaml", FULL, trainer=trainer)]
+    assert main(["fit", *arguments]) == 0
     target.mkdir(parents=True)
     for path in sorted(Path("exported").iterdir()):
         if path.suffix in (".yaml", ".md", ".safetensors", ".json"):
@@ -343,29 +316,15 @@ def write_export(target: Path) -> None:
     shutil.rmtree("run")
 
 
-JOBS = {
-    "pairwise": (["--driver", "Pairwise", "--driver.every_n_steps", "1"], 3),
-    "layerwise": (["--driver", "LayerWise", "--driver.steps", "2"], None),
-}
-
-
-def job_config() -> str:
-    """Three sources for drivers."""
-    data = {**CONFIG["data"], "tasks": {name: world.task(name) for name in "abc"}}
-    part = {"sources": {name: name for name in "abc"}, "private": ["^classifier"]}
-    return configured("job.yaml", part, data=data)
-
-
 class KilledError(Exception):
     """The job was stopped on purpose."""
 
 
 @contextlib.contextmanager
-def killed(step: int | None) -> Iterator[None]:
-    """Stop after so many optimiser steps, or within the second block."""
+def killed(limit: int) -> Iterator[None]:
+    """Stop after so many optimiser steps."""
     count = []
     original = torch.optim.SGD.step
-    limit = 3 if step is None else step
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         count.append(0)
@@ -382,19 +341,15 @@ def killed(step: int | None) -> Iterator[None]:
     assert len(count) > limit, count
 
 
-def job(name: str, *options: str) -> int:
-    return main(["fit", "--config", job_config(), *JOBS[name][0], *options])
-
-
 def write_job(name: str, target: Path) -> dict[str, Any]:
     """A job that was killed in its second half; returns what the whole one ends in."""
-    with killed(JOBS[name][1]):
-        job(name)
+    with killed(world.JOBS[name][1]):
+        world.job(name)
     for picture in Path("run").rglob("*.png"):
         picture.unlink()
     shutil.copytree("run", target)
     shutil.rmtree("run")
-    assert job(name) == 0
+    assert world.job(name) == 0
     found = world.exported(Path("run/merged"))
     shutil.rmtree("run")
     return found
@@ -402,10 +357,15 @@ def write_job(name: str, target: Path) -> dict[str, Any]:
 
 NAMED = ("Recipe", "FoldedRecipe", "Objective", "Vocabulary", "TaskData")
 UNNAMED = ("InMemory",)  # becomes a note that asks for it
+OTHERS = (MergeDataModule, optimisers.MoFO, optimisers.SAM)
 
 
-def old_paths() -> list[str]:
-    """Every class that `to_plain` can name: concrete frozen dataclasses with plain fields."""
+def old_paths() -> dict[str, list[str]]:
+    """Every class that files name by its module.
+
+    `specifications` are those that `to_plain` writes and `from_plain` builds; `others` are written
+    into what is known of a run, and compared when a job resumes, but never built.
+    """
     found = set()
     for module in pkgutil.walk_packages(gradmerge.__path__, "gradmerge."):
         for kind in vars(importlib.import_module(module.name)).values():
@@ -417,7 +377,8 @@ def old_paths() -> list[str]:
             hidden = kind.__name__.startswith("_") or kind.__name__ in UNNAMED
             if (concept or named) and not hidden:
                 found.add(f"{kind.__module__}.{kind.__qualname__}")
-    return sorted(found)
+    others = [f"{kind.__module__}.{kind.__qualname__}" for kind in OTHERS]
+    return {"specifications": sorted(found), "others": others}
 
 
 def save(name: str, found: dict[str, Any]) -> None:
@@ -443,7 +404,7 @@ def write_folders(only: list[str]) -> None:
 
 
 def write_jobs(only: list[str]) -> None:
-    for name in JOBS:
+    for name in world.JOBS:
         target = world.FIXTURES / "jobs" / name
         if name in only or not target.is_dir():
             shutil.rmtree(target, ignore_errors=True)
@@ -476,7 +437,7 @@ def write_all(only: list[str]) -> None:
         os.chdir(work)
         torch.set_num_threads(1)
         world.write_world(Path())
-        configured("fit.yaml")
+        world.configured("fit.yaml")
         write_folders(only)
         write_jobs(only)
         write_checkpoints(only)
