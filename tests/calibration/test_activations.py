@@ -10,6 +10,7 @@ from torch import nn
 
 from gradmerge import MergeDataModule, TaskData
 from gradmerge.alignment.symmetry.spec import Group, Place
+from gradmerge.calibration import activations
 from gradmerge.calibration.activations import UnitPasses, place_rows
 from gradmerge.errors import ConfigError
 from gradmerge.sources.collected import Needs
@@ -95,8 +96,8 @@ def test_a_reference_runs_once_a_batch_and_every_pair_as_often_as_it_must(tmp_pa
     models, data = relatives(build(), 5), vectors("ab", count=8, eval_batch_size=4)
     run = passes(models, data, tmp_path)
     calls = []
-    rows = run.engine.rows
-    monkeypatch.setattr(run.engine, "rows", lambda *args: calls.append(1) or rows(*args))
+    rows = activations.rows_of
+    monkeypatch.setattr(activations, "rows_of", lambda *args: calls.append(1) or rows(*args))
     to_second = [("b", name) for name in "acd"]
     index = run.units([BODY], to_second)
     assert len(calls) == 4 * 4  # four batches, four sources

@@ -383,9 +383,10 @@ def test_projection_is_opcm_s_recursion_one_source_at_a_time(tmp_path):
 
 
 def write_single(folder, recipe):
+    from gradmerge.engine.opening import open_plan
     from gradmerge.export.folder import export_plan
 
-    plan = super(FoldedRecipe, recipe).open(with_skeleton=False)
+    plan = open_plan(recipe, with_skeleton=False)
     export_plan(plan, plan.initial_raw(), folder)
 
 

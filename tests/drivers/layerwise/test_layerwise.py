@@ -999,15 +999,15 @@ BLOCKS, STOP = 24, 17
 KILLED = f"""
 import os, signal
 from pathlib import Path
-from gradmerge.drivers import matching
+from gradmerge.drivers.layerwise import block
 import test_layerwise as t
 
-step = matching.BlockModule.training_step
+step = block.BlockModule.training_step
 def killed(self, batch, batch_idx):
     if self.block.number == {STOP} and self.global_step == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, batch_idx)
-matching.BlockModule.training_step = killed
+block.BlockModule.training_step = killed
 with t.frozen():
     job, driver = t.deep(Path("job"), Path("models"))
     driver.run(job)

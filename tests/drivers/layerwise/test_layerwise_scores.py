@@ -388,7 +388,7 @@ def test_an_alignment_that_mixes_units_is_refused_before_anything_is_opened(
     models, kind, _ = network_of("stack", torch.float64)
     recipe = recipe_of(models, alignment=alignment, origin="zero", statistics="statistics")
     job = job_of(tmp_path / "job", recipe, data_of(kind), dtype="float64")
-    monkeypatch.setattr(type(recipe), "open", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr(layers, "open_plan", lambda *_: pytest.fail("opened"))
     name = type(alignment).__name__
     with pytest.raises(ConfigError, match=f"{name} may mix units.* Take WeightMatching"):
         LayerWise(steps=1).run(job)
