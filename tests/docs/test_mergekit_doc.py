@@ -1,4 +1,4 @@
-"""The examples of docs/mergekit.md are read as they stand, and its lists are those of the code."""
+"""The examples of the mergekit guide are read as they stand, and its lists are those of the code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from gradmerge.cli import main
 from gradmerge.coefficients import FromMergekit
 from gradmerge.mergekit_format.methods import METHODS, REFUSED
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "mergekit.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "guides" / "from-mergekit.md").read_text()
 FILE, RECIPE = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
 
 
