@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-
 from example_folders import make_example_folders
+
 from gradmerge.cli import learn, main
 
 ROOT = Path(__file__).resolve().parents[2]

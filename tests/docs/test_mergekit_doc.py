@@ -1,4 +1,4 @@
-"""The examples of the mergekit guide are read as they stand, and its lists are those of the code."""
+"""The examples of the mergekit guide are read as they stand; its lists are those of the code."""
 
 from __future__ import annotations
 

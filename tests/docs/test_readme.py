@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from example_folders import make_example_folders
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from example_folders import make_example_folders
 from gradmerge.cli import COMMANDS, USAGE, main
 
 ROOT = Path(__file__).resolve().parents[2]
