@@ -63,7 +63,7 @@ def public_path(kind: type) -> str:
 def current_path(path: str) -> str:
     """Return the present public path of a class that an earlier version wrote.
 
-    Example:
+    Examples:
         >>> current_path("gradmerge.coefficients.granularity.Column")
         'gradmerge.coefficients.Column'
     """

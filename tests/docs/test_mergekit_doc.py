@@ -1,4 +1,4 @@
-"""The examples of docs/mergekit.md are read as they stand, and its lists are those of the code."""
+"""The examples of the mergekit guide are read as they stand; its lists are those of the code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from gradmerge.engine.opening import open_plan
 from gradmerge.mergekit.init import FromMergekit
 from gradmerge.mergekit.methods import METHODS, REFUSED
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "mergekit.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "guides" / "from-mergekit.md").read_text()
 FILE, RECIPE = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
 
 

@@ -49,7 +49,7 @@ class MergedModel(nn.Module):
         dtype: dtype of the merged tensors and so of the computation; default float32.
         tasks: task name -> source whose private tensors it uses; default: the sources' names.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gradmerge import MergedModel, Recipe
         >>> base, a, b = (torch.nn.Linear(4, 2) for _ in range(3))

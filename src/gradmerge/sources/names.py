@@ -27,7 +27,7 @@ def depth_of(name: str, names: Iterable[str]) -> float:
         name: the tensor.
         names: all tensors of the network.
 
-    Example:
+    Examples:
         >>> names = ["embed.weight", "layers.0.weight", "layers.4.weight", "head.weight"]
         >>> [round(depth_of(name, names), 3) for name in names]
         [0.0, 0.333, 0.667, 1.0]

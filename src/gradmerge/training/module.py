@@ -65,7 +65,7 @@ class MergeModule(lightning.LightningModule):
         allow_modules: modules outside of gradmerge whose components a checkpoint may name (your own
             granularity, operator, ...); they are imported when it is loaded.
 
-    Example:
+    Examples:
         >>> from gradmerge import MergeModule, Recipe
         >>> import torch
         >>> base, a, b = (torch.nn.Linear(4, 2) for _ in range(3))

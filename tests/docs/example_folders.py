@@ -1,0 +1,22 @@
+"""Tiny versions of the folders that README and guides name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from conftest import ARCHITECTURES
+from tiny import relatives, sentences, word_tokenizer
+
+
+def make_example_folders(root: Path) -> None:
+    """Write models/{base,code,plays} and data/{code,plays}.jsonl."""
+    models = relatives(ARCHITECTURES["llama"][0](), 3, scale=0.05)
+    for name, model in zip(("base", "code", "plays"), models, strict=True):
+        folder = root / "models" / name
+        model.save_pretrained(folder)
+        word_tokenizer(folder)
+    (root / "data").mkdir()
+    for i, name in enumerate(("code", "plays")):
+        rows = [json.dumps({"text": text}) for text in sentences(i, 60, length=300)]
+        (root / "data" / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
