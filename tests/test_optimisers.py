@@ -21,7 +21,7 @@ SGD = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
 
 
 def explicit(models, batches, weights):
-    """The weighted loss as a function of z, by plain autograd in float64: a number a tensor."""
+    """The weighted loss as a function of z, by plain autograd in float64: a number per tensor."""
     base, *sources = [copy.deepcopy(model).double() for model in models]
     own = {n: p.detach() for n, p in base.named_parameters()}
     stacked = {
@@ -175,7 +175,7 @@ def test_bfloat16_autocast_goes_with_sam(tmp_path):
         ({"base": "nowhere.Adam"}, "expected the class path of an optimiser"),
         ({"base": "torch.nn.Linear"}, "expected the class path of an optimiser"),
         ({"base": {"class_path": "torch.optim.Adam", "init_args": {"x": 1}}}, "cannot be made of"),
-        ({"base": "torch.optim.LBFGS"}, "LBFGS evaluates the loss itself, several times a step"),
+        ({"base": "torch.optim.LBFGS"}, "LBFGS evaluates the loss itself, several times per step"),
     ],
 )
 def test_sam_names_what_is_wrong_with_its_base(options, message):
@@ -263,7 +263,7 @@ def test_mofo_moves_its_share_of_each_tensor_in_a_fit(tmp_path):
 
 def test_mofo_checks_its_numbers():
     parameter = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ConfigError, match=r"fraction in \(0, 1\], came 0"):
+    with pytest.raises(ConfigError, match=r"fraction in \(0, 1\], got 0"):
         MoFO([parameter], fraction=0)
     with pytest.raises(ConfigError, match=r"betas lie in \[0, 1\)"):
         MoFO([parameter], betas=(0.9, 1.0))

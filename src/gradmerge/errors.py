@@ -1,6 +1,6 @@
 """Errors and problem reports.
 
-An error says what was expected, what came (file, tensor, shape, value), why it matters and what to
+An error says what was expected, what got (file, tensor, shape, value), why it matters and what to
 do. Checks that can find several faults collect `Problem`s and raise them together.
 """
 
@@ -42,14 +42,14 @@ class Problem:
     what: str
     """The tensor, field or token concerned."""
     expected: str
-    came: str
+    got: str
     todo: str
     fatal: bool = True
 
     def __str__(self) -> str:
         return (
             f"[{self.kind}] {self.where}: {self.what}: expected {self.expected}, "
-            f"came {self.came}. {self.todo}"
+            f"got {self.got}. {self.todo}"
         )
 
 

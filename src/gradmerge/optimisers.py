@@ -50,10 +50,10 @@ class MoFO(torch.optim.Optimizer):
         fraction: float = 0.3,
     ) -> None:
         if not 0 < fraction <= 1:
-            raise ConfigError(f"MoFO: expected a fraction in (0, 1], came {fraction}.")
+            raise ConfigError(f"MoFO: expected a fraction in (0, 1], got {fraction}.")
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
             raise ConfigError(
-                "MoFO: lr, eps and weight_decay must not be negative and betas lie in [0, 1), came "
+                "MoFO: lr, eps and weight_decay must not be negative and betas lie in [0, 1), got "
                 f"{lr}, {eps}, {weight_decay} and {tuple(betas)}."
             )
         defaults = {
@@ -136,7 +136,7 @@ class SAM(torch.optim.Optimizer):
         base: str | dict[str, Any] = "torch.optim.Adam",
     ) -> None:
         if not rho >= 0:
-            raise ConfigError(f"SAM: rho must not be negative, came {rho}.")
+            raise ConfigError(f"SAM: rho must not be negative, got {rho}.")
         kind, options = _read(base)
         name = f"{kind.__module__}.{kind.__qualname__}"
         super().__init__(params, {"lr": lr})
@@ -187,7 +187,7 @@ class SAM(torch.optim.Optimizer):
         if closure is None:
             raise ConfigError(
                 "SAM.step: expected a closure that clears gradients, computes the loss and calls "
-                "backward, for a step takes two gradients; came none."
+                "backward, for a step takes two gradients; got none."
             )
         with torch.enable_grad():
             loss = closure()
@@ -244,13 +244,13 @@ def _read(base: Any) -> tuple[Any, dict[str, Any]]:
     wrong = not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer))
     if wrong or kind is SAM:
         raise ConfigError(
-            f"SAM: base: expected the class path of an optimiser, e.g. torch.optim.Adam, came "
+            f"SAM: base: expected the class path of an optimiser, e.g. torch.optim.Adam, got "
             f"{base!r}."
         )
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ConfigError(
-            f"SAM: base: {kind.__name__} evaluates the loss itself, several times a step, and SAM "
-            "gives it one gradient. Take one that steps by a gradient, e.g. torch.optim.Adam."
+            f"SAM: base: {kind.__name__} evaluates the loss itself, several times per step, and "
+            "SAM gives it one gradient. Take one that steps by a gradient, e.g. torch.optim.Adam."
         )
     return kind, options

@@ -53,9 +53,9 @@ class GreedySoup(AbstractSearch):
         order = sorted(range(len(sources)), key=lambda k: -alone[k])
         members, best = order[:1], alone[order[0]]
         for k in order[1:]:
-            came = score(soup([*members, k], len(sources)))
-            if came >= best:
-                members, best = [*members, k], came
+            got = score(soup([*members, k], len(sources)))
+            if got >= best:
+                members, best = [*members, k], got
         return soup(members, len(sources))
 
 
@@ -78,7 +78,7 @@ class Scales(AbstractSearch):
     def __post_init__(self) -> None:
         """There must be something to try."""
         if not self.values:
-            raise ConfigError("Scales: expected at least one value, came none.")
+            raise ConfigError("Scales: expected at least one value, got none.")
 
     def run(self, start: AbstractInit, sources: Sequence[str], score: Evaluate) -> AbstractInit:
         """See `AbstractSearch.run`; one score a value.
@@ -112,7 +112,7 @@ class Draws(AbstractSearch):
     alpha: float = 1.0
     """Concentration of the draws; M3's code takes 0.5 by default, its paper 0.4 to 2."""
     per: Literal["model", "tensor"] = "model"
-    """One ratio a merge (the paper's), or one a tensor (or what else shares a coefficient)."""
+    """One ratio a merge (the paper's), or one per tensor (or what else shares a coefficient)."""
     seed: int = 0
     """Seed of the first draw."""
     scale: float = 1.0
@@ -124,7 +124,7 @@ class Draws(AbstractSearch):
     def __post_init__(self) -> None:
         """Check the numbers."""
         if self.num_draws < 1:
-            raise ConfigError(f"Draws: num_draws must be at least 1, came {self.num_draws}.")
+            raise ConfigError(f"Draws: num_draws must be at least 1, got {self.num_draws}.")
         require_alpha("Draws", self.alpha)
 
     def run(self, start: AbstractInit, sources: Sequence[str], score: Evaluate) -> AbstractInit:
@@ -135,7 +135,7 @@ class Draws(AbstractSearch):
         """
         if len(sources) < 2:
             raise ConfigError(
-                f"Draws: expected at least two sources to mix, came {', '.join(sources)}, whose "
+                f"Draws: expected at least two sources to mix, got {', '.join(sources)}, whose "
                 "ratio is always 1. Tune its coefficient with Scales."
             )
         draws = [

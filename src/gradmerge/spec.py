@@ -196,7 +196,7 @@ def _is_importable(kind: type) -> bool:
 
 
 Setting = float | list[float] | dict[str, float | list[float]]
-"""A number; a list with one a source, in their order; or either by regular expression of tensor
+"""A number; a list with one per source, in their order; or either by regular expression of tensor
 names, of which the first that matches counts (a whole name goes before all expressions)."""
 
 
@@ -220,7 +220,7 @@ def settle(who: str, setting: Setting, tensor: str, sources: Sequence[str]) -> l
             found = next((key for key in setting if re.search(key, tensor)), None)
             if found is None:
                 raise ConfigError(
-                    f"{who}: no expression matches the tensor {tensor}; came {list(setting)[:5]}. "
+                    f"{who}: no expression matches the tensor {tensor}; got {list(setting)[:5]}. "
                     "Add a last one for the rest: '.*'."
                 )
             setting = setting[found]
@@ -228,7 +228,7 @@ def settle(who: str, setting: Setting, tensor: str, sources: Sequence[str]) -> l
         return [float(setting)] * len(sources)
     if len(setting) != len(sources):
         raise ConfigError(
-            f"{who}: expected one value or {len(sources)} (for {', '.join(sources)}), came "
+            f"{who}: expected one value or {len(sources)} (for {', '.join(sources)}), got "
             f"{len(setting)}."
         )
     return [float(value) for value in setting]
@@ -244,7 +244,7 @@ def require_setting(
     """
     if isinstance(setting, dict):
         if not setting:
-            raise ConfigError(f"{who}: expected at least one expression, came none.")
+            raise ConfigError(f"{who}: expected at least one expression, got none.")
         for pattern, value in setting.items():
             try:
                 re.compile(pattern)
@@ -256,4 +256,4 @@ def require_setting(
         return
     for value in setting if isinstance(setting, list) else [setting]:
         if not holds(float(value)):
-            raise ConfigError(f"{who}: expected {expected}, came {value}.")
+            raise ConfigError(f"{who}: expected {expected}, got {value}.")

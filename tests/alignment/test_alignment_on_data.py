@@ -427,8 +427,8 @@ def test_gains_are_those_of_the_nearest_diagonal():
     ("kind", "options", "message"),
     [
         (ActivationMatching, {"metric": "cosine"}, "expected correlation or covariance"),
-        (CCA, {"gamma": -1.0}, "CCA.gamma: expected 0 or more, came -1.0"),
-        (CCA, {"gamma": math.nan}, "CCA.gamma: expected 0 or more, came nan"),
+        (CCA, {"gamma": -1.0}, "CCA.gamma: expected 0 or more, got -1.0"),
+        (CCA, {"gamma": math.nan}, "CCA.gamma: expected 0 or more, got nan"),
         (OptimalTransport, {"regularisation": -0.1}, "regularisation: expected 0 or more"),
         (OptimalTransport, {"cost": "cosine"}, "expected euclidean, squared or correlation"),
         (OptimalTransport, {"tolerance": 0.0}, "expected a tolerance above 0 and at least one"),

@@ -183,12 +183,12 @@ def test_three_networks_meet_at_their_running_mean() -> None:
     second = WeightMatching(reference="b").align(context(spec, net, **sources))
     assert second.maps["b"] == {}
     assert same_maps(second.maps["a"], planted["b"])
-    with pytest.raises(ConfigError, match=r"expected a source or 'mean', came 'd'"):
+    with pytest.raises(ConfigError, match=r"expected a source or 'mean', got 'd'"):
         WeightMatching(reference="d").align(context(spec, net, **sources))
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(ConfigError, match="max_iter: expected a positive number, came 0"):
+    with pytest.raises(ConfigError, match="max_iter: expected a positive number, got 0"):
         WeightMatching(max_iter=0)
     with pytest.raises(ConfigError, match="tolerance and restarts of at least 0"):
         WeightMatching(restarts=-1)
@@ -404,7 +404,7 @@ def test_identity_leaves_sources_as_they_are() -> None:
 
 
 def test_elements_of_aligned_sources_learn(tmp_path: Path) -> None:
-    """NP Merge: a coefficient a weight between aligned networks, through the trainer."""
+    """NP Merge: a coefficient per weight between aligned networks, through the trainer."""
     torch.manual_seed(1)
     models = [tiny.build(), tiny.Perceptron()]
     options = {

@@ -64,7 +64,7 @@ def test_moments_are_those_of_all_rows_at_once(tmp_path, memory):
     run = passes(models, data, tmp_path, lines)
     seen = {"body": [of_body], "norm": [of_norm], "both": [of_body, of_norm]}
     index = run.units([BODY, NORM, BOTH], every_pair("abc"), memory)
-    files = {1: 3, 7000: 2, 1 << 30: 1}[memory]  # six matrices of 512 bytes a group
+    files = {1: 3, 7000: 2, 1 << 30: 1}[memory]  # six matrices of 512 bytes per group
     assert len(list(tmp_path.iterdir())) == files
     assert lines == [
         f"activations of 3 of 3 groups of units from 20 examples through 3 sources, in {files} "
@@ -256,7 +256,7 @@ def test_activations_that_are_not_finite_are_refused(tmp_path):
 def test_no_data_at_all_is_refused(tmp_path):
     run = passes(relatives(build()), vectors(count=4), tmp_path)
     run.loaders = dict.fromkeys(run.loaders, ())
-    with pytest.raises(ConfigError, match="no activations came of the sources: the tasks have no"):
+    with pytest.raises(ConfigError, match="the sources gave no activations: the tasks have no"):
         run.units([BODY], [("a", "b")])
 
 

@@ -94,7 +94,7 @@ def test_the_help_of_fit_describes_our_options(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for part in (
         "Where the coefficients start",
-        "examples a task, step and process",
+        "examples per task, step and process",
         "--model.memory",
     ):
         assert part in text, part
@@ -141,7 +141,7 @@ def test_wrong_commands_and_options_suggest_the_nearest(capsys, arguments, messa
         ({"data": {"batch_sise": 3}}, ["batch_sise", "Did you mean 'data.batch_size'?"]),
         (
             {"model": {"recipe": {"init": {"class_path": "Mixup", "init_args": {"alpha": -1}}}}},
-            ["Mixup: alpha must be positive, came -1"],
+            ["Mixup: alpha must be positive, got -1"],
         ),
         ({"model": {"objective": {"task_weights": {"aa": 1.0}}}}, ["'aa' is no task", "'a'"]),
         (
@@ -153,7 +153,7 @@ def test_wrong_commands_and_options_suggest_the_nearest(capsys, arguments, messa
                     }
                 }
             },
-            ["gradmerge fit: Lp: p must be at least 1, came 0.5."],
+            ["gradmerge fit: Lp: p must be at least 1, got 0.5."],
         ),
         (
             {
@@ -421,7 +421,7 @@ def test_a_fit_without_tasks_is_refused_before_the_model_is_opened(world, tmp_pa
     sources = {"model": {"recipe": {"sources": {"a": "absent"}}}}
     config = write(tmp_path / "c.yaml", sources, {"trainer": world["trainer"]})
     text = fails(["fit", "--config", config], capsys)
-    assert "data.tasks: expected at least one task, came none; write them in the YAML" in text
+    assert "data.tasks: expected at least one task, got none; write them in the YAML" in text
 
 
 def test_fit_resumes_from_a_checkpoint(world, tmp_path):
@@ -621,7 +621,7 @@ def test_the_best_scale_as_a_mergekit_file(world, tmp_path, capsys):
     for model in models[1:]:
         assert model["parameters"]["weight"] == pytest.approx(0.3 * float(best[1]))
     message = fails([*options, "--output", "no", "--outputs", "compact"], capsys)
-    assert "a search and scores are of one merged model, came compact" in message
+    assert "a search and scores are of one merged model, got compact" in message
     options += ["--recipe.preprocess", "[Trim]", "--output", "no.yaml", "--mergekit", "true"]
     message = fails(options, capsys)
     assert "mergekit cannot express this merge:\n  preprocess: the coefficients belong" in message

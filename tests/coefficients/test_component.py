@@ -313,7 +313,7 @@ def test_what_takes_no_scale_is_refused():
     for inner in (Tensor(), Element(), HardMask(Model())):
         with pytest.raises(ConfigError, match="expected Column, Row, Partition or Component"):
             WithScale(inner)
-    with pytest.raises(ConfigError, match=r"came 1 for 2 sources \(Complement\)"):
+    with pytest.raises(ConfigError, match=r"got 1 for 2 sources \(Complement\)"):
         Recipe({"a": "nowhere", "b": "nowhere"}, coefficients=WithScale(Complement(Column())))
     with pytest.raises(ConfigError, match=r"Component: whole: '\(' is no regular expression"):
         Component(whole="(")
@@ -368,7 +368,7 @@ def test_mistakes_are_refused_before_anything_is_opened():
     for operator in (Linear(), DisjointMean()):
         with pytest.raises(ConfigError, match="does not know"):
             Recipe(sources, coefficients=HardMask(Component()), operator=operator)
-    with pytest.raises(ConfigError, match=r"share in \[0, 1\], came 1.5"):
+    with pytest.raises(ConfigError, match=r"share in \[0, 1\], got 1.5"):
         LeadingComponents(1.5)
     for options in ({"temperature": 0.0}, {"start": -1.0}):
         with pytest.raises(ConfigError, match="must be positive"):
@@ -377,7 +377,7 @@ def test_mistakes_are_refused_before_anything_is_opened():
 
 def test_starts_that_are_no_masks_or_no_components_are_refused():
     models = relatives(build())
-    with pytest.raises(ConfigError, match=r"must be 0 or 1, came 0\.3"):
+    with pytest.raises(ConfigError, match=r"must be 0 or 1, got 0\.3"):
         open_plan(recipe_of(models, **MASKED, init=Constant(0.3))).initial_raw()
     with pytest.raises(ConfigError, match="run over axis 1, not over singular components"):
         open_plan(recipe_of(models, coefficients=Column(), init=LeadingComponents())).initial_raw()

@@ -162,7 +162,7 @@ def test_partition_is_reproducible_and_balanced(size):
 
 
 def test_partition_needs_a_part():
-    with pytest.raises(ConfigError, match="num_parts must be at least 1, came 0"):
+    with pytest.raises(ConfigError, match="num_parts must be at least 1, got 0"):
         Partition(0)
 
 
@@ -259,13 +259,13 @@ def test_link_gradients(link):
 @pytest.mark.parametrize(
     ("link", "values", "message"),
     [
-        (Clamp(), [0.5, 1.5], r"Clamp: .* lie in \[0, 1\], came 1.5"),
-        (Clamp(low=-1, high=0.5), [-1.5, 0.1], r"Clamp: .* lie in \[-1, 0.5\], came -1.5"),
-        (Sigmoid(), [0.5, -0.2], r"Sigmoid: .* lie in \[0, 1\], came -0.2"),
-        (Tanh(), [0.5, 1.2], r"Tanh: .* lie in \[-1, 1\], came 1.2"),
+        (Clamp(), [0.5, 1.5], r"Clamp: .* lie in \[0, 1\], got 1.5"),
+        (Clamp(low=-1, high=0.5), [-1.5, 0.1], r"Clamp: .* lie in \[-1, 0.5\], got -1.5"),
+        (Sigmoid(), [0.5, -0.2], r"Sigmoid: .* lie in \[0, 1\], got -0.2"),
+        (Tanh(), [0.5, 1.2], r"Tanh: .* lie in \[-1, 1\], got 1.2"),
         (Softmax(), [0.3, 0.3], "Softmax: .* sum to 1 .* a sum of 0.6. Use init Uniform"),
         (Complement(), [0.3, 0.3], "Complement: .* sum to 1 .* a sum of 0.6. Use init Uniform"),
-        (Complement(Sigmoid()), [1.5, -0.5], r"Sigmoid: .* lie in \[0, 1\], came 1.5"),
+        (Complement(Sigmoid()), [1.5, -0.5], r"Sigmoid: .* lie in \[0, 1\], got 1.5"),
     ],
 )
 def test_start_that_a_link_cannot_reach(link, values, message):
@@ -288,7 +288,7 @@ def test_links_check_their_options():
         ):
             link(eps=0.0)
     for num in (1, 3):
-        with pytest.raises(ConfigError, match=f"exactly two sources, came {num}"):
+        with pytest.raises(ConfigError, match=f"exactly two sources, got {num}"):
             Complement().num_rows(num)
-    with pytest.raises(ConfigError, match="Softmax: expected at least two sources, came one"):
+    with pytest.raises(ConfigError, match="Softmax: expected at least two sources, got one"):
         Complement(Softmax()).num_rows(2)

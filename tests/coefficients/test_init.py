@@ -67,7 +67,7 @@ def test_constant_and_uniform(granularity):
 
 
 def test_constant_needs_one_value_a_source():
-    with pytest.raises(ConfigError, match=r"expected one value or 2 \(for a, b\), came 3"):
+    with pytest.raises(ConfigError, match=r"expected one value or 2 \(for a, b\), got 3"):
         start(Constant([1.0, 2.0, 3.0]), Tensor())
 
 
@@ -117,7 +117,7 @@ def test_mixup_is_seeded_scaled_and_leaves_the_global_generator_alone():
     assert not torch.equal(first, start(Mixup(seed=2), Tensor())[MATRIX.name])
     scaled = start(Mixup(seed=1, scale=0.4), Tensor())[MATRIX.name]
     torch.testing.assert_close(scaled, 0.4 * first)
-    with pytest.raises(ConfigError, match="alpha must be positive, came 0"):
+    with pytest.raises(ConfigError, match="alpha must be positive, got 0"):
         Mixup(alpha=0)
 
 

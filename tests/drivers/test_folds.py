@@ -704,12 +704,12 @@ def test_another_job_in_the_folder_is_refused_with_what_differs(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("job.json", "{}", "came one without `job`"),
-        ("job.json", "[]", "came list"),
-        ("job.json", '{"job": "x", "seed": 0', r"came something else \(Expecting"),
-        ("job.json", '{"job": "x", "seed": 0, "content": null}', "came `content` of type NoneType"),
-        ("steps/step-1/step.json", "{}", "came one without `step`"),
-        ("steps/step-1/step.json", '{"step": {}}', "came one without `result`"),
+        ("job.json", "{}", "got one without `job`"),
+        ("job.json", "[]", "got list"),
+        ("job.json", '{"job": "x", "seed": 0', r"got something else \(Expecting"),
+        ("job.json", '{"job": "x", "seed": 0, "content": null}', "got `content` of type NoneType"),
+        ("steps/step-1/step.json", "{}", "got one without `step`"),
+        ("steps/step-1/step.json", '{"step": {}}', "got one without `result`"),
     ],
 )
 def test_a_damaged_record_is_refused_by_name(tmp_path, name, content, message):
@@ -766,11 +766,11 @@ def test_what_a_fold_has_no_meaning_for_is_refused(tmp_path):
             driver.run(job_of(tmp_path, models, data, recipe=recipe))
         assert not (tmp_path / "driver").exists()
 
-    refused(Pairwise(order=["a", "b"]), "order: expected each of a, b, c once, came a, b")
-    with pytest.raises(ConfigError, match="every_n_steps: must be at least 1, came 0"):
+    refused(Pairwise(order=["a", "b"]), "order: expected each of a, b, c once, got a, b")
+    with pytest.raises(ConfigError, match="every_n_steps: must be at least 1, got 0"):
         Tree(every_n_steps=0)
     refused(Tree(order=["a", "b", "cc"]), "order: 'cc' is no source; there are a, b, c")
-    refused(Pairwise(), "expected at least two to merge, came a", models=models[:2])
+    refused(Pairwise(), "expected at least two to merge, got a", models=models[:2])
     refused(Pairwise(), "RegMean: its statistics are of the sources", preprocess=[RegMean()])
 
 

@@ -179,7 +179,7 @@ def assert_float32_is_as_good_as_it_gets(merged, models, inputs, origin):
     """The whole gradient, through network and merge in float32, within a millionth.
 
     Where ordinary float32 autograd through the same network is itself off by more than a third of
-    that (its activations are rounded, too, and one coefficient a model sums up terms that cancel),
+    that (its activations are rounded, too, and one coefficient per model sums terms that cancel),
     within three times its error.
     """
     loss_of(merged(**inputs)).backward()

@@ -116,9 +116,9 @@ def test_frozen_tensors_keep_their_stated_coefficient(nets, value, weights):
 
 
 def test_first_frozen_pattern_wins(nets):
-    plan = make(nets, frozen={r"body\.weight": 0.5, "body": "origin", "": 1.0, "head": 0.0}).open
+    every = make(nets, frozen={r"body\.weight": 0.5, "body": "origin", "": 1.0, "head": 0.0})
     with pytest.raises(ConfigError, match="`frozen` matches every one"):
-        plan()
+        open_plan(every)
     plan = open_plan(make(nets, frozen={r"body\.weight": 0.5, "body": "origin", "norm": "mean"}))
     assert plan.fixed["body.weight"] == 0.5
     assert plan.fixed["body.bias"] == 0.0
@@ -159,11 +159,11 @@ def test_private_heads_of_different_shapes(nets):
     [
         (
             {"head.bias": None},
-            r"\[private\] in memory: head\.bias: expected a private tensor of each name.*came none",
+            r"\[private\] in memory: head\.bias: expected a private tensor of each name.*got none",
         ),
         (
             {"head.weight": "head.out.weight", "head.bias": "head.out.bias"},
-            r"head\.weight, head\.bias: .*came head\.out\.weight, head\.out\.bias instead\. "
+            r"head\.weight, head\.bias: .*got head\.out\.weight, head\.out\.bias instead\. "
             r".*Save this source's head under these names",
         ),
     ],
@@ -323,14 +323,14 @@ def test_source_named_base(nets):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sources": {}}, "at least one source, came none"),
-        ({"sources": []}, "at least one source, came none"),
+        ({"sources": {}}, "at least one source, got none"),
+        ({"sources": []}, "at least one source, got none"),
         ({"origin": "base"}, "origin is base, but no base is given"),
         ({"frozen": {"(": 1.0}}, r"'\(' is no regular expression"),
         ({"private": ["["]}, r"'\[' is no regular expression"),
-        ({"frozen": {"x": "average"}}, r"frozen\['x'\]: expected a number.*came 'average'"),
-        ({"sources": {"a": "x"}, "coefficients": Complement()}, "exactly two sources, came 1"),
-        ({"sources": {"a": "x"}, "coefficients": Softmax()}, "at least two sources, came one"),
+        ({"frozen": {"x": "average"}}, r"frozen\['x'\]: expected a number.*got 'average'"),
+        ({"sources": {"a": "x"}, "coefficients": Complement()}, "exactly two sources, got 1"),
+        ({"sources": {"a": "x"}, "coefficients": Softmax()}, "at least two sources, got one"),
     ],
 )
 def test_what_is_wrong_before_a_file_is_opened(options, message):
@@ -340,7 +340,7 @@ def test_what_is_wrong_before_a_file_is_opened(options, message):
 
 def test_start_out_of_reach_of_the_link(nets):
     plan = open_plan(make(nets, coefficients=Clamp(Model(), 0.0, 0.4)))
-    with pytest.raises(ConfigError, match=r"Clamp: .* lie in \[0, 0.4\], came 0.5"):
+    with pytest.raises(ConfigError, match=r"Clamp: .* lie in \[0, 0.4\], got 0.5"):
         plan.initial_raw()
 
 

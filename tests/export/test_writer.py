@@ -18,6 +18,7 @@ import hashlib, json, os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
 from gradmerge import Recipe
+from gradmerge.engine.opening import open_plan
 from gradmerge.export.folder import export_plan
 from gradmerge.export.atomic import _exchanged
 
@@ -26,7 +27,7 @@ root = Path(sys.argv[1])
 exchanges = _exchanged(root / "x", root / "y")
 torch.manual_seed(0)
 base, a, b = ({f"t{i}": torch.randn(64, 512) for i in range(12)} for _ in range(3))
-plan = Recipe({"a": a, "b": b}, base=base).open(with_skeleton=False)
+plan = open_plan(Recipe({"a": a, "b": b}, base=base), with_skeleton=False)
 plan.fingerprints
 target = root / "merged"
 
@@ -82,6 +83,7 @@ import json, struct, sys, threading, time
 from pathlib import Path
 import torch
 from gradmerge import Recipe
+from gradmerge.engine.opening import open_plan
 from gradmerge.export.folder import export_plan
 
 root = Path(sys.argv[1])
@@ -110,9 +112,8 @@ def watch():
         peak[0] = max(peak[0], anonymous())
         time.sleep(0.003)
 
-plan = Recipe({"a": str(root / "a.safetensors")}, str(root / "base.safetensors")).open(
-    with_skeleton=False
-)
+recipe = Recipe({"a": str(root / "a.safetensors")}, str(root / "base.safetensors"))
+plan = open_plan(recipe, with_skeleton=False)
 before = anonymous()
 thread = threading.Thread(target=watch, daemon=True)
 thread.start()

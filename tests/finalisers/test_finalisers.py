@@ -110,7 +110,7 @@ def test_a_broken_source_is_named():
     with torch.no_grad():
         models[2].wide.weight[0, 0] = float("nan")
     plan = open_plan(recipe_of(models, init=Constant([1.0, 0.0]), finalisers=[SpectralRescale()]))
-    with pytest.raises(ConfigError, match=r"wide\.weight: expected finite numbers, came NaN"):
+    with pytest.raises(ConfigError, match=r"wide\.weight: expected finite numbers, got NaN"):
         plan.materialise("wide.weight", plan.initial_raw())
 
 
@@ -379,7 +379,7 @@ def test_without_data_it_is_refused(tmp_path):
     module = MergeModule(recipe)
     with pytest.raises(ConfigError, match=r"REPAIR takes the tasks' adaptation data.*refresh_buff"):
         module.refresh_buffers()
-    with pytest.raises(ConfigError, match=r"adaptation data, came none: give a file with `data`"):
+    with pytest.raises(ConfigError, match=r"adaptation data, got none: give a file with `data`"):
         plain_merge(recipe, output=str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
 
@@ -428,7 +428,7 @@ def test_data_is_kept_where_a_finaliser_needs_it(tmp_path):
 @pytest.mark.parametrize("outputs", ["tasks", "compact"])
 def test_outputs_a_task_refuse_finalisers(tmp_path, outputs):
     recipe = recipe_of(relatives(build()), preprocess=[Unify()], finalisers=[SpectralRescale()])
-    with pytest.raises(ConfigError, match="finalisers are of one merged model, came SpectralResc"):
+    with pytest.raises(ConfigError, match="finalisers are of one merged model, got SpectralResc"):
         plain_merge(recipe, outputs, output=str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
 

@@ -223,21 +223,21 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
     for part in [
         "mk.yaml: 16 problems keep this mergekit file from being read:",
         "dtyp: unknown key. Did you mean 'dtype'?",
-        "chat_template: expected auto or the text of a template, came 'chatml'",
+        "chat_template: expected auto or the text of a template, got 'chatml'",
         "models[0].params: unknown key. Did you mean 'parameters'?",
         "models[0].parameters.weights: task_arithmetic has no such parameter. Did you mean",
         "models[0].parameters.normalize: is one for all models, and mergekit ignores it here",
         "models[1].parameters.weight[0].filtr: unknown key. Did you mean 'filter'?",
-        "models[2].model: expected a path or a hub id, with at most one '@revision', came 'a@b@c'",
+        "models[2].model: expected a path or a hub id, with at most one '@revision', got 'a@b@c'",
         "models[3].parameters.weight[0]: expected a filter with its value",
-        "models[3].parameters.weight[1]: expected a filter with its value, came 0.3",
-        "models[3].parameters.density: expected a number, came [1]",
+        "models[3].parameters.weight[1]: expected a filter with its value, got 0.3",
+        "models[3].parameters.density: expected a number, got [1]",
         "models: a stands there twice",
         "tokenizer.tokens: is not supported: gradmerge takes rows of new tokens by its own rule",
-        "parameters.lambda: expected a number, came 'much'",
+        "parameters.lambda: expected a number, got 'much'",
         "parameters.normalise: task_arithmetic has no such parameter. Did you mean 'normalize'?",
         "parameters.gamma: task_arithmetic has no such parameter. It belongs to breadcrumbs",
-        "out_dtype: expected one of float16, bfloat16, float32, float64, came 'int8'",
+        "out_dtype: expected one of float16, bfloat16, float32, float64, got 'int8'",
     ]:
         assert part in message, (part, message)
 
@@ -264,35 +264,35 @@ def slices(*ranges, **more):
 REFUSED = [
     ({"merge_method": "tise"}, r"'tise' is no merge method. Did you mean 'ties'\?"),
     ({"merge_method": "ram"}, "ram is not supported: gradmerge has no such method"),
-    ({"merge_method": None}, "merge_method: expected a merge method, came none"),
-    ({"models": None}, "expected one of models, slices and modules, came none"),
-    ({"slices": slices([(0, 5)])}, "expected one of .*, came models and slices"),
-    ({"base_model": None}, "base_model: expected a base, which task_arithmetic needs, came none"),
-    ({"models": [{"model": "base"}]}, "expected a model other than the base, came none"),
+    ({"merge_method": None}, "merge_method: expected a merge method, got none"),
+    ({"models": None}, "expected one of models, slices and modules, got none"),
+    ({"slices": slices([(0, 5)])}, "expected one of .*, got models and slices"),
+    ({"base_model": None}, "base_model: expected a base, which task_arithmetic needs, got none"),
+    ({"models": [{"model": "base"}]}, "expected a model other than the base, got none"),
     ({"merge_method": "model_stock", "models": [{"model": "a"}]}, "expected at least 3 models"),
     (
         {"merge_method": "slerp", "models": [{"model": "a"}, {"model": "b"}]},
-        "expected at most 2 for slerp, came 3",
+        "expected at most 2 for slerp, got 3",
     ),
     (
         {"merge_method": "nuslerp", "models": [{"model": "a"}]},
-        "expected 2 models besides the base for nuslerp, came 1",
+        "expected 2 models besides the base for nuslerp, got 1",
     ),
-    ({"parameters": {"lambda": None}}, "parameters.lambda: expected a number, came None"),
-    ({"parameters": {"normalize": 0.5}}, "normalize: expected true or false, came 0.5"),
-    ({"parameters": {"lambda": float("inf")}}, "lambda: expected a number, came inf"),
-    ({"parameters": [1]}, "parameters: expected a mapping, came a list"),
+    ({"parameters": {"lambda": None}}, "parameters.lambda: expected a number, got None"),
+    ({"parameters": {"normalize": 0.5}}, "normalize: expected true or false, got 0.5"),
+    ({"parameters": {"lambda": float("inf")}}, "lambda: expected a number, got inf"),
+    ({"parameters": [1]}, "parameters: expected a mapping, got a list"),
     (
         {"parameters": {"lambda": [{"filter": 3, "value": 1}]}},
-        r"lambda\[0\].filter: expected text, came 3",
+        r"lambda\[0\].filter: expected text, got 3",
     ),
     (
         {"parameters": {"lambda": {"value": [[1]]}}},
         r"lambda\[0\].value: expected a value or a list of values",
     ),
-    ({"models": ["a"]}, r"models\[0\]: expected a mapping, came a str"),
-    ({"models": {"a": 1}}, "models: expected a list, came a dict"),
-    ({"models": [{"model": "a+b+c"}]}, r"expected one adapter after '\+', came several"),
+    ({"models": ["a"]}, r"models\[0\]: expected a mapping, got a str"),
+    ({"models": {"a": 1}}, "models: expected a list, got a dict"),
+    ({"models": [{"model": "a+b+c"}]}, r"expected one adapter after '\+', got several"),
     (
         {"models": [{"model": {"model": "a", "override_architecture": "X"}}]},
         "override_architecture: is not supported",
@@ -300,17 +300,17 @@ REFUSED = [
     ({"tokenizer_source": "base", "base_model": None}, "expected a base_model for 'base'"),
     (
         {"tokenizer_source": "base", "tokenizer": {"source": "base"}},
-        "tokenizer_source: expected either it or tokenizer, came both",
+        "tokenizer_source: expected either it or tokenizer, got both",
     ),
     (
         {"tokenizer": {"pad_to_multiple_of": 0.5}},
-        "pad_to_multiple_of: expected a whole number, came 0.5",
+        "pad_to_multiple_of: expected a whole number, got 0.5",
     ),
-    ({"chat_template": "auto"}, "chat_template: expected a tokenizer_source with it, came none"),
+    ({"chat_template": "auto"}, "chat_template: expected a tokenizer_source with it, got none"),
     ({"experts": [], "gate_mode": "hidden"}, "gate_mode: is not supported: this is a file for"),
     (
         {"models": None, "modules": {"encoder": {}, "decoder": {}}},
-        "expected the one module 'default', came encoder, decoder",
+        "expected the one module 'default', got encoder, decoder",
     ),
     ({"models": None, "modules": {"default": {}}}, "modules.default: expected one of models and"),
 ]
@@ -325,15 +325,15 @@ def test_what_cannot_be_read_is_refused(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (slices([(0, 3)], [(2, 5)]), r"expected layers from 3 on, came \[2, 5\]: layers that are"),
-        (slices([(1, 5)]), r"expected layers from 0 on, came \[1, 5\]"),
-        (slices([(0, 2)], [(0, 2)]), r"expected layers from 2 on, came \[0, 2\]"),
+        (slices([(0, 3)], [(2, 5)]), r"expected layers from 3 on, got \[2, 5\]: layers that are"),
+        (slices([(1, 5)]), r"expected layers from 0 on, got \[1, 5\]"),
+        (slices([(0, 2)], [(0, 2)]), r"expected layers from 2 on, got \[0, 2\]"),
         (slices([(0, 2), (2, 4)]), r"sources\[1\].layer_range: expected layers from 0 on"),
-        (slices([(0, 4)]), "slices: expected all 5 layers, came 4: another depth makes another"),
-        (slices([(0, 6)]), "slices: expected all 5 layers, came 6"),
+        (slices([(0, 4)]), "slices: expected all 5 layers, got 4: another depth makes another"),
+        (slices([(0, 6)]), "slices: expected all 5 layers, got 6"),
         (slices([(0, 5)], residual_weight=0.1), "residual_weight: is not supported"),
-        (slices([(0, 5, 7)]), r"expected \[first, last \+ 1\], came \[0, 5, 7\]"),
-        (slices([(5, 0)]), r"expected \[first, last \+ 1\], came \[5, 0\]"),
+        (slices([(0, 5, 7)]), r"expected \[first, last \+ 1\], got \[0, 5, 7\]"),
+        (slices([(5, 0)]), r"expected \[first, last \+ 1\], got \[5, 0\]"),
         ([{"sources": []}], r"slices\[0\].sources: expected a list"),
     ],
 )
@@ -346,7 +346,7 @@ def test_slices_that_change_the_network_are_refused(tmp_path, parts, message):
 def test_slices_of_several_stacks_are_refused(tmp_path):
     config = {"merge_method": "passthrough", "slices": slices([(0, 1)])}
     names = ["encoder.block.0.x", "decoder.block.0.x"]
-    with pytest.raises(ConfigError, match=r"expected one stack of layers, came decoder\.block\., "):
+    with pytest.raises(ConfigError, match=r"expected one stack of layers, got decoder\.block\., "):
         table_of(tmp_path, config, names)
 
 

@@ -175,7 +175,7 @@ def test_every_reason_is_given_at_once():
     for part in [
         "preprocess: the coefficients belong to directions after Trim, ElectSign, and mergekit",
         "private: each task keeps head.weight, head.bias, and mergekit writes one model",
-        "sources.a: mergekit takes folders, hub ids and LoRA adapters on them, came InMemory",
+        "sources.a: mergekit takes folders, hub ids and LoRA adapters on them, got InMemory",
         "sources.base: mergekit takes folders",
     ]:
         assert part in message
@@ -224,7 +224,7 @@ def test_aligned_vocabularies_are_refused(p):
 def test_several_stored_dtypes_want_one_stated(tmp_path):
     kinds = (torch.float32, torch.bfloat16, torch.float32, torch.float32)
     p = {name: save(tmp_path / name, kinds) for name in ("base", "a", "b")}
-    with pytest.raises(ConfigError, match="dtype: mergekit stores all tensors in one, came bfloat"):
+    with pytest.raises(ConfigError, match="dtype: mergekit stores all tensors in one, got bfloat"):
         text_of(recipe(p))
     assert yaml.safe_load(text_of(recipe(p), dtype="bfloat16"))["out_dtype"] == "bfloat16"
 

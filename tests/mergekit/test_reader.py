@@ -300,11 +300,11 @@ def test_the_result_s_dtype_is_mergekit_s(p, read, more, models, dtype, form):
 
 
 REFUSED = [
-    ("ties", {"density": 1.5}, "density: expected a share in \\[0, 1\\], came 1.5"),
+    ("ties", {"density": 1.5}, "density: expected a share in \\[0, 1\\], got 1.5"),
     (
         "ties",
         {"density": 0.5, "lambda": [0.1, 0.9]},
-        "lambda: expected one value for all tensors, came 0.1, 0.9: gradmerge runs ties with one",
+        "lambda: expected one value for all tensors, got 0.1, 0.9: gradmerge runs ties with one",
     ),
     (
         "dare_linear",
@@ -381,7 +381,7 @@ def test_a_tokenizer_becomes_the_recipe_s(p, read, tokenizer, expected):
 def test_a_tokenizer_of_another_model_is_refused(p, read):
     if "tokenizer" not in {field.name for field in dataclasses.fields(Recipe)}:
         pytest.skip("vocabularies that differ cannot be merged here")
-    with pytest.raises(ConfigError, match="tokenizer: expected one of the models, came /elsewhere"):
+    with pytest.raises(ConfigError, match="tokenizer: expected one of the models, got /elsewhere"):
         read(config(p, "task_arithmetic", tokenizer_source="/elsewhere"))
 
 

@@ -80,7 +80,7 @@ def test_a_batch_with_nothing_to_predict_gives_zero_with_zero_gradient(term, row
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, 1.5])
 def test_cross_entropy_refuses_a_smoothing_outside_of_its_range(smoothing):
-    with pytest.raises(ConfigError, match=r"label_smoothing must lie in \[0, 1\), came"):
+    with pytest.raises(ConfigError, match=r"label_smoothing must lie in \[0, 1\), got"):
         CrossEntropy(label_smoothing=smoothing)
 
 
@@ -137,7 +137,7 @@ def test_causal_cross_entropy_equals_the_reference_network_s_own_loss(family):
 
 
 def test_logits_of_another_rank_are_refused():
-    with pytest.raises(ConfigError, match=r"expected logits of shape .* came \(2, 3, 4, 5\)"):
+    with pytest.raises(ConfigError, match=r"expected logits of shape .* got \(2, 3, 4, 5\)"):
         next_token_rows(torch.zeros(2, 3, 4, 5), None, None, shift=False)
 
 
@@ -289,7 +289,7 @@ def test_l2_is_the_mean_squared_move_from_the_start():
 
 
 def pairs():
-    """Each tensor with more than one coefficient a source, each pair of sources."""
+    """Each tensor with more than one coefficient per source, each pair of sources."""
     for name in ("x", "z"):
         rows = COEFFICIENTS[name].flatten(1).tolist()
         for a, b in ((0, 1), (0, 2), (1, 2)):
@@ -364,7 +364,7 @@ def test_the_other_penalties_sum_over_what_they_take_the_mean_of(kind, count):
     total = kind(reduce="sum").penalty(COEFFICIENTS, START, *more)
     assert total.item() == pytest.approx(count * mean.item(), rel=1e-12)
     with pytest.raises(
-        ConfigError, match=f"{kind.__name__}: reduce: expected mean or sum, came 'max'"
+        ConfigError, match=f"{kind.__name__}: reduce: expected mean or sum, got 'max'"
     ):
         kind(reduce="max")
 

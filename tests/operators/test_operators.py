@@ -204,7 +204,7 @@ def fresh(monkeypatch, tmp_path):
 
 def test_unknown_choice_of_kernels(fresh, monkeypatch):
     monkeypatch.setenv("GRADMERGE_KERNELS", "fast")
-    with pytest.raises(ConfigError, match="expected one of auto, native, torch, came 'fast'"):
+    with pytest.raises(ConfigError, match="expected one of auto, native, torch, got 'fast'"):
         native.native_kernels()
 
 

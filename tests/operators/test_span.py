@@ -1,6 +1,6 @@
 """Operators beyond the linear one against their formulas, written out over whole vectors.
 
-The oracles know one coefficient a source. A coefficient that belongs to some entries means the
+The oracles know one coefficient per source. A coefficient that belongs to some entries means the
 merge of the whole tensor with it, read off at these entries, so every spread follows from that.
 """
 
@@ -403,20 +403,20 @@ def test_merges_that_cannot_be_expressed_are_refused():
     base, *models = (torch.nn.Linear(4, 2) for _ in range(4))
     sources = {f"m{i}": InMemory(model) for i, model in enumerate(models)}
     two = dict(list(sources.items())[:2])
-    with pytest.raises(ConfigError, match="Slerp: expected two sources, came 3; MultiSlerp"):
+    with pytest.raises(ConfigError, match="Slerp: expected two sources, got 3; MultiSlerp"):
         Recipe(sources=sources, operator=Slerp())
     with pytest.raises(ConfigError, match="two directions are opposite"):
         Recipe(sources=two, origin="mean", operator=Slerp())
     for operator in (ModelStock(), NearSwap(), ArceeFusion()):
         with pytest.raises(ConfigError, match=rf"{type(operator).__name__}: expected .* a base"):
             Recipe(sources=two, operator=operator)
-    with pytest.raises(ConfigError, match=r"ModelStock: expected two sources or more.*came 1"):
+    with pytest.raises(ConfigError, match=r"ModelStock: expected two sources or more.*got 1"):
         Recipe(sources={"m": models[0]}, base=base, operator=ModelStock())
-    with pytest.raises(ConfigError, match=r"threshold in \[0, 1\), came 1"):
+    with pytest.raises(ConfigError, match=r"threshold in \[0, 1\), got 1"):
         Slerp(threshold=1)
-    with pytest.raises(ConfigError, match="max_iter >= 0, came -1"):
+    with pytest.raises(ConfigError, match="max_iter >= 0, got -1"):
         Karcher(max_iter=-1)
-    with pytest.raises(ConfigError, match=r"tol in \(0, 1\), came 0"):
+    with pytest.raises(ConfigError, match=r"tol in \(0, 1\), got 0"):
         Karcher(tol=0)
     for operator in (MultiSlerp(), Karcher()):
         with pytest.raises(ConfigError, match="coefficients sum to zero"):

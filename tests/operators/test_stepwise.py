@@ -90,7 +90,7 @@ def test_it_wants_a_base():
     models = relatives(build())
     sources = dict(zip("ab", models[1:], strict=True))
     for options, origin in [({}, "zero"), ({"base": models[0], "origin": "mean"}, "mean")]:
-        with pytest.raises(ConfigError, match=f"sums directions from a base, came origin {origin}"):
+        with pytest.raises(ConfigError, match=f"sums directions from a base, got origin {origin}"):
             Recipe(sources, operator=Linear("directions"), **options)
-    with pytest.raises(ConfigError, match="form: expected weights or directions, came 'steps'"):
+    with pytest.raises(ConfigError, match="form: expected weights or directions, got 'steps'"):
         Recipe(sources, operator=Linear("steps"))

@@ -301,7 +301,7 @@ def test_sums_that_are_divided_or_scaled_agree_to_a_rounding(llamas, tmp_path):
 
 
 def on_vectors(**own: Any) -> dict[str, Any]:
-    """Parameters of three models: lists hold one a model."""
+    """Parameters of three models: lists hold one per model."""
     return {key: value if isinstance(value, list) else [value] * 3 for key, value in own.items()}
 
 

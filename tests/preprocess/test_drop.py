@@ -141,11 +141,11 @@ def test_shares_by_source_and_tensor_and_the_ends_of_the_range():
 
 
 def test_probabilities_must_lie_within_the_open_interval():
-    with pytest.raises(ConfigError, match=r"must lie in \(0, 1\), came density 0.2 and epsilon"):
+    with pytest.raises(ConfigError, match=r"must lie in \(0, 1\), got density 0.2 and epsilon"):
         MagnitudeDrop(0.2, 0.2)
-    with pytest.raises(ConfigError, match=r"came density 0.9 and epsilon 0.1"):
+    with pytest.raises(ConfigError, match=r"got density 0.9 and epsilon 0.1"):
         MagnitudeDrop([0.5, 0.9, 0.5], 0.1)(draw(3, 4), SITE)
-    with pytest.raises(ConfigError, match=r"epsilon: expected a number in \[0, 0.5\), came 0.5"):
+    with pytest.raises(ConfigError, match=r"epsilon: expected a number in \[0, 0.5\), got 0.5"):
         MagnitudeDrop(0.5, 0.5)
-    with pytest.raises(ConfigError, match=r"density.*expected a share in \[0, 1\], came 1.5"):
+    with pytest.raises(ConfigError, match=r"density.*expected a share in \[0, 1\], got 1.5"):
         MagnitudeDrop(1.5)

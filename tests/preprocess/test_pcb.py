@@ -107,7 +107,7 @@ def test_directions_without_a_winner_vanish():
 
 
 def test_shares_are_checked():
-    with pytest.raises(ConfigError, match=r"density: expected a share in \(0, 1\], came 0"):
+    with pytest.raises(ConfigError, match=r"density: expected a share in \(0, 1\], got 0"):
         ParameterCompetition(0)
-    with pytest.raises(ConfigError, match=r"clip: expected a share in \[0, 0.5\), came 0.5"):
+    with pytest.raises(ConfigError, match=r"clip: expected a share in \[0, 0.5\), got 0.5"):
         ParameterCompetition(0.1, 0.5)

@@ -137,10 +137,10 @@ def test_random_drop_rescales_as_told():
 @pytest.mark.parametrize("make", [Trim, Breadcrumbs, RandomDrop])
 @pytest.mark.parametrize("density", [-0.1, 1.5, [0.2, 1.5], {"x": 0.2, ".*": [0.1, 1.5]}])
 def test_density_must_be_a_share(make, density):
-    message = rf"{make.__name__}\.density.*: expected a share in \[0, 1\], came (-0\.1|1\.5)"
+    message = rf"{make.__name__}\.density.*: expected a share in \[0, 1\], got (-0\.1|1\.5)"
     with pytest.raises(ConfigError, match=message):
         make(density)
-    with pytest.raises(ConfigError, match=r"gamma: expected a share in \[0, 1\), came 1"):
+    with pytest.raises(ConfigError, match=r"gamma: expected a share in \[0, 1\), got 1"):
         Breadcrumbs(0.5, 1)
 
 
@@ -157,7 +157,7 @@ def test_density_by_source_and_tensor(make):
     assert int(make({".*": 0.1, site.name: 1.0})(directions.clone(), site).count_nonzero()) == 1800
     with pytest.raises(ConfigError, match=r"no expression matches the tensor layers\.0\.weight"):
         make({"head": 0.5})(directions.clone(), site)
-    with pytest.raises(ConfigError, match=r"expected one value or 3 \(for a, b, c\), came 2"):
+    with pytest.raises(ConfigError, match=r"expected one value or 3 \(for a, b, c\), got 2"):
         make([0.5, 0.5])(directions.clone(), site)
     with pytest.raises(ConfigError, match=r"'\(' is no regular expression"):
         make({"(": 0.5})

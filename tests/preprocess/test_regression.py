@@ -224,8 +224,8 @@ def test_fisher_is_the_weighted_mean(normalise):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RegMean(off_diagonal=1.5), r"off_diagonal in \[0, 1\], came 1\.5"),
-        (lambda: RegMean(damping=-1), "damping of at least 0, came -1"),
+        (lambda: RegMean(off_diagonal=1.5), r"off_diagonal in \[0, 1\], got 1\.5"),
+        (lambda: RegMean(damping=-1), "damping of at least 0, got -1"),
         (lambda: RegMean(weights=0.0), r"RegMean\.weights: expected a number above 0"),
         (lambda: MaTS(iterations=-1), "expected iterations and a tolerance of at least 0"),
         (lambda: FisherScale(floor=0), "expected a floor above 0"),

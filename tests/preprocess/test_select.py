@@ -109,13 +109,13 @@ def test_consensus_of_closed_cases():
 
 
 def test_what_cannot_be_meant_is_refused():
-    with pytest.raises(ConfigError, match="expected one density for all sources, came a list"):
+    with pytest.raises(ConfigError, match="expected one density for all sources, got a list"):
         SelectTop([0.1, 0.2, 0.3])
-    with pytest.raises(ConfigError, match=r"density: expected a share in \[0, 1\], came 2"):
+    with pytest.raises(ConfigError, match=r"density: expected a share in \[0, 1\], got 2"):
         SelectTop(2)
-    with pytest.raises(ConfigError, match="threshold: expected a number of at least 0, came -1"):
+    with pytest.raises(ConfigError, match="threshold: expected a number of at least 0, got -1"):
         Consensus(-1)
-    with pytest.raises(ConfigError, match="least: expected at least 0, came -1"):
+    with pytest.raises(ConfigError, match="least: expected at least 0, got -1"):
         Consensus(0.4, -1)
 
 

@@ -89,7 +89,7 @@ def test_zero_directions_take_no_part():
 
 
 def test_numbers_are_checked():
-    with pytest.raises(ConfigError, match="steps: expected at least 0, came -1"):
+    with pytest.raises(ConfigError, match="steps: expected at least 0, got -1"):
         WUDI(-1)
-    with pytest.raises(ConfigError, match="lr: expected a positive number, came 0"):
+    with pytest.raises(ConfigError, match="lr: expected a positive number, got 0"):
         WUDI(lr=0)

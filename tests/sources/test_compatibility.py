@@ -73,7 +73,7 @@ def test_equal_headers_have_no_problem():
 
 
 @pytest.mark.parametrize(
-    ("tensors", "kind", "name", "expected", "came", "todo"),
+    ("tensors", "kind", "name", "expected", "got", "todo"),
     [
         (
             {**without("layer.weight"), "layer.weights": (4, 4)},
@@ -119,7 +119,7 @@ def test_equal_headers_have_no_problem():
             {**TENSORS, "layer.weight": ((4, 4), torch.float8_e4m3fn)},
             "dtype",
             "layer.weight",
-            "at least 16 bits an entry",
+            "at least 16 bits per entry",
             "torch.float8_e4m3fn",
             "give the unquantised checkpoint",
         ),
@@ -127,7 +127,7 @@ def test_equal_headers_have_no_problem():
             {**TENSORS, "layer.weight": ((4, 4), torch.int8)},
             "dtype",
             "layer.weight",
-            "at least 16 bits an entry",
+            "at least 16 bits per entry",
             "torch.int8",
             "give the unquantised checkpoint",
         ),
@@ -146,7 +146,7 @@ def test_every_kind_of_tensor_problem_says_all_parts(tensors, kind, name, expect
     assert problem.fatal
     assert problem.where in ("b", "b.safetensors")
     assert problem.expected == expected
-    assert problem.came == came
+    assert problem.got == came
     assert todo in problem.todo
     line = str(problem)
     for part in (kind, problem.where, name, expected, came, todo):
@@ -255,7 +255,7 @@ def test_config_field_that_changes_the_function(field, first, second):
     assert (problem.kind, problem.what) == (f"config.{field}", field)
     assert problem.where == "b/config.json"
     assert repr(first) in problem.expected
-    assert problem.came == repr(second)
+    assert problem.got == repr(second)
     assert f"allow: [config.{field}]" in problem.todo
     (allowed,) = found(one, two, allow=[f"config.{field}"]).values()
     assert not allowed.fatal
@@ -278,7 +278,7 @@ def test_rotary_settings_of_old_and_new_files_are_the_same_thing():
     assert found(old, new(1e4)) == {}
     problem = found(old, new(1e6))["config.rope_theta", "rope_theta"]
     assert problem.fatal
-    assert problem.came == "1000000.0"
+    assert problem.got == "1000000.0"
     scaled = found(old, new(1e4, rope_type="linear", factor=2.0))
     assert scaled["config.rope_scaling", "rope_scaling"].fatal
 
@@ -343,7 +343,7 @@ def test_an_omitted_field_has_the_default_of_its_model_type(
     assert (problem.kind, problem.fatal) == (f"config.{field}", True)
     shown = [f"{default!r} (the default)", repr(value)][:: -1 if swapped else 1]
     assert problem.expected == f"{shown[0]} as in a"
-    assert problem.came == shown[1]
+    assert problem.got == shown[1]
     stated = found(
         Headers("a", config={**omitted, field: default}),
         Headers("b", config={**omitted, field: value}),
@@ -380,7 +380,7 @@ def test_tokenizer_difference_names_tokens(tmp_path, kind):
     assert problem.fatal
     assert problem.where == str(tmp_path / "b")
     assert problem.expected == "the 4 tokens of a"
-    assert problem.came == "2 with another id ('x', 'y'), 1 missing ('old'), 1 new ('new')"
+    assert problem.got == "2 with another id ('x', 'y'), 1 missing ('old'), 1 new ('new')"
     assert "allow: [tokenizer]" in problem.todo
     (allowed,) = found(one, two, allow=["tokenizer"]).values()
     assert not allowed.fatal
@@ -396,7 +396,7 @@ def test_sentencepiece_files_are_compared_as_files(tmp_path, name):
     (problem,) = found(one, two, same).values()
     assert (problem.kind, problem.fatal) == ("tokenizer", True)
     assert problem.where == str(tmp_path / "b" / name)
-    assert problem.came == "another one (5 bytes, 3 there)"
+    assert problem.got == "another one (5 bytes, 3 there)"
     (allowed,) = found(one, two, allow=["tokenizer"]).values()
     assert not allowed.fatal
 
@@ -433,7 +433,7 @@ def test_extra_tensors_can_be_allowed():
 
 @pytest.mark.parametrize("kind", ["shape", "missing", "dtype", "tokeniser"])
 def test_what_cannot_be_allowed_is_an_error(kind):
-    with pytest.raises(ConfigError, match=rf"allow: expected 'tokenizer'.*came '{kind}'"):
+    with pytest.raises(ConfigError, match=rf"allow: expected 'tokenizer'.*got '{kind}'"):
         found(Headers("a"), Headers("b"), allow=[kind])
 
 

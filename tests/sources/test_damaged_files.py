@@ -37,8 +37,8 @@ def header_of(text: bytes, data: int = 0) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "came 0 bytes. The file is empty or cut off"),
-        (b"1234", "came 4 bytes. The file is empty or cut off"),
+        (b"", "got 0 bytes. The file is empty or cut off"),
+        (b"1234", "got 4 bytes. The file is empty or cut off"),
         (b"\xff" * 64, "cut off or no safetensors file"),
         (header_of(b"garbage!"), "header is not JSON"),
         (header_of(b"\xff\xfe{}"), "header is not JSON"),
@@ -50,11 +50,11 @@ def header_of(text: bytes, data: int = 0) -> bytes:
         ),
         (
             header_of(b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', 4),
-            r"expected 77 bytes as its header says, came 73",
+            r"expected 77 bytes as its header says, got 73",
         ),
         (
             header_of(b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', 12),
-            r"expected 77 bytes as its header says, came 81",
+            r"expected 77 bytes as its header says, got 81",
         ),
         (
             header_of(b'{"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}', 1),
@@ -83,7 +83,7 @@ def test_missing_files(sharded, tmp_path):
     with pytest.raises(SourceError, match=rf"shards that do not exist: {lost.name}"):
         as_source(broken).open()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SourceError, match=r"empty: expected model.safetensors.*came nothing"):
+    with pytest.raises(SourceError, match=r"empty: expected model.safetensors.*got nothing"):
         as_source(tmp_path / "empty").open()
 
 

@@ -213,8 +213,8 @@ def test_torch_file_with_other_content_is_refused(tmp_path):
     (tmp_path / "c.pt").write_bytes(b"not a torch file")
     torch.save({"w": torch.ones(2)}, tmp_path / "d.pt", _use_new_zipfile_serialization=False)
     for name, text in {
-        "a.pt": r"tensors only, came other values under epoch.*state_dict\(\) alone",
-        "b.pt": "a dict of tensors, came list",
+        "a.pt": r"tensors only, got other values under epoch.*state_dict\(\) alone",
+        "b.pt": "a dict of tensors, got list",
         "c.pt": "expected a",
         "d.pt": "can be memory-mapped.*Convert it once",
         "none.pt": "no such file exists",
@@ -309,16 +309,16 @@ def test_non_persistent_buffers_are_no_weights():
 def test_meta_tensors_are_refused():
     with torch.device("meta"):
         module = torch.nn.Linear(2, 3)
-    message = "in memory: expected weights, came tensors on the meta device.*weight.*bias"
+    message = "in memory: expected weights, got tensors on the meta device.*weight.*bias"
     for value in (module, module.state_dict()):
         with pytest.raises(SourceError, match=message):
             as_source(value).open()
 
 
 def test_other_values_are_refused(tmp_path):
-    with pytest.raises(SourceError, match="tensors only, came other values under step"):
+    with pytest.raises(SourceError, match="tensors only, got other values under step"):
         as_source({"weight": torch.ones(2), "step": 3}).open()
-    with pytest.raises(ConfigError, match=r"a source is a path.*came int"):
+    with pytest.raises(ConfigError, match=r"a source is a path.*got int"):
         as_source(3)
     (tmp_path / "model.gguf").touch()
     with pytest.raises(ConfigError, match=r"model\.gguf: expected a folder or a file ending in"):

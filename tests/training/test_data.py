@@ -155,7 +155,7 @@ def test_too_few_examples_and_other_splits_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="task t: 2 examples are too few for three splits"):
         load_splits("t", TaskData("json", data_files=str(path)), seed=0)
     files = write(tmp_path, "json", {"train": ROWS["train"], "holdout": ROWS["test"]})
-    with pytest.raises(ConfigError, match=r"came train, holdout\. Say which to use"):
+    with pytest.raises(ConfigError, match=r"got train, holdout\. Say which to use"):
         load_splits("t", TaskData("json", data_files=files), seed=0)
 
 
@@ -164,11 +164,11 @@ def test_options_of_a_task_are_checked():
         TaskData("json", splits={"adaption": "train"})
     with pytest.raises(ConfigError, match=r"'train' is no split"):
         TaskData("json", limit={"train": 3})
-    with pytest.raises(ConfigError, match=r"three shares that sum to 1, came \(0\.5, 0\.5, 0\.5\)"):
+    with pytest.raises(ConfigError, match=r"three shares that sum to 1, got \(0\.5, 0\.5, 0\.5\)"):
         TaskData("json", fractions=(0.5, 0.5, 0.5))
-    with pytest.raises(ConfigError, match="at least one task, came none"):
+    with pytest.raises(ConfigError, match="at least one task, got none"):
         MergeDataModule({})
-    with pytest.raises(ConfigError, match=r"batch_size: must be at least 1, came 0"):
+    with pytest.raises(ConfigError, match=r"batch_size: must be at least 1, got 0"):
         MergeDataModule({"t": TaskData("json")}, batch_size=0)
 
 
@@ -282,7 +282,7 @@ def test_labels_in_words_and_missing_columns_are_refused(tokenizer):
     rows = {s: [{**row, "label": "cat"} for row in own] for s, own in ROWS.items()}
     with pytest.raises(ConfigError, match=r"task t, adaptation: the labels .* are text \('cat'\)"):
         prepared(tokenizer, rows)
-    with pytest.raises(ConfigError, match=r"expected a column 'texts', came text, label.*'text'"):
+    with pytest.raises(ConfigError, match=r"expected a column 'texts', got text, label.*'text'"):
         prepared(tokenizer, text="texts")
     with pytest.raises(ConfigError, match="task t, test: no examples"):
         prepared(tokenizer, {**ROWS, "test": []})

@@ -240,7 +240,7 @@ def task_vectors(models):
 
 
 def by_tensor(origin, directions, link=lambda z: z):
-    """`theta = A + sum_k link(z)_k B_k`, a coefficient a tensor."""
+    """`theta = A + sum_k link(z)_k B_k`, a coefficient per tensor."""
 
     def merge(z):
         return {

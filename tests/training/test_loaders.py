@@ -136,7 +136,7 @@ def test_the_data_module_gives_the_stream_of_its_seed():
 
 
 def plain_shares(count):
-    """What two processes get, two examples a batch."""
+    """What two processes get, two examples per batch."""
     loaders = [ShareLoader(numbers(count), 2, 0, rank, world=2) for rank in range(2)]
     return [[b["x"].tolist() if b else [] for b in loader] for loader in loaders]
 

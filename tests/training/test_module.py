@@ -269,7 +269,7 @@ def test_a_strong_pull_to_the_start_keeps_coefficients_there(tmp_path):
 
 def test_batch_norm_refuses_a_batch_of_one_example_and_never_gets_one_of_more(tmp_path):
     models = relatives(build(Normalised))
-    with pytest.raises(ConfigError, match=r"norm: BatchNorm takes the .* came one .*\(1, 8\)"):
+    with pytest.raises(ConfigError, match=r"norm: BatchNorm takes the .* got one .*\(1, 8\)"):
         fit(tmp_path, module_of(models), vectors(batch_size=1))
     # its statistics are recomputed on all three examples, not on two and then one
     data = vectors(count=3, batch_size=2, eval_batch_size=2)
@@ -285,7 +285,7 @@ def test_synchronised_batch_norm_takes_one_example_a_process():
     module = module_of(models)
     module.train()
     one = torch.ones(1, 6)
-    with pytest.raises(ConfigError, match=r"norm: BatchNorm takes .* came one .*\(1, 8\)"):
+    with pytest.raises(ConfigError, match=r"norm: BatchNorm takes .* got one .*\(1, 8\)"):
         module.merged(task="a", x=one)
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:

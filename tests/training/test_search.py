@@ -250,7 +250,7 @@ def test_draws_refuse_what_is_no_mixture():
     for make in (lambda: Draws(alpha=0.0), lambda: Mixup(alpha=-1.0)):
         with pytest.raises(ConfigError, match="In M3 an alpha of 0 or less stands for the first"):
             make()
-    with pytest.raises(ConfigError, match="expected at least two sources to mix, came a"):
+    with pytest.raises(ConfigError, match="expected at least two sources to mix, got a"):
         Draws(2).run(Constant(), ("a",), lambda init: 0.0)
 
 

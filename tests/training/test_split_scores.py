@@ -96,16 +96,14 @@ def test_tasks_without_a_source_are_refused_where_one_is_needed(tmp_path):
 
 def test_batches_that_are_not_by_task_are_explained(tmp_path):
     module = module_of()
-    with pytest.raises(
-        ConfigError, match="must map task names to batches, came the keys x, labels"
-    ):
+    with pytest.raises(ConfigError, match="must map task names to batches, got the keys x, labels"):
         by_task(module.merged, {"x": torch.zeros(1), "labels": torch.zeros(1)})
     with pytest.raises(ConfigError, match=r"the batch has tasks \['z'\]; expected some of a, b"):
         by_task(module.merged, {"z": {"x": torch.zeros(1)}})
 
 
 def test_an_unknown_dtype_is_refused():
-    with pytest.raises(ConfigError, match=r"dtype: expected .*bfloat16.* came 'bf17'"):
+    with pytest.raises(ConfigError, match=r"dtype: expected .*bfloat16.* got 'bf17'"):
         module_of(dtype="bf17")
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.alignment.base import Activations, AlignmentContext, Matched, Matching, Needs, assign
 from gradmerge.alignment.moments import correlation, covariances, on_first
@@ -111,10 +112,11 @@ class ActivationMatching(MatchingOnData):
         super().__post_init__()
         if self.metric not in ("correlation", "covariance"):
             raise ConfigError(
-                "ActivationMatching.metric: expected correlation or covariance, came "
+                "ActivationMatching.metric: expected correlation or covariance, got "
                 f"{self.metric!r}."
             )
 
+    @override
     def match_group(
         self,
         activations: Activations,
@@ -123,7 +125,6 @@ class ActivationMatching(MatchingOnData):
         source: str,
         targets: Mapping[str, Maps],
     ) -> tuple[Map, float] | None:
-        """See `MatchingOnData.match_group`."""
         total = torch.zeros(group.size, group.size, dtype=torch.float64)
         for target, maps in targets.items():
             moments = activations.moments(group.name, target, source)

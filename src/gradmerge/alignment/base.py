@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from typing_extensions import override
 
 from gradmerge.alignment.symmetry.spec import Maps, PermutationSpec, same_maps
 from gradmerge.errors import ConfigError, nearest
@@ -130,12 +131,12 @@ class Identity(AbstractAlignment):
     """No alignment: units stay where they are."""
 
     @property
+    @override
     def is_identity(self) -> bool:
-        """See `AbstractAlignment.is_identity`."""
         return True
 
+    @override
     def align(self, context: AlignmentContext) -> Aligned:
-        """See `AbstractAlignment.align`."""
         return Aligned({name: {} for name in context.sources})
 
 
@@ -167,12 +168,12 @@ class Matching(AbstractAlignment):
         """Check what can be checked without a source."""
         if self.max_iter < 1:
             raise ConfigError(
-                f"{type(self).__name__}.max_iter: expected a positive number, came {self.max_iter}."
+                f"{type(self).__name__}.max_iter: expected a positive number, got {self.max_iter}."
             )
         if self.example is not None and not isinstance(self.example, Mapping):
             raise ConfigError(
                 f"{type(self).__name__}.example: expected shapes (or tensors) by the name of the "
-                f"argument, e.g. {{x: [1, 3, 32, 32]}}, came {str(self.example)[:60]!r}."
+                f"argument, e.g. {{x: [1, 3, 32, 32]}}, got {str(self.example)[:60]!r}."
             )
         for pattern in self.unreached:
             try:
@@ -196,15 +197,15 @@ class Matching(AbstractAlignment):
             start: maps of `source` to begin with; empty for none.
         """
 
+    @override
     def align(self, context: AlignmentContext) -> Aligned:
-        """See `AbstractAlignment.align`."""
         names = list(context.sources)
         reference = self.reference or names[0]
         if reference == "mean":
             return self._to_running_mean(context)
         if reference not in names:
             raise ConfigError(
-                f"{type(self).__name__}.reference: expected a source or 'mean', came "
+                f"{type(self).__name__}.reference: expected a source or 'mean', got "
                 f"{reference!r}.{nearest(reference, names)}"
             )
         found = {

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.alignment.base import Moments
 from gradmerge.alignment.mixing import MixingOnData
@@ -41,10 +42,10 @@ class CCA(MixingOnData):
         """Check what can be checked without a source."""
         super().__post_init__()
         if not self.gamma >= 0:
-            raise ConfigError(f"CCA.gamma: expected 0 or more, came {self.gamma}.")
+            raise ConfigError(f"CCA.gamma: expected 0 or more, got {self.gamma}.")
 
+    @override
     def likeness(self, moments: Moments) -> Tensor:
-        """See `MixingOnData.likeness`."""
         return correlation(moments)
 
     def mix(self, group: Group, moments: Moments) -> tuple[Map, float]:

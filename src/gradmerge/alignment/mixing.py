@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.alignment.activation import MatchingOnData, permute
 from gradmerge.alignment.base import Activations, Aligned, AlignmentContext, Moments
@@ -58,8 +59,8 @@ class MixingOnData(MatchingOnData):
     """
 
     @property
+    @override
     def mixes_units(self) -> bool:
-        """See `AbstractAlignment.mixes_units`."""
         return True
 
     @abstractmethod
@@ -70,6 +71,7 @@ class MixingOnData(MatchingOnData):
     def likeness(self, moments: Moments) -> Tensor:
         """`[size, size]`: what it gains to put unit j of the source in the place of unit i."""
 
+    @override
     def match_group(
         self,
         activations: Activations,
@@ -78,7 +80,6 @@ class MixingOnData(MatchingOnData):
         source: str,
         targets: Mapping[str, Maps],
     ) -> tuple[Map, float] | None:
-        """See `MatchingOnData.match_group`."""
         moments = with_mean(activations, group.name, source, targets)
         if moments is None:
             return None

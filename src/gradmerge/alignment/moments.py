@@ -175,10 +175,10 @@ class CollectedActivations:
         self._order = list(found["sources"])
         self._pairs = {tuple(pair) for pair in found["pairs"]}
         wanted = {name: plain_places(group) for name, group in spec.groups.items() if group.places}
-        came = {name: group["places"] for name, group in self._groups.items()}
-        if wanted != came:
-            names = sorted({*wanted, *came})
-            differ = [name for name in names if wanted.get(name) != came.get(name)]
+        got = {name: group["places"] for name, group in self._groups.items()}
+        if wanted != got:
+            names = sorted({*wanted, *got})
+            differ = [name for name in names if wanted.get(name) != got.get(name)]
             raise ConfigError(
                 f"statistics: {statistics.folder} is of other groups of units: {shorten(differ)} "
                 "were collected elsewhere in the network, or not at all. Collect again with this "

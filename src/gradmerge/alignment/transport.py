@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.alignment.activation import permute
 from gradmerge.alignment.base import AlignmentContext, Matched, Moments, Needs
@@ -61,15 +62,15 @@ class OptimalTransport(MixingOnData):
         super().__post_init__()
         if self.ground not in ("activations", "weights"):
             raise ConfigError(
-                f"OptimalTransport.ground: expected activations or weights, came {self.ground!r}."
+                f"OptimalTransport.ground: expected activations or weights, got {self.ground!r}."
             )
         if not self.regularisation >= 0:
             raise ConfigError(
-                f"OptimalTransport.regularisation: expected 0 or more, came {self.regularisation}."
+                f"OptimalTransport.regularisation: expected 0 or more, got {self.regularisation}."
             )
         if self.cost not in ("euclidean", "squared", "correlation"):
             raise ConfigError(
-                "OptimalTransport.cost: expected euclidean, squared or correlation, came "
+                "OptimalTransport.cost: expected euclidean, squared or correlation, got "
                 f"{self.cost!r}."
             )
         if self.cost == "correlation" and self.ground == "weights":
@@ -79,7 +80,7 @@ class OptimalTransport(MixingOnData):
             )
         if not self.tolerance > 0 or self.iterations < 1:
             raise ConfigError(
-                "OptimalTransport: expected a tolerance above 0 and at least one iteration, came "
+                "OptimalTransport: expected a tolerance above 0 and at least one iteration, got "
                 f"tolerance {self.tolerance} and iterations {self.iterations}."
             )
 
@@ -101,8 +102,8 @@ class OptimalTransport(MixingOnData):
     def _of_squares(self, squares: Tensor) -> Tensor:
         return squares if self.cost == "squared" else squares.sqrt()
 
+    @override
     def likeness(self, moments: Moments) -> Tensor:
-        """See `MixingOnData.likeness`."""
         return -self._costs(moments)
 
     def mix(self, group: Group, moments: Moments) -> tuple[Map, float]:

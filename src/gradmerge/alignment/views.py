@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.alignment.symmetry.spec import LinearMap, Maps, PermutationSpec, share_moved
 from gradmerge.sources import Checkpoint, TensorInfo
@@ -36,28 +37,28 @@ class AlignedView(Checkpoint):
         self._kept: dict[str, Tensor] = {}
 
     @property
+    @override
     def label(self) -> str:
-        """See `Checkpoint.label`."""
         return self.inner.label
 
     @property
+    @override
     def infos(self) -> Mapping[str, TensorInfo]:
-        """See `Checkpoint.infos`."""
         return self.inner.infos
 
     @property
+    @override
     def folder(self) -> Path | None:
-        """See `Checkpoint.folder`."""
         return self.inner.folder
 
     @property
+    @override
     def tokenizer_folder(self) -> Path | None:
-        """See `Checkpoint.tokenizer_folder`."""
         return self.inner.tokenizer_folder
 
     @property
+    @override
     def config(self) -> Mapping[str, Any] | None:
-        """See `Checkpoint.config`."""
         return self.inner.config
 
     def read(self, name: str) -> Tensor:
@@ -91,8 +92,8 @@ class AlignedView(Checkpoint):
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return folder
 
+    @override
     def fingerprint(self) -> str:
-        """See `Checkpoint.fingerprint`."""
         return self.inner.fingerprint()
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.alignment.base import AlignmentContext, Matched, Matching
 from gradmerge.alignment.symmetry.spec import Map, Maps, Use
@@ -47,14 +48,14 @@ class WeightMatching(Matching):
         super().__post_init__()
         if self.tolerance < 0 or self.restarts < 0:
             raise ConfigError(
-                "WeightMatching: expected tolerance and restarts of at least 0, came "
+                "WeightMatching: expected tolerance and restarts of at least 0, got "
                 f"{self.tolerance} and {self.restarts}."
             )
 
+    @override
     def match(
         self, context: AlignmentContext, source: str, targets: Mapping[str, Maps], start: Maps
     ) -> Matched:
-        """See `Matching.match`."""
         found = [
             _Descent(context, source, targets, start, self.seed + i).run(
                 self.max_iter, self.tolerance

@@ -113,7 +113,7 @@ class UnitPasses(Passes):
         self._require_finite(sums)
         if not all(total.rows for total in sums.values()):
             raise ConfigError(
-                "no activations came of the sources: the tasks have no adaptation data, or nothing "
+                "the sources gave no activations: the tasks have no adaptation data, or nothing "
                 "but padding."
             )
         for found in self.found.values():

@@ -180,10 +180,10 @@ def is_linear_in_its_weight(module: Any, inputs: Tensor, output: Tensor, axis: i
     expected = rows @ weight.reshape(len(rows), -1, rows.shape[-1]).mT
     if module.bias is not None:
         expected = expected + module.bias.detach().to(rows).reshape(len(rows), 1, -1)
-    came = output_rows(module, output.detach(), None).to(expected)
-    if came.shape != expected.shape:
+    got = output_rows(module, output.detach(), None).to(expected)
+    if got.shape != expected.shape:
         return False
-    return float((came - expected).norm()) <= tolerance_of(output) * float(expected.norm())
+    return float((got - expected).norm()) <= tolerance_of(output) * float(expected.norm())
 
 
 def tolerance_of(output: Tensor) -> float:

@@ -70,7 +70,7 @@ def merge(
     require_finalisers(recipe, outputs, mergekit)
     if any(finaliser.needs_data for finaliser in recipe.finalisers):
         raise ConfigError(
-            "REPAIR takes the tasks' adaptation data, came none: give a file with `data`, too (the "
+            "REPAIR takes the tasks' adaptation data, got none: give a file with `data`, too (the "
             "suite's that `gradmerge fit` takes), or leave REPAIR out of recipe.finalisers."
         )
     plan = open_plan(recipe, with_skeleton=False)
@@ -84,7 +84,7 @@ def merge_options(outputs: Outputs, mergekit: bool, **options: Any) -> dict[str,
         ConfigError: they do not, or the output exists.
     """
     if mergekit and outputs != "merged":
-        raise ConfigError(f"outputs: a mergekit file is of one merged model, came {outputs}.")
+        raise ConfigError(f"outputs: a mergekit file is of one merged model, got {outputs}.")
     checked = _file_options(**options) if mergekit else output_options(**options)
     if outputs != "merged" and checked["head"] is not None:
         raise ConfigError(f"head: with outputs {outputs} every task has its own; leave it out.")

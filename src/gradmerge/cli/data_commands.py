@@ -47,7 +47,7 @@ def merge(
     """
     if outputs != "merged" and (search is not None or score):
         raise ConfigError(
-            f"outputs: a search and scores are of one merged model, came {outputs}, which writes "
+            f"outputs: a search and scores are of one merged model, got {outputs}, which writes "
             "each task's own; leave them out."
         )
     checked = merge_options(outputs, mergekit, **options)

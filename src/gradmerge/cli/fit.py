@@ -104,7 +104,7 @@ class MergeCLI(LightningCLI):
         """Refuse what is cheap to see."""
         if not self._get(self.config, "data.tasks"):
             raise ConfigError(
-                "data.tasks: expected at least one task, came none; write them in the YAML, or "
+                "data.tasks: expected at least one task, got none; write them in the YAML, or "
                 "give --data.tasks.NAME.path and what else they need."
             )
         given = self._get(self.config, "ckpt_path")
@@ -202,7 +202,6 @@ class MergeCLI(LightningCLI):
     def _step_trainer(
         self, folder: Path, callbacks: Sequence[lightning.Callback], overrides: Mapping[str, Any]
     ) -> lightning.Trainer:
-        """See `gradmerge.drivers.base.MakeTrainer`."""
         config = self.config.clone()
         self._get(config, "trainer")["default_root_dir"] = str(folder)
         self.config_init = self.parser.instantiate_classes(config)

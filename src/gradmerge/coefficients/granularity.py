@@ -1,4 +1,4 @@
-"""Granularities: one coefficient a model, group, tensor, column, row, part, component, entry."""
+"""Granularities: one coefficient per model, group, tensor, column, row, part, component, entry."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from typing_extensions import override
 
 from gradmerge.coefficients.base import (
     AbstractCoefficients,
@@ -45,8 +46,8 @@ class AbstractGranularity(AbstractCoefficients):
 class _Own(AbstractGranularity):
     """A granularity with raw coefficients of each tensor's own."""
 
+    @override
     def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
-        """See `AbstractCoefficients.layout`."""
         slots = {tensor.name: self.slot(tensor) for tensor in tensors}
         return Layout(slots, {slot.key: slot.shape for slot in slots.values()})
 
@@ -69,20 +70,20 @@ def _table(key: str, columns: dict[str, int]) -> Layout:
 
 @dataclass(frozen=True)
 class Model(AbstractGranularity):
-    """One coefficient a source for the whole model (task-wise merging)."""
+    """One coefficient per source for the whole model (task-wise merging)."""
 
+    @override
     def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
-        """See `AbstractCoefficients.layout`."""
         return _table("model", {tensor.name: 0 for tensor in tensors})
 
 
 @dataclass(frozen=True)
 class Group(AbstractGranularity):
-    r"""One coefficient a source and group of tensors.
+    r"""One coefficient per source and group of tensors.
 
     A tensor joins the first pattern that it matches; the matched text names the group, so
     ``layers\.\d+\.`` alone makes one group a transformer block, and
-    ``layers\.\d+\.(self_attn|mlp)`` one a block's attention and one its MLP. Tensors that match
+    ``layers\.\d+\.(self_attn|mlp)`` one per block's attention and one its MLP. Tensors that match
     nothing share one group.
     """
 
@@ -94,8 +95,8 @@ class Group(AbstractGranularity):
         for pattern in self.patterns:
             _require_pattern("Group", pattern)
 
+    @override
     def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
-        """See `AbstractCoefficients.layout`."""
         order: dict[str, int] = {}
         columns = {}
         for tensor in tensors:
@@ -108,23 +109,23 @@ class Group(AbstractGranularity):
 
 @dataclass(frozen=True)
 class Tensor(AbstractGranularity):
-    """One coefficient a source and named tensor (AdaMerging's "layer-wise")."""
+    """One coefficient per source and named tensor (AdaMerging's "layer-wise")."""
 
+    @override
     def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
-        """See `AbstractCoefficients.layout`."""
         return _table("tensor", {tensor.name: i for i, tensor in enumerate(tensors)})
 
 
 @dataclass(frozen=True)
 class Column(_Own):
-    """One coefficient a source and input column of a weight matrix (DAM, arXiv 2410.08371).
+    """One coefficient per source and input column of a weight matrix (DAM, arXiv 2410.08371).
 
-    Convolutions: one an input channel. 1-D gains: one an entry. 1-D biases, which belong to
-    outputs: one a tensor.
+    Convolutions: one an input channel. 1-D gains: one per entry. 1-D biases, which belong to
+    outputs: one per tensor.
     """
 
+    @override
     def slot(self, tensor: MergeTensor) -> Slot:
-        """See `_Own.slot`."""
         key = parameter_key(tensor.name)
         if len(tensor.shape) == 0 or tensor.is_bias:
             return Slot(key, "scalar", ())
@@ -134,10 +135,10 @@ class Column(_Own):
 
 @dataclass(frozen=True)
 class Row(_Own):
-    """One coefficient a source and output row of a weight matrix; 1-D tensors: one an entry."""
+    """One coefficient per source and output row of a weight matrix; 1-D tensors: one per entry."""
 
+    @override
     def slot(self, tensor: MergeTensor) -> Slot:
-        """See `_Own.slot`."""
         key = parameter_key(tensor.name)
         if len(tensor.shape) == 0:
             return Slot(key, "scalar", ())
@@ -147,24 +148,24 @@ class Row(_Own):
 
 @dataclass(frozen=True)
 class Partition(_Own):
-    """One coefficient a source and part of a random K-way partition of each tensor (aTLAS x K).
+    """One coefficient per source and part of a random K-way partition of each tensor (aTLAS x K).
 
     Source: Zhang et al. 2024, arXiv 2407.02880. The partition depends on the seed and the tensor's
     name and size alone; its parts are (nearly) equal in size.
     """
 
     num_parts: int = 10
-    """Parts a tensor; smaller tensors get one an entry."""
+    """Parts a tensor; smaller tensors get one per entry."""
     seed: int = 0
     """Seed of the partition."""
 
     def __post_init__(self) -> None:
         """Check the number of parts."""
         if self.num_parts < 1:
-            raise ConfigError(f"Partition: num_parts must be at least 1, came {self.num_parts}.")
+            raise ConfigError(f"Partition: num_parts must be at least 1, got {self.num_parts}.")
 
+    @override
     def slot(self, tensor: MergeTensor) -> Slot:
-        """See `_Own.slot`."""
         size = 1
         for length in tensor.shape:
             size *= length
@@ -175,22 +176,22 @@ class Partition(_Own):
 
 @dataclass(frozen=True)
 class Component(_Own):
-    """One coefficient a source and singular component of its direction (AdaRank, 2503.22178).
+    """One coefficient per source and singular component of its direction (AdaRank, 2503.22178).
 
     Tensors of two axes and more are matrices `[out, rest]` with `min(out, rest)` components, sorted
     by singular value; 1-D tensors have one coefficient. Wants operator `Components`.
     """
 
     whole: str | None = None
-    """Regular expression of tensors that are not decomposed: one coefficient a source, too."""
+    """Regular expression of tensors that are not decomposed: one coefficient per source, too."""
 
     def __post_init__(self) -> None:
         """Check the pattern."""
         if self.whole is not None:
             _require_pattern("Component: whole", self.whole)
 
+    @override
     def slot(self, tensor: MergeTensor) -> Slot:
-        """See `_Own.slot`."""
         key = parameter_key(tensor.name)
         whole = self.whole is not None and re.search(self.whole, tensor.name)
         if whole or len(tensor.shape) < 2 or 0 in tensor.shape:
@@ -201,8 +202,8 @@ class Component(_Own):
 
 @dataclass(frozen=True)
 class Element(_Own):
-    """One coefficient a source and single weight (NP Merge, arXiv 2412.15467)."""
+    """One coefficient per source and single weight (NP Merge, arXiv 2412.15467)."""
 
+    @override
     def slot(self, tensor: MergeTensor) -> Slot:
-        """See `_Own.slot`."""
         return Slot(parameter_key(tensor.name), "element", tensor.shape)

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge._typing import Origin
 from gradmerge.coefficients.base import Layout, MergeTensor, Slot
@@ -50,13 +51,13 @@ class AbstractInit(ABC):
 
 @dataclass(frozen=True)
 class Constant(AbstractInit):
-    """Stated numbers: one for all, one a source, or either by tensor."""
+    """Stated numbers: one for all, one per source, or either by tensor."""
 
     value: Setting = 0.3
-    """One number, one a source in their order, or either by regular expression of tensor names."""
+    """One number, one per source in order, or either by regular expression of tensor names."""
 
+    @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
-        """See `AbstractInit.coefficient`."""
         values = settle("Constant", self.value, tensor.name, context.sources)
         return over_slot(torch.tensor(values, dtype=torch.float64), slot)
 
@@ -65,8 +66,8 @@ class Constant(AbstractInit):
 class Uniform(AbstractInit):
     """`1 / K` everywhere: with origin zero or mean, the plain average."""
 
+    @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
-        """See `AbstractInit.coefficient`."""
         num = len(context.sources)
         return torch.full((num, *slot.shape), 1 / num, dtype=torch.float64)
 
@@ -80,8 +81,8 @@ class Scaled(AbstractInit):
     factor: float = 1.0
     """What its coefficients are multiplied with."""
 
+    @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
-        """See `AbstractInit.coefficient`."""
         return self.factor * self.inner.coefficient(tensor, slot, context)
 
 
@@ -106,8 +107,8 @@ class Mixup(AbstractInit):
         """Check alpha."""
         require_alpha("Mixup", self.alpha)
 
+    @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
-        """See `AbstractInit.coefficient`."""
         num = len(context.sources)
         # A slot that several tensors share gets one draw, whichever tensor asks.
         place = "" if self.per == "model" else f"{slot.key}:{slot.index}"
@@ -134,7 +135,7 @@ class LeadingComponents(AbstractInit):
     def __post_init__(self) -> None:
         """Check the share."""
         if not 0 <= self.share <= 1:
-            raise ConfigError(f"LeadingComponents: expected a share in [0, 1], came {self.share}.")
+            raise ConfigError(f"LeadingComponents: expected a share in [0, 1], got {self.share}.")
 
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
         """See `AbstractInit.coefficient`.
@@ -167,8 +168,8 @@ class DepthRamp(AbstractInit):
     first: float = 0.2
     last: float = 0.4
 
+    @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
-        """See `AbstractInit.coefficient`."""
         share = depth_of(tensor.name, context.tensors)
         value = self.first + (self.last - self.first) * share
         return torch.full((len(context.sources), *slot.shape), value, dtype=torch.float64)
@@ -178,8 +179,8 @@ class DepthRamp(AbstractInit):
 class MetaGPT(AbstractInit):
     """`c_k = |B_k|^2 / sum_j |B_j|^2` (MetaGPT, arXiv 2406.11385): closed form, no data."""
 
+    @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
-        """See `AbstractInit.coefficient`."""
         squared = context.direction_norms().double()
         if squared.sum() == 0:
             raise ConfigError("MetaGPT: all directions are zero; the sources equal their origin.")
@@ -190,14 +191,14 @@ class MetaGPT(AbstractInit):
 class FromFile(AbstractInit):
     """Coefficients of an earlier merge (its coefficients.safetensors), matched by tensor name.
 
-    A coarser file starts a finer granularity: a coefficient a tensor spreads over its columns.
+    A coarser file starts a finer granularity: a coefficient per tensor spreads over its columns.
     """
 
     path: str
     """coefficients.safetensors of an exported folder."""
 
+    @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
-        """See `AbstractInit.coefficient`."""
         if not Path(self.path).is_file():
             raise ConfigError(f"FromFile: {self.path}: no such file.")
         try:
@@ -245,7 +246,7 @@ class FromFile(AbstractInit):
             return loaded.flatten(1).mean(dim=1)
         raise ConfigError(
             f"FromFile: {self.path}: {tensor.name} has coefficients of shape "
-            f"{tuple(loaded.shape[1:])}, expected {slot.shape} or one a source."
+            f"{tuple(loaded.shape[1:])}, expected {slot.shape} or one per source."
         )
 
 
@@ -277,7 +278,7 @@ def initial_raw(
     raw.update({key: pull_back(value).float() for key, value in wanted.items()})
     for key, value in raw.items():
         if value.shape[0] != num_rows:
-            raise ConfigError(f"{key}: expected {num_rows} raw rows, came {value.shape[0]}.")
+            raise ConfigError(f"{key}: expected {num_rows} raw rows, got {value.shape[0]}.")
     return {key: raw[key] for key in layout.shapes}
 
 
@@ -289,7 +290,7 @@ def require_alpha(who: str, alpha: float) -> None:
     """
     if alpha <= 0:
         raise ConfigError(
-            f"{who}: alpha must be positive, came {alpha}. In M3 an alpha of 0 or less stands for "
+            f"{who}: alpha must be positive, got {alpha}. In M3 an alpha of 0 or less stands for "
             "the first model alone: say that with init Constant 1 on it and 0 on the others."
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.coefficients.base import AbstractCoefficients, Layout, MergeTensor
 from gradmerge.coefficients.granularity import Column, Component, Partition, Row
@@ -73,13 +74,13 @@ class Clamp(_Entrywise):
         if not self.low < self.high:
             raise ConfigError(f"Clamp: low {self.low} must be below high {self.high}.")
 
+    @override
     def link(self, raw: Tensor) -> Tensor:
-        """See `AbstractCoefficients.link`."""
         clamped: Tensor = _ClampThatReturns.apply(self.inner.link(raw), self.low, self.high)
         return clamped
 
+    @override
     def pull_back(self, coefficient: Tensor) -> Tensor:
-        """See `AbstractCoefficients.pull_back`."""
         _require_within(coefficient, self.low, self.high, "Clamp")
         return self.inner.pull_back(coefficient)
 
@@ -95,12 +96,12 @@ class Sigmoid(_Entrywise):
         """Check eps."""
         _require_eps(self.eps, 0.5, "Sigmoid")
 
+    @override
     def link(self, raw: Tensor) -> Tensor:
-        """See `AbstractCoefficients.link`."""
         return torch.sigmoid(self.inner.link(raw))
 
+    @override
     def pull_back(self, coefficient: Tensor) -> Tensor:
-        """See `AbstractCoefficients.pull_back`."""
         _require_within(coefficient, 0.0, 1.0, "Sigmoid")
         return self.inner.pull_back(torch.logit(coefficient, eps=self.eps))
 
@@ -116,12 +117,12 @@ class Tanh(_Entrywise):
         """Check eps."""
         _require_eps(self.eps, 1, "Tanh")
 
+    @override
     def link(self, raw: Tensor) -> Tensor:
-        """See `AbstractCoefficients.link`."""
         return torch.tanh(self.inner.link(raw))
 
+    @override
     def pull_back(self, coefficient: Tensor) -> Tensor:
-        """See `AbstractCoefficients.pull_back`."""
         _require_within(coefficient, -1.0, 1.0, "Tanh")
         return self.inner.pull_back(torch.atanh(coefficient.clamp(self.eps - 1, 1 - self.eps)))
 
@@ -145,17 +146,17 @@ class Softmax(_Entrywise):
         """
         if num_sources < 2:
             raise ConfigError(
-                "Softmax: expected at least two sources, came one, whose coefficient would always "
+                "Softmax: expected at least two sources, got one, whose coefficient would always "
                 "be 1. Use Sigmoid or Clamp."
             )
         return self.inner.num_rows(num_sources)
 
+    @override
     def link(self, raw: Tensor) -> Tensor:
-        """See `AbstractCoefficients.link`."""
         return torch.softmax(self.inner.link(raw), dim=0)
 
+    @override
     def pull_back(self, coefficient: Tensor) -> Tensor:
-        """See `AbstractCoefficients.pull_back`."""
         _require_within(coefficient, 0.0, 1.0, "Softmax")
         _require_sum_of_one(coefficient, "Softmax")
         return self.inner.pull_back(coefficient.clamp_min(self.eps).log())
@@ -173,18 +174,18 @@ class Complement(_Entrywise):
         """
         if num_sources != 2:
             raise ConfigError(
-                f"Complement: expected exactly two sources, came {num_sources}. "
+                f"Complement: expected exactly two sources, got {num_sources}. "
                 "Use Softmax for more."
             )
         return self.inner.num_rows(1)
 
+    @override
     def link(self, raw: Tensor) -> Tensor:
-        """See `AbstractCoefficients.link`."""
         first = self.inner.link(raw)
         return torch.cat([first, 1 - first])
 
+    @override
     def pull_back(self, coefficient: Tensor) -> Tensor:
-        """See `AbstractCoefficients.pull_back`."""
         _require_sum_of_one(coefficient, "Complement")
         return self.inner.pull_back(coefficient[:1])
 
@@ -222,19 +223,19 @@ class HardMask(_Entrywise):
         """Check both numbers."""
         for name in ("temperature", "start"):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"HardMask: {name} must be positive, came {getattr(self, name)}.")
+                raise ConfigError(f"HardMask: {name} must be positive, got {getattr(self, name)}.")
 
+    @override
     def link(self, raw: Tensor) -> Tensor:
-        """See `AbstractCoefficients.link`."""
         mask: Tensor = _StraightThrough.apply(self.inner.link(raw), self.temperature)
         return mask
 
+    @override
     def pull_back(self, coefficient: Tensor) -> Tensor:
-        """See `AbstractCoefficients.pull_back`."""
         between = coefficient[(coefficient.abs() > 1e-6) & ((coefficient - 1).abs() > 1e-6)]
         if between.numel():
             raise ConfigError(
-                "HardMask: starting coefficients must be 0 or 1, came "
+                "HardMask: starting coefficients must be 0 or 1, got "
                 f"{between.flatten()[0].item():.4g}. Use init Constant 1 or LeadingComponents; a "
                 "scale belongs to the operator (Components.scale), or is learned (WithScale)."
             )
@@ -246,7 +247,7 @@ def _require_within(coefficient: Tensor, low: float, high: float, name: str) -> 
     outside = coefficient[(coefficient < low - 1e-6) | (coefficient > high + 1e-6)]
     if outside.numel():
         raise ConfigError(
-            f"{name}: starting coefficients must lie in [{low:g}, {high:g}], came "
+            f"{name}: starting coefficients must lie in [{low:g}, {high:g}], got "
             f"{outside.flatten()[0].item():.4g}. Change the init or the link."
         )
 
@@ -258,14 +259,14 @@ def _require_sum_of_one(coefficient: Tensor, name: str) -> None:
     worst = total[(total - 1).abs().argmax()].item()
     if not abs(worst - 1) <= 1e-3:
         raise ConfigError(
-            f"{name}: starting coefficients must sum to 1 over the sources, came a sum of "
+            f"{name}: starting coefficients must sum to 1 over the sources, got a sum of "
             f"{worst:.4g}. Use init Uniform or Mixup, or another link."
         )
 
 
 def _require_eps(eps: float, high: float, name: str) -> None:
     if not 0 < eps < high:
-        raise ConfigError(f"{name}: eps must lie between 0 and {high}, came {eps}.")
+        raise ConfigError(f"{name}: eps must lie between 0 and {high}, got {eps}.")
 
 
 @dataclass(frozen=True)
@@ -273,8 +274,8 @@ class WithScale(AbstractLink):
     """`c_kj = s_k m_kj`, one learned number `s_k` a tensor and source beside what is wrapped, m.
 
     With `HardMask` over `Component` it is AdaRank (arXiv 2503.22178; the authors' code learns a
-    coefficient a tensor and source beside the masks, at one rate). With `Column` and others all of
-    a tensor's coefficients can move together. A tensor that has a single coefficient a source (a
+    coefficient per tensor and source beside the masks, at one rate). With `Column` and others all
+    of a tensor's coefficients can move together. A tensor with a single coefficient per source (a
     bias) has the scale alone: no mask, and any real number.
 
     Raw numbers are `[sources, 1 + n]` of n wrapped coefficients, the scale first. Gradients:
@@ -295,9 +296,9 @@ class WithScale(AbstractLink):
             inner = inner.inner
         if not isinstance(inner, (Column, Row, Partition, Component)):
             raise ConfigError(
-                "WithScale: expected Column, Row, Partition or Component inside, came "
+                "WithScale: expected Column, Row, Partition or Component inside, got "
                 f"{type(inner).__name__}. One number a tensor needs no scale beside it, and of "
-                "one a weight (Element) the scale is one direction among them already."
+                "one per weight (Element) the scale is one direction among them already."
             )
 
     def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
@@ -315,18 +316,18 @@ class WithScale(AbstractLink):
         rows = self.inner.num_rows(num_sources)
         if rows != num_sources:
             raise ConfigError(
-                f"WithScale: expected one row of raw numbers a source inside, came {rows} for "
+                f"WithScale: expected one row of raw numbers per source inside, got {rows} for "
                 f"{num_sources} sources ({type(self.inner).__name__}), which leave no place for a "
                 "scale of each. Leave that link or the scale out."
             )
         return rows
 
+    @override
     def link(self, raw: Tensor) -> Tensor:
-        """See `AbstractCoefficients.link`."""
         return raw if raw.dim() == 1 else raw[:, :1] * self.inner.link(raw[:, 1:])
 
+    @override
     def pull_back(self, coefficient: Tensor) -> Tensor:
-        """See `AbstractCoefficients.pull_back`."""
         if coefficient.dim() == 1:
             return coefficient
         padded = torch.nn.functional.pad(coefficient, (1, 0))

@@ -324,6 +324,6 @@ def require_no_checkpoint(ckpt_path: str | None) -> None:
     """
     if ckpt_path is not None:
         raise ConfigError(
-            f"ckpt_path: a driver resumes by itself when the same command runs again, came "
+            f"ckpt_path: a driver resumes by itself when the same command runs again, got "
             f"{ckpt_path}. Leave it out."
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
 
 from gradmerge.drivers.base import Job
 from gradmerge.drivers.fold import AbstractFold, Join, Node
@@ -52,7 +53,7 @@ class Continual(AbstractFold):
     def _provenance(self) -> dict[str, Any]:
         folder = Path(self.earlier).expanduser()
         if not folder.is_dir():
-            raise ConfigError(f"earlier: {self.earlier}: expected a model folder, came no folder.")
+            raise ConfigError(f"earlier: {self.earlier}: expected a model folder, got no folder.")
         try:
             found = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError):
@@ -135,18 +136,18 @@ class Continual(AbstractFold):
         Raises:
             ConfigError: it was made over another base.
         """
-        came = job.fingerprints.get("base")
+        got = job.fingerprints.get("base")
         known = self._provenance.get("sources", {}).get("base", {}).get("sha256")
-        if known is not None and came is not None and known != came:
+        if known is not None and got is not None and known != got:
             raise ConfigError(
                 f"earlier: {self.earlier} is a merge over another base (expected {known[:12]}, "
-                f"came {came[:12]}), so its direction from this one is not a merged direction. "
+                f"got {got[:12]}), so its direction from this one is not a merged direction. "
                 "Give the base that it was made over."
             )
         return {"earlier": HuggingFace(self.earlier).open().fingerprint()}
 
+    @override
     def origins(self, job: Job) -> dict[str, dict[str, str]]:
-        """See `AbstractFold.origins`."""
         driver = self._provenance.get("driver", {})
         known = driver.get("sources") or self._provenance.get("sources", {})
         return {**known, **job.sources}
@@ -191,12 +192,12 @@ def _require_projectable(recipe: Recipe) -> None:
     """
     if recipe.resolved_origin != "base":
         raise ConfigError(
-            "projection: expected origin base, for it is task vectors that are projected, came "
+            "projection: expected origin base, for it is task vectors that are projected, got "
             f"{recipe.resolved_origin}. Give the base, or leave projection out."
         )
     if recipe.preprocess:
         steps = ", ".join(type(step).__name__ for step in recipe.preprocess)
         raise ConfigError(
-            f"projection: it takes the directions as they are, came preprocess {steps}. "
+            f"projection: it takes the directions as they are, got preprocess {steps}. "
             "Leave one of them out."
         )

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
+from typing_extensions import override
 
 from gradmerge.alignment import AbstractAlignment
 from gradmerge.coefficients import Constant
@@ -68,7 +69,7 @@ def _require_alignment(recipe: Recipe, alignment: AbstractAlignment) -> None:
     if reference is not None:
         raise ConfigError(
             f"{kind}: reference: a merge of two at a time aligns the second to the first, which is "
-            f"the merge so far; came {reference}. Leave it out, and name that source first in the "
+            f"the merge so far; got {reference}. Leave it out, and name that source first in the "
             "driver's order."
         )
     if recipe.private:
@@ -164,10 +165,10 @@ class AbstractFold(AbstractDriver):
     def __post_init__(self) -> None:
         """Check the number of steps."""
         if self.every_n_steps < 1:
-            raise ConfigError(f"every_n_steps: must be at least 1, came {self.every_n_steps}.")
+            raise ConfigError(f"every_n_steps: must be at least 1, got {self.every_n_steps}.")
 
+    @override
     def recipe(self, **given: Any) -> Recipe:
-        """See `AbstractDriver.recipe`."""
         return FoldedRecipe(**given)
 
     @abstractmethod
@@ -212,14 +213,14 @@ class AbstractFold(AbstractDriver):
         """What else a step gave, for the next one and for the provenance."""
         return {}
 
+    @override
     def run(self, job: Job) -> Path:
-        """See `AbstractDriver.run`."""
         require_foldable(job.recipe)
         nodes = self.nodes(job)
         joins = self.joins(list(nodes))
         if not joins:
             raise ConfigError(
-                f"{type(self).__name__}: expected at least two to merge, came "
+                f"{type(self).__name__}: expected at least two to merge, got "
                 f"{', '.join(nodes)}; a fit without a driver learns one source's coefficients."
             )
         job.objective.require_tasks(job.data.tasks)

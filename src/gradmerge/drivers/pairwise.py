@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from typing_extensions import override
+
 from gradmerge.drivers.fold import AbstractFold, Join
 from gradmerge.errors import ConfigError, nearest
 
@@ -22,8 +24,8 @@ class Pairwise(AbstractFold):
     order: list[str] | Literal["given"] = "given"
     """Names of all sources in the order that they join; default: as the recipe has them."""
 
+    @override
     def joins(self, names: Sequence[str]) -> list[Join]:
-        """See `AbstractFold.joins`."""
         names = in_order(self.order, names)
         found: list[Join] = []
         for number, name in enumerate(names[1:]):
@@ -41,8 +43,8 @@ class Tree(AbstractFold):
     order: list[str] | Literal["given"] = "given"
     """Names of all sources in the order of the leaves; default: as the recipe has them."""
 
+    @override
     def joins(self, names: Sequence[str]) -> list[Join]:
-        """See `AbstractFold.joins`."""
         level: list[str | int] = list(in_order(self.order, names))
         found: list[Join] = []
         while len(level) > 1:
@@ -70,6 +72,6 @@ def in_order(order: Sequence[str] | Literal["given"], names: Sequence[str]) -> l
         )
     if sorted(order) != sorted(names):
         raise ConfigError(
-            f"order: expected each of {', '.join(names)} once, came {', '.join(order)}."
+            f"order: expected each of {', '.join(names)} once, got {', '.join(order)}."
         )
     return list(order)

@@ -75,7 +75,7 @@ def _described(place: str, split: Any, limit: int | None) -> str:
         hasattr(split, name) for name in ("__len__", "__getitem__")
     ):
         raise ConfigError(
-            f"{place}: expected a dataset with a length and rows by index, came "
+            f"{place}: expected a dataset with a length and rows by index, got "
             f"{_name(split)}: a driver keeps a hash of the examples, so that "
             "a job does not go on with others, and a stream is read but once. Load it whole "
             "(`datasets.load_dataset` without `streaming`), or give a list of its rows."
@@ -85,7 +85,7 @@ def _described(place: str, split: Any, limit: int | None) -> str:
     except (_UnhashableError, RecursionError) as error:
         raise ConfigError(
             f"{place}: expected rows of tensors, arrays, text, numbers and lists, mappings or "
-            f"dataclasses of them, came {error}: a driver keeps a hash of the examples, so that a "
+            f"dataclasses of them, got {error}: a driver keeps a hash of the examples, so that a "
             "job does not go on with others. Give such values as dense tensors in memory."
         ) from error
 
@@ -379,10 +379,10 @@ def read_json(path: Path, **fields: type | tuple[type, ...]) -> dict[str, Any] |
     return found
 
 
-def _no_record(path: Path, came: str) -> ConfigError:
+def _no_record(path: Path, got: str) -> ConfigError:
     return ConfigError(
-        f"{path}: expected the record of a driver, by which a job that was killed goes on, came "
-        f"{came}: it was changed or damaged. Put it back, give another folder "
+        f"{path}: expected the record of a driver, by which a job that was killed goes on, got "
+        f"{got}: it was changed or damaged. Put it back, give another folder "
         "(--trainer.default_root_dir), or begin anew: --driver.restart true (the folder is moved "
         "aside, nothing is deleted)."
     )
@@ -394,17 +394,17 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def differences(kept: Any, came: Any, place: str = "") -> Iterator[str]:
+def differences(kept: Any, got: Any, place: str = "") -> Iterator[str]:
     """Where two pieces of plain data differ, one line each."""
-    if isinstance(kept, Mapping) and isinstance(came, Mapping):
-        for key in [*kept, *(key for key in came if key not in kept)]:
+    if isinstance(kept, Mapping) and isinstance(got, Mapping):
+        for key in [*kept, *(key for key in got if key not in kept)]:
             inner = f"{place}.{key}" if place else str(key)
-            yield from differences(kept.get(key), came.get(key), inner)
-    elif isinstance(kept, list) and isinstance(came, list) and len(kept) == len(came):
-        for i, (first, second) in enumerate(zip(kept, came, strict=True)):
+            yield from differences(kept.get(key), got.get(key), inner)
+    elif isinstance(kept, list) and isinstance(got, list) and len(kept) == len(got):
+        for i, (first, second) in enumerate(zip(kept, got, strict=True)):
             yield from differences(first, second, f"{place}[{i}]")
-    elif kept != came:
-        yield f"{place}: was {_short(kept)}, is {_short(came)}"
+    elif kept != got:
+        yield f"{place}: was {_short(kept)}, is {_short(got)}"
 
 
 def _short(value: Any) -> str:
@@ -451,13 +451,13 @@ class StepRecord:
         write_json(self.folder / STEP, content)
 
 
-def require_same(path: Path, kept: Any, came: Any) -> None:
+def require_same(path: Path, kept: Any, got: Any) -> None:
     """Refuse to go on with what was begun differently.
 
     Raises:
         ConfigError: what differs.
     """
-    found = list(differences(kept, plain(came)))
+    found = list(differences(kept, plain(got)))
     if found:
         raise ConfigError(
             f"{path.parent} holds another job, which this one must not go on with: "

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from typing_extensions import override
 
 from gradmerge.drivers.base import Job
 from gradmerge.drivers.state import StepRecord
@@ -40,8 +41,8 @@ class KeepLast(Checkpoint):
         """Whether the fit was told to stop early, which a trainer's own state does not say."""
         return {"stopped": self._stopped}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
         self._stopped = bool(state_dict["stopped"])
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:

@@ -69,7 +69,7 @@ def add_gradient(grads: dict[str, Tensor], slot: Slot, found: Tensor, raw: Tenso
     Args:
         grads: by key of the raw parameters; what is not there is zero.
         slot: the tensor's.
-        found: `dL/dz`, which is kept itself where it is all there is: with a coefficient a weight
+        found: `dL/dz`, which is kept itself where it is all there is: with a coefficient per weight
             it is as large as the sources.
         raw: the parameter.
     """
@@ -90,7 +90,7 @@ def backward_of(run: Callable[[], Tensor], scale: float) -> Tensor:
     with torch.enable_grad():
         loss = run()
     if loss.dim() != 0:
-        raise ConfigError(f"a loss must be a scalar, came shape {tuple(loss.shape)}.")
+        raise ConfigError(f"a loss must be a scalar, got shape {tuple(loss.shape)}.")
     with torch.autocast(loss.device.type, enabled=False):
         (loss * scale).backward()
     return loss.detach()

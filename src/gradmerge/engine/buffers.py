@@ -144,7 +144,7 @@ def _require_rows(
         return  # the statistics are those of all processes' rows
     raise ConfigError(
         f"{name}: BatchNorm takes the statistics of its batch while coefficients are learned and "
-        "where statistics are recomputed; expected two rows or more, came one (a batch of shape "
+        "where statistics are recomputed; expected two rows or more, got one (a batch of shape "
         f"{tuple(batch.shape)}). Set data.batch_size and data.eval_batch_size (`batch_size` of "
         "LayerWise) to 2 or more and give each task two adaptation examples, or keep the sources' "
         "statistics: model.recipe.buffers: mean."

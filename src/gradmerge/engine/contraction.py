@@ -1,9 +1,9 @@
 """A link and an operator together: `theta = combine(terms, link(z))`, and its gradient in z.
 
-With one coefficient a weight, the raw numbers, the coefficients and the gradients of both are each
-as large as a source or as all of them. Where link and operator treat every entry by itself, such a
-tensor is merged and contracted part by part, of a size that a processor's cache holds: no temporary
-grows with the tensor, and memory sees each stored byte once a pass. The results are the same bits.
+With one coefficient per weight, the raw numbers, the coefficients and the gradients of both are
+each as large as a source or as all of them. Where link and operator treat every entry by itself,
+such a tensor is merged and contracted in parts that fit into a processor's cache: no temporary
+grows with the tensor, and each stored byte is read once per pass. The results are the same bits.
 """
 
 from __future__ import annotations

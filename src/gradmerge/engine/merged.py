@@ -74,7 +74,7 @@ class MergedModel(nn.Module):
                 "the sources carry no config to build the network from; pass it as `module`."
             )
         if memory not in ("resident", "streamed"):
-            raise ConfigError(f"memory: expected 'resident' or 'streamed', came {memory!r}.")
+            raise ConfigError(f"memory: expected 'resident' or 'streamed', got {memory!r}.")
         plan.prepare_learning()
         self.plan = plan
         self.memory = memory

@@ -61,7 +61,7 @@ def by_task(merged: MergedModel, batch: Batch) -> dict[str, Batch]:
         return dict(batch)
     if len(tasks) != 1:
         raise ConfigError(
-            "a training batch must map task names to batches, came the keys "
+            "a training batch must map task names to batches, got the keys "
             f"{', '.join(map(str, batch))}; tasks are {', '.join(tasks)}."
         )
     return {tasks[0]: batch}

@@ -91,7 +91,7 @@ class Recipe:
         if not isinstance(self.sources, Mapping):
             object.__setattr__(self, "sources", named(self.sources))
         if not self.sources:
-            raise ConfigError("a merge needs at least one source, came none.")
+            raise ConfigError("a merge needs at least one source, got none.")
         if self.origin == "base" and self.base is None:
             raise ConfigError("origin is base, but no base is given; set `base` or another origin.")
         for pattern in [*self.frozen, *self.private]:
@@ -102,11 +102,11 @@ class Recipe:
         for pattern, value in self.frozen.items():
             if isinstance(value, str) and value not in ("origin", "mean"):
                 raise ConfigError(
-                    f"frozen[{pattern!r}]: expected a number, 'origin' or 'mean', came {value!r}."
+                    f"frozen[{pattern!r}]: expected a number, 'origin' or 'mean', got {value!r}."
                 )
         if sum(finaliser.needs_data for finaliser in self.finalisers) > 1:
             raise ConfigError(
-                "finalisers: expected REPAIR once, came twice; the second would find every channel "
+                "finalisers: expected REPAIR once, got twice; the second would find every channel "
                 "as it should be. Leave one out."
             )
         if self.tokenizer is not None:

@@ -1,4 +1,4 @@
-"""EMR-Merging's outputs (arXiv 2405.17461): one shared vector with a mask and a scale a task, or
+"""EMR-Merging's outputs (arXiv 2405.17461): one shared vector with a mask and a scale per task, or
 one ordinary model folder a task.
 
 A task runs with `theta_k = A + r_k M_k (.) u`. Both forms are written tensor by tensor into a
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.coefficients import Constant, Model
 from gradmerge.engine.opening import open_plan
@@ -46,8 +47,8 @@ class TaskCheckpoint(Checkpoint):
         }
 
     @property
+    @override
     def label(self) -> str:
-        """See `Checkpoint.label`."""
         return f"{self._checkpoint.label} in a merge"
 
     @property
@@ -56,13 +57,13 @@ class TaskCheckpoint(Checkpoint):
         return self._infos
 
     @property
+    @override
     def folder(self) -> Path | None:
-        """See `Checkpoint.folder`."""
         return self._checkpoint.folder
 
     @property
+    @override
     def config(self) -> Mapping[str, Any] | None:
-        """See `Checkpoint.config`."""
         return self._checkpoint.config
 
     def read(self, name: str) -> Tensor:
@@ -95,7 +96,7 @@ def task_checkpoints(plan: Plan) -> dict[str, Checkpoint]:
     """
     if not plan.recipe.preprocess:
         raise ConfigError(
-            "outputs tasks: expected a preprocess (Unify, for EMR-Merging), came none; each task's "
+            "outputs tasks: expected a preprocess (Unify, for EMR-Merging), got none; each task's "
             "model would be its source."
         )
     refuse_finalisers(plan.recipe)
@@ -141,7 +142,7 @@ def export_tasks(
 
 
 def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -> Path:
-    """Write the shared vector, and a mask and a scale a task (`gradmerge.sources.emr` says how).
+    """Write the shared vector, and a mask and a scale per task (`gradmerge.sources.emr` says how).
 
     Args:
         plan: an opened recipe whose last preprocess is `Unify`.
@@ -156,10 +157,10 @@ def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -
     """
     unify = plan.recipe.preprocess[-1] if plan.recipe.preprocess else None
     if not isinstance(unify, Unify):
-        raise ConfigError("outputs compact: expected Unify as the last preprocess, came none.")
+        raise ConfigError("outputs compact: expected Unify as the last preprocess, got none.")
     if plan.recipe.resolved_origin != "base" or plan.base is None:
         raise ConfigError(
-            "outputs compact: expected origin base, which tasks are put on again, came "
+            "outputs compact: expected origin base, which tasks are put on again, got "
             f"{plan.recipe.resolved_origin}."
         )
     if plan.alignment is not None:
@@ -219,7 +220,7 @@ def refuse_finalisers(recipe: Recipe) -> None:
     if recipe.finalisers:
         names = ", ".join(type(finaliser).__name__ for finaliser in recipe.finalisers)
         raise ConfigError(
-            f"outputs: finalisers are of one merged model, came {names}, and here each task has "
+            f"outputs: finalisers are of one merged model, got {names}, and here each task has "
             "its own; leave `finalisers` out."
         )
 

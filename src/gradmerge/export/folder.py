@@ -98,7 +98,7 @@ def export_plan(
             folder `tasks/<task>` that shares the merged weights.
         results: scores to put into the model card.
         extra: more for provenance.json (seeds, training configuration).
-        max_shard_size: bytes a file.
+        max_shard_size: bytes per file.
 
     Returns:
         The folder.
@@ -155,7 +155,7 @@ def require_options(
     if head is not None and head not in list(tasks):
         raise ConfigError(f"head: {head!r} is no task.{nearest(head, tasks)}")
     if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, came {dtype!r}.")
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
     return None if dtype is None else DTYPES[dtype]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from typing_extensions import override
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class AbstractRescale(AbstractFinaliser):
     def factor(self, delta: Tensor, site: FinalSite) -> float:
         """The number f, from `delta = theta - A`."""
 
+    @override
     def finish(self, theta: Tensor, site: FinalSite) -> Tensor:
-        """See `AbstractFinaliser.finish`."""
         return self.rescale(theta, site)[0]
 
     def rescale(self, theta: Tensor, site: FinalSite) -> tuple[Tensor, float]:

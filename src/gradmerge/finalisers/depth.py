@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.errors import ConfigError
 from gradmerge.finalisers.base import AbstractRescale, FinalSite
@@ -34,8 +35,8 @@ class DepthRescale(AbstractRescale):
         for name in ("first", "last"):
             value = getattr(self, name)
             if not math.isfinite(value):
-                raise ConfigError(f"DepthRescale: {name}: expected a finite number, came {value}.")
+                raise ConfigError(f"DepthRescale: {name}: expected a finite number, got {value}.")
 
+    @override
     def factor(self, delta: Tensor, site: FinalSite) -> float:
-        """See `AbstractRescale.factor`."""
         return self.first + (self.last - self.first) * depth_of(site.name, site.names)

@@ -75,7 +75,7 @@ class REPAIR(AbstractFinaliser):
     It is off while coefficients learn: statistics are those of weights that a step changes, there
     is no gradient through them, and they take passes over data. Those are one of each source once
     (two of the first), and then, each time, one of the merged network to the point of each layer,
-    half a pass a layer; where all data are one batch, which is corrected on the fly, a single one.
+    half a pass per layer; where all data are one batch, which is corrected on the fly, only one.
     """
 
     # without annotations: the parser would look for their names in a subclass's module
@@ -93,10 +93,10 @@ class REPAIR(AbstractFinaliser):
         """Check the options."""
         if self.interpolate not in ("mean", "coefficients"):
             raise ConfigError(
-                f"REPAIR: interpolate: expected mean or coefficients, came {self.interpolate!r}."
+                f"REPAIR: interpolate: expected mean or coefficients, got {self.interpolate!r}."
             )
         if self.batches < 1:
-            raise ConfigError(f"REPAIR: batches: expected 1 or more, came {self.batches}.")
+            raise ConfigError(f"REPAIR: batches: expected 1 or more, got {self.batches}.")
         for pattern in self.skip:
             try:
                 re.compile(pattern)

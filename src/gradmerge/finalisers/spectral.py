@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.errors import ConfigError
 from gradmerge.finalisers.base import AbstractRescale, FinalSite
@@ -40,13 +41,13 @@ class SpectralRescale(AbstractRescale):
         """Check the options."""
         for name, allowed in (("norm", ("spectral", "frobenius")), ("target", ("mean", "max"))):
             if getattr(self, name) not in allowed:
-                came = getattr(self, name)
+                got = getattr(self, name)
                 raise ConfigError(
-                    f"SpectralRescale: {name}: expected {' or '.join(allowed)}, came {came!r}."
+                    f"SpectralRescale: {name}: expected {' or '.join(allowed)}, got {got!r}."
                 )
 
+    @override
     def factor(self, delta: Tensor, site: FinalSite) -> float:
-        """See `AbstractRescale.factor`."""
         if delta.dim() < 2 or not delta.numel():
             return 1.0
         own = self._norm(delta, site, "the merge")
@@ -67,7 +68,7 @@ class SpectralRescale(AbstractRescale):
         matrix = delta.detach().cpu().double().flatten(1)
         if not matrix.isfinite().all():
             raise ConfigError(
-                f"SpectralRescale: {site.name}: expected finite numbers, came NaN or infinity in "
+                f"SpectralRescale: {site.name}: expected finite numbers, got NaN or infinity in "
                 f"{whose}. Is that checkpoint whole?"
             )
         return float(matrix.norm()) if self.norm == "frobenius" else spectral_norm(matrix)

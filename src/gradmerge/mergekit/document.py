@@ -53,10 +53,10 @@ def read_document(path: str | Path) -> Document:
     try:
         found = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: expected a mergekit YAML, came: {error}") from error
+        raise ConfigError(f"{path}: expected a mergekit YAML, got: {error}") from error
     if not isinstance(found, Mapping):
         raise ConfigError(
-            f"{path}: expected a mergekit YAML with merge_method, came {_kind(found)}."
+            f"{path}: expected a mergekit YAML with merge_method, got {_kind(found)}."
         )
     reader = _Reader(str(path))
     document = reader.document(found)
@@ -77,8 +77,8 @@ class _Reader:
         base = self.optional_model("base_model", found.get("base_model"))
         forms = [form for form in ("models", "slices", "modules") if found.get(form)]
         if len(forms) != 1:
-            came = " and ".join(forms) or "none"
-            self.problems.add("", f"expected one of models, slices and modules, came {came}")
+            got = " and ".join(forms) or "none"
+            self.problems.add("", f"expected one of models, slices and modules, got {got}")
         if method is None or len(forms) != 1:
             self.outline(found)
             return None
@@ -131,7 +131,7 @@ class _Reader:
         if name in REFUSED:
             self.problems.add("merge_method", f"{name} is not supported: {REFUSED[name]}")
         elif name is None:
-            self.problems.add("merge_method", "expected a merge method, came none")
+            self.problems.add("merge_method", "expected a merge method, got none")
         elif name not in METHODS:
             hint = nearest(str(name), METHODS)
             self.problems.add("merge_method", f"{name!r} is no merge method.{hint}")
@@ -151,7 +151,7 @@ class _Reader:
             found, *adapters = found.split("+")
             lora = adapters[0] if adapters else None
             if len(adapters) > 1:
-                self.problems.add(where, "expected one adapter after '+', came several")
+                self.problems.add(where, "expected one adapter after '+', got several")
         path, revision = self.path_and_revision(where, found)
         if lora is None:
             return ModelReference(path, revision)
@@ -165,7 +165,7 @@ class _Reader:
         if not isinstance(found, str) or not found or found.count("@") > 1:
             self.problems.add(
                 where,
-                f"expected a path or a hub id, with at most one '@revision', came {found!r}",
+                f"expected a path or a hub id, with at most one '@revision', got {found!r}",
             )
             return str(found), None
         path, _, revision = found.partition("@")
@@ -174,7 +174,7 @@ class _Reader:
     def entries(self, where: str, found: Any, keys: Iterable[str]) -> list[Mapping[str, Any]]:
         """A list of mappings, with no keys but these."""
         if not isinstance(found, list) or not found:
-            self.problems.add(where, f"expected a list, came {_kind(found)}")
+            self.problems.add(where, f"expected a list, got {_kind(found)}")
             return []
         kept = []
         for i, entry in enumerate(found):
@@ -182,7 +182,7 @@ class _Reader:
                 self.keys(f"{where}[{i}]", entry, keys)
                 kept.append(entry)
             else:
-                self.problems.add(f"{where}[{i}]", f"expected a mapping, came {_kind(entry)}")
+                self.problems.add(f"{where}[{i}]", f"expected a mapping, got {_kind(entry)}")
         return kept
 
     def module(self, found: Any) -> Mapping[str, Any]:
@@ -191,7 +191,7 @@ class _Reader:
             names = ", ".join(map(str, found)) if isinstance(found, Mapping) else _kind(found)
             self.problems.add(
                 "modules",
-                f"expected the one module 'default', came {names}. Parts of a network that are "
+                f"expected the one module 'default', got {names}. Parts of a network that are "
                 "merged apart are not supported; write models, with filters under parameters",
             )
             return {}
@@ -240,7 +240,7 @@ class _Reader:
                     if layers[0] != start:
                         self.problems.add(
                             f"{place}.layer_range",
-                            f"expected layers from {start} on, came {list(layers)}: layers that "
+                            f"expected layers from {start} on, got {list(layers)}: layers that "
                             "are left out, repeated or moved change the network, which gradmerge "
                             "does not do",
                         )
@@ -251,7 +251,7 @@ class _Reader:
             slices.append(Slice(tuple(inputs), own, layers))
             start = layers[1]
         if len(bases) > 1:
-            self.problems.add("slices", "expected one base_model for all slices, came several")
+            self.problems.add("slices", "expected one base_model for all slices, got several")
         return tuple(slices), next(iter(bases), base)
 
     def layers(self, where: str, found: Any) -> tuple[int, int] | None:
@@ -259,14 +259,14 @@ class _Reader:
         whole = isinstance(found, list) and all(type(number) is int for number in found)
         if whole and len(found) == 2 and 0 <= found[0] < found[1]:
             return found[0], found[1]
-        self.problems.add(where, f"expected [first, last + 1], came {found!r}")
+        self.problems.add(where, f"expected [first, last + 1], got {found!r}")
         return None
 
     def inputs(self, slices: Iterable[Slice], method: Method, base: ModelReference | None) -> None:
         """Note slices whose models are not what the method wants."""
         name = method.name
         if method.base == "required" and base is None:
-            self.problems.add("base_model", f"expected a base, which {name} needs, came none")
+            self.problems.add("base_model", f"expected a base, which {name} needs, got none")
         for i, part in enumerate(slices):
             where = "models" if part.layers is None else f"slices[{i}].sources"
             models = part.models
@@ -276,16 +276,16 @@ class _Reader:
                 self.problems.add(where, f"expected the base {base} among them")
             if len(models) < method.min_inputs:
                 least = f"at least {method.min_inputs} models"
-                self.problems.add(where, f"expected {least} for {name}, came {len(models)}")
+                self.problems.add(where, f"expected {least} for {name}, got {len(models)}")
             if method.max_inputs is not None and len(models) > method.max_inputs:
                 most = f"at most {method.max_inputs}"
-                self.problems.add(where, f"expected {most} for {name}, came {len(models)}")
+                self.problems.add(where, f"expected {most} for {name}, got {len(models)}")
             others = [m for m in models if method.base == "ignored" or m != base]
             if not others:
-                self.problems.add(where, "expected a model other than the base, came none")
+                self.problems.add(where, "expected a model other than the base, got none")
             if method.num_non_base not in (None, len(others)):
                 wanted = f"{method.num_non_base} models besides the base"
-                self.problems.add(where, f"expected {wanted} for {name}, came {len(others)}")
+                self.problems.add(where, f"expected {wanted} for {name}, got {len(others)}")
 
     def parameters(
         self, where: str, found: Any, method: Method, own: bool = False
@@ -294,7 +294,7 @@ class _Reader:
         if found is None:
             return {}
         if not isinstance(found, Mapping):
-            self.problems.add(where, f"expected a mapping, came {_kind(found)}")
+            self.problems.add(where, f"expected a mapping, got {_kind(found)}")
             return {}
         names = [parameter.name for parameter in method.parameters]
         for key, setting in found.items():
@@ -323,11 +323,11 @@ class _Reader:
             for i, item in enumerate(setting):
                 place = f"{where}[{i}]"
                 if not isinstance(item, Mapping) or "value" not in item:
-                    self.problems.add(place, f"expected a filter with its value, came {item!r}")
+                    self.problems.add(place, f"expected a filter with its value, got {item!r}")
                     continue
                 self.keys(place, item, ("filter", "value"))
                 if not isinstance(item.get("filter"), (str, type(None))):
-                    self.problems.add(f"{place}.filter", f"expected text, came {item['filter']!r}")
+                    self.problems.add(f"{place}.filter", f"expected text, got {item['filter']!r}")
                 if isinstance(item["value"], (Mapping, list)) and any(
                     isinstance(inner, (Mapping, list)) for inner in item["value"]
                 ):
@@ -339,13 +339,13 @@ class _Reader:
             try:
                 parameter.convert(value)
             except (TypeError, ValueError):
-                self.problems.add(where, f"expected {_EXPECTED[parameter.kind]}, came {value!r}")
+                self.problems.add(where, f"expected {_EXPECTED[parameter.kind]}, got {value!r}")
 
     def dtype(self, where: str, found: Any) -> str | None:
         """A dtype by name."""
         name = str(found).removeprefix("torch.")
         if found is not None and name not in _DTYPES:
-            self.problems.add(where, f"expected one of {', '.join(_DTYPES)}, came {found!r}")
+            self.problems.add(where, f"expected one of {', '.join(_DTYPES)}, got {found!r}")
         return None if found is None else name
 
     def tokenizer(
@@ -356,34 +356,34 @@ class _Reader:
         where = "tokenizer_source"
         if found.get("tokenizer") is not None:
             if source is not None:
-                self.problems.add(where, "expected either it or tokenizer, came both")
+                self.problems.add(where, "expected either it or tokenizer, got both")
             options = found["tokenizer"]
             where = "tokenizer.source"
             if not isinstance(options, Mapping):
-                self.problems.add("tokenizer", f"expected a mapping, came {_kind(options)}")
+                self.problems.add("tokenizer", f"expected a mapping, got {_kind(options)}")
                 return None, None
             self.keys("tokenizer", options, ("source", "pad_to_multiple_of"))
             source, multiple = options.get("source", "union"), options.get("pad_to_multiple_of")
             if multiple is not None and (type(multiple) is not int or multiple < 1):
                 self.problems.add(
-                    "tokenizer.pad_to_multiple_of", f"expected a whole number, came {multiple!r}"
+                    "tokenizer.pad_to_multiple_of", f"expected a whole number, got {multiple!r}"
                 )
         if source is None or source == "union":
             return source, multiple
         if source == "base":
             if base is None:
-                self.problems.add(where, "expected a base_model for 'base', came none")
+                self.problems.add(where, "expected a base_model for 'base', got none")
             return source, multiple
         return self.model(where, source), multiple
 
     def chat_template(self, found: Any, has_tokenizer: bool) -> str | None:
         """The chat template that goes with the tokenizer."""
         if found is not None and not has_tokenizer:
-            self.problems.add("chat_template", "expected a tokenizer_source with it, came none")
+            self.problems.add("chat_template", "expected a tokenizer_source with it, got none")
         elif found is not None and found != "auto" and "{" not in str(found):
             self.problems.add(
                 "chat_template",
-                f"expected auto or the text of a template, came {found!r}: the templates that come "
+                f"expected auto or the text of a template, got {found!r}: the templates that come "
                 "with mergekit are not here",
             )
         return None if found is None else str(found)

@@ -215,7 +215,7 @@ def _prune(table: Table, problems: Problems) -> list[Any]:
     densities = {name: table.of("density", name, 1.0) for name in table.tensors}
     outside = {d for row in densities.values() for d in row if not 0 <= d <= 1}
     if outside:
-        problems.add("density", f"expected a share in [0, 1], came {min(outside)}")
+        problems.add("density", f"expected a share in [0, 1], got {min(outside)}")
         return []
     if family.prune == "none" or all(d == 1 for row in densities.values() for d in row):
         return []
@@ -279,7 +279,7 @@ def _vocabulary(
         elif source in names:
             source = names[source]
         else:
-            problems.add("tokenizer", f"expected one of the models, came {source}")
+            problems.add("tokenizer", f"expected one of the models, got {source}")
     options: dict[str, Any] = {"source": str(source)}
     options["pad_to_multiple_of"] = document.pad_to_multiple_of
     if document.chat_template is not None:

@@ -74,7 +74,7 @@ class Table:
         if len(values) > 1:
             problems.add(
                 parameter,
-                f"expected one value for all tensors, came {', '.join(map(str, values[:3]))}: "
+                f"expected one value for all tensors, got {', '.join(map(str, values[:3]))}: "
                 f"gradmerge runs {self.document.method.name} with one",
             )
         return values[0]
@@ -190,12 +190,12 @@ def place(document: Document, tensors: Sequence[str], problems: Problems) -> dic
         if len(depth) > 1:
             problems.add(
                 "slices",
-                f"expected one stack of layers, came {', '.join(sorted(depth))}; write models",
+                f"expected one stack of layers, got {', '.join(sorted(depth))}; write models",
             )
         elif last.layers and depth and last.layers[1] != max(depth.values()):
             problems.add(
                 "slices",
-                f"expected all {max(depth.values())} layers, came {last.layers[1]}: another depth "
+                f"expected all {max(depth.values())} layers, got {last.layers[1]}: another depth "
                 "makes another network, which gradmerge does not do",
             )
     places = {}

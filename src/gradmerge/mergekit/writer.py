@@ -206,7 +206,7 @@ def _inputs(plan: Plan, reasons: list[str]) -> dict[str, Any]:
         found[name] = _reference(spec)
         if found[name] is None:
             reasons.append(
-                f"sources.{name}: mergekit takes folders, hub ids and LoRA adapters on them, came "
+                f"sources.{name}: mergekit takes folders, hub ids and LoRA adapters on them, got "
                 f"{type(spec).__name__}; save it as a folder"
             )
     seen: dict[str, str] = {}
@@ -250,8 +250,8 @@ def _stored_dtype(plan: Plan, dtype: str | None, reasons: list[str]) -> str:
     names = [*plan.tensors, *_float_buffers(plan)]
     kinds = sorted({str(plan.reference.infos[name].dtype) for name in names})
     if len(kinds) > 1:
-        came = ", ".join(kind.removeprefix("torch.") for kind in kinds)
-        reasons.append(f"dtype: mergekit stores all tensors in one, came {came}; give one: --dtype")
+        got = ", ".join(kind.removeprefix("torch.") for kind in kinds)
+        reasons.append(f"dtype: mergekit stores all tensors in one, got {got}; give one: --dtype")
     return kinds[0].removeprefix("torch.")
 
 

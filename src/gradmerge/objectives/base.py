@@ -95,7 +95,7 @@ def next_token_rows(
         return logits, labels, None
     if logits.dim() != 3:
         raise ConfigError(
-            f"expected logits of shape [batch, classes] or [batch, tokens, vocab], came "
+            f"expected logits of shape [batch, classes] or [batch, tokens, vocab], got "
             f"{tuple(logits.shape)}."
         )
     if shift:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
+from typing_extensions import override
 
 from gradmerge.errors import ConfigError
 from gradmerge.objectives.base import AbstractRegulariser
@@ -80,7 +81,7 @@ class _Reduced(AbstractRegulariser):
         """Check the reduction."""
         if self.reduce not in ("mean", "sum"):
             raise ConfigError(
-                f"{type(self).__name__}: reduce: expected mean or sum, came {self.reduce!r}."
+                f"{type(self).__name__}: reduce: expected mean or sum, got {self.reduce!r}."
             )
 
     def _reduced(self, values: Tensor) -> Tensor:
@@ -108,8 +109,8 @@ class L1(_Reduced):
 
     weight: float = 1e-3
 
+    @override
     def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
-        """See `AbstractRegulariser.penalty`."""
         return self._reduced(torch.cat([c.abs().flatten() for c in coefficients.values()]))
 
 
@@ -129,10 +130,10 @@ class Lp(_Reduced):
         """Check the order."""
         super().__post_init__()
         if not self.p >= 1:
-            raise ConfigError(f"Lp: p must be at least 1, came {self.p}.")
+            raise ConfigError(f"Lp: p must be at least 1, got {self.p}.")
 
+    @override
     def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
-        """See `AbstractRegulariser.penalty`."""
         slots = torch.cat([c.reshape(len(c), -1) for c in coefficients.values()], dim=1)
         norms: Tensor = torch.linalg.vector_norm(slots, self.p, dim=0)
         return self._reduced(norms)
@@ -144,8 +145,8 @@ class L2ToInit(_Reduced):
 
     weight: float = 1e-2
 
+    @override
     def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
-        """See `AbstractRegulariser.penalty`."""
         moved = [(c - start[name].to(c)).square().flatten() for name, c in coefficients.items()]
         return self._reduced(torch.cat(moved))
 
@@ -169,7 +170,7 @@ class FisherToInit(_Reduced):
         """Check the number of batches."""
         super().__post_init__()
         if self.batches < 1:
-            raise ConfigError(f"FisherToInit: batches must be at least 1, came {self.batches}.")
+            raise ConfigError(f"FisherToInit: batches must be at least 1, got {self.batches}.")
 
     def penalty(
         self,
@@ -210,8 +211,8 @@ class Similarity(_Reduced):
 
     weight: float = 1e-2
 
+    @override
     def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
-        """See `AbstractRegulariser.penalty`."""
         return self._over_pairs(coefficients, lambda a, b: torch.cosine_similarity(a, b, dim=0))
 
 
@@ -226,6 +227,6 @@ class Overlap(_Reduced):
 
     weight: float = 1e-5
 
+    @override
     def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
-        """See `AbstractRegulariser.penalty`."""
         return self._over_pairs(coefficients, lambda a, b: torch.minimum(a.abs(), b.abs()).sum())

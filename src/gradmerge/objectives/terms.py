@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from gradmerge.errors import ConfigError
 from gradmerge.objectives.base import UNLABELLED, AbstractTerm, Predictions
@@ -34,7 +35,7 @@ class CrossEntropy(AbstractTerm):
         """Check the smoothing."""
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(
-                f"CrossEntropy: label_smoothing must lie in [0, 1), came {self.label_smoothing}."
+                f"CrossEntropy: label_smoothing must lie in [0, 1), got {self.label_smoothing}."
             )
 
     @property
@@ -42,8 +43,8 @@ class CrossEntropy(AbstractTerm):
         """Yes."""
         return True
 
+    @override
     def loss(self, predictions: Predictions) -> Tensor:
-        """See `AbstractTerm.loss`."""
         logits, labels = predictions.logits, predictions.labels
         assert labels is not None
         total = functional.cross_entropy(
@@ -74,8 +75,8 @@ class Entropy(AbstractTerm):
     marginal: float = 0.0
     """Weight of the entropy of the batch's mean prediction."""
 
+    @override
     def loss(self, predictions: Predictions) -> Tensor:
-        """See `AbstractTerm.loss`."""
         log_p = functional.log_softmax(predictions.logits, dim=-1)
         classes = predictions.logits.shape[-1]
         scale = 1 / math.log(classes) if classes > 1 else 1.0
@@ -102,7 +103,7 @@ class _Distillation(AbstractTerm):
         """Check the temperature."""
         if self.temperature <= 0:
             raise ConfigError(
-                f"{type(self).__name__}: temperature must be positive, came {self.temperature}."
+                f"{type(self).__name__}: temperature must be positive, got {self.temperature}."
             )
 
     def _divergence(self, teacher: Tensor, predictions: Predictions) -> Tensor:
@@ -126,8 +127,8 @@ class KLToSource(_Distillation):
         """Yes."""
         return True
 
+    @override
     def loss(self, predictions: Predictions) -> Tensor:
-        """See `AbstractTerm.loss`."""
         assert predictions.teacher is not None
         teacher = functional.log_softmax(predictions.teacher / self.temperature, dim=-1)
         return self._divergence(teacher, predictions)
@@ -152,8 +153,8 @@ class KLToEnsemble(_Distillation):
         """Yes."""
         return True
 
+    @override
     def loss(self, predictions: Predictions) -> Tensor:
-        """See `AbstractTerm.loss`."""
         assert predictions.ensemble is not None
         first, *others = predictions.ensemble
         total = functional.log_softmax(first / self.temperature, dim=-1)

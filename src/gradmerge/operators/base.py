@@ -73,7 +73,7 @@ class Spread:
 class View:
     """A tensor seen as `[outer, width, inner]`, with coefficients along `width`.
 
-    `width` is 1 for a scalar coefficient and all entries for one a weight.
+    `width` is 1 for a scalar coefficient and all entries for one per weight.
     """
 
     outer: int
@@ -98,7 +98,7 @@ class AbstractOperator(ABC):
     """Whether coefficients can be learned through it: `contract` is the gradient of `combine`."""
     by_entry = False
     """Whether an entry is merged, and contracted, from its own entries and coefficients alone, so
-    that a tensor with a coefficient a weight may be taken part by part, each flat."""
+    that a tensor with a coefficient per weight may be taken part by part, each flat."""
     by_component = False
     """Whether coefficients may stand on singular components (a spread of kind `component`)."""
 
@@ -128,6 +128,6 @@ def require_base(who: str, origin: Origin) -> None:
     """
     if origin != "base":
         raise ConfigError(
-            f"{who}: expected directions from a base, came origin {origin}; set `base` (and leave "
+            f"{who}: expected directions from a base, got origin {origin}; set `base` (and leave "
             "`origin` out), or choose another operator."
         )

@@ -3,7 +3,7 @@
     B_k = U_k diag(s_k) V_k^T,  theta = A + scale * sum_k U_k diag(c_k s_k) V_k^T
 
 A merge is one product of matrices a source, over the components that are not left out. With
-`G = dL/dtheta` the gradient of a coefficient is a number a component,
+`G = dL/dtheta` the gradient of a coefficient is a number per component,
 
     dL/dc_kr = scale * s_kr u_kr^T G v_kr,
 
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge._memory import in_file
 from gradmerge.errors import ConfigError
@@ -29,12 +30,12 @@ class Components(AbstractOperator):
     """`theta = A + scale * sum_k U_k diag(c_k s_k) V_k^T`, a coefficient a singular component.
 
     The operator of granularity `Component` (AdaRank, arXiv 2503.22178). Tensors of more than two
-    axes are matrices `[out, rest]`. A tensor that has one coefficient a source (one axis, a frozen
+    axes are matrices `[out, rest]`. A tensor with one coefficient per source (one axis, a frozen
     tensor), or any other granularity, takes the linear sum `A + scale * sum_k c_k B_k`.
 
     In training each tensor is decomposed once, in float64. `U_k` and `S_k V_k^T` are kept in
     float32 (float64 where a tensor is): on a CPU in files (`TMPDIR`) that are mapped, on a GPU in
-    its memory. They take `4 (out + rest) min(out, rest)` bytes a source, twice a square direction
+    its memory. They take `4 (out + rest) min(out, rest)` bytes per source, twice a square direction
     in float32. A static merge keeps none.
     """
 
@@ -63,8 +64,8 @@ class Components(AbstractOperator):
         origin = _origin(terms, merged)
         return out.copy_(merged if origin is None else merged.add_(origin))
 
+    @override
     def contract(self, terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
-        """See `AbstractOperator.contract`."""
         if spread.kind != "component":
             slope = Linear().contract(terms, grad, self.scale * coefficient, spread)
             return self.scale * slope

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge._typing import Origin
 from gradmerge.operators.base import Spread, Terms
@@ -87,16 +88,16 @@ class DisjointMean(AbstractEntrywise):
         nothing = divisor == 0
         return divisor.masked_fill_(nothing, 1), nothing
 
+    @override
     def merge(self, directions: Tensor, coefficient: Tensor) -> Tensor:
-        """See `AbstractEntrywise.merge`."""
         weighted, agree = self._agreeing(directions, coefficient)
         merged = weighted.mul_(agree).sum(dim=0)
         if self.normalize:
             merged.div_(self._divisor(coefficient, agree)[0])
         return merged if self.scale == 1 else merged.mul_(self.scale)
 
+    @override
     def slope(self, directions: Tensor, coefficient: Tensor) -> Tensor:
-        """See `AbstractEntrywise.slope`."""
         weighted, agree = self._agreeing(directions, coefficient)
         if not self.normalize:
             return agree.mul_(directions).mul_(self.scale)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.operators.base import AbstractOperator, Spread, Terms, View
 from gradmerge.operators.chunks import blocks, collect, select
@@ -59,8 +60,8 @@ class AbstractEntrywise(AbstractOperator):
             target[block.entries] = merged if block.origin is None else block.origin + merged
         return out
 
+    @override
     def contract(self, terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
-        """See `AbstractOperator.contract`."""
         dtype = torch.promote_types(terms.accumulate_dtype, grad.dtype)
         rows = coefficient.detach().reshape(len(terms.sources), -1).to(grad.device, dtype)
         # an entry's own coefficient takes no sum

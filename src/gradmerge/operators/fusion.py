@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge._typing import Origin
 from gradmerge.operators.base import Terms, require_base
@@ -30,8 +31,8 @@ class ArceeFusion(AbstractEntrywise):
     tensor's size.
     """
 
+    @override
     def require(self, num_sources: int, origin: Origin) -> None:
-        """See `AbstractOperator.require`."""
         require_base("ArceeFusion", origin)
 
     def prepare(self, terms: Terms, device: torch.device) -> Prepared:
@@ -52,12 +53,12 @@ class ArceeFusion(AbstractEntrywise):
 
         return keep
 
+    @override
     def merge(self, directions: Tensor, coefficient: Tensor) -> Tensor:
-        """See `AbstractEntrywise.merge`."""
         return (directions * coefficient).sum(dim=0)
 
+    @override
     def slope(self, directions: Tensor, coefficient: Tensor) -> Tensor:
-        """See `AbstractEntrywise.slope`."""
         return directions
 
 

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge._typing import Origin
 from gradmerge.errors import ConfigError
@@ -50,7 +51,7 @@ def combine_directions(terms: Terms, coefficient: Tensor, out: Tensor) -> Tensor
 
     Args:
         terms: with an origin; float32 is computed in float32.
-        coefficient: `[sources]`; one a source.
+        coefficient: `[sources]`; one per source.
         out: of any dtype.
     """
     dtype = torch.promote_types(terms.accumulate_dtype, out.dtype)
@@ -82,15 +83,15 @@ class Linear(AbstractOperator):
     form: Literal["weights", "directions"] = "weights"
     """How the same sum is rounded: `(1 - sum c) A + sum c_k theta_k`, or, slower, `A + (c_1 B_1 +
     ...)` as mergekit's task_arithmetic, to be equal bit for bit in float32. The latter wants origin
-    base, and acts where a tensor has one coefficient a source."""
+    base, and acts where a tensor has one coefficient per source."""
 
+    @override
     def require(self, num_sources: int, origin: Origin) -> None:
-        """See `AbstractOperator.require`."""
         if self.form not in ("weights", "directions"):
-            raise ConfigError(f"Linear: form: expected weights or directions, came {self.form!r}.")
+            raise ConfigError(f"Linear: form: expected weights or directions, got {self.form!r}.")
         if self.form == "directions" and origin != "base":
             raise ConfigError(
-                f"Linear: form directions sums directions from a base, came origin {origin}. Set "
+                f"Linear: form directions sums directions from a base, got origin {origin}. Set "
                 "origin: base, or take form weights."
             )
 
@@ -120,8 +121,8 @@ class Linear(AbstractOperator):
         kernels.merge(out.view(-1), flat, weights, rule, width, inner, spread.parts)
         return out
 
+    @override
     def contract(self, terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
-        """See `AbstractOperator.contract`."""
         if not grad.numel():
             return torch.zeros_like(coefficient)
         terms = terms.dense()

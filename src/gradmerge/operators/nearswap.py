@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge._typing import Origin
 from gradmerge.operators.base import require_base
@@ -26,16 +27,16 @@ class NearSwap(AbstractEntrywise):
     a link that stays positive (`Clamp`, `Sigmoid`) where it is learned.
     """
 
+    @override
     def require(self, num_sources: int, origin: Origin) -> None:
-        """See `AbstractOperator.require`."""
         require_base("NearSwap", origin)
 
+    @override
     def merge(self, directions: Tensor, coefficient: Tensor) -> Tensor:
-        """See `AbstractEntrywise.merge`."""
         threshold = coefficient.clamp(min=0)
         return torch.minimum(torch.maximum(directions, -threshold), threshold).sum(dim=0)
 
+    @override
     def slope(self, directions: Tensor, coefficient: Tensor) -> Tensor:
-        """See `AbstractEntrywise.slope`."""
         beyond = (directions.abs() > coefficient) & (coefficient >= 0)
         return directions.sign().mul_(beyond)

@@ -1,7 +1,7 @@
 """Operators whose result lies in the span of the directions: `theta = A + sum_k w_k B_k`.
 
 The weights `w = weights(G, c)` depend on the coefficients and on the directions' Gram matrix
-`G_ij = <B_i, B_j>` alone, K x K numbers a tensor (or a row, or a column). Spherical interpolation,
+`G_ij = <B_i, B_j>` alone, K x K numbers per tensor, row or column. Spherical interpolation,
 means on the sphere and Model Stock are of this kind. So a merge is one pass for the Gram matrix,
 a few operations on small matrices in float64, and the linear operator; and with the Gram matrix
 constant the gradient is exact:
@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.operators._native import selection
 from gradmerge.operators.base import AbstractOperator, Spread, Terms, View
@@ -80,8 +81,8 @@ class AbstractSpan(AbstractOperator):
             Linear().combine(part, weights, Spread("element"), flat[entries])
         return out
 
+    @override
     def contract(self, terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
-        """See `AbstractOperator.contract`."""
         if not grad.numel():
             return torch.zeros_like(coefficient)
         terms = terms.dense()

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge._typing import Origin
 from gradmerge.errors import ConfigError
@@ -46,15 +47,15 @@ class Slerp(AbstractSpan):
         """Check the threshold."""
         if not 0 <= self.threshold < 1:
             raise ConfigError(
-                f"Slerp: expected a threshold in [0, 1), came {self.threshold}; at 1 the sine of "
+                f"Slerp: expected a threshold in [0, 1), got {self.threshold}; at 1 the sine of "
                 "an angle vanishes."
             )
 
+    @override
     def require(self, num_sources: int, origin: Origin) -> None:
-        """See `AbstractOperator.require`."""
         if num_sources != 2:
             raise ConfigError(
-                f"Slerp: expected two sources, came {num_sources}; MultiSlerp and Karcher take "
+                f"Slerp: expected two sources, got {num_sources}; MultiSlerp and Karcher take "
                 "any number."
             )
         if origin == "mean":
@@ -63,12 +64,12 @@ class Slerp(AbstractSpan):
                 "choose origin base or zero."
             )
 
+    @override
     def gram_view(self, shape: torch.Size) -> View:
-        """See `AbstractSpan.gram_view`."""
         return per_view(self.per, shape)
 
+    @override
     def weights(self, gram: Tensor, coefficient: Tensor) -> Tensor:
-        """See `AbstractSpan.weights`."""
         total = coefficient.sum(dim=0)
         none = total.abs() < _NO_SUM
         t = torch.where(none, 0.5, coefficient[1] / torch.where(none, 1, total))
@@ -142,9 +143,9 @@ class Karcher(AbstractSpan):
     def __post_init__(self) -> None:
         """Check the numbers."""
         if self.max_iter < 0:
-            raise ConfigError(f"Karcher: expected max_iter >= 0, came {self.max_iter}.")
+            raise ConfigError(f"Karcher: expected max_iter >= 0, got {self.max_iter}.")
         if not 0 < self.tol < 1:
-            raise ConfigError(f"Karcher: expected a tol in (0, 1), came {self.tol}.")
+            raise ConfigError(f"Karcher: expected a tol in (0, 1), got {self.tol}.")
 
     def weights(self, gram: Tensor, coefficient: Tensor) -> Tensor:
         """See `AbstractSpan.weights`.

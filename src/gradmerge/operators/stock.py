@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge._typing import Origin
 from gradmerge.errors import ConfigError
@@ -30,21 +31,21 @@ class ModelStock(AbstractSpan):
     per: Literal["tensor", "row"] = "tensor"
     """One ratio a tensor, or one for each vector along the last axis (mergekit's `filter_wise`)."""
 
+    @override
     def require(self, num_sources: int, origin: Origin) -> None:
-        """See `AbstractOperator.require`."""
         require_base("ModelStock", origin)
         if num_sources < 2:
             raise ConfigError(
-                f"ModelStock: expected two sources or more, whose angle it takes; came "
+                f"ModelStock: expected two sources or more, whose angle it takes; got "
                 f"{num_sources}."
             )
 
+    @override
     def gram_view(self, shape: torch.Size) -> View:
-        """See `AbstractSpan.gram_view`."""
         return per_view(self.per, shape)
 
+    @override
     def weights(self, gram: Tensor, coefficient: Tensor) -> Tensor:
-        """See `AbstractSpan.weights`."""
         num, norms = gram.shape[-1], norms_of(gram)
         first, second = torch.triu_indices(num, num, 1, device=gram.device)
         size = (norms[first] * norms[second]).clamp(min=_SMALLEST)

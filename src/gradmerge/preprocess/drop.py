@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.errors import ConfigError
 from gradmerge.operators._native.kernels import run_each
@@ -42,8 +43,8 @@ class RandomDrop(AbstractSelection):
         """Check the density."""
         require_density("RandomDrop", self.density)
 
+    @override
     def select(self, directions: Selection, site: Site) -> None:
-        """See `AbstractSelection`."""
         densities = settle("RandomDrop.density", self.density, site.name, site.sources)
         dropped = [k for k, density in enumerate(densities) if density < 1]
         before = {k: directions.sum_magnitudes(k) for k in dropped if self.rescale == "l1"}
@@ -105,8 +106,8 @@ class MagnitudeDrop(AbstractPreprocess):
             _require_span(density, epsilon)
         return pairs
 
+    @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """See `AbstractPreprocess`."""
         if self.rescale != "probability":
             return _Selecting(self)(directions, site)
         for source, direction, (density, epsilon) in zip(
@@ -137,8 +138,8 @@ class _Selecting(AbstractSelection):
 
     step: MagnitudeDrop
 
+    @override
     def select(self, directions: Selection, site: Site) -> None:
-        """See `AbstractSelection`."""
         pairs = self.step.settled(site)
         dropped = [k for k, (density, _) in enumerate(pairs) if density < 1]
         rescaled = self.step.rescale == "l1"
@@ -167,7 +168,7 @@ def _require_span(density: float, epsilon: float) -> None:
     """Refuse probabilities outside (0, 1)."""
     if density not in (0, 1) and not 0 < density - epsilon <= density + epsilon < 1:
         raise ConfigError(
-            "MagnitudeDrop: density - epsilon and density + epsilon must lie in (0, 1), came "
+            "MagnitudeDrop: density - epsilon and density + epsilon must lie in (0, 1), got "
             f"density {density} and epsilon {epsilon}. Choose a smaller epsilon."
         )
 

@@ -29,7 +29,7 @@ def matrices_of(directions: Tensor, site: Site, least: int = 2) -> Tensor | None
     for source, direction in zip(site.sources, directions, strict=True):
         if not direction.isfinite().all():
             raise ConfigError(
-                f"{site.name}: expected finite numbers, came NaN or infinity in the direction of "
+                f"{site.name}: expected finite numbers, got NaN or infinity in the direction of "
                 f"{source}. Is that checkpoint whole?"
             )
     return directions.view(len(directions), *sides)

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
@@ -35,7 +36,7 @@ class Orthogonalise(AbstractPreprocess):
 
     alpha: float = 0.5
     """Share of the sum of singular values whose directions are protected, in [0, 1]; larger
-    protects more of what came before."""
+    protects more of the earlier directions."""
     scope: Literal["model", "tensor"] = "model"
     """Whether norms are those of the whole model (the paper), for which every tensor is projected
     once more to measure it, or of each tensor."""
@@ -49,10 +50,10 @@ class Orthogonalise(AbstractPreprocess):
         if self.earlier_scale <= 0 or self.earlier_sources < 1:
             raise ConfigError(
                 "Orthogonalise: expected a positive earlier_scale and at least one of "
-                f"earlier_sources, came {self.earlier_scale} and {self.earlier_sources}."
+                f"earlier_sources, got {self.earlier_scale} and {self.earlier_sources}."
             )
         if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"Orthogonalise.alpha: expected in [0, 1], came {self.alpha}.")
+            raise ConfigError(f"Orthogonalise.alpha: expected in [0, 1], got {self.alpha}.")
 
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
         """See `AbstractPreprocess`; norms are the tensor's own."""
@@ -60,8 +61,8 @@ class Orthogonalise(AbstractPreprocess):
         merged = self._project(directions, site)
         return self._scale(directions, norms, float(_squares(merged[None])))
 
+    @override
     def survey(self, passes: Passes) -> Step:
-        """See `AbstractPreprocess.survey`."""
         if self.scope == "tensor":
             return self
         squares: Tensor | float = 0.0

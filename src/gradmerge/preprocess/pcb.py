@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
@@ -42,19 +43,19 @@ class ParameterCompetition(AbstractPreprocess):
         """Check the shares."""
         if not 0 < self.density <= 1:
             raise ConfigError(
-                f"ParameterCompetition.density: expected a share in (0, 1], came {self.density}."
+                f"ParameterCompetition.density: expected a share in (0, 1], got {self.density}."
             )
         if not 0 <= self.clip < 0.5:
             raise ConfigError(
-                f"ParameterCompetition.clip: expected a share in [0, 0.5), came {self.clip}."
+                f"ParameterCompetition.clip: expected a share in [0, 0.5), got {self.clip}."
             )
 
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
         """One tensor as if it were the whole model."""
         return self.survey(lambda: iter([(site, directions.clone())]))(directions, site)
 
+    @override
     def survey(self, passes: Passes) -> Step:
-        """See `AbstractPreprocess.survey`."""
         shares = (self.clip, 1 - self.clip)
 
         def ends(size: int) -> tuple[int, int]:

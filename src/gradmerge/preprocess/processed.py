@@ -26,7 +26,7 @@ class ProcessedDirections(Shared):
     """Directions `[sources, *shape]` of every tensor, in float32, after all steps.
 
     A static merge asks for each tensor once, and none is held. Training asks at every step:
-    `keep` writes all of them to a folder for temporary files first (`TMPDIR`; 4 bytes an entry
+    `keep` writes all of them to a folder for temporary files first (`TMPDIR`; 4 bytes per entry
     and source), from which they are mapped; the folder is removed with this object.
 
     Args:

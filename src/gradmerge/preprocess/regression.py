@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess.base import AbstractPreprocess, Site
@@ -40,7 +41,7 @@ class FisherScale(AbstractPreprocess):
     normalise: bool = True
     """Divide `F_k` by its L2 norm over all tensors, so that sources count alike."""
     weights: Setting = 1.0
-    """`w_k`: one number, one a source, or by tensor."""
+    """`w_k`: one number, one per source, or by tensor."""
     labels: Literal["model", "data"] = "model"
     """y drawn from the source's own predictions (the Fisher information), or the data's labels (the
     empirical Fisher)."""
@@ -54,7 +55,7 @@ class FisherScale(AbstractPreprocess):
         """Check the numbers."""
         _require_weights("FisherScale", self.weights)
         if self.floor <= 0:
-            raise ConfigError(f"FisherScale: expected a floor above 0, came {self.floor}.")
+            raise ConfigError(f"FisherScale: expected a floor above 0, got {self.floor}.")
         if self.per == "batch" and self.labels == "data":
             raise ConfigError(
                 "FisherScale: per batch needs labels: model; gradients of the data's labels do not "
@@ -62,12 +63,12 @@ class FisherScale(AbstractPreprocess):
             )
 
     @property
+    @override
     def needs(self) -> Needs:
-        """See `AbstractPreprocess.needs`."""
         return Needs("fisher", labels=self.labels, per=self.per, seed=self.seed)
 
+    @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """See `AbstractPreprocess`."""
         found = site.statistics("fisher")
         weights = settle("FisherScale.weights", self.weights, site.name, site.sources)
         if found is None:
@@ -113,24 +114,22 @@ class RegMean(AbstractPreprocess):
     """`d`, relative to the mean diagonal of the sources' matrices; what no data reach is
     averaged."""
     weights: Setting = 1.0
-    """`w_k`: one number, one a source, or by tensor."""
+    """`w_k`: one number, one per source, or by tensor."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
         _require_weights("RegMean", self.weights)
         _require_damping("RegMean", self.damping)
         if not 0 <= self.off_diagonal <= 1:
-            raise ConfigError(
-                f"RegMean: expected off_diagonal in [0, 1], came {self.off_diagonal}."
-            )
+            raise ConfigError(f"RegMean: expected off_diagonal in [0, 1], got {self.off_diagonal}.")
 
     @property
+    @override
     def needs(self) -> Needs:
-        """See `AbstractPreprocess.needs`."""
         return Needs("gram", activations=self.activations)
 
+    @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """See `AbstractPreprocess`."""
         found = site.statistics("gram")
         weights = settle("RegMean.weights", self.weights, site.name, site.sources)
         if found is None:
@@ -181,7 +180,7 @@ class MaTS(AbstractPreprocess):
     damping: float = 1e-6
     """Multiple of the identity on each matrix, relative to the sources' mean diagonal."""
     weights: Setting = 1.0
-    """`w_k`: one number, one a source, or by tensor."""
+    """`w_k`: one number, one per source, or by tensor."""
     seed: int = 0
     """Seed of the draws of y (kfac)."""
 
@@ -191,17 +190,17 @@ class MaTS(AbstractPreprocess):
         _require_damping("MaTS", self.damping)
         if self.iterations < 0 or self.tolerance < 0:
             raise ConfigError(
-                "MaTS: expected iterations and a tolerance of at least 0, came "
+                "MaTS: expected iterations and a tolerance of at least 0, got "
                 f"{self.iterations} and {self.tolerance}."
             )
 
     @property
+    @override
     def needs(self) -> Needs:
-        """See `AbstractPreprocess.needs`."""
         return Needs(self.statistic, seed=self.seed if self.statistic == "kfac" else 0)
 
+    @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """See `AbstractPreprocess`."""
         found = site.statistics(self.statistic)
         weights = settle("MaTS.weights", self.weights, site.name, site.sources)
         if found is None:
@@ -228,7 +227,7 @@ class MaTS(AbstractPreprocess):
         outputs: list[Tensor] | None,
         weights: list[float],
     ) -> Tensor:
-        """Parts `[sources, groups, out, in]` of the solution, one a source; see the class."""
+        """Parts `[sources, groups, out, in]` of the solution, one per source; see the class."""
         single = _sum(inputs)
 
         def operator(parts: Tensor) -> Tensor:
@@ -266,7 +265,7 @@ def _require_weights(who: str, weights: Setting) -> None:
 
 def _require_damping(who: str, damping: float) -> None:
     if damping < 0:
-        raise ConfigError(f"{who}: expected a damping of at least 0, came {damping}.")
+        raise ConfigError(f"{who}: expected a damping of at least 0, got {damping}.")
 
 
 def _averaged(directions: Tensor, weights: list[float]) -> Tensor:

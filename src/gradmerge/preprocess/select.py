@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess.base import AbstractPreprocess, Site
@@ -36,12 +37,12 @@ class SelectTop(AbstractPreprocess):
         values = self.density.values() if isinstance(self.density, dict) else [self.density]
         if any(isinstance(value, list) for value in values):
             raise ConfigError(
-                "SelectTop: expected one density for all sources, came a list; the entries are "
+                "SelectTop: expected one density for all sources, got a list; the entries are "
                 "chosen for all of them together."
             )
 
+    @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """See `AbstractPreprocess`."""
         density = settle("SelectTop.density", self.density, site.name, site.sources)[0]
         if density < 1 and directions.numel():
             variance = directions.var(dim=0, unbiased=False)
@@ -64,8 +65,8 @@ class ShareOfSquares(AbstractPreprocess):
     directions before any entry is erased.
     """
 
+    @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """See `AbstractPreprocess`."""
         if not directions.numel():
             return directions
         squares = [float(direction.square().mean(dtype=torch.float64)) for direction in directions]
@@ -95,7 +96,7 @@ class Consensus(AbstractPreprocess):
     threshold: Setting = 0.4
     """The paper's lambda: how much larger than the rest of the sum an entry must be for its task to
     use it. Larger masks out more; the paper selects among 0.2 to 0.6, for each task. One number,
-    one a source, or by tensor."""
+    one per source, or by tensor."""
     least: int = 2
     """How many tasks must use an entry."""
 
@@ -105,10 +106,10 @@ class Consensus(AbstractPreprocess):
             "Consensus.threshold", self.threshold, "a number of at least 0", lambda x: x >= 0
         )
         if self.least < 0:
-            raise ConfigError(f"Consensus.least: expected at least 0, came {self.least}.")
+            raise ConfigError(f"Consensus.least: expected at least 0, got {self.least}.")
 
+    @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """See `AbstractPreprocess`."""
         thresholds = settle("Consensus.threshold", self.threshold, site.name, site.sources)
         total = directions.sum(dim=0)
         users = torch.zeros(total.shape, dtype=torch.int32)

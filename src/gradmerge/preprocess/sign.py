@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.preprocess.base import AbstractPreprocess, Site
 
@@ -18,15 +19,15 @@ class ElectSign(AbstractPreprocess):
         sign = + where sum_k B_k >= 0 (by sum) or sum_k sign(B_k) >= 0 (by count), else -
         B'_k = B_k where sign(B_k) = sign, else 0
 
-    After `Trim`, under a coefficient a tensor, these are the directions of AdaMerging++
+    After `Trim`, under a coefficient per tensor, these are the directions of AdaMerging++
     (arXiv 2310.02575).
     """
 
     by: Literal["sum", "count"] = "sum"
     """Whether magnitudes count or only signs."""
 
+    @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """See `AbstractPreprocess`."""
         votes = directions if self.by == "sum" else directions.sign()
         elected = torch.where(votes.sum(dim=0) >= 0, 1.0, -1.0)
         for direction in directions:

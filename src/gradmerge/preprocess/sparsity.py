@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.operators._native import Direction, Kernels, native_kernels, selection
 from gradmerge.operators._native.kernels import run_each
@@ -210,8 +211,8 @@ class AbstractSelection(AbstractPreprocess):
     def select(self, directions: Selection, site: Site) -> None:
         """Zero entries; `directions` keeps which."""
 
+    @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """See `AbstractPreprocess`."""
         if not directions.numel():
             return directions
         found = Selection(list(directions), None)

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess.base import AbstractPreprocess, Site
@@ -56,11 +57,11 @@ class TSVM(AbstractPreprocess):
         """Check the outliers' bound."""
         if self.outliers is not None and self.outliers < 0:
             raise ConfigError(
-                f"TSVM.outliers: expected standard deviations of at least 0, came {self.outliers}."
+                f"TSVM.outliers: expected standard deviations of at least 0, got {self.outliers}."
             )
 
+    @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """See `AbstractPreprocess`."""
         num = len(directions)
         matrices = matrices_of(directions, site, max(2, num))
         if matrices is None:
@@ -93,8 +94,8 @@ class IsoC(AbstractPreprocess):
     neither raised nor counted in the mean.
     """
 
+    @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """See `AbstractPreprocess`."""
         matrices = matrices_of(directions, site)
         if matrices is None:
             return averaged(directions)
@@ -125,10 +126,10 @@ class IsoCTS(AbstractPreprocess):
     def __post_init__(self) -> None:
         """Check the share."""
         if not 0 <= self.common <= 1:
-            raise ConfigError(f"IsoCTS.common: expected a share in [0, 1], came {self.common}.")
+            raise ConfigError(f"IsoCTS.common: expected a share in [0, 1], got {self.common}.")
 
+    @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """See `AbstractPreprocess`."""
         num = len(directions)
         matrices = matrices_of(directions, site)
         if matrices is None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess.base import Passes, Site, Step
@@ -27,7 +28,7 @@ class Trim(AbstractSelection):
     """
 
     density: Setting = 0.2
-    """Share of entries that is kept, in [0, 1]; one number, one a source, or by tensor."""
+    """Share of entries that is kept, in [0, 1]; one number, one per source, or by tensor."""
     scope: Literal["tensor", "model"] = "tensor"
     """Whether a share of each tensor is kept, or of the whole model."""
     rescale: Literal["none", "l1"] = "none"
@@ -42,16 +43,16 @@ class Trim(AbstractSelection):
                 "the whole; use scope tensor."
             )
 
+    @override
     def select(self, directions: Selection, site: Site) -> None:
-        """See `AbstractSelection`."""
         densities = settle("Trim.density", self.density, site.name, site.sources)
         for k, density in enumerate(densities):
             size = directions.size
             count = min(size, max(1, int(density * size))) if density else 0
             keep_ranks(directions, k, size - count, size, self.rescale)
 
+    @override
     def survey(self, passes: Passes) -> Step:
-        """See `AbstractPreprocess.survey`."""
         if self.scope == "tensor":
             return self
         return _TrimFrom(tuple(_model_thresholds(passes, self.density)), self.rescale)
@@ -64,8 +65,8 @@ class _TrimFrom(AbstractSelection):
     thresholds: tuple[int, ...]
     rescale: Literal["none", "l1"]
 
+    @override
     def select(self, directions: Selection, site: Site) -> None:
-        """See `AbstractSelection`."""
         for k, threshold in enumerate(self.thresholds):
             before = directions.sum_magnitudes(k) if self.rescale == "l1" else 0.0
             directions.keep_from(k, threshold)
@@ -81,7 +82,7 @@ class Breadcrumbs(AbstractSelection):
     """
 
     density: Setting = 0.9
-    """Share of entries that is kept, in [0, 1]; one number, one a source, or by tensor."""
+    """Share of entries that is kept, in [0, 1]; one number, one per source, or by tensor."""
     gamma: Setting = 0.01
     """Share of entries, the largest, that is zeroed, in [0, 1)."""
     rescale: Literal["none", "l1"] = "none"
@@ -92,8 +93,8 @@ class Breadcrumbs(AbstractSelection):
         require_density("Breadcrumbs", self.density)
         require_setting("Breadcrumbs.gamma", self.gamma, "a share in [0, 1)", lambda x: 0 <= x < 1)
 
+    @override
     def select(self, directions: Selection, site: Site) -> None:
-        """See `AbstractSelection`."""
         densities = settle("Breadcrumbs.density", self.density, site.name, site.sources)
         gammas = settle("Breadcrumbs.gamma", self.gamma, site.name, site.sources)
         size = directions.size

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
 
@@ -21,7 +22,7 @@ class Unify(AbstractPreprocess):
         B'_k = r_k M_k (.) u
 
     EMR-Merging runs each task with its own `A + B'_k`: `gradmerge merge --outputs tasks` writes
-    these models, `--outputs compact` one `u` with a mask and a scale a task. All tensors are read
+    these models, `--outputs compact` one `u` with a mask and a scale per task. All tensors are read
     once before the first is made.
     """
 
@@ -33,8 +34,8 @@ class Unify(AbstractPreprocess):
         """One tensor as if it were the whole model."""
         return self.survey(lambda: iter([(site, directions)]))(directions, site)
 
+    @override
     def survey(self, passes: Passes) -> Step:
-        """See `AbstractPreprocess.survey`."""
         scales = self.scales(passes)
 
         def unify(directions: Tensor, site: Site) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess.base import AbstractPreprocess, Site
@@ -37,12 +38,12 @@ class WUDI(AbstractPreprocess):
     def __post_init__(self) -> None:
         """Check the numbers."""
         if self.steps < 0:
-            raise ConfigError(f"WUDI.steps: expected at least 0, came {self.steps}.")
+            raise ConfigError(f"WUDI.steps: expected at least 0, got {self.steps}.")
         if self.lr <= 0:
-            raise ConfigError(f"WUDI.lr: expected a positive number, came {self.lr}.")
+            raise ConfigError(f"WUDI.lr: expected a positive number, got {self.lr}.")
 
+    @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """See `AbstractPreprocess`."""
         if directions.dim() != 3 or not directions.numel():
             return averaged(directions)
         return shared(least_interference(directions, self.steps, self.lr), directions)

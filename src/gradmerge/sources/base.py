@@ -149,19 +149,19 @@ def fingerprints_of(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
         return dict(zip(checkpoints, hashes, strict=True))
 
 
-def require_same(expected: Mapping[str, str], came: Mapping[str, str]) -> None:
+def require_same(expected: Mapping[str, str], got: Mapping[str, str]) -> None:
     """Refuse coefficients that were trained on other weights.
 
     Raises:
         FingerprintError: names and hashes of the sources that differ.
     """
-    wrong = [name for name in expected if came.get(name) != expected[name]]
-    wrong += [name for name in came if name not in expected]
+    wrong = [name for name in expected if got.get(name) != expected[name]]
+    wrong += [name for name in got if name not in expected]
     if wrong:
         raise FingerprintError(
             f"the coefficients were trained on other weights of: {shorten(wrong)}. "
             + "; ".join(
-                f"{n}: expected {expected.get(n, 'none')[:12]}, came {came.get(n, 'none')[:12]}"
+                f"{n}: expected {expected.get(n, 'none')[:12]}, got {got.get(n, 'none')[:12]}"
                 for n in wrong[:5]
             )
             + ". Give the sources they were trained on, or train again."

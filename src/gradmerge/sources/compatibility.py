@@ -44,7 +44,7 @@ def check(
     for kind in allow:
         if kind not in ("tokenizer", "extra", "private") and not kind.startswith("config."):
             raise ConfigError(
-                "allow: expected 'tokenizer', 'extra', 'private' or 'config.' and a field, came "
+                "allow: expected 'tokenizer', 'extra', 'private' or 'config.' and a field, got "
                 f"{kind!r}. "
                 "Other problems have no meaning that a merge could go on with."
             )
@@ -126,7 +126,7 @@ def _check_precision(checkpoint: Checkpoint, private: Sequence[str]) -> list[Pro
             "dtype",
             info.file,
             info.name,
-            "at least 16 bits an entry",
+            "at least 16 bits per entry",
             str(info.dtype),
             "A quantised tensor cannot be merged; give the unquantised checkpoint.",
         )
@@ -139,9 +139,9 @@ def _check_tensors(
 ) -> list[Problem]:
     problems = []
     expected = {n: i for n, i in reference.infos.items() if not is_private(n, private)}
-    came = {n: i for n, i in other.infos.items() if not is_private(n, private)}
-    extra = sorted(set(came) - set(expected))
-    for name in sorted(set(expected) - set(came)):
+    got = {n: i for n, i in other.infos.items() if not is_private(n, private)}
+    extra = sorted(set(got) - set(expected))
+    for name in sorted(set(expected) - set(got)):
         problems.append(
             Problem(
                 "missing",
@@ -160,13 +160,13 @@ def _check_tensors(
                 other.label,
                 name,
                 f"no such tensor, as in {reference.label}",
-                f"shape {came[name].shape} in {came[name].file}",
+                f"shape {got[name].shape} in {got[name].file}",
                 f"It would be dropped; accept that with allow: [extra]. {_tie_hint(name)}"
                 f"{_head_hint(name)}",
             )
         )
-    for name in sorted(set(expected) & set(came)):
-        first, second = expected[name], came[name]
+    for name in sorted(set(expected) & set(got)):
+        first, second = expected[name], got[name]
         if first.shape != second.shape:
             problems.append(
                 Problem(
@@ -235,7 +235,7 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
             added = {entry["content"]: entry["id"] for entry in loaded.get("added_tokens") or []}
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise SourceError(
-                f"{folder}/tokenizer.json: expected a vocabulary and added tokens, came another "
+                f"{folder}/tokenizer.json: expected a vocabulary and added tokens, got another "
                 f"form ({type(error).__name__}: {error})."
             ) from error
         return {**vocabulary, **added}

@@ -2,7 +2,7 @@
 
 folder/unified.safetensors               u of every merged tensor, float32
 folder/emr.json                          base, tasks and scales
-folder/tasks/<task>/masks.safetensors    a bit an entry, eight to a byte
+folder/tasks/<task>/masks.safetensors    a bit per entry, eight to a byte
 folder/tasks/<task>/own.safetensors      what is the task's own: head, buffers (where there are)
 folder/tasks/<task>/config.json, ...     config and tokenizer
 """
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.errors import SourceError, nearest, shorten
 from gradmerge.sources.base import Checkpoint, TensorInfo
@@ -72,17 +73,17 @@ class EMRCheckpoint(Checkpoint):
         Raises:
             SourceError: the fingerprints differ.
         """
-        came = self._base.fingerprint()
-        if came != self._expected:
+        got = self._base.fingerprint()
+        if got != self._expected:
             raise SourceError(
-                f"{self._label}: expected a base with fingerprint {self._expected[:12]}, came "
-                f"{self._base.label} with {came[:12]}. Give the base that was merged on."
+                f"{self._label}: expected a base with fingerprint {self._expected[:12]}, got "
+                f"{self._base.label} with {got[:12]}. Give the base that was merged on."
             )
         self._checked = True
 
     @property
+    @override
     def label(self) -> str:
-        """See `Checkpoint.label`."""
         return self._label
 
     @property
@@ -91,13 +92,13 @@ class EMRCheckpoint(Checkpoint):
         return self._infos
 
     @property
+    @override
     def folder(self) -> Path | None:
-        """See `Checkpoint.folder`."""
         return self._folder
 
     @property
+    @override
     def config(self) -> Mapping[str, Any] | None:
-        """See `Checkpoint.config`."""
         return read_json(self._folder / "config.json")
 
     def read(self, name: str) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.errors import SourceError, shorten
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo, without_aliases
@@ -59,14 +60,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise SourceError(
-                    f"{path}: expected a safetensors file, came {len(prefix)} bytes. "
+                    f"{path}: expected a safetensors file, got {len(prefix)} bytes. "
                     "The file is empty or cut off; copy or download it again."
                 )
             (length,) = struct.unpack("<Q", prefix)
             size = path.stat().st_size
             if length > min(size - 8, _MAX_HEADER):
                 raise SourceError(
-                    f"{path}: expected a safetensors header of {length} bytes, came a file of "
+                    f"{path}: expected a safetensors header of {length} bytes, got a file of "
                     f"{size} bytes. It is cut off or no safetensors file; copy it again."
                 )
             header = json.loads(file.read(length))
@@ -75,9 +76,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             f"{path}: expected a safetensors file, but no such file exists."
         ) from error
     except OSError as error:
-        raise SourceError(
-            f"{path}: expected a readable safetensors file, came: {error}."
-        ) from error
+        raise SourceError(f"{path}: expected a readable safetensors file, got: {error}.") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise SourceError(
             f"{path}: its header is not JSON, so this is no safetensors file."
@@ -91,7 +90,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         ) from error
     if 8 + length + end != size:
         raise SourceError(
-            f"{path}: expected {8 + length + end} bytes as its header says, came {size}. "
+            f"{path}: expected {8 + length + end} bytes as its header says, got {size}. "
             "The file is cut off or was written over; copy or download it again."
         )
     return infos
@@ -149,23 +148,23 @@ class SafetensorsCheckpoint(Checkpoint):
                 self._infos[name] = info
 
     @property
+    @override
     def label(self) -> str:
-        """See `Checkpoint.label`."""
         return self._label
 
     @property
+    @override
     def infos(self) -> Mapping[str, TensorInfo]:
-        """See `Checkpoint.infos`."""
         return self._infos
 
     @property
+    @override
     def folder(self) -> Path | None:
-        """See `Checkpoint.folder`."""
         return self._folder
 
     @cached_property
+    @override
     def config(self) -> Mapping[str, Any] | None:
-        """See `Checkpoint.config`."""
         if self._folder is None:
             return None
         return read_json(self._folder / "config.json")
@@ -201,27 +200,27 @@ class TorchFileCheckpoint(Checkpoint):
                 self._infos[name] = TensorInfo(name, tuple(tensor.shape), tensor.dtype, str(file))
 
     @property
+    @override
     def label(self) -> str:
-        """See `Checkpoint.label`."""
         return self._label
 
     @property
+    @override
     def infos(self) -> Mapping[str, TensorInfo]:
-        """See `Checkpoint.infos`."""
         return self._infos
 
     @property
+    @override
     def folder(self) -> Path | None:
-        """See `Checkpoint.folder`."""
         return self._folder
 
     @cached_property
+    @override
     def config(self) -> Mapping[str, Any] | None:
-        """See `Checkpoint.config`."""
         return None if self._folder is None else read_json(self._folder / "config.json")
 
+    @override
     def read(self, name: str) -> Tensor:
-        """See `Checkpoint.read`."""
         return self._tensors[name].contiguous()
 
 
@@ -232,23 +231,22 @@ def _load_without_code(file: Path) -> dict[str, Tensor]:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise SourceError(
-            f"{file}: expected a state dict of plain tensors, came a pickle that would run code "
+            f"{file}: expected a state dict of plain tensors, got a pickle that would run code "
             f"when loaded, or no torch file at all. It was not loaded. {_CONVERT}"
         ) from error
     except (RuntimeError, OSError, EOFError) as error:
         raise SourceError(
-            f"{file}: expected a torch zip file that can be memory-mapped, came: {error}. "
-            f"{_CONVERT}"
+            f"{file}: expected a torch zip file that can be memory-mapped, got: {error}. {_CONVERT}"
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict):
         raise SourceError(
-            f"{file}: expected a dict of tensors, came {type(loaded).__name__}. {_CONVERT}"
+            f"{file}: expected a dict of tensors, got {type(loaded).__name__}. {_CONVERT}"
         )
     wrong = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
     if wrong:
         raise SourceError(
-            f"{file}: expected tensors only, came other values under {shorten(wrong)}. "
+            f"{file}: expected tensors only, got other values under {shorten(wrong)}. "
             "Save the module's state_dict() alone."
         )
     return state
@@ -266,7 +264,7 @@ def _weight_files(folder: Path, single: str) -> tuple[list[Path], dict[str, Path
         return [], {}
     places = index.get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise SourceError(f"{path}: expected a `weight_map` from tensors to shards, came none.")
+        raise SourceError(f"{path}: expected a `weight_map` from tensors to shards, got none.")
     files = [folder / name for name in sorted(set(places.values()))]
     lost = [file.name for file in files if not file.is_file()]
     if lost:
@@ -288,9 +286,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SourceError(f"{path}: expected JSON, came: {error}") from error
+        raise SourceError(f"{path}: expected JSON, got: {error}") from error
     if not isinstance(loaded, dict):
-        raise SourceError(f"{path}: expected a JSON object, came {type(loaded).__name__}.")
+        raise SourceError(f"{path}: expected a JSON object, got {type(loaded).__name__}.")
     return loaded
 
 
@@ -301,8 +299,8 @@ class SafetensorsFile(AbstractSource):
     path: str
     """Path of the file."""
 
+    @override
     def open(self) -> Checkpoint:
-        """See `AbstractSource.open`."""
         return SafetensorsCheckpoint([Path(self.path).expanduser()], self.path)
 
 
@@ -313,8 +311,8 @@ class TorchFile(AbstractSource):
     path: str
     """Path of the file."""
 
+    @override
     def open(self) -> Checkpoint:
-        """See `AbstractSource.open`."""
         return TorchFileCheckpoint([Path(self.path).expanduser()], self.path)
 
 
@@ -329,8 +327,8 @@ class HuggingFace(AbstractSource):
     token: str | None = field(default=None, repr=False)
     """Hub token; the default is the one you are logged in with."""
 
+    @override
     def open(self) -> Checkpoint:
-        """See `AbstractSource.open`."""
         folder = self.local_folder()
         label = self.path if self.revision is None else f"{self.path}@{self.revision}"
         kind: type[SafetensorsCheckpoint] | type[TorchFileCheckpoint] = SafetensorsCheckpoint
@@ -344,7 +342,7 @@ class HuggingFace(AbstractSource):
             there = shorten(sorted(file.name for file in folder.iterdir())) or "nothing"
             raise SourceError(
                 f"{folder}: expected model.safetensors, model.safetensors.index.json or "
-                f"pytorch_model.bin, came {there}.{_adapter_hint(folder)}"
+                f"pytorch_model.bin, got {there}.{_adapter_hint(folder)}"
             )
         if kind is SafetensorsCheckpoint:
             checkpoint: Checkpoint = SafetensorsCheckpoint(files, label, folder, promised)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from gradmerge.errors import SourceError, shorten
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo, without_aliases
@@ -21,12 +22,12 @@ class MemoryCheckpoint(Checkpoint):
         wrong = [str(name) for name, value in tensors.items() if not isinstance(value, Tensor)]
         if wrong:
             raise SourceError(
-                f"{label}: expected tensors only, came other values under {shorten(wrong)}."
+                f"{label}: expected tensors only, got other values under {shorten(wrong)}."
             )
         empty = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
         if empty:
             raise SourceError(
-                f"{label}: expected weights, came tensors on the meta device, which hold none: "
+                f"{label}: expected weights, got tensors on the meta device, which hold none: "
                 f"{shorten(empty)}. Load the weights first."
             )
         self._tensors = {name: tensor.detach() for name, tensor in without_aliases(tensors).items()}
@@ -34,25 +35,25 @@ class MemoryCheckpoint(Checkpoint):
         self._config = config
 
     @property
+    @override
     def label(self) -> str:
-        """See `Checkpoint.label`."""
         return self._label
 
     @property
+    @override
     def config(self) -> Mapping[str, Any] | None:
-        """See `Checkpoint.config`."""
         return self._config
 
     @property
+    @override
     def infos(self) -> Mapping[str, TensorInfo]:
-        """See `Checkpoint.infos`."""
         return {
             name: TensorInfo(name, tuple(tensor.shape), tensor.dtype, self._label)
             for name, tensor in self._tensors.items()
         }
 
+    @override
     def read(self, name: str) -> Tensor:
-        """See `Checkpoint.read`."""
         return self._tensors[name].contiguous()
 
 
@@ -65,8 +66,8 @@ class InMemory(AbstractSource):
     label: str = "in memory"
     """Name that messages show."""
 
+    @override
     def open(self) -> Checkpoint:
-        """See `AbstractSource.open`."""
         if not isinstance(self.module, nn.Module):
             return MemoryCheckpoint(self.module, self.label)
         config = getattr(self.module, "config", None)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.errors import SourceError, nearest, shorten
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
@@ -220,8 +221,8 @@ class LoraCheckpoint(Checkpoint):
         return bool(self._settings.get("fan_in_fan_out"))
 
     @property
+    @override
     def label(self) -> str:
-        """See `Checkpoint.label`."""
         return f"{self._folder_adapter} on {self._base.label}"
 
     @property
@@ -230,8 +231,8 @@ class LoraCheckpoint(Checkpoint):
         return self._infos
 
     @property
+    @override
     def folder(self) -> Path | None:
-        """See `Checkpoint.folder`."""
         return self._base.folder
 
     @property
@@ -241,8 +242,8 @@ class LoraCheckpoint(Checkpoint):
         return own if has_tokenizer(own) else self._base.tokenizer_folder
 
     @property
+    @override
     def config(self) -> Mapping[str, Any] | None:
-        """See `Checkpoint.config`."""
         return self._base.config
 
     def scale(self, name: str, rank: int) -> float:
@@ -301,8 +302,8 @@ class Lora(AbstractSource):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
 
+    @override
     def open(self) -> Checkpoint:
-        """See `AbstractSource.open`."""
         folder = HuggingFace(self.path, self.revision).local_folder()
         if not (folder / "adapter_model.safetensors").is_file():
             raise SourceError(

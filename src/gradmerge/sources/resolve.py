@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from typing_extensions import override
 
 from gradmerge.errors import ConfigError, SourceError
 from gradmerge.sources.base import AbstractSource, Checkpoint
@@ -38,7 +39,7 @@ def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
         return InMemory(value)
     if not isinstance(value, (str, Path)):
         raise ConfigError(
-            f"a source is a path, a hub id, a module or a state dict; came {type(value).__name__}."
+            f"a source is a path, a hub id, a module or a state dict; got {type(value).__name__}."
         )
     text = str(value)
     path = Path(text).expanduser()
@@ -86,8 +87,8 @@ class EMR(AbstractSource):
     base: AbstractSource | None = None
     """The base that was merged on; default: where the folder says it is."""
 
+    @override
     def open(self) -> Checkpoint:
-        """See `AbstractSource.open`."""
         folder = Path(self.path).expanduser()
         base = self.base or as_source(read_description(folder)["base"]["from"])
         return EMRCheckpoint(folder, self.task, base.open())

@@ -128,7 +128,7 @@ def aligns_on_data(recipe: Recipe) -> bool:
 
 
 def needy(recipe: Recipe) -> list[AbstractPreprocess]:
-    """The steps that need statistics, one a kind.
+    """The steps that need statistics, one per kind.
 
     Raises:
         ConfigError: there is none, nor an alignment that needs any; two want one kind in different
@@ -141,7 +141,7 @@ def needy(recipe: Recipe) -> list[AbstractPreprocess]:
             continue
         if step.needs.activations == "merged" and position:
             raise ConfigError(
-                f"{type(step).__name__} with activations: merged must be the first step, came as "
+                f"{type(step).__name__} with activations: merged must be the first step, got as "
                 f"number {position + 1}: its layers are merged from the sources themselves."
             )
         known = steps.setdefault(step.needs.kind, step)
@@ -153,8 +153,8 @@ def needy(recipe: Recipe) -> list[AbstractPreprocess]:
     if not steps and not aligns_on_data(recipe):
         raise ConfigError(
             "no step of this recipe needs statistics: expected FisherScale, RegMean or MaTS in "
-            f"recipe.preprocess, came {shorten([type(s).__name__ for s in recipe.preprocess])}; or "
-            "an alignment on data (ActivationMatching, CCA, OptimalTransport), came "
+            f"recipe.preprocess, got {shorten([type(s).__name__ for s in recipe.preprocess])}; or "
+            "an alignment on data (ActivationMatching, CCA, OptimalTransport), got "
             f"{type(recipe.alignment).__name__ if recipe.alignment else 'none'}."
         )
     return list(steps.values())

@@ -72,7 +72,7 @@ class TaskData:
                     )
         if len(self.fractions) != 3 or not math.isclose(sum(self.fractions), 1, abs_tol=1e-6):
             raise ConfigError(
-                f"fractions must be three shares that sum to 1, came {self.fractions}."
+                f"fractions must be three shares that sum to 1, got {self.fractions}."
             )
 
 
@@ -129,7 +129,7 @@ def load_splits(task: str, data: TaskData, seed: int) -> dict[Stage, Any]:
         return _cut(task, whole, data.fractions, seed)
     raise ConfigError(
         f"task {task}: expected the splits adaptation, selection, test (or train, validation, "
-        f"test), came {', '.join(loaded)}. Say which to use: "
+        f"test), got {', '.join(loaded)}. Say which to use: "
         "splits: {adaptation: ..., selection: ..., test: ...}."
     )
 
@@ -216,8 +216,8 @@ class MergeDataModule(lightning.LightningDataModule):
 
     Args:
         tasks: the tasks by name.
-        batch_size: examples a task, step and process.
-        eval_batch_size: examples a batch of selection and test; default: twice `batch_size`.
+        batch_size: examples per task, step and process.
+        eval_batch_size: examples per batch of selection and test; default: twice `batch_size`.
         num_workers: processes that prepare batches.
         seed: order of the training examples, and the cut of single splits.
         processor: folder or hub id of the tokenizer or image processor; default: the folder of the
@@ -238,9 +238,9 @@ class MergeDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         if not tasks:
-            raise ConfigError("data.tasks: expected at least one task, came none.")
+            raise ConfigError("data.tasks: expected at least one task, got none.")
         if batch_size < 1:
-            raise ConfigError(f"data.batch_size: must be at least 1, came {batch_size}.")
+            raise ConfigError(f"data.batch_size: must be at least 1, got {batch_size}.")
         self.tasks = tasks
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or 2 * batch_size

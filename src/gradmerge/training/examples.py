@@ -14,7 +14,7 @@ from gradmerge.errors import ConfigError, nearest
 
 Kind = Literal["causal_lm", "text_classification", "image_classification", "tensors"]
 
-# Prepared images are kept in memory up to this many bytes a split; beyond, prepared when asked for.
+# Prepared images are kept in memory up to this many bytes per split; beyond, on demand.
 _KEEP_BYTES = 1 << 30
 
 
@@ -114,7 +114,7 @@ def prepare(
     names = list(split[0])
     if column not in names:
         raise ConfigError(
-            f"{where}: expected a column {column!r}, came {', '.join(names)}."
+            f"{where}: expected a column {column!r}, got {', '.join(names)}."
             f"{nearest(column, names)}"
         )
     if kind == "causal_lm":

@@ -33,7 +33,7 @@ class LogitScale(nn.Module):
     def __init__(self, start: float, terms: Iterable[AbstractTerm]) -> None:
         super().__init__()
         if not (start > 0 and math.isfinite(start)):
-            raise ConfigError(f"logit_scale: expected a positive number, came {start}.")
+            raise ConfigError(f"logit_scale: expected a positive number, got {start}.")
         free = [
             type(t).__name__
             for t in terms

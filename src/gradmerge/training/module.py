@@ -102,7 +102,7 @@ class MergeModule(lightning.LightningModule):
         self.load_sources = load_sources
         self.score_experts = score_experts
         if dtype not in DTYPES:
-            raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, came {dtype!r}.")
+            raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
         self.merged = MergedModel(recipe, module, memory, DTYPES[dtype])
         if activation_checkpointing:
             self.merged.enable_activation_checkpointing()

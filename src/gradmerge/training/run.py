@@ -85,7 +85,7 @@ def _task(task: Any) -> Any:
 
 
 def _yaml(callbacks: Sequence[Any]) -> str:
-    """The configuration that the command line came with."""
+    """Return the configuration of the command line as YAML, or an empty string."""
     for callback in callbacks:
         if isinstance(callback, SaveConfigCallback):
             return str(callback.parser.dump(callback.config, skip_none=False))

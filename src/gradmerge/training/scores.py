@@ -58,7 +58,7 @@ class _CalibrationError(MulticlassCalibrationError):
 
 
 class _Language(Metric):
-    """Perplexity a token, and bits a byte of text: comparable between tokenizers."""
+    """Perplexity a token, and bits per byte of text: comparable between tokenizers."""
 
     full_state_update = False
     nats: Tensor
@@ -172,7 +172,7 @@ Scores = dict[str, dict[str, float]]
 
 
 class SplitScores:
-    """What is scored of a split, batch by batch, and what came of each split.
+    """Scores of a split, added up batch by batch, and the results of finished splits.
 
     The tasks' own sources never change, so each split is scored with them once.
     """

@@ -268,7 +268,7 @@ def test_every_problem_of_a_written_specification_is_named_at_once() -> None:
     for part in (
         "0.weights: the checkpoint has no such tensor. Did you mean '0.weight'?",
         "0.weight: expected a list of at most 2 axes",
-        "0.bias: expected axes of [7], came [['first']] with {'first': 8}",
+        "0.bias: expected axes of [7], got [['first']] with {'first': 8}",
         "2.weight: expected axes of [9, 7]",
         "4.weight: the size of a, b cannot be inferred",
         "sizes: nobody is no group",
@@ -285,20 +285,20 @@ def test_every_problem_of_a_written_specification_is_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
-        ("sizes", True, r"sizes: expected a mapping such as \{heads: 12\}, came 'True'"),
+        ("sizes", True, r"sizes: expected a mapping such as \{heads: 12\}, got 'True'"),
         ("roles", ["out"], r"roles: expected a mapping such as \{fc1.weight: \[out, in\]\}"),
         ("places", "0", r"places: expected a mapping such as \{hidden"),
         ("multiplied", "first", "multiplied: expected a list of groups such as .*'first'"),
         ("multiplied", ["fist"], "multiplied: fist is no group of a tensor. Did you mean 'first'"),
-        ("sizes", {"first": True}, "sizes: first: expected a positive number, came True"),
+        ("sizes", {"first": True}, "sizes: first: expected a positive number, got True"),
         ("tensors", {"0.bias": [True]}, "0.bias: expected names of groups and positive sizes"),
-        ("places", {"first": 3}, "places: first: expected modules, or pairs .*; came 3"),
-        ("places", {"first": True}, "places: first: expected modules, or pairs .*; came True"),
-        ("places", {"first": [[]]}, r"places: first: expected modules, or pairs .*; came \[\]"),
-        ("places", {"first": [["0", -1, 2]]}, r"or pairs .*; came \['0', -1, 2\]"),
-        ("places", {"first": [["0", "y"]]}, r"or pairs .*; came \['0', 'y'\]"),
-        ("places", {"first": [["0", 1]]}, r"or pairs .*; came \['0', 1\]"),
-        ("places", {"first": [{"a": 1}]}, r"or pairs .*; came \{'a': 1\}"),
+        ("places", {"first": 3}, "places: first: expected modules, or pairs .*; got 3"),
+        ("places", {"first": True}, "places: first: expected modules, or pairs .*; got True"),
+        ("places", {"first": [[]]}, r"places: first: expected modules, or pairs .*; got \[\]"),
+        ("places", {"first": [["0", -1, 2]]}, r"or pairs .*; got \['0', -1, 2\]"),
+        ("places", {"first": [["0", "y"]]}, r"or pairs .*; got \['0', 'y'\]"),
+        ("places", {"first": [["0", 1]]}, r"or pairs .*; got \['0', 1\]"),
+        ("places", {"first": [{"a": 1}]}, r"or pairs .*; got \{'a': 1\}"),
     ],
 )
 def test_fields_of_another_type_are_named(name: str, given: Any, message: str) -> None:

@@ -430,7 +430,7 @@ class BySize(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("turns", "came"),
+    ("turns", "got"),
     [
         (lambda x: len(x) == 1, r"x \[1, 3, 5\]"),
         (lambda x: len(x) > 2, r"x \[3, 13, 5\]"),
@@ -553,13 +553,13 @@ def test_a_large_example_is_only_cut(shape: list[int], whole: bool, found: list[
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        ({"input": [-1, 3]}, r"example: input: expected a shape .*came \[-1, 3\]"),
-        ({"input": [True, 3]}, r"example: input: expected a shape .*came \[True, 3\]"),
+        ({"input": [-1, 3]}, r"example: input: expected a shape .*got \[-1, 3\]"),
+        ({"input": [True, 3]}, r"example: input: expected a shape .*got \[True, 3\]"),
         (
             {"input": [10**9, 10**4, 3]},
             r"example: input: a tensor of shape \[1000000000, .* cannot",
         ),
-        ({3: [1, 3]}, r"example: expected names of arguments of Linear, came 3. It takes input"),
+        ({3: [1, 3]}, r"example: expected names of arguments of Linear, got 3. It takes input"),
     ],
 )
 def test_an_example_that_is_no_shape_is_named(example: Any, message: str) -> None:
@@ -568,7 +568,7 @@ def test_an_example_that_is_no_shape_is_named(example: Any, message: str) -> Non
 
 
 def test_options_of_a_matching_are_checked_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"WeightMatching.example: expected shapes .*came '\[1"):
+    with pytest.raises(ConfigError, match=r"WeightMatching.example: expected shapes .*got '\[1"):
         WeightMatching(example=[1, 3])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"WeightMatching.unreached: '\(' is no regular"):
         WeightMatching(unreached=["("])

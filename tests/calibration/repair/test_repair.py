@@ -515,7 +515,7 @@ def test_targets_go_by_coefficients_where_asked_for():
     places = ["first", "second", "third"]
     expected = averages(models, batches, places, [0.75, 0.25])
     assert_statistics(channels(exported(merged, models[0]), batches, places), expected)
-    with pytest.raises(ConfigError, match=r"none below, came \[0.6, -0.2\] at first.weight"):
+    with pytest.raises(ConfigError, match=r"none below, got \[0.6, -0.2\] at first.weight"):
         repaired(models, batches, repair, init=Constant([0.6, -0.2]))
 
 
@@ -1043,7 +1043,7 @@ def test_it_has_to_be_computed_first():
     ("options", "message"),
     [
         ({"interpolate": "median"}, "REPAIR: interpolate: expected mean or coefficients"),
-        ({"batches": 0}, "REPAIR: batches: expected 1 or more, came 0"),
+        ({"batches": 0}, "REPAIR: batches: expected 1 or more, got 0"),
         ({"skip": ["("]}, "REPAIR: skip: .* is no regular expression"),
     ],
 )
@@ -1053,7 +1053,7 @@ def test_options_are_checked(options, message):
 
 
 def test_it_stands_once_in_a_recipe():
-    with pytest.raises(ConfigError, match="finalisers: expected REPAIR once, came twice"):
+    with pytest.raises(ConfigError, match="finalisers: expected REPAIR once, got twice"):
         Recipe({"a": nn.Linear(2, 2)}, finalisers=[REPAIR(), REPAIR()])
 
 

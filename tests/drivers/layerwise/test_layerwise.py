@@ -903,7 +903,7 @@ class Chained(nn.Module):
 
 
 REFUSED = {
-    "several": "came several",
+    "several": "got several",
     "tied": r"blocks\.0\.weight is tied",
     "twice": r"blocks\.0 runs 2 times",
     "between": r"no argument of blocks\.1 .* is what the block before returned",
@@ -945,7 +945,7 @@ def test_other_refusals(tmp_path):
     with pytest.raises(ConfigError, match="REPAIR takes passes of the whole merged network"):
         LayerWise().run(job)
     assert not (tmp_path / "r").exists() or not list((tmp_path / "r").rglob("job.json"))
-    with pytest.raises(ConfigError, match="steps: expected at least 1, came 0"):
+    with pytest.raises(ConfigError, match="steps: expected at least 1, got 0"):
         LayerWise(steps=0)
     with pytest.raises(ConfigError, match="activation_memory: expected GiB"):
         LayerWise(activation_memory=-1)
@@ -956,7 +956,7 @@ def test_other_refusals(tmp_path):
     with pytest.raises(ConfigError, match="tasks name no source: c -> c"):
         LayerWise().run(job_of(tmp_path / "b", recipe, data_of(kind, tasks="ac")))
     perceptrons = recipe_of(relatives(build()))
-    with pytest.raises(ConfigError, match=r"in one nn\.ModuleList, came none"):
+    with pytest.raises(ConfigError, match=r"in one nn\.ModuleList, got none"):
         LayerWise().run(job_of(tmp_path / "c", perceptrons, data_of(kind)))
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(
@@ -979,7 +979,7 @@ def test_a_loss_of_one_s_own_is_refused_and_terms_are_said_to_be_unused(tmp_path
     refused = (
         ({"objective": Objective(regularisers=[L1(0.1)])}, r"objective\.regularisers .* \['L1'\]"),
         ({"objective": to_plain(Objective(task_weights={"a": 2.0}))}, "task_weights .*'a': 2"),
-        ({"logit_scale": 2.0}, "logit_scale changes the loss of a fit, came 2.0.*logit_scale null"),
+        ({"logit_scale": 2.0}, "logit_scale changes the loss of a fit, got 2.0.*logit_scale null"),
     )
     for options, message in refused:
         with pytest.raises(ConfigError, match=f"LayerWise: .*{message}"):

@@ -112,7 +112,7 @@ def test_a_token_without_any_row_is_zeros_with_a_warning(tmp_path: Path) -> None
     plan = opened(small_family(tmp_path), Vocabulary("b"))
     assert all(rows_read(plan, source)["beyond"] == 0 for source in EXPECTED)
     (warning,) = [w for w in plan.warnings if "zeros" in w.todo]
-    assert "1 ('beyond')" in warning.came
+    assert "1 ('beyond')" in warning.got
 
 
 def test_padding_is_the_mean_of_the_tokens_rows(tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ def test_an_adapter_whose_heights_differ_is_refused(tmp_path: Path) -> None:
     adapted.save_pretrained(tmp_path / "more", save_embedding_layers=False)
     source = Lora(str(tmp_path / "more"), base=as_folder(paths["base"]))
     with pytest.raises(
-        SourceError, match=r"all of one height, came lm_head.weight 5, model.embed_tokens.weight 6"
+        SourceError, match=r"all of one height, got lm_head.weight 5, model.embed_tokens.weight 6"
     ):
         open_plan(
             Recipe({"a": source}, base=paths["base"], tokenizer=Vocabulary()), with_skeleton=False
@@ -436,7 +436,7 @@ def as_folder(path: str) -> Any:
     ("vocabulary", "message"),
     [
         ({"source": "base"}, "source is base, but no base is given"),
-        ({"source": "bb"}, "expected union or one of a, b, came 'bb'. Did you mean 'b'"),
+        ({"source": "bb"}, "expected union or one of a, b, got 'bb'. Did you mean 'b'"),
         ({"chat_template": "c"}, "expected auto, the name of a source, or the text"),
     ],
 )
@@ -451,7 +451,7 @@ def test_a_source_named_as_an_option_is_refused() -> None:
 
 
 def test_padding_to_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="pad_to_multiple_of: must be at least 1, came 0"):
+    with pytest.raises(ConfigError, match="pad_to_multiple_of: must be at least 1, got 0"):
         Vocabulary(pad_to_multiple_of=0)
 
 
@@ -476,7 +476,7 @@ def test_added_tokens_with_two_settings_keep_the_first(tmp_path: Path) -> None:
     assert not settings.lstrip
     (warning,) = plan.warnings
     assert warning.where == paths["b"]
-    assert warning.came == "others for 1 ('<t>')"
+    assert warning.got == "others for 1 ('<t>')"
     assert token_report(plan.alignment)["other_settings"] == {"b": ["<t>"]}  # type: ignore[arg-type]
     rows = [rows_by_token(paths[name], EMBEDDING)["<t>"] for name in "ab"]
     i = loaded.get_vocab()["<t>"]

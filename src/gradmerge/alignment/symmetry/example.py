@@ -77,7 +77,7 @@ def _given(
         if not isinstance(name, str):
             raise ConfigError(
                 f"alignment.example: expected names of arguments of {type(skeleton).__name__}, "
-                f"came {name!r}. It takes {', '.join(known)}."
+                f"got {name!r}. It takes {', '.join(known)}."
             )
         if known and name not in known and "kwargs" not in str(inspect.signature(skeleton.forward)):
             raise ConfigError(
@@ -98,7 +98,7 @@ def _given(
         else:
             raise ConfigError(
                 f"alignment.example: {name}: expected a shape of positive numbers such as "
-                f"[1, 3, 32, 32], or a tensor, came {value!r}."
+                f"[1, 3, 32, 32], or a tensor, got {value!r}."
             )
     return found
 
@@ -160,7 +160,7 @@ _SHORT, _SHORTER = 7, 5
 def at_other_sizes(
     example: Example, attempt: Callable[[Example], Found]
 ) -> Iterator[tuple[Example, Found]]:
-    """Two inputs of other sizes, as far as the network takes them, and what came of them.
+    """Two inputs of other sizes, as far as the network takes them, with their results.
 
     The first is a batch of one (of two, where the example is one) of half the length, at most 7.
     The second is a batch of three (of two, where the example is three): of twice the length and one

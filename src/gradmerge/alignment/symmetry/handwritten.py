@@ -90,7 +90,7 @@ def _fields(given: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(given, Mapping) or not isinstance(given.get("tensors"), Mapping):
         raise ConfigError(
             "alignment.spec: expected a mapping with `tensors`: axes by tensor, e.g. "
-            f"{{tensors: {{fc1.weight: [hidden, null]}}}}; came {str(given)[:60]!r}."
+            f"{{tensors: {{fc1.weight: [hidden, null]}}}}; got {str(given)[:60]!r}."
         )
     unknown = [str(name) for name in given if name not in _FIELDS]
     if unknown:
@@ -101,12 +101,12 @@ def _fields(given: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     for name, example in _EXAMPLES.items():
         if not isinstance(given.get(name) or {}, Mapping):
             raise ConfigError(
-                f"alignment.spec: {name}: expected a mapping such as {example}, came "
+                f"alignment.spec: {name}: expected a mapping such as {example}, got "
                 f"{str(given[name])[:60]!r}."
             )
     if not isinstance(given.get("multiplied") or [], (list, tuple)):
         raise ConfigError(
-            f"alignment.spec: multiplied: expected a list of groups such as [heads], came "
+            f"alignment.spec: multiplied: expected a list of groups such as [heads], got "
             f"{str(given['multiplied'])[:60]!r}."
         )
     return given
@@ -134,7 +134,7 @@ class _Written:
             if _is_size(size):
                 self.sizes[name] = size
             else:
-                self.problems.append(f"sizes: {name}: expected a positive number, came {size!r}.")
+                self.problems.append(f"sizes: {name}: expected a positive number, got {size!r}.")
 
     def spec(self) -> PermutationSpec:
         """Every tensor, with sizes inferred; problems are noted."""
@@ -172,7 +172,7 @@ class _Written:
             return
         if not isinstance(axes, (list, tuple)) or len(axes) > len(shape):
             self.problems.append(
-                f"{name}: expected a list of at most {len(shape)} axes (shape {list(shape)}), came "
+                f"{name}: expected a list of at most {len(shape)} axes (shape {list(shape)}), got "
                 f"{axes!r}."
             )
             return
@@ -196,7 +196,7 @@ class _Written:
         ]
         if wrong:
             self.problems.append(
-                f"{name}: expected names of groups and positive sizes along an axis, came "
+                f"{name}: expected names of groups and positive sizes along an axis, got "
                 f"{shorten([repr(factor) for factor in wrong])}."
             )
             return
@@ -260,7 +260,7 @@ class _Written:
             if made.size != size and not lost:
                 stated = {f: self.sizes[f] for s in axis for f in s if isinstance(f, str)}
                 self.problems.append(
-                    f"{name}: expected axes of {list(shape)}, came {axis} with {stated}, which is "
+                    f"{name}: expected axes of {list(shape)}, got {axis} with {stated}, which is "
                     f"{made.size} where the tensor has {size}."
                 )
             found.append(made)
@@ -276,7 +276,7 @@ class _Written:
             ):
                 return list(given)
             self.problems.append(
-                f"roles: {name}: expected {count} of {', '.join(get_args(Role))}, came {given!r}."
+                f"roles: {name}: expected {count} of {', '.join(get_args(Role))}, got {given!r}."
             )
         if count == 1:
             return [vector_role(name)]
@@ -293,7 +293,7 @@ class _Written:
             if not whole or not isinstance(pair[0], str) or pair[1] >= 0:
                 self.problems.append(
                     f"places: {group}: expected modules, or pairs of a module and an axis of its "
-                    f"output from the end (-1 the last), e.g. [fc1, [relu1, -3]]; came {entry!r}."
+                    f"output from the end (-1 the last), e.g. [fc1, [relu1, -3]]; got {entry!r}."
                 )
                 continue
             module, axis = pair

@@ -24,7 +24,7 @@ Labels = Label | Sequence[Label | None]
 
 @dataclass(frozen=True)
 class Call:
-    """An operator, what it was called with and what came out."""
+    """An operator with the arguments and results of one call."""
 
     name: str
     """Without overload and trailing underscore, e.g. `aten::addmm`."""

@@ -158,7 +158,7 @@ def tensors_of(out: Any) -> list[Tensor]:
     if not found:
         raise ConfigError(
             "alignment: expected a network that gives tensors, a sequence, a mapping or a "
-            f"dataclass of such, came {type(out).__name__}: what it computes could not be told. "
+            f"dataclass of such, got {type(out).__name__}: what it computes could not be told. "
             f"{_HINT}"
         )
     return found

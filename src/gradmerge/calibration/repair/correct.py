@@ -43,7 +43,7 @@ class Renormalisation:
 
     def __init__(self, merged: MergedModel, repair: REPAIR, runs: Sequence[Run]) -> None:
         if not runs:
-            raise ConfigError("REPAIR: expected passes over adaptation data, came none.")
+            raise ConfigError("REPAIR: expected passes over adaptation data, got none.")
         self._merged, self._repair = merged, repair
         # A view that mixes units computes something else than its source: its channels vary less
         # from layer to layer. Targets are those of the others, the first or the reference at least.
@@ -89,7 +89,7 @@ class Renormalisation:
             found = found[[list(plan.sources).index(source) for source in self._unmixed]]
             if not (found >= 0).all() or found.sum() == 0:
                 raise ConfigError(
-                    f"REPAIR: interpolate: coefficients wants some above zero and none below, came "
+                    f"REPAIR: interpolate: coefficients wants some above zero and none below, got "
                     f"{[round(c, 4) for c in found.flatten().tolist()]} at {layer.weight}; take "
                     "interpolate: mean."
                 )

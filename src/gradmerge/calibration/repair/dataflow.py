@@ -28,7 +28,7 @@ class Flow(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.read: set[str] = set()
-        """Layers whose output came into another."""
+        """Layers whose output reached another."""
         self.given: set[str] = set()
         """Layers whose output, as it was, the network gave out."""
         self._inside, self._made = LiveTensors(), LiveTensors()

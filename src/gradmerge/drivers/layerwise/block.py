@@ -172,22 +172,22 @@ class MergedBlock:
         return unused
 
 
-def mean_square(came: Tensor, expected: Tensor, mask: Tensor | None) -> Tensor:
-    """`mean |came - expected|^2` over entries, in float32 or wider.
+def mean_square(got: Tensor, expected: Tensor, mask: Tensor | None) -> Tensor:
+    """`mean |got - expected|^2` over entries, in float32 or wider.
 
     Args:
-        came: hidden states, `[batch, tokens, ...]` or of any other form.
+        got: hidden states, `[batch, tokens, ...]` or of any other form.
         expected: of the same shape.
         mask: `[batch, tokens]`, 0 on padding, which is left out.
     """
-    if mask is not None and came.dim() >= 3 and came.shape[:2] == mask.shape:
-        came, expected = came[mask != 0], expected[mask != 0]
-    wide = torch.promote_types(came.dtype, torch.float32)
-    return (came.to(wide) - expected.to(wide)).square().mean()
+    if mask is not None and got.dim() >= 3 and got.shape[:2] == mask.shape:
+        got, expected = got[mask != 0], expected[mask != 0]
+    wide = torch.promote_types(got.dtype, torch.float32)
+    return (got.to(wide) - expected.to(wide)).square().mean()
 
 
 class BlockModule(lightning.LightningModule):
-    """Learns the coefficients of one block with `trainer.fit`; a batch names a batch a task.
+    """Learns the coefficients of one block with `trainer.fit`; a batch names a batch per task.
 
     Args:
         block: its merged tensors; their raw coefficients become this module's parameters.

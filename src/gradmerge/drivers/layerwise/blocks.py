@@ -74,7 +74,7 @@ def _default(skeleton: nn.Module) -> list[str]:
         found = f"several ({shorten(lists)})" if lists else "none"
         raise ConfigError(
             f"LayerWise: expected {type(skeleton).__name__} to stack its blocks in one "
-            f"nn.ModuleList, came {found}. Say which modules are its blocks: `blocks`, regular "
+            f"nn.ModuleList, got {found}. Say which modules are its blocks: `blocks`, regular "
             "expressions that match whole module names, e.g. ['layer[1-4]']."
         )
     members = skeleton.get_submodule(lists[0]).named_children()

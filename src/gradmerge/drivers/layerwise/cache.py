@@ -110,7 +110,7 @@ class Prefixes:
         chain: the network.
         data: the tasks, set up.
         tasks: task -> its expert.
-        batch_size: examples a task and step.
+        batch_size: examples per task and step.
         activations: where they are kept.
         outside: raw coefficients of tensors outside of blocks, by slot.
     """

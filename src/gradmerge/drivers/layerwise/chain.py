@@ -65,7 +65,7 @@ class Constants:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensors, in the order in which they came."""
+        """The tensors in order of arrival."""
         return [tensor.detach() for tensor in self._found]
 
     def add(self, tensor: Tensor) -> _Place:
@@ -464,16 +464,16 @@ def _equal(first: Any, second: Any, tolerance: float) -> bool:
     return type(first) is type(second) and bool(first == second)
 
 
-def _deviation(came: Tensor, expected: Tensor) -> float:
+def _deviation(got: Tensor, expected: Tensor) -> float:
     """Largest difference, as a share of the largest value."""
-    if came.shape != expected.shape:
+    if got.shape != expected.shape:
         return float("inf")
     finite = expected.isfinite()
-    if not torch.equal(came.isfinite(), finite):
+    if not torch.equal(got.isfinite(), finite):
         return float("inf")
-    came, expected = came[finite].double(), expected[finite].double()
+    got, expected = got[finite].double(), expected[finite].double()
     if not expected.numel():
         return 0.0
     largest = float(expected.abs().max())
-    apart = float((came - expected).abs().max())
+    apart = float((got - expected).abs().max())
     return apart / largest if largest else apart

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from gradmerge.drivers.base import AbstractDriver, Job
 from gradmerge.drivers.layerwise.block import BLOCK_LOSS
 from gradmerge.drivers.layerwise.job import Layers
@@ -68,7 +70,7 @@ class LayerWise(AbstractDriver):
         for name in ("epochs", "steps", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"LayerWise: {name}: expected at least 1, came {value}.")
+                raise ConfigError(f"LayerWise: {name}: expected at least 1, got {value}.")
         for pattern in self.blocks or ():
             try:
                 re.compile(pattern)
@@ -78,12 +80,12 @@ class LayerWise(AbstractDriver):
                 ) from error
         if not self.activation_memory >= 0:
             raise ConfigError(
-                f"LayerWise: activation_memory: expected GiB, at least 0, came "
+                f"LayerWise: activation_memory: expected GiB, at least 0, got "
                 f"{self.activation_memory}."
             )
 
+    @override
     def run(self, job: Job) -> Path:
-        """See `AbstractDriver.run`."""
         if job.options.get("activation_checkpointing"):
             raise ConfigError(
                 "LayerWise: activation_checkpointing recomputes blocks within a pass of the whole "
@@ -122,7 +124,7 @@ def _require_own_loss(job: Job) -> None:
     for name, value in stated.items():
         if value or value == 0:
             raise ConfigError(
-                f"LayerWise: {name} changes the loss of a fit, came {value}, and here the loss is "
+                f"LayerWise: {name} changes the loss of a fit, got {value}, and here the loss is "
                 "the driver's own: each block's distance to the experts' blocks, all tasks alike, "
                 f"without logits and penalties. Leave it out (--model.{name.split('.')[0]} null), "
                 "or learn end to end."

@@ -45,7 +45,7 @@ class Layers:
     Args:
         job: what is merged, and with which data.
         blocks: regular expressions of the blocks' names.
-        batch_size: examples a task and step.
+        batch_size: examples per task and step.
         memory: GiB of activations in memory.
 
     Raises:
@@ -67,7 +67,7 @@ class Layers:
             trainer = self._make_trainer(job.root, 1)
         if trainer.world_size != 1:
             raise ConfigError(
-                f"LayerWise: expected one process, came {trainer.world_size}: a block is small, "
+                f"LayerWise: expected one process, got {trainer.world_size}: a block is small, "
                 "and its steps follow one another. Set trainer.devices: 1."
             )
         self._loggers = list(trainer.loggers)
@@ -279,8 +279,8 @@ class Layers:
 
         def loss(task: str, index: int) -> Tensor:
             batch: Batch = batches[task, index]
-            came = prefixes.hidden(number, batch, "merged")
-            return mean_square(came, prefixes.target(batch), prefixes.mask(batch))
+            got = prefixes.hidden(number, batch, "merged")
+            return mean_square(got, prefixes.target(batch), prefixes.mask(batch))
 
         self.job.seed()
         rate = self.job.options.get("learning_rate", 1e-2)

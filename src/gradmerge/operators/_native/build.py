@@ -45,7 +45,7 @@ def native_kernels() -> Kernels | None:
 def _load(choice: str) -> Kernels | None:
     if choice not in _CHOICES:
         raise ConfigError(
-            f"GRADMERGE_KERNELS: expected one of {', '.join(_CHOICES)}, came {choice!r}."
+            f"GRADMERGE_KERNELS: expected one of {', '.join(_CHOICES)}, got {choice!r}."
         )
     if choice == "torch":
         return None

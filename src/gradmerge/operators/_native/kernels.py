@@ -85,7 +85,7 @@ class Kernels:
     ) -> Tensor:
         """`[terms, width]`: sums of `grad * (term - anchor)` in float64; see `merging.c`.
 
-        With `products` (a coefficient an entry) nothing is summed, and the result is float32.
+        With `products` (a coefficient per entry) nothing is summed, and the result is float32.
         """
         pointers, types = _arrays(terms)
         shares = ranges(grad.numel())

@@ -10,7 +10,7 @@
 
 #define LANES 64  /* independent float32 sums of an inner product */
 
-/* Weights as given, or one coefficient an entry and source, from which weights follow by origin. */
+/* Weights as given, or one coefficient per entry and source, from which weights follow by origin. */
 enum { GIVEN, FROM_ZERO, FROM_BASE, FROM_MEAN, FROM_DIRECTIONS };
 
 EXPORT int gradmerge_has_float16(void) {

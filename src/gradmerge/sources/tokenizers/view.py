@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.errors import Problem
 from gradmerge.sources.base import Checkpoint, TensorInfo
@@ -52,8 +53,8 @@ class VocabularyView(Checkpoint):
         self._is_own = alignment.heights[name] == alignment.size and torch.equal(rows, own)
 
     @property
+    @override
     def label(self) -> str:
-        """See `Checkpoint.label`."""
         return self._inner.label
 
     @cached_property
@@ -77,8 +78,8 @@ class VocabularyView(Checkpoint):
         return with_ids(resized, found.owner_config, found.moved(self._name), found.size)
 
     @cached_property
+    @override
     def folder(self) -> Path | None:
-        """See `Checkpoint.folder`."""
         own = self._inner.folder
         if own is None:
             return None
@@ -109,8 +110,8 @@ class VocabularyView(Checkpoint):
         return folder
 
     @property
+    @override
     def tokenizer_folder(self) -> Path | None:
-        """See `Checkpoint.tokenizer_folder`."""
         return self.alignment.tokenizer_folder
 
     def read(self, name: str) -> Tensor:
@@ -170,8 +171,8 @@ class VocabularyView(Checkpoint):
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return folder
 
+    @override
     def fingerprint(self) -> str:
-        """See `Checkpoint.fingerprint`."""
         return self._inner.fingerprint()
 
 

@@ -53,7 +53,7 @@ class Vocabulary:
         """Check what can be checked without the sources."""
         multiple = self.pad_to_multiple_of
         if multiple is not None and multiple < 1:
-            raise ConfigError(f"tokenizer.pad_to_multiple_of: must be at least 1, came {multiple}.")
+            raise ConfigError(f"tokenizer.pad_to_multiple_of: must be at least 1, got {multiple}.")
 
     def require(self, sources: Sequence[str], has_base: bool) -> None:
         """Refuse names that mean no source, or two things.
@@ -71,13 +71,13 @@ class Vocabulary:
             )
         if self.source not in ("union", *names):
             raise ConfigError(
-                f"tokenizer.source: expected union or one of {', '.join(names)}, came "
+                f"tokenizer.source: expected union or one of {', '.join(names)}, got "
                 f"{self.source!r}.{nearest(self.source, ['union', *names])}"
             )
         if self.chat_template not in ("auto", *names) and "{" not in self.chat_template:
             raise ConfigError(
                 "tokenizer.chat_template: expected auto, the name of a source, or the text of a "
-                f"Jinja template, came {self.chat_template!r}."
+                f"Jinja template, got {self.chat_template!r}."
                 f"{nearest(self.chat_template, ['auto', *names])}"
             )
 
@@ -155,10 +155,10 @@ class Alignment:
         checkpoint = self.checkpoints[name]
         heights = {t: checkpoint.infos[t].shape[axis] for t, axis in self.axes[name].items()}
         if len(set(heights.values())) != 1:
-            came = shorten([f"{tensor} {height}" for tensor, height in heights.items()])
+            got = shorten([f"{tensor} {height}" for tensor, height in heights.items()])
             raise SourceError(
                 f"{checkpoint.label}: expected tensors with one row a token, all of one height, "
-                f"came {came or 'none'}. Its rows cannot be matched with tokens."
+                f"got {got or 'none'}. Its rows cannot be matched with tokens."
             )
         return next(iter(heights.values()))
 
@@ -282,8 +282,8 @@ class Alignment:
                 "Their rows are zeros; the model has never seen them.",
             )
 
-    def _warn(self, where: str, expected: str, came: str, todo: str) -> None:
-        self.warnings.append(Problem("tokenizer", where, "vocabulary", expected, came, todo, False))
+    def _warn(self, where: str, expected: str, got: str, todo: str) -> None:
+        self.warnings.append(Problem("tokenizer", where, "vocabulary", expected, got, todo, False))
 
     def donors(self, owners: Sequence[str]) -> list[str]:
         """Whose rows a token gets, out of those that have it: the only one, the base, or all."""
