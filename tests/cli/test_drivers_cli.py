@@ -20,7 +20,7 @@ from gradmerge.cli import main
 from gradmerge.cli.main import learn
 from gradmerge.coefficients import Scaled
 from gradmerge.drivers import Job
-from gradmerge.engine.recipe import Recipe
+from gradmerge.sources import HuggingFace
 from gradmerge.spec import from_plain
 from gradmerge.training.search import SearchedStart
 from tiny import write_yaml as write
@@ -185,10 +185,9 @@ def test_a_random_seed_stays_the_one_that_a_job_began_with(three, tmp_path):
 
 
 def test_a_driver_opens_nothing_before_it_runs(three, tmp_path, monkeypatch):
-    from gradmerge.engine.recipe import Recipe
 
     opened = []
-    monkeypatch.setattr(Recipe, "open", lambda *_: opened.append(0))
+    monkeypatch.setattr(HuggingFace, "open", lambda *_: opened.append(0))
     found = learn(["--config", write(tmp_path / "c.yaml", three, PAIRWISE)], run=False)
     assert opened == []
     assert found.model is None
@@ -337,7 +336,7 @@ def test_what_an_export_refuses_is_refused_before_a_search(
 def test_accumulation_that_sam_cannot_do_with_is_seen_in_the_files(
     way, three, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(Recipe, "open", lambda *_: pytest.fail("it opened the sources"))
+    monkeypatch.setattr(HuggingFace, "open", lambda *_: pytest.fail("it opened the sources"))
     config = write(tmp_path / "c.yaml", three)
     options = ["--optimizer", "gradmerge.optimisers.SAM", "--trainer.accumulate_grad_batches", "2"]
     message = fails(["fit", "--config", config, *way, *options], capsys)
@@ -349,7 +348,7 @@ def test_accumulation_that_sam_cannot_do_with_is_seen_in_the_files(
 def test_an_output_that_exists_is_refused_before_anything_is_read(
     driver, three, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(Recipe, "open", lambda *_: pytest.fail("it opened the sources"))
+    monkeypatch.setattr(HuggingFace, "open", lambda *_: pytest.fail("it opened the sources"))
     monkeypatch.setattr(Job, "sources", property(lambda *_: pytest.fail("it hashed the sources")))
     Path("out").mkdir()
     callbacks = [{"class_path": "ExportAtEnd", "init_args": {"output": "out"}}]
