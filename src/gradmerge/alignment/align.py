@@ -58,6 +58,7 @@ def align_sources(
     skeleton: nn.Module | None,
     private: Sequence[str] = (),
     activations: Callable[[PermutationSpec], Activations] | None = None,
+    spec: PermutationSpec | None = None,
 ) -> tuple[dict[str, Checkpoint], UnitOrder]:
     """Views of all sources whose units are in one order.
 
@@ -68,6 +69,7 @@ def align_sources(
         private: regular expressions of tensors that stay with their task: they are mapped as their
             inputs ask, but not compared.
         activations: what opens the sources' moments on data, for methods that need them.
+        spec: the groups of units; default: those that `find_spec` finds.
 
     Raises:
         ConfigError: the network cannot be traced, a specification does not fit, or the method
@@ -76,7 +78,7 @@ def align_sources(
     if method.is_identity:
         identity = UnitOrder(PermutationSpec({}, {}), {name: {} for name in sources})
         return dict(sources), identity
-    spec = find_spec(method, sources, skeleton)
+    spec = spec or find_spec(method, sources, skeleton)
     _require_heads(spec, sources, private)
     known = None
     if method.needs is not None:

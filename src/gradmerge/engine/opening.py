@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from functools import cached_property
 
 from torch import nn
 
-from gradmerge.alignment.align import align_sources
+from gradmerge.alignment import PermutationSpec
+from gradmerge.alignment.align import UnitOrder, align_sources, find_spec
 from gradmerge.alignment.moments import open_activations
 from gradmerge.coefficients import Column, Row
 from gradmerge.engine.plan import Plan
@@ -19,65 +21,125 @@ from gradmerge.sources.tokenizers.view import align
 
 
 def open_plan(recipe: Recipe, module: nn.Module | None = None, with_skeleton: bool = True) -> Plan:
-    """Read all headers, check compatibility and place the coefficients.
+    """Open a recipe's checkpoints, align them if it says so, and place the coefficients.
 
     Args:
         recipe: what is merged and how.
         module: the architecture, where no source has a config (its weights are not used).
-        with_skeleton: build the network without weights; a merge with fixed coefficients a
-            model, group or tensor does not need it.
+        with_skeleton: build the network without weights; a merge with fixed coefficients per model,
+            group or tensor does not need it.
 
     Raises:
         CompatibilityError: one report of everything that does not fit.
         SourceError: a source cannot be opened.
     """
-    base_spec = None if recipe.base is None else as_source(recipe.base)
-    base = None if base_spec is None else base_spec.open()
-    sources = {name: as_source(s, base_spec).open() for name, s in recipe.sources.items()}
-    heads = {name: as_source(s, base_spec).open() for name, s in recipe.heads.items()}
-    everything = {**({"base": base} if base is not None else {}), **sources}
-    if len(everything) != len(sources) + (base is not None):
-        raise ConfigError("a source is named 'base', which is the base's own name; rename it.")
-    problems: list[Problem] = []
-    if recipe.tokenizer is not None:
-        everything, problems = align(recipe.tokenizer, everything, recipe.trust_remote_code)
-        base = everything.get("base")
-        sources = {name: everything[name] for name in sources}
-    problems += check({**everything, **heads}, recipe.private, recipe.allow)
-    problems += check_private({**sources, **heads}, recipe.private, recipe.allow)
-    require(problems)
-    skeleton = order = None
-    aligned = recipe.alignment is not None and not recipe.alignment.is_identity
-    needed = with_skeleton or isinstance(innermost(recipe.coefficients), (Column, Row))
-    if needed or aligned:
-        skeleton = _skeleton(recipe, module, everything)
-    if recipe.alignment is not None and aligned:
-        activations = open_activations(recipe.statistics, sources)
-        sources, order = align_sources(
-            recipe.alignment, sources, skeleton, recipe.private, activations
+    opening = Opening(recipe, module)
+    opening.align(recipe.statistics)
+    return opening.plan(with_skeleton=with_skeleton)
+
+
+class Opening:
+    """The checkpoints of a recipe, opened once, with their network and the order of their units.
+
+    A command that runs the sources before it merges them (statistics, alignments on data) makes all
+    its plans from one opening, so that nothing is opened, traced or aligned twice.
+
+    Args:
+        recipe: whose sources are opened and checked.
+        module: the architecture, where no source has a config (its weights are not used).
+
+    Raises:
+        CompatibilityError: one report of everything that does not fit.
+        SourceError: a source cannot be opened.
+    """
+
+    def __init__(self, recipe: Recipe, module: nn.Module | None = None) -> None:
+        self.recipe = recipe
+        self._module = module
+        self.order: UnitOrder | None = None
+        """The common order of the sources' units, once they are aligned."""
+        base_spec = None if recipe.base is None else as_source(recipe.base)
+        self.base: Checkpoint | None = None if base_spec is None else base_spec.open()
+        self.sources: dict[str, Checkpoint] = {
+            name: as_source(s, base_spec).open() for name, s in recipe.sources.items()
+        }
+        self.heads: dict[str, Checkpoint] = {
+            name: as_source(s, base_spec).open() for name, s in recipe.heads.items()
+        }
+        if self.base is not None and "base" in self.sources:
+            raise ConfigError("a source is named 'base', which is the base's own name; rename it.")
+        self.problems = self._check()
+
+    def _check(self) -> list[Problem]:
+        """Match tokens and compare everything; return the warnings."""
+        recipe = self.recipe
+        everything = self._everything()
+        problems: list[Problem] = []
+        if recipe.tokenizer is not None:
+            everything, problems = align(recipe.tokenizer, everything, recipe.trust_remote_code)
+            self.base = everything.get("base", self.base)
+            self.sources = {name: everything[name] for name in self.sources}
+        problems += check({**everything, **self.heads}, recipe.private, recipe.allow)
+        problems += check_private({**self.sources, **self.heads}, recipe.private, recipe.allow)
+        require(problems)
+        return problems
+
+    def _everything(self) -> dict[str, Checkpoint]:
+        return {**({} if self.base is None else {"base": self.base}), **self.sources}
+
+    @cached_property
+    def network(self) -> nn.Module | None:
+        """The network without weights, or None where nothing says which it is."""
+        recipe = self.recipe
+        if self._module is not None:
+            return strip_weights(self._module)
+        # A base may have another head (or none); the network is the one that the tasks run.
+        specs = [recipe.base, *recipe.sources.values()]
+        opened = list(self._everything().values())
+        if recipe.private and self.base is not None:
+            specs, opened = [*specs[1:], specs[0]], [*opened[1:], opened[0]]
+        for spec in specs:
+            inner = getattr(spec, "module", spec)
+            if isinstance(inner, nn.Module):
+                return strip_weights(inner)
+        for checkpoint in opened:
+            if checkpoint.folder is not None and checkpoint.config is not None:
+                return build_skeleton(checkpoint.folder, recipe.trust_remote_code)
+        return None
+
+    @cached_property
+    def spec(self) -> PermutationSpec:
+        """Groups of units that the recipe's alignment may permute, traced once."""
+        assert self.recipe.alignment is not None
+        return find_spec(self.recipe.alignment, self.sources, self.network)
+
+    def align(self, statistics: str | None) -> None:
+        """Bring the sources' units into one order, if the recipe says so and they are not yet.
+
+        Args:
+            statistics: folder with the sources' moments on data, for alignments that need them.
+        """
+        method = self.recipe.alignment
+        if method is None or method.is_identity or self.order is not None:
+            return
+        activations = open_activations(statistics, self.sources)
+        self.sources, self.order = align_sources(
+            method, self.sources, self.network, self.recipe.private, activations, self.spec
         )
-    return Plan(recipe, sources, base, skeleton if needed else None, problems, heads, order)
 
+    def plan(
+        self, recipe: Recipe | None = None, with_skeleton: bool = True, keep_network: bool = False
+    ) -> Plan:
+        """Place the coefficients of a recipe on the sources as they stand.
 
-def _skeleton(
-    recipe: Recipe, module: nn.Module | None, everything: Mapping[str, Checkpoint]
-) -> nn.Module | None:
-    if module is not None:
-        return strip_weights(module)
-    # A base may have another head (or none); the network is the one that the tasks run.
-    specs = (
-        [*recipe.sources.values(), recipe.base]
-        if recipe.private
-        else [recipe.base, *recipe.sources.values()]
-    )
-    for spec in specs:
-        inner = getattr(spec, "module", spec)
-        if isinstance(inner, nn.Module):
-            return strip_weights(inner)
-    opened = list(everything.values())
-    if recipe.private and recipe.base is not None:
-        opened = [*opened[1:], opened[0]]
-    for checkpoint in opened:
-        if checkpoint.folder is not None and checkpoint.config is not None:
-            return build_skeleton(checkpoint.folder, recipe.trust_remote_code)
-    return None
+        Args:
+            recipe: another one of the same sources; default: the one that was opened.
+            with_skeleton: give the plan the network.
+            keep_network: give it a copy, for a plan that is not the last of this opening.
+        """
+        recipe = recipe or self.recipe
+        needed = with_skeleton or isinstance(innermost(recipe.coefficients), (Column, Row))
+        network = self.network if needed else None
+        if keep_network:
+            network = copy.deepcopy(network)
+        return Plan(recipe, self.sources, self.base, network, self.problems, self.heads, self.order)
