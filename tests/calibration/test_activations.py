@@ -12,6 +12,7 @@ from gradmerge import MergeDataModule, TaskData
 from gradmerge.alignment.symmetry.spec import Group, Place
 from gradmerge.calibration import activations
 from gradmerge.calibration.activations import UnitPasses, place_rows
+from gradmerge.engine.opening import Opening
 from gradmerge.errors import ConfigError
 from gradmerge.sources.collected import Needs
 from gradmerge.training.collect import engine_of
@@ -25,7 +26,7 @@ BOTH = Group("both", 8, (*BODY.places, *NORM.places))
 def passes(models, data, folder, lines=None, **options):
     """The passes over all tasks of sources a, b, ..."""
     recipe = recipe_of(models, **options)
-    engine = engine_of(recipe, data, None)
+    engine = engine_of(Opening(recipe), data)
     tasks = {name: list(data.tasks) for name in recipe.sources}
     report = (lambda line: None) if lines is None else lines.append
     loaders = dict(zip(data.tasks, data.evaluation_loaders("adaptation"), strict=True))

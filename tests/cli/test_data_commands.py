@@ -13,8 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from gradmerge.cli import data_commands, main
-from gradmerge.cli.configs import for_merge
+from gradmerge.cli import commands, main
+from gradmerge.cli.configs import read_merge_input
 from gradmerge.cli.main import learn
 from gradmerge.coefficients import Constant
 from gradmerge.preprocess import RegMean
@@ -125,27 +125,23 @@ def test_data_is_kept_only_where_it_is_needed(suite, tmp_path):
     needy = method(tmp_path, {"class_path": "gradmerge.preprocess.FisherScale"})
     direct = write(tmp_path / "direct.yaml", {"recipe": {**ONES, "preprocess": "MaTS"}})
     named = write(tmp_path / "named.yaml", {"recipe": {"statistics": "somewhere"}})
-    for number, (files, needed) in enumerate(
-        [
-            (arguments(suite, plain), False),
-            (arguments(suite, needy), True),
-            (arguments(suite, direct), True),
-            ([f"--config={suite}", f"--config={needy}"], True),
-            (arguments(suite, needy, "--recipe.statistics", "x"), False),
-            (arguments(suite, needy, "--config", named), False),
-            (arguments(suite, plain, "--search.class_path", "GreedySoup"), True),
-            (arguments(suite, plain, "--score=true"), True),
-            (["--config", suite, "--recipe.preprocess", "[RegMean]"], True),
-            (["--config", needy], False),  # no data is given at all; the recipe says what to do
-        ]
-    ):
-        folder = tmp_path / f"{number}"
-        folder.mkdir()
-        came, with_data = for_merge(files, str(folder))
-        assert with_data == needed, files
-        first = next(a for a in came if a.endswith("suite.yaml") or a == needy or "method" in a)
-        found = yaml.safe_load(Path(first.removeprefix("--config=")).read_text())
-        assert ("data" in found) == (needed and "suite" in first), files
+    for files, needed in [
+        (arguments(suite, plain), False),
+        (arguments(suite, needy), True),
+        (arguments(suite, direct), True),
+        ([f"--config={suite}", f"--config={needy}"], True),
+        (arguments(suite, needy, "--recipe.statistics", "x"), False),
+        (arguments(suite, needy, "--config", named), False),
+        (arguments(suite, plain, "--search.class_path", "GreedySoup"), True),
+        (arguments(suite, plain, "--score=true"), True),
+        (["--config", suite, "--recipe.preprocess", "[RegMean]"], True),
+        (["--config", needy], False),  # no data is given at all; the recipe says what to do
+    ]:
+        came = read_merge_input(files)
+        assert came.with_data == needed, files
+        first = next(a for a in came.arguments if "recipe:" in a).removeprefix("--config=")
+        found = yaml.safe_load(first)
+        assert ("data" in found) == (needed and suite in "".join(files)), files
 
 
 def test_a_plain_merge_with_the_files_of_fit_does_not_wait_for_lightning(suite, tmp_path):
@@ -184,7 +180,7 @@ def test_batch_norm_statistics_are_of_the_merged_network(tmp_path):
     """Of rows of both tasks, through the layer that RegMean merged; no search, no scores."""
     models, data = relatives(build(Normalised)), vectors(count=30, eval_batch_size=30)
     recipe = recipe_of(models, preprocess=[RegMean()], init=Constant(1.0))
-    data_commands.merge(recipe, data, output=str(tmp_path / "merged"))
+    commands.merge(recipe, data, output=str(tmp_path / "merged"))
     came = load_file(tmp_path / "merged/model.safetensors")
     every = [data.tasks[t].path["adaptation"] for t in "ab"]
     x = torch.stack([row["x"] for rows in every for row in rows])
@@ -200,7 +196,7 @@ def test_one_source_may_serve_several_tasks(tmp_path):
     models, data = relatives(build()), vectors(("a", "b", "c"), count=30)
     data.tasks["c"] = replace(data.tasks["c"], source="a")
     folder = tmp_path / "statistics"
-    data_commands.collect(recipe_of(models, preprocess=[RegMean()]), data, str(folder))
+    commands.collect(recipe_of(models, preprocess=[RegMean()]), data, str(folder))
     rows = [row["x"] for t in "ac" for row in data.tasks[t].path["adaptation"]]
     found = SourceStatistics(folder).read("gram", "a", "body.weight")
     x = torch.stack(rows)

@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gradmerge import MergedModel, MergeModule, Recipe
-from gradmerge.cli import data_commands
 from gradmerge.cli.commands import export
 from gradmerge.cli.commands import merge as plain_merge
-from gradmerge.cli.configs import for_merge
+from gradmerge.cli.configs import read_merge_input
 from gradmerge.coefficients import Column, Constant, DepthRamp, Model, Scaled, Tensor, Uniform
 from gradmerge.engine.opening import open_plan
 from gradmerge.errors import ConfigError
@@ -358,7 +357,7 @@ def test_a_search_tries_finished_merges(tmp_path):
     data, folder = vectors(count=30), tmp_path / "merged"
     recipe = recipe_of(relatives(build(Normalised)), coefficients=Model(), finalisers=[REPAIR()])
     search = Scales([0.5, 1.0], metric="loss")
-    data_commands.merge(recipe, data, search=search, output=str(folder))
+    plain_merge(recipe, data, search=search, output=str(folder))
     found = json.loads((folder / "provenance.json").read_text())
     chosen = found["search"]["chosen"]["init_args"]["factor"]
     module = MergeModule(replace(recipe, init=Scaled(Constant(0.3), chosen)))
@@ -388,7 +387,7 @@ def test_a_static_merge_computes_it_on_the_way(tmp_path):
     data = vectors(count=30)
     models = relatives(build(Normalised))
     recipe = recipe_of(models, init=Uniform(), coefficients=Model(), finalisers=[REPAIR()])
-    data_commands.merge(recipe, data, output=str(tmp_path / "merged"))
+    plain_merge(recipe, data, output=str(tmp_path / "merged"))
     came = load_file(tmp_path / "merged/model.safetensors")
     twin = copy.deepcopy(models[0])
     twin.load_state_dict(came)
@@ -415,11 +414,9 @@ def test_data_is_kept_where_a_finaliser_needs_it(tmp_path):
     ):
         recipe = {"finalisers": finalisers, "statistics": "somewhere"}
         method = write_yaml(tmp_path / f"{number}.yaml", {"model": {"recipe": recipe}})
-        (tmp_path / f"{number}").mkdir()
         files = ["--config", suite, "--config", method]
-        assert for_merge(files, str(tmp_path / f"{number}"))[1] == needed
-        (tmp_path / f"{number}b").mkdir()
-        assert not for_merge(files[2:], str(tmp_path / f"{number}b"))[1]
+        assert read_merge_input(files).with_data == needed
+        assert not read_merge_input(files[2:]).with_data
 
 
 # ---- outputs that cannot hold them ----------------------------------------------------------
@@ -429,7 +426,7 @@ def test_data_is_kept_where_a_finaliser_needs_it(tmp_path):
 def test_outputs_a_task_refuse_finalisers(tmp_path, outputs):
     recipe = recipe_of(relatives(build()), preprocess=[Unify()], finalisers=[SpectralRescale()])
     with pytest.raises(ConfigError, match="finalisers are of one merged model, got SpectralResc"):
-        plain_merge(recipe, outputs, output=str(tmp_path / "merged"))
+        plain_merge(recipe, outputs=outputs, output=str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 import pytest
 import torch
@@ -408,29 +407,6 @@ def test_merge_tells_what_it_read_and_warns(p, tmp_path, capsys):
     assert "mergekit task_arithmetic: Linear, origin base" in told.out
     assert "merged 2 sources, 4 tensors" in told.out
     assert f"warning {path}: the filter 'mlp' matches no tensor" in told.err
-
-
-def test_the_parser_does_not_copy_a_table_for_every_number_in_it():
-    module = sys.modules["gradmerge.cli.main"]
-    copied = []
-
-    class Watched(list):
-        def __deepcopy__(self, memo):
-            copied.append(self)
-            return Watched(self)
-
-    options = {"sub_add_kwargs": {}, "orig_val": Watched([1]), "prev_val": Watched([2]), "x": [3]}
-    again = module._copy(options)
-    assert again == options
-    assert again["orig_val"] is options["orig_val"]
-    assert again["x"] is not options["x"]
-    assert copied == []
-    assert module._copy({"other": Watched([1])}) == {"other": [1]}
-    assert len(copied) == 1
-    module.copy_values_once()
-    import jsonargparse._typehints
-
-    assert jsonargparse._typehints.deepcopy is module._copy
 
 
 def test_merge_refuses_a_file_in_a_list_of_all_that_is_wrong(p, tmp_path, capsys):

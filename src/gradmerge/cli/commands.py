@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from json import dumps
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,14 +16,16 @@ import torch
 
 from gradmerge._typing import Raw
 from gradmerge.cli.inspect import inspect_sources, render
-from gradmerge.engine.opening import open_plan
+from gradmerge.engine.merged import MergedModel
+from gradmerge.engine.opening import Opening
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe, named
 from gradmerge.errors import CompatibilityError, ConfigError, nearest
 from gradmerge.export.atomic import refuse_existing
 from gradmerge.export.emr import export_compact, export_tasks, refuse_finalisers, task_checkpoints
 from gradmerge.export.folder import export_merged, export_plan, read_as, require_options
-from gradmerge.mergekit.writer import require_file, write_mergekit
+from gradmerge.mergekit.writer import require_file, require_plain, write_mergekit
+from gradmerge.search import AbstractSearch
 from gradmerge.sources import as_source
 from gradmerge.sources.emr import EMRCheckpoint, read_description
 from gradmerge.sources.tokenizers.report import summarise, token_report
@@ -52,29 +56,138 @@ def output_options(
 
 def merge(
     recipe: Recipe,
+    data: Any = None,
+    search: AbstractSearch | None = None,
+    score: bool = False,
     outputs: Outputs = "merged",
     mergekit: bool = False,
     **options: Any,
 ) -> None:
-    """Merge with the recipe's starting coefficients, without any training.
+    """Merge without any training; with data, also by statistics of the sources or a search.
 
     Args:
         recipe: what is merged; `init` gives the coefficients (Constant, Uniform, MetaGPT, ...).
-        outputs: one merged model; one model folder a task, of its own direction alone, whatever the
-            coefficients (EMR-Merging); or their compact form, one vector with a mask and a scale a
-            task, for recipes whose last preprocess is Unify.
+        data: the tasks (a MergeDataModule), for steps that need statistics, searches and scores.
+        search: chooses the coefficients by scores on the selection split (GreedySoup, Scales,
+            Draws).
+        score: print the merge's scores on the selection split.
+        outputs: one merged model; one model folder per task, of its own direction alone, whatever
+            the coefficients (EMR-Merging); or their compact form, one vector with a mask and a
+            scale per task, for recipes whose last preprocess is Unify.
         mergekit: write no folder but a mergekit YAML (OUTPUT ends in .yaml) that gives the same.
         **options: those of `output_options`.
     """
+    if outputs != "merged" and (search is not None or score):
+        raise ConfigError(
+            f"outputs: a search and scores are of one merged model, got {outputs}, which writes "
+            "each task's own; leave them out."
+        )
     checked = merge_options(outputs, mergekit, **options)
+    if mergekit and data is not None:
+        require_plain(recipe)
     require_finalisers(recipe, outputs, mergekit)
-    if any(finaliser.needs_data for finaliser in recipe.finalisers):
+    if data is None and any(finaliser.needs_data for finaliser in recipe.finalisers):
         raise ConfigError(
             "REPAIR takes the tasks' adaptation data, got none: give a file with `data`, too (the "
             "suite's that `gradmerge fit` takes), or leave REPAIR out of recipe.finalisers."
         )
-    plan = open_plan(recipe, with_skeleton=False)
-    write_merge(plan, plan.initial_raw(), outputs, mergekit, checked)
+    opening = Opening(recipe)
+    with tempfile.TemporaryDirectory(prefix="gradmerge-statistics-") as folder:
+        statistics = recipe.statistics
+        if data is not None and statistics is None and _is_on_data(recipe):
+            statistics = str(_collected(recipe, data, Path(folder) / "found", opening=opening))
+        opening.align(statistics)
+        plan = opening.plan(with_skeleton=False, statistics=statistics)
+        on_data = plan.finalisation.repair is not None or _has_batch_norms(plan)
+        if search is None and not score and not (data is not None and on_data):
+            raw: Raw = plan.initial_raw()
+            write_merge(plan, raw, outputs, mergekit, checked)
+            return
+        merged = MergedModel(opening.plan(statistics=statistics))
+        known = _measured(merged, data, search, score)
+        write_merge(merged.plan, merged.raw, outputs, mergekit, checked, **known)
+
+
+def _measured(
+    merged: MergedModel, data: Any, search: AbstractSearch | None, score: bool
+) -> dict[str, Any]:
+    """Search, score, and recompute on data what the recipe asks for; return what is known now."""
+    from gradmerge.training.module import MergeModule
+    from gradmerge.training.search import Selection
+
+    module = MergeModule.around(merged, score_experts=False)
+    extra = {}
+    if search is not None or score:
+        selection = Selection(module, data)
+        if search is not None:
+            chosen, extra["search"] = selection.search(search)
+            module.start_at(chosen)
+            _print_search(selection.trials, chosen)
+        _print_scores(selection.score())
+    else:
+        data.attach(merged)
+        data.setup()
+        module.take_tasks(data.tasks)
+        module.refresh_buffers(data)
+    return {
+        "buffers": merged.statistics.values(),
+        "tasks": merged.tasks,
+        "results": module.results,
+        "extra": extra,
+    }
+
+
+def collect(recipe: Recipe, data: Any, output: str, overwrite: bool = False) -> None:
+    """Collect the statistics of the sources that a recipe needs, to keep and reuse.
+
+    Args:
+        recipe: whose sources run on their tasks' adaptation data; its steps (FisherScale, RegMean,
+            MaTS) and its alignment (ActivationMatching, CCA, OptimalTransport: every source on all
+            tasks' data) say what is collected. Name the output in it afterwards: `statistics`.
+        data: the tasks.
+        output: folder to write.
+        overwrite: replace an existing folder.
+    """
+    folder = _collected(recipe, data, Path(output), overwrite=overwrite)
+    print(f"statistics written to {folder}")
+
+
+def _collected(recipe: Recipe, data: Any, target: Path, **options: Any) -> Path:
+    from gradmerge.training.collect import collect
+
+    def say(line: str) -> None:
+        print(f"gradmerge: {line}", file=sys.stderr)
+
+    return collect(recipe, data, target, report=say, **options)
+
+
+def _is_on_data(recipe: Recipe) -> bool:
+    """Return whether the alignment or a step of a recipe reads the sources' statistics on data."""
+    aligned = recipe.alignment is not None and recipe.alignment.needs is not None
+    return aligned or any(step.needs is not None for step in recipe.preprocess)
+
+
+def _has_batch_norms(plan: Plan) -> bool:
+    recomputed = plan.recipe.buffers == "recompute"
+    return recomputed and any(name.endswith("running_mean") for name in plan.buffers)
+
+
+def _print_search(trials: Sequence[Any], chosen: Any) -> None:
+    for trial in trials:
+        mark = "*" if trial.init == chosen else " "
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in trial.average.items())
+        print(f"{mark} {_short(trial.init)}: {scores}")
+
+
+def _short(init: Any) -> str:
+    name = next((n for n in ("factor", "value", "seed") if hasattr(init, n)), "")
+    return f"{type(init).__name__} {getattr(init, name, '')}"
+
+
+def _print_scores(found: Mapping[str, Mapping[str, float]]) -> None:
+    for task, values in found.items():
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        print(f"selection, {task}: {scores}")
 
 
 def merge_options(outputs: Outputs, mergekit: bool, **options: Any) -> dict[str, Any]:

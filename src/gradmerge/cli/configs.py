@@ -1,19 +1,20 @@
-"""Files of other commands, and of mergekit, as `gradmerge merge` and `collect` read them."""
+"""Configuration files of other commands, and of mergekit, as `gradmerge merge` reads them."""
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import yaml
 
+from gradmerge.engine.recipe import Recipe
 from gradmerge.errors import ConfigError
 from gradmerge.mergekit import is_mergekit
 from gradmerge.mergekit.reader import read_mergekit
-from gradmerge.spec import to_plain
 
 # What else a file for `gradmerge fit` may say; a merge without training has no use for it.
 _OF_A_FIT = ("seed_everything", "trainer", "optimizer", "lr_scheduler", "ckpt_path", "driver")
@@ -21,61 +22,84 @@ _OF_A_FIT = ("seed_everything", "trainer", "optimizer", "lr_scheduler", "ckpt_pa
 _ASKING = ("search", "score")
 
 
-def for_merge(
-    arguments: Sequence[str], folder: str, with_data: bool | None = None
-) -> tuple[list[str], bool]:
-    """The arguments of `merge`, where a file of `fit` (with `model.recipe`) stands for its recipe,
-    and a mergekit YAML for the recipe that it describes.
+@dataclass(frozen=True)
+class MergeInput:
+    """Arguments of `merge` or `collect`, as the parser of the command takes them."""
 
-    So one pair of files, suite and method, serves both commands. The files' `data` is kept only
-    where it is needed: reading it takes Lightning, which a plain merge need not wait for. What a
-    mergekit file was understood as is printed; its dtype is the result's unless the arguments name
-    another.
+    arguments: list[str]
+    with_data: bool = False
+    """Whether the tasks' data is needed."""
+    recipe: Recipe | None = None
+    """The recipe of a mergekit file; options of the command line replace its fields."""
+    replaced: tuple[str, ...] = ()
+    """Fields of the recipe that the options and other files state."""
+    dtype: str | None = None
+    """The dtype that a mergekit file asks for."""
+
+    def complete(self, parsed: partial[Recipe]) -> Recipe:
+        """Return the recipe of the options, or a mergekit file's with what they replace in it."""
+        if self.recipe is None:
+            return parsed()
+        return replace(self.recipe, **{name: parsed.keywords[name] for name in self.replaced})
+
+
+def read_merge_input(arguments: Sequence[str], with_data: bool | None = None) -> MergeInput:
+    """Read the configuration files among the arguments of `merge` or `collect`.
+
+    A file for `fit` stands for its recipe, so that one pair of files, suite and method, serves both
+    commands; a mergekit YAML becomes a recipe. The files' `data` is kept only where it is needed:
+    parsing it imports Lightning. The summary of a mergekit file is printed.
 
     Args:
         arguments: as on the command line.
-        folder: where translated files are written.
         with_data: whether data is needed (for `collect` it always is); default: as the arguments
             say (an alignment or step that needs statistics and none given, a finaliser that needs
             data, a search, scores).
 
-    Returns:
-        The arguments, and whether data is needed.
-
     Raises:
-        ConfigError: a mergekit file that cannot be read.
+        ConfigError: a mergekit file cannot be read, or there are two.
     """
-    dtype_given = any(argument.partition("=")[0] == "--dtype" for argument in arguments)
     files = {at: _read(path) for at, _, path in _configs(arguments)}
     theirs = {at for at, found in files.items() if is_mergekit(found)}
-    for at, _, path in _configs(arguments):
-        if at in theirs:
-            files[at] = _recipe_of_mergekit(path, dtype_given)
+    if len(theirs) > 1:
+        raise ConfigError(
+            "--config: expected at most one mergekit YAML, got "
+            + ", ".join(path for at, _, path in _configs(arguments) if at in theirs)
+        )
     # a file of a merge serves `collect` as well, which has no use for a search
     dropped = _ASKING if with_data else ()
     if with_data is None:
-        with_data = _needs_data(arguments, [file for file in files.values() if file is not None])
-    data = () if with_data else ("data",)
-    translated = list(arguments)
+        own = [file for at, file in files.items() if file is not None and at not in theirs]
+        with_data = _needs_data(arguments, own)
+    if not with_data:
+        dropped = (*dropped, "data")
+    translated: list[str] = list(arguments)
+    recipe = dtype = None
     for at, flag, path in _configs(arguments):
         found = files[at]
-        if found is None:
-            continue
-        if at not in theirs and not {"model", "data", *dropped} & found.keys():
-            continue
-        given = os.path.join(folder, f"{at}", os.path.basename(path))
-        os.mkdir(os.path.dirname(given))
-        with open(given, "w", encoding="utf-8") as file:
-            yaml.safe_dump(_translated(found, (*dropped, *data)), file, sort_keys=False)
-        translated[at] = f"{flag}{given}"
-    return translated, with_data
+        if at in theirs:
+            recipe, dtype = _recipe_of_mergekit(path)
+            found = {}
+        if found is not None and (at in theirs or {"model", *dropped} & found.keys()):
+            # the parser takes a configuration itself where it takes a path
+            content = yaml.safe_dump(_translated(found, dropped), sort_keys=False)
+            translated[at] = f"{flag}{content}"
+    options = re.findall(r"^--recipe\.(\w+)", "\n".join(arguments), re.MULTILINE)
+    stated = [_recipe(file) for at, file in files.items() if file is not None and at not in theirs]
+    named = [*options, *(name for own in stated if isinstance(own, dict) for name in own)]
+    return MergeInput(translated, with_data, recipe, tuple(dict.fromkeys(named)), dtype)
+
+
+def later(class_type: type, *args: Any, **kwargs: Any) -> Any:
+    """Return a call of a class instead of an object, for the parser to put in its place."""
+    return partial(class_type, *args, **kwargs)
 
 
 def refuse_mergekit(arguments: Sequence[str]) -> None:
-    """Stop where a command that learns is given a file for mergekit.
+    """Reject a file for mergekit in a command that learns.
 
     Raises:
-        ConfigError: says what to do with it.
+        ConfigError: there is one; the message says what to do with it.
     """
     for _, _, path in _configs(["--config" if a == "-c" else a for a in arguments]):
         if is_mergekit(_read(path)):
@@ -88,7 +112,7 @@ def refuse_mergekit(arguments: Sequence[str]) -> None:
 
 
 def _configs(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
-    """Where a file is named, what stands before its path there, and the path."""
+    """Yield position, flag and path of every configuration file among the arguments."""
     for at, argument in enumerate(arguments):
         if argument.startswith("--config="):
             yield at, "--config=", argument.removeprefix("--config=")
@@ -97,7 +121,7 @@ def _configs(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
 
 
 def _read(path: str) -> dict[str, Any] | None:
-    """A file as plain data; None where it is none (the parser says what is wrong with it)."""
+    """Return a file as plain data, or None where the parser has to say what is wrong with it."""
     try:
         with open(path, encoding="utf-8") as file:
             found = yaml.safe_load(file)
@@ -142,7 +166,7 @@ def _needs_data(arguments: Sequence[str], files: Sequence[dict[str, Any]]) -> bo
 
 
 def _words(value: Any) -> Iterator[str]:
-    """The last parts of all strings in nested data: class names among them."""
+    """Yield the last part of every string in nested data, class names among them."""
     if isinstance(value, str):
         yield value.rpartition(".")[2]
     elif isinstance(value, (dict, list)):
@@ -151,7 +175,7 @@ def _words(value: Any) -> Iterator[str]:
 
 
 def _needing_statistics() -> set[str]:
-    """Names of the alignments and steps that need statistics."""
+    """Return the names of alignments and steps that need statistics."""
     from gradmerge import alignment, preprocess
 
     found: set[str] = set()
@@ -167,17 +191,16 @@ def _needing_statistics() -> set[str]:
 
 
 def _finalisers_on_data() -> set[str]:
-    """Names of the finalisers that are computed on data."""
+    """Return the names of finalisers that are computed on data."""
     from gradmerge import finalisers
 
     kinds = {name: getattr(finalisers, name) for name in finalisers.__all__}
     return {name for name, kind in kinds.items() if getattr(kind, "needs_data", False)}
 
 
-def _recipe_of_mergekit(path: str, dtype_given: bool) -> dict[str, Any]:
+def _recipe_of_mergekit(path: str) -> tuple[Recipe, str | None]:
     reading = read_mergekit(path)
     print(reading.summary)
     for warning in reading.warnings:
         print(f"gradmerge merge: warning {path}: {warning}", file=sys.stderr)
-    dtype = {} if reading.dtype is None or dtype_given else {"dtype": reading.dtype}
-    return {"recipe": to_plain(reading.recipe)["init_args"], **dtype}
+    return reading.recipe, reading.dtype

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from gradmerge._version import __version__
 from gradmerge.cli.commands import require_checkpoint
+from gradmerge.cli.configs import later
 from gradmerge.cli.defaults import with_coefficients, with_csv
 from gradmerge.drivers import AbstractDriver, Job, Output
 from gradmerge.drivers.base import require_no_checkpoint
@@ -158,7 +158,7 @@ class MergeCLI(LightningCLI):
             super().instantiate_classes()
             return
         for kind in (MergeModule, Recipe):
-            self.parser.add_instantiator(_later, kind, subclasses=False)
+            self.parser.add_instantiator(later, kind, subclasses=False)
         self.config_init = self.parser.instantiate_classes(self.config)
         self.model: Any = None
         self.trainer: Any = None
@@ -310,10 +310,6 @@ def start(
         trainer_defaults={"log_every_n_steps": 1},
         parser_kwargs={"prog": "gradmerge"},
     )
-
-
-def _later(class_type: type, *args: Any, **kwargs: Any) -> Any:
-    return partial(class_type, *args, **kwargs)
 
 
 def _listed(callbacks: Any) -> list[Any]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib
 import re
 import sys
-import tempfile
-import traceback
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from copy import deepcopy
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gradmerge._version import __version__
 from gradmerge.errors import GradmergeError, nearest
+
+if TYPE_CHECKING:
+    from gradmerge.cli.configs import MergeInput
 
 USAGE = f"""usage: gradmerge COMMAND [options]
 
@@ -68,25 +68,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _plain(command, arguments[1:])
     except ValueError as error:
-        own = _own_error(error)
-        if own is None:
+        own = own_message(error)
+        if not own:
             raise
         print(f"gradmerge {command}: {own}", file=sys.stderr)
         return 2
     return 0
 
 
-def _own_error(error: BaseException) -> GradmergeError | None:
-    """The error of ours that an error is, or that the parser put aside for it: a component of an
-    optional option that refuses its values is one of several types that did not fit.
+def own_message(error: ValueError) -> str:
+    """Return what gradmerge says of an error, or nothing where it is not one of its own.
+
+    A component of an optional option that rejects its values is one of several types that did not
+    fit, to the parser: its message is one of those that the parser lists.
     """
     if isinstance(error, GradmergeError):
-        return error
-    put_aside: list[BaseException] = []
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_name == "raise_union_unexpected_value":
-            put_aside += frame.f_locals.get("exceptions", ())
-    return next((own for each in put_aside if (own := _own_error(each))), None)
+        return str(error)
+    listed = str(error).partition("\nErrors:\n")[2].partition("\nGiven value type:")[0]
+    found = re.split(r"(?:^|\n)  - ", listed)[1:]
+    own = [text for text in found if not text.startswith(("Expected a ", "Problem with "))]
+    return "\n".join(textwrap.dedent(text) for text in own)
 
 
 # ---- fit, validate, test ------------------------------------------------------------------------
@@ -106,8 +107,9 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
     from gradmerge.cli.configs import refuse_mergekit
     from gradmerge.cli.fit import start
 
-    refuse_mergekit(sys.argv[1:] if arguments is None else list(arguments))
-    register()
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    refuse_mergekit(given)
+    register(given)
     quieten()
     return start(arguments, run, stop)
 
@@ -124,8 +126,13 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", pattern)
 
 
-def register() -> None:
-    """Make attribute docstrings the help texts, and every component's short name known."""
+def register(arguments: Sequence[str] = ("--help",)) -> None:
+    """Make every component's short name known, and attribute docstrings the help texts.
+
+    Args:
+        arguments: as on the command line; docstrings are only read where they ask for help, since
+            that takes most of the start-up.
+    """
     import jsonargparse
 
     import gradmerge.alignment
@@ -139,10 +146,12 @@ def register() -> None:
     import gradmerge.search
     import gradmerge.sources  # noqa: F401
 
-    copy_values_once()
     read_old_paths()
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    read_sources_once()
+    asked = any(
+        argument in ("-h", "--help") or argument.endswith(".help") or "--print_config" in argument
+        for argument in arguments
+    )
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=asked)
 
 
 def read_old_paths() -> None:
@@ -160,23 +169,6 @@ def read_old_paths() -> None:
 
     if load.__name__ != load_modernised.__name__:
         jsonargparse.set_loader("yaml", load_modernised, (yaml.YAMLError,))
-
-
-def read_sources_once() -> None:
-    """Keep the attribute docstrings of a class, which the parser asks for wherever it can stand.
-
-    Half of the start-up went into parsing the same files again.
-    """
-    try:
-        from docstring_parser.attrdoc import AttributeDocstrings
-    except ImportError:  # another version of the parser: slower, nothing else
-        return
-    reader: Any = AttributeDocstrings
-    if not hasattr(reader, "gradmerge_keeps"):
-        original = reader.get_attr_docs
-        read = functools.cache(lambda component: original(reader(), component))
-        reader.get_attr_docs = lambda _, component: read(component)
-        reader.gradmerge_keeps = True
 
 
 def component_names(stock: bool = True) -> dict[str, str]:
@@ -281,37 +273,61 @@ def _keys(parser: Any) -> set[str]:
 
 
 def _plain(command: str, arguments: Sequence[str]) -> None:
+    from gradmerge.cli import commands
+    from gradmerge.cli.configs import MergeInput, read_merge_input
+
+    register(arguments)
+    arguments = underscored(arguments)
+    given = MergeInput(arguments)
+    if command in ("merge", "collect"):
+        given = read_merge_input(arguments, command == "collect" or None)
+    function = getattr(commands, command)
+    options = _parsed(command, function, given)
+    if "recipe" in options:
+        options["recipe"] = given.complete(options["recipe"])
+    if given.dtype is not None and options.get("dtype") is None:
+        options["dtype"] = given.dtype
+    function(**options)
+
+
+def _parsed(command: str, function: Any, given: MergeInput) -> dict[str, Any]:
+    """Return the options of a command; a recipe as a partial object, its fields built."""
+    from gradmerge.cli.configs import later
+    from gradmerge.engine.recipe import Recipe
+
+    parser = _parser(command, function, given)
+    parser.add_instantiator(later, Recipe, subclasses=False)
+    parsed = parser.instantiate_classes(parser.parse_args(given.arguments))
+    return {key: value for key, value in vars(parsed).items() if key != "config"}
+
+
+def _parser(command: str, function: Any, given: MergeInput) -> Any:
     import jsonargparse
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, *args: Any, **kwargs: Any) -> Any:
             stop(message, self)
 
-    register()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments, function = _command(command, arguments, folder)
-        parser = Parser(
-            prog=f"gradmerge {command}",
-            allow_abbrev=False,
-            description=function.__doc__.split("\n")[0],
-        )
-        parser.add_argument(
-            "--config", action="config", help="YAML file with any of these options."
-        )
-        positional = _POSITIONALS.get(command, [])
-        for name in positional:
-            several: dict[str, Any] = {"nargs": "+"} if name == "sources" else {}
-            parser.add_argument(name, type=str, help=_POSITIONAL[name], **several)
-        groups: set[str | int] = set(positional)
-        if "data" in function.__annotations__:
-            from gradmerge.training.data import MergeDataModule
+    parser = Parser(
+        prog=f"gradmerge {command}",
+        allow_abbrev=False,
+        description=function.__doc__.split("\n")[0],
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options.")
+    positional = _POSITIONALS.get(command, [])
+    for name in positional:
+        several: dict[str, Any] = {"nargs": "+"} if name == "sources" else {}
+        parser.add_argument(name, type=str, help=_POSITIONAL[name], **several)
+    if given.with_data:
+        from gradmerge.training.data import MergeDataModule
 
-            parser.add_class_arguments(MergeDataModule, "data")
-            parser.set_defaults({"data.tasks": {}})  # see `learn`
-            groups.add("data")
-        parser.add_function_arguments(function, as_group=False, skip=groups)
-        parsed = parser.instantiate_classes(parser.parse_args(underscored(arguments)))
-    function(**{key: value for key, value in vars(parsed).items() if key != "config"})
+        quieten()
+        parser.add_class_arguments(MergeDataModule, "data")
+        parser.set_defaults({"data.tasks": {}})  # see `MergeCLI.add_arguments_to_parser`
+    parser.add_function_arguments(function, as_group=False, skip={*positional, "data"})
+    if given.recipe is not None:
+        parser.set_defaults({"recipe.sources": {}})
+    return parser
 
 
 def underscored(arguments: Sequence[str]) -> list[str]:
@@ -322,20 +338,6 @@ def underscored(arguments: Sequence[str]) -> list[str]:
         )
         for a in arguments
     ]
-
-
-def _command(command: str, arguments: Sequence[str], folder: str) -> tuple[list[str], Any]:
-    """The arguments, as its own parser takes them, and the function of a command."""
-    from gradmerge.cli import commands
-    from gradmerge.cli.configs import for_merge
-
-    arguments, with_data = list(arguments), False
-    if command in ("merge", "collect"):
-        arguments, with_data = for_merge(arguments, folder, command == "collect" or None)
-    if not with_data:
-        return arguments, getattr(commands, command)
-    quieten()
-    return arguments, getattr(importlib.import_module("gradmerge.cli.data_commands"), command)
 
 
 _POSITIONALS = {
@@ -349,27 +351,3 @@ _POSITIONAL = {
     "output": "Folder to write.",
     "sources": "Paths or hub ids of the checkpoints.",
 }
-
-
-# Of the options that jsonargparse copies for each entry of a list: those that are the whole value.
-_WHOLE = ("orig_val", "prev_val")
-
-
-def copy_values_once() -> None:
-    """Keep the parser from copying a whole mapping of lists for every number in it.
-
-    A table with a coefficient for each of 291 tensors and 3 sources took it seven seconds.
-    """
-    try:
-        from jsonargparse import _typehints
-    except ImportError:  # another version of the parser: slower, nothing else
-        return
-    typehints: Any = _typehints
-    if getattr(typehints, "deepcopy", None) is deepcopy:
-        typehints.deepcopy = _copy
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict) and "sub_add_kwargs" in value:
-        return {key: part if key in _WHOLE else deepcopy(part) for key, part in value.items()}
-    return deepcopy(value)

@@ -128,7 +128,11 @@ class Opening:
         )
 
     def plan(
-        self, recipe: Recipe | None = None, with_skeleton: bool = True, keep_network: bool = False
+        self,
+        recipe: Recipe | None = None,
+        with_skeleton: bool = True,
+        keep_network: bool = False,
+        statistics: str | None = None,
     ) -> Plan:
         """Place the coefficients of a recipe on the sources as they stand.
 
@@ -136,10 +140,20 @@ class Opening:
             recipe: another one of the same sources; default: the one that was opened.
             with_skeleton: give the plan the network.
             keep_network: give it a copy, for a plan that is not the last of this opening.
+            statistics: folder of the sources' statistics; default: the one that the recipe names.
         """
         recipe = recipe or self.recipe
         needed = with_skeleton or isinstance(innermost(recipe.coefficients), (Column, Row))
         network = self.network if needed else None
         if keep_network:
             network = copy.deepcopy(network)
-        return Plan(recipe, self.sources, self.base, network, self.problems, self.heads, self.order)
+        return Plan(
+            recipe,
+            self.sources,
+            self.base,
+            network,
+            self.problems,
+            self.heads,
+            self.order,
+            statistics,
+        )

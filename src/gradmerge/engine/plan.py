@@ -46,6 +46,7 @@ class Plan:
         problems: Sequence[Problem],
         heads: Mapping[str, Checkpoint] | None = None,
         order: UnitOrder | None = None,
+        statistics: str | None = None,
     ) -> None:
         self.recipe = recipe
         self.order = order
@@ -75,7 +76,7 @@ class Plan:
         self._keeps_facts = False  # a static merge asks for each tensor once
         self.slopes: dict[str, Tensor] | None = None
         """Where set, `contract` adds up `dL/dc` here, by tensor, `[sources, *slot]`."""
-        self.collected = self._statistics()
+        self.collected = self._statistics(statistics or recipe.statistics)
         """Statistics of the sources that the preprocess reads, if it reads any."""
         self._processed = ProcessedDirections(recipe.preprocess, self._directions)
         self.finalisation = Finalisation(recipe.finalisers, self._final_site, self.fixed)
@@ -98,12 +99,12 @@ class Plan:
             return 0.0
         return 1 / len(self.sources) if value == "mean" else float(value)
 
-    def _statistics(self) -> SourceStatistics | None:
+    def _statistics(self, folder: str | None) -> SourceStatistics | None:
         """Statistics that the alignment or the preprocess needs, after a look at what they are
         of.
         """
         steps = [step for step in self.recipe.preprocess if step.needs is not None]
-        alignment, folder = self.recipe.alignment, self.recipe.statistics
+        alignment = self.recipe.alignment
         if not steps:  # what an alignment needs was looked at when it ran
             aligned = alignment is not None and alignment.needs is not None
             return SourceStatistics(folder) if aligned and folder is not None else None

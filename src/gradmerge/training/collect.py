@@ -17,14 +17,13 @@ from typing import Any
 
 from torch import nn
 
-from gradmerge.alignment import PermutationSpec
-from gradmerge.alignment.align import find_spec
 from gradmerge.alignment.moments import ACTIVATIONS, pairs_of
 from gradmerge.calibration.activations import UnitPasses
 from gradmerge.calibration.fisher import Report
 from gradmerge.calibration.sequential import Stages
 from gradmerge.coefficients import Model, Uniform
-from gradmerge.engine.opening import open_plan
+from gradmerge.engine.merged import MergedModel
+from gradmerge.engine.opening import Opening
 from gradmerge.engine.recipe import Recipe
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.export.atomic import discard, refuse_existing, start_beside, take_name
@@ -45,6 +44,7 @@ def collect(
     overwrite: bool = False,
     module: nn.Module | None = None,
     report: Report = lambda line: None,
+    opening: Opening | None = None,
 ) -> Path:
     """Write the statistics that a recipe's alignment and steps need.
 
@@ -55,6 +55,7 @@ def collect(
         overwrite: replace an existing folder, once the new one is complete.
         module: the architecture, where no source carries a config.
         report: called with a line for each source.
+        opening: the recipe's, where it is opened already; its sources are aligned afterwards.
 
     Returns:
         The folder.
@@ -67,6 +68,7 @@ def collect(
     refuse_existing(target, overwrite)
     if steps:
         _tasks_of_sources(list(recipe.sources), data)  # a mistake shows before anything runs
+    opening = opening or Opening(recipe, module)
     work = start_beside(target)
     try:
         index: dict[str, Any] = {
@@ -76,15 +78,12 @@ def collect(
             "collected": {},
         }
         if aligns_on_data(recipe):
-            engine = engine_of(replace(recipe, alignment=None, statistics=None), data, module)
+            index["collected"][ACTIVATIONS.kind] = _of_units(opening, data, work, report)
             index["data"] = describe_data(data)
-            index["collected"][ACTIVATIONS.kind] = _of_units(
-                recipe, engine, data, module, work, report
-            )
             (work / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-            recipe = replace(recipe, statistics=str(work))
+        opening.align(str(work) if aligns_on_data(recipe) else recipe.statistics)
         if steps:
-            engine = engine_of(recipe, data, module)
+            engine = engine_of(opening, data)
             index["data"] = describe_data(data)
         order = recipe.alignment
         aligned = None if order is None or order.is_identity else to_plain(order)
@@ -160,10 +159,10 @@ def needy(recipe: Recipe) -> list[AbstractPreprocess]:
     return list(steps.values())
 
 
-def engine_of(recipe: Recipe, data: MergeDataModule, module: nn.Module | None) -> MergeModule:
+def engine_of(opening: Opening, data: MergeDataModule) -> MergeModule:
     """A merge of the same sources without any step, to run them with."""
-    plain = _plain(recipe)
-    engine = MergeModule(plain, score_experts=False, module=module).eval()
+    plan = opening.plan(_plain(opening.recipe), keep_network=True)
+    engine = MergeModule.around(MergedModel(plan), score_experts=False).eval()
     data.attach(engine.merged)
     data.setup()
     engine.take_tasks(data.tasks)
@@ -189,21 +188,16 @@ def _tasks_of_sources(sources: Sequence[str], data: MergeDataModule) -> dict[str
 
 
 def _of_units(
-    recipe: Recipe,
-    engine: MergeModule,
-    data: MergeDataModule,
-    module: nn.Module | None,
-    work: Path,
-    report: Report,
+    opening: Opening, data: MergeDataModule, work: Path, report: Report
 ) -> dict[str, Any]:
     """Moments of units for the recipe's alignment; every source runs on every task's data."""
+    recipe, engine = opening.recipe, engine_of(opening, data)
     assert recipe.alignment is not None
     plan = engine.merged.plan
-    spec = _spec(recipe, module)
     everywhere = {source: list(data.tasks) for source in plan.sources}
     pairs = pairs_of(recipe.alignment, plan.source_names)
     run = UnitPasses(engine.merged, _loaders(data), everywhere, ACTIVATIONS, work, report)
-    groups = run.units(list(spec.groups.values()), pairs)
+    groups = run.units(list(opening.spec.groups.values()), pairs)
     sources = {
         name: {"fingerprint": plan.fingerprints[name], **asdict(found)}
         for name, found in run.found.items()
@@ -217,21 +211,13 @@ def _of_units(
     }
 
 
-def _spec(recipe: Recipe, module: nn.Module | None) -> PermutationSpec:
-    """The groups of units that the alignment will ask for, of a network that is not in use."""
-    plain = replace(_plain(recipe), alignment=None, statistics=None)
-    plan = open_plan(plain, module)
-    assert recipe.alignment is not None
-    return find_spec(recipe.alignment, plan.sources, plan.skeleton)
-
-
 def _plain(recipe: Recipe) -> Recipe:
-    """The same sources, aligned as the recipe says, without any step or learning."""
+    """The same sources without any step or learning."""
     return replace(
         recipe,
         preprocess=[],
         finalisers=[],
-        statistics=recipe.statistics if aligns_on_data(recipe) else None,
+        statistics=None,
         coefficients=Model(),
         init=Uniform(),
         operator=Linear(),

@@ -96,22 +96,44 @@ class MergeModule(lightning.LightningModule):
             objective = from_plain(objective, allow_modules)
         if isinstance(objective, AbstractTerm):
             objective = Objective([objective])
-        self.recipe = recipe
-        self.objective = objective or Objective([CrossEntropy()])
-        self.learning_rate = learning_rate
-        self.load_sources = load_sources
-        self.score_experts = score_experts
         if dtype not in DTYPES:
             raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
-        self.merged = MergedModel(recipe, module, memory, DTYPES[dtype])
+        merged = MergedModel(recipe, module, memory, DTYPES[dtype])
         if activation_checkpointing:
-            self.merged.enable_activation_checkpointing()
+            merged.enable_activation_checkpointing()
+        self.load_sources = load_sources
+        self._assemble(merged, objective, learning_rate, score_experts, logit_scale)
+        self._remember(memory, dtype, activation_checkpointing, logit_scale)
+
+    @classmethod
+    def around(cls, merged: MergedModel, score_experts: bool = True) -> MergeModule:
+        """Wrap a merged model that exists already, to score it on data."""
+        module = cls.__new__(cls)
+        lightning.LightningModule.__init__(module)
+        module.allow_modules, module.load_sources = (), False
+        module._assemble(merged, None, 1e-2, score_experts, None)
+        dtype = str(merged.dtype).removeprefix("torch.")
+        module._remember(merged.memory, dtype, False, None)
+        return module
+
+    def _assemble(
+        self,
+        merged: MergedModel,
+        objective: Objective | None,
+        learning_rate: float,
+        score_experts: bool,
+        logit_scale: float | None,
+    ) -> None:
+        self.merged = merged
+        self.recipe = merged.plan.recipe
+        self.objective = objective or Objective([CrossEntropy()])
+        self.learning_rate = learning_rate
+        self.score_experts = score_experts
         require_ensemble(self.merged, self.objective)
         self.regularisation = Regularisation(self.objective, self.merged)
         self.logit_scale = (
             None if logit_scale is None else LogitScale(logit_scale, self.objective.terms)
         )
-        self._remember(memory, dtype, activation_checkpointing, logit_scale)
         self._checked_unused = False
         self._finishing = Finishing(lightning.pytorch.utilities.rank_zero_warn)
         self._scores = SplitScores()
