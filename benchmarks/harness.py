@@ -240,7 +240,12 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a markdown table."""
-    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], pad: bool = False) -> str:
+    """Return a markdown table, also readable as plain text if padded."""
+    widths = [max(map(len, column)) if pad else 3 for column in zip(head, *rows, strict=True)]
+    rule = ["-" * width for width in widths]
+    padded = [
+        [cell.ljust(width if pad else 0) for cell, width in zip(row, widths, strict=True)]
+        for row in (head, rule, *rows)
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)

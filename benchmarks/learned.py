@@ -36,6 +36,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from harness import (
     CONFIGS,
     SUITES,
@@ -52,8 +54,6 @@ from harness import (
     tested,
     write_json,
 )
-
-import yaml
 
 os.environ["WANDB_MODE"] = "disabled"  # a run for each fit would be measured, too
 

@@ -20,6 +20,12 @@ from pathlib import Path
 import jsonargparse
 import torch
 import yaml
+
+from gradmerge import MergeDataModule, MergeModule, Recipe
+from gradmerge.cli import register
+from gradmerge.collection import collect
+from gradmerge.evaluation import Selection
+from gradmerge.search import AbstractSearch, Scales
 from harness import (
     CONFIGS,
     SUITES,
@@ -32,12 +38,6 @@ from harness import (
     tested,
     write_json,
 )
-
-from gradmerge import MergeDataModule, MergeModule, Recipe
-from gradmerge.cli import register
-from gradmerge.collection import collect
-from gradmerge.evaluation import Selection
-from gradmerge.search import AbstractSearch, Scales
 
 STATIC = CONFIGS / "static"
 FACTORS = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0]

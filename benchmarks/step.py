@@ -35,8 +35,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import answer, ask, llama, make_models, measured, write_json
-
 import torch
 import transformers
 from torch import Tensor, nn
@@ -45,6 +43,7 @@ from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Complement, Element, Sigmoid, Uniform
 from gradmerge.memory import release_freed_memory
 from gradmerge.native import native_kernels
+from harness import answer, ask, llama, make_models, measured, write_json
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 MODES = ("resident", "streamed")
