@@ -104,11 +104,10 @@ class Run:
 
         rows = [Row("base", test(*[0.0] * len(sources)))]
         upper = {}
-        for k, source in enumerate(sources):
-            rows.append(
-                Row(f"expert {source}", test(*(float(k == j) for j in range(len(sources)))))
-            )
-            upper[source] = rows[-1].scores[source]
+        for source in sources:
+            scores = test(*(float(source == other) for other in sources))
+            rows.append(Row(f"expert {source}", scores))
+            upper[source] = scores[source]
         rows.append(Row("uniform average", test(*[1 / len(sources)] * len(sources))))
         start = time.perf_counter()
         chosen, _ = Selection(module, cli.datamodule).search(Scales(SCALES))
