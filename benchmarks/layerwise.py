@@ -28,16 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness import (
-    answer,
-    ask,
-    llama,
-    make_models,
-    make_parser,
-    measured,
-    quiet_trainer,
-    write_json,
-)
+import harness
 
 SOURCES = ("a", "b")
 TOKENS, EXAMPLES, BATCH = 64, 16, 8
@@ -98,14 +89,14 @@ def learn(kind: str, models: Path, place: Path, tokens: int, steps: int, memory:
 
         def make_trainer(place: Path, callbacks: Any, overrides: dict[str, Any]) -> Any:
             options = {"default_root_dir": place, "callbacks": list(callbacks)}
-            return quiet_trainer(**{**options, **overrides})
+            return harness.quiet_trainer(**{**options, **overrides})
 
         job = Job(recipe, data, place, make_trainer, options={"learning_rate": 0.01})
         LayerWise(steps=steps, activation_memory=memory).run(job)
         return
     objective = Objective([KLToSource()])
     module = MergeModule(recipe, objective, "streamed", learning_rate=0.01, score_experts=False)
-    trainer = quiet_trainer(default_root_dir=place, max_steps=steps, limit_val_batches=0)
+    trainer = harness.quiet_trainer(default_root_dir=place, max_steps=steps, limit_val_batches=0)
     trainer.fit(module, datamodule=data)
     export_merged(module.merged, place / "merged")
 
@@ -123,7 +114,7 @@ def run(
     watch(result)
     gc.collect()
     trim_heap()
-    with measured(result):
+    with harness.measured(result):
         learn(kind, Path(folder), Path(output), TOKENS, steps, memory)
     return result
 
@@ -211,8 +202,8 @@ def show(name: str, found: dict[str, float], block: int) -> None:
 
 
 def main() -> None:
-    answer(run)
-    parser = make_parser(__doc__, "bench")
+    harness.answer(run)
+    parser = harness.make_parser(__doc__, "bench")
     parser.add_argument("--size", choices=SIZES, default="5m")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--layers", type=int, default=24, help="blocks")
@@ -225,9 +216,11 @@ def main() -> None:
 
     def models(size: str) -> Path:
         fields = {**SIZES[size], "vocab_size": 1024, "num_hidden_layers": args.layers}
-        config = llama(args.dtype, num_key_value_heads=fields["num_attention_heads"], **fields)
+        config = harness.llama(
+            args.dtype, num_key_value_heads=fields["num_attention_heads"], **fields
+        )
         folder = args.cache.resolve() / f"layers-{size}-{args.dtype}{number}"
-        make_models(folder, config, SOURCES, 0.01)
+        harness.make_models(folder, config, SOURCES, 0.01)
         return folder
 
     folder = models(args.size)
@@ -246,13 +239,13 @@ def main() -> None:
     rows = []
     for kind, name, memory in RUNS:
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            found = ask(__file__, kind, warm, folder, work, args.steps, memory)
+            found = harness.ask(__file__, kind, warm, folder, work, args.steps, memory)
         found["state"] = 4.0 * len(SOURCES) * (block if kind == "layerwise" else whole)
         found["rest"] = found["memory"] - found["state"] - found["held"] - found["saved"]
         rows.append({"run": name, **found, "rest_in_blocks": found["rest"] / block})
         show(name, found, block)
     made = {"size": args.size, "layers": args.layers, "dtype": args.dtype, "block": block}
-    write_json(args.json, {**made, "rows": rows})
+    harness.write_json(args.json, {**made, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -38,22 +38,7 @@ from typing import Any
 
 import yaml
 
-from harness import (
-    CONFIGS,
-    SUITES,
-    answer,
-    ask,
-    best_step,
-    build_suite,
-    make_parser,
-    measured,
-    quieten,
-    spread,
-    suite_file,
-    table,
-    tested,
-    write_json,
-)
+import harness
 
 os.environ["WANDB_MODE"] = "disabled"  # a run for each fit would be measured, too
 
@@ -183,10 +168,10 @@ class Job:
         method = self.method
         files = [f"suites/{self.suite}", f"methods/{method.file}"]
         files += [f"drivers/{method.driver}"] if method.driver else []
-        read = [yaml.safe_load((CONFIGS / f"{file}.yaml").read_text()) for file in files]
+        read = [yaml.safe_load((harness.CONFIGS / f"{file}.yaml").read_text()) for file in files]
         own = (method.options, method.learns, method.driver, method.sources, method.data)
         earlier = self.earlier.name if self.earlier and method.sources == "last" else ""
-        text = repr((FORMAT, own, SUITES[self.suite].steps, self.rate, read, earlier))
+        text = repr((FORMAT, own, harness.SUITES[self.suite].steps, self.rate, read, earlier))
         slug = self.name.replace(" ", "-")
         number = zlib.crc32(text.encode())
         return f"{self.suite}-{self.seed}-{slug}-{self.rate:g}-{number:08x}"
@@ -197,7 +182,7 @@ class Job:
         if kept.is_file():
             return json.loads(kept.read_text())
         given = (self.suite, self.seed, self.name, self.rate, self.cache, self.earlier)
-        found = ask(__file__, *given)
+        found = harness.ask(__file__, *given)
         kept.parent.mkdir(parents=True, exist_ok=True)
         work = kept.with_suffix(".partial")
         work.write_text(json.dumps(found))
@@ -217,15 +202,15 @@ def options_of(job: Job, folder: Path, whole: bool = False) -> list[str]:
         whole: with all sources and tasks, and without a driver.
     """
     method = job.method
-    steps = round(SUITES[job.suite].steps * method.share)
+    steps = round(harness.SUITES[job.suite].steps * method.share)
     folder.mkdir(exist_ok=True)
-    path = suite_file(job.suite, job.seed, job.cache, folder)
+    path = harness.suite_file(job.suite, job.seed, job.cache, folder)
     options = ["--config", str(path)]
-    options += ["--config", str(CONFIGS / "methods" / f"{method.file}.yaml")]
+    options += ["--config", str(harness.CONFIGS / "methods" / f"{method.file}.yaml")]
     if not whole:
         _leave_part(path, method, job.earlier if method.sources == "first" else None)
         if method.driver:
-            options += ["--config", str(CONFIGS / "drivers" / f"{method.driver}.yaml")]
+            options += ["--config", str(harness.CONFIGS / "drivers" / f"{method.driver}.yaml")]
         if method.sources == "last":
             options += ["--driver.earlier", str(job.earlier)]
         options += method.options
@@ -264,13 +249,13 @@ def fit(job: Job) -> dict[str, Any]:
     """Fit once and score; runs in a process of its own."""
     from gradmerge.cli import learn
 
-    quieten()
-    method, suite = job.method, SUITES[job.suite]
+    harness.quieten()
+    method, suite = job.method, harness.SUITES[job.suite]
     cost: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         options = options_of(job, Path(folder))
         if method.learns:
-            with measured(cost):
+            with harness.measured(cost):
                 cli = learn(["fit", *options])
         else:
             cli = learn(options, run=False)
@@ -281,7 +266,7 @@ def fit(job: Job) -> dict[str, Any]:
             whole = options_of(job, Path(folder) / "whole", whole=True)
             module, data, chosen, test, count = driven(cli, learn(whole, run=False))
         else:
-            chosen, test = best_step(cli), module.results["test"]
+            chosen, test = harness.best_step(cli), module.results["test"]
             count = sum(p.numel() for p in module.merged.parameters())
     drawn = data.batch_size * suite.steps
     examples = data.examples("adaptation")
@@ -304,10 +289,10 @@ def searched(cli: Any, cost: dict[str, float]) -> tuple[Any, Any, int]:
     """Return scores on selection and test of a search alone, and how many numbers it chose."""
     from gradmerge.evaluation import Selection
 
-    with measured(cost):
+    with harness.measured(cost):
         selection = Selection(cli.model, cli.datamodule)
         selection.search(cli.config_init["search"])
-    return selection.score(), tested(cli.model, cli.datamodule), 1
+    return selection.score(), harness.tested(cli.model, cli.datamodule), 1
 
 
 def driven(cli: Any, whole: Any) -> tuple[Any, Any, Any, Any, int]:
@@ -333,7 +318,7 @@ def driven(cli: Any, whole: Any) -> tuple[Any, Any, Any, Any, int]:
     average = {m: statistics.mean(scores[task][m] for task in mine) for m in metrics}
     with safe_open(folder / "coefficients.safetensors", framework="pt") as file:
         sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
-    test = tested(module, whole.datamodule)
+    test = harness.tested(module, whole.datamodule)
     return module, whole.datamodule, {"average": average}, test, sum(sizes)
 
 
@@ -360,7 +345,7 @@ def tuned(
 
 def best_of(suite: str, trials: dict[float, dict[str, Any]]) -> float:
     """Return the rate that the selection split prefers."""
-    own = SUITES[suite]
+    own = harness.SUITES[suite]
 
     def rank(rate: float) -> float:
         found = trials[rate]
@@ -372,7 +357,7 @@ def best_of(suite: str, trials: dict[float, dict[str, Any]]) -> float:
 
 def render(suite: str, found: dict[str, dict[int, dict[str, Any]]], apart: bool = False) -> str:
     """Return a markdown table, the best first; with the last task apart, if asked."""
-    own = SUITES[suite]
+    own = harness.SUITES[suite]
     parts = ["first three tasks", "the fourth"] if apart else []
     columns = ["rates", "coefficients", "adaptation", "seconds", "memory, MB"]
 
@@ -381,7 +366,7 @@ def render(suite: str, found: dict[str, dict[int, dict[str, Any]]], apart: bool 
 
     def cells(name: str) -> list[str]:
         results = list(found[name].values())
-        scores = [spread([result["score"] for result in results], own.digits)]
+        scores = [harness.spread([result["score"] for result in results], own.digits)]
         if apart:
             every = [[s for task, s in r["test"].items() if task != "average"] for r in results]
             earlier = [score for one in every for score in one[:-1]]
@@ -400,13 +385,13 @@ def render(suite: str, found: dict[str, dict[int, dict[str, Any]]], apart: bool 
         ]
 
     order = sorted((n for n in found if found[n]), key=mean, reverse=own.higher_is_better)
-    return table(["method", own.metric, *parts, *columns], [cells(name) for name in order])
+    return harness.table(["method", own.metric, *parts, *columns], [cells(name) for name in order])
 
 
 def main() -> None:
-    answer(lambda *job: fit(Job(*job[:4], *(path and Path(path) for path in job[4:]))))
-    parser = make_parser(__doc__, "suites")
-    parser.add_argument("suite", choices=SUITES)
+    harness.answer(lambda *job: fit(Job(*job[:4], *(path and Path(path) for path in job[4:]))))
+    parser = harness.make_parser(__doc__, "suites")
+    parser.add_argument("suite", choices=harness.SUITES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all of the suite")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="to choose from")
@@ -418,11 +403,11 @@ def main() -> None:
         methods = [name for name in DRIVERS if name != _EARLIER]
     found: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in methods}
     for seed in args.seeds:
-        build_suite(args.suite, seed, cache)
+        harness.build_suite(args.suite, seed, cache)
         for method in methods:
             found[method][seed] = tuned(args.suite, seed, method, cache, args.rates)[1]
             print(f"seed {seed} {method}: {found[method][seed]}", flush=True)
-            write_json(args.json, found)
+            harness.write_json(args.json, found)
     print(render(args.suite, found, apart=args.drivers))
 
 

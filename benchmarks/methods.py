@@ -21,25 +21,14 @@ import jsonargparse
 import torch
 import yaml
 
+import harness
 from gradmerge import MergeDataModule, MergeModule, Recipe
 from gradmerge.cli import register
 from gradmerge.collection import collect
 from gradmerge.evaluation import Selection
 from gradmerge.search import AbstractSearch, Scales
-from harness import (
-    CONFIGS,
-    SUITES,
-    build_suite,
-    make_parser,
-    quieten,
-    spread,
-    suite_file,
-    table,
-    tested,
-    write_json,
-)
 
-STATIC = CONFIGS / "static"
+STATIC = harness.CONFIGS / "static"
 FACTORS = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0]
 
 
@@ -106,7 +95,7 @@ def tuned(
 
 def run(suite: str, path: Path, config: Path, prepared: dict[Path, MergeDataModule]) -> Result:
     """Score one method on one seed, whose data are prepared once."""
-    metric = SUITES[suite].metric
+    metric = harness.SUITES[suite].metric
     recipe, data, search = load(config, path)
     data = prepared.setdefault(config, data)
     start = time.perf_counter()
@@ -117,20 +106,22 @@ def run(suite: str, path: Path, config: Path, prepared: dict[Path, MergeDataModu
         first = Selection(MergeModule(recipe, score_experts=False), data)
         selection, factor = tuned(first, recipe, search)
         chosen = selection.score()["average"][metric]
-        score = tested(selection.module, data)["average"][metric]
+        score = harness.tested(selection.module, data)["average"][metric]
     return Result(score, chosen, factor, time.perf_counter() - start)
 
 
 def render(suite: str, found: dict[str, dict[int, Result]]) -> str:
     """Return a markdown table, the best first."""
-    own = SUITES[suite]
+    own = harness.SUITES[suite]
 
     def mean(name: str) -> float:
         return statistics.mean(result.score for result in found[name].values())
 
     def cells(name: str) -> list[str]:
         results = list(found[name].values())
-        score, _, deviation = spread([r.score for r in results], own.digits).partition(" ± ")
+        score, _, deviation = harness.spread([r.score for r in results], own.digits).partition(
+            " ± "
+        )
         return [
             f"`{name}`",
             score,
@@ -141,25 +132,27 @@ def render(suite: str, found: dict[str, dict[int, Result]]) -> str:
         ]
 
     head = ["method (`configs/static`)", own.metric, "spread", "selection", "factors", "seconds"]
-    return table(head, [cells(n) for n in sorted(found, key=mean, reverse=own.higher_is_better)])
+    return harness.table(
+        head, [cells(n) for n in sorted(found, key=mean, reverse=own.higher_is_better)]
+    )
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "suites")
-    parser.add_argument("suite", choices=SUITES)
+    parser = harness.make_parser(__doc__, "suites")
+    parser.add_argument("suite", choices=harness.SUITES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", help="names of files in configs/static")
     args = parser.parse_args()
     register()
-    quieten()
+    harness.quieten()
     paths = [path for path in sorted(STATIC.glob("*.yaml")) if merges_the_suite(path)]
     paths = [path for path in paths if not args.methods or path.stem in args.methods]
     prepared: dict[Path, MergeDataModule] = {}
     found: dict[str, dict[int, Result]] = {path.stem: {} for path in paths}
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
-            build_suite(args.suite, seed, args.cache)
-            config = suite_file(args.suite, seed, args.cache.resolve(), Path(folder))
+            harness.build_suite(args.suite, seed, args.cache)
+            config = harness.suite_file(args.suite, seed, args.cache.resolve(), Path(folder))
             for path in paths:
                 torch.manual_seed(0)
                 result = run(args.suite, path, config, prepared)
@@ -167,7 +160,7 @@ def main() -> None:
                 print(f"seed {seed} {path.stem}: {result}", flush=True)
     print(render(args.suite, found))
     plain = {n: {seed: asdict(r) for seed, r in results.items()} for n, results in found.items()}
-    write_json(args.json, plain)
+    harness.write_json(args.json, plain)
 
 
 if __name__ == "__main__":

@@ -34,19 +34,9 @@ from typing import Any
 
 import lightning
 
+import harness
 import rebasin_merges as merges
-from harness import make_parser, quieten, spread, table, write_json
-from rebasin_merges import (
-    ALIGNMENTS,
-    DISTILLATION,
-    LEARNED_ON,
-    LONGER,
-    SETTINGS,
-    Budget,
-    Case,
-    Condition,
-    Result,
-)
+from rebasin_merges import Case, Condition, Result
 from suites import common
 from suites import rebasin as suite
 from suites.rebasin import ARCHITECTURES, Architecture, Pool, Sizes
@@ -76,7 +66,7 @@ def learned_row(learn: Callable[..., Result], aligned: bool = True, **options: A
     """Return the row of NP Merge or of fine-tuning."""
 
     def run(case: Case) -> Result:
-        alignment = LEARNED_ON[case.architecture.name] if aligned else None
+        alignment = merges.LEARNED_ON[case.architecture.name] if aligned else None
         return {**learn(case, alignment, **options), "alignment": alignment}
 
     return run
@@ -95,7 +85,7 @@ def longer_row(shorter: str, learn: Callable[..., Result], rows: Mapping[str, Ro
         assert found is not None
         # none was better than the start: the middle one
         rate = found["rate"] or float(list(found["tried"])[1])
-        return learned_row(learn, distil=LONGER, rates=[rate])(case)
+        return learned_row(learn, distil=merges.LONGER, rates=[rate])(case)
 
     return run
 
@@ -103,7 +93,7 @@ def longer_row(shorter: str, learn: Callable[..., Result], rows: Mapping[str, Ro
 def rows_of(case: Case) -> dict[str, Row]:
     """Return all rows of a case, in the order of the table."""
     rows: dict[str, Row] = {"endpoints": merges.endpoints, "ensemble": merges.ensemble}
-    for name in ("none", *ALIGNMENTS):
+    for name in ("none", *merges.ALIGNMENTS):
         alignment = None if name == "none" else name
         rows[f"average, {name}"] = average_row(alignment, buffers="mean")
         if case.has_norms:
@@ -126,10 +116,10 @@ def rows_of(case: Case) -> dict[str, Row]:
     rows["fine-tuning, none"] = learned_row(tuned, aligned=False)
     rows["fine-tuning, aligned"] = learned_row(tuned)
     if case.setting == "same":  # else no ensemble knows all classes
-        rows[f"{first}, aligned, distilled"] = learned_row(kinds[first], distil=DISTILLATION)
+        rows[f"{first}, aligned, distilled"] = learned_row(kinds[first], distil=merges.DISTILLATION)
         last = {"NP Merge, unbounded, aligned": unbounded, "fine-tuning, aligned": tuned}
         for name, learn in last.items():
-            rows[f"{name}, distilled"] = learned_row(learn, distil=DISTILLATION)
+            rows[f"{name}, distilled"] = learned_row(learn, distil=merges.DISTILLATION)
         for name, learn in last.items():
             shorter = f"{name}, distilled"
             rows[f"{shorter} longer"] = longer_row(shorter, learn, rows)
@@ -139,7 +129,7 @@ def rows_of(case: Case) -> dict[str, Row]:
 def study_rows(case: Case) -> dict[str, Row]:
     """Return the rows that the study compares."""
     return {
-        "start": average_row(LEARNED_ON[case.architecture.name]),
+        "start": average_row(merges.LEARNED_ON[case.architecture.name]),
         "NP Merge": learned_row(merges.np_merge, kind="pair"),
         "fine-tuning": learned_row(tuned),
     }
@@ -148,16 +138,17 @@ def study_rows(case: Case) -> dict[str, Row]:
 def cell_of(case: Case, row: str) -> Path:
     """Return the file of a row of a case; its name holds the hash of all that decides it."""
     content: list[Any] = [FORMAT, suite.FORMAT, case.architecture, case.pool.sizes]
-    content += [SETTINGS[case.setting][case.members], case.condition, row]
+    content += [merges.SETTINGS[case.setting][case.members], case.condition, row]
     content += [case.budget if is_learned(row) else None]
     if ", distilled" in row:
-        content.append((LONGER if "longer" in row else DISTILLATION, "chosen by the loss"))
+        distil = merges.LONGER if "longer" in row else merges.DISTILLATION
+        content.append((distil, "chosen by the loss"))
     if "unbounded" in row:
         content.append(merges.UNBOUNDED_RATES)
     if "REPAIR" in row:
         content.append("targets of sources whose units are not mixed")
     if is_learned(row) and "none" not in row:
-        content.append(LEARNED_ON[case.architecture.name])
+        content.append(merges.LEARNED_ON[case.architecture.name])
     file = row.replace(", ", "-").replace(" ", "-").lower()
     name = f"{file}-{common.fingerprint(content)}.json"
     return case.pool.cache / "cells" / case.name / name
@@ -187,7 +178,7 @@ def percent(values: Sequence[float], expected: int = 0) -> str:
     if not values:
         return ""
     count = f" ({len(values)} of {expected})" if len(values) < expected else ""
-    return f"{spread([100 * value for value in values], 1)}{count}"
+    return f"{harness.spread([100 * value for value in values], 1)}{count}"
 
 
 def tests(results: Mapping[int, Result]) -> list[float]:
@@ -206,7 +197,7 @@ def render(found: Found, repeats: int) -> str:
             [row, *(percent(tests(rows.get(row, {})), repeats) for rows in cases.values())]
             for row in sorted(order, key=lambda row: (is_learned(row), order.index(row)))
         ]
-        blocks.append(table([f"{data}, {name}", *heads], lines))
+        blocks.append(harness.table([f"{data}, {name}", *heads], lines))
     return "\n\n".join(blocks)
 
 
@@ -238,7 +229,7 @@ def render_study(found: Found, missing: Mapping[str, tuple[int, ...]], repeats: 
                 scores = [statistics.mean(r["classes"][k] for k in classes) for r in results]
                 cells.append(percent(scores, repeats))
             lines.append([f"{data}, {name}, {setting}, {members}", f"{mark}{label}", *cells])
-    return table(["case", "condition", *heads], lines)
+    return harness.table(["case", "condition", *heads], lines)
 
 
 def verdicts(found: Found) -> list[str]:
@@ -278,22 +269,20 @@ def verdicts(found: Found) -> list[str]:
 CONDITIONS = {
     condition.name: condition
     for condition in (
-        Condition(50),
-        Condition(200),
-        Condition(1_000),
-        Condition(5_000),
-        Condition(1_000, noise=0.2),
-        Condition(1_000, noise=0.4),
+        *map(Condition, (50, 200, 1_000, 5_000)),
+        *(Condition(1_000, noise=noise) for noise in (0.2, 0.4)),
         Condition(1_000, missing=(3, 4, 8, 9)),
     )
 }
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__, "rebasin")
+    parser = harness.make_parser(__doc__, "rebasin")
     parser.add_argument("--archs", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--data", nargs="+", default=["fashion", "mnist"], choices=suite.READERS)
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument(
+        "--settings", nargs="+", default=list(merges.SETTINGS), choices=merges.SETTINGS
+    )
     parser.add_argument("--members", nargs="+", type=int, default=[2, 4], choices=[2, 4])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", nargs="+", default=[""], help="only rows that begin so")
@@ -320,7 +309,7 @@ def cases_of(options: argparse.Namespace) -> Iterator[Case]:
     """Yield the cases that the options ask for, in order."""
     quick = options.quick
     sizes = Sizes(1_200, 256, 200, 300) if quick else Sizes()
-    budget = Budget(steps=6, checks=2) if quick else Budget()
+    budget = merges.Budget(steps=6, checks=2) if quick else merges.Budget()
     if options.study:
         budget = replace(budget, steps=budget.steps // 2)
     budgets = {
@@ -345,7 +334,7 @@ def cases_of(options: argparse.Namespace) -> Iterator[Case]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    quieten()
+    harness.quieten()
     found: Found = {}
     try:
         for case in cases_of(options):
@@ -360,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         continue
                     cells = found.setdefault((*key, case.condition.name), {})
                     cells.setdefault(row, {})[case.repeat] = result
-            write_json(options.json, {"records": records_of(found)})
+            harness.write_json(options.json, {"records": records_of(found)})
     except common.SuiteError as error:
         print(f"rebasin: error: {error}", file=sys.stderr)
         return 1

@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import answer, ask, llama, make_models, make_parser, measured, table, write_json
+import harness
 
 SIZES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22},
@@ -109,7 +109,7 @@ def run_mergekit(folder: Path, name: str, output: Path) -> dict[str, float]:
         quiet=True, copy_tokenizer=False, write_model_card=False, random_seed=0, lazy_unpickle=True
     )
     result: dict[str, float] = {}
-    with measured(result):
+    with harness.measured(result):
         run_merge(MergeConfiguration.model_validate(spec), str(output), options)
     return result
 
@@ -121,7 +121,7 @@ def run_gradmerge(folder: Path, name: str, output: Path) -> dict[str, float]:
     native_kernels()  # compiled once per machine, not once per merge
     recipe = recipe_of(name, folder)
     result: dict[str, float] = {}
-    with measured(result):
+    with harness.measured(result):
         plan = recipe.open(with_skeleton=False)
         export_plan(plan, plan.initial_raw(), output, overwrite=True)
     return result
@@ -133,7 +133,7 @@ def run_copy(folder: Path, name: str, output: Path) -> dict[str, float]:
     output.mkdir(parents=True, exist_ok=True)
     buffer = bytearray(16 << 20)
     result: dict[str, float] = {}
-    with measured(result):
+    with harness.measured(result):
         for index, source in enumerate(read):
             with weights(folder / source).open("rb", buffering=0) as file:
                 if index:
@@ -184,7 +184,7 @@ def one(tool: str, name: str, folder: Path, work: Path, cold: bool) -> dict[str,
     load_or_evict(folder, cold)
     output = work / tool
     start = time.perf_counter()
-    found = ask(__file__, tool, folder, name, output)
+    found = harness.ask(__file__, tool, folder, name, output)
     found["process"] = time.perf_counter() - start
     shutil.rmtree(output)
     return found
@@ -223,12 +223,12 @@ def render(rows: list[dict[str, Any]], largest: int) -> str:
         seconds = f"{ours['wall']:.1f} / {theirs.get('wall', missing):.1f}"
         return [row["method"], *ratios, seconds, *memory, f"{row.get('throughput', missing):.2f}"]
 
-    return table([*head, "of a copy's throughput"], [cells(row) for row in rows])
+    return harness.table([*head, "of a copy's throughput"], [cells(row) for row in rows])
 
 
 def main() -> None:
-    answer(lambda tool, folder, name, output: TOOLS[tool](Path(folder), name, Path(output)))
-    parser = make_parser(__doc__, "bench")
+    harness.answer(lambda tool, folder, name, output: TOOLS[tool](Path(folder), name, Path(output)))
+    parser = harness.make_parser(__doc__, "bench")
     parser.add_argument("--size", choices=SIZES, default="1b")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
@@ -238,8 +238,8 @@ def main() -> None:
     folder = args.cache.resolve() / f"llama-{args.size}"
     words = 512 if args.size == "tiny" else 32000
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-    config = llama("bfloat16", vocab_size=words, **heads, **SIZES[args.size])
-    make_models(folder, config, SOURCES, 0.002)
+    config = harness.llama("bfloat16", vocab_size=words, **heads, **SIZES[args.size])
+    harness.make_models(folder, config, SOURCES, 0.002)
     largest = largest_tensor(folder / "base")
     rows = []
     with tempfile.TemporaryDirectory(dir=folder) as work:
@@ -249,7 +249,7 @@ def main() -> None:
     print(f"\n{render(rows, largest)}")
     print(f"largest tensor {largest / 1e6:.0f} MB; bound {len(SOURCES) + 3} of it")
     found = {"size": args.size, "cold": args.cold, "largest_tensor": largest, "rows": rows}
-    write_json(args.json, found)
+    harness.write_json(args.json, found)
 
 
 if __name__ == "__main__":

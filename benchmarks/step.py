@@ -39,11 +39,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import harness
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Complement, Element, Sigmoid, Uniform
 from gradmerge.memory import release_freed_memory
 from gradmerge.native import native_kernels
-from harness import answer, ask, llama, make_models, measured, write_json
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 MODES = ("resident", "streamed")
@@ -93,7 +93,7 @@ class Case:
 def configuration(model: str, dtype: str) -> Any:
     if model.startswith("llama"):
         big = model == "llama"
-        return llama(
+        return harness.llama(
             dtype,
             vocab_size=16_384 if big else 128,
             hidden_size=512 if big else 32,
@@ -253,7 +253,7 @@ def peak_of(case: dict[str, Any], folder: str, malloc: str, threads: int) -> dic
         release_freed_memory()
     step = step_of(Case(**case), Path(folder))
     found: dict[str, float] = {}
-    with measured(found):
+    with harness.measured(found):
         step()
         step()
     return found
@@ -265,7 +265,7 @@ def memory_group(
     """Peaks of cases of one model, each beside a plain run with the same number of batches."""
 
     def peak(case: Case) -> float:
-        return ask(__file__, asdict(case), folder, malloc, threads)["peak"] / 2**20
+        return harness.ask(__file__, asdict(case), folder, malloc, threads)["peak"] / 2**20
 
     plain: dict[Case, float] = {}
     for case in cases:
@@ -325,7 +325,7 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         for dtype in options.dtypes:
             made = folder / model / dtype
             names = [f"source{k}" for k in range(1, max(counts) + 1)]
-            make_models(made, configuration(model, DTYPES[dtype]), names, 0.002)
+            harness.make_models(made, configuration(model, DTYPES[dtype]), names, 0.002)
             cases = [
                 Case(model, dtype, k, memory, kernels=kernels)
                 for k in counts
@@ -348,7 +348,7 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    answer(peak_of)
+    harness.answer(peak_of)
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the records there")
     parser.add_argument("--models", nargs="+", default=["llama", "vit"], help="llama, vit, vit-32")
@@ -383,7 +383,7 @@ def main() -> None:
     if options.malloc == "release":
         release_freed_memory()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        write_json(options.json, run(options, Path(folder)))
+        harness.write_json(options.json, run(options, Path(folder)))
 
 
 if __name__ == "__main__":

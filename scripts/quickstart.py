@@ -25,18 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from harness import (
-    CONFIGS,
-    ROOT,
-    SUITES,
-    best_step,
-    build_suite,
-    quieten,
-    spread,
-    suite_file,
-    table,
-    tested,
-)
+import harness
 
 SCALES = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0]
 # The learned merges of each suite: a name, a file of configs/methods and its learning rate.
@@ -70,14 +59,14 @@ class Run:
     """One suite and seed: its configuration, data and merges."""
 
     def __init__(self, name: str, seed: int, cache: Path, output: Path) -> None:
-        self.name, self.suite, self.seed, self.output = name, SUITES[name], seed, output
+        self.name, self.suite, self.seed, self.output = name, harness.SUITES[name], seed, output
         output.mkdir(parents=True, exist_ok=True)
-        self.config = suite_file(name, seed, cache, Path(tempfile.mkdtemp()))
+        self.config = harness.suite_file(name, seed, cache, Path(tempfile.mkdtemp()))
 
     def arguments(self, method: str) -> list[str]:
         """Return the arguments of `gradmerge fit` for a method."""
         options = ["--config", str(self.config)]
-        options += ["--config", str(CONFIGS / "methods" / f"{method}.yaml")]
+        options += ["--config", str(harness.CONFIGS / "methods" / f"{method}.yaml")]
         options += ["--trainer.default_root_dir", str(self.output / "runs" / method)]
         return [*options, "--trainer.enable_model_summary", "false"]
 
@@ -100,7 +89,7 @@ class Run:
 
         def test(*coefficients: float) -> dict[str, float]:
             set_coefficients(module.merged, Constant(list(coefficients)))
-            return self.by_task(tested(module, cli.datamodule))
+            return self.by_task(harness.tested(module, cli.datamodule))
 
         rows = [Row("base", test(*[0.0] * len(sources)))]
         upper = {}
@@ -123,14 +112,14 @@ class Run:
         start = time.perf_counter()
         cli = learn(["fit", *self.arguments(method), f"--optimizer.init_args.lr={rate}"])
         seconds = time.perf_counter() - start
-        best_step(cli)
+        harness.best_step(cli)
         count = sum(p.numel() for p in cli.model.parameters())
         scores = self.by_task(cli.model.results["test"])
         return Row(name, scores, count, seconds, note=f"learning rate {rate:g}"), cli.model
 
     def compare(self, cache: Path) -> list[Row]:
         """Build, compare, learn, export and plot."""
-        build_suite(self.name, self.seed, cache, quiet=False)
+        harness.build_suite(self.name, self.seed, cache, quiet=False)
         say(f"scoring the baselines of {self.name}, seed {self.seed}")
         *rows, upper = self.baselines()
         learned = []
@@ -188,15 +177,20 @@ def sample(folder: Path) -> None:
 
 def render(name: str, results: Sequence[list[Row]]) -> str:
     """Return the table: means over seeds, with the standard deviation where there are several."""
-    digits, tasks = SUITES[name].digits, list(results[0][0].scores)
+    digits, tasks = harness.SUITES[name].digits, list(results[0][0].scores)
     lines = []
     for rows in zip(*results, strict=True):
         cells = [f"{statistics.mean(r.scores[t] for r in rows):.{digits}f}" for t in tasks]
         seconds = statistics.mean(r.seconds for r in rows)
-        cells += [spread([r.average for r in rows], digits), str(rows[0].coefficients or "")]
+        cells += [
+            harness.spread([r.average for r in rows], digits),
+            str(rows[0].coefficients or ""),
+        ]
         cells += [f"{seconds:.1f}" if seconds else "", rows[0].note if len(rows) == 1 else ""]
         lines.append([rows[0].name, *cells])
-    return table(["method", *tasks, "average", "coefficients", "seconds", "note"], lines, pad=True)
+    return harness.table(
+        ["method", *tasks, "average", "coefficients", "seconds", "note"], lines, pad=True
+    )
 
 
 def say(text: str) -> None:
@@ -205,17 +199,17 @@ def say(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("suite", nargs="?", default="lm", choices=SUITES)
+    parser.add_argument("suite", nargs="?", default="lm", choices=harness.SUITES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "suites")
+    parser.add_argument("--cache", type=Path, default=harness.ROOT / ".cache" / "suites")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
-    output = (options.output or ROOT / "outputs" / f"quickstart-{options.suite}").resolve()
+    output = (options.output or harness.ROOT / "outputs" / f"quickstart-{options.suite}").resolve()
     cache, name = options.cache.resolve(), options.suite
-    quieten()
+    harness.quieten()
     start = time.perf_counter()
     results = [Run(name, seed, cache, output).compare(cache) for seed in options.seeds]
-    title = f"test split, {SUITES[name].unit}, {len(results)} seed(s)"
+    title = f"test split, {harness.SUITES[name].unit}, {len(results)} seed(s)"
     text = f"{title}\n\n{render(name, results)}\n"
     (output / "table.md").write_text(text)
     files = [output / f"results-seed{seed}.json" for seed in options.seeds]

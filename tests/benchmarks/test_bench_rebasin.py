@@ -38,8 +38,8 @@ def test_every_row_is_there_and_in_the_table(run: dict[str, Any], bench: ModuleT
             wanted |= {"NP Merge, aligned, distilled"}
             for row in ("NP Merge, unbounded, aligned", "fine-tuning, aligned"):
                 wanted |= {f"{row}, distilled", f"{row}, distilled longer"}
-        wanted |= {f"average, {name}" for name in bench.ALIGNMENTS}
-        wanted |= {f"average, {name}, REPAIR" for name in bench.ALIGNMENTS}
+        wanted |= {f"average, {name}" for name in bench.merges.ALIGNMENTS}
+        wanted |= {f"average, {name}, REPAIR" for name in bench.merges.ALIGNMENTS}
         assert set(rows) == wanted
         assert all(0 <= row["test"] <= 1 for row in rows.values())
     table = (run["folder"] / "table.md").read_text()
