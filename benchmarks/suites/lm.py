@@ -323,6 +323,24 @@ def save_model(model: LlamaForCausalLM, folder: Path, settings: Settings) -> Non
 # ---- training ------------------------------------------------------------------------------------
 
 
+def optimiser_of(model: LlamaForCausalLM, steps: int, rate: float, decay: float) -> tuple[Any, Any]:
+    """Return AdamW and its schedule: a linear rise, then a cosine to a tenth."""
+    import torch
+
+    # Norms are not decayed: pulling them to zero is no regularisation.
+    decayed = {"params": [p for p in model.parameters() if p.ndim > 1]}
+    kept = {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}
+    optimiser = torch.optim.AdamW([decayed, kept], lr=rate, betas=(0.9, 0.95), weight_decay=decay)
+    warm_up = max(1, steps // 10)
+
+    def factor(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+
+
 def train(
     model: LlamaForCausalLM,
     name: str,
@@ -342,19 +360,7 @@ def train(
     steps, rate, seed = schedule
     rng = np.random.default_rng(seed)
     parameters = list(model.parameters())
-    # Norms are not decayed: pulling them to zero is no regularisation.
-    decayed = {"params": [p for p in parameters if p.ndim > 1]}
-    kept = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
-    optimiser = torch.optim.AdamW(
-        [decayed, kept], lr=rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
-    )
-    warm_up = max(1, steps // 10)
-
-    def factor(step: int) -> float:
-        """Rise linearly, then fall along a cosine to a tenth."""
-        if step < warm_up:
-            return (step + 1) / warm_up
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+    optimiser = optimiser_of(model, steps, rate, settings.weight_decay)
 
     def draw(tokens: np.ndarray) -> torch.Tensor:
         """Return random windows of one stream."""
@@ -378,12 +384,11 @@ def train(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         return torch.stack(losses).mean() / math.log(2)
 
-    falling = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     model.train()
     # One thread per part, which meet once a step, and not two threads per operation, which meet
     # thousands of times: where something else also runs, that is slower than one thread alone.
     with ThreadPoolExecutor(parts) as pool:
-        common.optimise("lm", name, optimiser, falling, steps, gradients, 50, "bits/byte")
+        common.optimise("lm", name, *optimiser, steps, gradients, 50, "bits/byte")
 
 
 # ---- the suite ----------------------------------------------------------------------------------
