@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -320,16 +321,15 @@ def cases_of(options: argparse.Namespace) -> Iterator[Case]:
     )
     if quick and options.study:
         conditions = [replace(condition, adaptation=100) for condition in conditions]
+    members = [2] if options.study else options.members
     for data in ["noise"] if quick else options.data:
         pool = Pool(data, options.cache.resolve(), sizes)
-        for name in options.archs:
+        kinds = itertools.product(
+            options.archs, members, range(options.repeats), options.settings, conditions
+        )
+        for name, number, repeat, setting, condition in kinds:
             architecture = small(ARCHITECTURES[name]) if quick else ARCHITECTURES[name]
-            for members in [2] if options.study else options.members:
-                for repeat in range(options.repeats):
-                    for setting in options.settings:
-                        kind = (pool, architecture, setting, members, repeat, budgets[name])
-                        for condition in conditions:
-                            yield Case(*kind, condition)
+            yield Case(pool, architecture, setting, number, repeat, budgets[name], condition)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

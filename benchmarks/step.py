@@ -24,7 +24,6 @@ Merged weights and computation are float32 in every case; `dtype` is that of the
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import shutil
 import statistics
@@ -78,7 +77,7 @@ class Case:
         """Name of the case in the table."""
         tasks = f", {self.tasks} tasks" if self.tasks > 1 else ""
         kernels = "" if self.kernels == "auto" else f", {self.kernels} kernels"
-        kernels += ", a coefficient per weight" if self.elements else ""
+        kernels += ", one coefficient per weight" if self.elements else ""
         return f"{self.model}, {self.dtype}, K={self.sources}, {self.memory}{tasks}{kernels}"
 
     @property
@@ -188,30 +187,25 @@ def time_group(cases: Sequence[Case], folder: Path, repeats: int) -> Iterator[di
     steps = [step_of(case, folder) for case in cases]
     for step in (reference, *steps):
         step()  # page in the files, size the buffers
-    plain: list[list[float]] = [[] for _ in cases]
+    plain: dict[int, list[float]] = {case.sources: [] for case in cases}
     ours: list[list[float]] = [[] for _ in cases]
-    groups = itertools.groupby(range(len(cases)), key=lambda i: cases[i].sources)
-    together = [list(members) for _, members in groups]
     for turn in range(repeats):
-        for members in together:
-            # one plain step for all cases of a number of sources, before or after them in turn
+        # one plain step for all cases of a number of sources, before or after them in turn
+        for count, beside in plain.items():
+            together = [i for i, case in enumerate(cases) if case.sources == count]
             if turn % 2 == 0:
-                beside = cpu_seconds(reference)
-                for i in members:
-                    ours[i].append(cpu_seconds(steps[i]))
-            else:
-                for i in reversed(members):
-                    ours[i].append(cpu_seconds(steps[i]))
-                beside = cpu_seconds(reference)
-            for i in members:
-                plain[i].append(beside)
-    floor = min(min(times) for times in plain)
-    for i, case in enumerate(cases):
-        paired = statistics.median(o / p for o, p in zip(ours[i], plain[i], strict=True))
+                beside.append(cpu_seconds(reference))
+            for i in together if turn % 2 == 0 else together[::-1]:
+                ours[i].append(cpu_seconds(steps[i]))
+            if turn % 2:
+                beside.append(cpu_seconds(reference))
+    floor = min(map(min, plain.values()))
+    for times, case in zip(ours, cases, strict=True):
+        ratios = [own / beside for own, beside in zip(times, plain[case.sources], strict=True)]
         common = case.tasks == 1 and not case.elements
         target = TARGETS.get((case.model, case.memory, case.sources)) if common else None
-        best = min(ours[i])
-        yield record(case, "CPU time", "s", best, floor, median_paired_ratio=paired, target=target)
+        more = {"median_paired_ratio": statistics.median(ratios), "target": target}
+        yield record(case, "CPU time", "s", min(times), floor, **more)
 
 
 def kernel_group(

@@ -205,65 +205,9 @@ READERS: dict[str, Callable[[Path], tuple[np.ndarray, ...]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Raw:
-    """All images of a data set as bytes; training ones once each, and none that is in the test."""
-
-    train: Images
-    test: Images
-    mean: float
-    """Of the training pixels."""
-    spread: float
-    """Their standard deviation."""
-
-    def normalised(self, images: Images) -> Images:
-        """Normalise images to float32 by the training pixels."""
-        return Images((images.images.float() - self.mean) / self.spread, images.labels)
-
-
-def read_images(data: str, cache: Path) -> Raw:
-    """Read all images of a data set."""
-    images, labels, test_images, test_labels = READERS[data](cache)
-    seen = {image.tobytes() for image in test_images}
-    kept = []
-    for index, image in enumerate(images):
-        content = image.tobytes()
-        if content not in seen:
-            seen.add(content)
-            kept.append(index)
-    images, labels = images[kept], labels[kept]
-
-    def tensors(pixels: np.ndarray, wanted: np.ndarray) -> Images:
-        stacked = torch.from_numpy(np.array(pixels))[:, None]
-        return Images(stacked, torch.from_numpy(np.array(wanted)).long())
-
-    train, test = tensors(images, labels), tensors(test_images, test_labels)
-    return Raw(train, test, float(images.mean()), float(images.std()))
-
-
-def cut(raw: Raw, sizes: Sizes, repeat: int) -> Parts:
-    """Draw the disjoint parts of one repeat.
-
-    Raises:
-        SuiteError: there are too few training images.
-    """
-    wanted = sizes.train + sizes.adaptation + sizes.selection
-    if len(raw.train) < wanted:
-        raise SuiteError(
-            f"expected {wanted} different training images for the parts of a repeat, got "
-            f"{len(raw.train)}; ask for fewer."
-        )
-    order = torch.randperm(len(raw.train), generator=torch.Generator().manual_seed(1_000 + repeat))
-    lengths = [sizes.train, sizes.adaptation, sizes.selection]
-    found = [raw.train.at(part) for part in order[:wanted].split(lengths)]
-    found.append(raw.test.at(torch.arange(min(sizes.test, len(raw.test)))))
-    found.append(raw.train.at(order[wanted:]))
-    return Parts(*(raw.normalised(part) for part in found))
-
-
 @dataclass
 class Pool:
-    """The images of one data set, read once, and their parts by repeat."""
+    """The images of one data set, read once as bytes, and their parts by repeat."""
 
     data: str
     cache: Path
@@ -271,15 +215,47 @@ class Pool:
     _parts: tuple[int, Parts] | None = None
 
     @cached_property
-    def everything(self) -> Raw:
-        """Training and test images."""
-        return read_images(self.data, self.cache)
+    def everything(self) -> tuple[Images, Images]:
+        """Training images, once each and none that is in the test, and test images."""
+        images, labels, *test = READERS[self.data](self.cache)
+        seen = {image.tobytes() for image in test[0]}
+        kept = []
+        for index, image in enumerate(images):
+            content = image.tobytes()
+            if content not in seen:
+                seen.add(content)
+                kept.append(index)
+        self.mean, self.spread = float(images[kept].mean()), float(images[kept].std())
+        train, test = (
+            Images(torch.from_numpy(np.array(p))[:, None], torch.from_numpy(np.array(k)).long())
+            for p, k in ((images[kept], labels[kept]), test)
+        )
+        return train, test
 
     def parts(self, repeat: int) -> Parts:
-        """Return the disjoint parts of a repeat; one repeat's are kept."""
+        """Draw the disjoint parts of a repeat, normalised; one repeat's are kept.
+
+        Raises:
+            SuiteError: there are too few training images.
+        """
         if self._parts is None or self._parts[0] != repeat:
-            self._parts = repeat, cut(self.everything, self.sizes, repeat)
+            self._parts = repeat, self._cut(repeat)
         return self._parts[1]
+
+    def _cut(self, repeat: int) -> Parts:
+        (train, test), sizes = self.everything, self.sizes
+        lengths = [sizes.train, sizes.adaptation, sizes.selection]
+        if len(train) < sum(lengths):
+            raise SuiteError(
+                f"expected {sum(lengths)} different training images for the parts of a repeat, got "
+                f"{len(train)}; ask for fewer."
+            )
+        generator = torch.Generator().manual_seed(1_000 + repeat)
+        order = torch.randperm(len(train), generator=generator)
+        *drawn, rest = order.split([*lengths, len(train) - sum(lengths)])
+        cut = [train.at(part) for part in drawn]
+        cut += [test.at(torch.arange(min(sizes.test, len(test)))), train.at(rest)]
+        return Parts(*(Images((p.images.float() - self.mean) / self.spread, p.labels) for p in cut))
 
 
 # ---- networks ------------------------------------------------------------------------------------
