@@ -55,7 +55,8 @@ def load(suite: Path, method: Path) -> tuple[Recipe, MergeDataModule, AbstractSe
             given = yaml.safe_load(path.read_text())
             config = {key: given[key] for key in ("data", "search") if key in given}
             part = Path(folder) / f"{number}.yaml"
-            part.write_text(yaml.safe_dump({**config, "recipe": given["model"]["recipe"]}))
+            config["recipe"] = given["model"]["recipe"]
+            part.write_text(yaml.safe_dump(config, sort_keys=False))  # sources stay in order
             arguments += ["--config", str(part)]
         found = parser.instantiate_classes(parser.parse_args(arguments))
     return found.recipe, found.data, found.search
