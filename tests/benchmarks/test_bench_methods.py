@@ -9,6 +9,7 @@ from gradmerge import MergeModule, Recipe
 from gradmerge.coefficients import Model, Uniform
 from gradmerge.evaluation import Selection
 from gradmerge.operators import DisjointMean
+from gradmerge.search import Scales
 from tiny import build, relatives, vectors
 
 PROGRAM = "methods"
@@ -30,3 +31,13 @@ def test_an_operators_scale_is_tuned_on_selection(bench: ModuleType) -> None:
     assert len(set(accuracies.values())) > 2
     assert accuracies[chosen] == max(accuracies.values())
     assert best.score()["average"]["accuracy"] == accuracies[chosen]
+
+
+def test_suite_and_method_are_read_together(bench: ModuleType) -> None:
+    """Sources keep their order: sums, folds and greedy choices depend on it."""
+    bench.register()
+    suite = bench.harness.CONFIGS / "suites" / "lm.yaml"
+    recipe, data, search = bench.load(suite, bench.STATIC / "task_arithmetic_tuned.yaml")
+    assert list(recipe.sources) == ["code", "plays", "reviews", "newsgroups"]
+    assert list(data.tasks) == list(recipe.sources)
+    assert isinstance(search, Scales)
