@@ -207,7 +207,9 @@ def options_of(job: Job, folder: Path, whole: bool = False) -> list[str]:
     path = harness.suite_file(job.suite, job.seed, job.cache, folder)
     options = ["--config", str(path)]
     options += ["--config", str(harness.CONFIGS / "methods" / f"{method.file}.yaml")]
-    if not whole:
+    if whole:
+        options += ["--driver", "null"]  # some methods' files have one
+    else:
         _leave_part(path, method, job.earlier if method.sources == "first" else None)
         if method.driver:
             options += ["--config", str(harness.CONFIGS / "drivers" / f"{method.driver}.yaml")]
@@ -224,7 +226,7 @@ def options_of(job: Job, folder: Path, whole: bool = False) -> list[str]:
     ]
     if method.driver:
         options += ["--trainer.val_check_interval", str(max(1, steps // 3))]
-    if method.file == "prodistill":
+    if method.file == "prodistill" and not whole:
         options += ["--driver.steps", str(steps)]
     return options
 
