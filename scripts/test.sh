@@ -7,9 +7,10 @@ export HF_HUB_OFFLINE=1 WANDB_MODE="${WANDB_MODE:-offline}" TOKENIZERS_PARALLELI
 # One thread a process: the models are tiny, and two test processes fill two cores.
 export OMP_NUM_THREADS=1
 bin=.venv/bin
-$bin/ruff format --check src scripts tests
-$bin/ruff check src scripts tests
+$bin/ruff format --check src benchmarks scripts tests
+$bin/ruff check src benchmarks scripts tests
 $bin/mypy
 $bin/lint-imports
-$bin/codespell src scripts tests configs docs README.md CHANGELOG.md CONTRIBUTING.md
+$bin/codespell src benchmarks scripts tests configs docs README.md CHANGELOG.md CONTRIBUTING.md
+bash scripts/docs.sh --quiet
 $bin/python -m pytest -n "${TEST_PROCESSES:-2}" -q "$@"

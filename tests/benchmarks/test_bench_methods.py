@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
-
-import pytest
 
 from gradmerge import MergeModule, Recipe
 from gradmerge.coefficients import Model, Uniform
 from gradmerge.operators import DisjointMean
+from gradmerge.search import Scales
 from gradmerge.training.search import Selection
 from tiny import build, relatives, vectors
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        spec = importlib.util.spec_from_file_location("bench_methods", SCRIPTS / "bench_methods.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "bench_methods", module)
-        spec.loader.exec_module(module)
-        yield module
+PROGRAM = "methods"
 
 
 def test_an_operators_scale_is_tuned_on_selection(bench: ModuleType) -> None:
@@ -39,9 +21,8 @@ def test_an_operators_scale_is_tuned_on_selection(bench: ModuleType) -> None:
     models = dict(zip("ab", sources, strict=True))
     options = {"base": base, "coefficients": Model(), "init": Uniform()}
     recipe = Recipe(models, operator=DisjointMean(), **options)
-    module = MergeModule(recipe, score_experts=False)
-    selection = Selection(module, vectors(count=40))
-    chosen = bench.tuned(selection, recipe, None)
+    selection = Selection(MergeModule(recipe, score_experts=False), vectors(count=40))
+    best, chosen = bench.tuned(selection, recipe, None)
     accuracies = {}
     for factor in bench.FACTORS:
         scaled = replace(recipe, operator=DisjointMean(scale=factor))
@@ -49,4 +30,14 @@ def test_an_operators_scale_is_tuned_on_selection(bench: ModuleType) -> None:
         accuracies[factor] = own.score()["average"]["accuracy"]
     assert len(set(accuracies.values())) > 2
     assert accuracies[chosen] == max(accuracies.values())
-    assert module.results["selection"]["average"]["accuracy"] == accuracies[chosen]
+    assert best.score()["average"]["accuracy"] == accuracies[chosen]
+
+
+def test_suite_and_method_are_read_together(bench: ModuleType) -> None:
+    """Sources keep their order: sums, folds and greedy choices depend on it."""
+    bench.register()
+    suite = bench.harness.CONFIGS / "suites" / "lm.yaml"
+    recipe, data, search = bench.load(suite, bench.STATIC / "task_arithmetic_tuned.yaml")
+    assert list(recipe.sources) == ["code", "plays", "reviews", "newsgroups"]
+    assert list(data.tasks) == list(recipe.sources)
+    assert isinstance(search, Scales)

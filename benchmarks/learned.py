@@ -1,37 +1,34 @@
 """Learned merges on a quickstart suite, tuned alike on the selection split.
 
-    python scripts/bench_learned.py vision --seeds 3 4 5 --json learned-vision.json
+    python benchmarks/learned.py vision --seeds 3 4 5 --json learned-vision.json
 
 Each method is a file of configs/methods with the length of the suite's own file (of LayerWise: as
-many steps a block). All get the same learning rates to choose from, for a rate is a fraction of a
+many steps per block). All get the same learning rates to choose from, for a rate is a fraction of a
 task vector whatever the method, and the same schedule, a cosine to 0.06 of the rate; rate and step
 are chosen on the selection split, by the score, or by the loss where the method sees no labels.
 The best is scored on the test split, which nothing else reads. `m3` alone draws sixteen mixing
 ratios (over task arithmetic, of which linear is the same for ratios that sum to one, over DARE and
 TIES), `tensor from m3` starts at the best of them.
 
-`--drivers` is a table of its own: `tensor` two at a time, all merges together as many steps as one
-fit of all four, and the fourth source onto an earlier merge of the first three, which was learned
-with two thirds of the steps and the best of the rates. *New data*: of the fourth task alone, to
-learn and to choose by, as if the others' were gone; *not learned*: where that starts. All are
-scored on all four tasks.
+`--drivers` prints a table of its own: `tensor` two at a time, all merges together as many steps as
+one fit of all four, and the fourth source onto an earlier merge of the first three, which was
+learned with two thirds of the steps and the best of the rates. *New data*: of the fourth task
+alone, to learn and to choose by, as if the others' were gone; *not learned*: where that starts. All
+are scored on all four tasks.
 
 Every fit is a process of its own: `seconds` is the wall time of the chosen fit with its validations
 (the least of the seeds, for other work on the machine only adds), `memory` how far its anonymous
 memory rose (the most; mapped files do not count). `adaptation` is how many examples were learned
 from, and whether their labels were read. Finished fits are kept in the cache, so that a stopped run
-continues.
+resumes where it stopped.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import zlib
 from collections.abc import Sequence
@@ -39,20 +36,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["WANDB_MODE"] = "disabled"  # a run for each fit would be measured, too
-
 import yaml
 
-from measuring import measured
-from suite_files import suite_file
+import harness
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "configs"
+os.environ["WANDB_MODE"] = "disabled"  # a run for each fit would be measured, too
+
 FORMAT = 1  # raise when the code changes what a fit gives
-METRICS = {"lm": ("bits_per_byte", False, 3), "vision": ("accuracy", True, 3)}
 RATES = (0.01, 0.03, 0.1)
-STEPS = {"lm": 60, "vision": 100}
 _DRAWS = ("--search", "Draws", "--search.num_draws", "16", "--search.alpha", "0.5")
 
 
@@ -75,7 +66,7 @@ class Method:
 
     @property
     def share(self) -> float:
-        """Of the suite's steps, for each of its fits."""
+        """Share of the suite's steps that each of its fits takes."""
         if self.sources == "first":
             return 2 / 3
         return 1 / 3 if self.driver else 1.0
@@ -154,8 +145,56 @@ for _name in ("continual", "continual, projected"):
 ALL = METHODS | DRIVERS
 
 
+@dataclass(frozen=True)
+class Job:
+    """One fit of a method."""
+
+    suite: str
+    seed: int
+    name: str
+    rate: float
+    cache: Path
+    earlier: Path | None = None
+    """The merge that it goes on with, or, of that merge itself, where it goes."""
+
+    @property
+    def method(self) -> Method:
+        """The method that is learned."""
+        return ALL[self.name]
+
+    @property
+    def key(self) -> str:
+        """Name of all that the result depends on."""
+        method = self.method
+        files = [f"suites/{self.suite}", f"methods/{method.file}"]
+        files += [f"drivers/{method.driver}"] if method.driver else []
+        read = [yaml.safe_load((harness.CONFIGS / f"{file}.yaml").read_text()) for file in files]
+        own = (method.options, method.learns, method.driver, method.sources, method.data)
+        earlier = self.earlier.name if self.earlier and method.sources == "last" else ""
+        text = repr((FORMAT, own, harness.SUITES[self.suite].steps, self.rate, read, earlier))
+        slug = self.name.replace(" ", "-")
+        number = zlib.crc32(text.encode())
+        return f"{self.suite}-{self.seed}-{slug}-{self.rate:g}-{number:08x}"
+
+    def result(self) -> dict[str, Any]:
+        """Read the result from the cache, or compute it in a process of its own."""
+        kept = self.cache.parent / "learned" / f"{self.key}.json"
+        if kept.is_file():
+            return json.loads(kept.read_text())
+        given = (self.suite, self.seed, self.name, self.rate, self.cache, self.earlier)
+        found = harness.ask(__file__, *given)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        work = kept.with_suffix(".partial")
+        work.write_text(json.dumps(found))
+        work.replace(kept)
+        return found
+
+
+# ---- one fit, in a process of its own -----------------------------------------------------------
+
+
 def options_of(job: Job, folder: Path, whole: bool = False) -> list[str]:
-    """Arguments of `gradmerge fit`.
+    """Return the arguments of `gradmerge fit`.
 
     Args:
         job: what is to be learned.
@@ -163,29 +202,31 @@ def options_of(job: Job, folder: Path, whole: bool = False) -> list[str]:
         whole: with all sources and tasks, and without a driver.
     """
     method = job.method
-    steps = round(STEPS[job.suite] * method.share)
+    steps = round(harness.SUITES[job.suite].steps * method.share)
     folder.mkdir(exist_ok=True)
-    path = suite_file(job.suite, job.seed, job.cache, folder)
-    if not whole:
-        _leave_part(path, method, job.earlier if method.sources == "first" else None)
+    path = harness.suite_file(job.suite, job.seed, job.cache, folder)
     options = ["--config", str(path)]
-    options += ["--config", str(CONFIGS / "methods" / f"{method.file}.yaml")]
-    if method.driver and not whole:
-        options += ["--config", str(CONFIGS / "drivers" / f"{method.driver}.yaml")]
+    options += ["--config", str(harness.CONFIGS / "methods" / f"{method.file}.yaml")]
+    if whole:
+        options += ["--driver", "null"]  # some methods' files have one
+    else:
+        _leave_part(path, method, job.earlier if method.sources == "first" else None)
+        if method.driver:
+            options += ["--config", str(harness.CONFIGS / "drivers" / f"{method.driver}.yaml")]
         if method.sources == "last":
             options += ["--driver.earlier", str(job.earlier)]
-    if not whole:
         options += method.options
-    options += ["--trainer.max_steps", str(steps), f"--optimizer.init_args.lr={job.rate}"]
+    cosine = "torch.optim.lr_scheduler.CosineAnnealingLR"
+    options += [
+        *("--trainer.max_steps", str(steps), f"--optimizer.init_args.lr={job.rate}"),
+        *("--lr_scheduler", cosine, f"--lr_scheduler.T_max={steps}"),
+        f"--lr_scheduler.eta_min={0.06 * job.rate}",
+        *("--trainer.default_root_dir", str(folder)),
+        *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+    ]
     if method.driver:
         options += ["--trainer.val_check_interval", str(max(1, steps // 3))]
-    cosine = "torch.optim.lr_scheduler.CosineAnnealingLR"
-    options += ["--lr_scheduler", cosine, f"--lr_scheduler.T_max={steps}"]
-    options += [f"--lr_scheduler.eta_min={0.06 * job.rate}"]
-    options += ["--trainer.default_root_dir", str(folder)]
-    options += ["--trainer.enable_progress_bar", "false"]
-    options += ["--trainer.enable_model_summary", "false"]
-    if method.file == "prodistill":
+    if method.file == "prodistill" and not whole:
         options += ["--driver.steps", str(steps)]
     return options
 
@@ -200,46 +241,44 @@ def _leave_part(path: Path, method: Method, output: Path | None) -> None:
         if method.data == "new":
             del config["data"]["tasks"][gone]
     if output is not None:
-        export = {
-            "class_path": "ExportAtEnd",
-            "init_args": {"output": str(output), "overwrite": True},
-        }
+        arguments = {"output": str(output), "overwrite": True}
+        export = {"class_path": "ExportAtEnd", "init_args": arguments}
         config["trainer"]["callbacks"].append(export)
     path.write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 def fit(job: Job) -> dict[str, Any]:
-    """One fit and its scores; runs in a process of its own."""
+    """Fit once and score; runs in a process of its own."""
     from gradmerge.cli.main import learn
 
-    quieten()
-    method, metric = job.method, METRICS[job.suite][0]
+    harness.quieten()
+    method, suite = job.method, harness.SUITES[job.suite]
     cost: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         options = options_of(job, Path(folder))
-        if not method.learns:
-            cli = learn(options, run=False)
-            module, data, chosen, count = searched(cli, cost)
-        else:
-            with measured(cost):
+        if method.learns:
+            with harness.measured(cost):
                 cli = learn(["fit", *options])
-            if cli.model is None:
-                whole = options_of(job, Path(folder) / "whole", whole=True)
-                module, data, chosen, count = driven(cli, learn(whole, run=False))
-            else:
-                module, data, chosen, count = fitted(cli)
-        found = {
-            "selection": chosen["average"][metric],
-            "loss": chosen["average"]["loss"],
-            "score": module.results["test"]["average"][metric],
-            "test": {task: scores[metric] for task, scores in module.results["test"].items()},
-        }
-    drawn = data.batch_size * STEPS[job.suite]
+        else:
+            cli = learn(options, run=False)
+        module, data = cli.model, cli.datamodule
+        if not method.learns:
+            chosen, test, count = searched(cli, cost)
+        elif module is None:
+            whole = options_of(job, Path(folder) / "whole", whole=True)
+            module, data, chosen, test, count = driven(cli, learn(whole, run=False))
+        else:
+            chosen, test = harness.best_step(cli), module.results["test"]
+            count = sum(p.numel() for p in module.merged.parameters())
+    drawn = data.batch_size * suite.steps
     examples = data.examples("adaptation")
     sizes = [len(examples[task]) for task in cli.datamodule.tasks]
     labels = method.learns and module.objective.needs_labels and method.file != "prodistill"
     return {
-        **found,
+        "selection": chosen["average"][suite.metric],
+        "loss": chosen["average"]["loss"],
+        "score": test["average"][suite.metric],
+        "test": {task: scores[suite.metric] for task, scores in test.items()},
         "coefficients": count,
         "labels": labels,
         "examples": sum(min(drawn, size) for size in sizes) if method.learns else 0,
@@ -248,44 +287,18 @@ def fit(job: Job) -> dict[str, Any]:
     }
 
 
-def quieten() -> None:
-    """No warnings and no advice."""
-    import logging
-    import warnings
-
-    import transformers
-
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def fitted(cli: Any) -> tuple[Any, Any, Any, int]:
-    """Scores of a fit's best step."""
-    import torch
-
-    path = cli.trainer.checkpoint_callback.best_model_path
-    chosen = torch.load(path, weights_only=True)["gradmerge"]["results"]["selection"]
-    cli.trainer.test(cli.model, cli.datamodule, ckpt_path=path, verbose=False)
-    count = sum(p.numel() for p in cli.model.merged.parameters())
-    return cli.model, cli.datamodule, chosen, count
-
-
-def searched(cli: Any, cost: dict[str, float]) -> tuple[Any, Any, Any, int]:
-    """Scores of a search alone."""
+def searched(cli: Any, cost: dict[str, float]) -> tuple[Any, Any, int]:
+    """Return scores on selection and test of a search alone, and how many numbers it chose."""
     from gradmerge.training.search import Selection
 
-    with measured(cost):
+    with harness.measured(cost):
         selection = Selection(cli.model, cli.datamodule)
         selection.search(cli.config_init["search"])
-    chosen = selection.score()
-    selection._trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
-    return cli.model, cli.datamodule, chosen, 1
+    return selection.score(), harness.tested(cli.model, cli.datamodule), 1
 
 
-def driven(cli: Any, whole: Any) -> tuple[Any, Any, Any, int]:
-    """Scores of the folder that a driver wrote; each task has its own head."""
+def driven(cli: Any, whole: Any) -> tuple[Any, Any, Any, Any, int]:
+    """Score the folder that a driver wrote; each task has its own head."""
     from safetensors import safe_open
 
     from gradmerge import MergeModule, Recipe
@@ -301,74 +314,23 @@ def driven(cli: Any, whole: Any) -> tuple[Any, Any, Any, int]:
         heads=dict(recipe.sources) if recipe.private else {},
     )
     module = MergeModule(merged, score_experts=False)
-    selection = Selection(module, whole.datamodule)
-    scores = selection.score()
+    scores = Selection(module, whole.datamodule).score()
     mine = list(cli.datamodule.tasks)
     metrics = {name for task in mine for name in scores[task]}
     average = {m: statistics.mean(scores[task][m] for task in mine) for m in metrics}
-    selection._trainer.test(module, datamodule=whole.datamodule, verbose=False)
     with safe_open(folder / "coefficients.safetensors", framework="pt") as file:
         sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
-    return module, whole.datamodule, {"average": average}, sum(sizes)
+    test = harness.tested(module, whole.datamodule)
+    return module, whole.datamodule, {"average": average}, test, sum(sizes)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One fit of a method."""
-
-    suite: str
-    seed: int
-    name: str
-    rate: float
-    cache: Path
-    earlier: Path | None = None
-    """The merge that it goes on with, or, of that merge itself, where it goes."""
-
-    @property
-    def method(self) -> Method:
-        """What is learned."""
-        return ALL[self.name]
-
-    @property
-    def key(self) -> str:
-        """Of all that its result depends on."""
-        method = self.method
-        files = [f"suites/{self.suite}", f"methods/{method.file}"]
-        files += [f"drivers/{method.driver}"] if method.driver else []
-        read = [yaml.safe_load((CONFIGS / f"{file}.yaml").read_text()) for file in files]
-        own = (method.options, method.learns, method.driver, method.sources, method.data)
-        earlier = self.earlier.name if self.earlier and method.sources == "last" else ""
-        text = repr((FORMAT, own, STEPS[self.suite], self.rate, read, earlier))
-        slug = self.name.replace(" ", "-")
-        number = zlib.crc32(text.encode())
-        return f"{self.suite}-{self.seed}-{slug}-{self.rate:g}-{number:08x}"
-
-    def result(self) -> dict[str, Any]:
-        """From the cache, or by a process of its own."""
-        kept = self.cache.parent / "learned" / f"{self.key}.json"
-        if kept.is_file():
-            found: dict[str, Any] = json.loads(kept.read_text())
-            return found
-        command = [sys.executable, __file__, self.suite, "--cache", str(self.cache)]
-        with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder) / "result.json"
-            command += ["--json", str(output), "--fit", str(self.seed), self.name, str(self.rate)]
-            command += ["--earlier", str(self.earlier)] if self.earlier else []
-            done = subprocess.run(command, check=False, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{self.key} failed:\n{done.stderr[-3000:]}")
-            found = json.loads(output.read_text())
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        work = kept.with_suffix(".partial")
-        work.write_text(json.dumps(found))
-        work.replace(kept)
-        return found
+# ---- all fits -----------------------------------------------------------------------------------
 
 
 def tuned(
     suite: str, seed: int, name: str, cache: Path, rates: Sequence[float]
 ) -> tuple[Job, dict[str, Any]]:
-    """The job whose rate the selection split prefers, and what it gave."""
+    """Return the job whose rate the selection split prefers, and its result."""
     method = ALL[name]
     jobs = []
     for rate in method.rates or (rates if method.learns else RATES[:1]):
@@ -384,85 +346,70 @@ def tuned(
 
 
 def best_of(suite: str, trials: dict[float, dict[str, Any]]) -> float:
-    """The rate that the selection split prefers."""
-    higher = METRICS[suite][1]
+    """Return the rate that the selection split prefers."""
+    own = harness.SUITES[suite]
 
     def rank(rate: float) -> float:
         found = trials[rate]
-        value = float(found["selection"] if found["labels"] else found["loss"])
-        if not math.isfinite(value):
-            return math.inf
-        return -value if found["labels"] and higher else value
+        scores = {own.metric: found["selection"], "loss": found["loss"]}
+        return own.rank(scores, found["labels"])
 
-    return min(trials, key=rank)
+    return max(trials, key=rank)
 
 
 def render(suite: str, found: dict[str, dict[int, dict[str, Any]]], apart: bool = False) -> str:
-    """A markdown table, the best first; with the last task apart, if asked."""
-    metric, higher, digits = METRICS[suite]
+    """Return a markdown table, the best first; with the last task apart, if asked."""
+    own = harness.SUITES[suite]
     parts = ["first three tasks", "the fourth"] if apart else []
-    columns = ["method", metric, *parts, "rates", "coefficients", "adaptation", "seconds"]
-    lines = [f"| {' | '.join([*columns, 'memory, MB'])} |", "|---" * (len(columns) + 1) + "|"]
+    columns = ["rates", "coefficients", "adaptation", "seconds", "memory, MB"]
 
     def mean(name: str) -> float:
         return statistics.mean(result["score"] for result in found[name].values())
 
-    for name in sorted((n for n in found if found[n]), key=mean, reverse=higher):
+    def cells(name: str) -> list[str]:
         results = list(found[name].values())
-        scores = [result["score"] for result in results]
-        spread = f" ± {statistics.stdev(scores):.{digits}f}" if len(scores) > 1 else ""
-        cells = [f"`{name}`", f"{mean(name):.{digits}f}{spread}"]
+        scores = [harness.spread([result["score"] for result in results], own.digits)]
         if apart:
             every = [[s for task, s in r["test"].items() if task != "average"] for r in results]
-            earlier = statistics.mean(score for one in every for score in one[:-1])
-            cells += [
-                f"{earlier:.{digits}f}",
-                f"{statistics.mean(o[-1] for o in every):.{digits}f}",
-            ]
+            earlier = [score for one in every for score in one[:-1]]
+            for values in (earlier, [one[-1] for one in every]):
+                scores.append(f"{statistics.mean(values):.{own.digits}f}")
         first = results[0]
         labels = "labels" if first["labels"] else "no labels"
-        cells += [
+        return [
+            f"`{name}`",
+            *scores,
             ", ".join(f"{result['rate']:g}" for result in results) if ALL[name].learns else "-",
             f"{first['coefficients']:,}",
             f"{first['examples']:,}, {labels}" if first["examples"] else "none; selection labels",
             f"{min(r['seconds'] for r in results):.0f}",
             f"{max(r['memory'] for r in results) / 1e6:.0f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+
+    order = sorted((n for n in found if found[n]), key=mean, reverse=own.higher_is_better)
+    return harness.table(["method", own.metric, *parts, *columns], [cells(name) for name in order])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("suite", choices=METRICS)
+    harness.answer(lambda *job: fit(Job(*job[:4], *(path and Path(path) for path in job[4:]))))
+    parser = harness.make_parser(__doc__, "suites")
+    parser.add_argument("suite", choices=harness.SUITES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all of the suite")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="to choose from")
     parser.add_argument("--drivers", action="store_true", help="two at a time, and one after")
-    parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "suites")
-    parser.add_argument("--json", type=Path, help="file to write all figures to")
-    parser.add_argument("--fit", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--earlier", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.cache = args.cache.resolve()
-    if args.fit:
-        seed, method, rate = args.fit
-        job = Job(args.suite, int(seed), method, float(rate), args.cache, args.earlier)
-        args.json.write_text(json.dumps(fit(job)))
-        return
+    cache = args.cache.resolve()
     methods = args.methods or [n for n, m in METHODS.items() if args.suite in m.suites]
     if args.drivers:
         methods = [name for name in DRIVERS if name != _EARLIER]
     found: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in methods}
     for seed in args.seeds:
-        build = [sys.executable, str(ROOT / "scripts" / "suites" / f"{args.suite}.py")]
-        command = [*build, "--cache", str(args.cache), "--seed", str(seed)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        harness.build_suite(args.suite, seed, cache)
         for method in methods:
-            found[method][seed] = tuned(args.suite, seed, method, args.cache, args.rates)[1]
+            found[method][seed] = tuned(args.suite, seed, method, cache, args.rates)[1]
             print(f"seed {seed} {method}: {found[method][seed]}", flush=True)
-            if args.json:
-                args.json.write_text(json.dumps(found, indent=1) + "\n")
+            harness.write_json(args.json, found)
     print(render(args.suite, found, apart=args.drivers))
 
 

