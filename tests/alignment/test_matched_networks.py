@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import ARCHITECTURES, logits_of
+from architectures import ARCHITECTURES, logits_of
 from gradmerge import MergeDataModule, Recipe, TaskData
 from gradmerge.alignment import CCA, ActivationMatching, LinearMap, OptimalTransport
 from gradmerge.alignment.align import traced_spec

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from conftest import ARCHITECTURES
+from architectures import ARCHITECTURES
 from tiny import relatives, sentences, word_tokenizer
 
 

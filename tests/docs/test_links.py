@@ -68,7 +68,7 @@ def test_every_page_is_in_the_navigation_once():
 
 @pytest.mark.parametrize("page", TEXTS, ids=relative)
 def test_named_files_exist(page):
-    pattern = r"\b(?:benchmarks|configs|scripts|docs)/[\w/-]+\.(?:yaml|sh|py|md)"
+    pattern = r"\b(?:configs|scripts|docs)/[\w/-]+\.(?:yaml|sh|py|md)|\bbenchmarks/[\w/]+\.py"
     lost = [path for path in re.findall(pattern, page.read_text()) if not (ROOT / path).is_file()]
     assert not lost
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import logits_of
+from architectures import logits_of
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import (
     Column,

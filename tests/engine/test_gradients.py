@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from conftest import ARCHITECTURES, logits_of
+from architectures import ARCHITECTURES, logits_of
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import (
     Clamp,

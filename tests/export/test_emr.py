@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import logits_of
+from architectures import logits_of
 from gradmerge import Recipe
 from gradmerge.alignment import WeightMatching
 from gradmerge.cli import main

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from conftest import logits_of
+from architectures import logits_of
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Column, Constant, FromFile, Row, Sigmoid, Tensor
 from gradmerge.engine.plan import Plan

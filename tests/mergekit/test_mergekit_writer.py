@@ -7,7 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from conftest import ARCHITECTURES
+from architectures import ARCHITECTURES
 from gradmerge.cli import main
 from gradmerge.coefficients import Column, Constant, Element, Group, Model, Partition, Row, Sigmoid
 from gradmerge.engine.opening import open_plan

@@ -15,7 +15,7 @@ import torch
 from test_operators import expand, kernels, spread_of  # noqa: F401
 from torch.func import functional_call
 
-from conftest import logits_of
+from architectures import logits_of
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Constant, Tensor, Uniform
 from gradmerge.engine.opening import open_plan

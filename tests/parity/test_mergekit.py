@@ -18,7 +18,7 @@ from torch import nn
 
 pytest.importorskip("mergekit", reason="the oracle of these tests: pip install gradmerge[parity]")
 
-from conftest import ARCHITECTURES, WIDE
+from architectures import ARCHITECTURES, WIDE
 from gradmerge import Recipe
 from gradmerge.coefficients import Constant, Uniform
 from gradmerge.engine.opening import open_plan

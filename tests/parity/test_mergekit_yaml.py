@@ -13,7 +13,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
-from conftest import ARCHITECTURES
+from architectures import ARCHITECTURES
 from gradmerge import Recipe, operators, preprocess
 from gradmerge.cli import main
 from tiny import relatives, save_family, write_yaml

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from conftest import logits_of
+from architectures import logits_of
 from gradmerge import MergedModel, Recipe, export_merged
 from gradmerge.coefficients import Column, Constant, Element, Mixup, Tensor
 from gradmerge.engine.opening import open_plan

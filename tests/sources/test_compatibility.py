@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ARCHITECTURES
+from architectures import ARCHITECTURES
 from gradmerge import Recipe
 from gradmerge.engine.opening import open_plan
 from gradmerge.errors import CompatibilityError, ConfigError, SourceError

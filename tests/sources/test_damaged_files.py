@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ARCHITECTURES
+from architectures import ARCHITECTURES
 from gradmerge.errors import SourceError
 from gradmerge.sources import SafetensorsFile, as_source
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from conftest import ARCHITECTURES
+from architectures import ARCHITECTURES
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Constant, Tensor
 from gradmerge.engine.opening import open_plan

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from torch.nn.utils import prune
 
-from conftest import ARCHITECTURES, logits_of
+from architectures import ARCHITECTURES, logits_of
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Constant, Model, Tensor
 from gradmerge.engine.opening import open_plan

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import ARCHITECTURES
+from architectures import ARCHITECTURES
 from gradmerge.errors import ConfigError, SourceError
 from gradmerge.sources import (
     HuggingFace,
