@@ -22,6 +22,7 @@ from gradmerge._version import __version__
 from gradmerge.cli.commands import require_checkpoint
 from gradmerge.cli.configs import later
 from gradmerge.cli.defaults import with_coefficients, with_csv
+from gradmerge.cli.score import NAME, require_scored, scored_recipe
 from gradmerge.drivers import AbstractDriver, Job, Output
 from gradmerge.drivers.base import require_no_checkpoint
 from gradmerge.engine.recipe import Recipe
@@ -99,6 +100,13 @@ class MergeCLI(LightningCLI):
             help="Searches for the coefficients that a fit starts at, by scores on the selection "
             "split (GreedySoup, Scales, Draws).",
         )
+        parser.add_argument(
+            "--model_folder",
+            type=str | None,
+            default=None,
+            help="validate and test: score this Hugging Face folder or hub id instead of a merge; "
+            "`--model FOLDER` is short for it.",
+        )
 
     def before_instantiate_classes(self) -> None:
         """Refuse what is cheap to see."""
@@ -108,6 +116,8 @@ class MergeCLI(LightningCLI):
                 "give --data.tasks.NAME.path and what else they need."
             )
         given = self._get(self.config, "ckpt_path")
+        if self._get(self.config, "model_folder"):
+            self._score_folder(given)
         if self._get(self.config, "driver"):
             self._require_driven(given)
         kind = str(getattr(self._get(self.config, "optimizer"), "class_path", ""))
@@ -118,6 +128,23 @@ class MergeCLI(LightningCLI):
         if path not in ("best", "last", "hpc") and ":" not in path and not os.path.isdir(path):
             require_checkpoint(path)
 
+    def _score_folder(self, ckpt_path: str | None) -> None:
+        """Put the model of a folder in the place of the merge."""
+        require_scored(str(self.subcommand), ckpt_path)
+        config = self.config[str(self.subcommand)]
+        tasks, private = config["data"]["tasks"], config["model"]["recipe"].get("private")
+        recipe = scored_recipe(config["model_folder"], tasks, private or [])
+        for name, task in tasks.items():
+            task["source"] = name if recipe.heads else NAME
+        config["driver"] = config["search"] = None
+        for option, value in (("objective", None), ("score_experts", False), ("logit_scale", None)):
+            config["model"][option] = value
+
+        def scored(class_type: type, *args: Any, **options: Any) -> Any:
+            return recipe
+
+        self.parser.add_instantiator(scored, Recipe, subclasses=False)
+
     def _require_driven(self, ckpt_path: str | None) -> None:
         """Refuse what a driver has no use for.
 
@@ -127,14 +154,7 @@ class MergeCLI(LightningCLI):
         if self.subcommand in ("validate", "test"):
             raise ConfigError(
                 f"driver: `gradmerge {self.subcommand}` scores one merge, and a driver makes "
-                "several. Score the folder that it wrote, as a source of its own: --driver null "
-                "--model.recipe.base null --model.recipe.sources '{merged: FOLDER}' "
-                "--model.recipe.origin zero --model.recipe.coefficients Model "
-                "--model.recipe.init.class_path Constant --model.recipe.init.value 1 "
-                "--model.recipe.operator Linear --model.recipe.preprocess '[]' "
-                "--model.recipe.finalisers '[]' --model.recipe.frozen '{}' "
-                "--model.recipe.alignment null, where tasks have private heads also "
-                "--model.recipe.heads '{SOURCE: FOLDER/tasks/TASK}'."
+                "several. Score the folder that it wrote: add --model FOLDER."
             )
         require_no_checkpoint(ckpt_path)
         if self._get(self.config, "search"):

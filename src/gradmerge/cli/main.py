@@ -26,6 +26,7 @@ commands:
   fit       learn the coefficients        gradmerge fit --config merge.yaml
   validate  score on the selection split  gradmerge validate --config merge.yaml --ckpt_path X.ckpt
   test      score on the test split       gradmerge test --config merge.yaml --ckpt_path X.ckpt
+                                          gradmerge test --config data.yaml --model FOLDER
   export    checkpoint -> model folder    gradmerge export X.ckpt FOLDER
   merge     merge without training        gradmerge merge --config static.yaml --output FOLDER
   collect   statistics for such merges    gradmerge collect --config merge.yaml --output FOLDER
@@ -106,10 +107,15 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
     """
     from gradmerge.cli.configs import refuse_mergekit
     from gradmerge.cli.fit import start
+    from gradmerge.cli.score import with_model_folder
 
-    given = sys.argv[1:] if arguments is None else list(arguments)
+    given = with_model_folder(sys.argv[1:] if arguments is None else arguments)
     refuse_mergekit(given)
     register(given)
+    if arguments is None:
+        sys.argv[1:] = given  # which LightningCLI reads, and which the processes of DDP start with
+    else:
+        arguments = given
     quieten()
     return start(arguments, run, stop)
 
