@@ -1,0 +1,80 @@
+"""One command opens each checkpoint once, and traces and solves an alignment once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gradmerge.alignment import ActivationMatching
+from gradmerge.cli import main
+from gradmerge.engine import opening
+from gradmerge.sources import HuggingFace
+from tiny import write_yaml as write
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+HALF = {"coefficients": "Model", "init": "Uniform", "base": None, "origin": "zero"}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often each folder was opened, networks were traced, and alignments were solved."""
+    counts: Counter[str] = Counter()
+
+    def watch(owner, name, label):
+        original = getattr(owner, name)
+
+        def counting(*args, **kwargs):
+            counts[label(*args)] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    watch(HuggingFace, "open", lambda source: Path(source.path).name)
+    watch(ActivationMatching, "align", lambda *_: "solved")
+    watch(opening, "find_spec", lambda *_: "traced")
+    watch(opening, "build_skeleton", lambda *_: "built")
+    return counts
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"preprocess": ["RegMean"]},
+        {"search": {"class_path": "Scales", "init_args": {"values": [0.5, 1.0]}}},
+    ],
+    ids=["alignment", "and statistics", "and a search"],
+)
+def test_a_merge_with_data_and_an_alignment_does_everything_once(world, tmp_path, counted, more):
+    search = {key: value for key, value in more.items() if key == "search"}
+    steps = {key: value for key, value in more.items() if key != "search"}
+    recipe = {**HALF, "alignment": "ActivationMatching", **steps}
+    config = write(tmp_path / "merge.yaml", world, {"model": {"recipe": recipe}}, search)
+    assert main(["merge", "--config", config, "--output", "merged"]) == 0
+    assert dict(counted) == {"a": 1, "b": 1, "solved": 1, "traced": 1, "built": 1}
+
+
+def test_a_plain_merge_opens_each_checkpoint_once(world, tmp_path, counted):
+    config = write(tmp_path / "merge.yaml", world)
+    assert main(["merge", "--config", config, "--output", "merged"]) == 0
+    assert dict(counted) == {"base": 1, "a": 1, "b": 1}
+
+
+def test_a_fit_opens_each_checkpoint_once(world, tmp_path, counted):
+    config = write(tmp_path / "fit.yaml", world, {"trainer": {"max_steps": 1}})
+    assert main(["fit", "--config", config]) == 0
+    assert dict(counted) == {"base": 1, "a": 1, "b": 1, "built": 1}
+
+
+def test_a_mergekit_file_is_merged_as_one_recipe(world, tmp_path, counted, capsys):
+    sources = world["model"]["recipe"]["sources"]
+    models = [{"model": path, "parameters": {"weight": 0.5}} for path in sources.values()]
+    path = tmp_path / "mk.yaml"
+    path.write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    assert main(["merge", "--config", str(path), "--output", "merged"]) == 0
+    assert "mergekit linear" in capsys.readouterr().out
+    assert set(counted) == {"a", "b"}
