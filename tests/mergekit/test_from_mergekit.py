@@ -117,7 +117,7 @@ def test_sources_are_found_by_path_name_or_as_stated(row, tmp_path):
         (
             config(),
             {"labels": {**LABELS, "c": "/m/c"}},
-            r"Not in the file: c\. Name the same models in both, or say which is which",
+            r"Not in the file: c\. Name the same models in both, or state which is which",
         ),
         (config(), {"labels": {**LABELS, "base": "/m/x"}}, r"Not in the file: base\. Not in this"),
         (config(), {"models": {"a": "/m/b"}}, "Name the same models in both"),
