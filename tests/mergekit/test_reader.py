@@ -81,6 +81,18 @@ def test_task_arithmetic_is_a_sum_from_the_base(p, read):
     assert f"  b ({p['b']}): coefficient 0.6" in reading.summary
 
 
+def test_the_opened_checkpoints_have_the_recipe_s_names(p, read):
+    reading = read(config(p, "task_arithmetic"))
+    assert list(reading.opened) == ["a", "b", "base"]
+    assert {name: str(c.folder) for name, c in reading.opened.items()} == {
+        name: p[name] for name in reading.opened
+    }
+    among = read(config(p, "linear", "a", "base", own=(), parameters={"weight": 1.0})).opened
+    assert list(among) == ["a", "base1", "base"]
+    assert among["base"] is among["base1"]
+    assert list(read(config(p, "linear", base=None)).opened) == ["a", "b"]
+
+
 def test_what_varies_by_tensor_becomes_a_mapping(p, read):
     file = config(p, "task_arithmetic", "a", "b")
     file["models"][0]["parameters"]["weight"] = [0.1, 0.5]
@@ -235,7 +247,7 @@ def test_adapters_are_put_on_their_model(p, read, tmp_path):
     (tmp_path / "adapter").mkdir()
     with pytest.raises(ValueError, match=r"expected adapter_model\.safetensors"):
         read(file)
-    from gradmerge.mergekit import ModelReference
+    from gradmerge.mergekit.content import ModelReference
     from gradmerge.mergekit.reader import source_of
 
     spec = source_of(ModelReference("org/base", "v1", "org/adapter", "v2"))
@@ -272,7 +284,7 @@ REFUSED = [
     (
         "ties",
         {"density": 0.5, "lambda": [0.1, 0.9]},
-        "lambda: expected one value for all tensors, got 0.1, 0.9: gradmerge runs ties with one",
+        "lambda: expected one value for all tensors, got 0.1, 0.9: gradmerge runs ties with a single",
     ),
     (
         "dare_linear",
@@ -341,7 +353,7 @@ def test_models_that_store_several_dtypes_want_one_stated(p, read, tmp_path):
     save_file({**narrow, **rest}, tmp_path / "mixed" / "model.safetensors")
     other = {**p, "mixed": str(tmp_path / "mixed")}
     with pytest.raises(
-        ConfigError, match=r"dtype: expected one, for the models promote to several dtypes \(bfl"
+        ConfigError, match=r"dtype: the models' dtypes promote to several \(bfloat16, "
     ):
         read(config(other, "task_arithmetic", "mixed", base="narrow"))
 

@@ -71,7 +71,8 @@ class _Reader:
     def __init__(self, found: Mapping[str, Any]) -> None:
         self.problems = Problems()
         self.method = self.find_method(found.get("merge_method"))
-        self.base = self.optional_model("base_model", found.get("base_model"))
+        base = found.get("base_model")
+        self.base = None if base is None else self.model("base_model", base)
 
     def document(self, found: Mapping[str, Any]) -> Document | None:
         """Read the whole file; None, with problems noted, for an unknown method."""
@@ -86,14 +87,17 @@ class _Reader:
             module_parameters = self.parameters("modules", module.get("parameters"))
         slices: tuple[Slice, ...] = ()
         if module.get("models"):
-            slices = (self.models(module["models"]),)
+            inputs, _ = self.inputs("models", module["models"])
+            if self.base is not None:
+                inputs.setdefault(self.base, {})
+            slices = (Slice(inputs),)
         elif module.get("slices"):
             slices = self.slices(module["slices"])
         parameters = self.parameters("parameters", found.get("parameters"))
         tokenizer, multiple = self.tokenizer(found)
         if self.method is None:
             return None
-        self.inputs(slices, self.method)
+        self.require_models(slices, self.method)
         return Document(
             self.method,
             slices,
@@ -149,10 +153,6 @@ class _Reader:
             self.problems.add("merge_method", f"unknown merge method {name!r}.{hint}")
         return METHODS.get(str(name))
 
-    def optional_model(self, where: str, found: Any) -> ModelReference | None:
-        """Return a model reference if one is given."""
-        return None if found is None else self.model(where, found)
-
     def model(self, where: str, found: Any) -> ModelReference:
         """Return a model reference from text or a mapping."""
         lora: Any = None
@@ -198,28 +198,29 @@ class _Reader:
         self.keys("modules.default", inner, ("models", "slices", "parameters"))
         return inner
 
-    def models(self, found: Any) -> Slice:
-        """Read the form `models`: one slice of all layers, which the base joins if not listed."""
-        inputs: dict[ModelReference, Settings] = {}
-        for place, entry in self.entries("models", found, ("model", "parameters")):
-            self.add_input(inputs, "models", place, entry)
-        if self.base is not None:
-            inputs.setdefault(self.base, {})
-        return Slice(inputs)
+    def inputs(
+        self, where: str, found: Any, start: int | None = None
+    ) -> tuple[dict[ModelReference, Settings], set[tuple[int, int]]]:
+        """Return a list's models with their own parameters, and their ranges of layers.
 
-    def add_input(
-        self,
-        inputs: dict[ModelReference, Settings],
-        where: str,
-        place: str,
-        entry: Mapping[str, Any],
-    ) -> None:
-        """Add a model with its own parameters."""
-        model = self.model(f"{place}.model", entry.get("model"))
-        if model in inputs:
-            self.problems.add(where, f"{model} is listed twice")
-        own = self.parameters(f"{place}.parameters", entry.get("parameters"), of_model=True)
-        inputs[model] = own
+        Args:
+            where: the place of the list.
+            found: the list.
+            start: the first layer of a slice; None for models of all layers.
+        """
+        inputs: dict[ModelReference, Settings] = {}
+        ranges = set()
+        keys = ("model", "parameters", *(() if start is None else ("layer_range",)))
+        for place, entry in self.entries(where, found, keys):
+            model = self.model(f"{place}.model", entry.get("model"))
+            if model in inputs:
+                self.problems.add(where, f"{model} is listed twice")
+            own = self.parameters(f"{place}.parameters", entry.get("parameters"), of_model=True)
+            inputs[model] = own
+            if start is not None:
+                at = f"{place}.layer_range"
+                ranges.add(self.layers(at, entry.get("layer_range"), start))
+        return inputs, ranges
 
     def slices(self, found: Any) -> tuple[Slice, ...]:
         """Read the form `slices`, which has to keep every layer where it is."""
@@ -228,21 +229,13 @@ class _Reader:
         start = 0
         keys = ("sources", "base_model", "residual_weight", "parameters")
         for place, entry in self.entries("slices", found, keys):
-            own_base = self.optional_model(f"{place}.base_model", entry.get("base_model"))
-            bases.add(own_base or self.base)
-            inputs: dict[ModelReference, Settings] = {}
-            ranges = set()
-            where = f"{place}.sources"
-            for source_place, source in self.entries(
-                where, entry.get("sources"), ("model", "layer_range", "parameters")
-            ):
-                self.add_input(inputs, where, source_place, source)
-                at = f"{source_place}.layer_range"
-                ranges.add(self.layers(at, source.get("layer_range"), start))
-            if len(ranges - {None}) > 1:
+            own_base = entry.get("base_model")
+            bases.add(self.model(f"{place}.base_model", own_base) if own_base else self.base)
+            inputs, ranges = self.inputs(f"{place}.sources", entry.get("sources"), start)
+            if len(ranges) > 1:
                 self.problems.add(place, "expected the same layer_range for all its sources")
             own = self.parameters(f"{place}.parameters", entry.get("parameters"))
-            layers = min(filter(None, ranges), default=(start, start + 1))
+            layers = min(ranges, default=(start, start + 1))
             slices.append(Slice(inputs, own, layers))
             start = layers[1]
         if len(bases) > 1:
@@ -250,12 +243,12 @@ class _Reader:
         self.base = next(iter(bases), self.base)
         return tuple(slices)
 
-    def layers(self, where: str, found: Any, start: int) -> tuple[int, int] | None:
+    def layers(self, where: str, found: Any, start: int) -> tuple[int, int]:
         """Return a range of layers that begins where the slice before it ends."""
         whole = isinstance(found, list) and all(type(number) is int for number in found)
         if not whole or len(found) != 2 or not 0 <= found[0] < found[1]:
             self.problems.add(where, f"expected [first, last + 1], got {found!r}")
-            return None
+            return start, start + 1
         if found[0] != start:
             self.problems.add(
                 where,
@@ -264,7 +257,7 @@ class _Reader:
             )
         return found[0], found[1]
 
-    def inputs(self, slices: tuple[Slice, ...], method: Method) -> None:
+    def require_models(self, slices: tuple[Slice, ...], method: Method) -> None:
         """Note slices with other models than the method takes."""
         name = method.name
         if method.base == "required" and self.base is None:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from gradmerge.coefficients.base import MergeTensor, Slot
 from gradmerge.coefficients.init import AbstractInit, InitContext, over_slot
-from gradmerge.errors import ConfigError, nearest
+from gradmerge.errors import ConfigError, nearest, shorten
 from gradmerge.mergekit.content import ModelReference, Problems
 from gradmerge.mergekit.document import read_document
 from gradmerge.mergekit.table import tabulate
@@ -72,9 +72,9 @@ class FromMergekit(AbstractInit):
         left = [model for model in weights if model not in found.values() and weights[model] != 0]
         # a base without weight need not be in the file
         if left or lost not in ([], ["base"]) or len(set(found.values())) < len(found):
-            merged = ", ".join(f"{name} ({label})" for name, label in labels.items())
+            merged = shorten([f"{name} ({label})" for name, label in labels.items()])
             raise ConfigError(
-                f"FromMergekit: {self.path} merges {', '.join(map(str, weights))}; this merge has "
+                f"FromMergekit: {self.path} merges {shorten([*map(str, weights)])}; this merge has "
                 f"{merged} and origin {context.origin}. "
                 + (f"Not in the file: {', '.join(lost)}. " if lost else "")
                 + (f"Not in this merge: {', '.join(map(str, left))}. " if left else "")

@@ -18,6 +18,7 @@ from gradmerge.operators import (
     ArceeFusion,
     DisjointMean,
     Karcher,
+    Linear,
     ModelStock,
     MultiSlerp,
     NearSwap,
@@ -107,7 +108,7 @@ class Method:
     """Models with coefficient 0 do not matter, so slices may leave models out."""
     preprocess: Callable[[Option], list[AbstractPreprocess]] = lambda option: []
     operator: Callable[[Option], AbstractOperator] | None = None
-    """None: a sum, `Linear`."""
+    """None: the sum of mergekit, `Linear` of the form that rounds as it does."""
     written_for: Literal["weights", "directions"] | None = None
     """The form of `Linear` whose coefficients are written as this method."""
     written_with: Mapping[str, Any] = field(default_factory=dict)
@@ -312,6 +313,7 @@ _ROWS = (
         lambda _, num_sources: [1.0] * num_sources,
         _none,
         preprocess=_sce_steps,
+        operator=lambda option: Linear(),
     ),
 )
 METHODS = {method.name: method for method in _ROWS}

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,8 +21,8 @@ from gradmerge.engine.recipe import Recipe, named
 from gradmerge.errors import ConfigError
 from gradmerge.mergekit.content import Document, ModelReference, Problems
 from gradmerge.mergekit.document import read_document
-from gradmerge.mergekit.table import compact, tabulate
-from gradmerge.operators import Linear
+from gradmerge.mergekit.table import Table, compact, tabulate
+from gradmerge.operators import AbstractOperator, Linear
 from gradmerge.sources import AbstractSource, Checkpoint, Vocabulary, as_source
 from gradmerge.sources.lora import Lora
 
@@ -55,7 +56,7 @@ def read_mergekit(path: str | Path) -> Reading:
         SourceError: a model cannot be opened.
     """
     document = read_document(path)
-    method, problems = document.method, Problems()
+    problems = Problems()
     models = dict.fromkeys([*([document.base] if document.base else []), *document.models])
     specs = {model: source_of(model) for model in models}
     opened = {model: as_source(spec).open() for model, spec in specs.items()}
@@ -64,34 +65,22 @@ def read_mergekit(path: str | Path) -> Reading:
     table = tabulate(document, tensors, problems)
     problems.stop(str(path))
 
-    option = functools.partial(table.option, problems=problems)
-    preprocess, operator = [], None
-    try:
-        preprocess = method.preprocess(option)
-        operator = method.operator and method.operator(option)
-    except ConfigError as error:
-        problems.add("parameters", str(error))
     names = dict(zip(table.sources, named([specs[m] for m in table.sources]), strict=True))
     dtype = _dtype(document, list(opened.values()), tensors, problems)
+    stored = {dtype or _name(reference.infos[name].dtype) for name in tensors}
+    factors = _factors(table, problems, exact=stored == {"float32"})
     coefficients = table.coefficients(problems)
     tokenizer = _vocabulary(document, names, problems)
     problems.stop(str(path))
 
-    if operator is None:
-        stored = {dtype or _name(reference.infos[name].dtype) for name in tensors}
-        # in float32 alone the order of mergekit's sum shows
-        exact = table.origin == "base" and stored == {"float32"}
-        operator = Linear("directions" if exact else "weights")
     value = compact(coefficients)
     recipe = Recipe(
         sources={name: specs[model] for model, name in names.items()},
         base=None if document.base is None else specs[document.base],
-        origin=table.origin,
-        preprocess=preprocess,
         coefficients=TensorGranularity() if isinstance(value, dict) else Model(),
         init=Constant(value),
-        operator=operator,
         tokenizer=tokenizer,
+        **factors,
     )
     checkpoints = {name: opened[model] for model, name in names.items()}
     if document.base is not None:
@@ -130,8 +119,25 @@ def _dtype(
     kinds = sorted({_name(kind) for kind in promoted.values()})
     if len(kinds) > 1:
         got = ", ".join(kinds)
-        problems.add("dtype", f"expected one, for the models promote to several dtypes ({got})")
+        problems.add("dtype", f"the models' dtypes promote to several ({got}); state one")
     return kinds[0]
+
+
+def _factors(table: Table, problems: Problems, exact: bool) -> dict[str, Any]:
+    """Return origin, preprocess and operator; `exact`: sum in mergekit's order, which shows in
+    float32 alone.
+    """
+    method, origin = table.document.method, table.origin
+    option = functools.partial(table.option, problems=problems)
+    operator: AbstractOperator = Linear("directions" if exact and origin == "base" else "weights")
+    try:
+        preprocess = method.preprocess(option)
+        if method.operator is not None:
+            operator = method.operator(option)
+    except ConfigError as error:
+        problems.add("parameters", str(error))
+        return {}
+    return {"origin": origin, "preprocess": preprocess, "operator": operator}
 
 
 def _vocabulary(

@@ -67,7 +67,7 @@ class Table:
         different = list(dict.fromkeys(values.values()))
         if len(different) > 1:
             got = ", ".join(map(str, different[:3]))
-            one = f"gradmerge runs {method.name} with one"
+            one = f"gradmerge runs {method.name} with a single value"
             problems.add(name, f"expected one value for all tensors, got {got}: {one}")
         return different[0]
 
@@ -146,8 +146,8 @@ def tabulate(document: Document, tensors: Sequence[str], problems: Problems) -> 
                     missing[parameter.name, str(model or "the merge")].append(name)
             row[parameter.name] = values if parameter.scope == "model" else values[0]
     for (key, owner), names in missing.items():
-        which = "" if len(names) == len(table.rows) else f" for {shorten(names, 3)}"
-        problems.add(key, f"{document.method.name} needs it, and {owner} has none{which}")
+        which = "" if len(names) == len(table.rows) else f" ({shorten(names, 3)})"
+        problems.add(key, f"required by {document.method.name}, missing for {owner}{which}")
     return table
 
 

@@ -96,12 +96,13 @@ def mergekit_yaml(
     plan: Plan, raw: Raw, dtype: str | None = None, buffers: Mapping[str, Tensor] | None = None
 ) -> str:
     """Return the text of the file; arguments as in `write_mergekit`."""
-    reasons = [*_of_coefficients(plan), *_processed(plan.recipe), *_of_network(plan, buffers or {})]
+    reasons = _reasons(plan, buffers or {})
     inputs = _inputs(plan, reasons)
     stored = dtype or _stored_dtype(plan, reasons)
     _refuse(reasons)
-    form = getattr(plan.recipe.operator, "form", None)
-    method = next(m for m in METHODS.values() if m.written_for == form)
+    operator = plan.recipe.operator
+    assert isinstance(operator, Linear)  # others are refused
+    method = next(m for m in METHODS.values() if m.written_for == operator.form)
     base = inputs.pop("base", None)
     if base is not None and method.origin == "zero" and base not in inputs.values():
         inputs = {"base": base, **inputs}  # the base is a term of the sum
@@ -143,52 +144,40 @@ def _refuse(reasons: Sequence[str]) -> None:
         )
 
 
-def _of_coefficients(plan: Plan) -> list[str]:
-    recipe, reasons = plan.recipe, []
-    fine = [name for name, slot in plan.layout.slots.items() if slot.kind != "scalar"]
-    if fine:
-        kind = type(innermost(recipe.coefficients)).__name__
-        reasons.append(
-            f"coefficients: {kind} has several per tensor ({shorten(fine, 2)}), mergekit has one "
-            "weight per tensor and model: learn Model, Group or Tensor"
-        )
-    if not isinstance(recipe.operator, Linear):
-        name = type(recipe.operator).__name__
-        reasons.append(f"operator: coefficients of {name} are not weights of a sum")
-    corrects = [type(f).__name__ for f in recipe.finalisers if not isinstance(f, AbstractRescale)]
-    if corrects:
-        reasons.append(
-            f"finalisers: {', '.join(corrects)} changes a tensor by channels, and mergekit has one "
-            "weight per tensor and model"
-        )
-    return reasons
-
-
 def _processed(recipe: Recipe) -> list[str]:
     steps = ", ".join(type(step).__name__ for step in recipe.preprocess)
     why = f"the coefficients belong to directions after {steps}, and mergekit reads the plain ones"
     return [f"preprocess: {why}"] if steps else []
 
 
-def _of_network(plan: Plan, buffers: Mapping[str, Tensor]) -> list[str]:
-    reasons = []
-    if plan.order is not None:
-        reasons.append("alignment: the sources' units are in another order than on disk")
-    if plan.recipe.tokenizer is not None:
-        reasons.append("tokenizer: mergekit aligns vocabularies by its own rules")
-    if plan.private:
-        reasons.append(
-            f"private: each task keeps {shorten(plan.private, 2)}, and mergekit writes one model"
-        )
+def _reasons(plan: Plan, buffers: Mapping[str, Tensor]) -> list[str]:
+    """Return why mergekit cannot express the merge, one reason per factor."""
+    recipe = plan.recipe
+    fine = [name for name, slot in plan.layout.slots.items() if slot.kind != "scalar"]
+    granularity = type(innermost(recipe.coefficients)).__name__
+    corrects = [type(f).__name__ for f in recipe.finalisers if not isinstance(f, AbstractRescale)]
     changed = [
         name
         for name in _float_buffers(plan)
         if name in buffers and not torch.equal(buffers[name].cpu(), plan.buffer(name))
     ]
-    if changed:
-        names = shorten(sorted(changed), 2)
-        reasons.append(f"buffers: {names} were recomputed on data, which mergekit does not have")
-    return reasons
+    checks: dict[str, Any] = {
+        f"coefficients: {granularity} has several per tensor ({shorten(fine, 2)}), mergekit has "
+        "one weight per tensor and model: learn Model, Group or Tensor": fine,
+        f"operator: coefficients of {type(recipe.operator).__name__} are not weights of a sum": (
+            not isinstance(recipe.operator, Linear)
+        ),
+        f"finalisers: {', '.join(corrects)} changes a tensor by channels, and mergekit has one "
+        "weight per tensor and model": corrects,
+        "alignment: the sources' units are in another order than on disk": plan.order is not None,
+        "tokenizer: mergekit aligns vocabularies by its own rules": recipe.tokenizer is not None,
+        f"private: each task keeps {shorten(plan.private, 2)}, and mergekit writes one model": (
+            plan.private
+        ),
+        f"buffers: {shorten(sorted(changed), 2)} were recomputed on data, which mergekit does not "
+        "have": changed,
+    }
+    return [*_processed(recipe), *(reason for reason, applies in checks.items() if applies)]
 
 
 def _stored_dtype(plan: Plan, reasons: list[str]) -> str:
