@@ -314,7 +314,7 @@ REFUSED = [
     ),
     (
         {"tokenizer": {"pad_to_multiple_of": 0.5}},
-        "pad_to_multiple_of: expected a whole number, got 0.5",
+        "pad_to_multiple_of: expected a positive whole number, got 0.5",
     ),
     ({"chat_template": "auto"}, "chat_template: expected a tokenizer_source with it, got none"),
     ({"experts": [], "gate_mode": "hidden"}, "gate_mode: is not supported: this is a file for"),
@@ -322,7 +322,10 @@ REFUSED = [
         {"models": None, "modules": {"encoder": {}, "decoder": {}}},
         "expected the single module 'default', got encoder, decoder",
     ),
-    ({"models": None, "modules": {"default": {}}}, "modules.default: expected one of models and"),
+    (
+        {"models": None, "modules": {"default": {}}},
+        "modules.default: expected one of models and slices, got none",
+    ),
 ]
 
 

@@ -284,7 +284,7 @@ REFUSED = [
     (
         "ties",
         {"density": 0.5, "lambda": [0.1, 0.9]},
-        "lambda: expected one value for all tensors, got 0.1, 0.9: gradmerge runs ties with a single",
+        "lambda: expected one value for all tensors, got 0.1, 0.9: gradmerge runs ties with a",
     ),
     (
         "dare_linear",

@@ -5,7 +5,7 @@ mergekit itself ignores keys that it does not know; here they are errors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,6 @@ def read_document(path: str | Path) -> Document:
     reader = _Reader(found)
     document = reader.document(found)
     reader.problems.stop(str(path))
-    assert document is not None
     return document
 
 
@@ -74,17 +73,14 @@ class _Reader:
         base = found.get("base_model")
         self.base = None if base is None else self.model("base_model", base)
 
-    def document(self, found: Mapping[str, Any]) -> Document | None:
-        """Read the whole file; None, with problems noted, for an unknown method."""
+    def document(self, found: Mapping[str, Any]) -> Document:
+        """Read the whole file and note its problems."""
         self.keys("", found, _KEYS)
         forms = [form for form in ("models", "slices", "modules") if found.get(form)]
-        if len(forms) != 1:
-            got = " and ".join(forms) or "none"
-            self.problems.add("", f"expected one of models, slices and modules, got {got}")
-        module, module_parameters = found, self.parameters("modules", None)
-        if forms == ["modules"]:
-            module = self.module(found["modules"])
-            module_parameters = self.parameters("modules", module.get("parameters"))
+        got = " and ".join(forms) or "none"
+        self.expect(len(forms) == 1, "", "one of models, slices and modules", got)
+        module = self.module(found["modules"]) if forms == ["modules"] else found
+        own = module.get("parameters") if forms == ["modules"] else None
         slices: tuple[Slice, ...] = ()
         if module.get("models"):
             inputs, _ = self.inputs("models", module["models"])
@@ -93,17 +89,15 @@ class _Reader:
             slices = (Slice(inputs),)
         elif module.get("slices"):
             slices = self.slices(module["slices"])
-        parameters = self.parameters("parameters", found.get("parameters"))
+        if self.method is not None:
+            self.require_models(slices, self.method)
         tokenizer, multiple = self.tokenizer(found)
-        if self.method is None:
-            return None
-        self.require_models(slices, self.method)
         return Document(
-            self.method,
+            self.method or METHODS["linear"],  # an unknown method is a problem already
             slices,
             self.base,
-            module_parameters,
-            parameters,
+            self.parameters("modules.default.parameters", own),
+            self.parameters("parameters", found.get("parameters")),
             self.dtype("dtype", found.get("dtype")),
             self.dtype("out_dtype", found.get("out_dtype")),
             tokenizer,
@@ -111,11 +105,16 @@ class _Reader:
             self.chat_template(found.get("chat_template"), tokenizer is not None),
         )
 
-    # ---- keys and lists -------------------------------------------------------------------------
+    # ---- checks ---------------------------------------------------------------------------------
 
-    def keys(self, where: str, found: Mapping[str, Any], known: Iterable[str]) -> None:
+    def expect(self, holds: object, where: str, expected: str, got: object) -> bool:
+        """Note a problem unless it holds."""
+        if not holds:
+            self.problems.add(where, f"expected {expected}, got {got}")
+        return bool(holds)
+
+    def keys(self, where: str, found: Mapping[str, Any], known: Sequence[str]) -> None:
         """Note keys that are unknown or not supported."""
-        known = list(known)
         for key in map(str, found):
             place = f"{where}.{key}" if where else key
             if key in _UNSUPPORTED and found[key] is not None:
@@ -124,33 +123,27 @@ class _Reader:
                 self.problems.add(place, f"unknown key.{nearest(key, known)}")
 
     def entries(
-        self, where: str, found: Any, keys: Iterable[str]
+        self, where: str, found: Any, keys: Sequence[str]
     ) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield the mappings of a list with their places, after a check of their keys."""
-        if not isinstance(found, list) or not found:
-            self.problems.add(where, f"expected a list, got {_kind(found)}")
-            return
-        for i, entry in enumerate(found):
-            place = f"{where}[{i}]"
-            if isinstance(entry, Mapping):
-                self.keys(place, entry, keys)
-                yield place, entry
-            else:
-                self.problems.add(place, f"expected a mapping, got {_kind(entry)}")
+        if self.expect(isinstance(found, list) and found, where, "a list", _kind(found)):
+            for i, entry in enumerate(found):
+                place = f"{where}[{i}]"
+                if self.expect(isinstance(entry, Mapping), place, "a mapping", _kind(entry)):
+                    self.keys(place, entry, keys)
+                    yield place, entry
 
     # ---- models ---------------------------------------------------------------------------------
 
     def find_method(self, name: Any) -> Method | None:
         """Return the method of a name."""
+        where = "merge_method"
         if name in REFUSED:
-            self.problems.add(
-                "merge_method", f"{name} is not supported: gradmerge does not have it"
-            )
-        elif name is None:
-            self.problems.add("merge_method", "expected a merge method, got none")
-        elif name not in METHODS:
+            self.problems.add(where, f"{name} is not supported: gradmerge does not have it")
+        elif name is not None and name not in METHODS:
             hint = nearest(str(name), METHODS)
-            self.problems.add("merge_method", f"unknown merge method {name!r}.{hint}")
+            self.problems.add(where, f"unknown merge method {name!r}.{hint}")
+        self.expect(name is not None, where, "a merge method", "none")
         return METHODS.get(str(name))
 
     def model(self, where: str, found: Any) -> ModelReference:
@@ -162,8 +155,7 @@ class _Reader:
         elif isinstance(found, str):
             found, *adapters = found.split("+")
             lora = adapters[0] if adapters else None
-            if len(adapters) > 1:
-                self.problems.add(where, f"expected one adapter after '+', got {len(adapters)}")
+            self.expect(len(adapters) < 2, where, "one adapter after '+'", len(adapters))
         path, revision = self.path_and_revision(where, found)
         if lora is None:
             return ModelReference(path, revision)
@@ -174,28 +166,28 @@ class _Reader:
         if isinstance(found, Mapping) and isinstance(found.get("path"), str):
             self.keys(where, found, ("path", "revision"))
             return found["path"], found.get("revision")
-        if not isinstance(found, str) or not found or found.count("@") > 1:
-            expected = "a path or a hub id, with at most one '@revision'"
-            self.problems.add(where, f"expected {expected}, got {found!r}")
-            return str(found), None
-        path, _, revision = found.partition("@")
+        expected = "a path or a hub id, with at most one '@revision'"
+        holds = isinstance(found, str) and found and found.count("@") < 2
+        self.expect(holds, where, expected, repr(found))
+        path, _, revision = str(found).partition("@")
         return path, revision or None
 
     def module(self, found: Any) -> Mapping[str, Any]:
         """Return the only module."""
-        if not isinstance(found, Mapping) or list(found) != ["default"]:
-            names = ", ".join(map(str, found)) if isinstance(found, Mapping) else _kind(found)
+        names = ", ".join(map(str, found)) if isinstance(found, Mapping) else _kind(found)
+        if names != "default":
             self.problems.add(
                 "modules",
                 f"expected the single module 'default', got {names}. Merging parts of a network "
                 "separately is not supported; write models, with filters under parameters",
             )
             return {}
-        inner = found["default"]
-        if not isinstance(inner, Mapping) or bool(inner.get("models")) == bool(inner.get("slices")):
-            self.problems.add("modules.default", "expected one of models and slices")
+        where, inner = "modules.default", found["default"]
+        if not self.expect(isinstance(inner, Mapping), where, "a mapping", _kind(inner)):
             return {}
-        self.keys("modules.default", inner, ("models", "slices", "parameters"))
+        self.keys(where, inner, ("models", "slices", "parameters"))
+        got = [form for form in ("models", "slices") if inner.get(form)]
+        self.expect(len(got) == 1, where, "one of models and slices", " and ".join(got) or "none")
         return inner
 
     def inputs(
@@ -232,48 +224,41 @@ class _Reader:
             own_base = entry.get("base_model")
             bases.add(self.model(f"{place}.base_model", own_base) if own_base else self.base)
             inputs, ranges = self.inputs(f"{place}.sources", entry.get("sources"), start)
-            if len(ranges) > 1:
-                self.problems.add(place, "expected the same layer_range for all its sources")
+            self.expect(len(ranges) < 2, place, "one layer_range for all sources", len(ranges))
             own = self.parameters(f"{place}.parameters", entry.get("parameters"))
             layers = min(ranges, default=(start, start + 1))
             slices.append(Slice(inputs, own, layers))
             start = layers[1]
-        if len(bases) > 1:
-            self.problems.add("slices", "expected one base_model for all slices, got several")
+        self.expect(len(bases) < 2, "slices", "one base_model for all slices", len(bases))
         self.base = next(iter(bases), self.base)
         return tuple(slices)
 
     def layers(self, where: str, found: Any, start: int) -> tuple[int, int]:
         """Return a range of layers that begins where the slice before it ends."""
         whole = isinstance(found, list) and all(type(number) is int for number in found)
-        if not whole or len(found) != 2 or not 0 <= found[0] < found[1]:
-            self.problems.add(where, f"expected [first, last + 1], got {found!r}")
+        holds = whole and len(found) == 2 and 0 <= found[0] < found[1]
+        if not self.expect(holds, where, "[first, last + 1]", repr(found)):
             return start, start + 1
-        if found[0] != start:
-            self.problems.add(
-                where,
-                f"expected layers from {start} on, got {found}: omitted, repeated or moved layers "
-                "change the network, which gradmerge does not support",
-            )
+        why = (
+            "omitted, repeated or moved layers change the network, which gradmerge does not support"
+        )
+        self.expect(found[0] == start, where, f"layers from {start} on", f"{found}: {why}")
         return found[0], found[1]
 
     def require_models(self, slices: tuple[Slice, ...], method: Method) -> None:
         """Note slices with other models than the method takes."""
-        name = method.name
-        if method.base == "required" and self.base is None:
-            self.problems.add("base_model", f"expected the base that {name} needs, got none")
+        name, (fewest, most) = method.name, method.num_models
         base = None if method.base == "input" else self.base
-        fewest, most = method.num_models
-        expected = {fewest: f"{fewest}", None: f"at least {fewest}"}[most]
-        expected += " model" if fewest == 1 else " models"
+        needs_base = method.base == "required" and self.base is None
+        self.expect(not needs_base, "base_model", f"the base that {name} needs", "none")
+        number = f"{fewest} model{'s' if fewest > 1 else ''}{' besides the base' if base else ''}"
+        number = number if most == fewest else f"at least {number}"
         for i, part in enumerate(slices):
             where = "models" if part.layers is None else f"slices[{i}].sources"
             if base is not None and base not in part.inputs:
                 self.problems.add(where, f"expected the base {base} among them")
-            got = len(set(part.inputs) - {base})
-            if got < fewest or (most is not None and got > most):
-                besides = "" if base is None else " besides the base"
-                self.problems.add(where, f"expected {expected}{besides} for {name}, got {got}")
+            got = len(part.inputs.keys() - {base})
+            self.expect(fewest <= got <= (most or got), where, f"{number} for {name}", got)
             if part.inputs.keys() != slices[0].inputs.keys() and not method.slices_may_differ:
                 self.problems.add(
                     where, f"expected the same models in every slice for {name}, which counts them"
@@ -285,8 +270,7 @@ class _Reader:
         """Return the parameters of one place, after a check of every value."""
         if found is None or self.method is None:
             return {}
-        if not isinstance(found, Mapping):
-            self.problems.add(where, f"expected a mapping, got {_kind(found)}")
+        if not self.expect(isinstance(found, Mapping), where, "a mapping", _kind(found)):
             return {}
         for key, setting in found.items():
             parameter = self.method.parameter(str(key))
@@ -317,55 +301,53 @@ class _Reader:
                 except ValueError as error:
                     self.problems.add(where, str(error))
             return
+        expected = "a value or a list of values" if nested else "a filter with its value"
         for i, item in enumerate(setting):
             place = f"{where}[{i}]"
-            if nested or not isinstance(item, Mapping) or "value" not in item:
-                expected = "a value or a list of values" if nested else "a filter with its value"
-                self.problems.add(place, f"expected {expected}, got {item!r}")
-                continue
-            self.keys(place, item, ("filter", "value"))
-            if not isinstance(item.get("filter"), (str, type(None))):
-                self.problems.add(f"{place}.filter", f"expected text, got {item['filter']!r}")
-            self.setting(f"{place}.value", item["value"], parameter, nested=True)
+            holds = not nested and isinstance(item, Mapping) and "value" in item
+            if self.expect(holds, place, expected, repr(item)):
+                self.keys(place, item, ("filter", "value"))
+                pattern = item.get("filter")
+                is_text = pattern is None or isinstance(pattern, str)
+                self.expect(is_text, f"{place}.filter", "text", repr(pattern))
+                self.setting(f"{place}.value", item["value"], parameter, nested=True)
 
     def dtype(self, where: str, found: Any) -> str | None:
         """Return a dtype by name."""
-        name = str(found).removeprefix("torch.")
-        if found is not None and name not in _DTYPES:
-            self.problems.add(where, f"expected one of {', '.join(_DTYPES)}, got {found!r}")
-        return None if found is None else name
+        name = None if found is None else str(found).removeprefix("torch.")
+        known = ", ".join(_DTYPES)
+        self.expect(name in (None, *_DTYPES), where, f"one of {known}", repr(found))
+        return name
 
     def tokenizer(self, found: Mapping[str, Any]) -> tuple[ModelReference | str | None, int | None]:
         """Return whose tokenizer the merge has, and the multiple that its size is padded to."""
         where, source, multiple = "tokenizer_source", found.get("tokenizer_source"), None
         options = found.get("tokenizer")
-        if options is not None and not isinstance(options, Mapping):
-            self.problems.add("tokenizer", f"expected a mapping, got {_kind(options)}")
-        elif options is not None:
-            if source is not None:
-                self.problems.add(where, "expected either tokenizer_source or tokenizer, got both")
+        if options is not None and self.expect(
+            isinstance(options, Mapping), "tokenizer", "a mapping", _kind(options)
+        ):
+            self.expect(source is None, where, "either tokenizer_source or tokenizer", "both")
             self.keys("tokenizer", options, ("source", "pad_to_multiple_of"))
             where, source = "tokenizer.source", options.get("source", "union")
             multiple = options.get("pad_to_multiple_of")
-            if multiple is not None and (type(multiple) is not int or multiple < 1):
-                at = "tokenizer.pad_to_multiple_of"
-                self.problems.add(at, f"expected a whole number, got {multiple!r}")
-        if source == "base" and self.base is None:
-            self.problems.add(where, "expected a base_model for 'base', got none")
+            holds = multiple is None or (type(multiple) is int and multiple > 0)
+            at = "tokenizer.pad_to_multiple_of"
+            self.expect(holds, at, "a positive whole number", repr(multiple))
+        if source == "base":
+            self.expect(self.base, where, "a base_model for 'base'", "none")
         named = source in (None, "union", "base")
         return source if named else self.model(where, source), multiple
 
     def chat_template(self, found: Any, has_tokenizer: bool) -> str | None:
         """Return the chat template that goes with the tokenizer."""
-        if found is not None and not has_tokenizer:
-            self.problems.add("chat_template", "expected a tokenizer_source with it, got none")
-        elif found is not None and found != "auto" and "{" not in str(found):
-            self.problems.add(
-                "chat_template",
-                f"expected auto or the text of a template, got {found!r}: gradmerge does not have "
-                "the templates that come with mergekit",
-            )
-        return None if found is None else str(found)
+        if found is None:
+            return None
+        where = "chat_template"
+        self.expect(has_tokenizer, where, "a tokenizer_source with it", "none")
+        why = "gradmerge does not have the templates that come with mergekit"
+        holds = found == "auto" or "{" in str(found)
+        self.expect(holds, where, "auto or the text of a template", f"{found!r}: {why}")
+        return str(found)
 
 
 def _kind(found: Any) -> str:
