@@ -1,7 +1,8 @@
 """mergekit's merge methods as one table: parameters, models, and the factors that gradmerge runs.
 
-Facts of mergekit 0.1.5 (github.com/arcee-ai/mergekit). The reader, the writer and `FromMergekit`
-know no method by name: another method is another row.
+Facts of mergekit 0.1.5 (github.com/arcee-ai/mergekit), checked against its own declarations in
+`tests/parity/test_mergekit_methods.py`. The reader, the writer and `FromMergekit` know no method by
+name: another method is another row.
 """
 
 from __future__ import annotations
