@@ -77,4 +77,4 @@ def test_a_mergekit_file_is_merged_as_one_recipe(world, tmp_path, counted, capsy
     path.write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
     assert main(["merge", "--config", str(path), "--output", "merged"]) == 0
     assert "mergekit linear" in capsys.readouterr().out
-    assert set(counted) == {"a", "b"}
+    assert dict(counted) == {"a": 1, "b": 1}

@@ -421,7 +421,7 @@ def test_coefficients_are_recorded_as_components_and_read_as_nothing_else(tmp_pa
 
 def test_mergekit_has_no_components(tmp_path):
     plan = open_plan(recipe_of(relatives(build()), **MASKED, init=Constant(1.0)))
-    with pytest.raises(ConfigError, match=r"coefficients: Component has several for a tensor"):
+    with pytest.raises(ConfigError, match=r"coefficients: Component has several per tensor"):
         write_mergekit(plan, plan.initial_raw(), tmp_path / "merge.yaml")
 
 

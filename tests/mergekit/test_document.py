@@ -6,8 +6,11 @@ import pytest
 import yaml
 
 from gradmerge.errors import ConfigError
-from gradmerge.mergekit import Problems, evaluate, is_mergekit, read_document, tabulate
+from gradmerge.mergekit import is_mergekit
+from gradmerge.mergekit.content import Problems
+from gradmerge.mergekit.document import read_document
 from gradmerge.mergekit.methods import METHODS
+from gradmerge.mergekit.table import evaluate, tabulate
 
 LAYERS = [f"model.layers.{i}.{part}.weight" for i in range(5) for part in ("attn", "mlp")]
 NAMES = ["model.embed_tokens.weight", *LAYERS, "model.norm.weight", "lm_head.weight"]
@@ -104,7 +107,7 @@ def test_the_nearest_place_that_gives_a_value_counts(tmp_path):
                 parts[i]["parameters"] = {"weight": of_slice}
         config = task_vectors(slices=list(parts.values()), parameters={"weight": of_file or 0.9})
         del config["models"]
-        return table_of(tmp_path, config).own["weight"][name]
+        return table_of(tmp_path, config).rows[name]["weight"]
 
     name = "model.layers.3.mlp.weight"
     miss = [{"filter": "attn", "value": 0.1}]
@@ -114,7 +117,7 @@ def test_the_nearest_place_that_gives_a_value_counts(tmp_path):
         value(name, miss, miss, 0.3),
         value(name, of_file=[0.0, 1.0]),  # the second of three layers of its slice
     ]
-    assert [list(row.values()) for row in found] == [[0.1], [0.2], [0.3], [0.5]]
+    assert found == [[0.1], [0.2], [0.3], [0.5]]
 
 
 def test_what_comes_before_the_layers_is_of_the_first_slice_and_what_follows_of_the_last(tmp_path):
@@ -221,19 +224,19 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
         read(tmp_path, config)
     message = str(caught.value)
     for part in [
-        "mk.yaml: 16 problems keep this mergekit file from being read:",
+        "mk.yaml: this mergekit file has 16 problems:",
         "dtyp: unknown key. Did you mean 'dtype'?",
         "chat_template: expected auto or the text of a template, got 'chatml'",
         "models[0].params: unknown key. Did you mean 'parameters'?",
         "models[0].parameters.weights: task_arithmetic has no such parameter. Did you mean",
-        "models[0].parameters.normalize: is one for all models, and mergekit ignores it here",
+        "models[0].parameters.normalize: applies to all models, and mergekit ignores it here",
         "models[1].parameters.weight[0].filtr: unknown key. Did you mean 'filter'?",
         "models[2].model: expected a path or a hub id, with at most one '@revision', got 'a@b@c'",
         "models[3].parameters.weight[0]: expected a filter with its value",
         "models[3].parameters.weight[1]: expected a filter with its value, got 0.3",
         "models[3].parameters.density: expected a number, got [1]",
-        "models: a stands there twice",
-        "tokenizer.tokens: is not supported: gradmerge takes rows of new tokens by its own rule",
+        "models: a is listed twice",
+        "tokenizer.tokens: is not supported: gradmerge initialises the rows of new tokens",
         "parameters.lambda: expected a number, got 'much'",
         "parameters.normalise: task_arithmetic has no such parameter. Did you mean 'normalize'?",
         "parameters.gamma: task_arithmetic has no such parameter. It belongs to breadcrumbs",
@@ -244,11 +247,11 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
 
 def test_an_unknown_method_does_not_hide_unknown_keys(tmp_path):
     config = task_vectors(merge_method="tise", models=[{"model": "a", "params": {}}])
-    with pytest.raises(ConfigError, match="2 problems keep") as caught:
+    with pytest.raises(ConfigError, match="has 2 problems") as caught:
         read(tmp_path, config)
     assert "models[0].params: unknown key. Did you mean 'parameters'?" in str(caught.value)
     parts = [{"sources": [{"model": "a", "range": [0, 1]}], "layer": 1}]
-    with pytest.raises(ConfigError, match="3 problems keep") as caught:
+    with pytest.raises(ConfigError, match="has 4 problems") as caught:
         read(tmp_path, {"merge_method": "tise", "slices": parts})
     for place in ("slices[0].layer", "slices[0].sources[0].range"):
         assert f"{place}: unknown key." in str(caught.value)
@@ -262,17 +265,20 @@ def slices(*ranges, **more):
 
 
 REFUSED = [
-    ({"merge_method": "tise"}, r"'tise' is no merge method. Did you mean 'ties'\?"),
-    ({"merge_method": "ram"}, "ram is not supported: gradmerge has no such method"),
+    ({"merge_method": "tise"}, r"unknown merge method 'tise'. Did you mean 'ties'\?"),
+    ({"merge_method": "ram"}, "ram is not supported: gradmerge does not have it"),
     ({"merge_method": None}, "merge_method: expected a merge method, got none"),
     ({"models": None}, "expected one of models, slices and modules, got none"),
     ({"slices": slices([(0, 5)])}, "expected one of .*, got models and slices"),
-    ({"base_model": None}, "base_model: expected a base, which task_arithmetic needs, got none"),
-    ({"models": [{"model": "base"}]}, "expected a model other than the base, got none"),
-    ({"merge_method": "model_stock", "models": [{"model": "a"}]}, "expected at least 3 models"),
+    ({"base_model": None}, "base_model: expected the base that task_arithmetic needs, got none"),
+    ({"models": [{"model": "base"}]}, "expected at least 1 model besides the base for .*, got 0"),
+    (
+        {"merge_method": "model_stock", "models": [{"model": "a"}]},
+        "expected at least 2 models besides the base for model_stock, got 1",
+    ),
     (
         {"merge_method": "slerp", "models": [{"model": "a"}, {"model": "b"}]},
-        "expected at most 2 for slerp, got 3",
+        "expected 1 model besides the base for slerp, got 2",
     ),
     (
         {"merge_method": "nuslerp", "models": [{"model": "a"}]},
@@ -288,11 +294,15 @@ REFUSED = [
     ),
     (
         {"parameters": {"lambda": {"value": [[1]]}}},
-        r"lambda\[0\].value: expected a value or a list of values",
+        r"lambda\[0\].value: expected a number, got \[1\]",
+    ),
+    (
+        {"parameters": {"lambda": [{"filter": "x", "value": {"value": 1}}]}},
+        r"lambda\[0\].value\[0\]: expected a value or a list of values, got {'value': 1}",
     ),
     ({"models": ["a"]}, r"models\[0\]: expected a mapping, got a str"),
     ({"models": {"a": 1}}, "models: expected a list, got a dict"),
-    ({"models": [{"model": "a+b+c"}]}, r"expected one adapter after '\+', got several"),
+    ({"models": [{"model": "a+b+c"}]}, r"expected one adapter after '\+', got 2"),
     (
         {"models": [{"model": {"model": "a", "override_architecture": "X"}}]},
         "override_architecture: is not supported",
@@ -300,19 +310,22 @@ REFUSED = [
     ({"tokenizer_source": "base", "base_model": None}, "expected a base_model for 'base'"),
     (
         {"tokenizer_source": "base", "tokenizer": {"source": "base"}},
-        "tokenizer_source: expected either it or tokenizer, got both",
+        "tokenizer_source: expected either tokenizer_source or tokenizer, got both",
     ),
     (
         {"tokenizer": {"pad_to_multiple_of": 0.5}},
-        "pad_to_multiple_of: expected a whole number, got 0.5",
+        "pad_to_multiple_of: expected a positive whole number, got 0.5",
     ),
     ({"chat_template": "auto"}, "chat_template: expected a tokenizer_source with it, got none"),
     ({"experts": [], "gate_mode": "hidden"}, "gate_mode: is not supported: this is a file for"),
     (
         {"models": None, "modules": {"encoder": {}, "decoder": {}}},
-        "expected the one module 'default', got encoder, decoder",
+        "expected the single module 'default', got encoder, decoder",
     ),
-    ({"models": None, "modules": {"default": {}}}, "modules.default: expected one of models and"),
+    (
+        {"models": None, "modules": {"default": {}}},
+        "modules.default: expected one of models and slices, got none",
+    ),
 ]
 
 
@@ -325,11 +338,11 @@ def test_what_cannot_be_read_is_refused(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (slices([(0, 3)], [(2, 5)]), r"expected layers from 3 on, got \[2, 5\]: layers that are"),
+        (slices([(0, 3)], [(2, 5)]), r"expected layers from 3 on, got \[2, 5\]: omitted, repeated"),
         (slices([(1, 5)]), r"expected layers from 0 on, got \[1, 5\]"),
         (slices([(0, 2)], [(0, 2)]), r"expected layers from 2 on, got \[0, 2\]"),
         (slices([(0, 2), (2, 4)]), r"sources\[1\].layer_range: expected layers from 0 on"),
-        (slices([(0, 4)]), "slices: expected all 5 layers, got 4: another depth makes another"),
+        (slices([(0, 4)]), "slices: expected all 5 layers, got 4: another depth is another"),
         (slices([(0, 6)]), "slices: expected all 5 layers, got 6"),
         (slices([(0, 5)], residual_weight=0.1), "residual_weight: is not supported"),
         (slices([(0, 5, 7)]), r"expected \[first, last \+ 1\], got \[0, 5, 7\]"),
@@ -356,9 +369,11 @@ def test_a_missing_weight_names_the_model_and_the_tensors(tmp_path):
     with pytest.raises(ConfigError) as caught:
         table_of(tmp_path, config)
     message = str(caught.value)
-    assert "2 problems keep" in message
-    assert "task_arithmetic needs it, and a has none for model.embed_tokens.weight, " in message
-    assert message.endswith("task_arithmetic needs it, and b has none")
+    assert "has 2 problems" in message
+    assert (
+        "weight: required by task_arithmetic, missing for a (model.embed_tokens.weight, " in message
+    )
+    assert message.endswith("weight: required by task_arithmetic, missing for b")
 
 
 def test_weights_that_sum_to_zero_are_not_normalised_silently(tmp_path):
@@ -371,9 +386,10 @@ def test_weights_that_sum_to_zero_are_not_normalised_silently(tmp_path):
     }
     problems = Problems()
     table_of(tmp_path, config).coefficients(problems)
-    assert problems[0] == (
-        "weight: weights of model.embed_tokens.weight sum to zero, which cannot be normalised"
-    )
+    assert problems == ["merge_method: linear cannot normalise weights that sum to zero"]
+    config["models"][1]["parameters"]["weight"] = [{"filter": "head", "value": -0.5}, {"value": 1}]
+    table_of(tmp_path, config).coefficients(problems)
+    assert problems[1].endswith("weights that sum to zero (lm_head.weight)")
 
 
 @pytest.mark.parametrize("text", ["[1", "- 1", "3"])

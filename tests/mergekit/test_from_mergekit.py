@@ -117,7 +117,7 @@ def test_sources_are_found_by_path_name_or_as_stated(row, tmp_path):
         (
             config(),
             {"labels": {**LABELS, "c": "/m/c"}},
-            r"Not in the file: c\. Name the same models in both, or say which is which",
+            r"Not in the file: c\. Name the same models in both, or state which is which",
         ),
         (config(), {"labels": {**LABELS, "base": "/m/x"}}, r"Not in the file: base\. Not in this"),
         (config(), {"models": {"a": "/m/b"}}, "Name the same models in both"),
@@ -128,7 +128,11 @@ def test_sources_are_found_by_path_name_or_as_stated(row, tmp_path):
             r"the weights of layers\.1\.w sum to 0\.9, but from origin base they always sum to 1",
         ),
         (config(a="much"), {}, "expected a number, got 'much'"),
-        (config(a=[{"filter": "head", "value": 1}]), {}, "task_arithmetic needs it, and /m/a has"),
+        (
+            config(a=[{"filter": "head", "value": 1}]),
+            {},
+            "weight: required by .*, missing for /m/a",
+        ),
         (
             {
                 "merge_method": "nearswap",

@@ -161,7 +161,7 @@ def test_what_is_written_is_read_again_as_the_same_merge(p, tmp_path):
 def test_coefficients_finer_than_a_tensor_are_refused(factor, name):
     models = relatives(build())
     plan = open_plan(recipe_of(models, coefficients=factor))
-    with pytest.raises(ConfigError, match=rf"coefficients: {name} has several for a tensor \("):
+    with pytest.raises(ConfigError, match=rf"coefficients: {name} has several per tensor \("):
         mergekit_yaml(plan, plan.initial_raw())
 
 
@@ -192,7 +192,7 @@ def test_other_operators_are_refused(p):
     object.__setattr__(merge := recipe(p), "operator", "Slerp")
     plan = open_plan(recipe(p), with_skeleton=False)
     plan.recipe = merge
-    with pytest.raises(ConfigError, match="operator: coefficients of str are no weights of a sum"):
+    with pytest.raises(ConfigError, match="operator: coefficients of str are not weights of a sum"):
         mergekit_yaml(plan, plan.initial_raw())
 
 
@@ -217,7 +217,7 @@ def test_both_names_of_a_tied_tensor_are_written(tmp_path):
 def test_aligned_vocabularies_are_refused(p):
     plan = open_plan(recipe(p), with_skeleton=False)
     object.__setattr__(plan.recipe, "tokenizer", "union")
-    with pytest.raises(ConfigError, match="tokenizer: mergekit aligns vocabularies by rules of"):
+    with pytest.raises(ConfigError, match="tokenizer: mergekit aligns vocabularies by its own"):
         mergekit_yaml(plan, plan.initial_raw())
 
 

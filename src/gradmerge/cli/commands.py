@@ -26,7 +26,7 @@ from gradmerge.export.emr import export_compact, export_tasks, refuse_finalisers
 from gradmerge.export.folder import export_merged, export_plan, read_as, require_options
 from gradmerge.mergekit.writer import require_file, require_plain, write_mergekit
 from gradmerge.search import AbstractSearch
-from gradmerge.sources import as_source
+from gradmerge.sources import Checkpoint, as_source
 from gradmerge.sources.emr import EMRCheckpoint, read_description
 from gradmerge.sources.tokenizers.report import summarise, token_report
 from gradmerge.spec import to_plain
@@ -61,6 +61,7 @@ def merge(
     score: bool = False,
     outputs: Outputs = "merged",
     mergekit: bool = False,
+    opened: Mapping[str, Checkpoint] | None = None,
     **options: Any,
 ) -> None:
     """Merge without any training; with data, also by statistics of the sources or a search.
@@ -75,6 +76,7 @@ def merge(
             the coefficients (EMR-Merging); or their compact form, one vector with a mask and a
             scale per task, for recipes whose last preprocess is Unify.
         mergekit: write no folder but a mergekit YAML (OUTPUT ends in .yaml) that gives the same.
+        opened: the recipe's checkpoints, where they are open already (Python only).
         **options: those of `output_options`.
     """
     if outputs != "merged" and (search is not None or score):
@@ -91,7 +93,7 @@ def merge(
             "REPAIR takes the tasks' adaptation data, got none: give a file with `data`, too (the "
             "suite's that `gradmerge fit` takes), or leave REPAIR out of recipe.finalisers."
         )
-    opening = Opening(recipe)
+    opening = Opening(recipe, opened=opened)
     with tempfile.TemporaryDirectory(prefix="gradmerge-statistics-") as folder:
         statistics = recipe.statistics
         if data is not None and statistics is None and _is_on_data(recipe):

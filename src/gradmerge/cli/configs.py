@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,8 @@ import yaml
 
 from gradmerge.engine.recipe import Recipe
 from gradmerge.errors import ConfigError
-from gradmerge.mergekit import is_mergekit
-from gradmerge.mergekit.reader import read_mergekit
+from gradmerge.mergekit import Reading, is_mergekit, read_mergekit
+from gradmerge.sources import Checkpoint
 
 # What else a file for `gradmerge fit` may say; a merge without training has no use for it.
 _OF_A_FIT = ("seed_everything", "trainer", "optimizer", "lr_scheduler", "ckpt_path", "driver")
@@ -31,6 +31,8 @@ class MergeInput:
     """Whether the tasks' data is needed."""
     recipe: Recipe | None = None
     """The recipe of a mergekit file; options of the command line replace its fields."""
+    opened: Mapping[str, Checkpoint] = field(default_factory=dict)
+    """Its checkpoints, which were opened to read it."""
     replaced: tuple[str, ...] = ()
     """Fields of the recipe that the options and other files state."""
     dtype: str | None = None
@@ -75,10 +77,12 @@ def read_merge_input(arguments: Sequence[str], with_data: bool | None = None) ->
         dropped = (*dropped, "data")
     translated: list[str] = list(arguments)
     recipe = dtype = None
+    opened: Mapping[str, Checkpoint] = {}
     for at, flag, path in _configs(arguments):
         found = files[at]
         if at in theirs:
-            recipe, dtype = _recipe_of_mergekit(path)
+            reading = _read_mergekit(path)
+            recipe, dtype, opened = reading.recipe, reading.dtype, reading.opened
             found = {}
         if found is not None and (at in theirs or {"model", *dropped} & found.keys()):
             # the parser takes a configuration itself where it takes a path
@@ -87,7 +91,10 @@ def read_merge_input(arguments: Sequence[str], with_data: bool | None = None) ->
     options = re.findall(r"^--recipe\.(\w+)", "\n".join(arguments), re.MULTILINE)
     stated = [_recipe(file) for at, file in files.items() if file is not None and at not in theirs]
     named = [*options, *(name for own in stated if isinstance(own, dict) for name in own)]
-    return MergeInput(translated, with_data, recipe, tuple(dict.fromkeys(named)), dtype)
+    replaced = tuple(dict.fromkeys(named))
+    if {"sources", "base"} & set(replaced):
+        opened = {}
+    return MergeInput(translated, with_data, recipe, opened, replaced, dtype)
 
 
 def later(class_type: type, *args: Any, **kwargs: Any) -> Any:
@@ -198,9 +205,9 @@ def _finalisers_on_data() -> set[str]:
     return {name for name, kind in kinds.items() if getattr(kind, "needs_data", False)}
 
 
-def _recipe_of_mergekit(path: str) -> tuple[Recipe, str | None]:
+def _read_mergekit(path: str) -> Reading:
     reading = read_mergekit(path)
     print(reading.summary)
     for warning in reading.warnings:
         print(f"gradmerge merge: warning {path}: {warning}", file=sys.stderr)
-    return reading.recipe, reading.dtype
+    return reading

@@ -291,6 +291,8 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
     options = _parsed(command, function, given)
     if "recipe" in options:
         options["recipe"] = given.complete(options["recipe"])
+    if given.opened:
+        options["opened"] = given.opened
     if given.dtype is not None and options.get("dtype") is None:
         options["dtype"] = given.dtype
     function(**options)
@@ -330,7 +332,7 @@ def _parser(command: str, function: Any, given: MergeInput) -> Any:
         quieten()
         parser.add_class_arguments(MergeDataModule, "data")
         parser.set_defaults({"data.tasks": {}})  # see `MergeCLI.add_arguments_to_parser`
-    parser.add_function_arguments(function, as_group=False, skip={*positional, "data"})
+    parser.add_function_arguments(function, as_group=False, skip={*positional, "data", "opened"})
     if given.recipe is not None:
         parser.set_defaults({"recipe.sources": {}})
     return parser

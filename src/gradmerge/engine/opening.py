@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import cached_property
 
 from torch import nn
@@ -47,21 +48,31 @@ class Opening:
     Args:
         recipe: whose sources are opened and checked.
         module: the architecture, where no source has a config (its weights are not used).
+        opened: checkpoints that are open already, by source name and `base`.
 
     Raises:
         CompatibilityError: one report of everything that does not fit.
         SourceError: a source cannot be opened.
     """
 
-    def __init__(self, recipe: Recipe, module: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        module: nn.Module | None = None,
+        opened: Mapping[str, Checkpoint] | None = None,
+    ) -> None:
         self.recipe = recipe
         self._module = module
         self.order: UnitOrder | None = None
         """The common order of the sources' units, once they are aligned."""
+        known = opened or {}
         base_spec = None if recipe.base is None else as_source(recipe.base)
-        self.base: Checkpoint | None = None if base_spec is None else base_spec.open()
+        self.base: Checkpoint | None = None
+        if base_spec is not None:
+            self.base = known["base"] if "base" in known else base_spec.open()
         self.sources: dict[str, Checkpoint] = {
-            name: as_source(s, base_spec).open() for name, s in recipe.sources.items()
+            name: known[name] if name in known else as_source(s, base_spec).open()
+            for name, s in recipe.sources.items()
         }
         self.heads: dict[str, Checkpoint] = {
             name: as_source(s, base_spec).open() for name, s in recipe.heads.items()

@@ -1,19 +1,8 @@
-"""mergekit's configuration files as data; nothing of mergekit is imported."""
+"""mergekit's configuration files, read and written; nothing of mergekit is imported."""
 
-from gradmerge.mergekit.content import Document, ModelReference, Problems, Slice
-from gradmerge.mergekit.document import is_mergekit, read_document
+from gradmerge.mergekit.document import is_mergekit
 from gradmerge.mergekit.init import FromMergekit
-from gradmerge.mergekit.table import Table, evaluate, tabulate
+from gradmerge.mergekit.reader import Reading, read_mergekit
+from gradmerge.mergekit.writer import write_mergekit
 
-__all__ = [
-    "Document",
-    "FromMergekit",
-    "ModelReference",
-    "Problems",
-    "Slice",
-    "Table",
-    "evaluate",
-    "is_mergekit",
-    "read_document",
-    "tabulate",
-]
+__all__ = ["FromMergekit", "Reading", "is_mergekit", "read_mergekit", "write_mergekit"]

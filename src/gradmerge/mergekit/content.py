@@ -1,4 +1,4 @@
-"""What a mergekit file says, as data, and the list of what is wrong with one."""
+"""The parts of a mergekit file as data, and the list of problems found in one."""
 
 from __future__ import annotations
 
@@ -10,24 +10,6 @@ from gradmerge.errors import ConfigError
 from gradmerge.mergekit.methods import Method
 
 Settings = Mapping[str, Any]
-
-# The keys of a file, by place.
-OF_A_FILE = (
-    "merge_method",
-    "base_model",
-    "models",
-    "slices",
-    "modules",
-    "parameters",
-    "dtype",
-    "out_dtype",
-    "tokenizer_source",
-    "tokenizer",
-    "chat_template",
-)
-OF_A_MODEL = ("model", "parameters")
-OF_A_SLICE = ("sources", "base_model", "residual_weight", "parameters")
-OF_SOURCES = ("model", "layer_range", "parameters")
 
 
 @dataclass(frozen=True)
@@ -48,33 +30,20 @@ class ModelReference:
 
 
 @dataclass(frozen=True)
-class Input:
-    """One model that goes into a slice."""
-
-    model: ModelReference
-    parameters: Settings = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Slice:
-    """A range of layers and what goes into it."""
+    """A range of layers and the models that go into it."""
 
-    inputs: tuple[Input, ...]
+    inputs: Mapping[ModelReference, Settings]
+    """Models in order, each with its own parameters."""
     parameters: Settings = field(default_factory=dict)
     layers: tuple[int, int] | None = None
     """First layer and one past the last; None for all."""
-
-    @property
-    def models(self) -> tuple[ModelReference, ...]:
-        """Its models, in order."""
-        return tuple(entry.model for entry in self.inputs)
 
 
 @dataclass(frozen=True)
 class Document:
     """A whole file."""
 
-    path: str
     method: Method
     slices: tuple[Slice, ...]
     base: ModelReference | None = None
@@ -83,19 +52,19 @@ class Document:
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer: ModelReference | str | None = None
-    """`union`, `base` or a model whose tokenizer is taken; None: no tokens are moved."""
+    """`union`, `base`, or the model whose tokenizer the merge has; None: no tokens are moved."""
     pad_to_multiple_of: int | None = None
     chat_template: str | None = None
-    """`auto`, or the text of one."""
+    """`auto`, or the text of a template."""
 
     @property
     def models(self) -> tuple[ModelReference, ...]:
         """All inputs, each once, in order of appearance."""
-        return tuple(dict.fromkeys(model for part in self.slices for model in part.models))
+        return tuple(dict.fromkeys(model for part in self.slices for model in part.inputs))
 
 
 class Problems(list[str]):
-    """What is wrong with a file, each once."""
+    """The problems of a file, each once."""
 
     def add(self, where: str, what: str) -> None:
         """Note a problem."""
@@ -104,14 +73,11 @@ class Problems(list[str]):
             self.append(text)
 
     def stop(self, path: str) -> None:
-        """Raise if there is any.
+        """Raise one error that lists all problems, if there are any.
 
         Raises:
-            ConfigError: with all of them.
+            ConfigError: there are problems.
         """
         if self:
-            count = "one problem keeps" if len(self) == 1 else f"{len(self)} problems keep"
-            raise ConfigError(
-                f"{path}: {count} this mergekit file from being read:\n"
-                + "\n".join(f"  {problem}" for problem in self)
-            )
+            count = "one problem" if len(self) == 1 else f"{len(self)} problems"
+            raise ConfigError("\n  ".join([f"{path}: this mergekit file has {count}:", *self]))

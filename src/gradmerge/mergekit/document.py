@@ -1,45 +1,47 @@
-"""A mergekit file: its structure, checked as a whole, with every problem reported at once.
+"""The structure of a mergekit file, checked as a whole so that all problems are reported at once.
 
 mergekit itself ignores keys that it does not know; here they are errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from gradmerge.errors import ConfigError, nearest
-from gradmerge.mergekit.content import (
-    OF_A_FILE,
-    OF_A_MODEL,
-    OF_A_SLICE,
-    OF_SOURCES,
-    Document,
-    Input,
-    ModelReference,
-    Problems,
-    Settings,
-    Slice,
-)
+from gradmerge.mergekit.content import Document, ModelReference, Problems, Settings, Slice
 from gradmerge.mergekit.methods import METHODS, REFUSED, Method, Parameter
 
+_KEYS = (
+    "merge_method",
+    "base_model",
+    "models",
+    "slices",
+    "modules",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+)
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _MIXTURE = "this is a file for mergekit-moe; gradmerge makes no mixtures of experts"
-# What mergekit knows and gradmerge does not, and why.
+# Keys of mergekit without a counterpart in gradmerge, and why.
 _UNSUPPORTED = {
     "residual_weight": "gradmerge has no such option, and mergekit itself does not use it",
     "override_architecture": "gradmerge reads the architecture from config.json",
-    "tokens": "gradmerge takes rows of new tokens by its own rule",
+    "tokens": "gradmerge initialises the rows of new tokens by its own rule",
     "experts": _MIXTURE,
     "gate_mode": _MIXTURE,
 }
 
 
 def is_mergekit(found: Any) -> bool:
-    """Whether a YAML's content is a mergekit file."""
+    """Check whether the content of a YAML is a mergekit file."""
     keys = {"merge_method", "slices", "experts", "gate_mode"}
     return isinstance(found, Mapping) and bool(keys & set(map(str, found)))
 
@@ -48,7 +50,7 @@ def read_document(path: str | Path) -> Document:
     """Read a mergekit file.
 
     Raises:
-        ConfigError: it cannot be read as YAML, or a list of everything in it that is wrong.
+        ConfigError: the file is not YAML, or has problems (all are listed).
     """
     try:
         found = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -58,48 +60,44 @@ def read_document(path: str | Path) -> Document:
         raise ConfigError(
             f"{path}: expected a mergekit YAML with merge_method, got {_kind(found)}."
         )
-    reader = _Reader(str(path))
+    reader = _Reader(found)
     document = reader.document(found)
     reader.problems.stop(str(path))
-    assert document is not None
     return document
 
 
 class _Reader:
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, found: Mapping[str, Any]) -> None:
         self.problems = Problems()
+        self.method = self.find_method(found.get("merge_method"))
+        base = found.get("base_model")
+        self.base = None if base is None else self.model("base_model", base)
 
-    def document(self, found: Mapping[str, Any]) -> Document | None:
-        """The file; None, with problems noted, where its method or form is not known."""
-        self.keys("", found, OF_A_FILE)
-        method = self.method(found.get("merge_method"))
-        base = self.optional_model("base_model", found.get("base_model"))
+    def document(self, found: Mapping[str, Any]) -> Document:
+        """Read the whole file and note its problems."""
+        self.keys("", found, _KEYS)
         forms = [form for form in ("models", "slices", "modules") if found.get(form)]
-        if len(forms) != 1:
-            got = " and ".join(forms) or "none"
-            self.problems.add("", f"expected one of models, slices and modules, got {got}")
-        if method is None or len(forms) != 1:
-            self.outline(found)
-            return None
-        module = found
-        module_parameters: Settings = {}
-        if forms == ["modules"]:
-            module = self.module(found["modules"])
-            module_parameters = self.parameters("modules", module.get("parameters"), method)
+        got = " and ".join(forms) or "none"
+        self.expect(len(forms) == 1, "", "one of models, slices and modules", got)
+        module = self.module(found["modules"]) if forms == ["modules"] else found
+        own = module.get("parameters") if forms == ["modules"] else None
+        slices: tuple[Slice, ...] = ()
         if module.get("models"):
-            slices = self.models(module["models"], method, base)
-        else:
-            slices, base = self.slices(module.get("slices"), method, base)
-        self.inputs(slices, method, base)
-        tokenizer, multiple = self.tokenizer(found, base)
+            inputs, _ = self.inputs("models", module["models"])
+            if self.base is not None:
+                inputs.setdefault(self.base, {})
+            slices = (Slice(inputs),)
+        elif module.get("slices"):
+            slices = self.slices(module["slices"])
+        if self.method is not None:
+            self.require_models(slices, self.method)
+        tokenizer, multiple = self.tokenizer(found)
         return Document(
-            self.path,
-            method,
+            self.method or METHODS["linear"],  # an unknown method is a problem already
             slices,
-            base,
-            module_parameters,
-            self.parameters("parameters", found.get("parameters"), method),
+            self.base,
+            self.parameters("modules.default.parameters", own),
+            self.parameters("parameters", found.get("parameters")),
             self.dtype("dtype", found.get("dtype")),
             self.dtype("out_dtype", found.get("out_dtype")),
             tokenizer,
@@ -107,18 +105,16 @@ class _Reader:
             self.chat_template(found.get("chat_template"), tokenizer is not None),
         )
 
-    def outline(self, found: Mapping[str, Any]) -> None:
-        """Note unknown keys of models and slices, where no method tells their parameters."""
-        if found.get("models"):
-            self.entries("models", found["models"], OF_A_MODEL)
-        if found.get("slices"):
-            for i, entry in enumerate(self.entries("slices", found["slices"], OF_A_SLICE)):
-                if entry.get("sources"):
-                    self.entries(f"slices[{i}].sources", entry["sources"], OF_SOURCES)
+    # ---- checks ---------------------------------------------------------------------------------
 
-    def keys(self, where: str, found: Mapping[str, Any], known: Iterable[str]) -> None:
-        """Note keys that are unknown, or known and not supported."""
-        known = list(known)
+    def expect(self, holds: object, where: str, expected: str, got: object) -> bool:
+        """Note a problem unless it holds."""
+        if not holds:
+            self.problems.add(where, f"expected {expected}, got {got}")
+        return bool(holds)
+
+    def keys(self, where: str, found: Mapping[str, Any], known: Sequence[str]) -> None:
+        """Note keys that are unknown or not supported."""
         for key in map(str, found):
             place = f"{where}.{key}" if where else key
             if key in _UNSUPPORTED and found[key] is not None:
@@ -126,23 +122,32 @@ class _Reader:
             elif key not in known and key not in _UNSUPPORTED:
                 self.problems.add(place, f"unknown key.{nearest(key, known)}")
 
-    def method(self, name: Any) -> Method | None:
-        """The method of a name."""
+    def entries(
+        self, where: str, found: Any, keys: Sequence[str]
+    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield the mappings of a list with their places, after a check of their keys."""
+        if self.expect(isinstance(found, list) and found, where, "a list", _kind(found)):
+            for i, entry in enumerate(found):
+                place = f"{where}[{i}]"
+                if self.expect(isinstance(entry, Mapping), place, "a mapping", _kind(entry)):
+                    self.keys(place, entry, keys)
+                    yield place, entry
+
+    # ---- models ---------------------------------------------------------------------------------
+
+    def find_method(self, name: Any) -> Method | None:
+        """Return the method of a name."""
+        where = "merge_method"
         if name in REFUSED:
-            self.problems.add("merge_method", f"{name} is not supported: {REFUSED[name]}")
-        elif name is None:
-            self.problems.add("merge_method", "expected a merge method, got none")
-        elif name not in METHODS:
+            self.problems.add(where, f"{name} is not supported: gradmerge does not have it")
+        elif name is not None and name not in METHODS:
             hint = nearest(str(name), METHODS)
-            self.problems.add("merge_method", f"{name!r} is no merge method.{hint}")
+            self.problems.add(where, f"unknown merge method {name!r}.{hint}")
+        self.expect(name is not None, where, "a merge method", "none")
         return METHODS.get(str(name))
 
-    def optional_model(self, where: str, found: Any) -> ModelReference | None:
-        """A model, where one is given."""
-        return None if found is None else self.model(where, found)
-
     def model(self, where: str, found: Any) -> ModelReference:
-        """A model, from a string or a mapping."""
+        """Return a model reference from text or a mapping."""
         lora: Any = None
         if isinstance(found, Mapping) and "model" in found:
             self.keys(where, found, ("model", "lora"))
@@ -150,246 +155,199 @@ class _Reader:
         elif isinstance(found, str):
             found, *adapters = found.split("+")
             lora = adapters[0] if adapters else None
-            if len(adapters) > 1:
-                self.problems.add(where, "expected one adapter after '+', got several")
+            self.expect(len(adapters) < 2, where, "one adapter after '+'", len(adapters))
         path, revision = self.path_and_revision(where, found)
         if lora is None:
             return ModelReference(path, revision)
         return ModelReference(path, revision, *self.path_and_revision(where, lora))
 
     def path_and_revision(self, where: str, found: Any) -> tuple[str, str | None]:
-        """`path@revision`, or a mapping of the two."""
+        """Split `path@revision`, or a mapping of the two."""
         if isinstance(found, Mapping) and isinstance(found.get("path"), str):
             self.keys(where, found, ("path", "revision"))
             return found["path"], found.get("revision")
-        if not isinstance(found, str) or not found or found.count("@") > 1:
-            self.problems.add(
-                where,
-                f"expected a path or a hub id, with at most one '@revision', got {found!r}",
-            )
-            return str(found), None
-        path, _, revision = found.partition("@")
+        expected = "a path or a hub id, with at most one '@revision'"
+        holds = isinstance(found, str) and found and found.count("@") < 2
+        self.expect(holds, where, expected, repr(found))
+        path, _, revision = str(found).partition("@")
         return path, revision or None
 
-    def entries(self, where: str, found: Any, keys: Iterable[str]) -> list[Mapping[str, Any]]:
-        """A list of mappings, with no keys but these."""
-        if not isinstance(found, list) or not found:
-            self.problems.add(where, f"expected a list, got {_kind(found)}")
-            return []
-        kept = []
-        for i, entry in enumerate(found):
-            if isinstance(entry, Mapping):
-                self.keys(f"{where}[{i}]", entry, keys)
-                kept.append(entry)
-            else:
-                self.problems.add(f"{where}[{i}]", f"expected a mapping, got {_kind(entry)}")
-        return kept
-
     def module(self, found: Any) -> Mapping[str, Any]:
-        """The only module."""
-        if not isinstance(found, Mapping) or list(found) != ["default"]:
-            names = ", ".join(map(str, found)) if isinstance(found, Mapping) else _kind(found)
+        """Return the only module."""
+        names = ", ".join(map(str, found)) if isinstance(found, Mapping) else _kind(found)
+        if names != "default":
             self.problems.add(
                 "modules",
-                f"expected the one module 'default', got {names}. Parts of a network that are "
-                "merged apart are not supported; write models, with filters under parameters",
+                f"expected the single module 'default', got {names}. Merging parts of a network "
+                "separately is not supported; write models, with filters under parameters",
             )
             return {}
-        inner = found["default"]
-        if not isinstance(inner, Mapping) or bool(inner.get("models")) == bool(inner.get("slices")):
-            self.problems.add("modules.default", "expected one of models and slices")
+        where, inner = "modules.default", found["default"]
+        if not self.expect(isinstance(inner, Mapping), where, "a mapping", _kind(inner)):
             return {}
-        self.keys("modules.default", inner, ("models", "slices", "parameters"))
+        self.keys(where, inner, ("models", "slices", "parameters"))
+        got = [form for form in ("models", "slices") if inner.get(form)]
+        self.expect(len(got) == 1, where, "one of models and slices", " and ".join(got) or "none")
         return inner
 
-    def models(self, found: Any, method: Method, base: ModelReference | None) -> tuple[Slice, ...]:
-        """The form `models`: one slice of all layers. The base joins it if it is not listed."""
-        inputs = []
-        for i, entry in enumerate(self.entries("models", found, OF_A_MODEL)):
-            where = f"models[{i}]"
-            model = self.model(f"{where}.model", entry.get("model"))
-            own = self.parameters(f"{where}.parameters", entry.get("parameters"), method, True)
-            inputs.append(Input(model, own))
-        if base is not None and base not in [entry.model for entry in inputs]:
-            inputs.append(Input(base))
-        return (Slice(tuple(inputs)),)
+    def inputs(
+        self, where: str, found: Any, start: int | None = None
+    ) -> tuple[dict[ModelReference, Settings], set[tuple[int, int]]]:
+        """Return a list's models with their own parameters, and their ranges of layers.
 
-    def slices(
-        self, found: Any, method: Method, base: ModelReference | None
-    ) -> tuple[tuple[Slice, ...], ModelReference | None]:
-        """The form `slices`, which has to keep every layer where it is; and the base."""
+        Args:
+            where: the place of the list.
+            found: the list.
+            start: the first layer of a slice; None for models of all layers.
+        """
+        inputs: dict[ModelReference, Settings] = {}
+        ranges = set()
+        keys = ("model", "parameters", *(() if start is None else ("layer_range",)))
+        for place, entry in self.entries(where, found, keys):
+            model = self.model(f"{place}.model", entry.get("model"))
+            if model in inputs:
+                self.problems.add(where, f"{model} is listed twice")
+            own = self.parameters(f"{place}.parameters", entry.get("parameters"), of_model=True)
+            inputs[model] = own
+            if start is not None:
+                at = f"{place}.layer_range"
+                ranges.add(self.layers(at, entry.get("layer_range"), start))
+        return inputs, ranges
+
+    def slices(self, found: Any) -> tuple[Slice, ...]:
+        """Read the form `slices`, which has to keep every layer where it is."""
         slices: list[Slice] = []
         bases = set()
         start = 0
-        for i, entry in enumerate(self.entries("slices", found, OF_A_SLICE)):
-            where = f"slices[{i}]"
-            bases.add(self.optional_model(f"{where}.base_model", entry.get("base_model")) or base)
-            inputs, ranges = [], set()
-            for j, source in enumerate(
-                self.entries(f"{where}.sources", entry.get("sources"), OF_SOURCES)
-            ):
-                place = f"{where}.sources[{j}]"
-                model = self.model(f"{place}.model", source.get("model"))
-                own = source.get("parameters")
-                inputs.append(
-                    Input(model, self.parameters(f"{place}.parameters", own, method, True))
-                )
-                layers = self.layers(f"{place}.layer_range", source.get("layer_range"))
-                if layers is not None:
-                    ranges.add(layers)
-                    if layers[0] != start:
-                        self.problems.add(
-                            f"{place}.layer_range",
-                            f"expected layers from {start} on, got {list(layers)}: layers that "
-                            "are left out, repeated or moved change the network, which gradmerge "
-                            "does not do",
-                        )
-            if len(ranges) > 1:
-                self.problems.add(where, "expected one range of layers of all its sources")
-            own = self.parameters(f"{where}.parameters", entry.get("parameters"), method)
-            layers = min(ranges) if ranges else (start, start + 1)
-            slices.append(Slice(tuple(inputs), own, layers))
+        keys = ("sources", "base_model", "residual_weight", "parameters")
+        for place, entry in self.entries("slices", found, keys):
+            own_base = entry.get("base_model")
+            bases.add(self.model(f"{place}.base_model", own_base) if own_base else self.base)
+            inputs, ranges = self.inputs(f"{place}.sources", entry.get("sources"), start)
+            self.expect(len(ranges) < 2, place, "one layer_range for all sources", len(ranges))
+            own = self.parameters(f"{place}.parameters", entry.get("parameters"))
+            layers = min(ranges, default=(start, start + 1))
+            slices.append(Slice(inputs, own, layers))
             start = layers[1]
-        if len(bases) > 1:
-            self.problems.add("slices", "expected one base_model for all slices, got several")
-        return tuple(slices), next(iter(bases), base)
+        self.expect(len(bases) < 2, "slices", "one base_model for all slices", len(bases))
+        self.base = next(iter(bases), self.base)
+        return tuple(slices)
 
-    def layers(self, where: str, found: Any) -> tuple[int, int] | None:
-        """A range of layers."""
+    def layers(self, where: str, found: Any, start: int) -> tuple[int, int]:
+        """Return a range of layers that begins where the slice before it ends."""
         whole = isinstance(found, list) and all(type(number) is int for number in found)
-        if whole and len(found) == 2 and 0 <= found[0] < found[1]:
-            return found[0], found[1]
-        self.problems.add(where, f"expected [first, last + 1], got {found!r}")
-        return None
+        holds = whole and len(found) == 2 and 0 <= found[0] < found[1]
+        if not self.expect(holds, where, "[first, last + 1]", repr(found)):
+            return start, start + 1
+        why = (
+            "omitted, repeated or moved layers change the network, which gradmerge does not support"
+        )
+        self.expect(found[0] == start, where, f"layers from {start} on", f"{found}: {why}")
+        return found[0], found[1]
 
-    def inputs(self, slices: Iterable[Slice], method: Method, base: ModelReference | None) -> None:
-        """Note slices whose models are not what the method wants."""
-        name = method.name
-        if method.base == "required" and base is None:
-            self.problems.add("base_model", f"expected a base, which {name} needs, got none")
+    def require_models(self, slices: tuple[Slice, ...], method: Method) -> None:
+        """Note slices with other models than the method takes."""
+        name, (fewest, most) = method.name, method.num_models
+        base = None if method.base == "input" else self.base
+        needs_base = method.base == "required" and self.base is None
+        self.expect(not needs_base, "base_model", f"the base that {name} needs", "none")
+        number = f"{fewest} model{'s' if fewest > 1 else ''}{' besides the base' if base else ''}"
+        number = number if most == fewest else f"at least {number}"
         for i, part in enumerate(slices):
             where = "models" if part.layers is None else f"slices[{i}].sources"
-            models = part.models
-            for model in {m for m in models if models.count(m) > 1}:
-                self.problems.add(where, f"{model} stands there twice")
-            if method.base != "ignored" and base is not None and base not in models:
+            if base is not None and base not in part.inputs:
                 self.problems.add(where, f"expected the base {base} among them")
-            if len(models) < method.min_inputs:
-                least = f"at least {method.min_inputs} models"
-                self.problems.add(where, f"expected {least} for {name}, got {len(models)}")
-            if method.max_inputs is not None and len(models) > method.max_inputs:
-                most = f"at most {method.max_inputs}"
-                self.problems.add(where, f"expected {most} for {name}, got {len(models)}")
-            others = [m for m in models if method.base == "ignored" or m != base]
-            if not others:
-                self.problems.add(where, "expected a model other than the base, got none")
-            if method.num_non_base not in (None, len(others)):
-                wanted = f"{method.num_non_base} models besides the base"
-                self.problems.add(where, f"expected {wanted} for {name}, got {len(others)}")
+            got = len(part.inputs.keys() - {base})
+            self.expect(fewest <= got <= (most or got), where, f"{number} for {name}", got)
+            if part.inputs.keys() != slices[0].inputs.keys() and not method.slices_may_differ:
+                self.problems.add(
+                    where, f"expected the same models in every slice for {name}, which counts them"
+                )
 
-    def parameters(
-        self, where: str, found: Any, method: Method, own: bool = False
-    ) -> dict[str, Any]:
-        """Parameters of one place, each value checked; `own` those of one model."""
-        if found is None:
+    # ---- parameters and options -----------------------------------------------------------------
+
+    def parameters(self, where: str, found: Any, of_model: bool = False) -> Settings:
+        """Return the parameters of one place, after a check of every value."""
+        if found is None or self.method is None:
             return {}
-        if not isinstance(found, Mapping):
-            self.problems.add(where, f"expected a mapping, got {_kind(found)}")
+        if not self.expect(isinstance(found, Mapping), where, "a mapping", _kind(found)):
             return {}
-        names = [parameter.name for parameter in method.parameters]
         for key, setting in found.items():
-            parameter = method.parameter(str(key))
+            parameter = self.method.parameter(str(key))
             place = f"{where}.{key}"
             if parameter is None:
                 others = [m.name for m in METHODS.values() if m.parameter(str(key))]
                 hint = f" It belongs to {', '.join(others[:3])}." if others else ""
-                hint = hint or nearest(str(key), names)
-                self.problems.add(place, f"{method.name} has no such parameter.{hint}")
-            elif own and parameter.scope == "merge":
+                hint = hint or nearest(str(key), [p.name for p in self.method.parameters])
+                self.problems.add(place, f"{self.method.name} has no such parameter.{hint}")
+            elif of_model and parameter.scope != "model":
                 self.problems.add(
                     place,
-                    "is one for all models, and mergekit ignores it here; write it under the "
+                    "applies to all models, and mergekit ignores it here; write it under the "
                     "parameters of the file or of the slice",
                 )
             else:
                 self.setting(place, setting, parameter)
         return {str(key): setting for key, setting in found.items()}
 
-    def setting(self, where: str, setting: Any, parameter: Parameter) -> None:
-        """Note what cannot stand as a value: scalars, lists of them (gradients), filters."""
+    def setting(self, where: str, setting: Any, parameter: Parameter, nested: bool = False) -> None:
+        """Note what is not a value, a list of values (a gradient), or filters with either."""
         if isinstance(setting, Mapping):
             setting = [setting]
-        if isinstance(setting, list) and any(isinstance(item, Mapping) for item in setting):
-            for i, item in enumerate(setting):
-                place = f"{where}[{i}]"
-                if not isinstance(item, Mapping) or "value" not in item:
-                    self.problems.add(place, f"expected a filter with its value, got {item!r}")
-                    continue
-                self.keys(place, item, ("filter", "value"))
-                if not isinstance(item.get("filter"), (str, type(None))):
-                    self.problems.add(f"{place}.filter", f"expected text, got {item['filter']!r}")
-                if isinstance(item["value"], (Mapping, list)) and any(
-                    isinstance(inner, (Mapping, list)) for inner in item["value"]
-                ):
-                    self.problems.add(f"{place}.value", "expected a value or a list of values")
-                else:
-                    self.setting(f"{place}.value", item["value"], parameter)
+        if not isinstance(setting, list) or not any(isinstance(item, Mapping) for item in setting):
+            for value in setting if isinstance(setting, list) else [setting]:
+                try:
+                    parameter.convert(value)
+                except ValueError as error:
+                    self.problems.add(where, str(error))
             return
-        for value in setting if isinstance(setting, list) else [setting]:
-            try:
-                parameter.convert(value)
-            except (TypeError, ValueError):
-                self.problems.add(where, f"expected {_EXPECTED[parameter.kind]}, got {value!r}")
+        expected = "a value or a list of values" if nested else "a filter with its value"
+        for i, item in enumerate(setting):
+            place = f"{where}[{i}]"
+            holds = not nested and isinstance(item, Mapping) and "value" in item
+            if self.expect(holds, place, expected, repr(item)):
+                self.keys(place, item, ("filter", "value"))
+                pattern = item.get("filter")
+                is_text = pattern is None or isinstance(pattern, str)
+                self.expect(is_text, f"{place}.filter", "text", repr(pattern))
+                self.setting(f"{place}.value", item["value"], parameter, nested=True)
 
     def dtype(self, where: str, found: Any) -> str | None:
-        """A dtype by name."""
-        name = str(found).removeprefix("torch.")
-        if found is not None and name not in _DTYPES:
-            self.problems.add(where, f"expected one of {', '.join(_DTYPES)}, got {found!r}")
-        return None if found is None else name
+        """Return a dtype by name."""
+        name = None if found is None else str(found).removeprefix("torch.")
+        known = ", ".join(_DTYPES)
+        self.expect(name in (None, *_DTYPES), where, f"one of {known}", repr(found))
+        return name
 
-    def tokenizer(
-        self, found: Mapping[str, Any], base: ModelReference | None
-    ) -> tuple[ModelReference | str | None, int | None]:
-        """Whose tokenizer is taken, and to what its size is padded."""
-        source, multiple = found.get("tokenizer_source"), None
-        where = "tokenizer_source"
-        if found.get("tokenizer") is not None:
-            if source is not None:
-                self.problems.add(where, "expected either it or tokenizer, got both")
-            options = found["tokenizer"]
-            where = "tokenizer.source"
-            if not isinstance(options, Mapping):
-                self.problems.add("tokenizer", f"expected a mapping, got {_kind(options)}")
-                return None, None
+    def tokenizer(self, found: Mapping[str, Any]) -> tuple[ModelReference | str | None, int | None]:
+        """Return whose tokenizer the merge has, and the multiple that its size is padded to."""
+        where, source, multiple = "tokenizer_source", found.get("tokenizer_source"), None
+        options = found.get("tokenizer")
+        if options is not None and self.expect(
+            isinstance(options, Mapping), "tokenizer", "a mapping", _kind(options)
+        ):
+            self.expect(source is None, where, "either tokenizer_source or tokenizer", "both")
             self.keys("tokenizer", options, ("source", "pad_to_multiple_of"))
-            source, multiple = options.get("source", "union"), options.get("pad_to_multiple_of")
-            if multiple is not None and (type(multiple) is not int or multiple < 1):
-                self.problems.add(
-                    "tokenizer.pad_to_multiple_of", f"expected a whole number, got {multiple!r}"
-                )
-        if source is None or source == "union":
-            return source, multiple
+            where, source = "tokenizer.source", options.get("source", "union")
+            multiple = options.get("pad_to_multiple_of")
+            holds = multiple is None or (type(multiple) is int and multiple > 0)
+            at = "tokenizer.pad_to_multiple_of"
+            self.expect(holds, at, "a positive whole number", repr(multiple))
         if source == "base":
-            if base is None:
-                self.problems.add(where, "expected a base_model for 'base', got none")
-            return source, multiple
-        return self.model(where, source), multiple
+            self.expect(self.base, where, "a base_model for 'base'", "none")
+        named = source in (None, "union", "base")
+        return source if named else self.model(where, source), multiple
 
     def chat_template(self, found: Any, has_tokenizer: bool) -> str | None:
-        """The chat template that goes with the tokenizer."""
-        if found is not None and not has_tokenizer:
-            self.problems.add("chat_template", "expected a tokenizer_source with it, got none")
-        elif found is not None and found != "auto" and "{" not in str(found):
-            self.problems.add(
-                "chat_template",
-                f"expected auto or the text of a template, got {found!r}: the templates that come "
-                "with mergekit are not here",
-            )
-        return None if found is None else str(found)
-
-
-_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
+        """Return the chat template that goes with the tokenizer."""
+        if found is None:
+            return None
+        where = "chat_template"
+        self.expect(has_tokenizer, where, "a tokenizer_source with it", "none")
+        why = "gradmerge does not have the templates that come with mergekit"
+        holds = found == "auto" or "{" in str(found)
+        self.expect(holds, where, "auto or the text of a template", f"{found!r}: {why}")
+        return str(found)
 
 
 def _kind(found: Any) -> str:

@@ -1,18 +1,57 @@
-"""mergekit's merge methods: which parameters each has, and which inputs it wants.
+"""mergekit's merge methods as one table: parameters, models, and the factors that gradmerge runs.
 
-Facts of mergekit 0.1.5 (github.com/arcee-ai/mergekit), by which a file is checked and resolved.
+Facts of mergekit 0.1.5 (github.com/arcee-ai/mergekit), checked against its own declarations in
+`tests/parity/test_mergekit_methods.py`. The reader, the writer and `FromMergekit` know no method by
+name: another method is another row.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from gradmerge.errors import ConfigError
+from gradmerge.operators import (
+    AbstractOperator,
+    ArceeFusion,
+    DisjointMean,
+    Karcher,
+    Linear,
+    ModelStock,
+    MultiSlerp,
+    NearSwap,
+    Slerp,
+)
+from gradmerge.preprocess import (
+    AbstractPreprocess,
+    Breadcrumbs,
+    MagnitudeDrop,
+    RandomDrop,
+    SelectTop,
+    ShareOfSquares,
+    Trim,
+)
 
 REQUIRED = object()
 """The default of a parameter that has none."""
 
 Value = bool | int | float
+Row = Mapping[str, Any]
+"""The parameters of one tensor: a value, or a list with one per source."""
+Formula = Callable[[Row, int], list[float]]
+"""Numbers of the sources in one tensor, from its row and the number of sources; ValueError where
+the row has no such numbers."""
+Option = Callable[[str], Any]
+"""Looks up a parameter as a factor takes it: one value, or a setting by tensor and source."""
+
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
+_TRUTH = {
+    **dict.fromkeys(("true", "yes", "on", "t", "y", "1", "1.0"), True),
+    **dict.fromkeys(("false", "no", "off", "f", "n", "0", "0.0"), False),
+}
 
 
 @dataclass(frozen=True)
@@ -20,28 +59,33 @@ class Parameter:
     """One parameter of a method."""
 
     name: str
-    kind: type[bool] | type[int] | type[float]
-    scope: Literal["merge", "input", "non-base"] = "merge"
-    """One value for the merge, one an input, or one an input other than the base."""
     default: Any = REQUIRED
+    """Its default, of the type of its values; without one they are numbers."""
+    scope: Literal["tensor", "model", "global"] = "tensor"
+    """How far gradmerge lets it vary: by tensor, by tensor and source model, or not at all."""
+    absent: float = 0.0
+    """Its value for a model that has no part in a slice."""
 
     def convert(self, value: Any) -> Value:
-        """A value as this parameter takes it; numbers may be written as strings (`1e-3` is one in
-        YAML 1.1).
+        """Return a value as this parameter takes it; numbers may be text (1e-3 is, in YAML 1.1).
 
         Raises:
-            ValueError: it is no such value.
+            ValueError: the value is of another type.
         """
-        if self.kind is bool:
-            return _as_bool(value)
-        number = float(value)
-        if not math.isfinite(number):
-            raise ValueError("not finite")
-        if self.kind is float:
-            return number
-        if number != int(number):
-            raise ValueError("not whole")
-        return int(number)
+        kind = float if self.default is REQUIRED else type(self.default)
+        try:
+            if kind is bool:
+                return _TRUTH[str(value).lower()]
+            number = float(value)
+            if math.isfinite(number) and number == kind(number):
+                return kind(number)
+        except (TypeError, ValueError, KeyError):
+            pass
+        raise ValueError(f"expected {_EXPECTED[kind]}, got {value!r}")
+
+
+_of_model = functools.partial(Parameter, scope="model")
+_global = functools.partial(Parameter, scope="global")
 
 
 @dataclass(frozen=True)
@@ -50,132 +94,229 @@ class Method:
 
     name: str
     parameters: tuple[Parameter, ...]
-    base: Literal["required", "optional", "ignored"]
-    """Whether `base_model` has a part of its own; ignored: it is an input like the others."""
-    min_inputs: int = 1
-    max_inputs: int | None = None
-    """Inputs, the base among them."""
-    num_non_base: int | None = None
-    """Inputs other than the base, where there have to be so many."""
+    coefficients: Formula
+    """Coefficients of the sources. A base that is a source beside them takes the rest to 1."""
+    weights: Formula | None = None
+    """Weights in the sum of models that the method is or starts from, where these are other
+    numbers than the coefficients."""
+    base: Literal["required", "optional", "input"] = "required"
+    """The part of `base_model`; input: an input like the others."""
+    origin: Literal["base", "zero"] = "base"
+    """Origin of the recipe; zero where an optional base is not given."""
+    num_models: tuple[int, int | None] = (1, None)
+    """Fewest and most models besides the base."""
+    slices_may_differ: bool = False
+    """Models with coefficient 0 do not matter, so slices may leave models out."""
+    preprocess: Callable[[Option], list[AbstractPreprocess]] = lambda option: []
+    operator: Callable[[Option], AbstractOperator] | None = None
+    """None: the sum of mergekit, `Linear` of the form that rounds as it does."""
+    written_for: Literal["weights", "directions"] | None = None
+    """The form of `Linear` whose coefficients are written as this method."""
+    written_with: Mapping[str, Any] = field(default_factory=dict)
+    """The parameters under which it is that sum."""
 
     def parameter(self, name: str) -> Parameter | None:
-        """The parameter of this name."""
+        """Return the parameter of this name."""
         return next((p for p in self.parameters if p.name == name), None)
 
-    @property
-    def family(self) -> Family | None:
-        """What it does to task vectors, where it is one of those methods."""
-        return FAMILIES.get(self.name)
+
+# ---- formulas -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Family:
-    """What a method does to task vectors before and while it sums them."""
+def _normalised(flag: str) -> Formula:
+    """Weights divided by their sum where the parameter `flag` is set."""
 
-    prune: Literal["none", "magnitude", "random", "outliers", "della"] = "none"
-    elects: bool = False
-    """Whether an entry's sign is elected and what disagrees left out (TIES)."""
+    def formula(row: Row, _: int) -> list[float]:
+        total = sum(row["weight"]) if row[flag] else 1.0
+        if total == 0:
+            raise ValueError("cannot normalise weights that sum to zero")
+        return [1.0 / total * weight for weight in row["weight"]]
 
-
-FAMILIES = {
-    "task_arithmetic": Family(),
-    "ties": Family("magnitude", elects=True),
-    "dare_linear": Family("random"),
-    "dare_ties": Family("random", elects=True),
-    "breadcrumbs": Family("outliers"),
-    "breadcrumbs_ties": Family("outliers", elects=True),
-    "della_linear": Family("della"),
-    "della": Family("della", elects=True),
-}
-
-REFUSED = {
-    "ram": "gradmerge has no such method",
-    "ramplus_tl": "gradmerge has no such method",
-}
+    return formula
 
 
-def _as_bool(value: Any) -> bool:
-    known = {"true": True, "yes": True, "on": True, "t": True, "y": True, "1": True}
-    known |= {"false": False, "no": False, "off": False, "f": False, "n": False, "0": False}
-    text = str(int(value)) if value in (0, 1) else str(value).lower()
-    if text not in known:
-        raise ValueError("no truth value")
-    return known[text]
+def _scaled(row: Row, _: int) -> list[float]:
+    total = sum(row["weight"]) if row["normalize"] else 1.0
+    # task vectors whose weights cancel out are not normalised
+    scale = row["lambda"] / (total if abs(total) >= 1e-8 else 1.0)
+    return [scale * weight for weight in row["weight"]]
 
 
-def _task_vectors(name: str, normalize: bool, rescale: bool) -> Method:
-    parameters = [
-        Parameter("int8_mask", bool, default=False),
-        Parameter("normalize", bool, default=normalize),
-        Parameter("rescale", bool, default=rescale),
-        Parameter("lambda", float, default=1.0),
-        Parameter("weight", float, "non-base"),
-        Parameter("density", float, "non-base", 1.0),
-    ]
-    if FAMILIES[name].prune == "outliers":
-        parameters.append(Parameter("gamma", float, "non-base", 0.01))
-    if FAMILIES[name].prune == "della":
-        parameters.append(Parameter("epsilon", float, "non-base", 0.15))
-    return Method(name, tuple(parameters), "required")
+def _nuslerp(row: Row, _: int) -> list[float]:
+    first, second = row["weight"]
+    t = 0.5 if abs(first + second) < 1e-6 else second / (first + second)
+    return [1 - t, t]
 
 
-METHODS = {
-    method.name: method
-    for method in (
-        Method(
-            "linear",
-            (Parameter("weight", float, "input"), Parameter("normalize", bool, default=True)),
-            "ignored",
-        ),
-        Method(
-            "passthrough",
-            (Parameter("scale", float, "input", 1.0),),
-            "ignored",
-            max_inputs=1,
-        ),
-        _task_vectors("task_arithmetic", normalize=False, rescale=False),
-        _task_vectors("ties", normalize=True, rescale=False),
-        _task_vectors("dare_linear", normalize=False, rescale=True),
-        _task_vectors("dare_ties", normalize=False, rescale=True),
-        _task_vectors("breadcrumbs", normalize=False, rescale=False),
-        _task_vectors("breadcrumbs_ties", normalize=False, rescale=False),
-        _task_vectors("della_linear", normalize=False, rescale=True),
-        _task_vectors("della", normalize=True, rescale=True),
-        Method("slerp", (Parameter("t", float),), "required", 2, 2),
-        Method(
-            "nuslerp",
-            (
-                Parameter("weight", float, "non-base"),
-                Parameter("nuslerp_row_wise", bool, default=False),
-                Parameter("nuslerp_flatten", bool, default=True),
-            ),
-            "optional",
-            num_non_base=2,
-        ),
-        Method(
-            "multislerp",
-            (
-                Parameter("weight", float, "non-base"),
-                Parameter("normalize_weights", bool, default=True),
-                Parameter("eps", float, default=1e-8),
-            ),
-            "optional",
-        ),
-        Method(
-            "karcher",
-            (Parameter("max_iter", int, default=10), Parameter("tol", float, default=1e-5)),
-            "ignored",
-        ),
-        Method("model_stock", (Parameter("filter_wise", bool, default=False),), "required", 3),
-        Method("nearswap", (Parameter("t", float),), "required", 2, 2),
-        Method("arcee_fusion", (), "required", 2, 2),
-        Method(
-            "sce",
-            (
-                Parameter("int8_mask", bool, default=False),
-                Parameter("select_topk", float, default=1.0),
-            ),
-            "required",
-        ),
+def _weight(row: Row, _: int) -> list[float]:
+    return list(row["weight"])
+
+
+def _t(row: Row, _: int) -> list[float]:
+    return [row["t"]]
+
+
+def _even(_: Row, num_sources: int) -> list[float]:
+    return [1 / num_sources] * num_sources
+
+
+def _none(_: Row, num_sources: int) -> list[float]:
+    raise ValueError("states no weights")
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def _on_task_vectors(
+    name: str,
+    step: Callable[..., AbstractPreprocess] | None = None,
+    *extra: Parameter,
+    elects: bool = False,
+    normalize: bool = False,
+    rescale: bool = False,
+    **more: Any,
+) -> Method:
+    """A method that prunes task vectors by one step and sums them, in TIES after an election."""
+    own = (_of_model("density", 1.0, absent=1.0), *extra)
+    scale = functools.partial(Parameter, scope="global" if elects else "tensor")
+
+    def preprocess(option: Option) -> list[AbstractPreprocess]:
+        if step is None or option("density") == 1:
+            return []
+        fields = {parameter.name: option(parameter.name) for parameter in own}
+        return [step(**fields, rescale="l1" if option("rescale") else "none")]
+
+    def elect(option: Option) -> AbstractOperator:
+        return DisjointMean(option("normalize"), elect="sum", scale=option("lambda"))
+
+    shared = (scale("normalize", normalize), _global("rescale", rescale), scale("lambda", 1.0))
+    return Method(
+        name,
+        (Parameter("int8_mask", False), *shared, _of_model("weight"), *own),
+        _weight if elects else _scaled,
+        (lambda row, _: [row["lambda"] * w for w in row["weight"]]) if elects else None,
+        slices_may_differ=True,
+        preprocess=preprocess,
+        operator=elect if elects else None,
+        **more,
     )
-}
+
+
+def _nuslerp_operator(option: Option) -> AbstractOperator:
+    per: Any = "column" if option("nuslerp_row_wise") else "row"
+    return Slerp("tensor" if option("nuslerp_flatten") else per, threshold=0.9999999)
+
+
+def _multislerp(option: Option) -> AbstractOperator:
+    if option("eps") != 1e-8:
+        raise ConfigError(f"eps: expected 1e-08, which is fixed, got {option('eps')}.")
+    return MultiSlerp(option("normalize_weights"))
+
+
+def _sce_steps(option: Option) -> list[AbstractPreprocess]:
+    share = option("select_topk")
+    return [*([] if share == 1 else [SelectTop(share)]), ShareOfSquares()]
+
+
+_gamma, _epsilon = _of_model("gamma", 0.01), _of_model("epsilon", 0.15)
+_from_zero: dict[str, Any] = {"base": "input", "origin": "zero"}
+_ROWS = (
+    Method(
+        "linear",
+        (_of_model("weight"), Parameter("normalize", True)),
+        _normalised("normalize"),
+        **_from_zero,
+        slices_may_differ=True,
+        written_for="weights",
+        written_with={"normalize": False},
+    ),
+    Method(
+        "passthrough",
+        (_of_model("scale", 1.0),),
+        lambda row, _: list(row["scale"]),
+        **_from_zero,
+        slices_may_differ=True,
+        num_models=(1, 1),
+    ),
+    _on_task_vectors(
+        "task_arithmetic",
+        written_for="directions",
+        written_with={"normalize": False, "lambda": 1.0},
+    ),
+    _on_task_vectors("ties", Trim, elects=True, normalize=True),
+    _on_task_vectors("dare_linear", RandomDrop, rescale=True),
+    _on_task_vectors("dare_ties", RandomDrop, elects=True, rescale=True),
+    _on_task_vectors("breadcrumbs", Breadcrumbs, _gamma),
+    _on_task_vectors("breadcrumbs_ties", Breadcrumbs, _gamma, elects=True),
+    _on_task_vectors("della_linear", MagnitudeDrop, _epsilon, rescale=True),
+    _on_task_vectors("della", MagnitudeDrop, _epsilon, elects=True, normalize=True, rescale=True),
+    Method(
+        "slerp",
+        (Parameter("t"),),
+        _t,
+        origin="zero",
+        num_models=(1, 1),
+        operator=lambda option: Slerp("tensor"),
+    ),
+    Method(
+        "nuslerp",
+        (
+            _of_model("weight"),
+            _global("nuslerp_row_wise", False),
+            _global("nuslerp_flatten", True),
+        ),
+        _nuslerp,
+        base="optional",
+        num_models=(2, 2),
+        operator=_nuslerp_operator,
+    ),
+    Method(
+        "multislerp",
+        (_of_model("weight"), _global("normalize_weights", True), _global("eps", 1e-8)),
+        _weight,
+        _normalised("normalize_weights"),
+        base="optional",
+        operator=_multislerp,
+    ),
+    Method(
+        "karcher",
+        (_global("max_iter", 10), _global("tol", 1e-5)),
+        _even,
+        **_from_zero,
+        operator=lambda option: Karcher(option("max_iter"), option("tol")),
+    ),
+    Method(
+        "model_stock",
+        (_global("filter_wise", False),),
+        _even,
+        num_models=(2, None),
+        operator=lambda option: ModelStock("row" if option("filter_wise") else "tensor"),
+    ),
+    Method(
+        "nearswap",
+        (Parameter("t"),),
+        _t,
+        _none,
+        num_models=(1, 1),
+        operator=lambda option: NearSwap(),
+    ),
+    Method(
+        "arcee_fusion",
+        (),
+        _even,
+        _none,
+        num_models=(1, 1),
+        operator=lambda option: ArceeFusion(),
+    ),
+    Method(
+        "sce",
+        (Parameter("int8_mask", False), Parameter("select_topk", 1.0)),
+        lambda _, num_sources: [1.0] * num_sources,
+        _none,
+        preprocess=_sce_steps,
+        operator=lambda option: Linear(),
+    ),
+)
+METHODS = {method.name: method for method in _ROWS}
+REFUSED = ("ram", "ramplus_tl")
+"""Methods of mergekit that gradmerge does not have."""

@@ -1,16 +1,16 @@
 """Learned coefficients as a mergekit YAML, which mergekit merges to the same weights.
 
-The sum that gradmerge computes is written as it is, as mergekit's `linear` without normalisation:
-`(1 - sum c) A + sum c_k theta_k` has the base as its first model. Under
-`Linear(form="directions")` it is mergekit's `task_arithmetic`. Every number is written so that it
-reads as the same float32, and in float32 both give the same bits (`tests/parity`). Finalisers that
-rescale a direction are a factor on its coefficients, and give the same to rounding.
+The sum is written as gradmerge computes it: `(1 - sum c) A + sum c_k theta_k` as the method of the
+form "weights" with the base as its first model, and `A + sum c_k B_k` as that of "directions"
+(`Method.written_for`). Every number is written so that it reads as the same float32, and in float32
+both give the same bits (`tests/parity`). Finalisers that rescale a direction become a factor on its
+coefficients, with the same result to rounding.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,13 @@ from torch import Tensor
 from gradmerge._typing import Raw
 from gradmerge._version import __version__
 from gradmerge.engine.plan import Plan
-from gradmerge.engine.recipe import Recipe
+from gradmerge.engine.recipe import Recipe, innermost
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.finalisers import AbstractRescale
+from gradmerge.mergekit.methods import METHODS
 from gradmerge.operators import Linear
 from gradmerge.sources import AbstractSource, HuggingFace, as_source
 from gradmerge.sources.lora import Lora
-
-_FOLDER = "export the merged model as a folder instead (without `mergekit`)"
 
 
 def write_mergekit(
@@ -46,9 +45,10 @@ def write_mergekit(
         plan: the opened recipe.
         raw: raw coefficients by key.
         output: the file; it must not exist unless `overwrite`.
-        dtype: what mergekit stores the result in; default: as the reference stores its tensors.
+        dtype: dtype in which mergekit stores the result; default: as the reference stores its
+            tensors.
         overwrite: replace an existing file.
-        buffers: values that buffers have in the merged network, by name.
+        buffers: values of buffers in the merged network, by name.
 
     Returns:
         The file.
@@ -65,15 +65,15 @@ def write_mergekit(
         work.write_text(text, encoding="utf-8")
         work.replace(target)
     finally:
-        work.unlink(missing_ok=True)  # a full disk leaves a part of it
+        work.unlink(missing_ok=True)  # incomplete where the disk is full
     return target
 
 
 def require_file(target: Path, overwrite: bool) -> None:
-    """Stop before any work if there can be no such file.
+    """Check before any work that the file can be written.
 
     Raises:
-        ConfigError: it exists and is not to be replaced, or is a folder, or is named otherwise.
+        ConfigError: the file exists without `overwrite`, is a folder, or has another suffix.
     """
     if target.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{target}: expected a name ending in .yaml or .yml for a mergekit file.")
@@ -84,145 +84,145 @@ def require_file(target: Path, overwrite: bool) -> None:
 
 
 def require_plain(recipe: Recipe) -> None:
-    """Stop before data are read if the directions are not the sources' own.
+    """Check before data are read that the directions are the sources' own.
 
     Raises:
         ConfigError: the recipe has a preprocess.
     """
-    if recipe.preprocess:
-        raise ConfigError(f"mergekit cannot express this merge:\n  {_processed(recipe)}")
+    _refuse(_processed(recipe))
 
 
 def mergekit_yaml(
     plan: Plan, raw: Raw, dtype: str | None = None, buffers: Mapping[str, Tensor] | None = None
 ) -> str:
-    """The text of the file; see `write_mergekit`."""
+    """Return the text of the file; arguments as in `write_mergekit`."""
     reasons = _reasons(plan, buffers or {})
     inputs = _inputs(plan, reasons)
-    stored = _stored_dtype(plan, dtype, reasons)
-    if reasons:
-        raise ConfigError(
-            "mergekit cannot express this merge:\n" + "\n".join(f"  {reason}" for reason in reasons)
-        )
-    rows = _rows(plan, raw)
+    stored = dtype or _stored_dtype(plan, reasons)
+    _refuse(reasons)
+    operator = plan.recipe.operator
+    assert isinstance(operator, Linear)  # others are refused
+    method = next(m for m in METHODS.values() if m.written_for == operator.form)
     base = inputs.pop("base", None)
-    as_directions = plan.recipe.operator == Linear("directions")
-    if base is not None and not as_directions and base not in inputs.values():
+    if base is not None and method.origin == "zero" and base not in inputs.values():
         inputs = {"base": base, **inputs}  # the base is a term of the sum
-    models = [
-        {
-            "model": model,
-            "parameters": {"weight": _weight({n: row.get(k, 0.0) for n, row in rows.items()})},
-        }
-        for k, model in inputs.items()
-    ]
+    rows = _rows(plan, raw)
+    columns = {k: {name: row.get(k, 0.0) for name, row in rows.items()} for k in inputs}
     everything = [plan.reference, *plan.sources.values()]
     wide = any(c.infos[name].dtype == torch.float64 for c in everything for name in plan.tensors)
-    settings = {"normalize": False, **({"lambda": 1.0} if as_directions else {})}
     content = {
-        "merge_method": "task_arithmetic" if as_directions else "linear",
+        "merge_method": method.name,
+        # without a base, mergekit takes config and tokenizer by chance
         "base_model": next(iter(inputs.values())) if base is None else base,
         "dtype": "float64" if wide else "float32",
         "out_dtype": stored,
-        "parameters": settings,
-        "models": models,
+        "parameters": dict(method.written_with),
+        "models": [
+            {"model": model, "parameters": {"weight": _weight(columns[k])}}
+            for k, model in inputs.items()
+        ],
     }
     head = (
-        f"# Coefficients of gradmerge {__version__}: a weight for each tensor, by its whole name.\n"
+        f"# Coefficients of gradmerge {__version__}: a weight per tensor, by its whole name.\n"
         "# Run:     mergekit-yaml THIS_FILE OUTPUT_FOLDER\n"
     )
-    return head + yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=10_000)
+    # innermost collections are written in one line: a filter with its value
+    lines = yaml.dump(
+        content, Dumper=_Dumper, sort_keys=False, width=10_000, default_flow_style=None
+    )
+    return head + str(lines)
+
+
+# ---- reasons against it -------------------------------------------------------------------------
+
+
+def _refuse(reasons: Sequence[str]) -> None:
+    if reasons:
+        raise ConfigError(
+            "\n  ".join(["mergekit cannot express this merge:", *reasons])
+            + "\nChange this, or export the merged model as a folder (without `mergekit`)."
+        )
+
+
+def _processed(recipe: Recipe) -> list[str]:
+    steps = ", ".join(type(step).__name__ for step in recipe.preprocess)
+    why = f"the coefficients belong to directions after {steps}, and mergekit reads the plain ones"
+    return [f"preprocess: {why}"] if steps else []
 
 
 def _reasons(plan: Plan, buffers: Mapping[str, Tensor]) -> list[str]:
-    """Why mergekit cannot express it, as far as the recipe tells."""
-    reasons = []
+    """Return why mergekit cannot express the merge, one reason per factor."""
+    recipe = plan.recipe
     fine = [name for name, slot in plan.layout.slots.items() if slot.kind != "scalar"]
-    if fine:
-        kind = _granularity(plan.recipe.coefficients)
-        reasons.append(
-            f"coefficients: {kind} has several for a tensor ({shorten(fine, 2)}), mergekit has one "
-            f"weight a tensor and model. Learn Model, Group or Tensor, or {_FOLDER}"
-        )
-    if plan.recipe.preprocess:
-        reasons.append(_processed(plan.recipe))
-    if not isinstance(plan.recipe.operator, Linear):
-        name = type(plan.recipe.operator).__name__
-        reasons.append(f"operator: coefficients of {name} are no weights of a sum; {_FOLDER}")
-    corrects = [f for f in plan.recipe.finalisers if not isinstance(f, AbstractRescale)]
-    if corrects:
-        names = ", ".join(type(finaliser).__name__ for finaliser in corrects)
-        reasons.append(
-            f"finalisers: {names} changes a tensor by channels, and mergekit has one weight a "
-            f"tensor and model; {_FOLDER}"
-        )
-    if plan.order is not None:
-        reasons.append(
-            f"alignment: the sources' units are in another order than on disk; {_FOLDER}"
-        )
-    if getattr(plan.recipe, "tokenizer", None) is not None:
-        reasons.append(f"tokenizer: mergekit aligns vocabularies by rules of its own; {_FOLDER}")
-    if plan.private:
-        reasons.append(
-            f"private: each task keeps {shorten(plan.private, 2)}, and mergekit writes one model; "
-            f"{_FOLDER}, which holds one for each task"
-        )
+    granularity = type(innermost(recipe.coefficients)).__name__
+    corrects = [type(f).__name__ for f in recipe.finalisers if not isinstance(f, AbstractRescale)]
     changed = [
         name
         for name in _float_buffers(plan)
         if name in buffers and not torch.equal(buffers[name].cpu(), plan.buffer(name))
     ]
-    if changed:
-        reasons.append(
-            f"buffers: {shorten(sorted(changed), 2)} were recomputed on data, which mergekit "
-            f"has none of; {_FOLDER}"
-        )
-    return reasons
+    checks: dict[str, Any] = {
+        f"coefficients: {granularity} has several per tensor ({shorten(fine, 2)}), mergekit has "
+        "one weight per tensor and model: learn Model, Group or Tensor": fine,
+        f"operator: coefficients of {type(recipe.operator).__name__} are not weights of a sum": (
+            not isinstance(recipe.operator, Linear)
+        ),
+        f"finalisers: {', '.join(corrects)} changes a tensor by channels, and mergekit has one "
+        "weight per tensor and model": corrects,
+        "alignment: the sources' units are in another order than on disk": plan.order is not None,
+        "tokenizer: mergekit aligns vocabularies by its own rules": recipe.tokenizer is not None,
+        f"private: each task keeps {shorten(plan.private, 2)}, and mergekit writes one model": (
+            plan.private
+        ),
+        f"buffers: {shorten(sorted(changed), 2)} were recomputed on data, which mergekit does not "
+        "have": changed,
+    }
+    return [*_processed(recipe), *(reason for reason, applies in checks.items() if applies)]
 
 
-def _processed(recipe: Recipe) -> str:
-    steps = ", ".join(type(step).__name__ for step in recipe.preprocess)
-    return (
-        f"preprocess: the coefficients belong to directions after {steps}, and mergekit takes "
-        f"them off the files anew; {_FOLDER}"
-    )
+def _stored_dtype(plan: Plan, reasons: list[str]) -> str:
+    names = [*plan.tensors, *_float_buffers(plan)]
+    kinds = sorted({str(plan.reference.infos[n].dtype).removeprefix("torch.") for n in names})
+    if len(kinds) > 1:
+        got = ", ".join(kinds)
+        reasons.append(f"dtype: mergekit stores all tensors in one, got {got}; give one: --dtype")
+    return kinds[0]
 
 
-def _granularity(coefficients: Any) -> str:
-    while hasattr(coefficients, "inner"):
-        coefficients = coefficients.inner
-    return type(coefficients).__name__
+def _float_buffers(plan: Plan) -> list[str]:
+    infos = plan.reference.infos
+    return [name for name in plan.buffers if infos[name].dtype.is_floating_point]
+
+
+# ---- names of models ----------------------------------------------------------------------------
 
 
 def _inputs(plan: Plan, reasons: list[str]) -> dict[str, Any]:
-    """How mergekit names the sources, and the base as `base`."""
+    """Return mergekit's names of the sources, and of the base as `base`."""
     recipe = plan.recipe
     base = None if recipe.base is None else as_source(recipe.base)
     specs = {name: as_source(source, base) for name, source in recipe.sources.items()}
     if base is not None:
         specs["base"] = base
-    found: dict[str, Any] = {}
-    for name, spec in specs.items():
-        found[name] = _reference(spec)
-        if found[name] is None:
-            reasons.append(
-                f"sources.{name}: mergekit takes folders, hub ids and LoRA adapters on them, got "
-                f"{type(spec).__name__}; save it as a folder"
-            )
+    found = {name: _reference(spec) for name, spec in specs.items()}
     seen: dict[str, str] = {}
     for name, reference in found.items():
-        other = seen.setdefault(str(reference), name)
-        same_base = name == "base" and recipe.resolved_origin != "base"
-        if reference is not None and other != name and not same_base:
+        if reference is None:
             reasons.append(
-                f"sources: {other} and {name} are the same model, which mergekit takes once; merge "
-                "it once"
+                f"sources.{name}: mergekit takes folders, hub ids and LoRA adapters on them, got "
+                f"{type(specs[name]).__name__}; save it as a folder"
+            )
+            continue
+        other = seen.setdefault(str(reference), name)
+        if other != name and (name != "base" or recipe.resolved_origin == "base"):
+            reasons.append(
+                f"sources: {other} and {name} are the same model, which mergekit takes once"
             )
     return found
 
 
 def _reference(spec: AbstractSource) -> Any:
-    """A model as mergekit names it, or None."""
+    """Return a model as mergekit names it, or None."""
     if isinstance(spec, HuggingFace):
         return _path(spec.path, spec.revision)
     if isinstance(spec, Lora) and isinstance(spec.base, HuggingFace):
@@ -240,28 +240,15 @@ def _path(path: str, revision: str | None) -> Any:
         path = str(folder.resolve())
     if not set(path) & set("+@"):
         return path if revision is None else f"{path}@{revision}"
-    # in a string they would divide path, revision and adapter
+    # in text they would divide path, revision and adapter
     return {"model": {"path": path, **({} if revision is None else {"revision": revision})}}
 
 
-def _stored_dtype(plan: Plan, dtype: str | None, reasons: list[str]) -> str:
-    if dtype is not None:
-        return dtype
-    names = [*plan.tensors, *_float_buffers(plan)]
-    kinds = sorted({str(plan.reference.infos[name].dtype) for name in names})
-    if len(kinds) > 1:
-        got = ", ".join(kind.removeprefix("torch.") for kind in kinds)
-        reasons.append(f"dtype: mergekit stores all tensors in one, got {got}; give one: --dtype")
-    return kinds[0].removeprefix("torch.")
-
-
-def _float_buffers(plan: Plan) -> list[str]:
-    infos = plan.reference.infos
-    return [name for name in plan.buffers if infos[name].dtype.is_floating_point]
+# ---- weights ------------------------------------------------------------------------------------
 
 
 def _rows(plan: Plan, raw: Raw) -> dict[str, dict[str, float]]:
-    """The weight of each source in each tensor and buffer."""
+    """Return the weight of each source in each tensor and buffer."""
     names = list(plan.sources)
     origin = plan.recipe.resolved_origin
     rows = {}
@@ -290,40 +277,26 @@ def _rows(plan: Plan, raw: Raw) -> dict[str, dict[str, float]]:
 
 
 def _merged(plan: Plan, raw: Raw, name: str) -> Tensor:
-    """A merged tensor before its finalisers, float32."""
+    """Return a merged tensor before its finalisers, float32."""
     out = torch.empty(plan.tensors[name].shape)
     return plan.combine(name, plan.raw(name, raw).detach().cpu(), out)
 
 
-class _Line(dict[str, Any]):
-    """A mapping that is written in one line."""
+def _weight(column: Mapping[str, float]) -> Any:
+    """Return one number where all tensors have the same, otherwise filters by whole name.
+
+    The first filter counts that is a part of the name. With the longest first, no name is taken for
+    one that contains it.
+    """
+    values = set(column.values())
+    if len(values) == 1:
+        return values.pop()
+    ordered = sorted(column, key=lambda name: (-len(name), name))
+    return [*({"filter": name, "value": column[name]} for name in ordered), {"value": 0.0}]
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Writes filters a line each."""
+    """Writes a model that is named twice in full."""
 
-
-def _in_one_line(dumper: yaml.SafeDumper, data: _Line) -> Any:
-    return dumper.represent_mapping("tag:yaml.org,2002:map", data, flow_style=True)
-
-
-def _no_alias(dumper: yaml.SafeDumper, data: Any) -> bool:
-    return True
-
-
-_Dumper.add_representer(_Line, _in_one_line)
-_Dumper.ignore_aliases = _no_alias
-
-
-def _weight(column: Mapping[str, float]) -> Any:
-    """One number where all tensors have the same, else filters by whole name.
-
-    A filter is a test for a part of the name, and the first that matches counts; longest first, no
-    name is taken for one that contains it.
-    """
-    values = list(dict.fromkeys(column.values()))
-    if len(values) == 1:
-        return values[0]
-    ordered = sorted(column, key=lambda name: (-len(name), name))
-    filters = [_Line(filter=name, value=column[name]) for name in ordered]
-    return [*filters, _Line(value=0.0)]
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
