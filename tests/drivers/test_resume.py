@@ -327,7 +327,7 @@ def test_a_model_of_a_step_that_is_gone_and_wanted_again_is_named(tmp_path):
     models = relatives(build(), 4)
     folder = Pairwise(keep_steps=False).run(job_of(tmp_path, models))
     moved = folder.rename(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=r"step step-2 merges this model.*begin anew"):
+    with pytest.raises(ConfigError, match=r"step step-2 merges this model.*start again"):
         Pairwise(keep_steps=False).run(job_of(tmp_path, models))
     moved.rename(folder)
     assert Pairwise(keep_steps=False).run(job_of(tmp_path, models)) == folder

@@ -197,15 +197,15 @@ def require_same(path: Path, kept: Any, got: Any) -> None:
 def require_same_job(path: Path, kept: Any, got: Any, say: Callable[[str], None]) -> None:
     """Reject a job that differs from the one on record.
 
-    Version 0.1 hashed examples in another way; of its records only their numbers are compared.
+    Earlier versions hashed examples in another way: only their numbers are compared then.
 
     Raises:
         ConfigError: the entries that differ.
     """
     if ", sha256" in json.dumps(kept.get("examples")):
         say(
-            f"{path} was written by version 0.1, whose hashes of the data cannot be compared: only "
-            "the numbers of examples are checked"
+            f"{path} was written by an earlier version, whose hashes of data cannot be compared: "
+            "only the numbers of examples are checked"
         )
         kept, got = (
             {**content, "examples": _sizes(content["examples"])} for content in (kept, got)
