@@ -76,7 +76,7 @@ def test_a_job_of_an_earlier_version_resumes_if_the_numbers_of_its_examples_matc
     assert f"{path} was written by an earlier version, whose hashes" in said[0]
 
 
-def test_files_count_by_what_is_in_them(tmp_path):
+def test_files_count_by_their_content(tmp_path):
     def found(test):
         for name in SPLITS:
             (tmp_path / f"{name}.txt").write_text("a b\nc d" if name != "test" else test)
@@ -158,7 +158,7 @@ def test_rows_beyond_a_limit_do_not_count():
     assert described(rows, limit={"adaptation": 4}) == described(rows[:4])
 
 
-def test_examples_that_are_drawn_anew_count_by_their_number():
+def test_examples_drawn_anew_count_by_their_number():
     class Drawn(list):
         def __getitem__(self, index):
             return {"x": torch.rand(3)}
@@ -277,7 +277,7 @@ def test_hashes_of_values_are_the_same_in_every_process():
     assert found.stdout == every_line() + "\n"
 
 
-def test_a_stream_and_values_without_content_are_refused():
+def test_streams_and_unreadable_values_are_rejected():
     stream = datasets.Dataset.from_list([{"x": 1}]).to_iterable_dataset()
 
     class Stream(torch.utils.data.IterableDataset):

@@ -46,7 +46,7 @@ def continue_(tmp_path, models, earlier, names, data=None, recipe=None, **option
     return Continual(earlier=str(earlier), **own).run(job)
 
 
-def test_new_sources_join_an_earlier_merge_with_their_share(tmp_path):
+def test_new_sources_join_an_earlier_merge_with_equal_shares(tmp_path):
     models = relatives(build(), 5)
     recipe = FoldedRecipe({"a": models[1], "b": models[2]}, base=models[0])
     earlier = Pairwise().run(job_of(tmp_path / "0", models, recipe=recipe))
@@ -59,14 +59,14 @@ def test_new_sources_join_an_earlier_merge_with_their_share(tmp_path):
         pytest.approx([2 / 3, 1 / 3]),
         pytest.approx([3 / 4, 1 / 4]),
     ]
-    # and on from there: the folder says who is in it
+    # the folder states its members, so that a further merge can follow
     more = relatives(build(), 6)
     last = continue_(tmp_path / "2", more, folder, "e")
     assert_equal(last, average(more[1:]))
 
 
-def test_learning_on_new_tasks_alone_is_warned_of(tmp_path):
-    """It forgets the earlier ones; with any of their data nothing is said."""
+def test_learning_on_new_tasks_alone_gives_a_warning(tmp_path):
+    """With some data of the earlier tasks there is no warning."""
     models = relatives(build(), 4)
     recipe = FoldedRecipe({"a": models[1], "b": models[2]}, base=models[0])
     earlier = Pairwise().run(job_of(tmp_path / "0", models, recipe=recipe))
@@ -78,9 +78,9 @@ def test_learning_on_new_tasks_alone_is_warned_of(tmp_path):
 
 
 def opcm(base, sources, alpha, scale=1.0, count=1):
-    """The recursion as published, in float64, by tensor; norms are the model's.
+    """Return the published recursion's result in float64, with norms over the whole model.
 
-    The first of `sources` may be a merge of `count` sources, with its lambda.
+    The first of `sources` may be a merge of `count` sources with lambda `scale`.
     """
     deltas = [
         {k: v.double().numpy() - base[k].double().numpy() for k, v in s.items()} for s in sources
@@ -109,7 +109,7 @@ def opcm(base, sources, alpha, scale=1.0, count=1):
 
 
 def test_projection_is_opcm_s_recursion_one_source_at_a_time(tmp_path):
-    """Onto a single source first, whose lambda is 1; then on from the folder that it wrote."""
+    """First onto a single source, whose lambda is 1; then onto the folder that this wrote."""
     models = relatives(build(), 5)
     states = [model.state_dict() for model in models]
     first = tmp_path / "first"
@@ -177,7 +177,7 @@ def test_a_continual_merge_keeps_heads_and_takes_the_earlier_merge_as_teacher(tm
         assert torch.equal(own["head.weight"], model.head.weight)
 
 
-def test_what_an_earlier_merge_must_say(tmp_path):
+def test_unsuitable_earlier_merges_are_rejected(tmp_path):
     models = relatives(build(), 4)
     recipe = FoldedRecipe({"a": models[1], "b": models[2]}, base=models[0])
     earlier = Pairwise().run(job_of(tmp_path / "0", models, recipe=recipe))

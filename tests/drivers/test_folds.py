@@ -88,7 +88,7 @@ def test_a_tree_that_learns_nothing_is_the_plain_average(tmp_path, count):
     assert not list((tmp_path / "driver").rglob("merged")), "each was removed once merged on"
 
 
-def test_the_order_is_the_one_stated_and_it_counts(tmp_path):
+def test_sources_join_in_the_given_order(tmp_path):
     models = relatives(build(), 4)
     folders = [
         Pairwise(order=order).run(job_of(tmp_path / str(i), models, learning_rate=0.1))
@@ -125,7 +125,7 @@ def test_learning_in_steps_lowers_the_loss(tmp_path):
     assert losses[1][1] < losses[0][1]
 
 
-def test_weights_of_tasks_that_join_later_are_no_mistake(tmp_path):
+def test_task_weights_may_name_tasks_of_later_steps(tmp_path):
     objective = Objective([CrossEntropy()], task_weights={"c": 2.0})
     models = relatives(build(), 4)
     Pairwise().run(job_of(tmp_path, models, objective=objective))
@@ -135,7 +135,7 @@ def test_weights_of_tasks_that_join_later_are_no_mistake(tmp_path):
 
 
 @pytest.mark.parametrize("given", [Objective([KLToEnsemble()]), KLToEnsemble()])
-def test_an_ensemble_is_of_two_sources_or_refused(tmp_path, given):
+def test_an_ensemble_is_rejected_beyond_two_sources(tmp_path, given):
     """In a second step the merge so far would be one of its members."""
     with pytest.raises(ConfigError, match=r"Pairwise: KLToEnsemble averages .* first of 2 steps"):
         Pairwise().run(job_of(tmp_path / "three", relatives(build(), 4), objective=given))
@@ -192,7 +192,7 @@ def test_each_task_keeps_its_own_head(tmp_path, driver):
 
 
 def test_the_teacher_of_a_task_is_its_own_source(tmp_path):
-    """Before any step the loss of the second merge is the divergence from a, b and c."""
+    """At learning rate 0 the loss of the second step is the divergence from a, b and c."""
     models = relatives(build(), 4)
     objective = Objective([KLToSource(temperature=1.0)])
     data = vectors("abc", check_disjoint=False)
@@ -218,7 +218,7 @@ def test_finalisers_act_once_in_the_last_step(tmp_path):
         torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-6)
 
 
-def test_what_a_fold_has_no_meaning_for_is_refused(tmp_path):
+def test_options_that_a_fold_cannot_use_are_rejected(tmp_path):
     models = relatives(build(), 4)
 
     def refused(driver, message, **options):
@@ -247,7 +247,7 @@ def test_what_a_fold_has_no_meaning_for_is_refused(tmp_path):
         (Tree(), Clamp(Element(), 0.0, 0.6), r"step 2 at 0\.6667 and 0\.3333 .* and Clamp cannot"),
     ],
 )
-def test_a_link_that_no_step_can_start_with_is_refused_before_the_first(
+def test_a_link_that_a_step_cannot_start_with_is_rejected_before_the_first(
     tmp_path, driver, link, message
 ):
     models = relatives(build(), 4)
@@ -272,7 +272,7 @@ def test_a_link_that_no_step_can_start_with_is_refused_before_the_first(
         (ActivationMatching(), [], "ActivationMatching: needs statistics of each source"),
     ],
 )
-def test_alignments_that_steps_cannot_have_are_refused(alignment, private, message, tmp_path):
+def test_alignments_that_steps_cannot_use_are_rejected(alignment, private, message, tmp_path):
     models = relatives(build(), 4)
     sources = dict(zip("abc", models[1:], strict=True))
     recipe = FoldedRecipe(sources, private=private, alignment=alignment, init=Uniform())
@@ -282,7 +282,7 @@ def test_alignments_that_steps_cannot_have_are_refused(alignment, private, messa
 
 
 def test_a_fold_aligns_each_source_to_the_merge_so_far(tmp_path):
-    """Three orders of one network's units: the fold's average is that network again."""
+    """The average of three permutations of one network is that network again."""
     network = build(Perceptron)
     models = [network]
     for seed in (1, 2):
@@ -304,14 +304,14 @@ def test_a_fold_aligns_each_source_to_the_merge_so_far(tmp_path):
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
 
 
-def test_a_step_without_tasks_says_so(tmp_path):
+def test_a_step_without_tasks_is_rejected(tmp_path):
     models = relatives(build(), 4)
     data = vectors(("c",), check_disjoint=False)
     with pytest.raises(ConfigError, match="no task belongs to a, b, which one step merges"):
         Pairwise().run(job_of(tmp_path, models, data))
 
 
-def test_a_name_serves_as_source_or_as_head(tmp_path):
+def test_a_name_is_either_a_source_or_a_head(tmp_path):
     base, a, b = relatives(build(Perceptron), 3)
     with pytest.raises(ConfigError, match="heads: a is a source already"):
         Recipe({"a": a, "b": b}, base=base, heads={"a": a})
@@ -343,7 +343,7 @@ def test_a_head_serves_a_task_of_a_plain_fit(tmp_path):
 
 
 @pytest.mark.parametrize("driver", [Pairwise(), Tree()])
-def test_a_step_whose_tasks_weigh_nothing_is_refused_before_the_first(tmp_path, driver):
+def test_a_step_whose_tasks_have_no_weight_is_rejected_before_the_first(tmp_path, driver):
     objective = Objective(task_weights={"a": 0.0, "b": 0.0})
     job = job_of(tmp_path, relatives(build(), 4), objective=objective)
     with pytest.raises(ConfigError, match=r"every task here weighs 0 \(a, b\)"):

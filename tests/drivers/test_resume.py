@@ -55,7 +55,7 @@ def uninterrupted(tmp_path_factory):
         ("on_train_end", 5),
     ],
 )
-def test_a_killed_job_goes_on_bitwise_as_it_would_have(tmp_path, uninterrupted, hook, step):
+def test_a_killed_job_resumes_bitwise(tmp_path, uninterrupted, hook, step):
     models = relatives(build(), 4)
     driver = Pairwise(every_n_steps=1)
     options = {"learning_rate": 0.3}
@@ -83,7 +83,7 @@ FOLDS = {  # driver, its sources, step of the kill, of how many, where the first
 
 
 @pytest.mark.parametrize("name", FOLDS)
-def test_every_fold_that_was_killed_goes_on_bitwise_as_it_would_have(tmp_path, name):
+def test_every_killed_fold_resumes_bitwise(tmp_path, name):
     kind, options, names, number, count, start = FOLDS[name]
     models = relatives(build(), 6)
     if kind is Continual:
@@ -120,7 +120,7 @@ def test_every_fold_that_was_killed_goes_on_bitwise_as_it_would_have(tmp_path, n
     assert learned != pytest.approx(start, abs=1e-2), "something must have been learned"
 
 
-def test_a_fit_that_was_told_to_stop_early_does_not_go_on(tmp_path):
+def test_a_fit_that_was_told_to_stop_early_stays_stopped(tmp_path):
     """Killed between the last validation, which stops it, and the end of the step."""
 
     def job(*more):
@@ -139,8 +139,8 @@ def test_a_fit_that_was_told_to_stop_early_does_not_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("hook", ["on_validation_end", "on_train_epoch_end"])
-def test_a_job_that_validates_at_the_end_of_epochs_goes_on_as_well(tmp_path, hook):
-    """Callbacks that watch a score act before the state is saved: there is none after a resume."""
+def test_a_job_that_validates_at_the_end_of_epochs_resumes(tmp_path, hook):
+    """Callbacks that watch a score act before the save: a resumed fit has no score."""
 
     def job(root, *more):
         models = relatives(build(), 3)
@@ -194,7 +194,7 @@ Pairwise(every_n_steps=1).run(job_of(sys.argv[1], models, learning_rate=0.3, cal
 
 
 @pytest.mark.slow
-def test_a_job_that_was_killed_outright_goes_on(tmp_path, uninterrupted):
+def test_a_job_killed_by_a_signal_resumes(tmp_path, uninterrupted):
     path = os.pathsep.join([str(Path(tiny.__file__).parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": path}
@@ -206,7 +206,7 @@ def test_a_job_that_was_killed_outright_goes_on(tmp_path, uninterrupted):
     assert all(torch.equal(found[name], value) for name, value in uninterrupted[1].items())
 
 
-def test_a_finished_job_does_nothing_again(tmp_path):
+def test_a_finished_job_does_nothing(tmp_path):
     models = relatives(build(), 3)
     folder = Pairwise().run(job_of(tmp_path, models))
     before = files(tmp_path)
@@ -218,7 +218,7 @@ def test_a_finished_job_does_nothing_again(tmp_path):
     assert said == [f"this job is finished: {folder}"]
 
 
-def test_another_job_in_the_folder_is_refused_with_what_differs(tmp_path):
+def test_another_job_in_the_folder_is_rejected_with_the_differences(tmp_path):
     models = relatives(build(), 4)
     Pairwise().run(job_of(tmp_path, models))
     changed = copy.deepcopy(models)
@@ -254,7 +254,7 @@ def test_another_job_in_the_folder_is_refused_with_what_differs(tmp_path):
         ("steps/step-1/step.json", '{"step": {}}', "got one without `result`"),
     ],
 )
-def test_a_damaged_record_is_refused_by_name(tmp_path, name, content, message):
+def test_a_damaged_record_is_rejected_by_name(tmp_path, name, content, message):
     models = relatives(build(), 3)
     folder = Pairwise().run(job_of(tmp_path, models))
     folder.rename(tmp_path / "elsewhere")
@@ -267,7 +267,7 @@ def test_a_damaged_record_is_refused_by_name(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"driver": 1}', '{"driver": {"job": 1}}'])
-def test_a_folder_with_another_provenance_is_not_the_job_s_own(tmp_path, content):
+def test_a_folder_with_other_provenance_is_not_the_job_s_output(tmp_path, content):
     models = relatives(build(), 3)
     folder = Pairwise().run(job_of(tmp_path, models))
     (folder / "provenance.json").write_text(content)
@@ -275,7 +275,7 @@ def test_a_folder_with_another_provenance_is_not_the_job_s_own(tmp_path, content
         Pairwise().run(job_of(tmp_path, models))
 
 
-def test_a_job_begun_anew_moves_the_earlier_one_aside(tmp_path):
+def test_a_restart_moves_the_earlier_job_aside(tmp_path):
     models = relatives(build(), 3)
     Pairwise().run(job_of(tmp_path, models))
     before = files(tmp_path / "driver")
@@ -288,15 +288,15 @@ def test_a_job_begun_anew_moves_the_earlier_one_aside(tmp_path):
     assert files(tmp_path / "driver").keys() == before.keys()
 
 
-def test_an_output_of_something_else_is_refused_before_any_step(tmp_path):
+def test_a_foreign_output_is_rejected_before_any_step(tmp_path):
     (tmp_path / "merged").mkdir()
     with pytest.raises(ConfigError, match="merged exists; give another folder"):
         Pairwise().run(job_of(tmp_path, relatives(build(), 3)))
     assert not (tmp_path / "driver").exists()
 
 
-def test_a_step_s_last_state_is_a_checkpoint_as_any_other(tmp_path, family, monkeypatch):
-    """It names the step's recipe, heads included, and loads without the job."""
+def test_a_step_s_last_state_is_an_ordinary_checkpoint(tmp_path, family, monkeypatch):
+    """It holds the step's recipe with its heads, and loads without the job."""
     monkeypatch.chdir(tmp_path)
     models, _ = family("bert", 4, dtype=torch.float32)
     paths = save_family(tmp_path, models)
@@ -323,7 +323,7 @@ def test_a_step_s_last_state_is_a_checkpoint_as_any_other(tmp_path, family, monk
             assert module.merged(task=task, input_ids=tokens).logits.isfinite().all()
 
 
-def test_a_model_of_a_step_that_is_gone_and_wanted_again_is_named(tmp_path):
+def test_a_missing_model_of_an_earlier_step_is_named(tmp_path):
     models = relatives(build(), 4)
     folder = Pairwise(keep_steps=False).run(job_of(tmp_path, models))
     moved = folder.rename(tmp_path / "elsewhere")

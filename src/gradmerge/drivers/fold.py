@@ -51,7 +51,7 @@ class FoldedRecipe(Recipe):
 
 @dataclass(frozen=True)
 class Node:
-    """A model that a step merges: a source, or the merge of an earlier step."""
+    """A model of a fold: a source, or the merge that a step makes."""
 
     name: str
     spec: str | AbstractSource
@@ -59,15 +59,8 @@ class Node:
     """Names of the sources in it."""
     weight: int
     """Number of sources in it (an earlier merge may not know their names)."""
-
-
-@dataclass(frozen=True)
-class _Join:
-    """A planned step: the two models to merge, and the model that it makes."""
-
-    pair: tuple[Node, Node]
-    node: Node
-    is_last: bool
+    pair: tuple[Node, ...] = ()
+    """The two models that a step merges into it; empty for a source."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,30 +139,31 @@ class AbstractFold(AbstractDriver):
     def run(self, job: Job) -> Path:
         _require_foldable(job.recipe)
         nodes = self.nodes(job)
-        joins = self._plan_joins(job, nodes)
-        if not joins:
+        steps = self._planned(job, nodes)
+        if not steps:
             raise ConfigError(
                 f"{type(self).__name__}: expected at least two models to merge, got "
                 f"{', '.join(nodes)}. A fit without a driver learns the coefficients of one source."
             )
-        self._require_steps(job, joins)
+        self._require_steps(job, steps)
         job.begin(self, **self.reads(job))
         if job.exported is not None:
             job.say(f"this job is finished: {job.exported}")
             return job.exported
         history: list[dict[str, Any]] = []
-        for number, join in enumerate(joins, 1):
-            step = _Step(self, job, join, history)
+        for number, node in enumerate(steps, 1):
+            is_last = number == len(steps)
+            step = _Step(self, job, node, history, is_last)
             job.say(
-                f"{type(self).__name__}, step {number} of {len(joins)}: {step.title}"
+                f"{type(self).__name__}, step {number} of {len(steps)}: {step.title}"
                 f"{', already finished' if step.is_finished else ''}"
             )
             history.append(step.result())
-            if not join.is_last:
+            if not is_last:
                 gc.collect()  # module and trainer refer to each other: free this model first
             if not self.keep_steps:
-                for node in join.pair:
-                    _remove(node, job)
+                for merged in step.pair:
+                    _remove(merged)
         return Path(job.target.path).expanduser()
 
     def tasks_of(self, job: Job, members: Sequence[str]) -> list[str]:
@@ -197,25 +191,21 @@ class AbstractFold(AbstractDriver):
         weights = {t: w for t, w in job.objective.task_weights.items() if t in tasks}
         return replace(job.objective, task_weights=weights)
 
-    def _plan_joins(self, job: Job, nodes: Mapping[str, Node]) -> list[_Join]:
-        """Return the steps with the models that they merge and make."""
+    def _planned(self, job: Job, nodes: Mapping[str, Node]) -> list[Node]:
+        """Return the merges that the steps make."""
         prefix = "step"
         while any(name.startswith(prefix) for name in nodes):
             prefix = f"{prefix}_"
-        joins = self.joins(list(nodes))
-        planned: list[_Join] = []
-        for number, (left, right) in enumerate(joins, 1):
-            first, second = (
-                planned[n].node if isinstance(n, int) else nodes[n] for n in (left, right)
-            )
-            name = f"{prefix}-{number}"
+        made: list[Node] = []
+        for join in self.joins(list(nodes)):
+            left, right = (made[n] if isinstance(n, int) else nodes[n] for n in join)
+            name = f"{prefix}-{len(made) + 1}"
             folder = str(job.folder / "steps" / name / "merged")
-            members = (*first.members, *second.members)
-            node = Node(name, folder, members, first.weight + second.weight)
-            planned.append(_Join((first, second), node, number == len(joins)))
-        return planned
+            members, weight = (*left.members, *right.members), left.weight + right.weight
+            made.append(Node(name, folder, members, weight, (left, right)))
+        return made
 
-    def _require_steps(self, job: Job, joins: Sequence[_Join]) -> None:
+    def _require_steps(self, job: Job, steps: Sequence[Node]) -> None:
         """Reject an objective, tasks or a start that some step cannot have, before the first.
 
         Raises:
@@ -224,18 +214,18 @@ class AbstractFold(AbstractDriver):
         objective, kind = job.objective, type(self).__name__
         objective.require_tasks(job.data.tasks)
         terms = [type(term).__name__ for term in objective.terms if term.needs_ensemble]
-        if terms and len(joins) > 1:
+        if terms and len(steps) > 1:
             raise ConfigError(
                 f"{kind}: {', '.join(terms)} averages the predictions of a step's sources, and in "
-                f"all but the first of {len(joins)} steps one of them is a merge already: sources "
+                f"all but the first of {len(steps)} steps one of them is a merge already: sources "
                 "would not count alike. Use KLToSource, whose teachers are the sources themselves, "
                 "or learn without a driver (all sources at once)."
             )
-        for number, join in enumerate(joins, 1):
-            tasks = self.tasks_of(job, join.node.members)
+        for number, step in enumerate(steps, 1):
+            tasks = self.tasks_of(job, step.members)
             self.objective_of(job, tasks).require_tasks(tasks)
             if self.start == "average":
-                shares = self.shares(*(node.weight for node in join.pair))
+                shares = self.shares(*(node.weight for node in step.pair))
                 _require_start(kind, job.recipe, number, shares)
 
 
@@ -243,42 +233,47 @@ class _Step:
     """One step of a fold: its recipe, its tasks and its result."""
 
     def __init__(
-        self, fold: AbstractFold, job: Job, join: _Join, history: Sequence[Mapping[str, Any]]
+        self,
+        fold: AbstractFold,
+        job: Job,
+        node: Node,
+        history: Sequence[Mapping[str, Any]],
+        is_last: bool,
     ) -> None:
-        self.fold, self.job, self.join = fold, job, join
-        self.history = list(history)
+        self.fold, self.job, self.node, self.pair = fold, job, node, node.pair
+        self.history, self.is_last = history, is_last
         self.before = history[-1] if history else {}
-        self.data = job.data.restricted(fold.tasks_of(job, join.node.members))
+        self.data = job.data.restricted(fold.tasks_of(job, node.members))
         self.recipe = self._recipe()
         content = {"recipe": to_plain(self.recipe), "tasks": list(self.data.tasks)}
-        self.record = job.step(join.node.name, content)
+        self.record = job.step(node.name, content)
 
     @property
     def is_finished(self) -> bool:
         """Whether the step was learned and its model exists (an output may have been moved)."""
-        lost = self.join.is_last and self.job.exported is None
+        lost = self.is_last and self.job.exported is None
         return self.record.result is not None and not lost
 
     @property
     def title(self) -> str:
         """The two models and the tasks."""
-        first, second = ("+".join(node.members) for node in self.join.pair)
+        first, second = ("+".join(node.members) for node in self.pair)
         return f"{first} with {second}, on {', '.join(self.data.tasks)}"
 
     def _recipe(self) -> Recipe:
-        whole, pair = self.job.recipe, self.join.pair
-        sources = {node.name: node.spec for node in pair}
+        whole = self.job.recipe
+        sources = {node.name: node.spec for node in self.pair}
         used = {task.source or name for name, task in self.data.tasks.items()}
-        used |= set(self.join.node.members) if whole.private else set()
+        used |= set(self.node.members) if whole.private else set()
         serving = self.fold.serving(self.job).items()
         heads = {name: spec for name, spec in serving if name in used and name not in sources}
         given = {field.name: getattr(whole, field.name) for field in fields(Recipe)}
         given |= {"sources": sources, "heads": {**whole.heads, **heads}}
-        if not self.join.is_last:
+        if not self.is_last:
             given["finalisers"] = []  # they apply once, in the end
         if self.fold.start == "average":
-            given["init"] = Constant(self.fold.shares(*(node.weight for node in pair)))
-        return self.fold.prepared(Recipe(**given), pair, self.before)
+            given["init"] = Constant(self.fold.shares(*(node.weight for node in self.pair)))
+        return self.fold.prepared(Recipe(**given), self.pair, self.before)
 
     def result(self) -> dict[str, Any]:
         """Return the result of the step; learn it unless it is finished."""
@@ -302,11 +297,10 @@ class _Step:
         Raises:
             ConfigError: its folder.
         """
-        for node in self.join.pair:
-            folder = _step_folder(node, self.job)
-            if folder is not None and not folder.is_dir():
+        for node in self.pair:
+            if node.pair and not Path(str(node.spec)).is_dir():
                 raise ConfigError(
-                    f"{folder}: step {self.join.node.name} merges this model of an earlier step, "
+                    f"{node.spec}: step {self.node.name} merges this model of an earlier step, "
                     "which is gone (keep_steps: false removes a model once it is merged on). "
                     "Restore it or the job's output, or start again: --driver.restart true (the "
                     "folder is moved aside, nothing is deleted)."
@@ -316,8 +310,8 @@ class _Step:
         """Write the step's model folder (for the last step, the job's output) and its record."""
         plan = module.merged.plan
         result = {
-            "step": self.join.node.name,
-            "merged": [list(node.members) for node in self.join.pair],
+            "step": self.node.name,
+            "merged": [list(node.members) for node in self.pair],
             "tasks": list(self.data.tasks),
             "coefficients": mean_coefficients(plan, module.merged.raw),
             "fingerprints": plan.fingerprints,
@@ -333,10 +327,10 @@ class _Step:
             "results": module.results,
         }
         stored = _stored_dtype(self.job.recipe)
-        if self.join.is_last:
+        if self.is_last:
             said = {
                 "class_path": type(self.fold).__name__,
-                "members": self.join.node.members,
+                "members": self.node.members,
                 "sources": self.fold.origins(self.job),
                 "steps": [*self.history, result],
             }
@@ -347,7 +341,7 @@ class _Step:
         else:
             # at least float32: rounding to the sources' dtype in each step would add up
             dtype = "float64" if stored == "float64" else "float32"
-            write(str(self.join.node.spec), dtype=dtype, overwrite=True, extra=fit, **known)
+            write(str(self.node.spec), dtype=dtype, overwrite=True, extra=fit, **known)
         self.record.finish(result)
 
     def _tasks_without_data(self, module: MergeModule) -> dict[str, str]:
@@ -356,7 +350,7 @@ class _Step:
         if not plan.private:
             return {}
         used = set(module.merged.tasks.values())
-        return {m: m for m in self.join.node.members if m in plan.serving and m not in used}
+        return {m: m for m in self.node.members if m in plan.serving and m not in used}
 
 
 def _architecture(recipe: Recipe) -> nn.Module | None:
@@ -378,18 +372,11 @@ def _stored_dtype(recipe: Recipe) -> str | None:
     return str(kind).removeprefix("torch.") if kind in known else None
 
 
-def _step_folder(node: Node, job: Job) -> Path | None:
-    """Return the folder of a model that an earlier step made, None for other models."""
-    folder = Path(str(node.spec))
-    return folder if len(node.members) > 1 and job.folder in folder.parents else None
-
-
 @rank_zero_only
-def _remove(node: Node, job: Job) -> None:
-    """Remove the model folder of a step that has been merged on."""
-    folder = _step_folder(node, job)
-    if folder is not None and folder.is_dir():
-        shutil.rmtree(folder)
+def _remove(node: Node) -> None:
+    """Remove the model folder of a step, if the model is that of a step and still exists."""
+    if node.pair and Path(str(node.spec)).is_dir():
+        shutil.rmtree(str(node.spec))
 
 
 def in_order(order: Order, names: Sequence[str]) -> list[str]:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from torch.utils.data import IterableDataset
 
 from gradmerge.errors import ConfigError, shorten
@@ -103,29 +102,30 @@ def _hash_table(table: Any, count: int) -> str:
 
 
 def _describe_rows(split: Any, count: int) -> str:
-    from datasets.fingerprint import Hasher
-
-    def hash_row(index: int) -> str:
-        return str(Hasher.hash(tree_map(_canonical, split[index])))
-
     # in random order, so that the rows left out are everywhere
     sample = random.Random(0).sample(range(count), min(count, _SAMPLE))
-    hashes = [hash_row(i) for i in sample]
-    if hashes[:_TWICE] != [hash_row(i) for i in sample[:_TWICE]]:
+    rows = [_hash_row(split[i]) for i in sample]
+    if rows[:_TWICE] != [_hash_row(split[i]) for i in sample[:_TWICE]]:
         return f"{count} examples, drawn anew each time"
     part = "" if len(sample) == count else f" of {len(sample)}"
-    return f"{count} examples, content{part} {Hasher.hash(hashes)}"
+    return f"{count} examples, content{part} {_hash_row(rows)}"
 
 
-def _canonical(value: Any) -> Any:
-    """Return what `datasets` hashes alike in every process, for values where it does not."""
-    if isinstance(value, frozenset):
-        return "frozenset", set(value)
-    if not isinstance(value, Tensor):
-        return value
-    dense = (value.detach() if value.layout is torch.strided else value.to_dense()).cpu()
-    flat = dense.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
-    return str(value.dtype), tuple(value.shape), flat.numpy()
+def _hash_row(row: Any) -> str:
+    from datasets.fingerprint import Hasher
+
+    def hash_value(value: Any) -> list[str]:
+        """Hash a value that JSON does not have, alike in every process."""
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        if isinstance(value, frozenset):
+            value = set(value)
+        elif isinstance(value, Tensor):
+            dense = (value if value.layout is torch.strided else value.to_dense()).detach().cpu()
+            flat = dense.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
+            value = str(value.dtype), tuple(value.shape), flat.numpy()
+        return [kind, Hasher.hash(value)]
+
+    return str(Hasher.hash(json.dumps(row, default=hash_value)))
 
 
 # ---- records -------------------------------------------------------------------------------------
