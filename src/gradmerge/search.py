@@ -1,4 +1,4 @@
-"""Searches for coefficients: no gradient, only scores on the selection split."""
+"""Searches for coefficients by scores on the selection split, without gradients."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+from typing_extensions import override
 
 from gradmerge.coefficients import AbstractInit, Constant, Mixup, Scaled
 from gradmerge.coefficients.init import require_alpha
@@ -19,36 +21,37 @@ Evaluate = Callable[[AbstractInit], float]
 class AbstractSearch(ABC):
     """A choice among coefficients by their scores.
 
-    It sees nothing of a merge but numbers: coefficients in, a score out, higher being better.
+    All that it sees of a merge is a function from coefficients to a score; higher is better.
     """
 
     metric: Literal["score", "loss"]
 
     @abstractmethod
     def run(self, start: AbstractInit, sources: Sequence[str], score: Evaluate) -> AbstractInit:
-        """The coefficients to merge with.
+        """Return the coefficients to merge with.
 
         Args:
-            start: the recipe's own.
+            start: the recipe's own coefficients.
             sources: names of the sources, in order.
-            score: of the merge with these coefficients, on the selection split; higher is better.
+            score: returns the score of a merge on the selection split; higher is better.
         """
 
 
 @dataclass(frozen=True)
 class GreedySoup(AbstractSearch):
-    """The average of those sources that help (greedy soup, arXiv 2203.05482).
+    """The average of the sources that help (greedy soup, arXiv 2203.05482).
 
-    Sources are sorted by their own scores, best first (equal ones in their order). Each joins the
-    average if the score does not get worse. Of n members each has the coefficient 1 / n.
+    Sources are sorted by their own scores, best first (ties in their order). Each joins the average
+    if the score does not get worse. Each of n members has the coefficient 1 / n.
+
+    It takes 2 K - 1 scores for K sources: K for the order, the others for the choice.
     """
 
     metric: Literal["score", "loss"] = "score"
-    """What decides: the mean over tasks of the score that tasks are judged by (accuracy, bits a
-    byte), or the loss."""
+    """Criterion: the mean over tasks of their score (accuracy or bits per byte), or the loss."""
 
+    @override
     def run(self, start: AbstractInit, sources: Sequence[str], score: Evaluate) -> AbstractInit:
-        """See `AbstractSearch.run`; K scores for the order, K - 1 more for the choice."""
         alone = [score(soup([k], len(sources))) for k in range(len(sources))]
         order = sorted(range(len(sources)), key=lambda k: -alone[k])
         members, best = order[:1], alone[order[0]]
@@ -61,39 +64,34 @@ class GreedySoup(AbstractSearch):
 
 @dataclass(frozen=True)
 class Scales(AbstractSearch):
-    """One factor on all of the recipe's coefficients, the best of those given.
+    """The best of the given factors on all of the recipe's coefficients.
 
-    The tuning of task arithmetic's scale (arXiv 2212.04089), for every static merge: with `init`
-    Constant 1 the factors are the coefficients.
+    This tunes the scale of task arithmetic (arXiv 2212.04089) for any static merge: with `init`
+    Constant 1 the factors are the coefficients. It takes one score per factor.
     """
 
     values: list[float] = field(
         default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     )
-    """Factors to try; of equally good ones the first is taken."""
+    """Factors to try; among equally good ones the first is chosen."""
     metric: Literal["score", "loss"] = "score"
-    """What decides: the mean over tasks of the score that tasks are judged by (accuracy, bits a
-    byte), or the loss."""
+    """Criterion: the mean over tasks of their score (accuracy or bits per byte), or the loss."""
 
     def __post_init__(self) -> None:
-        """There must be something to try."""
+        """Check that there is a factor to try."""
         if not self.values:
             raise ConfigError("Scales: expected at least one value, got none.")
 
+    @override
     def run(self, start: AbstractInit, sources: Sequence[str], score: Evaluate) -> AbstractInit:
-        """See `AbstractSearch.run`; one score a value.
-
-        Raises:
-            ConfigError: all scores are the same.
-        """
         scaled = [Scaled(start, value) for value in self.values]
         scores = [score(init) for init in scaled]
         if len(set(scores)) == 1 and len(set(self.values)) > 1:
             raise ConfigError(
-                f"Scales: the factors {self.values} give one and the same score, so this merge "
-                "does not depend on the size of its coefficients (a normalised DisjointMean, Slerp "
-                "and means on the sphere take only their ratios). Tune another number instead, "
-                "e.g. --recipe.operator.scale of DisjointMean."
+                f"Scales: the factors {self.values} all have the same score: this merge depends "
+                "only on the ratios of its coefficients (as a normalised DisjointMean, Slerp and "
+                "spherical means do). Tune another number, e.g. --recipe.operator.scale of "
+                "DisjointMean."
             )
         return scaled[scores.index(max(scores))]
 
@@ -103,23 +101,22 @@ class Draws(AbstractSearch):
     """The best of several random mixing ratios (M3, arXiv 2502.15434).
 
     The recipe's own coefficients are not used: draw i is `Mixup` of seed `seed + i`, Beta(alpha,
-    alpha) for two sources and Dirichlet for more. What is chosen is such a `Mixup`, so that its
-    seed gives the same merge again, and a learned merge can start there.
+    alpha) for two sources and Dirichlet for more. The choice is such a `Mixup`: its seed reproduces
+    the merge, and a learned merge can start there. It takes one score per draw.
     """
 
     num_draws: int = 16
-    """How many are scored; of equally good ones the first is taken."""
+    """Number of draws; among equally good ones the first is chosen."""
     alpha: float = 1.0
-    """Concentration of the draws; M3's code takes 0.5 by default, its paper 0.4 to 2."""
+    """Concentration of the draws; M3's code has a default of 0.5, its paper 0.4 to 2."""
     per: Literal["model", "tensor"] = "model"
-    """One ratio a merge (the paper's), or one per tensor (or what else shares a coefficient)."""
+    """One ratio per merge (as in the paper), or one per tensor or other unit of the granularity."""
     seed: int = 0
     """Seed of the first draw."""
     scale: float = 1.0
-    """Factor on the ratios; M3 takes 1, also with task arithmetic."""
+    """Factor on the ratios; M3 uses 1, also with task arithmetic."""
     metric: Literal["score", "loss"] = "score"
-    """What decides: the mean over tasks of the score that tasks are judged by (accuracy, bits a
-    byte), or the loss."""
+    """Criterion: the mean over tasks of their score (accuracy or bits per byte), or the loss."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -127,12 +124,8 @@ class Draws(AbstractSearch):
             raise ConfigError(f"Draws: num_draws must be at least 1, got {self.num_draws}.")
         require_alpha("Draws", self.alpha)
 
+    @override
     def run(self, start: AbstractInit, sources: Sequence[str], score: Evaluate) -> AbstractInit:
-        """See `AbstractSearch.run`; one score a draw.
-
-        Raises:
-            ConfigError: there is one source, whose ratio is always 1.
-        """
         if len(sources) < 2:
             raise ConfigError(
                 f"Draws: expected at least two sources to mix, got {', '.join(sources)}, whose "
@@ -146,5 +139,5 @@ class Draws(AbstractSearch):
 
 
 def soup(members: Sequence[int], num_sources: int) -> Constant:
-    """The average of some sources: `1 / |members|` on each, 0 on the others."""
+    """Return coefficients `1 / |members|` for the members and 0 for the other sources."""
     return Constant([1 / len(members) if k in members else 0.0 for k in range(num_sources)])

@@ -204,7 +204,7 @@ def test_a_driver_opens_nothing_before_it_runs(three, tmp_path, monkeypatch):
         ("fit", ["--trainer.fast_dev_run", "1"], "--trainer.max_steps 1"),
         ("fit", ["--search", "Scales"], "search and driver: a search chooses the start"),
         ("fit", ["--driver", "Pairwize"], "Did you mean 'Pairwise'?"),
-        ("fit", ["--driver.order", "[a, b, d]"], "order: 'd' is no source"),
+        ("fit", ["--driver.order", "[a, b, d]"], "order: unknown source 'd'"),
     ],
 )
 def test_what_a_driver_has_no_use_for_is_refused(three, tmp_path, capsys, command, more, message):
@@ -221,7 +221,7 @@ def test_help_names_drivers_and_searches(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["fit", "--driver.help", "Tree"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "Begin anew where an earlier run left its states" in text
+    assert "Start again instead of resuming" in text
 
 
 def test_a_plain_merge_takes_a_file_with_a_driver(three, tmp_path):

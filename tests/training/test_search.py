@@ -1,4 +1,4 @@
-"""Searches on known scores, and scores of the selection split on a real merge."""
+"""Searches on known scores, and scores of a real merge on the selection split."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = ("a", "b", "c", "d")
 
 
 def greedy(scores):
-    """The paper's recipe, over a table of scores by set of members."""
+    """Return the paper's choice from a table of scores by set of members."""
     order = sorted(range(4), key=lambda k: scores[frozenset([k])], reverse=True)
     members = []
     for k in order:
@@ -55,11 +55,11 @@ def test_greedy_soup_is_the_papers_choice_on_known_scores(seed):
     assert len(asked) == 4 + 3
 
 
-def test_a_soup_of_one_source_is_it():
+def test_a_soup_of_one_source_is_that_source():
     assert GreedySoup().run(Constant(), ("a",), lambda init: 0.0) == Constant([1.0])
 
 
-def test_scales_take_the_best_factor_and_the_first_of_equal_ones():
+def test_scales_choose_the_best_factor_and_the_first_among_equals():
     start = DepthRamp(0.2, 0.4)
     scores = {0.1: 1.0, 0.2: 3.0, 0.5: 3.0, 1.0: 2.0}
     chosen = Scales(list(scores)).run(start, NAMES, lambda init: scores[init.factor])
@@ -83,7 +83,7 @@ def test_scaled_coefficients_are_the_inner_ones_times_the_factor():
 
 
 class Sealed(list):
-    """A split that nobody may read."""
+    """A split that must not be read."""
 
     def __getitem__(self, index):
         raise AssertionError("the test split was read")
@@ -101,7 +101,7 @@ def sealed(tasks="ab", count=30):
 
 
 def accuracy_and_loss(model, data):
-    """Means over tasks of a plain network's accuracy and cross-entropy on the selection split."""
+    """Return a plain network's mean accuracy and cross-entropy on the selection split."""
     hits, losses = [], []
     for task in data.tasks.values():
         rows = task.path["selection"]
@@ -129,7 +129,7 @@ def merged_network(models, coefficients):
 
 @pytest.mark.parametrize("metric", ["score", "loss"])
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
-def test_a_search_goes_by_the_selection_split_alone(metric, memory):
+def test_a_search_uses_only_the_selection_split(metric, memory):
     models, data = relatives(build(), count=4), sealed("abc")
     recipe = recipe_of(models, coefficients=Model(), init=Constant(1.0))
     selection = Selection(MergeModule(recipe, memory=memory, score_experts=False), data)
@@ -157,24 +157,26 @@ def test_greedy_soup_scores_averages_of_the_sources():
         assert trial.average["loss"] == pytest.approx(accuracy_and_loss(network, data)[1], abs=1e-5)
 
 
-def test_a_score_that_the_tasks_do_not_have_is_named():
+def test_a_missing_score_is_named():
     rows = {s: [{"x": torch.randn(6)}] * 3 for s in SPLITS}
     data = MergeDataModule({"a": TaskData(path=rows, kind="tensors")}, check_disjoint=False)
     from gradmerge.objectives import Entropy
 
     module = MergeModule(recipe_of(relatives(build(), 2)), Entropy(), score_experts=False)
-    with pytest.raises(ConfigError, match=r"no accuracy, which the search goes by \(it has loss\)"):
+    with pytest.raises(
+        ConfigError, match=r"no accuracy, which the search optimises \(it has loss\)"
+    ):
         Selection(module, data).search(Scales([0.5]))
 
 
-def test_coefficients_that_a_link_cannot_reach_are_refused():
+def test_coefficients_that_a_link_cannot_represent_are_rejected():
     recipe = recipe_of(relatives(build()), coefficients=Clamp(Model(), 0, 1))
     with pytest.raises(ConfigError, match=r"Clamp"):
         set_coefficients(MergedModel(recipe), Constant(1.5))
 
 
-def test_scales_that_change_nothing_are_refused():
-    with pytest.raises(ConfigError, match="give one and the same score"):
+def test_scales_without_effect_are_rejected():
+    with pytest.raises(ConfigError, match="all have the same score"):
         Scales([0.5, 1.0]).run(Constant(1.0), ("a", "b"), lambda init: 0.25)
     assert Scales([0.5]).run(Constant(1.0), ("a",), lambda init: 0.25) == Scaled(Constant(1.0), 0.5)
 
@@ -194,7 +196,7 @@ def test_draws_are_seeded_mixups_and_the_first_of_the_best_wins():
     assert chosen == asked[1] == Mixup(0.5, "tensor", 0.8, 8)
 
 
-def test_a_draw_that_was_logged_reproduces(tmp_path):
+def test_a_logged_draw_reproduces(tmp_path):
     models, data = relatives(build(), count=3), sealed("ab")
     recipe = recipe_of(models, coefficients=Tensor(), init=Constant(0.0))
     selection = Selection(MergeModule(recipe, score_experts=False), data)
@@ -211,7 +213,7 @@ def test_a_draw_that_was_logged_reproduces(tmp_path):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_draw_on_ties_is_the_papers_rule_after_an_election(seed):
-    """Where both survive the ratio mixes them, elsewhere the survivor stays: by hand."""
+    """The ratio mixes entries where both sources survive; a lone survivor is kept."""
     models = relatives(build(), count=3)
     init = Mixup(0.5, seed=seed)
     recipe = recipe_of(
@@ -244,7 +246,7 @@ def test_a_draw_on_ties_is_the_papers_rule_after_an_election(seed):
     assert min(counts) > 5
 
 
-def test_draws_refuse_what_is_no_mixture():
+def test_draws_reject_invalid_mixtures():
     with pytest.raises(ConfigError, match="num_draws must be at least 1"):
         Draws(0)
     for make in (lambda: Draws(alpha=0.0), lambda: Mixup(alpha=-1.0)):
@@ -254,7 +256,7 @@ def test_draws_refuse_what_is_no_mixture():
         Draws(2).run(Constant(), ("a",), lambda init: 0.0)
 
 
-def test_a_search_never_chooses_what_has_no_score(monkeypatch):
+def test_a_search_never_chooses_a_merge_without_a_score(monkeypatch):
     module = MergeModule(recipe_of(relatives(build(), 3), coefficients=Model()))
     described = {
         task: TaskData({s: examples(3 * i + j, 6) for j, s in enumerate(SPLITS)}, kind="tensors")
@@ -270,8 +272,8 @@ def test_a_search_never_chooses_what_has_no_score(monkeypatch):
         selection.search(Draws(num_draws=4))
 
 
-def test_a_search_tells_an_init_what_a_merge_tells_it():
-    """Origin, labels and names decide what `FromMergekit` reads."""
+def test_an_init_gets_the_same_context_in_a_search_as_in_a_merge():
+    """Origin, labels and names, by which `FromMergekit` finds its values."""
     seen = []
 
     class Look(Constant):

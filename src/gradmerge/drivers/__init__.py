@@ -1,13 +1,14 @@
-"""Drivers: how the optimum is sought, where it is not one `trainer.fit`."""
+"""Drivers: ways to learn a merge that are not one fit of all sources."""
 
 from gradmerge.drivers.base import AbstractDriver, Job, Output
 from gradmerge.drivers.continual import Continual
 from gradmerge.drivers.fold import AbstractFold, FoldedRecipe
 from gradmerge.drivers.layerwise.driver import LayerWise
-from gradmerge.drivers.pairwise import Pairwise, Tree
+from gradmerge.drivers.pairwise import Pairwise
+from gradmerge.drivers.tree import Tree
 
 DRIVERS = ("Continual", "LayerWise", "Pairwise", "Tree")
-"""Those that a configuration may name."""
+"""Names that a configuration may give."""
 
 __all__ = [
     "DRIVERS",

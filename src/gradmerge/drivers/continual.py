@@ -1,4 +1,4 @@
-"""New sources onto an earlier merge, whose own sources are not needed any more."""
+"""New sources merged onto an earlier merge, whose own sources are not needed any more."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from gradmerge.drivers.base import Job
-from gradmerge.drivers.fold import AbstractFold, Join, Node
-from gradmerge.drivers.pairwise import in_order
+from gradmerge.drivers.fold import AbstractFold, Join, Node, Order, in_order
+from gradmerge.drivers.pairwise import chain_joins
 from gradmerge.engine.recipe import Recipe
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.preprocess import Orthogonalise
@@ -25,147 +25,140 @@ from gradmerge.training.module import MergeModule
 
 @dataclass(frozen=True, kw_only=True)
 class Continual(AbstractFold):
-    """Each source of the recipe in its turn onto an earlier merge.
+    """Each source of the recipe in turn onto an earlier merge.
 
         theta_t = A + c_1 (theta_{t-1} - A) + c_2 (theta_new - A)
 
-    from c = ((t - 1) / t, 1 / t), the plain average. The sources of the earlier merge are not read:
-    where an objective wants the teacher of one of their tasks, the earlier merge is it, with that
-    task's own head. With `projection`, directions are OPCM's (arXiv 2501.09522): the new one is
-    projected off what the merge already uses (see `Orthogonalise`), c starts at 1, and
+    with c starting at ((t - 1) / t, 1 / t), the plain average. The sources of the earlier merge are
+    not read: for their tasks, an objective's teacher is the earlier merge with the task's own head.
+    With `projection`, directions are OPCM's (arXiv 2501.09522): the new one is projected off what
+    the merge already uses (see `Orthogonalise`), c starts at 1, and
 
         B'_1 = lambda_{t-1} B_1 / lambda_t,  B'_2 = P_t / lambda_t
         lambda_t = |lambda_{t-1} B_1 + P_t| / (((t - 1) |B_1| + |B_2|) / t)
     """
 
     earlier: str
-    """Folder that an earlier merge was exported to."""
+    """Model folder of the earlier merge."""
     earlier_sources: int | None = None
-    """How many sources are in it. Default: as its provenance.json says."""
+    """Number of sources in it; default: as its provenance.json says."""
     projection: bool = False
     """Project each new direction off the merged one; needs a base."""
     alpha: float = 0.5
-    """Of the projection: the share of singular values that is protected, see `Orthogonalise`."""
-    order: list[str] | Literal["given"] = "given"
-    """Names of the new sources in the order that they join; default: as the recipe has them."""
+    """For the projection: share of singular values to protect, see `Orthogonalise`."""
+    order: Order = "given"
+    """Names of the new sources in the order that they join; default: as in the recipe."""
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.earlier).expanduser()
 
     @cached_property
     def _provenance(self) -> dict[str, Any]:
-        folder = Path(self.earlier).expanduser()
-        if not folder.is_dir():
+        if not self._folder.is_dir():
             raise ConfigError(f"earlier: {self.earlier}: expected a model folder, got no folder.")
         try:
-            found = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+            found = json.loads((self._folder / "provenance.json").read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError):
             found = None
         return found if isinstance(found, dict) else {}
 
     @property
+    def _driver(self) -> dict[str, Any]:
+        """The entry of the driver that made the earlier merge, empty if there was none."""
+        return self._provenance.get("driver", {})
+
+    @property
     def _members(self) -> tuple[str, ...]:
         """Names of the sources in the earlier merge, as far as they are known."""
-        driver = self._provenance.get("driver", {})
-        if "members" in driver:
-            return tuple(driver["members"])
-        return tuple(name for name in self._provenance.get("sources", {}) if name != "base")
+        merged = [name for name in self._provenance.get("sources", {}) if name != "base"]
+        return tuple(self._driver.get("members", merged))
 
     @property
     def _count(self) -> int:
         count = self.earlier_sources or len(self._members)
         if count < 1:
             raise ConfigError(
-                f"earlier: {self.earlier} has no provenance.json that says how many sources are in "
-                "it, on which the start depends. Say it: --driver.earlier_sources."
+                f"earlier: {self.earlier} has no provenance.json that states how many sources are "
+                "in it, and the start depends on that. State it: --driver.earlier_sources."
             )
         return count
 
+    @override
     def joins(self, names: Sequence[str]) -> list[Join]:
-        """See `AbstractFold.joins`; the earlier merge is the first name."""
         first, *new = names
-        found: list[Join] = []
-        for number, name in enumerate(in_order(self.order, new)):
-            found.append((number - 1 if number else first, name))
-        return found
+        return chain_joins([first, *in_order(self.order, new)])
 
+    @override
     def nodes(self, job: Job) -> dict[str, Node]:
-        """See `AbstractFold.nodes`: the earlier merge, and the new sources."""
         if self.projection:
             _require_projectable(job.recipe)
         new = super().nodes(job)
         both = [name for name in self._members if name in new]
         if both:
             raise ConfigError(
-                f"{', '.join(both)}: the earlier merge {self.earlier} has a source of that name; "
-                "give the new one another name (and set `source` of its tasks)."
+                f"{', '.join(both)}: the earlier merge {self.earlier} has a source of that name. "
+                "Rename the new one (and set `source` of its tasks)."
             )
-        self._warn_of_tasks(job)
+        self._warn_of_forgetting(job)
         name = "earlier"
         while name in new or name in self._members:
             name = f"{name}_"
         members = self._members or (name,)
         return {name: Node(name, HuggingFace(self.earlier), members, self._count), **new}
 
-    def _warn_of_tasks(self, job: Job) -> None:
-        """Say that nothing holds the merge to what it knows."""
+    def _warn_of_forgetting(self, job: Job) -> None:
+        """Warn if no task belongs to the earlier merge."""
         earlier = {*self._members, *self._provenance.get("tasks", {})}
         used = {task.source or name for name, task in job.data.tasks.items()}
         if earlier and not earlier & used:
             rank_zero_warn(
-                f"Continual: no task is of {shorten(sorted(earlier))}, which the earlier merge "
-                "serves: coefficients that are learned on new tasks alone follow those, and the "
-                "earlier are forgotten (docs/benchmarks.md). Give some of their data, or a prior "
-                "(L2ToInit); or merge without learning (`gradmerge merge`)."
+                f"Continual: no task belongs to {shorten(sorted(earlier))} of the earlier merge: "
+                "coefficients learned on new tasks alone forget the earlier. Add some of their "
+                "data or a prior (L2ToInit), or merge without learning (`gradmerge merge`)."
             )
 
+    @override
     def serving(self, job: Job) -> dict[str, str | AbstractSource]:
-        """See `AbstractFold.serving`: the earlier merge stands for its sources and tasks, each with
-        its own head.
-        """
-        tasks: dict[str, str] = self._provenance.get("tasks", {})
-        found: dict[str, str | AbstractSource] = {}
-        for member in self._members:
-            found[member] = HuggingFace(self.earlier)
-        for task, source in tasks.items():
-            own = Path(self.earlier).expanduser() / "tasks" / task
-            spec = HuggingFace(str(own) if own.is_dir() else self.earlier)
-            found[task] = found[source] = spec
+        """The earlier merge stands for its sources and tasks, each with its own head."""
+        found: dict[str, str | AbstractSource]
+        found = dict.fromkeys(self._members, HuggingFace(self.earlier))
+        for task, source in self._provenance.get("tasks", {}).items():
+            own = self._folder / "tasks" / task
+            found[task] = found[source] = HuggingFace(str(own) if own.is_dir() else self.earlier)
         return {**found, **super().serving(job)}
 
+    @override
     def reads(self, job: Job) -> dict[str, Any]:
-        """See `AbstractFold.reads`: the earlier merge's weights.
-
-        Raises:
-            ConfigError: it was made over another base.
-        """
         got = job.fingerprints.get("base")
         known = self._provenance.get("sources", {}).get("base", {}).get("sha256")
         if known is not None and got is not None and known != got:
             raise ConfigError(
                 f"earlier: {self.earlier} is a merge over another base (expected {known[:12]}, "
-                f"got {got[:12]}), so its direction from this one is not a merged direction. "
+                f"got {got[:12]}), and its difference from this one is not a merged direction. "
                 "Give the base that it was made over."
             )
         return {"earlier": HuggingFace(self.earlier).open().fingerprint()}
 
     @override
     def origins(self, job: Job) -> dict[str, dict[str, str]]:
-        driver = self._provenance.get("driver", {})
-        known = driver.get("sources") or self._provenance.get("sources", {})
+        known = self._driver.get("sources") or self._provenance.get("sources", {})
         return {**known, **job.sources}
 
+    @override
     def shares(self, left: int, right: int) -> list[float]:
-        """See `AbstractFold.shares`; of projected directions, 1 each."""
         return [1.0, 1.0] if self.projection else super().shares(left, right)
 
+    @override
     def prepared(self, recipe: Recipe, nodes: Sequence[Node], before: Mapping[str, Any]) -> Recipe:
-        """See `AbstractFold.prepared`: the projection."""
         if not self.projection:
             return recipe
-        count = nodes[0].weight
-        step = Orthogonalise(self.alpha, "model", self._scale(before), count)
+        step = Orthogonalise(self.alpha, "model", self._scale(before), nodes[0].weight)
         return replace(recipe, preprocess=[step])
 
+    @override
     def found(self, module: MergeModule, before: Mapping[str, Any]) -> dict[str, Any]:
-        """See `AbstractFold.found`: `lambda_t`, from how long the first direction was and is."""
+        """`lambda_t`, from the length of the first direction before and after the projection."""
         if not self.projection:
             return {}
         plan = module.merged.plan
@@ -176,28 +169,29 @@ class Continual(AbstractFold):
         return {"lambda": scale * first / now if now else scale}
 
     def _scale(self, before: Mapping[str, Any]) -> float:
-        """`lambda_{t-1}`: the last step's; the earlier merge's own, where it was made so; else
-        `sqrt(t - 1)`, which it is for orthogonal directions of one length.
+        """Return `lambda_{t-1}` of the step before, or else of the earlier merge.
+
+        An earlier merge of another kind has `sqrt(t - 1)`, as orthogonal directions of equal length
+        have.
         """
-        steps = self._provenance.get("driver", {}).get("steps") or [{}]
+        steps = self._driver.get("steps") or [{}]
         known = before.get("lambda", steps[-1].get("lambda"))
         return math.sqrt(self._count) if known is None else float(known)
 
 
 def _require_projectable(recipe: Recipe) -> None:
-    """Refuse a projection of what are no task vectors.
+    """Reject a projection of directions that are not plain task vectors.
 
     Raises:
         ConfigError: there is no base, or the directions are processed already.
     """
     if recipe.resolved_origin != "base":
         raise ConfigError(
-            "projection: expected origin base, for it is task vectors that are projected, got "
+            "projection: expected origin base, because task vectors are projected, got "
             f"{recipe.resolved_origin}. Give the base, or leave projection out."
         )
     if recipe.preprocess:
         steps = ", ".join(type(step).__name__ for step in recipe.preprocess)
         raise ConfigError(
-            f"projection: it takes the directions as they are, got preprocess {steps}. "
-            "Leave one of them out."
+            f"projection: expected directions without preprocess, got {steps}. Leave one out."
         )

@@ -1,4 +1,4 @@
-"""One fit of a driver that has several: kept as it goes, finished once."""
+"""A fit that is one step of a job: it saves its state and resumes after a kill."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ Write = Callable[[MergeModule, dict[str, Any]], None]
 
 
 class KeepLast(Checkpoint):
-    """Keeps the state of a running fit in one file, from which it goes on bitwise as it would have.
+    """Saves the state of a running fit in one file, from which it resumes bitwise.
 
-    Saved after every validation and every n steps. Where a validation may be due it waits for that:
-    a trainer that goes on from between the two would take the validation for done.
+    It saves after every validation and every n steps. If a validation may be due it waits for that:
+    a trainer resumed from between the two would skip the validation.
 
     Args:
-        path: of the checkpoint, which is written whole or not at all.
-        every_n_steps: optimiser steps between two states.
+        path: of the checkpoint, which is written atomically.
+        every_n_steps: optimiser steps between two saves.
     """
 
     def __init__(self, path: Path, every_n_steps: int = 50) -> None:
         self.path = path
         self.every_n_steps = every_n_steps
         self._step = 0
-        self._whole = True  # no gradient is accumulated that has not been used
+        self._whole = True  # no accumulated gradient is waiting for its optimiser step
         self._stopped = False
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Whether the fit was told to stop early, which a trainer's own state does not say."""
+        # whether the fit was told to stop early, which a trainer's own state lacks
         return {"stopped": self._stopped}
 
     @override
@@ -46,8 +47,9 @@ class KeepLast(Checkpoint):
         self._stopped = bool(state_dict["stopped"])
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
-        """Let callbacks that watch a score act when the validation ends, before the state is saved:
-        at the end of the epoch, where they would by default, a fit that goes on has no score.
+        """Make callbacks that watch a score act at the end of the validation, before the save.
+
+        By default they act at the end of the epoch, when a resumed fit has no score.
         """
         for callback in trainer.callbacks if trainer.enable_validation else ():  # type: ignore
             if isinstance(callback, EarlyStopping):
@@ -56,14 +58,14 @@ class KeepLast(Checkpoint):
                 callback._save_on_train_epoch_end = False
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Stop where the earlier run had been told to."""
+        """Stop if the fit had been told to before it was killed."""
         self._step = trainer.global_step
         trainer.should_stop = trainer.should_stop or self._stopped
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, unless a validation may follow."""
+        """Save every n steps, unless a validation may follow."""
         before, self._step = self._step, trainer.global_step
         self._whole = self._step != before
         due = self._whole and self._step % self.every_n_steps == 0
@@ -71,7 +73,7 @@ class KeepLast(Checkpoint):
             self._save(trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Save, with what the callbacks before have made of the scores."""
+        """Save, after other callbacks have acted on the scores."""
         if not trainer.sanity_checking and trainer.state.fn == "fit" and self._whole:
             self._save(trainer)
 
@@ -85,7 +87,7 @@ class KeepLast(Checkpoint):
 
 
 def _may_validate(trainer: lightning.Trainer, batch_idx: int) -> bool:
-    """Whether a validation may follow this batch: it does at the least where this is true."""
+    """Return False only if no validation follows this batch."""
     if not trainer.enable_validation:
         return False
     every = trainer.val_check_batch
@@ -97,7 +99,7 @@ def _may_validate(trainer: lightning.Trainer, batch_idx: int) -> bool:
 
 
 class _Finish(lightning.Callback):
-    """Restores the best coefficients when the fit ends, and hands them on, in one process."""
+    """Restores the best coefficients when the fit ends, and has one process write them."""
 
     def __init__(self, write: Write) -> None:
         self.write = write
@@ -108,11 +110,8 @@ class _Finish(lightning.Callback):
         if not best:
             pl_module.refresh_buffers()
         if trainer.is_global_zero:
-            found = {
-                "checkpoint": Path(best).name if best else "last state",
-                "steps": trainer.global_step,
-            }
-            self.write(pl_module, found)
+            name = Path(best).name if best else "last state"
+            self.write(pl_module, {"checkpoint": name, "steps": trainer.global_step})
         trainer.strategy.barrier()
 
 
@@ -124,15 +123,15 @@ def learn_step(
     write: Write,
     every_n_steps: int = 50,
 ) -> None:
-    """Fit one step, from its last state where there is one, and write what it gave.
+    """Fit one step, from its last state if there is one, and write its result.
 
     Args:
-        job: whose trainer is used.
+        job: provides the trainer.
         module: to be fitted.
         data: the tasks of the step.
-        record: the step's folder.
-        write: takes the module with its best coefficients, and what is known of the fit; called in
-            one process alone.
+        record: of the step.
+        write: takes the module with its best coefficients, and facts about the fit; called in one
+            process only.
         every_n_steps: see `KeepLast`.
     """
     record.folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +139,7 @@ def learn_step(
     trainer = job.trainer(record.folder, callbacks)
     last = record.checkpoint if record.checkpoint.is_file() else None
     if last is not None:
-        job.say(f"going on from {last}")
+        job.say(f"resuming from {last}")
     trainer.fit(module, datamodule=data, ckpt_path=last)
     if trainer.interrupted:
         raise KeyboardInterrupt

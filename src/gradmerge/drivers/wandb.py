@@ -1,4 +1,4 @@
-"""W&B runs of a job: one for each trainer with loggers of its own, all in one group."""
+"""W&B runs of a job: one per trainer with its own loggers, all in one group."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 
-# Loggers of the latest trainer, where they open runs of their own.
+# Loggers of the latest trainer that open their own runs.
 _opening: list[WandbLogger] = []
 
 
 def name_wandb_runs(loggers: Iterable[Any], group: str, step: str | None, job: str) -> None:
-    """Name the runs that a trainer's loggers will begin.
+    """Name the runs that a trainer's loggers will open.
 
-    What the user has set is kept, in the configuration of a logger or in the environment: the name
-    and the id of a step begin with theirs (`WANDB_NAME`, `WANDB_RUN_ID`), and their group
-    (`WANDB_RUN_GROUP`) is taken. A step that goes on after a kill has its id again. The environment
-    itself is not written to: W&B reads it once a process.
+    The user's settings, in a logger or in the environment, are kept: a step's name and id begin
+    with theirs (`WANDB_NAME`, `WANDB_RUN_ID`), and their group (`WANDB_RUN_GROUP`) is used. A step
+    that resumes has the same id. The environment itself is not written to: W&B reads it once per
+    process.
 
-    In a sweep W&B takes no other id than the agent's, so a job there is one run, and its name is
-    the job's.
+    A sweep allows only the id of its agent: there a job is one run with the job's name.
 
     Args:
-        loggers: of a trainer that has not begun.
-        group: of the job's runs, where the user has set none.
-        step: of the job; None where the whole job is one run.
-        job: its name, where the user has set none.
+        loggers: of a trainer that has not started.
+        group: of the job's runs if the user has set none.
+        step: of the job; None if the whole job is one run.
+        job: its name if the user has set none.
     """
     open_before = _open_run() is not None
     if _is_one_run():
@@ -48,10 +47,10 @@ def name_wandb_runs(loggers: Iterable[Any], group: str, step: str | None, job: s
 
 
 def finish_wandb_run() -> None:
-    """Close the run that a logger of an earlier trainer opened; the next would log to it.
+    """Close the run that a logger of an earlier trainer opened, so that the next opens its own.
 
-    A run that was open before that trainer was made is the user's, and all steps log to it; a
-    sweep's stays open, too.
+    A run that was open before belongs to the user, and all steps log to it; a sweep's run stays
+    open, too.
     """
     run = _open_run()
     if run is not None and any(logger._experiment is run for logger in _opening):
@@ -64,5 +63,5 @@ def _open_run() -> Any:
 
 
 def _is_one_run() -> bool:
-    """Whether W&B says which run this process is: its agents of sweeps and of launch do."""
+    """Return whether a W&B agent (of a sweep or of launch) has set the run of this process."""
     return any(os.environ.get(f"WANDB_{name}") for name in ("SWEEP_ID", "LAUNCH"))

@@ -1,4 +1,4 @@
-"""Scores of a merge on the selection split, for many coefficients of one opened merge."""
+"""Searches over one opened merge, scored on the selection split."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
 
 from gradmerge.coefficients import AbstractInit
 from gradmerge.engine.merged import MergedModel
@@ -28,7 +29,7 @@ def set_coefficients(merged: MergedModel, init: AbstractInit) -> None:
     """Write an init's coefficients into a merged model.
 
     Raises:
-        ConfigError: the link cannot reach them.
+        ConfigError: the link cannot represent them.
     """
     with torch.no_grad():
         for key, value in merged.plan.initial_raw(init).items():
@@ -37,16 +38,16 @@ def set_coefficients(merged: MergedModel, init: AbstractInit) -> None:
 
 @dataclass
 class Trial:
-    """Coefficients that were tried, and their scores."""
+    """Coefficients that were tried, with their scores."""
 
     init: AbstractInit
     average: Mapping[str, float]
-    """Means over tasks, by name, with the loss."""
+    """Means over tasks of the scores and the loss, by name."""
 
 
 @dataclass
 class Selection:
-    """The selection split as a function of coefficients; nothing of the test split is read.
+    """Scores of the selection split as a function of coefficients; the test split is not read.
 
     Examples are prepared once, and one merged model takes all coefficients in turn.
     """
@@ -54,10 +55,10 @@ class Selection:
     module: MergeModule
     data: MergeDataModule
     trials: list[Trial] = field(default_factory=list)
-    """Everything that was scored, in order."""
+    """All trials, in order."""
 
     def __post_init__(self) -> None:
-        """A trainer that says nothing."""
+        """Create a silent trainer."""
         log = logging.getLogger("lightning.pytorch")
         level = log.level
         log.setLevel(logging.ERROR)
@@ -74,12 +75,12 @@ class Selection:
             log.setLevel(level)
 
     def score(self) -> dict[str, dict[str, float]]:
-        """All scores of the coefficients as they stand: by task, and `average`."""
+        """Return all scores of the current coefficients: by task, and `average`."""
         self._trainer.validate(self.module, datamodule=self.data, verbose=False)
         return self.module.results["selection"]
 
     def try_out(self, init: AbstractInit, metric: str) -> float:
-        """Write coefficients, score them, and give the metric, turned so that higher is better.
+        """Set coefficients and return their score, with the sign that makes higher better.
 
         Raises:
             ConfigError: the tasks have no such score.
@@ -91,8 +92,8 @@ class Selection:
         name = "loss" if metric == "loss" else score.name
         if name not in average:
             raise ConfigError(
-                f"the selection split has no {name}, which the search goes by (it has "
-                f"{', '.join(average) or 'no score'}); tasks need labels."
+                f"the selection split has no {name}, which the search optimises (it has "
+                f"{', '.join(average) or 'no score'}). Tasks need labels."
             )
         value = average[name]
         if math.isnan(value):
@@ -100,7 +101,7 @@ class Selection:
         return value if name == score.name and score.higher_is_better else -value
 
     def search(self, search: AbstractSearch) -> tuple[AbstractInit, dict[str, Any]]:
-        """Run a search, leave its choice in the model, and say what was tried, as plain data."""
+        """Run a search and set its choice; return that, and all trials as plain data."""
         recipe = self.module.recipe
         sources = self.module.merged.plan.source_names
         scores = []
@@ -112,8 +113,8 @@ class Selection:
         chosen = search.run(recipe.init, sources, score)
         if scores and max(scores) == -math.inf:
             raise ConfigError(
-                f"{type(search).__name__}: none of {len(scores)} merges has a score: every one is "
-                "NaN on the selection split. Look for NaN in sources; take smaller coefficients."
+                f"{type(search).__name__}: none of {len(scores)} merges has a score, all are NaN "
+                "on the selection split. Look for NaN in the sources, or use smaller coefficients."
             )
         set_coefficients(self.module.merged, chosen)
         return chosen, {
@@ -126,19 +127,19 @@ class Selection:
         }
 
 
-# What processes that a trainer starts read instead of searching once more.
+# Environment variable from which processes started by a trainer read the search's result.
 _FOUND = "GRADMERGE_SEARCH"
 
 
 class SearchedStart(lightning.Callback):
-    """Starts a fit at the coefficients that a search has chosen.
+    """Starts a fit at the coefficients that a search chooses.
 
     The choice becomes the recipe's init, so that regularisers measure from it. All trials and the
-    choice stand in the run's provenance (`search`), in its checkpoints, and in its logs
-    (`search/...`, one line a trial). A fit that goes on from a checkpoint does not search again.
+    choice are recorded in the run's provenance (`search`), in its checkpoints and in its logs
+    (`search/...`, one line per trial). A fit that resumes from a checkpoint does not search again.
 
     Args:
-        search: runs on the selection split.
+        search: to run on the selection split.
     """
 
     def __init__(self, search: AbstractSearch) -> None:
@@ -147,7 +148,7 @@ class SearchedStart(lightning.Callback):
         self._new = False
 
     def run(self, module: MergeModule, data: MergeDataModule) -> None:
-        """Search, before the trainer starts; in a process that a trainer started, take over."""
+        """Search before the trainer starts; a process started by a trainer reads the result."""
         known = os.environ.get(_FOUND)
         if known is not None and os.environ.get("LOCAL_RANK", "0") != "0":
             self.found = json.loads(known)
@@ -156,16 +157,16 @@ class SearchedStart(lightning.Callback):
             os.environ[_FOUND] = json.dumps(self.found)
         self._new = True
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """What was found."""
         return {"found": self.found}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with what was found."""
         self.found, self._new = modernise(state_dict["found"]), False
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Set the coefficients, the first process's choice in all of them."""
+        """Set the coefficients, in all processes to the first one's choice."""
         if self.found is None:
             return
         self.found = trainer.strategy.broadcast(self.found)
@@ -178,7 +179,7 @@ class SearchedStart(lightning.Callback):
             rank_zero_info(f"search: the fit starts at {chosen}")
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Record the search, and log its trials."""
+        """Record the search and log its trials."""
         if self.found is None:
             return
         pl_module.merged.plan.run["search"] = self.found
