@@ -6,7 +6,6 @@ import csv
 import functools
 import json
 import logging
-import shlex
 from pathlib import Path
 
 import lightning
@@ -128,12 +127,10 @@ def test_a_fold_of_three_by_a_link_for_two_ends_in_a_model_folder(
         assert (step / "checkpoints/best.ckpt").is_file()
         assert list(step.rglob("metrics.csv"))
         assert list(step.rglob("coefficients.csv"))
-    # the merge as a source of its own, as `gradmerge test` with the driver's file says
-    message = fails(["validate", "--config", config], capsys)
-    options = message[message.index("--driver null") : message.index(", where tasks")]
-    heads = "{" + ", ".join(f"{task}: out/tasks/{task}" for task in "abc") + "}"
-    arguments = [*shlex.split(options.replace("FOLDER", "out")), "--model.recipe.heads", heads]
-    scores = learn(["validate", "--config", config, *arguments]).model.results["selection"]
+    # `gradmerge validate` with the driver's file says how the folder is scored
+    assert "add --model FOLDER" in fails(["validate", "--config", config], capsys)
+    scored = learn(["validate", "--config", config, "--model", "out"])
+    scores = scored.model.results["selection"]
     for task, score in said["results"]["selection"].items():
         assert scores[task]["loss"] == pytest.approx(score["loss"], rel=1e-2)  # bfloat16
     # and nothing is done twice
@@ -199,7 +196,7 @@ def test_a_driver_opens_nothing_before_it_runs(three, tmp_path, monkeypatch):
     ("command", "more", "message"),
     [
         ("validate", [], "`gradmerge validate` scores one merge"),
-        ("test", [], "--driver null"),
+        ("test", [], "add --model FOLDER"),
         ("fit", ["--ckpt_path", "last"], "resumes by itself when the same command runs again"),
         ("fit", ["--trainer.fast_dev_run", "1"], "--trainer.max_steps 1"),
         ("fit", ["--search", "Scales"], "search and driver: a search chooses the start"),
