@@ -315,7 +315,7 @@ def test_what_takes_no_scale_is_refused():
             WithScale(inner)
     with pytest.raises(ConfigError, match=r"got 1 for 2 sources \(Complement\)"):
         Recipe({"a": "nowhere", "b": "nowhere"}, coefficients=WithScale(Complement(Column())))
-    with pytest.raises(ConfigError, match=r"Component: whole: '\(' is no regular expression"):
+    with pytest.raises(ConfigError, match=r"Component.whole: invalid regular expression '\('"):
         Component(whole="(")
 
 

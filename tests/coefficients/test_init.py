@@ -240,5 +240,5 @@ def test_from_file_errors(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.safetensors: no such file"):
         start(FromFile(str(tmp_path / "none.safetensors")), Tensor())
     (tmp_path / "bad.safetensors").write_bytes(b"garbage")
-    with pytest.raises(ConfigError, match=r"bad\.safetensors: no readable safetensors"):
+    with pytest.raises(ConfigError, match=r"bad\.safetensors: not a readable safetensors"):
         start(FromFile(str(tmp_path / "bad.safetensors")), Tensor())

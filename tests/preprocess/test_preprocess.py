@@ -159,7 +159,7 @@ def test_density_by_source_and_tensor(make):
         make({"head": 0.5})(directions.clone(), site)
     with pytest.raises(ConfigError, match=r"expected one value or 3 \(for a, b, c\), got 2"):
         make([0.5, 0.5])(directions.clone(), site)
-    with pytest.raises(ConfigError, match=r"'\(' is no regular expression"):
+    with pytest.raises(ConfigError, match=r"invalid regular expression '\('"):
         make({"(": 0.5})
 
 
