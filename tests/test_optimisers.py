@@ -174,7 +174,7 @@ def test_bfloat16_autocast_goes_with_sam(tmp_path):
         ({"base": "torch.optim.Adm"}, "expected the class path of an optimiser"),
         ({"base": "nowhere.Adam"}, "expected the class path of an optimiser"),
         ({"base": "torch.nn.Linear"}, "expected the class path of an optimiser"),
-        ({"base": {"class_path": "torch.optim.Adam", "init_args": {"x": 1}}}, "cannot create torch.optim"),
+        ({"base": {"class_path": "torch.optim.Adam", "init_args": {"x": 1}}}, "cannot create"),
         ({"base": "torch.optim.LBFGS"}, "LBFGS evaluates the loss several times per step"),
     ],
 )

@@ -422,7 +422,7 @@ def test_merges_that_cannot_be_expressed_are_refused():
         with pytest.raises(ConfigError, match="coefficients sum to zero"):
             merged(operator, [[1.0, 0], [0, 1.0]], [0.5, -0.5])
     balanced = [[1.0, 0], [-0.5, 0.75**0.5], [-0.5, -(0.75**0.5)]]
-    with pytest.raises(ConfigError, match="balance the directions out"):
+    with pytest.raises(ConfigError, match="weighted directions cancel out"):
         merged(MultiSlerp(), balanced, [1 / 3] * 3)
 
 

@@ -230,7 +230,7 @@ def test_fisher_is_the_weighted_mean(normalise):
         (lambda: MaTS(iterations=-1), "expected iterations and a tolerance of at least 0"),
         (lambda: FisherScale(floor=0), "expected a floor above 0"),
         (lambda: FisherScale(labels="data", per="batch"), "per batch needs labels: model"),
-        (lambda: RegMean()(torch.zeros(1, 2, 2), Site("x", ("a",))), "needs statistics"),
+        (lambda: RegMean()(torch.zeros(1, 2, 2), Site("x", ("a",))), "expected statistics .gram."),
     ],
 )
 def test_wrong_settings_are_refused(make, message):

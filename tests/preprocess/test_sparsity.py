@@ -8,10 +8,9 @@ import torch
 from gradmerge import Recipe
 from gradmerge.coefficients import Constant
 from gradmerge.engine.opening import open_plan
-from gradmerge.operators import DisjointMean, Linear, Spread, Terms
+from gradmerge.operators import DisjointMean, Linear, MaskedDirections, Spread, Terms, masked
 from gradmerge.operators._native import native_kernels
-from gradmerge.preprocess import Breadcrumbs, MagnitudeDrop, RandomDrop, Site, Trim, sparsity
-from gradmerge.preprocess.sparsity import Selection
+from gradmerge.preprocess import Breadcrumbs, MagnitudeDrop, RandomDrop, Site, Trim
 
 STEPS = {
     "trim": [Trim(0.3)],
@@ -40,7 +39,7 @@ def drawn(shape, dtype, seed=0, coarse=False):
 
 
 def selected(steps, sources, origin, site):
-    directions = Selection(sources, origin)
+    directions = MaskedDirections(sources, origin)
     for step in steps:
         step.survey(list).select(directions, site)
     return directions
@@ -51,7 +50,7 @@ def selected(steps, sources, origin, site):
 @pytest.mark.parametrize("based", [True, False])
 @pytest.mark.parametrize("coarse", [True, False], ids=["equals", "distinct"])
 def test_kernels_select_what_torch_does(monkeypatch, steps, dtype, based, coarse):
-    monkeypatch.setattr(sparsity, "_FEW", 0)
+    monkeypatch.setattr(masked, "_FEW", 0)
     shape, site = (37, 91), Site("x", ("a", "b"))
     sources = [drawn(shape, dtype, seed, coarse) for seed in (1, 2)]
     origin = drawn(shape, dtype, 3, coarse) if based else None

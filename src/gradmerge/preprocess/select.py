@@ -9,8 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.errors import ConfigError
+from gradmerge.operators.masked import rank_mask
 from gradmerge.preprocess.base import AbstractPreprocess, Site
-from gradmerge.preprocess.sparsity import by_rank
 from gradmerge.preprocess.trim import require_density
 from gradmerge.spec import Setting, require_setting, settle
 
@@ -47,7 +47,7 @@ class SelectTop(AbstractPreprocess):
         if density < 1 and directions.numel():
             variance = directions.var(dim=0, unbiased=False)
             count = int(variance.count_nonzero() * density)
-            directions.mul_(by_rank(variance, variance.numel() - count, variance.numel()))
+            directions.mul_(rank_mask(variance, variance.numel() - count, variance.numel()))
         return directions
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.errors import ConfigError
-from gradmerge.preprocess.base import Passes, Site, Step
-from gradmerge.preprocess.sparsity import AbstractSelection, Selection
+from gradmerge.operators import MaskedDirections
+from gradmerge.preprocess.base import AbstractSelection, Passes, Site, Step
 from gradmerge.spec import Setting, require_setting, settle
 
 # No magnitude has these bits.
@@ -44,7 +44,7 @@ class Trim(AbstractSelection):
             )
 
     @override
-    def select(self, directions: Selection, site: Site) -> None:
+    def select(self, directions: MaskedDirections, site: Site) -> None:
         densities = settle("Trim.density", self.density, site.name, site.sources)
         for k, density in enumerate(densities):
             size = directions.size
@@ -66,7 +66,7 @@ class _TrimFrom(AbstractSelection):
     rescale: Literal["none", "l1"]
 
     @override
-    def select(self, directions: Selection, site: Site) -> None:
+    def select(self, directions: MaskedDirections, site: Site) -> None:
         for k, threshold in enumerate(self.thresholds):
             before = directions.sum_magnitudes(k) if self.rescale == "l1" else 0.0
             directions.keep_from(k, threshold)
@@ -94,7 +94,7 @@ class Breadcrumbs(AbstractSelection):
         require_setting("Breadcrumbs.gamma", self.gamma, "a share in [0, 1)", lambda x: 0 <= x < 1)
 
     @override
-    def select(self, directions: Selection, site: Site) -> None:
+    def select(self, directions: MaskedDirections, site: Site) -> None:
         densities = settle("Breadcrumbs.density", self.density, site.name, site.sources)
         gammas = settle("Breadcrumbs.gamma", self.gamma, site.name, site.sources)
         size = directions.size
@@ -105,7 +105,7 @@ class Breadcrumbs(AbstractSelection):
 
 
 def keep_ranks(
-    directions: Selection, k: int, first: int, last: int, rescale: Literal["none", "l1"]
+    directions: MaskedDirections, k: int, first: int, last: int, rescale: Literal["none", "l1"]
 ) -> None:
     """Keep ranks [first, last) of a direction, and its L1 norm where that is wanted."""
     before = directions.sum_magnitudes(k) if rescale == "l1" else 0.0
@@ -141,7 +141,7 @@ def _histograms(passes: Passes, bins: tuple[int, ...] | None) -> list[Tensor]:
     for site, directions in passes():
         if not site.takes_part:
             continue
-        given = Selection(list(directions), None)
+        given = MaskedDirections(list(directions), None)
         for k in range(len(given)):
             found = given.count_magnitudes(k, None if bins is None else bins[k])
             if k == len(counts):
