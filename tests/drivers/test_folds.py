@@ -194,7 +194,7 @@ def test_weights_of_tasks_that_join_later_are_no_mistake(tmp_path):
     models = relatives(build(), 4)
     Pairwise().run(job_of(tmp_path, models, objective=objective))
     objective = Objective([CrossEntropy()], task_weights={"d": 2.0})
-    with pytest.raises(ConfigError, match="'d' is no task; there are a, b, c"):
+    with pytest.raises(ConfigError, match=r"unknown task 'd' \(choose from a, b, c\)"):
         Pairwise().run(job_of(tmp_path / "other", models, objective=objective))
 
 
@@ -1002,7 +1002,7 @@ def test_a_step_s_last_state_is_a_checkpoint_as_any_other(tmp_path, family, monk
 def test_a_step_whose_tasks_weigh_nothing_is_refused_before_the_first(tmp_path, driver):
     objective = Objective(task_weights={"a": 0.0, "b": 0.0})
     job = job_of(tmp_path, relatives(build(), 4), objective=objective)
-    with pytest.raises(ConfigError, match=r"every task here weighs 0 \(a, b\)"):
+    with pytest.raises(ConfigError, match=r"every task here has weight 0 \(a, b\)"):
         driver.run(job)
     assert not job.folder.exists()
 

@@ -140,7 +140,6 @@ def contract(terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) ->
         device=grad.device,
     ).view(len(flat), -1)
     scalar_sums: list[Tensor] = []
-    start = 0
     for piece, columns, origin, *parts in zip(
         pieces, chunks, origins, *_split(flat, length), strict=True
     ):
@@ -155,19 +154,22 @@ def contract(terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) ->
                 continue
             product = scratch.empty("product", piece.numel())
             torch.mul(direction, piece, out=product)
-            if spread.kind == "element":
-                total[k, columns] = product
-            elif spread.kind == "partition":
-                assert spread.parts is not None
-                own = spread.parts[start : start + piece.numel()]
-                total[k].index_add_(0, own, product.double())
-            else:
-                block = product.view(-1, columns.stop - columns.start, view.inner)
-                total[k, columns] += block.sum(dim=(0, 2)).double()
-        start += piece.numel()
+            _accumulate(total[k], product, columns, spread, view)
     if scalar_sums:
         total = torch.stack(scalar_sums).view(-1, len(flat)).double().sum(dim=0)
     return total.view(coefficient.shape).to(coefficient.dtype)
+
+
+def _accumulate(total: Tensor, product: Tensor, columns: slice, spread: Spread, view: View) -> None:
+    """Add the products of one source and chunk, in the accumulation dtype, to `total`, `[slot]`."""
+    if spread.kind == "element":
+        total[columns] = product
+    elif spread.kind == "partition":
+        assert spread.parts is not None
+        total.index_add_(0, spread.parts[columns], product.double())
+    else:
+        block = product.view(-1, columns.stop - columns.start, view.inner)
+        total[columns] += block.sum(dim=(0, 2)).double()
 
 
 def stored_weights(terms: Terms, coefficient: Tensor) -> Tensor:

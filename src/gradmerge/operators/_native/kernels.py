@@ -7,7 +7,7 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -56,18 +56,16 @@ class Kernels:
 
         def run(begin: int, end: int) -> None:
             self.library.gradmerge_merge(
-                ctypes.c_void_p(out.data_ptr()),
+                address(out),
                 TYPES[out.dtype],
                 pointers,
                 types,
                 len(terms),
-                ctypes.c_void_p(weights.data_ptr()),
+                address(weights),
                 rule,
-                ctypes.c_int64(width),
-                ctypes.c_int64(inner),
+                *integers(width, inner),
                 address(parts),
-                ctypes.c_int64(begin),
-                ctypes.c_int64(end),
+                *integers(begin, end),
             )
 
         run_shared(run, out.numel())
@@ -96,11 +94,11 @@ class Kernels:
 
         def run(begin: int, end: int) -> None:
             own = 0 if products else shares.index((begin, end))
-            target = ctypes.c_void_p(result[own].data_ptr())
+            target = address(result[own])
             self.library.gradmerge_contract(
                 None if products else target,
                 target if products else None,
-                ctypes.c_void_p(grad.data_ptr()),
+                address(grad),
                 TYPES[grad.dtype],
                 address(anchor),
                 0 if anchor is None else TYPES[anchor.dtype],
@@ -108,11 +106,9 @@ class Kernels:
                 pointers,
                 types,
                 len(terms),
-                ctypes.c_int64(width),
-                ctypes.c_int64(inner),
+                *integers(width, inner),
                 address(parts),
-                ctypes.c_int64(begin),
-                ctypes.c_int64(end),
+                *integers(begin, end),
             )
 
         run_shared(run, grad.numel())
@@ -122,6 +118,11 @@ class Kernels:
 def address(tensor: Tensor | None) -> ctypes.c_void_p | None:
     """Return the address of the first entry; None if there is no tensor."""
     return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
+def integers(*values: int) -> Iterator[ctypes.c_int64]:
+    """Return values as C integers of 64 bits."""
+    return map(ctypes.c_int64, values)
 
 
 def _arrays(

@@ -9,9 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradmerge.operators._native.kernels import TYPES, Kernels, address, ranges, run_shared
+from gradmerge.operators._native.kernels import (
+    TYPES,
+    Kernels,
+    address,
+    integers,
+    ranges,
+    run_shared,
+)
 
 _UPPER, _LOWER = 1 << 15, 1 << 16
+_LARGEST = 0x7FFFFFFF
 _RULES = {None: 0, "sum": 1, "count": 2}
 
 
@@ -55,7 +63,9 @@ def write_direction(kernels: Kernels, direction: Direction, out: Tensor) -> None
     plain = direction.plain()
 
     def run(begin: int, end: int) -> None:
-        kernels.library.gradmerge_direction(address(out), ctypes.byref(plain), *_bounds(begin, end))
+        kernels.library.gradmerge_direction(
+            address(out), ctypes.byref(plain), *integers(begin, end)
+        )
 
     run_shared(run, out.numel())
 
@@ -67,7 +77,7 @@ def sum_magnitudes(kernels: Kernels, direction: Direction) -> float:
     sums: list[float] = []
 
     def run(begin: int, end: int) -> None:
-        found = kernels.library.gradmerge_sum_magnitudes(ctypes.byref(plain), *_bounds(begin, end))
+        found = kernels.library.gradmerge_sum_magnitudes(ctypes.byref(plain), *integers(begin, end))
         sums.append(found)
 
     run_shared(run, direction.term.numel())
@@ -86,41 +96,19 @@ def keep_ranks(kernels: Kernels, direction: Direction, first: int, last: int, ke
         kept.zero_()
         return
     # magnitudes of the last entry that is dropped below, and of the last that is kept
-    ranks = [first, last]
-    wanted = [rank for rank in ranks if 0 < rank < size]
+    wanted = [rank for rank in (first, last) if 0 < rank < size]
     shares = ranges(size)
     bounds = _magnitudes_of_rank(kernels, direction, wanted, shares)
     found = dict(zip(wanted, bounds, strict=True))
-    low = found.get(first, _Bound(-1, 0, [0] * len(shares)))
-    high = found.get(last, _Bound(1 << 31, 0, [0] * len(shares)))
-    plain = direction.plain()
-
-    def run(begin: int, end: int) -> None:
-        share = shares.index((begin, end))
-        kernels.library.gradmerge_keep_between(
-            address(kept),
-            *map(ctypes.c_int64, (min(low.bits, 0x7FFFFFFF), low.equal, sum(low.seen[:share]))),
-            *map(ctypes.c_int64, (min(high.bits, 0x7FFFFFFF), high.equal, sum(high.seen[:share]))),
-            ctypes.byref(plain),
-            *_bounds(begin, end),
-        )
-
-    run_shared(run, size)
+    low = found.get(first, _Bound(-1, 0, []))
+    high = found.get(last, _Bound(_LARGEST, 0, []))
+    _keep_between(kernels, direction, low, high, kept)
 
 
 def keep_from(kernels: Kernels, direction: Direction, least: int, kept: Tensor) -> None:
     """Set `kept` to 1 where the bits of the magnitude are at least `least`, else 0."""
-    plain = direction.plain()
-
-    def run(begin: int, end: int) -> None:
-        kernels.library.gradmerge_keep_between(
-            address(kept),
-            *map(ctypes.c_int64, (least - 1, 1 << 62, 0, 0x7FFFFFFF, 0, 0)),
-            ctypes.byref(plain),
-            *_bounds(begin, end),
-        )
-
-    run_shared(run, direction.term.numel())
+    low, high = _Bound(least - 1, 1 << 62, []), _Bound(_LARGEST, 0, [])
+    _keep_between(kernels, direction, low, high, kept)
 
 
 def count_magnitudes(kernels: Kernels, direction: Direction, upper: int | None) -> Tensor:
@@ -159,10 +147,9 @@ def row_ranks(
     kernels.library.gradmerge_row_ranks(
         address(ranks),
         address(scratch),
-        ctypes.c_int64(rows),
-        ctypes.c_int64(size),
+        *integers(rows, size),
         ctypes.byref(plain),
-        ctypes.c_int64(first_row),
+        *integers(first_row),
     )
 
 
@@ -217,13 +204,12 @@ def merge_directions(
             len(directions),
             multiplied,
             address(weights),
-            ctypes.c_int64(width),
-            ctypes.c_int64(inner),
+            *integers(width, inner),
             address(parts),
             _RULES[elect],
             int(normalise),
             ctypes.c_float(scale),
-            *_bounds(begin, end),
+            *integers(begin, end),
         ):
             failed.append(begin)
 
@@ -243,7 +229,7 @@ def gram(kernels: Kernels, directions: list[Direction]) -> Tensor:
 
     def run(begin: int, end: int) -> None:
         own = total[shares.index((begin, end))]
-        if kernels.library.gradmerge_gram(address(own), plain, num, *_bounds(begin, end)):
+        if kernels.library.gradmerge_gram(address(own), plain, num, *integers(begin, end)):
             failed.append(begin)
 
     run_shared(run, size)
@@ -260,6 +246,26 @@ class _Bound:
     """Number of entries of this magnitude below the rank."""
     seen: list[int]
     """Number of entries of this magnitude in the share of each thread."""
+
+
+def _keep_between(
+    kernels: Kernels, direction: Direction, low: _Bound, high: _Bound, kept: Tensor
+) -> None:
+    """Set `kept` to 1 above the first `low.equal` of `low` and up to `high.equal` of `high`."""
+    shares = ranges(direction.term.numel())
+    plain = direction.plain()
+
+    def run(begin: int, end: int) -> None:
+        share = shares.index((begin, end))
+        kernels.library.gradmerge_keep_between(
+            address(kept),
+            *integers(low.bits, low.equal, sum(low.seen[:share])),
+            *integers(high.bits, high.equal, sum(high.seen[:share])),
+            ctypes.byref(plain),
+            *integers(begin, end),
+        )
+
+    run_shared(run, len(kept))
 
 
 def _magnitudes_of_rank(
@@ -290,7 +296,7 @@ def _count_upper(kernels: Kernels, direction: Direction, shares: list[tuple[int,
     def run(begin: int, end: int) -> None:
         own = counts[shares.index((begin, end))]
         kernels.library.gradmerge_count_upper(
-            address(own), ctypes.byref(plain), *_bounds(begin, end)
+            address(own), ctypes.byref(plain), *integers(begin, end)
         )
 
     run_shared(run, direction.term.numel())
@@ -307,12 +313,8 @@ def _count_lower(
     def run(begin: int, end: int) -> None:
         own = counts[shares.index((begin, end))]
         kernels.library.gradmerge_count_lower(
-            address(own), upper, len(places), ctypes.byref(plain), *_bounds(begin, end)
+            address(own), upper, len(places), ctypes.byref(plain), *integers(begin, end)
         )
 
     run_shared(run, direction.term.numel())
     return counts
-
-
-def _bounds(begin: int, end: int) -> tuple[ctypes.c_int64, ctypes.c_int64]:
-    return ctypes.c_int64(begin), ctypes.c_int64(end)
