@@ -170,7 +170,7 @@ def test_bfloat16_autocast_goes_with_sam(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rho": -1.0}, "expected a rho of at least 0, got -1.0"),
+        ({"rho": -1.0}, "rho: expected at least 0, got -1.0"),
         ({"base": "torch.optim.Adm"}, "expected the class path of an optimiser"),
         ({"base": "nowhere.Adam"}, "expected the class path of an optimiser"),
         ({"base": "torch.nn.Linear"}, "expected the class path of an optimiser"),
@@ -263,9 +263,9 @@ def test_mofo_moves_its_share_of_each_tensor_in_a_fit(tmp_path):
 
 def test_mofo_checks_its_numbers():
     parameter = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ConfigError, match=r"fraction in \(0, 1\], got 0"):
+    with pytest.raises(ConfigError, match=r"fraction: expected a number in \(0, 1\], got 0"):
         MoFO([parameter], fraction=0)
-    with pytest.raises(ConfigError, match=r"betas in \[0, 1\)"):
+    with pytest.raises(ConfigError, match=r"betas: expected numbers in \[0, 1\)"):
         MoFO([parameter], betas=(0.9, 1.0))
 
 

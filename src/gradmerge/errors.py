@@ -31,6 +31,22 @@ class FingerprintError(GradmergeError):
     """A coefficient checkpoint was trained on different source weights."""
 
 
+def require(holds: bool, option: str, expected: str, got: object) -> None:
+    """Reject the value of an option.
+
+    Args:
+        holds: condition that the value must meet.
+        option: name of the option, e.g. ``Trim.density``.
+        expected: condition in words.
+        got: value.
+
+    Raises:
+        ConfigError: the condition does not hold.
+    """
+    if not holds:
+        raise ConfigError(f"{option}: expected {expected}, got {got}.")
+
+
 @dataclass(frozen=True)
 class Problem:
     """One finding of a check, reported on three lines."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
 
 __all__ = ["SAM", "MoFO"]
 
@@ -49,21 +49,12 @@ class MoFO(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         fraction: float = 0.3,
     ) -> None:
-        if not 0 < fraction <= 1:
-            raise ConfigError(f"MoFO: expected a fraction in (0, 1], got {fraction}.")
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ConfigError(
-                "MoFO: expected lr, eps and weight_decay of at least 0 and betas in [0, 1), got "
-                f"{lr}, {eps}, {weight_decay} and {tuple(betas)}."
-            )
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "fraction": fraction,
-        }
-        super().__init__(params, defaults)
+        require(0 < fraction <= 1, "MoFO.fraction", "a number in (0, 1]", fraction)
+        require(all(0 <= beta < 1 for beta in betas), "MoFO.betas", "numbers in [0, 1)", betas)
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        for name, value in defaults.items():
+            require(value >= 0, f"MoFO.{name}", "at least 0", value)
+        super().__init__(params, {**defaults, "betas": tuple(betas), "fraction": fraction})
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -136,8 +127,7 @@ class SAM(torch.optim.Optimizer):
         rho: float = 0.05,
         base: str | dict[str, Any] = "torch.optim.Adam",
     ) -> None:
-        if not rho >= 0:
-            raise ConfigError(f"SAM: expected a rho of at least 0, got {rho}.")
+        require(rho >= 0, "SAM.rho", "at least 0", rho)
         kind, options = _read(base)
         name = f"{kind.__module__}.{kind.__qualname__}"
         super().__init__(params, {"lr": lr})
@@ -168,7 +158,7 @@ class SAM(torch.optim.Optimizer):
         if accumulated != 1:
             raise ConfigError(
                 "SAM evaluates the loss of a step twice, but accumulate_grad_batches "
-                f"{accumulated} keeps only the last batch of a step.\nSet "
+                f"{accumulated} keeps only the last batch of a step. Set "
                 "trainer.accumulate_grad_batches to 1 and raise data.batch_size instead."
             )
         if scaled:

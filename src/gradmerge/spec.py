@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
 
 CONCEPTS = (
     "sources",
@@ -248,15 +248,13 @@ def require_setting(
         ConfigError: a number does not meet the condition, or an expression is invalid.
     """
     if isinstance(setting, dict):
-        if not setting:
-            raise ConfigError(f"{who}: expected at least one expression, got none.")
+        require(bool(setting), who, "at least one expression", "none")
         for pattern, value in setting.items():
             require_pattern(who, pattern)
             require_setting(f"{who}[{pattern!r}]", value, expected, holds)
         return
     for value in setting if isinstance(setting, list) else [setting]:
-        if not holds(float(value)):
-            raise ConfigError(f"{who}: expected {expected}, got {value}.")
+        require(holds(float(value)), who, expected, value)
 
 
 def require_pattern(who: str, pattern: str) -> None:

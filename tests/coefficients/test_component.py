@@ -371,7 +371,7 @@ def test_mistakes_are_refused_before_anything_is_opened():
     with pytest.raises(ConfigError, match=r"share in \[0, 1\], got 1.5"):
         LeadingComponents(1.5)
     for options in ({"temperature": 0.0}, {"start": -1.0}):
-        with pytest.raises(ConfigError, match="must be positive"):
+        with pytest.raises(ConfigError, match="expected a positive number"):
             HardMask(**options)
 
 

@@ -280,11 +280,11 @@ def test_message_shows_the_sum_that_is_wrong():
 
 
 def test_links_check_their_options():
-    with pytest.raises(ConfigError, match=r"low 1.0 must be below high 0.5"):
+    with pytest.raises(ConfigError, match=r"low: expected a number below high 0.5, got 1.0"):
         Clamp(low=1.0, high=0.5)
     for link, high in ((Sigmoid, 0.5), (Tanh, 1), (Softmax, 1)):
         with pytest.raises(
-            ConfigError, match=rf"{link.__name__}: eps must lie between 0 and {high}"
+            ConfigError, match=rf"{link.__name__}.eps: expected a number in \(0, {high}\)"
         ):
             link(eps=0.0)
     for num in (1, 3):

@@ -80,7 +80,7 @@ def test_a_batch_with_nothing_to_predict_gives_zero_with_zero_gradient(term, row
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, 1.5])
 def test_cross_entropy_refuses_a_smoothing_outside_of_its_range(smoothing):
-    with pytest.raises(ConfigError, match=r"label_smoothing must lie in \[0, 1\), got"):
+    with pytest.raises(ConfigError, match=r"label_smoothing: expected a share in \[0, 1\), got"):
         CrossEntropy(label_smoothing=smoothing)
 
 
@@ -263,7 +263,7 @@ def test_the_ensemble_is_not_what_the_mean_of_logits_would_give():
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_divergence_refuses_a_temperature_that_is_not_positive(temperature):
     for term in (KLToSource, KLToEnsemble):
-        with pytest.raises(ConfigError, match=f"{term.__name__}: temperature must be positive"):
+        with pytest.raises(ConfigError, match=f"{term.__name__}.temperature: expected a positive"):
             term(temperature=temperature)
 
 

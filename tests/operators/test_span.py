@@ -412,11 +412,11 @@ def test_merges_that_cannot_be_expressed_are_refused():
             Recipe(sources=two, operator=operator)
     with pytest.raises(ConfigError, match=r"ModelStock: expected two sources or more.*got 1"):
         Recipe(sources={"m": models[0]}, base=base, operator=ModelStock())
-    with pytest.raises(ConfigError, match=r"threshold in \[0, 1\), got 1"):
+    with pytest.raises(ConfigError, match=r"threshold: expected a number in \[0, 1\), got 1"):
         Slerp(threshold=1)
-    with pytest.raises(ConfigError, match="max_iter >= 0, got -1"):
+    with pytest.raises(ConfigError, match="max_iter: expected at least 0, got -1"):
         Karcher(max_iter=-1)
-    with pytest.raises(ConfigError, match=r"tol in \(0, 1\), got 0"):
+    with pytest.raises(ConfigError, match=r"tol: expected a number in \(0, 1\), got 0"):
         Karcher(tol=0)
     for operator in (MultiSlerp(), Karcher()):
         with pytest.raises(ConfigError, match="coefficients sum to zero"):

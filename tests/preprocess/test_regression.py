@@ -225,9 +225,9 @@ def test_fisher_is_the_weighted_mean(normalise):
     ("make", "message"),
     [
         (lambda: RegMean(off_diagonal=1.5), r"off_diagonal: expected .* \[0, 1\], got 1\.5"),
-        (lambda: RegMean(damping=-1), "damping: expected a number of at least 0, got -1"),
+        (lambda: RegMean(damping=-1), "damping: expected at least 0, got -1"),
         (lambda: RegMean(weights=0.0), r"RegMean\.weights: expected a number above 0"),
-        (lambda: MaTS(iterations=-1), "expected iterations and a tolerance of at least 0"),
+        (lambda: MaTS(iterations=-1), "iterations: expected at least 0, got -1"),
         (lambda: FisherScale(floor=0), "floor: expected a number above 0"),
         (lambda: FisherScale(labels="data", per="batch"), "per batch needs labels: model"),
         (lambda: RegMean()(torch.zeros(1, 2, 2), Site("x", ("a",))), "expected statistics .gram."),

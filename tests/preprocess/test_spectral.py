@@ -219,7 +219,7 @@ def test_outliers_weigh_rows():
 
 
 def test_options_are_checked():
-    with pytest.raises(ConfigError, match="outliers: expected a number of at least 0"):
+    with pytest.raises(ConfigError, match="outliers: expected at least 0"):
         TSVM(outliers=-1)
     with pytest.raises(ConfigError, match=r"common: expected a share in \[0, 1\], got 1.2"):
         IsoCTS(1.2)

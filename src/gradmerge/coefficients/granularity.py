@@ -19,7 +19,7 @@ from gradmerge.coefficients.base import (
     Slot,
     parameter_key,
 )
-from gradmerge.errors import ConfigError
+from gradmerge.errors import require
 from gradmerge.spec import require_pattern
 
 
@@ -158,8 +158,7 @@ class Partition(_PerTensor):
 
     def __post_init__(self) -> None:
         """Validate the number of parts."""
-        if self.num_parts < 1:
-            raise ConfigError(f"Partition.num_parts: expected at least 1, got {self.num_parts}.")
+        require(self.num_parts >= 1, "Partition.num_parts", "at least 1", self.num_parts)
 
     @override
     def slot(self, tensor: MergeTensor) -> Slot:

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from gradmerge._typing import Origin
 from gradmerge.coefficients.base import Layout, MergeTensor, Slot
-from gradmerge.errors import ConfigError, nearest
+from gradmerge.errors import ConfigError, nearest, require
 from gradmerge.sources.names import depth_of
 from gradmerge.spec import Setting, settle
 
@@ -137,8 +137,7 @@ class LeadingComponents(AbstractInit):
 
     def __post_init__(self) -> None:
         """Validate the share."""
-        if not 0 <= self.share <= 1:
-            raise ConfigError(f"LeadingComponents: expected a share in [0, 1], got {self.share}.")
+        require(0 <= self.share <= 1, "LeadingComponents.share", "a share in [0, 1]", self.share)
 
     @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
@@ -296,7 +295,7 @@ def require_alpha(who: str, alpha: float) -> None:
     """
     if alpha <= 0:
         raise ConfigError(
-            f"{who}: alpha must be positive, got {alpha}.\nIn M3, alpha <= 0 selects the first "
+            f"{who}: alpha must be positive, got {alpha}. In M3, alpha <= 0 selects the first "
             "model alone: use init Constant with 1 for it and 0 for the others."
         )
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 from gradmerge.coefficients.base import AbstractCoefficients, Layout, MergeTensor
 from gradmerge.coefficients.granularity import Column, Component, Partition, Row
 from gradmerge.coefficients.granularity import Tensor as TensorGranularity
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ class Clamp(_Entrywise):
 
     def __post_init__(self) -> None:
         """Validate the bounds."""
-        if not self.low < self.high:
-            raise ConfigError(f"Clamp: low {self.low} must be below high {self.high}.")
+        require(self.low < self.high, "Clamp.low", f"a number below high {self.high}", self.low)
 
     @override
     def link(self, raw: Tensor) -> Tensor:
@@ -103,7 +102,7 @@ class Sigmoid(_Entrywise):
 
     def __post_init__(self) -> None:
         """Validate the margin."""
-        _require_eps(self.eps, 0.5, "Sigmoid")
+        require(0 < self.eps < 0.5, "Sigmoid.eps", "a number in (0, 0.5)", self.eps)
 
     @override
     def link(self, raw: Tensor) -> Tensor:
@@ -124,7 +123,7 @@ class Tanh(_Entrywise):
 
     def __post_init__(self) -> None:
         """Validate the margin."""
-        _require_eps(self.eps, 1, "Tanh")
+        require(0 < self.eps < 1, "Tanh.eps", "a number in (0, 1)", self.eps)
 
     @override
     def link(self, raw: Tensor) -> Tensor:
@@ -147,7 +146,7 @@ class Softmax(_Entrywise):
 
     def __post_init__(self) -> None:
         """Validate the bound."""
-        _require_eps(self.eps, 1, "Softmax")
+        require(0 < self.eps < 1, "Softmax.eps", "a number in (0, 1)", self.eps)
 
     @override
     def num_rows(self, num_sources: int) -> int:
@@ -225,9 +224,8 @@ class HardMask(_Entrywise):
 
     def __post_init__(self) -> None:
         """Validate temperature and start."""
-        for name in ("temperature", "start"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"HardMask: {name} must be positive, got {getattr(self, name)}.")
+        require(self.temperature > 0, "HardMask.temperature", "a positive number", self.temperature)
+        require(self.start > 0, "HardMask.start", "a positive number", self.start)
 
     @override
     def link(self, raw: Tensor) -> Tensor:
@@ -240,7 +238,7 @@ class HardMask(_Entrywise):
         if between.numel():
             raise ConfigError(
                 "HardMask: starting coefficients must be 0 or 1, got "
-                f"{between.flatten()[0].item():.4g}.\nUse init Constant 1 or LeadingComponents; "
+                f"{between.flatten()[0].item():.4g}. Use init Constant 1 or LeadingComponents; "
                 "set a scale in the operator (Components.scale) or learn one (WithScale)."
             )
         raw = torch.where(coefficient > 0.5, self.start, -self.start)
@@ -266,11 +264,6 @@ def _require_sum_of_one(coefficient: Tensor, name: str) -> None:
             f"{name}: starting coefficients must sum to 1 over the sources, got a sum of "
             f"{worst:.4g}. Use init Uniform or Mixup, or another link."
         )
-
-
-def _require_eps(eps: float, high: float, name: str) -> None:
-    if not 0 < eps < high:
-        raise ConfigError(f"{name}: eps must lie between 0 and {high}, got {eps}.")
 
 
 @dataclass(frozen=True)
@@ -301,7 +294,7 @@ class WithScale(AbstractLink):
         if not isinstance(inner, (Column, Row, Partition, Component)):
             raise ConfigError(
                 "WithScale: expected Column, Row, Partition or Component inside, got "
-                f"{type(inner).__name__}.\nOther granularities have one coefficient per tensor or "
+                f"{type(inner).__name__}. Other granularities have one coefficient per tensor or "
                 "per weight, for which an additional scale is redundant."
             )
 

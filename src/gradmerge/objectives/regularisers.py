@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
 from gradmerge.objectives.base import AbstractRegulariser
 
 
@@ -80,10 +80,8 @@ class _Reduced(AbstractRegulariser):
 
     def __post_init__(self) -> None:
         """Validate the reduction."""
-        if self.reduce not in ("mean", "sum"):
-            raise ConfigError(
-                f"{type(self).__name__}.reduce: expected mean or sum, got {self.reduce!r}."
-            )
+        known = self.reduce in ("mean", "sum")
+        require(known, f"{type(self).__name__}.reduce", "mean or sum", repr(self.reduce))
 
     def _reduced(self, values: Tensor) -> Tensor:
         return values.mean() if self.reduce == "mean" else values.sum()
@@ -132,8 +130,7 @@ class Lp(_Reduced):
     def __post_init__(self) -> None:
         """Validate the order."""
         super().__post_init__()
-        if not self.p >= 1:
-            raise ConfigError(f"Lp.p: expected at least 1, got {self.p}.")
+        require(self.p >= 1, "Lp.p", "at least 1", self.p)
 
     @override
     def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
@@ -177,8 +174,7 @@ class FisherToInit(_Reduced):
     def __post_init__(self) -> None:
         """Validate the number of batches."""
         super().__post_init__()
-        if self.batches < 1:
-            raise ConfigError(f"FisherToInit.batches: expected at least 1, got {self.batches}.")
+        require(self.batches >= 1, "FisherToInit.batches", "at least 1", self.batches)
 
     def penalty(
         self,

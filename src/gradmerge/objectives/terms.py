@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import require
 from gradmerge.objectives.base import UNLABELLED, AbstractTerm, Predictions
 from gradmerge.objectives.regularisers import log_mean_over_rows, mean_over_rows
 
@@ -34,10 +34,8 @@ class CrossEntropy(AbstractTerm):
 
     def __post_init__(self) -> None:
         """Validate the smoothing."""
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(
-                f"CrossEntropy: label_smoothing must lie in [0, 1), got {self.label_smoothing}."
-            )
+        share = self.label_smoothing
+        require(0 <= share < 1, "CrossEntropy.label_smoothing", "a share in [0, 1)", share)
 
     @property
     @override
@@ -106,10 +104,8 @@ class _Distillation(AbstractTerm):
 
     def __post_init__(self) -> None:
         """Validate the temperature."""
-        if self.temperature <= 0:
-            raise ConfigError(
-                f"{type(self).__name__}: temperature must be positive, got {self.temperature}."
-            )
+        option = f"{type(self).__name__}.temperature"
+        require(self.temperature > 0, option, "a positive number", self.temperature)
 
     def _divergence(self, teacher: Tensor, predictions: Predictions) -> Tensor:
         """Return the mean of `T^2 KL(teacher || merged)`, given the teacher's log-probabilities."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge._typing import Origin
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
 from gradmerge.operators import chunks
 from gradmerge.operators._native import (
     FROM_BASE,
@@ -82,8 +82,8 @@ class Linear(AbstractOperator):
 
     @override
     def require(self, num_sources: int, origin: Origin) -> None:
-        if self.form not in ("weights", "directions"):
-            raise ConfigError(f"Linear.form: expected weights or directions, got {self.form!r}.")
+        known = self.form in ("weights", "directions")
+        require(known, "Linear.form", "weights or directions", repr(self.form))
         if self.form == "directions" and origin != "base":
             raise ConfigError(
                 f"Linear: form directions sums directions from a base, got origin {origin}. Set "

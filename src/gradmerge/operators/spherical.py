@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge._typing import Origin
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
 from gradmerge.operators.base import View
 from gradmerge.operators.span import AbstractSpan, norms_of, per_view
 
@@ -45,11 +45,8 @@ class Slerp(AbstractSpan):
 
     def __post_init__(self) -> None:
         """Validate the threshold."""
-        if not 0 <= self.threshold < 1:
-            raise ConfigError(
-                f"Slerp: expected a threshold in [0, 1), got {self.threshold}; at 1 the sine of "
-                "the angle may be 0."
-            )
+        # at 1 the sine of the angle may be 0
+        require(0 <= self.threshold < 1, "Slerp.threshold", "a number in [0, 1)", self.threshold)
 
     @override
     def require(self, num_sources: int, origin: Origin) -> None:
@@ -139,10 +136,8 @@ class Karcher(AbstractSpan):
 
     def __post_init__(self) -> None:
         """Validate max_iter and tol."""
-        if self.max_iter < 0:
-            raise ConfigError(f"Karcher: expected max_iter >= 0, got {self.max_iter}.")
-        if not 0 < self.tol < 1:
-            raise ConfigError(f"Karcher: expected a tol in (0, 1), got {self.tol}.")
+        require(self.max_iter >= 0, "Karcher.max_iter", "at least 0", self.max_iter)
+        require(0 < self.tol < 1, "Karcher.tol", "a number in (0, 1)", self.tol)
 
     @override
     def weights(self, gram: Tensor, coefficient: Tensor) -> Tensor:

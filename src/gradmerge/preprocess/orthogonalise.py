@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import require
 from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
 from gradmerge.preprocess.matrices import decompose, matrices_of
 
@@ -46,13 +46,10 @@ class Orthogonalise(AbstractPreprocess):
 
     def __post_init__(self) -> None:
         """Validate alpha and the description of the first direction."""
-        if self.earlier_scale <= 0 or self.earlier_sources < 1:
-            raise ConfigError(
-                "Orthogonalise: expected a positive earlier_scale and earlier_sources of at least "
-                f"1, got {self.earlier_scale} and {self.earlier_sources}."
-            )
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"Orthogonalise.alpha: expected a share in [0, 1], got {self.alpha}.")
+        scale, sources = self.earlier_scale, self.earlier_sources
+        require(scale > 0, "Orthogonalise.earlier_scale", "a positive number", scale)
+        require(sources >= 1, "Orthogonalise.earlier_sources", "at least 1", sources)
+        require(0 <= self.alpha <= 1, "Orthogonalise.alpha", "a share in [0, 1]", self.alpha)
 
     @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import require
 from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
 
 _HALF = 1 << 16
@@ -41,14 +41,9 @@ class ParameterCompetition(AbstractPreprocess):
 
     def __post_init__(self) -> None:
         """Validate density and clip."""
-        if not 0 < self.density <= 1:
-            raise ConfigError(
-                f"ParameterCompetition.density: expected a share in (0, 1], got {self.density}."
-            )
-        if not 0 <= self.clip < 0.5:
-            raise ConfigError(
-                f"ParameterCompetition.clip: expected a share in [0, 0.5), got {self.clip}."
-            )
+        who = "ParameterCompetition"
+        require(0 < self.density <= 1, f"{who}.density", "a share in (0, 1]", self.density)
+        require(0 <= self.clip < 0.5, f"{who}.clip", "a share in [0, 0.5)", self.clip)
 
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
         """Process a single tensor as if it were the whole model."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
 from gradmerge.preprocess.base import AbstractPreprocess, Site
 from gradmerge.sources.collected import Needs, Statistic
 from gradmerge.spec import Setting, require_setting, settle
@@ -56,8 +56,7 @@ class FisherScale(AbstractPreprocess):
     def __post_init__(self) -> None:
         """Validate the options."""
         _require_weights("FisherScale", self.weights)
-        if self.floor <= 0:
-            raise ConfigError(f"FisherScale.floor: expected a number above 0, got {self.floor}.")
+        require(self.floor > 0, "FisherScale.floor", "a number above 0", self.floor)
         if self.per == "batch" and self.labels == "data":
             raise ConfigError(
                 "FisherScale: per batch needs labels: model. Gradients for the labels of the data "
@@ -122,11 +121,9 @@ class RegMean(AbstractPreprocess):
     def __post_init__(self) -> None:
         """Validate the options."""
         _require_weights("RegMean", self.weights)
-        _require_damping("RegMean", self.damping)
-        if not 0 <= self.off_diagonal <= 1:
-            raise ConfigError(
-                f"RegMean.off_diagonal: expected a number in [0, 1], got {self.off_diagonal}."
-            )
+        require(self.damping >= 0, "RegMean.damping", "at least 0", self.damping)
+        share = self.off_diagonal
+        require(0 <= share <= 1, "RegMean.off_diagonal", "a number in [0, 1]", share)
 
     @property
     @override
@@ -192,12 +189,9 @@ class MaTS(AbstractPreprocess):
     def __post_init__(self) -> None:
         """Validate the options."""
         _require_weights("MaTS", self.weights)
-        _require_damping("MaTS", self.damping)
-        if self.iterations < 0 or self.tolerance < 0:
-            raise ConfigError(
-                "MaTS: expected iterations and a tolerance of at least 0, got "
-                f"{self.iterations} and {self.tolerance}."
-            )
+        require(self.damping >= 0, "MaTS.damping", "at least 0", self.damping)
+        require(self.iterations >= 0, "MaTS.iterations", "at least 0", self.iterations)
+        require(self.tolerance >= 0, "MaTS.tolerance", "at least 0", self.tolerance)
 
     @property
     @override
@@ -266,11 +260,6 @@ class MaTS(AbstractPreprocess):
 
 def _require_weights(who: str, weights: Setting) -> None:
     require_setting(f"{who}.weights", weights, "a number above 0", lambda x: x > 0)
-
-
-def _require_damping(who: str, damping: float) -> None:
-    if damping < 0:
-        raise ConfigError(f"{who}.damping: expected a number of at least 0, got {damping}.")
 
 
 def _averaged(directions: Tensor, weights: list[float]) -> Tensor:

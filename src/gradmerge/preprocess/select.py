@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
 from gradmerge.operators.masked import rank_mask
 from gradmerge.preprocess.base import AbstractPreprocess, Site
 from gradmerge.preprocess.trim import require_density
@@ -106,8 +106,7 @@ class Consensus(AbstractPreprocess):
         require_setting(
             "Consensus.threshold", self.threshold, "a number of at least 0", lambda x: x >= 0
         )
-        if self.least < 0:
-            raise ConfigError(f"Consensus.least: expected at least 0, got {self.least}.")
+        require(self.least >= 0, "Consensus.least", "at least 0", self.least)
 
     @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:

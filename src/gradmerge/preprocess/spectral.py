@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import require
 from gradmerge.preprocess.base import AbstractPreprocess, Site
 from gradmerge.preprocess.matrices import (
     averaged,
@@ -55,10 +55,7 @@ class TSVM(AbstractPreprocess):
 
     def __post_init__(self) -> None:
         """Validate the bound of outliers."""
-        if self.outliers is not None and self.outliers < 0:
-            raise ConfigError(
-                f"TSVM.outliers: expected a number of at least 0, got {self.outliers}."
-            )
+        require((self.outliers or 0) >= 0, "TSVM.outliers", "at least 0", self.outliers)
 
     @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
@@ -126,8 +123,7 @@ class IsoCTS(AbstractPreprocess):
 
     def __post_init__(self) -> None:
         """Validate the share."""
-        if not 0 <= self.common <= 1:
-            raise ConfigError(f"IsoCTS.common: expected a share in [0, 1], got {self.common}.")
+        require(0 <= self.common <= 1, "IsoCTS.common", "a share in [0, 1]", self.common)
 
     @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import require
 from gradmerge.preprocess.base import AbstractPreprocess, Site
 from gradmerge.preprocess.matrices import averaged, shared
 
@@ -37,10 +37,8 @@ class WUDI(AbstractPreprocess):
 
     def __post_init__(self) -> None:
         """Validate steps and lr."""
-        if self.steps < 0:
-            raise ConfigError(f"WUDI.steps: expected at least 0, got {self.steps}.")
-        if self.lr <= 0:
-            raise ConfigError(f"WUDI.lr: expected a positive number, got {self.lr}.")
+        require(self.steps >= 0, "WUDI.steps", "at least 0", self.steps)
+        require(self.lr > 0, "WUDI.lr", "a positive number", self.lr)
 
     @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
