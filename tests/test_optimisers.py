@@ -1,4 +1,4 @@
-"""SAM and MoFO against their formulas, alone, around the engine and under a stock Trainer."""
+"""SAM and MoFO against their formulas, alone, with the engine and in a stock Trainer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SGD = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
 
 
 def explicit(models, batches, weights):
-    """The weighted loss as a function of z, by plain autograd in float64: a number per tensor."""
+    """The weighted loss as a function of z, one number per tensor, by plain autograd in float64."""
     base, *sources = [copy.deepcopy(model).double() for model in models]
     own = {n: p.detach() for n, p in base.named_parameters()}
     stacked = {
@@ -150,7 +150,7 @@ def test_a_resumed_fit_with_sam_takes_the_same_steps(tmp_path):
     assert not torch.equal(raws(half)["tensor"], raws(whole)["tensor"])
 
 
-def test_sam_refuses_what_two_gradients_a_step_do_not_go_with(tmp_path):
+def test_sam_rejects_trainer_settings_for_one_gradient_per_step(tmp_path):
     with pytest.raises(ConfigError, match="accumulate_grad_batches 2 keeps only the last batch"):
         fit(tmp_path, sam_module(), accumulate_grad_batches=2)
     scaler = torch.amp.GradScaler("cpu")
@@ -178,7 +178,7 @@ def test_bfloat16_autocast_goes_with_sam(tmp_path):
         ({"base": "torch.optim.LBFGS"}, "LBFGS evaluates the loss several times per step"),
     ],
 )
-def test_sam_names_what_is_wrong_with_its_base(options, message):
+def test_sam_rejects_invalid_options(options, message):
     with pytest.raises(ConfigError, match=message):
         SAM([torch.nn.Parameter(torch.ones(2))], **options)
 
@@ -201,7 +201,7 @@ def test_sam_without_a_slope_is_its_base():
 
 
 def mofo(gradients, z, lr, decay, fraction, betas=(0.8, 0.95), eps=1e-6):
-    """The paper's update, a number at a time."""
+    """The paper's update, one number at a time."""
     z, n = list(z), len(z)
     m, v = [0.0] * n, [0.0] * n
     for t, gradient in enumerate(gradients, 1):
