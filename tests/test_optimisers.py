@@ -1,4 +1,4 @@
-"""SAM and MoFO against their formulas, alone, around the engine and under a stock Trainer."""
+"""SAM and MoFO against their formulas, alone, with the engine and in a stock Trainer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SGD = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
 
 
 def explicit(models, batches, weights):
-    """The weighted loss as a function of z, by plain autograd in float64: a number per tensor."""
+    """The weighted loss as a function of z, one number per tensor, by plain autograd in float64."""
     base, *sources = [copy.deepcopy(model).double() for model in models]
     own = {n: p.detach() for n, p in base.named_parameters()}
     stacked = {
@@ -150,11 +150,11 @@ def test_a_resumed_fit_with_sam_takes_the_same_steps(tmp_path):
     assert not torch.equal(raws(half)["tensor"], raws(whole)["tensor"])
 
 
-def test_sam_refuses_what_two_gradients_a_step_do_not_go_with(tmp_path):
-    with pytest.raises(ConfigError, match="accumulate_grad_batches 2 keeps only its last batch"):
+def test_sam_rejects_trainer_settings_for_one_gradient_per_step(tmp_path):
+    with pytest.raises(ConfigError, match="accumulate_grad_batches 2 keeps only the last batch"):
         fit(tmp_path, sam_module(), accumulate_grad_batches=2)
     scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(ConfigError, match="closure, which float16's gradient scaler has none of"):
+    with pytest.raises(ConfigError, match="closure, which float16's gradient scaler does not"):
         fit(tmp_path, sam_module(), plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
     parameter = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ConfigError, match="expected a closure"):
@@ -170,15 +170,15 @@ def test_bfloat16_autocast_goes_with_sam(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rho": -1.0}, "rho must not be negative"),
+        ({"rho": -1.0}, "rho: expected at least 0, got -1.0"),
         ({"base": "torch.optim.Adm"}, "expected the class path of an optimiser"),
         ({"base": "nowhere.Adam"}, "expected the class path of an optimiser"),
         ({"base": "torch.nn.Linear"}, "expected the class path of an optimiser"),
-        ({"base": {"class_path": "torch.optim.Adam", "init_args": {"x": 1}}}, "cannot be made of"),
-        ({"base": "torch.optim.LBFGS"}, "LBFGS evaluates the loss itself, several times per step"),
+        ({"base": {"class_path": "torch.optim.Adam", "init_args": {"x": 1}}}, "cannot create"),
+        ({"base": "torch.optim.LBFGS"}, "LBFGS evaluates the loss several times per step"),
     ],
 )
-def test_sam_names_what_is_wrong_with_its_base(options, message):
+def test_sam_rejects_invalid_options(options, message):
     with pytest.raises(ConfigError, match=message):
         SAM([torch.nn.Parameter(torch.ones(2))], **options)
 
@@ -201,7 +201,7 @@ def test_sam_without_a_slope_is_its_base():
 
 
 def mofo(gradients, z, lr, decay, fraction, betas=(0.8, 0.95), eps=1e-6):
-    """The paper's update, a number at a time."""
+    """The paper's update, one number at a time."""
     z, n = list(z), len(z)
     m, v = [0.0] * n, [0.0] * n
     for t, gradient in enumerate(gradients, 1):
@@ -263,9 +263,9 @@ def test_mofo_moves_its_share_of_each_tensor_in_a_fit(tmp_path):
 
 def test_mofo_checks_its_numbers():
     parameter = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ConfigError, match=r"fraction in \(0, 1\], got 0"):
+    with pytest.raises(ConfigError, match=r"fraction: expected a number in \(0, 1\], got 0"):
         MoFO([parameter], fraction=0)
-    with pytest.raises(ConfigError, match=r"betas lie in \[0, 1\)"):
+    with pytest.raises(ConfigError, match=r"betas: expected numbers in \[0, 1\)"):
         MoFO([parameter], betas=(0.9, 1.0))
 
 

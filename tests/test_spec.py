@@ -49,7 +49,7 @@ class Foreign:
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """A package of the user's, importable and not imported."""
+    """A package of the user, importable but not imported."""
     (tmp_path / "own_merges").mkdir()
     (tmp_path / "own_merges/__init__.py").write_text("")
     (tmp_path / "own_merges/starts.py").write_text(OWN)
@@ -82,7 +82,7 @@ def test_components_are_written_by_public_path():
         assert public_path(kind) in (f"gradmerge.{concept}.{name}", shorter)
 
 
-def test_what_is_written_is_read_again():
+def test_specifications_survive_a_round_trip():
     for value in (Clamp(Column(), 0.0, 1.0), Objective([CrossEntropy()])):
         assert from_plain(json.loads(json.dumps(to_plain(value)))) == value
 
@@ -121,7 +121,7 @@ def test_a_foreign_module_is_imported_only_where_it_is_allowed(own):
 
 
 @pytest.mark.parametrize("name", ["Foreign", "torch"])
-def test_what_is_no_component_is_refused_even_where_it_is_allowed(own, name):
+def test_classes_that_are_not_components_are_rejected_even_if_allowed(own, name):
     with pytest.raises(ConfigError, match=r"expected a dataclass derived from .*AbstractInit"):
         from_plain({"class_path": f"{own}.{name}", "init_args": {}}, [own])
     with pytest.raises(ConfigError, match="cannot be imported"):
@@ -129,7 +129,7 @@ def test_what_is_no_component_is_refused_even_where_it_is_allowed(own, name):
 
 
 def test_a_users_component_in_yaml_checkpoint_and_export(own, tmp_path, monkeypatch, capsys):
-    """Also: a configuration may still name a callback where it was in version 0.1."""
+    """A configuration may also name a callback by its path in version 0.1."""
     world = text_world(tmp_path)
     start = {"model": {"recipe": {"init": {"class_path": f"{own}.Halves"}}}}
     old = {"class_path": "gradmerge.callbacks.ExportAtEnd", "init_args": {"output": "merged"}}

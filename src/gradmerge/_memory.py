@@ -1,4 +1,4 @@
-"""Memory for merged tensors that live briefly, and giving freed memory back to the system."""
+"""Memory for short-lived merged tensors, and returning freed memory to the operating system."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 _M_MMAP_THRESHOLD = -3
-# Sizes that fewer tensors have (embeddings) come too seldom to hold on to.
+# Sizes shared by fewer tensors (embeddings) recur too rarely to be worth keeping.
 _REPEATED = 3
-# Idle blocks of a size: one is enough while a layer follows the other.
+# Idle blocks per size: one is enough, because layers are processed one after another.
 _IDLE = 1
-# Below this size the C library's own reuse is as good.
+# Below this size the allocator's own reuse is just as good.
 _SMALL = 1 << 16
 
 
 class BlockPool:
-    """Blocks of memory for one layer's weights after another.
+    """Memory blocks that are reused from layer to layer.
 
-    A block is free again when the last tensor over it dies. Through the C library's allocator the
-    same tensors would lie scattered between longer-lived activations, and their pages would be
-    given back and faulted in again at every layer. Idle blocks are kept for repeated sizes only,
-    one a size, so at most about one layer of weights is idle.
+    A block becomes free when the last tensor on it is destroyed. With the C library's allocator the
+    same tensors would be scattered among longer-lived activations, and their pages would be
+    released and faulted in again at every layer. Idle blocks are kept only for repeated sizes, one
+    per size, so about one layer of weights is idle at most.
 
     Args:
-        sizes: entries of each tensor that will be asked for.
+        sizes: number of entries of each tensor that will be requested.
     """
 
     def __init__(self, sizes: Iterable[int]) -> None:
@@ -41,18 +41,18 @@ class BlockPool:
         self._lent: dict[int, weakref.ref[memoryview]] = {}
 
     def __reduce__(self) -> tuple[type[BlockPool], tuple[list[int]]]:
-        """A copy has blocks of its own."""
+        """Give a copy blocks of its own."""
         return BlockPool, (list(self._counts.elements()),)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor in the CPU's memory, contents undefined."""
+        """Return an uninitialised CPU tensor."""
         size = torch.Size(shape).numel()
         length = size * dtype.itemsize
         if length < _SMALL or size not in self._repeated or not hasattr(mmap, "MAP_PRIVATE"):
             return torch.empty(shape, dtype=dtype)
         idle = self._idle.setdefault(length, [])
         block = idle.pop() if idle else _map(length)
-        # The tensor's storage holds this view and nothing else does, so it dies with the storage.
+        # Only the tensor's storage holds this view, so the view is destroyed with the storage.
         view = memoryview(block)
         tag = id(view)
 
@@ -70,14 +70,14 @@ def _map(length: int) -> mmap.mmap:
 
 
 def release_freed_memory(threshold: int = 1 << 20) -> bool:
-    """Let every block of `threshold` bytes and more go back to the system once it is freed (glibc).
+    """Make glibc return freed blocks of at least `threshold` bytes to the system immediately.
 
-    By default glibc raises its threshold to the largest block freed so far, up to 32 MB, and keeps
-    smaller ones for reuse: in streamed memory the heap then holds many freed layers between live
-    activations. The price is a page fault for each page of a new block.
+    By default glibc raises this threshold to the largest block freed so far, up to 32 MB, and keeps
+    smaller ones for reuse: with streamed memory the heap would then hold many freed layers between
+    live activations. The price is a page fault for each page of a new block.
 
     Returns:
-        Whether the C library took the setting (other than glibc has none).
+        True if the C library accepted the setting (False on libraries other than glibc).
     """
     try:
         return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, threshold))
@@ -86,25 +86,25 @@ def release_freed_memory(threshold: int = 1 << 20) -> bool:
 
 
 def in_file(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor in a file of the folder for temporary files (`TMPDIR`), contents undefined.
+    """Return an uninitialised tensor that is mapped to a temporary file (in `TMPDIR`).
 
-    The system may write its pages out and drop them from memory. The file has no name, so it goes
-    with the tensor, or with the process.
+    The operating system may write its pages out and evict them from memory. The file is unlinked
+    at once, so its space is released with the tensor or the process.
     """
     size = torch.Size(shape).numel()
     if not size:
         return torch.empty(shape, dtype=dtype)
     with tempfile.TemporaryDirectory(prefix="gradmerge-") as folder:
-        # a mapping outlives its file's name
+        # the mapping stays valid after the file is unlinked
         flat = torch.from_file(f"{folder}/tensor", shared=True, size=size, dtype=dtype)
     return flat.view(*shape)
 
 
 def trim_heap() -> bool:
-    """Give what is free between small blocks of the heap back to the system (glibc).
+    """Return free heap memory between small blocks to the system (glibc).
 
     Returns:
-        Whether the C library could (other than glibc has no such call).
+        True if the C library supports it (False on libraries other than glibc).
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,7 +1,7 @@
 """Errors and problem reports.
 
-An error says what was expected, what got (file, tensor, shape, value), why it matters and what to
-do. Checks that can find several faults collect `Problem`s and raise them together.
+An error states what was expected, what was found (file, tensor, shape, value), why it matters and
+what to do. Checks that can find several faults collect `Problem`s and raise them together.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 class GradmergeError(ValueError):
-    """Base of every error that gradmerge raises on purpose."""
+    """Base class of all errors that gradmerge raises deliberately."""
 
 
 class SourceError(GradmergeError):
@@ -20,27 +20,43 @@ class SourceError(GradmergeError):
 
 
 class CompatibilityError(GradmergeError):
-    """Sources do not fit together; the message lists every problem."""
+    """The sources are incompatible; the message lists every problem."""
 
 
 class ConfigError(GradmergeError):
-    """An option has a value that cannot work."""
+    """An option has an invalid value."""
 
 
 class FingerprintError(GradmergeError):
-    """A checkpoint of coefficients was made from other source weights."""
+    """A coefficient checkpoint was trained on different source weights."""
+
+
+def require(holds: bool, option: str, expected: str, got: object) -> None:
+    """Reject the value of an option.
+
+    Args:
+        holds: condition that the value must meet.
+        option: name of the option, e.g. ``Trim.density``.
+        expected: condition in words.
+        got: value.
+
+    Raises:
+        ConfigError: the condition does not hold.
+    """
+    if not holds:
+        raise ConfigError(f"{option}: expected {expected}, got {got}.")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One finding of a check."""
+    """One finding of a check, reported on three lines."""
 
     kind: str
-    """Short name that `allow` accepts, e.g. ``shape`` or ``config.rope_theta``."""
+    """Short name, as accepted by `allow`, e.g. ``shape`` or ``config.rope_theta``."""
     where: str
-    """The file, folder or source concerned."""
+    """File, folder or source concerned."""
     what: str
-    """The tensor, field or token concerned."""
+    """Tensor, field or token concerned."""
     expected: str
     got: str
     todo: str
@@ -48,13 +64,14 @@ class Problem:
 
     def __str__(self) -> str:
         return (
-            f"[{self.kind}] {self.where}: {self.what}: expected {self.expected}, "
-            f"got {self.got}. {self.todo}"
+            f"[{self.kind}] {self.where}: {self.what}\n"
+            f"    expected {self.expected}, got {self.got}\n"
+            f"    {self.todo}"
         )
 
 
 def report(problems: Sequence[Problem], limit: int = 30) -> str:
-    """All problems as one text, a line each, the fatal ones first."""
+    """Return all problems as one text, fatal ones first."""
     ordered = sorted(problems, key=lambda problem: not problem.fatal)
     lines = [
         f"  {'error' if problem.fatal else 'warning'} {problem}" for problem in ordered[:limit]
@@ -65,12 +82,12 @@ def report(problems: Sequence[Problem], limit: int = 30) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` with a leading blank, or nothing when no known name is near."""
+    """Return `` Did you mean 'x'?`` (leading space included), or "" if no known name is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
 def shorten(names: Sequence[str], limit: int = 5) -> str:
-    """The first few names and a count of the rest."""
+    """Return the first few names and the number of the others."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,4 +1,4 @@
-"""Optimisers that published merges use and torch does not have."""
+"""Optimisers used by published merging methods and missing from torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
 
 __all__ = ["SAM", "MoFO"]
 
@@ -24,20 +24,20 @@ class MoFO(torch.optim.Optimizer):
         z = z - lr weight_decay z
         z = z - lr F (.) (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-    with F = 1 on the `ceil(fraction n)` entries of largest |m| of a parameter of n entries, else 0.
-    A parameter is a tensor's raw coefficients of all sources together (DAM filters each source's
-    apart), or the table that coarser granularities share.
+    where F is 1 on the `ceil(fraction n)` entries of a parameter (of n entries) with the largest
+    |m|, and 0 elsewhere. A parameter holds the raw coefficients of one tensor for all sources
+    together (DAM filters each source separately), or the table shared by a coarser granularity.
 
     Args:
-        params: the raw coefficients.
+        params: raw coefficients.
         lr: learning rate.
         betas: b1 and b2.
-        eps: added to the root.
-        weight_decay: decoupled, on all entries.
-        fraction: share of the entries that move, in (0, 1].
+        eps: term added to the square root for numerical stability.
+        weight_decay: decoupled weight decay, applied to all entries.
+        fraction: fraction of the entries that are updated, in (0, 1].
 
     Raises:
-        ConfigError: a number is out of its range.
+        ConfigError: an argument is out of range.
     """
 
     def __init__(
@@ -49,21 +49,12 @@ class MoFO(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         fraction: float = 0.3,
     ) -> None:
-        if not 0 < fraction <= 1:
-            raise ConfigError(f"MoFO: expected a fraction in (0, 1], got {fraction}.")
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ConfigError(
-                "MoFO: lr, eps and weight_decay must not be negative and betas lie in [0, 1), got "
-                f"{lr}, {eps}, {weight_decay} and {tuple(betas)}."
-            )
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "fraction": fraction,
-        }
-        super().__init__(params, defaults)
+        require(0 < fraction <= 1, "MoFO.fraction", "a number in (0, 1]", fraction)
+        require(all(0 <= beta < 1 for beta in betas), "MoFO.betas", "numbers in [0, 1)", betas)
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        for name, value in defaults.items():
+            require(value >= 0, f"MoFO.{name}", "at least 0", value)
+        super().__init__(params, {**defaults, "betas": tuple(betas), "fraction": fraction})
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -72,7 +63,7 @@ class MoFO(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step."""
+        """Perform one optimisation step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -107,25 +98,26 @@ class MoFO(torch.optim.Optimizer):
 
 
 class SAM(torch.optim.Optimizer):
-    """A base optimiser's step with the gradient from uphill (SAM, arXiv 2010.01412).
+    """Sharpness-aware minimisation around a base optimiser (SAM, arXiv 2010.01412).
 
         e = rho g / |g|,  g = dL/dz over all parameters
-        z is moved by `base` with the gradient at z + e
+        z is updated by `base` with the gradient at z + e
 
-    Each step evaluates the loss twice on the same batch: it wants a closure that clears gradients,
-    computes the loss and calls backward, as trainers give. Where a trainer clips gradients, both
-    are clipped; clipping by norm leaves e as it is. In several processes gradients are the same,
-    and so are the steps. Accumulating batches and float16's gradient scaler are refused. What a
-    training step logs is logged twice, so that the loss at z + e is what remains.
+    Each step evaluates the loss twice on the same batch, so it needs a closure that clears the
+    gradients, computes the loss and calls backward, as Lightning's trainer passes. If the trainer
+    clips gradients, both gradients are clipped; clipping by norm does not change e. With several
+    processes, gradients and therefore steps are identical in all of them. Gradient accumulation and
+    float16's gradient scaler are rejected. A training step logs twice per optimiser step; the
+    values logged last, at z + e, are the ones recorded.
 
     Args:
-        params: the raw coefficients.
+        params: raw coefficients.
         lr: learning rate of the base optimiser.
-        rho: length of the perturbation, over all parameters together.
-        base: the base optimiser: a class path, or `{class_path: ..., init_args: {...}}`.
+        rho: norm of the perturbation over all parameters together.
+        base: base optimiser: a class path, or `{class_path: ..., init_args: {...}}`.
 
     Raises:
-        ConfigError: rho is negative, or the base is no optimiser.
+        ConfigError: rho is negative, or the base is not an optimiser that steps on one gradient.
     """
 
     def __init__(
@@ -135,59 +127,59 @@ class SAM(torch.optim.Optimizer):
         rho: float = 0.05,
         base: str | dict[str, Any] = "torch.optim.Adam",
     ) -> None:
-        if not rho >= 0:
-            raise ConfigError(f"SAM: rho must not be negative, got {rho}.")
+        require(rho >= 0, "SAM.rho", "at least 0", rho)
         kind, options = _read(base)
         name = f"{kind.__module__}.{kind.__qualname__}"
         super().__init__(params, {"lr": lr})
         try:
             self.base: torch.optim.Optimizer = kind(self.param_groups, **{"lr": lr, **options})
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"SAM: {name} cannot be made of {options}: {error}") from error
+            raise ConfigError(f"SAM: cannot create {name} with {options}: {error}") from error
         self.rho = rho
         self.defaults = {**self.base.defaults, "rho": rho, "base": name}
         self._share()
 
     def _share(self) -> None:
-        """Schedules and checkpoints see the base's groups and state."""
+        """Expose the base's parameter groups and state to schedulers and checkpoints."""
         self.param_groups = self.base.param_groups
         self.state = self.base.state
 
     @staticmethod
     def require(accumulated: int, scaled: bool) -> None:
-        """Refuse a trainer that two gradients a step do not work with.
+        """Reject trainer settings that do not allow two gradients per step.
 
         Args:
-            accumulated: batches whose gradients are added up for a step.
-            scaled: whether gradients are scaled for float16.
+            accumulated: number of batches whose gradients are accumulated per step.
+            scaled: whether a float16 gradient scaler is active.
 
         Raises:
-            ConfigError: there are several, or they are.
+            ConfigError: more than one batch is accumulated, or gradients are scaled.
         """
         if accumulated != 1:
             raise ConfigError(
-                f"SAM needs the loss of a step twice, and accumulate_grad_batches {accumulated} "
-                "keeps only its last batch. Set it to 1 and data.batch_size as high."
+                "SAM evaluates the loss of a step twice, but accumulate_grad_batches "
+                f"{accumulated} keeps only the last batch of a step. Set "
+                "trainer.accumulate_grad_batches to 1 and raise data.batch_size instead."
             )
         if scaled:
             raise ConfigError(
-                "SAM steps through a closure, which float16's gradient scaler has none of. Set "
+                "SAM needs a closure, which float16's gradient scaler does not support. Set "
                 "trainer.precision to bf16-mixed or 32-true."
             )
 
     def step(self, closure: Callable[[], float] | None = None) -> float:  # type: ignore[override]
-        """One step.
+        """Perform one optimisation step.
 
         Returns:
-            The loss at the parameters themselves.
+            The loss at the unperturbed parameters.
 
         Raises:
-            ConfigError: there is no closure to evaluate the loss a second time.
+            ConfigError: no closure was passed.
         """
         if closure is None:
             raise ConfigError(
-                "SAM.step: expected a closure that clears gradients, computes the loss and calls "
-                "backward, for a step takes two gradients; got none."
+                "SAM.step: expected a closure that clears the gradients, computes the loss and "
+                "calls backward (a step needs two gradients), got None."
             )
         with torch.enable_grad():
             loss = closure()
@@ -204,7 +196,7 @@ class SAM(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _climb(self) -> list[tuple[Tensor, Tensor]]:
-        """Add e, and give the parameters with their values before."""
+        """Add e to the parameters and return them with their previous values."""
         moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not moved:
             return []
@@ -218,17 +210,17 @@ class SAM(torch.optim.Optimizer):
         return kept
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the base optimiser: a step leaves nothing else behind."""
+        """Return the state of the base optimiser, which is all there is."""
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the base optimiser."""
+        """Restore the state of the base optimiser."""
         self.base.load_state_dict(state_dict)
         self._share()
 
 
 def _read(base: Any) -> tuple[Any, dict[str, Any]]:
-    """Class and options of a specification."""
+    """Return the class and the options that `base` specifies."""
     spec = vars(base) if hasattr(base, "class_path") else base
     options: Any = {}
     if isinstance(spec, Mapping):
@@ -244,13 +236,13 @@ def _read(base: Any) -> tuple[Any, dict[str, Any]]:
     wrong = not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer))
     if wrong or kind is SAM:
         raise ConfigError(
-            f"SAM: base: expected the class path of an optimiser, e.g. torch.optim.Adam, got "
+            f"SAM.base: expected the class path of an optimiser (e.g. torch.optim.Adam), got "
             f"{base!r}."
         )
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ConfigError(
-            f"SAM: base: {kind.__name__} evaluates the loss itself, several times per step, and "
-            "SAM gives it one gradient. Take one that steps by a gradient, e.g. torch.optim.Adam."
+            f"SAM.base: {kind.__name__} evaluates the loss several times per step, but SAM passes "
+            "it a single gradient. Choose an optimiser that needs only that, e.g. torch.optim.Adam."
         )
     return kind, options

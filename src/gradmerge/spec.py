@@ -1,8 +1,8 @@
 """Specifications (frozen dataclasses) as plain data, and settings per source and tensor.
 
-A checkpoint holds its recipe as plain data, so that it loads with `weights_only=True`: nothing is
-unpickled. Classes are named by public path (`gradmerge.coefficients.Column`), and only components
-are ever built from it: those of this package, and a user's own from modules that the user allows.
+A checkpoint stores its recipe as plain data and therefore loads with `weights_only=True`, without
+unpickling anything. Classes are named by public path (`gradmerge.coefficients.Column`), and only
+components are ever instantiated: those of this package, and a user's own from allowed modules.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
 
 CONCEPTS = (
     "sources",
@@ -33,8 +33,8 @@ CONCEPTS = (
 )
 """Public namespaces of the package; the `__all__` of each lists its components."""
 
-# Paths of version 0.1 whose namespace has changed. Others kept theirs and lost the private module:
-# gradmerge.coefficients.granularity.Column is now gradmerge.coefficients.Column.
+# Class paths of version 0.1 whose namespace has changed. For all others only the private module was
+# dropped: gradmerge.coefficients.granularity.Column is now gradmerge.coefficients.Column.
 _OLD_PATHS = {
     "gradmerge.recipe.Recipe": "gradmerge.Recipe",
     "gradmerge.data.TaskData": "gradmerge.TaskData",
@@ -61,7 +61,7 @@ def public_path(kind: type) -> str:
 
 
 def current_path(path: str) -> str:
-    """Return the present public path of a class that an earlier version wrote.
+    """Return the current public path of a class path written by an earlier version.
 
     Examples:
         >>> current_path("gradmerge.coefficients.granularity.Column")
@@ -76,7 +76,7 @@ def current_path(path: str) -> str:
 
 
 def modernise(value: Any) -> Any:
-    """Return plain data that an earlier version wrote with present class paths."""
+    """Replace the class paths of an earlier version in plain data by current ones."""
     if isinstance(value, Mapping):
         found = {key: modernise(item) for key, item in value.items()}
         if isinstance(found.get("class_path"), str):
@@ -88,10 +88,10 @@ def modernise(value: Any) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Return nested dicts, lists and scalars that state everything a specification states.
+    """Return a specification as nested dicts, lists and scalars.
 
-    Weights that live in memory, and components that no module holds under their name, become a
-    note; loading such data asks for the recipe again.
+    In-memory weights and components that cannot be imported by name are replaced by a marker;
+    loading such data asks for the recipe again.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
@@ -115,22 +115,22 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(value: Any, allow_modules: Collection[str] = ()) -> Any:
-    """Build what `to_plain` described.
+    """Build the specification that `to_plain` returned.
 
     Args:
         value: plain data.
-        allow_modules: modules outside of gradmerge whose components may be imported and built; a
-            package allows all that is in it.
+        allow_modules: modules outside gradmerge whose components may be imported; naming a
+            package allows all of its modules.
 
     Raises:
-        ConfigError: the data names a module that was not allowed, something that is not a
-            component, or weights that lived in memory.
+        ConfigError: the data names a module that is not allowed, an object that is not a component,
+            or in-memory weights.
     """
     if isinstance(value, Mapping):
         if _IN_MEMORY in value:
             raise ConfigError(
-                "the checkpoint was trained on sources in memory, which it does not hold; pass the "
-                "recipe again: MergeModule.load_from_checkpoint(path, recipe=...)."
+                "the checkpoint was trained on in-memory sources, which it does not contain; pass "
+                "the recipe again: MergeModule.load_from_checkpoint(path, recipe=...)."
             )
         if "class_path" not in value:
             return {key: from_plain(item, allow_modules) for key, item in value.items()}
@@ -147,48 +147,48 @@ def from_plain(value: Any, allow_modules: Collection[str] = ()) -> Any:
 
 
 def _component(path: str, allow_modules: Collection[str]) -> Any:
-    """Return the class of a public path, importing nothing that is not allowed."""
+    """Return the class with a public path; only allowed modules are imported."""
     module, _, name = path.rpartition(".")
     if module.split(".")[0] == "gradmerge":
         public = ("gradmerge", *(f"gradmerge.{concept}" for concept in CONCEPTS))
         space = importlib.import_module(module) if module in public else None
         kind = getattr(space, name) if name in getattr(space, "__all__", ()) else None
         if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-            raise ConfigError(f"unknown component {path!r}: gradmerge has none of that name.")
+            raise ConfigError(f"unknown component {path!r}: no public class of gradmerge.")
         return kind
     if not any(module == known or module.startswith(f"{known}.") for known in allow_modules):
         raise ConfigError(
-            f"the checkpoint uses {path}, a class outside of gradmerge, and importing it runs its "
-            f"module's code.\nIf you trust it, allow it: --allow-modules {module.split('.')[0]} "
-            "(Python: allow_modules=[...])."
+            f"the checkpoint uses {path}, a class outside gradmerge; importing it executes the "
+            f"code of its module.\nIf you trust it, pass --allow-modules {module.split('.')[0]} "
+            "(in Python: allow_modules=[...])."
         )
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"{path}: cannot be imported ({error}). Install the package that defines it."
+            f"{path} cannot be imported ({error}). Install the package that defines it."
         ) from error
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and is_component(kind)):
         raise ConfigError(
-            f"{path}: expected a dataclass derived from an abstract class of gradmerge "
-            f"({', '.join(base.__name__ for base in _abstract_classes())}), got {kind!r}."
+            f"{path}: expected a dataclass derived from an abstract class of gradmerge such as "
+            f"AbstractInit, got {kind!r}."
         )
     return kind
 
 
 def is_component(kind: type) -> bool:
-    """Return whether a class derives from the abstract class of one of the concepts."""
+    """Return whether a class derives from an abstract class of a public namespace."""
     return issubclass(kind, _abstract_classes())
 
 
 def _abstract_classes() -> tuple[type, ...]:
     concepts = [importlib.import_module(f"gradmerge.{concept}") for concept in CONCEPTS[:7]]
     found = {getattr(c, n) for c in concepts for n in c.__all__ if n.startswith("Abstract")}
-    return tuple(sorted(filter(inspect.isabstract, found), key=lambda kind: str(kind.__name__)))
+    return tuple(filter(inspect.isabstract, found))
 
 
 def _is_importable(kind: type) -> bool:
-    """Return whether a class can be found again by its path."""
+    """Return whether a class can be imported by its path."""
     if kind.__module__.split(".")[0] == "gradmerge":
         return True
     named = kind.__module__ != "__main__" and "<locals>" not in kind.__qualname__
@@ -196,22 +196,21 @@ def _is_importable(kind: type) -> bool:
 
 
 Setting = float | list[float] | dict[str, float | list[float]]
-"""A number; a list with one per source, in their order; or either by regular expression of tensor
-names, of which the first that matches counts (a whole name goes before all expressions)."""
+"""A number, a list with one number per source (in order), or a dict from regular expressions of
+tensor names to either; an exact tensor name takes precedence, then the first match counts."""
 
 
 def settle(who: str, setting: Setting, tensor: str, sources: Sequence[str]) -> list[float]:
-    """The setting's number for each source at a tensor.
+    """Return the value of a setting for each source at one tensor.
 
     Args:
-        who: the option, for messages.
-        setting: see `Setting`.
-        tensor: the tensor's name.
+        who: name of the option, for error messages.
+        setting: value or values (see `Setting`).
+        tensor: name of the tensor.
         sources: names of the sources, in order.
 
     Raises:
-        ConfigError: no expression matches the tensor, or a list is not as long as the sources are
-            many.
+        ConfigError: no expression matches the tensor, or a list does not have one value per source.
     """
     if isinstance(setting, dict):
         if tensor in setting:
@@ -220,8 +219,8 @@ def settle(who: str, setting: Setting, tensor: str, sources: Sequence[str]) -> l
             found = next((key for key in setting if re.search(key, tensor)), None)
             if found is None:
                 raise ConfigError(
-                    f"{who}: no expression matches the tensor {tensor}; got {list(setting)[:5]}. "
-                    "Add a last one for the rest: '.*'."
+                    f"{who}: no expression matches the tensor {tensor}, got {list(setting)[:5]}. "
+                    "Add '.*' as the last one to cover all other tensors."
                 )
             setting = setting[found]
     if not isinstance(setting, list):
@@ -229,7 +228,7 @@ def settle(who: str, setting: Setting, tensor: str, sources: Sequence[str]) -> l
     if len(setting) != len(sources):
         raise ConfigError(
             f"{who}: expected one value or {len(sources)} (for {', '.join(sources)}), got "
-            f"{len(setting)}."
+            f"{len(setting)} values."
         )
     return [float(value) for value in setting]
 
@@ -237,23 +236,34 @@ def settle(who: str, setting: Setting, tensor: str, sources: Sequence[str]) -> l
 def require_setting(
     who: str, setting: Setting, expected: str, holds: Callable[[float], bool]
 ) -> None:
-    """Refuse a number that does not hold what is expected of it, or what is no expression.
+    """Reject a setting with an invalid number or regular expression.
+
+    Args:
+        who: name of the option, for error messages.
+        setting: value or values (see `Setting`).
+        expected: condition in words.
+        holds: condition that every number must meet.
 
     Raises:
-        ConfigError: says which.
+        ConfigError: a number does not meet the condition, or an expression is invalid.
     """
     if isinstance(setting, dict):
-        if not setting:
-            raise ConfigError(f"{who}: expected at least one expression, got none.")
+        require(bool(setting), who, "at least one expression", "none")
         for pattern, value in setting.items():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(
-                    f"{who}: {pattern!r} is no regular expression: {error}"
-                ) from error
+            require_pattern(who, pattern)
             require_setting(f"{who}[{pattern!r}]", value, expected, holds)
         return
     for value in setting if isinstance(setting, list) else [setting]:
-        if not holds(float(value)):
-            raise ConfigError(f"{who}: expected {expected}, got {value}.")
+        require(holds(float(value)), who, expected, value)
+
+
+def require_pattern(who: str, pattern: str) -> None:
+    """Reject an invalid regular expression.
+
+    Raises:
+        ConfigError: the pattern does not compile.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{who}: invalid regular expression {pattern!r}: {error}.") from error

@@ -143,7 +143,7 @@ def test_wrong_commands_and_options_suggest_the_nearest(capsys, arguments, messa
             {"model": {"recipe": {"init": {"class_path": "Mixup", "init_args": {"alpha": -1}}}}},
             ["Mixup: alpha must be positive, got -1"],
         ),
-        ({"model": {"objective": {"task_weights": {"aa": 1.0}}}}, ["'aa' is no task", "'a'"]),
+        ({"model": {"objective": {"task_weights": {"aa": 1.0}}}}, ["unknown task 'aa'", "'a'"]),
         (
             {
                 "model": {
@@ -153,7 +153,7 @@ def test_wrong_commands_and_options_suggest_the_nearest(capsys, arguments, messa
                     }
                 }
             },
-            ["gradmerge fit: Lp: p must be at least 1, got 0.5."],
+            ["gradmerge fit: Lp.p: expected at least 1, got 0.5."],
         ),
         (
             {

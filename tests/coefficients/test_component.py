@@ -1,4 +1,4 @@
-"""AdaRank: coefficients on singular components, hard masks, and what surrounds them."""
+"""AdaRank: coefficients of singular components, hard masks, and their merges and files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ MASKED = {"coefficients": HardMask(Component()), "operator": Components(0.3)}
 
 
 class Images(torch.nn.Module):
-    """A convolution that is wider than high, a linear layer that is higher than wide."""
+    """A convolution that is wider than tall, and a linear layer that is taller than wide."""
 
     def __init__(self):
         super().__init__()
@@ -71,7 +71,7 @@ def directions(models, name, origin="base"):
 
 
 def truncated(matrix, rank):
-    """The best approximation of a rank, by numpy's own decomposition."""
+    """The best approximation of a given rank, from numpy's decomposition."""
     shape = matrix.shape
     if matrix.ndim < 2:
         return matrix
@@ -134,8 +134,8 @@ def test_components_of_trimmed_directions_and_of_one_source():
             bound = numpy.sort(abs(direction), axis=None)[direction.size // 2]
             trimmed = numpy.where(abs(direction) >= bound, direction, 0)
             expected = anchor + 0.3 * truncated(trimmed, 2)
-            came = plan.materialise(name, raw, torch.float64).numpy()
-            assert abs(came - expected).max() < 1e-6, name
+            got = plan.materialise(name, raw, torch.float64).numpy()
+            assert abs(got - expected).max() < 1e-6, name
 
 
 def test_frozen_tensors_and_other_granularities_take_the_linear_sum():
@@ -283,9 +283,9 @@ def test_masks_and_scales_have_the_gradients_of_the_published_form(memory, origi
         theta = published_adarank(
             z, {n: pair[0] for n, pair in found.items()}, {n: p[1] for n, p in found.items()}, alone
         )
-        came = {n: merged.plan.materialise(n, merged.raw, torch.float64) for n in names}
+        got = {n: merged.plan.materialise(n, merged.raw, torch.float64) for n in names}
         for name in names:
-            torch.testing.assert_close(came[name], theta[name].detach(), rtol=0, atol=1e-12)
+            torch.testing.assert_close(got[name], theta[name].detach(), rtol=0, atol=1e-12)
         cross_entropy(functional_call(copy.deepcopy(models[0]), theta, (batch,)), labels).backward()
         for name in names:
             grad = merged.raw[keys[name]].grad
@@ -296,7 +296,7 @@ def test_masks_and_scales_have_the_gradients_of_the_published_form(memory, origi
 @pytest.mark.parametrize(
     "inner", [Component(), HardMask(Component()), Column(), Row(), Sigmoid(Column(), eps=1e-9)]
 )
-def test_a_scale_is_the_largest_coefficient_and_what_is_wrapped_the_rest(inner):
+def test_the_scale_starts_at_the_largest_coefficient(inner):
     link = WithScale(inner, start=0.7)
     c = torch.tensor([[0.0, -2.0, 0.0], [0.3, 0.3, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     z = link.pull_back(c)
@@ -309,13 +309,13 @@ def test_a_scale_is_the_largest_coefficient_and_what_is_wrapped_the_rest(inner):
     assert link.link(link.pull_back(none)).shape == (3, 0)
 
 
-def test_what_takes_no_scale_is_refused():
+def test_granularities_without_a_scale_are_rejected():
     for inner in (Tensor(), Element(), HardMask(Model())):
         with pytest.raises(ConfigError, match="expected Column, Row, Partition or Component"):
             WithScale(inner)
     with pytest.raises(ConfigError, match=r"got 1 for 2 sources \(Complement\)"):
         Recipe({"a": "nowhere", "b": "nowhere"}, coefficients=WithScale(Complement(Column())))
-    with pytest.raises(ConfigError, match=r"Component: whole: '\(' is no regular expression"):
+    with pytest.raises(ConfigError, match=r"Component.whole: invalid regular expression '\('"):
         Component(whole="(")
 
 
@@ -371,7 +371,7 @@ def test_mistakes_are_refused_before_anything_is_opened():
     with pytest.raises(ConfigError, match=r"share in \[0, 1\], got 1.5"):
         LeadingComponents(1.5)
     for options in ({"temperature": 0.0}, {"start": -1.0}):
-        with pytest.raises(ConfigError, match="must be positive"):
+        with pytest.raises(ConfigError, match="expected a positive number"):
             HardMask(**options)
 
 

@@ -1,4 +1,4 @@
-"""Who shares a coefficient, and what a link allows."""
+"""Granularities share coefficients, and links constrain them."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_group_patterns():
     assert groups(r"layers\.\d+\.(self_attn|mlp)") == [[0, 5, 7], [1, 2], [3], [4], [6]]
     assert groups(r"self_attn", r"^model\.layers") == [[0, 6, 7], [1, 2], [3, 4, 5]]
     assert groups(r"$nothing") == [list(range(8))]
-    with pytest.raises(ConfigError, match=r"Group: '\(' is no regular expression"):
+    with pytest.raises(ConfigError, match=r"Group.patterns: invalid regular expression '\('"):
         Group(("(",))
 
 
@@ -162,7 +162,7 @@ def test_partition_is_reproducible_and_balanced(size):
 
 
 def test_partition_needs_a_part():
-    with pytest.raises(ConfigError, match="num_parts must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="num_parts: expected at least 1, got 0"):
         Partition(0)
 
 
@@ -204,20 +204,20 @@ def test_starts_near_a_bound_are_pulled_to_where_links_learn():
         Tanh().link(Tanh().pull_back(2 * ends - 1)),
         torch.tensor([-0.99, 0.99], dtype=torch.float64),
     )
-    came = Softmax().link(Softmax().pull_back(ends[:, None]))
-    assert came.isfinite().all()
-    torch.testing.assert_close(came[:, 0], torch.tensor([1e-4, 1.0]).double(), rtol=0, atol=1.1e-4)
+    got = Softmax().link(Softmax().pull_back(ends[:, None]))
+    assert got.isfinite().all()
+    torch.testing.assert_close(got[:, 0], torch.tensor([1e-4, 1.0]).double(), rtol=0, atol=1.1e-4)
 
 
 def test_softmax_and_complement_sum_to_one():
     raw = 10 * torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    came = Softmax().link(raw)
-    torch.testing.assert_close(came.sum(0), torch.ones(7, 3, dtype=torch.float64))
-    assert (came > 0).all()
+    got = Softmax().link(raw)
+    torch.testing.assert_close(got.sum(0), torch.ones(7, 3, dtype=torch.float64))
+    assert (got > 0).all()
     expected = raw.exp() / raw.exp().sum(0)
-    torch.testing.assert_close(came, expected)
-    came = Complement().link(raw[:1])
-    torch.testing.assert_close(came, torch.stack([raw[0], 1 - raw[0]]))
+    torch.testing.assert_close(got, expected)
+    got = Complement().link(raw[:1])
+    torch.testing.assert_close(got, torch.stack([raw[0], 1 - raw[0]]))
 
 
 def test_clamp_comes_back_from_its_bound_where_a_plain_clamp_does_not():
@@ -240,9 +240,9 @@ def test_clamp_comes_back_from_its_bound_where_a_plain_clamp_does_not():
 def test_clamp_gradient_by_cases():
     raw = torch.tensor([-1.0, -1.0, 0.0, 0.0, 0.4, 0.4, 1.0, 1.0, 2.0, 2.0], requires_grad=True)
     outer = torch.tensor([1.0, -1.0] * 5)
-    came = Clamp().link(raw)
-    torch.testing.assert_close(came.detach(), raw.detach().clamp(0, 1))
-    came.backward(outer)
+    got = Clamp().link(raw)
+    torch.testing.assert_close(got.detach(), raw.detach().clamp(0, 1))
+    got.backward(outer)
     # descent subtracts: at the low bound a positive gradient pushes out, at the high a negative one
     expected = torch.tensor([0.0, -1.0, 0.0, -1.0, 1.0, -1.0, 1.0, 0.0, 1.0, 0.0])
     assert torch.equal(raw.grad, expected)
@@ -280,11 +280,11 @@ def test_message_shows_the_sum_that_is_wrong():
 
 
 def test_links_check_their_options():
-    with pytest.raises(ConfigError, match=r"low 1.0 must be below high 0.5"):
+    with pytest.raises(ConfigError, match=r"low: expected a number below high 0.5, got 1.0"):
         Clamp(low=1.0, high=0.5)
     for link, high in ((Sigmoid, 0.5), (Tanh, 1), (Softmax, 1)):
         with pytest.raises(
-            ConfigError, match=rf"{link.__name__}: eps must lie between 0 and {high}"
+            ConfigError, match=rf"{link.__name__}.eps: expected a number in \(0, {high}\)"
         ):
             link(eps=0.0)
     for num in (1, 3):

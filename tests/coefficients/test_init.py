@@ -1,4 +1,4 @@
-"""Where training starts: each init in coefficient space, pulled back through the link."""
+"""Starting values: each init in coefficient space, mapped back through the link."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_constant_and_uniform(granularity):
     assert torch.equal(uniform, torch.full_like(uniform, 0.25))
 
 
-def test_constant_needs_one_value_a_source():
+def test_constant_needs_one_value_per_source():
     with pytest.raises(ConfigError, match=r"expected one value or 2 \(for a, b\), got 3"):
         start(Constant([1.0, 2.0, 3.0]), Tensor())
 
@@ -94,9 +94,9 @@ def test_mixup_shares_draws_as_it_says():
     tensors = [MergeTensor("layers.0.w", (5, 4)), MergeTensor("layers.1.w", (5, 4))]
 
     def distinct(per, granularity):
-        came = start(Mixup(per=per, seed=3), granularity, tensors)
-        return [len(came[t.name][0].unique()) for t in tensors], len(
-            torch.cat([came[t.name][0].flatten() for t in tensors]).unique()
+        got = start(Mixup(per=per, seed=3), granularity, tensors)
+        return [len(got[t.name][0].unique()) for t in tensors], len(
+            torch.cat([got[t.name][0].flatten() for t in tensors]).unique()
         )
 
     assert distinct("model", Element()) == ([1, 1], 1)
@@ -140,14 +140,14 @@ def test_mixup_is_seeded_scaled_and_leaves_the_global_generator_alone():
     ],
     ids=["llama", "gpt2", "bert", "vit", "t5", "resnet", "sequential"],
 )
-def test_depth_ramp_follows_depth_whatever_the_order(names, shares):
-    """Names as files list them: in alphabetical order, where `lm_head` comes first."""
+def test_depth_ramp_follows_depth_in_any_order(names, shares):
+    """Names are in alphabetical order, as in files, with `lm_head` first."""
     names = [f"{name}.weight" for name in names]
     expected = {name: 0.2 + 0.4 * share for name, share in zip(names, shares, strict=True)}
     for order in (names, names[::-1]):
-        came = start(DepthRamp(0.2, 0.6), Tensor(), [MergeTensor(n, (2, 2)) for n in order])
+        got = start(DepthRamp(0.2, 0.6), Tensor(), [MergeTensor(n, (2, 2)) for n in order])
         for name in names:
-            assert came[name].tolist() == pytest.approx([expected[name]] * 2, abs=1e-6), name
+            assert got[name].tolist() == pytest.approx([expected[name]] * 2, abs=1e-6), name
 
 
 def test_metagpt_closed_form_and_one_pass(family):
@@ -178,8 +178,8 @@ def test_metagpt_closed_form_and_one_pass(family):
         return torch.tensor([1.0, 3.0])
 
     tensors = [MergeTensor(f"layers.{i}.w", (2,)) for i in range(5)]
-    came = start(MetaGPT(), Tensor(), tensors, norms=norms)
-    assert came["layers.4.w"].tolist() == [0.25, 0.75]
+    got = start(MetaGPT(), Tensor(), tensors, norms=norms)
+    assert got["layers.4.w"].tolist() == [0.25, 0.75]
     assert len(calls) == 1  # it reads every weight of every source
     with pytest.raises(ConfigError, match="all directions are zero"):
         start(MetaGPT(), Tensor(), norms=lambda: torch.zeros(2))
@@ -187,8 +187,8 @@ def test_metagpt_closed_form_and_one_pass(family):
 
 def test_shared_coefficient_starts_at_the_mean():
     tensors = [MergeTensor(n, (2,)) for n in ("embed.w", "layers.0.w", "lm_head.w")]
-    came = start(DepthRamp(0.0, 1.0), Model(), tensors)
-    assert came["embed.w"].tolist() == pytest.approx([0.5, 0.5])
+    got = start(DepthRamp(0.0, 1.0), Model(), tensors)
+    assert got["embed.w"].tolist() == pytest.approx([0.5, 0.5])
 
 
 def coefficients_file(path, tensors, sources=("a", "b")):
@@ -207,8 +207,8 @@ def test_from_file_of_the_same_granularity(tmp_path, granularity):
 
 def test_from_file_spreads_coarse_and_averages_fine(tmp_path):
     coarse = coefficients_file(tmp_path / "c.safetensors", {MATRIX.name: torch.tensor([0.25, 0.5])})
-    came = start(coarse, Column())[MATRIX.name]
-    assert came.tolist() == [[0.25] * 3, [0.5] * 3]
+    got = start(coarse, Column())[MATRIX.name]
+    assert got.tolist() == [[0.25] * 3, [0.5] * 3]
     fine = torch.arange(24.0).reshape(2, 4, 3)
     init = coefficients_file(tmp_path / "f.safetensors", {MATRIX.name: fine})
     assert start(init, Tensor())[MATRIX.name].tolist() == [5.5, 17.5]
@@ -240,5 +240,5 @@ def test_from_file_errors(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.safetensors: no such file"):
         start(FromFile(str(tmp_path / "none.safetensors")), Tensor())
     (tmp_path / "bad.safetensors").write_bytes(b"garbage")
-    with pytest.raises(ConfigError, match=r"bad\.safetensors: no readable safetensors"):
+    with pytest.raises(ConfigError, match=r"bad\.safetensors: not a readable safetensors"):
         start(FromFile(str(tmp_path / "bad.safetensors")), Tensor())

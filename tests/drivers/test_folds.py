@@ -130,7 +130,7 @@ def test_task_weights_may_name_tasks_of_later_steps(tmp_path):
     models = relatives(build(), 4)
     Pairwise().run(job_of(tmp_path, models, objective=objective))
     objective = Objective([CrossEntropy()], task_weights={"d": 2.0})
-    with pytest.raises(ConfigError, match="'d' is no task; there are a, b, c"):
+    with pytest.raises(ConfigError, match=r"unknown task 'd' \(choose from a, b, c\)"):
         Pairwise().run(job_of(tmp_path / "other", models, objective=objective))
 
 
@@ -346,6 +346,6 @@ def test_a_head_serves_a_task_of_a_plain_fit(tmp_path):
 def test_a_step_whose_tasks_have_no_weight_is_rejected_before_the_first(tmp_path, driver):
     objective = Objective(task_weights={"a": 0.0, "b": 0.0})
     job = job_of(tmp_path, relatives(build(), 4), objective=objective)
-    with pytest.raises(ConfigError, match=r"every task here weighs 0 \(a, b\)"):
+    with pytest.raises(ConfigError, match=r"every task here has weight 0 \(a, b\)"):
         driver.run(job)
     assert not job.folder.exists()

@@ -44,8 +44,8 @@ def test_cross_entropy_is_the_negative_log_probability_of_a_smoothed_target(smoo
     target = torch.full((9, 5), smoothing / 5, dtype=torch.float64)
     target[range(9), labels] += 1 - smoothing
     expected = -(target * Categorical(logits=logits).logits).sum(dim=1).mean()
-    came = CrossEntropy(label_smoothing=smoothing).loss(Predictions(logits, labels))
-    torch.testing.assert_close(came, expected, rtol=1e-12, atol=0)
+    got = CrossEntropy(label_smoothing=smoothing).loss(Predictions(logits, labels))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
@@ -54,10 +54,10 @@ def test_rows_without_a_label_leave_cross_entropy_as_if_they_were_not_there(smoo
     logits, labels = draw(9, 5).requires_grad_(), labels_of(9, 5)
     labels[[1, 4, 8]] = -100
     kept = labels != -100
-    came = term.loss(Predictions(logits, labels))
+    got = term.loss(Predictions(logits, labels))
     expected = term.loss(Predictions(logits[kept], labels[kept]))
-    torch.testing.assert_close(came, expected, rtol=1e-12, atol=0)
-    (gradient,) = torch.autograd.grad(came, logits)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(got, logits)
     assert (gradient[~kept] == 0).all()
     assert (gradient[kept] != 0).all()
 
@@ -80,7 +80,7 @@ def test_a_batch_with_nothing_to_predict_gives_zero_with_zero_gradient(term, row
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, 1.5])
 def test_cross_entropy_refuses_a_smoothing_outside_of_its_range(smoothing):
-    with pytest.raises(ConfigError, match=r"label_smoothing must lie in \[0, 1\), got"):
+    with pytest.raises(ConfigError, match=r"label_smoothing: expected a share in \[0, 1\), got"):
         CrossEntropy(label_smoothing=smoothing)
 
 
@@ -131,9 +131,9 @@ def test_causal_cross_entropy_equals_the_reference_network_s_own_loss(family):
     labels[0, 3] = -100
     output = models[0](**inputs, labels=labels)
     rows, kept, _ = next_token_rows(output.logits, labels, None, shift=True)
-    came = CrossEntropy().loss(Predictions(rows, kept))
-    # transformers takes its loss in float32
-    torch.testing.assert_close(came, output.loss.double(), rtol=1e-6, atol=0)
+    got = CrossEntropy().loss(Predictions(rows, kept))
+    # transformers computes its loss in float32
+    torch.testing.assert_close(got, output.loss.double(), rtol=1e-6, atol=0)
 
 
 def test_logits_of_another_rank_are_refused():
@@ -156,8 +156,8 @@ def test_entropy_is_one_for_uniform_and_zero_for_certain_predictions(classes):
 def test_entropy_equals_that_of_the_distribution_over_log_classes():
     logits = 2 * draw(8, 6)
     expected = Categorical(logits=logits).entropy().mean() / math.log(6)
-    came = Entropy().loss(Predictions(logits))
-    torch.testing.assert_close(came, expected, rtol=1e-12, atol=0)
+    got = Entropy().loss(Predictions(logits))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e6, 1e30, 3e38])
@@ -174,8 +174,8 @@ def test_marginal_entropy_equals_that_of_the_mean_prediction():
     logits = 2 * draw(8, 6)
     each = Categorical(logits=logits).entropy().mean()
     whole = Categorical(probs=logits.softmax(dim=1).mean(dim=0)).entropy()
-    came = Entropy(marginal=0.7).loss(Predictions(logits))
-    torch.testing.assert_close(came, (each - 0.7 * whole) / math.log(6), rtol=1e-10, atol=0)
+    got = Entropy(marginal=0.7).loss(Predictions(logits))
+    torch.testing.assert_close(got, (each - 0.7 * whole) / math.log(6), rtol=1e-10, atol=0)
 
 
 def test_marginal_entropy_prefers_varied_predictions_to_one_class_for_all():
@@ -197,8 +197,8 @@ def test_divergence_equals_torch_distributions_times_temperature_squared(tempera
         Categorical(logits=teacher / temperature), Categorical(logits=student / temperature)
     ).mean()
     term = KLToSource(temperature=temperature)
-    came = term.loss(Predictions(student, teacher=teacher))
-    torch.testing.assert_close(came, temperature**2 * expected, rtol=1e-10, atol=0)
+    got = term.loss(Predictions(student, teacher=teacher))
+    torch.testing.assert_close(got, temperature**2 * expected, rtol=1e-10, atol=0)
 
 
 def test_divergence_is_zero_with_zero_gradient_for_equal_predictions():
@@ -210,7 +210,7 @@ def test_divergence_is_zero_with_zero_gradient_for_equal_predictions():
 
 
 def test_divergence_s_gradient_does_not_shrink_with_the_temperature():
-    """That is what the factor T^2 is for: at high T it tends to the squared distance of logits."""
+    """The factor T^2 ensures this: at high T the loss tends to the squared distance of logits."""
     student, teacher = draw(7, 5).requires_grad_(), draw(7, 5, seed=2)
     KLToSource(temperature=1e3).loss(Predictions(student, teacher=teacher)).backward()
     difference = (student - teacher).detach()
@@ -242,12 +242,12 @@ def test_the_ensemble_s_divergence_equals_torch_distributions_of_mean_probabilit
     sources = torch.stack([3 * draw(7, 5, seed=seed) for seed in (2, 3, 4)])
     mean = Categorical(probs=(sources / temperature).softmax(dim=-1).mean(dim=0))
     expected = kl_divergence(mean, Categorical(logits=student / temperature)).mean()
-    came = KLToEnsemble(temperature=temperature).loss(Predictions(student, ensemble=sources))
-    torch.testing.assert_close(came, temperature**2 * expected, rtol=1e-10, atol=0)
+    got = KLToEnsemble(temperature=temperature).loss(Predictions(student, ensemble=sources))
+    torch.testing.assert_close(got, temperature**2 * expected, rtol=1e-10, atol=0)
     # its gradient is the mean of the gradients of distilling each source alone
     each = KLToSource(temperature=temperature)
     alone = [each.loss(Predictions(student, teacher=source)) for source in sources]
-    (gradient,) = torch.autograd.grad(came, student)
+    (gradient,) = torch.autograd.grad(got, student)
     (expected,) = torch.autograd.grad(torch.stack(alone).mean(), student)
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
 
@@ -263,7 +263,7 @@ def test_the_ensemble_is_not_what_the_mean_of_logits_would_give():
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_divergence_refuses_a_temperature_that_is_not_positive(temperature):
     for term in (KLToSource, KLToEnsemble):
-        with pytest.raises(ConfigError, match=f"{term.__name__}: temperature must be positive"):
+        with pytest.raises(ConfigError, match=f"{term.__name__}.temperature: expected a positive"):
             term(temperature=temperature)
 
 
@@ -316,7 +316,7 @@ def published_dam(divergences, coefficients, similarity=0.01, overlap=0.0):
     total = sum(divergences)
     for c in coefficients.values():
         if c.dim() == 1:
-            continue  # a layer's bias has no part in it
+            continue  # biases do not count
         cosines, smaller = [], []
         for a, b in ((0, 1), (0, 2), (1, 2)):
             x, y = c[a].flatten(), c[b].flatten()
@@ -343,7 +343,7 @@ def test_a_sum_over_tensors_is_the_published_loss_of_dam_over_the_number_of_task
     found = [
         [(c.square().sum() * (i + 1)).sin() for i, c in enumerate(own.values())] for own in leaves
     ]
-    found = [[*losses, losses[0] * losses[1]] for losses in found]  # four stand for divergences
+    found = [[*losses, losses[0] * losses[1]] for losses in found]  # four divergences
     ours = sum(s * loss for s, loss in zip(shares, found[0], strict=True))
     ours = ours + objective.penalty(leaves[0], START)
     theirs = published_dam(found[1], leaves[1], **weights) / 4
@@ -358,13 +358,13 @@ def test_a_sum_over_tensors_is_the_published_loss_of_dam_over_the_number_of_task
 
 
 @pytest.mark.parametrize(("kind", "count"), [(L1, 27), (L2ToInit, 27), (FisherToInit, 27), (Lp, 9)])
-def test_the_other_penalties_sum_over_what_they_take_the_mean_of(kind, count):
+def test_the_other_penalties_can_sum_instead_of_averaging(kind, count):
     more = (COEFFICIENTS,) if kind is FisherToInit else ()
     mean = kind().penalty(COEFFICIENTS, START, *more)
     total = kind(reduce="sum").penalty(COEFFICIENTS, START, *more)
     assert total.item() == pytest.approx(count * mean.item(), rel=1e-12)
     with pytest.raises(
-        ConfigError, match=f"{kind.__name__}: reduce: expected mean or sum, got 'max'"
+        ConfigError, match=f"{kind.__name__}.reduce: expected mean or sum, got 'max'"
     ):
         kind(reduce="max")
 
@@ -390,8 +390,8 @@ def test_loss_and_penalty_are_weighted_sums():
     expected = 2 * CrossEntropy().loss(predictions) + 0.5 * Entropy().loss(predictions)
     torch.testing.assert_close(objective.loss(predictions), expected, rtol=1e-12, atol=0)
     l1, l2 = L1().penalty(COEFFICIENTS, START), L2ToInit().penalty(COEFFICIENTS, START)
-    came = objective.penalty(COEFFICIENTS, START)
-    torch.testing.assert_close(came, 3 * l1 + 0.25 * l2, rtol=1e-12, atol=0)
+    got = objective.penalty(COEFFICIENTS, START)
+    torch.testing.assert_close(got, 3 * l1 + 0.25 * l2, rtol=1e-12, atol=0)
 
 
 def test_task_weights_are_normalised_over_the_tasks_of_a_step():
@@ -410,7 +410,7 @@ def test_the_loss_is_a_mean_of_labelled_rows_where_a_term_needs_labels():
     assert Objective([Entropy()]).rows(Predictions(unlabelled, labels)) == 4
 
 
-def test_what_terms_need_is_known():
+def test_an_objective_knows_the_needs_of_its_terms():
     plain = Objective([Entropy()])
     both = Objective([CrossEntropy(), KLToSource()])
     assert (plain.needs_labels, plain.needs_teacher) == (False, False)
@@ -421,7 +421,7 @@ def test_what_terms_need_is_known():
 
 def test_an_unknown_task_in_the_weights_names_the_nearest():
     objective = Objective(task_weights={"svnh": 2.0})
-    with pytest.raises(ConfigError, match=r"'svnh' is no task; .*Did you mean 'svhn'\?"):
+    with pytest.raises(ConfigError, match=r"unknown task 'svnh' .*Did you mean 'svhn'\?"):
         objective.require_tasks(["mnist", "svhn"])
     Objective(task_weights={"svhn": 2.0}).require_tasks(["mnist", "svhn"])
 
@@ -439,5 +439,5 @@ def test_negative_task_weights_are_refused():
 def test_task_weights_that_leave_nothing_to_learn_are_refused():
     objective = Objective(task_weights={"a": 0.0, "b": 0.0})
     objective.require_tasks(["a", "b", "c"])
-    with pytest.raises(ConfigError, match=r"every task here weighs 0 \(a, b\)"):
+    with pytest.raises(ConfigError, match=r"every task here has weight 0 \(a, b\)"):
         objective.require_tasks(["a", "b"])

@@ -28,7 +28,7 @@ def kernels(request, monkeypatch):
 
 
 def spread_of(kind: str, shape: tuple[int, ...]) -> tuple[Spread, tuple[int, ...]]:
-    """A spread and the shape of a source's coefficients."""
+    """Return a spread and the shape of the coefficients of one source."""
     size = torch.Size(shape).numel()
     if kind == "first":
         return Spread("axis", 0), (shape[0],)
@@ -56,7 +56,7 @@ def expand(coefficient: torch.Tensor, spread: Spread, shape: tuple[int, ...]) ->
 
 
 def make(shape, dtype, origin, spread_kind, sources=3):
-    """Terms near one another; with origin "directions" they are small and the base is added."""
+    """Return similar terms; with origin "directions" they are small and the base is added."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size):
@@ -85,7 +85,7 @@ def exact(terms, spread, coefficient, grad):
     spread_out = expand(leaf, spread, tuple(terms.shape))
     theta = anchor + (spread_out * (stacked - anchor)).sum(dim=0)
     theta.backward(grad.double())
-    # what the products of one coefficient add up to without their signs: rounding is relative to it
+    # rounding is relative to the sum of the magnitudes of the products
     bound = coefficient.double().requires_grad_()
     size = ((stacked - anchor).abs() * grad.double().abs()).detach()
     (expand(bound, spread, tuple(terms.shape)) * size).sum().backward()
@@ -101,12 +101,12 @@ def test_merge_and_contraction_equal_float64(kernels, dtype, shape, kind, origin
     theta, dc, bound = exact(terms, spread, coefficient, grad)
     out = Linear().combine(terms, coefficient, spread, torch.empty(shape))
     torch.testing.assert_close(out.double(), theta, rtol=1e-6, atol=2e-6)
-    came = Linear().contract(terms, grad, coefficient, spread)
-    assert came.shape == coefficient.shape
+    got = Linear().contract(terms, grad, coefficient, spread)
+    assert got.shape == coefficient.shape
     if origin == "mean":
         # a direction is itself a sum of differences, whose rounding is relative to these
         bound += bound.max()
-    assert ((came.double() - dc).abs() <= 3e-7 * bound).all()
+    assert ((got.double() - dc).abs() <= 3e-7 * bound).all()
 
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -120,8 +120,8 @@ def test_16_bit_results_and_gradients(kernels, kind, out_dtype):
     # rounded once, from a float32 sum: at most one unit in the last place where that is a tie
     ulp = torch.finfo(out_dtype).eps
     assert ((out.double() - theta).abs() <= 0.51 * ulp * theta.abs() + 2e-6).all()
-    came = Linear().contract(terms, grad, coefficient, spread)
-    assert ((came.double() - dc).abs() <= 3e-7 * bound).all()
+    got = Linear().contract(terms, grad, coefficient, spread)
+    assert ((got.double() - dc).abs() <= 3e-7 * bound).all()
 
 
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32], ids=str)
@@ -131,13 +131,13 @@ def test_a_float64_result_is_merged_in_float64(kernels, stored):
     out = torch.empty(64, 65, dtype=torch.float64)
     Linear().combine(terms, coefficient.double(), spread, out)
     torch.testing.assert_close(out, theta, rtol=1e-13, atol=1e-13)
-    came = Linear().contract(terms, grad.double(), coefficient.double(), spread)
-    torch.testing.assert_close(came, dc, rtol=1e-12, atol=1e-12)
+    got = Linear().contract(terms, grad.double(), coefficient.double(), spread)
+    torch.testing.assert_close(got, dc, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", SPREADS)
 def test_terms_that_lie_awkwardly(kernels, kind):
-    """Transposed, and at an address that is no multiple of the number's size."""
+    """Transposed terms, and terms at an address that is not a multiple of the item size."""
     terms, spread, coefficient, grad = make((64, 65), torch.float32, "base", kind)
     theta, dc, bound = exact(terms, spread, coefficient, grad)
     raw = torch.zeros(64 * 65 * 4 + 1, dtype=torch.uint8)
@@ -147,8 +147,8 @@ def test_terms_that_lie_awkwardly(kernels, kind):
     awkward = Terms(sources, terms.origin)
     out = Linear().combine(awkward, coefficient, spread, torch.empty(64, 65))
     torch.testing.assert_close(out.double(), theta, rtol=1e-6, atol=1e-6)
-    came = Linear().contract(awkward, grad.t().contiguous().t(), coefficient, spread)
-    assert ((came.double() - dc).abs() <= 3e-7 * bound).all()
+    got = Linear().contract(awkward, grad.t().contiguous().t(), coefficient, spread)
+    assert ((got.double() - dc).abs() <= 3e-7 * bound).all()
 
 
 @pytest.mark.parametrize("kind", SPREADS)
@@ -193,7 +193,7 @@ def test_bfloat16_rounds_as_torch_does(kernels):
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """An empty cache folder, and nothing loaded."""
+    """An empty cache folder, with no library loaded."""
     native._load.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("GRADMERGE_KERNELS", raising=False)
@@ -219,7 +219,7 @@ def test_without_a_compiler_torch_does_it(fresh, monkeypatch, recwarn):
 
 def test_a_compiler_that_fails_is_said_and_torch_does_it(fresh, monkeypatch):
     monkeypatch.setenv("CC", "false")
-    with pytest.warns(UserWarning, match=r"could not be built or loaded: .*false .*goes on"):
+    with pytest.warns(UserWarning, match=r"could not be built or loaded: .*false .*continues with"):
         assert native.native_kernels() is None
     assert not list((fresh / "gradmerge").iterdir())
     monkeypatch.setenv("GRADMERGE_KERNELS", "native")
@@ -236,7 +236,7 @@ assert native.native_kernels() is not None
 
 @needs_compiler
 def test_a_damaged_library_in_the_cache_is_built_anew(fresh):
-    # in processes of their own: a system does not open one path twice
+    # in separate processes: a system does not load one path twice
     subprocess.run([sys.executable, "-c", BUILT], check=True, timeout=120)
     (library,) = (fresh / "gradmerge").iterdir()
     whole = library.read_bytes()
@@ -266,6 +266,6 @@ def test_without_a_home_the_kernels_are_built_for_the_process(fresh, monkeypatch
 
 
 @needs_compiler
-def test_a_cache_folder_that_cannot_be_made_is_no_obstacle(fresh, monkeypatch):
+def test_kernels_build_without_a_cache_folder(fresh, monkeypatch):
     (fresh / "gradmerge").write_text("a file where the folder should be")
     assert native.native_kernels() is not None

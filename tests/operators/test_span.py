@@ -46,7 +46,7 @@ SHAPES = [(4, 5), (2, 1, 2, 3), (8,)]
 
 
 def vectors(per, shape):
-    """The dimensions along which a vector runs."""
+    """Return the dimensions along which a vector runs."""
     if per == "tensor" or len(shape) < 2:
         return tuple(range(len(shape)))
     return (len(shape) - 1,) if per == "row" else (0,)
@@ -179,7 +179,7 @@ def make(case, shape, dtype, origin, kind, size=1.0):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     base, taken_off = draw(*shape), origin.startswith("directions")
-    common = draw(*shape)  # what sources share, so that angles are neither 0 nor 90 degrees
+    common = draw(*shape)  # a shared part, so that angles are neither 0 nor 90 degrees
     directions = [size * (draw(*shape) + common) for _ in range(case.sources)]
     near = [(d if taken_off else base + d).to(dtype) for d in directions]
     anchor = base.to(dtype) if origin in FROM_BASE else None
@@ -188,7 +188,7 @@ def make(case, shape, dtype, origin, kind, size=1.0):
         case.sources, *slot, generator=generator, dtype=torch.float64
     )
     if origin == "mean":
-        coefficient[0] += 1  # equal ones nearly balance, and a direction of nothing has no digits
+        coefficient[0] += 1  # equal ones nearly cancel, and a direction near zero has no digits
     return Terms(near, anchor, origin == "mean", taken_off), spread, coefficient, draw(*shape)
 
 
@@ -226,9 +226,9 @@ def test_merge_and_gradient_equal_the_formula_in_float64(name, kind, monkeypatch
             out = torch.empty(shape, dtype=torch.float64)
             assert case.operator.combine(terms, coefficient, spread, out) is out
             torch.testing.assert_close(out, theta, rtol=1e-9, atol=1e-9)
-            came = case.operator.contract(terms, grad, coefficient, spread)
-            assert came.shape == coefficient.shape
-            torch.testing.assert_close(came, slope, rtol=1e-9, atol=1e-9)
+            got = case.operator.contract(terms, grad, coefficient, spread)
+            assert got.shape == coefficient.shape
+            torch.testing.assert_close(got, slope, rtol=1e-9, atol=1e-9)
             largest = max(largest, float(slope.abs().max()))
     assert largest > 0.1, "nothing was tested"
 
@@ -243,11 +243,11 @@ def test_stored_types_and_kernels(kernels, name, kind, dtype):  # noqa: F811
     theta, slope = exact(case, terms, spread, coefficient, grad)
     out = case.operator.combine(terms, coefficient.float(), spread, torch.empty(40, 33))
     torch.testing.assert_close(out.double(), theta, rtol=1e-6, atol=2e-6)
-    came = case.operator.contract(terms, grad.float(), coefficient.float(), spread)
-    assert came.dtype == torch.float32
+    got = case.operator.contract(terms, grad.float(), coefficient.float(), spread)
+    assert got.dtype == torch.float32
     # a slope is a sum of products of the gradient, whose sizes are about 1, and directions
     bound = 1e-6 * (terms.shape.numel() if kind == "scalar" else 40)
-    torch.testing.assert_close(came.double(), slope, rtol=1e-5, atol=bound)
+    torch.testing.assert_close(got.double(), slope, rtol=1e-5, atol=bound)
 
 
 def test_several_blocks_of_a_large_tensor():
@@ -259,8 +259,8 @@ def test_several_blocks_of_a_large_tensor():
         theta, slope = exact(case, terms, spread, coefficient, grad)
         out = case.operator.combine(terms, coefficient, spread, torch.empty(260, 700))
         torch.testing.assert_close(out.double(), theta, rtol=1e-6, atol=2e-6)
-        came = case.operator.contract(terms, grad.float(), coefficient, spread)
-        torch.testing.assert_close(came, slope, rtol=1e-5, atol=1e-3)
+        got = case.operator.contract(terms, grad.float(), coefficient, spread)
+        torch.testing.assert_close(got, slope, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -277,8 +277,8 @@ def test_scalars_and_empty_tensors(name):
     coefficient = torch.ones(case.sources)
     out = case.operator.combine(empty, coefficient, Spread("scalar"), torch.empty(0, 3))
     assert out.shape == (0, 3)
-    came = case.operator.contract(empty, torch.empty(0, 3), coefficient, Spread("scalar"))
-    assert torch.equal(came, torch.zeros(case.sources))
+    got = case.operator.contract(empty, torch.empty(0, 3), coefficient, Spread("scalar"))
+    assert torch.equal(got, torch.zeros(case.sources))
 
 
 # ---- closed forms and edges ---------------------------------------------------------------------
@@ -294,9 +294,9 @@ def merged(operator, sources, coefficient, base=None):
     return out
 
 
-def close(came, *expected):
+def close(got, *expected):
     torch.testing.assert_close(
-        came, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
+        got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
     )
 
 
@@ -341,11 +341,11 @@ def test_parallel_opposite_and_missing_directions():
     close(merged(Slerp("row"), [x[None], -x[None]], [0.75, 0.25]), [0.5, 1, 1])
     for operator in (MultiSlerp(), Karcher()):
         close(merged(operator, [x, 3 * x], [0.5, 0.5]), 2, 4, 4)
-        # lengths are averaged, and what has none has no direction
+        # lengths are averaged, and vectors of length 0 have no direction
         close(merged(operator, [x, 0 * x], [0.5, 0.5]), 0.5, 1, 1)
     close(merged(MultiSlerp(), [x, -x], [0.5, 0.5]), 0, 0, 0)
     close(merged(Karcher(), [x, -x], [0.5, 0.5]), 1, 2, 2)  # the first is where it starts
-    # coefficients that say no proportion are taken as equal
+    # coefficients that cannot be normalised count as equal
     close(merged(Slerp(), [x, 3 * x], [0.5, -0.5]), 2, 4, 4)
 
 
@@ -366,7 +366,7 @@ def test_nearswap_by_hand_and_negative_thresholds():
     close(merged(NearSwap(), [source, source], [0.2, 9.0], base), 1.7, 0.8, 1, -2.2)
 
 
-def test_what_is_known_of_frozen_tensors_is_worked_out_once(monkeypatch):
+def test_gram_matrices_of_frozen_tensors_are_computed_once(monkeypatch):
     calls = []
     original = span._gram
     monkeypatch.setattr(span, "_gram", lambda *args: calls.append(1) or original(*args))
@@ -389,7 +389,7 @@ def test_a_checkpoint_says_which_operator_it_was(name):
 
 
 def test_an_election_of_directions_from_the_mean_is_warned_of():
-    """They add up to zero: under equal coefficients rounding would elect."""
+    """They sum to zero: with equal coefficients, rounding would elect the signs."""
     two = {name: InMemory(torch.nn.Linear(4, 2)) for name in "ab"}
     with pytest.warns(UserWarning, match="rounding elects the sign of every entry that all"):
         Recipe(sources=two, origin="mean", operator=DisjointMean())
@@ -412,22 +412,22 @@ def test_merges_that_cannot_be_expressed_are_refused():
             Recipe(sources=two, operator=operator)
     with pytest.raises(ConfigError, match=r"ModelStock: expected two sources or more.*got 1"):
         Recipe(sources={"m": models[0]}, base=base, operator=ModelStock())
-    with pytest.raises(ConfigError, match=r"threshold in \[0, 1\), got 1"):
+    with pytest.raises(ConfigError, match=r"threshold: expected a number in \[0, 1\), got 1"):
         Slerp(threshold=1)
-    with pytest.raises(ConfigError, match="max_iter >= 0, got -1"):
+    with pytest.raises(ConfigError, match="max_iter: expected at least 0, got -1"):
         Karcher(max_iter=-1)
-    with pytest.raises(ConfigError, match=r"tol in \(0, 1\), got 0"):
+    with pytest.raises(ConfigError, match=r"tol: expected a number in \(0, 1\), got 0"):
         Karcher(tol=0)
     for operator in (MultiSlerp(), Karcher()):
         with pytest.raises(ConfigError, match="coefficients sum to zero"):
             merged(operator, [[1.0, 0], [0, 1.0]], [0.5, -0.5])
     balanced = [[1.0, 0], [-0.5, 0.75**0.5], [-0.5, -(0.75**0.5)]]
-    with pytest.raises(ConfigError, match="balance the directions out"):
+    with pytest.raises(ConfigError, match="weighted directions cancel out"):
         merged(MultiSlerp(), balanced, [1 / 3] * 3)
 
 
 class Constants(Linear):
-    """An operator that nothing can be learned through."""
+    """An operator without a gradient."""
 
     differentiable = False
 
@@ -471,7 +471,7 @@ def test_a_network_learns_through_it(family, name, memory):
         anchor = base[key].detach()
         directions = torch.stack([tensors[key].detach() - anchor for tensors in named])
         thetas[key] = anchor + case.formula(directions, leaf[:, i], anchor)
-    # norms of the layers start at one and zero noise there is none: every tensor has directions
+    # every tensor has a nonzero direction
     expected = logits_of(functional_call(models[0], thetas, (), inputs)).square().mean()
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
@@ -513,5 +513,5 @@ def test_ties_is_trim_and_disjoint_mean(family):
             bound = direction.abs().flatten().topk(count).values[-1]
             kept.append(torch.where(direction.abs() >= bound, direction, 0).double())
         formula = base.double() + disjoint()(torch.stack(kept), torch.full((3,), 1 / 3).double(), 0)
-        came = plan.materialise(name, plan.initial_raw())
-        torch.testing.assert_close(came.double(), formula, rtol=1e-6, atol=1e-7)
+        got = plan.materialise(name, plan.initial_raw())
+        torch.testing.assert_close(got.double(), formula, rtol=1e-6, atol=1e-7)

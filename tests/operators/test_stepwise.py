@@ -1,4 +1,4 @@
-"""`Linear(form="directions")`: every difference, product and sum rounded, in a stated order."""
+"""`Linear(form="directions")`: every difference, product and sum is rounded, in a given order."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def draw(*shape, seed=0):
 
 
 def probabilities(direction, density, epsilon):
-    """By a full stable sort along axis 1, in float64."""
+    """Return probabilities from a full stable sort along axis 1, in float64."""
     if direction.dim() < 2:
         return probabilities(direction.view(1, -1), density, epsilon).view(direction.shape)
     size = direction.shape[1]
@@ -31,7 +31,7 @@ def probabilities(direction, density, epsilon):
 
 
 def drawn(shape, source, seed):
-    """The draws of a source, a row along axis 1 after the other, as they stand in the tensor."""
+    """Return the draws of one source, row by row along axis 1, in the layout of the tensor."""
     generator = SITE.generator(seed, source)
     if len(shape) < 3:
         return torch.rand(shape, generator=generator)
@@ -43,24 +43,24 @@ def drawn(shape, source, seed):
 @pytest.mark.parametrize(("density", "epsilon"), [(0.5, 0.15), (0.2, 0.1), (0.9, 0.0)])
 def test_magnitude_drop_keeps_by_rank_and_rescales_by_probability(shape, density, epsilon):
     directions = draw(3, *shape)
-    came = MagnitudeDrop(density, epsilon, seed=3)(directions.clone(), SITE)
+    got = MagnitudeDrop(density, epsilon, seed=3)(directions.clone(), SITE)
     for k, source in enumerate(SITE.sources):
         p = probabilities(directions[k], density, epsilon)
         draws = drawn(shape, source, 3)
         kept = draws < p
         expected = torch.where(kept, directions[k].double() / p, 0.0)
-        torch.testing.assert_close(came[k].double(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(got[k].double(), expected, rtol=1e-6, atol=0)
 
 
 def test_the_mean_over_draws_is_the_direction():
     directions = torch.rand(1, 4000, 16, generator=torch.Generator().manual_seed(1)) + 0.5
     directions = directions[:, :1].expand(-1, 4000, -1).contiguous()  # 4000 draws of one row
-    came = MagnitudeDrop(0.4, 0.25)(directions.clone(), Site("x", ("a",)))[0].double()
+    got = MagnitudeDrop(0.4, 0.25)(directions.clone(), Site("x", ("a",)))[0].double()
     row = directions[0, 0].double()
     p = probabilities(directions[0, :1], 0.4, 0.25)[0]
     deviation = row * ((1 - p) / p / 4000).sqrt()
-    assert ((came.mean(dim=0) - row).abs() < 5 * deviation).all()
-    kept = (came != 0).double().mean(dim=0)
+    assert ((got.mean(dim=0) - row).abs() < 5 * deviation).all()
+    kept = (got != 0).double().mean(dim=0)
     assert ((kept - p).abs() < 5 * (p * (1 - p) / 4000).sqrt()).all()
     assert kept[row.argmax()] > 0.6 > 0.2 > kept[row.argmin()]
 
@@ -71,7 +71,7 @@ def test_equal_to_mergekit_given_the_same_draws(shape, rescale, monkeypatch):
     sparsify = pytest.importorskip("mergekit.sparsify", reason="mergekit is the oracle")
     directions = draw(3, *shape)
     name = "l1" if rescale else "none"
-    came = MagnitudeDrop(0.5, 0.2, name, seed=5)(directions.clone(), SITE)
+    got = MagnitudeDrop(0.5, 0.2, name, seed=5)(directions.clone(), SITE)
     for k, source in enumerate(SITE.sources):
         draws = drawn(shape, source, 5)
         monkeypatch.setattr(
@@ -79,7 +79,7 @@ def test_equal_to_mergekit_given_the_same_draws(shape, rescale, monkeypatch):
         )
         norm = sparsify.RescaleNorm.l1 if rescale else None
         expected = sparsify.della_magprune(directions[k], 0.5, 0.2, norm)
-        torch.testing.assert_close(came[k], expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(got[k], expected, rtol=1e-6, atol=0)
 
 
 def test_the_recipe_of_della_linear_merges_like_mergekit_given_the_same_draws(monkeypatch):
@@ -119,25 +119,25 @@ def test_the_recipe_of_della_linear_merges_like_mergekit_given_the_same_draws(mo
 def test_draws_belong_to_a_source_and_tensor():
     directions = torch.ones(3, 2000)
     step = MagnitudeDrop(0.5, 0.1, "none", seed=4)
-    came = step(directions.clone(), SITE)
-    assert not torch.equal(came[0], came[1])
+    got = step(directions.clone(), SITE)
+    assert not torch.equal(got[0], got[1])
     again = step(torch.ones(2, 2000), Site(SITE.name, ("c", "a")))
-    assert torch.equal(again, came[[2, 0]])
+    assert torch.equal(again, got[[2, 0]])
     other = step(torch.ones(3, 2000), Site("other", SITE.sources))
-    assert not torch.equal(other[0], came[0])
+    assert not torch.equal(other[0], got[0])
     assert not torch.equal(
-        MagnitudeDrop(0.5, 0.1, "none", seed=5)(torch.ones(3, 2000), SITE)[0], came[0]
+        MagnitudeDrop(0.5, 0.1, "none", seed=5)(torch.ones(3, 2000), SITE)[0], got[0]
     )
 
 
 def test_shares_by_source_and_tensor_and_the_ends_of_the_range():
     directions = draw(3, 20, 30)
     settings = {r"layers\.0": [0.0, 0.5, 1.0], ".*": 0.5}
-    came = MagnitudeDrop(settings, {".*": [0.0, 0.1, 0.3]})(directions.clone(), SITE)
-    assert not came[0].any()
-    assert torch.equal(came[2], directions[2])
+    got = MagnitudeDrop(settings, {".*": [0.0, 0.1, 0.3]})(directions.clone(), SITE)
+    assert not got[0].any()
+    assert torch.equal(got[2], directions[2])
     alone = MagnitudeDrop(0.5, 0.1)(directions[1:2].clone(), Site(SITE.name, ("b",)))
-    assert torch.equal(came[1], alone[0])
+    assert torch.equal(got[1], alone[0])
 
 
 def test_probabilities_must_lie_within_the_open_interval():

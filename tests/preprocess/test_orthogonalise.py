@@ -94,26 +94,26 @@ def test_norms_may_be_each_tensors_own():
 
 
 def test_a_repeated_source_adds_nothing():
-    """Projected off itself with everything protected, nothing of it remains."""
+    """Projected off itself with everything protected, it becomes zero."""
     one = draw(8, 12)
-    came = Orthogonalise(1.0)(torch.stack([one, one]), Site("x", ("a", "b")))
-    assert came[1].abs().max() < 1e-6 * float(one.norm())
-    torch.testing.assert_close(came.sum(dim=0), one)
+    got = Orthogonalise(1.0)(torch.stack([one, one]), Site("x", ("a", "b")))
+    assert got[1].abs().max() < 1e-6 * float(one.norm())
+    torch.testing.assert_close(got.sum(dim=0), one)
 
 
 def test_orthogonal_directions_stay_as_they_are_but_for_the_scale():
     directions = torch.zeros(2, 6, 8)
     directions[0, :3, :4] = draw(3, 4)
     directions[1, 3:, 4:] = draw(3, 4, seed=1)
-    came = Orthogonalise()(directions.clone(), Site("x", ("a", "b")))
+    got = Orthogonalise()(directions.clone(), Site("x", ("a", "b")))
     norms = directions.double().flatten(1).norm(dim=1)
     scale = float(norms.mean() / norms.square().sum().sqrt())
-    torch.testing.assert_close(came, directions * scale, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, directions * scale, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("scope", ["model", "tensor"])
 def test_a_merge_may_go_on_from_an_earlier_one(scope):
-    """The third and fourth onto the merge of two, with its lambda, are all four at once."""
+    """Continuing the merge of two sources, with its lambda, equals merging all four at once."""
     tensors, passes = model(4)
     options = {"scope": scope, "alpha": 0.4}
 
@@ -131,7 +131,7 @@ def test_a_merge_may_go_on_from_an_earlier_one(scope):
     own, first = lengths({n: d[0] for n, d in tensors.items()}), {}
     for site, directions in some(0, 2)():
         first[site.name] = float(early(directions, site)[0].double().norm())
-    scale = sum(own.values()) / sum(first.values())  # lambda: what the first was divided by
+    scale = sum(own.values()) / sum(first.values())  # lambda, by which the first was divided
     if scope == "tensor":
         site, _ = next(iter(passes()))
         tensors = {site.name: tensors[site.name]}
@@ -146,9 +146,9 @@ def test_a_merge_may_go_on_from_an_earlier_one(scope):
     late = Chain([Orthogonalise(**options, earlier_scale=scale, earlier_sources=2)], onto)
     full = {s.name: (s, d) for s, d in passes()}
     for site, directions in onto():
-        came = late(directions, site).sum(dim=0)
+        got = late(directions, site).sum(dim=0)
         wanted = whole(*reversed(full[site.name])).sum(dim=0)
-        torch.testing.assert_close(came, wanted, rtol=2e-5, atol=2e-5 * float(wanted.abs().max()))
+        torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("scope", ["model", "tensor"])
@@ -163,8 +163,8 @@ def test_zero_directions(scope):
 
 
 def test_alpha_is_a_share():
-    with pytest.raises(ConfigError, match=r"alpha: expected in \[0, 1\], got 1.5"):
+    with pytest.raises(ConfigError, match=r"alpha: expected a share in \[0, 1\], got 1.5"):
         Orthogonalise(1.5)
     for wrong in ({"earlier_scale": 0.0}, {"earlier_sources": 0}):
-        with pytest.raises(ConfigError, match="expected a positive earlier_scale"):
+        with pytest.raises(ConfigError, match=r"earlier_\w+: expected"):
             Orthogonalise(**wrong)

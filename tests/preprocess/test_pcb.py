@@ -56,13 +56,13 @@ def competition(flat, ratio, clip):
 def test_equal_to_the_formula_over_the_whole_model(num, ratio, clip):
     tensors, passes = model(num, [(40, 30), (70,), (), (8, 4, 3, 3), (0, 3)])
     step = Chain([ParameterCompetition(ratio, clip)], passes)
-    came = torch.cat([flat_of(step(d, site)) for site, d in passes()], dim=1).double()
+    got = torch.cat([flat_of(step(d, site)) for site, d in passes()], dim=1).double()
     flat = torch.cat([flat_of(d) for d in tensors.values()], dim=1).double()
     expected = competition(flat, ratio, clip)
-    torch.testing.assert_close(came, expected, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(got, expected, rtol=2e-3, atol=1e-6)
     # float32 scores may swap neighbours at the quantile, no more
-    assert ((came != 0) != (expected != 0)).sum() <= 2 * num
-    assert abs(int((came[0] != 0).sum()) - ratio * came.shape[1]) <= 2
+    assert ((got != 0) != (expected != 0)).sum() <= 2 * num
+    assert abs(int((got[0] != 0).sum()) - ratio * got.shape[1]) <= 2
 
 
 def test_the_sum_is_an_average_weighted_by_shares():
@@ -93,17 +93,17 @@ def test_many_sources_do_not_overflow():
     many = torch.cat([tensors["t0"]] * 13)
     sources = tuple(f"s{i}" for i in range(len(many)))
     step = Chain([ParameterCompetition(0.5)], lambda: iter([(Site("x", sources), many.clone())]))
-    came = step(many.clone(), Site("x", sources))
-    assert torch.isfinite(came).all()
-    assert came.any()
+    got = step(many.clone(), Site("x", sources))
+    assert torch.isfinite(got).all()
+    assert got.any()
 
 
 def test_directions_without_a_winner_vanish():
     step = ParameterCompetition(0.5)
     assert not step(torch.zeros(2, 5, 5), Site("x", ("a", "b"))).any()
-    came = step(torch.stack([draw(5, 5), torch.zeros(5, 5)]), Site("x", ("a", "b")))
-    assert came[0].any()
-    assert not came[1].any()
+    got = step(torch.stack([draw(5, 5), torch.zeros(5, 5)]), Site("x", ("a", "b")))
+    assert got[0].any()
+    assert not got[1].any()
 
 
 def test_shares_are_checked():

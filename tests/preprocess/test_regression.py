@@ -28,7 +28,7 @@ def draw(*shape, seed=0):
 
 
 def inputs(count=3, rows=40, width=5):
-    """Inputs `X_k` of different scale, number and mean, a source."""
+    """Return inputs `X_k` of different scale, number and mean for each source."""
     return [
         (1 + k) * draw(rows + 7 * k, width, seed=k) @ draw(width, width, seed=50 + k) + 0.3 * k
         for k in range(count)
@@ -82,8 +82,8 @@ def test_regmean_of_linear_regressions_is_the_regression_on_all_data():
         [torch.linalg.lstsq(x, y).solution.T for x, y in zip(every, targets, strict=True)]
     )
     whole = torch.linalg.lstsq(torch.cat(every), torch.cat(targets)).solution.T
-    came = merged(RegMean(**EXACT), weights, grams(every))
-    torch.testing.assert_close(came, whole, atol=2e-6, rtol=2e-6)
+    got = merged(RegMean(**EXACT), weights, grams(every))
+    torch.testing.assert_close(got, whole, atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.parametrize("step", [RegMean(), MaTS(), RegMean(off_diagonal=1.0, damping=0.1)])
@@ -106,8 +106,8 @@ def test_the_merge_does_not_depend_on_the_origin(step):
             for s, f in zip(SOURCES, fishers, strict=True)
         }
     base = draw(4, 5, seed=12)
-    came = base + merged(step, weights - base, known)
-    torch.testing.assert_close(came, merged(step, weights, known), atol=3e-6, rtol=0)
+    got = base + merged(step, weights - base, known)
+    torch.testing.assert_close(got, merged(step, weights, known), atol=3e-6, rtol=0)
 
 
 def test_inputs_that_no_data_reach_are_averaged():
@@ -115,8 +115,8 @@ def test_inputs_that_no_data_reach_are_averaged():
     for x in every:
         x[:, 2] = 0
     weights = draw(3, 4, 5, seed=9)
-    came = merged(RegMean(), weights, grams(every))
-    torch.testing.assert_close(came[:, 2], weights[:, :, 2].mean(dim=0), atol=1e-6, rtol=0)
+    got = merged(RegMean(), weights, grams(every))
+    torch.testing.assert_close(got[:, 2], weights[:, :, 2].mean(dim=0), atol=1e-6, rtol=0)
     with pytest.raises(ConfigError, match=r"Gram matrices of layer\.weight are singular"):
         merged(RegMean(damping=0.0), weights, grams(every))
 
@@ -124,8 +124,8 @@ def test_inputs_that_no_data_reach_are_averaged():
 def test_weights_stored_transposed_and_convolutions_in_groups():
     every, weights = inputs(), draw(3, 4, 5, seed=9)
     stored = weights.mT.contiguous()
-    came = merged(RegMean(**EXACT), stored, grams(every, axis=0))
-    torch.testing.assert_close(came.T, closed_form(every, weights), atol=2e-6, rtol=2e-6)
+    got = merged(RegMean(**EXACT), stored, grams(every, axis=0))
+    torch.testing.assert_close(got.T, closed_form(every, weights), atol=2e-6, rtol=2e-6)
     # two groups of two outputs, with three inputs by two positions each
     first, second = inputs(width=6), inputs(width=6)[::-1]
     weights = draw(3, 4, 3, 2, seed=5)
@@ -133,10 +133,10 @@ def test_weights_stored_transposed_and_convolutions_in_groups():
         s: Statistic({"gram": torch.stack([a.T @ a, b.T @ b])}, 1, 1, 0.0)
         for s, a, b in zip(SOURCES, first, second, strict=True)
     }
-    came = merged(RegMean(**EXACT), weights, both)
+    got = merged(RegMean(**EXACT), weights, both)
     flat = weights.flatten(2)
     expected = torch.cat([closed_form(first, flat[:, :2]), closed_form(second, flat[:, 2:])])
-    torch.testing.assert_close(came.flatten(1), expected, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(got.flatten(1), expected, atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.parametrize("step", [RegMean(weights=[1.0, 2.0, 1.0]), MaTS(weights=[1.0, 2.0, 1.0])])
@@ -176,8 +176,8 @@ def test_mats_is_the_direct_solve_for_kfac():
         matrix = share * torch.kron(d.T @ d / 30, x.T @ x / len(x))
         total, right = total + matrix, right + matrix @ weight.flatten()
     expected = torch.linalg.solve(total, right).view(4, 5)
-    came = merged(step, weights, kfac(every, gradients))
-    torch.testing.assert_close(came, expected, atol=1e-6, rtol=1e-6)
+    got = merged(step, weights, kfac(every, gradients))
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_few_iterations_of_mats_are_those_of_conjugate_gradient_from_the_average():
@@ -192,8 +192,8 @@ def test_few_iterations_of_mats_are_those_of_conjugate_gradient_from_the_average
     p = r.clone()
     for count in range(4):
         step = MaTS(count, 0.0, "kfac", damping=0.0)
-        came = merged(step, weights, kfac(every, gradients))
-        torch.testing.assert_close(came.flatten(), x, atol=2e-6, rtol=2e-6)
+        got = merged(step, weights, kfac(every, gradients))
+        torch.testing.assert_close(got.flatten(), x, atol=2e-6, rtol=2e-6)
         alpha = (r @ r) / (p @ total @ p)
         x = x + alpha * p
         new = r - alpha * total @ p
@@ -208,7 +208,7 @@ def test_few_iterations_of_mats_are_those_of_conjugate_gradient_from_the_average
 def test_fisher_is_the_weighted_mean(normalise):
     weights = draw(3, 4, 5, seed=9)
     fishers = draw(3, 4, 5, seed=4).square() * torch.tensor([1.0, 5.0, 0.1]).view(3, 1, 1)
-    fishers[:, 0, 0] = 0  # nobody knows: the plain mean
+    fishers[:, 0, 0] = 0  # without information: the plain mean
     norms = [2.0, 3.0, 0.5]
     known = {
         s: Statistic({"fisher": f}, 1, 1, norm)
@@ -224,13 +224,13 @@ def test_fisher_is_the_weighted_mean(normalise):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RegMean(off_diagonal=1.5), r"off_diagonal in \[0, 1\], got 1\.5"),
-        (lambda: RegMean(damping=-1), "damping of at least 0, got -1"),
+        (lambda: RegMean(off_diagonal=1.5), r"off_diagonal: expected .* \[0, 1\], got 1\.5"),
+        (lambda: RegMean(damping=-1), "damping: expected at least 0, got -1"),
         (lambda: RegMean(weights=0.0), r"RegMean\.weights: expected a number above 0"),
-        (lambda: MaTS(iterations=-1), "expected iterations and a tolerance of at least 0"),
-        (lambda: FisherScale(floor=0), "expected a floor above 0"),
+        (lambda: MaTS(iterations=-1), "iterations: expected at least 0, got -1"),
+        (lambda: FisherScale(floor=0), "floor: expected a number above 0"),
         (lambda: FisherScale(labels="data", per="batch"), "per batch needs labels: model"),
-        (lambda: RegMean()(torch.zeros(1, 2, 2), Site("x", ("a",))), "needs statistics"),
+        (lambda: RegMean()(torch.zeros(1, 2, 2), Site("x", ("a",))), "expected statistics .gram."),
     ],
 )
 def test_wrong_settings_are_refused(make, message):

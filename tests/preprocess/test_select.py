@@ -20,15 +20,15 @@ def draw(*shape, seed=0):
 
 
 @pytest.mark.parametrize("density", [0.0, 0.001, 0.3, 0.99, 1.0])
-def test_select_top_keeps_what_the_sources_disagree_on_most(density):
+def test_select_top_keeps_the_largest_variance(density):
     directions = draw(3, 20, 31)
     directions[:, :4] = directions[:1, :4]  # no variance: never counted
-    came = SelectTop(density)(directions.clone(), SITE)
+    got = SelectTop(density)(directions.clone(), SITE)
     variance = directions.double().var(dim=0, unbiased=False).flatten()
     count = 20 * 31 if density == 1 else int(16 * 31 * density)
     mask = torch.zeros(20 * 31, dtype=torch.bool)
     mask[variance.argsort()[20 * 31 - count :]] = True
-    assert torch.equal(came, directions * mask.view(20, 31))
+    assert torch.equal(got, directions * mask.view(20, 31))
 
 
 def test_one_source_has_no_variance():
@@ -39,11 +39,11 @@ def test_one_source_has_no_variance():
 
 def test_share_of_squares_by_hand():
     directions = torch.tensor([[3.0, -1.0, 0.0], [1.0, 2.0, 0.0]])
-    came = ShareOfSquares()(directions.clone(), Site("x", ("a", "b")))
+    got = ShareOfSquares()(directions.clone(), Site("x", ("a", "b")))
     first = 2 / 3  # squares 10 and 5
     expected = torch.tensor([[3 * first, 0.0, 0.0], [1 - first, 2.0, 0.0]])
-    torch.testing.assert_close(came, expected)
-    # tiny directions count alike, as in mergekit
+    torch.testing.assert_close(got, expected)
+    # tiny directions get equal weights, as in mergekit
     small = ShareOfSquares()(directions.mul(1e-4), Site("x", ("a", "b")))
     torch.testing.assert_close(small, torch.tensor([[1.5e-4, 0.0, 0.0], [0.5e-4, 2e-4, 0.0]]))
 
@@ -88,27 +88,27 @@ def test_the_recipe_of_sce_merges_like_mergekit():
 def test_consensus_counts_the_tasks_that_use_an_entry(least):
     directions = draw(3, 20, 31).double()
     thresholds = [0.2, 0.5, 0.8]
-    came = Consensus(thresholds, least)(directions.float(), SITE)
+    got = Consensus(thresholds, least)(directions.float(), SITE)
     multi = directions.sum(dim=0)
     masks = torch.stack(
         [t.abs() >= lam * (multi - t).abs() for t, lam in zip(directions, thresholds, strict=True)]
     )
     expected = directions.float() * (masks.sum(dim=0) >= least)
-    assert torch.equal(came, expected)
-    assert came.any() == (least <= 3)
+    assert torch.equal(got, expected)
+    assert got.any() == (least <= 3)
 
 
 def test_consensus_of_closed_cases():
     # all agree; one alone; two that cancel the third's share
     directions = torch.tensor([[1.0, 5.0, 4.0], [1.0, 0.0, -2.0], [1.0, 0.0, -2.0]])
-    came = Consensus(0.4, 2)(directions.clone(), SITE)
-    assert torch.equal(came[:, 0], directions[:, 0])
-    assert not came[:, 1].any(), "selfish entries go"
+    got = Consensus(0.4, 2)(directions.clone(), SITE)
+    assert torch.equal(got[:, 0], directions[:, 0])
+    assert not got[:, 1].any(), "selfish entries go"
     assert torch.equal(Consensus(0.4, 1)(directions.clone(), SITE)[:, 1], directions[:, 1])
     assert torch.equal(Consensus(0.0, 3)(directions.clone(), SITE), directions)
 
 
-def test_what_cannot_be_meant_is_refused():
+def test_invalid_options_are_rejected():
     with pytest.raises(ConfigError, match="expected one density for all sources, got a list"):
         SelectTop([0.1, 0.2, 0.3])
     with pytest.raises(ConfigError, match=r"density: expected a share in \[0, 1\], got 2"):
@@ -120,7 +120,7 @@ def test_what_cannot_be_meant_is_refused():
 
 
 def test_electing_signs_first_gives_the_same_directions_but_other_weights():
-    """Why the weighting is a step: after `ElectSign` the squares would be those of what is left."""
+    """After `ElectSign` the squares would be those of the remaining entries."""
     directions = torch.tensor([[3.0, -1.0], [1.0, 2.0]])
     site = Site("x", ("a", "b"))
     before = ShareOfSquares()(directions.clone(), site).sum(dim=0)

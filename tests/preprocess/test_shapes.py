@@ -1,4 +1,4 @@
-"""Every step takes any tensor and any number of sources."""
+"""Every step supports any tensor and any number of sources."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def test_any_shape_and_number_of_sources(step, num):
     run = Chain([step], passes)
     for where, directions in passes():
         shape = directions.shape
-        came = run(directions, where)
-        assert came.shape == shape
-        assert came.dtype == torch.float32
-        assert came.is_contiguous()
-        assert torch.isfinite(came).all()
+        got = run(directions, where)
+        assert got.shape == shape
+        assert got.dtype == torch.float32
+        assert got.is_contiguous()
+        assert torch.isfinite(got).all()
         if where.name == "nothing":
-            assert not came.any()
+            assert not got.any()
 
 
 @pytest.mark.parametrize("step", STEPS, ids=names)
@@ -91,8 +91,8 @@ def test_the_same_directions_whenever_they_are_asked_for(step):
     second.prepare_learning()
     raw = first.initial_raw()
     for name in reversed(list(first.tensors)):
-        came, kept = first.materialise(name, raw), second.materialise(name, raw)
-        assert torch.equal(came, kept)
+        got, kept = first.materialise(name, raw), second.materialise(name, raw)
+        assert torch.equal(got, kept)
         origin = models[0].state_dict()[name]
         directions = torch.stack(list(first.terms(name).dense().sources))
-        torch.testing.assert_close(came, origin + directions.sum(dim=0))
+        torch.testing.assert_close(got, origin + directions.sum(dim=0))

@@ -8,10 +8,9 @@ import torch
 from gradmerge import Recipe
 from gradmerge.coefficients import Constant
 from gradmerge.engine.opening import open_plan
-from gradmerge.operators import DisjointMean, Linear, Spread, Terms
+from gradmerge.operators import DisjointMean, Linear, MaskedDirections, Spread, Terms, masked
 from gradmerge.operators._native import native_kernels
-from gradmerge.preprocess import Breadcrumbs, MagnitudeDrop, RandomDrop, Site, Trim, sparsity
-from gradmerge.preprocess.sparsity import Selection
+from gradmerge.preprocess import Breadcrumbs, MagnitudeDrop, RandomDrop, Site, Trim
 
 STEPS = {
     "trim": [Trim(0.3)],
@@ -40,7 +39,7 @@ def drawn(shape, dtype, seed=0, coarse=False):
 
 
 def selected(steps, sources, origin, site):
-    directions = Selection(sources, origin)
+    directions = MaskedDirections(sources, origin)
     for step in steps:
         step.survey(list).select(directions, site)
     return directions
@@ -51,7 +50,7 @@ def selected(steps, sources, origin, site):
 @pytest.mark.parametrize("based", [True, False])
 @pytest.mark.parametrize("coarse", [True, False], ids=["equals", "distinct"])
 def test_kernels_select_what_torch_does(monkeypatch, steps, dtype, based, coarse):
-    monkeypatch.setattr(sparsity, "_FEW", 0)
+    monkeypatch.setattr(masked, "_FEW", 0)
     shape, site = (37, 91), Site("x", ("a", "b"))
     sources = [drawn(shape, dtype, seed, coarse) for seed in (1, 2)]
     origin = drawn(shape, dtype, 3, coarse) if based else None
@@ -60,25 +59,25 @@ def test_kernels_select_what_torch_does(monkeypatch, steps, dtype, based, coarse
         monkeypatch.setenv("GRADMERGE_KERNELS", choice)
         directions = selected(steps, sources, origin, site)
         found[choice] = [directions.direction(k) for k in range(2)]
-    for plain, came in zip(found["torch"], found["auto"], strict=True):
-        assert torch.equal(plain != 0, came != 0)
-        torch.testing.assert_close(came, plain, rtol=1e-6, atol=0)
+    for plain, got in zip(found["torch"], found["auto"], strict=True):
+        assert torch.equal(plain != 0, got != 0)
+        torch.testing.assert_close(got, plain, rtol=1e-6, atol=0)
 
 
 def test_ranks_in_rows_of_a_convolution_run_along_the_inputs(kernels):
     weight, site = drawn((8, 300, 3, 3), torch.float32), Site("x", ("a",))
     step = MagnitudeDrop(0.5, 0.45, "none", seed=4)
-    came = selected([step], [weight], None, site).direction(0).view(weight.shape)
+    got = selected([step], [weight], None, site).direction(0).view(weight.shape)
     rows = weight.movedim(1, -1)
     flat = selected([step], [rows.reshape(-1, 300)], None, site).direction(0)
-    assert torch.equal(came.movedim(1, -1).reshape(-1), flat)
+    assert torch.equal(got.movedim(1, -1).reshape(-1), flat)
     kept = (flat != 0).view(-1, 300).gather(1, rows.reshape(-1, 300).abs().argsort(dim=1)).float()
     assert kept[:, :60].mean() < 0.2
     assert kept[:, -60:].mean() > 0.8
 
 
 def test_convolutions_of_several_sources_do_not_wait_for_each_other():
-    """Each source has a thread of the pool, and forming its direction would take others of it."""
+    """Each source runs in a thread of the pool and must not wait for other threads of it."""
     site, steps = Site("x", ("a", "b", "c")), [MagnitudeDrop(0.5, 0.2, "l1")]
     sources = [drawn((64, 512, 3, 3), torch.float32, seed) for seed in (1, 2, 3)]
     before, found = torch.get_num_threads(), {}
@@ -122,7 +121,7 @@ def test_a_merge_of_selected_directions(kernels, kind, out_dtype, based):
     spread = Spread(kind, 1, parts if kind == "partition" else None)
     slots = {"scalar": (), "axis": (45,), "partition": (5,), "element": shape}[kind]
     coefficient = drawn((3, *slots), torch.float32, 5)
-    came = Linear().combine(terms, coefficient, spread, torch.empty(shape, dtype=out_dtype))
+    got = Linear().combine(terms, coefficient, spread, torch.empty(shape, dtype=out_dtype))
     dense = torch.stack([directions.direction(k) for k in range(3)]).double().view(3, *shape)
     spread_out = {
         "scalar": lambda: coefficient.view(3, 1, 1),
@@ -132,7 +131,7 @@ def test_a_merge_of_selected_directions(kernels, kind, out_dtype, based):
     }[kind]().double()
     expected = (spread_out * dense).sum(dim=0) + (0 if origin is None else origin.double())
     tolerance = 1e-6 if out_dtype == torch.float32 else 2**-8
-    torch.testing.assert_close(came.double(), expected, rtol=tolerance, atol=2e-6)
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=2e-6)
     grad = drawn(shape, torch.float32, 6)
     if kind == "element":
         wanted = grad.double() * dense
@@ -148,7 +147,7 @@ def test_a_merge_of_selected_directions(kernels, kind, out_dtype, based):
 
 
 def test_a_static_merge_of_selections_stores_no_directions(monkeypatch):
-    """The directions themselves are never asked for."""
+    """The directions themselves are never read."""
     layers = [torch.nn.Linear(30, 40) for _ in range(3)]
     recipe = Recipe(
         {"a": layers[1], "b": layers[2]}, base=layers[0], preprocess=[Trim(0.5)], init=Constant(1.0)
@@ -159,11 +158,11 @@ def test_a_static_merge_of_selections_stores_no_directions(monkeypatch):
         raise AssertionError(f"directions of {name} were stored")
 
     monkeypatch.setattr(plan, "direction", refuse)
-    came = plan.materialise("weight", plan.initial_raw())
+    got = plan.materialise("weight", plan.initial_raw())
     base, *sources = (layer.weight.detach() for layer in layers)
     deltas = [source - base for source in sources]
     kept = [d * (d.abs() >= d.abs().flatten().sort().values[600]) for d in deltas]
-    torch.testing.assert_close(came, base + kept[0] + kept[1])
+    torch.testing.assert_close(got, base + kept[0] + kept[1])
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -188,13 +187,13 @@ def test_the_kernel_of_the_disjoint_mean(monkeypatch, normalize, elect, kind, ba
         for name, terms in (("masked", masked), ("dense", masked.dense())):
             out = torch.empty(shape)
             found[choice, name] = operator.combine(terms, coefficient, spread, out)
-    for came in found.values():
-        torch.testing.assert_close(came, found["torch", "dense"], rtol=1e-5, atol=1e-6)
+    for got in found.values():
+        torch.testing.assert_close(got, found["torch", "dense"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("step", [Trim(0.5), RandomDrop(0.5), MagnitudeDrop(0.5, 0.2, "l1")])
 def test_selections_do_not_depend_on_modes_and_defaults(kernels, step):
-    """A trainer evaluates in inference mode, and a default dtype may be another."""
+    """A trainer evaluates in inference mode, and the default dtype may differ."""
     layers = [torch.nn.Conv2d(5, 40, 3) for _ in range(3)]
     recipe = Recipe({"a": layers[1], "b": layers[2]}, base=layers[0], preprocess=[step, Trim(0.9)])
 
@@ -213,7 +212,7 @@ def test_selections_do_not_depend_on_modes_and_defaults(kernels, step):
             torch.set_default_dtype(torch.float32)
 
 
-def test_what_is_no_number_shows_in_the_merge(kernels):
+def test_nan_propagates_to_the_merge(kernels):
     shape = (30, 40)
     sources = [drawn(shape, torch.float32, seed) for seed in (1, 2)]
     sources[0][3, 4] = float("nan")
@@ -221,8 +220,8 @@ def test_what_is_no_number_shows_in_the_merge(kernels):
     terms = Terms(sources, None, masks=directions.masks, factors=directions.factors)
     for operator in (Linear(), DisjointMean()):
         out = torch.empty(shape)
-        came = operator.combine(terms, torch.ones(2), Spread("scalar"), out)
-        assert came.isnan().nonzero().tolist() == [[3, 4]]
+        got = operator.combine(terms, torch.ones(2), Spread("scalar"), out)
+        assert got.isnan().nonzero().tolist() == [[3, 4]]
 
 
 def test_nothing_is_left_at_density_0(kernels):
@@ -235,8 +234,8 @@ def test_nothing_is_left_at_density_0(kernels):
             init=Constant([1.0, 0.0]),
         )
         plan = open_plan(recipe, with_skeleton=False)
-        came = plan.materialise("weight", plan.initial_raw())
-        assert torch.equal(came, layers[0].weight), scope
+        got = plan.materialise("weight", plan.initial_raw())
+        assert torch.equal(got, layers[0].weight), scope
 
 
 def test_a_tensor_frozen_at_the_origin_needs_no_settings():

@@ -21,9 +21,9 @@ def site(num, name="layers.0.weight"):
     return Site(name, tuple("abcdefgh"[:num]))
 
 
-def close(came, expected, scale=1.0):
-    """Within a few units of float32, in which directions come and go."""
-    error = float(np.abs(came.double().numpy() - expected).max())
+def close(got, expected, scale=1.0):
+    """Compare within a few units of float32, the dtype of directions."""
+    error = float(np.abs(got.double().numpy() - expected).max())
     assert error <= 2e-6 * max(scale, float(np.abs(expected).max())), error
 
 
@@ -66,32 +66,32 @@ def iso_cts(matrices, common):
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (16, 16), (10, 4, 3, 3)])
 def test_tsv_m_is_the_sum_of_its_directions(num, shape):
     directions = draw(num, *shape)
-    came = TSVM()(directions.clone(), site(num))
-    assert came.dtype == torch.float32
+    got = TSVM()(directions.clone(), site(num))
+    assert got.dtype == torch.float32
     matrices = directions.double().view(num, shape[0], -1).numpy()
-    close(came.sum(dim=0).view(shape[0], -1), tsv_m(matrices))
+    close(got.sum(dim=0).view(shape[0], -1), tsv_m(matrices))
 
 
 def test_tsv_m_of_orthogonal_directions_is_lossless():
-    """Where singular vectors are orthogonal already, every source gets itself back."""
+    """If singular vectors are orthogonal already, every source is recovered."""
     left, right = orthogonal(20, 12), orthogonal(30, 12, seed=1)
     parts = [slice(4 * k, 4 * k + 4) for k in range(3)]
     values = np.array([5.0, 3.0, 2.0, 1.0])
     stacked = np.stack([left[:, p] @ np.diag(values * (k + 1)) @ right[:, p].T
                         for k, p in enumerate(parts)])  # fmt: skip
-    came = TSVM()(torch.from_numpy(stacked).float(), site(3))
-    close(came, stacked)
+    got = TSVM()(torch.from_numpy(stacked).float(), site(3))
+    close(got, stacked)
 
 
 def test_tsv_m_keeps_a_share_of_each_source():
-    came = TSVM()(draw(3, 12, 20), site(3)).double()
-    for direction in came:
+    got = TSVM()(draw(3, 12, 20), site(3)).double()
+    for direction in got:
         values = torch.linalg.svdvals(direction)
         assert values[3] > 1e-2
         assert values[4] < 1e-5
     # the directions of two sources meet neither in rows nor in columns
-    assert (came[0].T @ came[1]).abs().max() < 1e-5
-    assert (came[0] @ came[1].T).abs().max() < 1e-5
+    assert (got[0].T @ got[1]).abs().max() < 1e-5
+    assert (got[0] @ got[1].T).abs().max() < 1e-5
 
 
 def test_tsv_m_of_one_source_is_the_source():
@@ -101,26 +101,26 @@ def test_tsv_m_of_one_source_is_the_source():
 
 def test_zero_directions_disturb_no_other():
     directions = torch.stack([draw(12, 20), torch.zeros(12, 20)])
-    came = TSVM()(directions.clone(), site(2))
+    got = TSVM()(directions.clone(), site(2))
     u, s, v = svd(directions[0].double().numpy())
-    close(came[0], u[:, :6] @ np.diag(s[:6]) @ v[:6])
-    assert not came[1].any()
+    close(got[0], u[:, :6] @ np.diag(s[:6]) @ v[:6])
+    assert not got[1].any()
 
 
 def test_the_same_source_twice_merges_to_itself():
-    """Singular vectors that coincide share their place; nothing arbitrary fills the rest."""
+    """Equal singular vectors share one place, and nothing arbitrary fills the rest."""
     one = draw(12, 20)
-    came = TSVM()(torch.stack([one, one]), site(2)).sum(dim=0)
+    got = TSVM()(torch.stack([one, one]), site(2)).sum(dim=0)
     u, s, v = svd(one.double().numpy())
-    close(came, u[:, :6] @ np.diag(s[:6]) @ v[:6])
+    close(got, u[:, :6] @ np.diag(s[:6]) @ v[:6])
 
 
 @pytest.mark.parametrize("make", [TSVM, IsoC, IsoCTS])
 @pytest.mark.parametrize("shape", [(), (7,), (1,), (1, 9), (1, 4, 5)])
 def test_vectors_are_averaged(make, shape):
     directions = draw(3, *shape)
-    came = make()(directions.clone(), site(3))
-    torch.testing.assert_close(came, directions / 3)
+    got = make()(directions.clone(), site(3))
+    torch.testing.assert_close(got, directions / 3)
 
 
 def test_tsv_m_averages_matrices_that_are_too_narrow():
@@ -132,13 +132,13 @@ def test_tsv_m_averages_matrices_that_are_too_narrow():
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (10, 4, 3, 3)])
 def test_iso_c_has_equal_singular_values(num, shape):
     directions = draw(num, *shape)
-    came = IsoC()(directions.clone(), site(num))
-    merged = came.sum(dim=0).double().view(shape[0], -1)
+    got = IsoC()(directions.clone(), site(num))
+    merged = got.sum(dim=0).double().view(shape[0], -1)
     u, s, v = svd(directions.double().sum(dim=0).view(shape[0], -1).numpy())
     close(merged, s.mean() * u @ v)
     values = torch.linalg.svdvals(merged)
     torch.testing.assert_close(values, torch.full_like(values, s.mean()), rtol=1e-6, atol=0)
-    assert all(torch.equal(direction, came[0]) for direction in came)
+    assert all(torch.equal(direction, got[0]) for direction in got)
 
 
 def test_iso_c_leaves_the_null_space_alone():
@@ -146,8 +146,8 @@ def test_iso_c_leaves_the_null_space_alone():
     low = torch.from_numpy(left @ np.diag([3.0, 2.0, 1.0]) @ right.T)
     # exactly of rank three in float32 too: small integers
     low = (low * 8).round()[:, :3] @ torch.eye(3, 30, dtype=torch.float64)
-    came = IsoC()(low.float()[None], site(1))[0].double()
-    values = torch.linalg.svdvals(came)
+    got = IsoC()(low.float()[None], site(1))[0].double()
+    values = torch.linalg.svdvals(got)
     expected = torch.linalg.svdvals(low)[:3].mean()
     torch.testing.assert_close(values[:3], expected.expand(3), rtol=1e-6, atol=0)
     assert values[3] < 1e-6
@@ -158,18 +158,18 @@ def test_iso_c_leaves_the_null_space_alone():
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (10, 4, 3, 3)])
 def test_iso_cts_against_its_definition(num, shape, common):
     directions = draw(num, *shape)
-    came = IsoCTS(common)(directions.clone(), site(num))
+    got = IsoCTS(common)(directions.clone(), site(num))
     matrices = directions.double().view(num, shape[0], -1).numpy()
-    merged = came.sum(dim=0).view(shape[0], -1)
+    merged = got.sum(dim=0).view(shape[0], -1)
     close(merged, iso_cts(matrices, common))
     values = torch.linalg.svdvals(merged.double())
     torch.testing.assert_close(values, values[:1].expand_as(values), rtol=1e-5, atol=0)
 
 
 def test_iso_cts_gives_each_source_its_own_directions():
-    came = IsoCTS(0.5)(draw(2, 12, 30), site(2)).double()
-    shared = came.mean(dim=0)
-    own = torch.linalg.svdvals(came[0] - came[1])
+    got = IsoCTS(0.5)(draw(2, 12, 30), site(2)).double()
+    shared = got.mean(dim=0)
+    own = torch.linalg.svdvals(got[0] - got[1])
     assert own[5] > 1e-2, "three of the first source's and three of the second's"
     assert own[6] < 1e-5
     assert torch.linalg.matrix_rank(shared, tol=1e-4) == 12
@@ -177,8 +177,8 @@ def test_iso_cts_gives_each_source_its_own_directions():
 
 def test_iso_cts_of_many_sources_keeps_within_the_matrix():
     directions = draw(8, 3, 9)
-    came = IsoCTS(0.0)(directions.clone(), site(8))
-    close(came.sum(dim=0), iso_cts(list(directions.double().numpy()), 1.0))
+    got = IsoCTS(0.0)(directions.clone(), site(8))
+    close(got.sum(dim=0), iso_cts(list(directions.double().numpy()), 1.0))
 
 
 @pytest.mark.parametrize("make", [TSVM, IsoC, IsoCTS])
@@ -195,8 +195,8 @@ def test_the_rank_of_dense_layers_is_whole_and_of_sparse_ones_less():
     dense, sparse = draw(40, 60), draw(40, 60, seed=1)
     sparse *= torch.rand(40, 60, generator=torch.Generator().manual_seed(2)) < 0.1
     flat = torch.rand(40, 60, generator=torch.Generator().manual_seed(3)) + 1
-    came = TSVM(rank="sparsity")(torch.stack([dense, sparse, flat]), site(3)).double()
-    ranks = [int((torch.linalg.svdvals(d) > 1e-4).sum()) for d in came]
+    got = TSVM(rank="sparsity")(torch.stack([dense, sparse, flat]), site(3)).double()
+    ranks = [int((torch.linalg.svdvals(d) > 1e-4).sum()) for d in got]
     most = 40 // 3
     spread = float(sparse.abs().sum()) ** 2 / (2400 * float(sparse.square().sum()))
     assert ranks[2] == most
@@ -214,19 +214,19 @@ def test_outliers_weigh_rows():
     weighted[1, 0] *= 2 * 1 / 4
     weighted[0, 1] *= 0
     weighted[1, 1] *= 2
-    came = TSVM(outliers=3)(directions.clone(), site(2))
-    torch.testing.assert_close(came, TSVM()(weighted, site(2)), rtol=1e-5, atol=1e-6)
+    got = TSVM(outliers=3)(directions.clone(), site(2))
+    torch.testing.assert_close(got, TSVM()(weighted, site(2)), rtol=1e-5, atol=1e-6)
 
 
 def test_options_are_checked():
-    with pytest.raises(ConfigError, match="outliers: expected standard deviations of at least 0"):
+    with pytest.raises(ConfigError, match="outliers: expected at least 0"):
         TSVM(outliers=-1)
     with pytest.raises(ConfigError, match=r"common: expected a share in \[0, 1\], got 1.2"):
         IsoCTS(1.2)
 
 
 @pytest.mark.parametrize("make", [TSVM, IsoC, IsoCTS, Orthogonalise])
-def test_what_is_not_finite_is_named(make):
+def test_tensors_that_are_not_finite_are_named(make):
     directions = draw(2, 6, 8)
     directions[1, 2, 3] = torch.nan
     with pytest.raises(ConfigError, match=r"layers\.0\.weight: expected finite.*direction of b"):

@@ -43,17 +43,17 @@ def unified(flat):
 def test_masks_and_scales_over_the_whole_model(num):
     tensors, passes = model(num)
     step = Chain([Unify()], passes)
-    came = torch.cat([flat_of(step(d, site)) for site, d in passes()], dim=1)
+    got = torch.cat([flat_of(step(d, site)) for site, d in passes()], dim=1)
     flat = torch.cat([flat_of(d) for d in tensors.values()], dim=1)
     vector, masks = unified(flat)
     kept = masks * vector
     scales = flat.abs().double().sum(dim=1) / kept.abs().double().sum(dim=1)
-    torch.testing.assert_close(came, (scales[:, None] * kept).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, (scales[:, None] * kept).float(), rtol=1e-6, atol=0)
     torch.testing.assert_close(
-        came.abs().double().sum(dim=1), flat.abs().double().sum(dim=1), rtol=1e-6, atol=0
+        got.abs().double().sum(dim=1), flat.abs().double().sum(dim=1), rtol=1e-6, atol=0
     )
     if num == 1:
-        torch.testing.assert_close(came, flat)
+        torch.testing.assert_close(got, flat)
 
 
 def test_scales_of_the_authors_code_count_each_tensors_mean():
@@ -83,5 +83,5 @@ def test_a_zero_direction_stays_zero():
     directions = torch.stack([draw(9, 4), torch.zeros(9, 4)])
     site = Site("x", ("a", "b"))
     assert Unify().scales(lambda: iter([(site, directions)])) == [1.0, 1.0]
-    came = Unify()(directions.clone(), site)
-    assert torch.equal(came, directions)
+    got = Unify()(directions.clone(), site)
+    assert torch.equal(got, directions)

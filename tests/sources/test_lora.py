@@ -232,7 +232,9 @@ def test_new_head_differs_in_shape_and_is_suggested_as_private(tmp_path):
     randomised(peft.get_peft_model(model, options), 2).save_pretrained(saved)
     checkpoint = Lora(str(saved), base).open()
     assert checkpoint.infos["classifier.weight"].shape == (2, 16)
-    with pytest.raises(CompatibilityError, match=r"classifier.weight.*private: \['\^classifier"):
+    with pytest.raises(
+        CompatibilityError, match=r"(?s)classifier.weight.*private: \['\^classifier"
+    ):
         open_plan(Recipe(sources={"a": Lora(str(saved), base)}, base=base), with_skeleton=False)
     plan = open_plan(
         Recipe(sources={"a": Lora(str(saved), base)}, base=base, private=["^classifier"]),

@@ -120,7 +120,7 @@ def test_coefficients_of_sources_in_memory_want_their_recipe_again(tmp_path):
     module = module_of(coefficients=Column(), objective=Objective([KLToSource()]))
     path = saved(tmp_path, module)
     with pytest.raises(
-        ConfigError, match="sources in memory, which it does not hold; pass the recipe"
+        ConfigError, match="in-memory sources, which it does not contain; pass the recipe"
     ):
         MergeModule.load_from_checkpoint(path)
     loaded = MergeModule.load_from_checkpoint(path, recipe=module.recipe)

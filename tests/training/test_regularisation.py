@@ -76,7 +76,7 @@ def test_lp_has_no_slope_at_zero_where_atlas_starts(p):
     zero = torch.zeros(3, 4, requires_grad=True)
     Lp(p).penalty({"x": zero}, {}).backward()
     assert torch.equal(zero.grad, torch.zeros(3, 4))
-    with pytest.raises(ConfigError, match=r"p must be at least 1, got 0\.5"):
+    with pytest.raises(ConfigError, match=r"p: expected at least 1, got 0\.5"):
         Lp(0.5)
 
 
@@ -212,7 +212,7 @@ def test_equal_importance_is_l2_to_the_start():
     torch.testing.assert_close(FisherToInit().penalty(now, start, ones), expected)
     with pytest.raises(ConfigError, match="importance of the coefficients was not measured"):
         FisherToInit().penalty(now, start)
-    with pytest.raises(ConfigError, match="batches must be at least 1"):
+    with pytest.raises(ConfigError, match="batches: expected at least 1"):
         FisherToInit(batches=0)
 
 

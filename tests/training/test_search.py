@@ -250,7 +250,7 @@ def test_draws_reject_invalid_mixtures():
     with pytest.raises(ConfigError, match="num_draws must be at least 1"):
         Draws(0)
     for make in (lambda: Draws(alpha=0.0), lambda: Mixup(alpha=-1.0)):
-        with pytest.raises(ConfigError, match="In M3 an alpha of 0 or less stands for the first"):
+        with pytest.raises(ConfigError, match="In M3, alpha <= 0 selects the first"):
             make()
     with pytest.raises(ConfigError, match="expected at least two sources to mix, got a"):
         Draws(2).run(Constant(), ("a",), lambda init: 0.0)

@@ -1,7 +1,8 @@
-"""Coefficients: granularity x link x init."""
+"""Coefficients: granularity, link and starting value of the learned numbers."""
 
 from gradmerge.coefficients.base import AbstractCoefficients, Layout, MergeTensor, Slot
 from gradmerge.coefficients.granularity import (
+    AbstractGranularity,
     Column,
     Component,
     Element,
@@ -25,6 +26,7 @@ from gradmerge.coefficients.init import (
     initial_raw,
 )
 from gradmerge.coefficients.link import (
+    AbstractLink,
     Clamp,
     Complement,
     HardMask,
@@ -36,7 +38,9 @@ from gradmerge.coefficients.link import (
 
 __all__ = [
     "AbstractCoefficients",
+    "AbstractGranularity",
     "AbstractInit",
+    "AbstractLink",
     "Clamp",
     "Column",
     "Complement",

@@ -1,7 +1,7 @@
-"""Which entries share a coefficient, and how raw numbers become coefficients.
+"""Base classes of granularities and links.
 
-A tensor's coefficients are `c = link(z)` with `z` the raw trainable numbers in float32. A `Slot`
-says where a tensor's `z` stands in the module's parameters and how it spreads over its entries.
+The coefficients of a tensor are `c = link(z)`, where `z` are raw trainable numbers in float32. A
+`Slot` states where the `z` of a tensor are stored and how they spread over its entries.
 """
 
 from __future__ import annotations
@@ -9,67 +9,66 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gradmerge._typing import Raw
+from gradmerge._typing import Raw, SpreadKind
 
+# Largest tensor that is partitioned by a permutation; larger ones draw each part independently.
 _PERMUTED = 1 << 18
-
-Kind = Literal["scalar", "axis", "partition", "element", "component"]
 
 
 @dataclass(frozen=True)
 class MergeTensor:
-    """A tensor to be merged, as granularities need to know it."""
+    """Name and shape of a tensor to merge, as granularities and inits see it."""
 
     name: str
     shape: tuple[int, ...]
     input_axis: int = 1
-    """Axis that runs over the layer's inputs."""
+    """Axis along which the inputs of the layer run."""
 
     @property
     def is_bias(self) -> bool:
-        """Whether this is a 1-D bias (it belongs to outputs, not inputs)."""
+        """True for a 1-D bias, whose entries belong to outputs, not to inputs."""
         # `bias_ih_l0` of recurrent layers and `in_proj_bias` of attention are biases too
         return len(self.shape) == 1 and "bias" in self.name.rpartition(".")[-1]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of one tensor's raw coefficients.
+    """Location of the raw coefficients of one tensor.
 
-    `raw[key]` has shape `[rows, width]` for shared tables (`index` picks a column) and
-    `[rows, *shape]` otherwise (behind a scale, `[rows, 1 + n]`: see `WithScale`).
+    `raw[key]` has shape `[rows, width]` for a table shared by several tensors (`index` selects a
+    column) and `[rows, *shape]` otherwise (`[rows, 1 + n]` with `WithScale`).
     """
 
     key: str
-    kind: Kind
+    kind: SpreadKind
     shape: tuple[int, ...]
-    """Compact shape: `()` scalar, `(d,)` along `axis`, `(parts,)`, `(components,)`, or the tensor's
-    own shape."""
+    """Compact shape: `()` for a scalar, `(d,)` along `axis`, `(parts,)`, `(components,)`, or the
+    shape of the tensor."""
     index: int | None = None
     axis: int = 0
     seed: int = 0
 
     @property
     def spread_over(self) -> str:
-        """What the compact shape stands for, as `coefficients.safetensors` records it."""
+        """Description of the compact shape, as stored in `coefficients.safetensors`."""
         detail = {"axis": f" {self.axis}", "partition": f" of seed {self.seed}"}
         return self.kind + detail.get(self.kind, "")
 
     def read(self, raw: Raw) -> Tensor:
-        """`z` of this tensor, `[rows, *slot]`: a view of the parameters."""
+        """Return `z` of this tensor, `[rows, *slot]`, as a view of the parameters."""
         table = raw[self.key]
         return table if self.index is None else table[:, self.index]
 
     def parts(self, num_elements: int, device: torch.device) -> Tensor:
-        """The part that each entry belongs to (partition only), `[num_elements]`, reproducible.
+        """Return the part of each entry (partition only), `[num_elements]`, reproducibly.
 
-        Parts are equal in size to within one entry; in large tensors, where a permutation costs too
-        much a step, to within what independent draws give (below 2% for ten parts).
+        Parts are equal in size to within one entry. In large tensors, for which a permutation per
+        step is too expensive, parts are drawn independently and equal only in expectation (to
+        within 2% for ten parts).
         """
         generator = torch.Generator().manual_seed(self.seed)
         if num_elements <= _PERMUTED:
@@ -81,49 +80,49 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """All slots of a merge and the shapes of the raw parameters."""
+    """Slots of all tensors of a merge and shapes of the raw parameters."""
 
     slots: Mapping[str, Slot]
-    """By tensor name."""
+    """Slot by tensor name."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Shape of a raw parameter without its first axis, by key."""
+    """Shape of each raw parameter without its first axis, by key."""
 
 
 class AbstractCoefficients(ABC):
-    """A granularity, possibly wrapped by links."""
+    """Map from raw numbers to coefficients: a granularity, possibly wrapped by links."""
 
     @property
     def by_entry(self) -> bool:
-        """Whether `link` treats each entry of a slot by itself (over all rows), so that a slot may
-        be taken part by part.
+        """True if `link` acts on each entry of a slot separately (over all rows), so that a slot
+        may be processed in parts.
         """
         return False
 
     @abstractmethod
     def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
-        """Place every tensor's raw coefficients."""
+        """Assign each tensor the location of its raw coefficients."""
 
     @abstractmethod
     def num_rows(self, num_sources: int) -> int:
-        """Rows of the raw parameters for K sources.
+        """Return the number of rows of the raw parameters.
 
         Raises:
-            ConfigError: the link does not fit this number of sources.
+            ConfigError: the link does not support this number of sources.
         """
 
     @abstractmethod
     def link(self, raw: Tensor) -> Tensor:
-        """Coefficients `c` of raw `z`: `[rows, *slot]` to `[sources, *slot]`, differentiable."""
+        """Return `c` for raw `z`: `[rows, *slot]` to `[sources, *slot]`, differentiable."""
 
     @abstractmethod
     def pull_back(self, coefficient: Tensor) -> Tensor:
-        """A `z` with `link(z) = c`: `[sources, *slot]` to `[rows, *slot]`.
+        """Return a `z` with `link(z) = c`: `[sources, *slot]` to `[rows, *slot]`.
 
         Raises:
-            ConfigError: the link cannot reach these coefficients.
+            ConfigError: the coefficients lie outside the range of the link.
         """
 
 
 def parameter_key(name: str) -> str:
-    """A tensor name as a key of `nn.ParameterDict`, which forbids dots."""
+    """Return a tensor name as a key of `nn.ParameterDict`, which forbids dots."""
     return name.replace(".", "/")

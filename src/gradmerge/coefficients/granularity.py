@@ -1,4 +1,4 @@
-"""Granularities: one coefficient per model, group, tensor, column, row, part, component, entry."""
+"""Granularities: which entries of the network share a coefficient."""
 
 from __future__ import annotations
 
@@ -19,32 +19,36 @@ from gradmerge.coefficients.base import (
     Slot,
     parameter_key,
 )
-from gradmerge.errors import ConfigError
+from gradmerge.errors import require
+from gradmerge.spec import require_pattern
 
 
 class AbstractGranularity(AbstractCoefficients):
-    """A granularity alone has the identity link: any real coefficient."""
+    """Base class of granularities: subclasses define `layout`; the link is the identity.
 
+    Raw numbers are the coefficients: any real number, one row per source.
+    """
+
+    @override
     def num_rows(self, num_sources: int) -> int:
-        """One row a source."""
         return num_sources
 
     @property
+    @override
     def by_entry(self) -> bool:
-        """Raw numbers are the coefficients."""
         return True
 
+    @override
     def link(self, raw: torch.Tensor) -> torch.Tensor:
-        """The identity."""
         return raw
 
+    @override
     def pull_back(self, coefficient: torch.Tensor) -> torch.Tensor:
-        """The identity."""
         return coefficient
 
 
-class _Own(AbstractGranularity):
-    """A granularity with raw coefficients of each tensor's own."""
+class _PerTensor(AbstractGranularity):
+    """A granularity that gives each tensor a raw parameter of its own."""
 
     @override
     def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
@@ -53,14 +57,7 @@ class _Own(AbstractGranularity):
 
     @abstractmethod
     def slot(self, tensor: MergeTensor) -> Slot:
-        """Where this tensor's raw coefficients stand."""
-
-
-def _require_pattern(who: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{who}: {pattern!r} is no regular expression: {error}") from error
+        """Return the location of the raw coefficients of one tensor."""
 
 
 def _table(key: str, columns: dict[str, int]) -> Layout:
@@ -81,19 +78,19 @@ class Model(AbstractGranularity):
 class Group(AbstractGranularity):
     r"""One coefficient per source and group of tensors.
 
-    A tensor joins the first pattern that it matches; the matched text names the group, so
-    ``layers\.\d+\.`` alone makes one group a transformer block, and
-    ``layers\.\d+\.(self_attn|mlp)`` one per block's attention and one its MLP. Tensors that match
-    nothing share one group.
+    The first pattern that matches a tensor's name decides, and the name up to the end of the match
+    identifies the group: ``layers\.\d+\.`` alone gives one group per transformer block, and
+    ``layers\.\d+\.(self_attn|mlp)`` one for the attention and one for the MLP of each block.
+    Tensors that match no pattern form one group.
     """
 
     patterns: tuple[str, ...] = (r"(layers?|h|blocks?)\.\d+\.",)
-    """Regular expressions, tried in order."""
+    """Regular expressions of tensor names, tried in order."""
 
     def __post_init__(self) -> None:
-        """Check the patterns."""
+        """Validate the patterns."""
         for pattern in self.patterns:
-            _require_pattern("Group", pattern)
+            require_pattern("Group.patterns", pattern)
 
     @override
     def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
@@ -109,7 +106,7 @@ class Group(AbstractGranularity):
 
 @dataclass(frozen=True)
 class Tensor(AbstractGranularity):
-    """One coefficient per source and named tensor (AdaMerging's "layer-wise")."""
+    """One coefficient per source and named tensor (what AdaMerging calls layer-wise)."""
 
     @override
     def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
@@ -117,11 +114,11 @@ class Tensor(AbstractGranularity):
 
 
 @dataclass(frozen=True)
-class Column(_Own):
+class Column(_PerTensor):
     """One coefficient per source and input column of a weight matrix (DAM, arXiv 2410.08371).
 
-    Convolutions: one an input channel. 1-D gains: one per entry. 1-D biases, which belong to
-    outputs: one per tensor.
+    Convolutions have one per input channel, 1-D gains one per entry, and 1-D biases, which belong
+    to outputs, one per tensor.
     """
 
     @override
@@ -134,8 +131,8 @@ class Column(_Own):
 
 
 @dataclass(frozen=True)
-class Row(_Own):
-    """One coefficient per source and output row of a weight matrix; 1-D tensors: one per entry."""
+class Row(_PerTensor):
+    """One coefficient per source and output row of a weight matrix (1-D tensors: one per entry)."""
 
     @override
     def slot(self, tensor: MergeTensor) -> Slot:
@@ -147,48 +144,46 @@ class Row(_Own):
 
 
 @dataclass(frozen=True)
-class Partition(_Own):
+class Partition(_PerTensor):
     """One coefficient per source and part of a random K-way partition of each tensor (aTLAS x K).
 
-    Source: Zhang et al. 2024, arXiv 2407.02880. The partition depends on the seed and the tensor's
-    name and size alone; its parts are (nearly) equal in size.
+    Source: Zhang et al. 2024, arXiv 2407.02880. The partition depends only on the seed and on the
+    tensor's name and size; its parts are nearly equal in size.
     """
 
     num_parts: int = 10
-    """Parts a tensor; smaller tensors get one per entry."""
+    """Number of parts per tensor; tensors with fewer entries get one part per entry."""
     seed: int = 0
-    """Seed of the partition."""
+    """Seed of the random partition."""
 
     def __post_init__(self) -> None:
-        """Check the number of parts."""
-        if self.num_parts < 1:
-            raise ConfigError(f"Partition: num_parts must be at least 1, got {self.num_parts}.")
+        """Validate the number of parts."""
+        require(self.num_parts >= 1, "Partition.num_parts", "at least 1", self.num_parts)
 
     @override
     def slot(self, tensor: MergeTensor) -> Slot:
-        size = 1
-        for length in tensor.shape:
-            size *= length
         seed = self.seed * 1_000_003 + zlib.crc32(tensor.name.encode())
-        parts = (min(self.num_parts, size),)
+        parts = (min(self.num_parts, math.prod(tensor.shape)),)
         return Slot(parameter_key(tensor.name), "partition", parts, seed=seed)
 
 
 @dataclass(frozen=True)
-class Component(_Own):
-    """One coefficient per source and singular component of its direction (AdaRank, 2503.22178).
+class Component(_PerTensor):
+    """One coefficient per source and singular component of its direction (AdaRank, arXiv
+    2503.22178).
 
-    Tensors of two axes and more are matrices `[out, rest]` with `min(out, rest)` components, sorted
-    by singular value; 1-D tensors have one coefficient. Wants operator `Components`.
+    Tensors with two or more axes are matrices `[out, rest]` with `min(out, rest)` components, in
+    descending order of singular values; 1-D tensors have one coefficient per source. Requires the
+    operator `Components`.
     """
 
     whole: str | None = None
-    """Regular expression of tensors that are not decomposed: one coefficient per source, too."""
+    """Regular expression of tensors that are not decomposed and have one coefficient per source."""
 
     def __post_init__(self) -> None:
-        """Check the pattern."""
+        """Validate the pattern."""
         if self.whole is not None:
-            _require_pattern("Component: whole", self.whole)
+            require_pattern("Component.whole", self.whole)
 
     @override
     def slot(self, tensor: MergeTensor) -> Slot:
@@ -201,8 +196,8 @@ class Component(_Own):
 
 
 @dataclass(frozen=True)
-class Element(_Own):
-    """One coefficient per source and single weight (NP Merge, arXiv 2412.15467)."""
+class Element(_PerTensor):
+    """One coefficient per source and individual weight (NP Merge, arXiv 2412.15467)."""
 
     @override
     def slot(self, tensor: MergeTensor) -> Slot:

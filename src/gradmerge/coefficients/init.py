@@ -1,4 +1,4 @@
-"""Where training starts, in coefficient space; the link pulls it back to raw numbers."""
+"""Starting values of the coefficients; the link maps them back to raw numbers."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from typing_extensions import override
 
 from gradmerge._typing import Origin
 from gradmerge.coefficients.base import Layout, MergeTensor, Slot
-from gradmerge.errors import ConfigError, nearest
+from gradmerge.errors import ConfigError, nearest, require
 from gradmerge.sources.names import depth_of
 from gradmerge.spec import Setting, settle
 
 
 @dataclass(frozen=True)
 class InitContext:
-    """What an init may look at."""
+    """Information about the merge that an init may use."""
 
     sources: tuple[str, ...]
     """Names of the sources, in order."""
     tensors: Mapping[str, MergeTensor]
-    """The tensors to merge, by name."""
+    """Tensors to merge, by name."""
     direction_norms: Callable[[], Tensor]
-    """Squared norms of the directions over all tensors, `[sources]`; reads all weights."""
+    """Squared norms of the directions over all tensors, `[sources]`; a call reads all weights."""
     origin: Origin = "base"
-    """What directions are measured from."""
+    """Origin from which directions are measured."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Where each source is from, and `base`: a path or hub id."""
+    """Path or hub id of each source and of `base`."""
     names: tuple[str, ...] = ()
-    """All tensors of the merge, also those whose coefficients are not learned."""
+    """All tensors of the merge, including those whose coefficients are not learned."""
 
 
 class AbstractInit(ABC):
-    """Starting coefficients of one tensor."""
+    """Starting coefficients; subclasses define them one tensor at a time."""
 
     @abstractmethod
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
-        """Coefficients `[sources, *slot]` for this tensor."""
+        """Return the coefficients `[sources, *slot]` of one tensor."""
 
 
 @dataclass(frozen=True)
 class Constant(AbstractInit):
-    """Stated numbers: one for all, one per source, or either by tensor."""
+    """Given numbers: one for all sources, one per source, or either by tensor."""
 
     value: Setting = 0.3
     """One number, one per source in order, or either by regular expression of tensor names."""
@@ -64,7 +64,7 @@ class Constant(AbstractInit):
 
 @dataclass(frozen=True)
 class Uniform(AbstractInit):
-    """`1 / K` everywhere: with origin zero or mean, the plain average."""
+    """`1 / K` everywhere: the plain average with origin zero or mean."""
 
     @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
@@ -74,12 +74,12 @@ class Uniform(AbstractInit):
 
 @dataclass(frozen=True)
 class Scaled(AbstractInit):
-    """Another init's coefficients times one factor."""
+    """Coefficients of another init, multiplied by one factor."""
 
     inner: AbstractInit = field(default_factory=lambda: Constant(1.0))
-    """The init."""
+    """Init to scale."""
     factor: float = 1.0
-    """What its coefficients are multiplied with."""
+    """Factor on its coefficients."""
 
     @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
@@ -88,29 +88,31 @@ class Scaled(AbstractInit):
 
 @dataclass(frozen=True)
 class Mixup(AbstractInit):
-    """Random mixing ratios (M3, arXiv 2502.15434): Beta(alpha, alpha) for two sources.
+    """Random mixing ratios, drawn from Beta(alpha, alpha) for two sources and from
+    Dirichlet(alpha, ..., alpha) for more (M3, arXiv 2502.15434).
 
-    More sources: Dirichlet(alpha, ..., alpha). The paper draws one ratio a merge; a draw a tensor
-    or an entry are extensions. Seeded, so it reproduces; a fit logs the mean draw of each source
-    (`init/<source>`) and keeps it in the checkpoint and the provenance.
+    The paper draws one ratio per merge; draws per tensor or per coefficient are extensions. Draws
+    are seeded and reproducible; a fit logs the mean ratio of each source (`init/<source>`) and
+    stores it in checkpoint and provenance.
     """
 
     alpha: float = 1.0
-    """Concentration; below 1 most draws sit near one source, where a sigmoid is saturated."""
+    """Concentration; below 1 most draws lie near a single source, where a sigmoid saturates."""
     per: Literal["model", "tensor", "element"] = "model"
-    """What shares a draw: everything, a slot of the granularity, or each coefficient."""
+    """Scope of a draw: the whole model, each slot of the granularity, or each coefficient."""
     scale: float = 1.0
-    """Factor on the ratios (task arithmetic's scale where the origin is a base)."""
+    """Factor on the ratios (task arithmetic's scale if the origin is a base)."""
     seed: int = 0
+    """Seed of the draws."""
 
     def __post_init__(self) -> None:
-        """Check alpha."""
+        """Validate alpha."""
         require_alpha("Mixup", self.alpha)
 
     @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
         num = len(context.sources)
-        # A slot that several tensors share gets one draw, whichever tensor asks.
+        # a slot shared by several tensors gets the same draw for each of them
         place = "" if self.per == "model" else f"{slot.key}:{slot.index}"
         shape = slot.shape if self.per == "element" else ()
         alphas = torch.full((num,), self.alpha, dtype=torch.float64)
@@ -123,33 +125,29 @@ class Mixup(AbstractInit):
 
 @dataclass(frozen=True)
 class LeadingComponents(AbstractInit):
-    """1 on the first `floor(share * r)` of a direction's r singular components, else 0.
+    """1 on the first `floor(share * r)` of the r singular components of a direction, 0 on the rest.
 
-    A truncated decomposition as the start of AdaRank (arXiv 2503.22178): 1.0 keeps all, CART keeps
-    0.16. Tensors that are not decomposed (of one axis, or `Component.whole`) start at 1.
+    A truncated decomposition, the starting point of AdaRank (arXiv 2503.22178): 1.0 keeps all
+    components; CART keeps 0.16. Tensors that are not decomposed (with one axis, or matching
+    `Component.whole`) start at 1. Requires granularity `Component`.
     """
 
     share: float = 1.0
-    """Share of the components that are kept at the start, in [0, 1]."""
+    """Fraction of the components that are kept at the start, in [0, 1]."""
 
     def __post_init__(self) -> None:
-        """Check the share."""
-        if not 0 <= self.share <= 1:
-            raise ConfigError(f"LeadingComponents: expected a share in [0, 1], got {self.share}.")
+        """Validate the share."""
+        require(0 <= self.share <= 1, "LeadingComponents.share", "a share in [0, 1]", self.share)
 
+    @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
-        """See `AbstractInit.coefficient`.
-
-        Raises:
-            ConfigError: the granularity is not `Component`.
-        """
-        # a place of its own for one number: a matrix that Component leaves whole
+        # one number in a parameter of its own: a matrix that Component does not decompose
         alone = slot.kind == "scalar" and slot.index is None
         if slot.kind != "component" and not alone and len(tensor.shape) > 1:
             raise ConfigError(
                 f"LeadingComponents: the coefficients of {tensor.name} run over "
-                f"{slot.spread_over}, not over singular components. Set coefficients: Component, "
-                "or take another init."
+                f"{slot.spread_over}, not over singular components. Use granularity Component or "
+                "another init."
             )
         start = torch.ones(len(context.sources), *slot.shape, dtype=torch.float64)
         if slot.kind == "component":
@@ -159,14 +157,17 @@ class LeadingComponents(AbstractInit):
 
 @dataclass(frozen=True)
 class DepthRamp(AbstractInit):
-    """From `first` at the embeddings to `last` at the head, linear in depth (LiNeS, 2410.17146).
+    """Linear in depth, from `first` at the embeddings to `last` at the head (LiNeS, arXiv
+    2410.17146).
 
-    Depth is the number of the block in a tensor's name. Of the tensors outside of blocks,
-    embeddings and stems (by name) come before the first block and all others after the last.
+    Depth is the block number in the tensor's name. Outside the blocks, embeddings and stems (by
+    name) count as before the first block, all other tensors as after the last.
     """
 
     first: float = 0.2
+    """Coefficient at the embeddings."""
     last: float = 0.4
+    """Coefficient at the head."""
 
     @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
@@ -177,13 +178,13 @@ class DepthRamp(AbstractInit):
 
 @dataclass(frozen=True)
 class MetaGPT(AbstractInit):
-    """`c_k = |B_k|^2 / sum_j |B_j|^2` (MetaGPT, arXiv 2406.11385): closed form, no data."""
+    """Closed form without data: `c_k = |B_k|^2 / sum_j |B_j|^2` (MetaGPT, arXiv 2406.11385)."""
 
     @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
         squared = context.direction_norms().double()
         if squared.sum() == 0:
-            raise ConfigError("MetaGPT: all directions are zero; the sources equal their origin.")
+            raise ConfigError("MetaGPT: all directions are zero: every source equals the origin.")
         return over_slot(squared / squared.sum(), slot)
 
 
@@ -191,54 +192,24 @@ class MetaGPT(AbstractInit):
 class FromFile(AbstractInit):
     """Coefficients of an earlier merge (its coefficients.safetensors), matched by tensor name.
 
-    A coarser file starts a finer granularity: a coefficient per tensor spreads over its columns.
+    A coarser file may start a finer granularity: a coefficient per tensor is copied to its columns.
     """
 
     path: str
-    """coefficients.safetensors of an exported folder."""
+    """File coefficients.safetensors of an exported folder."""
 
     @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
-        if not Path(self.path).is_file():
-            raise ConfigError(f"FromFile: {self.path}: no such file.")
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                names = list(file.keys())
-                if tensor.name not in names:
-                    raise ConfigError(
-                        f"FromFile: {self.path} holds no coefficients for {tensor.name}."
-                        f"{nearest(tensor.name, names)}"
-                    )
-                loaded: Tensor = file.get_tensor(tensor.name).double()
-                metadata = file.metadata() or {}
-                stored = json.loads(metadata.get("sources", "null"))
-                spread = json.loads(metadata.get("slots", "{}")).get(tensor.name)
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(
-                f"FromFile: {self.path}: no readable safetensors: {error}."
-            ) from error
-        if stored is None and len(loaded) != len(context.sources):
-            raise ConfigError(
-                f"FromFile: {self.path} is for {len(loaded)} sources, this merge has "
-                f"{len(context.sources)}."
-            )
-        if stored is not None:
-            lost = [name for name in context.sources if name not in stored]
-            if lost or len(stored) != len(context.sources):
-                raise ConfigError(
-                    f"FromFile: {self.path} is for the sources {stored}, this merge has "
-                    f"{list(context.sources)}."
-                )
-            loaded = loaded[[stored.index(name) for name in context.sources]]
-        # entries that share a coefficient have a mean; components have none
+        loaded, spread = self._read(tensor.name, context.sources)
+        # entries that share a coefficient can be averaged; components cannot
         other = spread not in (None, "scalar", slot.spread_over)
         if other and (slot.shape != () or spread == "component"):
             raise ConfigError(
                 f"FromFile: {self.path}: the coefficients of {tensor.name} run over {spread}, "
-                f"those of this merge over {slot.spread_over}. Take the granularity that they "
-                "were learned with, or a coarser file."
+                f"those of this merge over {slot.spread_over}. Use the granularity with which they "
+                "were learned, or a coarser file."
             )
-        if tuple(loaded.shape[1:]) == slot.shape:
+        if loaded.shape[1:] == slot.shape:
             return loaded
         if loaded.dim() == 1:
             return over_slot(loaded, slot)
@@ -249,6 +220,40 @@ class FromFile(AbstractInit):
             f"{tuple(loaded.shape[1:])}, expected {slot.shape} or one per source."
         )
 
+    def _read(self, name: str, sources: tuple[str, ...]) -> tuple[Tensor, str | None]:
+        """Return stored coefficients in the order of `sources`, and what they run over."""
+        if not Path(self.path).is_file():
+            raise ConfigError(f"FromFile: {self.path}: no such file.")
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                names = list(file.keys())
+                if name not in names:
+                    raise ConfigError(
+                        f"FromFile: {self.path} contains no coefficients for {name}."
+                        f"{nearest(name, names)}"
+                    )
+                loaded: Tensor = file.get_tensor(name).double()
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(
+                f"FromFile: {self.path}: not a readable safetensors file: {error}."
+            ) from error
+        stored = json.loads(metadata.get("sources", "null"))
+        spread = json.loads(metadata.get("slots", "{}")).get(name)
+        if stored is None and len(loaded) != len(sources):
+            raise ConfigError(
+                f"FromFile: {self.path} is for {len(loaded)} sources, this merge has "
+                f"{len(sources)}."
+            )
+        if stored is None:
+            return loaded, spread
+        if sorted(stored) != sorted(sources):
+            raise ConfigError(
+                f"FromFile: {self.path} is for the sources {stored}, this merge has "
+                f"{list(sources)}."
+            )
+        return loaded[[stored.index(source) for source in sources]], spread
+
 
 def initial_raw(
     layout: Layout,
@@ -257,11 +262,11 @@ def initial_raw(
     num_rows: int,
     pull_back: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """The raw parameters at the start, `{key: [rows, ...]}` in float32.
+    """Return the raw parameters at the start, `{key: [rows, ...]}` in float32.
 
-    A coefficient that several tensors share starts at the mean of what the init gives each.
+    A coefficient shared by several tensors starts at the mean of their starting values.
     """
-    # reads all weights, so once for all tensors
+    # computed once for all tensors, because it reads all weights
     context = replace(context, direction_norms=cache(context.direction_norms))
     wanted: dict[str, Tensor] = {}
     sums: dict[tuple[str, int], list[Tensor]] = {}
@@ -278,24 +283,24 @@ def initial_raw(
     raw.update({key: pull_back(value).float() for key, value in wanted.items()})
     for key, value in raw.items():
         if value.shape[0] != num_rows:
-            raise ConfigError(f"{key}: expected {num_rows} raw rows, got {value.shape[0]}.")
+            raise ConfigError(f"{key}: expected {num_rows} rows of raw numbers, got {len(value)}.")
     return {key: raw[key] for key in layout.shapes}
 
 
 def require_alpha(who: str, alpha: float) -> None:
-    """Refuse a concentration that is no distribution's.
+    """Reject a concentration that is not positive.
 
     Raises:
-        ConfigError: it is not positive.
+        ConfigError: alpha is not positive.
     """
     if alpha <= 0:
         raise ConfigError(
-            f"{who}: alpha must be positive, got {alpha}. In M3 an alpha of 0 or less stands for "
-            "the first model alone: say that with init Constant 1 on it and 0 on the others."
+            f"{who}: alpha must be positive, got {alpha}. In M3, alpha <= 0 selects the first "
+            "model alone: use init Constant with 1 for it and 0 for the others."
         )
 
 
 def over_slot(per_source: Tensor, slot: Slot) -> Tensor:
-    """`[sources]` to `[sources, *slot]`."""
+    """Expand `[sources]` to `[sources, *slot]`."""
     column = per_source.reshape(-1, *([1] * len(slot.shape)))
     return column.expand(-1, *slot.shape).clone()

@@ -1,4 +1,4 @@
-"""Links: constraints on coefficients, each wrapping a granularity or another link."""
+"""Links: constraints on coefficients; each wraps a granularity or another link."""
 
 from __future__ import annotations
 
@@ -13,39 +13,42 @@ from typing_extensions import override
 from gradmerge.coefficients.base import AbstractCoefficients, Layout, MergeTensor
 from gradmerge.coefficients.granularity import Column, Component, Partition, Row
 from gradmerge.coefficients.granularity import Tensor as TensorGranularity
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
 
 
 @dataclass(frozen=True)
 class AbstractLink(AbstractCoefficients):
-    """A link takes everything but the constraint from what it wraps."""
+    """Base class of links: subclasses define `link` and its inverse `pull_back`.
+
+    Layout and number of rows are those of the wrapped granularity.
+    """
 
     inner: AbstractCoefficients = field(default_factory=TensorGranularity)
-    """The granularity (or link) that is wrapped."""
+    """Granularity (or link) to wrap."""
 
+    @override
     def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
-        """That of the wrapped granularity."""
         return self.inner.layout(tensors)
 
+    @override
     def num_rows(self, num_sources: int) -> int:
-        """That of the wrapped granularity."""
         return self.inner.num_rows(num_sources)
 
 
 class _Entrywise(AbstractLink):
-    """A link of each entry by itself."""
+    """A link that acts on each entry separately."""
 
     @property
+    @override
     def by_entry(self) -> bool:
-        """As what is wrapped."""
         return self.inner.by_entry
 
 
-class _ClampThatReturns(torch.autograd.Function):
-    """Clamp whose gradient vanishes at a bound only where descent would push further out.
+class _ClampWithReturn(torch.autograd.Function):
+    """Clamp whose gradient is zero at a bound only if a descent step would move further out.
 
-    A plain clamp has no gradient once a coefficient is at a bound, so it can never come back: 10 to
-    31% of the layer-wise coefficients released with AdaMerging sit at exactly 0.
+    With a plain clamp the gradient is zero at and beyond the bounds, so a coefficient there can
+    never return: 10 to 31% of the layer-wise coefficients released with AdaMerging are exactly 0.
     """
 
     @staticmethod
@@ -64,19 +67,24 @@ class _ClampThatReturns(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Clamp(_Entrywise):
-    """`c = min(max(z, low), high)`, with a gradient that can come back from the bound."""
+    """Clamp coefficients to an interval: `c = min(max(z, low), high)`.
+
+    At a bound the gradient is zero only if a descent step would move further out, so coefficients
+    can return from it.
+    """
 
     low: float = 0.0
+    """Lower bound of the coefficients."""
     high: float = 1.0
+    """Upper bound of the coefficients."""
 
     def __post_init__(self) -> None:
-        """Check the bounds."""
-        if not self.low < self.high:
-            raise ConfigError(f"Clamp: low {self.low} must be below high {self.high}.")
+        """Validate the bounds."""
+        require(self.low < self.high, "Clamp.low", f"a number below high {self.high}", self.low)
 
     @override
     def link(self, raw: Tensor) -> Tensor:
-        clamped: Tensor = _ClampThatReturns.apply(self.inner.link(raw), self.low, self.high)
+        clamped: Tensor = _ClampWithReturn.apply(self.inner.link(raw), self.low, self.high)
         return clamped
 
     @override
@@ -87,14 +95,14 @@ class Clamp(_Entrywise):
 
 @dataclass(frozen=True)
 class Sigmoid(_Entrywise):
-    """`c = 1 / (1 + exp(-z))`, between 0 and 1 (NP Merge)."""
+    """Logistic sigmoid: `c = 1 / (1 + exp(-z))` in (0, 1) (NP Merge, arXiv 2412.15467)."""
 
     eps: float = 0.01
-    """Starting coefficients are pulled into [eps, 1 - eps]: a saturated sigmoid does not learn."""
+    """Starting coefficients are clamped to [eps, 1 - eps], where gradients do not vanish."""
 
     def __post_init__(self) -> None:
-        """Check eps."""
-        _require_eps(self.eps, 0.5, "Sigmoid")
+        """Validate the margin."""
+        require(0 < self.eps < 0.5, "Sigmoid.eps", "a number in (0, 0.5)", self.eps)
 
     @override
     def link(self, raw: Tensor) -> Tensor:
@@ -108,14 +116,14 @@ class Sigmoid(_Entrywise):
 
 @dataclass(frozen=True)
 class Tanh(_Entrywise):
-    """`c = tanh(z)`, between -1 and 1 (SUPERMERGE, arXiv 2412.10416)."""
+    """Hyperbolic tangent: `c = tanh(z)` in (-1, 1) (SUPERMERGE, arXiv 2412.10416)."""
 
     eps: float = 0.01
-    """Starting coefficients are pulled into [eps - 1, 1 - eps]."""
+    """Starting coefficients are clamped to [eps - 1, 1 - eps]."""
 
     def __post_init__(self) -> None:
-        """Check eps."""
-        _require_eps(self.eps, 1, "Tanh")
+        """Validate the margin."""
+        require(0 < self.eps < 1, "Tanh.eps", "a number in (0, 1)", self.eps)
 
     @override
     def link(self, raw: Tensor) -> Tensor:
@@ -129,21 +137,19 @@ class Tanh(_Entrywise):
 
 @dataclass(frozen=True)
 class Softmax(_Entrywise):
-    """`c_k = exp(z_k) / sum_j exp(z_j)`: positive, summing to 1 over the sources (learned soup)."""
+    """Softmax over two or more sources: `c_k = exp(z_k) / sum_j exp(z_j)`, positive with sum 1
+    (learned soup, arXiv 2203.05482).
+    """
 
     eps: float = 1e-4
-    """Starting coefficients below this are raised to it."""
+    """Lower bound of the starting coefficients."""
 
     def __post_init__(self) -> None:
-        """Check eps."""
-        _require_eps(self.eps, 1, "Softmax")
+        """Validate the bound."""
+        require(0 < self.eps < 1, "Softmax.eps", "a number in (0, 1)", self.eps)
 
+    @override
     def num_rows(self, num_sources: int) -> int:
-        """That of the wrapped granularity.
-
-        Raises:
-            ConfigError: a single source, whose coefficient would be 1 whatever is learned.
-        """
         if num_sources < 2:
             raise ConfigError(
                 "Softmax: expected at least two sources, got one, whose coefficient would always "
@@ -164,14 +170,10 @@ class Softmax(_Entrywise):
 
 @dataclass(frozen=True)
 class Complement(_Entrywise):
-    """Two sources share one number: `c = (a, 1 - a)` with `a` from the wrapped coefficients."""
+    """One number for two sources: `c = (a, 1 - a)`, with `a` from the wrapped coefficients."""
 
+    @override
     def num_rows(self, num_sources: int) -> int:
-        """One row.
-
-        Raises:
-            ConfigError: not exactly two sources.
-        """
         if num_sources != 2:
             raise ConfigError(
                 f"Complement: expected exactly two sources, got {num_sources}. "
@@ -191,13 +193,13 @@ class Complement(_Entrywise):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """`1[z > 0]`, with the gradient of `sigmoid(z / temperature)`."""
+    """Step function `1[z > 0]` with the gradient of `sigmoid(z / temperature)`."""
 
     @staticmethod
     def forward(ctx: Any, raw: Tensor, temperature: float) -> Tensor:
         ctx.save_for_backward(raw)
         ctx.temperature = temperature
-        # sigmoid(z / T) > 1/2, free of rounding
+        # the same as sigmoid(z / T) > 1/2, without rounding
         return (raw > 0).to(raw.dtype)
 
     @staticmethod
@@ -209,21 +211,21 @@ class _StraightThrough(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class HardMask(_Entrywise):
-    """`c = 1[sigmoid(z / temperature) > 1/2]`: 0 or 1 (AdaRank, arXiv 2503.22178).
+    """Binary mask: `c = 1[sigmoid(z / temperature) > 1/2]`, 0 or 1 (AdaRank, arXiv 2503.22178).
 
-    The gradient is that of the sigmoid (straight through). As in the authors' code the temperature
-    divides: at 10 the slope is nearly the same everywhere, so that no coefficient saturates.
+    The gradient is that of the sigmoid (straight-through estimator). The temperature divides, as in
+    the authors' code: at 10 the slope is nearly constant, so no coefficient saturates.
     """
 
     temperature: float = 10.0
+    """Divisor of the raw numbers inside the sigmoid."""
     start: float = 0.1
-    """Raw number of a coefficient that starts at 1; of one that starts at 0 it is `-start`."""
+    """Raw number of a coefficient that starts at 1; one that starts at 0 gets `-start`."""
 
     def __post_init__(self) -> None:
-        """Check both numbers."""
-        for name in ("temperature", "start"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"HardMask: {name} must be positive, got {getattr(self, name)}.")
+        """Validate temperature and start."""
+        require(self.temperature > 0, "HardMask.temperature", "a positive number", self.temperature)
+        require(self.start > 0, "HardMask.start", "a positive number", self.start)
 
     @override
     def link(self, raw: Tensor) -> Tensor:
@@ -236,8 +238,8 @@ class HardMask(_Entrywise):
         if between.numel():
             raise ConfigError(
                 "HardMask: starting coefficients must be 0 or 1, got "
-                f"{between.flatten()[0].item():.4g}. Use init Constant 1 or LeadingComponents; a "
-                "scale belongs to the operator (Components.scale), or is learned (WithScale)."
+                f"{between.flatten()[0].item():.4g}. Use init Constant 1 or LeadingComponents; "
+                "set a scale in the operator (Components.scale) or learn one (WithScale)."
             )
         raw = torch.where(coefficient > 0.5, self.start, -self.start)
         return self.inner.pull_back(raw.to(coefficient.dtype))
@@ -248,7 +250,7 @@ def _require_within(coefficient: Tensor, low: float, high: float, name: str) -> 
     if outside.numel():
         raise ConfigError(
             f"{name}: starting coefficients must lie in [{low:g}, {high:g}], got "
-            f"{outside.flatten()[0].item():.4g}. Change the init or the link."
+            f"{outside.flatten()[0].item():.4g}. Choose another init or link."
         )
 
 
@@ -264,61 +266,52 @@ def _require_sum_of_one(coefficient: Tensor, name: str) -> None:
         )
 
 
-def _require_eps(eps: float, high: float, name: str) -> None:
-    if not 0 < eps < high:
-        raise ConfigError(f"{name}: eps must lie between 0 and {high}, got {eps}.")
-
-
 @dataclass(frozen=True)
 class WithScale(AbstractLink):
-    """`c_kj = s_k m_kj`, one learned number `s_k` a tensor and source beside what is wrapped, m.
+    """Learned scale per tensor and source on top of the wrapped coefficients: `c_kj = s_k m_kj`.
 
-    With `HardMask` over `Component` it is AdaRank (arXiv 2503.22178; the authors' code learns a
-    coefficient per tensor and source beside the masks, at one rate). With `Column` and others all
-    of a tensor's coefficients can move together. A tensor with a single coefficient per source (a
-    bias) has the scale alone: no mask, and any real number.
+    With `HardMask` over `Component` this is AdaRank (arXiv 2503.22178, whose code also learns a
+    coefficient per tensor and source along with the masks, at the same rate). With `Column`, `Row`
+    or `Partition` it lets all coefficients of a tensor move together. A tensor with a single
+    coefficient per source (a bias) has only the scale: no mask, any real number.
 
-    Raw numbers are `[sources, 1 + n]` of n wrapped coefficients, the scale first. Gradients:
-    `dL/ds_k = sum_j m_kj dL/dc_kj` and `dL/dm_kj = s_k dL/dc_kj`. At the start `s_k` is the
-    coefficient of largest magnitude, so that masks are told by init `Scaled` of `LeadingComponents`
-    and one number alone by `Constant`.
+    Raw numbers are `[sources, 1 + n]` for n wrapped coefficients, the scale first. Gradients:
+    `dL/ds_k = sum_j m_kj dL/dc_kj` and `dL/dm_kj = s_k dL/dc_kj`. Initially `s_k` is the starting
+    coefficient with the largest magnitude; use init `Scaled` of `LeadingComponents` to start from
+    masks, or `Constant` to start from the scale alone.
     """
 
     inner: AbstractCoefficients = field(default_factory=lambda: HardMask(Component()))
-    """Column, Row, Partition or Component, or a link of them."""
+    """Granularity Column, Row, Partition or Component, or a link around one of them."""
     start: float = 1.0
-    """The scale where all coefficients of a tensor and source start at 0, which tell none."""
+    """Initial scale if all coefficients of a tensor and source start at 0."""
 
     def __post_init__(self) -> None:
-        """Check what is wrapped."""
+        """Validate the wrapped granularity."""
         inner = self.inner
         while isinstance(inner, AbstractLink):
             inner = inner.inner
         if not isinstance(inner, (Column, Row, Partition, Component)):
             raise ConfigError(
                 "WithScale: expected Column, Row, Partition or Component inside, got "
-                f"{type(inner).__name__}. One number a tensor needs no scale beside it, and of "
-                "one per weight (Element) the scale is one direction among them already."
+                f"{type(inner).__name__}. Other granularities have one coefficient per tensor or "
+                "per weight, for which an additional scale is redundant."
             )
 
+    @override
     def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
-        """That of what is wrapped, with room for the scale."""
         slots = self.inner.layout(tensors).slots
         shapes = {slot.key: tuple(1 + n for n in slot.shape) for slot in slots.values()}
         return Layout(slots, shapes)
 
+    @override
     def num_rows(self, num_sources: int) -> int:
-        """One row a source.
-
-        Raises:
-            ConfigError: what is wrapped has another number of rows.
-        """
         rows = self.inner.num_rows(num_sources)
         if rows != num_sources:
             raise ConfigError(
                 f"WithScale: expected one row of raw numbers per source inside, got {rows} for "
-                f"{num_sources} sources ({type(self.inner).__name__}), which leave no place for a "
-                "scale of each. Leave that link or the scale out."
+                f"{num_sources} sources ({type(self.inner).__name__}). Remove that link or the "
+                "scale."
             )
         return rows
 

@@ -1,4 +1,4 @@
-"""Objectives: terms of predictions and regularisers of coefficients."""
+"""Objectives: loss terms on predictions and regularisers of coefficients."""
 
 from gradmerge.objectives.base import (
     AbstractRegulariser,

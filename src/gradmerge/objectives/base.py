@@ -1,4 +1,4 @@
-"""What is optimised: a weighted sum of terms over tasks, and regularisers on the coefficients."""
+"""Base classes of loss terms and regularisers."""
 
 from __future__ import annotations
 
@@ -10,69 +10,69 @@ from torch import Tensor
 
 from gradmerge.errors import ConfigError
 
-# The label of a position that has none, as everywhere in torch and transformers.
+# Label of a position without a label, the convention of torch and transformers.
 UNLABELLED = -100
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """One batch's predictions, one row a decision (an image, a text, or a token to predict)."""
+    """Predictions of one batch: one row per decision (an image, a text, or a token to predict)."""
 
     logits: Tensor
-    """`[rows, classes]`, float32 or wider."""
+    """Logits `[rows, classes]`, float32 or wider."""
     labels: Tensor | None = None
-    """`[rows]`, where the task has labels; -100 where a row has none."""
+    """Labels `[rows]`, if the task has any; -100 in rows without one."""
     teacher: Tensor | None = None
-    """Logits of the task's own source on the same rows, where a term asks for them."""
+    """Logits of the task's own source on the same rows, if a term needs them."""
     shared: bool = False
-    """Whether every process holds rows of one global batch, which the mean is over (training in
-    several processes). Terms then call collectives: every process has the same tasks, in one order,
-    if need be with no row."""
+    """True if every process holds rows of one global batch, over which the mean is taken. Terms
+    then call collectives: all processes run the same tasks in the same order, possibly with no
+    rows."""
     ensemble: Sequence[Tensor] | None = None
-    """Logits of each source on the same rows, where a term asks for them."""
+    """Logits of each source on the same rows, if a term needs them."""
 
 
 class AbstractTerm(ABC):
-    """A loss of one task's predictions."""
+    """Loss on the predictions of one task."""
 
     weight: float
 
     @property
     def needs_labels(self) -> bool:
-        """Whether the task must have labels."""
+        """True if the task must have labels."""
         return False
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the task's source is run on the same batch."""
+        """True if the task's own source must run on the same batch."""
         return False
 
     @property
     def needs_ensemble(self) -> bool:
-        """Whether all sources are run on the same batch."""
+        """True if all sources must run on the same batch."""
         return False
 
     @abstractmethod
     def loss(self, predictions: Predictions) -> Tensor:
-        """A scalar, the mean over rows, before `weight`; zero, not NaN, where there is no row.
+        """Return the mean over rows, a scalar, before `weight`; zero, not NaN, without rows.
 
-        Where `predictions.shared`, rows are those of all processes, whose gradients are averaged
-        afterwards (see `gradmerge.objectives.regularisers`).
+        With `predictions.shared` the mean is over the rows of all processes, whose gradients are
+        averaged afterwards.
         """
 
 
 class AbstractRegulariser(ABC):
-    """A penalty on the coefficients, independent of data."""
+    """Penalty on the coefficients, independent of data."""
 
     weight: float
 
     @abstractmethod
     def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
-        """A scalar, before `weight`.
+        """Return a scalar, before `weight`.
 
         Args:
             coefficients: `c` of each learned tensor by name, `[sources, *slot]`.
-            start: the same at the start of training.
+            start: coefficients at the start of training.
         """
 
 
@@ -85,11 +85,14 @@ def next_token_rows(
         logits: `[batch, classes]` or `[batch, tokens, vocab]`.
         labels: `[batch]` or `[batch, tokens]`; -100 marks positions without a label.
         mask: `[batch, tokens]`, 0 on padding.
-        shift: position t predicts token t + 1 (causal language models).
+        shift: True if position t predicts token t + 1 (causal language models).
 
     Returns:
-        Logits `[rows, classes]`, labels `[rows]`, and the kept rows (None when all are kept), so
-        that a teacher's logits can be cut in the same way.
+        Logits `[rows, classes]`, labels `[rows]`, and a mask of the kept rows (None if all are
+        kept), by which the logits of a teacher can be filtered in the same way.
+
+    Raises:
+        ConfigError: the logits have neither two nor three axes.
     """
     if logits.dim() == 2:
         return logits, labels, None

@@ -1,4 +1,4 @@
-"""The weighted sum that training minimises."""
+"""Weighted sum of terms and regularisers that training minimises."""
 
 from __future__ import annotations
 
@@ -21,83 +21,84 @@ from gradmerge.objectives.terms import CrossEntropy
 
 @dataclass(frozen=True)
 class Objective:
-    """`L = sum_t w_t sum_i a_i term_i(task t) / sum_t w_t + sum_j b_j regulariser_j(c)`.
+    """Weighted mean of the terms over tasks, plus weighted regularisers.
 
-    Task weights are normalised to a mean, so the learning rate does not depend on how many tasks
-    there are.
+        L = sum_t w_t sum_i a_i term_i(task t) / sum_t w_t + sum_j b_j regulariser_j(c)
+
+    Task weights are normalised, so the learning rate does not depend on the number of tasks.
     """
 
     terms: list[AbstractTerm] = field(default_factory=list)
-    """Losses of the predictions, each with its weight. Default: CrossEntropy."""
+    """Losses on the predictions, each with its weight. Default: CrossEntropy."""
     regularisers: list[AbstractRegulariser] = field(default_factory=list)
     """Penalties on the coefficients, each with its weight."""
     task_weights: dict[str, float] = field(default_factory=dict)
-    """Weight of a task; 1 where none is stated."""
+    """Weight of each task by name; tasks that are not listed have weight 1."""
 
     def __post_init__(self) -> None:
-        """Fill in the default term (a default that is an instance could not be written to YAML)."""
+        """Validate the weights and fill in the default term."""
         if not self.terms:
+            # a default that is an instance could not be written to YAML
             object.__setattr__(self, "terms", [CrossEntropy()])
         wrong = [name for name, weight in self.task_weights.items() if weight < 0]
         if wrong:
-            raise ConfigError(f"task weights must not be negative: {', '.join(wrong)}.")
+            raise ConfigError(f"task_weights: weights must not be negative: {', '.join(wrong)}.")
 
     @property
     def needs_labels(self) -> bool:
-        """Whether any term needs labels."""
+        """True if any term needs labels."""
         return any(term.needs_labels for term in self.terms)
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any term needs the task's own source."""
+        """True if any term needs the task's own source."""
         return any(term.needs_teacher for term in self.terms)
 
     @property
     def needs_ensemble(self) -> bool:
-        """Whether any term needs all sources."""
+        """True if any term needs all sources."""
         return any(term.needs_ensemble for term in self.terms)
 
     def require_tasks(self, tasks: Iterable[str]) -> None:
-        """Refuse weights of tasks that do not exist, and weights that leave nothing to learn.
+        """Reject weights of unknown tasks, and weights of 0 for all tasks.
 
         Raises:
-            ConfigError: which.
+            ConfigError: a weighted task does not exist, or every task has weight 0.
         """
         known = list(tasks)
         for name in self.task_weights:
             if name not in known:
                 raise ConfigError(
-                    f"task_weights: {name!r} is no task; there are {', '.join(known)}."
+                    f"task_weights: unknown task {name!r} (choose from {', '.join(known)})."
                     f"{nearest(name, known)}"
                 )
         if known and not any(self.task_weights.get(name, 1.0) for name in known):
             raise ConfigError(
-                f"task_weights: every task here weighs 0 ({shorten(known)}), so that nothing would "
-                "be learned, and the loss that is watched would be 0 throughout. Give one of them "
-                "a weight."
+                f"task_weights: every task here has weight 0 ({shorten(known)}), so nothing would "
+                "be learned and the monitored loss would always be 0. Give one of them a weight."
             )
 
     def share(self, task: str, tasks: Iterable[str]) -> float:
-        """`w_t / sum_t w_t` over the tasks of a step."""
+        """Return `w_t / sum_t w_t` over the tasks of a step."""
         weights = {name: self.task_weights.get(name, 1.0) for name in tasks}
         total = sum(weights.values())
         return weights[task] / total if total else 0.0
 
     def rows(self, predictions: Predictions) -> int:
-        """Rows that the loss is a mean of: those with a label, where a term needs labels."""
+        """Return the number of rows in the mean: labelled rows only, if a term needs labels."""
         if not self.needs_labels:
             return len(predictions.logits)
         labels = predictions.labels
         return 0 if labels is None else int((labels != UNLABELLED).sum())
 
     def loss(self, predictions: Predictions) -> Tensor:
-        """The weighted terms of one task."""
+        """Return the weighted sum of the terms for one task."""
         losses = [term.weight * term.loss(predictions) for term in self.terms]
         return torch.stack(losses).sum()
 
     @property
     def importance_batches(self) -> int:
-        """Training batches that the coefficients' importance is measured on; 0: not needed."""
+        """Number of training batches on which `FisherToInit` measures importance; 0 without it."""
         return max((r.batches for r in self.regularisers if isinstance(r, FisherToInit)), default=0)
 
     def penalty(
@@ -106,7 +107,7 @@ class Objective:
         start: Mapping[str, Tensor],
         importance: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """The weighted regularisers; `importance` is F of `FisherToInit`, where there is one."""
+        """Return the weighted sum of the regularisers; `importance` is F of `FisherToInit`."""
         losses = [
             r.weight
             * (

@@ -1,4 +1,4 @@
-"""Penalties on the coefficients."""
+"""Penalties on the coefficients, and means over the rows of several processes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
 from gradmerge.objectives.base import AbstractRegulariser
 
 
 class _Total(torch.autograd.Function):
-    """Forward: the sum over processes. Backward: the gradient times their number."""
+    """Sum over processes in forward; backward multiplies the gradient by their number."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
-        """`sum_r value_r`, the same in every process."""
+        """Return `sum_r value_r`, the same in every process."""
         total = value.detach().clone()
         distributed.all_reduce(total)
         return total
@@ -29,17 +29,17 @@ class _Total(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        """`W` times the gradient of the total, which the average over processes divides again."""
+        """Return W times the gradient; averaging gradients over processes divides by W again."""
         return grads[0] * distributed.get_world_size()
 
 
 def mean_over_rows(total: Tensor, rows: int | Tensor, shared: bool) -> Tensor:
-    """`sum_r total_r / max(1, sum_r rows_r)`, over this process alone unless `shared`.
+    """Return `sum_r total_r / max(1, sum_r rows_r)`, over this process alone unless `shared`.
 
     Args:
-        total: a sum over this process's rows, a scalar.
-        rows: how many they are; it may be none.
-        shared: every process calls this at the same point with rows of one global batch.
+        total: sum over the rows of this process, a scalar.
+        rows: number of rows of this process; it may be 0.
+        shared: True if all processes call this at the same point with rows of one global batch.
     """
     count = torch.as_tensor(rows, device=total.device).to(total.dtype)
     if shared:
@@ -48,20 +48,21 @@ def mean_over_rows(total: Tensor, rows: int | Tensor, shared: bool) -> Tensor:
 
 
 def log_mean_over_rows(log_p: Tensor, shared: bool) -> Tensor | None:
-    """`log( sum_r sum_i p_i / sum_r rows_r )` a class, over this process alone unless `shared`.
+    """Return `log( sum_r sum_i p_i / sum_r rows_r )` of each class.
 
     Args:
-        log_p: log-probabilities `[rows, classes]` of this process; finite.
-        shared: every process calls this at the same point with rows of one global batch.
+        log_p: finite log-probabilities `[rows, classes]` of this process.
+        shared: True if all processes call this at the same point with rows of one global batch;
+            the mean is then over their rows, too.
 
     Returns:
-        `[classes]`, or None where no process has a row.
+        `[classes]`, or None if no process has a row.
     """
     rows = torch.tensor(len(log_p), dtype=log_p.dtype, device=log_p.device)
     log_sum = torch.logsumexp(log_p, dim=0)
     if shared:
         distributed.all_reduce(rows)
-        # Sums of exp are taken relative to the largest, as logsumexp does within a process.
+        # subtract the largest before exp, as logsumexp does within a process
         largest = log_sum.detach().clone()
         distributed.all_reduce(largest, distributed.ReduceOp.MAX)
         if rows:
@@ -71,18 +72,16 @@ def log_mean_over_rows(log_p: Tensor, shared: bool) -> Tensor | None:
 
 @dataclass(frozen=True)
 class _Reduced(AbstractRegulariser):
-    """A penalty of many numbers, of which the mean or the sum is taken."""
+    """Penalty that reduces many numbers to their mean or sum."""
 
     reduce: Literal["mean", "sum"] = field(default="mean", kw_only=True)
-    """What is taken of a penalty's numbers: `mean`, so that `weight` means the same in any network,
-    or `sum`, as papers often write it (DAM over layers, EWC over coefficients)."""
+    """Reduction: `mean`, for which `weight` does not depend on the size of the network, or `sum`,
+    as in many papers (DAM over layers, EWC over coefficients)."""
 
     def __post_init__(self) -> None:
-        """Check the reduction."""
-        if self.reduce not in ("mean", "sum"):
-            raise ConfigError(
-                f"{type(self).__name__}: reduce: expected mean or sum, got {self.reduce!r}."
-            )
+        """Validate the reduction."""
+        known = self.reduce in ("mean", "sum")
+        require(known, f"{type(self).__name__}.reduce", "mean or sum", repr(self.reduce))
 
     def _reduced(self, values: Tensor) -> Tensor:
         return values.mean() if self.reduce == "mean" else values.sum()
@@ -90,7 +89,7 @@ class _Reduced(AbstractRegulariser):
     def _over_pairs(
         self, coefficients: Mapping[str, Tensor], measure: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """Of each tensor the mean over pairs of sources; numbers alone have no direction."""
+        """Reduce the mean over pairs of sources of each tensor; skip single coefficients."""
         values = [
             torch.stack(
                 [measure(c[a].flatten(), c[b].flatten()) for a, b in combinations(range(len(c)), 2)]
@@ -105,9 +104,10 @@ class _Reduced(AbstractRegulariser):
 
 @dataclass(frozen=True)
 class L1(_Reduced):
-    """`mean |c|`: sparse coefficients."""
+    """L1 norm for sparse coefficients: `mean |c|`."""
 
     weight: float = 1e-3
+    """Weight in the objective."""
 
     @override
     def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
@@ -116,21 +116,21 @@ class L1(_Reduced):
 
 @dataclass(frozen=True)
 class Lp(_Reduced):
-    """`mean over slots of (sum_k |c_k|^p)^(1/p)`: the norm over the sources (aTLAS, 2407.02880).
+    """Norm over the sources, `mean over slots of (sum_k |c_k|^p)^(1/p)` (aTLAS, arXiv 2407.02880).
 
-    A slot is what shares a coefficient. For p = 1 this is K times `L1`; for p = 2 it drives all
-    sources of a slot to zero together. At zero the gradient is zero.
+    A slot is a set of entries that share a coefficient. For p = 1 this is K times `L1`; p = 2
+    drives the coefficients of all sources in a slot to zero together. At zero the gradient is zero.
     """
 
     p: float = 1.0
-    """Order of the norm, at least 1; aTLAS takes 1 or 2."""
+    """Order of the norm, at least 1; aTLAS uses 1 or 2."""
     weight: float = 0.5
+    """Weight in the objective."""
 
     def __post_init__(self) -> None:
-        """Check the order."""
+        """Validate the order."""
         super().__post_init__()
-        if not self.p >= 1:
-            raise ConfigError(f"Lp: p must be at least 1, got {self.p}.")
+        require(self.p >= 1, "Lp.p", "at least 1", self.p)
 
     @override
     def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
@@ -141,9 +141,12 @@ class Lp(_Reduced):
 
 @dataclass(frozen=True)
 class L2ToInit(_Reduced):
-    """`mean (c - c_start)^2`: stay near the start (the prior of NP Merge, arXiv 2412.15467)."""
+    """Squared distance from the start: `mean (c - c_start)^2` (the prior of NP Merge, arXiv
+    2412.15467).
+    """
 
     weight: float = 1e-2
+    """Weight in the objective."""
 
     @override
     def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
@@ -153,24 +156,25 @@ class L2ToInit(_Reduced):
 
 @dataclass(frozen=True)
 class FisherToInit(_Reduced):
-    """`mean F (c - c_start)^2`: stay near the start where the data care (EWC, arXiv 1612.00796).
+    """Squared distance from the start, weighted by importance: `mean F (c - c_start)^2` (EWC, arXiv
+    1612.00796).
 
     F is the squared gradient of the objective's terms in the coefficients at the start, averaged
-    over training batches and divided by its mean, so that `weight` means what it means for
-    `L2ToInit` (F = 1). Gradients are those of batches, not of single examples. Coefficients whose
-    gradient is zero are free. F is measured when a fit starts, one float32 number a coefficient,
-    and kept in its checkpoints.
+    over training batches and divided by its mean, so that `weight` has the same meaning as in
+    `L2ToInit` (F = 1). Gradients are those of batches, not of single examples. Coefficients with
+    zero gradient are unconstrained. F is measured at the start of a fit and saved in its
+    checkpoints, one float32 number per coefficient.
     """
 
     weight: float = 1e-2
+    """Weight in the objective."""
     batches: int = 16
-    """Training batches that F is averaged over: the first of the fit."""
+    """Number of training batches, the first of the fit, over which F is averaged."""
 
     def __post_init__(self) -> None:
-        """Check the number of batches."""
+        """Validate the number of batches."""
         super().__post_init__()
-        if self.batches < 1:
-            raise ConfigError(f"FisherToInit: batches must be at least 1, got {self.batches}.")
+        require(self.batches >= 1, "FisherToInit.batches", "at least 1", self.batches)
 
     def penalty(
         self,
@@ -178,20 +182,20 @@ class FisherToInit(_Reduced):
         start: Mapping[str, Tensor],
         importance: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """See `AbstractRegulariser.penalty`.
+        """Return a scalar, before `weight`.
 
         Args:
-            coefficients: see there.
-            start: see there.
+            coefficients: `c` of each learned tensor by name, `[sources, *slot]`.
+            start: coefficients at the start of training.
             importance: F of each learned tensor by name, `[sources, *slot]`.
 
         Raises:
-            ConfigError: F was not measured.
+            ConfigError: `importance` is missing.
         """
         if importance is None:
             raise ConfigError(
-                "FisherToInit: the importance of the coefficients was not measured; train with "
-                "MergeModule, which measures it when a fit starts, or pass `importance`."
+                "FisherToInit: the importance of the coefficients was not measured. Train with "
+                "MergeModule, which measures it at the start of a fit, or pass `importance`."
             )
         moved = [
             (importance[name].to(c) * (c - start[name].to(c)).square()).flatten()
@@ -202,14 +206,16 @@ class FisherToInit(_Reduced):
 
 @dataclass(frozen=True)
 class Similarity(_Reduced):
-    """Cosine between two sources' coefficients of a tensor (DAM, arXiv 2410.08371).
+    """Cosine similarity of the coefficients of pairs of sources (DAM, arXiv 2410.08371).
 
-    `mean over tensors of mean over pairs of cos(c_a, c_b)`. DAM takes the sum over tensors
-    (`reduce: sum`), beside a divergence that is a sum over K tasks where `Objective` takes the
-    mean: its 0.01 is a weight of 0.01 / K here.
+        mean over tensors of (mean over pairs of cos(c_a, c_b))
+
+    DAM sums over tensors (`reduce: sum`) and adds this to a divergence summed over K tasks, where
+    `Objective` takes the mean: DAM's 0.01 corresponds to a weight of 0.01 / K.
     """
 
     weight: float = 1e-2
+    """Weight in the objective."""
 
     @override
     def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
@@ -218,14 +224,17 @@ class Similarity(_Reduced):
 
 @dataclass(frozen=True)
 class Overlap(_Reduced):
-    """`sum_j min(|c_a,j|, |c_b,j|)`, mean over tensors and pairs (DAM, arXiv 2410.08371).
+    """Overlap of the coefficients of pairs of sources (DAM, arXiv 2410.08371).
 
-    DAM takes the sum over tensors (`reduce: sum`); see `Similarity` for its weight.
-    DAM's other form weighs column j by sin^2 of twice the angle between the two directions there.
-    It is left out: regularisers see coefficients, and the angles would need all directions.
+        mean over tensors of (mean over pairs of sum_j min(|c_a,j|, |c_b,j|))
+
+    DAM sums over tensors (`reduce: sum`); its weight converts as for `Similarity`. DAM's variant
+    with column weights (sin^2 of twice the angle between the directions) is not implemented:
+    regularisers see coefficients only, and the angles would need all directions.
     """
 
     weight: float = 1e-5
+    """Weight in the objective."""
 
     @override
     def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Terms of an objective that look at predictions."""
+"""Loss terms on predictions."""
 
 from __future__ import annotations
 
@@ -10,37 +10,36 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import require
 from gradmerge.objectives.base import UNLABELLED, AbstractTerm, Predictions
 from gradmerge.objectives.regularisers import log_mean_over_rows, mean_over_rows
 
-# log p is -inf only beyond float32's range; 0 * inf would be NaN where the limit is 0.
+# Lower bound of log p: where log p is -inf, p log p would be NaN instead of 0.
 _LEAST = -1e4
 
 
 @dataclass(frozen=True)
 class CrossEntropy(AbstractTerm):
-    """`sum over labelled rows of -log p(label) / max(1, labelled rows)`, for classification and for
-    the next token of a language model.
+    """Cross-entropy with the labels, for classification and next-token prediction.
 
-    Rows labelled -100 do not count. A batch without any labelled row gives zero, with zero
-    gradient.
+        sum over labelled rows of -log p(label) / max(1, labelled rows)
+
+    Rows with label -100 are ignored. A batch without labelled rows gives zero, with zero gradient.
     """
 
     weight: float = 1.0
+    """Weight in the objective."""
     label_smoothing: float = 0.0
-    """Share of the target that is spread evenly over all classes."""
+    """Share of the target that is distributed evenly over all classes, in [0, 1)."""
 
     def __post_init__(self) -> None:
-        """Check the smoothing."""
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(
-                f"CrossEntropy: label_smoothing must lie in [0, 1), got {self.label_smoothing}."
-            )
+        """Validate the smoothing."""
+        share = self.label_smoothing
+        require(0 <= share < 1, "CrossEntropy.label_smoothing", "a share in [0, 1)", share)
 
     @property
+    @override
     def needs_labels(self) -> bool:
-        """Yes."""
         return True
 
     @override
@@ -59,21 +58,23 @@ class CrossEntropy(AbstractTerm):
 
 @dataclass(frozen=True)
 class Entropy(AbstractTerm):
-    """`mean_i H(p_i) / log C`, the mean entropy of the predictions (AdaMerging, arXiv 2310.02575).
+    """Mean entropy of the predictions, without labels (AdaMerging, arXiv 2310.02575).
 
-    Divided by log C, tasks with many classes do not outweigh those with few. Sharpening alone can
-    collapse to one class for everything; `marginal` rewards varied predictions over the batch:
-    `- marginal * H(mean_i p_i) / log C`. In training the means are over the rows of all processes.
-    A batch without rows gives zero.
+        mean_i H(p_i) / log C - marginal * H(mean_i p_i) / log C,   C classes
 
-    `H(mean p)` is not a mean over rows. The loss of an evaluation split is the mean of its batches'
-    losses, weighted by their rows, so with `marginal` it depends on how the split is cut: on the
-    evaluation batch size and on the number of processes. Scores do not.
+    Division by log C keeps tasks with many classes from dominating. Minimising the entropy alone
+    can collapse to one class for all inputs; `marginal` rewards varied predictions within a batch.
+    In training, means are over the rows of all processes. A batch without rows gives zero.
+
+    `H(mean p)` is not a mean over rows. The loss of an evaluation split is the mean of its batch
+    losses, weighted by rows, so with `marginal` it depends on the evaluation batch size and on the
+    number of processes. Scores do not.
     """
 
     weight: float = 1.0
+    """Weight in the objective."""
     marginal: float = 0.0
-    """Weight of the entropy of the batch's mean prediction."""
+    """Weight of the entropy of the mean prediction of a batch."""
 
     @override
     def loss(self, predictions: Predictions) -> Tensor:
@@ -94,20 +95,20 @@ def _entropy(log_p: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Distillation(AbstractTerm):
-    """What distilling has in common, whoever the teacher is."""
+    """Base class of distillation terms."""
 
     weight: float = 1.0
+    """Weight in the objective."""
     temperature: float = 2.0
+    """Temperature T that divides the logits."""
 
     def __post_init__(self) -> None:
-        """Check the temperature."""
-        if self.temperature <= 0:
-            raise ConfigError(
-                f"{type(self).__name__}: temperature must be positive, got {self.temperature}."
-            )
+        """Validate the temperature."""
+        option = f"{type(self).__name__}.temperature"
+        require(self.temperature > 0, option, "a positive number", self.temperature)
 
     def _divergence(self, teacher: Tensor, predictions: Predictions) -> Tensor:
-        """`T^2 KL(teacher || merged)`, a mean over rows; of the teacher log-probabilities at T."""
+        """Return the mean of `T^2 KL(teacher || merged)`, given the teacher's log-probabilities."""
         t = self.temperature
         student = functional.log_softmax(predictions.logits / t, dim=-1)
         divergence = functional.kl_div(student, teacher, reduction="sum", log_target=True)
@@ -116,15 +117,17 @@ class _Distillation(AbstractTerm):
 
 @dataclass(frozen=True)
 class KLToSource(_Distillation):
-    """`T^2 KL( softmax(teacher / T) || softmax(merged / T) )`, distilling the task's own source.
+    """Distillation from the task's own source (DAM, arXiv 2410.08371).
 
-    The teacher is the source of the task, run on the same batch by the same network with its own
-    weights: no second model is held (DAM, arXiv 2410.08371). A batch without rows gives zero.
+        T^2 KL( softmax(teacher / T) || softmax(merged / T) )
+
+    The teacher is the source of the task. It runs on the same batch, in the same network with its
+    own weights, so no second model is held in memory. A batch without rows gives zero.
     """
 
     @property
+    @override
     def needs_teacher(self) -> bool:
-        """Yes."""
         return True
 
     @override
@@ -136,21 +139,22 @@ class KLToSource(_Distillation):
 
 @dataclass(frozen=True)
 class KLToEnsemble(_Distillation):
-    """`T^2 KL( mean_k softmax(source_k / T) || softmax(merged / T) )`, distilling the ensemble of
-    all sources (Hinton et al., arXiv 1503.02531).
+    """Distillation from the ensemble of all sources (Hinton et al., arXiv 1503.02531).
 
-    For sources that all know the task, such as networks trained on the same data from different
-    seeds: there the ensemble is better than any of them. Where each knows a part, its teacher is
-    the task's own source (`KLToSource`). All sources run on the same batch by the same network, one
-    after another: no second model is held, but the logits of each; a step costs a forward pass a
-    source more. A batch without rows gives zero.
+        T^2 KL( mean_k softmax(source_k / T) || softmax(merged / T) )
 
-    The gradient is that of the mean of `T^2 KL(source_k || merged)` over sources.
+    Use it for sources that all know the task, such as networks trained on the same data from
+    different seeds, whose ensemble is better than each of them. If each source knows only some of
+    the tasks, use `KLToSource`. All sources run on the same batch, one after another in the same
+    network: no second model is held in memory, only the logits of each; a step costs one more
+    forward pass per source. A batch without rows gives zero.
+
+    The gradient equals that of the mean of `T^2 KL(source_k || merged)` over the sources.
     """
 
     @property
+    @override
     def needs_ensemble(self) -> bool:
-        """Yes."""
         return True
 
     @override
@@ -158,7 +162,7 @@ class KLToEnsemble(_Distillation):
         assert predictions.ensemble is not None
         first, *others = predictions.ensemble
         total = functional.log_softmax(first / self.temperature, dim=-1)
-        for logits in others:  # one at a time: of a language model each is large
+        for logits in others:  # one at a time: logits of a language model are large
             own = functional.log_softmax(logits / self.temperature, dim=-1)
             total = torch.logaddexp(total, own)
         return self._divergence(total - math.log(1 + len(others)), predictions)

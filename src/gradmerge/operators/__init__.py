@@ -1,4 +1,4 @@
-"""Operators: how directions are combined into one tensor."""
+"""Operators: combine the directions of all sources into one tensor."""
 
 from gradmerge.operators.base import AbstractOperator, Spread, Terms
 from gradmerge.operators.components import Components
@@ -6,6 +6,7 @@ from gradmerge.operators.disjoint import DisjointMean
 from gradmerge.operators.entrywise import AbstractEntrywise
 from gradmerge.operators.fusion import ArceeFusion
 from gradmerge.operators.linear import Linear
+from gradmerge.operators.masked import MaskedDirections
 from gradmerge.operators.nearswap import NearSwap
 from gradmerge.operators.span import AbstractSpan
 from gradmerge.operators.spherical import Karcher, MultiSlerp, Slerp
@@ -20,6 +21,7 @@ __all__ = [
     "DisjointMean",
     "Karcher",
     "Linear",
+    "MaskedDirections",
     "ModelStock",
     "MultiSlerp",
     "NearSwap",

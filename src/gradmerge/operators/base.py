@@ -1,44 +1,49 @@
-"""How directions are combined into one tensor, and the gradient of that in the coefficients."""
+"""Base class of operators, and the tensors and coefficients that they work on."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gradmerge._typing import Origin
+from gradmerge._typing import Origin, SpreadKind
 from gradmerge.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The frozen tensors of one merge, each of the same shape, in its own dtype."""
+    """Frozen tensors to merge into one: all of the same shape, each in its own dtype."""
 
     sources: list[Tensor]
+    """`theta_k`, or directions `B_k` (see `directions`)."""
     origin: Tensor | None
-    """The origin's tensor; None when the origin is zero or the mean of the sources."""
+    """`A`; None if the origin is zero or the mean of the sources."""
     mean_origin: bool = False
-    """Whether the origin is the mean of the sources."""
+    """True if the origin is the mean of the sources."""
     directions: bool = False
-    """Whether `sources` hold directions: the origin has been taken off already."""
+    """True if `sources` holds directions, with the origin already subtracted."""
     masks: list[Tensor | None] | None = None
-    """A byte an entry of each source, flat: its direction is zero where its mask is."""
+    """Mask of each direction, flat, one byte per entry: where it is 0, the direction is zero."""
     factors: list[float] | None = None
-    """What each direction is multiplied by; given with `masks`."""
+    """Factor on each direction; given together with `masks`."""
     facts: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """What an operator has found out about these tensors and wants to keep from call to call; the
-    tensors never change, so a plan hands the same dictionary on every time."""
+    """Cache of an operator for values derived from these tensors. The tensors never change, so the
+    same dictionary is passed at every call."""
 
     @property
     def shape(self) -> torch.Size:
         """Shape of the merged tensor."""
         return self.sources[0].shape
 
+    @property
+    def stored(self) -> list[Tensor]:
+        """Tensors that are read: the origin, if there is one, then the sources."""
+        return self.sources if self.origin is None else [self.origin, *self.sources]
+
     def dense(self) -> Terms:
-        """The same with directions written out, in float32 or wider, and without masks."""
+        """Return the same terms with masks applied: directions in float32 or wider."""
         if self.masks is None or self.factors is None:
             return self
         directions = []
@@ -53,27 +58,29 @@ class Terms:
 
     @property
     def accumulate_dtype(self) -> torch.dtype:
-        """float64 if any term is, else float32."""
-        terms = [*self.sources, *([self.origin] if self.origin is not None else [])]
-        wide = any(term.dtype == torch.float64 for term in terms)
+        """float64 if any term is float64, else float32."""
+        wide = any(term.dtype == torch.float64 for term in self.stored)
         return torch.float64 if wide else torch.float32
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How coefficients `[sources, *slot]` spread over a tensor's entries."""
+    """Assignment of coefficients `[sources, *slot]` to the entries of a tensor."""
 
-    kind: Literal["scalar", "axis", "partition", "element", "component"]
+    kind: SpreadKind
+    """Entries that share a coefficient: all, a line across `axis`, a part, or none (each has its
+    own); or coefficients of singular components."""
     axis: int = 0
+    """Axis along which coefficients run (axis only)."""
     parts: Tensor | None = None
     """Part of each entry (partition only), `[entries]`."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A tensor seen as `[outer, width, inner]`, with coefficients along `width`.
+    """View of a tensor as `[outer, width, inner]`, with coefficients along `width`.
 
-    `width` is 1 for a scalar coefficient and all entries for one per weight.
+    `width` is 1 for a scalar coefficient, and the number of entries for one per weight.
     """
 
     outer: int
@@ -82,7 +89,7 @@ class View:
 
     @classmethod
     def of(cls, shape: torch.Size, spread: Spread) -> View:
-        """The view in which a spread's coefficients lie along one axis."""
+        """Return the view in which the coefficients of a spread run along one axis."""
         size = shape.numel()
         if spread.kind == "axis":
             outer = shape[: spread.axis].numel()
@@ -91,43 +98,48 @@ class View:
 
 
 class AbstractOperator(ABC):
-    """`theta = combine(terms, c)`."""
+    """Merge of one tensor of all sources, `theta = combine(terms, c)`, and its gradient in `c`."""
 
-    # without an annotation: the parser would look for its names in a subclass's module
+    # without annotations: the parser would resolve their names in the module of a subclass
     differentiable = True
-    """Whether coefficients can be learned through it: `contract` is the gradient of `combine`."""
+    """True if coefficients can be learned: `contract` is the gradient of `combine`."""
     by_entry = False
-    """Whether an entry is merged, and contracted, from its own entries and coefficients alone, so
-    that a tensor with a coefficient per weight may be taken part by part, each flat."""
+    """True if each entry is merged and contracted from its own values and coefficients alone, so
+    that a tensor with a coefficient per weight may be processed in flat parts."""
     by_component = False
-    """Whether coefficients may stand on singular components (a spread of kind `component`)."""
+    """True if coefficients of singular components (spread `component`) are supported."""
 
     def require(self, num_sources: int, origin: Origin) -> None:  # noqa: B027 (most have none)
-        """Refuse a merge that it cannot express; called before anything is opened.
+        """Reject an unsupported merge, before any checkpoint is opened.
 
         Raises:
-            ConfigError: another number of sources is needed, or another origin.
+            ConfigError: the number of sources or the origin is not supported.
         """
 
     @abstractmethod
     def combine(self, terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
-        """Write the merged tensor into `out` (its dtype and device are the result's) and return
-        it.
+        """Write the merged tensor into `out`, in its dtype and on its device, and return it.
+
+        Args:
+            terms: tensors to merge.
+            coefficient: `c`, `[sources, *slot]`; no gradient is recorded.
+            spread: assignment of coefficients to entries.
+            out: result, contiguous.
         """
 
     @abstractmethod
     def contract(self, terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
-        """`dL/dc`, `[sources, *slot]`, from `grad = dL/dtheta`."""
+        """Return `dL/dc`, `[sources, *slot]`, given `grad = dL/dtheta`."""
 
 
 def require_base(who: str, origin: Origin) -> None:
-    """Refuse an operator that measures from a base where there is none.
+    """Reject an origin other than the base.
 
     Raises:
-        ConfigError: the origin is another.
+        ConfigError: the origin is zero or the mean.
     """
     if origin != "base":
         raise ConfigError(
-            f"{who}: expected directions from a base, got origin {origin}; set `base` (and leave "
-            "`origin` out), or choose another operator."
+            f"{who}: expected directions from a base, got origin {origin}. Set `base` (and omit "
+            "`origin`), or choose another operator."
         )

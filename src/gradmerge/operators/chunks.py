@@ -1,8 +1,8 @@
-"""Merging and contracting with torch's own operations, a cache-sized chunk at a time.
+"""Merging and contracting with torch operations, one cache-sized chunk at a time.
 
-For every device and dtype. The formulas and their precision are `linear`'s. Gathering a chunk of
-all sources for one matrix-vector product was slower when measured over a whole model, but for
-merging many 16-bit sources.
+This works on every device and dtype; formulas and precision are those of `linear`. Gathering a
+chunk of all sources for one matrix-vector product was measured to be slower over a whole model,
+except when merging many 16-bit sources.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 
 from gradmerge.operators.base import Spread, Terms, View
 
-# Entries a chunk on the CPU, a thread: gradient, origin and one source in float32 stay in a core's
-# second-level cache (docs/benchmarks.md has the sweep). A GPU wants few, large kernels.
+# Entries per chunk and CPU thread: gradient, origin and one source in float32 fit in a core's
+# second-level cache (docs/benchmarks.md has the sweep). A GPU needs few, large kernels.
 _CPU_CHUNK = 65_536
 _GPU_CHUNK = 1 << 26
 
 
 def chunks_of(view: View, size: int) -> tuple[int, Iterator[slice]]:
-    """Length of a chunk of the flat tensor, and the coefficients along the width of each chunk.
+    """Return the length of a chunk of the flat tensor, and the columns that each chunk spans.
 
-    Chunks hold whole rows of the view where they span the width, and about `size` entries; all
-    but the last have the same length.
+    Chunks have about `size` entries, and consist of whole rows of the view if they span its width;
+    all but the last have the same length.
     """
     row = view.width * view.inner
     if view.width == 1:
@@ -42,14 +42,14 @@ def chunks_of(view: View, size: int) -> tuple[int, Iterator[slice]]:
 
 
 def chunk_size(device: torch.device) -> int:
-    """Entries a chunk on a device."""
+    """Return the number of entries per chunk on a device."""
     return _CPU_CHUNK * torch.get_num_threads() if device.type == "cpu" else _GPU_CHUNK
 
 
 class _Kept(threading.local):
-    """Buffers that stay from call to call: fresh ones would fault their pages in at each.
+    """Buffers that are kept between calls, because new ones would cause page faults at each call.
 
-    A set a thread, because backward may run in another thread than forward.
+    There is one set per thread, because backward may run in a different thread than forward.
     """
 
     def __init__(self) -> None:
@@ -60,14 +60,14 @@ _kept = _Kept()
 
 
 class _Scratch:
-    """Reused buffers of a chunk's length; a term of the right dtype and device is used as it is."""
+    """Reusable buffers of the length of a chunk, by name."""
 
     def __init__(self, length: int, dtype: torch.dtype, device: torch.device) -> None:
         self.length, self.dtype, self.device = length, dtype, device
         self._buffers: dict[str, Tensor] = {}
 
     def empty(self, name: str, size: int) -> Tensor:
-        """A buffer of `size` entries under a name, contents undefined."""
+        """Return the uninitialised buffer `name` with `size` entries."""
         buffer = self._buffers.get(name)
         if buffer is None:
             buffer = self._buffers[name] = self._allocate(name)
@@ -75,28 +75,27 @@ class _Scratch:
 
     def _allocate(self, name: str) -> Tensor:
         if self.device.type != "cpu":
-            # a GPU's allocator reuses its own memory, and its chunks are too large to hold on to
+            # a GPU's allocator reuses memory itself, and chunks there are too large to keep
             return torch.empty(self.length, dtype=self.dtype, device=self.device)
         kept = _kept.buffers.get((name, self.dtype))
         if kept is None or kept.numel() < self.length:
-            # made in inference mode it could not be written to in training
+            # a buffer created in inference mode could not be written to in training
             with torch.inference_mode(False):
                 kept = torch.empty(self.length, dtype=self.dtype)
             _kept.buffers[name, self.dtype] = kept
         return kept[: self.length]
 
     def widen(self, name: str, part: Tensor) -> Tensor:
-        """`part` in the accumulation dtype on the device."""
+        """Return `part` in the accumulation dtype on the device, copied only if necessary."""
         if part.dtype == self.dtype and part.device == self.device:
             return part
         return self.empty(name, part.numel()).copy_(part)
 
 
 def combine(terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
-    """See `AbstractOperator.combine`; coefficient: `[sources, slot]`."""
+    """Merge as `AbstractOperator.combine` does, with coefficients `[sources, slot]`."""
     view = View.of(terms.shape, spread)
-    stored = terms.sources if terms.origin is None else [terms.origin, *terms.sources]
-    flat = [term.reshape(-1) for term in stored]
+    flat = [term.reshape(-1) for term in terms.stored]
     dtype = torch.promote_types(terms.accumulate_dtype, out.dtype)
     length, chunks = chunks_of(view, chunk_size(out.device))
     scratch = _Scratch(length, dtype, out.device)
@@ -111,7 +110,7 @@ def combine(terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> T
                 total.add_(scratch.widen("term", part), alpha=weight)
         else:
             block = total.view(-1, columns.stop - columns.start, view.inner)
-            along = _along(terms, coefficient, columns, spread, dtype)
+            along = stored_weights(terms, select(coefficient, columns, spread).to(dtype))
             for k, part in enumerate(parts):
                 wide = scratch.widen("term", part).view(block.shape)
                 if k == 0:
@@ -124,7 +123,7 @@ def combine(terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> T
 
 
 def contract(terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
-    """See `AbstractOperator.contract`."""
+    """Contract as `AbstractOperator.contract` does."""
     view = View.of(terms.shape, spread)
     flat = [source.reshape(-1) for source in terms.sources]
     dtype = torch.promote_types(terms.accumulate_dtype, grad.dtype)
@@ -136,12 +135,11 @@ def contract(terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) ->
         origins = iter(terms.origin.reshape(-1).split(length))
     total = torch.zeros(
         coefficient.shape,
-        # Chunk sums of a shared coefficient are added up in float64; an entry's own is exact.
+        # sums over chunks are in float64; a coefficient per entry needs no sum
         dtype=dtype if spread.kind == "element" else torch.float64,
         device=grad.device,
     ).view(len(flat), -1)
     scalar_sums: list[Tensor] = []
-    start = 0
     for piece, columns, origin, *parts in zip(
         pieces, chunks, origins, *_split(flat, length), strict=True
     ):
@@ -156,23 +154,26 @@ def contract(terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) ->
                 continue
             product = scratch.empty("product", piece.numel())
             torch.mul(direction, piece, out=product)
-            if spread.kind == "element":
-                total[k, columns] = product
-            elif spread.kind == "partition":
-                assert spread.parts is not None
-                own = spread.parts[start : start + piece.numel()]
-                total[k].index_add_(0, own, product.double())
-            else:
-                block = product.view(-1, columns.stop - columns.start, view.inner)
-                total[k, columns] += block.sum(dim=(0, 2)).double()
-        start += piece.numel()
+            _accumulate(total[k], product, columns, spread, view)
     if scalar_sums:
         total = torch.stack(scalar_sums).view(-1, len(flat)).double().sum(dim=0)
     return total.view(coefficient.shape).to(coefficient.dtype)
 
 
+def _accumulate(total: Tensor, product: Tensor, columns: slice, spread: Spread, view: View) -> None:
+    """Add the products of one source and chunk, in the accumulation dtype, to `total`, `[slot]`."""
+    if spread.kind == "element":
+        total[columns] = product
+    elif spread.kind == "partition":
+        assert spread.parts is not None
+        total.index_add_(0, spread.parts[columns], product.double())
+    else:
+        block = product.view(-1, columns.stop - columns.start, view.inner)
+        total[columns] += block.sum(dim=(0, 2)).double()
+
+
 def stored_weights(terms: Terms, coefficient: Tensor) -> Tensor:
-    """Weights of the stored tensors, `[stored, ...]`, from coefficients `[sources, ...]`."""
+    """Return weights of the stored tensors, `[stored, ...]`, for coefficients `[sources, ...]`."""
     if terms.directions:
         one = torch.ones_like(coefficient[:1])
         return coefficient if terms.origin is None else torch.cat([one, coefficient])
@@ -182,25 +183,12 @@ def stored_weights(terms: Terms, coefficient: Tensor) -> Tensor:
     return coefficient + rest / len(coefficient) if terms.mean_origin else coefficient
 
 
-def _along(
-    terms: Terms, coefficient: Tensor, columns: slice, spread: Spread, dtype: torch.dtype
-) -> Tensor:
-    """A block's weights, `[stored, 1, columns, 1]`, to broadcast over `[outer, columns, inner]`."""
-    if spread.kind == "partition":
-        assert spread.parts is not None
-        chosen = coefficient[:, spread.parts[columns]]
-    else:
-        chosen = coefficient[:, columns]
-    weights = stored_weights(terms, chosen.to(dtype))
-    return weights.view(len(weights), 1, -1, 1)
-
-
 def _split(flat: Sequence[Tensor], length: int) -> list[tuple[Tensor, ...]]:
     return [term.split(length) for term in flat]
 
 
 def _shift(scratch: _Scratch, parts: Sequence[Tensor], anchor: Tensor) -> Tensor:
-    """Mean over the sources of `source - anchor`: their small differences lose no digits."""
+    """Return the mean over the sources of `source - anchor`, whose differences are small."""
     total = scratch.empty("shift", parts[0].numel()).zero_()
     for part in parts:
         total.add_(_direction(scratch, part, anchor, None))
@@ -210,7 +198,7 @@ def _shift(scratch: _Scratch, parts: Sequence[Tensor], anchor: Tensor) -> Tensor
 def _direction(
     scratch: _Scratch, part: Tensor, anchor: Tensor | None, shift: Tensor | None
 ) -> Tensor:
-    """A source's chunk less the origin's, which is `anchor + shift`."""
+    """Return a chunk of a source minus that of the origin, which is `anchor + shift`."""
     if anchor is None:
         return scratch.widen("direction", part)
     if part.dtype == scratch.dtype and part.device == scratch.device:
@@ -223,20 +211,20 @@ def _direction(
 
 @dataclass(frozen=True)
 class Block:
-    """A run of neighbouring entries of the flat tensor."""
+    """Contiguous entries of the flat tensor."""
 
     entries: slice
-    """Where it lies."""
+    """Position in the flat tensor."""
     columns: slice
-    """The part of the view's width that it spans."""
+    """Columns of the view that the block spans."""
     directions: Tensor
-    """`B_k`, `[sources, outer, columns, inner]`; the buffer is written over for the next block."""
+    """`B_k`, `[sources, outer, columns, inner]`; the next block overwrites this buffer."""
     origin: Tensor | None
     """`A`, `[entries]`; None for zero."""
 
 
 def blocks(terms: Terms, view: View, dtype: torch.dtype, device: torch.device) -> Iterator[Block]:
-    """All of a tensor's blocks, in order; differences are formed in `dtype`."""
+    """Iterate over the blocks of a tensor in order; differences are formed in `dtype`."""
     num, size = len(terms.sources), terms.shape.numel()
     length, along = chunks_of(view, max(1, chunk_size(device) // num))
     flat = [source.reshape(-1) for source in terms.sources]
@@ -255,7 +243,7 @@ def blocks(terms: Terms, view: View, dtype: torch.dtype, device: torch.device) -
         if origin is not None and not terms.directions:
             directions.sub_(origin)
         if terms.mean_origin and origin is not None:
-            # from differences to the first source, whose digits a sum of the whole would lose
+            # means of differences to the first source keep digits that means of weights would lose
             shift = directions.mean(dim=0)
             directions.sub_(shift)
             origin.add_(shift)
@@ -270,7 +258,7 @@ def blocks(terms: Terms, view: View, dtype: torch.dtype, device: torch.device) -
 
 
 def select(coefficient: Tensor, columns: slice, spread: Spread) -> Tensor:
-    """A block's coefficients, `[sources, 1, columns, 1]`, from all `[sources, slot]`."""
+    """Return the coefficients of a block, `[sources, 1, columns, 1]`, from `[sources, slot]`."""
     if spread.kind == "partition":
         assert spread.parts is not None
         chosen = coefficient[:, spread.parts[columns]]
@@ -280,9 +268,7 @@ def select(coefficient: Tensor, columns: slice, spread: Spread) -> Tensor:
 
 
 def collect(total: Tensor, products: Tensor, columns: slice, spread: Spread) -> None:
-    """Add a block's products `[sources, outer, columns, inner]` up in its coefficients' slots,
-    `[sources, slot]`.
-    """
+    """Add products `[sources, outer, columns, inner]` of a block to `total`, `[sources, slot]`."""
     if spread.kind == "element":
         total[:, columns] = products.reshape(len(products), -1)
     elif spread.kind == "partition":

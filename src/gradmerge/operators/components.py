@@ -2,12 +2,12 @@
 
     B_k = U_k diag(s_k) V_k^T,  theta = A + scale * sum_k U_k diag(c_k s_k) V_k^T
 
-A merge is one product of matrices a source, over the components that are not left out. With
-`G = dL/dtheta` the gradient of a coefficient is a number per component,
+A merge is one matrix product per source, over the components with a coefficient other than 0. With
+`G = dL/dtheta` the gradient is one number per component,
 
     dL/dc_kr = scale * s_kr u_kr^T G v_kr,
 
-the sums of the columns of `(G V_k S_k) (.) U_k`: no product of the tensor's own size is formed.
+the column sums of `(G V_k S_k) (.) U_k`: no product with the size of the tensor is formed.
 """
 
 from __future__ import annotations
@@ -27,24 +27,26 @@ from gradmerge.operators.linear import Linear
 
 @dataclass(frozen=True)
 class Components(AbstractOperator):
-    """`theta = A + scale * sum_k U_k diag(c_k s_k) V_k^T`, a coefficient a singular component.
+    """Sum of directions with one coefficient per singular component (AdaRank, arXiv 2503.22178).
 
-    The operator of granularity `Component` (AdaRank, arXiv 2503.22178). Tensors of more than two
-    axes are matrices `[out, rest]`. A tensor with one coefficient per source (one axis, a frozen
-    tensor), or any other granularity, takes the linear sum `A + scale * sum_k c_k B_k`.
+        B_k = U_k diag(s_k) V_k^T,  theta = A + scale * sum_k U_k diag(c_k s_k) V_k^T
+
+    Use it with granularity `Component`. Tensors with more than two axes are matrices `[out, rest]`.
+    Tensors with one coefficient per source (one axis, or frozen) and all other granularities use
+    the linear sum `A + scale * sum_k c_k B_k`.
 
     In training each tensor is decomposed once, in float64. `U_k` and `S_k V_k^T` are kept in
-    float32 (float64 where a tensor is): on a CPU in files (`TMPDIR`) that are mapped, on a GPU in
-    its memory. They take `4 (out + rest) min(out, rest)` bytes per source, twice a square direction
-    in float32. A static merge keeps none.
+    float32 (float64 if a tensor is): on a CPU in memory-mapped files (in `TMPDIR`), on a GPU in its
+    memory. They need `4 (out + rest) min(out, rest)` bytes per source, twice as much as a square
+    direction in float32. A static merge keeps none.
     """
 
     scale: float = 1.0
-    """Factor on the sum of directions (task arithmetic's; 0.3 in AdaRank over a base)."""
+    """Factor on the sum of directions (as in task arithmetic; AdaRank uses 0.3 over a base)."""
     by_component = True
 
+    @override
     def combine(self, terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
-        """See `AbstractOperator.combine`; differentiable through `contract`."""
         if spread.kind != "component":
             wide = self.scale * coefficient.detach().double()
             return Linear().combine(terms, wide, spread, out)
@@ -57,7 +59,7 @@ class Components(AbstractOperator):
         weights = self.scale * coefficient.detach().reshape(num, -1).to(left)
         for u, v, own in zip(left.chunk(num, dim=1), right.chunk(num), weights, strict=True):
             kept = own.nonzero().flatten()
-            if 2 * len(kept) <= len(own):  # a mask leaves most out
+            if 2 * len(kept) <= len(own):  # a mask removes most
                 u, v, own = u[:, kept], v[kept], own[kept]
             merged.addmm_(u * own, v)
         merged = merged.view(terms.shape)
@@ -82,16 +84,16 @@ class Components(AbstractOperator):
 
 
 def factors(terms: Terms, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All sources' `U_k`, `[out, sources * r]`, and `S_k V_k^T`, `[sources * r, rest]`.
+    """Return `U_k`, `[out, sources * r]`, and `S_k V_k^T`, `[sources * r, rest]`, of all sources.
 
-    Components are in the order of their singular values, largest first; r is `min(out, rest)`.
+    Components are sorted by singular value, largest first; r is `min(out, rest)`.
 
     Raises:
-        ConfigError: a direction is not finite, and so cannot be decomposed.
+        ConfigError: a direction contains NaN or infinity.
     """
     keys = f"left components {device}", f"right components {device}"
     if keys[0] not in terms.facts:
-        # made in inference mode they could not be trained with
+        # tensors created in inference mode could not be used by autograd in training
         with torch.inference_mode(False), torch.no_grad():
             found = _decompose(terms, device)
             terms.facts.update(zip(keys, found, strict=True))
@@ -113,8 +115,8 @@ def _decompose(terms: Terms, device: torch.device) -> tuple[Tensor, Tensor]:
             direction = direction - origin.to(direction)
         if not direction.isfinite().all():
             raise ConfigError(
-                f"Components: source {k + 1} of {num} has NaN or infinity in a tensor of shape "
-                f"{tuple(terms.shape)}, which cannot be decomposed. Is that checkpoint whole?"
+                f"Components: expected finite numbers, but source {k + 1} of {num} has NaN or "
+                f"infinity in a tensor of shape {tuple(terms.shape)}. Is that checkpoint complete?"
             )
         u, s, v = torch.linalg.svd(direction.view(out, rest), full_matrices=False)
         own = slice(k * rank, (k + 1) * rank)
@@ -124,7 +126,7 @@ def _decompose(terms: Terms, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _origin(terms: Terms, like: Tensor) -> Tensor | None:
-    """`A` in another tensor's dtype and device; None for zero."""
+    """Return `A` in the dtype and on the device of another tensor; None for zero."""
     if terms.origin is not None:
         return terms.origin.to(like)
     if not terms.mean_origin:

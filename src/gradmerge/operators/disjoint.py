@@ -1,4 +1,4 @@
-"""Means over the sources that agree in sign."""
+"""Mean over the sources that agree in sign."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge._typing import Origin
+from gradmerge.operators._native import kernels_for
 from gradmerge.operators.base import Spread, Terms
 from gradmerge.operators.entrywise import AbstractEntrywise
-from gradmerge.operators.linear import kernels_for, merge_directions
+from gradmerge.operators.linear import merge_directions
 
 
 @dataclass(frozen=True)
 class DisjointMean(AbstractEntrywise):
-    """Mean of what agrees with an entry's elected sign (TIES, arXiv 2306.01708).
+    """Disjoint mean: average the values that agree with the elected sign of an entry (TIES, arXiv
+    2306.01708).
 
         D_k   = c_k B_k
         sign  = + where sum_k D_k >= 0 (by sum) or sum_k sign(D_k) >= 0 (by count), else -
@@ -26,39 +28,39 @@ class DisjointMean(AbstractEntrywise):
         S     = sum_k M_k c_k  (1 where that is 0, or without `normalize`)
         theta = A + scale * sum_k M_k D_k / S
 
-    After the preprocess `Trim` this is TIES. Differentiable almost everywhere, with the election
-    held: with `m = sum_k M_k D_k / S`,
+    After the preprocess step `Trim` this is TIES. It is differentiable almost everywhere, with the
+    elected signs held constant. With `G = dL/dtheta` and `m = sum_k M_k D_k / S`:
 
-        dL/dc_k = scale * sum G M_k (B_k - m) / S   normalised (m = 0 where S was 0),
-        dL/dc_k = scale * sum G M_k B_k             otherwise.
+        dL/dc_k = scale * sum G M_k (B_k - m) / S   normalised (m = 0 where S was 0)
+        dL/dc_k = scale * sum G M_k B_k             otherwise
 
-    A coefficient of exactly 0 takes part in no entry, so it has no gradient and stays there.
-    Normalised, the coefficients' common factor cancels: `scale` sets the size of the merge.
+    A coefficient of exactly 0 contributes to no entry, so it has no gradient and stays 0. With
+    `normalize`, a common factor of the coefficients cancels: `scale` sets the size of the merge.
 
-    With the origin mean, directions add up to zero: under equal coefficients the sum over sources
-    that all keep an entry is rounding, and so is the sign that it elects. There is a warning.
+    With origin mean the directions sum to zero. Under equal coefficients the sum over sources that
+    all keep an entry is then rounding error, and so is the elected sign; this raises a warning.
     """
 
     normalize: bool = True
-    """Whether sums are divided by the coefficients that take part in them."""
+    """Divide each sum by the coefficients that contribute to it."""
     elect: Literal["sum", "count"] = "sum"
-    """Whether magnitudes count in the election or only signs."""
+    """Elect signs by the sum of the values, or by counting signs alone."""
     scale: float = 1.0
     """Factor on the merged direction (the paper's lambda)."""
 
+    @override
     def require(self, num_sources: int, origin: Origin) -> None:
-        """See `AbstractOperator.require`: the mean as origin leaves little to elect."""
         if origin == "mean" and self.elect == "sum":
             warnings.warn(
-                "DisjointMean: directions from the sources' mean add up to zero, so with equal "
-                "coefficients rounding elects the sign of every entry that all sources keep. Take "
+                "DisjointMean: directions from the mean of the sources sum to zero, so with equal "
+                "coefficients rounding elects the sign of every entry that all sources keep. Use "
                 "elect: count, or another origin.",
                 stacklevel=2,
             )
 
+    @override
     def combine(self, terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
-        """See `AbstractOperator.combine`; on a CPU in a compiled kernel."""
-        kernels = None if terms.mean_origin else kernels_for(terms, out)
+        kernels = None if terms.mean_origin else kernels_for([*terms.stored, out])
         if kernels is None or not out.numel():
             return super().combine(terms, coefficient, spread, out)
         rows = coefficient.detach().view(len(terms.sources), -1)
@@ -74,16 +76,16 @@ class DisjointMean(AbstractEntrywise):
         )
 
     def _agreeing(self, directions: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
-        """`D_k`, and `M_k` in the same dtype."""
+        """Return `D_k`, and `M_k` in the same dtype."""
         weighted = directions * coefficient
         signs = weighted.sign()
         votes = weighted if self.elect == "sum" else signs
-        # -1, 0, 1 to -1, 1, 1; comparisons and conversions of their results would take longer
+        # maps -1, 0, 1 to -1, 1, 1, faster than comparisons and conversions of their results
         elected = votes.sum(dim=0).sign_().add_(0.5).sign_()
         return weighted, signs.mul_(elected).clamp_(min=0)
 
     def _divisor(self, coefficient: Tensor, agree: Tensor) -> tuple[Tensor, Tensor]:
-        """`S`, and where it was 0."""
+        """Return `S`, and a mask of the entries where it was 0."""
         divisor = (coefficient * agree).sum(dim=0)
         nothing = divisor == 0
         return divisor.masked_fill_(nothing, 1), nothing

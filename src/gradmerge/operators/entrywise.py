@@ -1,8 +1,8 @@
-"""Operators that treat each entry by itself: `theta_e = A_e + f(B_1e, ..., B_Ke; c)`.
+"""Base class of operators on separate entries: `theta_e = A_e + f(B_1e, ..., B_Ke; c)`.
 
-`f` and its slopes `df/dc_k` are a few operations of torch on a block of entries, so an operator is
-two short methods; the walk over blocks and the sums over the entries that share a coefficient are
-here. No temporary grows with the tensor.
+A subclass defines `f` and its slopes `df/dc_k` by a few torch operations on a block of entries. The
+iteration over blocks and the sums over entries that share a coefficient are implemented here. No
+temporary grows with the tensor.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Prepared = Callable[[Tensor, slice], Tensor]
 
 
 class AbstractEntrywise(AbstractOperator):
-    """`theta = A + merge(B, c)`, an entry at a time.
+    """Merge of separate entries: `theta = A + merge(B, c)`.
 
-    Differences, products and sums over sources are in float32 (float64 where a tensor or the result
+    Differences, products and sums over sources are in float32 (float64 if a tensor or the result
     is), sums over entries in float64. The gradient is `dL/dc_k = sum_e G_e slope_k,e` over the
-    entries that share `c_k`.
+    entries e that share `c_k`, with `G = dL/dtheta`.
     """
 
     @abstractmethod
     def merge(self, directions: Tensor, coefficient: Tensor) -> Tensor:
-        """What is added to the origin, `[outer, columns, inner]`.
+        """Return what is added to the origin, `[outer, columns, inner]`.
 
         Args:
             directions: `[sources, outer, columns, inner]`.
@@ -39,16 +39,17 @@ class AbstractEntrywise(AbstractOperator):
 
     @abstractmethod
     def slope(self, directions: Tensor, coefficient: Tensor) -> Tensor:
-        """`d merge / dc_k` of each entry, `[sources, outer, columns, inner]`; see `merge`."""
+        """Return `d merge / dc_k` of each entry, `[sources, outer, columns, inner]`."""
 
     def prepare(self, terms: Terms, device: torch.device) -> Prepared:
-        """What is done to a block of directions first, `[sources, entries]` on a device, given its
-        place.
-        """
-        return _as_they_are
+        """Return a function that is applied to each block of directions first.
 
+        It maps directions `[sources, entries]` and their position in the flat tensor to new ones.
+        """
+        return _unchanged
+
+    @override
     def combine(self, terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
-        """See `AbstractOperator.combine`; differentiable through `contract`."""
         if not out.numel():
             return out
         dtype = torch.promote_types(terms.accumulate_dtype, out.dtype)
@@ -64,7 +65,7 @@ class AbstractEntrywise(AbstractOperator):
     def contract(self, terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
         dtype = torch.promote_types(terms.accumulate_dtype, grad.dtype)
         rows = coefficient.detach().reshape(len(terms.sources), -1).to(grad.device, dtype)
-        # an entry's own coefficient takes no sum
+        # a coefficient per entry needs no sum
         total = torch.zeros_like(rows, dtype=dtype if spread.kind == "element" else torch.float64)
         if grad.numel():
             prepared, flat = self.prepare(terms, grad.device), grad.reshape(-1)
@@ -76,7 +77,7 @@ class AbstractEntrywise(AbstractOperator):
         return total.view(coefficient.shape).to(coefficient.dtype)
 
 
-def _as_they_are(directions: Tensor, entries: slice) -> Tensor:
+def _unchanged(directions: Tensor, entries: slice) -> Tensor:
     return directions
 
 

@@ -1,4 +1,4 @@
-"""Taking over only what changed most in the rows that changed most."""
+"""Selective merging of the most important changes (Arcee Fusion)."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _EPSILON = 1e-8
 
 @dataclass(frozen=True)
 class ArceeFusion(AbstractEntrywise):
-    """`theta = A + sum_k c_k M_k B_k`, where `M_k` keeps the entries of great importance
-    (mergekit's `arcee_fusion`, with one source and c = 1).
+    """Add only the important entries of each direction: `theta = A + sum_k c_k M_k B_k` (mergekit's
+    `arcee_fusion`, with one source and c = 1).
 
         importance = |B_k| KL(p || q),   p = softmax(theta_k) + 1e-8,  q = softmax(A) + 1e-8
-        M_k        = importance >= median + 1.5 (Q3 - Q1)
+        M_k        = [importance >= median + 1.5 (Q3 - Q1)]
 
-    with the softmax and the divergence along the last axis, and the quartiles of a tensor's
-    importance taken at the ranks `floor(q (n - 1))` (of all entries, where mergekit samples a
-    million of larger tensors). Where a preprocess has changed the directions, `theta_k` is
-    `A + B'_k`. Linear in c, so `dL/dc_k = sum G M_k B_k`. The quartiles take one buffer of the
-    tensor's size.
+    The softmax and the divergence are taken along the last axis, median and quartiles (Q1, Q3) of a
+    tensor's importance at the ranks `floor(q (n - 1))` (over all entries, whereas mergekit samples
+    a million entries of larger tensors). If a preprocess step has changed the directions, `theta_k`
+    is `A + B'_k`. Linear in c: `dL/dc_k = sum G M_k B_k` with `G = dL/dtheta`. The quartiles need
+    one buffer of the size of the tensor.
     """
 
     @override
     def require(self, num_sources: int, origin: Origin) -> None:
         require_base("ArceeFusion", origin)
 
+    @override
     def prepare(self, terms: Terms, device: torch.device) -> Prepared:
-        """See `AbstractEntrywise.prepare`: what is of little importance becomes 0."""
         terms = terms.dense()
         if "divergence" not in terms.facts:
             found = [_divergence_and_threshold(terms, k) for k in range(len(terms.sources))]
@@ -63,7 +63,7 @@ class ArceeFusion(AbstractEntrywise):
 
 
 def _divergence_and_threshold(terms: Terms, k: int) -> tuple[Tensor, Tensor]:
-    """`KL(p || q)` of each row of source k, and the importance from which entries are kept."""
+    """Return `KL(p || q)` of each row of source k, and the importance threshold."""
     assert terms.origin is not None
     dtype, device = terms.accumulate_dtype, terms.sources[k].device
     length = terms.shape[-1] if len(terms.shape) else 1
@@ -84,9 +84,9 @@ def _divergence_and_threshold(terms: Terms, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _at_ranks(values: Tensor, shares: tuple[float, ...]) -> list[Tensor]:
-    """The values at ranks `floor(share * (n - 1))`; puts `values` in another order on a CPU."""
+    """Return the values at ranks `floor(share * (n - 1))`; reorders `values` on a CPU."""
     ranks = [int(share * (len(values) - 1)) for share in shares]
     if values.device.type != "cpu":
         return [values.kthvalue(rank + 1).values for rank in ranks]
-    values.numpy().partition(ranks)  # one selection for all ranks
+    values.numpy().partition(ranks)  # one pass for all ranks
     return [values[rank].clone() for rank in ranks]

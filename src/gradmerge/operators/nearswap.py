@@ -1,4 +1,4 @@
-"""Moving towards a source by no more than a threshold."""
+"""Steps towards a source that are limited by a threshold (NearSwap)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from gradmerge.operators.entrywise import AbstractEntrywise
 
 @dataclass(frozen=True)
 class NearSwap(AbstractEntrywise):
-    """`theta = A + sum_k clamp(B_k, -c_k, c_k)`: entries near the base's are swapped for the
-    source's, others move by the threshold.
+    """Move each entry towards the source, by at most a threshold:
+    `theta = A + sum_k clamp(B_k, -c_k, c_k)`.
 
     The coefficient is the threshold, in units of the weights (mergekit's `t`, with one source;
-    https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001). Differentiable almost everywhere:
+    https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001). Differentiable almost everywhere,
+    with `G = dL/dtheta`:
 
         dL/dc_k = sum G sign(B_k) [|B_k| > c_k]
 
-    A negative threshold counts as 0, and has no gradient to come back with: wrap the granularity in
-    a link that stays positive (`Clamp`, `Sigmoid`) where it is learned.
+    A negative threshold counts as 0 and has no gradient, so it can never return: to learn it, use a
+    link that stays positive (`Clamp`, `Sigmoid`).
     """
 
     @override

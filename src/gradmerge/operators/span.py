@@ -1,14 +1,14 @@
 """Operators whose result lies in the span of the directions: `theta = A + sum_k w_k B_k`.
 
-The weights `w = weights(G, c)` depend on the coefficients and on the directions' Gram matrix
-`G_ij = <B_i, B_j>` alone, K x K numbers per tensor, row or column. Spherical interpolation,
-means on the sphere and Model Stock are of this kind. So a merge is one pass for the Gram matrix,
-a few operations on small matrices in float64, and the linear operator; and with the Gram matrix
-constant the gradient is exact:
+The weights `w = weights(G, c)` depend only on the coefficients and on the Gram matrix of the
+directions, `G_ij = <B_i, B_j>`: K x K numbers per tensor, row or column. Spherical interpolation,
+means on the sphere and Model Stock are of this kind. A merge is one pass for the Gram matrix, a few
+operations on small matrices in float64, and the linear operator. The Gram matrix is constant, so
+the gradient is exact:
 
-    dL/dc = (dw/dc)^T dL/dw,    dL/dw_k = <G_theta, B_k>
+    dL/dc = (dw/dc)^T dL/dw,    dL/dw_k = <dL/dtheta, B_k>
 
-with the linear operator's contraction for `dL/dw` and autograd through `weights`.
+with the contraction of the linear operator for `dL/dw` and autograd through `weights`.
 """
 
 from __future__ import annotations
@@ -22,28 +22,27 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.operators._native import selection
+from gradmerge.operators._native import kernels_for, selection
 from gradmerge.operators.base import AbstractOperator, Spread, Terms, View
 from gradmerge.operators.chunks import blocks, chunk_size
-from gradmerge.operators.linear import Linear, directions_of, kernels_for
+from gradmerge.operators.linear import Linear, directions_of
 
 Per = Literal["tensor", "row", "column"]
-# A weight's own Gram matrix and weights, in float64, are larger than it by far.
+# Entries at a time where each has its own Gram matrix and weights, which are far larger in float64.
 _MOST_ENTRIES = 1 << 20
 
 
 class AbstractSpan(AbstractOperator):
-    """`theta = A + sum_k w_k B_k` with `w = weights(G, c)`.
+    """Merge in the span of the directions: `theta = A + sum_k w_k B_k` with `w = weights(G, c)`.
 
-    The Gram matrix is worked out in float64, a block at a time, and kept with the terms: frozen
-    tensors never change. Coefficients may have any spread: weights are worked out for each
-    coefficient's slot, and where Gram matrices and slots run along different axes for each entry, a
-    block at a time.
+    The Gram matrix `G_ij = <B_i, B_j>` is computed in float64, one block at a time, and cached,
+    since frozen tensors never change. Coefficients may have any spread: weights are computed per
+    slot, or, if Gram matrices and slots run along different axes, per entry, one block at a time.
     """
 
     @abstractmethod
     def weights(self, gram: Tensor, coefficient: Tensor) -> Tensor:
-        """Weights of the directions, `[sources, n]`, differentiable in the coefficients.
+        """Return the weights of the directions, `[sources, n]`, differentiable in the coefficients.
 
         Args:
             gram: `[n or 1, sources, sources]`, float64.
@@ -51,21 +50,21 @@ class AbstractSpan(AbstractOperator):
         """
 
     def gram_view(self, shape: torch.Size) -> View:
-        """The view along whose width Gram matrices run; by default one for the whole tensor."""
+        """Return the view along whose width Gram matrices run; by default a single one."""
         return View(1, 1, shape.numel())
 
     def gram(self, terms: Terms, device: torch.device) -> Tensor:
-        """`<B_i, B_j>`, `[width, sources, sources]`, float64."""
+        """Return `<B_i, B_j>`, `[width, sources, sources]`, float64."""
         view = self.gram_view(terms.shape)
         key = f"gram {view} {device}"
         if key not in terms.facts:
-            # made in inference mode it could not be differentiated through in training
+            # a tensor created in inference mode could not be used by autograd in training
             with torch.inference_mode(False), torch.no_grad():
                 terms.facts[key] = _gram(terms, view, device)
         return terms.facts[key]
 
+    @override
     def combine(self, terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
-        """See `AbstractOperator.combine`; differentiable through `contract`."""
         if not out.numel():
             return out
         terms = terms.dense()
@@ -102,7 +101,7 @@ class AbstractSpan(AbstractOperator):
     def _pulled_back(
         self, gram: Tensor, rows: Tensor, terms: Terms, spread: Spread, grad: Tensor
     ) -> Tensor:
-        """`dL/dc`, `[sources, n]`, through weights that the linear operator takes as they are."""
+        """Return `dL/dc`, `[sources, n]`, for weights in a spread of the linear operator."""
         with torch.inference_mode(False), torch.enable_grad():
             leaf = rows.clone().requires_grad_()
             weights = self.weights(gram, leaf)
@@ -111,7 +110,7 @@ class AbstractSpan(AbstractOperator):
         return found
 
     def _compact(self, terms: Terms, spread: Spread) -> tuple[Terms, Spread] | None:
-        """Terms and spread under which weights are fewer than entries; None where they are not."""
+        """Return terms and spread with fewer weights than entries, or None if there are none."""
         view = self.gram_view(terms.shape)
         if view.width == 1:
             return None if spread.kind == "element" else (terms, spread)
@@ -124,8 +123,8 @@ class AbstractSpan(AbstractOperator):
     def _parts(
         self, terms: Terms, spread: Spread, gram: Tensor
     ) -> Iterator[tuple[slice, Terms, Tensor, Tensor]]:
-        """Blocks of the flat tensor: where they lie, their terms, and of each entry the Gram
-        matrix, `[entries or 1, sources, sources]`, and the coefficients' slot, `[entries]`.
+        """Iterate over blocks of the flat tensor: their position and terms, and for each entry the
+        Gram matrix, `[entries or 1, sources, sources]`, and the slot, `[entries]`.
         """
         view, own = self.gram_view(terms.shape), View.of(terms.shape, spread)
         size, device = terms.shape.numel(), gram.device
@@ -143,8 +142,8 @@ class AbstractSpan(AbstractOperator):
 
 
 def per_view(per: Per, shape: torch.Size) -> View:
-    """The view of an angle a tensor, a row (vectors along the last axis) or a column (along the
-    first). A 1-D tensor is one vector in any case.
+    """Return the view for one angle per tensor, per row (vectors along the last axis) or per column
+    (vectors along the first axis). A 1-D tensor is always one vector.
     """
     size = shape.numel()
     if per == "tensor" or len(shape) < 2:
@@ -155,17 +154,17 @@ def per_view(per: Per, shape: torch.Size) -> View:
 
 
 def norms_of(gram: Tensor) -> Tensor:
-    """`|B_k|`, `[sources, n]`, from Gram matrices `[n, sources, sources]`."""
+    """Return `|B_k|`, `[sources, n]`, from Gram matrices `[n, sources, sources]`."""
     return gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().T
 
 
 def _gram(terms: Terms, view: View, device: torch.device) -> Tensor:
     num = len(terms.sources)
-    kernels = None if terms.mean_origin or device.type != "cpu" else kernels_for(terms, None)
+    kernels = None if terms.mean_origin or device.type != "cpu" else kernels_for(terms.stored)
     if kernels is not None and view.width == 1:
         return selection.gram(kernels, directions_of(terms))[None]
     total = torch.zeros(view.width, num, num, dtype=torch.float64, device=device)
-    # differences in float64, too: where directions nearly cancel, weights are large
+    # differences are in float64, too: where directions nearly cancel, weights are large
     for block in blocks(terms, view, torch.float64, device):
         vectors = block.directions.permute(2, 0, 1, 3).flatten(2)
         total[block.columns] += vectors @ vectors.mT

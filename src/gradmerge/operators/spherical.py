@@ -1,4 +1,4 @@
-"""Interpolation and means on the sphere, as weights of the directions."""
+"""Spherical interpolation and means on the sphere, as weights of the directions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge._typing import Origin
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
 from gradmerge.operators.base import View
 from gradmerge.operators.span import AbstractSpan, norms_of, per_view
 
@@ -27,41 +27,38 @@ class Slerp(AbstractSpan):
         theta = A + sin((1 - t) w) / sin(w) B_1 + sin(t w) / sin(w) B_2
         w = angle between B_1 and B_2,    t = c_2 / (c_1 + c_2)
 
-    (t = 1/2 where the sum is below 1e-6 in magnitude.) Only the coefficients' ratio matters: one
-    coefficient under the link `Complement` says all. With origin zero and `[1 - t, t]` this is
-    mergekit's slerp, with `threshold` near 1 its nuslerp, with origin base its nuslerp with a
-    base.
+    (t = 1/2 where the magnitude of the sum is below 1e-6.) Only the ratio of the coefficients
+    matters, so one coefficient with the link `Complement` is enough. With origin zero and
+    coefficients `[1 - t, t]` this is mergekit's slerp; with `threshold` near 1, its nuslerp; with
+    origin base, its nuslerp with a base. Needs two sources and origin base or zero.
 
-    Vectors closer to a line than `threshold` have no arc to speak of and are interpolated linearly.
-    A direction shorter than 1e-8 counts as orthogonal to the other.
+    Nearly collinear vectors (`|cos| > threshold`) are interpolated linearly. A direction shorter
+    than 1e-8 counts as orthogonal to the other.
     """
 
     per: Literal["tensor", "row", "column"] = "tensor"
-    """One angle a tensor, or one for each vector along its last axis (row) or first (column).
-    mergekit's nuslerp: `nuslerp_flatten: false` is row, with `nuslerp_row_wise: true` column."""
+    """One angle per tensor, or one per vector along the last axis (row) or the first axis (column).
+    In mergekit's nuslerp `nuslerp_flatten: false` is row, with `nuslerp_row_wise: true` column."""
     threshold: float = 0.9995
-    """Linear where |cos| is larger; in [0, 1). 0.9995 is mergekit's slerp; its nuslerp, which stops
-    at the precision of float32, is 0.9999999."""
+    """|cos| in [0, 1) above which interpolation is linear. 0.9995 is mergekit's slerp, 0.9999999
+    its nuslerp, which goes to the precision of float32."""
 
     def __post_init__(self) -> None:
-        """Check the threshold."""
-        if not 0 <= self.threshold < 1:
-            raise ConfigError(
-                f"Slerp: expected a threshold in [0, 1), got {self.threshold}; at 1 the sine of "
-                "an angle vanishes."
-            )
+        """Validate the threshold."""
+        # at 1 the sine of the angle may be 0
+        require(0 <= self.threshold < 1, "Slerp.threshold", "a number in [0, 1)", self.threshold)
 
     @override
     def require(self, num_sources: int, origin: Origin) -> None:
         if num_sources != 2:
             raise ConfigError(
-                f"Slerp: expected two sources, got {num_sources}; MultiSlerp and Karcher take "
+                f"Slerp: expected two sources, got {num_sources}; MultiSlerp and Karcher support "
                 "any number."
             )
         if origin == "mean":
             raise ConfigError(
-                "Slerp: measured from their mean, two directions are opposite and have no arc; "
-                "choose origin base or zero."
+                "Slerp: measured from their mean, two directions are opposite and define no arc. "
+                "Choose origin base or zero."
             )
 
     @override
@@ -77,7 +74,7 @@ class Slerp(AbstractSpan):
         norms = torch.where(norms > _NO_NORM, norms, 1)
         cosine = (gram[:, 0, 1] / (norms[0] * norms[1])).clamp(-1, 1)
         linear = cosine.abs() > self.threshold
-        # the branch that is not taken must be finite, too, or gradients are not
+        # the branch that is not used must be finite, too, or gradients are not
         angle = torch.where(linear, 0, cosine).acos()
         on_arc = torch.stack([((1 - t) * angle).sin(), (t * angle).sin()]) / angle.sin()
         return torch.where(linear, torch.stack([1 - t, t]), on_arc)
@@ -85,26 +82,23 @@ class Slerp(AbstractSpan):
 
 @dataclass(frozen=True)
 class MultiSlerp(AbstractSpan):
-    """Normalised mean of unit directions, at their mean length
-    (https://goddard.blog/posts/multislerp-wow-what-a-cool-idea; mergekit's multislerp).
+    """Normalised mean of unit directions, scaled to their mean length (mergekit's multislerp,
+    https://goddard.blog/posts/multislerp-wow-what-a-cool-idea).
 
         theta = A + (sum_k a_k |B_k|) m / |m|,    m = sum_k a_k B_k / |B_k|,    a = c / sum c
 
-    The published method then walks in the tangent space at `m` by the mean of the tangents, but
-    that mean is zero (`sum a_k (u_k - <u_k, m/|m|> m/|m|) = m - m`), so the walk ends where it
-    began. Lengths below 1e-8 are no directions. Where `m` vanishes, two sources are averaged as
-    they are, and so are directions that are all zero.
+    The published method then moves in the tangent space at `m` by the mean of the tangents, but
+    that mean is zero (`sum a_k (u_k - <u_k, m/|m|> m/|m|) = m - m`), so nothing moves. Directions
+    shorter than 1e-8 count as zero. Where `m` is zero, two sources are averaged linearly, as are
+    directions that are all zero; with more sources, directions that cancel raise a `ConfigError`,
+    as do coefficients that sum to zero.
     """
 
     normalize: bool = True
-    """Whether coefficients are divided by their sum."""
+    """Divide the coefficients by their sum."""
 
+    @override
     def weights(self, gram: Tensor, coefficient: Tensor) -> Tensor:
-        """See `AbstractSpan.weights`.
-
-        Raises:
-            ConfigError: coefficients sum to zero, or directions balance out.
-        """
         norms = norms_of(gram)
         share = _shares("MultiSlerp", coefficient) if self.normalize else coefficient
         share = share.expand(torch.broadcast_shapes(share.shape, norms.shape))
@@ -113,8 +107,8 @@ class MultiSlerp(AbstractSpan):
         nothing = square < _NO_MEAN
         if len(share) > 2 and bool((nothing & (norms > _NO_NORM).any(dim=0)).any()):
             raise ConfigError(
-                "MultiSlerp: the coefficients balance the directions out, so their mean has no "
-                "direction; give other coefficients, or choose Linear."
+                "MultiSlerp: the weighted directions cancel out, so their mean has no direction. "
+                "Choose other coefficients, or the operator Linear."
             )
         length = (share * norms).sum(dim=0)
         return torch.where(nothing, share, length * units / torch.where(nothing, 1, square).sqrt())
@@ -122,42 +116,36 @@ class MultiSlerp(AbstractSpan):
 
 @dataclass(frozen=True)
 class Karcher(AbstractSpan):
-    """Weighted Karcher mean of the unit directions, at their mean length (Riemannian centre of
-    mass; mergekit's karcher, https://arxiv.org/abs/2603.04972).
+    """Weighted Karcher mean (Riemannian centre of mass) of unit directions, scaled to their mean
+    length (mergekit's karcher, arXiv 2603.04972).
 
         theta = A + (sum_k c_k |B_k|) m
         m_0   = sum_k a_k u_k, normalised,    u_k = B_k / |B_k|,    a = c / sum c
-        m_i+1 = exp_m(sum_k a_k log_m(u_k)),  until the step is below `tol` or `max_iter` are done
+        m_i+1 = exp_m(sum_k a_k log_m(u_k)),  until a step is below `tol`; at most `max_iter` steps
 
-    mergekit's is that of all models, the base among them, with equal coefficients: origin zero and
-    init `Uniform`. Directions no longer than `tol` take part in the length alone, and one opposite
-    to the mean, from which no way is the shortest, not in that step. Gradients run through the
-    iterations.
+    mergekit takes the mean of all models, the base included, with equal coefficients: use origin
+    zero and init `Uniform`. Directions no longer than `tol` contribute only to the length. A
+    direction opposite to the mean, with no unique shortest path to it, is left out of that step.
+    Gradients flow through the iterations. Coefficients that sum to zero raise a `ConfigError`.
     """
 
     max_iter: int = 10
-    """Steps at most."""
+    """Maximum number of steps."""
     tol: float = 1e-5
-    """Length of a step, of an angle and of a direction below which it counts as none."""
+    """Tolerance in (0, 1): steps, angles and directions smaller than this count as zero."""
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
-        if self.max_iter < 0:
-            raise ConfigError(f"Karcher: expected max_iter >= 0, got {self.max_iter}.")
-        if not 0 < self.tol < 1:
-            raise ConfigError(f"Karcher: expected a tol in (0, 1), got {self.tol}.")
+        """Validate max_iter and tol."""
+        require(self.max_iter >= 0, "Karcher.max_iter", "at least 0", self.max_iter)
+        require(0 < self.tol < 1, "Karcher.tol", "a number in (0, 1)", self.tol)
 
+    @override
     def weights(self, gram: Tensor, coefficient: Tensor) -> Tensor:
-        """See `AbstractSpan.weights`.
-
-        Raises:
-            ConfigError: the coefficients of what takes part sum to zero.
-        """
         norms = norms_of(gram)
         norms, coefficient = torch.broadcast_tensors(norms, coefficient)
         valid = norms > self.tol
         safe = torch.where(valid, norms, 1)
-        # of unit directions; those that do not count have no share, so their rows do not matter
+        # products of unit directions; rows of invalid ones do not matter, as their share is 0
         cosine = gram / (safe.T[:, :, None] * safe.T[:, None, :])
         share = _shares("Karcher", torch.where(valid, coefficient, 0), valid.any(dim=0))
         mean = self._start(cosine, share, valid)
@@ -179,7 +167,7 @@ class Karcher(AbstractSpan):
         return (coefficient * norms).sum(dim=0) * mean / safe
 
     def _start(self, cosine: Tensor, share: Tensor, valid: Tensor) -> Tensor:
-        """The normalised mean in terms of unit directions; the first of them where it vanishes."""
+        """Return weights of the normalised mean, or of the first direction if the mean is zero."""
         square = _product(cosine, share, share)
         nothing = square < self.tol**2
         first = valid & (valid.cumsum(dim=0) == 1)
@@ -188,23 +176,23 @@ class Karcher(AbstractSpan):
 
 
 def _shares(who: str, coefficient: Tensor, needed: Tensor | None = None) -> Tensor:
-    """Coefficients over their sum, a column at a time; zero where none is needed."""
+    """Divide coefficients by their sum in each column; zero where none is needed."""
     total = coefficient.sum(dim=0)
     none = total.abs() < _NO_SUM
     if bool((none if needed is None else none & needed).any()):
         raise ConfigError(
-            f"{who}: the coefficients sum to zero, so they say no proportions; give others (init "
-            "Uniform), or a link that sums to one (Softmax)."
+            f"{who}: the coefficients sum to zero and cannot be normalised. Choose others (init "
+            "Uniform), or a link whose coefficients sum to one (Softmax)."
         )
     return coefficient / torch.where(none, 1, total)
 
 
 def _applied(gram: Tensor, vector: Tensor) -> Tensor:
-    """`G v`, `[sources, n]`, of matrices `[n or 1, sources, sources]`."""
+    """Return `G v`, `[sources, n]`, for matrices `[n or 1, sources, sources]`."""
     return (gram @ vector.T[:, :, None])[:, :, 0].T
 
 
 def _product(gram: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """`<x, y>` of vectors given by weights of the directions, `[n]`; squares are never negative."""
+    """Return `<x, y>`, `[n]`, of vectors given as weights of the directions; squares are >= 0."""
     found = (first * _applied(gram, second)).sum(dim=0)
     return found.clamp(min=0) if first is second else found

@@ -1,4 +1,4 @@
-"""Model Stock: how far to go from the base, from the angle between fine-tuned weights."""
+"""Model Stock: interpolation ratio from the angle between fine-tuned weights."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ _SMALLEST = 1e-6
 
 @dataclass(frozen=True)
 class ModelStock(AbstractSpan):
-    """`theta = A + t sum_k c_k B_k` with Model Stock's ratio (arXiv 2403.19522).
+    """Scaled average of directions with the ratio of Model Stock (arXiv 2403.19522).
 
+        theta = A + t sum_k c_k B_k
         t = K cos / (1 + (K - 1) cos),   cos = mean over pairs of <B_i, B_j> / (|B_i| |B_j|)
 
-    With `c = 1/K` (init `Uniform`) this is the paper's and mergekit's; other coefficients take
-    their place in the average. Products of norms count as 1e-6 at least; where the denominator
-    vanishes (below 1e-6) there is no estimate, and the base is kept. Linear in c.
+    `c = 1/K` (init `Uniform`) gives the method of the paper and of mergekit; other coefficients
+    weigh the average. Products of norms are at least 1e-6; where the denominator is below 1e-6
+    there is no estimate and the base is kept. Linear in c. Needs origin base and two or more
+    sources.
     """
 
     per: Literal["tensor", "row"] = "tensor"
-    """One ratio a tensor, or one for each vector along the last axis (mergekit's `filter_wise`)."""
+    """One ratio per tensor, or one per vector along the last axis (mergekit's `filter_wise`)."""
 
     @override
     def require(self, num_sources: int, origin: Origin) -> None:
         require_base("ModelStock", origin)
         if num_sources < 2:
             raise ConfigError(
-                f"ModelStock: expected two sources or more, whose angle it takes; got "
+                f"ModelStock: expected two sources or more, to measure their angle, got "
                 f"{num_sources}."
             )
 

@@ -1,6 +1,6 @@
-"""What happens to the directions once, without gradient, before coefficients are put on them."""
+"""Preprocess steps: change the directions once, without gradient, before coefficients apply."""
 
-from gradmerge.preprocess.base import AbstractPreprocess, Site
+from gradmerge.preprocess.base import AbstractPreprocess, AbstractSelection, Site
 from gradmerge.preprocess.drop import MagnitudeDrop, RandomDrop
 from gradmerge.preprocess.orthogonalise import Orthogonalise
 from gradmerge.preprocess.pcb import ParameterCompetition
@@ -17,6 +17,7 @@ __all__ = [
     "TSVM",
     "WUDI",
     "AbstractPreprocess",
+    "AbstractSelection",
     "Breadcrumbs",
     "Consensus",
     "ElectSign",

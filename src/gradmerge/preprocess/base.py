@@ -1,4 +1,4 @@
-"""Steps over directions: `B'_1..K = f(B_1..K)`, one tensor of the network at a time."""
+"""Base classes of steps on directions: `B'_1..K = f(B_1..K)`, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -9,40 +9,42 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.errors import ConfigError
+from gradmerge.operators import MaskedDirections
 from gradmerge.sources.collected import Needs, Readable, Statistic
 
 
 @dataclass(frozen=True)
 class Site:
-    """Which directions these are."""
+    """Tensor and sources to which directions belong."""
 
     name: str
-    """The tensor's name."""
+    """Name of the tensor."""
     sources: tuple[str, ...]
     """Names of the sources, in order."""
     collected: Readable | None = field(default=None, compare=False, repr=False)
     """Statistics of the sources on data, for steps that need them."""
     takes_part: bool = True
-    """Whether the tensor is merged; one that the recipe freezes at the origin is not."""
+    """False if the recipe freezes the tensor at the origin."""
 
     def statistics(self, kind: str) -> list[Statistic] | None:
-        """What is known of each source at this tensor; None where nothing was collected for it.
+        """Return the statistics of all sources at this tensor; None if any source has none.
 
         Raises:
-            ConfigError: no statistics were given at all.
+            ConfigError: the merge was given no statistics at all.
         """
         if self.collected is None:
-            raise ConfigError(f"{self.name}: a step needs statistics ({kind}), and none are given.")
+            raise ConfigError(
+                f"{self.name}: expected statistics ({kind}) for a preprocess step, got none."
+            )
         found = [self.collected.read(kind, source, self.name) for source in self.sources]
         known = [statistic for statistic in found if statistic is not None]
         return known if len(known) == len(found) else None
 
     def generator(self, seed: int, source: str) -> torch.Generator:
-        """Random numbers that depend on seed, tensor and source alone, not on what was drawn
-        before.
-        """
+        """Return a generator that depends only on seed, tensor and source."""
         key = f"{seed}\n{self.name}\n{source}".encode()
         number = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
         return torch.Generator().manual_seed(number)
@@ -53,32 +55,60 @@ Passes = Callable[[], Iterator[tuple[Site, Tensor]]]
 
 
 class AbstractPreprocess(ABC):
-    """A step over directions."""
+    """Step on the directions of one tensor at a time, without gradient."""
 
     @property
     def needs(self) -> Needs | None:
-        """What it reads of the sources' statistics on data; None for a step over weights alone."""
+        """Statistics on data that the step needs; None if it works on weights alone."""
         return None
 
     @abstractmethod
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """New directions `[sources, *shape]`, float32, from such; may write over them."""
+        """Return new directions `[sources, *shape]`, float32; the given ones may be overwritten."""
 
     def survey(self, passes: Passes) -> Step:
-        """What runs on each tensor; a step that has to see all tensors first overrides this.
+        """Return the function to run on each tensor, by default the step itself.
+
+        A step that has to see all tensors first overrides this.
 
         Args:
-            passes: gives all tensors' directions, as the steps before leave them, anew each call.
+            passes: iterates over the directions of all tensors, after the previous steps, from the
+                start at each call.
         """
         return self
 
 
+class AbstractSelection(AbstractPreprocess):
+    """Step that zeroes entries of each direction and may rescale the others.
+
+    A static merge then stores one byte per entry and source instead of the new directions.
+    """
+
+    @abstractmethod
+    def select(self, directions: MaskedDirections, site: Site) -> None:
+        """Update the masks and factors of `directions` in place."""
+
+    @override
+    def __call__(self, directions: Tensor, site: Site) -> Tensor:
+        if not directions.numel():
+            return directions
+        masked = MaskedDirections(list(directions), None)
+        self.select(masked, site)
+        for direction, mask, factor in zip(directions, masked.masks, masked.factors, strict=True):
+            if mask is not None:
+                direction.masked_fill_(mask.view(direction.shape) == 0, 0)
+            if factor != 1:
+                direction.mul_(factor)
+        return directions
+
+
 class Chain:
-    """All steps as one; those that need it see every tensor first.
+    """Sequence of steps; steps that need it see every tensor first.
 
     Args:
-        steps: in the order they run.
-        passes: gives all tensors' directions before the first step, anew each call.
+        steps: steps in the order in which they run.
+        passes: iterates over the directions of all tensors, before the first step, from the start
+            at each call.
     """
 
     def __init__(self, steps: Sequence[AbstractPreprocess], passes: Passes) -> None:
@@ -88,7 +118,7 @@ class Chain:
             self.steps.append(step.survey(self._so_far))
 
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """Directions after all steps; may write over those given."""
+        """Return the directions after all steps; the given ones may be overwritten."""
         for step in self.steps:
             directions = step(directions, site)
         return directions

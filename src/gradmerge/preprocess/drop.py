@@ -1,9 +1,8 @@
-"""Dropping entries of a direction at random."""
+"""Random dropping of entries: DARE and DELLA."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -11,13 +10,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.errors import ConfigError
-from gradmerge.operators._native.kernels import run_each
-from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
-from gradmerge.preprocess.sparsity import AbstractSelection, Selection, between, row_ranks
+from gradmerge.operators import MaskedDirections
+from gradmerge.operators.masked import linear_in_rank, row_ranks
+from gradmerge.preprocess.base import AbstractPreprocess, AbstractSelection, Passes, Site, Step
 from gradmerge.preprocess.trim import require_density
 from gradmerge.spec import Setting, require_setting, settle
 
-# Entries that are ranked at a time: their 64-bit keys are the largest temporary.
+# Entries that are ranked at a time: their 64-bit sort keys are the largest temporary.
 _BLOCK = 1 << 22
 
 
@@ -26,25 +25,25 @@ class RandomDrop(AbstractSelection):
     """Keep each entry with probability `density`, zero the rest and rescale (DARE, arXiv
     2311.03099).
 
-        B'_k = M_k (.) B_k / density,  M ~ Bernoulli(density)
+        B'_k = M_k (.) B_k / density,  M_k ~ Bernoulli(density)
 
-    so that the mean over draws is `B_k`. mergekit rescales by the ratio of L1 norms instead.
+    The expectation over draws is `B_k`. mergekit rescales by the ratio of L1 norms instead.
     """
 
     density: Setting = 0.5
-    """Probability of being kept, in [0, 1]; the paper's drop rate is 1 - density. One number, one a
-    source, or by tensor."""
+    """Probability of keeping an entry, in [0, 1]; the paper's drop rate is 1 - density. One number,
+    one per source, or by tensor."""
     rescale: Literal["density", "l1", "none"] = "density"
-    """By 1 / density (the paper), by the L1 norm before over after (mergekit), or not."""
+    """Rescale by 1 / density (the paper), to the L1 norm before dropping (mergekit), or not."""
     seed: int = 0
-    """Seed; each tensor and source has draws of its own."""
+    """Seed; each tensor and source has its own draws."""
 
     def __post_init__(self) -> None:
-        """Check the density."""
+        """Validate the density."""
         require_density("RandomDrop", self.density)
 
     @override
-    def select(self, directions: Selection, site: Site) -> None:
+    def select(self, directions: MaskedDirections, site: Site) -> None:
         densities = settle("RandomDrop.density", self.density, site.name, site.sources)
         dropped = [k for k, density in enumerate(densities) if density < 1]
         before = {k: directions.sum_magnitudes(k) for k in dropped if self.rescale == "l1"}
@@ -59,33 +58,34 @@ class RandomDrop(AbstractSelection):
 
 @dataclass(frozen=True)
 class MagnitudeDrop(AbstractPreprocess):
-    """Drop entries at random, small ones more often, and rescale the rest (DELLA, arXiv
+    """Drop entries at random, small ones more often, and rescale the others (DELLA, arXiv
     2406.11617).
 
         p_i  = density - epsilon + 2 epsilon (r_i - 1) / (n - 1)
         B'_i = m_i B_i / p_i,  m_i ~ Bernoulli(p_i)
 
-    with r_i the rank of entry i by magnitude among the n of its row (1 the smallest, of equal ones
-    the first), so that the mean over draws is `B`. A row runs along axis 1, at one place of all
-    other axes; a tensor of one axis is one row. In a row of one entry p is the density. `epsilon`
-    is mergekit's: probabilities span density +- epsilon, where the paper's epsilon is their whole
-    width. mergekit rescales the whole tensor by the ratio of L1 norms instead.
+    where r_i is the rank of entry i by magnitude among the n entries of its row (1 for the
+    smallest; among equal magnitudes, earlier entries rank lower). The expectation over draws is
+    `B`. A row runs along axis 1, with all other indices fixed; a tensor with one axis is one row.
+    In a row of one entry, p is the density. `epsilon` is mergekit's: probabilities span density +-
+    epsilon, whereas the paper's epsilon is the whole width. mergekit rescales the whole tensor by
+    the ratio of L1 norms instead.
     """
 
     density: Setting = 0.5
-    """Mean probability of being kept, in [0, 1]; 1 keeps everything, 0 nothing. One number, one a
-    source, or by tensor."""
+    """Mean probability of keeping an entry, in [0, 1]; 1 keeps all entries, 0 none. One number, one
+    per source, or by tensor."""
     epsilon: Setting = 0.15
-    """How far the smallest entry's probability lies below density and the largest one's above; both
-    must stay within (0, 1)."""
+    """Distance from density down to the probability of the smallest entry and up to that of the
+    largest; both must lie in (0, 1)."""
     rescale: Literal["probability", "l1", "none"] = "probability"
-    """Each entry by 1 / its probability (the paper), all by the L1 norm before over after
-    (mergekit), or not."""
+    """Rescale each entry by 1 / its probability (the paper), all entries to the L1 norm before
+    dropping (mergekit), or not."""
     seed: int = 0
-    """Seed; each tensor and source has draws of its own."""
+    """Seed; each tensor and source has its own draws."""
 
     def __post_init__(self) -> None:
-        """Check the numbers that are known."""
+        """Validate density and epsilon."""
         require_density("MagnitudeDrop", self.density)
         require_setting(
             "MagnitudeDrop.epsilon", self.epsilon, "a number in [0, 0.5)", lambda x: 0 <= x < 0.5
@@ -93,12 +93,13 @@ class MagnitudeDrop(AbstractPreprocess):
         if isinstance(self.density, (int, float)) and isinstance(self.epsilon, (int, float)):
             _require_span(self.density, self.epsilon)
 
+    @override
     def survey(self, passes: Passes) -> Step:
-        """See `AbstractPreprocess.survey`: but for each entry's own factor it only selects."""
+        # with one factor per direction, this step only zeroes and scales
         return self if self.rescale == "probability" else _Selecting(self)
 
     def settled(self, site: Site) -> list[tuple[float, float]]:
-        """Density and epsilon of each source."""
+        """Return density and epsilon of each source."""
         densities = settle("MagnitudeDrop.density", self.density, site.name, site.sources)
         epsilons = settle("MagnitudeDrop.epsilon", self.epsilon, site.name, site.sources)
         pairs = list(zip(densities, epsilons, strict=True))
@@ -134,28 +135,19 @@ class MagnitudeDrop(AbstractPreprocess):
 
 @dataclass(frozen=True)
 class _Selecting(AbstractSelection):
-    """`MagnitudeDrop` where one factor scales a whole direction."""
+    """`MagnitudeDrop` with one factor per direction."""
 
     step: MagnitudeDrop
 
     @override
-    def select(self, directions: Selection, site: Site) -> None:
+    def select(self, directions: MaskedDirections, site: Site) -> None:
         pairs = self.step.settled(site)
         dropped = [k for k, (density, _) in enumerate(pairs) if density < 1]
         rescaled = self.step.rescale == "l1"
         before = {k: directions.sum_magnitudes(k) for k in dropped if rescaled}
-        run_each(
-            [
-                partial(
-                    directions.keep_by_row_rank,
-                    k,
-                    pairs[k][0] - pairs[k][1],
-                    pairs[k][0] + pairs[k][1],
-                    site.generator(self.step.seed, site.sources[k]),
-                )
-                for k in dropped
-                if pairs[k][0]
-            ]
+        directions.keep_by_row_rank(
+            [(p - e, p + e) if 0 < p < 1 else None for p, e in pairs],
+            [site.generator(self.step.seed, source) for source in site.sources],
         )
         for k in dropped:
             if pairs[k][0]:
@@ -165,7 +157,7 @@ class _Selecting(AbstractSelection):
 
 
 def _require_span(density: float, epsilon: float) -> None:
-    """Refuse probabilities outside (0, 1)."""
+    """Reject probabilities outside (0, 1)."""
     if density not in (0, 1) and not 0 < density - epsilon <= density + epsilon < 1:
         raise ConfigError(
             "MagnitudeDrop: density - epsilon and density + epsilon must lie in (0, 1), got "
@@ -174,5 +166,5 @@ def _require_span(density: float, epsilon: float) -> None:
 
 
 def _probabilities(rows: Tensor, density: float, epsilon: float) -> Tensor:
-    """Probability of each entry being kept, by its rank in its row."""
-    return between(row_ranks(rows), rows.shape[1], density - epsilon, density + epsilon)
+    """Return the probability of keeping each entry, by its rank in its row."""
+    return linear_in_rank(row_ranks(rows), rows.shape[1], density - epsilon, density + epsilon)

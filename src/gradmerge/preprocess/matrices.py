@@ -1,4 +1,4 @@
-"""What the spectral steps share: tensors as matrices, and orthogonal factors of them."""
+"""Shared helpers of the spectral steps: tensors as matrices, and their orthogonal factors."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import Tensor
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess.base import Site
 
-# Smaller singular values, beside the largest, are what float32 makes of zero.
+# Singular values below this, relative to the largest, are zero up to float32 rounding.
 _RESOLUTION = 1e-6
 
 
 def matrices_of(directions: Tensor, site: Site, least: int = 2) -> Tensor | None:
-    """Directions as matrices `[sources, out, rest]`, a view; None where a tensor has fewer than two
-    axes, or a side below `least`.
+    """Return directions as matrices `[sources, out, rest]` (a view).
+
+    Returns None if the tensor has fewer than two axes, or a side smaller than `least`.
 
     Raises:
-        ConfigError: a direction is not finite, and so cannot be decomposed.
+        ConfigError: a direction contains NaN or infinity.
     """
     if directions.dim() < 3:
         return None
@@ -30,16 +31,15 @@ def matrices_of(directions: Tensor, site: Site, least: int = 2) -> Tensor | None
         if not direction.isfinite().all():
             raise ConfigError(
                 f"{site.name}: expected finite numbers, got NaN or infinity in the direction of "
-                f"{source}. Is that checkpoint whole?"
+                f"{source}. Is that checkpoint complete?"
             )
     return directions.view(len(directions), *sides)
 
 
 def decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`U, S, V^T` in float64, without the singular values that are zero (below a millionth).
+    """Return `U, S, V^T` in float64, without singular values below a millionth of the largest.
 
-    What belongs to those is arbitrary: a decomposition may choose any directions for it, and a
-    merge must not.
+    Singular vectors of zero are arbitrary, so a merge must not depend on them.
     """
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     if not len(values):
@@ -49,11 +49,11 @@ def decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def nearest_orthogonal(matrix: Tensor) -> Tensor:
-    """The orthogonal factor of the polar decomposition, `P Q^T` of `P S Q^T`, of a float64 matrix.
+    """Return the orthogonal polar factor of a float64 matrix: `P Q^T` of `P S Q^T`.
 
-    Of a matrix of full rank this is the nearest one with orthonormal columns (or rows); otherwise
-    the partial isometry, which is zero on the null space and so unique. By the smaller of its two
-    Gram matrices, in half the time of a singular value decomposition.
+    For a matrix of full rank this is the nearest one with orthonormal columns (or rows), otherwise
+    the partial isometry that is zero on the null space, and therefore unique. It is computed from
+    the smaller Gram matrix, in half the time of a singular value decomposition.
     """
     if matrix.shape[0] < matrix.shape[1]:
         return nearest_orthogonal(matrix.T).T
@@ -66,10 +66,10 @@ def nearest_orthogonal(matrix: Tensor) -> Tensor:
 
 
 def averaged(directions: Tensor) -> Tensor:
-    """`B_k / K`: the sum of these is the mean direction."""
+    """Divide directions by their number, so that their sum is the mean direction."""
     return directions.div_(len(directions))
 
 
 def shared(merged: Tensor, directions: Tensor) -> Tensor:
-    """Write `merged / K` into each direction, where no part of it is one source's."""
+    """Write `merged / K` into each direction, for results without parts of single sources."""
     return directions.copy_((merged / len(directions)).view(directions.shape[1:]))

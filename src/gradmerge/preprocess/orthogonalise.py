@@ -1,4 +1,4 @@
-"""Taking out of each direction what the ones before it already use."""
+"""Projection of each direction onto the complement of the earlier ones."""
 
 from __future__ import annotations
 
@@ -9,54 +9,50 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import require
 from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
 from gradmerge.preprocess.matrices import decompose, matrices_of
 
 
 @dataclass(frozen=True)
 class Orthogonalise(AbstractPreprocess):
-    """Project each direction off what was merged before it, in the order of the sources (OPCM,
+    """Project each direction off the merge of the earlier ones, in the order of the sources (OPCM,
     arXiv 2501.09522).
 
         M_1 = B_1,  M_k = M_{k-1} + P_k,  P_1 = B_1
-        M_{k-1} = U S V^T,  Q = U^T B_k V,  r = least with S_1 + ... + S_r > alpha sum S, less one
+        M_{k-1} = U S V^T,  Q = U^T B_k V,  r + 1 = least n with S_1 + ... + S_n > alpha sum S
         P_k  = B_k - U (Q restricted to its diagonal and its block i, j <= r) V^T
         B'_k = P_k / lambda,  lambda = |M_K| / mean_k |B_k|
 
-    so that the sum of the directions is OPCM's final delta, whose norm is the mean of the sources'
-    norms. The paper divides by a lambda at each step, which cancels from step to step; only the
-    last one remains. Tensors of more than two axes are taken as matrices `[out, rest]`, vectors are
-    not projected. FusionBench projects the weights of linear layers alone. Singular values of zero
-    take no part.
+    The sum of the directions is OPCM's final delta, whose norm is the mean of the sources' norms.
+    The paper divides by a lambda at each step; all but the last cancel. Tensors with more than two
+    axes are matrices `[out, rest]`; vectors are not projected. (FusionBench projects the weights of
+    linear layers only.) Singular values of zero are ignored.
 
-    Where the first direction is itself such a merge, of n sources with `lambda_n`, the others join
-    as if its sources were here: `M_1 = lambda_n B_1`, and its norm counts n times in the mean.
+    If the first direction is itself such a merge, of n sources with `lambda_n`, the others continue
+    it: `M_1 = lambda_n B_1`, and its norm counts n times in the mean.
     """
 
     alpha: float = 0.5
-    """Share of the sum of singular values whose directions are protected, in [0, 1]; larger
-    protects more of the earlier directions."""
+    """Share of the sum of singular values whose directions are protected, in [0, 1]; larger values
+    protect more of the earlier directions."""
     scope: Literal["model", "tensor"] = "model"
-    """Whether norms are those of the whole model (the paper), for which every tensor is projected
-    once more to measure it, or of each tensor."""
+    """Norms of the whole model (the paper; each tensor is projected twice, once to measure the
+    norms), or of each tensor."""
     earlier_scale: float = 1.0
-    """`lambda_n` of the first direction, where that is such a merge itself."""
+    """`lambda_n` of the first direction, if it is such a merge itself."""
     earlier_sources: int = 1
-    """`n`, how many sources the first direction is a merge of."""
+    """Number n of sources that the first direction is a merge of."""
 
     def __post_init__(self) -> None:
-        """Check the share and what is said of the first direction."""
-        if self.earlier_scale <= 0 or self.earlier_sources < 1:
-            raise ConfigError(
-                "Orthogonalise: expected a positive earlier_scale and at least one of "
-                f"earlier_sources, got {self.earlier_scale} and {self.earlier_sources}."
-            )
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"Orthogonalise.alpha: expected in [0, 1], got {self.alpha}.")
+        """Validate alpha and the description of the first direction."""
+        scale, sources = self.earlier_scale, self.earlier_sources
+        require(scale > 0, "Orthogonalise.earlier_scale", "a positive number", scale)
+        require(sources >= 1, "Orthogonalise.earlier_sources", "at least 1", sources)
+        require(0 <= self.alpha <= 1, "Orthogonalise.alpha", "a share in [0, 1]", self.alpha)
 
+    @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """See `AbstractPreprocess`; norms are the tensor's own."""
         norms = _squares(directions).sqrt()
         merged = self._project(directions, site)
         return self._scale(directions, norms, float(_squares(merged[None])))
@@ -83,7 +79,7 @@ class Orthogonalise(AbstractPreprocess):
         return _project(directions, site, self.alpha)
 
     def _scale(self, directions: Tensor, norms: Tensor, merged: float) -> Tensor:
-        """Bring the sum of the directions to the mean of the norms, unless it is nothing."""
+        """Scale the sum of the directions to the mean of the norms, unless it is zero."""
         counts = torch.ones_like(norms)
         counts[0] = self.earlier_sources
         mean = float((counts * norms).sum() / counts.sum())
@@ -91,7 +87,7 @@ class Orthogonalise(AbstractPreprocess):
 
 
 def _project(directions: Tensor, site: Site, alpha: float) -> Tensor:
-    """Write `P_k` over `B_k`; returns their sum."""
+    """Overwrite `B_k` by `P_k` and return their sum."""
     matrices = matrices_of(directions, site)
     parts = directions if matrices is None else matrices
     merged = parts[0].clone()
@@ -111,6 +107,6 @@ def _project(directions: Tensor, site: Site, alpha: float) -> Tensor:
 
 
 def _squares(directions: Tensor) -> Tensor:
-    """`|B_k|^2`, `[sources]`, float64."""
+    """Return `|B_k|^2`, `[sources]`, float64."""
     found = [direction.square().sum(dtype=torch.float64) for direction in directions]
     return torch.stack(found)

@@ -1,4 +1,4 @@
-"""Entries that compete for their place, within a source and between sources."""
+"""Competition of entries within and between sources (PCB-Merging)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import require
 from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
 
 _HALF = 1 << 16
@@ -21,37 +21,32 @@ Keys = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ParameterCompetition(AbstractPreprocess):
-    """Weigh entries by how large they are in their source and how far the sources agree on them,
-    and keep the best (PCB-Merging, arXiv 2410.02396, as in duguodong7/pcb-merging).
+    """Weigh entries by their magnitude within the source and by the agreement of the sources, and
+    keep the best (PCB-Merging, arXiv 2410.02396, as in duguodong7/pcb-merging).
 
         a_k  = |B_k| clipped to its `clip` and 1 - `clip` quantiles,  n_k = minmax(a_k)
         p_k  = exp(K n_k^2) tanh(B_k (.) sum_j B_j)
         s_k  = minmax(p_k clipped from below at its 1 - `density` quantile)
         B'_k = s_k sign(B_k) a_k / max(sum_j s_j, 1e-12)
 
-    Quantiles and minmax (x -> (x - min) / (max - min), 0 where all are equal) are over the whole
-    model, so that all tensors are read four times before the first is made. Under coefficients
+    Quantiles and minmax (x -> (x - min) / (max - min), 0 if all are equal) are taken over the whole
+    model, so all tensors are read four times before the first one is merged. With coefficients
     `lambda_k` (1 in the paper's average form, searched in 0.8 to 1.3) the sum is PCB-Merging's.
     """
 
     density: float = 0.1
-    """Share of a source's entries that is kept, in (0, 1]; the paper's r, 0.05 to 0.1."""
+    """Share of a source's entries to keep, in (0, 1]; the paper's r, 0.05 to 0.1."""
     clip: float = 0.0001
-    """Share of a source's magnitudes that is clipped at either end, in [0, 0.5)."""
+    """Share of a source's magnitudes to clip at each end, in [0, 0.5)."""
 
     def __post_init__(self) -> None:
-        """Check the shares."""
-        if not 0 < self.density <= 1:
-            raise ConfigError(
-                f"ParameterCompetition.density: expected a share in (0, 1], got {self.density}."
-            )
-        if not 0 <= self.clip < 0.5:
-            raise ConfigError(
-                f"ParameterCompetition.clip: expected a share in [0, 0.5), got {self.clip}."
-            )
+        """Validate density and clip."""
+        who = "ParameterCompetition"
+        require(0 < self.density <= 1, f"{who}.density", "a share in (0, 1]", self.density)
+        require(0 <= self.clip < 0.5, f"{who}.clip", "a share in [0, 0.5)", self.clip)
 
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """One tensor as if it were the whole model."""
+        """Process a single tensor as if it were the whole model."""
         return self.survey(lambda: iter([(site, directions.clone())]))(directions, site)
 
     @override
@@ -83,15 +78,13 @@ class ParameterCompetition(AbstractPreprocess):
 
 
 def _blocks(directions: Tensor) -> Iterator[Tensor]:
-    """All entries, `[sources, entries]` at a time, as views: the scores of a whole tensor would
-    take as much memory again.
-    """
+    """Iterate over all entries in views `[sources, entries]`, to save memory for their scores."""
     if directions.numel():
         yield from directions.view(len(directions), -1).split(_BLOCK, dim=1)
 
 
 def _competed(directions: Tensor, bounds: list[tuple[float, float]]) -> Tensor:
-    """`p_k` times exp(-K), which minmax takes out again and no number of sources overflows."""
+    """Return `p_k` times exp(-K): minmax cancels the factor, which prevents overflow."""
     scores = directions.mul(directions.sum(dim=0)).tanh_()
     for score, direction, (low, high) in zip(scores, directions, bounds, strict=True):
         size = _minmax(direction.abs(), low, high)
@@ -100,7 +93,7 @@ def _competed(directions: Tensor, bounds: list[tuple[float, float]]) -> Tensor:
 
 
 def _minmax(values: Tensor, low: float, high: float) -> Tensor:
-    """Values clipped to [low, high], and that range mapped to [0, 1], in place."""
+    """Clip values to [low, high] and map that range to [0, 1], in place."""
     values.clamp_(low, high)
     return values.sub_(low).div_(high - low) if high > low else values.zero_()
 
@@ -108,15 +101,15 @@ def _minmax(values: Tensor, low: float, high: float) -> Tensor:
 def _order_statistics(
     passes: Passes, of: Keys, ranks: Callable[[int], tuple[int, int]]
 ) -> list[tuple[float, float]]:
-    """Two order statistics of each source's values over the whole model, exactly.
+    """Return two exact order statistics of each source's values over the whole model.
 
-    Two passes of histograms: the upper 16 bits of each value say in which bin a rank lies, the
-    lower ones where in it.
+    Two passes of histograms are used: the upper 16 bits of the values determine the bin of a rank,
+    the lower 16 bits the position in it.
 
     Args:
-        passes: see `AbstractPreprocess.survey`.
-        of: values of directions, both `[sources, entries]`.
-        ranks: from the number of entries, two ranks, 0 the smallest.
+        passes: iterates over the directions of all tensors.
+        of: maps directions to values, both `[sources, entries]`.
+        ranks: maps the number of entries to two ranks, 0 for the smallest.
     """
     upper = torch.zeros(0, _HALF, dtype=torch.int64)
     for _, directions in passes():
@@ -147,15 +140,15 @@ def _order_statistics(
 
 
 def _ordered(values: Tensor) -> Tensor:
-    """float32 values as integers in [0, 2^32) of the same order, flat."""
+    """Return float32 values as integers in [0, 2^32) of the same order, flat."""
     bits = values.reshape(-1).view(torch.int32)
-    # of negative numbers those with the larger bits are smaller
+    # negative numbers are in the reverse order of their bits
     ordered = torch.where(bits < 0, ~(bits & 0x7FFFFFFF), bits)
     return ordered.to(torch.int64).add_(1 << 31)
 
 
 def _value(key: int) -> float:
-    """The value that an integer of `_ordered` stands for."""
+    """Return the value of an integer of `_ordered`."""
     bits = key - (1 << 31)
     sign = bits < 0
     magnitude = torch.tensor(~bits if sign else bits, dtype=torch.int32).view(torch.float32)
@@ -163,7 +156,7 @@ def _value(key: int) -> float:
 
 
 def _place(counts: Tensor, rank: int) -> tuple[int, int]:
-    """The bin in which the value of a rank (0 the smallest) lies, and its rank within the bin."""
+    """Return the bin of the value with a rank (0 for the smallest), and its rank in the bin."""
     below = counts.cumsum(0)
     place = int((below <= rank).sum())
     return place, rank - (int(below[place - 1]) if place else 0)

@@ -1,4 +1,4 @@
-"""Directions after a chain of steps: computed when asked for, or once and for all."""
+"""Directions after a chain of steps, computed on demand or once for training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gradmerge.preprocess.base import AbstractPreprocess, Chain, Site
-from gradmerge.preprocess.sparsity import AbstractSelection, Selection
+from gradmerge.operators import MaskedDirections
+from gradmerge.preprocess.base import AbstractPreprocess, AbstractSelection, Chain, Site
 from gradmerge.sources.base import Shared
 
 Lazy = Callable[[], Iterator[tuple[Site, Callable[[], Tensor]]]]
@@ -25,13 +25,13 @@ Lazy = Callable[[], Iterator[tuple[Site, Callable[[], Tensor]]]]
 class ProcessedDirections(Shared):
     """Directions `[sources, *shape]` of every tensor, in float32, after all steps.
 
-    A static merge asks for each tensor once, and none is held. Training asks at every step:
-    `keep` writes all of them to a folder for temporary files first (`TMPDIR`; 4 bytes per entry
-    and source), from which they are mapped; the folder is removed with this object.
+    A static merge reads each tensor once and keeps none. Training reads them at every step, so
+    `keep` first writes them to a temporary folder (in `TMPDIR`; 4 bytes per entry and source), from
+    which they are memory-mapped; the folder is removed with this object.
 
     Args:
-        steps: in the order they run.
-        every: gives all tensors, and a call that reads the directions of each.
+        steps: steps in the order in which they run.
+        every: iterates over all tensors, each with a function that reads its directions.
     """
 
     def __init__(self, steps: Sequence[AbstractPreprocess], every: Lazy) -> None:
@@ -42,7 +42,7 @@ class ProcessedDirections(Shared):
 
     @property
     def _chain(self) -> Chain:
-        # An export hashes in one thread and merges in another: both may come first.
+        # an export hashes in one thread and merges in another; either may be first
         with self._lock:
             if self._made is None:
                 self._made = Chain(self._steps, lambda: ((s, read()) for s, read in self._every()))
@@ -53,7 +53,7 @@ class ProcessedDirections(Shared):
         return {site.name: (site, read) for site, read in self._every()}
 
     def read(self, name: str) -> Tensor:
-        """The directions of a tensor."""
+        """Return the directions of a tensor."""
         if name in self._kept:
             return self._kept[name]
         site, read = self._reads[name]
@@ -61,33 +61,33 @@ class ProcessedDirections(Shared):
 
     def select(
         self, name: str, sources: Sequence[Tensor], origin: Tensor | None
-    ) -> Selection | None:
-        """The same without storing them, where every step only zeroes and scales.
+    ) -> MaskedDirections | None:
+        """Return the directions of a tensor as masks, if every step only zeroes and scales.
 
         Args:
-            name: the tensor.
+            name: name of the tensor.
             sources: `theta_k`.
             origin: `A`; None for zero.
 
         Returns:
-            None where a step does more, or the directions are kept.
+            None if a step does more than that, or if the directions are kept in a file.
         """
         steps = [step for step in self._chain.steps if isinstance(step, AbstractSelection)]
         if name in self._kept or len(steps) < len(self._chain.steps):
             return None
-        directions, (site, _) = Selection(sources, origin), self._reads[name]
-        # masks are written to in place, also while a trainer evaluates in inference mode
+        directions, (site, _) = MaskedDirections(sources, origin), self._reads[name]
+        # masks are updated in place, also while a trainer evaluates in inference mode
         with torch.inference_mode(False), torch.no_grad():
             for step in steps if directions.size else ():
                 step.select(directions, site)
         return directions
 
     def is_kept(self, name: str) -> bool:
-        """Whether the directions of a tensor lie in a file."""
+        """Return whether the directions of a tensor are stored in a file."""
         return name in self._kept
 
     def keep(self) -> None:
-        """Compute all directions once, if there is any step."""
+        """Compute all directions and store them in files, if there is any step."""
         if self._kept or not self._steps:
             return
         folder = Path(tempfile.mkdtemp(prefix="gradmerge-directions-"))

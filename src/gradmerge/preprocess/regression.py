@@ -1,13 +1,13 @@
-"""Merges that match the sources' behaviour on data, as steps over directions.
+"""Merges that match the behaviour of the sources on data, as steps on directions.
 
-With a positive statistic `C_k` of source k on its own task's data, the merged tensor minimises
-`sum_k w_k |theta - theta_k|^2` in the norms of the `C_k`:
+Given a positive statistic `C_k` of source k on the data of its task, the merged tensor minimises
+`sum_k w_k |theta - theta_k|^2` in the norms defined by the `C_k`:
 
     theta = (sum_j w_j C_j)^-1 sum_k w_k C_k theta_k = A + sum_k B'_k
     B'_k  = (sum_j w_j C_j)^-1 w_k C_k B_k
 
-for any origin A, since `sum_k (sum_j w_j C_j)^-1 w_k C_k = I`. With every coefficient at 1 the
-merge is the method's own; learned ones start there.
+for any origin A, since `sum_k (sum_j w_j C_j)^-1 w_k C_k = I`. Coefficients of 1 give the published
+method; learned ones start there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
 from gradmerge.preprocess.base import AbstractPreprocess, Site
 from gradmerge.sources.collected import Needs, Statistic
 from gradmerge.spec import Setting, require_setting, settle
@@ -32,34 +32,36 @@ class FisherScale(AbstractPreprocess):
         F_k  = E[(d log p(y | x) / d theta_k)^2]
         B'_k = w_k F_k (.) B_k / sum_j w_j F_j
 
-    over the examples x of task k, with y as `labels` says. Tensors that get no gradient are
-    averaged by `w`.
+    The expectation is over the examples x of task k, with y as chosen by `labels`. Tensors without
+    gradient are averaged with weights `w`.
     """
 
     floor: float = 1e-6
-    """Least value of `F_k`, after `normalise`; where no source has information, all count alike."""
+    """Lower bound of `F_k`, applied after `normalise`: entries without information in any source
+    are averaged."""
     normalise: bool = True
-    """Divide `F_k` by its L2 norm over all tensors, so that sources count alike."""
+    """Divide `F_k` by its L2 norm over all tensors, so that all sources have the same weight."""
     weights: Setting = 1.0
-    """`w_k`: one number, one per source, or by tensor."""
+    """Weight `w_k`: one number, one per source, or by tensor."""
     labels: Literal["model", "data"] = "model"
-    """y drawn from the source's own predictions (the Fisher information), or the data's labels (the
-    empirical Fisher)."""
+    """Labels y: drawn from the source's own predictions (Fisher information), or those of the data
+    (empirical Fisher)."""
     per: Literal["example", "batch"] = "example"
-    """Square each example's gradient, or the sum over a batch of `eval_batch_size`: as many times
-    cheaper, and unbiased for drawn labels, whose gradients are independent with mean zero."""
+    """Square the gradient of each example, or of the sum over a batch of `eval_batch_size`. The
+    latter needs as many times fewer backward passes, and is unbiased for drawn labels, whose
+    gradients are independent with mean zero."""
     seed: int = 0
-    """Seed of the draws of y."""
+    """Seed of the drawn labels."""
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Validate the options."""
         _require_weights("FisherScale", self.weights)
-        if self.floor <= 0:
-            raise ConfigError(f"FisherScale: expected a floor above 0, got {self.floor}.")
+        require(self.floor > 0, "FisherScale.floor", "a number above 0", self.floor)
         if self.per == "batch" and self.labels == "data":
             raise ConfigError(
-                "FisherScale: per batch needs labels: model; gradients of the data's labels do not "
-                "cancel, so their sum's square is no sum of squares. Use per: example."
+                "FisherScale: per batch needs labels: model. Gradients for the labels of the data "
+                "are not independent with mean zero, so the square of their sum is biased. Use "
+                "per: example."
             )
 
     @property
@@ -88,40 +90,40 @@ class FisherScale(AbstractPreprocess):
 
 @dataclass(frozen=True)
 class RegMean(AbstractPreprocess):
-    """Match the outputs of every linear layer on the tasks' data (RegMean, arXiv 2212.09849).
+    """Match the outputs of every linear layer on the data of the tasks (RegMean, arXiv 2212.09849).
 
         C_k  = a G_k + (1 - a) diag(G_k) + d I,     G_k = X_k^T X_k / rows
         B'_k = B_k w_k C_k (sum_j w_j C_j)^-1       for a weight [out, in]
 
-    with `X_k` the layer's inputs when task k's data run through source k. Solved by Cholesky in
-    float64. Layers are `nn.Linear`, transformers' `Conv1D`, and 1-D and 2-D convolutions (inputs
-    unfolded, one solve a group). All other tensors are averaged by `w`: also weights tied to an
-    embedding, and of layers that change their weight before use (weight standardisation), which a
-    collection finds out and says.
+    `X_k` are the inputs of the layer when source k runs on the data of task k. The system is solved
+    by Cholesky decomposition in float64. Layers are `nn.Linear`, transformers' `Conv1D`, and 1-D
+    and 2-D convolutions (with unfolded inputs, one system per group). All other tensors are
+    averaged with weights `w`, including weights tied to an embedding and weights that their layer
+    transforms before use (weight standardisation), which are detected and reported.
 
-    `activations: merged` is RegMean++ (arXiv 2508.03121): task k's data run through the layers that
-    are merged already, block after block, and through source k's own weights within the block.
+    `activations: merged` is RegMean++ (arXiv 2508.03121): the data of task k run through the blocks
+    that are already merged and, within a block, through the weights of source k.
     """
 
     off_diagonal: float = 0.9
-    """Factor `a` on the entries off the diagonal, in [0, 1]; below 1 it keeps the solution near the
+    """Factor `a` on off-diagonal entries, in [0, 1]; values below 1 keep the solution closer to the
     average."""
     activations: Literal["source", "merged"] = "source"
-    """Whose activations reach a layer: the source's own, or the merged layers' (RegMean++)."""
+    """Inputs of a layer come from the source itself, or from the merged layers (RegMean++)."""
     normalise: bool = True
-    """Divide by the number of rows, so that tasks count alike however much data they have."""
+    """Divide by the number of rows, so that tasks have the same weight for any amount of data."""
     damping: float = 1e-6
-    """`d`, relative to the mean diagonal of the sources' matrices; what no data reach is
-    averaged."""
+    """Damping `d`, relative to the mean diagonal of the sources' matrices; inputs that no data
+    reach are averaged."""
     weights: Setting = 1.0
-    """`w_k`: one number, one per source, or by tensor."""
+    """Weight `w_k`: one number, one per source, or by tensor."""
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Validate the options."""
         _require_weights("RegMean", self.weights)
-        _require_damping("RegMean", self.damping)
-        if not 0 <= self.off_diagonal <= 1:
-            raise ConfigError(f"RegMean: expected off_diagonal in [0, 1], got {self.off_diagonal}.")
+        require(self.damping >= 0, "RegMean.damping", "at least 0", self.damping)
+        share = self.off_diagonal
+        require(0 <= share <= 1, "RegMean.off_diagonal", "a number in [0, 1]", share)
 
     @property
     @override
@@ -142,8 +144,8 @@ class RegMean(AbstractPreprocess):
         factor, failed = torch.linalg.cholesky_ex(_sum(grams))
         if bool(failed.any()):
             raise ConfigError(
-                f"RegMean: the Gram matrices of {site.name} are singular; set a damping above "
-                f"{self.damping:g} or a smaller off_diagonal, or give more data."
+                f"RegMean: the Gram matrices of {site.name} are singular. Set a damping above "
+                f"{self.damping:g} or a smaller off_diagonal, or provide more data."
             )
         for direction, gram in zip(directions, grams, strict=True):
             wide = _as_rows(direction, found[0].axis, gram)
@@ -154,7 +156,7 @@ class RegMean(AbstractPreprocess):
 
 @dataclass(frozen=True)
 class MaTS(AbstractPreprocess):
-    """Match the sources in their task parameter subspaces by conjugate gradient (MaTS, arXiv
+    """Match the sources in their task parameter subspaces by conjugate gradients (MaTS, arXiv
     2312.04339).
 
     Solves `sum_k w_k C_k(W) = sum_k w_k C_k(W_k)` for each linear layer's weight `[out, in]`, where
@@ -163,36 +165,33 @@ class MaTS(AbstractPreprocess):
         kfac:  C_k(W) = D_k W G_k        D_k = E[d^T d], d the gradient of log p(y | x) in the
                                          layer's output, y drawn from the source's predictions
 
-    from the average, in float64. For `kfac` a sum of such operators has no inverse of closed form.
-    Every iterate is linear in the directions once its step lengths are known, so the same steps
-    are taken on each `B_k` apart (K times the work of the sum's), and `A + sum_k B'_k` is the
-    iterate itself. Few iterations stay
-    near the average, which the paper uses as the one thing to tune. Layers as for `RegMean`, but
-    `kfac`, an approximation of curvature in any case, takes those that change their weight, too.
+    starting from the average, in float64. For `kfac`, the sum of such operators has no closed-form
+    inverse. Given the step lengths, every iterate is linear in the directions, so the same steps
+    are applied to each `B_k` separately (K times the work), and `A + sum_k B'_k` is the iterate
+    itself. Few iterations stay near the average; the paper tunes only their number. Layers are
+    those of `RegMean`; `kfac`, which approximates curvature anyway, also includes weights that
+    their layer transforms before use.
     """
 
     iterations: int = 20
-    """Most iterations of the conjugate gradient; worth tuning, for more fit the data's noise."""
+    """Maximum number of conjugate gradient iterations; worth tuning, since more may overfit."""
     tolerance: float = 1e-8
-    """Stop when the residual's norm is this share of the right-hand side's."""
+    """Norm of the residual, relative to the right-hand side, at which to stop."""
     statistic: Literal["gram", "kfac"] = "gram"
-    """Input Gram matrices alone, or with those of the outputs' gradients."""
+    """Gram matrices of the inputs alone, or also those of the gradients of the outputs."""
     damping: float = 1e-6
-    """Multiple of the identity on each matrix, relative to the sources' mean diagonal."""
+    """Multiple of the identity added to each matrix, relative to the sources' mean diagonal."""
     weights: Setting = 1.0
-    """`w_k`: one number, one per source, or by tensor."""
+    """Weight `w_k`: one number, one per source, or by tensor."""
     seed: int = 0
-    """Seed of the draws of y (kfac)."""
+    """Seed of the drawn labels y (kfac)."""
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Validate the options."""
         _require_weights("MaTS", self.weights)
-        _require_damping("MaTS", self.damping)
-        if self.iterations < 0 or self.tolerance < 0:
-            raise ConfigError(
-                "MaTS: expected iterations and a tolerance of at least 0, got "
-                f"{self.iterations} and {self.tolerance}."
-            )
+        require(self.damping >= 0, "MaTS.damping", "at least 0", self.damping)
+        require(self.iterations >= 0, "MaTS.iterations", "at least 0", self.iterations)
+        require(self.tolerance >= 0, "MaTS.tolerance", "at least 0", self.tolerance)
 
     @property
     @override
@@ -227,7 +226,7 @@ class MaTS(AbstractPreprocess):
         outputs: list[Tensor] | None,
         weights: list[float],
     ) -> Tensor:
-        """Parts `[sources, groups, out, in]` of the solution, one per source; see the class."""
+        """Return the part of each source in the solution, `[sources, groups, out, in]`."""
         single = _sum(inputs)
 
         def operator(parts: Tensor) -> Tensor:
@@ -263,11 +262,6 @@ def _require_weights(who: str, weights: Setting) -> None:
     require_setting(f"{who}.weights", weights, "a number above 0", lambda x: x > 0)
 
 
-def _require_damping(who: str, damping: float) -> None:
-    if damping < 0:
-        raise ConfigError(f"{who}: expected a damping of at least 0, got {damping}.")
-
-
 def _averaged(directions: Tensor, weights: list[float]) -> Tensor:
     for direction, weight in zip(directions, weights, strict=True):
         direction.mul_(weight / sum(weights))
@@ -280,10 +274,10 @@ def _gram(statistic: Statistic, part: str, normalise: bool) -> Tensor:
 
 
 def _damped(matrices: list[Tensor], weights: list[float], damping: float) -> list[Tensor]:
-    """`w_k (C_k + d I)`, with d relative to the mean diagonal entry over all matrices.
+    """Return `w_k (C_k + d I)`, with d relative to the mean diagonal entry over all matrices.
 
-    The multiple of the identity belongs to each matrix, so the parts still sum to the whole, and
-    where all matrices are zero the result is the average.
+    Each matrix gets its own multiple of the identity, so the parts still sum to the whole; if all
+    matrices are zero, the result is the average.
     """
     mean = sum(float(m.diagonal(dim1=-2, dim2=-1).mean()) for m in matrices) / len(matrices)
     added = damping * mean if mean > 0 else 1.0
@@ -298,7 +292,7 @@ def _sum(tensors: list[Tensor]) -> Tensor:
 
 
 def _as_rows(direction: Tensor, axis: int, gram: Tensor) -> Tensor:
-    """A layer's weight as `[groups, out, in]`, float64."""
+    """Return the weight of a layer as `[groups, out, in]`, float64."""
     wide = direction.double()
     return (wide.mT if axis == 0 else wide).reshape(gram.shape[0], -1, gram.shape[-1])
 

@@ -1,4 +1,4 @@
-"""Choosing entries by what all sources say of them."""
+"""Selection of entries by comparing all sources."""
 
 from __future__ import annotations
 
@@ -8,37 +8,38 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
+from gradmerge.operators.masked import rank_mask
 from gradmerge.preprocess.base import AbstractPreprocess, Site
-from gradmerge.preprocess.sparsity import by_rank
 from gradmerge.preprocess.trim import require_density
 from gradmerge.spec import Setting, require_setting, settle
 
-# Sums below these count as nothing (mergekit's bounds).
+# Sums below these count as zero (mergekit's bounds).
 _NO_SQUARES, _NO_WEIGHT = 1e-6, 1e-6
 
 
 @dataclass(frozen=True)
 class SelectTop(AbstractPreprocess):
-    """Keep the entries that the sources disagree on most, zero the rest (SCE, arXiv 2408.07990).
+    """Keep the entries with the largest variance over the sources, zero the rest (SCE, arXiv
+    2408.07990).
 
-    Of a tensor's entries whose variance over the sources is not zero, the `density` share with the
-    largest variance is kept (rounded down), the same ones in every source. One source has no
-    variance, so that less than all of it is nothing.
+    Among the entries of a tensor with nonzero variance, the share `density` with the largest
+    variance is kept (rounded down), the same entries in every source. A single source has no
+    variance, so any density below 1 zeroes it entirely.
     """
 
     density: Setting = 0.1
-    """Share of the entries that is kept, in [0, 1]; 1 keeps all. One number, or by tensor: the mask
-    is common to the sources."""
+    """Share of entries to keep, in [0, 1]; 1 keeps all. One number, or by tensor; the mask is the
+    same for all sources."""
 
     def __post_init__(self) -> None:
-        """Check the density."""
+        """Validate the density."""
         require_density("SelectTop", self.density)
         values = self.density.values() if isinstance(self.density, dict) else [self.density]
         if any(isinstance(value, list) for value in values):
             raise ConfigError(
-                "SelectTop: expected one density for all sources, got a list; the entries are "
-                "chosen for all of them together."
+                "SelectTop: expected one density for all sources, got a list; entries are chosen "
+                "for all sources together."
             )
 
     @override
@@ -47,22 +48,22 @@ class SelectTop(AbstractPreprocess):
         if density < 1 and directions.numel():
             variance = directions.var(dim=0, unbiased=False)
             count = int(variance.count_nonzero() * density)
-            directions.mul_(by_rank(variance, variance.numel() - count, variance.numel()))
+            directions.mul_(rank_mask(variance, variance.numel() - count, variance.numel()))
         return directions
 
 
 @dataclass(frozen=True)
 class ShareOfSquares(AbstractPreprocess):
-    """Weigh directions by their share of a tensor's squares, and average what has the elected sign
-    (the C and E of SCE, arXiv 2408.07990).
+    """Weigh directions by their share of the squares of a tensor, and average the values with the
+    elected sign (steps C and E of SCE, arXiv 2408.07990).
 
-        w_k  = mean(B_k^2) / sum_j mean(B_j^2)            (1 / K where the sum is below 1e-6)
+        w_k  = mean(B_k^2) / sum_j mean(B_j^2)            (1 / K if the sum is below 1e-6)
         e_k  = [sign(B_k) = s],  s = + where sum_j B_j >= 0, else -
         B'_k = e_k w_k B_k / max(sum_j e_j w_j, 1e-6)
 
-    so that the sum of the directions is the weighted mean of the entries that agree. After
-    `SelectTop`, under coefficients of 1, this is mergekit's `sce`. The weights are those of the
-    directions before any entry is erased.
+    The sum of the directions is the weighted mean of the values that agree. After `SelectTop`, with
+    coefficients of 1, this is mergekit's `sce`. Weights are computed before any value is zeroed by
+    the election.
     """
 
     @override
@@ -83,30 +84,29 @@ class ShareOfSquares(AbstractPreprocess):
 
 @dataclass(frozen=True)
 class Consensus(AbstractPreprocess):
-    """Keep the entries that several tasks use, zero the rest in all (Consensus merging with TALL
-    masks, arXiv 2405.07813).
+    """Keep the entries that several tasks use, zero the others in all directions (Consensus merging
+    with TALL masks, arXiv 2405.07813).
 
         M_k  = [ |B_k| >= threshold |sum_j B_j - B_k| ]
         B'_k = [ sum_j M_j >= least ] (.) B_k
 
-    `least` 2 removes entries that no task uses ("catastrophic") and those of one alone ("selfish");
-    1 removes the first alone. With fewer sources than `least` nothing is left.
+    `least: 2` removes entries that no task uses ("catastrophic") or only one ("selfish");
+    `least: 1` removes only the former. With fewer sources than `least`, all entries are zeroed.
     """
 
     threshold: Setting = 0.4
-    """The paper's lambda: how much larger than the rest of the sum an entry must be for its task to
-    use it. Larger masks out more; the paper selects among 0.2 to 0.6, for each task. One number,
-    one per source, or by tensor."""
+    """Ratio of an entry to the rest of the sum from which its task uses it (the paper's lambda).
+    Larger values mask more; the paper selects from 0.2 to 0.6 per task. One number, one per source,
+    or by tensor."""
     least: int = 2
-    """How many tasks must use an entry."""
+    """Minimum number of tasks that use an entry."""
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Validate threshold and least."""
         require_setting(
             "Consensus.threshold", self.threshold, "a number of at least 0", lambda x: x >= 0
         )
-        if self.least < 0:
-            raise ConfigError(f"Consensus.least: expected at least 0, got {self.least}.")
+        require(self.least >= 0, "Consensus.least", "at least 0", self.least)
 
     @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:

@@ -1,4 +1,4 @@
-"""Election of one sign an entry."""
+"""Sign election (TIES)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from gradmerge.preprocess.base import AbstractPreprocess, Site
 
 @dataclass(frozen=True)
 class ElectSign(AbstractPreprocess):
-    """Zero what disagrees with the elected sign of its entry (TIES, arXiv 2306.01708).
+    """Zero the values that disagree with the elected sign of their entry (TIES, arXiv 2306.01708).
 
         sign = + where sum_k B_k >= 0 (by sum) or sum_k sign(B_k) >= 0 (by count), else -
         B'_k = B_k where sign(B_k) = sign, else 0
 
-    After `Trim`, under a coefficient per tensor, these are the directions of AdaMerging++
-    (arXiv 2310.02575).
+    After `Trim`, with one coefficient per tensor, these are the directions of AdaMerging++ (arXiv
+    2310.02575).
     """
 
     by: Literal["sum", "count"] = "sum"
-    """Whether magnitudes count or only signs."""
+    """Elect signs by the sum of the values, or by counting signs alone."""
 
     @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:

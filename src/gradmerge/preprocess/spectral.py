@@ -1,8 +1,8 @@
-"""Merging by singular directions.
+"""Merging by singular vectors.
 
-Tensors of more than two axes are taken as matrices `[out, rest]`. Vectors, and matrices that are
-too narrow to have directions of their own, are averaged: `B'_k = B_k / K`. Decompositions are in
-float64; singular values of zero take no part in any of them.
+Tensors with more than two axes are matrices `[out, rest]`. Vectors, and matrices too narrow to give
+each source singular vectors of its own, are averaged: `B'_k = B_k / K`. Decompositions are in
+float64 and ignore singular values of zero.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import require
 from gradmerge.preprocess.base import AbstractPreprocess, Site
 from gradmerge.preprocess.matrices import (
     averaged,
@@ -28,37 +28,34 @@ from gradmerge.preprocess.matrices import (
 
 @dataclass(frozen=True)
 class TSVM(AbstractPreprocess):
-    """Task singular vectors, made orthogonal to one another (TSV-M, arXiv 2412.00081).
+    """Make the singular vectors of the tasks orthogonal to each other (TSV-M, arXiv 2412.00081).
 
         B_k = U_k S_k V_k^T,  cut to its r = floor(min(out, rest) / K) largest singular values
         U' = nearest orthogonal factor of [U_1 ... U_K],  V' likewise
         B'_k = U'_k S_k V'_k^T
 
-    so that the sum of the directions is TSV-M's delta and each stays its source's own. Matrices
-    with a side below K are averaged. In the published code only tensors of two axes are decomposed,
-    and arbitrary vectors stand for singular values of zero; here those take no part.
+    The sum of the directions is TSV-M's delta, and each direction belongs to its source. Matrices
+    with a side smaller than K are averaged. The published code decomposes only tensors with two
+    axes and uses arbitrary vectors for singular values of zero; here those are ignored.
 
-    The options are the two ideas of RESM, first called R-TSVM (arXiv 2502.06876): a rank chosen
-    from each layer's sparsity, and weights by outliers. The exact formulas of the paper could not
-    be verified; those at the options are ours.
+    The options implement the two ideas of RESM, first called R-TSVM (arXiv 2502.06876): a rank that
+    depends on the sparsity of the layer, and weights based on outliers. The exact formulas of the
+    paper could not be verified; those given with the options are ours.
     """
 
     rank: Literal["equal", "sparsity"] = "equal"
-    """How many singular values a source keeps: r of the formula, or fewer in sparse layers,
-    max(1, floor(r min(1, pi/2 (sum |b|)^2 / (n sum b^2)))) over the layer's n entries b, which is r
-    where they are normally distributed."""
+    """Number of singular values per source: r as above, or fewer in sparse layers:
+    max(1, floor(r min(1, pi/2 (sum |b|)^2 / (n sum b^2)))) for the n entries b of the layer, which
+    is r if they are normally distributed."""
     outliers: float | None = None
-    """Weigh row i of source k by K m_ki / sum_j m_ji before decomposing (all by 1 where the sum is
-    0), with m_ki the sum of magnitudes of the row's outliers: entries whose magnitude is more than
-    so many standard deviations above the mean magnitude of the source's tensor. Off by default;
-    3 is usual."""
+    """Weigh row i of source k by K m_ki / sum_j m_ji before decomposing (by 1 if the sum is 0),
+    where m_ki sums the magnitudes of the row's outliers: entries whose magnitude is more than this
+    many standard deviations above the mean magnitude of the source's tensor. Off by default; 3 is
+    usual."""
 
     def __post_init__(self) -> None:
-        """Check the outliers' bound."""
-        if self.outliers is not None and self.outliers < 0:
-            raise ConfigError(
-                f"TSVM.outliers: expected standard deviations of at least 0, got {self.outliers}."
-            )
+        """Validate the bound of outliers."""
+        require((self.outliers or 0) >= 0, "TSVM.outliers", "at least 0", self.outliers)
 
     @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
@@ -73,7 +70,7 @@ class TSVM(AbstractPreprocess):
         for matrix in matrices:
             kept = most if self.rank == "equal" else _sparse_rank(matrix, most)
             left, value, right = decompose(matrix)
-            lefts.append(left[:, :kept].clone())  # the rest of a view would stay in memory
+            lefts.append(left[:, :kept].clone())  # a view would keep all of it in memory
             values.append(value[:kept])
             rights.append(right[:kept].clone())
         ranks = [len(value) for value in values]
@@ -86,12 +83,12 @@ class TSVM(AbstractPreprocess):
 
 @dataclass(frozen=True)
 class IsoC(AbstractPreprocess):
-    """The summed delta with all its singular values equal (Iso-C, arXiv 2502.04959).
+    """Make all singular values of the summed delta equal (Iso-C, arXiv 2502.04959).
 
         sum_k B_k = U S V^T,  B'_k = mean(S) U V^T / K
 
-    No part of this is one source's, so that all directions are equal. Singular values of zero are
-    neither raised nor counted in the mean.
+    The result has no parts of single sources, so all directions are equal. Singular values of zero
+    stay zero and do not count in the mean.
     """
 
     @override
@@ -107,7 +104,8 @@ class IsoC(AbstractPreprocess):
 
 @dataclass(frozen=True)
 class IsoCTS(AbstractPreprocess):
-    """A common and task-specific subspace with equal singular values (Iso-CTS, arXiv 2502.04959).
+    """Combine a common subspace with task-specific ones, at equal singular values (Iso-CTS, arXiv
+    2502.04959).
 
         sum_k B_k = U S V^T, cut to its c largest singular values: the common subspace
         (I - U U^T) B_k = U_k S_k V_k^T, cut to t each, K t + c = min(out, rest)
@@ -115,18 +113,17 @@ class IsoCTS(AbstractPreprocess):
         s = mean of all K t + c singular values
         B'_k = s (U'_k V'_k^T + U' V'^T / K)
 
-    The common part is no source's own and shared equally. Singular values of zero are neither
-    raised nor counted.
+    The common part is divided equally among the sources. Singular values of zero stay zero and do
+    not count in the mean.
     """
 
     common: float = 0.8
-    """Share of the directions that are common, in [0, 1]; what is left is rounded so that all
-    sources get as many."""
+    """Share of common singular vectors, in [0, 1]; the rest is rounded so that all sources get the
+    same number."""
 
     def __post_init__(self) -> None:
-        """Check the share."""
-        if not 0 <= self.common <= 1:
-            raise ConfigError(f"IsoCTS.common: expected a share in [0, 1], got {self.common}.")
+        """Validate the share."""
+        require(0 <= self.common <= 1, "IsoCTS.common", "a share in [0, 1]", self.common)
 
     @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
@@ -160,7 +157,7 @@ class IsoCTS(AbstractPreprocess):
 
 
 def _sparse_rank(matrix: Tensor, most: int) -> int:
-    """`most`, or less where few entries carry most of the matrix."""
+    """Return `most`, or a smaller rank if few entries carry most of the matrix."""
     squares = float(matrix.square().sum(dtype=torch.float64))
     if not squares:
         return most
@@ -169,7 +166,7 @@ def _sparse_rank(matrix: Tensor, most: int) -> int:
 
 
 def _outlier_weights(matrices: Tensor, deviations: float) -> Tensor:
-    """Weight of each source's rows, `[sources, out, 1]`."""
+    """Return the weight of each row of each source, `[sources, out, 1]`."""
     masses = []
     for matrix in matrices:
         magnitude = matrix.abs()

@@ -1,4 +1,4 @@
-"""Keeping the entries of a direction by their magnitude."""
+"""Selection of entries by magnitude: TIES trimming and Model Breadcrumbs."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.errors import ConfigError
-from gradmerge.preprocess.base import Passes, Site, Step
-from gradmerge.preprocess.sparsity import AbstractSelection, Selection
+from gradmerge.operators import MaskedDirections
+from gradmerge.preprocess.base import AbstractSelection, Passes, Site, Step
 from gradmerge.spec import Setting, require_setting, settle
 
-# No magnitude has these bits.
+# Threshold that no magnitude reaches.
 _NONE = 0x7FFFFFFF
 
 
 @dataclass(frozen=True)
 class Trim(AbstractSelection):
-    """Keep the `density` share of each direction's entries with the largest magnitude, zero the
+    """Keep the share `density` of entries with the largest magnitude in each direction, zero the
     rest (TIES, arXiv 2306.01708).
 
-    A tensor keeps `max(1, floor(density * entries))` entries (none at density 0). Over the whole
-    model (the paper's way) every entry as large as the model's `floor(density * entries)`th largest
-    is kept; tensors that the recipe freezes at the origin do not count.
+    Each tensor keeps `max(1, floor(density * entries))` entries (none at density 0). With scope
+    model (as in the paper), every entry at least as large as the `floor(density * entries)`th
+    largest of the model is kept; tensors that the recipe freezes at the origin do not count.
     """
 
     density: Setting = 0.2
-    """Share of entries that is kept, in [0, 1]; one number, one per source, or by tensor."""
+    """Share of entries to keep, in [0, 1]; one number, one per source, or by tensor."""
     scope: Literal["tensor", "model"] = "tensor"
-    """Whether a share of each tensor is kept, or of the whole model."""
+    """Keep a share of each tensor, or of the whole model."""
     rescale: Literal["none", "l1"] = "none"
-    """Whether what is left is scaled to the L1 norm of before (mergekit's `rescale`)."""
+    """Rescale the kept entries to the L1 norm before trimming (mergekit's `rescale`), or not."""
 
     def __post_init__(self) -> None:
-        """Check the density."""
+        """Validate the density."""
         require_density("Trim", self.density)
         if self.scope == "model" and isinstance(self.density, dict):
             raise ConfigError(
-                "Trim: a density by tensor has no meaning with scope model, which takes a share of "
-                "the whole; use scope tensor."
+                "Trim: a density by tensor has no meaning with scope model, which keeps a share of "
+                "the whole model. Use scope tensor."
             )
 
     @override
-    def select(self, directions: Selection, site: Site) -> None:
+    def select(self, directions: MaskedDirections, site: Site) -> None:
         densities = settle("Trim.density", self.density, site.name, site.sources)
         for k, density in enumerate(densities):
             size = directions.size
@@ -60,13 +60,13 @@ class Trim(AbstractSelection):
 
 @dataclass(frozen=True)
 class _TrimFrom(AbstractSelection):
-    """Keep the magnitudes that reach a threshold a source, given as the bits of a float32."""
+    """Keep the magnitudes that reach the threshold of their source, as bits of a float32."""
 
     thresholds: tuple[int, ...]
     rescale: Literal["none", "l1"]
 
     @override
-    def select(self, directions: Selection, site: Site) -> None:
+    def select(self, directions: MaskedDirections, site: Site) -> None:
         for k, threshold in enumerate(self.thresholds):
             before = directions.sum_magnitudes(k) if self.rescale == "l1" else 0.0
             directions.keep_from(k, threshold)
@@ -75,26 +75,27 @@ class _TrimFrom(AbstractSelection):
 
 @dataclass(frozen=True)
 class Breadcrumbs(AbstractSelection):
-    """Zero the largest `gamma` share of each direction's entries and the smallest, so that a
-    `density` share remains (Model Breadcrumbs, arXiv 2312.06795), a tensor at a time.
+    """Zero the largest and the smallest entries of each tensor of a direction (Model Breadcrumbs,
+    arXiv 2312.06795).
 
-    Where `density + gamma` is more than 1, fewer of the largest are zeroed.
+    The share `gamma` of largest entries is zeroed, and as many of the smallest as leave the share
+    `density`. If `density + gamma` exceeds 1, fewer of the largest are zeroed.
     """
 
     density: Setting = 0.9
-    """Share of entries that is kept, in [0, 1]; one number, one per source, or by tensor."""
+    """Share of entries to keep, in [0, 1]; one number, one per source, or by tensor."""
     gamma: Setting = 0.01
-    """Share of entries, the largest, that is zeroed, in [0, 1)."""
+    """Share of largest entries to zero, in [0, 1); one number, one per source, or by tensor."""
     rescale: Literal["none", "l1"] = "none"
-    """Whether what is left is scaled to the L1 norm of before (mergekit's `rescale`)."""
+    """Rescale the kept entries to the L1 norm before zeroing (mergekit's `rescale`), or not."""
 
     def __post_init__(self) -> None:
-        """Check the shares."""
+        """Validate density and gamma."""
         require_density("Breadcrumbs", self.density)
         require_setting("Breadcrumbs.gamma", self.gamma, "a share in [0, 1)", lambda x: 0 <= x < 1)
 
     @override
-    def select(self, directions: Selection, site: Site) -> None:
+    def select(self, directions: MaskedDirections, site: Site) -> None:
         densities = settle("Breadcrumbs.density", self.density, site.name, site.sources)
         gammas = settle("Breadcrumbs.gamma", self.gamma, site.name, site.sources)
         size = directions.size
@@ -105,21 +106,21 @@ class Breadcrumbs(AbstractSelection):
 
 
 def keep_ranks(
-    directions: Selection, k: int, first: int, last: int, rescale: Literal["none", "l1"]
+    directions: MaskedDirections, k: int, first: int, last: int, rescale: Literal["none", "l1"]
 ) -> None:
-    """Keep ranks [first, last) of a direction, and its L1 norm where that is wanted."""
+    """Keep ranks [first, last) of a direction and, with rescale l1, its L1 norm."""
     before = directions.sum_magnitudes(k) if rescale == "l1" else 0.0
     directions.keep_ranks(k, first, last)
     directions.restore(k, before)
 
 
 def require_density(who: str, density: Setting) -> None:
-    """Refuse a share outside [0, 1]."""
+    """Reject a density outside [0, 1]."""
     require_setting(f"{who}.density", density, "a share in [0, 1]", lambda x: 0 <= x <= 1)
 
 
 def _model_thresholds(passes: Passes, density: Setting) -> list[int]:
-    """The kept entries' least magnitude (as bits) of each source, in two passes of histograms."""
+    """Return the smallest kept magnitude (as bits) of each source, from two histogram passes."""
     high = _histograms(passes, None)
     densities = settle("Trim.density", density, "", [str(k) for k in range(len(high))])
     wanted = [
@@ -136,12 +137,12 @@ def _model_thresholds(passes: Passes, density: Setting) -> list[int]:
 
 
 def _histograms(passes: Passes, bins: tuple[int, ...] | None) -> list[Tensor]:
-    """Counts of the upper 16 bits of each source; with `bins`, of the lower ones within its bin."""
+    """Count the upper 16 bits per source or, given `bins`, the lower 16 within each bin."""
     counts: list[Tensor] = []
     for site, directions in passes():
         if not site.takes_part:
             continue
-        given = Selection(list(directions), None)
+        given = MaskedDirections(list(directions), None)
         for k in range(len(given)):
             found = given.count_magnitudes(k, None if bins is None else bins[k])
             if k == len(counts):
@@ -152,7 +153,7 @@ def _histograms(passes: Passes, bins: tuple[int, ...] | None) -> list[Tensor]:
 
 
 def _reach(counts: Tensor, wanted: int) -> tuple[int, int]:
-    """The bin in which the `wanted`th largest lies, and how many of this bin are wanted."""
+    """Return the bin of the `wanted`th largest value, and the number wanted of that bin."""
     from_top = counts.flip(0).cumsum(0)
     place = int((from_top < wanted).sum())
     above = int(from_top[place - 1]) if place else 0

@@ -1,4 +1,4 @@
-"""One vector for all sources, and what each of them takes of it."""
+"""One unified vector for all sources, with a mask and a scale for each (EMR-Merging)."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
 
 @dataclass(frozen=True)
 class Unify(AbstractPreprocess):
-    """Elect one vector, mask it for each source and rescale it (EMR-Merging, arXiv 2405.17461).
+    """Elect one vector, then mask and rescale it for each source (EMR-Merging, arXiv 2405.17461).
 
         s    = sign(sum_j B_j), - where it is 0
-        u    = s max_k |B_k| over the sources with sign(B_k) = s, 0 where there is none
+        u    = s max_k |B_k| over the sources with sign(B_k) = s, 0 if there are none
         M_k  = [B_k u > 0],  r_k = sum |B_k| / sum |M_k (.) u|  over the whole model
         B'_k = r_k M_k (.) u
 
-    EMR-Merging runs each task with its own `A + B'_k`: `gradmerge merge --outputs tasks` writes
-    these models, `--outputs compact` one `u` with a mask and a scale per task. All tensors are read
-    once before the first is made.
+    EMR-Merging runs each task with its own model `A + B'_k`: `gradmerge merge --outputs tasks`
+    writes these models, `--outputs compact` a single `u` with a mask and a scale per task. All
+    tensors are read once before the first one is merged.
     """
 
     rescale: Literal["sums", "means"] = "sums"
-    """Sums over the whole model (the paper), or the sum of each tensor's mean (the authors' code),
-    in which a bias counts like a weight matrix."""
+    """Sums over the whole model (the paper), or over the means of all tensors (the authors' code),
+    in which a bias counts as much as a weight matrix."""
 
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        """One tensor as if it were the whole model."""
+        """Process a single tensor as if it were the whole model."""
         return self.survey(lambda: iter([(site, directions)]))(directions, site)
 
     @override
@@ -47,7 +47,7 @@ class Unify(AbstractPreprocess):
         return unify
 
     def scales(self, passes: Passes) -> list[float]:
-        """`r_k` of each source; 1 where its mask is empty."""
+        """Return `r_k` of each source; 1 if its mask is empty."""
         own: list[float] = []
         left: list[float] = []
         for _, directions in passes():
@@ -65,7 +65,7 @@ class Unify(AbstractPreprocess):
 
 
 def elect(directions: Tensor) -> tuple[Tensor, Tensor]:
-    """The unified vector `u`, `[*shape]`, and the masks `M_k`, `[sources, *shape]` of bool."""
+    """Return the unified vector `u`, `[*shape]`, and boolean masks `M_k`, `[sources, *shape]`."""
     positive = directions.sum(dim=0) > 0
     masks = torch.stack(
         [torch.where(positive, direction > 0, direction < 0) for direction in directions]
@@ -77,5 +77,5 @@ def elect(directions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked(unified: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """`r_k M_k (.) u`."""
+    """Return `r_k M_k (.) u`."""
     return torch.where(mask, unified, 0.0).mul_(scale)

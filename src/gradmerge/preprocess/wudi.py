@@ -1,4 +1,4 @@
-"""A merged delta whose interference with the sources is least, found without data."""
+"""A merged delta with the least interference with the sources, found without data."""
 
 from __future__ import annotations
 
@@ -8,39 +8,37 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import require
 from gradmerge.preprocess.base import AbstractPreprocess, Site
 from gradmerge.preprocess.matrices import averaged, shared
 
 
 @dataclass(frozen=True)
 class WUDI(AbstractPreprocess):
-    """The delta that changes least what each source's own inputs give (WUDI-Merging, arXiv
+    """Minimise the interference of the merged delta with the sources (WUDI-Merging, arXiv
     2503.08099).
 
         tau  = argmin sum_k | (tau - B_k) B_k^T |_F^2 / |B_k|_F^2   by Adam from sum_k B_k
         B'_k = tau / K
 
-    for tensors of two axes, `[out, in]` as stored; all others are averaged. The rows of `B_k` stand
-    for the layer's inputs on task k, so no data are needed. No part of the result is one source's,
-    so that all directions are equal. Directions that are zero take no part.
+    This applies to tensors with two axes, `[out, in]` as stored; all others are averaged. The rows
+    of `B_k` stand in for the inputs of the layer on task k, so no data are needed. The result has
+    no parts of single sources, so all directions are equal. Directions of zero are ignored.
 
     The gradient is `g_0 + 2 (tau - tau_0) G`, where `tau_0` is the start, `g_0` the gradient there
-    and `G = sum_k B_k^T B_k / |B_k|_F^2`: a step costs one product, and nothing large cancels,
-    which matters to Adam, whose steps do not shrink with the gradient.
+    and `G = sum_k B_k^T B_k / |B_k|_F^2`. A step costs one matrix product, and no large terms
+    cancel, which matters because Adam's steps do not shrink with the gradient.
     """
 
     steps: int = 300
-    """Steps of Adam."""
+    """Number of Adam steps."""
     lr: float = 1e-5
-    """Adam's learning rate: about how far an entry moves at most in a step."""
+    """Learning rate of Adam, roughly the largest change of an entry per step."""
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
-        if self.steps < 0:
-            raise ConfigError(f"WUDI.steps: expected at least 0, got {self.steps}.")
-        if self.lr <= 0:
-            raise ConfigError(f"WUDI.lr: expected a positive number, got {self.lr}.")
+        """Validate steps and lr."""
+        require(self.steps >= 0, "WUDI.steps", "at least 0", self.steps)
+        require(self.lr > 0, "WUDI.lr", "a positive number", self.lr)
 
     @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
@@ -51,16 +49,16 @@ class WUDI(AbstractPreprocess):
 
 @torch.no_grad()
 def least_interference(directions: Tensor, steps: int, lr: float) -> Tensor:
-    """`tau`, `[out, in]`, from directions `[sources, out, in]`, in their dtype."""
+    """Return `tau`, `[out, in]`, from directions `[sources, out, in]`, in their dtype."""
     num, out, inputs = directions.shape
     start = directions.sum(dim=0)
     norms = directions.flatten(1).norm(dim=1)
-    units = directions / norms.where(norms > 0, 1).view(-1, 1, 1)  # zero ones stay zero
+    units = directions / norms.where(norms > 0, 1).view(-1, 1, 1)  # zeros stay zero
     first = torch.zeros_like(start)
     for direction, unit in zip(directions, units, strict=True):
         first += (start - direction) @ unit.T @ unit
     rows = units.view(num * out, inputs)
-    # G, or its factors where their products are cheaper
+    # G, or its factors if their product is cheaper
     gram = rows.T @ rows if inputs < 2 * num * out else None
     moved = nn.Parameter(torch.zeros_like(start))
     adam = torch.optim.Adam([moved], lr=lr)

@@ -1,6 +1,6 @@
-"""C kernels for frozen tensors on a CPU, compiled at first use."""
+"""C kernels for frozen tensors on a CPU, compiled at first use (private to `operators`)."""
 
-from gradmerge.operators._native.build import native_kernels
+from gradmerge.operators._native.build import kernels_for, native_kernels
 from gradmerge.operators._native.kernels import (
     FROM_BASE,
     FROM_DIRECTIONS,
@@ -8,6 +8,7 @@ from gradmerge.operators._native.kernels import (
     FROM_ZERO,
     GIVEN,
     Kernels,
+    run_each,
 )
 from gradmerge.operators._native.selection import Direction
 
@@ -19,5 +20,7 @@ __all__ = [
     "GIVEN",
     "Direction",
     "Kernels",
+    "kernels_for",
     "native_kernels",
+    "run_each",
 ]

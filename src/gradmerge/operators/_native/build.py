@@ -1,8 +1,8 @@
-"""Building the C kernels that work on frozen tensors on a CPU (`merging.c`, `selection.c`).
+"""Compilation of the C kernels for frozen tensors on a CPU (`merging.c`, `selection.c`).
 
-They are compiled once, in about a second, with the system's C compiler, and kept in the user's
-cache folder. Without a compiler, or with `GRADMERGE_KERNELS=torch`, torch's own operations do the
-same work in about twice the time.
+They are compiled once, in about a second, with the system's C compiler, and cached in the user's
+cache folder. Without a compiler, or with `GRADMERGE_KERNELS=torch`, torch operations do the same
+work in about twice the time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from gradmerge.errors import ConfigError
 from gradmerge.operators._native.kernels import Kernels
@@ -27,18 +30,26 @@ _log = logging.getLogger(__name__)
 
 _FILES = [Path(__file__).with_name(name) for name in ("common.h", "merging.c", "selection.c")]
 _CHOICES = ("auto", "native", "torch")
-# The first set of options that the compiler takes; a plain -O3 is some 25 % slower.
+# Options in order of preference; plain -O3 is about 25% slower.
 _OPTIONS = (["-O3", "-march=native"], ["-O3", "-mcpu=native"], ["-O3"])
 
 
 def native_kernels() -> Kernels | None:
-    """The kernels, compiled at first use; None where torch's operations are to be used.
+    """Return the kernels, compiled at first use, or None if torch operations are to be used.
 
     Raises:
-        ConfigError: `GRADMERGE_KERNELS` is none of auto, native and torch, or it is native and they
-            cannot be built.
+        ConfigError: `GRADMERGE_KERNELS` is not one of auto, native and torch, or is native and the
+            kernels cannot be built.
     """
     return _load(os.environ.get("GRADMERGE_KERNELS", "auto"))
+
+
+def kernels_for(tensors: Sequence[Tensor]) -> Kernels | None:
+    """Return the kernels if they support all these tensors, else None."""
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return None
+    kernels = native_kernels()
+    return kernels if kernels is not None and kernels.take(tensors) else None
 
 
 @functools.cache
@@ -54,20 +65,20 @@ def _load(choice: str) -> Kernels | None:
         return Kernels(library, bool(library.gradmerge_has_float16()))
     except _NoCompilerError as error:
         reason = str(error)
-        # nothing is wrong with such a machine: no warning
-        _log.info("%s; merging with torch's operations", reason)
+        # a machine without a compiler is fine: no warning
+        _log.info("%s; merging with torch operations", reason)
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         reason = f"the C kernels could not be built or loaded: {error}"
         if choice == "auto":
             warnings.warn(
-                f"{reason}. Merging goes on with torch's operations, at about half the speed; "
-                "GRADMERGE_KERNELS=torch silences this.",
+                f"{reason}. Merging continues with torch operations, at about half the speed; set "
+                "GRADMERGE_KERNELS=torch to silence this warning.",
                 stacklevel=2,
             )
     if choice == "native":
         raise ConfigError(
-            f"GRADMERGE_KERNELS=native: {reason}. Install a C compiler (cc, gcc or clang, or name "
-            "one in CC), or unset the variable."
+            f"GRADMERGE_KERNELS=native: {reason}. Install a C compiler (cc, gcc or clang, or set "
+            "CC), or unset the variable."
         )
     return None
 
@@ -77,7 +88,7 @@ def _open() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError:
-        # a damaged file (a full disk when it was written): once more
+        # a damaged file (perhaps the disk was full): build it again
         path.unlink()
         return ctypes.CDLL(str(_build()))
 
@@ -95,7 +106,7 @@ def _compiler() -> str:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a home folder may serve unlike machines."""
+    """Describe the processor (for -march=native): machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -109,7 +120,7 @@ def _cache_folder() -> Path:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(root) / "gradmerge"
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home, or one that cannot be written to
+    except (OSError, RuntimeError):  # no home folder, or not writable
         pass
     else:
         if os.access(folder, os.W_OK):
@@ -120,7 +131,7 @@ def _cache_folder() -> Path:
 
 
 def _build() -> Path:
-    """Path of the compiled library, built unless it stands there already."""
+    """Return the path of the compiled library, building it if necessary."""
     compiler = _compiler()
     made_of = [
         *(file.read_text() for file in _FILES),
@@ -134,7 +145,7 @@ def _build() -> Path:
     target = folder / f"kernels-{key}.so"
     if target.exists():
         return target
-    # Several processes may build at once: each in its own file, renamed when whole.
+    # several processes may build at once, each in its own file, which is renamed when complete
     handle, name = tempfile.mkstemp(suffix=".so", prefix="building-", dir=folder)
     os.close(handle)
     try:

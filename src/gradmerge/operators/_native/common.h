@@ -1,4 +1,4 @@
-/* Numbers of three types as float32, a block at a time. */
+/* Numbers of three types as float32, one block at a time. */
 #ifndef GRADMERGE_COMMON_H
 #define GRADMERGE_COMMON_H
 
@@ -42,7 +42,7 @@ static INLINE const void *from_entry(const void *data, int type, int64_t start) 
     return (const char *)data + start * (type == FLOAT32 ? 4 : 2);
 }
 
-/* Ask for `n` entries that are needed next: a new page would be waited for. */
+/* Prefetch the next `n` entries, which hides the latency of new pages. */
 static INLINE void prefetch(const void *data, int type, int64_t start, int64_t n) {
 #ifdef __GNUC__
     const char *first = from_entry(data, type, start);
@@ -57,7 +57,7 @@ static INLINE void widen_as(const void *data, int type, int64_t n, float *buffer
     for (int64_t i = 0; i < n; i++) buffer[i] = load(data, type, i);
 }
 
-/* `n` entries from `start` as float32: where they lie, or widened into `buffer`. */
+/* Return `n` entries from `start` as float32: in place, or widened into `buffer`. */
 static INLINE const float *widen(const void *data, int type, int64_t start, int64_t n, float *buffer) {
     const void *first = from_entry(data, type, start);
     if (type == FLOAT32) return (const float *)first;

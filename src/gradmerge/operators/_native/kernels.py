@@ -1,4 +1,4 @@
-"""Calling the C kernels: tensors become addresses, and threads share their entries."""
+"""Calls of the C kernels: tensors are passed as addresses, and threads share their entries."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -15,22 +15,22 @@ import torch
 from torch import Tensor
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# A thread is not worth starting for fewer entries.
-_ENTRIES_A_THREAD = 1 << 17
+# Minimum number of entries per thread.
+_ENTRIES_PER_THREAD = 1 << 17
 
 GIVEN, FROM_ZERO, FROM_BASE, FROM_MEAN, FROM_DIRECTIONS = range(5)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The loaded library."""
+    """Loaded library of C kernels."""
 
     library: ctypes.CDLL
     float16: bool
-    """Whether the compiler knew 16-bit IEEE numbers."""
+    """True if the compiler supports 16-bit IEEE numbers."""
 
     def take(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether all tensors have a type and a place that the kernels work on."""
+        """Return whether the kernels support all these tensors."""
         return all(
             tensor.device.type == "cpu"
             and tensor.layout == torch.strided
@@ -50,24 +50,22 @@ class Kernels:
         inner: int,
         parts: Tensor | None,
     ) -> None:
-        """`out = sum_s weight_s * term_s`; see `merging.c`. All tensors are contiguous."""
+        """Write `out = sum_s weight_s * term_s` (see `merging.c`). All tensors are contiguous."""
         weights = weights.to(torch.float32).contiguous()
         pointers, types = _arrays(terms)
 
         def run(begin: int, end: int) -> None:
             self.library.gradmerge_merge(
-                ctypes.c_void_p(out.data_ptr()),
+                address(out),
                 TYPES[out.dtype],
                 pointers,
                 types,
                 len(terms),
-                ctypes.c_void_p(weights.data_ptr()),
+                address(weights),
                 rule,
-                ctypes.c_int64(width),
-                ctypes.c_int64(inner),
+                *integers(width, inner),
                 address(parts),
-                ctypes.c_int64(begin),
-                ctypes.c_int64(end),
+                *integers(begin, end),
             )
 
         run_shared(run, out.numel())
@@ -83,24 +81,24 @@ class Kernels:
         parts: Tensor | None,
         products: bool,
     ) -> Tensor:
-        """`[terms, width]`: sums of `grad * (term - anchor)` in float64; see `merging.c`.
+        """Return sums of `grad * (term - anchor)`, `[terms, width]`, float64 (see `merging.c`).
 
-        With `products` (a coefficient per entry) nothing is summed, and the result is float32.
+        With `products` (a coefficient per entry) nothing is summed and the result is float32.
         """
         pointers, types = _arrays(terms)
         shares = ranges(grad.numel())
         dtype = torch.float32 if products else torch.float64
-        # threads write apart: each has its own sums, but entries of the products are disjoint
+        # each thread has its own sums, whereas the products of threads are disjoint
         copies = 1 if products else len(shares)
         result = torch.zeros(copies, len(terms), width, dtype=dtype)
 
         def run(begin: int, end: int) -> None:
             own = 0 if products else shares.index((begin, end))
-            target = ctypes.c_void_p(result[own].data_ptr())
+            target = address(result[own])
             self.library.gradmerge_contract(
                 None if products else target,
                 target if products else None,
-                ctypes.c_void_p(grad.data_ptr()),
+                address(grad),
                 TYPES[grad.dtype],
                 address(anchor),
                 0 if anchor is None else TYPES[anchor.dtype],
@@ -108,11 +106,9 @@ class Kernels:
                 pointers,
                 types,
                 len(terms),
-                ctypes.c_int64(width),
-                ctypes.c_int64(inner),
+                *integers(width, inner),
                 address(parts),
-                ctypes.c_int64(begin),
-                ctypes.c_int64(end),
+                *integers(begin, end),
             )
 
         run_shared(run, grad.numel())
@@ -120,8 +116,13 @@ class Kernels:
 
 
 def address(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    """Where a tensor's first entry is; None for none."""
+    """Return the address of the first entry; None if there is no tensor."""
     return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
+def integers(*values: int) -> Iterator[ctypes.c_int64]:
+    """Return values as C integers of 64 bits."""
+    return map(ctypes.c_int64, values)
 
 
 def _arrays(
@@ -132,23 +133,23 @@ def _arrays(
 
 
 def ranges(size: int) -> list[tuple[int, int]]:
-    """Entries of each thread: as many threads as torch uses, where the tensor is worth them."""
-    threads = max(1, min(torch.get_num_threads(), size // _ENTRIES_A_THREAD))
+    """Split entries among threads: as many as torch uses, or fewer for small tensors."""
+    threads = max(1, min(torch.get_num_threads(), size // _ENTRIES_PER_THREAD))
     bounds = [size * i // threads for i in range(threads + 1)]
     return list(itertools.pairwise(bounds))
 
 
 @functools.cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads of this process: a forked one has none of its parent's."""
+    """Return the threads of this process (a forked process does not inherit its parent's)."""
     return ThreadPoolExecutor(threads, thread_name_prefix="gradmerge")
 
 
 def run_shared(run: Callable[[int, int], None], size: int) -> None:
-    """Call `run` on each thread's entries; ctypes lets go of the interpreter lock meanwhile."""
+    """Call `run` on the entries of each thread; ctypes releases the interpreter lock meanwhile."""
     first, *others = ranges(size)
     if not others or getattr(_here, "busy", False):
-        # a thread of the pool that waited for the pool would wait for itself
+        # a pool thread that waited for the pool could wait for itself
         for own in (first, *others):
             run(*own)
         return
@@ -156,7 +157,7 @@ def run_shared(run: Callable[[int, int], None], size: int) -> None:
     try:
         run(*first)
     finally:
-        wait(pending)  # they write to memory that the caller may let go of
+        wait(pending)  # they write to memory that the caller may release
     for one in pending:
         one.result()
 
@@ -165,9 +166,7 @@ _here = threading.local()
 
 
 def run_each(calls: Sequence[Callable[[], None]]) -> None:
-    """Run calls side by side, on as many threads as torch uses; within one, nothing is shared
-    out.
-    """
+    """Run calls in parallel, on as many threads as torch uses, each call on a single thread."""
     if len(calls) < 2 or torch.get_num_threads() < 2:
         for call in calls:
             call()

@@ -2,9 +2,9 @@
  *
  * A tensor is seen as [outer, width, inner] with weights along `width`; entry e of the flat tensor
  * has weight e / inner % width, or parts[e]. Both functions work on entries [begin, end), so that
- * threads share a tensor. They go block by block: each stored byte is read from memory once, and
- * all that is written and read again stays in the core's first-level cache. 16-bit numbers are
- * widened a block at a time; sums are float32 over at most 512 / 64 entries, and float64 beyond.
+ * threads share a tensor. They work block by block: each stored byte is read from memory once, and
+ * temporaries stay in the core's first-level cache. 16-bit numbers are
+ * widened one block at a time; sums are float32 over at most 512 / 64 entries, and float64 beyond.
  */
 #include "common.h"
 
@@ -21,8 +21,8 @@ EXPORT int gradmerge_has_float16(void) {
 #endif
 }
 
-/* Weights of term `s` for `n` entries from `column`, where each entry has its own. `rest` is
- * the origin's: 1 - sum of the entry's coefficients, or 1 where the terms are directions. */
+/* Weights of term `s` for `n` entries from `column`, where each entry has its own. `rest` is the
+ * weight of the origin: 1 - sum of the entry's coefficients, or 1 where the terms are directions. */
 static const float *entry_weights(const float *weights, int rule, int s, int sources, int64_t width,
                                   int64_t column, const int64_t *parts, int64_t n,
                                   const float *rest, float *buffer) {
@@ -60,7 +60,7 @@ static void add_scaled(float *total, const void *term, int type, int64_t start, 
 
 /* out = sum_s weight_s * term_s, over entries [begin, end).
  *
- * weights: [count, width] with rule GIVEN; else coefficients [sources, width] with one column an
+ * weights: [count, width] with rule GIVEN; else coefficients [sources, width] with one column per
  * entry, where FROM_BASE and FROM_DIRECTIONS mean that term 0 is the origin, without coefficient.
  */
 EXPORT void gradmerge_merge(void *out, int out_type, const void *const *terms, const int *types,
@@ -128,7 +128,7 @@ static INLINE double inner_product_for(const float *grad, const void *term, int 
     return inner_product_as(grad, term, type, from, shift, n);
 }
 
-/* <grad, (term - from) - shift>, each of the two only where there is one. */
+/* <grad, (term - from) - shift>; `from` and `shift` may be NULL. */
 static double inner_product(const float *grad, const void *term, int type, int64_t start,
                             const float *from, const float *shift, int64_t n) {
     const void *data = from_entry(term, type, start);
@@ -137,7 +137,7 @@ static double inner_product(const float *grad, const void *term, int type, int64
     return inner_product_for(grad, data, FLOAT16, from, shift, n);
 }
 
-/* Mean over the terms of term - from: near to each other, their differences lose no digits. */
+/* Mean over the terms of term - from: the differences of similar terms lose no digits. */
 static void mean_difference(float *mean, const void *const *terms, const int *types, int count,
                             const float *from, int64_t at, int64_t n) {
     float buffer[BLOCK];

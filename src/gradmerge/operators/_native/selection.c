@@ -1,8 +1,8 @@
-/* Directions of which some entries are zeroed: finding the entries, and merging what is left.
- * Formulas: preprocess/selection.py and operators; caller: kernels.py.
+/* Masked directions: choosing the entries to keep, and merging the others.
+ * Formulas: operators/masked.py and disjoint.py; caller: selection.py.
  *
  * A direction is `term - anchor` in float32 (the term itself without an anchor), and zero where its
- * mask, a byte an entry, is 0. It is never stored: each function forms it block by block.
+ * mask (one byte per entry) is 0. It is never stored: each function forms it block by block.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -17,7 +17,7 @@ typedef struct {
     int32_t anchor_type;
 } direction_t;
 
-/* `n` entries of a direction from `at`, in `out`. */
+/* Write `n` entries of a direction from `at` into `out`. */
 static INLINE void form(const direction_t *d, int64_t at, int64_t n, float *out) {
     float buffer[BLOCK];
     const float *term = widen(d->term, d->type, at, n, out);
@@ -39,7 +39,7 @@ static INLINE void magnitudes(const direction_t *d, int64_t at, int64_t n, uint3
     for (int64_t i = 0; i < n; i++) bits[i] &= 0x7fffffff;
 }
 
-/* The direction itself, float32. */
+/* Write a direction, float32. */
 EXPORT void gradmerge_direction(float *out, const direction_t *d, int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; at += BLOCK)
         form(d, at, least(BLOCK, end - at), out + at);
@@ -49,7 +49,7 @@ EXPORT void gradmerge_direction(float *out, const direction_t *d, int64_t begin,
 EXPORT void gradmerge_count_upper(int64_t *counts, const direction_t *d, int64_t begin,
                                   int64_t end) {
     uint32_t bits[BLOCK];
-    /* two tables: neighbours are often equal, and an increment would wait for the one before */
+    /* two tables: neighbours are often equal, and an increment would wait for the previous one */
     int64_t *other = calloc(32768, sizeof(int64_t));
     for (int64_t at = begin; at < end; at += BLOCK) {
         int64_t n = least(BLOCK, end - at), i = 0;
@@ -63,8 +63,8 @@ EXPORT void gradmerge_count_upper(int64_t *counts, const direction_t *d, int64_t
     free(other);
 }
 
-/* Counts of the lower 16 bits, 65536 of them, of the magnitudes whose upper bits are `upper`; for
- * each of `num` such values a table. */
+/* Counts of the lower 16 bits, 65536 of them, of the magnitudes whose upper bits are `upper`, in
+ * one table for each of `num` values. */
 EXPORT void gradmerge_count_lower(int64_t *counts, const int32_t *upper, int num, const direction_t *d, int64_t begin, int64_t end) {
     uint32_t bits[BLOCK];
     for (int64_t at = begin; at < end; at += BLOCK) {
@@ -80,9 +80,9 @@ EXPORT void gradmerge_count_lower(int64_t *counts, const int32_t *upper, int num
 }
 
 /* kept = 1 where a magnitude lies from `low` to `high`, else 0. Of those equal to `low` the first
- * `low_skip` are left out, of those equal to `high` all but the first `high_take`; equals are
- * counted on from `low_seen` and `high_seen`. What the mask zeroes stays zero; `kept` may be the
- * mask itself. */
+ * `low_skip` are dropped, of those equal to `high` all but the first `high_take`; equal ones are
+ * counted from `low_seen` and `high_seen`. Masked entries stay zero; `kept` may be the mask
+ * itself. */
 EXPORT void gradmerge_keep_between(uint8_t *kept, int64_t low, int64_t low_skip, int64_t low_seen,
                                    int64_t high, int64_t high_take, int64_t high_seen,
                                    const direction_t *d, int64_t begin,
@@ -133,8 +133,8 @@ EXPORT double gradmerge_sum_magnitudes(const direction_t *d, int64_t begin,
 
 #define DOUBLES 16 /* independent float64 sums of an inner product */
 
-/* gram[i, j] += sum over the entries of B_i B_j, in float64, [count, count]. Returns 1 where memory
- * is short. */
+/* gram[i, j] += sum over the entries of B_i B_j, in float64, [count, count]. Returns 1 if out of
+ * memory. */
 EXPORT int gradmerge_gram(double *gram, const direction_t *directions, int count, int64_t begin,
                           int64_t end) {
     float *formed = malloc((size_t)count * BLOCK * sizeof(float));
@@ -165,7 +165,7 @@ EXPORT int gradmerge_gram(double *gram, const direction_t *directions, int count
     return 0;
 }
 
-/* kept = draw < density for `n` draws, and what it was before unless it is fresh. */
+/* kept = draw < density for `n` draws, and-ed with its previous value unless fresh. */
 EXPORT void gradmerge_keep_below(uint8_t *kept, const float *draws, float density, int fresh,
                                  int64_t n) {
     if (fresh)
@@ -174,7 +174,7 @@ EXPORT void gradmerge_keep_below(uint8_t *kept, const float *draws, float densit
         for (int64_t i = 0; i < n; i++) kept[i] &= (uint8_t)(draws[i] < density);
 }
 
-/* kept = draw < low + slope * rank for `n` draws, and what it was before unless it is fresh. */
+/* kept = draw < low + slope * rank for `n` draws, and-ed with its previous value unless fresh. */
 EXPORT void gradmerge_keep_ranked(uint8_t *kept, const int32_t *ranks, const float *draws,
                                   float low, float slope, int fresh, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
@@ -183,14 +183,14 @@ EXPORT void gradmerge_keep_ranked(uint8_t *kept, const int32_t *ranks, const flo
     }
 }
 
-/* How directions that remain are put together. */
+/* Rules for merging directions. */
 enum { SUM, ELECT_BY_SUM, ELECT_BY_COUNT };
 
 /* out = origin + sum_k w_k (.) B_k, or with an election the disjoint mean (operators/disjoint.py).
  *
  * weights: [count, width], with neighbours of `inner` entries sharing one (see merging.c); factors:
  * [count], multiplied to each direction before its weight. An election divides by the sum of the
- * agreeing weights with `normalise`, and multiplies by `scale`. Returns 1 where memory is short.
+ * agreeing weights with `normalise`, and multiplies by `scale`. Returns 1 if out of memory.
  */
 EXPORT int gradmerge_merge_directions(void *out, int out_type, const void *origin, int origin_type,
                                       const direction_t *directions, int count,
@@ -238,7 +238,7 @@ EXPORT int gradmerge_merge_directions(void *out, int out_type, const void *origi
                 const float *w = weights + (int64_t)k * width;
                 for (int64_t i = 0; i < n; i++) {
                     int agrees = votes[i] >= 0 ? d[i] > 0 : d[i] < 0;
-                    agrees |= d[i] != d[i]; /* what is no number must show */
+                    agrees |= d[i] != d[i]; /* NaN must propagate */
                     float weight = parts != NULL ? w[parts[at + i]] : own ? w[column + i] : w[column];
                     total[i] += agrees ? d[i] : 0.0f;
                     divisor[i] += agrees ? weight : 0.0f;
@@ -262,8 +262,8 @@ EXPORT int gradmerge_merge_directions(void *out, int out_type, const void *origi
     return 0;
 }
 
-/* Rank of each entry in its row of `size` by magnitude, 0 for the smallest, equals in order; a radix
- * sort. scratch: 2 * size numbers. */
+/* Rank of each entry by magnitude in its row of `size`, 0 for the smallest, equal ones in order: a
+ * radix sort. scratch: 2 * size numbers. */
 EXPORT void gradmerge_row_ranks(int32_t *ranks, uint64_t *scratch, int64_t rows, int64_t size,
                                 const direction_t *d, int64_t first_row) {
     uint32_t bits[BLOCK];

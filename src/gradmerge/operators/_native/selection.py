@@ -1,4 +1,4 @@
-"""Calling the kernels that work on directions of which some entries are zeroed."""
+"""Calls of the kernels that work on masked directions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradmerge.operators._native.kernels import TYPES, Kernels, address, ranges, run_shared
+from gradmerge.operators._native.kernels import (
+    TYPES,
+    Kernels,
+    address,
+    integers,
+    ranges,
+    run_shared,
+)
 
 _UPPER, _LOWER = 1 << 15, 1 << 16
+_LARGEST = 0x7FFFFFFF
 _RULES = {None: 0, "sum": 1, "count": 2}
 
 
@@ -27,12 +35,12 @@ class _Direction(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Direction:
-    """`term - anchor` in float32, zero where the mask is; flat, contiguous, on the CPU."""
+    """Difference `term - anchor` in float32, 0 where the mask is 0; flat, contiguous, on a CPU."""
 
     term: Tensor
     anchor: Tensor | None = None
     mask: Tensor | None = None
-    """A byte an entry."""
+    """One byte per entry."""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -40,7 +48,7 @@ class Direction:
         return [self.term] if self.anchor is None else [self.term, self.anchor]
 
     def plain(self) -> _Direction:
-        """As the kernels take it."""
+        """Return the C struct."""
         return _Direction(
             self.term.data_ptr(),
             None if self.anchor is None else self.anchor.data_ptr(),
@@ -51,80 +59,60 @@ class Direction:
 
 
 def write_direction(kernels: Kernels, direction: Direction, out: Tensor) -> None:
-    """`out = direction`, float32."""
+    """Write a direction into `out`, float32."""
     plain = direction.plain()
 
     def run(begin: int, end: int) -> None:
-        kernels.library.gradmerge_direction(address(out), ctypes.byref(plain), *_bounds(begin, end))
+        kernels.library.gradmerge_direction(
+            address(out), ctypes.byref(plain), *integers(begin, end)
+        )
 
     run_shared(run, out.numel())
 
 
 def sum_magnitudes(kernels: Kernels, direction: Direction) -> float:
-    """The sum of magnitudes, in float64."""
+    """Return the sum of magnitudes, in float64."""
     plain = direction.plain()
     kernels.library.gradmerge_sum_magnitudes.restype = ctypes.c_double
     sums: list[float] = []
 
     def run(begin: int, end: int) -> None:
-        found = kernels.library.gradmerge_sum_magnitudes(ctypes.byref(plain), *_bounds(begin, end))
+        found = kernels.library.gradmerge_sum_magnitudes(ctypes.byref(plain), *integers(begin, end))
         sums.append(found)
 
     run_shared(run, direction.term.numel())
-    return sum(sorted(sums))  # threads end in any order
+    return sum(sorted(sums))  # threads finish in any order
 
 
 def keep_ranks(kernels: Kernels, direction: Direction, first: int, last: int, kept: Tensor) -> None:
-    """`kept` = whether an entry's rank by magnitude, smallest first, is in [first, last).
+    """Set `kept` to 1 where the rank by magnitude, smallest first, is in [first, last), else 0.
 
-    Of equal magnitudes those that stand first have the lower rank. Two passes count the bits of
-    the magnitudes, the third writes: no sort, and nothing of the tensor's size but `kept`, a byte
-    an entry, which may be the direction's own mask.
+    Among equal magnitudes, earlier entries rank lower. Two passes count the bits of the magnitudes
+    and the third writes, without a sort or a temporary of the size of the tensor. `kept` has one
+    byte per entry and may be the mask of the direction itself.
     """
     size = direction.term.numel()
     if first >= last:
         kept.zero_()
         return
-    # the magnitude of the last entry that is left out below, and of the last that is kept
-    ranks = [first, last]
-    wanted = [rank for rank in ranks if 0 < rank < size]
+    # magnitudes of the last entry that is dropped below, and of the last that is kept
+    wanted = [rank for rank in (first, last) if 0 < rank < size]
     shares = ranges(size)
     bounds = _magnitudes_of_rank(kernels, direction, wanted, shares)
     found = dict(zip(wanted, bounds, strict=True))
-    low = found.get(first, _Bound(-1, 0, [0] * len(shares)))
-    high = found.get(last, _Bound(1 << 31, 0, [0] * len(shares)))
-    plain = direction.plain()
-
-    def run(begin: int, end: int) -> None:
-        share = shares.index((begin, end))
-        kernels.library.gradmerge_keep_between(
-            address(kept),
-            *map(ctypes.c_int64, (min(low.bits, 0x7FFFFFFF), low.equal, sum(low.seen[:share]))),
-            *map(ctypes.c_int64, (min(high.bits, 0x7FFFFFFF), high.equal, sum(high.seen[:share]))),
-            ctypes.byref(plain),
-            *_bounds(begin, end),
-        )
-
-    run_shared(run, size)
+    low = found.get(first, _Bound(-1, 0, []))
+    high = found.get(last, _Bound(_LARGEST, 0, []))
+    _keep_between(kernels, direction, low, high, kept)
 
 
 def keep_from(kernels: Kernels, direction: Direction, least: int, kept: Tensor) -> None:
-    """`kept` = whether the bits of an entry's magnitude are at least `least`."""
-    plain = direction.plain()
-
-    def run(begin: int, end: int) -> None:
-        kernels.library.gradmerge_keep_between(
-            address(kept),
-            *map(ctypes.c_int64, (least - 1, 1 << 62, 0, 0x7FFFFFFF, 0, 0)),
-            ctypes.byref(plain),
-            *_bounds(begin, end),
-        )
-
-    run_shared(run, direction.term.numel())
+    """Set `kept` to 1 where the bits of the magnitude are at least `least`, else 0."""
+    low, high = _Bound(least - 1, 1 << 62, []), _Bound(_LARGEST, 0, [])
+    _keep_between(kernels, direction, low, high, kept)
 
 
 def count_magnitudes(kernels: Kernels, direction: Direction, upper: int | None) -> Tensor:
-    """Counts of the upper 16 bits of the magnitudes, or of the lower ones below one `upper`."""
+    """Count the upper 16 bits of the magnitudes, or the lower 16 below one value of `upper`."""
     shares = ranges(direction.term.numel())
     if upper is None:
         return _count_upper(kernels, direction, shares).sum(dim=0)
@@ -132,7 +120,7 @@ def count_magnitudes(kernels: Kernels, direction: Direction, upper: int | None) 
 
 
 def keep_below(kernels: Kernels, kept: Tensor, draws: Tensor, density: float, fresh: bool) -> None:
-    """`kept = draw < density`, and what it was unless it is fresh."""
+    """Set `kept = draw < density`, and-ed with its previous value unless `fresh`."""
     kernels.library.gradmerge_keep_below(
         address(kept),
         address(draws),
@@ -145,13 +133,13 @@ def keep_below(kernels: Kernels, kept: Tensor, draws: Tensor, density: float, fr
 def row_ranks(
     kernels: Kernels, direction: Direction, first_row: int, ranks: Tensor, scratch: Tensor
 ) -> None:
-    """Rank of each entry in its row by magnitude, 0 for the smallest, equals in order.
+    """Rank entries by magnitude in their row, 0 for the smallest, equal ones in order.
 
     Args:
-        kernels: the library.
-        direction: of the whole tensor.
-        first_row: where the rows begin that are ranked.
-        ranks: int32 `[rows, size]`, written.
+        kernels: loaded library.
+        direction: direction of the whole tensor.
+        first_row: first row to rank.
+        ranks: result, int32 `[rows, size]`.
         scratch: int64, at least `2 * size`.
     """
     rows, size = ranks.shape
@@ -159,10 +147,9 @@ def row_ranks(
     kernels.library.gradmerge_row_ranks(
         address(ranks),
         address(scratch),
-        ctypes.c_int64(rows),
-        ctypes.c_int64(size),
+        *integers(rows, size),
         ctypes.byref(plain),
-        ctypes.c_int64(first_row),
+        *integers(first_row),
     )
 
 
@@ -175,7 +162,7 @@ def keep_ranked(
     slope: float,
     fresh: bool,
 ) -> None:
-    """`kept = draw < low + slope * rank`, and what it was unless it is fresh."""
+    """Set `kept = draw < low + slope * rank`, and-ed with its previous value unless `fresh`."""
     kernels.library.gradmerge_keep_ranked(
         address(kept),
         address(ranks),
@@ -201,7 +188,7 @@ def merge_directions(
     normalise: bool = False,
     scale: float = 1.0,
 ) -> None:
-    """`out = origin + sum_k weight_k factor_k B_k`, or the disjoint mean; see `selection.c`."""
+    """Write `origin + sum_k weight_k factor_k B_k`, or the disjoint mean (see `selection.c`)."""
     weights = weights.to(torch.float32).contiguous()
     plain = (_Direction * len(directions))(*(direction.plain() for direction in directions))
     multiplied = (ctypes.c_float * len(factors))(*factors)
@@ -217,23 +204,22 @@ def merge_directions(
             len(directions),
             multiplied,
             address(weights),
-            ctypes.c_int64(width),
-            ctypes.c_int64(inner),
+            *integers(width, inner),
             address(parts),
             _RULES[elect],
             int(normalise),
             ctypes.c_float(scale),
-            *_bounds(begin, end),
+            *integers(begin, end),
         ):
             failed.append(begin)
 
     run_shared(run, out.numel())
     if failed:
-        raise MemoryError(f"no memory for a block of {len(directions)} directions")
+        raise MemoryError(f"out of memory for a block of {len(directions)} directions")
 
 
 def gram(kernels: Kernels, directions: list[Direction]) -> Tensor:
-    """`<B_i, B_j>`, `[directions, directions]`, of float32 differences, summed in float64."""
+    """Return `<B_i, B_j>`, `[directions, directions]`: float32 differences summed in float64."""
     num = len(directions)
     plain = (_Direction * num)(*(direction.plain() for direction in directions))
     size = directions[0].term.numel()
@@ -243,33 +229,53 @@ def gram(kernels: Kernels, directions: list[Direction]) -> Tensor:
 
     def run(begin: int, end: int) -> None:
         own = total[shares.index((begin, end))]
-        if kernels.library.gradmerge_gram(address(own), plain, num, *_bounds(begin, end)):
+        if kernels.library.gradmerge_gram(address(own), plain, num, *integers(begin, end)):
             failed.append(begin)
 
     run_shared(run, size)
     if failed:
-        raise MemoryError(f"no memory for a block of {num} directions")
+        raise MemoryError(f"out of memory for a block of {num} directions")
     return total.sum(dim=0)
 
 
 @dataclass(frozen=True)
 class _Bound:
     bits: int
-    """The magnitude, as an integer."""
+    """Magnitude as an integer."""
     equal: int
-    """How many entries of this magnitude lie below the rank."""
+    """Number of entries of this magnitude below the rank."""
     seen: list[int]
-    """How many of them each share of the entries has."""
+    """Number of entries of this magnitude in the share of each thread."""
+
+
+def _keep_between(
+    kernels: Kernels, direction: Direction, low: _Bound, high: _Bound, kept: Tensor
+) -> None:
+    """Set `kept` to 1 above the first `low.equal` of `low` and up to `high.equal` of `high`."""
+    shares = ranges(direction.term.numel())
+    plain = direction.plain()
+
+    def run(begin: int, end: int) -> None:
+        share = shares.index((begin, end))
+        kernels.library.gradmerge_keep_between(
+            address(kept),
+            *integers(low.bits, low.equal, sum(low.seen[:share])),
+            *integers(high.bits, high.equal, sum(high.seen[:share])),
+            ctypes.byref(plain),
+            *integers(begin, end),
+        )
+
+    run_shared(run, len(kept))
 
 
 def _magnitudes_of_rank(
     kernels: Kernels, direction: Direction, wanted: list[int], shares: list[tuple[int, int]]
 ) -> list[_Bound]:
-    """The magnitude of the `rank`th smallest entry, for each rank."""
+    """Return the magnitude of the `rank`th smallest entry, for each rank."""
     if not wanted:
         return []
     upper = _count_upper(kernels, direction, shares).sum(dim=0).cumsum(0)
-    # the first table entry that reaches the rank, and how many lie below it
+    # the first table entry that reaches the rank, and the number of entries below it
     places = [int(torch.searchsorted(upper, rank)) for rank in wanted]
     below = [int(upper[place - 1]) if place else 0 for place in places]
     lower = _count_lower(kernels, direction, places, shares)
@@ -290,7 +296,7 @@ def _count_upper(kernels: Kernels, direction: Direction, shares: list[tuple[int,
     def run(begin: int, end: int) -> None:
         own = counts[shares.index((begin, end))]
         kernels.library.gradmerge_count_upper(
-            address(own), ctypes.byref(plain), *_bounds(begin, end)
+            address(own), ctypes.byref(plain), *integers(begin, end)
         )
 
     run_shared(run, direction.term.numel())
@@ -307,12 +313,8 @@ def _count_lower(
     def run(begin: int, end: int) -> None:
         own = counts[shares.index((begin, end))]
         kernels.library.gradmerge_count_lower(
-            address(own), upper, len(places), ctypes.byref(plain), *_bounds(begin, end)
+            address(own), upper, len(places), ctypes.byref(plain), *integers(begin, end)
         )
 
     run_shared(run, direction.term.numel())
     return counts
-
-
-def _bounds(begin: int, end: int) -> tuple[ctypes.c_int64, ctypes.c_int64]:
-    return ctypes.c_int64(begin), ctypes.c_int64(end)
