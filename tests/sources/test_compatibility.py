@@ -141,15 +141,15 @@ def test_equal_headers_have_no_problem():
         ),
     ],
 )
-def test_every_kind_of_tensor_problem_says_all_parts(tensors, kind, name, expected, came, todo):
+def test_every_kind_of_tensor_problem_says_all_parts(tensors, kind, name, expected, got, todo):
     problem = found(Headers("a"), Headers("b", tensors))[kind, name]
     assert problem.fatal
     assert problem.where in ("b", "b.safetensors")
     assert problem.expected == expected
-    assert problem.got == came
+    assert problem.got == got
     assert todo in problem.todo
     line = str(problem)
-    for part in (kind, problem.where, name, expected, came, todo):
+    for part in (kind, problem.where, name, expected, got, todo):
         assert part in line
 
 
