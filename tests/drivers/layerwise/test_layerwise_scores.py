@@ -15,7 +15,6 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
-from test_layerwise import ADAM, Batched, batched, data_of, frozen, job_of, network_of
 from torch.nn import functional
 
 from gradmerge import Recipe
@@ -23,10 +22,8 @@ from gradmerge.alignment import CCA, ActivationMatching, OptimalTransport, Weigh
 from gradmerge.coefficients import Column, Element, Mixup, Tensor, Uniform
 from gradmerge.drivers import Job, LayerWise
 from gradmerge.drivers.layerwise import job as layers
-from gradmerge.drivers.layerwise.blocks import find_blocks, require_permuted
-from gradmerge.drivers.layerwise.cache import Activations, Prefixes
-from gradmerge.drivers.layerwise.chain import Chain
-from gradmerge.drivers.layerwise.scores import FinishedMerge
+from gradmerge.drivers.layerwise.block import MergedWeights
+from gradmerge.drivers.layerwise.job import require_permuted
 from gradmerge.engine.opening import open_plan
 from gradmerge.errors import ConfigError
 from gradmerge.export.provenance import mean_coefficients
@@ -34,14 +31,10 @@ from gradmerge.finalisers import DepthRescale
 from gradmerge.objectives import KLToEnsemble, KLToSource
 from gradmerge.training.callbacks import CoefficientLogger
 from gradmerge.training.scores import ACCURACY, BITS_PER_BYTE
+from layerwise_jobs import ADAM, Batched, batched, data_of, job_of, network_of
 from tiny import recipe_of, relatives
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_collections():
-    """See `frozen`."""
-    with frozen():
-        yield
+pytestmark = pytest.mark.usefixtures("small_collections")
 
 
 def labelled(data, kind):
@@ -247,18 +240,18 @@ def test_scoring_merges_each_block_once_and_holds_no_more_than_one(tmp_path, mon
     data = labelled(data_of(kind, dtype=torch.float32), kind)
     data.eval_batch_size = size
     alive, counts, merged = [], [], []
-    theta = Prefixes.theta
+    build = MergedWeights.build
 
     def watched(self, name, raw, finished=False):
         if not finished:
-            return theta(self, name, raw)
+            return build(self, name, raw)
         counts.append(sum(ref() is not None for ref in alive))
         merged.append(name)
-        found = theta(self, name, raw, finished)
+        found = build(self, name, raw, finished)
         alive.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(Prefixes, "theta", watched)
+    monkeypatch.setattr(MergedWeights, "build", watched)
     recipe = recipe_of(models, coefficients=Element())
     folder = LayerWise(steps=1).run(logged_job(tmp_path, recipe, data))
     tensors = open_plan(recipe).tensors
@@ -274,34 +267,6 @@ def test_scoring_merges_each_block_once_and_holds_no_more_than_one(tmp_path, mon
     monkeypatch.undo()
     scores = json.loads((folder / "provenance.json").read_text())["results"]["selection"]
     assert set(scores) == {*data.tasks, "average"}
-
-
-@pytest.mark.parametrize("order", ["as it was", "backwards", "twice"])
-def test_a_batch_that_is_not_the_next_runs_whole(order):
-    """What was passed on in advance is used where it belongs, and nowhere else."""
-    models, _, names = network_of("llama", torch.float32)
-    plan = open_plan(recipe_of(models))
-    chain = Chain(plan, find_blocks(plan, names), torch.float32, torch.device("cpu"))
-    generator = torch.Generator().manual_seed(3)
-    batches = [
-        ("a", {"input_ids": torch.randint(32, (2, 5), generator=generator)}) for _ in range(3)
-    ]
-    chain.verify(batches[0][1], "a")
-    raw = plan.initial_raw()
-    read = lambda source, name: plan.materialise(name, raw)  # noqa: E731
-    store = Activations(Path("unused"), 2**20)
-    plain = FinishedMerge(chain, {"a": "a"}, read, store)
-    network = FinishedMerge(chain, {"a": "a"}, read, store)
-    expected = [plain(task=task, **inputs).logits for task, inputs in batches]
-    network.pass_blocks(batches)
-    runs = []
-    chain.modules[1].mlp.register_forward_hook(lambda *_: runs.append(1))
-    asked = {"as it was": [0, 1, 2], "backwards": [2, 1, 0], "twice": [0, 0, 1, 2]}[order]
-    for number in asked:
-        task, inputs = batches[number]
-        came = network(task=task, **inputs).logits
-        torch.testing.assert_close(came, expected[number], rtol=1e-5, atol=1e-6)
-    assert len(runs) == {"as it was": 0, "backwards": 2, "twice": 1}[order]
 
 
 # ---- going on ------------------------------------------------------------------------------------
@@ -336,7 +301,7 @@ def test_a_run_that_stopped_logs_what_a_whole_one_does(tmp_path, monkeypatch):
         patch.setattr(layers.Layers, "_learn", second)
         with pytest.raises(KeyError, match="in a block"):
             run("parts")
-    stop(lightning.Trainer, "validate", "in the scores")
+    stop(layers, "score", "in the scores")
     stop(Job, "export", "in the export")
     found = run("parts")
     for file in ("coefficients.safetensors", "model.safetensors"):
