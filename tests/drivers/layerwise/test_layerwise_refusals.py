@@ -88,6 +88,8 @@ class Chained(nn.Module):
 
     def forward(self, x):
         beside = x
+        if self.how == "outside":
+            x = x + self.blocks[1].bias
         for block in self.blocks:
             for _ in range(2 if self.how == "twice" else 1):
                 came = block(x, beside)
@@ -101,6 +103,7 @@ REFUSED = {
     "tied": r"blocks\.0\.weight is tied",
     "twice": r"blocks\.0 runs 2 times",
     "between": r"no argument of blocks\.1 .* is what the block before returned",
+    "outside": r"blocks\.1\.bias is used outside of its block",
     "beside": r"args\[1\] of blocks\.1 depends on what the blocks before it computed",
 }
 
@@ -137,7 +140,7 @@ def test_what_cannot_be_learned_block_by_block_is_refused(driver, recipe, messag
 
 def test_other_refusals(tmp_path):
     models, kind, _ = network_of("stack", torch.float32)
-    with pytest.raises(ConfigError, match=r"blocks: '\[bad' is no regular expression"):
+    with pytest.raises(ConfigError, match=r"blocks: expected regular expressions, got '\[bad'"):
         LayerWise(blocks=["[bad"])
     job = job_of(tmp_path / "r", recipe_of(models, finalisers=[REPAIR()]), data_of(kind))
     with pytest.raises(ConfigError, match="REPAIR takes passes of the whole merged network"):

@@ -114,6 +114,17 @@ def test_activations_are_replaced_where_they_are(tmp_path):
     assert not (tmp_path / "scratch").exists()
 
 
+def test_equal_constants_are_kept_once(tmp_path):
+    kept = Activations(tmp_path, limit=2**20)
+    mask = torch.tensor([[True, False], [True, True]])
+    names = [kept.put_constant(tensor) for tensor in (mask, mask.clone(), mask[:1].expand(2, 2))]
+    assert names[0] == names[1] != names[2]
+    assert kept.held == 8
+    others = [kept.put_constant(t) for t in (mask.int(), mask.flatten(), mask.to(torch.uint8))]
+    assert len({*names, *others}) == 5, "dtype and shape tell constants apart"
+    assert torch.equal(kept.get(names[2]), torch.tensor([[True, False], [True, False]]))
+
+
 KILLED = f"""
 import os, signal
 from pathlib import Path

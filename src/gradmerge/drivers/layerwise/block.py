@@ -110,87 +110,107 @@ class MergedBlock:
         if name not in self.names:
             return self._weights.read(source, name)
         if name not in self._theta:
-            raw = None if name in self.plan.fixed else self._z(name).detach()
+            raw = None if name in self.plan.fixed else self.z(name).detach()
             self._theta[name] = self._weights.build(name, raw)
         return self._theta[name]
 
-    def _z(self, name: str) -> Tensor:
+    def z(self, name: str) -> Tensor:
+        """Return the raw coefficients of a tensor."""
         return self.raw[slot_id(self.plan.layout.slots[name])]
 
-    def forget(self) -> None:
-        """Merge learned tensors again when they are next read."""
-        for name in self.learned:
+    def forget(self, *names: str) -> None:
+        """Release learned tensors, by default all; they are merged anew when they are next read."""
+        for name in names or self.learned:
             self._theta.pop(name, None)
 
-    def accumulate(
-        self, losses: Sequence[Callable[[], Tensor]], raws: Mapping[str, Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> tuple[Tensor, list[Tensor]]:
         """Run the backward of several losses of the block, one after another, as one loss.
 
         Args:
             losses: callables that run the block and return a scalar.
-            raws: the raw coefficients that the loss is to give gradients to.
 
         Returns:
-            The sum of the losses, whose `backward()` adds the known gradients, and each loss.
+            The sum of the losses, whose `backward()` adds the known gradients to the raw
+            coefficients, and each loss.
         """
         self.forget()
-        learned = set(self.learned)
-        leaves: dict[str, Tensor] = {}
-        grads: dict[str, Tensor] = {}
-        hooks: list[Any] = []
-        values: list[Tensor] = []
-        touched: set[str] = set()
-
-        def read(source: str, name: str) -> Tensor:
-            if name not in learned:
-                return self.read(source, name)
-            if name not in leaves:
-                leaves[name] = self.read(source, name).detach().requires_grad_()
-                if len(values) == len(losses) - 1:
-                    watch(name)
-            return leaves[name]
-
-        def watch(name: str) -> None:
-            hook = partial(contract, name)
-            hooks.append(leaves[name].register_post_accumulate_grad_hook(hook))
-
-        def contract(name: str, leaf: Tensor) -> None:
-            # with the last loss a weight gradient is complete as soon as it arrives, and no
-            # backward that is still to run needs the weight
-            if leaves.get(name) is leaf:
-                del leaves[name]
-                self._theta.pop(name, None)
-            grad, leaf.grad = leaf.grad, None
-            if grad is None:
-                return
-            touched.add(name)
-            slot = slot_id(self.plan.layout.slots[name])
-            found = self.plan.contract(name, grad, self._z(name))
-            grads[slot] = grads[slot].add_(found) if slot in grads else found
-
-        with self._weights.chain.weights(read):
+        step = _Step(self)
+        values = []
+        with self._weights.chain.weights(step.read):
             for i, run in enumerate(losses):
                 if i == len(losses) - 1:
-                    for name in leaves:
-                        watch(name)
+                    step.begin_last()
                 values.append(backward_of(run, 1.0))
-        for name, leaf in list(leaves.items()):
-            contract(name, leaf)
-        # else hooks, leaves and the gradients form a circle that outlives the step
-        for hook in hooks:
-            hook.remove()
+        grads = step.finish()
         self.forget()  # the optimiser's temporaries take their place
         if not self._checked_unused:
             self._checked_unused = True
-            self.unused = [name for name in self.learned if name not in touched]
+            self.unused = [name for name in self.learned if name not in step.touched]
             self.plan.fix(self.unused, self.plan.unused_coefficient)
         total = torch.stack(values).sum()
         ordered = [
-            grads.pop(slot) if slot in grads else torch.zeros_like(z) for slot, z in raws.items()
+            grads.pop(slot) if slot in grads else torch.zeros_like(z)
+            for slot, z in self.raw.items()
         ]
-        loss: Tensor = Deferred.apply(total, ordered, *raws.values())
+        loss: Tensor = Deferred.apply(total, ordered, *self.raw.values())
         return loss, values
+
+
+class _Step:
+    """Leaves for the merged tensors of one step, whose gradients are contracted once complete."""
+
+    def __init__(self, block: MergedBlock) -> None:
+        self.touched: set[str] = set()
+        """Tensors that a backward has reached."""
+        self._block, self._learned = block, set(block.learned)
+        self._leaves: dict[str, Tensor] = {}
+        self._grads: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+        self._is_last = False
+
+    def read(self, source: str, name: str) -> Tensor:
+        """Return a tensor of the merged network; learned ones as leaves."""
+        if name not in self._learned:
+            return self._block.read(source, name)
+        if name not in self._leaves:
+            self._leaves[name] = self._block.read(source, name).detach().requires_grad_()
+            if self._is_last:
+                self._watch(name)
+        return self._leaves[name]
+
+    def begin_last(self) -> None:
+        """Contract gradients as they arrive: with the last loss each is complete at once, and no
+        backward that is still to run needs the weight.
+        """
+        self._is_last = True
+        for name in self._leaves:
+            self._watch(name)
+
+    def _watch(self, name: str) -> None:
+        hook = partial(self._contract, name)
+        self._hooks.append(self._leaves[name].register_post_accumulate_grad_hook(hook))
+
+    def _contract(self, name: str, leaf: Tensor) -> None:
+        if self._leaves.get(name) is leaf:
+            del self._leaves[name]
+            self._block.forget(name)
+        grad, leaf.grad = leaf.grad, None
+        if grad is None:
+            return
+        self.touched.add(name)
+        plan = self._block.plan
+        slot = slot_id(plan.layout.slots[name])
+        found = plan.contract(name, grad, self._block.z(name))
+        self._grads[slot] = self._grads[slot].add_(found) if slot in self._grads else found
+
+    def finish(self) -> dict[str, Tensor]:
+        """Contract what is left and return `dL/dz` by slot; a missing one is zero."""
+        for name, leaf in list(self._leaves.items()):
+            self._contract(name, leaf)
+        # else hooks, leaves and the gradients form a circle that outlives the step
+        for hook in self._hooks:
+            hook.remove()
+        return self._grads
 
 
 def mean_square(got: Tensor, expected: Tensor, mask: Tensor | None) -> Tensor:
@@ -245,7 +265,7 @@ class BlockModule(lightning.LightningModule):
             # the trainer does so only after the losses, when the new gradients are there, too
             self.zero_grad(set_to_none=True)
         runs = [partial(self._loss, task, number) for task, number in batch.items()]
-        loss, values = self.block.accumulate(runs, dict(self.raw.items()))
+        loss, values = self.block.accumulate(runs)
         self.losses = [*self.losses[:1], float(loss.detach())]
         prefix = f"layer/{self.block.number}"
         options: dict[str, Any] = {"batch_size": 1}

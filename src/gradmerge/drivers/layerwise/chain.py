@@ -315,12 +315,15 @@ class Chain:
             name: name of the hidden state among them.
         """
         calls: list[Call] = []
+        constants: dict[Tensor, _Kept] = {}  # one that many blocks take is hashed once
 
         def keep(block: int, path: str, leaf: Any) -> Any:
             if path == self._paths[block]:
                 return _Kept(name)
             if isinstance(leaf, Tensor):
-                return _Kept(store.put_constant(leaf))
+                if leaf not in constants:
+                    constants[leaf] = _Kept(store.put_constant(leaf))
+                return constants[leaf]
             if isinstance(leaf, _PLAIN):
                 return leaf
             raise ConfigError(

@@ -9,7 +9,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -64,14 +64,6 @@ class Layers:
         self, job: Job, blocks: Sequence[str] | None, batch_size: int | None, memory: float
     ) -> None:
         self.job = job
-        on_data = [type(f).__name__ for f in job.recipe.finalisers if f.needs_data]
-        if on_data:
-            raise ConfigError(
-                f"LayerWise: {', '.join(on_data)} takes passes of the whole merged network, which "
-                "is never held here. Take SpectralRescale or DepthRescale, or learn end to end: "
-                "leave `driver` out."
-            )
-        require_permuted(job.recipe.alignment)
         self._size = batch_size or job.data.batch_size
         with _quiet():
             trainer = self._make_trainer(job.root, 1)
@@ -178,43 +170,34 @@ class Layers:
             epochs: passes over the adaptation data per block.
             steps: steps per block, instead of passes.
         """
-        chain, plan = self.chain, self.plan
-        within = {name for block in chain.blocks for name in block.tensors}
+        self._epochs, self._steps = epochs, steps
+        blocks, plan = self.chain.blocks, self.plan
+        within = {name for block in blocks for name in block.tensors}
         outside = [name for name in plan.learned if name not in within]
         self.job.say(
-            f"{len(chain.blocks)} blocks, {chain.blocks[0].name} to {chain.blocks[-1].name} (one "
-            f"by one {self.deviation:.1g} off the network itself); {len(outside)} tensors outside "
-            f"keep their starting coefficients{': ' if outside else ''}{shorten(outside)}"
+            f"{len(blocks)} blocks, {blocks[0].name} to {blocks[-1].name} (one by one "
+            f"{self.deviation:.1g} off the network itself); {len(outside)} tensors outside keep "
+            f"their starting coefficients{': ' if outside else ''}{shorten(outside)}"
         )
         start = self._starts.means()
         for logger in self._loggers:
             logger.log_metrics({f"init/{source}": c for source, c in start.items()}, step=0)
         self._enter(outside)
-        results, learned = [], {}
-        for number in range(len(chain.blocks)):
-            result, found = self._block(number, epochs, steps)
-            results.append(result)
-            learned.update(found)
-            gc.collect()  # a trainer and its module are in a circle
-            trim_heap()  # holes grow from trainer to trainer
-        self.activations.close()
-        self._weights.raw |= learned
+        results = self._learn_blocks()
         self._recompute(self._whole_passes)
         plan.run = {**self._run, "initial_coefficients": start}
         raw = assembled(plan, self._weights.raw)
         step = max((n + 1) * int(result["steps"]) for n, result in enumerate(results))
         scores = self._score(raw, step)
+        said = [{k: v for k, v in result.items() if k != "run"} for result in results]
         extra = {
             "class_path": "LayerWise",
             "kept_at_start": outside,
             "deviation": self.deviation,
-            "blocks": [
-                {"name": block.name, **{k: v for k, v in result.items() if k != "run"}}
-                for block, result in zip(chain.blocks, results, strict=True)
-            ],
+            "blocks": [{"name": b.name, **r} for b, r in zip(blocks, said, strict=True)],
         }
         write = partial(export_plan, plan, raw)
-        buffers = chain.model.statistics.values()
+        buffers = self.chain.model.statistics.values()
         written = self.job.export(write, extra, buffers=buffers, tasks=self.tasks, results=scores)
         if self.job.target.log_artifact:
             log_artifact(self._loggers, written)
@@ -249,9 +232,20 @@ class Layers:
                     expert = enter("expert", *found)
                 self._passing[task, number] = expert, enter("merged", *found)
 
-    def _block(
-        self, number: int, epochs: int, steps: int | None
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _learn_blocks(self) -> list[dict[str, Any]]:
+        """Learn block after block, take up their coefficients and return their results."""
+        results, learned = [], {}
+        for number in range(len(self.chain.blocks)):
+            result, found = self._block(number)
+            results.append(result)
+            learned.update(found)
+            gc.collect()  # a trainer and its module are in a circle
+            trim_heap()  # holes grow from trainer to trainer
+        self.activations.close()
+        self._weights.raw |= learned
+        return results
+
+    def _block(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the result and the coefficients of one block, learned now or by an earlier run;
         activations are then those after it.
         """
@@ -262,7 +256,7 @@ class Layers:
         if result is None or not last:
             self._pass_experts(number)
         if result is None:
-            result = self._learn(number, path, epochs, steps)
+            result = self._learn(number, path)
             record.finish(result)
             self.job.say(
                 f"block {number + 1} of {len(self.chain.blocks)}, {block.name}: loss "
@@ -286,12 +280,7 @@ class Layers:
         """Run every expert's activations through its own block."""
         model = self.chain.model
         for source in dict.fromkeys(self.tasks.values()):
-            names = self.chain.blocks[number].tensors
-            kept = {name: self.chain.place(self.plan.read(source, name)) for name in names}
-
-            def read(source: str, name: str, kept: dict[str, Tensor] = kept) -> Tensor:
-                return kept[name] if name in kept else self.plan.read(source, name)
-
+            read = cache(lambda source, name: self.chain.place(self.plan.read(source, name)))
             with model.as_source(source), self.chain.weights(read):
                 for expert, _ in self._passing.values():
                     if expert.source == source:
@@ -315,7 +304,7 @@ class Layers:
 
     # ---- learning a block -----------------------------------------------------------------------
 
-    def _learn(self, number: int, path: Path, epochs: int, steps: int | None) -> dict[str, Any]:
+    def _learn(self, number: int, path: Path) -> dict[str, Any]:
         """Learn the coefficients of a block and write them to its file."""
         names = [n for n in self.chain.blocks[number].tensors if n not in self.plan.fixed]
         slots = self._starts.slots(names)
@@ -325,7 +314,7 @@ class Layers:
         merged = MergedBlock(number, raw, self._weights)
         result: dict[str, Any] = {"fixed": {}, "steps": 0, "run": {}}
         if names:
-            result.update(self._fit(number, merged, path.parent, epochs, steps))
+            result.update(self._fit(number, merged, path.parent))
 
         def passes() -> None:
             with self.chain.weights(merged.read):
@@ -340,14 +329,35 @@ class Layers:
         merged.raw = {}
         return result
 
-    def _fit(
-        self, number: int, merged: MergedBlock, folder: Path, epochs: int, steps: int | None
-    ) -> dict[str, Any]:
+    def _fit(self, number: int, merged: MergedBlock, folder: Path) -> dict[str, Any]:
         """Train one block and return what is known of it afterwards."""
-        name = self.chain.blocks[number].name
+        name, value = self.chain.blocks[number].name, self.plan.unused_coefficient
+        trainer, module = self._trained(number, merged, folder)
+        _require_finite(name, module.losses)
+        if merged.unused:
+            warnings.warn(
+                f"{len(merged.unused)} tensors of {name} got no gradient and are kept at "
+                f"coefficient {value:g} (recipe: unused): {shorten(merged.unused)}.",
+                stacklevel=2,
+            )
+        self._run = self._run or self._describe(trainer, module)
+        merged.raw = module.release()
+        merged.forget()
+        for optimiser in trainer.optimizers:
+            optimiser.state.clear()
+        return {
+            "fixed": dict.fromkeys(merged.unused, value),
+            "steps": trainer.global_step,
+            "first_loss": module.losses[0],
+            "run": self._run,
+        }
+
+    def _trained(
+        self, number: int, merged: MergedBlock, folder: Path
+    ) -> tuple[lightning.Trainer, BlockModule]:
         numbers: Any = {task: [n for of, n in self._passing if of == task] for task in self.tasks}
         stream = TaskStream(numbers, itemgetter(0), 1, self.job.data.seed + number)
-        total = steps or epochs * -(-stream.num_steps() // self._accumulated)
+        total = self._steps or self._epochs * -(-stream.num_steps() // self._accumulated)
 
         def loss(task: str, index: int) -> Tensor:
             expert, passing = self._passing[task, index]
@@ -369,25 +379,7 @@ class Layers:
                 f"LayerWise: block {number} stopped after {trainer.global_step} of {total} steps. "
                 "Run the same command again to resume."
             )
-        _require_finite(name, module.losses)
-        value = self.plan.unused_coefficient
-        if merged.unused:
-            warnings.warn(
-                f"{len(merged.unused)} tensors of {name} got no gradient and are kept at "
-                f"coefficient {value:g} (recipe: unused): {shorten(merged.unused)}.",
-                stacklevel=2,
-            )
-        self._run = self._run or self._describe(trainer, module)
-        merged.raw = module.release()
-        merged.forget()
-        for optimiser in trainer.optimizers:
-            optimiser.state.clear()
-        return {
-            "fixed": dict.fromkeys(merged.unused, value),
-            "steps": trainer.global_step,
-            "first_loss": module.losses[0],
-            "run": self._run,
-        }
+        return trainer, module
 
     def _describe(self, trainer: lightning.Trainer, module: BlockModule) -> dict[str, Any]:
         unused = ("module", "objective", "logit_scale")  # the loss is the driver's own
@@ -439,13 +431,19 @@ class Layers:
             self.activations.close()
         else:
             self.job.say("not scored: the network gives no logits")
-        logged = {f"selection/{t}/{n}": v for t, values in found.items() for n, v in values.items()}
-        logged = {
-            name: torch.tensor(value).item() for name, value in logged.items()
-        }  # as a trainer
-        if "selection/average/loss" in logged:
-            logged["selection/loss"] = logged.pop("selection/average/loss")
-        folder = trainer.log_dir
+        self._log_scores(found, raw, step, trainer.log_dir)
+        results = {"selection": found} if found else {}
+        record.finish(results)
+        trim_heap()
+        return results
+
+    def _log_scores(self, found: Scores, raw: Raw, step: int, folder: str | None) -> None:
+        logged = {}
+        for task, values in found.items():
+            for name, value in values.items():
+                whole = task == "average" and name == "loss"
+                key = "selection/loss" if whole else f"selection/{task}/{name}"
+                logged[key] = torch.tensor(value).item()  # in float32, as a trainer logs
         for callback in self._coefficients:
             callback.write(self._loggers, folder, self.plan, raw, step)
             if folder:
@@ -454,10 +452,6 @@ class Layers:
             if logged:
                 logger.log_metrics(logged, step=step)
             logger.save()
-        results = {"selection": found} if found else {}
-        record.finish(results)
-        trim_heap()
-        return results
 
     def _selection(self, limit: float) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield placed batches of the selection split with their tasks.
