@@ -80,8 +80,8 @@ def batched_reference(models, data, steps, optimiser, start):
         chosen = optimiser([c[name] for name in names])
         for _ in range(steps):
             chosen.zero_grad()
-            came = [block(x, scales[k], place, theta, lambda _: ()) for k, x in enumerate(x1)]
-            sum(((a - b) ** 2).mean() for a, b in zip(came, x2, strict=True)).backward()
+            got = [block(x, scales[k], place, theta, lambda _: ()) for k, x in enumerate(x1)]
+            sum(((a - b) ** 2).mean() for a, b in zip(got, x2, strict=True)).backward()
             chosen.step()
         for name in names:
             c[name] = c[name].detach()

@@ -84,11 +84,11 @@ def reference(models, names, data, steps, optimiser, start):
             chosen.zero_grad()
             total = 0.0
             for inputs, target in zip(batches, targets, strict=True):
-                came = output_of(block, theta(c), inputs)
+                got = output_of(block, theta(c), inputs)
                 if "attention_mask" in inputs:
                     keep = inputs["attention_mask"].bool()
-                    came, target = came[keep], target[keep]
-                total = total + ((came - target) ** 2).sum() / came.numel()
+                    got, target = got[keep], target[keep]
+                total = total + ((got - target) ** 2).sum() / got.numel()
             total.backward()
             history.append(float(total.detach()))
             chosen.step()
@@ -156,8 +156,8 @@ def sam(models, names, data, rate, rho):
             theta = {
                 n: base[n] + sum(z[n][k] * (experts[k][n] - base[n]) for k in (0, 1)) for n in base
             }
-            came = [output_of(block, theta, x) for x in batches]
-            loss = sum(((a - b) ** 2).mean() for a, b in zip(came, targets, strict=True))
+            got = [output_of(block, theta, x) for x in batches]
+            loss = sum(((a - b) ** 2).mean() for a, b in zip(got, targets, strict=True))
             return dict(zip(own, torch.autograd.grad(loss, [z[n] for n in own]), strict=True))
 
         plain = gradients(c)
@@ -167,7 +167,7 @@ def sam(models, names, data, rate, rho):
     return c
 
 
-def test_a_step_of_sam_in_each_block_is_the_paper_s(tmp_path):
+def test_a_step_of_sam_in_each_block_follows_the_paper(tmp_path):
     models = relatives(build(Narrow).double(), 3, 0.5)
     data, rate, rho = data_of(), 0.5, 0.5
     names = ["blocks.0", "blocks.1"]
@@ -184,11 +184,11 @@ def test_a_step_of_sam_in_each_block_is_the_paper_s(tmp_path):
         name = key.replace("/", ".")
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-10)
         apart = max(apart, float((value - flat[name]).abs().max()))
-    assert apart > 1e-4, "a plain step must be another for this to mean anything"
+    assert apart > 1e-4, "a plain step must differ for this to mean anything"
 
 
 class Checkpointed(nn.Module):
-    """A block that uses one weight four times, twice within checkpoints of a kind, or of none."""
+    """A block that uses one weight four times, twice of them within activation checkpoints."""
 
     def __init__(self, reentrant):
         super().__init__()

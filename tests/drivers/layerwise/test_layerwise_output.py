@@ -78,8 +78,8 @@ def test_blocks_may_be_named_and_those_of_a_sequential_network_are_its_members(t
 
 
 @pytest.mark.parametrize("name", ["", "mine"])
-def test_all_blocks_log_to_one_run_of_w_and_b(tmp_path, monkeypatch, name):
-    """A run that ends with the first block's trainer refuses what the second logs."""
+def test_all_blocks_log_to_one_wandb_run(tmp_path, monkeypatch, name):
+    """A run that ended with the first block's trainer would reject what the second logs."""
     for variable, value in {
         "MODE": "offline",
         "SILENT": "true",
@@ -102,8 +102,8 @@ def test_all_blocks_log_to_one_run_of_w_and_b(tmp_path, monkeypatch, name):
     LayerWise(steps=2).run(job)
     finish_wandb_run()
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
-    ((came, artifact),) = logged
-    assert came == (name or "job")
+    ((got, artifact),) = logged
+    assert got == (name or "job")
     assert artifact.name.startswith("merged-model")
     assert "model.safetensors" in artifact.manifest.entries
 

@@ -75,7 +75,7 @@ def test_real_networks_are_found_to_be_chains_or_not(name):
 
 
 class Chained(nn.Module):
-    """Two blocks and one way of not being a chain."""
+    """Two blocks that fail to be a chain in one way."""
 
     def __init__(self, how=""):
         super().__init__()
@@ -92,9 +92,9 @@ class Chained(nn.Module):
             x = x + self.blocks[1].bias
         for block in self.blocks:
             for _ in range(2 if self.how == "twice" else 1):
-                came = block(x, beside)
-                beside = came.relu() if self.how == "beside" else beside
-                x = came + x if self.how == "between" else came
+                got = block(x, beside)
+                beside = got.relu() if self.how == "beside" else beside
+                x = got + x if self.how == "between" else got
         return x
 
 
@@ -109,7 +109,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("how", REFUSED)
-def test_what_is_no_chain_is_refused_by_name(how, tmp_path):
+def test_networks_that_are_no_chain_are_rejected_by_name(how, tmp_path):
     torch.manual_seed(0)
     recipe = recipe_of(relatives(Chained(how)), coefficients=Element())
     with pytest.raises(ConfigError, match=REFUSED[how]):
@@ -130,7 +130,9 @@ def test_what_is_no_chain_is_refused_by_name(how, tmp_path):
         ({}, {"frozen": {r"^blocks\.": 0.3}}, "hold no tensor whose coefficients are learned"),
     ],
 )
-def test_what_cannot_be_learned_block_by_block_is_refused(driver, recipe, message, tmp_path):
+def test_recipes_that_cannot_be_learned_block_by_block_are_rejected(
+    driver, recipe, message, tmp_path
+):
     models, kind, _ = network_of("stack", torch.float32)
     job = job_of(tmp_path, recipe_of(models, **{"coefficients": Tensor(), **recipe}), data_of(kind))
     with pytest.raises(ConfigError, match=message):
@@ -174,7 +176,7 @@ def test_other_refusals(tmp_path):
         LayerWise().run(job_of(tmp_path / "d", recipe_of(relatives(t5)), data_of("tokens")))
 
 
-def test_a_loss_of_one_s_own_is_refused_and_terms_are_said_to_be_unused(tmp_path):
+def test_options_of_another_loss_are_rejected_and_terms_are_reported_as_unused(tmp_path):
     models, kind, _ = network_of("stack", torch.float32)
     recipe = recipe_of(models)
     refused = (

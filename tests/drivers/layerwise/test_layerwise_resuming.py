@@ -40,7 +40,7 @@ def run_of(folder, models, kind, activation_memory=4.0, batch_size=3):
 
 
 @pytest.mark.parametrize("name", ["stack", "bert"])
-def test_a_run_that_stopped_goes_on_with_the_first_unfinished_block(name, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_with_the_first_unfinished_block(name, tmp_path, monkeypatch):
     models, kind, _ = network_of(name, torch.float32)
     whole, driver = run_of(tmp_path / "whole", models, kind)
     expected = driver.run(whole)
@@ -106,7 +106,7 @@ def test_activations_are_replaced_where_they_are(tmp_path):
     kept.put("large", torch.ones(5, 6))
     assert bool((mapped == 1).all()), "the same place"
     kept.put("small", torch.ones(26))
-    assert (kept.held, kept.spilled) == (0, 224), "what grows is counted anew"
+    assert (kept.held, kept.spilled) == (0, 224), "a tensor that grows is counted again"
     kept.put("large", torch.zeros(2))
     assert (kept.held, kept.spilled) == (8, 104)
     torch.testing.assert_close(kept.get("small"), torch.ones(26), rtol=0, atol=0)
@@ -143,7 +143,7 @@ with t.frozen():
 """
 
 
-def test_a_killed_merge_of_24_blocks_goes_on_to_the_same_coefficients(tmp_path, monkeypatch):
+def test_a_killed_merge_of_24_blocks_resumes_to_the_same_coefficients(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the job is the same by the same paths
     small = {"hidden_size": 8, "intermediate_size": 8}
     family = relatives(llama(BLOCKS, **small), 3, 0.1)

@@ -1,4 +1,4 @@
-"""What a layer-wise merge logs beside its losses, and that its export scores as it says."""
+"""Scores and coefficients that a layer-wise merge logs, next to those of its export."""
 
 from __future__ import annotations
 
@@ -161,19 +161,19 @@ def test_the_scores_of_a_merge_are_those_of_its_export_and_are_logged_as_a_fit_d
     assert found["average"]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
     assert "selection" in (folder / "README.md").read_text()
 
-    came = logs(tmp_path)
+    got = logs(tmp_path)
     last = 2 * len(provenance["driver"]["blocks"])
     for task in "ab":
         for score, value in found[task].items():
-            ((step, given),) = came[f"selection/{task}/{score}"]
+            ((step, given),) = got[f"selection/{task}/{score}"]
             assert (step, given) == (last, pytest.approx(value, rel=1e-5, nan_ok=True))
-    assert came["selection/loss"] == [(last, pytest.approx(found["average"]["loss"], rel=1e-5))]
+    assert got["selection/loss"] == [(last, pytest.approx(found["average"]["loss"], rel=1e-5))]
     plan = open_plan(recipe)
     start = mean_coefficients(plan, plan.initial_raw())
     if name == "bert":
         assert len(set(start.values())) == 2
     for source, value in start.items():
-        assert came[f"init/{source}"] == [(0, pytest.approx(value, rel=1e-6))]
+        assert got[f"init/{source}"] == [(0, pytest.approx(value, rel=1e-6))]
     assert provenance["run"]["initial_coefficients"] == pytest.approx(start, rel=1e-6)
 
     (path,) = tmp_path.rglob("coefficients.csv")
@@ -188,7 +188,7 @@ def test_the_scores_of_a_merge_are_those_of_its_export_and_are_logged_as_a_fit_d
     assert path.with_name("coefficients.png").is_file()
 
 
-def test_the_loss_is_the_configured_objective_s_where_the_data_allow(tmp_path):
+def test_the_scored_loss_is_that_of_the_configured_objective_where_the_data_allow(tmp_path):
     models, kind, _ = network_of("stack", torch.float32)
     private = recipe_of(models, coefficients=Tensor(), private=["head"])
     recipe = recipe_of(models, coefficients=Tensor())
@@ -269,10 +269,10 @@ def test_scoring_merges_each_block_once_and_holds_no_more_than_one(tmp_path, mon
     assert set(scores) == {*data.tasks, "average"}
 
 
-# ---- going on ------------------------------------------------------------------------------------
+# ---- resuming ------------------------------------------------------------------------------------
 
 
-def test_a_run_that_stopped_logs_what_a_whole_one_does(tmp_path, monkeypatch):
+def test_a_stopped_and_resumed_run_logs_the_same_as_a_whole_one(tmp_path, monkeypatch):
     models, kind, _ = network_of("stack", torch.float32)
     recipe = recipe_of(models, coefficients=Column(), init=Mixup(per="element", seed=1))
 
@@ -315,10 +315,10 @@ def test_a_run_that_stopped_logs_what_a_whole_one_does(tmp_path, monkeypatch):
     assert [path.name for path in runs] == [f"version_{i}" for i in range(len(runs))]
     scored = [path for path in runs if (path / "coefficients.csv").is_file()]
     assert len(scored) == 1
-    expected, came = logs(tmp_path / "whole"), logs(scored[0])
+    expected, got = logs(tmp_path / "whole"), logs(scored[0])
     for name, value in expected.items():
         if name.startswith(("init/", "selection/")):
-            assert came[name] == value, name
+            assert got[name] == value, name
     (path,) = (tmp_path / "whole").rglob("coefficients.csv")
     assert table(path) == table(scored[0] / "coefficients.csv")
 
@@ -347,7 +347,7 @@ def test_coefficients_are_written_once_where_all_runs_share_a_folder(tmp_path, m
 @pytest.mark.parametrize(
     "alignment", [CCA(), OptimalTransport(), OptimalTransport(ground="weights")]
 )
-def test_an_alignment_that_mixes_units_is_refused_before_anything_is_opened(
+def test_an_alignment_that_mixes_units_is_rejected_before_anything_is_opened(
     alignment, tmp_path, monkeypatch
 ):
     models, kind, _ = network_of("stack", torch.float64)
@@ -360,9 +360,9 @@ def test_an_alignment_that_mixes_units_is_refused_before_anything_is_opened(
     assert not job.folder.exists()
 
 
-def test_an_alignment_that_permutes_is_not(tmp_path):
-    """What is matched is then the expert's own: the first loss of a merge that is one expert is
-    nothing, in the units' new order.
+def test_an_alignment_that_permutes_is_accepted(tmp_path):
+    """The target is then the expert itself, in the new order of units: the first loss of a merge of
+    equal experts is zero.
     """
     models, kind, _ = network_of("stack", torch.float64)
     require_permuted(ActivationMatching())
@@ -405,7 +405,7 @@ def _shuffled(model):
 
 
 def test_a_map_that_mixes_is_found_in_the_opened_sources(tmp_path):
-    """An alignment of one's own may not say what it does."""
+    """A user's own alignment may declare too little."""
     models, kind, _ = network_of("stack", torch.float64)
 
     class Silent(OptimalTransport):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -22,10 +23,10 @@ class Activations:
 
     Args:
         folder: for the files; made when it is needed.
-        limit: bytes to hold in memory.
+        limit: bytes to hold in memory; default: all.
     """
 
-    def __init__(self, folder: Path, limit: int) -> None:
+    def __init__(self, folder: Path | None = None, limit: int = sys.maxsize) -> None:
         self._folder, self._limit = folder, limit
         self._held: dict[str, Tensor] = {}
         self._mapped: dict[str, Tensor] = {}
@@ -68,6 +69,7 @@ class Activations:
         return self._mapped[name] if name in self._mapped else self._held[name]
 
     def _map(self, tensor: Tensor) -> Tensor:
+        assert self._folder is not None
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{self._files}.bin"
         self._files += 1
@@ -79,4 +81,5 @@ class Activations:
         """Release all tensors, in memory and on disk."""
         self._held.clear()
         self._mapped.clear()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)

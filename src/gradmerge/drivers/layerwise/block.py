@@ -73,8 +73,7 @@ class MergedWeights:
     def build(self, name: str, raw: Tensor | None, finished: bool = False) -> Tensor:
         """Return `theta` of a tensor, after the recipe's finalisers where asked for."""
         plan, model = self.chain.plan, self.chain.model
-        # a trainer may be in inference mode; a tensor made there could never be trained with
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             out = torch.empty(plan.tensors[name].shape, dtype=model.dtype, device=model.device)
             return (plan.finish if finished else plan.combine)(name, raw, out)
 

@@ -8,13 +8,11 @@ read. `Chain.verify` checks once that running the recorded calls one by one is t
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -350,15 +348,15 @@ class Chain:
             return Passing(source, store, name, calls, None)
         return Passing(source, store, name, calls, store.put_constant(mask))
 
-    def hidden(self, passing: Passing) -> Tensor:
-        """Return a copy of a batch's hidden state, on the device."""
-        return passing.store.get(passing.name).to(self.model.device, copy=True)
+    def hidden(self, passing: Passing, copy: bool = False) -> Tensor:
+        """Return a batch's hidden state on the device; only a copy may be written to."""
+        return passing.store.get(passing.name).to(self.model.device, copy=copy)
 
     def mask(self, passing: Passing) -> Tensor | None:
         """Return `[batch, tokens]`, 0 on padding, or None without padding."""
-        return (
-            None if passing.mask is None else passing.store.get(passing.mask).to(self.model.device)
-        )
+        if passing.mask is None:
+            return None
+        return passing.store.get(passing.mask).to(self.model.device)
 
     def run(self, number: int, passing: Passing) -> Tensor:
         """Return the hidden state after a block, which runs with the weights that are set."""
@@ -371,7 +369,7 @@ class Chain:
             if not isinstance(leaf, _Kept):
                 return leaf
             if leaf.name == passing.name:
-                return self.hidden(passing)  # a copy, for a block may write over its input
+                return self.hidden(passing, copy=True)  # a block may write over its input
             return passing.store.get(leaf.name).to(self.model.device)
 
         return _changed(passing.calls[number], fill)
@@ -384,8 +382,10 @@ class Chain:
 
         def hand_on(block: int, _: Any, *args: Any, **kwargs: Any) -> Any:
             last = block == len(self.blocks) - 1
-            hidden = self.hidden(passing) if last else _leaves((args, kwargs))[self._paths[block]]
-            return _output_with(self._forms[block], hidden)
+            hidden = _leaves((args, kwargs))[self._paths[block]]
+            return _output_with(
+                self._forms[block], self.hidden(passing, copy=True) if last else hidden
+            )
 
         with self._standing_in(hand_on):
             yield
@@ -425,7 +425,7 @@ class Chain:
             self._order_as(traced)
             self._paths = self._hidden_paths(traced)
             self._forms = [call.output for call in traced]
-            store = Activations(Path(), sys.maxsize)
+            store = Activations()
             passing = self.enter(batch, source, store, "hidden")
             self._require_constant(traced, passing)
             for number in range(len(self.blocks)):
