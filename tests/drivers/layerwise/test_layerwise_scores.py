@@ -220,6 +220,24 @@ def test_the_scored_loss_is_that_of_the_configured_objective_where_the_data_allo
     assert "loss" not in scores["a"], "sources without a common head have no ensemble"
 
 
+def test_the_trainer_may_limit_the_batches_that_are_scored(tmp_path):
+    models, kind, _ = network_of("stack", torch.float32)
+
+    def losses(limit):
+        data = labelled(data_of(kind, dtype=torch.float32), kind)
+        data.eval_batch_size = 2
+        settings = {"limit_val_batches": limit}
+        recipe = recipe_of(models, coefficients=Tensor())
+        job = logged_job(tmp_path / str(limit), recipe, data, settings=settings)
+        folder = LayerWise(steps=1).run(job)
+        found = json.loads((folder / "provenance.json").read_text())["results"]["selection"]
+        return [found[task]["loss"] for task in "ab"]
+
+    whole, first, half, tenth = (losses(limit) for limit in (1.0, 1, 0.5, 0.1))
+    assert first == half == tenth, "one of two batches"
+    assert all(a != pytest.approx(b, rel=1e-3) for a, b in zip(whole, first, strict=True))
+
+
 def test_a_network_without_logits_is_merged_and_not_scored(tmp_path):
     class Hidden(Batched):
         def forward(self, x):

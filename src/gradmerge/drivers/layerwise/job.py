@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -425,6 +424,7 @@ class Layers:
             )
         found: Scores = {}
         if self.chain.gives_logits:
+            self.job.say("scoring the merge on the selection split, block by block")
             batches = partial(self._selection, trainer.limit_val_batches)
             experts = bool(self.job.options.get("score_experts", True))
             found = score(self._weights, self.job.objective, batches, self.activations, experts)
@@ -461,7 +461,8 @@ class Layers:
         """
         loaders = self.job.data.evaluation_loaders("selection")
         for task, loader in zip(self.tasks, loaders, strict=True):
-            count = limit if isinstance(limit, int) else math.ceil(limit * len(loader))
+            share = max(int(limit * len(loader)), int(limit > 0))
+            count = limit if isinstance(limit, int) else share
             for batch in islice(loader, count):
                 yield task, self.chain.moved(batch)
 
