@@ -72,3 +72,14 @@ def _no_run_left_open() -> Iterator[None]:
     """No test logs to the W&B run of another."""
     yield
     close_wandb_run()
+
+
+@pytest.fixture(scope="module")
+def small_collections() -> Iterator[None]:
+    """Keep existing objects out of garbage collections, for drivers that collect after each block:
+    beside tiny blocks, searching everything that was imported would take most of the time.
+    """
+    from layerwise_jobs import frozen
+
+    with frozen():
+        yield

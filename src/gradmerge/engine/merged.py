@@ -48,6 +48,8 @@ class MergedModel(nn.Module):
         memory: resident or streamed.
         dtype: dtype of the merged tensors and so of the computation; default float32.
         tasks: task name -> source whose private tensors it uses; default: the sources' names.
+        raw: raw coefficients to begin with, by key; default: as the recipe's init says. Without
+            any the network runs only with given weights (`as_weights`, `as_source`).
 
     Examples:
         >>> import torch
@@ -66,6 +68,7 @@ class MergedModel(nn.Module):
         memory: Memory = "resident",
         dtype: torch.dtype = torch.float32,
         tasks: Mapping[str, str] | None = None,
+        raw: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         plan = open_plan(recipe, module) if isinstance(recipe, Recipe) else recipe
@@ -87,9 +90,8 @@ class MergedModel(nn.Module):
                 f"{', '.join(plan.serving)}."
             )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.raw = nn.ParameterDict(
-            {key: nn.Parameter(value.to(wide)) for key, value in plan.initial_raw().items()}
-        )
+        raw = plan.initial_raw() if raw is None else raw
+        self.raw = nn.ParameterDict({k: nn.Parameter(value.to(wide)) for k, value in raw.items()})
         self.touched: set[str] = set()
         self.device = torch.device("cpu")
         # In a tuple it is no submodule: its stand-ins stay out of parameters() and checkpoints.

@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradmerge.engine.merged import MergedModel
-from gradmerge.engine.plan import Plan
 from gradmerge.errors import ConfigError
 from gradmerge.objectives import Objective, Predictions, next_token_rows
 
 Batch = Mapping[str, Any]
 _NOT_INPUTS = frozenset({"labels", "bytes_per_token"})
-
-
-class Predicts(Protocol):
-    """A network that tasks are predicted with: a `MergedModel`, or what runs as one."""
-
-    @property
-    def plan(self) -> Plan:
-        """What is merged."""
-
-    @property
-    def skeleton(self) -> nn.Module:
-        """The network."""
-
-    @property
-    def tasks(self) -> Mapping[str, str]:
-        """Task -> source whose private tensors it uses."""
-
-    def as_source(self, source: str, own: bool = False) -> AbstractContextManager[None]:
-        """Within the context the network is one source; see `MergedModel.as_source`."""
-
-    def __call__(self, *, task: str, **inputs: Any) -> Any:
-        """What the network gives of a task's inputs."""
 
 
 def is_causal(network: nn.Module) -> bool:
@@ -68,7 +44,7 @@ def by_task(merged: MergedModel, batch: Batch) -> dict[str, Batch]:
 
 
 def rows_of(
-    merged: Predicts, task: str, batch: Batch
+    merged: MergedModel, task: str, batch: Batch
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Logits of a task's batch as rows, labels, and the rows kept (see `next_token_rows`).
 
@@ -91,7 +67,7 @@ def rows_of(
     return next_token_rows(wide, batch.get("labels"), mask, causal)
 
 
-def expert_rows(merged: Predicts, task: str, batch: Batch, source: str | None = None) -> Tensor:
+def expert_rows(merged: MergedModel, task: str, batch: Batch, source: str | None = None) -> Tensor:
     """Logits of a source, without one the task's own, run by the same network, without gradient."""
     with merged.as_source(source or merged.tasks[task], own=True):
         return rows_of(merged, task, batch)[0].detach()
@@ -114,7 +90,7 @@ def require_ensemble(merged: MergedModel, objective: Objective) -> None:
 
 
 def predict(
-    merged: Predicts, objective: Objective, task: str, batch: Batch, shared: bool
+    merged: MergedModel, objective: Objective, task: str, batch: Batch, shared: bool
 ) -> Predictions:
     """What an objective needs of a task's batch.
 

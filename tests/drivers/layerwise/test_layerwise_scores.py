@@ -1,4 +1,4 @@
-"""What a layer-wise merge logs beside its losses, and that its export scores as it says."""
+"""Scores and coefficients that a layer-wise merge logs, next to those of its export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
-from test_layerwise import ADAM, Batched, batched, data_of, frozen, job_of, network_of
 from torch.nn import functional
 
 from gradmerge import Recipe
@@ -23,10 +22,8 @@ from gradmerge.alignment import CCA, ActivationMatching, OptimalTransport, Weigh
 from gradmerge.coefficients import Column, Element, Mixup, Tensor, Uniform
 from gradmerge.drivers import Job, LayerWise
 from gradmerge.drivers.layerwise import job as layers
-from gradmerge.drivers.layerwise.blocks import find_blocks, require_permuted
-from gradmerge.drivers.layerwise.cache import Activations, Prefixes
-from gradmerge.drivers.layerwise.chain import Chain
-from gradmerge.drivers.layerwise.scores import FinishedMerge
+from gradmerge.drivers.layerwise.block import MergedWeights
+from gradmerge.drivers.layerwise.job import require_permuted
 from gradmerge.engine.opening import open_plan
 from gradmerge.errors import ConfigError
 from gradmerge.export.provenance import mean_coefficients
@@ -34,14 +31,10 @@ from gradmerge.finalisers import DepthRescale
 from gradmerge.objectives import KLToEnsemble, KLToSource
 from gradmerge.training.callbacks import CoefficientLogger
 from gradmerge.training.scores import ACCURACY, BITS_PER_BYTE
+from layerwise_jobs import ADAM, Batched, batched, data_of, job_of, network_of
 from tiny import recipe_of, relatives
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_collections():
-    """See `frozen`."""
-    with frozen():
-        yield
+pytestmark = pytest.mark.usefixtures("small_collections")
 
 
 def labelled(data, kind):
@@ -168,19 +161,19 @@ def test_the_scores_of_a_merge_are_those_of_its_export_and_are_logged_as_a_fit_d
     assert found["average"]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
     assert "selection" in (folder / "README.md").read_text()
 
-    came = logs(tmp_path)
+    got = logs(tmp_path)
     last = 2 * len(provenance["driver"]["blocks"])
     for task in "ab":
         for score, value in found[task].items():
-            ((step, given),) = came[f"selection/{task}/{score}"]
+            ((step, given),) = got[f"selection/{task}/{score}"]
             assert (step, given) == (last, pytest.approx(value, rel=1e-5, nan_ok=True))
-    assert came["selection/loss"] == [(last, pytest.approx(found["average"]["loss"], rel=1e-5))]
+    assert got["selection/loss"] == [(last, pytest.approx(found["average"]["loss"], rel=1e-5))]
     plan = open_plan(recipe)
     start = mean_coefficients(plan, plan.initial_raw())
     if name == "bert":
         assert len(set(start.values())) == 2
     for source, value in start.items():
-        assert came[f"init/{source}"] == [(0, pytest.approx(value, rel=1e-6))]
+        assert got[f"init/{source}"] == [(0, pytest.approx(value, rel=1e-6))]
     assert provenance["run"]["initial_coefficients"] == pytest.approx(start, rel=1e-6)
 
     (path,) = tmp_path.rglob("coefficients.csv")
@@ -195,7 +188,7 @@ def test_the_scores_of_a_merge_are_those_of_its_export_and_are_logged_as_a_fit_d
     assert path.with_name("coefficients.png").is_file()
 
 
-def test_the_loss_is_the_configured_objective_s_where_the_data_allow(tmp_path):
+def test_the_scored_loss_is_that_of_the_configured_objective_where_the_data_allow(tmp_path):
     models, kind, _ = network_of("stack", torch.float32)
     private = recipe_of(models, coefficients=Tensor(), private=["head"])
     recipe = recipe_of(models, coefficients=Tensor())
@@ -227,6 +220,24 @@ def test_the_loss_is_the_configured_objective_s_where_the_data_allow(tmp_path):
     assert "loss" not in scores["a"], "sources without a common head have no ensemble"
 
 
+def test_the_trainer_may_limit_the_batches_that_are_scored(tmp_path):
+    models, kind, _ = network_of("stack", torch.float32)
+
+    def losses(limit):
+        data = labelled(data_of(kind, dtype=torch.float32), kind)
+        data.eval_batch_size = 2
+        settings = {"limit_val_batches": limit}
+        recipe = recipe_of(models, coefficients=Tensor())
+        job = logged_job(tmp_path / str(limit), recipe, data, settings=settings)
+        folder = LayerWise(steps=1).run(job)
+        found = json.loads((folder / "provenance.json").read_text())["results"]["selection"]
+        return [found[task]["loss"] for task in "ab"]
+
+    whole, first, half, tenth = (losses(limit) for limit in (1.0, 1, 0.5, 0.1))
+    assert first == half == tenth, "one of two batches"
+    assert all(a != pytest.approx(b, rel=1e-3) for a, b in zip(whole, first, strict=True))
+
+
 def test_a_network_without_logits_is_merged_and_not_scored(tmp_path):
     class Hidden(Batched):
         def forward(self, x):
@@ -247,18 +258,18 @@ def test_scoring_merges_each_block_once_and_holds_no_more_than_one(tmp_path, mon
     data = labelled(data_of(kind, dtype=torch.float32), kind)
     data.eval_batch_size = size
     alive, counts, merged = [], [], []
-    theta = Prefixes.theta
+    build = MergedWeights.build
 
     def watched(self, name, raw, finished=False):
         if not finished:
-            return theta(self, name, raw)
+            return build(self, name, raw)
         counts.append(sum(ref() is not None for ref in alive))
         merged.append(name)
-        found = theta(self, name, raw, finished)
+        found = build(self, name, raw, finished)
         alive.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(Prefixes, "theta", watched)
+    monkeypatch.setattr(MergedWeights, "build", watched)
     recipe = recipe_of(models, coefficients=Element())
     folder = LayerWise(steps=1).run(logged_job(tmp_path, recipe, data))
     tensors = open_plan(recipe).tensors
@@ -276,38 +287,10 @@ def test_scoring_merges_each_block_once_and_holds_no_more_than_one(tmp_path, mon
     assert set(scores) == {*data.tasks, "average"}
 
 
-@pytest.mark.parametrize("order", ["as it was", "backwards", "twice"])
-def test_a_batch_that_is_not_the_next_runs_whole(order):
-    """What was passed on in advance is used where it belongs, and nowhere else."""
-    models, _, names = network_of("llama", torch.float32)
-    plan = open_plan(recipe_of(models))
-    chain = Chain(plan, find_blocks(plan, names), torch.float32, torch.device("cpu"))
-    generator = torch.Generator().manual_seed(3)
-    batches = [
-        ("a", {"input_ids": torch.randint(32, (2, 5), generator=generator)}) for _ in range(3)
-    ]
-    chain.verify(batches[0][1], "a")
-    raw = plan.initial_raw()
-    read = lambda source, name: plan.materialise(name, raw)  # noqa: E731
-    store = Activations(Path("unused"), 2**20)
-    plain = FinishedMerge(chain, {"a": "a"}, read, store)
-    network = FinishedMerge(chain, {"a": "a"}, read, store)
-    expected = [plain(task=task, **inputs).logits for task, inputs in batches]
-    network.pass_blocks(batches)
-    runs = []
-    chain.modules[1].mlp.register_forward_hook(lambda *_: runs.append(1))
-    asked = {"as it was": [0, 1, 2], "backwards": [2, 1, 0], "twice": [0, 0, 1, 2]}[order]
-    for number in asked:
-        task, inputs = batches[number]
-        came = network(task=task, **inputs).logits
-        torch.testing.assert_close(came, expected[number], rtol=1e-5, atol=1e-6)
-    assert len(runs) == {"as it was": 0, "backwards": 2, "twice": 1}[order]
+# ---- resuming ------------------------------------------------------------------------------------
 
 
-# ---- going on ------------------------------------------------------------------------------------
-
-
-def test_a_run_that_stopped_logs_what_a_whole_one_does(tmp_path, monkeypatch):
+def test_a_stopped_and_resumed_run_logs_the_same_as_a_whole_one(tmp_path, monkeypatch):
     models, kind, _ = network_of("stack", torch.float32)
     recipe = recipe_of(models, coefficients=Column(), init=Mixup(per="element", seed=1))
 
@@ -336,7 +319,7 @@ def test_a_run_that_stopped_logs_what_a_whole_one_does(tmp_path, monkeypatch):
         patch.setattr(layers.Layers, "_learn", second)
         with pytest.raises(KeyError, match="in a block"):
             run("parts")
-    stop(lightning.Trainer, "validate", "in the scores")
+    stop(layers, "score", "in the scores")
     stop(Job, "export", "in the export")
     found = run("parts")
     for file in ("coefficients.safetensors", "model.safetensors"):
@@ -350,10 +333,10 @@ def test_a_run_that_stopped_logs_what_a_whole_one_does(tmp_path, monkeypatch):
     assert [path.name for path in runs] == [f"version_{i}" for i in range(len(runs))]
     scored = [path for path in runs if (path / "coefficients.csv").is_file()]
     assert len(scored) == 1
-    expected, came = logs(tmp_path / "whole"), logs(scored[0])
+    expected, got = logs(tmp_path / "whole"), logs(scored[0])
     for name, value in expected.items():
         if name.startswith(("init/", "selection/")):
-            assert came[name] == value, name
+            assert got[name] == value, name
     (path,) = (tmp_path / "whole").rglob("coefficients.csv")
     assert table(path) == table(scored[0] / "coefficients.csv")
 
@@ -382,7 +365,7 @@ def test_coefficients_are_written_once_where_all_runs_share_a_folder(tmp_path, m
 @pytest.mark.parametrize(
     "alignment", [CCA(), OptimalTransport(), OptimalTransport(ground="weights")]
 )
-def test_an_alignment_that_mixes_units_is_refused_before_anything_is_opened(
+def test_an_alignment_that_mixes_units_is_rejected_before_anything_is_opened(
     alignment, tmp_path, monkeypatch
 ):
     models, kind, _ = network_of("stack", torch.float64)
@@ -395,9 +378,9 @@ def test_an_alignment_that_mixes_units_is_refused_before_anything_is_opened(
     assert not job.folder.exists()
 
 
-def test_an_alignment_that_permutes_is_not(tmp_path):
-    """What is matched is then the expert's own: the first loss of a merge that is one expert is
-    nothing, in the units' new order.
+def test_an_alignment_that_permutes_is_accepted(tmp_path):
+    """The target is then the expert itself, in the new order of units: the first loss of a merge of
+    equal experts is zero.
     """
     models, kind, _ = network_of("stack", torch.float64)
     require_permuted(ActivationMatching())
@@ -440,7 +423,7 @@ def _shuffled(model):
 
 
 def test_a_map_that_mixes_is_found_in_the_opened_sources(tmp_path):
-    """An alignment of one's own may not say what it does."""
+    """A user's own alignment may declare too little."""
     models, kind, _ = network_of("stack", torch.float64)
 
     class Silent(OptimalTransport):

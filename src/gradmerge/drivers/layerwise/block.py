@@ -7,25 +7,75 @@ over the entries of the hidden state, padding left out (ProDistill, arXiv 2502.1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import lightning
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from gradmerge.drivers.layerwise.blocks import slot_id
-from gradmerge.drivers.layerwise.chain import Chain
+from gradmerge.drivers.layerwise.chain import Chain, Read
+from gradmerge.drivers.layerwise.files import slot_id
 from gradmerge.engine.autograd import Deferred, backward_of
 from gradmerge.errors import ConfigError
 from gradmerge.optimisers import SAM
 
-Read = Callable[[str], Tensor]
-
 BLOCK_LOSS = "layer/loss"
-"""The name that a schedule watches, whatever the block: the loss of the last step of a pass."""
+"""Name of the loss that a schedule watches, whatever the block: that of the last step of a pass."""
+
+
+class MergedWeights:
+    """Merged tensors of the network by name, as far as their coefficients are known.
+
+    Args:
+        chain: the network.
+        raw: `z` by slot; of tensors in blocks only once they are learned.
+    """
+
+    def __init__(self, chain: Chain, raw: Mapping[str, Tensor]) -> None:
+        self.chain, self.raw = chain, dict(raw)
+
+    def read(self, source: str, name: str, finished: bool = False) -> Tensor:
+        """Return a merged tensor, or a private one of the source that serves the batch.
+
+        Raises:
+            ConfigError: its block is not learned yet.
+        """
+        plan = self.chain.plan
+        if name not in plan.tensors:
+            return plan.read(source, name)
+        raw = None
+        if name not in plan.fixed:
+            raw = self.raw.get(slot_id(plan.layout.slots[name]))
+            if raw is None:
+                raise ConfigError(
+                    f"LayerWise: {name} is used outside of its block, so it cannot be learned with "
+                    "that block alone. Name other `blocks`, or learn end to end: leave `driver` "
+                    "out."
+                )
+        return self.build(name, raw, finished)
+
+    def kept(self, finished: bool = False) -> tuple[Read, dict[str, Tensor]]:
+        """Return a `read` that merges each tensor once, and the tensors that it keeps."""
+        found: dict[str, Tensor] = {}
+
+        def read(source: str, name: str) -> Tensor:
+            if name not in self.chain.plan.tensors:
+                return self.read(source, name)
+            if name not in found:
+                found[name] = self.read(source, name, finished)
+            return found[name]
+
+        return read, found
+
+    def build(self, name: str, raw: Tensor | None, finished: bool = False) -> Tensor:
+        """Return `theta` of a tensor, after the recipe's finalisers where asked for."""
+        plan, model = self.chain.plan, self.chain.model
+        with torch.no_grad():
+            out = torch.empty(plan.tensors[name].shape, dtype=model.dtype, device=model.device)
+            return (plan.finish if finished else plan.combine)(name, raw, out)
 
 
 class MergedBlock:
@@ -35,145 +85,135 @@ class MergedBlock:
     backward produces them.
 
     Args:
-        chain: the network.
         number: of the block.
         raw: `z` by slot.
-        elsewhere: gives tensors that are none of the block's merged ones.
+        weights: merged tensors outside of the block.
     """
 
-    def __init__(
-        self, chain: Chain, number: int, raw: Mapping[str, Tensor], elsewhere: Read
-    ) -> None:
-        self.chain, self.number, self.raw = chain, number, raw
-        self.plan = chain.plan
-        self.names = chain.blocks[number].tensors
-        self.elsewhere = elsewhere
-        self.touched: set[str] = set()
+    def __init__(self, number: int, raw: Mapping[str, Tensor], weights: MergedWeights) -> None:
+        self.number, self.raw, self._weights = number, raw, weights
+        self.plan = weights.chain.plan
+        self.names = weights.chain.blocks[number].tensors
+        self.unused: list[str] = []
+        """Tensors that the first backward did not reach."""
         self._theta: dict[str, Tensor] = {}
-        self._stale = set(self.names)
+        self._checked_unused = False
 
     @property
     def learned(self) -> list[str]:
         """Names of its tensors whose coefficients are learned."""
         return [name for name in self.names if name not in self.plan.fixed]
 
-    def z(self, name: str) -> Tensor:
-        """Raw coefficients of a tensor."""
-        return self.raw[slot_id(self.plan.layout.slots[name])]
-
-    def renew(self, names: Sequence[str]) -> None:
-        """These tensors are to be merged again, for their coefficients have changed."""
-        self._stale.update(names)
-
-    def theta(self, name: str) -> Tensor:
-        """A merged tensor."""
-        if name in self._stale:
-            out = self._theta.get(name)
-            if out is None:
-                shape, chain = self.plan.tensors[name].shape, self.chain
-                out = torch.empty(shape, dtype=chain.dtype, device=chain.device)
+    def read(self, source: str, name: str) -> Tensor:
+        """Return a tensor of the merged network; those of the block are merged once."""
+        if name not in self.names:
+            return self._weights.read(source, name)
+        if name not in self._theta:
             raw = None if name in self.plan.fixed else self.z(name).detach()
-            # a trainer may be in inference mode; a tensor made there could never be trained with
-            with torch.inference_mode(False), torch.no_grad():
-                self._theta[name] = self.plan.combine(name, raw, out)
-            self._stale.discard(name)
+            self._theta[name] = self._weights.build(name, raw)
         return self._theta[name]
 
-    @contextmanager
-    def running(self, leaf: Read | None = None) -> Iterator[None]:
-        """Within the context the network takes the block's merged tensors; of those that are
-        learned, what `leaf` gives.
-        """
-        own, learned = set(self.names), set(self.learned)
+    def z(self, name: str) -> Tensor:
+        """Return the raw coefficients of a tensor."""
+        return self.raw[slot_id(self.plan.layout.slots[name])]
 
-        def read(name: str) -> Tensor:
-            if leaf is not None and name in learned:
-                return leaf(name)
-            return self.theta(name) if name in own else self.elsewhere(name)
+    def forget(self, *names: str) -> None:
+        """Release learned tensors, by default all; they are merged anew when they are next read."""
+        for name in names or self.learned:
+            self._theta.pop(name, None)
 
-        with self.chain.weights(read):
-            yield
-
-    def accumulate(
-        self, losses: Sequence[Callable[[], Tensor]], raws: Mapping[str, Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Backward of several losses of the block, one after another, as one differentiable loss.
+    def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> tuple[Tensor, list[Tensor]]:
+        """Run the backward of several losses of the block, one after another, as one loss.
 
         Args:
             losses: callables that run the block and return a scalar.
-            raws: the raw coefficients that the loss is to give gradients to.
 
         Returns:
-            The sum of the losses, whose `backward()` adds the known gradients, and each.
+            The sum of the losses, whose `backward()` adds the known gradients to the raw
+            coefficients, and each loss.
         """
-        self.renew(self.learned)
-        leaves: dict[str, Tensor] = {}
-        grads: dict[str, Tensor] = {}
-        hooks: list[Any] = []
-        values: list[Tensor] = []
-
-        def read(name: str) -> Tensor:
-            if name not in leaves:
-                leaves[name] = self.theta(name).detach().requires_grad_()
-                if len(values) == len(losses) - 1:
-                    watch(name)
-            return leaves[name]
-
-        def watch(name: str) -> None:
-            hook = partial(contract, name)
-            hooks.append(leaves[name].register_post_accumulate_grad_hook(hook))
-
-        def contract(name: str, leaf: Tensor) -> None:
-            # with the last loss a weight gradient is complete as soon as it arrives, and no
-            # backward that is still to run needs the weight
-            if leaves.get(name) is leaf:
-                del leaves[name]
-                self._theta.pop(name, None)
-                self._stale.add(name)
-            grad, leaf.grad = leaf.grad, None
-            if grad is None:
-                return
-            self.touched.add(name)
-            slot = slot_id(self.plan.layout.slots[name])
-            found = self.plan.contract(name, grad, self.z(name))
-            grads[slot] = grads[slot].add_(found) if slot in grads else found
-
-        with self.running(read):
+        self.forget()
+        step = _Step(self)
+        values = []
+        with self._weights.chain.weights(step.read):
             for i, run in enumerate(losses):
                 if i == len(losses) - 1:
-                    for name in leaves:
-                        watch(name)
+                    step.begin_last()
                 values.append(backward_of(run, 1.0))
-        for name, leaf in list(leaves.items()):
-            contract(name, leaf)
-        # else hooks, leaves and the gradients form a circle that outlives the step
-        for hook in hooks:
-            hook.remove()
-        for name in self.learned:  # the optimiser's temporaries take their place
-            self._theta.pop(name, None)
-            self._stale.add(name)
+        grads = step.finish()
+        self.forget()  # the optimiser's temporaries take their place
+        if not self._checked_unused:
+            self._checked_unused = True
+            self.unused = [name for name in self.learned if name not in step.touched]
+            self.plan.fix(self.unused, self.plan.unused_coefficient)
         total = torch.stack(values).sum()
         ordered = [
-            grads.pop(slot) if slot in grads else torch.zeros_like(z) for slot, z in raws.items()
+            grads.pop(slot) if slot in grads else torch.zeros_like(z)
+            for slot, z in self.raw.items()
         ]
-        loss: Tensor = Deferred.apply(total, ordered, *raws.values())
+        loss: Tensor = Deferred.apply(total, ordered, *self.raw.values())
         return loss, values
 
-    def release(self) -> None:
-        """Let go of all tensors."""
-        self.raw = {}
-        self._theta.clear()
 
-    def fix_unused(self) -> list[str]:
-        """Set tensors that no backward has reached by the recipe's rule, and say which."""
-        unused = [name for name in self.learned if name not in self.touched]
-        self.plan.fix(unused, self.plan.unused_coefficient)
-        self.renew(unused)
-        return unused
+class _Step:
+    """Leaves for the merged tensors of one step, whose gradients are contracted once complete."""
+
+    def __init__(self, block: MergedBlock) -> None:
+        self.touched: set[str] = set()
+        """Tensors that a backward has reached."""
+        self._block, self._learned = block, set(block.learned)
+        self._leaves: dict[str, Tensor] = {}
+        self._grads: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+        self._is_last = False
+
+    def read(self, source: str, name: str) -> Tensor:
+        """Return a tensor of the merged network; learned ones as leaves."""
+        if name not in self._learned:
+            return self._block.read(source, name)
+        if name not in self._leaves:
+            self._leaves[name] = self._block.read(source, name).detach().requires_grad_()
+            if self._is_last:
+                self._watch(name)
+        return self._leaves[name]
+
+    def begin_last(self) -> None:
+        """Contract gradients as they arrive: with the last loss each is complete at once, and no
+        backward that is still to run needs the weight.
+        """
+        self._is_last = True
+        for name in self._leaves:
+            self._watch(name)
+
+    def _watch(self, name: str) -> None:
+        hook = partial(self._contract, name)
+        self._hooks.append(self._leaves[name].register_post_accumulate_grad_hook(hook))
+
+    def _contract(self, name: str, leaf: Tensor) -> None:
+        if self._leaves.get(name) is leaf:
+            del self._leaves[name]
+            self._block.forget(name)
+        grad, leaf.grad = leaf.grad, None
+        if grad is None:
+            return
+        self.touched.add(name)
+        plan = self._block.plan
+        slot = slot_id(plan.layout.slots[name])
+        found = plan.contract(name, grad, self._block.z(name))
+        self._grads[slot] = self._grads[slot].add_(found) if slot in self._grads else found
+
+    def finish(self) -> dict[str, Tensor]:
+        """Contract what is left and return `dL/dz` by slot; a missing one is zero."""
+        for name, leaf in list(self._leaves.items()):
+            self._contract(name, leaf)
+        # else hooks, leaves and the gradients form a circle that outlives the step
+        for hook in self._hooks:
+            hook.remove()
+        return self._grads
 
 
 def mean_square(got: Tensor, expected: Tensor, mask: Tensor | None) -> Tensor:
-    """`mean |got - expected|^2` over entries, in float32 or wider.
+    """Return `mean |got - expected|^2` over entries, in float32 or wider.
 
     Args:
         got: hidden states, `[batch, tokens, ...]` or of any other form.
@@ -193,8 +233,7 @@ class BlockModule(lightning.LightningModule):
         block: its merged tensors; their raw coefficients become this module's parameters.
         loss: of a task's batch, by its number; runs the block.
         learning_rate: of Adam, where no other optimiser is configured.
-        first_step: steps of all blocks before, so that what is logged has one axis.
-        training: switches batch statistics on and off.
+        first_step: steps of all blocks before, so that all blocks are logged on one axis.
     """
 
     def __init__(
@@ -203,7 +242,6 @@ class BlockModule(lightning.LightningModule):
         loss: Callable[[str, int], Tensor],
         learning_rate: float,
         first_step: int,
-        training: Callable[[bool], None],
     ) -> None:
         super().__init__()
         self.raw = nn.ParameterDict({slot: nn.Parameter(z) for slot, z in block.raw.items()})
@@ -211,34 +249,22 @@ class BlockModule(lightning.LightningModule):
         self.learning_rate = learning_rate
         self.losses: list[float] = []
         """First and last loss."""
-        self.unused: list[str] = []
-        """Tensors without a gradient, set by rule."""
-        self._loss, self._first_step, self._batch_statistics = loss, first_step, training
+        self._loss, self._first_step = loss, first_step
         block.raw = dict(self.raw.items())
 
-    def on_fit_start(self) -> None:
-        """Sources' statistics describe other weights: batches have their own, as in any fit."""
-        self._batch_statistics(True)
-
+    @override
     def on_train_epoch_start(self) -> None:
-        """Refuse settings of the trainer that an optimiser cannot do with."""
         for optimizer in self.trainer.optimizers:
             if isinstance(optimizer, SAM):
                 optimizer.require(self.trainer.accumulate_grad_batches, False)
 
-    def on_fit_end(self) -> None:
-        """Ready for use."""
-        self._batch_statistics(False)
-
+    @override
     def training_step(self, batch: Mapping[str, int], batch_idx: int) -> Tensor:
-        """One merge, one backward a task, one contraction."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             # the trainer does so only after the losses, when the new gradients are there, too
             self.zero_grad(set_to_none=True)
         runs = [partial(self._loss, task, number) for task, number in batch.items()]
-        loss, values = self.block.accumulate(runs, dict(self.raw.items()))
-        if not self.losses:
-            self.unused = self.block.fix_unused()
+        loss, values = self.block.accumulate(runs)
         self.losses = [*self.losses[:1], float(loss.detach())]
         prefix = f"layer/{self.block.number}"
         options: dict[str, Any] = {"batch_size": 1}
@@ -252,9 +278,8 @@ class BlockModule(lightning.LightningModule):
         return loss
 
     def release(self) -> dict[str, Tensor]:
-        """The coefficients as they are; nothing is kept here.
-
-        A trainer and its module are in a circle, which Python collects when it will.
+        """Return the coefficients and keep nothing: a trainer and its module are in a circle, which
+        is collected at some later time.
         """
         found = {}
         for slot, parameter in self.raw.items():
@@ -263,20 +288,6 @@ class BlockModule(lightning.LightningModule):
             parameter.data = parameter.new_empty(0)
         return found
 
+    @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam; the command line's `optimizer` and `lr_scheduler` take its place."""
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
-
-
-def require_finite(number: int, name: str, losses: Sequence[float]) -> None:
-    """Stop at a block whose loss is no number: all that follow would be learned from it.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if not all(torch.isfinite(torch.tensor(losses))):
-        raise ConfigError(
-            f"LayerWise: the loss of block {number} ({name}) went from {losses[0]:g} to "
-            f"{losses[-1]:g}. Lower the learning rate (optimizer), or start nearer to the sources "
-            "(recipe.init)."
-        )

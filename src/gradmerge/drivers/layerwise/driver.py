@@ -11,11 +11,11 @@ from typing_extensions import override
 
 from gradmerge.drivers.base import AbstractDriver, Job
 from gradmerge.drivers.layerwise.block import BLOCK_LOSS
-from gradmerge.drivers.layerwise.job import Layers
+from gradmerge.drivers.layerwise.job import Layers, require_permuted
 from gradmerge.errors import ConfigError
 from gradmerge.objectives import Objective
 
-# Settings of a trainer that are a whole fit's, with what says nothing.
+# Trainer settings of a whole fit, with the values that state nothing.
 _OF_A_FIT = {
     "max_steps": -1,
     "max_epochs": None,
@@ -28,45 +28,45 @@ _CALLBACKS_OF_A_FIT = ("EarlyStopping", "ModelCheckpoint")
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWise(AbstractDriver):
-    """Block by block: the merged block's output matches each expert's own (ProDistill, 2502.12706).
+    """Match the output of each merged block to each expert's own (ProDistill, 2502.12706).
 
     For l = 1..L in turn, over the coefficients of block l alone,
 
         min sum_k mean_{x in D_k} | f^l(x1; theta^l(c)) - f^l(x2_k; theta_k^l) |^2
 
-    with x1 what the merged blocks before give of task k's adaptation data and x2_k what expert k's
-    own blocks before give; the mean is over entries of the hidden state, padding left out. Then
-    both pass the new block. No labels are used. Tensors outside of blocks (embeddings, head, last
-    norm) keep the coefficients that the recipe starts from. The terms of a configured objective are
-    not used, which a message says; regularisers, task weights and a logit scale are refused, and so
-    are alignments that mix units (CCA, OptimalTransport): a mapped source is not the expert.
+    with x1 the output of the merged blocks before l on task k's adaptation data and x2_k that of
+    expert k's own blocks; the mean is over entries of the hidden state, padding left out. Then both
+    pass the new block. No labels are used. Tensors outside of blocks (embeddings, head, last norm)
+    keep the coefficients that the recipe starts from. The terms of a configured objective are not
+    used, as a message says; regularisers, task weights and a logit scale are rejected, and so are
+    alignments that mix units (CCA, OptimalTransport): a mapped source is not the expert.
 
-    In the end the merge is scored on the selection split, as a fit is, one merged block in
+    In the end the merge is scored on the selection split, as a fit is, with one merged block in
     memory at a time (`trainer.limit_val_batches: 0` leaves that out).
 
-    The optimiser and its schedule are each block's own. One that watches a loss watches
-    `layer/loss` after each pass. What of the trainer is a whole fit's (its length, precision, early
-    stopping, checkpoints) is not used, which a message says.
+    Each block has its own optimiser and schedule. A schedule that watches a loss watches
+    `layer/loss` after each pass. Trainer settings of a whole fit (its length, precision, early
+    stopping, checkpoints) are not used, as a message says.
 
-    Memory: the merged tensors of one block and their gradient, with its coefficients and their
-    optimiser's state, one expert's block, and activations up to `activation_memory`.
+    Memory: merged tensors, gradients, coefficients and optimiser state of one block, one expert's
+    block, and activations up to `activation_memory`.
     """
 
     blocks: list[str] | None = None
     """Regular expressions that match whole names of the modules that are the blocks, e.g.
     `layer[1-4]`. Default: the members of the network's one nn.ModuleList."""
     epochs: int = 100
-    """Passes over the adaptation data a block."""
+    """Passes over the adaptation data per block."""
     steps: int | None = None
-    """Steps a block, instead of passes."""
+    """Steps per block, instead of passes."""
     batch_size: int | None = None
-    """Examples a task and step; default: that of the data. Batches are put together once, and
-    differ in size by one at most."""
+    """Examples per task and step; default: that of the data. Batches are put together once, and
+    differ in size by at most one."""
     activation_memory: float = 4.0
     """GiB of activations in memory; the rest is mapped from files in the job's folder."""
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the options."""
         for name in ("epochs", "steps", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -76,7 +76,7 @@ class LayerWise(AbstractDriver):
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(
-                    f"LayerWise: blocks: {pattern!r} is no regular expression: {error}."
+                    f"LayerWise: blocks: expected regular expressions, got {pattern!r}: {error}."
                 ) from error
         if not self.activation_memory >= 0:
             raise ConfigError(
@@ -91,11 +91,13 @@ class LayerWise(AbstractDriver):
                 "LayerWise: activation_checkpointing recomputes blocks within a pass of the whole "
                 "network; here one block runs at a time. Leave it out."
             )
+        _require_finalisers_without_data(job)
+        require_permuted(job.recipe.alignment)
         _require_own_loss(job)
         _require_own_monitor(job.config.get("lr_scheduler"))
         _say_unused(job)
         job.require_free(self)
-        # what would be refused is found before the job is on record
+        # everything that would be rejected is found before the job is on record
         layers = Layers(job, self.blocks, self.batch_size, self.activation_memory)
         job.begin(self)
         done = job.exported
@@ -108,12 +110,20 @@ class LayerWise(AbstractDriver):
             layers.activations.close()
 
 
-def _require_own_loss(job: Job) -> None:
-    """Say that the terms of an objective are not used: the files of methods state theirs, whatever
-    driver they are run with. What asks for more than terms was meant for this loss.
+def _require_finalisers_without_data(job: Job) -> None:
+    on_data = [type(f).__name__ for f in job.recipe.finalisers if f.needs_data]
+    if on_data:
+        raise ConfigError(
+            f"LayerWise: {', '.join(on_data)} takes passes of the whole merged network, which is "
+            "never held here. Take SpectralRescale or DepthRescale, or learn end to end: leave "
+            "`driver` out."
+        )
 
-    Raises:
-        ConfigError: regularisers, task weights or a logit scale are stated.
+
+def _require_own_loss(job: Job) -> None:
+    """Reject options that change the loss of a fit, and say that an objective's terms are not used.
+
+    Terms are accepted, because configurations of methods state them for every driver.
     """
     objective = job.objective
     stated = {
@@ -124,10 +134,9 @@ def _require_own_loss(job: Job) -> None:
     for name, value in stated.items():
         if value or value == 0:
             raise ConfigError(
-                f"LayerWise: {name} changes the loss of a fit, got {value}, and here the loss is "
-                "the driver's own: each block's distance to the experts' blocks, all tasks alike, "
-                f"without logits and penalties. Leave it out (--model.{name.split('.')[0]} null), "
-                "or learn end to end."
+                f"LayerWise: {name} changes the loss of a fit, got {value}; here the loss is each "
+                "block's distance to the experts' blocks, over all tasks alike. Leave it out "
+                f"(--model.{name.split('.')[0]} null), or learn end to end: leave `driver` out."
             )
     if objective.terms != Objective().terms:
         terms = ", ".join(type(term).__name__ for term in objective.terms)
@@ -135,11 +144,7 @@ def _require_own_loss(job: Job) -> None:
 
 
 def _require_own_monitor(schedule: Any) -> None:
-    """Refuse a schedule that watches what no block has.
-
-    Raises:
-        ConfigError: it does.
-    """
+    """Reject a schedule that watches anything but a block's loss."""
     monitor = ((schedule or {}).get("init_args") or {}).get("monitor")
     if monitor not in (None, BLOCK_LOSS):
         raise ConfigError(
@@ -149,7 +154,7 @@ def _require_own_monitor(schedule: Any) -> None:
 
 
 def _say_unused(job: Job) -> None:
-    """Say what of the trainer is a whole fit's: suites state it, whatever driver they run with."""
+    """Say which trainer settings are not used; suites state them for every driver."""
     trainer = job.config.get("trainer") or {}
     stated = [
         f"trainer.{name}"
@@ -162,6 +167,6 @@ def _say_unused(job: Job) -> None:
         stated += [kind] if kind in _CALLBACKS_OF_A_FIT else []
     if stated:
         job.say(
-            f"{', '.join(stated)}: not used, for they are a whole fit's; a block's length is the "
-            "driver's epochs or steps, and its dtype is model.dtype"
+            f"{', '.join(stated)}: not used, because they are of a whole fit; a block's length is "
+            "the driver's epochs or steps, and its dtype is model.dtype"
         )

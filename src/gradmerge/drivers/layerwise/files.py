@@ -7,7 +7,7 @@ read, so that the coefficients of a whole model are never in memory at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from gradmerge.drivers.layerwise.blocks import slot_id
+from gradmerge.coefficients.base import Slot
 from gradmerge.engine.plan import Plan
 from gradmerge.export.writer import Entry, write_safetensors
+
+
+def slot_id(slot: Slot) -> str:
+    """Return a name for the raw coefficients of one slot."""
+    return slot.key if slot.index is None else f"{slot.key}/{slot.index}"
 
 
 class Starts:
     """Starting coefficients of a plan, of some tensors at a time.
 
-    `plan.initial_raw()` makes all at once; of an Element merge they are K times the model.
+    `plan.initial_raw()` makes all at once; for Element they are K times the model.
 
     Args:
         plan: an opened recipe.
@@ -36,67 +41,74 @@ class Starts:
         self._context = plan.init_context()
 
     def slots(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """The slots of tensors, by name, and the tensors that share each."""
+        """Return the slots of tensors by name, and the tensors that share each."""
         found: dict[str, list[str]] = {}
         for name in names:
             found.setdefault(slot_id(self._plan.layout.slots[name]), []).append(name)
         return found
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor's raw coefficients."""
+        """Return the shape of a tensor's raw coefficients."""
         layout = self._plan.layout
         slot = layout.slots[name]
         own = layout.shapes[slot.key] if slot.index is None else slot.shape
         return (self._plan.num_rows, *own)
 
     def one(self, names: Sequence[str]) -> Tensor:
-        """`z` of a slot that these tensors share: the mean of what the init gives each."""
+        """Return `z` of a slot that these tensors share: the mean of what the init gives each."""
         recipe = self._plan.recipe
-        total = None
+        total: Any = 0
         for name in names:
             slot = self._plan.layout.slots[name]
             value = recipe.init.coefficient(self._context.tensors[name], slot, self._context)
-            total = value.double() if total is None else total.add_(value)
-        assert total is not None
-        mean = total if len(names) == 1 else total.div_(len(names))
+            total = total + value.double()
+        mean = total if len(names) == 1 else total / len(names)
         # through float32, as a merge of the whole model starts
         return recipe.coefficients.pull_back(mean).float().to(self.dtype)
 
+    def means(self) -> dict[str, float]:
+        """Return the mean coefficient of each source, with one slot in memory at a time."""
+        plan = self._plan
+        num, learned = len(plan.sources), plan.learned
+        total = torch.zeros(num, dtype=torch.float64)
+        with torch.no_grad():
+            for shared in self.slots(learned).values():
+                coefficient = plan.recipe.coefficients.link(self.one(shared))
+                means = coefficient.reshape(num, -1).mean(dim=1, dtype=torch.float64)
+                total += len(shared) * means.cpu()
+        return dict(zip(plan.sources, (total / len(learned)).tolist(), strict=True))
+
     def write(self, path: Path, names: Iterable[str]) -> None:
-        """A file of the start of these tensors, one slot in memory at a time."""
+        """Write a file of the starts of these tensors, with one slot in memory at a time."""
         entries = [
             Entry(slot, self.shape(shared[0]), self.dtype, partial(self.one, shared))
             for slot, shared in self.slots(names).items()
         ]
-        write_whole(path, entries)
+        _write_whole(path, entries)
 
 
-def write_whole(path: Path, entries: Sequence[Entry]) -> None:
-    """A safetensors file that is there whole or not at all."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of tensors at hand."""
+    entries = [Entry(n, tuple(t.shape), t.dtype, t.detach().cpu) for n, t in tensors.items()]
+    _write_whole(path, entries)
+
+
+def _write_whole(path: Path, entries: Sequence[Entry]) -> None:
+    """Write a safetensors file that exists completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.{os.getpid()}.partial")
     write_safetensors(work, entries)
     work.replace(path)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """The same, of tensors at hand."""
-
-    def given(tensor: Tensor) -> Callable[[], Tensor]:
-        return lambda: tensor.detach().cpu()
-
-    entries = [Entry(n, tuple(t.shape), t.dtype, given(t)) for n, t in tensors.items()]
-    write_whole(path, entries)
-
-
 def read_mapped(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, mapped."""
+    """Return the tensors of a file, mapped."""
     file: Any = safe_open(str(path), framework="pt")
     return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def assembled(plan: Plan, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Raw coefficients as a plan takes them, of those of all slots by their names.
+    """Return raw coefficients as a plan takes them, given those of all slots by name.
 
     Tables that tensors share by columns are put together; all others stay where they are mapped.
     """

@@ -1,13 +1,16 @@
-"""A job of the layer-wise driver: layer after layer, then the export."""
+"""A job of the layer-wise driver: block after block, then the scores and the export."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +18,36 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from gradmerge._memory import release_freed_memory, trim_heap
 from gradmerge._typing import Raw
+from gradmerge.alignment import AbstractAlignment
+from gradmerge.alignment.views import original_of
 from gradmerge.drivers.base import Job
-from gradmerge.drivers.layerwise.block import BlockModule, MergedBlock, mean_square, require_finite
-from gradmerge.drivers.layerwise.blocks import find_blocks, require_permuted
-from gradmerge.drivers.layerwise.cache import Activations, Batch, Prefixes
-from gradmerge.drivers.layerwise.chain import Chain
+from gradmerge.drivers.layerwise.activations import Activations
+from gradmerge.drivers.layerwise.block import BlockModule, MergedBlock, MergedWeights, mean_square
+from gradmerge.drivers.layerwise.chain import Chain, Passing, find_blocks
 from gradmerge.drivers.layerwise.files import Starts, assembled, read_mapped, write_tensors
-from gradmerge.drivers.layerwise.scores import FinishedMerge, ScoreModule, initial_coefficients
+from gradmerge.drivers.layerwise.scores import score
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.plan import Plan
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.export.folder import export_plan
 from gradmerge.spec import to_plain
 from gradmerge.training.callbacks import CoefficientLogger, log_artifact
-from gradmerge.training.loaders import StreamLoader, TaskStream, sample_batches
+from gradmerge.training.loaders import StreamLoader, TaskStream, even_batches, sample_batches
 from gradmerge.training.module import DTYPES
 from gradmerge.training.run import describe, describe_data
+from gradmerge.training.scores import Scores
 
-# Batches a task, at most, that the BatchNorm statistics of the export are recomputed on.
+# Batches per task, at most, that the BatchNorm statistics of the export are recomputed on.
 _NORM_BATCHES = 16
 _FILE, _BUFFER = "raw.safetensors", "buffer:"
 
 
 class Layers:
-    """One job of the layer-wise driver; making it finds out all that would be refused.
+    """One job of the layer-wise driver; making it finds everything that would be rejected.
 
     Args:
         job: what is merged, and with which data.
@@ -56,13 +63,7 @@ class Layers:
         self, job: Job, blocks: Sequence[str] | None, batch_size: int | None, memory: float
     ) -> None:
         self.job = job
-        on_data = [type(f).__name__ for f in job.recipe.finalisers if f.needs_data]
-        if on_data:
-            raise ConfigError(
-                f"LayerWise: {', '.join(on_data)} takes passes of the whole merged network, which "
-                "is never held here. Take SpectralRescale or DepthRescale, or learn end to end."
-            )
-        require_permuted(job.recipe.alignment)
+        self._size = batch_size or job.data.batch_size
         with _quiet():
             trainer = self._make_trainer(job.root, 1)
         if trainer.world_size != 1:
@@ -73,30 +74,30 @@ class Layers:
         self._loggers = list(trainer.loggers)
         self._accumulated = trainer.accumulate_grad_batches
         release_freed_memory()
-        options = dict(job.options)
-        dtype = DTYPES[options.get("dtype") or "float32"]
-        self.plan = plan = open_plan(job.recipe, options.get("module"))
+        dtype = DTYPES[job.options.get("dtype") or "float32"]
+        self.plan = plan = open_plan(job.recipe, job.options.get("module"))
         require_permuted(job.recipe.alignment, plan)
         for warning in plan.warnings:
             lightning.pytorch.utilities.rank_zero_warn(str(warning))
         device = trainer.strategy.root_device
         self.chain = chain = Chain(plan, find_blocks(plan, blocks), dtype, device)
-        job.data.attach(chain)
+        job.data.attach(chain.model)
         job.data.setup()
-        self.tasks = self._tasks()
+        self.tasks = chain.model.tasks = self._tasks()
         self.activations = Activations(job.folder / "activations", int(memory * 2**30))
-        size = batch_size or job.data.batch_size
-        self.prefixes = Prefixes(chain, job.data, self.tasks, size, self.activations, {})
-        task, _, inputs = next(self.prefixes.inputs())
-        one = {k: v[:1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        task, _, batch = next(self._batches())
+        one = {k: v[:1] if isinstance(v, Tensor) else v for k, v in batch.items()}
         self.deviation = chain.verify(one, self.tasks[task])
-        if options.get("load_sources"):
+        if job.options.get("load_sources"):
             plan.load(device)
         self._starts = Starts(plan, torch.float64 if dtype == torch.float64 else torch.float32)
+        self._passing: dict[tuple[str, int], tuple[Passing, Passing]] = {}
+        """By task and number of a batch: on its way through the expert and through the merge."""
+        self._weights = MergedWeights(chain, {})
         self._run: dict[str, Any] = {}
 
     def _make_trainer(self, folder: Path, steps: int, **options: Any) -> lightning.Trainer:
-        """A trainer of the job for one block: no validation, no checkpoints but our own."""
+        """Return a trainer of the job for one block: no validation, no checkpoints but our own."""
         return self._stripped(
             self.job.trainer(
                 folder,
@@ -114,7 +115,7 @@ class Layers:
         )
 
     def _stripped(self, trainer: lightning.Trainer) -> lightning.Trainer:
-        """A trainer without callbacks that need the whole merge; coefficients are logged by us."""
+        """Take away callbacks that need the whole merge; the driver logs coefficients itself."""
         ours = (Checkpoint, EarlyStopping, CoefficientLogger)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         self._coefficients = [c for c in callbacks if isinstance(c, CoefficientLogger)]
@@ -122,7 +123,7 @@ class Layers:
         return trainer
 
     def _tasks(self) -> dict[str, str]:
-        """Tasks and the expert of each.
+        """Return the expert of each task.
 
         Raises:
             ConfigError: a task names no source.
@@ -133,190 +134,251 @@ class Layers:
         if lost:
             raise ConfigError(
                 f"LayerWise: each task's data pass its own expert, and these tasks name no source: "
-                f"{', '.join(lost)}; sources are {', '.join(sources)}. Set `source` of the task."
+                f"{', '.join(lost)} (choose from {', '.join(sources)}). Set `source` of the task."
             )
         idle = [source for source in self.plan.sources if source not in tasks.values()]
         if idle:
             self.job.say(f"no task is of {shorten(idle)}: nothing asks the merge to match them")
         return tasks
 
+    def _batches(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        """Yield task, number and placed batch of the adaptation data; the same at each call.
+
+        They are put together once, in a drawn order, as examples may lie in the order of classes.
+        """
+        data = self.job.data
+        for task, whole in zip(self.tasks, data.evaluation_loaders("adaptation"), strict=True):
+            seed = data.seed * 1_000_003 + zlib.crc32(task.encode())
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(whole.dataset), generator=generator).tolist()
+            loader = DataLoader(
+                whole.dataset,
+                batch_sampler=even_batches(order, self._size),
+                collate_fn=whole.collate_fn,
+                num_workers=whole.num_workers,
+            )
+            for number, batch in enumerate(loader):
+                yield task, number, self.chain.moved(batch)
+
     # ---- the run --------------------------------------------------------------------------------
 
     def run(self, epochs: int, steps: int | None) -> Path:
-        """All blocks and the export."""
-        folder, chain, plan, prefixes = self.job.folder, self.chain, self.plan, self.prefixes
-        within = {name for block in chain.blocks for name in block.tensors}
+        """Learn all blocks, score the merge and export it.
+
+        Args:
+            epochs: passes over the adaptation data per block.
+            steps: steps per block, instead of passes.
+        """
+        self._epochs, self._steps = epochs, steps
+        blocks, plan = self.chain.blocks, self.plan
+        within = {name for block in blocks for name in block.tensors}
         outside = [name for name in plan.learned if name not in within]
         self.job.say(
-            f"{len(chain.blocks)} blocks, {chain.blocks[0].name} to {chain.blocks[-1].name} (one "
-            f"by one {self.deviation:.1g} off the network itself); {len(outside)} tensors outside "
-            f"keep their starting coefficients{': ' if outside else ''}{shorten(outside)}"
+            f"{len(blocks)} blocks, {blocks[0].name} to {blocks[-1].name} (one by one "
+            f"{self.deviation:.1g} off the network itself); {len(outside)} tensors outside keep "
+            f"their starting coefficients{': ' if outside else ''}{shorten(outside)}"
         )
-        start = initial_coefficients(plan, self._starts)
+        start = self._starts.means()
         for logger in self._loggers:
             logger.log_metrics({f"init/{source}": c for source, c in start.items()}, step=0)
-        self.activations.close()  # what a killed run left
-        self._starts.write(folder / "outside.safetensors", outside)
-        parts = read_mapped(folder / "outside.safetensors")
-        prefixes.outside = dict(parts)
-        prefixes.enter()
-        results = []
-        for number in range(len(chain.blocks)):
-            result, found = self._block(number, prefixes, epochs, steps)
-            results.append(result)
-            gc.collect()  # a trainer and its module are in a circle
-            trim_heap()  # holes grow from trainer to trainer
-            parts.update({k: v for k, v in found.items() if not k.startswith(_BUFFER)})
-        self.activations.close()
-        prefixes.recompute(partial(self._whole_passes, prefixes, parts))
+        self._enter(outside)
+        results = self._learn_blocks()
+        self._recompute(self._whole_passes)
         plan.run = {**self._run, "initial_coefficients": start}
-        raw = assembled(plan, parts)
+        raw = assembled(plan, self._weights.raw)
         step = max((n + 1) * int(result["steps"]) for n, result in enumerate(results))
-        scores = self._score(prefixes, parts, raw, step)
+        scores = self._score(raw, step)
+        said = [{k: v for k, v in result.items() if k != "run"} for result in results]
         extra = {
             "class_path": "LayerWise",
             "kept_at_start": outside,
             "deviation": self.deviation,
-            "blocks": [
-                {"name": block.name, **{k: v for k, v in result.items() if k != "run"}}
-                for block, result in zip(chain.blocks, results, strict=True)
-            ],
+            "blocks": [{"name": b.name, **r} for b, r in zip(blocks, said, strict=True)],
         }
         write = partial(export_plan, plan, raw)
-        buffers = chain.statistics.values()
+        buffers = self.chain.model.statistics.values()
         written = self.job.export(write, extra, buffers=buffers, tasks=self.tasks, results=scores)
         if self.job.target.log_artifact:
             log_artifact(self._loggers, written)
         return written
 
-    def _block(
-        self, number: int, prefixes: Prefixes, epochs: int, steps: int | None
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """One block, learned now or by an earlier run; activations are then those after it."""
+    @torch.no_grad()
+    def _enter(self, outside: Sequence[str]) -> None:
+        """Compute activations before the first block, of the experts and of the merge.
+
+        Args:
+            outside: learned tensors outside of blocks, which keep their starting coefficients.
+        """
+        self.activations.close()  # what a killed run left
+        path = self.job.folder / "outside.safetensors"
+        self._starts.write(path, outside)
+        self._weights.raw = read_mapped(path)
+        read, _ = self._weights.kept()
+
+        def enter(side: str, task: str, number: int, batch: dict[str, Any]) -> Passing:
+            name = f"{task}/{number}/{side}"
+            return self.chain.enter(batch, self.tasks[task], self.activations, name)
+
+        def passes() -> None:
+            for found in self._batches():
+                enter("merged", *found)
+
+        with self.chain.weights(read):
+            self._recompute(passes)
+            for found in self._batches():
+                task, number, _ = found
+                with self.chain.model.as_source(self.tasks[task]):
+                    expert = enter("expert", *found)
+                self._passing[task, number] = expert, enter("merged", *found)
+
+    def _learn_blocks(self) -> list[dict[str, Any]]:
+        """Learn block after block, take up their coefficients and return their results."""
+        results, learned = [], {}
+        for number in range(len(self.chain.blocks)):
+            result, found = self._block(number)
+            results.append(result)
+            learned.update(found)
+            gc.collect()  # a trainer and its module are in a circle
+            trim_heap()  # holes grow from trainer to trainer
+        self.activations.close()
+        self._weights.raw |= learned
+        return results
+
+    def _block(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the result and the coefficients of one block, learned now or by an earlier run;
+        activations are then those after it.
+        """
         block = self.chain.blocks[number]
         record = self.job.step(f"block-{number:03d}", {"block": block.name, "number": number})
         result, path = record.result, record.folder / _FILE
         last = number == len(self.chain.blocks) - 1
         if result is None or not last:
-            prefixes.pass_experts(number)
+            self._pass_experts(number)
         if result is None:
-            result = self._learn(number, prefixes, path, epochs, steps)
+            result = self._learn(number, path)
             record.finish(result)
             self.job.say(
                 f"block {number + 1} of {len(self.chain.blocks)}, {block.name}: loss "
                 f"{result['first_loss']:.3g} in the first step, {result['loss']:.3g} over all "
                 "batches in the end"
             )
-            return result, read_mapped(path)
-        found = read_mapped(path)
+            return result, _without_buffers(read_mapped(path))
+        stored = read_mapped(path)
+        raw = _without_buffers(stored)
         for name, coefficient in result["fixed"].items():
             self.plan.fix([name], coefficient)
-        stored = {k.removeprefix(_BUFFER): v for k, v in found.items() if k.startswith(_BUFFER)}
-        self.chain.statistics.set(stored)
+        buffers = {name.removeprefix(_BUFFER): stored[name] for name in stored.keys() - raw.keys()}
+        self.chain.model.statistics.set(buffers)
         self._run = self._run or result["run"]
         if not last:
-            merged = MergedBlock(self.chain, number, found, prefixes.elsewhere)
-            self._pass_merged(number, merged, prefixes)
-        return result, found
+            self._pass_merged(number, MergedBlock(number, raw, self._weights))
+        return result, raw
 
-    def _learn(
-        self, number: int, prefixes: Prefixes, path: Path, epochs: int, steps: int | None
-    ) -> dict[str, Any]:
+    @torch.no_grad()
+    def _pass_experts(self, number: int) -> None:
+        """Run every expert's activations through its own block."""
+        model = self.chain.model
+        for source in dict.fromkeys(self.tasks.values()):
+            read = cache(lambda source, name: self.chain.place(self.plan.read(source, name)))
+            with model.as_source(source), self.chain.weights(read):
+                for expert, _ in self._passing.values():
+                    if expert.source == source:
+                        out = self.chain.run(number, expert)
+                        self.activations.put(expert.name, out)
+
+    @torch.no_grad()
+    def _pass_merged(self, number: int, merged: MergedBlock) -> float:
+        """Run the merged activations through the merged block; return the loss over all batches."""
+        losses: dict[str, list[float]] = {task: [] for task in self.tasks}
+        with self.chain.weights(merged.read):
+            for (task, _), (expert, passing) in self._passing.items():
+                out = self.chain.run(number, passing)
+                losses[task].append(float(self._distance(out, expert)))
+                self.activations.put(passing.name, out)
+        return sum(sum(values) / len(values) for values in losses.values())
+
+    def _distance(self, hidden: Tensor, expert: Passing) -> Tensor:
+        """Return the distance of a batch's hidden state from the expert's."""
+        return mean_square(hidden, self.chain.hidden(expert), self.chain.mask(expert))
+
+    # ---- learning a block -----------------------------------------------------------------------
+
+    def _learn(self, number: int, path: Path) -> dict[str, Any]:
         """Learn the coefficients of a block and write them to its file."""
         names = [n for n in self.chain.blocks[number].tensors if n not in self.plan.fixed]
         slots = self._starts.slots(names)
         raw = {slot: self._starts.one(shared) for slot, shared in slots.items()}
         gc.collect()
         trim_heap()  # what the experts' passes left between smaller blocks
-        merged = MergedBlock(self.chain, number, raw, prefixes.elsewhere)
+        merged = MergedBlock(number, raw, self._weights)
         result: dict[str, Any] = {"fixed": {}, "steps": 0, "run": {}}
         if names:
-            result.update(self._fit(number, merged, prefixes, path.parent, epochs, steps))
+            result.update(self._fit(number, merged, path.parent))
 
         def passes() -> None:
-            with merged.running():
-                for batch in prefixes.batches:
-                    prefixes.hidden(number, batch, "merged")
+            with self.chain.weights(merged.read):
+                for _, passing in self._passing.values():
+                    self.chain.run(number, passing)
 
-        prefixes.recompute(passes)
-        buffers = {f"{_BUFFER}{k}": v for k, v in prefixes.block_buffers(number).items()}
+        self._recompute(passes)
+        buffers = {f"{_BUFFER}{k}": v for k, v in self._buffers(number).items()}
         write_tensors(path, {**merged.raw, **buffers})
-        result["loss"] = self._pass_merged(number, merged, prefixes)
+        result["loss"] = self._pass_merged(number, merged)
         result.setdefault("first_loss", result["loss"])
-        merged.release()
+        merged.raw = {}
         return result
 
-    @torch.no_grad()
-    def _pass_merged(self, number: int, merged: MergedBlock, prefixes: Prefixes) -> float:
-        """The merged activations go through the merged block; the loss over all batches."""
-        losses: dict[str, list[float]] = {task: [] for task in self.tasks}
-        with merged.running():
-            for batch in prefixes.batches:
-                out = prefixes.hidden(number, batch, "merged")
-                value = mean_square(out, prefixes.target(batch), prefixes.mask(batch))
-                losses[batch.task].append(float(value))
-                prefixes.activations.put(batch.name("merged"), out)
-        return sum(sum(values) / len(values) for values in losses.values())
-
-    # ---- training a block -----------------------------------------------------------------------
-
-    def _fit(
-        self,
-        number: int,
-        merged: MergedBlock,
-        prefixes: Prefixes,
-        folder: Path,
-        epochs: int,
-        steps: int | None,
-    ) -> dict[str, Any]:
-        """Train one block; what is known of it afterwards."""
-        batches = {(batch.task, batch.number): batch for batch in prefixes.batches}
-        numbers: Any = {
-            task: [number for of, number in batches if of == task] for task in self.tasks
-        }
-        stream = TaskStream(numbers, _first, 1, self.job.data.seed + number)
-        total = steps or epochs * -(-stream.num_steps() // self._accumulated)
-
-        def loss(task: str, index: int) -> Tensor:
-            batch: Batch = batches[task, index]
-            got = prefixes.hidden(number, batch, "merged")
-            return mean_square(got, prefixes.target(batch), prefixes.mask(batch))
-
-        self.job.seed()
-        rate = self.job.options.get("learning_rate", 1e-2)
-        module = BlockModule(merged, loss, rate, number * total, prefixes.batch_statistics)
-        self.job.configure(module)
-        with _quiet():
-            trainer = self._make_trainer(folder, total, logger=self._loggers or False)
-            trainer.fit(module, train_dataloaders=StreamLoader(stream, 0))
-        whole = trainer.global_step == total or getattr(trainer, "fast_dev_run", False)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
-        if not whole:
-            raise ConfigError(
-                f"LayerWise: block {number} stopped after {trainer.global_step} of {total} steps. "
-                "Run the same command again to go on."
-            )
-        name = self.chain.blocks[number].name
-        require_finite(number, name, module.losses)
-        value = self.plan.unused_coefficient
-        if module.unused:
+    def _fit(self, number: int, merged: MergedBlock, folder: Path) -> dict[str, Any]:
+        """Train one block and return what is known of it afterwards."""
+        name, value = self.chain.blocks[number].name, self.plan.unused_coefficient
+        trainer, module = self._trained(number, merged, folder)
+        _require_finite(name, module.losses)
+        if merged.unused:
             warnings.warn(
-                f"{len(module.unused)} tensors of {name} got no gradient and are kept at "
-                f"coefficient {value:g} (recipe: unused): {shorten(module.unused)}.",
+                f"{len(merged.unused)} tensors of {name} got no gradient and are kept at "
+                f"coefficient {value:g} (recipe: unused): {shorten(merged.unused)}.",
                 stacklevel=2,
             )
         self._run = self._run or self._describe(trainer, module)
         merged.raw = module.release()
+        merged.forget()
         for optimiser in trainer.optimizers:
             optimiser.state.clear()
-        merged.renew(merged.names)
         return {
-            "fixed": dict.fromkeys(module.unused, value),
+            "fixed": dict.fromkeys(merged.unused, value),
             "steps": trainer.global_step,
             "first_loss": module.losses[0],
             "run": self._run,
         }
+
+    def _trained(
+        self, number: int, merged: MergedBlock, folder: Path
+    ) -> tuple[lightning.Trainer, BlockModule]:
+        numbers: Any = {task: [n for of, n in self._passing if of == task] for task in self.tasks}
+        stream = TaskStream(numbers, itemgetter(0), 1, self.job.data.seed + number)
+        total = self._steps or self._epochs * -(-stream.num_steps() // self._accumulated)
+
+        def loss(task: str, index: int) -> Tensor:
+            expert, passing = self._passing[task, index]
+            return self._distance(self.chain.run(number, passing), expert)
+
+        self.job.seed()
+        rate = self.job.options.get("learning_rate", 1e-2)
+        module = BlockModule(merged, loss, rate, number * total)
+        self.job.configure(module)
+        with _quiet():
+            trainer = self._make_trainer(folder, total, logger=self._loggers or False)
+            self.chain.model.train()
+            trainer.fit(module, train_dataloaders=StreamLoader(stream, 0))
+            self.chain.model.eval()
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        if trainer.global_step != total and not getattr(trainer, "fast_dev_run", False):
+            raise ConfigError(
+                f"LayerWise: block {number} stopped after {trainer.global_step} of {total} steps. "
+                "Run the same command again to resume."
+            )
+        return trainer, module
 
     def _describe(self, trainer: lightning.Trainer, module: BlockModule) -> dict[str, Any]:
         unused = ("module", "objective", "logit_scale")  # the loss is the driver's own
@@ -324,28 +386,33 @@ class Layers:
         data = describe_data(self.job.data)
         return {**describe(trainer, module), "model": options, "data": data}
 
-    # ---- the end --------------------------------------------------------------------------------
+    # ---- BatchNorm ------------------------------------------------------------------------------
 
-    def _finished(
-        self, prefixes: Prefixes, parts: Mapping[str, Tensor], source: str, name: str
-    ) -> Tensor:
-        """A tensor of the finished merge, as a task of this source has it."""
-        if name not in self.plan.tensors:
-            return self.plan.read(source, name)
-        return prefixes.theta(name, parts, finished=True)
+    @torch.no_grad()
+    def _recompute(self, passes: Callable[[], object]) -> None:
+        """Recompute the BatchNorm statistics that these passes reach, if the recipe says so."""
+        if self.plan.recipe.buffers == "recompute" and self.chain.model.statistics.batch_norms:
+            self.chain.model.statistics.recompute([passes])
 
-    def _whole_passes(self, prefixes: Prefixes, parts: Mapping[str, Tensor]) -> None:
-        """Passes of the whole merged network; a merged tensor lives while its layer runs."""
+    def _whole_passes(self) -> None:
+        """Run the whole finished merge; a merged tensor lives while its layer runs."""
         loaders = self.job.data.evaluation_loaders("adaptation")
         for source, loader in zip(self.tasks.values(), loaders, strict=True):
-            with self.chain.weights(partial(self._finished, prefixes, parts, source)):
+            with self.chain.model.as_weights(partial(self._weights.read, source, finished=True)):
                 for batch in sample_batches(loader, _NORM_BATCHES):
-                    self.chain.skeleton(**prefixes.moved(batch))
+                    self.chain.run_network(self.chain.moved(batch))
 
-    def _score(
-        self, prefixes: Prefixes, parts: Mapping[str, Tensor], raw: Raw, step: int
-    ) -> dict[str, Any]:
-        """Scores of the selection split, which are logged once, with the coefficients."""
+    def _buffers(self, number: int) -> dict[str, Tensor]:
+        """Return the buffers of one block, by their names in the files."""
+        binding, prefix = self.plan.binding, f"{self.chain.blocks[number].name}."
+        assert binding is not None
+        values = self.chain.model.statistics.values()
+        return {name: v for name, v in values.items() if binding.buffers[name].startswith(prefix)}
+
+    # ---- scores ---------------------------------------------------------------------------------
+
+    def _score(self, raw: Raw, step: int) -> dict[str, Any]:
+        """Score the selection split once, and log the scores with the coefficients."""
         record = self.job.step("scores", {"scores": "selection"})
         if record.result is not None:
             return record.result
@@ -355,36 +422,92 @@ class Layers:
                     self.job.root, logger=self._loggers or False, precision="32-true", max_time=None
                 )
             )
-            network = FinishedMerge(
-                self.chain, self.tasks, partial(self._finished, prefixes, parts), self.activations
-            )
+        found: Scores = {}
+        if self.chain.gives_logits:
+            self.job.say("scoring the merge on the selection split, block by block")
+            batches = partial(self._selection, trainer.limit_val_batches)
             experts = bool(self.job.options.get("score_experts", True))
-            module = ScoreModule(network, self.job.objective, experts, step, prefixes.moved)
-            if self.chain.gives_logits:
-                loaders = self.job.data.evaluation_loaders("selection")
-                trainer.validate(module, dataloaders=loaders, verbose=False)
-                self.activations.close()
-            else:
-                self.job.say("not scored: the network gives no logits")
-        folder = trainer.log_dir
+            found = score(self._weights, self.job.objective, batches, self.activations, experts)
+            self.activations.close()
+        else:
+            self.job.say("not scored: the network gives no logits")
+        self._log_scores(found, raw, step, trainer.log_dir)
+        results = {"selection": found} if found else {}
+        record.finish(results)
+        trim_heap()
+        return results
+
+    def _log_scores(self, found: Scores, raw: Raw, step: int, folder: str | None) -> None:
+        logged = {}
+        for task, values in found.items():
+            for name, value in values.items():
+                whole = task == "average" and name == "loss"
+                key = "selection/loss" if whole else f"selection/{task}/{name}"
+                logged[key] = torch.tensor(value).item()  # in float32, as a trainer logs
         for callback in self._coefficients:
             callback.write(self._loggers, folder, self.plan, raw, step)
             if folder:
                 callback.draw(folder, self.plan, raw)
         for logger in self._loggers:
+            if logged:
+                logger.log_metrics(logged, step=step)
             logger.save()
-        record.finish(module.results)
-        trim_heap()
-        return module.results
+
+    def _selection(self, limit: float) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield placed batches of the selection split with their tasks.
+
+        Args:
+            limit: the trainer's `limit_val_batches`: batches per task, or a share of them.
+        """
+        loaders = self.job.data.evaluation_loaders("selection")
+        for task, loader in zip(self.tasks, loaders, strict=True):
+            share = max(int(limit * len(loader)), int(limit > 0))
+            count = limit if isinstance(limit, int) else share
+            for batch in islice(loader, count):
+                yield task, self.chain.moved(batch)
 
 
-def _first(chosen: Sequence[Any]) -> Any:
-    return chosen[0]
+def require_permuted(alignment: AbstractAlignment | None, plan: Plan | None = None) -> None:
+    """Reject an alignment that mixes units.
+
+    A block is matched to hidden features of an expert. A permuted expert computes them, in the
+    merge's order; a mixed one computes something else, and the expert's own are in another basis.
+
+    Args:
+        alignment: the recipe's.
+        plan: the opened recipe, whose maps are looked at; default: what the alignment declares.
+    """
+    if alignment is None:
+        return
+    found = "may mix units" if alignment.mixes_units else ""
+    if plan is not None:
+        mixed = [name for name, view in plan.serving.items() if original_of(view) is not view]
+        found = f"mixes units of {shorten(mixed)}" if mixed else ""
+    if found:
+        raise ConfigError(
+            f"LayerWise: alignment {type(alignment).__name__} {found}, expected one that permutes "
+            "them: each block is matched to an expert's hidden features, and a mixed source has "
+            "others. Take WeightMatching or ActivationMatching, or learn end to end: leave "
+            "`driver` out."
+        )
+
+
+def _without_buffers(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in found.items() if not name.startswith(_BUFFER)}
+
+
+def _require_finite(name: str, losses: Sequence[float]) -> None:
+    """Stop at a block whose loss is not finite: all that follow would be learned from it."""
+    if not all(torch.isfinite(torch.tensor(losses))):
+        raise ConfigError(
+            f"LayerWise: the loss of block {name} went from {losses[0]:g} to {losses[-1]:g}. Lower "
+            "the learning rate (optimizer), or start nearer to the sources (recipe.init)."
+        )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a trainer's greetings: there is one for each block."""
+    """Silence a trainer's greetings: there is one for each block."""
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     log.setLevel(logging.WARNING)
