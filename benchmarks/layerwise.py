@@ -123,8 +123,8 @@ def watch(result: dict[str, float]) -> None:
     """Have the driver record what it holds of hidden states, and what autograd saves."""
     import torch
 
+    from gradmerge.drivers.layerwise.activations import Activations
     from gradmerge.drivers.layerwise.block import MergedBlock
-    from gradmerge.drivers.layerwise.cache import Activations
 
     put, accumulate = Activations.put, MergedBlock.accumulate
 
@@ -148,8 +148,8 @@ def watch(result: dict[str, float]) -> None:
         result["saved"] = max(result["saved"], float(saved))
         return value
 
-    def counting(self: MergedBlock, losses: Any, raws: Any) -> Any:
-        return accumulate(self, [partial(counted, self, loss) for loss in losses], raws)
+    def counting(self: MergedBlock, losses: Any) -> Any:
+        return accumulate(self, [partial(counted, self, loss) for loss in losses])
 
     Activations.put = watched  # type: ignore[method-assign]
     MergedBlock.accumulate = counting  # type: ignore[method-assign]
@@ -159,34 +159,39 @@ def scoring(folder: Path, batches: int, tokens: int, runs: int) -> dict[str, flo
     """Return the least seconds of each way to score the same batches, in turn, in this process."""
     import torch
 
-    from gradmerge.drivers.layerwise.blocks import find_blocks
-    from gradmerge.drivers.layerwise.cache import Activations
-    from gradmerge.drivers.layerwise.chain import Chain
-    from gradmerge.drivers.layerwise.scores import FinishedMerge
+    from gradmerge.drivers.layerwise.activations import Activations
+    from gradmerge.drivers.layerwise.block import MergedWeights
+    from gradmerge.drivers.layerwise.chain import Chain, find_blocks
+    from gradmerge.drivers.layerwise.files import Starts
+    from gradmerge.drivers.layerwise.scores import score
     from gradmerge.engine.opening import open_plan
+    from gradmerge.objectives import Objective
 
     plan = open_plan(recipe_of(folder))
-    chain = Chain(plan, find_blocks(plan, None), torch.float32, torch.device("cpu"))
+    chain = Chain(plan, find_blocks(plan), torch.float32, torch.device("cpu"))
     torch.manual_seed(0)
     drawn = torch.randint(3, 1000, (batches, BATCH, tokens))
-    asked = [(SOURCES[i % 2], {"input_ids": ids}) for i, ids in enumerate(drawn)]
+    asked = [(SOURCES[i % 2], {"input_ids": ids, "labels": ids}) for i, ids in enumerate(drawn)]
     chain.verify({"input_ids": drawn[0, :1]}, SOURCES[0])
-    raw = plan.initial_raw()
+    starts = Starts(plan, torch.float32)
+    raw = {slot: starts.one(shared) for slot, shared in starts.slots(plan.learned).items()}
+    weights = MergedWeights(chain, raw)
 
-    def read(source: str, name: str) -> torch.Tensor:
-        return plan.materialise(name, raw, torch.float32)
+    def whole() -> None:
+        for task, batch in asked:
+            with chain.model.as_weights(partial(weights.read, task, finished=True)):
+                chain.run_network(batch)
+
+    def by_blocks() -> None:
+        store = Activations(Path(work) / "activations", 2**32)
+        score(weights, Objective(), lambda: asked, store, experts=False)
 
     taken: dict[str, list[float]] = {"whole": [], "by blocks": []}
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=folder) as work:
         for _ in range(runs):
-            for way, seconds in taken.items():
-                store = Activations(Path(work) / "activations", 2**32)
-                network = FinishedMerge(chain, {name: name for name in SOURCES}, read, store)
+            for way, seconds in zip((whole, by_blocks), taken.values(), strict=True):
                 began = time.perf_counter()
-                if way == "by blocks":
-                    network.pass_blocks(asked)
-                for task, inputs in asked:
-                    network(task=task, **inputs)
+                way()
                 seconds.append(time.perf_counter() - began)
     return {way: min(seconds) for way, seconds in taken.items()}
 
