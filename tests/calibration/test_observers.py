@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradmerge.calibration.observers import without_padding
-from gradmerge.calibration.repair.layers import is_plain
+from gradmerge.calibration.observers import is_plain, without_padding
 
 
 def mask_of(batch: int, tokens: int) -> torch.Tensor:

@@ -7,13 +7,15 @@ the patches below the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from gradmerge.engine.plan import Plan
 from gradmerge.sources.skeleton import input_axis
@@ -63,6 +65,9 @@ def is_linear(module: nn.Module) -> bool:
     """Whether a module is a layer that is linear in its weight."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
     return isinstance(module, kinds) or _is_conv1d_of_transformers(module)
+
+
+_KINDS = ("torch.nn.modules.linear", "torch.nn.modules.conv", "transformers.pytorch_utils")
 
 
 def input_rows(module: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:
@@ -164,26 +169,20 @@ def _patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
     return split.permute(1, 0, 3, 2).flatten(1, 2)
 
 
-def is_linear_in_its_weight(module: Any, inputs: Tensor, output: Tensor, axis: int) -> bool:
-    """Whether an output is the layer's inputs times its stored weight, plus its bias (to
-    `tolerance_of`); of the first example, where there are several.
+def is_plain(module: Any, args: Any, kwargs: Mapping[str, Any], output: Tensor) -> bool:
+    """Return whether an output is what the layer's kind makes of its input, stored weight and bias
+    (to `tolerance_of`). It is not with weight standardisation, or with a scale of the layer's own.
     """
-    kernel = _kernel(module)
-    of_channels = output.shape[-1 - len(kernel)] if output.dim() == inputs.dim() else None
-    if kernel and of_channels != module.out_channels:
+    kind: Any = next(kind for kind in type(module).__mro__ if kind.__module__ in _KINDS)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):  # `forward` calls a subclass's
+        inputs = first_argument(args, kwargs)
+        expected = kind._conv_forward(module, inputs, module.weight, module.bias)
+    else:
+        expected = kind.forward(module, *args, **kwargs)
+    if expected.shape != output.shape:
         return False
-    if _has_batch(module, inputs):
-        inputs, output = inputs[:1], output[:1]
-    rows = input_rows(module, inputs.float() if inputs.element_size() < 4 else inputs, None)
-    weight = module.weight.detach().to(rows)
-    weight = weight.mT if axis == 0 else weight
-    expected = rows @ weight.reshape(len(rows), -1, rows.shape[-1]).mT
-    if module.bias is not None:
-        expected = expected + module.bias.detach().to(rows).reshape(len(rows), 1, -1)
-    got = output_rows(module, output.detach(), None).to(expected)
-    if got.shape != expected.shape:
-        return False
-    return float((got - expected).norm()) <= tolerance_of(output) * float(expected.norm())
+    apart = (output.detach().float() - expected.detach().float()).norm()
+    return float(apart) <= tolerance_of(output) * float(expected.detach().float().norm())
 
 
 def tolerance_of(output: Tensor) -> float:
@@ -191,6 +190,37 @@ def tolerance_of(output: Tensor) -> float:
     convolutions on GPUs multiply with 10 bits (TF32); 0.03 in 16 bits.
     """
     return 5e-3 if output.element_size() > 2 else 0.03
+
+
+Hook = Callable[[nn.Module, Callable[[Tensor], Any]], RemovableHandle]
+
+
+def before_call(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
+    """Show a function what a module is called with."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        see(first_argument(args, kwargs))
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def after_call(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Show a function what a module puts out; a tensor that it returns takes the output's place."""
+
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+        return see(output)
+
+    return module.register_forward_hook(hook)
+
+
+@contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end of the context."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Enough(Exception):  # noqa: N818 (it is no error)
@@ -228,21 +258,16 @@ class Grams:
         """`[batch, tokens]` of the batch that runs, 0 on padding."""
         self._verified: set[str] = set()
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Within the context forward passes (and their backward) are taken in."""
-        hooks = []
+        handles = []
         for name, layer in self._layers.items():
             for module in layer.modules:
-                hook = _before(name, self._take_input)
-                hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                handles.append(before_call(module, partial(self._take_input, name, module)))
                 take = self._take_output if self._outputs else self._verify
-                hooks.append(module.register_forward_hook(_after(name, take), with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in hooks:
-                handle.remove()
+                hook = partial(take, name)
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        return removing(handles)
 
     def _take_input(self, name: str, module: nn.Module, inputs: Tensor) -> None:
         if name in self.others:
@@ -251,17 +276,18 @@ class Grams:
         _add(self.inputs, name, rows.mT @ rows)
         self.rows[name] = self.rows.get(name, 0) + rows.shape[1]
 
-    def _verify(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+    def _verify(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """Leave the layer out unless its first output is `x W^T + b`."""
         if name in self._verified or name in self.others or not output.numel():
             return
         self._verified.add(name)
-        if not is_linear_in_its_weight(module, inputs, output, self._layers[name].axis):
+        if not is_plain(module, args, kwargs, output):
             self.others.add(name)
             self.inputs.pop(name, None)
             self.rows.pop(name, None)
 
-    def _take_output(self, name: str, module: nn.Module, _: Tensor, output: Tensor) -> None:
+    def _take_output(self, name: str, module: nn.Module, *_: Any) -> None:
+        output: Tensor = _[-1]
         if not output.requires_grad:
             return
         mask = self.mask
@@ -271,22 +297,6 @@ class Grams:
             _add(self.outputs, name, rows.mT @ rows)
 
         output.register_hook(take)
-
-
-def _before(name: str, take: Callable[[str, nn.Module, Tensor], None]) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        take(name, module, first_argument(args, kwargs))
-
-    return hook
-
-
-def _after(name: str, take: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Any:
-    def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
-    ) -> None:
-        take(name, module, first_argument(args, kwargs), output)
-
-    return hook
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
