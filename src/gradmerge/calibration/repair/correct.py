@@ -151,13 +151,13 @@ class Renormalisation:
         """Measure every layer when it is called, and correct its output for those behind it."""
 
         def enter(layer: Layer, moments: Moments, batch: Tensor) -> None:
-            moments.take(batch)
+            moments.add(batch)
             if self._recomputes:
-                moments.write(layer.module)  # type: ignore[arg-type]
+                moments.write(layer.module)
 
         def leave(layer: Layer, moments: Moments, output: Tensor) -> Tensor:
             if not layer.is_norm:
-                moments.take(layer.channels(output, run.mask))
+                moments.add(layer.channels(output, run.mask))
             self._settle(layer, moments)
             correction = _of_output(layer, output, self._corrections)
             return output if correction is None else correction(output)
@@ -180,7 +180,7 @@ class Renormalisation:
         which become its statistics first).
         """
         if layer.is_norm and self._recomputes:
-            moments.write(layer.module)  # type: ignore[arg-type]
+            moments.write(layer.module)
         if layer.weight is None or not moments.rows:
             return
         if any(layer.weight not in own for own in self._own.values()):

@@ -35,7 +35,7 @@ def measure(
 
     def take(layer: Layer, values: Tensor) -> None:
         calls[layer.place] += 1
-        moments[layer.place].take(layer.channels(values.detach(), mask))
+        moments[layer.place].add(layer.channels(values.detach(), mask))
         if len(calls) == len(layers) and not whole:
             raise Enough
 
