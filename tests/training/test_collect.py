@@ -451,7 +451,7 @@ def test_statistics_say_what_they_are_of_and_are_refused_for_anything_else(tmp_p
     ("steps", "tasks", "message"),
     [
         ([Trim()], "ab", "no step of this recipe needs statistics"),
-        ([RegMean()], "a", "no task is of the sources b"),
+        ([RegMean()], "a", "no task belongs to the sources b"),
         ([Trim(), RegMean(activations="merged")], "ab", "must be the first step"),
         ([FisherScale(), FisherScale(seed=1)], "ab", "collected in different ways"),
     ],
