@@ -101,8 +101,8 @@ def test_products_with_ten_bits_are_plain_and_a_transformed_weight_is_not(
         weight.copy_(used)
         outputs.append(layer(ten_bits(x)))
     weight.copy_(stored)
-    came = [is_plain(layer, (x,), {}, output) for output in outputs]
-    assert came == [True, False]
+    got = [is_plain(layer, (x,), {}, output) for output in outputs]
+    assert got == [True, False]
 
 
 class Tokens(nn.Conv2d):

@@ -63,7 +63,7 @@ class Survey:
 
 
 def survey_of(merged: MergedModel, repair: REPAIR, runs: Sequence[Run]) -> Survey:
-    """Sort the layers by what they do in passes over all batches.
+    """Find the layers to correct from passes over all batches.
 
     Args:
         merged: the merged model, with any weights in place.
@@ -73,7 +73,7 @@ def survey_of(merged: MergedModel, repair: REPAIR, runs: Sequence[Run]) -> Surve
     Raises:
         ConfigError: batches call the layers in contradicting orders.
     """
-    layers, left = layers_of(merged)
+    layers, others = layers_of(merged)
     flow = Dataflow(merged.skeleton, layers)
     for run in runs:
         flow.record(run.call)
@@ -81,6 +81,7 @@ def survey_of(merged: MergedModel, repair: REPAIR, runs: Sequence[Run]) -> Surve
     for sequence in flow.passes:
         times |= Counter(place for place, _ in sequence)
     kept: dict[str, Layer] = {}
+    left: dict[str, str] = {}
     for place, calls in times.items():
         layer = layers[place]
         why = _reason(merged, repair, layer, calls, flow)
@@ -94,7 +95,7 @@ def survey_of(merged: MergedModel, repair: REPAIR, runs: Sequence[Run]) -> Surve
     for layer in layers.values():
         if layer.weight is not None and layer.weight not in reached:
             left[layer.weight] = "no pass calls it"
-    return Survey(_stages(kept, flow), left)
+    return Survey(_stages(kept, flow), left | others)
 
 
 def _reason(
