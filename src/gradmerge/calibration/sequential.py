@@ -24,7 +24,16 @@ from gradmerge.sources.collected import Statistic
 
 
 class Stages(Passes):
-    """Passes whose inputs come through layers that are already merged."""
+    """Passes of a step, whose inputs may come through layers that are already merged."""
+
+    def collect(self, step: AbstractPreprocess) -> None:
+        """Write the statistics that a step needs."""
+        if self.needs.kind == "fisher":
+            self.fisher()
+        elif self.needs.activations == "merged":
+            self.grams_through_merged_layers(step)
+        else:
+            self.grams()
 
     def grams_through_merged_layers(self, step: AbstractPreprocess) -> None:
         """Collect the Gram matrices of each block's layers on inputs from the blocks merged before

@@ -89,27 +89,9 @@ def collect(
         order = recipe.alignment
         aligned = None if order is None or order.is_identity else to_plain(order)
         for step in steps:
-            plan = engine.merged.plan
-            tasks = _tasks_of_sources(plan.source_names, data)
-            needs = step.needs
-            assert needs is not None
-            run = Stages(engine.merged, _loaders(data), tasks, needs, work, report)
-            if needs.kind == "fisher":
-                run.fisher()
-            elif needs.activations == "merged":
-                run.grams_through_merged_layers(step)
-            else:
-                run.grams()
-            sources = {
-                name: {"fingerprint": plan.fingerprints[name], **asdict(found)}
-                for name, found in run.found.items()
-            }
-            index["collected"][needs.kind] = {
-                "needs": asdict(needs),
-                "step": to_plain(step),
-                "alignment": aligned,
-                "sources": sources,
-            }
+            assert step.needs is not None
+            found = _of_step(step, engine, data, work, report)
+            index["collected"][step.needs.kind] = {**found, "alignment": aligned}
         (work / INDEX).write_text(json.dumps(index, indent=1) + "\n")
         take_name(work, target, overwrite)
     finally:
@@ -187,6 +169,26 @@ def _tasks_of_sources(sources: Sequence[str], data: MergeDataModule) -> dict[str
             "`source`."
         )
     return tasks
+
+
+def _of_step(
+    step: AbstractPreprocess,
+    engine: MergeModule,
+    data: MergeDataModule,
+    work: Path,
+    report: Report,
+) -> dict[str, Any]:
+    """Collect a step's statistics; each source runs on its own tasks' data."""
+    assert step.needs is not None
+    plan = engine.merged.plan
+    tasks = _tasks_of_sources(plan.source_names, data)
+    run = Stages(engine.merged, _loaders(data), tasks, step.needs, work, report)
+    run.collect(step)
+    sources = {
+        name: {"fingerprint": plan.fingerprints[name], **asdict(found)}
+        for name, found in run.found.items()
+    }
+    return {"needs": asdict(step.needs), "step": to_plain(step), "sources": sources}
 
 
 def _of_units(

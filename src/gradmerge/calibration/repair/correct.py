@@ -63,11 +63,11 @@ class Renormalisation:
         """Measure a source's layers, and leave those alone that it calls several times per pass."""
         layers = self.survey.layers
         with self._merged.as_source(source):
-            moments, calls = measure(layers, runs, whole=True, norms=after_call)
+            found = measure(layers, runs, whole=True, norms=after_call)
         for layer in layers:
-            if (count := calls[layer.place]) > 1:
+            if (count := found.calls[layer.place]) > 1:
                 self.survey.leave(layer, f"source {source} calls it {count} times a pass", count)
-        every = ((layer, moments[layer.place]) for layer in layers)
+        every = ((layer, found.moments[layer.place]) for layer in layers)
         return {str(layer.weight): (m.mean, m.deviation) for layer, m in every if m.rows}
 
     def targets(self, layer: Layer) -> tuple[Tensor, Tensor]:
@@ -142,9 +142,9 @@ class Renormalisation:
                     calls = [run.call for run in runs]
                     self._merged.statistics.recompute(calls, [stage[0].module])
                 continue
-            moments, _ = measure(stage, runs, whole=stage is self.survey.stages[-1])
+            found = measure(stage, runs, whole=stage is self.survey.stages[-1])
             for layer in stage:
-                self._settle(layer, moments[layer.place])
+                self._settle(layer, found.moments[layer.place])
                 weights.changed(layer)
 
     def _correct_on_the_fly(self, layers: Sequence[Layer], run: Run) -> None:

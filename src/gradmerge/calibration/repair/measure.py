@@ -9,8 +9,17 @@ from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
-from gradmerge.calibration.observers import Enough, Hook, after_call, before_call, removing
+from gradmerge.calibration.observers import (
+    Enough,
+    Hook,
+    Observer,
+    after_call,
+    before_call,
+    removing,
+)
 from gradmerge.calibration.repair.layers import Layer
 from gradmerge.calibration.repair.survey import Run
 from gradmerge.engine.buffers import Moments
@@ -19,38 +28,52 @@ from gradmerge.errors import ConfigError
 
 def measure(
     layers: Sequence[Layer], runs: Sequence[Run], whole: bool = False, norms: Hook = before_call
-) -> tuple[dict[str, Moments], Counter[str]]:
-    """Return moments of what layers put out, by place, and their most calls per pass.
+) -> Channels:
+    """Observe layers in passes with the weights in place.
 
     Args:
         layers: the layers.
-        runs: the passes, with the weights in place.
+        runs: the passes.
         whole: whether a pass goes on when all layers have been called.
         norms: whether moments of a BatchNorm are of its inputs or of its outputs.
     """
-    moments = {layer.place: Moments() for layer in layers}
-    mask: Tensor | None = None
-    calls: Counter[str] = Counter()
-    most: Counter[str] = Counter()
-
-    def take(layer: Layer, values: Tensor) -> None:
-        calls[layer.place] += 1
-        moments[layer.place].add(layer.channels(values.detach(), mask))
-        if len(calls) == len(layers) and not whole:
-            raise Enough
-
-    handles = [
-        (norms if layer.is_norm else after_call)(layer.module, partial(take, layer))
-        for layer in layers
-    ]
-    with removing(handles):
+    channels = Channels(layers, whole, norms)
+    with channels.watching():
         for run in runs if layers else ():
-            mask = run.mask
-            calls.clear()
+            channels.mask = run.mask
             with suppress(Enough):
                 run.call()
-            most |= calls
-    return moments, most
+            channels.end_pass()
+    return channels
+
+
+class Channels(Observer):
+    """Moments of what layers put out, and their calls."""
+
+    def __init__(self, layers: Sequence[Layer], whole: bool, norms: Hook) -> None:
+        self._layers, self._whole, self._norms = layers, whole, norms
+        self._calls: Counter[str] = Counter()
+        self.moments = {layer.place: Moments() for layer in layers}
+        """By place."""
+        self.calls: Counter[str] = Counter()
+        """Most calls per pass, by place."""
+
+    @override
+    def hooks(self) -> Iterator[RemovableHandle]:
+        for layer in self._layers:
+            hook = self._norms if layer.is_norm else after_call
+            yield hook(layer.module, partial(self._add, layer))
+
+    def _add(self, layer: Layer, values: Tensor) -> None:
+        self._calls[layer.place] += 1
+        self.moments[layer.place].add(layer.channels(values.detach(), self.mask))
+        if len(self._calls) == len(self._layers) and not self._whole:
+            raise Enough
+
+    def end_pass(self) -> None:
+        """Count the calls of the next pass anew."""
+        self.calls |= self._calls
+        self._calls.clear()
 
 
 @contextmanager
