@@ -42,7 +42,7 @@ def written(folder, index, group):
 
 
 def explicit(model, data, see):
-    """What `see` gives of a model's batches, all rows together, `[rows, units]` in float64."""
+    """Return `see` of all of a model's batches together, `[rows, units]` in float64."""
     rows = []
     with torch.no_grad():
         for loader in data.evaluation_loaders("adaptation"):

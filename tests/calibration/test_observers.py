@@ -1,4 +1,4 @@
-"""Which rows are padding, by the sizes of what layers give; which layers are plain."""
+"""Rows of padding, identified by the sizes of outputs; plain and other layers."""
 
 from __future__ import annotations
 

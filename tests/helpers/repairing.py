@@ -156,7 +156,7 @@ def channels(model, batches, places):
 
 
 def averages(models, batches, places, weights=None):
-    """What the channels shall have."""
+    """The targets of the channels: means over the models."""
     weights = weights or [1 / len(models)] * len(models)
     own = [channels(model, batches, places) for model in models]
     return {

@@ -163,7 +163,7 @@ def token_data(tasks, padded):
 
 
 def inputs_of(model, name, data, task):
-    """What a module of a real network is called with, without rows of padding."""
+    """Return the inputs of a module of a real network, without rows of padding."""
     seen = []
     hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():

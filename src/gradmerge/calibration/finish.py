@@ -105,9 +105,9 @@ class Finishing:
             merged.raw.values()
         ):
             raise ConfigError(
-                "REPAIR takes the tasks' adaptation data, and there is no MergeDataModule to "
-                "give it. Train and evaluate with one, call `refresh_buffers(data)`, or leave "
-                "REPAIR out of `finalisers`."
+                "REPAIR takes the tasks' adaptation data, but there is no MergeDataModule. Train "
+                "and evaluate with one, call `refresh_buffers(data)`, or leave REPAIR out of "
+                "`finalisers`."
             )
 
 

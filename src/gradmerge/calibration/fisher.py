@@ -36,7 +36,7 @@ Report = Callable[[str], None]
 
 @dataclass
 class Found:
-    """What was written for one source."""
+    """The record of what was written for one source."""
 
     tasks: list[str]
     examples: int = 0

@@ -23,7 +23,7 @@ class FinalSite:
     sources: Callable[[], list[Tensor]]
     """`theta_k` of every source, before any preprocess."""
     facts: dict[str, float] = field(default_factory=dict, repr=False)
-    """What a finaliser keeps about the sources from call to call."""
+    """Facts about the sources that a finaliser keeps from call to call."""
 
 
 class AbstractFinaliser(ABC):
@@ -31,7 +31,7 @@ class AbstractFinaliser(ABC):
 
     # without annotations: the parser would look for their names in a subclass's module
     needs_data = False
-    """Whether it has to be computed on data first."""
+    """True if it has to be computed on data first."""
 
     @abstractmethod
     def finish(self, theta: Tensor, site: FinalSite) -> Tensor:

@@ -41,13 +41,13 @@ class Finalisation:
         self.coefficients: list[int] = []
         """Checksums of the coefficients that the corrections belong to."""
         self.report: dict[str, Any] = {}
-        """What was corrected, as plain data."""
+        """The corrected layers and those left alone, as plain data."""
         self.version = 0
         """Changes with the corrections."""
 
     @property
     def active(self) -> bool:
-        """Whether there is any finaliser."""
+        """True if there is any finaliser."""
         return bool(self.finalisers)
 
     def __call__(self, name: str, theta: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Needs:
     `X^T X`, and `D^T D` of the gradients of the layer's outputs; activations: moments of units,
     which alignments compare."""
     activations: Literal["source", "merged"] = "source"
-    """Where a layer's inputs come from: the source itself, or the layers merged before."""
+    """The origin of a layer's inputs: the source itself, or the layers merged before."""
     labels: Literal["model", "data"] = "model"
     """Labels of the gradients: drawn from the source's own predictions, or the data's."""
     per: Literal["example", "batch"] = "example"

@@ -1,4 +1,4 @@
-"""What REPAIR folds into the weights: targets, order of finalisers, one pass or many."""
+"""The corrections that REPAIR folds in: targets, order of finalisers, one pass or many."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ class Detector(nn.Module):
 
 
 def test_no_output_of_the_network_is_corrected():
-    """What gives an output keeps the average of the sources, whichever was called last."""
+    """Output layers keep the average of the sources, whichever was called last."""
     models, batches = networks(Detector), images(16, 5)
     merged, found = repaired(models, batches)
     assert found.survey.left == {

@@ -42,7 +42,7 @@ class Layer:
 
     @property
     def is_norm(self) -> bool:
-        """Whether it is a BatchNorm."""
+        """True for a BatchNorm."""
         return isinstance(self.module, _BatchNorm)
 
     def channels(self, output: Tensor, mask: Tensor | None) -> Tensor:

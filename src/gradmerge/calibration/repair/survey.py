@@ -1,4 +1,4 @@
-"""Which layers REPAIR corrects, and in which order: what passes over the data show."""
+"""The layers that REPAIR corrects, and their order, from passes over the data."""
 
 from __future__ import annotations
 
