@@ -43,7 +43,7 @@ def written(folder, index, group):
 
 
 def explicit(model, data, see):
-    """What `see` gives of a model's batches, all rows together, `[rows, units]` in float64."""
+    """Return `see` of all of a model's batches together, `[rows, units]` in float64."""
     rows = []
     with torch.no_grad():
         for loader in data.evaluation_loaders("adaptation"):
@@ -77,17 +77,17 @@ def test_moments_are_those_of_all_rows_at_once(tmp_path, memory):
         rows = [np.concatenate(of) for of in places]
         # covariances are those within places, each about its own mean
         apart = [np.concatenate([place - place.mean(0) for place in of]) for of in places]
-        came = written(tmp_path, index, group)
+        got = written(tmp_path, index, group)
         assert index[group]["rows"] == len(rows[0]) == 20 * len(every)
         for i in range(3):
-            np.testing.assert_allclose(came[f"mean-{i}"], rows[i].mean(0), atol=1e-12)
+            np.testing.assert_allclose(got[f"mean-{i}"], rows[i].mean(0), atol=1e-12)
             for j in range(i, 3):
-                moment = came[f"cross-{i}-{j}" if i < j else f"square-{i}"]
-                covariance = moment - np.outer(came[f"mean-{i}"], came[f"mean-{j}"])
+                moment = got[f"cross-{i}-{j}" if i < j else f"square-{i}"]
+                covariance = moment - np.outer(got[f"mean-{i}"], got[f"mean-{j}"])
                 expected = apart[i].T @ apart[j] / len(rows[i])
                 np.testing.assert_allclose(covariance, expected, atol=1e-12)
                 spread = [
-                    np.sqrt(came[f"square-{k}"].diagonal() - came[f"mean-{k}"] ** 2) for k in (i, j)
+                    np.sqrt(got[f"square-{k}"].diagonal() - got[f"mean-{k}"] ** 2) for k in (i, j)
                 ]
                 expected = np.corrcoef(apart[i], apart[j], rowvar=False)[:8, 8:]
                 np.testing.assert_allclose(covariance / np.outer(*spread), expected, atol=1e-10)
@@ -102,14 +102,14 @@ def test_a_reference_runs_once_a_batch_and_every_pair_as_often_as_it_must(tmp_pa
     to_second = [("b", name) for name in "acd"]
     index = run.units([BODY], to_second)
     assert len(calls) == 4 * 4  # four batches, four sources
-    came = written(tmp_path, index, "body")
-    assert {key for key in came if key.startswith("cross")} == {
+    got = written(tmp_path, index, "body")
+    assert {key for key in got if key.startswith("cross")} == {
         "cross-1-0",
         "cross-1-2",
         "cross-1-3",
     }
     one, two = (explicit(model, data, of_body) for model in (models[2], models[1]))
-    np.testing.assert_allclose(came["cross-1-0"], one.T @ two / len(one), atol=1e-12)
+    np.testing.assert_allclose(got["cross-1-0"], one.T @ two / len(one), atol=1e-12)
     calls.clear()
     run.units([BODY], every_pair("abcd"))
     assert len(calls) == 4 * (4 + 3 + 2)
@@ -169,10 +169,10 @@ def test_rows_of_padding_do_not_count_and_factors_are_told_apart(tmp_path, famil
     rows_a_token = {"up": 1, "heads": 1, "within": 1, "last": 1, "fixed": 8}
     for group, (place, see) in cut.items():
         a, b = (see(whole[k, place]) for k in range(2))
-        came = written(tmp_path, index, group)
+        got = written(tmp_path, index, group)
         assert index[group]["rows"] == len(a) == tokens * rows_a_token[group]
-        np.testing.assert_allclose(came["cross-0-1"], a.T @ b / len(a), atol=1e-5)
-        np.testing.assert_allclose(came["square-1"], b.T @ b / len(b), atol=1e-5)
+        np.testing.assert_allclose(got["cross-0-1"], a.T @ b / len(a), atol=1e-5)
+        np.testing.assert_allclose(got["square-1"], b.T @ b / len(b), atol=1e-5)
 
 
 def test_channels_of_a_convolution_count_positions_as_rows():

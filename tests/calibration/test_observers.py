@@ -1,4 +1,4 @@
-"""Which rows are padding, by the sizes of what layers give; which layers are plain."""
+"""Rows of padding, identified by the sizes of outputs; plain and other layers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradmerge.calibration.observers import without_padding
-from gradmerge.calibration.repair.layers import is_plain
+from gradmerge.calibration.observers import is_plain, without_padding
 
 
 def mask_of(batch: int, tokens: int) -> torch.Tensor:
@@ -102,8 +101,8 @@ def test_products_with_ten_bits_are_plain_and_a_transformed_weight_is_not(
         weight.copy_(used)
         outputs.append(layer(ten_bits(x)))
     weight.copy_(stored)
-    came = [is_plain(layer, (x,), {}, output) for output in outputs]
-    assert came == [True, False]
+    got = [is_plain(layer, (x,), {}, output) for output in outputs]
+    assert got == [True, False]
 
 
 class Tokens(nn.Conv2d):

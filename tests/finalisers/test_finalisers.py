@@ -69,16 +69,16 @@ def test_norms_of_matrices_are_those_of_the_sources(kind, origin, target):
         sources = [model.state_dict()[name].double() for model in models]
         origins = {"base": sources[0], "zero": torch.zeros(()), "mean": sum(sources[1:]) / 3}
         anchor = origins[origin]
-        came = finished.materialise(name, raw, torch.float64)
+        got = finished.materialise(name, raw, torch.float64)
         before = plain.materialise(name, raw, torch.float64)
-        if came.dim() < 2:
-            assert torch.equal(came, before)
+        if got.dim() < 2:
+            assert torch.equal(got, before)
             continue
         norms = [norm_of(source - anchor, kind) for source in sources[1:]]
         wanted = max(norms) if target == "max" else sum(norms) / 3
-        assert norm_of(came - anchor, kind) == pytest.approx(wanted, rel=1e-5)
+        assert norm_of(got - anchor, kind) == pytest.approx(wanted, rel=1e-5)
         assert norm_of(before - anchor, kind) < 0.9 * wanted, "an average is smaller"
-        cosine = torch.cosine_similarity((came - anchor).flatten(), (before - anchor).flatten(), 0)
+        cosine = torch.cosine_similarity((got - anchor).flatten(), (before - anchor).flatten(), 0)
         assert cosine == pytest.approx(1, abs=1e-9), "its direction stays"
 
 
@@ -137,14 +137,14 @@ def test_rescaling_by_depth_is_rescaling_coefficients(origin):
     raw = open_plan(own).initial_raw()
     for name, depth in DEPTHS.items():
         assert depth_of(name, DEPTHS) == depth
-        came = finished.materialise(name, raw, torch.float64)
+        got = finished.materialise(name, raw, torch.float64)
         by_coefficients = ramp.materialise(name, ramp.initial_raw(), torch.float64)
-        torch.testing.assert_close(came, by_coefficients, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(got, by_coefficients, rtol=1e-6, atol=1e-7)
         theta = [model.state_dict()[name].double() for model in models]
         anchor = theta[0] if origin == "base" else torch.zeros(())
         factor = 0.4 * (0.5 + depth)
         expected = anchor + factor * sum(each - anchor for each in theta[1:])
-        torch.testing.assert_close(came, expected, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_two_finalisers_multiply_and_frozen_tensors_stay():
@@ -287,8 +287,8 @@ def test_a_checkpoint_keeps_corrections(tmp_path, text):
     assert set(state["corrections"]["bert.pooler.dense.weight"]) == {"scale", "axis"}
     loaded = MergeModule.load_from_checkpoint(path)
     examples = rows(4)
-    came, wanted = logits(loaded.merged, examples), logits(module.merged, examples)
-    assert torch.equal(came, wanted)
+    got, wanted = logits(loaded.merged, examples), logits(module.merged, examples)
+    assert torch.equal(got, wanted)
     loaded.refresh_buffers()  # without data: the checkpoint's are of these coefficients
     again = MergeModule.load_from_checkpoint(path)
     with torch.no_grad():
@@ -336,11 +336,11 @@ def test_before_heads_of_tasks_the_last_shared_layer_is_corrected(tmp_path, memo
     x = torch.stack(rows)
     raw = module.merged.raw
     weight, bias = (module.merged.plan.materialise(f"body.{n}", raw) for n in ("weight", "bias"))
-    came = (x @ weight.T + bias).double()
+    got = (x @ weight.T + bias).double()
     own = [model.body(x).detach().double() for model in models[1:]]
-    torch.testing.assert_close(came.mean(0), sum(y.mean(0) for y in own) / 2, rtol=0, atol=1e-4)
+    torch.testing.assert_close(got.mean(0), sum(y.mean(0) for y in own) / 2, rtol=0, atol=1e-4)
     wanted = sum(y.std(0, correction=0) for y in own) / 2
-    torch.testing.assert_close(came.std(0, correction=0), wanted, rtol=1e-4, atol=0)
+    torch.testing.assert_close(got.std(0, correction=0), wanted, rtol=1e-4, atol=0)
     for task, model in zip("ab", models[1:], strict=True):
         with torch.no_grad():
             expected = model.head((x @ weight.T + bias).tanh())
@@ -473,7 +473,7 @@ def test_they_follow_any_operator():
     name = "body.weight"
     norms = [norm_of(model.state_dict()[name], "spectral") for model in models[1:]]
     raw = plain.initial_raw()
-    came = finished.materialise(name, raw)
-    assert norm_of(came, "spectral") == pytest.approx(sum(norms) / 2, rel=1e-5)
+    got = finished.materialise(name, raw)
+    assert norm_of(got, "spectral") == pytest.approx(sum(norms) / 2, rel=1e-5)
     before = plain.materialise(name, raw)
-    torch.testing.assert_close(came / came.norm(), before / before.norm(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got / got.norm(), before / before.norm(), rtol=1e-5, atol=1e-6)

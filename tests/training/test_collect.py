@@ -47,8 +47,8 @@ def solved(every, weights):
     return torch.linalg.solve(sum(grams), right).T.float()
 
 
-def close(came, expected, **options):
-    torch.testing.assert_close(came, expected, **{"atol": 2e-5, "rtol": 2e-5, **options})
+def close(got, expected, **options):
+    torch.testing.assert_close(got, expected, **{"atol": 2e-5, "rtol": 2e-5, **options})
 
 
 # ---- rows of layers -------------------------------------------------------------------------
@@ -116,8 +116,8 @@ def test_layers_that_change_their_weight_are_averaged_and_named(tmp_path, activa
         "1 layers change their weight before use and are averaged: first.weight",
     ]
     plan = open_plan(replace(recipe, statistics=str(folder)))
-    came = plan.materialise("first.weight", plan.initial_raw())
-    close(came, (models[1].first.weight + models[2].first.weight) / 2)
+    got = plan.materialise("first.weight", plan.initial_raw())
+    close(got, (models[1].first.weight + models[2].first.weight) / 2)
 
 
 # ---- RegMean --------------------------------------------------------------------------------
@@ -125,21 +125,21 @@ def test_layers_that_change_their_weight_are_averaged_and_named(tmp_path, activa
 
 def test_regmean_of_two_layers_is_the_closed_form_on_explicit_activations(tmp_path):
     models, data = relatives(build()), vectors(count=40)
-    came = merged_by(tmp_path, models, data, RegMean(**EXACT))
+    got = merged_by(tmp_path, models, data, RegMean(**EXACT))
     a, b = models[1:]
     with torch.no_grad():
         first = [batch_of(data, task)["x"] for task in "ab"]
         second = [model.body(x).tanh() for model, x in zip((a, b), first, strict=True)]
-        close(came["body.weight"], solved(first, [a.body.weight, b.body.weight]))
-        close(came["head.weight"], solved(second, [a.head.weight, b.head.weight]))
-        close(came["body.bias"], (a.body.bias + b.body.bias) / 2)
+        close(got["body.weight"], solved(first, [a.body.weight, b.body.weight]))
+        close(got["head.weight"], solved(second, [a.head.weight, b.head.weight]))
+        close(got["body.bias"], (a.body.bias + b.body.bias) / 2)
 
 
 @pytest.mark.parametrize("origin", ["base", "zero", "mean"])
 def test_regmean_is_the_same_from_any_origin(tmp_path, origin):
     models, data = relatives(build()), vectors(count=40)
-    came = merged_by(tmp_path, models, data, RegMean(), origin=origin)
-    close(came["head.weight"], merged_by(tmp_path, models, data, RegMean())["head.weight"])
+    got = merged_by(tmp_path, models, data, RegMean(), origin=origin)
+    close(got["head.weight"], merged_by(tmp_path, models, data, RegMean())["head.weight"])
 
 
 def token_data(tasks, padded):
@@ -163,7 +163,7 @@ def token_data(tasks, padded):
 
 
 def inputs_of(model, name, data, task):
-    """What a module of a real network is called with, without rows of padding."""
+    """Return the inputs of a module of a real network, without rows of padding."""
     seen = []
     hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_regmean_of_transformers_networks(
 ):
     models, _ = family(family_name, dtype=torch.float32)
     data = token_data("ab", padded)
-    came = merged_by(tmp_path, models, data, RegMean(damping=1e-4, normalise=True))
+    got = merged_by(tmp_path, models, data, RegMean(damping=1e-4, normalise=True))
     every, weights = [], []
     for model, task in zip(models[1:], "ab", strict=True):
         x = inputs_of(model, linear, data, task).double()
@@ -198,31 +198,31 @@ def test_regmean_of_transformers_networks(
     every = [gram + damping * torch.eye(len(gram)) for gram in every]
     right = sum(g @ w for g, w in zip(every, weights, strict=True))
     expected = torch.linalg.solve(sum(every), right).float()
-    close(came[f"{linear}.weight"], expected if transposed else expected.T)
+    close(got[f"{linear}.weight"], expected if transposed else expected.T)
 
 
 @pytest.mark.parametrize("family_name", ["gpt2", "llama-tied"])
 def test_a_weight_tied_to_an_embedding_is_averaged(tmp_path, family, family_name):
     models, _ = family(family_name, dtype=torch.float32)
-    came = merged_by(tmp_path, models, token_data("ab", False), RegMean())
-    name = next(name for name in came if name.endswith(("wte.weight", "embed_tokens.weight")))
+    got = merged_by(tmp_path, models, token_data("ab", False), RegMean())
+    name = next(name for name in got if name.endswith(("wte.weight", "embed_tokens.weight")))
     a, b = (model.get_parameter(name) for model in models[1:])
-    close(came[name], (a + b) / 2)
-    assert "lm_head.weight" not in came
+    close(got[name], (a + b) / 2)
+    assert "lm_head.weight" not in got
 
 
 def test_one_source_is_itself_and_equal_data_give_the_average(tmp_path):
     models = relatives(build(), count=2)
     steps = [RegMean(), RegMean(activations="merged"), FisherScale(), MaTS(statistic="kfac")]
     for step in steps:
-        came = merged_by(tmp_path, models, vectors("a"), step)
-        for name, tensor in came.items():
+        got = merged_by(tmp_path, models, vectors("a"), step)
+        for name, tensor in got.items():
             close(tensor, models[1].get_parameter(name), msg=f"{step} {name}")
     twice = relatives(build())
     data = vectors()
     data.tasks["b"] = data.tasks["a"]
-    came = merged_by(tmp_path, twice, data, RegMean())
-    close(came["body.weight"], (twice[1].body.weight + twice[2].body.weight) / 2)
+    got = merged_by(tmp_path, twice, data, RegMean())
+    close(got["body.weight"], (twice[1].body.weight + twice[2].body.weight) / 2)
 
 
 # ---- RegMean++ ------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_regmean_pp_of_one_layer_is_regmean(tmp_path):
 
 def test_regmean_pp_takes_inputs_from_the_blocks_merged_before(tmp_path):
     models, data = relatives(build(Blocks)), vectors(count=60)
-    came = merged_by(tmp_path, models, data, RegMean(**EXACT, activations="merged"))
+    got = merged_by(tmp_path, models, data, RegMean(**EXACT, activations="merged"))
     sources = models[1:]
     whole = copy.deepcopy(sources[0])
     with torch.no_grad():
@@ -298,9 +298,9 @@ def test_regmean_pp_takes_inputs_from_the_blocks_merged_before(tmp_path):
             hidden = [whole.blocks[i](x) for x in hidden]
         merge("head", hidden)
         for name, parameter in whole.named_parameters():
-            close(came[name], parameter, atol=1e-4, rtol=1e-4, msg=name)
+            close(got[name], parameter, atol=1e-4, rtol=1e-4, msg=name)
     apart = merged_by(tmp_path, models, data, RegMean(**EXACT))
-    assert not torch.allclose(apart["head.weight"], came["head.weight"], atol=1e-3)
+    assert not torch.allclose(apart["head.weight"], got["head.weight"], atol=1e-3)
 
 
 def test_a_pass_ends_with_the_block_that_it_is_for(tmp_path, monkeypatch):
@@ -338,9 +338,9 @@ def test_fisher_is_the_mean_of_squared_gradients_of_single_examples(tmp_path):
                 squares[name] = squares[name] + parameter.grad.square() / 10
         norm = torch.cat([s.flatten() for s in squares.values()]).norm()
         for name, square in squares.items():
-            came = found.read("fisher", task, name)
-            torch.testing.assert_close(came.values["fisher"], square, atol=1e-7, rtol=1e-4)
-            assert came.norm == pytest.approx(float(norm), rel=1e-4)
+            got = found.read("fisher", task, name)
+            torch.testing.assert_close(got.values["fisher"], square, atol=1e-7, rtol=1e-4)
+            assert got.norm == pytest.approx(float(norm), rel=1e-4)
 
 
 def repeated(count, batch=8):
@@ -364,9 +364,9 @@ def test_drawn_labels_give_the_fisher_information(tmp_path, per, count):
         model.zero_grad()
         functional.cross_entropy(model(x), torch.tensor([y])).backward()
         exact = exact + chance * model.head.weight.grad.square()
-    came = found.read("fisher", "a", "head.weight").values["fisher"]
+    got = found.read("fisher", "a", "head.weight").values["fisher"]
     # 600 draws: a relative error of about 1 / sqrt(600 p) an entry
-    assert float((came - exact).norm() / exact.norm()) < 0.15
+    assert float((got - exact).norm() / exact.norm()) < 0.15
 
 
 def test_kfac_is_of_inputs_and_of_the_gradients_of_outputs(tmp_path):
@@ -409,8 +409,8 @@ def test_sources_run_with_their_own_heads(tmp_path):
         models[2].zero_grad()
         functional.cross_entropy(models[2](x[None]), label[None]).backward()
         square = square + models[2].body.weight.grad.square() / 12
-    came = SourceStatistics(folder).read("fisher", "b", "body.weight").values["fisher"]
-    torch.testing.assert_close(came, square, atol=1e-7, rtol=1e-4)
+    got = SourceStatistics(folder).read("fisher", "b", "body.weight").values["fisher"]
+    torch.testing.assert_close(got, square, atol=1e-7, rtol=1e-4)
 
 
 # ---- what is kept, and what is refused ------------------------------------------------------
@@ -451,7 +451,7 @@ def test_statistics_say_what_they_are_of_and_are_refused_for_anything_else(tmp_p
     ("steps", "tasks", "message"),
     [
         ([Trim()], "ab", "no step of this recipe needs statistics"),
-        ([RegMean()], "a", "no task is of the sources b"),
+        ([RegMean()], "a", "no task belongs to the sources b"),
         ([Trim(), RegMean(activations="merged")], "ab", "must be the first step"),
         ([FisherScale(), FisherScale(seed=1)], "ab", "collected in different ways"),
     ],

@@ -1,4 +1,4 @@
-"""Moments of the sources' units on the same batches: what alignments on data read.
+"""Moments of the sources' units on the same batches, which alignments on data read.
 
 Every batch of every task's adaptation data runs through every source, each with its own weights,
 heads and buffers, in evaluation mode.
@@ -6,69 +6,66 @@ heads and buffers, in evaluation mode.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from gradmerge.alignment.moments import plain_places
 from gradmerge.alignment.symmetry.spec import Group, Place
-from gradmerge.calibration.fisher import Passes, length
-from gradmerge.calibration.observers import without_padding
+from gradmerge.calibration.fisher import Passes
+from gradmerge.calibration.observers import Observer, after_call, mask_of, without_padding
 from gradmerge.engine.predict import Batch, rows_of
 from gradmerge.errors import ConfigError, shorten
 
-# Bytes of moments that one reading of the data may sum up; more groups take more readings.
 MEMORY = 4 << 30
-# Rows that are converted to float64 at a time.
+"""Bytes of moments that one reading of the data may sum up; more groups take more readings."""
 _ROWS = 1 << 14
+"""Rows that are converted to float64 at a time."""
 
 Pair = tuple[str, str]
 
 
 class UnitPasses(Passes):
-    """One reading of the data for as many groups as fit into memory, for all pairs of sources.
+    """Moments of as many groups as fit into memory per reading of the data, for pairs of sources.
 
-    Sums are in float64. Memory holds the sums of the groups at hand (`MEMORY` bytes, or those of a
-    single group that is larger), and the outputs of their places for one batch in two sources.
+    Sums are in float64. Memory holds the sums of the current groups (`MEMORY` bytes, or those of a
+    single larger group), and their outputs for one batch in two sources.
     """
 
     def units(
         self, groups: Sequence[Group], pairs: Sequence[Pair], memory: int = MEMORY
     ) -> dict[str, dict[str, Any]]:
-        """Write the moments of all groups that have a place, and say where each is.
+        """Write the moments of all groups that have a place, and return the index of groups.
 
         Args:
             groups: units.
             pairs: the sources whose units are compared.
             memory: bytes of moments that one reading of the data sums up.
 
-        Returns:
-            What the index says of each group.
-
         Raises:
-            ConfigError: there are no rows, or two sources' passes see different ones.
+            ConfigError: there are no rows, or passes of two sources see different ones.
         """
         seen = [group for group in groups if group.places]
         index: dict[str, dict[str, Any]] = {}
         self._moving = moving_factors(groups)
-        matrices = len(self.found) + len(pairs)
-        parts = _parts(seen, matrices, memory)
+        parts = _parts(seen, len(self.found) + len(pairs), memory)
         for number, part in enumerate(parts):
             sums = self._read(part, pairs)
             file = f"{self.needs.kind}-{number}.safetensors"
-            save_file(
-                {
-                    f"{key}:{group.name}": moment.cpu().contiguous()
-                    for group in part
-                    for key, moment in sums[group.name].tensors().items()
-                },
-                self.folder / file,
-            )
+            moments = {
+                f"{key}:{group.name}": moment.cpu().contiguous()
+                for group in part
+                for key, moment in sums[group.name].tensors().items()
+            }
+            save_file(moments, self.folder / file)
             for group in part:
                 index[group.name] = {
                     "file": file,
@@ -86,30 +83,11 @@ class UnitPasses(Passes):
     @torch.no_grad()
     def _read(self, groups: Sequence[Group], pairs: Sequence[Pair]) -> dict[str, _Sums]:
         sums = {group.name: _Sums() for group in groups}
-        examples = 0
         names = list(self.found)
-        # a common reference first, so that it runs once a batch
+        # a common reference first, so that it runs once per batch
         order = sorted(names, key=lambda name: -sum(name in pair for pair in pairs))
         for task, batch in self.batches(names[0]):
-            examples += length(batch)
-            fresh = set(names)  # whose own moments this batch has not reached yet
-            for i, first in enumerate(order):
-                others = [name for name in order[i + 1 :] if _wanted(first, name, pairs)]
-                if not others and first not in fresh:
-                    continue
-                one = self._outputs(first, task, batch, groups)
-                _add_own(sums, names, first, one, fresh)
-                for second in others:
-                    two = self._outputs(second, task, batch, groups)
-                    _add_own(sums, names, second, two, fresh)
-                    for name in sums:
-                        self._require_same(name, task, (first, one[name]), (second, two[name]))
-                        a, b = (first, second), (one[name], two[name])
-                        if a not in pairs:
-                            a, b = a[::-1], b[::-1]
-                        sums[name].add_products((names.index(a[0]), names.index(a[1])), *b)
-                    del two
-                del one
+            self._add(sums, order, pairs, task, partial(self._outputs, task, batch, groups))
         self._require_finite(sums)
         if not all(total.rows for total in sums.values()):
             raise ConfigError(
@@ -117,52 +95,71 @@ class UnitPasses(Passes):
                 "but padding."
             )
         for found in self.found.values():
-            found.examples = examples
+            found.examples = self.found[names[0]].examples
         return sums
+
+    def _add(
+        self,
+        sums: Mapping[str, _Sums],
+        order: Sequence[str],
+        pairs: Sequence[Pair],
+        task: str,
+        run: Callable[[str], dict[str, list[Tensor]]],
+    ) -> None:
+        """Add one batch, which runs through at most two sources at a time."""
+        names = list(self.found)
+        fresh = set(names)
+
+        def outputs(source: str) -> dict[str, list[Tensor]]:
+            found = run(source)
+            if source in fresh:
+                fresh.remove(source)
+                for name, total in sums.items():
+                    total.add_own(names.index(source), found[name])
+            return found
+
+        for i, first in enumerate(order):
+            others = [n for n in order[i + 1 :] if (first, n) in pairs or (n, first) in pairs]
+            one = outputs(first) if others or first in fresh else {}
+            for second in others:
+                two = outputs(second)
+                for name, total in sums.items():
+                    ours, theirs = (first, one[name]), (second, two[name])
+                    self._require_same(name, task, ours, theirs)
+                    if (first, second) not in pairs:
+                        ours, theirs = theirs, ours
+                    pair = names.index(ours[0]), names.index(theirs[0])
+                    total.add_products(pair, ours[1], theirs[1])
+                del two
+            del one
+
+    def _outputs(
+        self, task: str, batch: Batch, groups: Sequence[Group], source: str
+    ) -> dict[str, list[Tensor]]:
+        """Return the units of each group in one source, `[rows, size]` per call of a place."""
+        units = _Units(self.merged.skeleton, groups, self._moving)
+        units.mask = mask_of(self.merged.skeleton, batch)
+        with self.merged.as_source(source), units.watching():
+            rows_of(self.merged, task, batch)
+        for group in groups:
+            if len(units.rows[group.name]) < len(group.places):
+                modules = shorten(sorted({place.module for place in group.places}))
+                raise ConfigError(
+                    f"task {task}: not every module that shows the units of {group.name} ran in "
+                    f"source {source}: {modules}. On these data the network takes another path "
+                    "than on the example it was traced with; use WeightMatching, or a "
+                    "hand-written `spec`."
+                )
+        return units.rows
 
     def _require_finite(self, sums: Mapping[str, _Sums]) -> None:
         for group, total in sums.items():
             for at, source in enumerate(self.found):
-                means = total.means.get(at, ())
-                if not all(bool(mean.isfinite().all()) for mean in means):
+                if at in total.means and not bool(total.means[at].isfinite().all()):
                     raise ConfigError(
                         f"source {source} gave numbers that are not finite in the units of "
-                        f"{group}, so nothing can be matched by them; look at its weights and at "
-                        "the data."
+                        f"{group}, so they cannot be matched; check its weights and the data."
                     )
-
-    def _outputs(
-        self, source: str, task: str, batch: Batch, groups: Sequence[Group]
-    ) -> dict[str, list[Tensor]]:
-        """What the units of each group gave in one source, `[rows, size]` a call of a place."""
-        found: dict[str, list[Tensor]] = {group.name: [] for group in groups}
-        with self.merged.as_source(source), self._watching(groups, self.mask(batch), found):
-            rows_of(self.merged, task, batch)
-        for group in groups:
-            if len(found[group.name]) < len(group.places):
-                modules = shorten(sorted({place.module for place in group.places}))
-                raise ConfigError(
-                    f"task {task}: not every module that shows the units of {group.name} ran in "
-                    f"source {source}: {modules}. The network takes another course on these data "
-                    "than on the tracing's example; use WeightMatching, or a hand-written `spec`."
-                )
-        return found
-
-    @contextmanager
-    def _watching(
-        self, groups: Sequence[Group], mask: Tensor | None, found: Mapping[str, list[Tensor]]
-    ) -> Iterator[None]:
-        hooks = []
-        for group in groups:
-            for place in group.places:
-                module = self.merged.skeleton.get_submodule(place.module)
-                hook = _Watch(place, self._moving[place], mask, found[group.name])
-                hooks.append(module.register_forward_hook(hook))
-        try:
-            yield
-        finally:
-            for handle in hooks:
-                handle.remove()
 
     def _require_same(
         self,
@@ -180,33 +177,43 @@ class UnitPasses(Passes):
             )
 
 
-class _Watch:
-    """Takes the units of one place out of the call that it is of."""
+class _Units(Observer):
+    """The units of each group in one pass, by group, a tensor per call of a place."""
 
     def __init__(
-        self, place: Place, moving: Sequence[int], mask: Tensor | None, found: list[Tensor]
+        self,
+        network: nn.Module,
+        groups: Sequence[Group],
+        moving: Mapping[Place, tuple[int, ...]],
     ) -> None:
-        self._place, self._moving, self._mask, self._found = place, moving, mask, found
-        self._calls = 0
+        self._network, self._groups, self._moving = network, groups, moving
+        self.rows: dict[str, list[Tensor]] = {group.name: [] for group in groups}
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._calls == self._place.call:
-            self._found.append(place_rows(self._place, output, self._mask, self._moving))
-        self._calls += 1
+    @override
+    def hooks(self) -> Iterator[RemovableHandle]:
+        for group in self._groups:
+            for place in group.places:
+                module = self._network.get_submodule(place.module)
+                yield after_call(module, partial(self._add, group.name, place, count()))
+
+    def _add(self, group: str, place: Place, calls: Iterator[int], output: Any) -> None:
+        if next(calls) == place.call:
+            rows = place_rows(place, output, self.mask, self._moving[place])
+            self.rows[group].append(rows)
 
 
 def place_rows(
     place: Place, output: Any, mask: Tensor | None, moving: Sequence[int] = ()
 ) -> Tensor:
-    """What a place's units gave, `[rows, size]`, without rows of padding.
+    """Return the values of a place's units, `[rows, size]`, without rows of padding.
 
     Args:
-        place: where.
-        output: of its module; of several outputs the first.
-        mask: `[batch, tokens]`, 0 on padding; see `without_padding` for the outputs it is found in.
-        moving: other factors of the stretch whose units may have changed places, too (channels
-            within heads). Their positions are no rows: a unit is seen by its root mean square over
-            them, which no order of theirs changes.
+        place: the place.
+        output: its module's output, or several of which the first counts.
+        mask: `[batch, tokens]`, 0 on padding (`without_padding` lists the layouts it applies to).
+        moving: other factors of the stretch whose units may be permuted, too (channels within
+            heads). Their positions are not rows: a unit is represented by its root mean square over
+            them, which does not depend on their order.
     """
     values: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     values, axis = without_padding(values.detach(), mask, place.axis)
@@ -221,7 +228,7 @@ def place_rows(
 
 
 def moving_factors(groups: Sequence[Group]) -> dict[Place, tuple[int, ...]]:
-    """The factors beside a place's own that run over units of another group."""
+    """Return the factors of each place's stretch that run over units of another group."""
     stretches: dict[tuple[Any, ...], set[int]] = {}
     for group in groups:
         for place in group.places:
@@ -238,13 +245,13 @@ def _stretch(place: Place) -> tuple[Any, ...]:
 
 
 class _Sums:
-    """Sums over rows of one group, float64; means by place."""
+    """Sums over the rows of one group in float64, means by place."""
 
     def __init__(self) -> None:
         self.counts: list[int] = []
         """Rows of each place."""
-        self.means: dict[int, list[Tensor]] = {}
-        """Sums of rows by source, of each place."""
+        self.means: dict[int, Tensor] = {}
+        """Sums of rows by source, `[places, size]`."""
         self.products: dict[tuple[int, int], Tensor] = {}
         """`sum_rows a b^T` by pair of sources."""
 
@@ -253,19 +260,19 @@ class _Sums:
         """Rows of all places."""
         return sum(self.counts)
 
-    def add_rows(self, source: int, found: Sequence[Tensor]) -> None:
-        """Take in the rows of one source's places; they are counted with source 0."""
-        sums = [rows.sum(dim=0, dtype=torch.float64) for rows in found]
-        before = self.means.get(source)
-        self.means[source] = sums if before is None else _plus(before, sums)
+    def add_own(self, source: int, found: Sequence[Tensor]) -> None:
+        """Add the rows of one source's places, which source 0 counts."""
+        sums = torch.stack([rows.sum(dim=0, dtype=torch.float64) for rows in found])
+        self.means[source] = self.means[source] + sums if source in self.means else sums
         if source == 0:
-            counts = [len(rows) for rows in found]
-            self.counts = counts if not self.counts else _plus(self.counts, counts)
+            before = self.counts or [0] * len(found)
+            self.counts = [n + len(rows) for n, rows in zip(before, found, strict=True)]
+        self.add_products((source, source), found, found)
 
     def add_products(
         self, pair: tuple[int, int], first: Sequence[Tensor], second: Sequence[Tensor]
     ) -> None:
-        """Take in two sources' rows, a stretch of them at a time."""
+        """Add products of two sources' rows, `_ROWS` at a time."""
         for one, two in zip(first, second, strict=True):
             for a, b in zip(one.split(_ROWS), two.split(_ROWS), strict=True):
                 product = a.double().mT @ b.double()
@@ -275,53 +282,28 @@ class _Sums:
                     self.products[pair] = product
 
     def tensors(self) -> dict[str, Tensor]:
-        """Moments by key: `mean-k`, `square-k`, `cross-k-l`.
+        """Return moments by key: `mean-k`, `square-k`, `cross-k-l`.
 
         With n_p of N rows in place p, and means m_p there, means are those of all rows, and
 
             E[a b^T] = 1/N sum_rows a b^T - sum_p n_p/N m_p^a m_p^b^T + m^a m^b^T
 
-        so that covariances are those within places: what sets places apart, and is the same for
-        every unit (a norm's outputs beside a stream's), does not make units alike.
+        so that covariances are those within places: a difference between places that all units
+        share (a norm's outputs against a stream's) does not make units similar.
         """
         total = self.rows
-        whole = {k: torch.stack(sums).sum(dim=0) / total for k, sums in self.means.items()}
+        whole = {k: sums.sum(dim=0) / total for k, sums in self.means.items()}
         found = {f"mean-{k}": mean for k, mean in whole.items()}
         for (k, other), product in self.products.items():
             value = product / total + torch.outer(whole[k], whole[other])
-            for count, one, two in zip(self.counts, self.means[k], self.means[other], strict=True):
-                value -= torch.outer(one, two) / (count * total)
+            for n, one, two in zip(self.counts, self.means[k], self.means[other], strict=True):
+                value -= torch.outer(one, two) / (n * total)
             found[f"square-{k}" if k == other else f"cross-{k}-{other}"] = value
         return found
 
 
-def _plus(first: list[Any], second: list[Any]) -> list[Any]:
-    return [one + two for one, two in zip(first, second, strict=True)]
-
-
-def _add_own(
-    sums: Mapping[str, _Sums],
-    names: Sequence[str],
-    source: str,
-    found: Mapping[str, Sequence[Tensor]],
-    fresh: set[str],
-) -> None:
-    """Means and squares of a source, once a batch."""
-    if source not in fresh:
-        return
-    fresh.remove(source)
-    at = names.index(source)
-    for name, total in sums.items():
-        total.add_rows(at, found[name])
-        total.add_products((at, at), found[name], found[name])
-
-
-def _wanted(first: str, second: str, pairs: Sequence[Pair]) -> bool:
-    return (first, second) in pairs or (second, first) in pairs
-
-
 def _parts(groups: Sequence[Group], matrices: int, memory: int) -> list[list[Group]]:
-    """Groups in order, as many together as the memory holds sums of; at least one."""
+    """Split groups, in order, into parts whose sums fit into memory; at least one group each."""
     parts: list[list[Group]] = []
     filled = 0
     for group in groups:

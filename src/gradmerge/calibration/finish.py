@@ -1,34 +1,34 @@
-"""What a merged model gets on data once its coefficients are known: BatchNorm statistics, and
-finalisers that need data.
-"""
+"""Finishing a merge on data once its coefficients are known: BatchNorm statistics, REPAIR."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import torch
+
 from gradmerge.calibration.observers import mask_of
 from gradmerge.calibration.repair.correct import Renormalisation
-from gradmerge.calibration.repair.layers import Run
+from gradmerge.calibration.repair.survey import Run
 from gradmerge.engine.autograd import checksums
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.predict import Batch, rows_of
 from gradmerge.errors import ConfigError, shorten
+from gradmerge.finalisers import REPAIR
 
 Sample = Callable[[int], Iterable[tuple[str, Batch]]]
 """At most so many batches of each task's adaptation split, on the merge's device."""
 
-# Batches a task, at most, that BatchNorm statistics are recomputed on.
 _NORM_BATCHES = 16
+"""Most batches per task that BatchNorm statistics are recomputed on."""
 
 
 class Finishing:
-    """Keeps statistics and corrections up with the coefficients.
+    """Keeps BatchNorm statistics and corrections current with the coefficients.
 
-    What does not depend on coefficients (REPAIR's layers and targets) is found once for the same
-    data.
+    REPAIR's layers and targets do not depend on coefficients and are found once for the same data.
 
     Args:
         warn: called with what a user should know.
@@ -41,16 +41,16 @@ class Finishing:
         self._renormalisation: Renormalisation | None = None
 
     def __reduce__(self) -> tuple[type[Finishing], tuple[Callable[[str], None]]]:
-        """A copy knows nothing: what is known is of the original's network and data."""
+        """Copy without what is known of this network and its data."""
         return Finishing, (self._warn,)
 
     def refresh(self, merged: MergedModel, data: object, sample: Sample | None) -> None:
-        """Compute what the recipe asks for, unless it is of the current coefficients.
+        """Compute what the recipe asks for, unless it is current.
 
         Args:
             merged: the merge.
-            data: what the sample is of; the same object means the same examples.
-            sample: batches of it, if there is any.
+            data: identifies the data: the same object means the same examples.
+            sample: batches of them; None if there are none.
 
         Raises:
             ConfigError: REPAIR has no data.
@@ -59,68 +59,62 @@ class Finishing:
         norms = merged.plan.recipe.buffers == "recompute" and merged.statistics.batch_norms
         if not norms and repair is None:
             return
-        own = tuple(checksums(merged.raw.values()))
-        state = own, frozenset(merged.plan.fixed)
+        state = tuple(checksums(merged.raw.values())), frozenset(merged.plan.fixed)
         if self._state == state:
             return
         if sample is None:
-            if repair is not None and _are_current(merged):
-                self._state = state
-                return
-            if repair is not None:
-                raise ConfigError(
-                    "REPAIR takes the tasks' adaptation data, and there is no MergeDataModule to "
-                    "give it. Train and evaluate with one, call `refresh_buffers(data)`, or leave "
-                    "REPAIR out of `finalisers`."
+            self._do_without(merged)
+        else:
+            # a tensor made in inference mode cannot take part in a graph, which REPAIR records
+            with torch.inference_mode(False), _evaluating(merged):
+                runs = [
+                    Run(partial(rows_of, merged, task, batch), mask_of(merged.skeleton, batch))
+                    for task, batch in sample(repair.batches if repair else _NORM_BATCHES)
+                ]
+                if repair is None:
+                    merged.statistics.recompute([run.call for run in runs])
+                else:
+                    self._repair(merged, repair, runs, (data, state[1]))
+        self._state = state
+
+    def _repair(
+        self, merged: MergedModel, repair: REPAIR, runs: Sequence[Run], known: object
+    ) -> None:
+        if self._renormalisation is None or self._known != known:
+            self._renormalisation = Renormalisation(merged, repair, runs)
+            self._known = known
+            left = self._renormalisation.survey.unusual
+            if left:
+                why = next(iter(left.values()))
+                self._warn(
+                    f"REPAIR leaves {len(left)} layers alone: {shorten(list(left))} ({why})."
                 )
+        self._renormalisation.correct(runs)
+
+    def _do_without(self, merged: MergedModel) -> None:
+        """Accept corrections (a checkpoint's) of the current coefficients, or a mean of BatchNorm
+        statistics.
+        """
+        finalisation = merged.plan.finalisation
+        if finalisation.repair is None:
             self._warn(
                 "BatchNorm statistics cannot be recomputed without a MergeDataModule; the mean of "
                 "the sources' statistics is used."
             )
-            self._state = state
-            return
-        with _evaluating(merged):
-            runs = _runs(merged, sample(_NORM_BATCHES if repair is None else repair.batches))
-            if repair is None:
-                merged.statistics.recompute([run.call for run in runs])
-            else:
-                known = data, state[1]
-                if self._renormalisation is None or self._known != known:
-                    self._renormalisation = Renormalisation(merged, repair, runs)
-                    self._known = known
-                    self._say(self._renormalisation)
-                self._renormalisation.correct(runs)
-        self._state = state
-
-    def _say(self, renormalisation: Renormalisation) -> None:
-        left = renormalisation.survey.unusual
-        if left:
-            why = next(iter(left.values()))
-            self._warn(f"REPAIR leaves {len(left)} layers alone: {shorten(list(left))} ({why}).")
-
-
-def _are_current(merged: MergedModel) -> bool:
-    """Whether the corrections at hand (a checkpoint's) are of the coefficients as they stand."""
-    finalisation = merged.plan.finalisation
-    own = checksums(merged.raw.values())
-    return finalisation.corrections is not None and finalisation.coefficients == own
-
-
-def _runs(merged: MergedModel, batches: Iterable[tuple[str, Batch]]) -> list[Run]:
-    """Passes over batches of the tasks."""
-    return [
-        Run(partial(rows_of, merged, task, batch), mask_of(merged.skeleton, batch))
-        for task, batch in batches
-    ]
+        elif finalisation.corrections is None or finalisation.coefficients != checksums(
+            merged.raw.values()
+        ):
+            raise ConfigError(
+                "REPAIR takes the tasks' adaptation data, but there is no MergeDataModule. Train "
+                "and evaluate with one, call `refresh_buffers(data)`, or leave REPAIR out of "
+                "`finalisers`."
+            )
 
 
 @contextmanager
 def _evaluating(merged: MergedModel) -> Iterator[None]:
-    """Finalisers are off in training mode, and what is computed is of the finished network."""
+    """Compute with finalisers, which training mode turns off."""
     training = merged.training
-    if not merged.plan.finalisation.active or not training:
-        yield
-        return
     merged.train(False)
     try:
         yield

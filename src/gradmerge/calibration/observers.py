@@ -1,114 +1,94 @@
-"""What the linear layers of a network see: rows of inputs, and of the gradients of outputs.
+"""Observers of a network that runs: where they hook, and what they add up over rows.
 
-A layer is linear in its weight `[groups, out, in]` where each of its outputs is such a product with
-rows of its input: `nn.Linear`, transformers' `Conv1D`, and 1-D and 2-D convolutions, whose rows are
-the patches below the kernel.
+A layer is linear in its weight `[groups, out, in]` if each of its outputs is a product of that
+weight with a row of its input: `nn.Linear`, transformers' `Conv1D`, and 1-D and 2-D convolutions,
+whose rows are the patches under the kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from gradmerge.engine.plan import Plan
 from gradmerge.sources.skeleton import input_axis
 
+# ---- hooks --------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class LinearLayer:
-    """A merged tensor that is the weight of linear layers alone."""
-
-    name: str
-    """The tensor's name."""
-    places: tuple[str, ...]
-    """Names of the modules whose weight it is (several where it is tied)."""
-    modules: tuple[nn.Module, ...]
-    axis: int
-    """1 for a weight `[out, in, ...]`, 0 for `[in, out]`."""
+Hook = Callable[[nn.Module, Callable[[Tensor], Any]], RemovableHandle]
 
 
-def linear_layers(plan: Plan) -> dict[str, LinearLayer]:
-    """By the tensor's name, in the order of the plan; private tensors are none of the merge's.
-
-    A weight that anything else uses too (an embedding tied to the output layer) is left out.
-    """
-    skeleton, binding = plan.skeleton, plan.binding
-    assert skeleton is not None
-    assert binding is not None
-    found = {}
-    for name in plan.tensors:
-        owners = []
-        for place in binding.parameters.get(name, ()):
-            owner, _, attribute = place.rpartition(".")
-            module = skeleton.get_submodule(owner)
-            owners.append((owner, module, attribute == "weight" and is_linear(module)))
-        if owners and all(linear for _, _, linear in owners):
-            places = tuple(owner for owner, _, _ in owners)
-            axis = input_axis(skeleton, binding.parameters[name][0])
-            found[name] = LinearLayer(name, places, tuple(m for _, m, _ in owners), axis)
-    return found
+class Enough(Exception):  # noqa: N818 (it is no error)
+    """Ends a pass once all watched layers have run."""
 
 
-def _is_conv1d_of_transformers(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind.__module__ == "transformers.pytorch_utils" and kind.__name__ == "Conv1D"
+def before_call(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
+    """Show a function what a module is called with."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        see(first_argument(args, kwargs))
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a layer that is linear in its weight."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
-    return isinstance(module, kinds) or _is_conv1d_of_transformers(module)
+def after_call(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Show a function what a module puts out; a tensor that it returns replaces the output."""
+
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+        return see(output)
+
+    return module.register_forward_hook(hook)
 
 
-def input_rows(module: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows that the layer's weight is multiplied with, `[groups, rows, in]`.
-
-    Args:
-        module: the layer.
-        inputs: what it is called with.
-        mask: `[batch, tokens]`, 0 on padding; rows of padding are left out.
-    """
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        return _patches(module, inputs)
-    return _tokens(inputs, mask)[None]
+@contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end of the context."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def output_rows(module: nn.Module, outputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows of the layer's outputs (or their gradients) in the same order, `[groups, rows, out]`."""
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        outputs = outputs if _has_batch(module, outputs) else outputs[None]
-        split = outputs.flatten(2).unflatten(1, (module.groups, -1))
-        return split.permute(1, 0, 3, 2).flatten(1, 2)
-    return _tokens(outputs, mask)[None]
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return what a layer is called with."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
-def _tokens(values: Tensor, mask: Tensor | None) -> Tensor:
-    kept, _ = without_padding(values, mask, -1)
-    return kept.reshape(-1, values.shape[-1])
+# ---- rows and padding ---------------------------------------------------------------------------
+
+
+def mask_of(skeleton: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+    """Return the mask of tokens; None for an encoder-decoder, whose decoder has other tokens."""
+    decodes = getattr(getattr(skeleton, "config", None), "is_encoder_decoder", False)
+    return None if decodes else batch.get("attention_mask")
 
 
 def without_padding(values: Tensor, mask: Tensor | None, axis: int) -> tuple[Tensor, int]:
-    """Values at tokens that are no padding, and where their axis of channels is then (negative).
+    """Return the values at tokens that are not padding, and their (negative) axis of channels.
 
-    Of the other axes, batch and tokens are found by their sizes, as
+    The axes of batch and tokens are identified by their sizes, as
 
         [batch, tokens, ...], [batch, ..., tokens, ...], [tokens, batch, ...], [batch * tokens, ...]
 
-    and go as one axis to the front; the last is read as a `flatten` of the first two. Where none
-    fits, the values come back as they are: outputs that are pooled, or of another length (a
-    convolution with a stride), hold no padding to leave out. So they do where several fit that take
-    different rows (as many heads as tokens, as many examples as tokens): rows of padding then
-    count, but none is lost.
+    and become one axis in front; the last is read as a `flatten` of the first two. If none fits,
+    the values are returned as they are: pooled outputs, or those of another length (a convolution
+    with a stride), hold no padding. So they are if several fit that keep different rows (as many
+    heads as tokens, as many examples as tokens): rows of padding then count, but none is lost.
 
     Args:
-        values: what a layer gives or is given.
+        values: what a layer is given or puts out.
         mask: `[batch, tokens]`, 0 on padding.
-        axis: of channels, which is no batch and holds no tokens.
+        axis: the axis of channels.
     """
     channels = axis % values.dim() if values.dim() else 0
     others = [i for i in range(values.dim()) if i != channels]
@@ -124,7 +104,7 @@ def without_padding(values: Tensor, mask: Tensor | None, axis: int) -> tuple[Ten
 
 
 def _readings(sizes: Sequence[int], kept: Tensor) -> Iterator[tuple[list[int], Tensor]]:
-    """Axes that batch and tokens may be (or both in one), and which rows along them are kept."""
+    """Yield axes that may be batch and tokens (or both in one), and the rows kept along them."""
     batch, tokens = kept.shape
     if sizes[0] == batch:
         yield from (([0, i], kept) for i in range(1, len(sizes)) if sizes[i] == tokens)
@@ -135,175 +115,54 @@ def _readings(sizes: Sequence[int], kept: Tensor) -> Iterator[tuple[list[int], T
 
 
 def _over(values: Tensor, axes: Sequence[int], kept: Tensor) -> Tensor:
-    """What is kept along some axes (in ascending order), at every entry; no copy."""
+    """Expand what is kept along some axes (in ascending order) to every entry, without a copy."""
     shape = [size if i in axes else 1 for i, size in enumerate(values.shape)]
     return kept.reshape(shape).expand(values.shape)
 
 
-def _has_batch(module: nn.Module, values: Tensor) -> bool:
-    """Whether inputs or outputs of a linear layer or convolution are several examples'; otherwise
-    their first axis is that of features or channels.
+# ---- linear layers ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A merged tensor that is used only as the weight of linear layers."""
+
+    name: str
+    """The tensor's name."""
+    places: tuple[str, ...]
+    """Names of the modules whose weight it is (several if it is tied)."""
+    modules: tuple[nn.Module, ...]
+    axis: int
+    """The tensor's axis of inputs: 1 for `[out, in, ...]`, 0 for `[in, out]`."""
+
+
+def linear_layers(plan: Plan) -> dict[str, LinearLayer]:
+    """Return the linear layers by the tensor's name, in the order of the plan.
+
+    Left out are private tensors, and weights that anything else uses, too (an embedding tied to the
+    output layer).
     """
-    return values.dim() > 1 + len(_kernel(module))
-
-
-def _kernel(module: nn.Module) -> tuple[int, ...]:
-    return module.kernel_size if isinstance(module, (nn.Conv1d, nn.Conv2d)) else ()
-
-
-def _patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
-    inputs = inputs if _has_batch(module, inputs) else inputs[None]
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-    kernel, dilation, stride = module.kernel_size, module.dilation, module.stride
-    if isinstance(module, nn.Conv1d):
-        padded = padded.unsqueeze(2)
-        kernel, dilation, stride = ((1, size[0]) for size in (kernel, dilation, stride))
-    columns = functional.unfold(padded, kernel, dilation, 0, stride)
-    split = columns.unflatten(1, (module.groups, -1))  # [batch, groups, in, positions]
-    return split.permute(1, 0, 3, 2).flatten(1, 2)
-
-
-def is_linear_in_its_weight(module: Any, inputs: Tensor, output: Tensor, axis: int) -> bool:
-    """Whether an output is the layer's inputs times its stored weight, plus its bias (to
-    `tolerance_of`); of the first example, where there are several.
-    """
-    kernel = _kernel(module)
-    of_channels = output.shape[-1 - len(kernel)] if output.dim() == inputs.dim() else None
-    if kernel and of_channels != module.out_channels:
-        return False
-    if _has_batch(module, inputs):
-        inputs, output = inputs[:1], output[:1]
-    rows = input_rows(module, inputs.float() if inputs.element_size() < 4 else inputs, None)
-    weight = module.weight.detach().to(rows)
-    weight = weight.mT if axis == 0 else weight
-    expected = rows @ weight.reshape(len(rows), -1, rows.shape[-1]).mT
-    if module.bias is not None:
-        expected = expected + module.bias.detach().to(rows).reshape(len(rows), 1, -1)
-    got = output_rows(module, output.detach(), None).to(expected)
-    if got.shape != expected.shape:
-        return False
-    return float((got - expected).norm()) <= tolerance_of(output) * float(expected.norm())
-
-
-def tolerance_of(output: Tensor) -> float:
-    """How far a layer's output may be from what it should be, relative to its norm: 5e-3, for
-    convolutions on GPUs multiply with 10 bits (TF32); 0.03 in 16 bits.
-    """
-    return 5e-3 if output.element_size() > 2 else 0.03
-
-
-class Enough(Exception):  # noqa: N818 (it is no error)
-    """The layers that are watched have run: what follows of the pass is not needed."""
-
-
-def mask_of(skeleton: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
-    """Which tokens are no padding; unknown with a decoder, whose own tokens are others."""
-    decodes = getattr(getattr(skeleton, "config", None), "is_encoder_decoder", False)
-    return None if decodes else batch.get("attention_mask")
-
-
-class Grams:
-    """Sums over rows `X^T X` of layers' inputs and, if asked for, `D^T D` of their outputs'
-    gradients.
-
-    Args:
-        layers: by tensor.
-        outputs: also of the outputs' gradients. Otherwise a layer that turns out not to be linear
-            in its stored weight (weight standardisation, a scale of its own) is left out: its
-            inputs say nothing of that weight.
-    """
-
-    def __init__(self, layers: Mapping[str, LinearLayer], outputs: bool = False) -> None:
-        self._layers, self._outputs = layers, outputs
-        self.others: set[str] = set()
-        """Tensors whose layer is not linear in them."""
-        self.inputs: dict[str, Tensor] = {}
-        """`[groups, in, in]` by tensor."""
-        self.outputs: dict[str, Tensor] = {}
-        """`[groups, out, out]` by tensor."""
-        self.rows: dict[str, int] = {}
-        """Rows of inputs by tensor."""
-        self.mask: Tensor | None = None
-        """`[batch, tokens]` of the batch that runs, 0 on padding."""
-        self._verified: set[str] = set()
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Within the context forward passes (and their backward) are taken in."""
-        hooks = []
-        for name, layer in self._layers.items():
-            for module in layer.modules:
-                hook = _before(name, self._take_input)
-                hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-                take = self._take_output if self._outputs else self._verify
-                hooks.append(module.register_forward_hook(_after(name, take), with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in hooks:
-                handle.remove()
-
-    def _take_input(self, name: str, module: nn.Module, inputs: Tensor) -> None:
-        if name in self.others:
-            return
-        rows = input_rows(module, inputs.detach(), self.mask)
-        _add(self.inputs, name, rows.mT @ rows)
-        self.rows[name] = self.rows.get(name, 0) + rows.shape[1]
-
-    def _verify(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-        """Leave the layer out unless its first output is `x W^T + b`."""
-        if name in self._verified or name in self.others or not output.numel():
-            return
-        self._verified.add(name)
-        if not is_linear_in_its_weight(module, inputs, output, self._layers[name].axis):
-            self.others.add(name)
-            self.inputs.pop(name, None)
-            self.rows.pop(name, None)
-
-    def _take_output(self, name: str, module: nn.Module, _: Tensor, output: Tensor) -> None:
-        if not output.requires_grad:
-            return
-        mask = self.mask
-
-        def take(grad: Tensor) -> None:
-            rows = output_rows(module, grad, mask)
-            _add(self.outputs, name, rows.mT @ rows)
-
-        output.register_hook(take)
-
-
-def _before(name: str, take: Callable[[str, nn.Module, Tensor], None]) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        take(name, module, first_argument(args, kwargs))
-
-    return hook
-
-
-def _after(name: str, take: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Any:
-    def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
-    ) -> None:
-        take(name, module, first_argument(args, kwargs), output)
-
-    return hook
-
-
-def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a layer is called with."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    if name in sums:
-        sums[name] += value
-    else:
-        sums[name] = value
+    skeleton, binding = plan.skeleton, plan.binding
+    assert skeleton is not None
+    assert binding is not None
+    found = {}
+    for name in plan.tensors:
+        parameters = [place.rpartition(".") for place in binding.parameters.get(name, ())]
+        modules = tuple(skeleton.get_submodule(owner) for owner, _, _ in parameters)
+        if parameters and all(
+            attribute == "weight" and is_linear(module)
+            for (_, _, attribute), module in zip(parameters, modules, strict=True)
+        ):
+            places = tuple(owner for owner, _, _ in parameters)
+            axis = input_axis(skeleton, binding.parameters[name][0])
+            found[name] = LinearLayer(name, places, modules, axis)
+    return found
 
 
 def blocks(skeleton: nn.Module, layers: Mapping[str, LinearLayer]) -> dict[str, str]:
-    """The block of each layer: the innermost member of an `nn.ModuleList` that holds it; '' where
-    there is none. A tied weight is of its first layer's block.
+    """Return each layer's block: the innermost member of an `nn.ModuleList` that holds it, or ''.
+
+    A tied weight belongs to its first layer's block.
     """
     found = {}
     for name, layer in layers.items():
@@ -315,3 +174,165 @@ def blocks(skeleton: nn.Module, layers: Mapping[str, LinearLayer]) -> dict[str, 
         ]
         found[name] = inside[-1] if inside else ""
     return found
+
+
+_KINDS = ("torch.nn.modules.linear", "torch.nn.modules.conv", "transformers.pytorch_utils")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is linear in its weight."""
+    kind = type(module)
+    of_transformers = kind.__module__ == _KINDS[-1] and kind.__name__ == "Conv1D"
+    return of_transformers or isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+
+
+def is_plain(module: Any, args: Any, kwargs: Mapping[str, Any], output: Tensor) -> bool:
+    """Return whether an output is what the layer's kind makes of its input, stored weight and bias,
+    to a relative error of 5e-3 (convolutions on GPUs multiply with 10 bits), 0.03 in 16 bits.
+
+    It is not under weight standardisation, or with a scale of the layer's own.
+    """
+    kind: Any = next(kind for kind in type(module).__mro__ if kind.__module__ in _KINDS)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):  # `forward` calls a subclass's
+        inputs = first_argument(args, kwargs)
+        expected = kind._conv_forward(module, inputs, module.weight, module.bias)
+    else:
+        expected = kind.forward(module, *args, **kwargs)
+    if expected.shape != output.shape:
+        return False
+    wide = expected.detach().float()
+    apart = (output.detach().float() - wide).norm()
+    return float(apart) <= (5e-3 if output.element_size() > 2 else 0.03) * float(wide.norm())
+
+
+def input_rows(module: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the rows that the layer's weight is multiplied with, `[groups, rows, in]`.
+
+    Args:
+        module: the layer.
+        inputs: what it is called with.
+        mask: `[batch, tokens]`, 0 on padding; rows of padding are left out.
+    """
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return _patches(module, inputs)
+    return _tokens(inputs, mask)[None]
+
+
+def output_rows(module: nn.Module, outputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the rows of the layer's outputs (or their gradients), `[groups, rows, out]`, in the
+    order of `input_rows`.
+    """
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        split = _batched(module, outputs).flatten(2).unflatten(1, (module.groups, -1))
+        return split.permute(1, 0, 3, 2).flatten(1, 2)
+    return _tokens(outputs, mask)[None]
+
+
+def _tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    kept, _ = without_padding(values, mask, -1)
+    return kept.reshape(-1, values.shape[-1])
+
+
+def _batched(module: nn.Conv1d | nn.Conv2d, values: Tensor) -> Tensor:
+    """Add the axis of examples to a single example's inputs or outputs."""
+    return values if values.dim() > 1 + len(module.kernel_size) else values[None]
+
+
+def _patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padding = module._reversed_padding_repeated_twice
+    padded = functional.pad(_batched(module, inputs), padding, mode=mode)
+    kernel, dilation, stride = module.kernel_size, module.dilation, module.stride
+    if isinstance(module, nn.Conv1d):
+        padded = padded.unsqueeze(2)
+        kernel, dilation, stride = ((1, size[0]) for size in (kernel, dilation, stride))
+    columns = functional.unfold(padded, kernel, dilation, 0, stride)
+    split = columns.unflatten(1, (module.groups, -1))  # [batch, groups, in, positions]
+    return split.permute(1, 0, 3, 2).flatten(1, 2)
+
+
+# ---- observers ----------------------------------------------------------------------------------
+
+
+class Observer(ABC):
+    """Adds up what modules see or put out while a network runs."""
+
+    mask: Tensor | None = None
+    """`[batch, tokens]` of the batch that runs, 0 on padding."""
+
+    @abstractmethod
+    def hooks(self) -> Iterator[RemovableHandle]:
+        """Hook the modules, one after another."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Observe the passes within the context, and their backward."""
+        return removing(list(self.hooks()))
+
+
+class Grams(Observer):
+    """Sums over rows, `X^T X` of layers' inputs and optionally `D^T D` of their outputs' gradients.
+
+    Args:
+        layers: by tensor.
+        gradients: also those of the outputs. Otherwise a layer that turns out not to be linear in
+            its stored weight is left out, since its inputs tell nothing about that weight.
+    """
+
+    def __init__(self, layers: Mapping[str, LinearLayer], gradients: bool = False) -> None:
+        self._layers, self._gradients = layers, gradients
+        self.others: set[str] = set()
+        """Tensors whose layer is not linear in them."""
+        self.inputs: dict[str, Tensor] = {}
+        """`[groups, in, in]` by tensor."""
+        self.outputs: dict[str, Tensor] = {}
+        """`[groups, out, out]` by tensor."""
+        self.rows: dict[str, int] = {}
+        """Rows of inputs by tensor."""
+        self._verified: set[str] = set()
+
+    @override
+    def hooks(self) -> Iterator[RemovableHandle]:
+        for name, layer in self._layers.items():
+            for module in layer.modules:
+                yield before_call(module, partial(self._add_input, name, module))
+                if self._gradients:
+                    yield after_call(module, partial(self._add_gradient, name, module))
+                else:
+                    hook = partial(self._verify, name)
+                    yield module.register_forward_hook(hook, with_kwargs=True)
+
+    def _add_input(self, name: str, module: nn.Module, inputs: Tensor) -> None:
+        if name in self.others:
+            return
+        rows = input_rows(module, inputs.detach(), self.mask)
+        _add(self.inputs, name, rows.mT @ rows)
+        self.rows[name] = self.rows.get(name, 0) + rows.shape[1]
+
+    def _verify(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        """Leave the layer out unless its first output is `x W^T + b`."""
+        if name in self._verified or name in self.others or not output.numel():
+            return
+        self._verified.add(name)
+        if not is_plain(module, args, kwargs, output):
+            self.others.add(name)
+            self.inputs.pop(name, None)
+            self.rows.pop(name, None)
+
+    def _add_gradient(self, name: str, module: nn.Module, output: Tensor) -> Tensor:
+        mask = self.mask
+
+        def add(gradient: Tensor) -> None:
+            rows = output_rows(module, gradient, mask)
+            _add(self.outputs, name, rows.mT @ rows)
+
+        if not output.requires_grad:  # the graph begins here, since no weight asks for a gradient
+            output = output.detach().requires_grad_().clone()
+        output.register_hook(add)
+        return output
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    if name in sums:
+        sums[name] += value
+    else:
+        sums[name] = value

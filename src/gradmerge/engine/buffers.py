@@ -1,18 +1,18 @@
-"""Persistent buffers of the merged network: BatchNorm statistics above all.
+"""Persistent buffers of the merged network, above all BatchNorm statistics.
 
-Buffers are no parameters: they cannot be learned, and the sources' statistics describe other
-weights.
+Buffers are not parameters: they are not learned, and the sources' statistics are of other weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradmerge.engine.plan import Plan
 from gradmerge.errors import ConfigError
@@ -20,7 +20,7 @@ from gradmerge.sources import Checkpoint
 
 
 class NetworkBuffers:
-    """The buffers of a plan's skeleton, by their names in the files, set by the recipe's rule."""
+    """The buffers of a plan's network by their names in the files, set by the recipe's rule."""
 
     def __init__(self, plan: Plan, skeleton: nn.Module) -> None:
         self._plan = plan
@@ -33,7 +33,7 @@ class NetworkBuffers:
             norm.register_forward_pre_hook(partial(_require_rows, names[norm]), with_kwargs=True)
 
     def values(self) -> dict[str, Tensor]:
-        """The buffers as they stand (not copies)."""
+        """Return the current buffers (not copies)."""
         return {name: self._skeleton.get_buffer(place) for name, place in self._places.items()}
 
     def set(self, values: Mapping[str, Tensor]) -> None:
@@ -44,13 +44,15 @@ class NetworkBuffers:
 
     @property
     def batch_norms(self) -> list[nn.modules.batchnorm._BatchNorm]:
-        """BatchNorm layers that keep running statistics."""
-        kind = nn.modules.batchnorm._BatchNorm
-        found = [module for module in self._skeleton.modules() if isinstance(module, kind)]
-        return [module for module in found if module.track_running_stats]
+        """The BatchNorm layers that keep running statistics."""
+        return [
+            module
+            for module in self._skeleton.modules()
+            if isinstance(module, _BatchNorm) and module.track_running_stats
+        ]
 
     def train(self, mode: bool) -> None:
-        """Batch statistics while training, if the rule is to recompute afterwards."""
+        """Use batch statistics while training, if the rule is to recompute them afterwards."""
         if mode and self._plan.recipe.buffers == "recompute":
             for norm in self.batch_norms:
                 norm.train()
@@ -58,7 +60,7 @@ class NetworkBuffers:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """The network in evaluation mode for the length of the context."""
+        """Keep the network in evaluation mode within the context."""
         modes = {module: module.training for module in self._skeleton.modules()}
         try:
             self._skeleton.eval()
@@ -67,15 +69,13 @@ class NetworkBuffers:
             for module, mode in modes.items():
                 module.training = mode
 
-    @contextmanager
-    def of_source(self, source: str) -> Iterator[None]:
-        """A source's own buffers, in evaluation mode, for the length of the context."""
-        with self.of(self._plan.serving[source]):
-            yield
+    def of_source(self, source: str) -> AbstractContextManager[None]:
+        """Use a source's own buffers, in evaluation mode, within the context."""
+        return self.of(self._plan.serving[source])
 
     @contextmanager
     def of(self, checkpoint: Checkpoint) -> Iterator[None]:
-        """The same of a checkpoint."""
+        """Use a checkpoint's buffers, in evaluation mode, within the context."""
         kept = {name: value.clone() for name, value in self.values().items()}
         with self.evaluating():
             try:
@@ -88,17 +88,17 @@ class NetworkBuffers:
     def recompute(
         self, runs: Sequence[Callable[[], object]], only: Sequence[nn.Module] | None = None
     ) -> None:
-        """BatchNorm statistics of all rows of the given forward passes together.
+        """Recompute BatchNorm statistics from all rows of the given forward passes together.
 
-        A row is what a layer normalises: an example, or a position of one. With `n_b` rows, mean
+        A row is what a layer normalises: an example, or one position of it. With `n_b` rows, mean
         `m_b` and variance `v_b` (of divisor `n_b`) in batch b, and `N = sum_b n_b`,
 
             mean = sum_b n_b m_b / N
             var  = (sum_b n_b v_b + sum_b n_b (m_b - mean)^2) / (N - 1)
 
-        the unbiased variance of the N rows: within batches and between them. While a pass runs, its
-        layers normalise by the statistics of their batch, as in training. A layer that no pass
-        reaches keeps its statistics.
+        the unbiased variance of the N rows, within and between batches. During a pass the layers
+        normalise by the statistics of their batch, as in training. A layer that no pass reaches
+        keeps its statistics.
 
         Args:
             runs: the passes.
@@ -107,35 +107,35 @@ class NetworkBuffers:
         norms = [norm for norm in self.batch_norms if only is None or norm in only]
         if not norms or not runs:
             return
-        settings = [(module, module.momentum, module.training) for module in norms]
-        moments = {module: Moments() for module in norms}
+        settings = [(norm, norm.momentum, norm.training) for norm in norms]
+        moments = [Moments() for _ in norms]
         hooks = [
-            module.register_forward_pre_hook(moments[module].add, with_kwargs=True)
-            for module in norms
+            norm.register_forward_pre_hook(found.before, with_kwargs=True)
+            for norm, found in zip(norms, moments, strict=True)
         ]
         try:
-            for module in norms:
-                module.momentum = 0.0  # the layer's own average is not used
-                module.train()
+            for norm in norms:
+                norm.momentum = 0.0  # the layer's own average is not used
+                norm.train()
             for run in runs:
                 run()
         finally:
             for hook in hooks:
                 hook.remove()
-            for module, momentum, training in settings:
-                module.momentum = momentum
-                module.train(training)
-        for module, found in moments.items():
-            found.write(module)
+            for norm, momentum, training in settings:
+                norm.momentum = momentum
+                norm.train(training)
+        for norm, found in zip(norms, moments, strict=True):
+            found.write(norm)
 
 
 def _require_rows(
     name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
-    """Refuse a batch that has no statistics of its own, where they are asked for.
+    """Reject a batch of one row where a BatchNorm takes the statistics of its batch.
 
     Raises:
-        ConfigError: it has one value a channel.
+        ConfigError: there is one value per channel.
     """
     batch: Tensor = args[0] if args else kwargs["input"]
     if not module.training or batch.dim() < 2 or batch.numel() != batch.shape[1]:
@@ -152,7 +152,6 @@ def _require_rows(
 
 
 def _processes(norm: nn.SyncBatchNorm) -> int:
-    """How many processes share the statistics."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return 1
@@ -160,19 +159,19 @@ def _processes(norm: nn.SyncBatchNorm) -> int:
 
 
 class Moments:
-    """Number, mean and sum of squared deviations of the rows that reached a layer, a channel."""
+    """Number, mean and sum of squared deviations of rows, per channel."""
 
     def __init__(self) -> None:
         self.batches = self.rows = 0
         # On the CPU, for not every device has float64.
         self.mean = self.squares = torch.zeros((), dtype=torch.float64)
 
-    def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take in a batch `[examples, channels, ...]`, before the layer."""
-        self.take(args[0] if args else kwargs["input"])
+    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Add a layer's input; a forward pre-hook."""
+        self.add(args[0] if args else kwargs["input"])
 
-    def take(self, batch: Tensor) -> None:
-        """Take in values `[examples, channels, ...]`."""
+    def add(self, batch: Tensor) -> None:
+        """Add values `[examples, channels, ...]`."""
         rows = batch.numel() // max(1, batch.shape[1])
         if rows == 0:
             return
@@ -187,16 +186,12 @@ class Moments:
 
     @property
     def deviation(self) -> Tensor:
-        """Standard deviation of all rows, of divisor `rows`."""
+        """The standard deviation of all rows, of divisor `rows`."""
         return (self.squares / max(1, self.rows)).sqrt()
 
-    def write(self, module: nn.modules.batchnorm._BatchNorm) -> None:
-        """Make them the layer's running statistics."""
-        if not self.rows:
-            return
-        assert module.running_mean is not None
-        assert module.running_var is not None
-        assert module.num_batches_tracked is not None
-        module.running_mean.copy_(self.mean)
-        module.running_var.copy_(self.squares / max(1, self.rows - 1))
-        module.num_batches_tracked.fill_(self.batches)
+    def write(self, norm: nn.Module) -> None:
+        """Make them a BatchNorm's running statistics, if there are any rows."""
+        if self.rows:
+            norm.get_buffer("running_mean").copy_(self.mean)
+            norm.get_buffer("running_var").copy_(self.squares / max(1, self.rows - 1))
+            norm.get_buffer("num_batches_tracked").fill_(self.batches)

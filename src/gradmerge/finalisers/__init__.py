@@ -1,4 +1,4 @@
-"""What makes merged weights a good checkpoint, once their coefficients are known."""
+"""Finalisers: steps over merged weights once their coefficients are known."""
 
 from gradmerge.finalisers.base import AbstractFinaliser, AbstractRescale, FinalSite
 from gradmerge.finalisers.chain import Finalisation

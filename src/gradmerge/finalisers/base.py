@@ -1,4 +1,4 @@
-"""What a finaliser is, and what it may look at."""
+"""The abstract finaliser, and what it may look at."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing_extensions import override
 
 @dataclass(frozen=True)
 class FinalSite:
-    """A merged tensor, and what it was merged from; weights are read when asked for."""
+    """A merged tensor and what it was merged from; weights are read on demand."""
 
     name: str
     """The tensor's name."""
@@ -23,7 +23,7 @@ class FinalSite:
     sources: Callable[[], list[Tensor]]
     """`theta_k` of every source, before any preprocess."""
     facts: dict[str, float] = field(default_factory=dict, repr=False)
-    """What a finaliser has found out about the sources and wants to keep from call to call."""
+    """Facts about the sources that a finaliser keeps from call to call."""
 
 
 class AbstractFinaliser(ABC):
@@ -31,26 +31,26 @@ class AbstractFinaliser(ABC):
 
     # without annotations: the parser would look for their names in a subclass's module
     needs_data = False
-    """Whether it is made of what the network does on data, and has to be computed first."""
+    """True if it has to be computed on data first."""
 
     @abstractmethod
     def finish(self, theta: Tensor, site: FinalSite) -> Tensor:
-        """The finished tensor, from a merged one in float32 or wider; may write over it."""
+        """Return the finished tensor of a merged one (float32 or wider), which it may overwrite."""
 
 
 class AbstractRescale(AbstractFinaliser):
-    """`theta' = A + f (theta - A)` with one number f a tensor."""
+    """`theta' = A + f (theta - A)` with one number f per tensor."""
 
     @abstractmethod
     def factor(self, delta: Tensor, site: FinalSite) -> float:
-        """The number f, from `delta = theta - A`."""
+        """Return the number f, given `delta = theta - A`."""
 
     @override
     def finish(self, theta: Tensor, site: FinalSite) -> Tensor:
         return self.rescale(theta, site)[0]
 
     def rescale(self, theta: Tensor, site: FinalSite) -> tuple[Tensor, float]:
-        """The finished tensor, and its factor; of a factor of 1 the same bits."""
+        """Return the finished tensor and its factor; a factor of 1 changes no bit."""
         origin = site.origin()
         anchor = None if origin is None else origin.to(theta)
         delta = theta if anchor is None else theta - anchor

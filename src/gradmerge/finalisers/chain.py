@@ -15,13 +15,13 @@ from gradmerge.finalisers.repair import REPAIR, Correction
 
 
 class Finalisation:
-    """`theta' = f_n(...f_1(theta))`, a tensor at a time, with the corrections that REPAIR found.
+    """`theta' = f_n(...f_1(theta))` per tensor, with the corrections that REPAIR found.
 
-    Frozen tensors keep what they are.
+    Frozen tensors stay as they are.
 
     Args:
         finalisers: in the order they run.
-        site: what each tensor was merged from.
+        site: gives what a tensor was merged from.
         frozen: names of frozen tensors, as they stand when a tensor is finished.
     """
 
@@ -35,23 +35,23 @@ class Finalisation:
         self._site, self._frozen = site, frozen
         self._facts: dict[tuple[int, str], dict[str, float]] = {}
         self.repair = next((f for f in finalisers if isinstance(f, REPAIR)), None)
-        """The finaliser that is computed on data, if there is one."""
+        """The finaliser that is computed on data, if any."""
         self.corrections: dict[str, Correction] | None = None
         """By tensor; None before they are computed."""
         self.coefficients: list[int] = []
-        """Checksums of the coefficients that the corrections are of."""
+        """Checksums of the coefficients that the corrections belong to."""
         self.report: dict[str, Any] = {}
-        """What was corrected, as plain data."""
+        """The corrected layers and those left alone, as plain data."""
         self.version = 0
         """Changes with the corrections."""
 
     @property
     def active(self) -> bool:
-        """Whether there is any finaliser."""
+        """True if there is any finaliser."""
         return bool(self.finalisers)
 
     def __call__(self, name: str, theta: Tensor) -> Tensor:
-        """The finished tensor, from a merged one in float32 or wider; may write over it.
+        """Return the finished tensor of a merged one in float32 or wider, which may be overwritten.
 
         Raises:
             ConfigError: REPAIR has not been computed.
@@ -59,7 +59,7 @@ class Finalisation:
         return self._run(name, self.before_repair(name, theta), after=True)
 
     def before_repair(self, name: str, theta: Tensor) -> Tensor:
-        """A tensor after what comes before REPAIR (nothing, where there is none)."""
+        """Apply the finalisers before REPAIR; none if there is no REPAIR."""
         return theta if self.repair is None else self._run(name, theta, after=False)
 
     def _run(self, name: str, theta: Tensor, after: bool) -> Tensor:
@@ -71,7 +71,7 @@ class Finalisation:
         return theta
 
     def _steps(self, name: str, after: bool) -> list[tuple[AbstractFinaliser, FinalSite]]:
-        """REPAIR and those after it, or those before it."""
+        """Return REPAIR and those after it, or those before it."""
         if name in self._frozen or not self.finalisers:
             return []
         cut = 0 if self.repair is None else self.finalisers.index(self.repair)
@@ -85,10 +85,9 @@ class Finalisation:
     def _corrected(self, name: str, theta: Tensor) -> Tensor:
         if self.corrections is None:
             raise ConfigError(
-                "REPAIR has not been computed for these coefficients: it takes the tasks' "
-                "adaptation data. Give `gradmerge merge` their `data`, too (a suite's file); in "
-                "Python call `MergeModule.refresh_buffers(data)`; or leave REPAIR out of "
-                "`finalisers`."
+                "REPAIR has not been computed for these coefficients: it needs the tasks' "
+                "adaptation data. Give `gradmerge merge` a file with `data`; in Python call "
+                "`MergeModule.refresh_buffers(data)`; or leave REPAIR out of `finalisers`."
             )
         correction = self.corrections.get(name)
         return theta if correction is None else correction(theta)
@@ -99,18 +98,18 @@ class Finalisation:
         report: Mapping[str, Any],
         coefficients: Sequence[int],
     ) -> None:
-        """Take corrections, what is to be said of them, and checksums of their coefficients."""
+        """Set corrections, their report, and checksums of the coefficients they belong to."""
         self.corrections = None if corrections is None else dict(corrections)
         self.coefficients = list(coefficients)
         self.report = dict(report)
         self.version += 1
 
     def factor(self, name: str, theta: Tensor) -> float:
-        """What a tensor's coefficients are multiplied with in all, where finalisers only rescale.
+        """Return the factor that finalisers which only rescale put on a tensor's coefficients.
 
         Args:
             name: the tensor.
-            theta: merged, in float32 or wider; may be written over.
+            theta: merged, in float32 or wider; may be overwritten.
         """
         product = 1.0
         for finaliser, site in self._steps(name, after=True):
@@ -120,26 +119,24 @@ class Finalisation:
         return product
 
     def state(self) -> dict[str, Any]:
-        """Corrections and report as a checkpoint holds them: tensors and plain data."""
+        """Return corrections and report for a checkpoint, as tensors and plain data."""
         if self.corrections is None:
             return {}
-        found = {}
-        for name, correction in self.corrections.items():
-            shift = {} if correction.shift is None else {"shift": correction.shift}
-            groups = {} if correction.groups == 1 else {"groups": correction.groups}
-            own = {"scale": correction.scale, "axis": correction.axis}
-            found[name] = {**own, **shift, **groups}
-        kept = {"report": self.report, "coefficients": self.coefficients}
-        return {"corrections": found, **kept}
+        found = {
+            name: {"scale": correction.scale, "axis": correction.axis}
+            | ({} if correction.shift is None else {"shift": correction.shift})
+            | ({} if correction.groups == 1 else {"groups": correction.groups})
+            for name, correction in self.corrections.items()
+        }
+        return {
+            "corrections": found,
+            "report": self.report,
+            "coefficients": self.coefficients,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Restore what `state` returned."""
         found = state.get("corrections")
         with torch.inference_mode(False):
-            corrections = found and {
-                name: Correction(
-                    kept["scale"], kept.get("shift"), kept["axis"], kept.get("groups", 1)
-                )
-                for name, kept in found.items()
-            }
+            corrections = found and {name: Correction(**kept) for name, kept in found.items()}
         self.correct(corrections, state.get("report", {}), state.get("coefficients", []))

@@ -19,10 +19,10 @@ class DepthRescale(AbstractRescale):
     merge, arXiv 2410.17146).
 
     Depth d is 0 at the embeddings and 1 at the head, as for the init `DepthRamp`. Shallow layers
-    hold what tasks share, so they move less (first < last). Under `Linear` it is the same as all
-    coefficients times lambda; after another operator there is no such coefficient.
+    hold what tasks share, so they move less (first < last). With `Linear` it multiplies all
+    coefficients by lambda; other operators have no such coefficient.
 
-    Difference: the paper counts blocks alone, from 0 at the first to 1 at the last.
+    Difference: the paper counts only blocks, from 0 at the first to 1 at the last.
     """
 
     first: float

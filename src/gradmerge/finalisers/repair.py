@@ -1,4 +1,4 @@
-"""REPAIR: merged channels are given the means and deviations that they have in the sources."""
+"""REPAIR: give merged channels the means and deviations that they have in the sources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradmerge.finalisers.base import AbstractFinaliser, FinalSite
 
 @dataclass(frozen=True)
 class Correction:
-    """`tensor' = scale tensor + shift`, a channel at a time."""
+    """`tensor' = scale tensor + shift` per channel."""
 
     scale: Tensor
     """`[channels]`, float64."""
@@ -24,11 +24,11 @@ class Correction:
     axis: int = 0
     """The tensor's axis of channels."""
     groups: int = 1
-    """Of a tensor `[in, out / groups, ...]` whose first axis is cut into so many: channels of the
-    first group come first."""
+    """Groups along the first axis of a tensor `[in, out / groups, ...]`; the scale lists the
+    channels of the first group first."""
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The corrected tensor; a new one."""
+        """Return the corrected tensor, a new one."""
         if self.groups > 1:
             scale = self.scale.to(tensor.device, tensor.dtype).unflatten(0, (self.groups, -1))
             cut = tensor.unflatten(0, (self.groups, -1))
@@ -43,51 +43,48 @@ class Correction:
 
 @dataclass(frozen=True)
 class REPAIR(AbstractFinaliser):
-    """Channels' statistics corrected layer by layer and folded into the weights (2211.08403).
+    """Correct the channels' statistics layer by layer, folded into the weights (2211.08403).
 
     With mean m and deviation s of each output channel of a layer on the tasks' adaptation data,
 
         W' = diag(s_t / s) W        b' = (b - m) s_t / s + m_t
 
-    where `m_t`, `s_t` are means over the sources of their own channels' (each with its own weights
-    and buffers, on the same data, all tasks together). A source whose units an alignment mixes
-    (`CCA`, `OptimalTransport`) has no channels of the merge, and does not count among them; the
-    report says which do. Layers are corrected in the order in which
-    the network calls them, and what a layer sees comes through corrected ones. Averaged networks
-    need it: the deviation of an average of channels that are not perfectly correlated is smaller
-    than theirs, from layer to layer (variance collapse).
+    where `m_t`, `s_t` are means over the sources, each with its own weights and buffers on the data
+    of all tasks. The deviation of an average of imperfectly correlated channels is smaller than
+    theirs, more so from layer to layer (variance collapse). Layers are corrected in the order in
+    which the network calls them, on inputs that come through corrected layers. A source whose units
+    an alignment mixes (`CCA`, `OptimalTransport`) has no channels of the merge and sets no target;
+    the report names those that do.
 
-    Corrected is the output of every linear layer and convolution (of one to three axes, transposed
-    or not), attention projections among them; where `weight_norm` computes the weight, through its
-    g. Of those that feed a BatchNorm it is that BatchNorm's, whose statistics are recomputed (as
-    the recipe says) and whose gain and bias are corrected. A layer without bias, or whose bias is
-    frozen, gets the scale alone. What gives an output of the network is left alone (each head of
-    several): a layer whose output no other reads, through any operators, on any batch, or whose
-    output the network gives out as it is (the tensor itself, or a view of it). Left alone, too, and
-    named in the report: weights that are shared, called several times in the pass of any batch or
-    source (a correction for one call would change what the next sees), transformed before use or
-    computed by other parametrisations, recurrent layers, `MultiheadAttention`'s own weights, frozen
-    tensors, and experts that no row reaches. A layer that some batches do not call is corrected by
-    those that do. Embeddings and other norms stay. Rows of padding do not count, in every layout
-    that tells them (`observation.without_padding`); except for a BatchNorm, which
-    normalises by them, and with a decoder of its own, whose tokens have another mask.
+    Corrected are all linear layers and convolutions (1 to 3 axes, transposed or not; under
+    `weight_norm` by its g). Where one feeds a BatchNorm, that BatchNorm is corrected instead, by
+    gain and bias, after its statistics are recomputed (if the recipe says so). Without a bias, or
+    with a frozen one, a layer gets the scale alone. Output layers are not rescaled: those whose
+    output reaches no other layer (by a path with a gradient) on any batch, or is returned unchanged
+    by the network, as a tensor or a view. Also left alone, and named in the report: weights that
+    are shared, transformed before use, computed by other parametrisations, or called several times
+    in a pass of any batch or source; recurrent layers and `MultiheadAttention`'s own weights;
+    frozen tensors; and experts that no row reaches. Embeddings and other norms stay. A layer that
+    some batches do not call is corrected by those that do. Rows of padding do not count, in every
+    layout that identifies them, except for a BatchNorm, which normalises by them, and in
+    encoder-decoders, whose decoder's tokens have another mask.
 
-    It is off while coefficients learn: statistics are those of weights that a step changes, there
-    is no gradient through them, and they take passes over data. Those are one of each source once
-    (two of the first), and then, each time, one of the merged network to the point of each layer,
-    half a pass per layer; where all data are one batch, which is corrected on the fly, only one.
+    REPAIR is off while coefficients learn: the statistics belong to weights that every step
+    changes, and no gradient passes through them. It takes one pass over the data per source (two of
+    the first) once, and then per refresh one pass of the merge up to each layer, about half a pass
+    per layer; a single pass if all data are one batch, which is corrected on the fly.
     """
 
     # without annotations: the parser would look for their names in a subclass's module
     needs_data = True
 
     interpolate: Literal["mean", "coefficients"] = "mean"
-    """How those sources weigh in the targets: alike, or by their mean coefficient at the layer
-    (with a sum of 1)."""
+    """Weights of the sources in the targets: equal, or their mean coefficients at the layer,
+    normalised to a sum of 1."""
     batches: int = 16
-    """Batches a task, at most, of the adaptation split."""
+    """Most batches per task, of the adaptation split."""
     skip: list[str] = field(default_factory=list)
-    """Regular expressions of weights that are left alone."""
+    """Regular expressions for weights that are left alone."""
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -102,19 +99,19 @@ class REPAIR(AbstractFinaliser):
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(
-                    f"REPAIR: skip: {pattern!r} is no regular expression: {error}"
+                    f"REPAIR: skip: {pattern!r} is not a regular expression: {error}"
                 ) from error
 
     def finish(self, theta: Tensor, site: FinalSite) -> Tensor:
-        """What no correction was found for stays (`Finalisation` applies those that were)."""
+        """Return the tensor as it is: `Finalisation` applies the corrections."""
         return theta
 
 
 def correction_of(
     mean: Tensor, deviation: Tensor, target_mean: Tensor, target_deviation: Tensor
 ) -> tuple[Tensor, Tensor, int]:
-    """Scale and shift that give channels other means and deviations, `y' = scale y + shift`, and
-    how many channels are constant (to rounding): those cannot be scaled, and get the mean alone.
+    """Return the scale and shift that give channels the target mean and deviation, and the number
+    of channels that are constant (up to rounding), which get the mean alone.
     """
     constant = deviation <= 1e-6 * (mean.abs() + target_deviation)
     one = torch.ones_like(deviation)

@@ -6,36 +6,34 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from scipy.sparse.linalg import svds
 from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.errors import ConfigError
 from gradmerge.finalisers.base import AbstractRescale, FinalSite
 
-# Smaller sides are decomposed whole.
 _SMALL = 256
-# A product with a matrix and its transpose each; the value is settled long before.
-_MOST_STEPS = 300
+"""Smaller sides get a full decomposition."""
 
 
 @dataclass(frozen=True)
 class SpectralRescale(AbstractRescale):
-    """`theta' = A + f (theta - A)`, `f = mean_k |theta_k - A| / |theta - A|`, a matrix at a time.
+    """`theta' = A + f (theta - A)`, `f = mean_k |theta_k - A| / |theta - A|` per matrix.
 
-    Averaging directions that are nearly orthogonal shrinks their singular values (of K such, to
-    1/K in the spectral norm, 1/sqrt(K) in Frobenius'), and with them the variance of what the layer
-    puts out. No data are needed, and none are looked at: see `REPAIR` for what the network does.
+    Averaging K nearly orthogonal directions shrinks their singular values (to 1/K in the spectral
+    norm, 1/sqrt(K) in the Frobenius norm), and with them the variance of the layer's outputs. No
+    data are needed; `REPAIR` restores the variance that the network has on data.
 
     A tensor of two axes or more is taken as `[out, rest]`; vectors stay. The sources' norms are
-    those of their own directions, before any preprocess. A delta of zero stays zero. Norms are in
-    float64; of a matrix whose smaller side is above 256 the spectral norm is by Lanczos steps, to
-    1e-9.
+    those of their directions before any preprocess. A delta of zero stays zero. Norms are in
+    float64; above 256 on the smaller side the spectral norm is found by Lanczos steps, to 1e-9.
     """
 
     norm: Literal["spectral", "frobenius"] = "spectral"
     """The largest singular value, or the root of the sum of squares."""
     target: Literal["mean", "max"] = "mean"
-    """The norm to be had: the mean of the sources' own, or the largest."""
+    """The norm of the result: the mean of the sources' norms, or the largest."""
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -69,51 +67,21 @@ class SpectralRescale(AbstractRescale):
         if not matrix.isfinite().all():
             raise ConfigError(
                 f"SpectralRescale: {site.name}: expected finite numbers, got NaN or infinity in "
-                f"{whose}. Is that checkpoint whole?"
+                f"{whose}. Is that checkpoint complete?"
             )
         return float(matrix.norm()) if self.norm == "frobenius" else spectral_norm(matrix)
 
 
 def spectral_norm(matrix: Tensor) -> float:
-    """The largest singular value of a float64 matrix.
-
-    By Lanczos steps on `M^T M` with all vectors kept orthogonal, where the matrix is large; the
-    start is drawn with one seed.
+    """Return the largest singular value of a float64 matrix; for a large one by ARPACK's Lanczos
+    iteration, from a start that is drawn with a fixed seed.
     """
-    if matrix.shape[0] < matrix.shape[1]:
-        matrix = matrix.T
-    width = matrix.shape[1]
-    if width <= _SMALL:
+    side = min(matrix.shape)
+    if side <= _SMALL:
         return float(torch.linalg.svdvals(matrix)[0])
-    scale = float(matrix.abs().max())
-    if scale == 0:
+    if not matrix.any():
         return 0.0
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(width, generator=generator, dtype=torch.float64)
-    basis = [vector / vector.norm()]
-    diagonal: list[float] = []
-    beside: list[float] = []
-    value = 0.0
-    for _ in range(min(_MOST_STEPS, width)):
-        product = matrix.T @ (matrix @ basis[-1])
-        diagonal.append(float(product @ basis[-1]))
-        before, value = value, _largest(diagonal, beside)
-        if value - before <= 1e-12 * value:
-            break
-        stacked = torch.stack(basis)
-        for _ in range(2):  # once leaves what rounding puts back
-            product -= stacked.T @ (stacked @ product)
-        beside.append(float(product.norm()))
-        if beside[-1] <= 1e-14 * scale * scale:
-            break
-        basis.append(product / beside[-1])
-    return value**0.5
-
-
-def _largest(diagonal: list[float], beside: list[float]) -> float:
-    """The largest eigenvalue of a symmetric tridiagonal matrix."""
-    wide = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    if beside:
-        side = torch.tensor(beside[: len(diagonal) - 1], dtype=torch.float64)
-        wide = wide + torch.diag(side, 1) + torch.diag(side, -1)
-    return float(torch.linalg.eigvalsh(wide)[-1])
+    start = torch.randn(side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # to the square of the tolerance, as the eigenvalue of a product with the transpose
+    found = svds(matrix.numpy(), k=1, v0=start.numpy(), tol=1e-6, return_singular_vectors=False)
+    return float(found[0])

@@ -1,7 +1,7 @@
-"""Statistics of the sources on their own tasks' data, kept in a folder, read a tensor at a time.
+"""Statistics of the sources on their own tasks' data, in a folder that is read per tensor.
 
-`gradmerge.training.collect` writes them; steps of a preprocess read them through their `Site`.
-The folder holds safetensors files and `statistics.json`, which says what was collected, of which
+`gradmerge.training.collect` writes them; steps of a preprocess read them through their `Site`. The
+folder holds safetensors files and `statistics.json`, which records what was collected, of which
 weights, and on which data.
 """
 
@@ -27,33 +27,33 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Needs:
-    """What a step wants to know of each source."""
+    """The statistic that a step needs of each source."""
 
     kind: Kind
     """gram: `X^T X` of each linear layer's inputs; fisher: squared gradients of each weight; kfac:
-    `X^T X` and, of the gradients of the layer's outputs, `D^T D`; activations: moments of units,
+    `X^T X`, and `D^T D` of the gradients of the layer's outputs; activations: moments of units,
     which alignments compare."""
     activations: Literal["source", "merged"] = "source"
-    """Whether a layer's inputs are those of the source, or come from the layers merged before."""
+    """The origin of a layer's inputs: the source itself, or the layers merged before."""
     labels: Literal["model", "data"] = "model"
-    """Whose labels the gradients are of: drawn from the source's own predictions, or the data's."""
+    """Labels of the gradients: drawn from the source's own predictions, or the data's."""
     per: Literal["example", "batch"] = "example"
-    """What a gradient is of before it is squared."""
+    """The rows that a gradient sums over before it is squared."""
     seed: int = 0
-    """Seed of the draws of labels."""
+    """Seed for drawing labels."""
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """What is known of one source at one tensor."""
+    """The statistic of one source at one tensor."""
 
     values: Mapping[str, Tensor]
     """`gram` `[groups, in, in]`; `fisher` of the tensor's shape; or `input` and `output` (kfac).
     Sums over rows (gram, input) or means over examples (fisher, output)."""
     rows: float
-    """Rows that the layer saw: examples, tokens or positions, as it takes them."""
+    """Rows that the layer saw: examples, tokens or positions."""
     axis: int
-    """The axis of the tensor that runs over inputs: 1, or 0 where it is stored `[in, out]`."""
+    """The tensor's axis of inputs: 1, or 0 if it is stored `[in, out]`."""
     norm: float
     """L2 norm of the source's statistic over all tensors (fisher)."""
 
@@ -62,17 +62,17 @@ class Readable(Protocol):
     """Statistics by kind, source and tensor."""
 
     def read(self, kind: str, source: str, tensor: str) -> Statistic | None:
-        """What is known of a source at a tensor; None where nothing was collected."""
+        """Return the statistic of a source at a tensor; None if none was collected."""
 
 
 class SourceStatistics(Shared):
     """An opened folder of statistics.
 
     Args:
-        folder: what `gradmerge collect` wrote.
+        folder: written by `gradmerge collect`.
 
     Raises:
-        ConfigError: there is no such folder, or it is something else.
+        ConfigError: it is not such a folder, or of another version.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -97,79 +97,77 @@ class SourceStatistics(Shared):
         fingerprints: Mapping[str, str],
         alignment: Any = None,
     ) -> None:
-        """Refuse statistics of something else.
+        """Reject statistics of other weights, or collected in another way.
 
         Args:
-            needs: what each step wants, and the step as plain data.
+            needs: what each step needs, and the step as plain data.
             fingerprints: content hash of every source, by name.
-            alignment: as plain data: in which order the sources' units are read.
+            alignment: as plain data; it determines the order of the sources' units.
 
         Raises:
             ConfigError: something is missing, or was collected in another way.
             FingerprintError: they are of other weights.
         """
-        collected = self.index["collected"]
         for wanted, step in needs:
-            found = collected.get(wanted.kind)
-            if found is None:
+            found = self.index["collected"].get(wanted.kind)
+            differs = self._difference(found, wanted, step, list(fingerprints), alignment)
+            if differs:
                 raise ConfigError(
-                    f"statistics: {self.folder} holds {shorten(list(collected))}, expected "
-                    f"{wanted.kind}; collect again with this recipe."
+                    f"statistics: {self.folder} {differs}; collect again with this recipe."
                 )
-            if found["needs"] != asdict(wanted):
-                differ = [
-                    key for key, value in asdict(wanted).items() if found["needs"][key] != value
-                ]
-                raise ConfigError(
-                    f"statistics: {self.folder} was collected with "
-                    + ", ".join(f"{key} {found['needs'][key]}" for key in differ)
-                    + ", the recipe says "
-                    + ", ".join(f"{key} {getattr(wanted, key)}" for key in differ)
-                    + "; collect again with this recipe."
-                )
-            if wanted.activations == "merged" and found["step"] != step:
-                raise ConfigError(
-                    f"statistics: {self.folder} was collected on activations of layers merged by "
-                    "the same step with other settings; collect again with this recipe."
-                )
-            if found.get("alignment") != alignment:
-                raise ConfigError(
-                    f"statistics: the {wanted.kind} statistics of {self.folder} are of sources "
-                    "whose units were in another order (another `alignment`, or other settings of "
-                    "it); collect again with this recipe."
-                )
-            lost = [name for name in fingerprints if name not in found["sources"]]
-            if lost:
-                raise ConfigError(
-                    f"statistics: {self.folder} has none of {shorten(lost)}; it is of "
-                    f"{shorten(list(found['sources']))}. Collect again with this recipe."
-                )
-            wrong = [
-                name
-                for name, value in fingerprints.items()
-                if found["sources"][name]["fingerprint"] != value
-            ]
+            sources = found["sources"]
+            wrong = [n for n, value in fingerprints.items() if sources[n]["fingerprint"] != value]
             if wrong:
                 raise FingerprintError(
                     f"statistics: {self.folder} is of other weights of {shorten(wrong)}; collect "
                     "again with these."
                 )
 
+    def _difference(
+        self, found: Any, wanted: Needs, step: Any, sources: Sequence[str], alignment: Any
+    ) -> str | None:
+        """Return what one kind of statistic lacks, if anything."""
+        if found is None:
+            return f"holds {shorten(list(self.index['collected']))}, expected {wanted.kind}"
+        differ = {
+            key: (found["needs"][key], value)
+            for key, value in asdict(wanted).items()
+            if found["needs"][key] != value
+        }
+        if differ:
+            kept = ", ".join(f"{key} {value}" for key, (value, _) in differ.items())
+            own = ", ".join(f"{key} {value}" for key, (_, value) in differ.items())
+            return f"was collected with {kept}, the recipe says {own}"
+        if wanted.activations == "merged" and found["step"] != step:
+            return (
+                "was collected on activations of layers merged by the same step with other settings"
+            )
+        if found.get("alignment") != alignment:
+            return (
+                f"has {wanted.kind} statistics of sources whose units were in another order "
+                "(another `alignment`, or other settings of it)"
+            )
+        lost = [name for name in sources if name not in found["sources"]]
+        if lost:
+            return f"has none of {shorten(lost)}, only of {shorten(list(found['sources']))}"
+        return None
+
     def summary(self) -> dict[str, Any]:
-        """Of which weights and data they are, for provenance; not what is in which file."""
+        """Return the weights and data they belong to, for provenance, without the list of files."""
         kinds = {}
         for kind, collected in self.index["collected"].items():
-            sources = {
-                name: {**source, "tensors": len(source["tensors"])}
-                for name, source in collected["sources"].items()
+            kinds[kind] = collected | {
+                "sources": {
+                    name: {**source, "tensors": len(source["tensors"])}
+                    for name, source in collected["sources"].items()
+                }
             }
-            kinds[kind] = {**collected, "sources": sources}
             if "groups" in collected:
                 kinds[kind]["groups"] = len(collected["groups"])
         return {**self.index, "collected": kinds}
 
     def read(self, kind: str, source: str, tensor: str) -> Statistic | None:
-        """What is known of a source at a tensor; None where nothing was collected."""
+        """Return the statistic of a source at a tensor; None if none was collected."""
         found = self.index["collected"][kind]["sources"][source]
         place = found["tensors"].get(tensor)
         if place is None:
@@ -179,7 +177,7 @@ class SourceStatistics(Shared):
         return Statistic(values, place["rows"], place["axis"], found["norm"])
 
     def tensor(self, file: str, key: str) -> Tensor:
-        """A tensor of one of the folder's files, by its key there."""
+        """Return a tensor of one of the folder's files by its key."""
         found: Tensor = self._open(file).get_tensor(key)
         return found
 

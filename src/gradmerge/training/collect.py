@@ -1,9 +1,9 @@
-"""Collecting the sources' statistics: each runs on its own tasks' adaptation data.
+"""Collect statistics of the sources on the tasks' adaptation data.
 
-Which statistics is up to the recipe's steps (`AbstractPreprocess.needs`) and its alignment
-(`AbstractAlignment.needs`: every source on every task's data). They are written to a folder that
-`gradmerge.sources.collected` reads, complete or not at all. The alignment's come first, because the
-steps' are of aligned sources.
+The recipe's steps (`AbstractPreprocess.needs`, each source on its own tasks) and its alignment
+(`AbstractAlignment.needs`, every source on every task) say which. They are written, completely or
+not at all, to a folder that `gradmerge.sources.collected` reads. The alignment's come first,
+because the steps' are of aligned sources.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def collect(
     report: Report = lambda line: None,
     opening: Opening | None = None,
 ) -> Path:
-    """Write the statistics that a recipe's alignment and steps need.
+    """Collect the statistics that a recipe's alignment and steps need.
 
     Args:
-        recipe: whose sources run, and whose alignment and steps say what they need.
+        recipe: the sources, and the alignment and steps that need statistics.
         data: the tasks; each source runs on the adaptation splits of the tasks that name it.
         output: folder to write; it must not exist unless `overwrite`.
         overwrite: replace an existing folder, once the new one is complete.
@@ -88,27 +88,9 @@ def collect(
         order = recipe.alignment
         aligned = None if order is None or order.is_identity else to_plain(order)
         for step in steps:
-            plan = engine.merged.plan
-            tasks = _tasks_of_sources(plan.source_names, data)
-            needs = step.needs
-            assert needs is not None
-            run = Stages(engine.merged, _loaders(data), tasks, needs, work, report)
-            if needs.kind == "fisher":
-                run.fisher()
-            elif needs.activations == "merged":
-                run.grams_through_merged_layers(step)
-            else:
-                run.grams()
-            sources = {
-                name: {"fingerprint": plan.fingerprints[name], **asdict(found)}
-                for name, found in run.found.items()
-            }
-            index["collected"][needs.kind] = {
-                "needs": asdict(needs),
-                "step": to_plain(step),
-                "alignment": aligned,
-                "sources": sources,
-            }
+            assert step.needs is not None
+            found = _of_step(step, engine, data, work, report)
+            index["collected"][step.needs.kind] = {**found, "alignment": aligned}
         (work / INDEX).write_text(json.dumps(index, indent=1) + "\n")
         take_name(work, target, overwrite)
     finally:
@@ -117,22 +99,22 @@ def collect(
 
 
 def is_needed(recipe: Recipe) -> bool:
-    """Whether a recipe reads statistics of its sources on data."""
+    """Return whether a recipe needs statistics of its sources on data."""
     return aligns_on_data(recipe) or any(step.needs is not None for step in recipe.preprocess)
 
 
 def aligns_on_data(recipe: Recipe) -> bool:
-    """Whether a recipe's alignment reads statistics of its sources on data."""
+    """Return whether a recipe's alignment needs statistics of its sources on data."""
     return recipe.alignment is not None and recipe.alignment.needs is not None
 
 
 def needy(recipe: Recipe) -> list[AbstractPreprocess]:
-    """The steps that need statistics, one per kind.
+    """Return the steps that need statistics, one per kind.
 
     Raises:
-        ConfigError: there is none, nor an alignment that needs any; two want one kind in different
-            ways; or one that wants merged layers comes after another step, whose directions it
-            would not know.
+        ConfigError: neither a step nor the alignment needs any; two steps need one kind in
+            different ways; or a step that needs merged layers is not the first, and would not know
+            the directions of those before it.
     """
     steps: dict[str, AbstractPreprocess] = {}
     for position, step in enumerate(recipe.preprocess):
@@ -146,7 +128,7 @@ def needy(recipe: Recipe) -> list[AbstractPreprocess]:
         known = steps.setdefault(step.needs.kind, step)
         if known.needs != step.needs or (step.needs.activations == "merged" and known != step):
             raise ConfigError(
-                f"two steps want {step.needs.kind} statistics collected in different ways: {known} "
+                f"two steps need {step.needs.kind} statistics collected in different ways: {known} "
                 f"and {step}; merge with one of them."
             )
     if not steps and not aligns_on_data(recipe):
@@ -181,10 +163,31 @@ def _tasks_of_sources(sources: Sequence[str], data: MergeDataModule) -> dict[str
     lost = [source for source, own in tasks.items() if not own]
     if lost:
         raise ConfigError(
-            f"no task is of the sources {shorten(lost)}, so their statistics cannot be collected; "
-            f"tasks are {', '.join(data.tasks)}. Name a task like its source, or set its `source`."
+            f"no task belongs to the sources {shorten(lost)}, so their statistics cannot be "
+            f"collected; tasks: {', '.join(data.tasks)}. Name a task like its source, or set its "
+            "`source`."
         )
     return tasks
+
+
+def _of_step(
+    step: AbstractPreprocess,
+    engine: MergeModule,
+    data: MergeDataModule,
+    work: Path,
+    report: Report,
+) -> dict[str, Any]:
+    """Collect a step's statistics; each source runs on its own tasks' data."""
+    assert step.needs is not None
+    plan = engine.merged.plan
+    tasks = _tasks_of_sources(plan.source_names, data)
+    run = Stages(engine.merged, _loaders(data), tasks, step.needs, work, report)
+    run.collect(step)
+    sources = {
+        name: {"fingerprint": plan.fingerprints[name], **asdict(found)}
+        for name, found in run.found.items()
+    }
+    return {"needs": asdict(step.needs), "step": to_plain(step), "sources": sources}
 
 
 def _of_units(

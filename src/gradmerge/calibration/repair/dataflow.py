@@ -1,108 +1,113 @@
-"""Where the outputs of a network's layers go: into other layers, or out of the network."""
+"""The data flow between a network's layers, read from the graph that autograd records."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gradmerge.engine.install import LiveTensors
+from gradmerge.calibration.observers import first_argument, is_plain, removing
+from gradmerge.calibration.repair.layers import Layer
 
-# What outputs of transformers hold beside predictions.
-_BESIDE = re.compile(r"(hidden_states?|attentions?|past_key_values|cache_params|mems)$")
-_PURGE = 4096
+_LAYER = "gradmerge layer"
 
 
-class Flow(TorchDispatchMode):
-    """Follows layers' outputs through every operator until another layer takes them in.
+class Dataflow:
+    """The calls of layers in a few passes, and where their outputs go.
 
-    Tensors are told by their storage, so that views and writes in place are followed, too; what
-    leaves torch (numpy, numbers) is lost.
+    Each output is detached from the layer's input and marked as the layer's in the graph, so that
+    the graph of any tensor ends at the layers it is computed from. Paths without a gradient
+    (argmax, numpy) do not count.
+
+    Args:
+        network: the network.
+        layers: its layers by place.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, network: nn.Module, layers: Mapping[str, Layer]) -> None:
+        self._network, self._layers = network, layers
+        self.passes: list[list[tuple[str, int]]] = []
+        """Calls of each pass in order: the layer, and a number that consecutive calls share if they
+        are given the same tensor."""
         self.read: set[str] = set()
-        """Layers whose output reached another."""
-        self.given: set[str] = set()
-        """Layers whose output, as it was, the network gave out."""
-        self._inside, self._made = LiveTensors(), LiveTensors()
-        self._count = 0
+        """Layers whose output reaches another layer."""
+        self.returned: set[str] = set()
+        """Layers whose output the network returns unchanged (the tensor or a view of it)."""
+        self.normalised: set[str] = set()
+        """Layers whose output is the input of a BatchNorm."""
+        self.transformed: set[str] = set()
+        """Layers whose output is not what their kind makes of input and stored weight."""
+        self._checked: set[str] = set()
+        self._last: tuple[Tensor, int] | None = None
 
-    def enters(self, inputs: Any) -> None:
-        """A layer takes these in."""
-        self.read |= self._sources(inputs)
+    def record(self, call: Callable[[], object]) -> None:
+        """Run one forward pass and note its calls."""
+        self.passes.append([])
+        handles = [self._network.register_forward_hook(self._returns)]
+        for layer in self._layers.values():
+            hook = partial(self._called, layer)
+            handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+        with torch.enable_grad(), removing(handles):
+            call()
+        self._last = None
 
-    def leaves(self, place: str, output: Any) -> None:
-        """A layer gives this."""
-        for tensor in _tensors(output):
-            self._inside.add(tensor, frozenset({place}))
-            self._made.add(tensor, (place, version(tensor)))
+    def _called(
+        self, layer: Layer, _: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Tensor
+    ) -> Tensor:
+        inputs = first_argument(args, kwargs)
+        self.read |= _makers(_tensors((args, kwargs)))
+        if layer.is_norm:
+            self.normalised |= _maker(inputs)
+        elif layer.weight is not None and layer.place not in self._checked and output.numel():
+            self._checked.add(layer.place)
+            if not is_plain(layer.module, args, kwargs, output):
+                self.transformed.add(layer.place)
+        self.passes[-1].append((layer.place, self._number(inputs)))
+        with torch.enable_grad():
+            marked = output.detach().requires_grad_().clone()
+        node: Any = marked.grad_fn
+        node.metadata[_LAYER] = layer.place
+        return marked
 
-    def ends(self, output: Any) -> None:
-        """The network gives this."""
-        for tensor in outputs_of(output):
-            made = self._made.find(tensor)
-            if made is not None and made[1] == version(tensor):
-                self.given.add(made[0])
+    def _number(self, inputs: Tensor) -> int:
+        version = 0 if inputs.is_inference() else inputs._version
+        calls = self.passes[-1]
+        before, number = self._last, calls[-1][1] if calls else 0
+        self._last = inputs, version
+        same = before is not None and before[0] is inputs and before[1] == version
+        return number if same else number + 1
 
-    def _sources(self, values: Any) -> frozenset[str]:
-        found = (self._inside.find(tensor) for tensor in _tensors(values))
-        return frozenset().union(*(places for places in found if places))
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run one operator; what comes out, or is written to, holds what went in."""
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        places = self._sources((args, kwargs))
-        if places:
-            for tensor in (*_tensors(out), *_written(func, args, kwargs)):
-                self._inside.add(tensor, places | (self._inside.find(tensor) or frozenset()))
-        self._count += 1
-        if self._count % _PURGE == 0:
-            self._inside.purge()
-            self._made.purge()
-        return out
+    def _returns(self, _: nn.Module, __: Any, output: Any) -> None:
+        for tensor in _tensors(getattr(output, "logits", output)):
+            self.returned |= _maker(tensor if tensor._base is None else tensor._base)
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    found = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-    return [tensor for tensor in found if not tensor.is_sparse and tensor.device.type != "meta"]
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    if not func._schema.is_mutable:
-        return []
-    named = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
-    changed = [a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-    return _tensors([named.get(name) for name in changed])
+def _maker(tensor: Tensor) -> set[str]:
+    """Return the layer whose output a tensor is, if any."""
+    node: Any = tensor.grad_fn
+    return set() if node is None or _LAYER not in node.metadata else {node.metadata[_LAYER]}
 
 
-def outputs_of(out: Any) -> Iterable[Tensor]:
-    """The tensors that a network gives, but for states and caches beside its predictions."""
-    if isinstance(out, Tensor):
-        yield out
-    elif isinstance(out, Mapping):
-        predicts = any(str(name).startswith("logits") for name in out)
-        for name, value in out.items():
-            main = name == "last_hidden_state" and not predicts
-            if main or not _BESIDE.search(str(name)):
-                yield from outputs_of(value)
-    elif isinstance(out, (list, tuple)):
-        for value in out:
-            yield from outputs_of(value)
-    elif dataclasses.is_dataclass(out):
-        for field in dataclasses.fields(out):
-            yield from outputs_of(getattr(out, field.name))
-
-
-def version(tensor: Tensor) -> int:
-    """How often a tensor was written to; those of inference mode do not count."""
-    return 0 if tensor.is_inference() else tensor._version
+def _makers(tensors: Iterable[Tensor]) -> set[str]:
+    """Return the layers that tensors are computed from."""
+    places: set[str] = set()
+    seen: set[Any] = {None}
+    waiting: list[Any] = [tensor.grad_fn for tensor in tensors]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if _LAYER in node.metadata:
+            places.add(node.metadata[_LAYER])
+        else:
+            waiting += [before for before, _ in node.next_functions]
+    return places
