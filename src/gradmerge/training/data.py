@@ -96,30 +96,7 @@ def load_splits(task: str, data: TaskData, seed: int) -> dict[Stage, Any]:
     import datasets
 
     try:
-        if (Path(str(data.path)) / "dataset_dict.json").is_file() or (
-            Path(str(data.path)) / "state.json"
-        ).is_file():
-            loaded = datasets.load_from_disk(str(data.path))
-        elif data.splits is not None:
-            given = {
-                stage: datasets.load_dataset(
-                    data.path,
-                    data.name,
-                    data_files=data.data_files,
-                    split=data.splits.get(stage, _ALIASES[stage]),
-                    revision=data.revision,
-                )
-                for stage in STAGES
-            }
-            if data.path == "text":
-                return {stage: _without_blank_lines(lines) for stage, lines in given.items()}
-            return given
-        else:
-            loaded = datasets.load_dataset(
-                data.path, data.name, data_files=data.data_files, revision=data.revision
-            )
-            if data.path == "text":
-                loaded = {name: _without_blank_lines(lines) for name, lines in loaded.items()}
+        loaded = _read(data)
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ConfigError(
             f"task {task}: cannot read {data.path} (files {data.data_files}, splits "
@@ -138,6 +115,29 @@ def load_splits(task: str, data: TaskData, seed: int) -> dict[Stage, Any]:
         f"test), got {', '.join(loaded)}. Choose them with "
         "`splits: {adaptation: ..., selection: ..., test: ...}`."
     )
+
+
+def _read(data: TaskData) -> Any:
+    """Read a dataset, or datasets by split: the configured splits if any, else all."""
+    import datasets
+
+    folder = Path(str(data.path))
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return datasets.load_from_disk(str(data.path))
+    load = partial(
+        datasets.load_dataset,
+        data.path,
+        data.name,
+        data_files=data.data_files,
+        revision=data.revision,
+    )
+    if data.splits is None:
+        loaded = load()
+    else:
+        loaded = {stage: load(split=data.splits.get(stage, _ALIASES[stage])) for stage in STAGES}
+    if data.path == "text":
+        return {name: _without_blank_lines(lines) for name, lines in loaded.items()}
+    return loaded
 
 
 def _without_blank_lines(lines: Any) -> Any:

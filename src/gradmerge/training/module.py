@@ -224,7 +224,7 @@ class MergeModule(lightning.LightningModule):
         return self.objective.needs_teacher or bool(self.merged.plan.private)
 
     def rows(self, task: str, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return logits as rows, labels, and the mask of rows kept (see `next_token_rows`)."""
+        """Return the logits of a batch as rows, labels, and rows kept (see `next_token_rows`)."""
         return rows_of(self.merged, task, batch)
 
     def _predict(self, task: str, batch: Batch, shared: bool = False) -> Predictions:

@@ -100,12 +100,7 @@ def measure_importance(
     }
     count, reached = 0, set[str]()
     for runs in batches:
-        plan.slopes = {}
-        try:
-            merged.accumulate(runs, scale)
-            slopes = plan.slopes
-        finally:
-            plan.slopes = None
+        slopes = _slopes(merged, runs, scale)
         found = {key: torch.zeros_like(value) for key, value in total.items()}
         for name, slope in slopes.items():
             layout.slots[name].read(found).add_(slope.to(merged.device) / scale)
@@ -123,6 +118,16 @@ def measure_importance(
             f"coefficients over {count} batches. Use L2ToInit or another init."
         )
     return {key: value.div_(mean) for key, value in total.items()}
+
+
+def _slopes(merged: MergedModel, runs: Runs, scale: float) -> dict[str, Tensor]:
+    """Return the gradients of one batch by tensor, `[sources, *shape]`, times `scale`."""
+    slopes = merged.plan.slopes = {}
+    try:
+        merged.accumulate(runs, scale)
+    finally:
+        merged.plan.slopes = None
+    return slopes
 
 
 def _of_all_processes(names: set[str]) -> set[str]:
