@@ -378,6 +378,6 @@ def test_a_job_that_was_stopped_before_its_first_state_is_begun_differently(
 
 def test_a_misspelt_source_of_a_task_is_said(three, tmp_path):
     config = write(tmp_path / "c.yaml", three)
-    found = r"task c: source 'cc' does not exist; there are a, b, c\. Did you mean 'c'\?"
+    found = r"task c: unknown source 'cc' \(choose from a, b, c\)\. Did you mean 'c'\?"
     with pytest.warns(UserWarning, match=found):
         learn(["fit", "--config", config, "--data.tasks.c.source", "cc"])

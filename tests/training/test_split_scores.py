@@ -88,7 +88,7 @@ def test_weights_of_unknown_tasks_are_refused_before_training(tmp_path):
 
 
 def test_tasks_without_a_source_are_refused_where_one_is_needed(tmp_path):
-    with pytest.raises(ConfigError, match=r"tasks name no source: c -> c; sources are a, b"):
+    with pytest.raises(ConfigError, match=r"sources of tasks: c -> c \(choose from a, b\)"):
         fit(tmp_path, module_of(objective=KLToSource()), vectors(("a", "c")))
     module, _ = fit(tmp_path, data=vectors(("a", "c")))
     assert module.tasks == ("a", "c")

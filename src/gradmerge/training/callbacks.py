@@ -1,4 +1,4 @@
-"""Callbacks: what is logged about coefficients, and the export at the end of a fit."""
+"""Callbacks: logging of coefficients, progress, and export at the end of a fit."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ from gradmerge.training.module import MergeModule
 def heat_map(
     table: Tensor, names: Sequence[str], sources: Sequence[str], path: Path | None, title: str = ""
 ) -> Any:
-    """Mean coefficient of each tensor (rows) and source (columns), diverging around zero.
+    """Draw the mean coefficient of each tensor (rows) and source (columns).
 
     Args:
-        table: `[tensors, sources]`.
-        names: tensors, in order of depth.
+        table: mean coefficients, `[tensors, sources]`.
+        names: names of the tensors, in order of depth.
         sources: names of the sources.
-        path: PNG to write; None returns the figure only.
-        title: text above the map.
+        path: PNG file to write; None writes no file.
+        title: title of the figure.
+
+    Returns:
+        The matplotlib figure, with a diverging colour scale centred on zero.
     """
     from matplotlib.figure import Figure
 
@@ -61,7 +64,7 @@ def heat_map(
 
 
 def coefficient_table(plan: Plan, raw: Any) -> tuple[list[str], Tensor]:
-    """Names of the merged tensors and their mean coefficients, `[tensors, sources]`."""
+    """Return the names of the merged tensors and their mean coefficients, `[tensors, sources]`."""
     rows = []
     for name in plan.tensors:
         coefficient = plan.coefficient(name, raw).detach().float().cpu()
@@ -70,14 +73,15 @@ def coefficient_table(plan: Plan, raw: Any) -> tuple[list[str], Tensor]:
 
 
 class CoefficientLogger(lightning.Callback):
-    """Coefficients at each validation: a histogram and a tensor x source heat map to W&B.
+    """Log the mean coefficient of each tensor and source after every validation of a fit.
 
-    Always, without any logger service: `coefficients.csv` (one line a validation, tensor and
-    source) and, at the end, `coefficients.png`, in the run's folder. The command line adds one
-    unless the configuration has its own, or logs nothing.
+    Writes to the run's folder, without any logging service: `coefficients.csv`, with one row per
+    validation and tensor and one column per source, and a heat map of the final coefficients,
+    `coefficients.png`. With a `WandbLogger` it also logs a histogram per source and the heat map to
+    W&B. The command line adds this callback, unless the configuration has one or turns logging off.
 
     Args:
-        every_n_validations: log at every n-th validation.
+        every_n_validations: log after every n-th validation.
     """
 
     def __init__(self, every_n_validations: int = 1) -> None:
@@ -85,32 +89,32 @@ class CoefficientLogger(lightning.Callback):
         self._count = 0
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Log, unless this is the sanity check or a plain `validate`."""
+        """Log the coefficients, except in the sanity check and outside of a fit."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._count += 1
         if not hasattr(pl_module, "merged"):
-            return  # a driver's, of which a part is learned
-        folder = trainer.log_dir  # agreed on by all processes, so all must ask
+            return  # a driver's module, which learns only a part of the merge
+        folder = trainer.log_dir  # a collective call: every process must make it
         if trainer.is_global_zero and (self._count - 1) % self.every_n_validations == 0:
             merged = pl_module.merged
             self.write(trainer.loggers, folder, merged.plan, merged.raw, trainer.global_step)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Save the heat map."""
+        """Save the heat map of the final coefficients."""
         folder = trainer.log_dir
         if trainer.is_global_zero and folder and hasattr(pl_module, "merged"):
             self.draw(folder, pl_module.merged.plan, pl_module.merged.raw)
 
     def draw(self, folder: str, plan: Plan, raw: Any) -> None:
-        """Save the heat map of coefficients as they stand."""
+        """Save the heat map of the given coefficients."""
         names, table = coefficient_table(plan, raw)
         heat_map(table, names, plan.source_names, Path(folder) / "coefficients.png")
 
     def write(
         self, loggers: Iterable[Any], folder: str | None, plan: Plan, raw: Any, step: int
     ) -> None:
-        """Log coefficients as they stand, to the folder's table and to W&B."""
+        """Log the given coefficients to `coefficients.csv` and to W&B."""
         names, table = coefficient_table(plan, raw)
         if folder:
             path = Path(folder) / "coefficients.csv"
@@ -139,29 +143,29 @@ class CoefficientLogger(lightning.Callback):
 
 
 class StepProgress(TQDMProgressBar):
-    """One bar over all training steps: the loss, the step rate and the time left.
+    """Progress bar over all training steps, with the loss, the step rate and the time left.
 
-    Epochs say little here: tasks differ in size, and a fit is a number of steps. Where the output
-    is no terminal, a line every ten seconds.
+    It counts steps because epochs mean little when tasks differ in size. If the output is not a
+    terminal, it prints a line every ten seconds.
     """
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=1 if sys.stderr.isatty() else 100)
 
     def init_train_tqdm(self) -> Any:
-        """The bar over the whole fit."""
+        """Return the bar over the whole fit."""
         bar = super().init_train_tqdm()
         bar.mininterval = 0.2 if sys.stderr.isatty() else 10.0
         return bar
 
     def init_validation_tqdm(self) -> Any:
-        """No bar of its own within a fit: its scores appear on the training bar."""
+        """Return a disabled bar within a fit, where scores appear on the training bar."""
         if self.trainer.state.fn != "fit":
             return super().init_validation_tqdm()
         return Tqdm(disable=True)
 
     def init_sanity_tqdm(self) -> Any:
-        """None."""
+        """Return a disabled bar."""
         return Tqdm(disable=True)
 
     def on_train_start(self, *_: Any) -> None:
@@ -174,10 +178,10 @@ class StepProgress(TQDMProgressBar):
         bar.set_description("learning", refresh=False)
 
     def on_train_epoch_start(self, *_: Any) -> None:
-        """The bar goes on."""
+        """Keep the bar: it spans all epochs."""
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
-        """Move the bar to the optimiser's step."""
+        """Advance the bar to the optimiser's step."""
         bar = self.train_progress_bar
         moved = trainer.global_step - bar.n
         if moved:
@@ -185,34 +189,36 @@ class StepProgress(TQDMProgressBar):
             bar.update(moved)
 
     def on_train_epoch_end(self, *_: Any) -> None:
-        """The bar goes on."""
+        """Keep the bar: it spans all epochs."""
 
     def on_train_end(self, *_: Any) -> None:
-        """Show the last state and leave the line."""
+        """Show the final state and close the bar."""
         self.train_progress_bar.refresh()
         self.train_progress_bar.close()
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
-        """The loss and the score that is watched, without the version number."""
+        """Return the metrics on the bar, without the version number."""
         metrics = super().get_metrics(trainer, pl_module)
         return {key: value for key, value in metrics.items() if key != "v_num"}
 
 
 OVERWRITE = "ExportAtEnd with overwrite: true"
-"""How a fit is told to replace a folder."""
+"""Option of a fit that allows replacing a folder, for error messages."""
 
 
 class ExportAtEnd(lightning.Callback):
-    """Write the merged model as a Hugging Face folder when the fit ends.
+    """Export the merged model as a Hugging Face folder at the end of a fit.
 
-    With a checkpoint callback that watches a metric the best checkpoint is exported, else the last
-    state.
+    Exports the best checkpoint if the trainer's checkpoint callback monitors a metric, else the
+    final coefficients. Nothing is exported after an interrupted fit or with `fast_dev_run`.
 
     Args:
-        output: folder to write; an existing one is refused before training starts.
-        dtype: float32, bfloat16, float16; default: as the reference stores each tensor.
+        output: folder to write. Without `overwrite` it must not exist; this is checked before
+            training starts.
+        dtype: dtype of the exported tensors: float32, bfloat16 or float16. Default: the dtype of
+            each tensor in the reference checkpoint.
         overwrite: replace an existing folder.
-        head: task whose head the folder itself carries.
+        head: task whose head is stored in the folder's own model.
         log_artifact: also log the folder to W&B as an artifact.
     """
 
@@ -231,24 +237,24 @@ class ExportAtEnd(lightning.Callback):
         self.log_artifact = log_artifact
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse before training what would be refused after it."""
+        """Reject an existing output folder before training."""
         if stage == "fit":
             self.require_free()
 
     def require_free(self) -> None:
-        """Refuse an existing folder, unless it is to be replaced."""
+        """Reject an existing output folder unless `overwrite` is set."""
         refuse_existing(Path(self.output).expanduser(), self.overwrite, OVERWRITE)
 
     def require_tasks(self, tasks: Iterable[str]) -> None:
-        """Refuse options that these tasks do not have, and a dtype that is none."""
+        """Reject an unknown dtype, or a `head` that does not fit the tasks."""
         require_options(self.dtype, self.head, tasks)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """The same for options that depend on the tasks."""
+        """Reject options that do not fit the tasks."""
         self.require_tasks(pl_module.merged.tasks)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Restore the best coefficients and export."""
+        """Restore the best coefficients and export the merged model."""
         if getattr(trainer, "fast_dev_run", False) or trainer.interrupted:
             return
         best = restore_best(trainer, pl_module)
@@ -274,7 +280,7 @@ class ExportAtEnd(lightning.Callback):
 
 
 def log_artifact(loggers: Iterable[Any], folder: Path) -> None:
-    """Log a model folder to W&B, where one of a trainer's loggers logs there."""
+    """Log a model folder as an artifact to every W&B logger among `loggers`."""
     for logger in loggers:
         if isinstance(logger, lightning.pytorch.loggers.WandbLogger):
             import wandb
@@ -285,10 +291,12 @@ def log_artifact(loggers: Iterable[Any], folder: Path) -> None:
 
 
 def restore_best(trainer: lightning.Trainer, module: MergeModule) -> str:
-    """Load the coefficients of the best checkpoint, if one was kept by a watched metric.
+    """Load the best checkpoint by the monitored metric, and return its path.
+
+    Returns an empty string, and changes nothing, if no metric is monitored.
 
     Raises:
-        ConfigError: the checkpoint has no coefficients of this merge.
+        ConfigError: the checkpoint holds no gradmerge coefficients.
     """
     callback: Any = trainer.checkpoint_callback
     best = getattr(callback, "best_model_path", "") if getattr(callback, "monitor", None) else ""

@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides coefficients: what they belong to, as plain data."""
+"""Plain data in a checkpoint besides coefficients: the sources and state they belong to."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from gradmerge.errors import ConfigError
 
 @contextmanager
 def holding(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the context parameters have other values, where any are given that differ."""
+    """Set the parameters to the given values within the context."""
     changed = {
         name: (parameter, parameter.detach().clone())
         for name, parameter in parameters.items()
         if name in values and not torch.equal(parameter, values[name].to(parameter))
     }
-    # through .data: a graph that is waiting for its backward is of the values after the context
+    # through .data: a graph awaiting its backward pass keeps the values from outside the context
     for name, (parameter, _) in changed.items():
         parameter.data.copy_(values[name])
     try:
@@ -39,13 +39,13 @@ def to_save(
     results: Mapping[str, Any],
     experts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Fingerprints, fixed tensors, buffers, corrections and scores of a merge.
+    """Return the fingerprints, fixed tensors, buffers, corrections and scores of a merge.
 
     Args:
-        merged: whose coefficients are saved.
-        checked_unused: whether tensors without a gradient have been set by rule.
+        merged: the model whose coefficients are saved.
+        checked_unused: true once tensors without a gradient have been fixed.
         results: scores by split.
-        experts: scores of the tasks' own sources.
+        experts: scores of the tasks' own sources by split.
     """
     plan = merged.plan
     return {
@@ -66,11 +66,11 @@ def to_save(
 def restore(
     merged: MergedModel, saved: Mapping[str, Any] | None
 ) -> tuple[bool, dict[str, Any], dict[str, Any]]:
-    """Take over what `to_save` gave; returns its last three arguments.
+    """Restore the result of `to_save`, and return its arguments other than the model.
 
     Raises:
-        FingerprintError: the sources' weights are not those of the checkpoint.
-        ConfigError: the checkpoint is not one of gradmerge.
+        FingerprintError: the checkpoint was trained on other source weights.
+        ConfigError: the checkpoint was not written by gradmerge.
     """
     if saved is None:
         raise ConfigError("the checkpoint holds no gradmerge coefficients.")

@@ -1,4 +1,4 @@
-"""Data: one dataset a task, three disjoint splits (adaptation, selection, test), seeded batches."""
+"""Task data: one dataset per task, three disjoint splits, seeded batches."""
 
 from __future__ import annotations
 
@@ -28,96 +28,79 @@ _ALIASES = {"adaptation": "train", "selection": "validation", "test": "test"}
 
 @dataclass(frozen=True)
 class TaskData:
-    """Where a task's examples come from, and how they become batches."""
+    """The dataset of one task: its source, its splits, and the columns to read.
+
+    Each task has three disjoint splits: coefficients are learned on `adaptation`, checkpoints and
+    settings are chosen on `selection`, and `test` is for the final scores.
+    """
 
     path: Any
-    """Hub id, builder (csv, json, parquet, imagefolder, or text: an example a line, without blank
-    ones), a folder of `save_to_disk`; from Python also a mapping of the three splits to
-    datasets."""
+    """Hub id, name of a builder (csv, json, parquet, imagefolder, or text: one example per
+    non-blank line), or a folder written by `save_to_disk`; from Python also a mapping of the three
+    splits to datasets."""
     kind: Kind = "causal_lm"
-    """causal_lm, text_classification, image_classification, or tensors (examples are already
-    mappings of tensors, as the model takes them)."""
+    """Kind of examples: causal_lm, text_classification, image_classification, or tensors (examples
+    that are already mappings of model inputs)."""
     name: str | None = None
     """Configuration of a hub dataset."""
     data_files: str | list[str] | dict[str, str | list[str]] | None = None
-    """Local files; a mapping by split where each split has its own."""
+    """Local files, or a mapping from split to files."""
     splits: dict[str, str] | None = None
-    """adaptation, selection and test as split expressions, e.g. `train[:256]`. Default: the splits
-    of those names, or train, validation and test; a single split is cut by `fractions`."""
+    """Split expression for each of adaptation, selection and test, e.g. `train[:256]`. Default: the
+    splits with these names, or train, validation and test; a single split is cut by `fractions`."""
     fractions: tuple[float, float, float] = (0.5, 0.2, 0.3)
-    """Shares of a single split, after a seeded shuffle."""
+    """Shares of adaptation, selection and test in a single split, cut after a seeded shuffle."""
     text: str = "text"
-    """Column of the text."""
+    """Text column."""
     image: str = "image"
-    """Column of the image."""
+    """Image column."""
     label: str = "label"
-    """Column of the label; a task without it is unlabelled."""
+    """Label column (class numbers); a dataset without it is unlabelled."""
     max_length: int = 512
-    """Tokens a text; for causal_lm, tokens a window over the concatenated documents."""
+    """Maximum tokens per text; for causal_lm, tokens per window of the concatenated documents."""
     limit: dict[str, int] | None = None
-    """At most this many examples (causal_lm: windows) a split."""
+    """Maximum number of examples (causal_lm: windows) by split, e.g. `{test: 1000}`."""
     source: str | None = None
-    """The source whose head and teacher the task uses; default: the source of the task's name."""
+    """Source that provides the task's head and teacher. Default: the source named like the task."""
     revision: str | None = None
     """Revision of a hub dataset."""
 
     def __post_init__(self) -> None:
-        """Check names and shares."""
+        """Check split names and fractions."""
         for given in (self.splits, self.limit):
             for key in given or {}:
                 if key not in STAGES:
                     raise ConfigError(
-                        f"{key!r} is no split; expected adaptation, selection, test."
+                        f"unknown split {key!r} (choose from {', '.join(STAGES)})."
                         f"{nearest(key, STAGES)}"
                     )
         if len(self.fractions) != 3 or not math.isclose(sum(self.fractions), 1, abs_tol=1e-6):
             raise ConfigError(
-                f"fractions must be three shares that sum to 1, got {self.fractions}."
+                f"fractions: expected three shares that sum to 1, got {self.fractions}."
             )
 
 
 def load_splits(task: str, data: TaskData, seed: int) -> dict[Stage, Any]:
-    """The three splits as datasets.
+    """Load the three splits of a task as datasets.
 
     Raises:
-        ConfigError: the data cannot be read, or its splits are not those asked for.
+        ConfigError: the data cannot be read, or lack an expected split.
     """
     if isinstance(data.path, Mapping):
         lost = [stage for stage in STAGES if stage not in data.path]
         if lost:
-            raise ConfigError(f"task {task}: expected the splits {STAGES}, missing {lost}.")
+            raise ConfigError(
+                f"task {task}: expected the splits {', '.join(STAGES)}; missing {', '.join(lost)}."
+            )
         return {stage: data.path[stage] for stage in STAGES}
     import datasets
 
     try:
-        if (Path(str(data.path)) / "dataset_dict.json").is_file() or (
-            Path(str(data.path)) / "state.json"
-        ).is_file():
-            loaded = datasets.load_from_disk(str(data.path))
-        elif data.splits is not None:
-            given = {
-                stage: datasets.load_dataset(
-                    data.path,
-                    data.name,
-                    data_files=data.data_files,
-                    split=data.splits.get(stage, _ALIASES[stage]),
-                    revision=data.revision,
-                )
-                for stage in STAGES
-            }
-            if data.path == "text":
-                return {stage: _without_blank_lines(lines) for stage, lines in given.items()}
-            return given
-        else:
-            loaded = datasets.load_dataset(
-                data.path, data.name, data_files=data.data_files, revision=data.revision
-            )
-            if data.path == "text":
-                loaded = {name: _without_blank_lines(lines) for name, lines in loaded.items()}
+        loaded = _read(data)
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ConfigError(
-            f"task {task}: {data.path} (files {data.data_files}, splits {data.splits}) cannot be "
-            f"read: {error}"
+            f"task {task}: cannot read {data.path} (files {data.data_files}, splits "
+            f"{data.splits}): {error}"
         ) from error
     if isinstance(loaded, datasets.Dataset):
         return _cut(task, _without_repetitions(task, loaded, data), data.fractions, seed)
@@ -129,9 +112,32 @@ def load_splits(task: str, data: TaskData, seed: int) -> dict[Stage, Any]:
         return _cut(task, whole, data.fractions, seed)
     raise ConfigError(
         f"task {task}: expected the splits adaptation, selection, test (or train, validation, "
-        f"test), got {', '.join(loaded)}. Say which to use: "
-        "splits: {adaptation: ..., selection: ..., test: ...}."
+        f"test), got {', '.join(loaded)}. Choose them with "
+        "`splits: {adaptation: ..., selection: ..., test: ...}`."
     )
+
+
+def _read(data: TaskData) -> Any:
+    """Read a dataset, or datasets by split: the configured splits if any, else all."""
+    import datasets
+
+    folder = Path(str(data.path))
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return datasets.load_from_disk(str(data.path))
+    load = partial(
+        datasets.load_dataset,
+        data.path,
+        data.name,
+        data_files=data.data_files,
+        revision=data.revision,
+    )
+    if data.splits is None:
+        loaded = load()
+    else:
+        loaded = {stage: load(split=data.splits.get(stage, _ALIASES[stage])) for stage in STAGES}
+    if data.path == "text":
+        return {name: _without_blank_lines(lines) for name, lines in loaded.items()}
+    return loaded
 
 
 def _without_blank_lines(lines: Any) -> Any:
@@ -140,7 +146,7 @@ def _without_blank_lines(lines: Any) -> Any:
 
 
 def _without_repetitions(task: str, whole: Any, data: TaskData) -> Any:
-    """Texts once each: a repeated one would fall into several splits."""
+    """Drop repeated texts, which could end up in several splits."""
     if data.kind not in ("causal_lm", "text_classification"):
         return whole
     seen: set[str] = set()
@@ -153,8 +159,8 @@ def _without_repetitions(task: str, whole: Any, data: TaskData) -> Any:
     if len(kept) == len(whole):
         return whole
     rank_zero_info(
-        f"task {task}: {len(whole) - len(kept)} of {len(whole)} examples repeat another one "
-        "exactly and are left out, so that the splits cut from them share none."
+        f"task {task}: dropped {len(whole) - len(kept)} exact duplicates of {len(whole)} examples, "
+        "to keep the splits disjoint."
     )
     return whole.select(kept)
 
@@ -164,7 +170,7 @@ def _cut(task: str, whole: Any, fractions: Sequence[float], seed: int) -> dict[S
     first = round(len(shuffled) * fractions[0])
     second = first + round(len(shuffled) * fractions[1])
     if min(first, second - first, len(shuffled) - second) < 1:
-        raise ConfigError(f"task {task}: {len(shuffled)} examples are too few for three splits.")
+        raise ConfigError(f"task {task}: too few examples for three splits: {len(shuffled)}.")
     ranges = (range(first), range(first, second), range(second, len(shuffled)))
     return {stage: shuffled.select(part) for stage, part in zip(STAGES, ranges, strict=True)}
 
@@ -180,10 +186,10 @@ def _digest(value: Any) -> str:
 
 
 def require_disjoint(task: str, splits: Mapping[Stage, Any], columns: Sequence[str]) -> None:
-    """Refuse splits that share an example: scores on them would not be honest.
+    """Reject splits that share examples, since scores on them would be biased.
 
     Raises:
-        ConfigError: how many examples are shared, between which splits, and the first of them.
+        ConfigError: two splits share examples; the message counts them and names the first rows.
     """
     seen: dict[str, tuple[Stage, int]] = {}
     shared: dict[tuple[Stage, Stage], list[str]] = {}
@@ -200,30 +206,34 @@ def require_disjoint(task: str, splits: Mapping[Stage, Any], columns: Sequence[s
                 shared.setdefault((first[0], stage), []).append(f"{first[1]} = {i}")
     if shared:
         found = "; ".join(
-            f"{len(pairs)} of {a} are in {b} too (rows {shorten(pairs, 3)})"
+            f"{len(pairs)} of {a} also in {b} (rows {shorten(pairs, 3)})"
             for (a, b), pairs in shared.items()
         )
         raise ConfigError(
-            f"task {task}: the splits must not share examples: {found}. Remove the duplicates; or "
-            "give one set of examples, which is cut into three after repeated ones are left out; "
-            "or, if they may be shared (lines that any text repeats), turn this check off: "
-            "data.check_disjoint: false."
+            f"task {task}: the splits share examples, which biases the scores: {found}. Remove "
+            "them, or give a single split, which is deduplicated and cut into three; to allow "
+            "shared examples, set data.check_disjoint: false."
         )
 
 
 class MergeDataModule(lightning.LightningDataModule):
-    """One dataset a task; a training step holds a batch of every task.
+    """Load one dataset per task; every training step holds a batch of every task.
+
+    Training reads the adaptation splits, validation the selection splits, testing the test splits.
+    The order of training examples depends on the seed alone: several processes split each global
+    batch between them, and a resumed run continues at the next batch. An epoch ends when the
+    largest task has been seen once; smaller tasks repeat, reshuffled.
 
     Args:
         tasks: the tasks by name.
-        batch_size: examples per task, step and process.
-        eval_batch_size: examples per batch of selection and test; default: twice `batch_size`.
-        num_workers: processes that prepare batches.
-        seed: order of the training examples, and the cut of single splits.
-        processor: folder or hub id of the tokenizer or image processor; default: the folder of the
+        batch_size: training examples per task, step and process.
+        eval_batch_size: examples per batch of selection and test. Default: twice `batch_size`.
+        num_workers: number of worker processes that prepare batches.
+        seed: seed of the order of training examples and of the cut of single splits.
+        processor: folder or hub id of the tokenizer or image processor. Default: the folder of the
             base or the first source.
-        check_disjoint: compare the contents of all splits, as far as they are used, before
-            training.
+        check_disjoint: reject splits of a task that share examples. Only the examples in use are
+            compared.
     """
 
     def __init__(
@@ -240,7 +250,7 @@ class MergeDataModule(lightning.LightningDataModule):
         if not tasks:
             raise ConfigError("data.tasks: expected at least one task, got none.")
         if batch_size < 1:
-            raise ConfigError(f"data.batch_size: must be at least 1, got {batch_size}.")
+            raise ConfigError(f"data.batch_size: expected at least 1, got {batch_size}.")
         self.tasks = tasks
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or 2 * batch_size
@@ -255,7 +265,7 @@ class MergeDataModule(lightning.LightningDataModule):
         self._pad = 0
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, check and prepare all splits once."""
+        """Load, prepare and check all splits once."""
         if self._prepared:
             return
         folder = self.processor_path or self._default_processor()
@@ -287,10 +297,10 @@ class MergeDataModule(lightning.LightningDataModule):
         self._pad = padding_id(self.processor, network, classifies and several)
 
     def splits(self, task: str) -> dict[Stage, Any]:
-        """A task's three splits as datasets, not prepared; they are loaded once.
+        """Return the three raw splits of a task, loaded once.
 
         Raises:
-            ConfigError: see `load_splits`.
+            ConfigError: the data cannot be read, or lack an expected split.
         """
         data, kept = self.tasks[task], self._loaded.get(task)
         if kept is None or kept[0] is not data:
@@ -298,11 +308,11 @@ class MergeDataModule(lightning.LightningDataModule):
         return kept[1]
 
     def attach(self, merged: Any) -> None:
-        """Prepare for a merged model where no trainer says for which."""
+        """Set the merged model that the data are prepared for, if no trainer is used."""
         self._network = merged
 
     def restricted(self, tasks: Sequence[str]) -> MergeDataModule:
-        """The same data with some of the tasks alone, for a trainer of its own."""
+        """Return a copy with only the given tasks, for a trainer of its own."""
         own = copy.copy(self)
         own.tasks = {name: task for name, task in self.tasks.items() if name in tasks}
         own._prepared, own.trainer = {}, None
@@ -318,11 +328,11 @@ class MergeDataModule(lightning.LightningDataModule):
         return None if folder is None else str(folder)
 
     def examples(self, stage: Stage) -> dict[str, Any]:
-        """The prepared examples of a split, by task."""
+        """Return the prepared examples of a split by task."""
         return {task: splits[stage] for task, splits in self._prepared.items()}
 
     def train_dataloader(self) -> StreamLoader:
-        """Steps over the adaptation split."""
+        """Return the stream of training steps over the adaptation splits."""
         pads = partial(collate, pad=self._pad)
         stream = TaskStream(self.examples("adaptation"), pads, self.batch_size, self.seed)
         if self.trainer is not None:
@@ -330,11 +340,11 @@ class MergeDataModule(lightning.LightningDataModule):
         return StreamLoader(stream, self.num_workers)
 
     def val_dataloader(self) -> list[Any]:
-        """A loader a task over the selection split."""
+        """Return one loader per task over the selection split."""
         return self._shares("selection")
 
     def test_dataloader(self) -> list[Any]:
-        """A loader a task over the test split."""
+        """Return one loader per task over the test split."""
         return self._shares("test")
 
     def _shares(self, stage: Stage) -> list[Any]:
@@ -345,7 +355,7 @@ class MergeDataModule(lightning.LightningDataModule):
         return [ShareLoader(examples, *options) for examples in self.examples(stage).values()]
 
     def evaluation_loaders(self, stage: Stage) -> list[Any]:
-        """A loader a task over the whole split, in the order of `tasks`."""
+        """Return one loader per task over the whole split, in the order of `tasks`."""
         return [
             DataLoader(
                 examples,

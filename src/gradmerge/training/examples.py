@@ -1,4 +1,4 @@
-"""From a dataset's rows to what a model takes: tokens, pixels, labels."""
+"""Conversion of dataset rows to model inputs: tokens, pixels, labels."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from gradmerge.errors import ConfigError, nearest
 
 Kind = Literal["causal_lm", "text_classification", "image_classification", "tensors"]
 
-# Prepared images are kept in memory up to this many bytes per split; beyond, on demand.
+# Up to this many bytes of prepared examples per split are kept in memory.
 _KEEP_BYTES = 1 << 30
 
 
 def load_processor(folder: str | None, kind: Kind) -> Any:
-    """The tokenizer or image processor of a model folder.
+    """Load the tokenizer or image processor of a model folder.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no folder is given, or it has none.
     """
     import transformers
 
     if folder is None:
-        raise ConfigError("no source has a folder with a tokenizer; set data.processor.")
+        raise ConfigError(
+            "expected a source folder with a tokenizer, got none. Set data.processor."
+        )
     auto = (
         transformers.AutoImageProcessor
         if kind == "image_classification"
@@ -37,24 +39,24 @@ def load_processor(folder: str | None, kind: Kind) -> Any:
         return auto.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{folder}: no {auto.__name__.removeprefix('Auto').lower()} can be loaded from it: "
-            f"{str(error).rstrip('.')}. Give the folder of one that has it: data.processor."
+            f"{folder}: cannot load its {auto.__name__.removeprefix('Auto').lower()}: "
+            f"{str(error).rstrip('.')}. Set data.processor to a folder that has one."
         ) from error
 
 
 def padding_id(tokenizer: Any, network: Any, classifies: bool) -> int:
-    """The token that fills up shorter rows: the tokenizer's, else the network's, else 0.
+    """Return the padding token: the tokenizer's, else the network's, else 0.
 
-    A decoder that classifies takes the last token that is not the padding of its own config, so
-    there the config's comes first.
+    A decoder for sequence classification reads the last token that differs from the padding token
+    of its config, so for these networks the config takes precedence.
 
     Args:
-        tokenizer: tokenizer or image processor, if there is one.
-        network: the network, where it is known.
-        classifies: whether rows of a text classification are put into batches.
+        tokenizer: tokenizer or image processor, or None.
+        network: the network, or None if unknown.
+        classifies: true if texts to classify are batched.
 
     Raises:
-        ConfigError: the network needs a padding token, and its config has none.
+        ConfigError: the network needs a padding token, but its config has none.
     """
     config: Any = getattr(network, "config", None)
     if hasattr(config, "get_text_config"):
@@ -63,12 +65,11 @@ def padding_id(tokenizer: Any, network: Any, classifies: bool) -> int:
     given = getattr(tokenizer, "pad_token_id", None)
     if network is not None and _looks_for_padding(network):
         if own is None and classifies:
-            token = f"{given}, the tokenizer's" if given is not None else "that of its eos_token"
+            token = f"{given}, the tokenizer's" if given is not None else "its eos_token_id"
             raise ConfigError(
                 f"{type(network).__name__} classifies by the last token that is not padding, but "
-                "its config has no pad_token_id, so a batch cannot be padded. Set pad_token_id in "
-                f"the config.json of every source (e.g. {token}), or set data.batch_size and "
-                "data.eval_batch_size to 1."
+                f"its config has no pad_token_id. Set pad_token_id in the config.json of every "
+                f"source (e.g. {token}), or set data.batch_size and data.eval_batch_size to 1."
             )
         given = own if own is not None else given
     found = given if given is not None else own
@@ -76,7 +77,7 @@ def padding_id(tokenizer: Any, network: Any, classifies: bool) -> int:
 
 
 def _looks_for_padding(network: Any) -> bool:
-    """Whether it is a decoder that classifies: its forward compares with the padding token."""
+    """Return true for a decoder classifier, whose forward compares with the padding token."""
     kind = type(network)
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     names = getattr(code, "co_names", ())
@@ -92,25 +93,25 @@ def prepare(
     limit: int | None,
     where: str,
 ) -> Any:
-    """Examples as mappings of tensors, by index.
+    """Convert a split to an indexable dataset of mappings of tensors.
 
     Args:
         split: rows by index.
-        kind: what the rows are.
+        kind: kind of examples (`TaskData.kind`).
         processor: tokenizer or image processor.
         columns: names of the columns `text`, `image` and `label`.
-        max_length: tokens a text or window.
-        limit: at most this many examples.
-        where: task and split, for messages.
+        max_length: maximum tokens per text, or tokens per window.
+        limit: maximum number of examples.
+        where: task and split, for error messages.
 
     Raises:
-        ConfigError: a column is missing, or nothing is left.
+        ConfigError: a column is missing, labels are text, or no example is left.
     """
     if kind == "tensors":
         return split if limit is None else First(split, limit)
     column = columns["image" if kind == "image_classification" else "text"]
     if len(split) == 0:
-        raise ConfigError(f"{where}: no examples.")
+        raise ConfigError(f"{where}: expected at least one example, got none.")
     names = list(split[0])
     if column not in names:
         raise ConfigError(
@@ -123,19 +124,19 @@ def prepare(
     label = columns["label"] if columns["label"] in names else None
     if label is not None and isinstance(split[0][label], str):
         raise ConfigError(
-            f"{where}: the labels in column {label!r} are text ({split[0][label]!r}); expected "
-            "class numbers in the order of the source's id2label."
+            f"{where}: expected class numbers in column {label!r}, in the order of the source's "
+            f"id2label, got text ({split[0][label]!r}). Map the labels to numbers first."
         )
     return _Classified(rows, kind, processor, column, label, max_length)
 
 
 def rows_used(prepared: Any) -> int:
-    """How many of a split's rows, from the first on, its prepared examples are made of."""
+    """Return the number of leading rows of a split that its prepared examples use."""
     return prepared.documents if isinstance(prepared, _Windows) else len(prepared)
 
 
 class First(Dataset[Any]):
-    """The first examples of a dataset."""
+    """The first `limit` examples of a dataset."""
 
     def __init__(self, inner: Any, limit: int) -> None:
         self.inner, self.length = inner, min(limit, len(inner))
@@ -150,7 +151,7 @@ class First(Dataset[Any]):
 
 
 class _Classified(Dataset[dict[str, Any]]):
-    """Texts or images with labels, prepared once and kept while they fit."""
+    """Texts or images with labels, prepared on first access and cached up to a size limit."""
 
     def __init__(
         self,
@@ -192,7 +193,7 @@ class _Classified(Dataset[dict[str, Any]]):
 
 
 class _Windows(Dataset[dict[str, Any]]):
-    """Equal windows over the first `documents` documents, concatenated."""
+    """Windows of equal length over the concatenation of the first `documents` documents."""
 
     def __init__(self, tokens: Tensor, bytes_per_token: float, documents: int) -> None:
         self.tokens, self.bytes_per_token, self.documents = tokens, bytes_per_token, documents
@@ -223,7 +224,8 @@ def _windows(
     count = len(ids) // length
     if count == 0:
         raise ConfigError(
-            f"{where}: {len(ids)} tokens are too few for one window of max_length {length}."
+            f"{where}: expected at least one window of {length} tokens (max_length), got "
+            f"{len(ids)} tokens in all. Reduce max_length or add text."
         )
     kept = count if limit is None else min(count, limit)
     tokens = torch.tensor(ids[: kept * length]).view(kept, length)

@@ -1,8 +1,8 @@
-"""Loaders: the stream of training steps, and each process's share of an evaluation split.
+"""Data loaders: the stream of training steps, shares of evaluation splits, and samples.
 
-Training batches are a stream indexed by (seed, epoch, step): every process computes the same global
-batch and takes its share, so two processes see what one would, and a resumed run goes on at the
-very next batch. Of an evaluation split every process reads its own examples, and none twice. A
+Training batches are a function of (seed, epoch, step): every process computes the same global batch
+and takes its share, so the number of processes does not change the data, and a resumed run
+continues at the next batch. Each example of an evaluation split is read by exactly one process. A
 sample of a split, for statistics, is the same in every process.
 """
 
@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_w
 
 
 class TaskStream(IterableDataset[dict[str, dict[str, Tensor]]]):
-    """Steps `start` to `stop`, counted over all epochs; each yields `{task: batch}` for this
-    process.
+    """Stream of the training steps `start` to `stop`, counted over all epochs.
+
+    Each step is `{task: batch}`, with the share of this process.
     """
 
     def __init__(
@@ -37,12 +38,12 @@ class TaskStream(IterableDataset[dict[str, dict[str, Tensor]]]):
         self._orders: dict[str, tuple[tuple[int, int], list[int]]] = {}
 
     def num_steps(self) -> int:
-        """Steps until the largest task was seen once."""
+        """Return the number of steps in an epoch: until the largest task has been seen once."""
         size = self.batch_size * self.world
         return max(math.ceil(len(e) / size) for e in self.examples.values())  # type: ignore[arg-type]
 
     def indices(self, task: str, step: int) -> list[int]:
-        """Examples of a task for one step of this process, out of the seeded global order."""
+        """Return the indices of a task's examples for one step of this process."""
         epoch, within = divmod(step, self.num_steps())
         length = len(self.examples[task])  # type: ignore[arg-type]
         size = self.batch_size * self.world
@@ -50,7 +51,7 @@ class TaskStream(IterableDataset[dict[str, dict[str, Tensor]]]):
         return [self._order(task, epoch, at // length, length)[at % length] for at in wanted]
 
     def _order(self, task: str, epoch: int, lap: int, length: int) -> list[int]:
-        """A permutation of the examples, a new one each time the task has been seen once."""
+        """Return the seeded order of the examples, a new one for every lap over the task."""
         kept = self._orders.get(task)
         if kept is None or kept[0] != (epoch, lap):
             name = int.from_bytes(
@@ -74,12 +75,12 @@ class TaskStream(IterableDataset[dict[str, dict[str, Tensor]]]):
 
 
 class StreamLoader:
-    """A loader of training steps that can be resumed in the middle of an epoch.
+    """Loader of training steps that can be resumed in the middle of an epoch.
 
-    It counts the steps it gave: a trainer stops asking after an epoch's last step and so never sees
-    an iterator end. What step s holds depends on s alone, and the stream goes on from one iterator
-    to the next. How many steps its epoch still has a trainer knows (with `limit_train_batches` only
-    the trainer), so a resumed loader, too, offers a whole epoch's.
+    It counts the steps that it has yielded, since a trainer never exhausts the iterator of an
+    epoch, and each new iterator continues at that count. The content of a step depends only on its
+    number. A resumed loader offers a whole epoch of steps: only the trainer knows how many remain
+    (`limit_train_batches`).
     """
 
     def __init__(self, stream: TaskStream, num_workers: int) -> None:
@@ -97,20 +98,20 @@ class StreamLoader:
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Where the stream stands."""
+        """Return the number of steps yielded so far."""
         return {"step": self.step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on where it stood."""
+        """Resume after the saved step."""
         self.step = state["step"]
 
 
 class ShareLoader:
-    """One process's share of an evaluation split: every `world`th example, from `rank` on.
+    """Loader of one process's share of an evaluation split: every `world`th example from `rank` on.
 
-    No example is repeated to make the shares equal, which would count it twice. The number of
-    batches is the same in every process, so that none waits for another: the last may be empty.
-    It is no `DataLoader`, which a trainer would give a sampler that does repeat.
+    No example is repeated to equalise the shares, which would count it twice. Every process yields
+    the same number of batches, so that none waits for another; the last may be empty. It does not
+    subclass `DataLoader`, because the trainer would then insert a sampler that repeats examples.
     """
 
     def __init__(
@@ -142,12 +143,12 @@ class ShareLoader:
 
 
 def sample_batches(loader: DataLoader[Any], batches: int) -> DataLoader[Any]:
-    """At most `batches` batches of a loader's examples, for what is estimated of a whole split.
+    """Sample at most `batches` batches of a loader's examples, to estimate statistics of a split.
 
-    Of L examples `n = min(L, batches * batch_size)` are taken, the i-th drawn from
-    `[i L / n, (i + 1) L / n)`, so that a split in the order of its classes gives of every class its
-    share. Their order is drawn, too, so that each batch is mixed; `even_batches` cuts it. The draws
-    have one seed: each call, and each process, takes the same.
+    From L examples, `n = min(L, batches * batch_size)` are taken, the i-th drawn from
+    `[i L / n, (i + 1) L / n)`; in a split sorted by class, every class keeps its share. The sample
+    is shuffled, so batches are mixed, and cut by `even_batches`. The seed is fixed: every call and
+    every process takes the same sample.
     """
     length = len(loader.dataset)  # type: ignore[arg-type]
     size = loader.batch_size or 1
@@ -166,10 +167,10 @@ def sample_batches(loader: DataLoader[Any], batches: int) -> DataLoader[Any]:
 
 
 def even_batches(order: Sequence[int], size: int) -> list[list[int]]:
-    """All indices in batches of about `size`, which differ in length by one at most.
+    """Cut all indices into batches of about `size` whose lengths differ by at most one.
 
-    Nothing is left out, and no batch has one example alone, of which BatchNorm knows no statistics,
-    unless the size is one or there is but one; of an odd number in pairs one batch has three.
+    No batch has a single example, for which BatchNorm has no statistics, unless `size` is 1 or
+    there is only one example. With `size` 2 and an odd number of examples, one batch has three.
     """
     parts = -(-len(order) // size)
     if size > 1:
@@ -182,8 +183,10 @@ def even_batches(order: Sequence[int], size: int) -> list[list[int]]:
 
 
 def collate(examples: Sequence[Mapping[str, Any]], pad: int = 0) -> dict[str, Any]:
-    """Stack tensors, padding token sequences on the right, `input_ids` with `pad`; scalars become
-    tensors.
+    """Stack examples into a batch.
+
+    Sequences of different length are padded on the right: `input_ids` with `pad`, `labels` with
+    -100, the rest with 0. Scalars become tensors, and `bytes_per_token` is averaged.
     """
     batch: dict[str, Any] = {}
     for key in examples[0]:

@@ -1,4 +1,4 @@
-"""A learned factor on the logits in training (learned soup, arXiv 2203.05482)."""
+"""Learned factor on the logits during training (learned soup, arXiv 2203.05482)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from gradmerge.objectives.base import AbstractTerm
 
 
 class LogitScale(nn.Module):
-    """`exp(a)` with one trainable number a, a factor on the merged network's logits.
+    """Factor `exp(a)` on the logits of the merged network, with one trainable scalar a.
 
-    An aid to training alone: the calibration of the logits is learned apart from the merge.
-    Evaluation and export do without it, and the class with the largest logit is the same.
+    It separates calibration from the merge during training. Evaluation and export do not use it;
+    the predicted class is the same with and without it.
 
-    The losses of a step run their backward before the step's own (`MergedModel.accumulate`). They
-    take the scale from a copy, whose gradient `deferred` brings back into the step's loss.
+    The losses of a step run their backward passes before that of the step itself
+    (`MergedModel.accumulate`). They read a copy of the scale, whose gradient `deferred` adds to the
+    loss of the step.
 
     Args:
-        start: the factor at the start.
-        terms: the objective's; each must have a target, for entropy falls with the scale alone.
+        start: initial value of the factor.
+        terms: terms of the objective. Each needs labels or a teacher, since entropy could be
+            minimised by the scale alone.
 
     Raises:
-        ConfigError: the start is not positive, or a term has neither labels nor a teacher.
+        ConfigError: `start` is not positive, or a term has neither labels nor a teacher.
     """
 
     def __init__(self, start: float, terms: Iterable[AbstractTerm]) -> None:
@@ -41,14 +43,14 @@ class LogitScale(nn.Module):
         ]
         if free:
             raise ConfigError(
-                f"logit_scale: {', '.join(free)} falls with the scale of the logits alone, "
-                "whatever the merge. Leave it out, or take a term with labels or a teacher."
+                f"logit_scale: {', '.join(free)} can be minimised by the scale alone, whatever the "
+                "merge. Remove logit_scale, or use a term with labels or a teacher."
             )
         self.log_scale = nn.Parameter(torch.tensor(math.log(start)))
         self._copy = self.log_scale.detach().clone()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogitScale:
-        """Follow `.to(...)`: the number stays in float32 or wider, as coefficients do."""
+        """Apply `.to(...)`, but keep the scalar in float32 or wider, as coefficients are."""
         probe = fn(torch.zeros_like(self.log_scale))
         wide = torch.promote_types(probe.dtype, torch.float32)
         super()._apply(lambda tensor: tensor.to(probe.device, wide), recurse)
@@ -56,22 +58,22 @@ class LogitScale(nn.Module):
 
     @property
     def value(self) -> float:
-        """The factor."""
+        """Current value of the factor."""
         return math.exp(float(self.log_scale.detach()))
 
     def begin(self) -> None:
-        """Start a step: its losses take the scale as it is now."""
+        """Start a step, whose losses use the current scale."""
         self._copy = self.log_scale.detach().clone().requires_grad_()
 
     def scaled(self, logits: Tensor) -> Tensor:
-        """`exp(a)` times the logits."""
+        """Return the logits times `exp(a)`."""
         return logits * self._copy.exp()
 
     def deferred(self, inner_scale: float) -> Tensor:
-        """Zero, whose backward adds the step's gradient to `log_scale`.
+        """Return a zero whose backward adds the gradient of the step to `log_scale`.
 
         Args:
-            inner_scale: the factor on the losses inside, which is taken out again.
+            inner_scale: factor on the inner losses (of a gradient scaler), taken out again.
         """
         grad = self._copy.grad
         known = torch.zeros_like(self._copy) if grad is None else grad / inner_scale

@@ -1,4 +1,4 @@
-"""The LightningModule: merged model, objective, tasks and metrics meet here."""
+"""`MergeModule`, the LightningModule that learns the coefficients of a merge."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import lightning
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from gradmerge._memory import release_freed_memory
 from gradmerge.calibration.finish import Finishing
@@ -42,28 +43,34 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 
 class MergeModule(lightning.LightningModule):
-    """Learns the coefficients of a merge with `trainer.fit`.
+    """Learn the coefficients of a merge with `trainer.fit`.
 
-    A training batch maps task names to batches of that task (`MergeDataModule` makes them); a batch
-    is a mapping of model inputs, with `labels` where there are any. Only the raw coefficients are
-    parameters: they are all that the optimiser and the checkpoint hold.
+    The sources stay frozen. Only the raw coefficients (and `logit_scale`, if set) are parameters,
+    so optimiser state and checkpoints stay small; to load a checkpoint, the sources must still be
+    available.
+
+    A training batch maps task names to batches of model inputs, as `MergeDataModule` yields them;
+    `labels` are needed only for supervised terms. Training logs `train/loss` and
+    `train/<task>/loss`; evaluation logs `<split>/loss`, `<split>/<task>/<metric>` and
+    `<split>/average/<metric>`, where the split is `selection` or `test`.
 
     Args:
-        recipe: what is merged and how.
-        objective: what is minimised; a single term will do.
-        memory: `resident` keeps merged tensors for the step; `streamed` rebuilds them in backward
-            and holds about one layer.
-        dtype: dtype of the merged weights in training.
-        activation_checkpointing: recompute each block's activations in backward.
-        learning_rate: of Adam, where no other optimiser is configured.
-        load_sources: copy the sources to the training device once, instead of reading their mapped
-            files at every step (a GPU wants it, if they fit).
-        score_experts: also run each task's source once an evaluation split, for normalised scores.
-        logit_scale: start of a learned positive factor on the merged logits while training (learned
-            soup); evaluation and export do without it. Default: none.
-        module: the architecture, where no source carries a config (Python only).
-        allow_modules: modules outside of gradmerge whose components a checkpoint may name (your own
-            granularity, operator, ...); they are imported when it is loaded.
+        recipe: the merge: sources, base, operator and the granularity of the coefficients.
+        objective: the loss to minimise, or a single term of it. Default: cross-entropy.
+        memory: `resident` keeps the merged tensors during a step; `streamed` rebuilds them in the
+            backward pass and holds about one layer at a time.
+        dtype: dtype of the merged weights during training.
+        activation_checkpointing: recompute the activations of each block in the backward pass.
+        learning_rate: learning rate of Adam, the optimiser unless another is configured.
+        load_sources: copy the sources to the training device once instead of reading their
+            memory-mapped files at every step; faster on a GPU, if they fit.
+        score_experts: also score each task's own source, once per evaluation split, to report
+            normalised scores.
+        logit_scale: initial value of a learned positive factor on the merged logits (learned
+            soup). It is used in training only, not in evaluation or export. Default: no factor.
+        module: the network architecture; required if no source has a config (Python only).
+        allow_modules: modules outside gradmerge whose classes a checkpoint may name (your own
+            granularity, operator, ...); they are imported when the checkpoint is loaded.
 
     Examples:
         >>> from gradmerge import MergeModule, Recipe
@@ -107,7 +114,7 @@ class MergeModule(lightning.LightningModule):
 
     @classmethod
     def around(cls, merged: MergedModel, score_experts: bool = True) -> MergeModule:
-        """Wrap a merged model that exists already, to score it on data."""
+        """Wrap an existing merged model, to score it on data."""
         module = cls.__new__(cls)
         lightning.LightningModule.__init__(module)
         module.allow_modules, module.load_sources = (), False
@@ -146,7 +153,7 @@ class MergeModule(lightning.LightningModule):
     def _remember(
         self, memory: str, dtype: str, activation_checkpointing: bool, logit_scale: float | None
     ) -> None:
-        """Hyper-parameters as plain data: the checkpoint then loads with `weights_only=True`."""
+        """Store hyper-parameters as plain data, so checkpoints load with `weights_only=True`."""
         plain = {
             "recipe": to_plain(self.recipe),
             "objective": to_plain(self.objective),
@@ -163,8 +170,9 @@ class MergeModule(lightning.LightningModule):
         self._log_hyperparams = True
 
     def start_at(self, init: AbstractInit) -> None:
-        """Take another start, as a search has chosen it: in the recipe, and for what is measured
-        from the start. The coefficients themselves are left alone.
+        """Replace the init of the recipe and the reference point of the regularisers.
+
+        The coefficients themselves are not changed.
         """
         self.recipe = self.merged.plan.recipe = replace(self.recipe, init=init)
         self.hparams["recipe"] = to_plain(self.recipe)
@@ -174,7 +182,7 @@ class MergeModule(lightning.LightningModule):
 
     @property
     def causal(self) -> bool:
-        """Whether the network predicts the next token."""
+        """True if the network predicts the next token."""
         return is_causal(self.merged.skeleton)
 
     @property
@@ -183,20 +191,25 @@ class MergeModule(lightning.LightningModule):
         return tuple(self.merged.tasks)
 
     def setup(self, stage: str) -> None:
-        """Take the tasks, and whose source each uses, from the data module."""
+        """Take the tasks and their sources from the trainer's data module."""
         data = getattr(self._trainer, "datamodule", None)
         self.take_tasks(getattr(data, "tasks", None))
         self.objective.require_tasks(self.merged.tasks)
 
     def take_tasks(self, described: Mapping[str, Any] | None) -> None:
-        """Take the tasks, and whose source each uses, from a data module's."""
+        """Set the tasks and their sources from the `tasks` of a data module.
+
+        Raises:
+            ConfigError: a task names an unknown source, and the objective or private tensors need
+                one.
+        """
         if described:
             tasks = {name: task.source or name for name, task in described.items()}
             lost = [f"{t} -> {s}" for t, s in tasks.items() if s not in self.merged.plan.serving]
             if lost and len(self.merged.plan.sources) and self._tasks_need_source():
                 raise ConfigError(
-                    f"these tasks name no source: {', '.join(lost)}; sources are "
-                    f"{', '.join(self.merged.plan.serving)}. Set `source` of the task."
+                    f"unknown sources of tasks: {', '.join(lost)} (choose from "
+                    f"{', '.join(self.merged.plan.serving)}). Set `source` of these tasks."
                 )
             first = next(iter(self.merged.plan.sources))
             self.merged.tasks = {
@@ -211,14 +224,14 @@ class MergeModule(lightning.LightningModule):
         return self.objective.needs_teacher or bool(self.merged.plan.private)
 
     def rows(self, task: str, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Logits of a task's batch as rows, labels, and the rows kept (see `next_token_rows`)."""
+        """Return the logits of a batch as rows, labels, and rows kept (see `next_token_rows`)."""
         return rows_of(self.merged, task, batch)
 
     def _predict(self, task: str, batch: Batch, shared: bool = False) -> Predictions:
         return predict(self.merged, self.objective, task, batch, shared)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One merge, one backward a task, one contraction."""
+        """Merge once, run one backward pass per task, and contract the gradients once."""
         batches = by_task(self.merged, batch)
         if self.logit_scale is not None:
             self.logit_scale.begin()
@@ -252,19 +265,19 @@ class MergeModule(lightning.LightningModule):
         return self.objective.share(task, tasks) * self.objective.loss(predictions)
 
     def _inner_scale(self) -> float:
-        """The scale of a float16 gradient scaler: the backward inside must not underflow either."""
+        """Return the scale of a float16 gradient scaler; inner backward passes need it too."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
 
     def _share_touched(self) -> None:
-        """A tensor is used if any process used it."""
+        """Share the used tensors: a tensor counts as used if any process used it."""
         if self.trainer.world_size > 1:
             found: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(found, self.merged.touched)
             self.merged.touched = set().union(*found)
 
     def on_fit_start(self) -> None:
-        """Training mode, for trainers leave modes as they find them; sources to the device."""
+        """Enter training mode, record the run, and load the sources if asked to."""
         self.train()
         start_run(self.trainer, self)
         if self.merged.memory == "streamed":
@@ -273,8 +286,11 @@ class MergeModule(lightning.LightningModule):
             self.merged.plan.load(self.device)
 
     def on_train_start(self) -> None:
-        """Refuse settings of the trainer that an optimiser cannot do with; measure how much the
-        coefficients matter, where the objective asks for it.
+        """Check the optimisers against the trainer, and measure coefficient importance if needed.
+
+        Raises:
+            ConfigError: SAM with gradient accumulation or a gradient scaler, or no coefficient has
+                a gradient to measure its importance by.
         """
         for optimizer in self.trainer.optimizers:
             if isinstance(optimizer, SAM):
@@ -283,7 +299,7 @@ class MergeModule(lightning.LightningModule):
         if not self.regularisation.wants_batches:
             return
         data = getattr(self._trainer, "datamodule", None)
-        # a data module's new loader begins where training does, and leaves that one alone
+        # a new loader starts at the same batch as training and does not advance its loader
         loader: Any = self.trainer.train_dataloader if data is None else data.train_dataloader()
         moved = (self.transfer_batch_to_device(batch, self.device, 0) for batch in loader)
         with self.trainer.precision_plugin.train_step_context():
@@ -291,7 +307,7 @@ class MergeModule(lightning.LightningModule):
             self.regularisation.measure(steps, self._inner_scale())
 
     def on_train_end(self) -> None:
-        """Say what the logits were scaled by at last."""
+        """Record the final logit scale in the plan."""
         self._note_logit_scale()
 
     def _note_logit_scale(self) -> None:
@@ -299,33 +315,34 @@ class MergeModule(lightning.LightningModule):
             self.merged.plan.run["logit_scale"] = self.logit_scale.value
 
     def on_validation_model_train(self) -> None:
-        """Go back to training; a trainer would restore flags of submodules, which the network is
-        not.
+        """Return to training mode within a fit.
+
+        The trainer restores the mode of submodules only, and the network is not a submodule.
         """
         self.train(self.trainer.state.fn == "fit")
 
     def on_fit_end(self) -> None:
-        """Ready for use."""
+        """Switch to evaluation mode."""
         self.eval()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam; the command line's `optimizer` and `lr_scheduler` take its place."""
+        """Return Adam with `learning_rate`; `optimizer` on the command line replaces it."""
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
+    @override
     def on_validation_epoch_start(self) -> None:
-        """Start the scores of the selection split."""
         self._begin()
 
+    @override
     def on_test_epoch_start(self) -> None:
-        """Start the scores of the test split."""
         self._begin()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score one task's batch of the selection split."""
+        """Score a batch of one task of the selection split."""
         self._evaluate(batch, dataloader_idx, "selection")
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score one task's batch of the test split."""
+        """Score a batch of one task of the test split."""
         self._evaluate(batch, dataloader_idx, "test")
 
     def on_validation_epoch_end(self) -> None:
@@ -341,7 +358,7 @@ class MergeModule(lightning.LightningModule):
         self._scores.begin(self.causal, self.device)
 
     def _evaluate(self, batch: Batch, index: int, stage: str) -> None:
-        if not batch:  # another process has one more
+        if not batch:  # padding step: another process has one more batch
             return
         task = self.tasks[index]
         predictions = self._predict(task, batch)
@@ -371,26 +388,30 @@ class MergeModule(lightning.LightningModule):
 
     @property
     def results(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Scores of the splits that were evaluated: by split, by task and `average`."""
+        """Scores of the evaluated splits: `{split: {task or "average": {metric: value}}}`."""
         return self._scores.results
 
     def refresh_buffers(self, data: Any = None) -> None:
-        """Recompute on adaptation data (by default the trainer's) what the recipe says is to be:
-        BatchNorm statistics, and the corrections of finalisers.
+        """Recompute BatchNorm statistics and finaliser corrections, as the recipe asks for.
+
+        Args:
+            data: data module with the adaptation data. Default: the trainer's.
         """
         data = data or getattr(self._trainer, "datamodule", None)
         sample = partial(self._sample, data) if hasattr(data, "evaluation_loaders") else None
         self._finishing.refresh(self.merged, data, sample)
 
     def _sample(self, data: Any, batches: int) -> Iterator[tuple[str, Batch]]:
-        """Batches of each task's adaptation split, on the module's device."""
+        """Yield sampled batches of each task's adaptation split, on the module's device."""
         for task, loader in zip(self.tasks, data.evaluation_loaders("adaptation"), strict=True):
             for batch in sample_batches(loader, batches):
                 yield task, self.transfer_batch_to_device(batch, self.device, 0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the coefficients belong to: those of the checkpoint, which a callback that
-        averages has put there in place of the current ones.
+        """Add fingerprints, fixed tensors, buffers, corrections and scores to the checkpoint.
+
+        They belong to the coefficients in the checkpoint, which differ from the current ones if a
+        callback saves averaged weights.
         """
         own = dict(self.named_parameters())
         with holding(own, checkpoint.get("state_dict", {})):
@@ -401,11 +422,11 @@ class MergeModule(lightning.LightningModule):
         checkpoint["gradmerge"]["regularisation"] = self.regularisation.to_save()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse coefficients of other weights, and restore what is not a parameter.
+        """Check that the checkpoint fits these sources, and restore all but the parameters.
 
         Raises:
-            FingerprintError: the sources' weights are not those of the checkpoint.
-            ConfigError: the checkpoint is not one of gradmerge.
+            FingerprintError: the checkpoint was trained on other source weights.
+            ConfigError: the checkpoint was not written by gradmerge.
         """
         saved = checkpoint.get("gradmerge")
         restored = restore(self.merged, saved)
@@ -414,12 +435,12 @@ class MergeModule(lightning.LightningModule):
 
 
 def _warn_of_sources(described: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Say which tasks name sources that do not exist; others have data of no source."""
+    """Warn of tasks that name an unknown source."""
     known = list(known)
     for name, task in described.items():
         if task.source is not None and task.source not in known:
             lightning.pytorch.utilities.rank_zero_warn(
-                f"task {name}: source {task.source!r} does not exist; there are "
-                f"{', '.join(known)}.{nearest(task.source, known)} Its examples are learned "
-                "from as those of no source, and no task is scored beside its expert."
+                f"task {name}: unknown source {task.source!r} (choose from {', '.join(known)})."
+                f"{nearest(task.source, known)} Its examples still train the merge, but no task "
+                "is scored against its own source."
             )

@@ -1,4 +1,4 @@
-"""The regularisers of a fit, and what they remember of its start."""
+"""Regularisers of a fit, with the starting coefficients and their importance."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ Runs = Sequence[Callable[[], Tensor]]
 
 
 class Regularisation:
-    """An objective's regularisers over a merged model.
+    """Penalties of an objective's regularisers on a merged model.
 
     Args:
-        objective: whose regularisers they are.
-        merged: at its starting coefficients, which are kept if there is any regulariser.
+        objective: the objective with the regularisers.
+        merged: the model at its starting coefficients, which are stored if there is a regulariser.
     """
 
     def __init__(self, objective: Objective, merged: MergedModel) -> None:
         self._objective, self._merged = objective, merged
         self.start: dict[str, Tensor] = {}
-        """Coefficients at the start, by tensor."""
+        """Starting coefficients by tensor."""
         self.start_at(merged.raw)
         self.importance: dict[str, Tensor] = {}
-        """F of `FisherToInit` by key of the raw parameters, `[sources, *shape]`."""
+        """Importance F of `FisherToInit` by key of the raw parameters, `[sources, *shape]`."""
 
     def start_at(self, raw: Raw) -> None:
-        """Measure from these raw coefficients on, where there is any regulariser."""
+        """Set the starting coefficients from raw ones, if there is a regulariser."""
         if self._objective.regularisers:
             plan = self._merged.plan
             self.start = {n: plan.coefficient(n, raw).detach().clone() for n in plan.learned}
 
     def penalty(self) -> Tensor:
-        """The weighted sum of all penalties, differentiable."""
+        """Return the weighted sum of all penalties, differentiable."""
         slots = self._merged.plan.layout.slots
         importance = {
             name: slots[name].read(self.importance)
@@ -52,20 +52,20 @@ class Regularisation:
 
     @property
     def wants_batches(self) -> bool:
-        """Whether F is asked for and not known yet."""
+        """True if F is required but not measured yet."""
         return bool(self._objective.importance_batches) and not self.importance
 
     def measure(self, batches: Iterable[Runs], scale: float) -> None:
-        """Measure F on the first batches; see `measure_importance`."""
+        """Measure F on the first batches with `measure_importance`."""
         first = islice(batches, self._objective.importance_batches)
         self.importance = measure_importance(self._merged, first, scale)
 
     def to_save(self) -> dict[str, Tensor]:
-        """F, for a checkpoint; empty where it is not asked for."""
+        """Return F for a checkpoint; empty if not measured."""
         return {key: value.cpu() for key, value in self.importance.items()}
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
-        """Take over what `to_save` gave."""
+        """Restore F from the result of `to_save`."""
         device = self._merged.device
         self.importance = {key: value.to(device) for key, value in saved.items()}
 
@@ -73,26 +73,26 @@ class Regularisation:
 def measure_importance(
     merged: MergedModel, batches: Iterable[Runs], scale: float = 1.0
 ) -> dict[str, Tensor]:
-    """`F = mean over batches of (dL/dc)^2`, divided by its own mean (the diagonal Fisher of EWC).
+    """Measure `F = mean over batches of (dL/dc)^2`, divided by its own mean.
 
-    `L` is a batch's sum of losses and c a coefficient, not its raw number; tensors that share a
-    coefficient add up in `dL/dc` before it is squared. Several processes average their gradients
-    first, as a step does.
+    F is the diagonal Fisher information of EWC (arXiv 1612.00796). `L` is the sum of a batch's
+    losses, and c is a coefficient, not its raw parameter. Gradients of tensors that share a
+    coefficient are summed, and gradients of several processes averaged, before squaring.
 
     Args:
-        merged: the model, at its starting coefficients.
+        merged: the model at its starting coefficients.
         batches: the losses of each batch, as `MergedModel.accumulate` takes them.
-        scale: factor on the losses inside (a gradient scaler's).
+        scale: factor on the losses in the backward pass (of a gradient scaler), taken out again.
 
     Returns:
         F by key of the raw parameters, `[sources, *shape]`, float32.
 
     Raises:
-        ConfigError: no gradient is other than zero.
+        ConfigError: all gradients are zero.
     """
     plan, layout = merged.plan, merged.plan.layout
     num = len(plan.sources)
-    # of coefficients, not of raw numbers: these may have a scale beside them
+    # shapes of coefficients, since raw parameters may hold a scale beside them
     own = {slot.key: slot.shape for slot in layout.slots.values() if slot.index is None}
     total = {
         key: torch.zeros(num, *shape, device=merged.device)
@@ -100,12 +100,7 @@ def measure_importance(
     }
     count, reached = 0, set[str]()
     for runs in batches:
-        plan.slopes = {}
-        try:
-            merged.accumulate(runs, scale)
-            slopes = plan.slopes
-        finally:
-            plan.slopes = None
+        slopes = _slopes(merged, runs, scale)
         found = {key: torch.zeros_like(value) for key, value in total.items()}
         for name, slope in slopes.items():
             layout.slots[name].read(found).add_(slope.to(merged.device) / scale)
@@ -119,10 +114,20 @@ def measure_importance(
     mean = float(torch.cat(whole).mean(dtype=torch.float64)) if whole else 0.0
     if not mean > 0:
         raise ConfigError(
-            f"FisherToInit: the gradient of the objective is zero in all coefficients over {count} "
-            "batches, so that none matters more than another. Use L2ToInit, or another start."
+            f"FisherToInit: expected a non-zero gradient to measure importance by, got zero in all "
+            f"coefficients over {count} batches. Use L2ToInit or another init."
         )
     return {key: value.div_(mean) for key, value in total.items()}
+
+
+def _slopes(merged: MergedModel, runs: Runs, scale: float) -> dict[str, Tensor]:
+    """Return the gradients of one batch by tensor, `[sources, *shape]`, times `scale`."""
+    slopes = merged.plan.slopes = {}
+    try:
+        merged.accumulate(runs, scale)
+    finally:
+        merged.plan.slopes = None
+    return slopes
 
 
 def _of_all_processes(names: set[str]) -> set[str]:

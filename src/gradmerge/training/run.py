@@ -1,4 +1,4 @@
-"""How coefficients are learned, as plain data for the checkpoint and the exported folder."""
+"""Description of a training run as plain data, for checkpoints and exported folders."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _LIMITS = ("max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_
 
 
 def start_run(trainer: Any, module: Any) -> None:
-    """Write into the plan how this fit learns, and log what the coefficients start at.
+    """Record the run in the plan, and log the mean initial coefficients.
 
-    What an earlier fit wrote (a resumed run) is kept below `before`; the coefficients started
-    there.
+    In a resumed run, the record of the earlier fit is kept under `before`, and its initial
+    coefficients are those of the run.
     """
     plan = module.merged.plan
     before = plan.run
@@ -32,11 +32,11 @@ def start_run(trainer: Any, module: Any) -> None:
 
 
 def describe(trainer: Any, module: Any) -> dict[str, Any]:
-    """The run of a trainer: seeds, versions, optimisers, limits, data, and its YAML if it has one.
+    """Return the seed, versions, optimisers, limits, data and YAML of a trainer's run.
 
-    The YAML is the whole configuration as LightningCLI saves it.
+    The YAML is the whole configuration as LightningCLI saves it, if there is one.
     """
-    seed = os.environ.get("PL_GLOBAL_SEED")  # where `seed_everything` leaves it
+    seed = os.environ.get("PL_GLOBAL_SEED")  # set by `seed_everything`
     limits = {name: to_plain(getattr(trainer, name, None)) for name in _LIMITS}
     options = {name: value for name, value in module.hparams.items() if name != "recipe"}
     run: dict[str, Any] = {
@@ -66,7 +66,7 @@ def _scheduler(config: Any) -> dict[str, Any]:
 
 
 def describe_data(data: Any) -> dict[str, Any]:
-    """Seed, batch sizes and tasks, as far as a data module has them; never the examples."""
+    """Return the seed, batch sizes and tasks of a data module, if it has them, without examples."""
     names = ("seed", "batch_size", "eval_batch_size", "processor_path")
     found = {name: to_plain(getattr(data, name)) for name in names if hasattr(data, name)}
     found["class_path"] = public_path(type(data))

@@ -1,6 +1,4 @@
-"""Scores a task, with torchmetrics: accuracy, macro-F1 and calibration, or perplexity and bits a
-byte.
-"""
+"""Scores per task: accuracy, macro-F1 and calibration error, or perplexity and bits per byte."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from gradmerge.objectives.base import UNLABELLED
 
 @dataclass(frozen=True)
 class Score:
-    """The number that a task is judged by."""
+    """Metric by which a task is judged."""
 
     name: str
     higher_is_better: bool
@@ -35,7 +33,7 @@ BITS_PER_BYTE = Score("bits_per_byte", False)
 
 
 def build_metrics(causal: bool, num_classes: int) -> tuple[MetricCollection, Score]:
-    """The metrics of a task and the one it is judged by."""
+    """Return the metrics of a task and the score by which it is judged."""
     if causal:
         return MetricCollection({"language": _Language()}), BITS_PER_BYTE
     collection = MetricCollection(
@@ -50,15 +48,15 @@ def build_metrics(causal: bool, num_classes: int) -> tuple[MetricCollection, Sco
 
 
 class _CalibrationError(MulticlassCalibrationError):
-    """Of logits: torchmetrics would take those that all lie in [0, 1] for probabilities."""
+    """Calibration error of logits: torchmetrics mistakes logits within [0, 1] for probabilities."""
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add rows `[rows, classes]` and `[rows]`."""
+        """Add logits `[rows, classes]` and labels `[rows]`."""
         super().update(preds.softmax(dim=-1), target)
 
 
 class _Language(Metric):
-    """Perplexity a token, and bits per byte of text: comparable between tokenizers."""
+    """Perplexity per token, and bits per byte, which is comparable between tokenizers."""
 
     full_state_update = False
     nats: Tensor
@@ -72,13 +70,13 @@ class _Language(Metric):
         self.add_state("bytes", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor, bytes_per_token: float = 1.0) -> None:
-        """Add rows `[rows, vocab]` and `[rows]`."""
+        """Add logits `[rows, vocab]` and labels `[rows]`."""
         self.nats += functional.cross_entropy(logits, labels, reduction="sum").double()
         self.tokens += len(labels)
         self.bytes += len(labels) * bytes_per_token
 
     def compute(self) -> dict[str, Tensor]:
-        """Both figures."""
+        """Return perplexity and bits per byte."""
         return {
             "perplexity": (self.nats / self.tokens).exp(),
             "bits_per_byte": self.nats / math.log(2) / self.bytes,
@@ -86,7 +84,7 @@ class _Language(Metric):
 
 
 class TaskScores:
-    """Metrics of several tasks over one evaluation, built when a task's first batch arrives."""
+    """Metrics of several tasks over one evaluation, built at the first batch of each task."""
 
     def __init__(self, causal: bool, device: torch.device | None = None) -> None:
         self._causal = causal
@@ -99,7 +97,7 @@ class TaskScores:
     def update(
         self, task: str, logits: Tensor, labels: Tensor, bytes_per_token: float = 1.0
     ) -> None:
-        """Add a batch's rows; those without a label do not count."""
+        """Add a batch of logits and labels; unlabelled rows do not count."""
         labelled = labels != UNLABELLED
         if not bool(labelled.all()):
             logits, labels = logits[labelled], labels[labelled]
@@ -113,13 +111,13 @@ class TaskScores:
             self._metrics[task].update(logits, labels)
 
     def update_loss(self, task: str, loss: Tensor, rows: int) -> None:
-        """Add a batch's objective."""
+        """Add the loss of a batch, weighted by its rows."""
         if task not in self._losses:
             self._losses[task] = MeanMetric().to(loss.device)
         self._losses[task].update(loss, rows)
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """`{task: {metric: value}}`; synchronised over processes by torchmetrics."""
+        """Return `{task: {metric: value}}` over all processes."""
         self._agree()
         tasks = list(dict.fromkeys([*self._losses, *self._metrics]))
         found: dict[str, dict[str, float]] = {task: {} for task in tasks}
@@ -135,9 +133,10 @@ class TaskScores:
         self._classes[task] = classes
 
     def _agree(self) -> None:
-        """The same metrics in one order in every process, also where one had no row of a task.
+        """Give every process the same metrics in the same order.
 
-        Each is synchronised by all processes together: one that lacks it would be waited for.
+        Synchronising a metric involves all processes, so it would hang if one that had no row of a
+        task lacked the metric.
         """
         if not (distributed.is_available() and distributed.is_initialized()):
             return
@@ -153,13 +152,13 @@ class TaskScores:
 
 
 def normalised(score: Score, merged: float, expert: float) -> float:
-    """Merged over expert, so that 1 is as good as the expert and more is better."""
+    """Return merged relative to expert: 1 equals the expert, and higher is better."""
     above, below = (merged, expert) if score.higher_is_better else (expert, merged)
     return above / below if below else math.nan
 
 
 def mean_scores(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each score over the tasks that have it."""
+    """Return the mean of each score over the tasks that have it."""
     names = dict.fromkeys(name for values in found.values() for name in values)
     means = {}
     for name in names:
@@ -172,16 +171,16 @@ Scores = dict[str, dict[str, float]]
 
 
 class SplitScores:
-    """Scores of a split, added up batch by batch, and the results of finished splits.
+    """Scores of the running split, accumulated by batch, and results of finished splits.
 
-    The tasks' own sources never change, so each split is scored with them once.
+    Sources never change, so each split is scored with the tasks' own sources only once.
     """
 
     def __init__(self) -> None:
         self.results: dict[str, Scores] = {}
-        """By split: by task and `average`, the scores by name."""
+        """`{split: {task or "average": {metric: value}}}` of the merged model."""
         self.experts: dict[str, Scores] = {}
-        """By split and task, the scores of the task's own source."""
+        """`{split: {task: {metric: value}}}` of the tasks' own sources."""
         self._running: dict[str, TaskScores] = {}
 
     def begin(self, causal: bool, device: torch.device) -> None:
@@ -190,28 +189,28 @@ class SplitScores:
 
     @property
     def score(self) -> Any:
-        """What tasks are judged by."""
+        """Score by which tasks are judged."""
         return self._running["merged"].score
 
     def add_loss(self, task: str, loss: Tensor, rows: int) -> None:
-        """The merged model's loss on a batch."""
+        """Add the loss of the merged model on a batch."""
         self._running["merged"].update_loss(task, loss, rows)
 
     def add(
         self, who: str, task: str, logits: Tensor, labels: Tensor, bytes_per_token: float
     ) -> None:
-        """A batch's predictions of `merged` or of the `expert`."""
+        """Add the predictions on a batch of `who`: `merged` or `expert`."""
         self._running[who].update(task, logits, labels, bytes_per_token)
 
     def finish(
         self, stage: str, share: Callable[[str, tuple[str, ...]], float], keep: bool
     ) -> tuple[Scores, dict[str, float]]:
-        """All scores by task, and their averages; the loss is weighted as in training.
+        """Return the scores by task and their averages; the loss is weighted as in training.
 
         Args:
             stage: the split.
-            share: a task's share of the objective, given all tasks.
-            keep: whether this was a whole pass, whose results stand.
+            share: returns a task's share of the objective, given all tasks.
+            keep: store the results; false after a partial pass.
         """
         found = self._running["merged"].compute()
         if keep and stage not in self.experts:
