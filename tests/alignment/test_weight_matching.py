@@ -218,7 +218,7 @@ def test_a_view_reads_permuted_tensors_and_keeps_them_in_files(
     for kept in (False, True):
         if kept:
             view.keep()
-            assert list(tmp_path.glob("gradmerge-aligned-*/*.safetensors"))
+            assert list(tmp_path.glob("gradmerge-view-*/*.safetensors"))
         for name, value in expected.items():
             assert torch.equal(view.read(name), value)
             assert view.read(name).dtype == inner.infos[name].dtype
@@ -226,7 +226,7 @@ def test_a_view_reads_permuted_tensors_and_keeps_them_in_files(
     still = AlignedView(inner, spec, spec.identity())
     assert still.read("stem.weight").data_ptr() == inner.read("stem.weight").data_ptr()
     del view
-    assert not list(tmp_path.glob("gradmerge-aligned-*"))
+    assert not list(tmp_path.glob("gradmerge-view-*"))
 
 
 # ---- in a recipe --------------------------------------------------------------------------------

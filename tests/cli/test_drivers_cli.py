@@ -313,7 +313,7 @@ def test_a_fit_that_goes_on_does_not_search_again(three, tmp_path, monkeypatch):
     ("output", "message"),
     [
         ({"output": "out"}, "out exists; give another folder, or ExportAtEnd with overwrite: true"),
-        ({"output": "new", "head": "nope"}, "head: 'nope' is no task"),
+        ({"output": "new", "head": "nope"}, "head: unknown task 'nope'"),
         ({"output": "new", "dtype": "int8"}, "dtype: expected one of float64, float32"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Folders that take their name at once, beside other runs that live, die or do the same."""
+"""Folders that get their name atomically, beside other runs that live, die or do the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from gradmerge.errors import ConfigError
 from gradmerge.export import atomic
-from gradmerge.export.atomic import refuse_existing, start_beside, take_name
+from gradmerge.export.atomic import new_folder, refuse_existing
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -34,10 +34,9 @@ def way(request, tmp_path, monkeypatch):
 
 
 def put(target: Path, text: str, overwrite: bool = True) -> None:
-    work = start_beside(target)
-    for name in "abc":
-        (work / name).write_text(text)
-    take_name(work, target, overwrite)
+    with new_folder(target, overwrite) as work:
+        for name in "abc":
+            (work / name).write_text(text)
 
 
 def content(target: Path) -> str:
@@ -85,17 +84,18 @@ def test_a_link_in_the_way_is_replaced_and_what_it_points_at_stays(tmp_path, way
 
 def test_a_name_that_was_taken_meanwhile_is_not_overwritten_unasked(tmp_path, way):
     target = tmp_path / "merged"
-    work = start_beside(target)
-    put(target, "another's")
-    with pytest.raises(ConfigError, match="merged exists; give another folder"):
-        take_name(work, target, overwrite=False)
+    with (
+        pytest.raises(ConfigError, match="merged exists; give another folder"),
+        new_folder(target, overwrite=False),
+    ):
+        put(target, "another's")
     assert content(target) == "another's"
+    assert names(tmp_path) == {"merged"}
 
 
 def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic, "_exchanged", lambda *_: False)
     put(tmp_path / "merged", "old")
-    work = start_beside(tmp_path / "merged")
     calls = iter([False])
 
     def fail(*_):
@@ -105,17 +105,19 @@ def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(atomic, "_renamed", fail)
     with pytest.raises(OSError, match="input/output error"):
-        take_name(work, tmp_path / "merged", overwrite=True)
+        put(tmp_path / "merged", "new")
     assert content(tmp_path / "merged") == "old"
+    assert names(tmp_path) == {"merged"}
 
 
 # ---- runs that die --------------------------------------------------------------------------
 
 
-def test_a_run_that_dies_at_work_is_tidied_up_by_the_next(tmp_path):
+def test_a_run_that_dies_at_work_is_tidied_up_by_the_next(tmp_path, monkeypatch):
     target = tmp_path / "merged"
     put(target, "old")
-    dies(lambda: (start_beside(target) / "a").write_text("half") and kill())
+    monkeypatch.setattr(atomic, "_take_name", kill)
+    dies(lambda: put(target, "half"))
     assert len(names(tmp_path)) == 2
     with pytest.raises(ConfigError, match="merged exists"):
         refuse_existing(target, overwrite=False)
@@ -176,7 +178,7 @@ def test_half_of_a_removed_folder_never_gets_the_name(tmp_path, monkeypatch):
 
 
 def test_work_of_runs_that_live_and_what_is_not_ours_stays(tmp_path):
-    where = atomic._where()
+    where = atomic._host()
     sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     dead = 2**22 + 1  # above every process number
     try:

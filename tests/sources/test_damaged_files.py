@@ -37,28 +37,28 @@ def header_of(text: bytes, data: int = 0) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "got 0 bytes. The file is empty or cut off"),
-        (b"1234", "got 4 bytes. The file is empty or cut off"),
-        (b"\xff" * 64, "cut off or no safetensors file"),
-        (header_of(b"garbage!"), "header is not JSON"),
-        (header_of(b"\xff\xfe{}"), "header is not JSON"),
-        (header_of(b"[1, 2]"), "does not describe tensors"),
-        (header_of(b'{"w": {"shape": [1]}}'), "does not describe tensors.*KeyError: 'dtype'"),
+        (b"", "header too small"),
+        (b"1234", "header too small"),
+        (b"\xff" * 64, "header too large"),
+        (header_of(b"garbage!"), "invalid JSON in header"),
+        (header_of(b"\xff\xfe{}"), "header"),
+        (header_of(b"[1, 2]"), "invalid JSON in header"),
+        (header_of(b'{"w": {"shape": [1]}}'), "invalid JSON in header.*dtype"),
         (
             header_of(b'{"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', 8),
-            r"w of shape \[3\] cannot fill 8 bytes",
+            "invalid shape, data type, or offset for tensor",
         ),
         (
             header_of(b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', 4),
-            r"expected 77 bytes as its header says, got 73",
+            "incomplete metadata, file not fully covered",
         ),
         (
             header_of(b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', 12),
-            r"expected 77 bytes as its header says, got 81",
+            "incomplete metadata, file not fully covered",
         ),
         (
             header_of(b'{"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}', 1),
-            "tensor w: dtype F4 has no torch counterpart",
+            "tensor w: unsupported dtype F4",
         ),
     ],
 )
@@ -73,7 +73,7 @@ def test_missing_files(sharded, tmp_path):
     with pytest.raises(SourceError, match=r"none\.safetensors.*no such file exists"):
         SafetensorsFile(str(tmp_path / "none.safetensors")).open()
     (tmp_path / "dir.safetensors").mkdir()
-    with pytest.raises(SourceError, match=r"dir\.safetensors: expected a readable"):
+    with pytest.raises(SourceError, match=r"dir\.safetensors: expected a complete"):
         SafetensorsFile(str(tmp_path / "dir.safetensors")).open()
     with pytest.raises(SourceError, match=r"nowhere: expected a folder, but none exists"):
         as_source(str(tmp_path / "nowhere")).open()
@@ -107,5 +107,5 @@ def test_tensor_in_two_shards(sharded, tmp_path):
     broken = copied(sharded, tmp_path / "broken")
     first, second = sorted(broken.glob("*.safetensors"))[:2]
     second.write_bytes(first.read_bytes())
-    with pytest.raises(SourceError, match=r"stands in both .* remove the stale shard"):
+    with pytest.raises(SourceError, match=r"is in both .* remove the stale shard"):
         as_source(broken).open()

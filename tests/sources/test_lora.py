@@ -274,7 +274,7 @@ def test_other_kinds_are_refused_with_advice(tmp_path, settings, message):
 
 def test_a_real_dora_adapter_is_refused(tmp_path):
     source, _ = make(tmp_path, llama, r=2, target_modules=["q_proj"], use_dora=True)
-    with pytest.raises(SourceError, match="use_dora is set: its update is not a low-rank sum"):
+    with pytest.raises(SourceError, match="use_dora is set: its update is not low-rank"):
         source.open()
 
 
@@ -339,7 +339,7 @@ def test_folder_is_recognised_and_names_its_base(tmp_path):
     edited(source, tmp_path, base_model_name_or_path="owner/name", revision="v2")
     assert as_source(source.path).base == HuggingFace("owner/name", revision="v2")
     edited(source, tmp_path, base_model_name_or_path=None)
-    with pytest.raises(SourceError, match="does not say which base it was trained on"):
+    with pytest.raises(SourceError, match="does not name the base that the adapter was trained on"):
         as_source(source.path)
 
 

@@ -1,9 +1,9 @@
-"""Folders that take their name only when complete, and what killed runs left beside it.
+"""Folders that get their name only when complete.
 
-Work is done in a hidden folder beside the target, `.NAME.WHERE.PID.SERIAL.partial`. Where the file
-system can exchange two names at once (Linux: `renameat2`), the target is always the old folder or
-the new one. Elsewhere the old one stands aside as `....old` between two renames; a run that is
-killed there leaves it for the next export to that name, which puts it back.
+The content is written into a hidden folder beside the target, `.NAME.HOST.PID.ID.partial`. If the
+file system can exchange two names atomically (Linux: `renameat2`), the target is always the old
+folder or the new one. Elsewhere the old one is renamed to `....old` first; if the run is killed
+before the second rename, the next export to that name restores it.
 """
 
 from __future__ import annotations
@@ -11,38 +11,62 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
-import itertools
 import os
 import re
 import shutil
 import socket
 import stat
-from contextlib import suppress
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 from gradmerge.errors import ConfigError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_serial = itertools.count()
+
+
+@contextmanager
+def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a hidden folder beside the target, which becomes the target on success.
+
+    On an error it is removed, and the target is as it was before.
+
+    Args:
+        target: the folder to write.
+        overwrite: replace an existing folder.
+
+    Raises:
+        ConfigError: the target exists and must not be overwritten.
+    """
+    refuse_existing(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = _hidden(target, "partial")
+    work.mkdir()
+    try:
+        yield work
+        _take_name(work, target, overwrite)
+    finally:
+        discard(work, target)
 
 
 def refuse_existing(target: Path, overwrite: bool, remedy: str = "--overwrite true") -> None:
-    """Stop before any work if the target would be overwritten unasked.
+    """Reject a target that exists and must not be overwritten, before any work.
 
-    What dead runs left of the target is put right first: their old folder may be the target.
+    First restores or removes what killed runs left: their old folder may be the target.
 
     Args:
-        target: what would be written.
-        overwrite: whether that was asked for.
-        remedy: how it is asked for.
+        target: the folder to write.
+        overwrite: whether an existing folder may be replaced.
+        remedy: the option that allows it.
 
     Raises:
-        ConfigError: it exists.
+        ConfigError: the target exists.
     """
     recover(target)
     try:
-        mode = target.stat().st_mode  # one look: another export may move it between two
+        mode = target.stat().st_mode  # once: another export may move it in between
     except OSError:
         return
     if not overwrite:
@@ -51,21 +75,11 @@ def refuse_existing(target: Path, overwrite: bool, remedy: str = "--overwrite tr
         raise ConfigError(f"{target} is a file; give a folder.")
 
 
-def start_beside(target: Path) -> Path:
-    """A new empty folder beside the target, for the work of this process."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        work = _hidden(target, "partial")
-        with suppress(FileExistsError):  # of an earlier process with our number
-            work.mkdir()
-            return work
-
-
-def take_name(work: Path, target: Path, overwrite: bool) -> None:
-    """Give the complete folder its name; what had the name is removed only afterwards.
+def _take_name(work: Path, target: Path, overwrite: bool) -> None:
+    """Rename a complete folder to the target, and only then remove an old target.
 
     Raises:
-        ConfigError: the name is taken and not to be overwritten.
+        ConfigError: the target exists and must not be overwritten.
     """
     for path in work.rglob("*"):
         if path.is_file():
@@ -76,10 +90,9 @@ def take_name(work: Path, target: Path, overwrite: bool) -> None:
         while not _renamed(work, target):
             refuse_existing(target, overwrite)
             if _exchanged(work, target):
-                replaced.append(work)
-                break
+                break  # `work` is the old target now
             old = _hidden(target, "old")
-            with suppress(FileNotFoundError):  # another export has just put it aside
+            with suppress(FileNotFoundError):  # another export has just moved it
                 target.rename(old)
                 replaced.append(old)
     except BaseException:
@@ -92,28 +105,30 @@ def take_name(work: Path, target: Path, overwrite: bool) -> None:
 
 
 def recover(target: Path) -> None:
-    """Put back an old folder that lost its name to a dead run, and remove what dead runs left.
+    """Restore an old folder that lost its name to a killed run; remove other leftovers.
 
-    Only names of our own scheme count, of processes of this machine that are gone: exports that
-    are under way, here or on another machine with the same disk, are left alone.
+    Only touches folders of dead processes of this machine, named by our scheme: exports that are
+    still running, here or on another machine that shares the disk, are left alone.
     """
-    left = _left_by_the_dead(target)
-    for path in left["old"]:
-        if not os.path.lexists(target):
-            with suppress(OSError):  # another process was faster
-                path.rename(target)
-    for path in (*left["old"], *left["partial"]):
-        discard(path, target)
+    name = re.escape(target.name)
+    ours = re.compile(rf"\.{name}\.{_host()}\.(?P<pid>[1-9]\d*)\.[^.]+\.(?:partial|old)")
+    with suppress(OSError):  # no parent folder yet
+        for path in list(target.parent.iterdir()):
+            match = ours.fullmatch(path.name)
+            if match is None or _is_alive(int(match["pid"])):
+                continue
+            if path.suffix == ".old" and not os.path.lexists(target):
+                with suppress(OSError):  # another process was faster
+                    path.rename(target)
+            discard(path, target)
 
 
 def discard(path: Path, target: Path) -> None:
-    """Remove a folder beside the target; half of it is never taken for a whole one."""
-    if path.name.endswith(".old"):
+    """Remove a folder beside the target, if it exists; half of it is never restored."""
+    if path.suffix == ".old":
         rest = _hidden(target, "partial")
-        try:
+        with suppress(OSError):  # gone
             path.rename(rest)
-        except OSError:  # gone
-            return
         path = rest
     if path.is_symlink():
         path.unlink(missing_ok=True)
@@ -122,12 +137,12 @@ def discard(path: Path, target: Path) -> None:
 
 
 def _hidden(target: Path, state: Literal["partial", "old"]) -> Path:
-    name = f".{target.name}.{_where()}.{os.getpid()}.{next(_serial)}.{state}"
+    name = f".{target.name}.{_host()}.{os.getpid()}.{uuid.uuid4().hex}.{state}"
     return target.parent / name
 
 
-def _where() -> str:
-    """What process numbers belong to: the host, and on Linux the namespace (containers)."""
+def _host() -> str:
+    """Identify the space of process numbers: host, and on Linux the namespace (containers)."""
     namespace = ""
     with suppress(OSError):
         namespace = os.readlink("/proc/self/ns/pid")
@@ -135,53 +150,27 @@ def _where() -> str:
     return hashlib.sha1(key, usedforsecurity=False).hexdigest()[:8]
 
 
-def _left_by_the_dead(target: Path) -> dict[str, list[Path]]:
-    """Hidden folders of the target by state, newest first."""
-    left: dict[str, list[Path]] = {"old": [], "partial": []}
-    pattern = re.compile(
-        rf"\.{re.escape(target.name)}\.{_where()}\.(?P<pid>[1-9]\d*)\.\d+\.(?P<state>partial|old)"
-    )
-    try:
-        beside = list(target.parent.iterdir())
-    except OSError:  # there is no such folder yet, and so nothing in it
-        return left
-    for path in beside:
-        match = pattern.fullmatch(path.name)
-        if match and not _is_alive(int(match["pid"])):
-            left[match["state"]].append(path)
-    for paths in left.values():
-        paths.sort(key=_changed, reverse=True)
-    return left
-
-
-def _changed(path: Path) -> float:
-    try:
-        return path.lstat().st_ctime
-    except OSError:
-        return 0.0
-
-
 def _is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs; when in doubt, it does."""
-    if os.name != "posix":  # elsewhere signal 0 is a signal like others
+    """Return whether a process of this machine runs; if in doubt, it does."""
+    if os.name != "posix":  # elsewhere signal 0 does something
         return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # another user's
+    except (OSError, OverflowError):  # another user's process
         return True
     return True
 
 
 def _renamed(work: Path, target: Path) -> bool:
-    """Take a name that is free; False if it is taken."""
+    """Rename a folder to a free name; return False if the name is taken."""
     if os.path.lexists(target):
         return False
     try:
         work.rename(target)
     except OSError as error:
-        # taken since just now; by the time of another look it may be free again
+        # taken just now, and possibly free again
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY) or os.path.lexists(target):
             return False
         raise
@@ -189,12 +178,10 @@ def _renamed(work: Path, target: Path) -> bool:
 
 
 def _exchanged(first: Path, second: Path) -> bool:
-    """Exchange two names at once; False where this system or file system cannot."""
+    """Exchange two names atomically; return False if the system or file system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
         return False
-    number, text = ctypes.c_int, ctypes.c_char_p
-    rename.argtypes = (number, text, number, text, ctypes.c_uint)
-    names = os.fsencode(first), os.fsencode(second)
+    names = [ctypes.c_char_p(os.fsencode(path)) for path in (first, second)]
     return bool(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)

@@ -1,140 +1,199 @@
-"""The model card of an exported folder."""
+"""Model cards of exported folders."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from gradmerge._typing import Raw
 from gradmerge.engine.plan import Plan
 from gradmerge.sources.tokenizers.report import summarise, token_report
 
+# Tasks on the Hugging Face Hub, by the last part of a model class's name.
+_PIPELINES = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
+    "ForSemanticSegmentation": "image-segmentation",
+    "ForObjectDetection": "object-detection",
+    "ForAudioClassification": "audio-classification",
+    "ForCTC": "automatic-speech-recognition",
+}
 
-def model_card(plan: Plan, raw: Raw, provenance: Mapping[str, Any], head: str) -> str:
-    """What was merged, how, how well it scored, and how to load it."""
-    count = len([name for name in _entries(provenance) if name != "base"])
+
+def model_card(plan: Plan, raw: Raw, provenance: Mapping[str, Any], head: str, name: str) -> str:
+    """Return the card of a merge: what was merged, how, its scores, and how to load it.
+
+    Args:
+        plan: the opened recipe.
+        raw: raw coefficients by key.
+        provenance: content of provenance.json.
+        head: task whose head the folder itself contains.
+        name: name of the model in the metadata.
+    """
+    architecture = ((plan.reference.config or {}).get("architectures") or [None])[0]
+    entries = _entries(provenance)
+    count = len([source for source in entries if source != "base"])
+    results = provenance.get("results") or {}
     sections = [
-        _front_matter(provenance),
-        "# Merged model",
-        f"A merge of {count} checkpoints of one architecture, written by gradmerge "
-        f"{provenance['versions']['gradmerge']}. It is an ordinary checkpoint: "
-        "`transformers` loads it alone.",
-        _loading(plan, head),
-        "## Sources\n\n" + _sources(provenance),
+        f"A merge of {count} checkpoints of one architecture, made by gradmerge "
+        f"{provenance['versions']['gradmerge']}.",
+        _loading(plan, architecture, head),
+        "## Sources",
+        _table(
+            ["name", "from", "sha256 of the weights"],
+            [[n, Path(e["from"]).name, f"`{e['sha256'][:16]}`"] for n, e in entries.items()],
+        ),
         *_steps(provenance),
-        "## Scores\n\n" + _scores(provenance.get("results") or {}),
-        "## Coefficients\n\n" + _coefficients(plan, raw),
+        "## Scores",
+        *(_scores(stage, tasks) for stage, tasks in results.items()),
+        *([] if results else ["None measured."]),
+        "## Coefficients",
+        *_coefficients(plan, raw),
         *_tokens(plan),
-        "## Recipe\n\n```json\n" + json.dumps(provenance["recipe"], indent=2) + "\n```",
-        "`coefficients.safetensors` holds every coefficient, `provenance.json` the fingerprints, "
+        "## Recipe",
+        f"```json\n{json.dumps(provenance['recipe'], indent=2)}\n```",
+        "`coefficients.safetensors` has all coefficients; `provenance.json` has fingerprints, "
         "versions, seeds and settings.",
     ]
-    return "\n\n".join(sections) + "\n"
+    labels = [entry["from"] for entry in entries.values()]
+    return render("Merged model", sections, name, architecture, labels, results)
 
 
-def _front_matter(provenance: Mapping[str, Any]) -> str:
-    lines = ["---", "library_name: transformers", "tags:", "- merge", "- gradmerge"]
-    labels = [entry["from"] for entry in _entries(provenance).values()]
-    hub = [x for x in labels if x.count("/") == 1 and not Path(x).exists() and x[0].isalnum()]
-    if hub:
-        lines += ["base_model:", *(f"- {label.partition('@')[0]}" for label in hub)]
-    return "\n".join([*lines, "---"])
+def render(
+    title: str,
+    sections: Iterable[str],
+    name: str,
+    architecture: str | None = None,
+    sources: Iterable[str] = (),
+    results: Mapping[str, Any] | None = None,
+) -> str:
+    """Return a Markdown page with the metadata of the Hugging Face Hub.
+
+    Args:
+        title: the heading.
+        sections: paragraphs, tables and headings below it.
+        name: name of the model.
+        architecture: model class of transformers, if it loads the folder.
+        sources: paths and hub ids of the merged checkpoints; the metadata names only hub ids.
+        results: scores by stage, task and metric.
+    """
+    models = [label.partition("@")[0] for label in sources if _is_hub_id(label)]
+    names = [end for end in _PIPELINES if architecture and architecture.endswith(end)]
+    task = _PIPELINES[names[0]] if names else None
+    data = ModelCardData(
+        base_model=models or None,
+        base_model_relation="merge" if models else None,
+        library_name="transformers" if architecture else None,
+        pipeline_tag=task,
+        tags=["merge", "gradmerge"],
+        model_name=name,
+        eval_results=list(_eval_results(task, results or {})) if task else None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join([f"# {title}", *sections]) + "\n"
 
 
-def _loading(plan: Plan, head: str) -> str:
-    names = (plan.reference.config or {}).get("architectures") or []
-    if not names:
-        return (
-            "The weights are in `model.safetensors`, by the names of the architecture's parameters."
-        )
+def _is_hub_id(label: str) -> bool:
+    name = label.partition("@")[0]
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not Path(name).exists()
+
+
+def _eval_results(pipeline: str, results: Mapping[str, Any]) -> Iterable[EvalResult]:
+    for stage, tasks in results.items():
+        for task, values in tasks.items():
+            for metric, value in values.items():
+                if task != "average" and math.isfinite(value):
+                    yield EvalResult(pipeline, task, task, metric, value, dataset_split=stage)
+
+
+def _loading(plan: Plan, architecture: str | None, head: str) -> str:
+    if architecture is None:
+        return "`model.safetensors` has the weights, by the architecture's parameter names."
     text = (
-        "```python\n"
-        f"from transformers import {names[0]}\n\n"
-        f'model = {names[0]}.from_pretrained("this-folder")\n```'
+        "It is an ordinary checkpoint that `transformers` loads:\n\n"
+        f"```python\nfrom transformers import {architecture}\n\n"
+        f'model = {architecture}.from_pretrained("this-folder")\n```'
     )
     if plan.private:
         text += (
-            f"\n\nThe folder itself carries the head of `{head}`. Each task's folder "
+            f"\n\nThis folder has the head of the task `{head}`. The folder of each task "
             '(`from_pretrained("this-folder/tasks/<task>")`) has its own head on the same weights.'
         )
     return text
 
 
 def _entries(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Everything that is in the merge; of one made in steps, more than the last step merged."""
+    """Return all merged checkpoints; the last step of a merge in steps has only some of them."""
     entries: Mapping[str, Any] = provenance.get("driver", {}).get("sources")
     return entries or provenance["sources"]
 
 
 def _steps(provenance: Mapping[str, Any]) -> list[str]:
-    """A section, where the merge was made in steps; coefficients and recipe are of the last one."""
+    """Return the section on a merge in steps, or nothing."""
     steps = [step for step in provenance.get("driver", {}).get("steps", []) if "merged" in step]
     if not steps:
         return []
-    rows = ["## Steps\n\nCoefficients and recipe below are those of the last step.\n"]
+    rows = []
     for number, step in enumerate(steps, 1):
         names = " with ".join(" + ".join(members) for members in step["merged"])
         shares = ", ".join(f"{value:.3f}" for value in step["coefficients"].values())
         rows.append(f"{number}. {names} (mean coefficients {shares})")
-    return ["\n".join(rows)]
+    note = "Coefficients and recipe below are those of the last step."
+    return ["## Steps", note, "\n".join(rows)]
 
 
-def _sources(provenance: Mapping[str, Any]) -> str:
-    rows = ["| name | from | sha256 of the weights |", "|---|---|---|"]
-    for name, entry in _entries(provenance).items():
-        rows.append(f"| {name} | {Path(entry['from']).name} | `{entry['sha256'][:16]}` |")
-    return "\n".join(rows)
+def _scores(stage: str, tasks: Mapping[str, Mapping[str, float]]) -> str:
+    metrics = list(dict.fromkeys(metric for values in tasks.values() for metric in values))
+    rows = [
+        [task, *(f"{values[m]:.4f}" if m in values else "" for m in metrics)]
+        for task, values in tasks.items()
+    ]
+    return _table([stage, *metrics], rows)
+
+
+def _coefficients(plan: Plan, raw: Raw) -> Iterable[str]:
+    found = []
+    for name in plan.tensors:
+        values = plan.coefficient(name, raw).detach().float().reshape(len(plan.sources), -1)
+        found.append(torch.stack([values.mean(dim=1), values.amin(dim=1), values.amax(dim=1)]))
+    mean, low, high = torch.stack(found, dim=1)  # each `[tensors, sources]`
+    summary = torch.stack([mean.mean(dim=0), low.amin(dim=0), high.amax(dim=0)], dim=1).tolist()
+    rows = [
+        [source, *(f"{value:.4f}" for value in values)]
+        for source, values in zip(plan.sources, summary, strict=True)
+    ]
+    yield _table(["source", "mean", "smallest", "largest"], rows)
+    if plan.fixed:
+        yield f"{len(plan.fixed)} tensors are fixed."
+    if plan.finalisation.active:
+        names = ", ".join(type(finaliser).__name__ for finaliser in plan.recipe.finalisers)
+        yield f"The weights are those of the merge after {names} (`finalisers`)."
 
 
 def _tokens(plan: Plan) -> list[str]:
-    """A section, where the merge chose whose tokens it has."""
+    """Return the section on the tokenizer, if the recipe chooses one."""
     if plan.alignment is None:
         return []
     summary = summarise(token_report(plan.alignment))
-    note = "`tokens.json` says what happened to each token that differs."
-    return [f"## Tokenizer\n\n```\n{summary}\n```\n\n{note}"]
+    return ["## Tokenizer", f"```\n{summary}\n```", "`tokens.json` lists each token that differs."]
 
 
-def _scores(results: Mapping[str, Any]) -> str:
-    if not results:
-        return "None measured."
-    blocks = []
-    for stage, tasks in results.items():
-        names = list(dict.fromkeys(name for values in tasks.values() for name in values))
-        rows = [f"| {stage} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-        for task, values in tasks.items():
-            cells = [f"{values[name]:.4f}" if name in values else "" for name in names]
-            rows.append(f"| {task} | " + " | ".join(cells) + " |")
-        blocks.append("\n".join(rows))
-    return "\n\n".join(blocks)
-
-
-def _coefficients(plan: Plan, raw: Raw) -> str:
-    rows = ["| source | mean | smallest | largest |", "|---|---|---|---|"]
-    sums = dict.fromkeys(plan.sources, 0.0)
-    low = dict.fromkeys(plan.sources, float("inf"))
-    high = dict.fromkeys(plan.sources, -float("inf"))
-    count = 0
-    for name in plan.tensors:
-        coefficient = plan.coefficient(name, raw).detach().float().reshape(len(plan.sources), -1)
-        count += 1
-        for source, values in zip(plan.sources, coefficient, strict=True):
-            sums[source] += float(values.mean())
-            low[source] = min(low[source], float(values.min()))
-            high[source] = max(high[source], float(values.max()))
-    for source in plan.sources:
-        rows.append(
-            f"| {source} | {sums[source] / count:.4f} | {low[source]:.4f} | {high[source]:.4f} |"
-        )
-    fixed = f"\n\n{len(plan.fixed)} tensors are fixed." if plan.fixed else ""
-    return "\n".join(rows) + fixed + _finished(plan)
-
-
-def _finished(plan: Plan) -> str:
-    """What was done to the weights that these coefficients give."""
-    if not plan.finalisation.active:
-        return ""
-    names = ", ".join(type(finaliser).__name__ for finaliser in plan.recipe.finalisers)
-    return f"\n\nThe weights are those of these coefficients after {names} (`finalisers`)."
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

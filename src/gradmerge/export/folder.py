@@ -1,33 +1,31 @@
-"""From coefficients to a folder that `transformers` loads alone.
+"""Write a merge as a folder that `transformers` loads on its own.
 
-Written tensor by tensor (memory never holds the model) into a temporary folder beside the target,
-which takes its name only when complete: a kill at any moment leaves the old folder or the new one
-(none, where there was none), never half a one.
+Weights are written one tensor at a time, so memory never holds the model. The folder gets its name
+only when complete: a kill at any moment leaves the old folder or the new one, never a part of it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from gradmerge._memory import release_freed_memory
 from gradmerge._typing import Raw
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.plan import Plan
-from gradmerge.errors import ConfigError, nearest
-from gradmerge.export.atomic import discard, refuse_existing, start_beside, take_name
+from gradmerge.errors import ConfigError, nearest, shorten
+from gradmerge.export.atomic import new_folder
 from gradmerge.export.card import model_card
-from gradmerge.export.provenance import versions
-from gradmerge.export.writer import Entry, write_safetensors
+from gradmerge.export.provenance import provenance_of
+from gradmerge.export.writer import Entry, write_json, write_safetensors
 from gradmerge.sources.tokenizers.report import token_report
 from gradmerge.spec import to_plain
 
@@ -37,7 +35,7 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-# Files of a model folder that are not weights, not training leftovers and not about one checkpoint.
+# Copied from the reference: neither weights, nor left by training, nor about one checkpoint.
 _COPIED = (".json", ".txt", ".model", ".jinja", ".py")
 _NOT_COPIED = (
     "model.safetensors.index.json",
@@ -54,12 +52,12 @@ _NOT_COPIED = (
 
 
 def export_merged(merged: MergedModel, output: str | Path, **options: Any) -> Path:
-    """Write a trained merge as a Hugging Face folder, with the buffers and tasks it runs with.
+    """Write a trained merge as a Hugging Face folder, with its current buffers and tasks.
 
     Args:
         merged: the merged model (`module.merged`).
         output: folder to write; it must not exist unless `overwrite`.
-        **options: those of `export_plan`: dtype, overwrite, head, results, extra, max_shard_size.
+        **options: dtype, overwrite, head, results, extra and max_shard_size of `export_plan`.
 
     Returns:
         The folder.
@@ -90,73 +88,92 @@ def export_plan(
         plan: the opened recipe.
         raw: raw coefficients by key.
         output: folder to write; it must not exist unless `overwrite`.
-        dtype: float32, bfloat16, float16 or float64; default: as the reference stores each tensor.
+        dtype: float32, bfloat16, float16 or float64; default: that of each reference tensor.
         overwrite: replace an existing folder, once the new one is complete.
         buffers: buffers recomputed on data, by name; default: by the recipe's rule.
-        tasks: task -> source of its private tensors; default: the sources' names.
-        head: task whose head the folder itself carries; default: the first. Every task gets a
-            folder `tasks/<task>` that shares the merged weights.
-        results: scores to put into the model card.
-        extra: more for provenance.json (seeds, training configuration).
+        tasks: task -> source of its private tensors; default: one task per source, of its name.
+        head: task whose head the folder itself contains; default: the first. With private tensors,
+            every task also gets a folder `tasks/<task>` that shares the merged weights.
+        results: scores for the model card, by stage, task and metric.
+        extra: further entries of provenance.json (seeds, training configuration).
         max_shard_size: bytes per file.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: the folder exists, or an option has no such value.
+        ConfigError: the folder exists, or an option is invalid.
     """
     target = Path(output).expanduser()
     tasks = dict(tasks) if tasks else {name: name for name in plan.sources}
     kind = require_options(dtype, head, tasks)
     head = head or next(iter(tasks))
-    refuse_existing(target, overwrite)
-    work = start_beside(target)
     # sources are hashed while they are merged: both read the same files
     hashing = ThreadPoolExecutor(1)
-    hashes = hashing.submit(lambda: plan.fingerprints)
-    # else holes in the heap may keep each tensor that was written, up to the whole model
-    release_freed_memory()
     try:
-        shared = list(_merged_entries(plan, raw, buffers or {}, kind))
-        private = list(_private_entries(plan, tasks[head], kind))
-        files = _write_sharded(work, [*shared, *private], max_shard_size)
-        write_config(plan, work, tasks[head] if plan.private else None, kind)
-        if plan.private:
-            own = {entry.name for entry in private}
-            shared_files = {name: file for name, file in files.items() if name not in own}
-            for task, source in tasks.items():
-                _write_task(plan, work, task, source, shared_files, kind)
-        _write_coefficients(plan, raw, work)
-        hashes.result()
-        provenance = provenance_of(plan, dtype, tasks, results, extra)
-        (work / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
-        if plan.alignment is not None:
-            text = json.dumps(token_report(plan.alignment), indent=2, ensure_ascii=False)
-            (work / "tokens.json").write_text(text + "\n", encoding="utf-8")
-        if plan.run.get("yaml"):
-            (work / "gradmerge.yaml").write_text(plan.run["yaml"])
-        (work / "README.md").write_text(model_card(plan, raw, provenance, head))
-        take_name(work, target, overwrite)
+        with new_folder(target, overwrite) as work:
+            hashes = hashing.submit(lambda: plan.fingerprints)
+            release_freed_memory()  # fragmented heap could otherwise hold every written tensor
+            _write_model(plan, raw, buffers or {}, tasks, head, kind, work, max_shard_size)
+            _write_coefficients(plan, raw, work)
+            hashes.result()
+            provenance = provenance_of(plan, dtype, tasks, results, extra)
+            write_json(work / "provenance.json", provenance)
+            if plan.alignment is not None:
+                write_json(work / "tokens.json", token_report(plan.alignment))
+            if plan.run.get("yaml"):
+                (work / "gradmerge.yaml").write_text(plan.run["yaml"])
+            card = model_card(plan, raw, provenance, head, target.name)
+            (work / "README.md").write_text(card, encoding="utf-8")
     finally:
         hashing.shutdown(wait=False, cancel_futures=True)
-        discard(work, target)
     return target
 
 
 def require_options(
     dtype: str | None, head: str | None, tasks: Iterable[str]
 ) -> torch.dtype | None:
-    """Stop before any work if an option has no such value; returns the dtype.
+    """Check options before any work and return the dtype.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: an option is invalid.
     """
     if head is not None and head not in list(tasks):
-        raise ConfigError(f"head: {head!r} is no task.{nearest(head, tasks)}")
+        known = shorten(list(tasks))
+        raise ConfigError(
+            f"head: unknown task {head!r} (choose from {known}).{nearest(head, tasks)}"
+        )
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
     return None if dtype is None else DTYPES[dtype]
+
+
+def _write_model(
+    plan: Plan,
+    raw: Raw,
+    buffers: Mapping[str, Tensor],
+    tasks: Mapping[str, str],
+    head: str,
+    dtype: torch.dtype | None,
+    work: Path,
+    max_shard_size: int,
+) -> None:
+    """Write weights and configs; a task's folder has its head and an index of all weights."""
+    private = list(_private_entries(plan, tasks[head], dtype))
+    entries = [*_merged_entries(plan, raw, buffers, dtype), *private]
+    files = _write_sharded(work, entries, max_shard_size)
+    write_config(plan, work, tasks[head] if plan.private else None, dtype)
+    for task, source in tasks.items() if plan.private else ():
+        folder = work / "tasks" / task
+        folder.mkdir(parents=True)
+        own = list(_private_entries(plan, source, dtype))
+        write_safetensors(folder / "head.safetensors", own)
+        places = {name: f"../../{file}" for name, file in files.items()}
+        for entry in private:
+            del places[entry.name]
+        places.update({entry.name: "head.safetensors" for entry in own})
+        _write_index(folder, places, 0)
+        write_config(plan, folder, source, dtype)
 
 
 def _merged_entries(
@@ -197,35 +214,35 @@ def _private_entries(plan: Plan, source: str, dtype: torch.dtype | None) -> Iter
 
 
 def _write_sharded(folder: Path, entries: Sequence[Entry], limit: int) -> dict[str, str]:
-    """One file, or shards with an index; returns the file of each tensor."""
-    shards: list[list[Entry]] = [[]]
-    for entry in entries:
-        size = sum(e.num_bytes for e in shards[-1])
-        if shards[-1] and size + entry.num_bytes > limit:
-            shards.append([])
-        shards[-1].append(entry)
-    files = {}
-    for i, shard in enumerate(shards):
-        name = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        )
-        write_safetensors(folder / name, shard)
-        files.update({entry.name: name for entry in shard})
-    if len(shards) > 1:
+    """Write one file, or shards with an index; return the file of each tensor."""
+    by_name = {entry.name: entry for entry in entries}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda entry: entry.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_safetensors(folder / file, [by_name[name] for name in names])
+    files = {entry.name: split.tensor_to_filename[entry.name] for entry in entries}
+    if split.is_sharded:
         _write_index(folder, files, sum(entry.num_bytes for entry in entries))
     return files
 
 
 def _write_index(folder: Path, files: Mapping[str, str], total: int) -> None:
     index = {"metadata": {"total_size": total}, "weight_map": dict(files)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_config(plan: Plan, work: Path, source: str | None, dtype: torch.dtype | None) -> None:
-    """Config, generation config, tokenizer and processor: of the reference, labels of the
-    head's.
+    """Write config, generation config, tokenizer and processor of the reference.
+
+    Args:
+        plan: the opened recipe.
+        work: the folder.
+        source: source whose config is preferred, as it has the labels of the head.
+        dtype: dtype of the weights; default: as in the config.
     """
     head = plan.reference if source is None else plan.serving[source]
     candidates = [head, plan.reference, *plan.sources.values()]
@@ -243,30 +260,11 @@ def write_config(plan: Plan, work: Path, source: str | None, dtype: torch.dtype 
         if dtype is not None:
             config["dtype"] = str(dtype).removeprefix("torch.")
             config.pop("torch_dtype", None)
-        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _write_task(
-    plan: Plan,
-    work: Path,
-    task: str,
-    source: str,
-    shared: Mapping[str, str],
-    dtype: torch.dtype | None,
-) -> None:
-    """A folder with the task's own head and config, whose index points at the shared weights."""
-    folder = work / "tasks" / task
-    folder.mkdir(parents=True)
-    entries = list(_private_entries(plan, source, dtype))
-    write_safetensors(folder / "head.safetensors", entries)
-    files = {name: f"../../{file}" for name, file in shared.items()}
-    files.update({entry.name: "head.safetensors" for entry in entries})
-    _write_index(folder, files, 0)
-    write_config(plan, folder, source, dtype)
+        write_json(work / "config.json", config)
 
 
 def _write_coefficients(plan: Plan, raw: Raw, work: Path) -> None:
-    """`c` of every merged tensor, `[sources, *slot]`, float32."""
+    """Write `c` of every merged tensor, `[sources, *slot]`, float32."""
     num = len(plan.sources)
     entries = []
     for name in plan.tensors:
@@ -280,53 +278,7 @@ def _write_coefficients(plan: Plan, raw: Raw, work: Path) -> None:
         "sources": json.dumps(list(plan.sources)),
         "origin": plan.recipe.resolved_origin,
         "coefficients": json.dumps(to_plain(plan.recipe.coefficients)),
-        # on a square matrix a shape does not tell rows from columns
+        # on a square matrix the shape does not distinguish rows from columns
         "slots": json.dumps({name: slot.spread_over for name, slot in plan.layout.slots.items()}),
     }
     write_safetensors(work / "coefficients.safetensors", entries, metadata)
-
-
-def provenance_of(
-    plan: Plan,
-    dtype: str | None,
-    tasks: Mapping[str, str],
-    results: Mapping[str, Any] | None,
-    extra: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """What a merge was made of and how, as plain data."""
-    checkpoints = {**({"base": plan.base} if plan.base is not None else {}), **plan.sources}
-    recipe = to_plain(plan.recipe)
-    of = {name: checkpoint.label for name, checkpoint in plan.serving.items()}
-    heads = {name: label for name, label in of.items() if name not in plan.sources}
-    return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "sources": {
-            name: {"from": checkpoint.label, "sha256": plan.fingerprints[name]}
-            for name, checkpoint in checkpoints.items()
-        },
-        **({"heads": heads} if heads else {}),
-        "recipe": recipe,
-        "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
-        "fixed": dict(plan.fixed),
-        "tasks": dict(tasks),
-        "dtype": dtype or "as stored",
-        **read_as(plan),
-        "results": dict(results or {}),
-        **({"finalisation": plan.finalisation.report} if plan.finalisation.report else {}),
-        **({"run": plan.run} if plan.run else {}),
-        **(extra or {}),
-    }
-
-
-def read_as(plan: Plan) -> dict[str, Any]:
-    """How a merge's sources were read, as plain data: in whose tokens, with units in which order,
-    and with statistics of which data.
-    """
-    tokens = {} if plan.alignment is None else token_report(plan.alignment)
-    long = ("added", "differs", "dropped", "other_settings")  # they stand in tokens.json
-    return {
-        **({"tokenizer": {k: v for k, v in tokens.items() if k not in long}} if tokens else {}),
-        **({"alignment": plan.order.report} if plan.order is not None else {}),
-        **({"statistics": plan.collected.summary()} if plan.collected is not None else {}),
-    }

@@ -1,29 +1,36 @@
-"""Versions and mean coefficients that an exported folder and a checkpoint record."""
+"""Records of how a merge was made, for exported folders and checkpoints."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
+from collections.abc import Mapping
+from datetime import datetime, timezone
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
 from gradmerge._typing import Raw
 from gradmerge._version import __version__
 from gradmerge.engine.plan import Plan
+from gradmerge.sources.tokenizers.report import token_report
+from gradmerge.spec import to_plain
 
 _PACKAGES = ("lightning", "transformers", "datasets", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    """Of this package and of those whose results depend on theirs."""
+    """Return the versions of gradmerge and of the packages that results depend on."""
     packages = {name: version(name) for name in _PACKAGES}
-    torch_version = str(torch.__version__)  # a class of its own, which no checkpoint may hold
+    torch_version = str(torch.__version__)  # a subclass of str, which `weights_only` rejects
     python = platform.python_version()
     return {"gradmerge": __version__, "torch": torch_version, **packages, "python": python}
 
 
 def mean_coefficients(plan: Plan, raw: Raw) -> dict[str, float]:
-    """Mean coefficient of each source: over the entries of a tensor, then over learned tensors."""
+    """Return each source's mean coefficient: over the entries of a tensor, then over tensors."""
     num = len(plan.sources)
     with torch.no_grad():
         rows = [
@@ -31,3 +38,55 @@ def mean_coefficients(plan: Plan, raw: Raw) -> dict[str, float]:
             for name in plan.learned
         ]
     return dict(zip(plan.sources, torch.stack(rows).mean(dim=0).tolist(), strict=True))
+
+
+def provenance_of(
+    plan: Plan,
+    dtype: str | None,
+    tasks: Mapping[str, str],
+    results: Mapping[str, Any] | None,
+    extra: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the content of provenance.json: what was merged, and how.
+
+    Args:
+        plan: the opened recipe.
+        dtype: dtype of the export; None: as stored.
+        tasks: task -> source of its private tensors.
+        results: scores by stage, task and metric.
+        extra: further entries, which replace others of the same name.
+    """
+    checkpoints = {**({"base": plan.base} if plan.base is not None else {}), **plan.sources}
+    recipe = to_plain(plan.recipe)
+    of = {name: checkpoint.label for name, checkpoint in plan.serving.items()}
+    heads = {name: label for name, label in of.items() if name not in plan.sources}
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "sources": {
+            name: {"from": checkpoint.label, "sha256": plan.fingerprints[name]}
+            for name, checkpoint in checkpoints.items()
+        },
+        **({"heads": heads} if heads else {}),
+        "recipe": recipe,
+        "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
+        "fixed": dict(plan.fixed),
+        "tasks": dict(tasks),
+        "dtype": dtype or "as stored",
+        **read_as(plan),
+        "results": dict(results or {}),
+        **({"finalisation": plan.finalisation.report} if plan.finalisation.report else {}),
+        **({"run": plan.run} if plan.run else {}),
+        **(extra or {}),
+    }
+
+
+def read_as(plan: Plan) -> dict[str, Any]:
+    """Return the entries of provenance.json on tokenizers, alignment and statistics of a merge."""
+    tokens = {} if plan.alignment is None else token_report(plan.alignment)
+    long = ("added", "differs", "dropped", "other_settings")  # in tokens.json
+    return {
+        **({"tokenizer": {k: v for k, v in tokens.items() if k not in long}} if tokens else {}),
+        **({"alignment": plan.order.report} if plan.order is not None else {}),
+        **({"statistics": plan.collected.summary()} if plan.collected is not None else {}),
+    }

@@ -1,4 +1,4 @@
-"""Writing safetensors files a tensor at a time."""
+"""Write safetensors files one tensor at a time, and JSON files."""
 
 from __future__ import annotations
 
@@ -20,29 +20,17 @@ import torch
 from torch import Tensor
 
 from gradmerge.sources.base import tensor_bytes
+from gradmerge.sources.files import DTYPES
 
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
-_WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and do not wait
-# Bytes that may wait for the disk while the next tensor is made.
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE: start writing, do not wait
+# Bytes that may wait to be written while the next tensor is computed.
 _BEHIND = 32 << 20
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor to be written: its header now, its values when its turn comes."""
+    """A tensor to be written: its header, and a function that computes its values."""
 
     name: str
     shape: tuple[int, ...]
@@ -58,10 +46,15 @@ class Entry:
 def write_safetensors(
     path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """A safetensors file, one tensor in memory at a time, and what the disk has yet to take.
+    """Write a safetensors file; memory holds one tensor and at most 32 MiB yet to be written.
 
-    The library's own writer wants all tensors at once; the format is a length, a JSON header and
+    The library's own writer needs all tensors at once. The format is a length, a JSON header and
     the bytes in order.
+
+    Args:
+        path: the file.
+        entries: the tensors, in the order of the file.
+        metadata: further entries of the header's `__metadata__`.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
@@ -73,7 +66,7 @@ def write_safetensors(
         }
         offset += entry.num_bytes
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors start on 8 bytes, as readers may map them
+    text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes, as readers may map them
     with path.open("wb", buffering=0) as file, _Behind(file) as behind:
         behind.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:
@@ -81,8 +74,8 @@ def write_safetensors(
             tensor = entry.make()
             if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
                 raise RuntimeError(
-                    f"{entry.name}: made {tuple(tensor.shape)} {tensor.dtype}, header says "
-                    f"{entry.shape} {entry.dtype}"
+                    f"{entry.name}: expected {entry.shape} {entry.dtype} as in the header, got "
+                    f"{tuple(tensor.shape)} {tensor.dtype}"
                 )
             behind.write(tensor_bytes(tensor))
         behind.wait(0)
@@ -90,7 +83,7 @@ def write_safetensors(
 
 
 class _Behind:
-    """Writes in a thread, so that the next tensor is made while the disk takes the last one."""
+    """A thread that writes one tensor while the next is computed."""
 
     def __init__(self, file: FileIO) -> None:
         self._file = file
@@ -101,30 +94,28 @@ class _Behind:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # after an error nothing more needs to be written
+        # after an error, the rest need not be written
         self._pool.shutdown(cancel_futures=True)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Put bytes in line."""
+        """Queue bytes."""
         view = memoryview(data).cast("B")
         self._pending.append((self._pool.submit(self._whole, view), len(view)))
 
     def wait(self, limit: int) -> None:
-        """Until at most `limit` bytes are in line; raises what a write has raised."""
+        """Wait until at most `limit` bytes are queued; raise the error of a failed write."""
         while self._pending and (limit == 0 or sum(size for _, size in self._pending) > limit):
             self._pending.popleft()[0].result()
 
     def _whole(self, view: memoryview) -> None:
         start, done = self._file.tell(), 0
-        while done < len(view):  # a raw write may take less, and never more than 2 GiB
+        while done < len(view):  # a raw write may be partial, and is at most 2 GiB
             done += self._file.write(view[done:]) or 0
         _start_writeback(self._file.fileno(), start, done)
 
 
 def _start_writeback(descriptor: int, start: int, size: int) -> None:
-    """Have the system begin to put these bytes on the disk, so that less is left to wait for at the
-    end (Linux; elsewhere it decides by itself).
-    """
+    """Start writing these bytes to the disk (Linux), to shorten the `fsync` at the end."""
     start_range = getattr(_libc(), "sync_file_range", None)
     if start_range is not None:
         start_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(size), _WRITE)
@@ -133,3 +124,8 @@ def _start_writeback(descriptor: int, start: int, size: int) -> None:
 @functools.cache
 def _libc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain data as indented JSON."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

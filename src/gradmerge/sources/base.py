@@ -1,17 +1,24 @@
-"""What a source is: a frozen recipe (`AbstractSource`) that opens to a lazy `Checkpoint`."""
+"""Sources: frozen descriptions (`AbstractSource`) that open to lazy checkpoints (`Checkpoint`)."""
 
 from __future__ import annotations
 
 import hashlib
+import shutil
+import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import override
 
 from gradmerge.errors import FingerprintError, shorten
 
@@ -21,25 +28,26 @@ Self = TypeVar("Self", bound="Shared")
 
 
 class Shared:
-    """What is frozen, and may be as large as all sources: a deep copy of its owner shares it."""
+    """Frozen data that may be as large as all sources: deep copies of its owner share it."""
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
-        """Itself."""
+        """Return the object itself."""
         return self
 
 
 class SharedDict(Shared, dict[Key, Value]):
-    """Copies of frozen tensors, made when they are first wanted."""
+    """Copies of frozen tensors, made on first use."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor, known without reading its bytes."""
+    """Header of one tensor, known without reading its values."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: str
+    """File or label that messages show."""
 
     @property
     def num_elements(self) -> int:
@@ -53,48 +61,64 @@ class TensorInfo:
 
 
 class Checkpoint(Shared, ABC):
-    """An opened source: headers in memory, tensors read (mapped) one at a time, by name."""
+    """An opened source: headers in memory, tensors read (mapped) one at a time, by name.
+
+    Args:
+        label: path, hub id or description that messages show.
+        infos: header of every tensor by name.
+        folder: Hugging Face folder with config and tokenizer, if there is one.
+        config: `config.json` as plain data, if there is one.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        infos: Mapping[str, TensorInfo],
+        folder: Path | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._label, self._infos, self._folder, self._config = label, infos, folder, config
 
     @property
-    @abstractmethod
     def label(self) -> str:
-        """The path, hub id or description that messages show."""
+        """Path, hub id or description that messages show."""
+        return self._label
 
     @property
-    @abstractmethod
     def infos(self) -> Mapping[str, TensorInfo]:
         """Header of every tensor by name."""
-
-    @abstractmethod
-    def read(self, name: str) -> Tensor:
-        """The tensor `name`, contiguous, in its stored dtype; mapped from disk where possible.
-
-        A tensor that is formed when asked for (a LoRA update) may come in a wider dtype than its
-        header says. Callers must not write to it.
-        """
+        return self._infos
 
     @property
     def folder(self) -> Path | None:
-        """The Hugging Face folder with config and tokenizer, if there is one."""
-        return None
+        """Hugging Face folder with config and tokenizer, if there is one."""
+        return self._folder
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """The folder whose tokenizer this checkpoint was trained with; most often `folder`."""
+        """Folder of the tokenizer that this checkpoint was trained with; most often `folder`."""
         return self.folder
 
     @property
     def config(self) -> Mapping[str, Any] | None:
         """`config.json` as plain data, if there is one."""
-        return None
+        return self._config
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """Return the tensor `name`, contiguous, in its stored dtype; mapped from disk if possible.
+
+        A tensor that is computed on reading (a LoRA update) may have a wider dtype than its header.
+        Callers must not write to it.
+        """
 
     def keep(self) -> None:
-        """Prepare for being read again and again, where tensors are formed at every reading."""
+        """Prepare for repeated reading, if tensors are computed on every read."""
 
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes of all tensors, in order of name.
 
-        Streamed a tensor at a time; the same weights give the same fingerprint however they are
+        Reads one tensor at a time; the same weights give the same fingerprint however they are
         sharded.
         """
         digest = hashlib.sha256()
@@ -106,7 +130,7 @@ class Checkpoint(Shared, ABC):
 
 
 class AbstractSource(ABC):
-    """Where frozen weights come from."""
+    """A description of frozen weights, which can be opened."""
 
     @abstractmethod
     def open(self) -> Checkpoint:
@@ -117,10 +141,93 @@ class AbstractSource(ABC):
         """
 
 
-def without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tied tensors, which are one piece of memory, once: under the first of their names.
+class View(Checkpoint):
+    """Another checkpoint of which some tensors are changed on reading.
 
-    A safetensors file holds a tied tensor once too, so both forms of a checkpoint name the same.
+    The fingerprint is that of the checkpoint on disk.
+
+    Args:
+        inner: the checkpoint.
+    """
+
+    def __init__(self, inner: Checkpoint) -> None:
+        self.inner = inner
+        self._kept: dict[str, Tensor] = {}
+
+    @property
+    @override
+    def label(self) -> str:
+        return self.inner.label
+
+    @property
+    @override
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self.inner.infos
+
+    @property
+    @override
+    def folder(self) -> Path | None:
+        return self.inner.folder
+
+    @property
+    @override
+    def tokenizer_folder(self) -> Path | None:
+        return self.inner.tokenizer_folder
+
+    @property
+    @override
+    def config(self) -> Mapping[str, Any] | None:
+        return self.inner.config
+
+    @abstractmethod
+    def changes(self, name: str) -> bool:
+        """Return whether the view changes this tensor."""
+
+    @abstractmethod
+    def form(self, name: str) -> Tensor:
+        """Compute a tensor that changes."""
+
+    @override
+    def read(self, name: str) -> Tensor:
+        if name in self._kept:
+            return self._kept[name]
+        return self.form(name) if self.changes(name) else self.inner.read(name)
+
+    @override
+    def keep(self) -> None:
+        """Write the changed tensors to temporary files (`TMPDIR`) and map them from there."""
+        self.inner.keep()
+        for i, name in enumerate(self.infos):
+            if name in self._kept or not self.changes(name):
+                continue
+            path = self._keep_folder / f"{i}.safetensors"
+            save_file({name: self.form(name)}, path)
+            with safe_open(path, framework="pt") as file:
+                self._kept[name] = file.get_tensor(name)
+
+    @cached_property
+    def _keep_folder(self) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix="gradmerge-view-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
+
+    @override
+    def fingerprint(self) -> str:
+        return self.inner.fingerprint()
+
+
+def infos_of(tensors: Mapping[str, Tensor], file: str) -> dict[str, TensorInfo]:
+    """Return the headers of tensors in memory; `file` is shown in messages."""
+    return {
+        name: TensorInfo(name, tuple(tensor.shape), tensor.dtype, file)
+        for name, tensor in tensors.items()
+    }
+
+
+def without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keep tied tensors, which share memory, once: under the first of their names.
+
+    Safetensors files do the same, so both forms of a checkpoint have the same names.
     """
     kept: dict[str, Tensor] = {}
     seen = set()
@@ -135,7 +242,7 @@ def without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The raw bytes of a tensor without a copy where it is contiguous on the CPU."""
+    """Return the raw bytes of a tensor, without a copy if it is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if flat.numel() == 1:
         flat = flat.clone(memory_format=torch.contiguous_format)  # one entry may have any stride
@@ -143,26 +250,29 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def fingerprints_of(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
-    """Content hash of each checkpoint; reads all weights once, several checkpoints at a time."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing lets go of the lock
+    """Return the fingerprint of each checkpoint; reads all weights once, in parallel."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing releases the GIL
         hashes = pool.map(lambda checkpoint: checkpoint.fingerprint(), checkpoints.values())
         return dict(zip(checkpoints, hashes, strict=True))
 
 
 def require_same(expected: Mapping[str, str], got: Mapping[str, str]) -> None:
-    """Refuse coefficients that were trained on other weights.
+    """Reject coefficients that were trained on other weights.
+
+    Args:
+        expected: fingerprint of each source when the coefficients were trained.
+        got: fingerprint of each source now.
 
     Raises:
-        FingerprintError: names and hashes of the sources that differ.
+        FingerprintError: some differ; the message names them.
     """
-    wrong = [name for name in expected if got.get(name) != expected[name]]
-    wrong += [name for name in got if name not in expected]
+    wrong = [name for name in {**expected, **got} if got.get(name) != expected.get(name)]
     if wrong:
+        pairs = (
+            f"{n}: expected {expected.get(n, 'none')[:12]}, got {got.get(n, 'none')[:12]}"
+            for n in wrong[:5]
+        )
         raise FingerprintError(
             f"the coefficients were trained on other weights of: {shorten(wrong)}. "
-            + "; ".join(
-                f"{n}: expected {expected.get(n, 'none')[:12]}, got {got.get(n, 'none')[:12]}"
-                for n in wrong[:5]
-            )
-            + ". Give the sources they were trained on, or train again."
+            f"{'; '.join(pairs)}. Give the sources they were trained on, or train again."
         )

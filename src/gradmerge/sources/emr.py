@@ -1,16 +1,15 @@
-"""A task of an EMR-Merging in compact form: formed from base, shared vector, mask and scale.
+"""Tasks of a compact EMR-Merging: computed from base, shared vector, mask and scale.
 
+folder/emr.json                          base, and the scale of each task
 folder/unified.safetensors               u of every merged tensor, float32
-folder/emr.json                          base, tasks and scales
-folder/tasks/<task>/masks.safetensors    a bit per entry, eight to a byte
-folder/tasks/<task>/own.safetensors      what is the task's own: head, buffers (where there are)
+folder/tasks/<task>/masks.safetensors    one bit per entry, eight per byte
+folder/tasks/<task>/own.safetensors      the task's own tensors (head, buffers), if it has any
 folder/tasks/<task>/config.json, ...     config and tokenizer
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,97 +19,77 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.errors import SourceError, nearest, shorten
-from gradmerge.sources.base import Checkpoint, TensorInfo
+from gradmerge.sources.base import Checkpoint
 from gradmerge.sources.files import SafetensorsCheckpoint, read_json
 
 FORMAT = "gradmerge-emr-1"
 
 
 class EMRCheckpoint(Checkpoint):
-    """`theta_k = A + r_k M_k (.) u` for merged tensors, the task's own tensor for all others."""
+    """`theta_k = A + r_k M_k (.) u` for merged tensors, the task's own tensor for all others.
+
+    Args:
+        folder: the compact folder.
+        task: the task `k`.
+        base: `A`; its fingerprint is checked before the first tensor is computed.
+    """
 
     def __init__(self, folder: Path, task: str, base: Checkpoint) -> None:
-        self._base = base
-        self._checked = False
-        self._label = f"{folder} task {task}"
         described = read_description(folder)
         scales = described["scales"]
         if task not in scales:
             raise SourceError(
-                f"{folder}: there is no task {task!r}.{nearest(task, scales)} There are: "
-                f"{shorten(list(scales))}."
+                f"{folder}: unknown task {task!r} (choose from {shorten(list(scales))})."
+                f"{nearest(task, scales)}"
             )
-        self._scale = float(scales[task])
-        self._expected = str(described["base"]["sha256"])
-        self._folder = folder / "tasks" / task
-        label = str(self._folder)
-        self._unified = SafetensorsCheckpoint([folder / "unified.safetensors"], str(folder))
-        self._masks = SafetensorsCheckpoint([self._folder / "masks.safetensors"], label)
-        own = self._folder / "own.safetensors"
+        self._base, self._scale = base, float(scales[task])
+        self._expected: str | None = described["base"]["sha256"]  # None once it was checked
+        own_folder = folder / "tasks" / task
+        label = f"{folder} task {task}"
+        self._unified = SafetensorsCheckpoint([folder / "unified.safetensors"], label)
+        self._masks = SafetensorsCheckpoint([own_folder / "masks.safetensors"], label)
+        own = own_folder / "own.safetensors"
         self._own = SafetensorsCheckpoint([own] if own.is_file() else [], label)
-        self._refuse_misfits()
+        self._reject_misfits(label)
         merged = {name: base.infos[name] for name in self._unified.infos}
-        self._infos = {**merged, **self._own.infos}
+        config = read_json(own_folder / "config.json")
+        super().__init__(label, {**merged, **self._own.infos}, own_folder, config)
 
-    def _refuse_misfits(self) -> None:
+    def _reject_misfits(self, label: str) -> None:
         wrong = []
         for name, info in self._unified.infos.items():
-            found = self._base.infos.get(name)
+            found, mask = self._base.infos.get(name), self._masks.infos.get(name)
             if found is None or found.shape != info.shape:
                 wrong.append(f"{name}: {info.shape}, base {found.shape if found else 'none'}")
-            mask = self._masks.infos.get(name)
             if mask is None or mask.shape != (-(-info.num_elements // 8),):
                 wrong.append(f"{name}: {info.num_elements} entries, mask {mask and mask.shape}")
         if wrong:
             raise SourceError(
-                f"{self._label}: does not fit together or its base {self._base.label}: "
+                f"{label}: the files do not fit the base {self._base.label} or each other: "
                 f"{shorten(wrong)}. Is this the base that the sources were fine-tuned from?"
             )
 
     def require_base(self) -> None:
-        """Read the whole base and refuse another one than the tasks were merged on.
+        """Check the fingerprint of the base, once; reads all of its weights.
 
         Raises:
-            SourceError: the fingerprints differ.
+            SourceError: the tasks were merged on another base.
         """
+        if self._expected is None:
+            return
         got = self._base.fingerprint()
         if got != self._expected:
             raise SourceError(
                 f"{self._label}: expected a base with fingerprint {self._expected[:12]}, got "
                 f"{self._base.label} with {got[:12]}. Give the base that was merged on."
             )
-        self._checked = True
+        self._expected = None
 
-    @property
     @override
-    def label(self) -> str:
-        return self._label
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """See `Checkpoint.infos`; merged tensors carry the base's dtype."""
-        return self._infos
-
-    @property
-    @override
-    def folder(self) -> Path | None:
-        return self._folder
-
-    @property
-    @override
-    def config(self) -> Mapping[str, Any] | None:
-        return read_json(self._folder / "config.json")
-
     def read(self, name: str) -> Tensor:
-        """See `Checkpoint.read`; merged tensors are formed in float32 or wider and kept there.
-
-        Raises:
-            SourceError: the base is another than the tasks were merged on (read whole, once).
-        """
         if name in self._own.infos:
             return self._own.read(name)
-        if not self._checked:
-            self.require_base()
+        self.require_base()
         unified = self._unified.read(name)
         bits = np.unpackbits(self._masks.read(name).numpy(), count=unified.numel())
         mask = torch.from_numpy(bits).view(unified.shape).bool()
@@ -118,8 +97,8 @@ class EMRCheckpoint(Checkpoint):
         wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
         return wide + torch.where(mask, unified, 0.0).mul_(self._scale)
 
+    @override
     def fingerprint(self) -> str:
-        """Hash of the files' fingerprints and the scale."""
         digest = hashlib.sha256(f"{FORMAT} {self._scale!r}".encode())
         for part in (self._base, self._unified, self._masks, self._own):
             digest.update(part.fingerprint().encode())
@@ -127,10 +106,10 @@ class EMRCheckpoint(Checkpoint):
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What `emr.json` says: the base's label and fingerprint, and the scale of each task.
+    """Return the content of `emr.json`: label and fingerprint of the base, scale of each task.
 
     Raises:
-        SourceError: there is no such file, or it says something else.
+        SourceError: there is no such file, or it is of another format.
     """
     found = read_json(folder / "emr.json")
     if found is None or found.get("format") != FORMAT:

@@ -1,4 +1,4 @@
-"""Sources that are files: safetensors (single, sharded), Hugging Face folders, hub ids, `.bin`."""
+"""Sources in files: Hugging Face folders and hub ids, safetensors (also sharded), `.bin`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import pickle
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.errors import SourceError, shorten
-from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo, without_aliases
+from gradmerge.sources.base import (
+    AbstractSource,
+    Checkpoint,
+    TensorInfo,
+    infos_of,
+    without_aliases,
+)
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -37,11 +42,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 
-# Code (`*.py`) lies beside the config; nothing runs it unless the recipe trusts it.
+# Modelling code (`*.py`) is downloaded, but never run unless the recipe trusts it.
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-
-# The limit of the format itself; a longer "header" is the start of some other file.
-_MAX_HEADER = 100_000_000
 
 _CONVERT = (
     "Convert it once, on a machine where you trust the file: "
@@ -49,78 +51,15 @@ _CONVERT = (
 )
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, shapes and dtypes of a safetensors file; nothing but its header is read.
-
-    Raises:
-        SourceError: the file is missing, truncated or not safetensors.
-    """
-    try:
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise SourceError(
-                    f"{path}: expected a safetensors file, got {len(prefix)} bytes. "
-                    "The file is empty or cut off; copy or download it again."
-                )
-            (length,) = struct.unpack("<Q", prefix)
-            size = path.stat().st_size
-            if length > min(size - 8, _MAX_HEADER):
-                raise SourceError(
-                    f"{path}: expected a safetensors header of {length} bytes, got a file of "
-                    f"{size} bytes. It is cut off or no safetensors file; copy it again."
-                )
-            header = json.loads(file.read(length))
-    except FileNotFoundError as error:
-        raise SourceError(
-            f"{path}: expected a safetensors file, but no such file exists."
-        ) from error
-    except OSError as error:
-        raise SourceError(f"{path}: expected a readable safetensors file, got: {error}.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SourceError(
-            f"{path}: its header is not JSON, so this is no safetensors file."
-        ) from error
-    try:
-        infos, end = _parse_header(header, path)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise SourceError(
-            f"{path}: its header is JSON but does not describe tensors, so this is no safetensors "
-            f"file ({type(error).__name__}: {error})."
-        ) from error
-    if 8 + length + end != size:
-        raise SourceError(
-            f"{path}: expected {8 + length + end} bytes as its header says, got {size}. "
-            "The file is cut off or was written over; copy or download it again."
-        )
-    return infos
-
-
-def _parse_header(header: dict[str, Any], path: Path) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors of a header and the end of the last one in the data."""
-    infos = {}
-    end = 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _DTYPES:
-            raise SourceError(
-                f"{path}: tensor {name}: dtype {entry['dtype']} has no torch counterpart here; "
-                "convert the checkpoint to bfloat16, float16 or float32."
-            )
-        start, stop = entry["data_offsets"]
-        infos[name] = TensorInfo(name, tuple(entry["shape"]), _DTYPES[entry["dtype"]], str(path))
-        if stop - start != infos[name].num_bytes:
-            raise ValueError(f"{name} of shape {entry['shape']} cannot fill {stop - start} bytes")
-        end = max(end, stop)
-    return infos, end
-
-
 class SafetensorsCheckpoint(Checkpoint):
     """Tensors mapped from one or more safetensors files.
 
-    In a task's folder of an export the index names the task's own head in place of the shared one,
-    which lies with the shared weights in the folder above.
+    Args:
+        files: the files.
+        label: path or hub id that messages show.
+        folder: Hugging Face folder that they belong to.
+        places: file of each tensor by the folder's index. An exported task's folder replaces heads
+            of the shared weights in the folder above by its own.
     """
 
     def __init__(
@@ -130,98 +69,91 @@ class SafetensorsCheckpoint(Checkpoint):
         folder: Path | None = None,
         places: Mapping[str, Path] | None = None,
     ) -> None:
-        self._label = label
-        self._folder = folder
-        self._infos: dict[str, TensorInfo] = {}
+        infos: dict[str, TensorInfo] = {}
         self._handles: dict[str, Any] = {}
         self._mapped: dict[str, Tensor] = {}
         for file in files:
-            for name, info in read_header(file).items():
+            for name, info in _read_header(file).items():
                 place = (places or {}).get(name, file)
                 if place != file and place.parent != file.parent:
                     continue
-                if name in self._infos:
+                if name in infos:
                     raise SourceError(
-                        f"{label}: tensor {name} stands in both {self._infos[name].file} and "
-                        f"{file}; remove the stale shard."
+                        f"{label}: tensor {name} is in both {infos[name].file} and {file}; "
+                        "remove the stale shard."
                     )
-                self._infos[name] = info
+                infos[name] = info
+        lost = [name for name in places or () if name not in infos]
+        if lost:
+            raise SourceError(
+                f"{folder}: its index names tensors that its shards do not hold: {shorten(lost)}. "
+                "Index and shards are from different saves; copy or download them again."
+            )
+        super().__init__(label, infos, folder, _config_of(folder))
 
-    @property
     @override
-    def label(self) -> str:
-        return self._label
-
-    @property
-    @override
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._infos
-
-    @property
-    @override
-    def folder(self) -> Path | None:
-        return self._folder
-
-    @cached_property
-    @override
-    def config(self) -> Mapping[str, Any] | None:
-        if self._folder is None:
-            return None
-        return read_json(self._folder / "config.json")
-
     def read(self, name: str) -> Tensor:
-        """See `Checkpoint.read`; the pages are mapped, not copied."""
-        if name in self._mapped:
-            # A view takes no memory to keep and several microseconds to make, which adds up over
-            # sources, tensors and steps.
-            return self._mapped[name]
-        info = self._infos[name]
-        if info.file not in self._handles:
-            try:
-                self._handles[info.file] = safe_open(info.file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise SourceError(f"{info.file}: cannot be opened: {error}") from error
-        tensor: Tensor = self._handles[info.file].get_tensor(name)
-        self._mapped[name] = tensor
-        return tensor
+        # Kept: mapping takes microseconds, which add up over sources, tensors and steps.
+        if name not in self._mapped:
+            file = self._infos[name].file
+            if file not in self._handles:
+                self._handles[file] = safe_open(file, framework="pt")
+            self._mapped[name] = self._handles[file].get_tensor(name)
+        return self._mapped[name]
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Return the headers of all tensors of a safetensors file, in its order.
+
+    Raises:
+        SourceError: the file is missing, truncated or not safetensors.
+    """
+    try:
+        # Opening checks the header against the size of the file; with "np" it reserves no memory.
+        with safe_open(path, framework="np"), path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except FileNotFoundError as error:
+        raise SourceError(
+            f"{path}: expected a safetensors file, but no such file exists."
+        ) from error
+    except (SafetensorError, OSError) as error:
+        raise SourceError(
+            f"{path}: expected a complete safetensors file, got: {error}. The file is truncated or "
+            "of another kind; copy or download it again."
+        ) from error
+    infos = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise SourceError(
+                f"{path}: tensor {name}: unsupported dtype {entry['dtype']}; convert the "
+                "checkpoint to bfloat16, float16 or float32."
+            )
+        infos[name] = TensorInfo(name, tuple(entry["shape"]), DTYPES[entry["dtype"]], str(path))
+    return infos
 
 
 class TorchFileCheckpoint(Checkpoint):
     """A `.bin`/`.pt` state dict, loaded without running any code and memory-mapped."""
 
     def __init__(self, files: list[Path], label: str, folder: Path | None = None) -> None:
-        self._label = label
-        self._folder = folder
         self._tensors: dict[str, Tensor] = {}
-        self._infos: dict[str, TensorInfo] = {}
+        infos: dict[str, TensorInfo] = {}
         for file in files:
-            for name, tensor in without_aliases(_load_without_code(file)).items():
-                self._tensors[name] = tensor
-                self._infos[name] = TensorInfo(name, tuple(tensor.shape), tensor.dtype, str(file))
-
-    @property
-    @override
-    def label(self) -> str:
-        return self._label
-
-    @property
-    @override
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._infos
-
-    @property
-    @override
-    def folder(self) -> Path | None:
-        return self._folder
-
-    @cached_property
-    @override
-    def config(self) -> Mapping[str, Any] | None:
-        return None if self._folder is None else read_json(self._folder / "config.json")
+            tensors = without_aliases(_load_without_code(file))
+            self._tensors.update(tensors)
+            infos.update(infos_of(tensors, str(file)))
+        super().__init__(label, infos, folder, _config_of(folder))
 
     @override
     def read(self, name: str) -> Tensor:
         return self._tensors[name].contiguous()
+
+
+def _config_of(folder: Path | None) -> dict[str, Any] | None:
+    return None if folder is None else read_json(folder / "config.json")
 
 
 def _load_without_code(file: Path) -> dict[str, Tensor]:
@@ -247,14 +179,15 @@ def _load_without_code(file: Path) -> dict[str, Tensor]:
     if wrong:
         raise SourceError(
             f"{file}: expected tensors only, got other values under {shorten(wrong)}. "
-            "Save the module's state_dict() alone."
+            "Save only the module's state_dict()."
         )
     return state
 
 
 def _weight_files(folder: Path, single: str) -> tuple[list[Path], dict[str, Path]]:
-    """The weight files of a folder and where its index promises each tensor, in transformers'
-    order: the single file if it is there, else the shards of the index.
+    """Return the weight files of a folder, and the file of each tensor by its index.
+
+    As in transformers, a single file takes precedence over the shards of an index.
     """
     if (folder / single).is_file():
         return [folder / single], {}
@@ -276,7 +209,7 @@ def _weight_files(folder: Path, single: str) -> tuple[list[Path], dict[str, Path
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The file as a dict, or None when it does not exist.
+    """Return the file as a dict, or None if it does not exist.
 
     Raises:
         SourceError: the file is not JSON.
@@ -331,42 +264,34 @@ class HuggingFace(AbstractSource):
     def open(self) -> Checkpoint:
         folder = self.local_folder()
         label = self.path if self.revision is None else f"{self.path}@{self.revision}"
-        kind: type[SafetensorsCheckpoint] | type[TorchFileCheckpoint] = SafetensorsCheckpoint
-        files, promised = _weight_files(folder, "model.safetensors")
+        files, places = _weight_files(folder, "model.safetensors")
+        if files:
+            return SafetensorsCheckpoint(files, label, folder, places)
+        if folder != Path(self.path).expanduser():  # a hub snapshot, downloaded without `.bin`
+            folder = self._download([*_SMALL_FILES, "pytorch_model*.bin"])
+        files, _ = _weight_files(folder, "pytorch_model.bin")  # its index names tied tensors twice
         if not files:
-            kind = TorchFileCheckpoint
-            if folder != Path(self.path).expanduser():  # a hub snapshot, fetched without `.bin`
-                folder = self._download([*_SMALL_FILES, "pytorch_model*.bin"])
-            files, promised = _weight_files(folder, "pytorch_model.bin")
-        if not files:
-            there = shorten(sorted(file.name for file in folder.iterdir())) or "nothing"
+            names = sorted(file.name for file in folder.iterdir())
+            hint = ""
+            if "adapter_config.json" in names:
+                hint = " This is a LoRA adapter: give it as `class_path: Lora` with its `base`."
             raise SourceError(
                 f"{folder}: expected model.safetensors, model.safetensors.index.json or "
-                f"pytorch_model.bin, got {there}.{_adapter_hint(folder)}"
+                f"pytorch_model.bin, got {shorten(names) or 'nothing'}.{hint}"
             )
-        if kind is SafetensorsCheckpoint:
-            checkpoint: Checkpoint = SafetensorsCheckpoint(files, label, folder, promised)
-        else:
-            checkpoint = kind(files, label, folder)
-        lost = [name for name in promised if name not in checkpoint.infos]
-        if lost and kind is SafetensorsCheckpoint:  # a .bin index also names tied tensors twice
-            raise SourceError(
-                f"{folder}: its index names tensors that its shards do not hold: {shorten(lost)}. "
-                "Index and shards come from different saves; copy or download them again."
-            )
-        return checkpoint
+        return TorchFileCheckpoint(files, label, folder)
 
     def local_folder(self) -> Path:
-        """The folder itself, or the hub snapshot in the local cache (downloaded when missing).
+        """Return the folder, or the hub snapshot in the local cache (downloaded if missing).
 
         Raises:
-            SourceError: neither a folder nor a hub repository that can be had.
+            SourceError: there is no such folder, and no such snapshot could be downloaded.
         """
         folder = Path(self.path).expanduser()
         if folder.is_dir():
             return folder
         if self.path.startswith((".", "/", "~")) or self.path.count("/") > 1:
-            raise SourceError(f"{self.path}: expected a folder, but none exists there.")
+            raise SourceError(f"{self.path}: expected a folder, but none exists.")
         return self._download([*_SMALL_FILES, "model*.safetensors", "adapter_model.safetensors"])
 
     def _download(self, patterns: list[str]) -> Path:
@@ -378,15 +303,9 @@ class HuggingFace(AbstractSource):
                     self.path, revision=self.revision, token=self.token, allow_patterns=patterns
                 )
             )
-        except Exception as error:  # the hub client raises a wide and changing family
+        except Exception as error:  # the hub client raises many kinds
             raise SourceError(
-                f"{self.path}: no such local folder, and the hub gave no snapshot "
-                f"(revision {self.revision or 'main'}): {type(error).__name__}: {error}. "
-                "Check the name and the network, or give the path of a local folder."
+                f"{self.path}: no such local folder, and no snapshot on the hub (revision "
+                f"{self.revision or 'main'}): {type(error).__name__}: {error}. Check the name and "
+                "the network, or give the path of a local folder."
             ) from error
-
-
-def _adapter_hint(folder: Path) -> str:
-    if not (folder / "adapter_config.json").is_file():
-        return ""
-    return " This is a LoRA adapter: give it as `class_path: Lora` with its `base`."

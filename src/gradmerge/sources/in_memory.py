@@ -1,4 +1,4 @@
-"""Sources that already live in memory."""
+"""Sources that are already in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from gradmerge.errors import SourceError, shorten
-from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo, without_aliases
+from gradmerge.sources.base import AbstractSource, Checkpoint, infos_of, without_aliases
 
 
 class MemoryCheckpoint(Checkpoint):
@@ -27,30 +27,11 @@ class MemoryCheckpoint(Checkpoint):
         empty = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
         if empty:
             raise SourceError(
-                f"{label}: expected weights, got tensors on the meta device, which hold none: "
+                f"{label}: expected weights, got tensors on the meta device, which have no values: "
                 f"{shorten(empty)}. Load the weights first."
             )
         self._tensors = {name: tensor.detach() for name, tensor in without_aliases(tensors).items()}
-        self._label = label
-        self._config = config
-
-    @property
-    @override
-    def label(self) -> str:
-        return self._label
-
-    @property
-    @override
-    def config(self) -> Mapping[str, Any] | None:
-        return self._config
-
-    @property
-    @override
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return {
-            name: TensorInfo(name, tuple(tensor.shape), tensor.dtype, self._label)
-            for name, tensor in self._tensors.items()
-        }
+        super().__init__(label, infos_of(self._tensors, label), config=config)
 
     @override
     def read(self, name: str) -> Tensor:
@@ -70,13 +51,13 @@ class InMemory(AbstractSource):
     def open(self) -> Checkpoint:
         if not isinstance(self.module, nn.Module):
             return MemoryCheckpoint(self.module, self.label)
-        config = getattr(self.module, "config", None)
-        plain = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
-        return MemoryCheckpoint(persistent_tensors(self.module), self.label, plain)
+        to_dict = getattr(getattr(self.module, "config", None), "to_dict", None)
+        config = None if to_dict is None else to_dict()
+        return MemoryCheckpoint(persistent_tensors(self.module), self.label, config)
 
 
 def persistent_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters (tied ones once) and persistent buffers of a module, by name."""
+    """Return parameters (tied ones once) and persistent buffers of a module, by name."""
     saved = set(module.state_dict(keep_vars=True))
     tensors: dict[str, Tensor] = dict(module.named_parameters())
     tensors.update({name: buffer for name, buffer in module.named_buffers() if name in saved})

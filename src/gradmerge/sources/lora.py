@@ -1,4 +1,4 @@
-"""A LoRA adapter folder (PEFT) on a base: the dense tensor is formed when it is asked for."""
+"""LoRA adapters (PEFT) on a base; dense tensors are computed on reading."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.errors import SourceError, nearest, shorten
-from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
+from gradmerge.sources.base import AbstractSource, Checkpoint
 from gradmerge.sources.files import HuggingFace, SafetensorsCheckpoint, read_json
 from gradmerge.sources.skeleton import bind, build_skeleton
 from gradmerge.sources.tokenizers.files import has_tokenizer
@@ -24,16 +24,16 @@ from gradmerge.sources.tokenizers.files import has_tokenizer
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.weight)?$")
 
-# Starts that take their factors out of the base's own weights: the adapter fits the rest alone.
+# Initialisations that subtract the first factors from the base: the adapter fits the changed base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "mica", "lora_ga")
 
-# Options under which the update is not `s * B @ A` on a module's weight.
+# Options with which the update is not `s * B @ A` on the weight of a module.
 _OTHER_UPDATES = {
-    "use_dora": "its update is not a low-rank sum",
+    "use_dora": "its update is not low-rank",
     "lora_bias": "its second factor has a bias",
     "layer_replication": "its layers are not those of the base",
     "target_parameters": "it adapts parameters outside of linear layers",
-    "trainable_token_indices": "it trains single rows of the embedding",
+    "trainable_token_indices": "it trains individual rows of the embedding",
     "use_qalora": "its update is pooled for quantised weights",
     "use_bdlora": "its factors are block-diagonal",
     "alora_invocation_tokens": "it acts only after certain tokens",
@@ -43,7 +43,7 @@ _OTHER_UPDATES = {
     "megatron_config": "its layers are Megatron's",
 }
 
-# transformers models that have both layouts, and their layers that store `[in, out]`.
+# Models of transformers that mix both layouts, and their layers that store `[in, out]`.
 _MIXED_LAYOUT = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _TRANSPOSED = ("c_attn", "q_attn", "c_proj", "c_fc")
 
@@ -61,11 +61,15 @@ class _Factors:
 class LoraCheckpoint(Checkpoint):
     """`W = W_0 + s * B @ A` for adapted tensors, the base's own tensor for all others.
 
-    `s = lora_alpha / r`, or `lora_alpha / sqrt(r)` with rank-stabilised LoRA; `rank_pattern` and
-    `alpha_pattern` are honoured per module, transposed layers (`fan_in_fan_out`), embeddings and
-    convolutions too, and tensors that the adapter holds in full (`modules_to_save`, biases). Only
-    the factors are held beside the base (Hu et al. 2021, arXiv 2106.09685; file format of the PEFT
-    library).
+    `s = lora_alpha / r`, or `lora_alpha / sqrt(r)` with rank-stabilised LoRA. Supports per-module
+    `rank_pattern` and `alpha_pattern`, transposed layers (`fan_in_fan_out`), embeddings,
+    convolutions, and tensors that the adapter stores in full (`modules_to_save`, biases). Only the
+    factors are held in memory beside the base (Hu et al. 2021, arXiv 2106.09685; file format of the
+    PEFT library).
+
+    Args:
+        folder: the adapter's folder.
+        base: the base it was trained on.
     """
 
     def __init__(self, folder: Path, base: Checkpoint) -> None:
@@ -75,18 +79,19 @@ class LoraCheckpoint(Checkpoint):
         if settings is None:
             raise SourceError(f"{folder}: expected adapter_config.json of a PEFT adapter.")
         self._settings = settings
-        self._refuse_unsupported()
+        self._reject_unsupported()
         self._adapter = SafetensorsCheckpoint([folder / "adapter_model.safetensors"], str(folder))
         self._factors: dict[str, _Factors] = {}
         self._replaced: dict[str, str] = {}
         self._index()
-        self._refuse_misfits()
-        self._infos = {
-            **base.infos,
-            **{n: replace(self._adapter.infos[k], name=n) for n, k in self._replaced.items()},
-        }
+        self._reject_misfits()
+        full = {n: replace(self._adapter.infos[k], name=n) for n, k in self._replaced.items()}
+        # adapted tensors have the base's dtype
+        super().__init__(
+            f"{folder} on {base.label}", {**base.infos, **full}, base.folder, base.config
+        )
 
-    def _refuse_unsupported(self) -> None:
+    def _reject_unsupported(self) -> None:
         settings = self._settings
         kind = settings.get("peft_type", "LORA")
         problems = []
@@ -97,20 +102,21 @@ class LoraCheckpoint(Checkpoint):
                 problems.append(f"{option} is set: {why}")
         start = settings.get("init_lora_weights")
         if isinstance(start, str) and start.startswith(_CHANGES_BASE):
-            problems.append(f"init_lora_weights is {start!r}: it changed the base's weights")
+            problems.append(f"init_lora_weights is {start!r}, which changes the base's weights")
         if settings.get("bias", "none") not in ("none", "all", "lora_only"):
             problems.append(f"bias is {settings['bias']!r}")
         if problems:
             raise SourceError(
                 f"{self._folder_adapter}: {'; '.join(problems)}. Merge the adapter into its base "
-                "with PEFT (`model.merge_and_unload().save_pretrained(folder)`) and give the "
+                "with PEFT (`model.merge_and_unload().save_pretrained(folder)`) and use that "
                 "folder."
             )
 
     def _index(self) -> None:
+        """Find the base tensor of each of the adapter's tensors."""
         unknown = []
         for key in self._adapter.infos:
-            if ".original_module." in key:  # what a module of `modules_to_save` stands in for
+            if ".original_module." in key:  # the base's, beside `modules_to_save`
                 continue
             name = key.removeprefix(_PREFIX)
             match = _FACTOR.match(name)
@@ -129,32 +135,29 @@ class LoraCheckpoint(Checkpoint):
                     continue
             unknown.append(key)
         if unknown:
-            tied = any("lm_head" in key for key in unknown)
+            hint = "Is this the adapter's own base?"
+            if any("lm_head" in key for key in unknown):
+                hint = "The base ties lm_head to its embeddings; updating one of them unties them."
             raise SourceError(
                 f"{self._folder_adapter}: these tensors belong to no tensor of the base "
                 f"{self._base.label}: {shorten(unknown)}."
-                f"{nearest(unknown[0].removeprefix(_PREFIX), self._base.infos)} "
-                + (
-                    "The base ties lm_head to its embeddings; an update of one of them unties them."
-                    if tied
-                    else "Is this the adapter's own base?"
-                )
+                f"{nearest(unknown[0].removeprefix(_PREFIX), self._base.infos)} {hint}"
             )
 
     def _is_own(self, name: str) -> bool:
-        """Whether `modules_to_save` says that the adapter brings this module, as a new head."""
+        """Return whether the adapter adds this module (`modules_to_save`), such as a new head."""
         saved = self._settings.get("modules_to_save") or []
         module = name.rpartition(".")[0]
         return any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", module) for part in saved)
 
     def _target(self, name: str) -> str | None:
-        """The base tensor that `name`, a name inside the module, stands for."""
+        """Return the base's name of the tensor that the module calls `name`."""
         if name in self._base.infos:
             return name
         place = self._places.get(name)
         if place is not None:
             return place
-        # one of the two was saved with the prefix of a head model, the other without
+        # only one of the two was saved with the prefix of a model with a head
         inner = name.partition(".")[2]
         if inner in self._base.infos:
             return inner
@@ -163,18 +166,18 @@ class LoraCheckpoint(Checkpoint):
 
     @cached_property
     def _places(self) -> dict[str, str]:
-        """Name in the module -> name in the base's files, where transformers renames on loading."""
+        """Names in the module -> names in the base's files, if transformers renames on loading."""
         if self._base.folder is None or self._base.config is None:
             return {}
         try:
             module = build_skeleton(self._base.folder)
-        except SourceError:  # own code or an unknown class: the names in the files must do
+        except SourceError:  # custom code or an unknown class: only the names in the files are left
             return {}
         binding = bind(module, list(self._base.infos))
         places = {found[0]: name for name, found in binding.parameters.items()}
         return {**places, **{place: name for name, place in binding.buffers.items()}}
 
-    def _refuse_misfits(self) -> None:
+    def _reject_misfits(self) -> None:
         wrong = []
         for name, factors in self._factors.items():
             if set(factors.keys) != {"A", "B"}:
@@ -191,14 +194,14 @@ class LoraCheckpoint(Checkpoint):
             )
 
     def _stored_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the tensor that is adapted, as a matrix: `[out, in * kernel]`."""
+        """Return the shape of an adapted tensor as a matrix, `[out, in * kernel]`."""
         shape = self._base.infos[name].shape
         if name in self._replaced:
             shape = self._adapter.infos[self._replaced[name]].shape
         return shape if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
 
     def _form(self, name: str) -> tuple[int, int]:
-        """`(out, in * kernel)` of `B @ A`."""
+        """Return the shape of `B @ A`, `(out, in * kernel)`."""
         first, second = (self._adapter.infos[self._factors[name].keys[side]] for side in "AB")
         if self._is_embedding(name):
             return first.num_elements // first.shape[0], second.num_elements // first.shape[0]
@@ -208,10 +211,10 @@ class LoraCheckpoint(Checkpoint):
         return "lora_embedding_" in self._factors[name].keys["A"]
 
     def _is_transposed(self, name: str) -> bool:
-        """Whether the base stores this tensor as `[in, out]`.
+        """Return whether the base stores this tensor as `[in, out]`.
 
-        PEFT writes one `fan_in_fan_out` for the whole adapter, that of the layer it met last, so
-        shapes decide where they can.
+        PEFT writes one `fan_in_fan_out` for the whole adapter, that of the last layer it adapted,
+        so shapes decide unless the matrix is square.
         """
         out, inputs = self._form(name)
         if out != inputs:
@@ -222,41 +225,19 @@ class LoraCheckpoint(Checkpoint):
 
     @property
     @override
-    def label(self) -> str:
-        return f"{self._folder_adapter} on {self._base.label}"
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """See `Checkpoint.infos`; adapted tensors carry the base's dtype."""
-        return self._infos
-
-    @property
-    @override
-    def folder(self) -> Path | None:
-        return self._base.folder
-
-    @property
     def tokenizer_folder(self) -> Path | None:
-        """See `Checkpoint.tokenizer_folder`; an adapter may bring its own."""
         own = self._folder_adapter
         return own if has_tokenizer(own) else self._base.tokenizer_folder
 
-    @property
-    @override
-    def config(self) -> Mapping[str, Any] | None:
-        return self._base.config
-
     def scale(self, name: str, rank: int) -> float:
-        """`s` of one adapted tensor."""
+        """Return `s` of one adapted tensor."""
         alpha = _by_pattern(self._settings.get("alpha_pattern"), self._factors[name].module)
         alpha = self._settings.get("lora_alpha", 8) if alpha is None else alpha
         return float(alpha) / (math.sqrt(rank) if self._settings.get("use_rslora") else rank)
 
+    @override
     def read(self, name: str) -> Tensor:
-        """See `Checkpoint.read`; an adapted tensor is formed in float32 or wider and kept there.
-
-        A 16-bit sum would round away most of an update that is small beside its weight.
-        """
+        # in float32 or wider: 16 bits would round away most of an update that is small
         key = self._replaced.get(name)
         stored = self._base.read(name) if key is None else self._adapter.read(key)
         if name not in self._factors:
@@ -265,7 +246,7 @@ class LoraCheckpoint(Checkpoint):
         return (stored.to(wide) + self.delta(name, wide).to(stored.device)).contiguous()
 
     def delta(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """`s * B @ A` in the orientation and shape of the base tensor."""
+        """Return `s * B @ A` in the orientation and shape of the base tensor."""
         keys = self._factors[name].keys
         first, second = (self._adapter.read(keys[side]).to(dtype) for side in "AB")
         rank = first.shape[0]
@@ -274,8 +255,8 @@ class LoraCheckpoint(Checkpoint):
             product = product.T
         return product.reshape(self._infos[name].shape)
 
+    @override
     def fingerprint(self) -> str:
-        """Hash of the base's fingerprint, the factors and the settings that scale them."""
         digest = hashlib.sha256(self._base.fingerprint().encode())
         digest.update(self._adapter.fingerprint().encode())
         for key in ("lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern", "fan_in_fan_out"):
@@ -284,7 +265,7 @@ class LoraCheckpoint(Checkpoint):
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's name."""
+    """Return the value of the first pattern that matches the end of the module's name (PEFT)."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -307,7 +288,8 @@ class Lora(AbstractSource):
         folder = HuggingFace(self.path, self.revision).local_folder()
         if not (folder / "adapter_model.safetensors").is_file():
             raise SourceError(
-                f"{folder}: expected adapter_model.safetensors. An adapter_model.bin is a pickle; "
-                "save the adapter again with `save_pretrained(folder)` of a current PEFT."
+                f"{folder}: expected adapter_model.safetensors. If there is an adapter_model.bin, "
+                "it is a pickle: save the adapter again with `save_pretrained(folder)` of a "
+                "current PEFT."
             )
         return LoraCheckpoint(folder, self.base.open())

@@ -1,27 +1,26 @@
-"""How deep in the network a tensor sits, by its name."""
+"""Block and depth of a tensor in the network, by its name."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-# By name: files list tensors in alphabetical order, which says nothing of depth.
+# By name, as files list tensors in alphabetical order.
 _EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|shared|stem|conv1|bn1|cls_token|class_token)\b")
 _BLOCK = re.compile(r"(?:^|\.)(?:(?:layer|stage|block)_?)?(\d+)\.")
 
 
 def block_of(name: str) -> int | None:
-    """The number of the block that a tensor belongs to, by the first number in its name."""
+    """Return the number of a tensor's block: the first number in its name."""
     match = _BLOCK.search(name)
     return int(match[1]) if match else None
 
 
 def depth_of(name: str, names: Iterable[str]) -> float:
-    """The depth of a tensor between 0 (embeddings) and 1 (the head): with n blocks in all,
-    `(i + 1) / (n + 1)` in the i-th.
+    """Return the depth of a tensor between 0 (embeddings) and 1 (the head).
 
-    Of the tensors outside of blocks, embeddings and stems (by name) come before the first block and
-    all others after the last.
+    In the i-th of n blocks it is `(i + 1) / (n + 1)`. Outside of blocks, embeddings and stems (by
+    name) come before the first block and all others after the last.
 
     Args:
         name: the tensor.

@@ -1,4 +1,4 @@
-"""From what a user writes (a path, a hub id, a module) to a source."""
+"""Turn what a user writes (a path, a hub id, a module) into a source."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 
 def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
-    """The source that `value` means.
+    """Return the source that `value` stands for.
 
-    A string or path is a Hugging Face folder, a LoRA adapter folder (it holds
-    adapter_config.json), a task's folder of a compact EMR-Merging (it holds masks.safetensors), a
-    `.safetensors`, `.bin` or `.pt` file, or else a hub id (``owner/name`` or
-    ``owner/name@revision``). A module or a mapping of tensors is taken as it is.
+    A string or path is a Hugging Face folder, the folder of a LoRA adapter (with
+    adapter_config.json) or of a task of a compact EMR-Merging (with masks.safetensors), a
+    `.safetensors`, `.bin`, `.pt` or `.pth` file, or else a hub id (``owner/name`` or
+    ``owner/name@revision``). Modules and mappings of tensors are used as they are.
+
+    Args:
+        value: path, hub id, module, state dict or source.
+        base: the recipe's base, for adapters and tasks.
 
     Raises:
-        SourceError: a LoRA folder without a base to put it on.
-        ConfigError: a value of another type, or a file of another kind.
+        SourceError: an adapter has no base.
+        ConfigError: `value` has another type, or is a file of another kind.
     """
     if isinstance(value, AbstractSource):
         return value
@@ -39,7 +43,8 @@ def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
         return InMemory(value)
     if not isinstance(value, (str, Path)):
         raise ConfigError(
-            f"a source is a path, a hub id, a module or a state dict; got {type(value).__name__}."
+            "expected a path, hub id, module or state dict as a source, got "
+            f"{type(value).__name__}."
         )
     text = str(value)
     path = Path(text).expanduser()
@@ -66,8 +71,8 @@ def _own_base(path: Path) -> AbstractSource:
     name = settings.get("base_model_name_or_path")
     if not name:
         raise SourceError(
-            f"{path}: this adapter does not say which base it was trained on. Give it: "
-            "`base:` in the recipe, or `class_path: Lora` with `base`."
+            f"{path}: adapter_config.json does not name the base that the adapter was trained on. "
+            "Give it: `base:` in the recipe, or `class_path: Lora` with `base`."
         )
     source = as_source(name)
     revision = settings.get("revision")
@@ -76,8 +81,9 @@ def _own_base(path: Path) -> AbstractSource:
 
 @dataclass(frozen=True)
 class EMR(AbstractSource):
-    """A task of a folder that `gradmerge merge --outputs compact` wrote (EMR-Merging, arXiv
-    2405.17461): `A + r_k M_k (.) u`, formed when asked for.
+    """A task of an EMR-Merging in compact form: `A + r_k M_k (.) u` (arXiv 2405.17461).
+
+    `gradmerge merge --outputs compact` writes the folder.
     """
 
     path: str
@@ -85,7 +91,7 @@ class EMR(AbstractSource):
     task: str
     """The task."""
     base: AbstractSource | None = None
-    """The base that was merged on; default: where the folder says it is."""
+    """The base that was merged on; default: the path or hub id in the folder's emr.json."""
 
     @override
     def open(self) -> Checkpoint:

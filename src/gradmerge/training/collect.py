@@ -26,7 +26,7 @@ from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.opening import Opening
 from gradmerge.engine.recipe import Recipe
 from gradmerge.errors import ConfigError, shorten
-from gradmerge.export.atomic import discard, refuse_existing, start_beside, take_name
+from gradmerge.export.atomic import new_folder, refuse_existing
 from gradmerge.export.provenance import versions
 from gradmerge.operators import Linear
 from gradmerge.preprocess import AbstractPreprocess
@@ -69,8 +69,7 @@ def collect(
     if steps:
         _tasks_of_sources(list(recipe.sources), data)  # a mistake shows before anything runs
     opening = opening or Opening(recipe, module)
-    work = start_beside(target)
-    try:
+    with new_folder(target, overwrite) as work:
         index: dict[str, Any] = {
             "version": VERSION,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -92,9 +91,6 @@ def collect(
             found = _of_step(step, engine, data, work, report)
             index["collected"][step.needs.kind] = {**found, "alignment": aligned}
         (work / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-        take_name(work, target, overwrite)
-    finally:
-        discard(work, target)
     return target
 
 

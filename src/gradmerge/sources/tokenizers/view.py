@@ -1,12 +1,10 @@
-"""A checkpoint read with the rows of another vocabulary."""
+"""Checkpoints read with the rows of another vocabulary."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import tempfile
-import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -14,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.errors import Problem
-from gradmerge.sources.base import Checkpoint, TensorInfo
+from gradmerge.sources.base import Checkpoint, TensorInfo, View
 from gradmerge.sources.files import read_json
 from gradmerge.sources.tokenizers.files import TOKENIZER_FILES
 from gradmerge.sources.tokenizers.ids import with_ids, with_size
@@ -30,37 +26,30 @@ _COPIED = (".json", ".txt", ".jinja", ".py")
 _PART = 4096
 
 
-class VocabularyView(Checkpoint):
-    """A checkpoint whose embeddings, heads and their biases have a row a token of the merge.
+class VocabularyView(View):
+    """A checkpoint whose embeddings, heads and their biases have one row per token of the merge.
 
-    All other tensors are its own. Its folder is a temporary one: the small files of its own, with
-    the merge's tokenizer, and with token ids that mean the same tokens there. A fingerprint is that
-    of the checkpoint as it lies on disk.
+    All other tensors are unchanged. Its folder is a temporary one: a copy of the small files, with
+    the merge's tokenizer and its token ids in the configs.
 
     Args:
         alignment: the vocabulary of the merge.
-        name: the checkpoint's name there.
+        name: name of the checkpoint in `alignment`.
     """
 
     def __init__(self, alignment: Alignment, name: str) -> None:
+        super().__init__(alignment.checkpoints[name])
         self.alignment = alignment
         self._name = name
-        self._inner = alignment.checkpoints[name]
         self._axes = alignment.axes[name]
-        self._kept: dict[str, Tensor] = {}
         rows = alignment.rows[name]
         own = torch.arange(alignment.size)
         self._is_own = alignment.heights[name] == alignment.size and torch.equal(rows, own)
 
-    @property
-    @override
-    def label(self) -> str:
-        return self._inner.label
-
     @cached_property
+    @override
     def infos(self) -> Mapping[str, TensorInfo]:
-        """See `Checkpoint.infos`; the axis over tokens has the merge's length."""
-        infos = dict(self._inner.infos)
+        infos = dict(self.inner.infos)
         for name, axis in self._axes.items():
             shape = list(infos[name].shape)
             shape[axis] = self.alignment.size
@@ -68,9 +57,9 @@ class VocabularyView(Checkpoint):
         return infos
 
     @cached_property
+    @override
     def config(self) -> Mapping[str, Any] | None:
-        """See `Checkpoint.config`; with the merge's size and token ids."""
-        config = self._inner.config
+        config = self.inner.config
         if config is None:
             return None
         found = self.alignment
@@ -80,7 +69,7 @@ class VocabularyView(Checkpoint):
     @cached_property
     @override
     def folder(self) -> Path | None:
-        own = self._inner.folder
+        own = self.inner.folder
         if own is None:
             return None
         number = list(self.alignment.checkpoints).index(self._name)  # a name may have slashes
@@ -114,22 +103,19 @@ class VocabularyView(Checkpoint):
     def tokenizer_folder(self) -> Path | None:
         return self.alignment.tokenizer_folder
 
-    def read(self, name: str) -> Tensor:
-        """See `Checkpoint.read`; a tensor over tokens is formed unless it was kept."""
-        if name in self._kept:
-            return self._kept[name]
-        if name not in self._axes or self._is_own:
-            return self._inner.read(name)
-        return self._form(name)
+    @override
+    def changes(self, name: str) -> bool:
+        return name in self._axes and not self._is_own
 
-    def _form(self, name: str) -> Tensor:
+    @override
+    def form(self, name: str) -> Tensor:
         found, axis = self.alignment, self._axes[name]
         holders = {
             holder: (checkpoint, found.axes[holder][name])
             for holder, checkpoint in found.checkpoints.items()
             if name in found.axes[holder]
         }
-        mine = self._inner.read(name).movedim(axis, 0)
+        mine = self.inner.read(name).movedim(axis, 0)
         dtype = mine.dtype
         for checkpoint, _ in holders.values():
             dtype = torch.promote_types(dtype, checkpoint.infos[name].dtype)
@@ -152,43 +138,22 @@ class VocabularyView(Checkpoint):
             formed[~found.named] = real.mean(dim=0, dtype=wide).to(dtype)
         return formed.movedim(0, axis).contiguous()
 
-    def keep(self) -> None:
-        """Write the tensors over tokens to temporary files (`TMPDIR`) and map them from there.
-
-        Training reads them at every step.
-        """
-        for i, name in enumerate(self._axes):
-            if self._is_own or name in self._kept:
-                continue
-            path = self._keep_folder / f"{i}.safetensors"
-            save_file({name: self._form(name)}, path)
-            with safe_open(path, framework="pt") as file:
-                self._kept[name] = file.get_tensor(name)
-
-    @cached_property
-    def _keep_folder(self) -> Path:
-        folder = Path(tempfile.mkdtemp(prefix="gradmerge-rows-"))
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return folder
-
-    @override
-    def fingerprint(self) -> str:
-        return self._inner.fingerprint()
-
 
 def align(
     vocabulary: Vocabulary, checkpoints: Mapping[str, Checkpoint], trust_remote_code: bool = False
 ) -> tuple[dict[str, Checkpoint], list[Problem]]:
-    """Views of all checkpoints on one vocabulary, and warnings; for arguments and errors see
-    `Alignment`.
+    """Return views of all checkpoints on one vocabulary, and warnings.
+
+    Arguments and errors are those of `Alignment`.
     """
     alignment = Alignment(vocabulary, checkpoints, trust_remote_code)
     return {name: VocabularyView(alignment, name) for name in checkpoints}, alignment.warnings
 
 
 def alignment_of(checkpoint: Checkpoint) -> Alignment | None:
-    """The vocabulary that a checkpoint is read with; None for its own."""
-    checkpoint = getattr(checkpoint, "inner", checkpoint)  # its units may be aligned, too
+    """Return the vocabulary that a checkpoint is read with; None for its own."""
+    while isinstance(checkpoint, View) and not isinstance(checkpoint, VocabularyView):
+        checkpoint = checkpoint.inner  # a view that reorders units
     return checkpoint.alignment if isinstance(checkpoint, VocabularyView) else None
 
 
