@@ -93,14 +93,15 @@ def render(
     models = [label.partition("@")[0] for label in sources if _is_hub_id(label)]
     names = [end for end in _PIPELINES if architecture and architecture.endswith(end)]
     task = _PIPELINES[names[0]] if names else None
+    found = list(_eval_results(task, results or {})) if task else []
     data = ModelCardData(
         base_model=models or None,
         base_model_relation="merge" if models else None,
         library_name="transformers" if architecture else None,
         pipeline_tag=task,
         tags=["merge", "gradmerge"],
-        model_name=name,
-        eval_results=list(_eval_results(task, results or {})) if task else None,
+        model_name=name if found else None,
+        eval_results=found or None,
     )
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join([f"# {title}", *sections]) + "\n"
 

@@ -226,7 +226,7 @@ def _directions(plan: Plan) -> Callable[[str], Tensor]:
 
 
 def _vector(directions: Callable[[str], Tensor], name: str) -> Tensor:
-    return elect(directions(name))[0].contiguous()
+    return elect(directions(name))[0]
 
 
 def _mask(directions: Callable[[str], Tensor], name: str, k: int) -> Tensor:

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,14 +160,14 @@ def _write_model(
     max_shard_size: int,
 ) -> None:
     """Write weights and configs; a task's folder has its head and an index of all weights."""
-    private = list(_private_entries(plan, tasks[head], dtype))
+    private = _private_entries(plan, tasks[head], dtype)
     entries = [*_merged_entries(plan, raw, buffers, dtype), *private]
     files = _write_sharded(work, entries, max_shard_size)
     write_config(plan, work, tasks[head] if plan.private else None, dtype)
     for task, source in tasks.items() if plan.private else ():
         folder = work / "tasks" / task
         folder.mkdir(parents=True)
-        own = list(_private_entries(plan, source, dtype))
+        own = _private_entries(plan, source, dtype)
         write_safetensors(folder / "head.safetensors", own)
         places = {name: f"../../{file}" for name, file in files.items()}
         for entry in private:
@@ -177,40 +178,26 @@ def _write_model(
 
 
 def _merged_entries(
-    plan: Plan,
-    raw: Raw,
-    buffers: Mapping[str, Tensor],
-    dtype: torch.dtype | None,
+    plan: Plan, raw: Raw, buffers: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> Iterator[Entry]:
     raw = {key: value.detach().cpu() for key, value in raw.items()}
+    infos = plan.reference.infos
     for name in plan.tensors:
-        info = plan.reference.infos[name]
-        kind = dtype or info.dtype
-
-        def make(name: str = name, kind: torch.dtype = kind) -> Tensor:
-            return plan.materialise(name, raw, kind)
-
-        yield Entry(name, info.shape, kind, make)
-    for name in plan.buffers:
-        info = plan.reference.infos[name]
-
-        def make_buffer(name: str = name, kind: torch.dtype = info.dtype) -> Tensor:
-            value = buffers[name] if name in buffers else plan.buffer(name)
-            return value.detach().cpu().to(kind)
-
-        yield Entry(name, info.shape, info.dtype, make_buffer)
-
-
-def _private_entries(plan: Plan, source: str, dtype: torch.dtype | None) -> Iterator[Entry]:
-    plan.require_private(source)
-    infos = plan.serving[source].infos
-    for name in plan.private:
         kind = dtype or infos[name].dtype
-
-        def make(name: str = name, kind: torch.dtype = kind) -> Tensor:
-            return plan.read(source, name).to(kind)
-
+        make = partial(plan.materialise, name, raw, kind)
         yield Entry(name, infos[name].shape, kind, make)
+    for name in plan.buffers:
+        read = partial(buffers.__getitem__, name) if name in buffers else partial(plan.buffer, name)
+        yield Entry(name, infos[name].shape, infos[name].dtype, read)
+
+
+def _private_entries(plan: Plan, source: str, dtype: torch.dtype | None) -> list[Entry]:
+    plan.require_private(source)
+    infos = [plan.serving[source].infos[name] for name in plan.private]
+    return [
+        Entry(info.name, info.shape, dtype or info.dtype, partial(plan.read, source, info.name))
+        for info in infos
+    ]
 
 
 def _write_sharded(folder: Path, entries: Sequence[Entry], limit: int) -> dict[str, str]:
@@ -265,15 +252,11 @@ def write_config(plan: Plan, work: Path, source: str | None, dtype: torch.dtype 
 
 def _write_coefficients(plan: Plan, raw: Raw, work: Path) -> None:
     """Write `c` of every merged tensor, `[sources, *slot]`, float32."""
-    num = len(plan.sources)
     entries = []
     for name in plan.tensors:
-        shape = () if name in plan.fixed else plan.layout.slots[name].shape
-
-        def make(name: str = name) -> Tensor:
-            return plan.coefficient(name, raw).detach().cpu().float()
-
-        entries.append(Entry(name, (num, *shape), torch.float32, make))
+        slot = () if name in plan.fixed else plan.layout.slots[name].shape
+        make = partial(plan.coefficient, name, raw)
+        entries.append(Entry(name, (len(plan.sources), *slot), torch.float32, make))
     metadata = {
         "sources": json.dumps(list(plan.sources)),
         "origin": plan.recipe.resolved_origin,

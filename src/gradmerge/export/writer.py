@@ -36,6 +36,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], Tensor] = field(repr=False)
+    """Values of this shape, on any device; the writer converts their dtype."""
 
     @property
     def num_bytes(self) -> int:
@@ -71,11 +72,11 @@ def write_safetensors(
         behind.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:
             behind.wait(_BEHIND)
-            tensor = entry.make()
-            if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+            tensor = entry.make().detach().to("cpu", entry.dtype)
+            if tuple(tensor.shape) != entry.shape:
                 raise RuntimeError(
-                    f"{entry.name}: expected {entry.shape} {entry.dtype} as in the header, got "
-                    f"{tuple(tensor.shape)} {tensor.dtype}"
+                    f"{entry.name}: expected shape {entry.shape} as in the header, got "
+                    f"{tuple(tensor.shape)}"
                 )
             behind.write(tensor_bytes(tensor))
         behind.wait(0)
