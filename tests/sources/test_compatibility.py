@@ -13,7 +13,8 @@ from gradmerge import Recipe
 from gradmerge.engine.opening import open_plan
 from gradmerge.errors import CompatibilityError, ConfigError, SourceError
 from gradmerge.sources import Checkpoint, HuggingFace, InMemory, TensorInfo
-from gradmerge.sources.compatibility import check, read_vocabulary, require
+from gradmerge.sources.compatibility import check, require
+from gradmerge.sources.tokenizers.files import read_vocabulary
 
 TENSORS = {"embed.weight": (8, 4), "layer.weight": (4, 4), "layer.bias": (4,), "norm.weight": (4,)}
 CONFIG = {"model_type": "llama", "rope_theta": 10000.0, "num_labels": 2, "vocab_size": 8}
@@ -137,7 +138,7 @@ def test_equal_headers_have_no_problem():
             "lm_head.weight",
             "no such tensor, as in a",
             "shape (8, 4) in b.safetensors",
-            "One of the two ties its embeddings and the other does not",
+            "One of them ties its embeddings and the other does not",
         ),
     ],
 )

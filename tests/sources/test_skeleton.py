@@ -370,7 +370,7 @@ def test_weights_that_are_computed_before_a_call_are_refused_by_name(compute, na
     for model in models:
         compute(model[1])
         model(torch.ones(3, 4))
-    match = rf"1\.weight is no parameter, but computed .*old torch\.nn\.utils\.{name}\)"
+    match = rf"expected a parameter, but 1\.weight is computed .*old torch\.nn\.utils\.{name}\)"
     with pytest.raises(ConfigError, match=match):
         MergedModel(Recipe(dict(zip("ab", models, strict=True))))
 
@@ -395,7 +395,9 @@ def test_an_activation_that_a_network_kept_is_to_be_dropped(kept):
     models = [Keeps(kept) for _ in range(2)]
     for model in models:
         model(torch.ones(3, 4))
-    with pytest.raises(ConfigError, match=r"Keeps: last is no parameter.*set it to None") as error:
+    with pytest.raises(
+        ConfigError, match=r"Keeps: expected a parameter, but last is computed.*set it to None"
+    ) as error:
         MergedModel(Recipe(dict(zip("ab", models, strict=True))))
     assert "torch.nn.utils" not in str(error.value)
     for model in models:

@@ -1,4 +1,4 @@
-"""Do the sources fit together? Headers, configs and tokenizers only; no weight is read."""
+"""Check from headers, configs and tokenizers whether sources can be merged; no weight is read."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from gradmerge.errors import (
     CompatibilityError,
     ConfigError,
     Problem,
-    SourceError,
     nearest,
     report,
     shorten,
 )
-from gradmerge.sources.base import Checkpoint
+from gradmerge.sources.base import Checkpoint, TensorInfo
 from gradmerge.sources.configuration import check_config
-from gradmerge.sources.files import read_json
-from gradmerge.sources.tokenizers.files import SENTENCEPIECE
+from gradmerge.sources.tokenizers.files import SENTENCEPIECE, read_vocabulary
 
 
 def check(
@@ -28,25 +26,21 @@ def check(
     private: Sequence[str] = (),
     allow: Sequence[str] = (),
 ) -> list[Problem]:
-    """Everything that keeps the checkpoints from being merged, the first one being the reference.
+    """Return everything that keeps the checkpoints from being merged.
 
     Args:
-        checkpoints: opened sources by name (the base, if there is one, first).
+        checkpoints: opened sources by name; the first (the base, if there is one) is the reference.
         private: regular expressions of tensors that stay with their task and are not compared.
-        allow: kinds of problems (``tokenizer``, ``config.rope_theta``) taken as warnings.
-
-    Returns:
-        The problems, fatal ones and warnings.
+        allow: kinds of problems (``tokenizer``, ``config.rope_theta``) reported as warnings.
 
     Raises:
-        ConfigError: `allow` names what cannot be allowed.
+        ConfigError: `allow` names a kind that cannot be allowed.
     """
     for kind in allow:
         if kind not in ("tokenizer", "extra", "private") and not kind.startswith("config."):
             raise ConfigError(
-                "allow: expected 'tokenizer', 'extra', 'private' or 'config.' and a field, got "
-                f"{kind!r}. "
-                "Other problems have no meaning that a merge could go on with."
+                "allow: expected 'tokenizer', 'extra', 'private' or 'config.FIELD', got "
+                f"{kind!r}. With other problems, sources cannot be merged at all."
             )
     reference = next(iter(checkpoints.values()))
     problems: list[Problem] = []
@@ -56,7 +50,7 @@ def check(
             problems += _check_tensors(reference, checkpoint, private)
             problems += check_config(reference, checkpoint)
             problems += _check_tokenizer(reference, checkpoint)
-    # A report that is cut short then still shows every kind.
+    # rare kinds first, so that a shortened report shows every kind
     counts = Counter(problem.kind for problem in problems)
     problems.sort(key=lambda problem: counts[problem.kind])
     return [replace(p, fatal=p.fatal and p.kind not in allow) for p in problems]
@@ -65,9 +59,9 @@ def check(
 def check_private(
     sources: Mapping[str, Checkpoint], private: Sequence[str], allow: Sequence[str] = ()
 ) -> list[Problem]:
-    """Sources without the private tensors of the first one, from which the network is built.
+    """Find sources (not the base) that lack private tensors of the first one.
 
-    A base is not among them: it serves no task.
+    The network is built from the first source, and every task runs it.
     """
     first = next(iter(sources.values()))
     needed = [name for name in first.infos if is_private(name, private)]
@@ -94,7 +88,7 @@ def check_private(
 
 
 def require(problems: Sequence[Problem]) -> None:
-    """Stop with one report if any problem is fatal.
+    """Raise one report if any problem is fatal.
 
     Raises:
         CompatibilityError: the report of all problems.
@@ -108,19 +102,12 @@ def require(problems: Sequence[Problem]) -> None:
 
 
 def is_private(name: str, private: Sequence[str]) -> bool:
-    """Whether a pattern says that this tensor stays with its task."""
+    """Return whether a pattern matches this tensor, so that it stays with its task."""
     return any(re.search(pattern, name) for pattern in private)
 
 
 def _check_precision(checkpoint: Checkpoint, private: Sequence[str]) -> list[Problem]:
-    """Weights that a quantiser packed: their numbers are codes, which cannot be averaged."""
-    packed = [
-        info
-        for info in checkpoint.infos.values()
-        if info.dtype.itemsize < 2
-        and (info.dtype.is_floating_point or re.search(r"weight$", info.name))
-        and not is_private(info.name, private)
-    ]
+    """Find quantised weights: their numbers are codes, which cannot be averaged."""
     return [
         Problem(
             "dtype",
@@ -130,68 +117,59 @@ def _check_precision(checkpoint: Checkpoint, private: Sequence[str]) -> list[Pro
             str(info.dtype),
             "A quantised tensor cannot be merged; give the unquantised checkpoint.",
         )
-        for info in packed
+        for info in checkpoint.infos.values()
+        if info.dtype.itemsize < 2
+        and (info.dtype.is_floating_point or info.name.endswith("weight"))
+        and not is_private(info.name, private)
     ]
 
 
 def _check_tensors(
     reference: Checkpoint, other: Checkpoint, private: Sequence[str]
 ) -> list[Problem]:
-    problems = []
     expected = {n: i for n, i in reference.infos.items() if not is_private(n, private)}
     got = {n: i for n, i in other.infos.items() if not is_private(n, private)}
     extra = sorted(set(got) - set(expected))
-    for name in sorted(set(expected) - set(got)):
-        problems.append(
-            Problem(
-                "missing",
-                other.label,
-                name,
-                f"a tensor of shape {expected[name].shape} as in {expected[name].file}",
-                "none of that name",
-                f"Both must come from one architecture.{nearest(name, extra)} {_tie_hint(name)}"
-                f"{_head_hint(name)}",
-            )
+    problems = [
+        Problem(
+            "missing",
+            other.label,
+            name,
+            f"a tensor of shape {expected[name].shape} as in {expected[name].file}",
+            "none of that name",
+            f"Both must be of one architecture.{nearest(name, extra)} {_name_hint(name)}",
         )
-    for name in extra:
-        problems.append(
-            Problem(
-                "extra",
-                other.label,
-                name,
-                f"no such tensor, as in {reference.label}",
-                f"shape {got[name].shape} in {got[name].file}",
-                f"It would be dropped; accept that with allow: [extra]. {_tie_hint(name)}"
-                f"{_head_hint(name)}",
-            )
+        for name in sorted(set(expected) - set(got))
+    ]
+    problems += [
+        Problem(
+            "extra",
+            other.label,
+            name,
+            f"no such tensor, as in {reference.label}",
+            f"shape {got[name].shape} in {got[name].file}",
+            f"It would be dropped; accept that with allow: [extra]. {_name_hint(name)}",
         )
+        for name in extra
+    ]
     for name in sorted(set(expected) & set(got)):
-        first, second = expected[name], got[name]
-        if first.shape != second.shape:
-            problems.append(
-                Problem(
-                    "shape",
-                    second.file,
-                    name,
-                    f"shape {first.shape} as in {first.file}",
-                    f"{second.shape}",
-                    _shape_hint(name, first.shape, second.shape),
-                )
-            )
-        elif first.dtype.is_floating_point != second.dtype.is_floating_point and (
-            min(first.dtype.itemsize, second.dtype.itemsize) > 1  # else reported as quantised
-        ):
-            problems.append(
-                Problem(
-                    "dtype",
-                    second.file,
-                    name,
-                    f"{first.dtype} as in {first.file}",
-                    f"{second.dtype}",
-                    "Numbers and indices do not merge; they come from different architectures.",
-                )
-            )
+        problems += _check_form(expected[name], got[name])
     return problems
+
+
+def _check_form(expected: TensorInfo, got: TensorInfo) -> list[Problem]:
+    """Compare the shapes and kinds of number of one tensor in two checkpoints."""
+    if expected.shape != got.shape:
+        kind, wanted, given = "shape", f"shape {expected.shape}", f"{got.shape}"
+        todo = _shape_hint(got.name, expected.shape, got.shape)
+    elif expected.dtype.is_floating_point != got.dtype.is_floating_point and (
+        min(expected.dtype.itemsize, got.dtype.itemsize) > 1  # else reported as quantised
+    ):
+        kind, wanted, given = "dtype", f"{expected.dtype}", f"{got.dtype}"
+        todo = "Numbers cannot be merged with indices; these are different architectures."
+    else:
+        return []
+    return [Problem(kind, got.file, got.name, f"{wanted} as in {expected.file}", given, todo)]
 
 
 def _looks_like_head(name: str) -> bool:
@@ -199,53 +177,26 @@ def _looks_like_head(name: str) -> bool:
 
 
 def _head_hint(name: str) -> str:
-    if not _looks_like_head(name):
-        return ""
     pattern = f"^{re.escape(name.rpartition('.')[0])}\\."
     return f"If it is a task's own head, declare it: private: ['{pattern}']."
 
 
-def _tie_hint(name: str) -> str:
-    return (
-        "One of the two ties its embeddings and the other does not; save both alike. "
-        if "lm_head" in name
-        else ""
-    )
+def _name_hint(name: str) -> str:
+    """Return what the absence of a tensor in one of two checkpoints may mean."""
+    if "lm_head" in name:
+        return "One of them ties its embeddings and the other does not; save both alike."
+    return _head_hint(name) if _looks_like_head(name) else ""
 
 
 def _shape_hint(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> str:
     if _looks_like_head(name):
-        return f"The heads differ in their number of labels. {_head_hint(name)}"
+        return f"The heads have different numbers of labels. {_head_hint(name)}"
     if first[1:] == second[1:] and re.search("embed|lm_head|wte|shared", name):
         return (
-            "The vocabularies differ in size. Say whose tokens the merge has, and rows are matched "
-            "by token: tokenizer: {source: union} (or base, or the name of a source)."
+            "The vocabularies differ in size. Choose the tokens of the merge, to match rows by "
+            "token: tokenizer: {source: union} (or base, or the name of a source)."
         )
     return "These are different architectures or sizes."
-
-
-def read_vocabulary(folder: Path) -> dict[str, int] | None:
-    """Token -> id from tokenizer.json, vocab.json or vocab.txt, whichever comes first."""
-    loaded = read_json(folder / "tokenizer.json")
-    if loaded is not None:
-        try:
-            vocabulary = (loaded.get("model") or {}).get("vocab") or {}
-            if isinstance(vocabulary, list):  # unigram models store [token, score] pairs in order
-                vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
-            added = {entry["content"]: entry["id"] for entry in loaded.get("added_tokens") or []}
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise SourceError(
-                f"{folder}/tokenizer.json: expected a vocabulary and added tokens, got another "
-                f"form ({type(error).__name__}: {error})."
-            ) from error
-        return {**vocabulary, **added}
-    plain = read_json(folder / "vocab.json")
-    if plain is not None:
-        return plain
-    if (folder / "vocab.txt").is_file():
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-        return {token: index for index, token in enumerate(lines)}
-    return None
 
 
 def _check_tokenizer(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
@@ -271,16 +222,16 @@ def _check_tokenizer(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
             "vocabulary",
             f"the {len(first)} tokens of {reference.label}",
             ", ".join(parts),
-            "The same embedding row stands for different tokens, so merging rows mixes meanings. "
-            "Say whose tokens the merge has, and rows are matched by token: tokenizer: {source: "
-            "union} (or base, or the name of a source). Or, if rows do agree and the tokens of "
-            f"{reference.label} should be used: allow: [tokenizer].",
+            "One embedding row stands for different tokens, so merging rows would mix them. Choose "
+            "the tokens of the merge, to match rows by token: tokenizer: {source: union} (or base, "
+            "or the name of a source). If the rows do agree, use the tokens of "
+            f"{reference.label} with allow: [tokenizer].",
         )
     ]
 
 
 def _check_sentencepiece(reference: Path, other: Path, label: str) -> list[Problem]:
-    """Compare the files of tokenizers whose vocabulary only the sentencepiece package can read."""
+    """Compare the files of tokenizers that only the sentencepiece package can read."""
     problems = []
     for name in SENTENCEPIECE:
         first, second = reference / name, other / name
@@ -292,9 +243,9 @@ def _check_sentencepiece(reference: Path, other: Path, label: str) -> list[Probl
                     "vocabulary",
                     f"the same file as {label}",
                     f"another one ({second.stat().st_size} bytes, {first.stat().st_size} there)",
-                    "The same embedding row may stand for different tokens. Save both tokenizers "
-                    "with transformers (tokenizer.json) for a comparison token by token, or allow "
-                    f"it with allow: [tokenizer] if the tokens of {label} should be used.",
+                    "One embedding row may stand for different tokens. Save both tokenizers with "
+                    "transformers (tokenizer.json) to compare them token by token, or use the "
+                    f"tokens of {label} with allow: [tokenizer].",
                 )
             )
     return problems

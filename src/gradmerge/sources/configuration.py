@@ -1,4 +1,4 @@
-"""Do two configs state the same function? Fields that a file omits have their class's default."""
+"""Compare configs: omitted fields have the defaults of their class."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from gradmerge.errors import Problem
 from gradmerge.sources.base import Checkpoint
 
-# Fields that change what the network computes from the same weights.
+# Fields that change what a network computes from the same weights.
 _FUNCTION = re.compile(
     r"^(activation|activation_function|add_cross_attention|alibi|attention_bias"
     r"|attn_logit_softcapping|classifier_activation|classifier_pooling|d_ff|d_kv|d_model|depths|downsample_in_bottleneck"
@@ -36,13 +36,11 @@ _HARMLESS = re.compile(
     r"|use_return_dict|name_or_path|is_encoder_decoder)$"
 )
 
-_BY_TOKEN = " Or match rows by token, whatever their number: tokenizer: {source: union}."
+_BY_TOKEN = " Or match rows by token: tokenizer: {source: union}."
 
 
 def check_config(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
-    """Fields of two configs that differ; fatal where the same weights then compute something
-    else.
-    """
+    """Return the fields that differ; fatal if they change the function of the network."""
     if reference.config is None or other.config is None:
         return []
     first, second = _Fields(reference.config), _Fields(other.config)
@@ -59,7 +57,7 @@ def check_config(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
             if first.complete[key] == second.complete[key]:
                 continue
         elif absent:
-            # The class of the config is not known: the default cannot be judged here.
+            # the class of the config, and so the default, is unknown
             fatal = False
         problems.append(
             Problem(
@@ -68,9 +66,9 @@ def check_config(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
                 key,
                 f"{first.show(key)} as in {reference.label}",
                 second.show(key),
-                "The same weights compute another function under another value"
-                f"{'' if fatal else ', or it only differs in form'}. Allow it with "
-                f"allow: [config.{field}] if it should be that of {reference.label}."
+                "With another value, the same weights compute another function"
+                f"{'' if fatal else ', unless it differs only in form'}. To use the value of "
+                f"{reference.label}: allow: [config.{field}]."
                 f"{_BY_TOKEN if field == 'vocab_size' else ''}",
                 fatal,
             )
@@ -79,7 +77,7 @@ def check_config(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
 
 
 class _Fields:
-    """The fields of a config.json, as written and as transformers completes them."""
+    """The fields of a config.json, as written and as completed by transformers."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
@@ -87,7 +85,7 @@ class _Fields:
 
     @cached_property
     def complete(self) -> dict[str, Any]:
-        """All fields with the defaults of the config's class; empty where that is unknown."""
+        """All fields with the defaults of the config's class; empty if the class is unknown."""
         from transformers import CONFIG_MAPPING
 
         try:
@@ -95,7 +93,7 @@ class _Fields:
                 copy.deepcopy(dict(self._config))
             )
             fields = _flatten(config.to_dict())
-        # whatever another version of a file makes the class raise: the fields as written remain
+        # files of other versions raise various errors; the fields as written are left
         except Exception:
             return {}
         for alias, name in config.attribute_map.items():
@@ -104,14 +102,14 @@ class _Fields:
         return fields
 
     def show(self, key: str) -> str:
-        """A value for a message."""
+        """Format a value for a message."""
         if key in self.written:
             return repr(self.written[key])
         return f"{self.complete[key]!r} (the default)" if key in self.complete else "'the default'"
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested `*_config`s by dotted name; rotary settings as older files spell them."""
+    """Flatten nested `*_config`s to dotted names; spell rotary settings as in older files."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and key.endswith("_config"):

@@ -1,4 +1,4 @@
-"""Streamed statistics of directions: norms, cosines, sign conflicts."""
+"""Geometry of task vectors: norms, cosines and sign conflicts, in one pass over the weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CHUNK = 1 << 20
 
 @dataclass
 class DirectionStatistics:
-    """Sums over all compared entries of directions `B_k = theta_k - A`."""
+    """Sums over all entries of the directions `B_k = theta_k - A`."""
 
     gram: Tensor
     """Inner products `<B_j, B_k>`, `[sources, sources]`, float64."""
@@ -40,7 +40,7 @@ class DirectionStatistics:
 
     @property
     def sign_conflict(self) -> Tensor:
-        """Share of entries, among those both change, that they push apart."""
+        """Share of opposite signs among the entries that both change, `[sources, sources]`."""
         return self.conflicts / self.shared.clamp_min(1)
 
 
@@ -51,7 +51,15 @@ def direction_statistics(
     mean_origin: bool = False,
     signs: bool = True,
 ) -> DirectionStatistics:
-    """One pass over the named tensors, a chunk at a time, in float32 or wider."""
+    """Read the named tensors once, in chunks, and sum in float32 or wider.
+
+    Args:
+        sources: the checkpoints `theta_k`.
+        base: the origin `A`, if it is a checkpoint.
+        names: tensors to compare.
+        mean_origin: without a base, measure from the mean of the sources instead of zero.
+        signs: count sign conflicts, too.
+    """
     num = len(sources)
     gram = torch.zeros(num, num, dtype=torch.float64)
     conflicts = torch.zeros(num, num, dtype=torch.float64)

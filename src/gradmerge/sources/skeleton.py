@@ -1,4 +1,4 @@
-"""The architecture without weights, and how its parameter names map to the names in the files."""
+"""Build networks without weights, and map their parameters to the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from gradmerge.errors import ConfigError, SourceError, nearest, shorten
 
 @dataclass(frozen=True)
 class Binding:
-    """Where the tensors of a checkpoint sit in a module."""
+    """Places of a checkpoint's tensors in a module."""
 
     parameters: Mapping[str, tuple[str, ...]]
-    """Parameter by its name in the files -> every (tied) parameter name in the module."""
+    """Name in the files -> all (tied) names of the parameter in the module."""
     buffers: Mapping[str, str]
-    """Persistent buffer by its name in the files -> its name in the module."""
+    """Name in the files -> name of the persistent buffer in the module."""
     ties: Mapping[str, str]
-    """Other file names of a tied tensor -> the one under which it is merged."""
+    """Other names of tied tensors in the files -> the name under which they are merged."""
     missing: tuple[str, ...]
-    """Parameters of the module that no file holds."""
+    """Parameters of the module that are not in the files."""
     unused: tuple[str, ...]
-    """Tensors in the files that the module has no place for."""
+    """Tensors in the files that are not in the module."""
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Build modules with parameters that take no memory; buffers keep their computed values.
+    """Build modules whose parameters use no memory and whose buffers have their computed values.
 
-    A plain `torch.device("meta")` would also lose non-persistent buffers (rotary frequencies),
-    which no checkpoint can restore.
+    `torch.device("meta")` would also lose non-persistent buffers (rotary frequencies), which no
+    checkpoint can restore.
     """
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         original(module, name, param)
-        # a parameter already on meta may be tied to another: making a new one would untie it
+        # a parameter that is already on meta may be tied; a new one would untie it
         if param is not None and param.device.type != "meta":
             module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
 
@@ -55,10 +55,14 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
-    """The model class that `config.json` names, without weights, in evaluation mode.
+    """Build the model class that `config.json` names, without weights, in evaluation mode.
+
+    Args:
+        folder: Hugging Face folder.
+        trust_remote_code: allow modelling code in the folder to run.
 
     Raises:
-        SourceError: the config names no class that transformers knows.
+        SourceError: the config names no model class, or an unknown one.
     """
     import transformers
 
@@ -91,8 +95,8 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
         )
     with _parameters_on_meta():
         if hasattr(model_class, "_from_config"):
-            # In float32 whatever the config says: constants that a network keeps as buffers
-            # (Gemma's embedding scale) would be rounded as they are made.
+            # float32 whatever the config says, which would round constants in buffers (Gemma's
+            # embedding scale)
             module: nn.Module = model_class._from_config(config, dtype=torch.float32)
         else:
             module = model_class.from_config(config, trust_remote_code=trust_remote_code)
@@ -101,7 +105,7 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
 
 
 def _old_style(module: nn.Module, name: str) -> str | None:
-    """Which of torch.nn.utils computes an attribute of a module before each call."""
+    """Name the function of torch.nn.utils that computes an attribute before each call."""
     hooks = {
         type(hook).__name__: getattr(hook, "name", None)
         for hook in module._forward_pre_hooks.values()
@@ -113,10 +117,10 @@ def _old_style(module: nn.Module, name: str) -> str | None:
 
 
 def strip_weights(module: nn.Module) -> nn.Module:
-    """A copy of `module` whose parameters take no memory; ties stay ties, buffers are copied.
+    """Copy a module without its weights; ties are kept and buffers copied.
 
     Raises:
-        ConfigError: it holds tensors that are computed from its parameters.
+        ConfigError: an attribute is a tensor computed from parameters.
     """
     for path, owner in module.named_modules():
         for name, value in vars(owner).items():
@@ -130,14 +134,14 @@ def strip_weights(module: nn.Module) -> nn.Module:
                         "(remove_weight_norm, remove_spectral_norm, prune.remove) in every source"
                     )
                 else:
-                    how = "computed (an activation that an earlier pass kept, say)"
+                    how = "computed (such as an activation kept by an earlier pass)"
                     remedy = (
                         "If no later pass reads it, set it to None in every source before the "
                         "merge; otherwise compute it in the network's forward"
                     )
                 raise ConfigError(
-                    f"{type(module).__name__}: {where} is no parameter, but {how}, so that it "
-                    f"would not follow the merged ones. {remedy}."
+                    f"{type(module).__name__}: expected a parameter, but {where} is {how} and "
+                    f"would not follow merged parameters. {remedy}."
                 )
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
@@ -149,11 +153,10 @@ def strip_weights(module: nn.Module) -> nn.Module:
 def bind(module: nn.Module, names: Sequence[str]) -> Binding:
     """Match the tensor names of a checkpoint with the parameters and buffers of a module.
 
-    Matching is by name: equal names first, then the renaming that transformers itself applies to
-    this class when it loads a checkpoint.
+    Equal names match; other names are renamed as transformers does when it loads the class.
 
     Raises:
-        ConfigError: a tensor would be split or fused on loading, which cannot be merged in place.
+        ConfigError: transformers splits or fuses a tensor on loading.
     """
     groups = _tied_groups(module)
     canonical = {alias: aliases[0] for aliases in groups for alias in aliases}
@@ -175,7 +178,7 @@ def bind(module: nn.Module, names: Sequence[str]) -> Binding:
     parameters: dict[str, tuple[str, ...]] = {}
     ties: dict[str, str] = {}
     for key, places in found.items():
-        # merged under the name that transformers itself keeps when it saves a tied tensor
+        # merged under the name that transformers keeps when it saves a tied tensor
         kept = places.get(key) or next(iter(places.values()))
         parameters[kept] = by_canonical[key]
         ties.update({name: kept for name in places.values() if name != kept})
@@ -191,7 +194,7 @@ def _tied_groups(module: nn.Module) -> list[list[str]]:
 
 
 def _renames(module: nn.Module, names: Sequence[str], known: set[str]) -> dict[str, str]:
-    """File name -> module name."""
+    """Return the name in the module of each name in the files."""
     same = {name: name for name in names}
     if all(name in known for name in names):
         return same
@@ -213,7 +216,7 @@ def _renames(module: nn.Module, names: Sequence[str], known: set[str]) -> dict[s
     meta = dict.fromkeys(known, torch.empty(0, device="meta"))
     found = {}
     fused = []
-    # sorted, as transformers reads them: a group of renamings may wait for its first name
+    # sorted, as in transformers, whose renamings may depend on the order
     for name in sorted(names):
         target, pattern = rename_source_key(
             name, renamings, converters, module.base_model_prefix, meta
@@ -224,20 +227,19 @@ def _renames(module: nn.Module, names: Sequence[str], known: set[str]) -> dict[s
     if fused:
         raise ConfigError(
             f"{type(module).__name__}: transformers fuses or splits these tensors when it loads "
-            f"them: {shorten(fused)}. A coefficient a stored tensor has no single place in the "
-            "module, so this model can be merged with fixed coefficients (gradmerge merge) but "
-            "not learned yet."
+            f"them: {shorten(fused)}. Their coefficients have no single place in the module, so "
+            "this model can be merged with fixed coefficients (gradmerge merge), but not learned."
         )
     return found
 
 
 def bind_or_refuse(module: nn.Module, names: Sequence[str], label: str) -> Binding:
-    """`bind`, refusing tensors that leave parameters of the module without weights.
+    """Bind a checkpoint that has a tensor for every parameter of the module.
 
     Args:
         module: the network.
-        names: tensors by their names in the files.
-        label: whose files they are, for the message.
+        names: names of the tensors in the files.
+        label: label of the checkpoint, for the message.
 
     Raises:
         SourceError: parameters of the module are missing in the checkpoint.
@@ -246,29 +248,25 @@ def bind_or_refuse(module: nn.Module, names: Sequence[str], label: str) -> Bindi
     if binding.missing:
         raise SourceError(
             f"{label}: {len(binding.missing)} parameters of {type(module).__name__} "
-            f"have no tensor of their name: {shorten(list(binding.missing))}."
-            f"{nearest(binding.missing[0], binding.unused)} "
-            "The merged model would run with random weights there."
+            f"have no tensor: {shorten(list(binding.missing))}."
+            f"{nearest(binding.missing[0], binding.unused)} They would have random values."
         )
     return binding
 
 
 def input_axis(module: nn.Module, name: str) -> int:
-    """The axis of parameter `name` that runs over the layer's inputs (its columns).
+    """Return the axis of parameter `name` that runs over the layer's inputs (its columns).
 
     1 for `[out, in, ...]` layers; 0 for layers that store `[in, out, ...]` (transposed
     convolutions and GPT-2's Conv1D).
     """
-    owner_name, _, _ = name.rpartition(".")
-    owner = module.get_submodule(owner_name)
-    transposed = isinstance(
-        owner, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    ) or (
-        type(owner).__module__ == "transformers.pytorch_utils" and type(owner).__name__ == "Conv1D"
-    )
+    owner = module.get_submodule(name.rpartition(".")[0])
+    kind = f"{type(owner).__module__}.{type(owner).__name__}"
+    convolutions = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    transposed = isinstance(owner, convolutions) or kind == "transformers.pytorch_utils.Conv1D"
     return 0 if transposed else 1
 
 
 def empty_like_parameter(parameter: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A stand-in of the right shape, dtype and device that holds one number in all."""
+    """Return a placeholder of this shape, dtype and device that stores a single number."""
     return torch.zeros((), dtype=dtype, device=device).expand(parameter.shape)

@@ -328,7 +328,7 @@ def test_a_file_without_tokenizer_with_as_many_rows_has_the_bases_tokens(tmp_pat
     recipe = Recipe(sources, base=paths["base"], tokenizer=Vocabulary(), coefficients=Model())
     plan = open_plan(recipe, with_skeleton=False)
     assert rows_read(plan, "b") == rows_read(plan, "base")
-    assert any("taken to be the same" in warning.todo for warning in plan.warnings)
+    assert any("assumed to be the same" in warning.todo for warning in plan.warnings)
 
 
 def test_a_file_without_tokenizer_with_other_rows_is_refused(tmp_path: Path) -> None:
@@ -435,7 +435,7 @@ def as_folder(path: str) -> Any:
 @pytest.mark.parametrize(
     ("vocabulary", "message"),
     [
-        ({"source": "base"}, "source is base, but no base is given"),
+        ({"source": "base"}, "expected union or one of a, b, got 'base'"),
         ({"source": "bb"}, "expected union or one of a, b, got 'bb'. Did you mean 'b'"),
         ({"chat_template": "c"}, "expected auto, the name of a source, or the text"),
     ],

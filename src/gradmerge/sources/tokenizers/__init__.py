@@ -1,1 +1,1 @@
-"""Tokenizers that differ, and the rows of embeddings that follow them."""
+"""Tokenizers that differ, and embeddings with one row per token of the merge."""

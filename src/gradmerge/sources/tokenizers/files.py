@@ -1,4 +1,4 @@
-"""Tokenizers of model folders: their tokens and files, and one that has the tokens of several."""
+"""Read and write the tokenizers of model folders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradmerge.errors import SourceError
 from gradmerge.sources.files import read_json
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-# Files that hold tokens; without one of them transformers makes up an empty tokenizer.
+# Files with tokens; without any of them, transformers makes an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", *SENTENCEPIECE)
 TOKENIZER_FILES = (
     *_VOCABULARIES,
@@ -28,26 +28,26 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a merge knows of one tokenizer."""
+    """The tokens of one tokenizer."""
 
     ids: Mapping[str, int]
-    """Token -> id, added tokens among them."""
+    """Token -> id, including added tokens."""
     added: Mapping[str, Any] = field(default_factory=dict)
     """Added tokens -> their settings (`AddedToken` of the tokenizers library), in order of id."""
     template: str | None = None
-    """Chat template, where the tokenizer has exactly one."""
+    """Chat template, if the tokenizer has exactly one."""
 
 
 def has_tokenizer(folder: Path | None) -> bool:
-    """Whether a folder holds the tokens of a tokenizer."""
+    """Return whether a folder has a tokenizer with tokens."""
     return folder is not None and any((folder / name).is_file() for name in _VOCABULARIES)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder as transformers loads it.
+    """Load the tokenizer of a folder with transformers.
 
     Raises:
-        SourceError: transformers cannot.
+        SourceError: transformers cannot load it.
     """
     import transformers
 
@@ -58,13 +58,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # every tokenizer class raises its own
         raise SourceError(
             f"{folder}: transformers cannot load its tokenizer: {type(error).__name__}: "
-            f"{str(error).rstrip('.')}. Save it again with a current transformers, as "
-            "tokenizer.json."
+            f"{str(error).rstrip('.')}. Save it again as tokenizer.json, with a current "
+            "transformers."
         ) from error
 
 
 def read_tokens(folder: Path, trust_remote_code: bool = False) -> Tokens:
-    """Tokens, added tokens and chat template of a folder's tokenizer.
+    """Return tokens, added tokens and chat template of a folder's tokenizer.
 
     Raises:
         SourceError: transformers cannot load it.
@@ -75,6 +75,33 @@ def read_tokens(folder: Path, trust_remote_code: bool = False) -> Tokens:
     return Tokens(loaded.get_vocab(), added, template if isinstance(template, str) else None)
 
 
+def read_vocabulary(folder: Path) -> dict[str, int] | None:
+    """Return the ids of tokens from tokenizer.json, vocab.json or vocab.txt, the first that exists.
+
+    None if there is none. Unlike `read_tokens`, needs no tokenizer of transformers.
+    """
+    loaded = read_json(folder / "tokenizer.json")
+    if loaded is not None:
+        try:
+            vocabulary = (loaded.get("model") or {}).get("vocab") or {}
+            if isinstance(vocabulary, list):  # unigram models store [token, score] pairs in order
+                vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
+            added = {entry["content"]: entry["id"] for entry in loaded.get("added_tokens") or []}
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise SourceError(
+                f"{folder}/tokenizer.json: expected a vocabulary and added tokens, got something "
+                f"else ({type(error).__name__}: {error})."
+            ) from error
+        return {**vocabulary, **added}
+    plain = read_json(folder / "vocab.json")
+    if plain is not None:
+        return plain
+    if (folder / "vocab.txt").is_file():
+        lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        return {token: index for index, token in enumerate(lines)}
+    return None
+
+
 def write_tokenizer(
     first: Path,
     ordinary: Sequence[str],
@@ -82,11 +109,11 @@ def write_tokenizer(
     target: Path,
     trust_remote_code: bool = False,
 ) -> None:
-    """The tokenizer of folder `first`, with more tokens behind its own, into folder `target`.
+    """Write the tokenizer of folder `first`, extended by more tokens, into folder `target`.
 
     Args:
-        first: whose tokens keep their ids.
-        ordinary: further tokens that their own tokenizers make by rule; here they are added tokens.
+        first: folder of the tokenizer whose tokens keep their ids.
+        ordinary: further tokens, which are ordinary in their tokenizers but become added tokens.
         added: further added tokens, with their settings; special ones stay special.
         target: an existing folder.
         trust_remote_code: allow a tokenizer's own code to run.
@@ -94,7 +121,7 @@ def write_tokenizer(
     Raises:
         SourceError: transformers cannot load the first tokenizer.
     """
-    if not ordinary and not added:  # the very files: nothing is lost in another form
+    if not ordinary and not added:  # copies of the files lose nothing
         for name in TOKENIZER_FILES:
             if (first / name).is_file():
                 shutil.copyfile(first / name, target / name)
@@ -102,13 +129,13 @@ def write_tokenizer(
             shutil.copyfile(code, target / code.name)
         return
     loaded = load_tokenizer(first, trust_remote_code)
-    # at once: the tokenizer is built again at every call
+    # in one call, as every call builds the tokenizer again
     loaded.add_tokens([*ordinary, *added])
     loaded.save_pretrained(target)
 
 
 def write_template(folder: Path, template: str) -> None:
-    """Set the chat template of a written tokenizer, and remove others."""
+    """Replace the chat template of a written tokenizer."""
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     (folder / "chat_template.json").unlink(missing_ok=True)
     path = folder / "tokenizer_config.json"

@@ -1,4 +1,4 @@
-"""Fields of a config that say the vocabulary's size or name tokens by id."""
+"""Fields of a config that hold the size of the vocabulary, or token ids."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _IDS = re.compile(r"(_token_ids?|_token_index|(^|_)suppress_tokens|^bad_words_id
 
 
 def with_size(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """A config whose vocabulary has another size, wherever it says the old one.
+    """Return a config with another size of the vocabulary, wherever it has the old one.
 
-    A config that leaves its size to the default of its class gets the field.
+    A config that omits the size gets the field.
     """
     changed = copy.deepcopy(dict(config))
     nested = [value for key, value in config.items() if key.endswith("config") and value]
@@ -42,15 +42,13 @@ def with_ids(
     moved: Mapping[int, int],
     size: int,
 ) -> dict[str, Any]:
-    """A config whose token ids mean tokens of the merge's tokenizer.
+    """Return a config with the token ids of the merge's tokenizer.
 
     Args:
         config: the fields, with ids of its own tokenizer.
-        owner: the complete fields of the config that goes with the merge's tokenizer; its ids are
-            taken as they are, where they are set.
-        moved: own id -> id in the merge's tokenizer, for all other fields; a token that is not
-            there becomes null.
-        size: rows of the merged vocabulary; an id beyond them becomes null.
+        owner: all fields of the config of the merge's tokenizer; ids that it sets are used.
+        moved: own id -> id in the merge's tokenizer, for all other fields; missing ids become null.
+        size: rows of the merged vocabulary; a larger padding id becomes null.
     """
     changed = dict(config)
     for key in {**owner, **config}:
@@ -63,7 +61,7 @@ def with_ids(
         elif _IDS.search(key) and own is not None:
             changed[key] = _moved(own, moved)
     pad = changed.get("pad_token_id")
-    if isinstance(pad, int) and pad >= size:  # a network refuses it
+    if isinstance(pad, int) and pad >= size:  # networks reject it
         changed["pad_token_id"] = None
     return changed
 

@@ -1,4 +1,4 @@
-"""What happened to each token on which tokenizers differ: as data, and in a few lines."""
+"""Reports on the tokens in which tokenizers differ."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _FIRST = 3
 
 
 def token_report(alignment: Alignment) -> dict[str, Any]:
-    """The whole report.
+    """Return the content of tokens.json.
 
-    `differs` has an entry for every token of the merge whose row is not the row of that number in
-    every checkpoint: its id, and under `rows` what each checkpoint reads there: `row 5` (its own,
-    and where it stood), `base`, `only a`, `mean of a, b` or `zeros`. `dropped` has each
-    checkpoint's tokens that the merge has none of; `other_settings` those of its added tokens that
-    are special, or stripped, in another way than the merge has them.
+    `differs` lists the tokens that have another id in some checkpoint, or are missing there: the id
+    in the merge, and under `rows` the origin of each checkpoint's row: `row 5` (its own), `base`,
+    `only a`, `mean of a, b` or `zeros`. `dropped` lists each checkpoint's tokens that the merge
+    lacks; `other_settings` its added tokens that are special, or stripped, in another way than in
+    the merge.
     """
     vocabulary, names = alignment.vocabulary, list(alignment.checkpoints)
     rows = {name: alignment.rows[name].tolist() for name in names}
@@ -63,7 +63,7 @@ def _given(donors: Sequence[str], owners: Sequence[str]) -> str:
 
 
 def summarise(found: Mapping[str, Any]) -> str:
-    """A report as a few lines: counts a checkpoint, and the first tokens that differ."""
+    """Summarise a report in a few lines: counts per checkpoint, and the first differing tokens."""
     padding = f", {found['padding_rows']} of them padding" if found["padding_rows"] else ""
     template = found["chat_template"]
     lines = [
@@ -80,7 +80,7 @@ def summarise(found: Mapping[str, Any]) -> str:
         if lost:
             parts.append(f"{len(lost)} dropped ({shorten([repr(t) for t in lost], _FIRST)})")
         lines.append(f"  {name} ({before} rows): {', '.join(parts)}")
-    # those that some checkpoint lacks say more than those that only moved
+    # tokens that a checkpoint lacks first, then those with another id
     for entry in sorted(differs, key=_is_everywhere)[:_FIRST]:
         rows = ", ".join(f"{name}: {row}" for name, row in entry["rows"].items())
         lines.append(f"  {entry['token']!r} -> {entry['id']} ({rows})")

@@ -1,4 +1,4 @@
-"""One vocabulary for sources whose tokenizers differ: whose row stands for which token."""
+"""One vocabulary for sources with different tokenizers: rows of embeddings matched by token."""
 
 from __future__ import annotations
 
@@ -31,43 +31,45 @@ from gradmerge.sources.tokenizers.ids import with_size
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Whose tokens the merge has, where tokenizers differ.
+    """The tokens of the merge, if tokenizers differ.
 
-    Every source is read with one row a token of the merge's tokenizer. A token that a source has
-    keeps its own row; for another the source gets the row of its only owner, else of the base, else
-    the mean of its owners' rows, else zeros, with a warning (the rules of mergekit). Rows that no
-    token has are dropped; rows of padding are the mean of all tokens' rows.
+    Every source is read with one row per token of the merge's tokenizer. For a token that it lacks,
+    a source gets the row of the only source that has it, else of the base, else the mean of the
+    rows of all that have it, else zeros, with a warning (the rules of mergekit). Rows without a
+    token are dropped; rows of padding are the mean of all tokens' rows.
     """
 
     source: str = "union"
     """`union` (the tokens of all), `base`, or the name of a source. A union keeps the ids of the
-    base, or of the first source where there is no base; what other tokenizers have beyond that
-    follows as added tokens, which are matched whole, before the tokenizer's own rules."""
+    base, or of the first source without a base. Further tokens follow as added tokens, which the
+    tokenizer matches as a whole before it applies its own rules."""
     pad_to_multiple_of: int | None = None
     """Round the number of rows up to a multiple of this."""
     chat_template: str = "auto"
-    """Name of the source (or `base`) whose chat template is carried, the text of one, or auto: that
-    of the tokenizer which keeps its ids, else the first that a source has."""
+    """Name of the source (or `base`) whose chat template is used, the text of one, or auto: that of
+    the tokenizer which keeps its ids, else the first that a source has."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked without the sources."""
+        """Check the options that do not depend on the sources."""
         multiple = self.pad_to_multiple_of
         if multiple is not None and multiple < 1:
             raise ConfigError(f"tokenizer.pad_to_multiple_of: must be at least 1, got {multiple}.")
 
     def require(self, sources: Sequence[str], has_base: bool) -> None:
-        """Refuse names that mean no source, or two things.
+        """Reject unknown and ambiguous names of sources.
+
+        Args:
+            sources: names of the sources.
+            has_base: whether the recipe has a base.
 
         Raises:
-            ConfigError: says which.
+            ConfigError: a name is unknown or ambiguous.
         """
         names = [*(["base"] if has_base else []), *sources]
         word = next((n for n in sources if n in ("union", "auto")), None)
         if word is not None:
-            raise ConfigError(f"tokenizer: a source is named {word!r}, which is an option; rename.")
-        if self.source == "base" and not has_base:
             raise ConfigError(
-                f"tokenizer.source is base, but no base is given; expected union or one of {names}."
+                f"tokenizer: a source is named {word!r}, which is also an option; rename it."
             )
         if self.source not in ("union", *names):
             raise ConfigError(
@@ -83,17 +85,17 @@ class Vocabulary:
 
 
 class Alignment:
-    """The tokens of a merge, and the row of each source that stands for each of them.
+    """The tokens of a merge, and the row of each token in every source.
 
     Args:
         vocabulary: the specification.
-        checkpoints: opened sources by name, the base (as `base`), if there is one, first.
+        checkpoints: opened sources by name; the base (as `base`) first, if there is one.
         trust_remote_code: allow modelling and tokenizer code that ships with a model to run.
 
     Raises:
         ConfigError: the architecture has no vocabulary, or an option names a source without a
             tokenizer or chat template.
-        SourceError: a source has no tokenizer that could be read.
+        SourceError: the tokenizer of a source cannot be read.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class Alignment:
         self._warn_of_zeros()
 
     def _find_axes(self, trust: bool) -> dict[str, dict[str, int]]:
-        """The axis over tokens of every tensor that has one, by checkpoint and tensor."""
+        """Return the axis over tokens of every tensor that has one, by checkpoint and tensor."""
         known: dict[Any, dict[str, int]] = {}
         found = {}
         for name, checkpoint in self.checkpoints.items():
@@ -142,7 +144,7 @@ class Alignment:
         if not found:
             raise ConfigError(
                 "tokenizer: no source is a model folder with a config and a tokenizer, so there "
-                "are no tokens to compare; give folders, or leave the option out."
+                "are no tokens to compare; give folders, or leave out the option."
             )
         some = next(iter(found.values()))
         return {
@@ -151,14 +153,14 @@ class Alignment:
         }
 
     def _height(self, name: str) -> int:
-        """Rows of a checkpoint's vocabulary."""
+        """Return the number of rows of a checkpoint's vocabulary."""
         checkpoint = self.checkpoints[name]
         heights = {t: checkpoint.infos[t].shape[axis] for t, axis in self.axes[name].items()}
         if len(set(heights.values())) != 1:
             got = shorten([f"{tensor} {height}" for tensor, height in heights.items()])
             raise SourceError(
-                f"{checkpoint.label}: expected tensors with one row a token, all of one height, "
-                f"got {got or 'none'}. Its rows cannot be matched with tokens."
+                f"{checkpoint.label}: expected tensors with one row per token, all of one height, "
+                f"got {got or 'none'}. Rows cannot be matched with tokens."
             )
         return next(iter(heights.values()))
 
@@ -173,25 +175,25 @@ class Alignment:
             lacks = f"{checkpoint.label} (source {name}) has no tokenizer"
             if name in (first, self.owner):
                 raise ConfigError(
-                    f"tokenizer: {lacks}, which others are compared with. Save one into its folder."
+                    f"tokenizer: {lacks}, but others are compared with it. Save one in its folder."
                 )
             if self.heights[name] != self.heights[first]:
                 raise SourceError(
-                    f"{lacks}, and its embedding has {self.heights[name]} rows, that of {first} "
-                    f"{self.heights[first]}: nothing says what its rows stand for. Save its "
-                    "tokenizer into its folder."
+                    f"{lacks}, and its embedding has {self.heights[name]} rows, but that of "
+                    f"{first} {self.heights[first]}, so the tokens of its rows are unknown. Save "
+                    "its tokenizer in its folder."
                 )
             self._warn(
                 checkpoint.label,
                 "a tokenizer",
                 "none",
-                f"As it has as many rows as {first}, its tokens are taken to be the same.",
+                f"It has as many rows as {first}, so its tokens are assumed to be the same.",
             )
             found[name] = found[first]
         return found
 
     def _write(self, trust: bool) -> dict[str, list[str]]:
-        """Write the merge's tokenizer; returns what was added to its owner's: by rule, by hand."""
+        """Write the merge's tokenizer; return the ordinary and the added tokens it gained."""
         ordinary: dict[str, str] = {}
         added: dict[str, Any] = {}
         base = self.source_tokens[self.owner]
@@ -199,7 +201,7 @@ class Alignment:
         for name in others if self.vocabulary.source == "union" else ():
             tokens = self.source_tokens[name]
             for token, row in sorted(tokens.ids.items(), key=lambda item: item[1]):
-                if row >= self.heights[name]:  # it has no row to bring
+                if row >= self.heights[name]:  # it has no row
                     continue
                 settings = tokens.added.get(token)
                 before = base.added.get(token, added.get(token))
@@ -214,12 +216,12 @@ class Alignment:
         for name, tokens_set in self.other_settings.items():
             self._warn(
                 self.checkpoints[name].label,
-                "the settings of added tokens (special, stripping) that others have",
+                "the settings of added tokens (special, stripping) of the other tokenizers",
                 f"others for {len(tokens_set)} ({_quoted(tokens_set)})",
-                "The first that were found are kept.",
+                "The first settings are kept.",
             )
         folder = self.checkpoints[self.owner].tokenizer_folder
-        if folder is None:  # refused before
+        if folder is None:  # rejected before
             raise ConfigError(f"tokenizer: {self.owner} has no folder.")
         write_tokenizer(folder, list(ordinary), list(added.values()), self.tokenizer_folder, trust)
         if ordinary:
@@ -227,13 +229,13 @@ class Alignment:
                 self.checkpoints[self.owner].label,
                 "the ordinary tokens of all sources",
                 f"{len(ordinary)} that only others have ({_quoted(list(ordinary))})",
-                "They become added tokens, which are matched whole wherever they stand in a text, "
-                f"before its own rules; with tokenizer.source: {self.owner} they are left out.",
+                "They become added tokens, which are matched as a whole anywhere in a text, before "
+                f"its own rules; tokenizer.source: {self.owner} leaves them out.",
             )
         return {"ordinary": list(ordinary), "added": list(added)}
 
     def _carry_template(self) -> str | None:
-        """Write the chat template; returns whose it is."""
+        """Write the chat template; return the name of its source."""
         chosen = self.vocabulary.chat_template
         if chosen != "auto" and chosen not in self.source_tokens:
             write_template(self.tokenizer_folder, chosen)
@@ -248,19 +250,19 @@ class Alignment:
         return whose
 
     def _written_tokens(self, trust: bool) -> dict[str, int]:
-        """Tokens of the merge, as they are read back from what was written."""
-        config = self.tokenizer_folder / "config.json"  # may say the class of the tokenizer
+        """Return the tokens of the merge, read back from the written files."""
+        config = self.tokenizer_folder / "config.json"  # may name the class of the tokenizer
         fields = self.checkpoints[self.owner].config
         if fields is not None:
             config.write_text(json.dumps(dict(fields)))
         found = read_tokens(self.tokenizer_folder, trust).ids
         config.unlink(missing_ok=True)
         if not found:
-            raise SourceError(f"{self.checkpoints[self.owner].label}: its tokenizer has no token.")
+            raise SourceError(f"{self.checkpoints[self.owner].label}: its tokenizer has no tokens.")
         return dict(found)
 
     def _rows(self, name: str) -> Tensor:
-        """Row of each id in a checkpoint, `[size]`; -1 where it has none."""
+        """Return the row of each id in a checkpoint, `[size]`; -1 if it has none."""
         rows = torch.full((self.size,), -1, dtype=torch.long)
         own, height = self.source_tokens[name].ids, self.heights[name]
         places: dict[int, int] = {}
@@ -279,18 +281,18 @@ class Alignment:
                 self.checkpoints[self.owner].label,
                 "a row for every token in some checkpoint",
                 f"none for {len(tokens)} ({_quoted(tokens)})",
-                "Their rows are zeros; the model has never seen them.",
+                "Their rows are zeros, as no model was trained on them.",
             )
 
     def _warn(self, where: str, expected: str, got: str, todo: str) -> None:
         self.warnings.append(Problem("tokenizer", where, "vocabulary", expected, got, todo, False))
 
     def donors(self, owners: Sequence[str]) -> list[str]:
-        """Whose rows a token gets, out of those that have it: the only one, the base, or all."""
+        """Return the checkpoints whose rows a token gets: the only owner, the base, or all."""
         return ["base"] if len(owners) > 1 and "base" in owners else list(owners)
 
     def missing(self, name: str, holders: Sequence[str]) -> Iterator[tuple[Tensor, list[str]]]:
-        """Ids of tokens that a checkpoint lacks, with those that give the row (none: zeros).
+        """Yield ids of tokens that a checkpoint lacks, and the donors of their rows (none: zeros).
 
         Args:
             name: the checkpoint.
@@ -314,7 +316,7 @@ class Alignment:
 
     @cached_property
     def owner_config(self) -> dict[str, Any]:
-        """All fields of the config that goes with the merge's tokenizer, defaults too."""
+        """All fields of the config of the merge's tokenizer, including defaults."""
         import transformers
 
         folder, config = self.checkpoints[self.owner].folder, self.checkpoints[self.owner].config
@@ -324,12 +326,12 @@ class Alignment:
             loaded = transformers.AutoConfig.from_pretrained(
                 folder, trust_remote_code=self.trust_remote_code, local_files_only=True
             )
-        except (ValueError, OSError):  # its own code, which the network needs as well
+        except (ValueError, OSError):  # custom code, which building the network reports
             return dict(config)
         return {**loaded.to_dict(), **config}
 
     def moved(self, name: str) -> dict[int, int]:
-        """Own id -> id in the merge, of a checkpoint's tokens."""
+        """Return own id -> id in the merge, for a checkpoint's tokens."""
         own = self.source_tokens[name].ids
         return {row: self.tokens[token] for token, row in own.items() if token in self.tokens}
 
@@ -341,10 +343,10 @@ def _quoted(tokens: Sequence[str]) -> str:
 def vocabulary_axes(
     checkpoint: Checkpoint, folder: Path, config: Mapping[str, Any], trust_remote_code: bool = False
 ) -> dict[str, int]:
-    """The axis over tokens of every tensor of a checkpoint that has one.
+    """Return the axis over tokens of every tensor of a checkpoint that has one.
 
-    Two networks without weights are compared, one of them with a larger vocabulary: what changes
-    its shape runs over tokens (embeddings, heads, their biases), whatever its name.
+    Compares two networks without weights, one of them with a larger vocabulary: axes that change
+    their length run over tokens (embeddings, heads, their biases), whatever the names.
 
     Raises:
         ConfigError: the architecture has no vocabulary, or a tensor does not follow its size.
@@ -372,15 +374,15 @@ def vocabulary_axes(
             continue
         if len(changed) > 1 or shape[changed[0]] != size:
             raise ConfigError(
-                f"tokenizer: {place} of {type(small).__name__} is {tuple(shape)} where the "
-                f"vocabulary has {size} tokens, so its rows do not stand for tokens alone. Make "
-                "the vocabularies agree before the merge."
+                f"tokenizer: expected one axis of {size} tokens, got shape {tuple(shape)} for "
+                f"{place} of {type(small).__name__}, so its rows are not tokens alone. Make the "
+                "vocabularies agree before the merge."
             )
         axes[place] = changed[0]
     names = list(checkpoint.infos)
     try:
         binding = bind(small, names)
-    except ConfigError:  # tensors that are fused on loading; none of those runs over tokens
+    except ConfigError:  # tensors that are fused on loading, of which none runs over tokens
         names = [n for n in names if size in checkpoint.infos[n].shape]
         binding = bind(small, names)
     places = {**{n: p[0] for n, p in binding.parameters.items()}, **binding.buffers}
