@@ -22,7 +22,7 @@ from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe, named
 from gradmerge.errors import CompatibilityError, ConfigError, nearest, shorten
 from gradmerge.export.atomic import refuse_existing
-from gradmerge.export.emr import export_compact, export_tasks, refuse_finalisers, task_checkpoints
+from gradmerge.export.emr import export_compact, export_tasks, require_outputs, task_checkpoints
 from gradmerge.export.folder import export_merged, export_plan, require_options
 from gradmerge.export.provenance import read_as
 from gradmerge.mergekit.writer import require_file, require_plain, write_mergekit
@@ -88,7 +88,7 @@ def merge(
     checked = merge_options(outputs, mergekit, **options)
     if mergekit and data is not None:
         require_plain(recipe)
-    require_finalisers(recipe, outputs, mergekit)
+    require_form(recipe, outputs, mergekit)
     if data is None and any(finaliser.needs_data for finaliser in recipe.finalisers):
         raise ConfigError(
             "REPAIR takes the tasks' adaptation data, got none: give a file with `data`, too (the "
@@ -210,14 +210,14 @@ def merge_options(outputs: Outputs, mergekit: bool, **options: Any) -> dict[str,
     return checked
 
 
-def require_finalisers(recipe: Recipe, outputs: Outputs, mergekit: bool) -> None:
-    """Refuse finalisers in outputs that cannot hold them, before any work.
+def require_form(recipe: Recipe, outputs: Outputs, mergekit: bool) -> None:
+    """Reject recipes whose merges cannot be written in this form, before any work.
 
     Raises:
-        ConfigError: they are of one merged model, and this output is not, or is made elsewhere.
+        ConfigError: an option of the recipe has no meaning there.
     """
     if outputs != "merged":
-        refuse_finalisers(recipe)
+        require_outputs(recipe, outputs)
     if mergekit and any(finaliser.needs_data for finaliser in recipe.finalisers):
         raise ConfigError(
             "finalisers: REPAIR corrects channels, and mergekit has one weight a tensor; export "

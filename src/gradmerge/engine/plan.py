@@ -78,7 +78,7 @@ class Plan:
         """Where set, `contract` adds up `dL/dc` here, by tensor, `[sources, *slot]`."""
         self.collected = self._statistics(statistics or recipe.statistics)
         """Statistics of the sources that the preprocess reads, if it reads any."""
-        self._processed = ProcessedDirections(recipe.preprocess, self._directions)
+        self._processed = ProcessedDirections(recipe.preprocess, self.directions)
         self.finalisation = Finalisation(recipe.finalisers, self._final_site, self.fixed)
         """The recipe's finalisers, with what was computed for them on data."""
 
@@ -208,8 +208,8 @@ class Plan:
                 self._on_device[owner, name] = self.read(owner, name).to(device)
         self._facts.clear()
 
-    def _directions(self) -> Iterator[tuple[Site, Callable[[], Tensor]]]:
-        """`B_k` of every merged tensor, `[sources, *shape]` in float32, when asked for."""
+    def directions(self) -> Iterator[tuple[Site, Callable[[], Tensor]]]:
+        """Yield the site of each merged tensor, and a call that computes its directions."""
         for name in self.tensors:
             kept = any(re.search(p, name) for p in self.recipe.frozen) and not self.fixed[name]
             site = Site(name, self.source_names, self.collected, not kept)

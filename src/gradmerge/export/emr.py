@@ -6,11 +6,12 @@ mask and a scale per task. Both give exactly the same weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,8 +28,8 @@ from gradmerge.export.card import render
 from gradmerge.export.folder import export_plan, write_config
 from gradmerge.export.provenance import provenance_of
 from gradmerge.export.writer import Entry, write_json, write_safetensors
-from gradmerge.preprocess import Site, Unify
-from gradmerge.preprocess.base import Chain
+from gradmerge.preprocess import Unify
+from gradmerge.preprocess.processed import ProcessedDirections
 from gradmerge.preprocess.unify import elect
 from gradmerge.sources import AbstractSource, Checkpoint
 from gradmerge.sources.emr import FORMAT
@@ -66,19 +67,55 @@ class _Opened(AbstractSource):
         return self.checkpoint
 
 
-def task_checkpoints(plan: Plan) -> dict[str, Checkpoint]:
-    """Return the model of each source's own processed direction, with a coefficient of 1.
+def require_outputs(recipe: Recipe, outputs: Literal["tasks", "compact"]) -> None:
+    """Reject recipes that do not have outputs per task, before any work.
+
+    Args:
+        recipe: the recipe.
+        outputs: a folder per task, or the compact form.
 
     Raises:
-        ConfigError: the recipe has no preprocess, or has finalisers or frozen tensors.
+        ConfigError: an option of the recipe has no meaning for these outputs.
     """
-    if not plan.recipe.preprocess:
+    last = recipe.preprocess[-1] if recipe.preprocess else None
+    got = "none" if last is None else type(last).__name__
+    if recipe.finalisers:
+        names = ", ".join(type(finaliser).__name__ for finaliser in recipe.finalisers)
+        raise ConfigError(
+            f"outputs: expected no finalisers, got {names}. They change one merged model, but here "
+            "each task has its own; leave `finalisers` out."
+        )
+    for pattern, value in recipe.frozen.items():
+        raise ConfigError(
+            f"outputs: {pattern!r} is frozen at {value}, but each task has its whole direction; "
+            "leave `frozen` out."
+        )
+    if outputs == "tasks" and last is None:
         raise ConfigError(
             "outputs tasks: expected a preprocess (Unify, for EMR-Merging), got none; each task's "
             "model would be its source."
         )
-    refuse_finalisers(plan.recipe)
-    _reject_frozen(plan)
+    if outputs == "compact" and not isinstance(last, Unify):
+        raise ConfigError(f"outputs compact: expected Unify as the last preprocess, got {got}.")
+    if outputs == "compact" and recipe.resolved_origin != "base":
+        raise ConfigError(
+            "outputs compact: expected origin base, to which each task's vector is added, got "
+            f"{recipe.resolved_origin}."
+        )
+    if outputs == "compact" and recipe.tokenizer is not None:
+        raise ConfigError(
+            "outputs compact: the shared vector is added to the base as it is stored, but this "
+            "recipe aligns its rows to other tokens (tokenizer). Use --outputs tasks."
+        )
+
+
+def task_checkpoints(plan: Plan) -> dict[str, Checkpoint]:
+    """Return the model of each source's own processed direction, with a coefficient of 1.
+
+    Raises:
+        ConfigError: the recipe has no outputs per task.
+    """
+    require_outputs(plan.recipe, "tasks")
     return {name: TaskCheckpoint(plan, name) for name in plan.sources}
 
 
@@ -126,31 +163,37 @@ def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -
     Raises:
         ConfigError: the recipe has no compact form.
     """
-    unify, base = _require_compact(plan)
+    require_outputs(plan.recipe, "compact")
+    unify, base = plan.recipe.preprocess[-1], plan.base
+    assert isinstance(unify, Unify)
+    assert base is not None
+    before = ProcessedDirections(plan.recipe.preprocess[:-1], plan.directions)
+
+    def vector(name: str) -> Tensor:
+        return elect(before.read(name))[0]
+
+    def mask(name: str, k: int) -> Tensor:
+        bits = elect(before.read(name))[1][k].reshape(-1)
+        return torch.from_numpy(np.packbits(bits.numpy()))
+
+    shapes = {name: tensor.shape for name, tensor in plan.tensors.items()}
+    vectors = [Entry(n, shape, torch.float32, partial(vector, n)) for n, shape in shapes.items()]
     target = Path(output).expanduser()
     with new_folder(target, overwrite) as work:
-        directions = _directions(plan)
-        sites = [Site(name, plan.source_names) for name in plan.tensors]
-        found = unify.scales(lambda: ((site, directions(site.name)) for site in sites))
+        found = unify.scales(
+            lambda: ((site, before.read(site.name)) for site, _ in plan.directions())
+        )
         scales = dict(zip(plan.sources, found, strict=True))
-        vectors = [
-            Entry(name, info.shape, torch.float32, partial(_vector, directions, name))
-            for name, info in plan.tensors.items()
-        ]
         write_safetensors(work / "unified.safetensors", vectors)
         for k, task in enumerate(plan.sources):
             folder = work / "tasks" / task
             folder.mkdir(parents=True)
-            masks = []
-            for name, info in plan.tensors.items():
-                size = torch.Size(info.shape).numel()
-                packed = partial(_mask, directions, name, k)
-                masks.append(Entry(name, (-(-size // 8),), torch.uint8, packed))
+            masks = [
+                Entry(n, (-(-math.prod(shape) // 8),), torch.uint8, partial(mask, n, k))
+                for n, shape in shapes.items()
+            ]
             write_safetensors(folder / "masks.safetensors", masks)
-            own = _own_entries(plan, task)
-            if own:
-                write_safetensors(folder / "own.safetensors", own)
-            write_config(_alone(task, TaskCheckpoint(plan, task)), folder, None, None)
+            _write_own(plan, task, folder)
         path = Path(base.label).expanduser()  # made absolute, to be found from everywhere
         label = str(path.resolve()) if path.exists() else base.label
         described = {"from": label, "sha256": plan.fingerprints["base"]}
@@ -161,27 +204,6 @@ def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -
     return target
 
 
-def _require_compact(plan: Plan) -> tuple[Unify, Checkpoint]:
-    """Reject recipes without a compact form; return the last preprocess and the base."""
-    unify = plan.recipe.preprocess[-1] if plan.recipe.preprocess else None
-    if not isinstance(unify, Unify):
-        got = "none" if unify is None else type(unify).__name__
-        raise ConfigError(f"outputs compact: expected Unify as the last preprocess, got {got}.")
-    if plan.recipe.resolved_origin != "base" or plan.base is None:
-        raise ConfigError(
-            "outputs compact: expected origin base, to which each task's vector is added, got "
-            f"{plan.recipe.resolved_origin}."
-        )
-    if plan.alignment is not None:
-        raise ConfigError(
-            "outputs compact: the shared vector is added to the base as it is stored, but this "
-            "recipe aligns its rows to other tokens (tokenizer). Use --outputs tasks."
-        )
-    refuse_finalisers(plan.recipe)
-    _reject_frozen(plan)
-    return unify, plan.base
-
-
 def _alone(task: str, checkpoint: Checkpoint) -> Plan:
     """Return the merge of one checkpoint, which is the checkpoint itself."""
     recipe = Recipe(
@@ -190,56 +212,16 @@ def _alone(task: str, checkpoint: Checkpoint) -> Plan:
     return open_plan(recipe, with_skeleton=False)
 
 
-def refuse_finalisers(recipe: Recipe) -> None:
-    """Reject finalisers, which would be lost in outputs per task.
-
-    Raises:
-        ConfigError: the recipe has finalisers.
-    """
-    if recipe.finalisers:
-        names = ", ".join(type(finaliser).__name__ for finaliser in recipe.finalisers)
-        raise ConfigError(
-            f"outputs: expected no finalisers, got {names}. They change one merged model, but here "
-            "each task has its own; leave `finalisers` out."
-        )
-
-
-def _reject_frozen(plan: Plan) -> None:
-    if plan.fixed:
-        name, value = next(iter(plan.fixed.items()))
-        raise ConfigError(
-            f"outputs: {name} is frozen at {value}, but each task has its whole direction; leave "
-            "`frozen` out."
-        )
-
-
-def _directions(plan: Plan) -> Callable[[str], Tensor]:
-    """Return a function that computes a tensor's directions before the last preprocess."""
-    sites = {name: Site(name, plan.source_names) for name in plan.tensors}
-
-    def stored() -> Iterator[tuple[Site, Tensor]]:
-        for name, site in sites.items():
-            yield site, plan.direction(name)
-
-    before = Chain(plan.recipe.preprocess[:-1], stored)
-    return lambda name: before(plan.direction(name), sites[name])
-
-
-def _vector(directions: Callable[[str], Tensor], name: str) -> Tensor:
-    return elect(directions(name))[0]
-
-
-def _mask(directions: Callable[[str], Tensor], name: str, k: int) -> Tensor:
-    return torch.from_numpy(np.packbits(elect(directions(name))[1][k].reshape(-1).numpy()))
-
-
-def _own_entries(plan: Plan, task: str) -> list[Entry]:
-    """Return head and buffers of a task's source, as stored."""
+def _write_own(plan: Plan, task: str, folder: Path) -> None:
+    """Write head, buffers, config and tokenizer of a task's source."""
     if plan.private:
         plan.require_private(task)
     source = plan.sources[task]
     infos = [source.infos[name] for name in [*plan.private, *plan.buffers]]
-    return [Entry(i.name, i.shape, i.dtype, partial(source.read, i.name)) for i in infos]
+    own = [Entry(i.name, i.shape, i.dtype, partial(source.read, i.name)) for i in infos]
+    if own:
+        write_safetensors(folder / "own.safetensors", own)
+    write_config(_alone(task, TaskCheckpoint(plan, task)), folder, None, None)
 
 
 def _task_card(task: str, checkpoint: Checkpoint) -> str:
