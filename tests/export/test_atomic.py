@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 @pytest.fixture(params=["exchange", "two renames"])
 def way(request, tmp_path, monkeypatch):
-    """Both ways to take a name that is taken."""
+    """Both ways to replace an existing folder."""
     if request.param == "two renames":
         monkeypatch.setattr(atomic, "_exchanged", lambda *_: False)
     else:
@@ -40,7 +40,7 @@ def put(target: Path, text: str, overwrite: bool = True) -> None:
 
 
 def content(target: Path) -> str:
-    """The text of a whole folder."""
+    """Return the text of a complete folder."""
     assert sorted(path.name for path in target.iterdir()) == ["a", "b", "c"]
     (text,) = {path.read_text() for path in target.iterdir()}
     return text
@@ -51,7 +51,7 @@ def names(folder: Path) -> set[str]:
 
 
 def dies(function: Callable[[], None]) -> None:
-    """Run in a process that must end by `os._exit(9)`, as if killed there."""
+    """Run in a process that must end by `os._exit(9)`, as if it was killed."""
     child = os.fork()
     if child == 0:
         try:

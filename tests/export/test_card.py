@@ -1,4 +1,4 @@
-"""The model card: metadata that the Hugging Face Hub reads, and what a reader is told."""
+"""Model cards: metadata for the Hugging Face Hub, and their text."""
 
 from __future__ import annotations
 

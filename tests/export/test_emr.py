@@ -1,4 +1,4 @@
-"""EMR-Merging's outputs: the compact form and the folders of the tasks against the formula."""
+"""Outputs of EMR-Merging against the formula: the compact form and the folders per task."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAMILIES = ["llama", "resnet"]
 
 
 def resnets(dtype):
-    """Networks with BatchNorm, whose statistics differ."""
+    """Networks with different BatchNorm statistics."""
     import transformers
 
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def test_both_forms_give_the_tasks_of_the_formula_bit_for_bit(family, tmp_path, 
             assert torch.equal(value, state[key]), key
 
 
-def test_a_mask_takes_a_bit_an_entry(family, tmp_path):
+def test_a_mask_takes_one_bit_per_entry(family, tmp_path):
     _, _, paths = saved(family, tmp_path)
     merge(recipe_of(paths), outputs="compact", output=str(tmp_path / "compact"))
     shared = load_file(tmp_path / "compact" / "unified.safetensors")
@@ -254,7 +254,7 @@ def test_a_failure_on_the_way_leaves_nothing(family, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("step", [Trim(0.5), RandomDrop(0.5)])
 def test_tasks_of_selected_directions(family, tmp_path, step):
-    """Steps that only select store no directions: a task is the base and its own, all the same."""
+    """Steps that only select store no directions, but tasks are the base plus their own as well."""
     _, _, paths = saved(family, tmp_path)
     plan = open_plan(recipe_of(paths, preprocess=[step]), with_skeleton=False)
     tasks = task_checkpoints(plan)
@@ -262,8 +262,8 @@ def test_tasks_of_selected_directions(family, tmp_path, step):
         directions = torch.stack([plan.read(s, name) - plan.read("base", name) for s in "ab"])
         directions = step(directions, Site(name, ("a", "b")))
         for task, direction in zip("ab", directions, strict=True):
-            came = tasks[task].read(name)
-            torch.testing.assert_close(came, plan.read("base", name) + direction)
+            got = tasks[task].read(name)
+            torch.testing.assert_close(got, plan.read("base", name) + direction)
 
 
 def test_a_task_as_a_source_checks_its_base(family, tmp_path):

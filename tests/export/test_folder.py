@@ -1,5 +1,4 @@
-"""The exported folder: reloaded by plain transformers, its files, and what an export must not
-do."""
+"""Exported folders: reloading with plain transformers, their files, and rejected exports."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ def resnet():
 
 
 def learned(recipe, **options):
-    """A merged model whose coefficients are not those it started with."""
+    """A merged model whose coefficients have changed."""
     merged = MergedModel(recipe, **options)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -47,7 +46,7 @@ def learned(recipe, **options):
 
 
 def folders(tmp_path, family, name="llama", tokenizer=True, **options):
-    """A learned merge of three saved folders, and a batch."""
+    """Return a learned merge of three saved folders, and a batch."""
     models, inputs = resnet() if name == "resnet" else family(name, dtype=torch.float32)
     paths = save_family(tmp_path / "sources", models, tokenizer)
     recipe = Recipe({"a": paths["a"], "b": paths["b"]}, paths["base"], **options)
@@ -104,7 +103,7 @@ def test_batch_norm_statistics_that_were_recomputed_are_exported(tmp_path, famil
 
 
 def with_labels(model, count):
-    """The model with another head."""
+    """Return a copy of the model with another head."""
     other = copy.deepcopy(model)
     other.config.num_labels = count
     other.num_labels = count
@@ -126,8 +125,8 @@ def test_each_task_s_folder_carries_its_own_head(tmp_path, family, name, stored)
     for task, classes in (("a", 3), ("b", 5)):
         expected = logits(merged, inputs, task=task)
         assert expected.shape[-1] == classes
-        came = logits(reload(folder / "tasks" / task), inputs)
-        torch.testing.assert_close(came, expected, rtol=1e-5, atol=1e-5)
+        got = logits(reload(folder / "tasks" / task), inputs)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits(reload(folder), inputs), expected, rtol=1e-5, atol=1e-5)
     own = set(load_file(folder / "tasks" / "a" / "head.safetensors"))
     assert own == {"classifier.weight", "classifier.bias"}
@@ -279,7 +278,7 @@ def test_coefficients_are_written_by_tensor_and_start_another_merge(tmp_path, fa
 
 
 def test_rows_are_not_taken_for_columns(tmp_path, family):
-    """On a square matrix their shapes are the same."""
+    """On square matrices they have the same shape."""
     merged, _ = folders(tmp_path, family, coefficients=Column())
     path = write(merged, tmp_path / "merged") / "coefficients.safetensors"
     start = {"sources": merged.plan.recipe.sources, "base": merged.plan.recipe.base}

@@ -1,4 +1,4 @@
-"""What a merge over several tokenizers writes: a tokenizer, ids that fit it, and a report."""
+"""Exports of merges over several tokenizers: the tokenizer, matching ids, and the report."""
 
 from __future__ import annotations
 
@@ -404,9 +404,9 @@ def test_older_forms_of_tokenizers(tmp_path: Path, form: str, whose: str) -> Non
     assert {token: target[token] for token in own["a"]} == own["a"]
     name = "transformer.wte.weight" if form == "vocab.json" else None
     name = name or "bert.embeddings.word_embeddings.weight"
-    came = rows_by_token(folder, name)
+    got = rows_by_token(folder, name)
     rows = {source: rows_by_token(path, name) for source, path in paths.items()}
-    for token, row in came.items():
+    for token, row in got.items():
         owners = [rows[n][token] for n in "ab" if token in own[n]]
         expected = sum(owners) / len(owners)
         torch.testing.assert_close(row, expected, rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""An export that is killed at any moment, and the memory of one that is not."""
+"""Exports that are killed at any moment, their memory, and failing writes."""
 
 from __future__ import annotations
 
@@ -156,13 +156,13 @@ def test_a_killed_export_leaves_the_old_folder_or_the_new_one(tmp_path):
 def test_an_export_holds_a_tensor_at_a_time(tmp_path):
     found = run(MEMORY, tmp_path)
     assert found["written"] > 400_000_000
-    # the merged tensor, its chunk buffers and blocks that malloc keeps: 10 MB a tensor
+    # the merged tensor, its chunk buffers and blocks that malloc keeps: 10 MB per tensor
     assert found["grown"] < 60_000_000, found
 
 
 @pytest.mark.parametrize("failing", [0, 3, 7])
 def test_a_write_that_fails_behind_the_merge_stops_it(tmp_path, monkeypatch, failing):
-    """A full disk is met in another thread, and later than the tensor was made."""
+    """A full disk raises in another thread, after the tensor was computed."""
     calls = iter(range(100))
     original = writer._Behind._whole
 
@@ -188,6 +188,6 @@ def test_tensors_written_behind_are_those_that_were_made(tmp_path, monkeypatch):
         for name, tensor in made.items()
     ]
     writer.write_safetensors(tmp_path / "x.safetensors", entries)
-    came = load_file(tmp_path / "x.safetensors")
-    assert came.keys() == made.keys()
-    assert all(torch.equal(came[name], tensor) for name, tensor in made.items())
+    got = load_file(tmp_path / "x.safetensors")
+    assert got.keys() == made.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in made.items())

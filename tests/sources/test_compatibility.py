@@ -1,4 +1,4 @@
-"""One report of everything that keeps checkpoints apart, from headers, configs and tokenizers."""
+"""One report of everything that keeps checkpoints from being merged, without reading weights."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ CONFIG = {"model_type": "llama", "rope_theta": 10000.0, "num_labels": 2, "vocab_
 
 
 class Headers(Checkpoint):
-    """A checkpoint that can only be looked at: reading a weight is an error."""
+    """A checkpoint of headers only: reading a weight is an error."""
 
     def __init__(self, name, tensors=TENSORS, config=CONFIG, folder=None, dtype=torch.float32):
-        self.name = name
-        self.tensors = {
+        infos = {
             tensor: TensorInfo(
                 tensor,
                 *(value if isinstance(value[-1], torch.dtype) else (value, dtype)),
@@ -33,19 +32,14 @@ class Headers(Checkpoint):
             )
             for tensor, value in tensors.items()
         }
-        self._config, self._folder = config, folder
-
-    label = property(lambda self: self.name)
-    infos = property(lambda self: self.tensors)
-    config = property(lambda self: self._config)
-    folder = property(lambda self: self._folder)
+        super().__init__(name, infos, folder, config)
 
     def read(self, name):
         raise AssertionError(f"{name} was read")
 
 
 def found(*checkpoints, private=(), allow=()):
-    named = {checkpoint.name: checkpoint for checkpoint in checkpoints}
+    named = {checkpoint.label: checkpoint for checkpoint in checkpoints}
     return {(p.kind, p.what): p for p in check(named, private, allow)}
 
 
@@ -160,7 +154,7 @@ def test_untied_reference_reports_the_tie_too():
 
 
 def test_quantised_alike_is_still_refused():
-    """Both sources agree, so only a look at each alone can see it."""
+    """Both sources agree, so comparing them does not find it."""
     packed = {**TENSORS, "layer.weight": ((4, 4), torch.uint8)}
     problems = check({"a": Headers("a", packed), "b": Headers("b", packed)})
     assert [(p.kind, p.where) for p in problems] == [
@@ -459,7 +453,7 @@ def test_recipe_reports_on_real_folders_before_reading_a_weight(tmp_path, monkey
 
 
 def test_saved_and_living_model_do_not_warn_of_defaults(tmp_path):
-    """A file states fewer fields than a living config; that alone is no difference."""
+    """A file has fewer fields than a config in memory; that alone is not a difference."""
     for name in ("llama", "bert", "vit", "t5", "gpt2"):
         model = ARCHITECTURES[name][0]()
         model.save_pretrained(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Files that are cut off, missing, stale or no checkpoint at all: refused, and by name."""
+"""Truncated, missing, stale and unrelated files are rejected by name."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ ORIGINS = ["base", "mean", "zero"]
 
 
 def make(dtype=torch.float32, scale=1.0):
-    """Three sources near a base; a third of the entries are left as they are in the base."""
+    """Three sources near a base, which share a third of the entries with it."""
     generator = torch.Generator().manual_seed(2)
     shapes = {"a": (7, 11), "b": (13,), "not counted": (5,)}
     base = {
@@ -55,48 +55,48 @@ def ours(base, sources, origin, **options):
 def test_against_plain_torch(monkeypatch, dtype, origin, chunk):
     monkeypatch.setattr(module, "_CHUNK", chunk)
     base, sources = make(dtype)
-    came = ours(base, sources, origin)
+    got = ours(base, sources, origin)
     expected = directions(base, sources, origin)
     tolerance = (
         {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-4}
     )
-    torch.testing.assert_close(came.gram, expected @ expected.T, **tolerance)
-    torch.testing.assert_close(came.norms, expected.norm(dim=1), **tolerance)
+    torch.testing.assert_close(got.gram, expected @ expected.T, **tolerance)
+    torch.testing.assert_close(got.norms, expected.norm(dim=1), **tolerance)
     cosines = torch.nn.functional.cosine_similarity(expected[:, None], expected[None], dim=-1)
-    torch.testing.assert_close(came.cosines, cosines, **tolerance)
-    assert came.entries == 7 * 11 + 13
+    torch.testing.assert_close(got.cosines, cosines, **tolerance)
+    assert got.entries == 7 * 11 + 13
     squared = float(flat(base) @ flat(base)) if origin == "base" else 0.0
-    assert came.origin_squared == pytest.approx(squared, rel=1e-5)
+    assert got.origin_squared == pytest.approx(squared, rel=1e-5)
 
 
 def test_sign_conflict_counts_entries_that_both_change():
     base, sources = make()
-    came = ours(base, sources, "base")
+    got = ours(base, sources, "base")
     moved = directions(base, sources, "base")
     for j in range(3):
         for k in range(3):
             both = (moved[j] != 0) & (moved[k] != 0)
             against = both & (moved[j].sign() == -moved[k].sign())
-            assert came.shared[j, k] == both.sum()
-            assert came.conflicts[j, k] == against.sum()
-            assert came.sign_conflict[j, k] == against.sum().double() / both.sum()
-    assert 0 < came.sign_conflict[0, 1] < 1
-    assert came.sign_conflict[0, 0] == 0
+            assert got.shared[j, k] == both.sum()
+            assert got.conflicts[j, k] == against.sum()
+            assert got.sign_conflict[j, k] == against.sum().double() / both.sum()
+    assert 0 < got.sign_conflict[0, 1] < 1
+    assert got.sign_conflict[0, 0] == 0
 
 
 def test_sign_conflict_can_be_left_out():
     base, sources = make()
-    came = ours(base, sources, "base", signs=False)
-    assert came.shared.sum() == came.conflicts.sum() == 0
-    torch.testing.assert_close(came.gram, ours(base, sources, "base").gram)
+    got = ours(base, sources, "base", signs=False)
+    assert got.shared.sum() == got.conflicts.sum() == 0
+    torch.testing.assert_close(got.gram, ours(base, sources, "base").gram)
 
 
 def test_zero_direction_has_cosine_zero():
     base, sources = make()
-    came = ours(base, [sources[0], base], "base")
-    torch.testing.assert_close(came.cosines, torch.tensor([[1.0, 0.0], [0.0, 0.0]]).double())
-    assert came.norms[1] == 0
-    assert came.sign_conflict[0, 1] == 0
+    got = ours(base, [sources[0], base], "base")
+    torch.testing.assert_close(got.cosines, torch.tensor([[1.0, 0.0], [0.0, 0.0]]).double())
+    assert got.norms[1] == 0
+    assert got.sign_conflict[0, 1] == 0
 
 
 def test_float64_differences_far_below_float32_are_kept():

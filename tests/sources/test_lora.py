@@ -38,7 +38,7 @@ class Convolution(nn.Module):
 
 
 def randomised(model: nn.Module, seed: int) -> nn.Module:
-    """Every trainable tensor (A, B, biases, saved modules) random, so that B is not zero."""
+    """Make every trainable tensor (A, B, biases, saved modules) random, so that B is not zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -48,7 +48,7 @@ def randomised(model: nn.Module, seed: int) -> nn.Module:
 
 
 def make(tmp_path, architecture, seed=1, **options):
-    """A base and an adapter on disk, and PEFT's own merge of the two."""
+    """Save a base and an adapter; return them with PEFT's own merge of the two."""
     torch.manual_seed(0)
     base = architecture().eval()
     folder = tmp_path / "base"
@@ -64,13 +64,13 @@ def make(tmp_path, architecture, seed=1, **options):
 
 
 def assert_reads(checkpoint, merged, rename=lambda name: name):
-    """Float32 product and sum, in PEFT's order or another: a few roundings of numbers near 1."""
+    """Products and sums in float32, whose order may differ from PEFT's: few roundings near 1."""
     expected = {rename(name): tensor for name, tensor in merged.state_dict().items()}
     assert set(checkpoint.infos) <= set(expected)
     for name in checkpoint.infos:
-        came = checkpoint.read(name)
-        assert came.shape == checkpoint.infos[name].shape
-        torch.testing.assert_close(came, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+        got = checkpoint.read(name)
+        assert got.shape == checkpoint.infos[name].shape
+        torch.testing.assert_close(got, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def changed(checkpoint) -> set[str]:
@@ -153,7 +153,7 @@ def test_square_layers_beside_linear_ones(tmp_path):
 
 
 def test_tied_embedding_stays_tied(tmp_path):
-    """The safetensors base holds one tensor for both; the update goes to both, as in PEFT."""
+    """The base in safetensors has one tensor for both; the update applies to both, as in PEFT."""
     source, merged = make(
         tmp_path, ARCHITECTURES["llama-tied"][0], r=2, target_modules=["embed_tokens", "q_proj"]
     )
@@ -172,7 +172,7 @@ def test_adapter_on_a_tied_head_is_refused(tmp_path):
 
 
 def test_names_that_transformers_changes_between_file_and_module(tmp_path):
-    """ViT's files say `attention.attention.query`, its module (and so the adapter) `q_proj`."""
+    """In ViT's files it is `attention.attention.query`, in its module and the adapter `q_proj`."""
     source, merged = make(
         tmp_path,
         ARCHITECTURES["vit"][0],
@@ -214,17 +214,17 @@ def test_low_precision_base_keeps_the_update(tmp_path):
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         state = {n: wide.read(n).to(dtype) for n in wide.infos}
         checkpoint = Lora(source.path, InMemory(state)).open()
-        came = checkpoint.read(name)
-        assert came.dtype == expected
+        got = checkpoint.read(name)
+        assert got.dtype == expected
         assert checkpoint.infos[name].dtype == dtype
-        update = came - state[name].to(expected)
+        update = got - state[name].to(expected)
         torch.testing.assert_close(
             update, checkpoint.delta(name).to(expected), rtol=1e-5, atol=1e-6
         )
 
 
 def test_new_head_differs_in_shape_and_is_suggested_as_private(tmp_path):
-    """The base has no classifier; the adapter brings one (`modules_to_save`)."""
+    """The base has no classifier; the adapter has one (`modules_to_save`)."""
     state = ARCHITECTURES["bert"][0]().state_dict()
     base = InMemory({n: t for n, t in state.items() if "classifier" not in n})
     saved, model = tmp_path / "saved", ARCHITECTURES["bert"][0]()

@@ -1,4 +1,4 @@
-"""Networks without weights, and the way from names in files to places in a module."""
+"""Networks without weights, and the places of tensors in a module by their names in the files."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Every model with random weights, and its folder."""
+    """Yield every model with random weights, and its folder."""
     root = tmp_path_factory.mktemp("models")
     found = {}
     for name, (build, batch) in MODELS.items():
@@ -98,7 +98,7 @@ def output_of(model, inputs):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_tensor_is_bound_to_the_place_that_transformers_loads_it_to(saved, name):
-    """Oracle: the values that `from_pretrained` leaves at each place of the module."""
+    """Oracle: the values of `from_pretrained` at each place of the module."""
     model, folder, _ = saved[name]
     checkpoint = HuggingFace(str(folder)).open()
     loaded = type(model).from_pretrained(folder)
@@ -145,7 +145,7 @@ def test_tied_weights_are_known_and_kept_tied(saved):
 
 
 def test_file_that_holds_a_tied_tensor_twice(saved):
-    """Whatever order the names come in, it is merged under the name that transformers saves."""
+    """In any order of names, it is merged under the name that transformers saves."""
     _, folder, _ = saved["llama-tied"]
     names = [*HuggingFace(str(folder)).open().infos]
     for given in (["lm_head.weight", *names], [*names, "lm_head.weight"]):
@@ -391,7 +391,7 @@ class Keeps(nn.Module):
 
 @pytest.mark.parametrize("kept", [lambda y: y, lambda y: {"all": [y]}], ids=["tensor", "nested"])
 def test_an_activation_that_a_network_kept_is_to_be_dropped(kept):
-    """Utilities of torch that the network does not use are not named; without it, it merges."""
+    """The message does not name unused utilities of torch; without the tensor, it merges."""
     models = [Keeps(kept) for _ in range(2)]
     for model in models:
         model(torch.ones(3, 4))

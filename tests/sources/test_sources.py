@@ -1,4 +1,4 @@
-"""Opening checkpoints: what is read, what is refused, and what a fingerprint sees."""
+"""Opening checkpoints: reading, rejected files, and fingerprints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GIB = 1 << 30
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """One tiny Llama, saved whole and in shards."""
+    """One tiny Llama, saved in one file and in shards."""
     torch.manual_seed(0)
     model = ARCHITECTURES["llama"][0]()
     root = tmp_path_factory.mktemp("checkpoints")
@@ -44,13 +44,13 @@ def copied(folder: Path, target: Path) -> Path:
 
 
 def private_bytes() -> int:
-    """Memory of this process that is no page of a file, from the kernel."""
+    """Return the memory of this process without mapped files, from the kernel."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 
 def sparse_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
-    """A valid safetensors file of zeros that takes no disk space."""
+    """Write a valid safetensors file of zeros that uses no disk space."""
     header, end = {}, 0
     for name, shape in shapes.items():
         size = 2 * torch.Size(shape).numel()
@@ -180,7 +180,7 @@ def test_folder_of_sharded_torch_files(folders, tmp_path):
 
 
 class Bomb:
-    """Unpickling it creates a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target

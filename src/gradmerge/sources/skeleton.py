@@ -75,24 +75,7 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
             f"{folder}: transformers cannot read its config: {error}. If the model ships its own "
             "code and you trust it, set trust_remote_code: true."
         ) from error
-    names = getattr(config, "architectures", None) or []
-    if not names:
-        raise SourceError(
-            f"{folder}/config.json: expected `architectures` to name the model class."
-        )
-    model_class = getattr(transformers, names[0], None)
-    auto_map = getattr(config, "auto_map", None) or {}
-    if model_class is None and trust_remote_code:
-        for auto_name in auto_map:
-            if auto_name.startswith("AutoModel") and auto_map[auto_name].endswith(names[0]):
-                model_class = getattr(transformers, auto_name)
-    if model_class is None:
-        raise SourceError(
-            f"{folder}/config.json: architecture {names[0]} is not in transformers "
-            f"{transformers.__version__}."
-            f"{nearest(names[0], [n for n in dir(transformers) if 'For' in n or 'Model' in n])} "
-            "Update transformers, or set trust_remote_code: true for a model with its own code."
-        )
+    model_class = _model_class(config, folder, trust_remote_code)
     with _parameters_on_meta():
         if hasattr(model_class, "_from_config"):
             # float32 whatever the config says, which would round constants in buffers (Gemma's
@@ -102,6 +85,28 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
             module = model_class.from_config(config, trust_remote_code=trust_remote_code)
     module.tie_weights()  # type: ignore[operator]
     return module.eval()
+
+
+def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    if not names:
+        raise SourceError(
+            f"{folder}/config.json: expected `architectures` to name the model class."
+        )
+    if hasattr(transformers, names[0]):
+        return getattr(transformers, names[0])
+    auto_map = getattr(config, "auto_map", None) or {}
+    for auto_name, place in auto_map.items() if trust_remote_code else ():
+        if auto_name.startswith("AutoModel") and place.endswith(names[0]):
+            return getattr(transformers, auto_name)
+    known = [name for name in dir(transformers) if "For" in name or "Model" in name]
+    raise SourceError(
+        f"{folder}/config.json: architecture {names[0]} is not in transformers "
+        f"{transformers.__version__}.{nearest(names[0], known)} Update transformers, or set "
+        "trust_remote_code: true for a model with its own code."
+    )
 
 
 def _old_style(module: nn.Module, name: str) -> str | None:

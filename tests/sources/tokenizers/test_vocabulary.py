@@ -1,4 +1,4 @@
-"""Rows of sources whose tokenizers differ: each token's own, or by the stated rule."""
+"""Rows of sources with different tokenizers: each token's own, or by rule."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROWS = {"base": 5, "a": 5, "b": 4}  # a padding row in the base; `beyond` has no
 
 
 def small_family(root: Path, tokens: dict[str, list[str]] = TOKENS) -> dict[str, str]:
-    """Llamas whose embedding holds, in row i, the number 10 * source + i."""
+    """Save Llamas whose embedding has, in row i, the number 10 * source + i."""
     paths = {}
     for i, (name, own) in enumerate(tokens.items()):
         model = llama(ROWS.get(name, len(own)), bos_token_id=None, eos_token_id=None)
@@ -57,7 +57,7 @@ def opened(paths: dict[str, str], vocabulary: Vocabulary, **options: Any) -> Pla
 
 
 def rows_read(plan: Plan, source: str, name: str = EMBEDDING) -> dict[str, float]:
-    """The number that a source's view has in the row of each token."""
+    """Return the number in the row of each token of a source's view."""
     assert plan.folder is not None
     tensor = plan.read(source, name)
     return {token: float(tensor[i, 0]) for token, i in vocabulary_of(plan.folder).items()}
@@ -263,11 +263,11 @@ def test_a_merge_that_is_one_source_computes_what_it_computes(
     if models["a"].config.is_encoder_decoder:
         inputs = [{**given, "decoder_input_ids": given["input_ids"]} for given in inputs]
     with torch.no_grad():
-        expected, came = models["a"](**inputs[0]).logits, merged(**inputs[1]).logits
-    assert came.shape[-1] == 24
+        expected, got = models["a"](**inputs[0]).logits, merged(**inputs[1]).logits
+    assert got.shape[-1] == 24
     assert len(target) == 18
     places = [target[token] for token in own["a"]]
-    torch.testing.assert_close(came[..., places], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got[..., places], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
@@ -297,9 +297,9 @@ def test_a_step_through_the_views_has_the_gradient_of_the_network(
         weights = network.get_parameter(name).grad
         base = plan.read("base", name).double()
         expected = [float((weights * (plan.read(k, name).double() - base)).sum()) for k in "ab"]
-        came = plan.layout.slots[name].read(gradient).flatten().tolist()
+        got = plan.layout.slots[name].read(gradient).flatten().tolist()
         assert min(abs(value) for value in expected) > 1e-4
-        assert came == pytest.approx(expected, rel=1e-6)
+        assert got == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_teacher_runs_on_the_merges_tokens(tmp_path: Path) -> None:
@@ -310,13 +310,13 @@ def test_a_teacher_runs_on_the_merges_tokens(tmp_path: Path) -> None:
     text = ["<shared>", "wide", "merging together"]
     text = [token for token in text if token in own]
     with merged.as_source("a"), torch.no_grad():
-        came = merged(input_ids=torch.tensor([[target[t] for t in text]])).logits
+        got = merged(input_ids=torch.tensor([[target[t] for t in text]])).logits
     model = transformers.AutoModelForCausalLM.from_pretrained(paths["a"])
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([[own[t] for t in text]])).logits
     places = [target[token] for token in own]
     ids = list(own.values())
-    torch.testing.assert_close(came[..., places], expected[..., ids], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got[..., places], expected[..., ids], rtol=1e-5, atol=1e-6)
 
 
 # ---- sources of other kinds ---------------------------------------------------------------------

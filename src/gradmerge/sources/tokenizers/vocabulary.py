@@ -359,13 +359,7 @@ def vocabulary_axes(
             f"tokenizer: {type(small).__name__} ({checkpoint.label}) has no vocabulary: its config "
             "has no vocab_size. Leave the option out."
         )
-    with tempfile.TemporaryDirectory() as text:
-        other = Path(text)
-        for code in folder.glob("*.py"):
-            shutil.copyfile(code, other / code.name)
-        larger = with_size(config, 2 * size + 1)
-        (other / "config.json").write_text(json.dumps(larger))
-        large = build_skeleton(other, trust_remote_code).state_dict(keep_vars=True)
+    large = _with_vocabulary(2 * size + 1, folder, config, trust_remote_code)
     axes = {}
     for place, tensor in small.state_dict(keep_vars=True).items():
         shape, other_shape = tensor.shape, large[place].shape
@@ -388,3 +382,15 @@ def vocabulary_axes(
     places = {**{n: p[0] for n, p in binding.parameters.items()}, **binding.buffers}
     places.update({alias: places[kept] for alias, kept in binding.ties.items()})
     return {name: axes[place] for name, place in places.items() if place in axes}
+
+
+def _with_vocabulary(
+    size: int, folder: Path, config: Mapping[str, Any], trust_remote_code: bool
+) -> dict[str, Any]:
+    """Return the tensors, without values, of a network with a vocabulary of another size."""
+    with tempfile.TemporaryDirectory() as text:
+        other = Path(text)
+        for code in folder.glob("*.py"):
+            shutil.copyfile(code, other / code.name)
+        (other / "config.json").write_text(json.dumps(with_size(config, size)))
+        return build_skeleton(other, trust_remote_code).state_dict(keep_vars=True)
