@@ -12,8 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from architectures import ARCHITECTURES
+from gradmerge import Recipe
+from gradmerge.engine.opening import open_plan
 from gradmerge.errors import ConfigError, SourceError
 from gradmerge.sources import (
+    AbstractSource,
+    Checkpoint,
     HuggingFace,
     InMemory,
     Lora,
@@ -21,6 +25,7 @@ from gradmerge.sources import (
     TorchFile,
     as_source,
 )
+from gradmerge.sources.base import infos_of
 
 GIB = 1 << 30
 
@@ -374,3 +379,26 @@ def test_fingerprint_sees_every_change():
         InMemory({"w": square}).open().fingerprint()
         != InMemory({"w": square.T}).open().fingerprint()
     )
+
+
+def test_a_checkpoint_of_one_s_own_may_define_properties_alone(tmp_path):
+    class Ones(Checkpoint):
+        label = "ones"
+        infos = property(lambda self: self.headers)
+
+        def __init__(self):
+            self.headers = infos_of({"w": torch.ones(2, 3)}, "ones")
+
+        def read(self, name):
+            return torch.ones(self.infos[name].shape)
+
+    class Source(AbstractSource):
+        def open(self):
+            return Ones()
+
+    opened = Source().open()
+    assert (opened.folder, opened.tokenizer_folder, opened.config) == (None, None, None)
+    twin = InMemory({"w": torch.ones(2, 3)}).open()
+    assert opened.fingerprint() == twin.fingerprint()
+    plan = open_plan(Recipe({"a": Source(), "b": {"w": torch.zeros(2, 3)}}, origin="zero"))
+    assert torch.equal(plan.read("a", "w"), torch.ones(2, 3))

@@ -63,12 +63,17 @@ class TensorInfo:
 class Checkpoint(Shared, ABC):
     """An opened source: headers in memory, tensors read (mapped) one at a time, by name.
 
+    Subclasses define `read`, and call this constructor or override the properties.
+
     Args:
         label: path, hub id or description that messages show.
         infos: header of every tensor by name.
         folder: Hugging Face folder with config and tokenizer, if there is one.
         config: `config.json` as plain data, if there is one.
     """
+
+    _folder: Path | None = None
+    _config: Mapping[str, Any] | None = None
 
     def __init__(
         self,
