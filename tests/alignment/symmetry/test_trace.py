@@ -406,7 +406,9 @@ class Partly(nn.Module):
 
 
 def test_what_the_run_does_not_reach_is_fixed() -> None:
-    with pytest.raises(ConfigError, match=r"did not reach idle\.weight, idle\.bias.*`unreached`"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)did not reach idle\.weight, idle\.bias.*`unreached`"
+    ):
         spec_of(Partly())
     spec = spec_of(Partly(), unreached=["^idle"])
     assert sizes(spec) == [5]
@@ -439,10 +441,10 @@ class BySize(nn.Module):
     ],
 )
 def test_a_course_that_depends_on_the_size_is_refused(
-    turns: Callable[[Tensor], bool], came: str
+    turns: Callable[[Tensor], bool], got: str
 ) -> None:
     """Units are free on the example alone: batches of 1 and 3, lengths of 3 and 13 turn them."""
-    match = rf"changes what BySize computes .* with {came}\).*by themselves: first\."
+    match = rf"changes what BySize computes .* with {got}\).*by themselves: first\."
     with pytest.raises(ConfigError, match=match):
         spec_of(BySize(turns), {"x": [2, 6, 5]})
     assert spec_of(BySize(lambda x: False), {"x": [2, 6, 5]}).groups["first"].size == 8
@@ -632,7 +634,9 @@ class Routed(nn.Module):
 
 
 def test_paths_that_depend_on_weights_must_be_reached() -> None:
-    with pytest.raises(ConfigError, match=r"did not reach experts.*values that depend on weights"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)did not reach experts.*values that depend on weights"
+    ):
         spec_of(Routed())
 
 
