@@ -18,13 +18,7 @@ from gradmerge import MergedModel, Recipe
 from gradmerge.alignment import Identity, WeightMatching
 from gradmerge.alignment.align import align_sources, compared
 from gradmerge.alignment.base import AlignmentContext
-from gradmerge.alignment.symmetry.spec import (
-    LinearMap,
-    Maps,
-    PermutationSpec,
-    compose_all,
-    same_maps,
-)
+from gradmerge.alignment.symmetry.spec import LinearMap, Maps, PermutationSpec, same_maps
 from gradmerge.alignment.views import AlignedView, original_of
 from gradmerge.coefficients import Complement, Constant, Element, Sigmoid, Uniform
 from gradmerge.engine.opening import open_plan
@@ -33,7 +27,7 @@ from gradmerge.export.folder import export_plan
 from gradmerge.sources import Checkpoint, InMemory, Vocabulary
 from gradmerge.sources.in_memory import persistent_tensors
 from gradmerge.sources.skeleton import strip_weights
-from permutations import ResNet, Vgg, llama, permuted, shaken, spec_of, vit
+from permutations import ResNet, Vgg, compose_all, llama, permuted, shaken, spec_of, vit
 
 
 def opened(**modules: nn.Module) -> dict[str, Checkpoint]:

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradmerge.alignment.align import traced_spec
-from gradmerge.alignment.symmetry.spec import PermutationSpec
+from gradmerge.alignment.symmetry.spec import (
+    Axis,
+    Factor,
+    LinearMap,
+    Map,
+    Maps,
+    PermutationSpec,
+    Role,
+    Segment,
+    as_linear,
+)
 from gradmerge.sources.in_memory import persistent_tensors
 from gradmerge.sources.skeleton import strip_weights
 from networks import seeded
@@ -45,6 +55,36 @@ def permuted(module: nn.Module, spec: PermutationSpec, seed: int = 1) -> nn.Modu
         for name, tensor in persistent_tensors(other).items():
             tensor.copy_(spec.apply(maps, name, tensor.clone()))
     return other
+
+
+def plain_axis(sizes: Sequence[int], groups: Sequence[str | None], role: Role = "out") -> Axis:
+    """An axis of one stretch."""
+    factors = tuple(Factor(size, group) for size, group in zip(sizes, groups, strict=True))
+    return Axis((Segment(factors),), role)
+
+
+def invert(change: Map) -> Map:
+    """The map that undoes another."""
+    if isinstance(change, LinearMap):
+        return LinearMap(change.inverse, change.matrix)
+    return torch.argsort(change)
+
+
+def invert_all(maps: Maps) -> dict[str, Map]:
+    return {name: invert(change) for name, change in maps.items()}
+
+
+def compose(first: Map, then: Map) -> Map:
+    """One map for `first`, and `then` on its result: `T = T_then T_first`."""
+    if isinstance(first, LinearMap) or isinstance(then, LinearMap):
+        one, two = as_linear(first), as_linear(then)
+        return LinearMap(two.matrix @ one.matrix, one.inverse @ two.inverse)
+    return first[then]
+
+
+def compose_all(first: Maps, then: Maps) -> dict[str, Map]:
+    both = {name: compose(first[name], then[name]) for name in first if name in then}
+    return {**then, **first, **both}
 
 
 class Vgg(nn.Module):

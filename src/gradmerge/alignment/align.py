@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,7 +15,6 @@ from gradmerge.alignment.base import AbstractAlignment, Activations, AlignmentCo
 from gradmerge.alignment.symmetry.derive import module_names, to_spec
 from gradmerge.alignment.symmetry.example import candidates
 from gradmerge.alignment.symmetry.handwritten import read_spec
-from gradmerge.alignment.symmetry.places import steady
 from gradmerge.alignment.symmetry.spec import LinearMap, Maps, PermutationSpec, share_moved
 from gradmerge.alignment.symmetry.trace import trace
 from gradmerge.alignment.symmetry.verify import verify
@@ -162,11 +161,7 @@ def _verified(
     binding = bind_or_refuse(skeleton, names, label)
     for file_name, module_name in module_names(skeleton, binding).items():
         files.setdefault(module_name, file_name)
-
-    def checked(inputs: Mapping[str, Any]) -> PermutationSpec:
-        found = replace(spec, checked=verify(spec, skeleton, files, inputs))
-        return steady(found, skeleton, inputs, written)
-
+    checked = partial(verify, spec, skeleton, files, written=written)
     return _first_that_runs(skeleton, example, checked)
 
 

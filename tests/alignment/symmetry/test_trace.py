@@ -14,22 +14,13 @@ from torch.nn import functional
 
 from gradmerge.alignment import WeightMatching
 from gradmerge.alignment.symmetry.example import at_other_sizes
-from gradmerge.alignment.symmetry.spec import Group, PermutationSpec, Place, plain_axis
+from gradmerge.alignment.symmetry.spec import Group, PermutationSpec, Place
 from gradmerge.alignment.symmetry.trace import tensors_of
 from gradmerge.alignment.symmetry.verify import Float64, verify
 from gradmerge.errors import ConfigError
 from gradmerge.sources.in_memory import persistent_tensors
 from networks import seeded
-from permutations import (
-    THREE_HEADS,
-    ResNet,
-    Vgg,
-    llama,
-    permuted,
-    shaken,
-    spec_of,
-    vit,
-)
+from permutations import THREE_HEADS, ResNet, Vgg, llama, permuted, plain_axis, shaken, spec_of, vit
 
 
 def outputs(module: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:

@@ -19,7 +19,7 @@ approximately (as CCA and optimal transport do).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -279,13 +279,6 @@ def _is(skip: Use | None, segment: int, position: int) -> bool:
     return skip is not None and (skip.segment, skip.position) == (segment, position)
 
 
-def invert(change: Map) -> Map:
-    """The map that undoes another."""
-    if isinstance(change, LinearMap):
-        return LinearMap(change.inverse, change.matrix)
-    return torch.argsort(change)
-
-
 def as_linear(change: Map, dtype: torch.dtype = torch.float64) -> LinearMap:
     """A map as a pair of matrices; a permutation gives `T[i, perm[i]] = 1` and its transpose."""
     if isinstance(change, LinearMap):
@@ -294,37 +287,12 @@ def as_linear(change: Map, dtype: torch.dtype = torch.float64) -> LinearMap:
     return LinearMap(matrix, matrix.T)
 
 
-def compose(first: Map, then: Map) -> Map:
-    """One map for `first`, and `then` on what it gave: `T = T_then T_first`."""
-    if isinstance(first, LinearMap) or isinstance(then, LinearMap):
-        one, two = as_linear(first), as_linear(then)
-        return LinearMap(two.matrix @ one.matrix, one.inverse @ two.inverse)
-    return first[then]
-
-
-def invert_all(maps: Maps) -> dict[str, Map]:
-    """`invert` of every group's map."""
-    return {name: invert(change) for name, change in maps.items()}
-
-
-def compose_all(first: Maps, then: Maps) -> dict[str, Map]:
-    """`compose` of every group's maps."""
-    both = {**then, **first}
-    return {
-        name: compose(first[name], then[name]) if name in first and name in then else change
-        for name, change in both.items()
-    }
-
-
 def same_maps(first: Maps, second: Maps, tolerance: float = 1e-9) -> bool:
     """Whether two sets of maps are the same; a group that is not named is not moved."""
-    for name in {**first, **second}:
-        one, two = first.get(name), second.get(name)
-        if one is None or two is None:
-            known = two if one is None else one
-            if known is not None and share_moved(known) > 0:
-                return False
-        elif isinstance(one, LinearMap) or isinstance(two, LinearMap):
+    for name, known in {**first, **second}.items():
+        stays = torch.arange(len(known.matrix if isinstance(known, LinearMap) else known))
+        one, two = first.get(name, stays), second.get(name, stays)
+        if isinstance(one, LinearMap) or isinstance(two, LinearMap):
             gap = (as_linear(one).matrix - as_linear(two).matrix).abs().max()
             if float(gap) > tolerance:
                 return False
@@ -340,9 +308,3 @@ def share_moved(change: Map) -> float:
         return float((change.matrix - eye).abs().amax(dim=1).gt(1e-6).double().mean())
     stays = change == torch.arange(len(change), device=change.device)
     return float((~stays).double().mean())
-
-
-def plain_axis(sizes: Sequence[int], groups: Sequence[str | None], role: Role = "out") -> Axis:
-    """An axis of one stretch."""
-    factors = tuple(Factor(size, group) for size, group in zip(sizes, groups, strict=True))
-    return Axis((Segment(factors),), role)
