@@ -22,7 +22,7 @@ from gradmerge.sources import Checkpoint, TensorInfo
 class AlignedView(Checkpoint):
     """A checkpoint whose tensors (buffers and heads, too) are mapped by a specification.
 
-    Names, shapes and dtypes stay. A fingerprint is that of the checkpoint as it lies on disk.
+    Names, shapes and dtypes stay. The fingerprint is that of the checkpoint on disk.
 
     Args:
         inner: the checkpoint.
@@ -61,8 +61,8 @@ class AlignedView(Checkpoint):
     def config(self) -> Mapping[str, Any] | None:
         return self.inner.config
 
+    @override
     def read(self, name: str) -> Tensor:
-        """See `Checkpoint.read`; a tensor that changes is formed unless it was kept."""
         if name in self._kept:
             return self._kept[name]
         if not self._changes(name):
@@ -98,8 +98,9 @@ class AlignedView(Checkpoint):
 
 
 def original_of(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint as it lies on disk, where its view mixes units and so computes something else; a
-    view that only permutes them computes the same, and is given back.
+    """Return the checkpoint on disk if its view mixes units, and so computes another function.
+
+    A view that only permutes units computes the same, and is returned itself.
     """
     if isinstance(checkpoint, AlignedView):
         mixes = any(isinstance(change, LinearMap) for change in checkpoint.maps.values())
