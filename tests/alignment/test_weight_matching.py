@@ -352,7 +352,7 @@ def test_a_base_is_refused_because_its_units_stay() -> None:
 def test_a_network_is_needed_unless_the_specification_is_written() -> None:
     one, two = mlp(1), mlp(2)
     states = [InMemory(dict(net.state_dict())) for net in (one, two)]
-    with pytest.raises(ConfigError, match=r"WeightMatching traces the network .*hand-written"):
+    with pytest.raises(ConfigError, match=r"(?s)WeightMatching traces the network .*hand-written"):
         open_plan(Recipe({"a": states[0], "b": states[1]}, alignment=WeightMatching()))
     written = {
         "tensors": {

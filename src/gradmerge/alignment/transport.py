@@ -32,12 +32,12 @@ class OptimalTransport(MixingOnData):
     new unit is a mean of the source's. Those that read them become `W Q^T`, the paper's
     `W P diag(1/b)`: a mean with the same weights. `Q^T` is the inverse of Q only where Q is a
     permutation (r = 0: exact transport between as many units is one), and only then does the source
-    compute what it computed. Of BatchNorm, shifts and running means are mapped by Q, gains are
+    compute the same function. Of BatchNorm, shifts and running means are mapped by Q, gains are
     means weighted with Q's squared entries, and running variances are mapped by these: have the
-    statistics recomputed (`buffers: recompute`, the default), which also takes back what averaging
-    units costs in variance. Attention heads, units that are multiplied one by one with others
-    (gated MLPs) and those of a residual stream with LayerNorm or RMSNorm gains keep the permutation
-    of least cost; the report names them.
+    statistics recomputed (`buffers: recompute`, the default), which also restores the variance that
+    averaging units costs. Attention heads, units that are multiplied one by one with others (gated
+    MLPs) and those of a residual stream with LayerNorm or RMSNorm gains keep the permutation of
+    least cost; the report names them.
 
     With `ground: weights` no data is needed: units are compared by all that is written into them
     (rows of weights, biases, gains), group after group in the order of the network, each under the

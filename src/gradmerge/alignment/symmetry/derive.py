@@ -42,7 +42,7 @@ def to_spec(traced: Traced, skeleton: nn.Module, binding: Binding) -> Permutatio
     }
     tensors: dict[str, tuple[Axis, ...]] = {}
     fixed: dict[str, str] = {}
-    for file_name, module_name in module_names(skeleton, binding).items():
+    for file_name, module_name in _module_names(skeleton, binding).items():
         label = traced.labels.get(module_name, [])
         axes = tuple(
             Axis(_segments(dim, names), _role(module_name, axis, label, traced))
@@ -56,8 +56,14 @@ def to_spec(traced: Traced, skeleton: nn.Module, binding: Binding) -> Permutatio
     return PermutationSpec(groups, tensors, fixed)
 
 
-def module_names(skeleton: nn.Module, binding: Binding) -> dict[str, str]:
-    """Name in the files -> the first name in the module, of parameters and buffers."""
+def file_names(skeleton: nn.Module, binding: Binding) -> dict[str, str]:
+    """The first name in the module -> a name in the files, of parameters and buffers."""
+    names = _module_names(skeleton, binding)
+    return {module_name: file_name for file_name, module_name in reversed(names.items())}
+
+
+def _module_names(skeleton: nn.Module, binding: Binding) -> dict[str, str]:
+    """Name in the files -> the first name in the module."""
     first = {id(parameter): name for name, parameter in skeleton.named_parameters()}
     every = dict(skeleton.named_parameters(remove_duplicate=False))
     found = {name: first[id(every[places[0]])] for name, places in binding.parameters.items()}
@@ -137,7 +143,7 @@ def _places(traced: Traced, names: Mapping[Unit, str]) -> dict[str, list[Place]]
 
 
 def _stretches(dim: Dim) -> Iterator[tuple[int, tuple[Unit, ...]]]:
-    """Where each product of a dimension begins, and its units."""
+    """The start of each product of a dimension, and its units."""
     start = 0
     for product in dim.resolve():
         yield start, product

@@ -101,7 +101,8 @@ def _num_tokens(skeleton: nn.Module) -> int:
 
 def _from_config(skeleton: nn.Module, generator: torch.Generator) -> dict[str, Any]:
     """For a network of transformers: tokens, a picture, or both."""
-    known, config = _arguments(skeleton), skeleton.config
+    known = _arguments(skeleton)
+    config: Any = skeleton.config
     found: dict[str, Any] = {}
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = getattr(text, "vocab_size", None)

@@ -54,7 +54,7 @@ class Call:
     contract: Callable[[Dim], None]
     """Note that a product sums over a dimension: its parameter reads these units."""
     leave: Callable[[Dim, Sequence[Dim]], None]
-    """Note what a slice takes and what it leaves: another input may take more."""
+    """Note the parts that a slice takes and leaves: another input may take more."""
     reason: str
     """Operator and module, for units that it pins."""
 
@@ -332,7 +332,7 @@ def repeat(call: Call) -> Labels:
     return found
 
 
-# ---- parts and what is put together -------------------------------------------------------------
+# ---- parts, and their concatenation -------------------------------------------------------------
 
 
 @rule("select unbind")
@@ -472,7 +472,7 @@ def index(call: Call) -> Labels:
 @rule("masked_select masked_scatter slice_scatter select_scatter searchsorted bucketize bincount")
 @rule("diagonal unfold")
 def opaque(call: Call) -> Labels:
-    """Everything that goes in keeps its order, and so does what comes out."""
+    """Arguments and results all keep their order."""
     for tensor in call.tensors:
         call.pin(*call.label(tensor))
     found = [fixed_label(leaf, call.reason) for leaf in tensors_in(call.out)]

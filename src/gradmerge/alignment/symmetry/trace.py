@@ -1,10 +1,10 @@
-"""The permutation groups of a network, derived by running it once.
+"""The permutation groups of a network, derived from one run.
 
 Every parameter's axes start as unknown units (`units.py`). The network runs on a tiny input, and
 each ATen operator that it calls says which units must be the same, consist of smaller ones, or keep
-their order (`rules.py`). What is left is the specification. Weights are stand-ins that hold one
-number each, so that no memory of the model's size is needed. (A graph from `torch.export` or
-`make_fx` would not do: neither passes a choice that depends on values, as of experts.)
+their order (`rules.py`). The freedom that is left is the specification. Weights are stand-ins that
+hold one number each, so no memory of the model's size is needed. (A graph from `torch.export` or
+`make_fx` would not do: neither gets past a choice that depends on values, such as experts.)
 
 The trace also tells which units are multiplied one by one with others: those may only change
 places. `y = a b`, entry by entry, follows any permutation of the units of a and b, but no map that
@@ -72,7 +72,7 @@ class Traced:
     labels: dict[str, Label] = field(default_factory=dict)
     """Axes of every parameter and persistent buffer, by its first name in the module."""
     reached: set[str] = field(default_factory=set)
-    """Those that the run used."""
+    """Names of the tensors that the run used."""
     reads: set[tuple[str, int]] = field(default_factory=set)
     """Parameters' axes that products sum over."""
     seen: list[tuple[str, int, Label]] = field(default_factory=list)
@@ -165,7 +165,7 @@ def stand_in(skeleton: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[i
 
 
 def run(module: nn.Module, example: Mapping[str, Any], mode: AbstractContextManager[object]) -> Any:
-    """The network's output on an example, within a mode."""
+    """Return the network's output on an example, within a mode."""
     inputs = {
         key: value.clone() if isinstance(value, Tensor) else value for key, value in example.items()
     }
@@ -174,7 +174,7 @@ def run(module: nn.Module, example: Mapping[str, Any], mode: AbstractContextMana
 
 
 def tensors_of(out: Any) -> list[Tensor]:
-    """The tensors of a network's output: a tensor, or those in a sequence, mapping or dataclass.
+    """Return the tensors of an output: a tensor, or a sequence, mapping or dataclass of tensors.
 
     A mapping with logits is taken without the hidden states, attentions and caches that
     transformers returns beside them, whose units would be fixed.
@@ -212,7 +212,7 @@ def _leaves(out: Any) -> list[Tensor]:
 
 @contextmanager
 def _slow_paths() -> Iterator[None]:
-    """Without fused transformer, attention and recurrent layers, each of them one operator."""
+    """Disable fused transformer, attention and recurrent layers, each of them one operator."""
     before = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     torch._C._set_mkldnn_enabled(False)
@@ -257,7 +257,7 @@ class _Tracing(TorchDispatchMode):
 
     @contextmanager
     def follow(self, module: nn.Module) -> Iterator[None]:
-        """Keep track of which submodule is running, and of what it gives."""
+        """Keep track of the submodule that is running, and of its output."""
         hooks = []
         for path, owner in module.named_modules():
             hooks.append(owner.register_forward_pre_hook(lambda *_, p=path: self._path.append(p)))
@@ -275,7 +275,7 @@ class _Tracing(TorchDispatchMode):
         first = output[0] if isinstance(output, (tuple, list)) and output else output
         if not isinstance(first, Tensor):
             return
-        state = id(first), first._version  # what an identity gives back shows nothing new
+        state = id(first), first._version  # the output of an identity shows nothing new
         value = self._values.get(id(first))
         if state not in self._seen and value is not None and isinstance(value.label, list):
             self.traced.seen.append((path, call, value.label))
@@ -287,7 +287,7 @@ class _Tracing(TorchDispatchMode):
         return (self._path[-1] if self._path else "") or "the network itself"
 
     def _value(self, tensor: Tensor) -> _Value:
-        """What is known of a tensor; what the network did not make is a constant."""
+        """Look a tensor up; one that the network did not make is a constant."""
         if id(tensor) not in self._values:
             label = fixed_label(tensor, "it is a constant or an input")
             self._values[id(tensor)] = _Value(tensor, label)
@@ -408,7 +408,7 @@ class _Tracing(TorchDispatchMode):
         elif call.name == "convolution" and call["groups"] > 1 and written:
             found.append(call.label(call["input"])[-len(call["stride"]) - 1])
         elif call.name in ("prod", "cumprod") and written:
-            # of what was stacked, or of the units themselves
+            # of stacked activations, or of the units themselves
             found += [dim for dim in call.dims if dim.size != 1]
         elif call.name in ("mul", "div", "addcmul", "addcdiv"):
             for one, two in combinations(written, 2):
