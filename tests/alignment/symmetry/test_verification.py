@@ -80,6 +80,21 @@ def test_a_network_that_refuses_other_sizes_is_checked_on_those_it_takes(fixed: 
             spec_of(turned, {"x": [2, 6, 5]})
 
 
+def test_a_network_that_keeps_the_smallest_size_it_saw_is_checked_on_one_size_at_a_time() -> None:
+    class Windowed(BySize):
+        window = 99
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.window = min(self.window, x.shape[1])
+            if x.shape[1] % self.window:
+                raise ValueError("no whole number of windows")
+            return super().forward(x)
+
+    spec = spec_of(Windowed(lambda x: False), {"x": [2, 7, 5]})
+    assert spec.groups["first"].size == 8
+    assert spec.checked is not None
+
+
 class Folded(nn.Module):
     """Heads share an axis with examples, which vary slowest (or fastest)."""
 

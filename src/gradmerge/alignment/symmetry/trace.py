@@ -338,7 +338,7 @@ class _Tracing(TorchDispatchMode):
         if made:
             labels = self._labels(rule, call, made, mutates)
             self._note_products(call)
-            self._keep(call, labels, made, mutates)
+            self._keep(call, labels, made, mutates and (rule is None or name in _RESHAPING))
         return out
 
     def _call(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Call:
@@ -375,8 +375,9 @@ class _Tracing(TorchDispatchMode):
         ]
 
     def _keep(
-        self, call: Call, labels: Sequence[Any], made: Sequence[Tensor], mutates: bool
+        self, call: Call, labels: Sequence[Any], made: Sequence[Tensor], reshapes: bool
     ) -> None:
+        """Note the labels of results, and the products that wrote them."""
         given = [self._value(tensor) for tensor in call.tensors]
         writers = frozenset[int]().union(*(value.writers for value in given))
         weight = bool(given) and all(value.weight for value in given)
@@ -384,9 +385,8 @@ class _Tracing(TorchDispatchMode):
             new = call.name in _WRITES or (writers and call.name in _PARTS)
             own = frozenset({next(self._products)}) if new and not weight else writers
             known = self._values.get(id(leaf))
-            # an argument that is given back, or written to, keeps its dimensions
-            keeps = known is not None and not (mutates and call.name in _RESHAPING)
-            label = known.label if known is not None and keeps else label
+            if known is not None and not reshapes:  # an argument, given back or written to
+                label = known.label
             self._values[id(leaf)] = _Value(leaf, label, frozenset() if weight else own, weight)
 
     def _note_branch(

@@ -94,28 +94,29 @@ def verify(
     """
     check = _Check(spec, skeleton, files)
     own = check.run(example, {})
-    others = list(at_other_sizes(example, partial(check.run, maps={})))
-    change = None
-    if check.draws:
-        found = [check.change(inputs, ran.outputs) for inputs, ran in [(example, own), *others]]
-        if found[0] is None:
-            raise ConfigError(
-                "alignment: the example gives no finite output, so nothing can be checked. Give "
-                "another `example`."
-            )
-        change = max(value or 0.0 for value in found)
+    first = check.change(example, own.outputs)
+    if first is None and check.draws:
+        raise ConfigError(
+            "alignment: the example gives no finite output, so nothing can be checked. Give "
+            "another `example`."
+        )
+    changes, others = [first or 0.0], []
+    # one size after the other: a network may keep something of the size that it last saw
+    for inputs, ran in at_other_sizes(example, partial(check.run, maps={})):
+        changes.append(check.change(inputs, ran.outputs) or 0.0)
+        others.append(ran.shapes)
     if written:
         _require_units(spec, own.shapes)
 
     def stays(place: Place) -> bool:
         size = _size(place, own.shapes)
-        return all(_size(place, ran.shapes) in (None, size) for _, ran in others)
+        return all(_size(place, shapes) in (None, size) for shapes in others)
 
     groups = {
         name: replace(group, places=tuple(filter(stays, group.places)))
         for name, group in spec.groups.items()
     }
-    return replace(spec, groups=groups, checked=change)
+    return replace(spec, groups=groups, checked=max(changes) if check.draws else None)
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class _Check:
         self.shapes[name, call] = tuple(first.shape) if isinstance(first, Tensor) else ()
 
     def change(self, example: Mapping[str, Any], before: Sequence[Tensor]) -> float | None:
-        """Largest relative change of an output; None where no number can be compared.
+        """Largest relative change of an output; None where there is nothing to compare.
 
         Raises:
             ConfigError: it is more than `TOLERANCE`.
@@ -158,7 +159,7 @@ class _Check:
             gaps = (_gap(one, two) for one, two in zip(before, after, strict=True))
             return max((gap for gap in gaps if gap is not None), default=None)
 
-        found = change(self.maps)
+        found = change(self.maps) if self.draws else None
         if found is None or found <= TOLERANCE:
             return found
         guilty = [
