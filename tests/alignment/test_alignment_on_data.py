@@ -22,9 +22,10 @@ from gradmerge.alignment import (
 )
 from gradmerge.alignment.mixing import kept_apart
 from gradmerge.alignment.moments import correlation, covariances, squared_distances, with_mean
-from gradmerge.alignment.symmetry.spec import Axis, Factor, Group, Segment, plain_axis
+from gradmerge.alignment.symmetry.spec import Axis, Factor, Group, Segment
 from gradmerge.alignment.transport import sinkhorn
 from gradmerge.errors import ConfigError
+from permutations import plain_axis
 
 SIZE = 7
 ORDER = torch.tensor([3, 0, 6, 1, 5, 2, 4])

@@ -14,12 +14,13 @@ from gradmerge import MergeDataModule, Recipe, TaskData
 from gradmerge.alignment import CCA, ActivationMatching, LinearMap, OptimalTransport
 from gradmerge.alignment.align import traced_spec
 from gradmerge.alignment.mixing import kept_apart
-from gradmerge.alignment.symmetry.spec import invert_all, same_maps
+from gradmerge.alignment.symmetry.spec import same_maps
 from gradmerge.coefficients import Model, Uniform
 from gradmerge.engine.opening import open_plan
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess import RegMean
 from gradmerge.training.collect import collect
+from permutations import invert_all
 from tiny import SPLITS
 
 

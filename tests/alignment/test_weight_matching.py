@@ -18,13 +18,7 @@ from gradmerge import MergedModel, Recipe
 from gradmerge.alignment import Identity, WeightMatching
 from gradmerge.alignment.align import align_sources, compared
 from gradmerge.alignment.base import AlignmentContext
-from gradmerge.alignment.symmetry.spec import (
-    LinearMap,
-    Maps,
-    PermutationSpec,
-    compose_all,
-    same_maps,
-)
+from gradmerge.alignment.symmetry.spec import LinearMap, Maps, PermutationSpec, same_maps
 from gradmerge.alignment.views import AlignedView, original_of
 from gradmerge.coefficients import Complement, Constant, Element, Sigmoid, Uniform
 from gradmerge.engine.opening import open_plan
@@ -33,7 +27,7 @@ from gradmerge.export.folder import export_plan
 from gradmerge.sources import Checkpoint, InMemory, Vocabulary
 from gradmerge.sources.in_memory import persistent_tensors
 from gradmerge.sources.skeleton import strip_weights
-from permutations import ResNet, Vgg, llama, permuted, shaken, spec_of, vit
+from permutations import ResNet, Vgg, compose_all, llama, permuted, shaken, spec_of, vit
 
 
 def opened(**modules: nn.Module) -> dict[str, Checkpoint]:
@@ -358,7 +352,7 @@ def test_a_base_is_refused_because_its_units_stay() -> None:
 def test_a_network_is_needed_unless_the_specification_is_written() -> None:
     one, two = mlp(1), mlp(2)
     states = [InMemory(dict(net.state_dict())) for net in (one, two)]
-    with pytest.raises(ConfigError, match=r"WeightMatching traces the network .*hand-written"):
+    with pytest.raises(ConfigError, match=r"(?s)WeightMatching traces the network .*hand-written"):
         open_plan(Recipe({"a": states[0], "b": states[1]}, alignment=WeightMatching()))
     written = {
         "tensors": {

@@ -12,7 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradmerge.alignment.align import traced_spec
-from gradmerge.alignment.symmetry.spec import PermutationSpec
+from gradmerge.alignment.symmetry.spec import (
+    Axis,
+    Factor,
+    LinearMap,
+    Map,
+    Maps,
+    PermutationSpec,
+    Role,
+    Segment,
+    as_linear,
+)
+from gradmerge.alignment.symmetry.trace import tensors_of
+from gradmerge.alignment.symmetry.verify import Float64
 from gradmerge.sources.in_memory import persistent_tensors
 from gradmerge.sources.skeleton import strip_weights
 from networks import seeded
@@ -45,6 +57,83 @@ def permuted(module: nn.Module, spec: PermutationSpec, seed: int = 1) -> nn.Modu
         for name, tensor in persistent_tensors(other).items():
             tensor.copy_(spec.apply(maps, name, tensor.clone()))
     return other
+
+
+def outputs(module: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return tensors_of(module(**inputs))
+
+
+def same_function(module: nn.Module, spec: PermutationSpec, inputs: dict[str, Tensor]) -> None:
+    """1e-5 in float32, 1e-10 in float64, relative to the largest output."""
+    other = permuted(module, spec)
+    moved = [
+        name
+        for name, tensor in persistent_tensors(module).items()
+        if not torch.equal(tensor, persistent_tensors(other)[name])
+    ]
+    assert moved, "nothing was permuted"
+    for one, two in zip(outputs(module, inputs), outputs(other, inputs), strict=True):
+        assert float((one - two).abs().max()) <= 1e-5 * float(one.abs().max())
+        assert float(one.std()) > 1e-4 * float(one.abs().max())
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    module, other = copy.deepcopy(module).double(), copy.deepcopy(other).double()
+    with Float64():  # Llama takes its norms in float32 whatever its weights
+        pairs = zip(outputs(module, wide), outputs(other, wide), strict=True)
+        for one, two in pairs:
+            assert one.dtype == torch.float64
+            assert float((one - two).abs().max()) <= 1e-10 * float(one.abs().max())
+
+
+def sizes(spec: PermutationSpec) -> list[int]:
+    return sorted(group.size for group in spec.groups.values())
+
+
+def group_at(spec: PermutationSpec, tensor: str, axis: int, segment: int = 0) -> list[str | None]:
+    return [f.group for f in spec.tensors[tensor][axis].segments[segment].factors]
+
+
+def plain_axis(sizes: Sequence[int], groups: Sequence[str | None], role: Role = "out") -> Axis:
+    """An axis of one stretch."""
+    factors = tuple(Factor(size, group) for size, group in zip(sizes, groups, strict=True))
+    return Axis((Segment(factors),), role)
+
+
+def invert(change: Map) -> Map:
+    """The map that undoes another."""
+    if isinstance(change, LinearMap):
+        return LinearMap(change.inverse, change.matrix)
+    return torch.argsort(change)
+
+
+def invert_all(maps: Maps) -> dict[str, Map]:
+    return {name: invert(change) for name, change in maps.items()}
+
+
+def compose(first: Map, then: Map) -> Map:
+    """One map for `first`, and `then` on its result: `T = T_then T_first`."""
+    if isinstance(first, LinearMap) or isinstance(then, LinearMap):
+        one, two = as_linear(first), as_linear(then)
+        return LinearMap(two.matrix @ one.matrix, one.inverse @ two.inverse)
+    return first[then]
+
+
+def compose_all(first: Maps, then: Maps) -> dict[str, Map]:
+    both = {name: compose(first[name], then[name]) for name in first if name in then}
+    return {**then, **first, **both}
+
+
+class Partly(nn.Module):
+    """A forward that leaves one layer out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 5)
+        self.head = nn.Linear(5, 2)
+        self.idle = nn.Linear(3, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).relu())
 
 
 class Vgg(nn.Module):

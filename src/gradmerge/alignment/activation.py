@@ -1,4 +1,4 @@
-"""Matching units by what they give on the same inputs."""
+"""Matching units by their activations on the same inputs."""
 
 from __future__ import annotations
 
@@ -12,59 +12,66 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.alignment.base import Activations, AlignmentContext, Matched, Matching, Needs, assign
+from gradmerge.alignment.base import (
+    AlignmentContext,
+    Matched,
+    Matching,
+    Needs,
+    assign,
+    require_one_of,
+)
 from gradmerge.alignment.moments import correlation, covariances, on_first
-from gradmerge.alignment.symmetry.spec import Group, Map, Maps, PermutationSpec
+from gradmerge.alignment.symmetry.spec import Group, Map, Maps
 from gradmerge.errors import ConfigError, shorten
 
 
 @dataclass(frozen=True)
 class MatchingOnData(Matching):
-    """A matching that looks at each group's moments alone; groups do not depend on each other."""
+    """A matching of one group after the other, by their moments on data."""
 
     @property
+    @override
     def needs(self) -> Needs | None:
-        """Moments of the sources' units on data."""
         return "activations"
 
     @abstractmethod
     def match_group(
         self,
-        activations: Activations,
-        spec: PermutationSpec,
+        context: AlignmentContext,
         group: Group,
         source: str,
         targets: Mapping[str, Maps],
+        maps: Maps,
     ) -> tuple[Map, float] | None:
-        """The map of one group, and what it gains; None where the group was never seen.
+        """Return the map of one group and its gain; None where the group was never seen.
 
         Args:
-            activations: moments of the sources' units.
-            spec: all groups.
+            context: the sources, their groups and their moments.
             group: whose units.
             source: whose units are moved.
             targets: the others, each with the maps that it is read under.
+            maps: of the source's groups before this one.
         """
 
     def match(
         self, context: AlignmentContext, source: str, targets: Mapping[str, Maps], start: Maps
     ) -> Matched:
-        """See `Matching.match`; the objective is the sum of the groups' gains.
+        """Match one group after the other; the objective is the sum of their gains.
 
         Raises:
             ConfigError: there are no statistics, or of no group at all.
         """
         kind = type(self).__name__
-        if context.activations is None:
+        if self.needs is not None and context.activations is None:
             raise ConfigError(
-                f"{kind} needs statistics of the sources' activations, and none are given. Give "
+                f"{kind} needs statistics of the sources' activations, and none are given.\nGive "
                 "`gradmerge merge` the tasks' data as well; or run `gradmerge collect` with the "
                 "same files, and name its output: statistics of the recipe."
             )
         maps: dict[str, Map] = {}
         gain, unseen = 0.0, []
         for name, group in context.spec.groups.items():
-            found = self.match_group(context.activations, context.spec, group, source, targets)
+            found = self.match_group(context, group, source, targets, maps)
             if found is None:
                 unseen.append(name)
                 continue
@@ -100,36 +107,33 @@ class ActivationMatching(MatchingOnData):
 
     over all permutations p, by linear assignment (arXiv 2209.04836, section 3.1; arXiv 2211.08403).
     With several targets C is the mean of theirs, each under its own permutation, so that the sum
-    over pairs of sources never falls from round to round. The permuted source computes what it
-    computed. Memory: a few matrices `[size, size]` of one group.
+    over pairs of sources never falls from round to round. The permuted source computes the same
+    function as before. Memory: a few matrices `[size, size]` of one group.
     """
 
     metric: Literal["correlation", "covariance"] = "correlation"
-    """What is summed: correlations, or covariances (units that vary much count more)."""
+    """Sum correlations, or covariances (units that vary much count more)."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a source."""
+        """Check the options."""
         super().__post_init__()
-        if self.metric not in ("correlation", "covariance"):
-            raise ConfigError(
-                "ActivationMatching.metric: expected correlation or covariance, got "
-                f"{self.metric!r}."
-            )
+        require_one_of(self, "metric", "correlation", "covariance")
 
     @override
     def match_group(
         self,
-        activations: Activations,
-        spec: PermutationSpec,
+        context: AlignmentContext,
         group: Group,
         source: str,
         targets: Mapping[str, Maps],
+        maps: Maps,
     ) -> tuple[Map, float] | None:
+        assert context.activations is not None
         total = torch.zeros(group.size, group.size, dtype=torch.float64)
-        for target, maps in targets.items():
-            moments = activations.moments(group.name, target, source)
+        for target, own in targets.items():
+            moments = context.activations.moments(group.name, target, source)
             if moments is None:
                 return None
             gain = correlation(moments) if self.metric == "correlation" else covariances(moments)[2]
-            total += on_first(maps.get(group.name), gain) / len(targets)
+            total += on_first(own.get(group.name), gain) / len(targets)
         return permute(total)

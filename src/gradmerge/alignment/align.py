@@ -1,22 +1,21 @@
-"""Opened sources, read with their units in one order."""
+"""Views of opened sources with their units in one order."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from gradmerge.alignment.base import AbstractAlignment, Activations, AlignmentContext
-from gradmerge.alignment.symmetry.derive import module_names, to_spec
+from gradmerge.alignment.symmetry.derive import file_names, to_spec
 from gradmerge.alignment.symmetry.example import candidates
 from gradmerge.alignment.symmetry.handwritten import read_spec
-from gradmerge.alignment.symmetry.places import steady
-from gradmerge.alignment.symmetry.spec import LinearMap, Maps, PermutationSpec, share_moved
+from gradmerge.alignment.symmetry.spec import Axis, LinearMap, Maps, PermutationSpec, share_moved
 from gradmerge.alignment.symmetry.trace import trace
 from gradmerge.alignment.symmetry.verify import verify
 from gradmerge.alignment.views import AlignedView
@@ -26,12 +25,10 @@ from gradmerge.sources.base import tensor_bytes
 from gradmerge.sources.compatibility import is_private
 from gradmerge.sources.skeleton import bind_or_refuse
 
-Found = TypeVar("Found")
-
 
 @dataclass(frozen=True)
 class UnitOrder:
-    """What an alignment did to a merge's sources."""
+    """The maps that an alignment found for a merge's sources."""
 
     spec: PermutationSpec
     maps: Mapping[str, Maps]
@@ -60,20 +57,20 @@ def align_sources(
     activations: Callable[[PermutationSpec], Activations] | None = None,
     spec: PermutationSpec | None = None,
 ) -> tuple[dict[str, Checkpoint], UnitOrder]:
-    """Views of all sources whose units are in one order.
+    """Return views of all sources with their units in one order, and that order.
 
     Args:
-        method: which order.
+        method: finds the order.
         sources: opened, in order.
         skeleton: the network without weights; not needed with a hand-written specification.
-        private: regular expressions of tensors that stay with their task: they are mapped as their
-            inputs ask, but not compared.
-        activations: what opens the sources' moments on data, for methods that need them.
+        private: regular expressions of tensors that stay with their task: they follow the units
+            that they read, but are not compared.
+        activations: opens the sources' moments on data, for methods that need them.
         spec: the groups of units; default: those that `find_spec` finds.
 
     Raises:
-        ConfigError: the network cannot be traced, a specification does not fit, or the method
-            lacks what it needs.
+        ConfigError: the network cannot be traced, a specification does not fit, or the statistics
+            that the method needs are missing.
     """
     if method.is_identity:
         identity = UnitOrder(PermutationSpec({}, {}), {name: {} for name in sources})
@@ -85,7 +82,7 @@ def align_sources(
         if activations is None:
             raise ConfigError(
                 f"{type(method).__name__} needs the sources' activations on data, and the recipe "
-                "names no statistics. Give `gradmerge merge` the tasks' data as well; or run "
+                "names no statistics.\nGive `gradmerge merge` the tasks' data as well; or run "
                 "`gradmerge collect` with this recipe and its data, and name the output: "
                 "statistics of the recipe."
             )
@@ -104,27 +101,31 @@ def align_sources(
 def find_spec(
     method: AbstractAlignment, sources: Mapping[str, Checkpoint], skeleton: nn.Module | None
 ) -> PermutationSpec:
-    """The specification that a method names, or the traced one.
+    """Return the specification that a method names, or the traced one.
 
     Raises:
         ConfigError: there is no network to trace, or it cannot be traced.
     """
     first = next(iter(sources.values()))
-    given, example = getattr(method, "spec", None), getattr(method, "example", None)
-    if given is not None:
-        shapes = {name: info.shape for name, info in first.infos.items()}
-        spec = read_spec(given, shapes, skeleton)
-        if skeleton is not None:
-            return _verified(spec, skeleton, list(first.infos), first.label, example, True)
-        return spec
-    if skeleton is None:
+    names, example = list(first.infos), getattr(method, "example", None)
+    given = getattr(method, "spec", None)
+    if given is None and skeleton is None:
         raise ConfigError(
             f"{type(method).__name__} traces the network to find which units may change places, "
             "and no source tells which network it is: expected a folder with a config, or a module "
-            "from Python. Give one, or a hand-written specification (`spec` of the alignment)."
+            "from Python.\nGive one, or a hand-written specification (`spec` of the alignment)."
         )
-    idle = getattr(method, "unreached", ())
-    return traced_spec(skeleton, list(first.infos), first.label, example, idle)
+    if given is None:
+        assert skeleton is not None
+        idle = getattr(method, "unreached", ())
+        return traced_spec(skeleton, names, first.label, example, idle)
+    shapes = {name: info.shape for name, info in first.infos.items()}
+    spec = read_spec(given, shapes, skeleton)
+    if skeleton is None:
+        return spec
+    files = file_names(skeleton, bind_or_refuse(skeleton, names, first.label))
+    checked = partial(verify, spec, skeleton, files, written=True)
+    return _first_that_runs(skeleton, example, checked)
 
 
 def traced_spec(
@@ -134,7 +135,7 @@ def traced_spec(
     example: Mapping[str, Any] | None = None,
     unreached: Sequence[str] = (),
 ) -> PermutationSpec:
-    """The groups of a network by tracing, checked on random weights.
+    """Trace the groups of a network, and check them on random weights.
 
     Args:
         skeleton: the network; its weights are not used.
@@ -144,39 +145,23 @@ def traced_spec(
         unreached: regular expressions of parameters that take no part in the network.
 
     Raises:
-        ConfigError: the network cannot be run or traced, or a permutation changes what it computes.
+        ConfigError: the network cannot be run or traced, or a permutation changes its output.
     """
     binding = bind_or_refuse(skeleton, names, label)
-    traced = _first_that_runs(skeleton, example, partial(trace, skeleton, unreached=unreached))
-    spec = to_spec(traced, skeleton, binding)
-    return _verified(spec, skeleton, names, label, example)
+    files = file_names(skeleton, binding)
 
+    def attempt(inputs: Mapping[str, Any]) -> PermutationSpec:
+        spec = to_spec(trace(skeleton, inputs, unreached), skeleton, binding)
+        return verify(spec, skeleton, files, inputs)
 
-def _verified(
-    spec: PermutationSpec,
-    skeleton: nn.Module,
-    names: Sequence[str],
-    label: str,
-    example: Mapping[str, Any] | None,
-    written: bool = False,
-) -> PermutationSpec:
-    files: dict[str, str] = {}
-    binding = bind_or_refuse(skeleton, names, label)
-    for file_name, module_name in module_names(skeleton, binding).items():
-        files.setdefault(module_name, file_name)
-
-    def checked(inputs: Mapping[str, Any]) -> PermutationSpec:
-        found = replace(spec, checked=verify(spec, skeleton, files, inputs))
-        return steady(found, skeleton, inputs, written)
-
-    return _first_that_runs(skeleton, example, checked)
+    return _first_that_runs(skeleton, example, attempt)
 
 
 def _first_that_runs(
     skeleton: nn.Module,
     example: Mapping[str, Any] | None,
-    attempt: Callable[[Mapping[str, Any]], Found],
-) -> Found:
+    attempt: Callable[[Mapping[str, Any]], PermutationSpec],
+) -> PermutationSpec:
     failures = []
     for inputs in candidates(skeleton, example):
         try:
@@ -184,7 +169,9 @@ def _first_that_runs(
         except GradmergeError:
             raise
         except Exception as error:  # whatever a network raises on an input that is not its own
-            failures.append(f"{_described(inputs)}: {type(error).__name__}: {error}")
+            shapes = {k: list(v.shape) if torch.is_tensor(v) else v for k, v in inputs.items()}
+            described = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            failures.append(f"{described}: {type(error).__name__}: {error}")
     raise ConfigError(
         f"alignment: {type(skeleton).__name__} does not run on {shorten(failures, 2)}. Give "
         "`example` of the alignment: shapes by the name of the argument, e.g. "
@@ -192,15 +179,10 @@ def _first_that_runs(
     )
 
 
-def _described(inputs: Mapping[str, Any]) -> str:
-    shapes = [f"{k} {list(v.shape) if torch.is_tensor(v) else v}" for k, v in inputs.items()]
-    return ", ".join(shapes)
-
-
 def compared(
     sources: Mapping[str, Checkpoint], skeleton: nn.Module | None, private: Sequence[str]
 ) -> tuple[str, ...]:
-    """Names of the floating-point parameters that all sources share."""
+    """Return the names of the floating-point parameters that all sources share."""
     first = next(iter(sources.values()))
     names = [
         name
@@ -218,10 +200,10 @@ def compared(
 def _require_heads(
     spec: PermutationSpec, sources: Mapping[str, Checkpoint], private: Sequence[str]
 ) -> None:
-    """Heads must have the specification's tensors: another one's inputs would keep the old order.
+    """Reject heads with other tensors than the specification: their inputs would not be permuted.
 
     Raises:
-        ConfigError: one has not.
+        ConfigError: a head has other tensors, or of other sizes.
     """
     first = next(iter(sources.values()))
     for name, checkpoint in sources.items():
@@ -229,24 +211,22 @@ def _require_heads(
         if own:
             raise ConfigError(
                 f"alignment: source {name} ({checkpoint.label}) has private tensors that the "
-                f"network does not: {shorten(own)}. Nothing tells which units they read, so they "
+                f"network does not: {shorten(own)}.\nNothing tells which units they read, so they "
                 "cannot follow the permutation. Rename them like those of the first source."
             )
         for tensor, axes in spec.tensors.items():
-            info = checkpoint.infos.get(tensor)
-            if info is None:
-                continue
-            expected = [axis.size for axis in axes]
-            wrong = [
-                i
-                for i, axis in enumerate(axes)
-                if axis.groups and (len(info.shape) != len(axes) or info.shape[i] != axis.size)
-            ]
-            if wrong:
+            shape = checkpoint.infos[tensor].shape if tensor in checkpoint.infos else None
+            if shape is not None and not _fits(axes, shape):
                 raise ConfigError(
-                    f"alignment: {tensor} of source {name} is {list(info.shape)}, the "
-                    f"specification says {expected}; its units cannot be told."
+                    f"alignment: {tensor} of source {name} is {list(shape)}, the specification "
+                    f"says {[axis.size for axis in axes]}; its units cannot be told."
                 )
+
+
+def _fits(axes: Sequence[Axis], shape: Sequence[int]) -> bool:
+    """True if a tensor has all units of its axes; axes without groups may be of another size."""
+    pairs = zip(axes, shape, strict=False)
+    return len(axes) == len(shape) and all(a.size == n for a, n in pairs if a.groups)
 
 
 def _report(

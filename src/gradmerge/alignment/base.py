@@ -1,4 +1,4 @@
-"""What an alignment is: maps of every source's units onto a common order.
+"""The concept of an alignment: maps of every source's units onto a common order.
 
     align(context) -> Aligned(maps): source -> group -> map
 
@@ -35,7 +35,7 @@ class Moments:
     """
 
     rows: float
-    """Rows that they are means over."""
+    """Number of rows that were averaged."""
     first_mean: Tensor
     """`E[a]`, `[size]`."""
     second_mean: Tensor
@@ -52,20 +52,20 @@ class Activations(Protocol):
     """Moments of the sources' units."""
 
     def moments(self, group: str, first: str, second: str) -> Moments | None:
-        """Of a group in two sources; None where the group was never seen (it has no place)."""
+        """Return a group's moments in two sources; None where it was never seen (has no place)."""
 
 
 @dataclass(frozen=True)
 class AlignmentContext:
-    """What a method may look at."""
+    """The sources and their symmetry, as a method sees them."""
 
     spec: PermutationSpec
     """Groups, and their uses by tensor."""
     sources: Mapping[str, Checkpoint]
     """Opened, in order."""
     compared: tuple[str, ...]
-    """Names of the parameters that all sources share: not private, no buffer. What a method over
-    weights compares."""
+    """Names of the parameters that methods over weights compare: those that all sources share, not
+    private, no buffers."""
     skeleton: nn.Module | None = None
     """The network without weights."""
     activations: Activations | None = None
@@ -79,50 +79,50 @@ class AlignmentContext:
 
 @dataclass(frozen=True)
 class Matched:
-    """What one match found."""
+    """The result of one match."""
 
     maps: Maps
     """For the matched source, by group."""
     objective: list[float]
-    """After every sweep; the last one is the final one. What it is, the method says."""
+    """After every sweep, the final one last; each method documents its own."""
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """What an alignment found."""
+    """The result of an alignment."""
 
     maps: dict[str, Maps]
     """By source, by group; the reference and groups that stay may be left out."""
     objective: dict[str, list[float]] = field(default_factory=dict)
     """By source: after every sweep."""
     report: dict[str, Any] = field(default_factory=dict)
-    """More that the provenance should keep, as plain data."""
+    """Further entries of the provenance, as plain data."""
 
 
 class AbstractAlignment(ABC):
-    """How the sources' units are brought into one order."""
+    """A method that brings the sources' units into one order."""
 
     @property
     def needs(self) -> Needs | None:
-        """What it reads of the sources on data; None for a method over weights alone."""
+        """The statistics on data that it reads; None for a method over weights alone."""
         return None
 
     @property
     def is_identity(self) -> bool:
-        """Whether it changes nothing, whatever the sources."""
+        """True if it changes nothing, whatever the sources."""
         return False
 
     @property
     def mixes_units(self) -> bool:
-        """Whether its maps may mix units, so that a mapped source computes something else."""
+        """True if its maps may mix units, so that a mapped source computes another function."""
         return False
 
     @abstractmethod
     def align(self, context: AlignmentContext) -> Aligned:
-        """Maps for every source.
+        """Return maps for every source.
 
         Raises:
-            ConfigError: the reference is no source, or what the method needs is not there.
+            ConfigError: the reference is not a source, or the statistics it needs are missing.
         """
 
 
@@ -142,30 +142,30 @@ class Identity(AbstractAlignment):
 
 @dataclass(frozen=True)
 class Matching(AbstractAlignment):
-    """Each source is matched to others: to a reference, or to the mean of all the others."""
+    """A method that matches each source to a reference, or to the mean of all the others."""
 
     spec: str | dict[str, Any] | None = None
     """A hand-written specification (see `PermutationSpec` in the documentation): a YAML file, or
     the mapping itself. Default: traced from the network."""
     reference: str | None = None
-    """Whose order of units all take: a source's name (default: the first), or `mean`: each is
+    """The source whose order of units all others take (default: the first), or `mean`: each is
     matched to the mean of the others in turn, until nothing changes."""
     seed: int = 0
     """Seed of the order in which groups (and sources, with `mean`) are visited."""
     max_iter: int = 100
-    """Most sweeps over all groups; with `mean`, also most rounds over all sources."""
+    """Maximum number of sweeps over all groups and, with `mean`, of rounds over all sources."""
     example: dict[str, Any] | None = None
-    """What the network is traced with, by the name of the argument of its forward: shapes, e.g.
+    """Inputs to trace the network with, by the name of the argument of its forward: shapes, e.g.
     {pixel_values: [1, 3, 32, 32]}, or tensors from Python. Names that end in `ids` are whole
-    numbers. A small one will do (a handful of tokens): a large one takes the memory of the network
-    on it, in float64. Default: derived from the config or the first layer."""
+    numbers. A small input is enough (a handful of tokens); a large one takes the memory of the
+    network on it, in float64. Default: derived from the config or the first layer."""
     unreached: list[str] = field(default_factory=list)
     """Regular expressions of parameters (by their names in the network) that the example does not
-    reach and that take no part in what is wanted of the network: they stay as they are. Any other
-    that is not reached is refused."""
+    reach and that its output does not need: they stay as they are. Any other parameter that is not
+    reached is an error."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a source."""
+        """Check the options."""
         if self.max_iter < 1:
             raise ConfigError(
                 f"{type(self).__name__}.max_iter: expected a positive number, got {self.max_iter}."
@@ -180,19 +180,19 @@ class Matching(AbstractAlignment):
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(
-                    f"{type(self).__name__}.unreached: {pattern!r} is no regular expression: "
-                    f"{error}."
+                    f"{type(self).__name__}.unreached: {pattern!r} is not a regular "
+                    f"expression: {error}."
                 ) from error
 
     @abstractmethod
     def match(
         self, context: AlignmentContext, source: str, targets: Mapping[str, Maps], start: Maps
     ) -> Matched:
-        """Maps for one source that bring it to the mean of others.
+        """Return maps that bring one source to the mean of others.
 
         Args:
-            context: what may be looked at.
-            source: whose units are moved.
+            context: the sources and their symmetry.
+            source: the one whose units are moved.
             targets: the others, each with the maps that it is read under (none: as it is).
             start: maps of `source` to begin with; empty for none.
         """
@@ -242,6 +242,29 @@ class Matching(AbstractAlignment):
 
 
 def assign(gain: Tensor) -> Tensor:
-    """The permutation p of largest `sum_i gain[i, p[i]]`, int64 `[size]` (Jonker-Volgenant)."""
+    """The permutation p of largest `sum_i gain[i, p[i]]`, int64 `[size]` (Jonker-Volgenant).
+
+    Raises:
+        ConfigError: the gain is not finite, which weights or activations with NaN cause.
+    """
+    if not bool(torch.isfinite(gain).all()):
+        raise ConfigError(
+            "alignment: weights or activations are not finite, so units cannot be matched. Check "
+            "the sources for NaN and infinity."
+        )
     _, columns = linear_sum_assignment(gain.double().cpu().numpy(), maximize=True)
     return torch.from_numpy(columns).to(torch.int64)
+
+
+def require_one_of(method: AbstractAlignment, option: str, *choices: str) -> None:
+    """Check an option that has a few choices.
+
+    Raises:
+        ConfigError: it has another value.
+    """
+    if getattr(method, option) not in choices:
+        *rest, last = choices
+        raise ConfigError(
+            f"{type(method).__name__}.{option}: expected {', '.join(rest)} or {last}, got "
+            f"{getattr(method, option)!r}."
+        )

@@ -36,10 +36,10 @@ class CCA(MixingOnData):
     """
 
     gamma: float = 0.1
-    """What is added to the variances, in their own units."""
+    """Term added to the variances, in their own units."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a source."""
+        """Check the options."""
         super().__post_init__()
         if not self.gamma >= 0:
             raise ConfigError(f"CCA.gamma: expected 0 or more, got {self.gamma}.")
@@ -49,7 +49,7 @@ class CCA(MixingOnData):
         return correlation(moments)
 
     def mix(self, group: Group, moments: Moments) -> tuple[Map, float]:
-        """See `MixingOnData.mix`; the gain is the sum of the canonical correlations."""
+        """Return the map through canonical correlations, whose sum is the gain."""
         xx, yy, xy = covariances(moments)
         root_x, inverse_x = self._roots(group, xx)
         root_y, inverse_y = self._roots(group, yy)
@@ -65,7 +65,7 @@ class CCA(MixingOnData):
             raise ConfigError(
                 f"CCA: the covariance of the {group.size} units of {group.name} has no inverse "
                 f"(eigenvalues from {float(values[0]):.1e} to {float(values[-1]):.1e}): some never "
-                f"vary, or there are fewer rows than units. gamma is {self.gamma}; take a larger "
+                f"vary, or there are fewer rows than units.\ngamma is {self.gamma}; take a larger "
                 "one, or more data."
             )
         roots = values.sqrt()

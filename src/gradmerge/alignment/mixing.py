@@ -1,7 +1,7 @@
 """Matchings whose maps mix units: CCA and optimal transport.
 
 Their maps are no symmetry of a network with element-wise functions between its layers, so a source
-computes something near what it computed. Where a mixture makes no sense at all a group keeps a
+keeps its function only approximately. Where a mixture makes no sense at all a group keeps a
 permutation (`kept_apart`).
 """
 
@@ -15,22 +15,22 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.alignment.activation import MatchingOnData, permute
-from gradmerge.alignment.base import Activations, Aligned, AlignmentContext, Moments
+from gradmerge.alignment.base import Aligned, AlignmentContext, Moments
 from gradmerge.alignment.moments import with_mean
 from gradmerge.alignment.symmetry.spec import Group, Map, Maps, PermutationSpec
 
 
 def kept_apart(spec: PermutationSpec, group: str) -> str | None:
-    """Why a group's units may change places alone; None where they may be mixed.
+    """Return the reason why a group's units may only change places; None where they may be mixed.
 
     They may not be mixed where
 
     - they are multiplied one by one with others: a gate and what it gates, cells of a recurrent
-      layer, channels of a depthwise convolution, queries and keys (`multiplied.py`);
+      layer, channels of a depthwise convolution, queries and keys (`trace.py`);
     - the units are blocks of an axis (attention heads, which a softmax keeps apart): a tensor that
       writes them has another factor along the same stretch;
-    - something other than a layer's bias or BatchNorm runs along them: a norm over the units with a
-      gain for each (LayerNorm and RMSNorm on a residual stream), or a layer scale.
+    - a vector other than a layer's bias or BatchNorm runs along them: the gains of a norm over the
+      units (LayerNorm and RMSNorm on a residual stream), or a layer scale.
     """
     if spec.groups[group].multiplied:
         return "its units are multiplied one by one with others"
@@ -65,30 +65,31 @@ class MixingOnData(MatchingOnData):
 
     @abstractmethod
     def mix(self, group: Group, moments: Moments) -> tuple[Map, float]:
-        """The map of a group whose units may be mixed, and what it gains."""
+        """Return the map of a group whose units may be mixed, and its gain."""
 
     @abstractmethod
     def likeness(self, moments: Moments) -> Tensor:
-        """`[size, size]`: what it gains to put unit j of the source in the place of unit i."""
+        """Return the gain `[size, size]` of putting unit j of the source in the place of unit i."""
 
     @override
     def match_group(
         self,
-        activations: Activations,
-        spec: PermutationSpec,
+        context: AlignmentContext,
         group: Group,
         source: str,
         targets: Mapping[str, Maps],
+        maps: Maps,
     ) -> tuple[Map, float] | None:
-        moments = with_mean(activations, group.name, source, targets)
+        assert context.activations is not None
+        moments = with_mean(context.activations, group.name, source, targets)
         if moments is None:
             return None
-        if kept_apart(spec, group.name) is None:
+        if kept_apart(context.spec, group.name) is None:
             return self.mix(group, moments)
         return permute(self.likeness(moments))
 
     def align(self, context: AlignmentContext) -> Aligned:
-        """See `AbstractAlignment.align`; the report names the groups that are not mixed."""
+        """Return maps for every source; the report names the groups that are not mixed."""
         found = super().align(context)
         reasons = {name: kept_apart(context.spec, name) for name in context.spec.groups}
         apart = {name: why for name, why in reasons.items() if why is not None}

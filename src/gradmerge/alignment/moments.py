@@ -1,9 +1,9 @@
-"""Moments of units: those of a mean of aligned sources, and what is made of them."""
+"""Moments of units: of a mean of aligned sources, and the likenesses they give."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from gradmerge.sources.collected import Needs, SourceStatistics
 def with_mean(
     activations: Activations, group: str, source: str, targets: Mapping[str, Maps]
 ) -> Moments | None:
-    """Moments of the mean of aligned sources (first) and of one source (second).
+    """Return the moments of the mean of aligned sources (first) and of one source (second).
 
     With `x = 1/m sum_k T_k a_k` over m targets and `y = a_s`, all are linear in the moments of
     pairs, so no pass over data is needed for any mean:
@@ -39,37 +39,23 @@ def with_mean(
         None where the group was never seen.
     """
     share = 1 / len(targets)
-    total: Moments | None = None
+    mean: Any = 0
+    square: Any = 0
+    cross: Any = 0
+    found = None
     for name, maps in targets.items():
         found = activations.moments(group, name, source)
         if found is None:
             return None
         own = maps.get(group)
-        square = torch.zeros_like(found.first)
+        mean = mean + share * on_first(own, found.first_mean)
+        cross = cross + share * on_first(own, found.cross)
         for other, theirs in targets.items():
-            pair = found.first if other == name else _cross(activations, group, name, other)
-            square += on_first(theirs.get(group), on_first(own, pair).mT).mT
-        part = Moments(
-            found.rows,
-            share * on_first(own, found.first_mean),
-            found.second_mean,
-            share**2 * square,
-            found.second,
-            share * on_first(own, found.cross),
-        )
-        total = part if total is None else _plus(total, part)
-    return total
-
-
-def _cross(activations: Activations, group: str, first: str, second: str) -> Tensor:
-    found = activations.moments(group, first, second)
-    assert found is not None  # seen in one pair, seen in all
-    return found.cross
-
-
-def _plus(one: Moments, two: Moments) -> Moments:
-    mean, square = one.first_mean + two.first_mean, one.first + two.first
-    return Moments(one.rows, mean, one.second_mean, square, one.second, one.cross + two.cross)
+            seen = found if other == name else activations.moments(group, name, other)
+            assert seen is not None  # seen in one pair, seen in all
+            pair = seen.first if other == name else seen.cross
+            square = square + share**2 * on_first(theirs.get(group), on_first(own, pair).mT).mT
+    return found and replace(found, first_mean=mean, first=square, cross=cross)
 
 
 def on_first(change: Map | None, values: Tensor) -> Tensor:
@@ -119,24 +105,24 @@ ACTIVATIONS = Needs("activations")
 def open_activations(
     folder: str | None, sources: Mapping[str, Checkpoint]
 ) -> Callable[[PermutationSpec], CollectedActivations] | None:
-    """What opens the sources' moments, once the groups are known; None where no folder is named.
+    """Return a function that opens the sources' moments of known groups; None without a folder.
 
     Args:
-        folder: what `gradmerge collect` wrote.
+        folder: written by `gradmerge collect`.
         sources: as they are, before any alignment; they are read once for their fingerprints.
     """
     if folder is None:
         return None
 
-    def opened(spec: PermutationSpec) -> CollectedActivations:
-        return CollectedActivations(SourceStatistics(folder), spec, fingerprints_of(sources))
-
-    return opened
+    return lambda spec: CollectedActivations(
+        SourceStatistics(folder), spec, fingerprints_of(sources)
+    )
 
 
 def pairs_of(alignment: AbstractAlignment, sources: Sequence[str]) -> list[tuple[str, str]]:
-    """The pairs of sources that an alignment compares: each with its reference, or, where that is
-    their mean or is not known, every one with every other.
+    """The pairs of sources that an alignment compares.
+
+    Each source with its reference or, where that is the mean or is not known, with every other.
     """
     reference = getattr(alignment, "reference", "mean") or sources[0]
     if reference in sources:
@@ -145,7 +131,7 @@ def pairs_of(alignment: AbstractAlignment, sources: Sequence[str]) -> list[tuple
 
 
 def plain_places(group: Group) -> list[dict[str, Any]]:
-    """Where a group was seen, as JSON has it."""
+    """A group's places as plain data for JSON."""
     return [{**asdict(place), "sizes": list(place.sizes)} for place in group.places]
 
 
@@ -181,12 +167,12 @@ class CollectedActivations:
             differ = [name for name in names if wanted.get(name) != got.get(name)]
             raise ConfigError(
                 f"statistics: {statistics.folder} is of other groups of units: {shorten(differ)} "
-                "were collected elsewhere in the network, or not at all. Collect again with this "
+                "were collected elsewhere in the network, or not at all.\nCollect again with this "
                 "recipe."
             )
 
     def moments(self, group: str, first: str, second: str) -> Moments | None:
-        """See `Activations.moments`.
+        """Return a group's moments in two sources; None where it was never seen.
 
         Raises:
             ConfigError: the two sources were not compared.

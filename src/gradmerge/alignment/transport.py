@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.alignment.activation import permute
-from gradmerge.alignment.base import AlignmentContext, Matched, Moments, Needs
+from gradmerge.alignment.base import AlignmentContext, Moments, Needs, require_one_of
 from gradmerge.alignment.mixing import MixingOnData, kept_apart
 from gradmerge.alignment.moments import correlation, squared_distances
 from gradmerge.alignment.symmetry.spec import Group, LinearMap, Map, Maps
@@ -32,12 +32,12 @@ class OptimalTransport(MixingOnData):
     new unit is a mean of the source's. Those that read them become `W Q^T`, the paper's
     `W P diag(1/b)`: a mean with the same weights. `Q^T` is the inverse of Q only where Q is a
     permutation (r = 0: exact transport between as many units is one), and only then does the source
-    compute what it computed. Of BatchNorm, shifts and running means are mapped by Q, gains are
+    compute the same function. Of BatchNorm, shifts and running means are mapped by Q, gains are
     means weighted with Q's squared entries, and running variances are mapped by these: have the
-    statistics recomputed (`buffers: recompute`, the default), which also takes back what averaging
-    units costs in variance. Attention heads, units that are multiplied one by one with others
-    (gated MLPs) and those of a residual stream with LayerNorm or RMSNorm gains keep the permutation
-    of least cost; the report names them.
+    statistics recomputed (`buffers: recompute`, the default), which also restores the variance that
+    averaging units costs. Attention heads, units that are multiplied one by one with others (gated
+    MLPs) and those of a residual stream with LayerNorm or RMSNorm gains keep the permutation of
+    least cost; the report names them.
 
     With `ground: weights` no data is needed: units are compared by all that is written into them
     (rows of weights, biases, gains), group after group in the order of the network, each under the
@@ -45,7 +45,7 @@ class OptimalTransport(MixingOnData):
     """
 
     ground: Literal["activations", "weights"] = "activations"
-    """What units are compared by."""
+    """Compare units by their activations, or by the weights that write them."""
     regularisation: float = 0.05
     """r, in medians of the cost; 0 for the exact assignment. The larger, the more alike the mapped
     source's units become, until it adds nothing to a merge."""
@@ -53,25 +53,18 @@ class OptimalTransport(MixingOnData):
     """Root of the mean squared difference of two units over the rows (or weights), its square, or 1
     less their correlation (of activations alone)."""
     tolerance: float = 1e-9
-    """On the sum of absolute errors of the marginals."""
+    """Largest sum of absolute errors of the marginals."""
     iterations: int = 1000
-    """Most updates of the transport; an error where they do not suffice."""
+    """Maximum number of updates of the transport; an error if they do not suffice."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a source."""
+        """Check the options."""
         super().__post_init__()
-        if self.ground not in ("activations", "weights"):
-            raise ConfigError(
-                f"OptimalTransport.ground: expected activations or weights, got {self.ground!r}."
-            )
+        require_one_of(self, "ground", "activations", "weights")
+        require_one_of(self, "cost", "euclidean", "squared", "correlation")
         if not self.regularisation >= 0:
             raise ConfigError(
                 f"OptimalTransport.regularisation: expected 0 or more, got {self.regularisation}."
-            )
-        if self.cost not in ("euclidean", "squared", "correlation"):
-            raise ConfigError(
-                "OptimalTransport.cost: expected euclidean, squared or correlation, got "
-                f"{self.cost!r}."
             )
         if self.cost == "correlation" and self.ground == "weights":
             raise ConfigError(
@@ -85,14 +78,14 @@ class OptimalTransport(MixingOnData):
             )
 
     @property
+    @override
     def needs(self) -> Needs | None:
-        """Moments of the sources' units on data, unless weights are compared."""
-        return super().needs if self.ground == "activations" else None
+        return "activations" if self.ground == "activations" else None
 
     @property
+    @override
     def mixes_units(self) -> bool:
-        """See `AbstractAlignment.mixes_units`; an exact assignment permutes."""
-        return self.regularisation > 0
+        return self.regularisation > 0  # an exact assignment permutes
 
     def _costs(self, moments: Moments) -> Tensor:
         if self.cost == "correlation":
@@ -107,7 +100,7 @@ class OptimalTransport(MixingOnData):
         return -self._costs(moments)
 
     def mix(self, group: Group, moments: Moments) -> tuple[Map, float]:
-        """See `MixingOnData.mix`; the gain is minus the mean cost of the plan, times n."""
+        """Return the plan, times n, as a map; the gain is minus its cost."""
         return self._transport(self._costs(moments), self.regularisation)
 
     def _transport(self, costs: Tensor, regularisation: float) -> tuple[Map, float]:
@@ -117,28 +110,27 @@ class OptimalTransport(MixingOnData):
         plan = len(costs) * sinkhorn(costs, level, self.tolerance, self.iterations)
         return LinearMap(plan, plan.mT), -float((plan * costs).sum())
 
-    def match(
-        self, context: AlignmentContext, source: str, targets: Mapping[str, Maps], start: Maps
-    ) -> Matched:
-        """See `Matching.match`; the objective is minus the sum of the groups' costs."""
+    @override
+    def match_group(
+        self,
+        context: AlignmentContext,
+        group: Group,
+        source: str,
+        targets: Mapping[str, Maps],
+        maps: Maps,
+    ) -> tuple[Map, float] | None:
         if self.ground == "activations":
-            return super().match(context, source, targets, start)
-        maps: dict[str, Map] = {}
-        gain = 0.0
-        for name in context.spec.groups:
-            wanted = [written_into(context, name, other, own) for other, own in targets.items()]
-            x, y = torch.stack(wanted).mean(dim=0), written_into(context, name, source, maps)
-            squares = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
-            costs = self._of_squares(squares / max(1, x.shape[1]))
-            apart = kept_apart(context.spec, name) is not None
-            level = 0.0 if apart else self.regularisation
-            maps[name], own = self._transport(costs, level)
-            gain += own
-        return Matched(maps, [gain])
+            return super().match_group(context, group, source, targets, maps)
+        written = [written_into(context, group, other, own) for other, own in targets.items()]
+        x, y = torch.stack(written).mean(dim=0), written_into(context, group, source, maps)
+        squares = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+        apart = kept_apart(context.spec, group.name) is not None
+        costs = self._of_squares(squares / max(1, x.shape[1]))
+        return self._transport(costs, 0.0 if apart else self.regularisation)
 
 
-def written_into(context: AlignmentContext, group: str, source: str, maps: Maps) -> Tensor:
-    """All weights of a source that write a group's units, `[size, rest]`, float64.
+def written_into(context: AlignmentContext, group: Group, source: str, maps: Maps) -> Tensor:
+    """Return all weights of a source that write a group's units, `[size, rest]`, float64.
 
     Args:
         context: the sources and the groups.
@@ -146,8 +138,8 @@ def written_into(context: AlignmentContext, group: str, source: str, maps: Maps)
         source: whose weights.
         maps: of the source's other groups (and of this one, where it has one).
     """
-    parts = [torch.empty(context.spec.groups[group].size, 0, dtype=torch.float64)]
-    for use in context.spec.uses[group]:
+    parts = [torch.empty(group.size, 0, dtype=torch.float64)]
+    for use in context.spec.uses[group.name]:
         if use.role in ("out", "along", "gain") and use.tensor in context.compared:
             tensor = context.read(source, use.tensor, maps).double()
             parts.append(context.spec.expose(use, tensor))
@@ -157,7 +149,7 @@ def written_into(context: AlignmentContext, group: str, source: str, maps: Maps)
 def sinkhorn(
     cost: Tensor, regularisation: float, tolerance: float = 1e-9, iterations: int = 1000
 ) -> Tensor:
-    """The plan between uniform marginals of least cost, less entropy.
+    """Return the plan between uniform marginals of least cost less entropy.
 
         P = argmin <P, C> + r sum_ij P_ij (log P_ij - 1)   where   P 1 = P^T 1 = 1/n
 
@@ -175,7 +167,7 @@ def sinkhorn(
         cost: `[n, n]`, float64.
         regularisation: r, in units of the cost, above 0.
         tolerance: on the sum of absolute errors of the marginals.
-        iterations: most updates at the last r.
+        iterations: maximum number of updates at the last r.
 
     Returns:
         P, `[n, n]`; its entries sum to 1.
@@ -204,7 +196,7 @@ def sinkhorn(
         return state.plan
     raise ConfigError(
         f"the transport of {size} units did not converge: after {iterations} iterations its "
-        f"marginals are off by {state.error:.1e}, expected at most {tolerance:.1e}. Take a larger "
+        f"marginals are off by {state.error:.1e}, expected at most {tolerance:.1e}.\nTake a larger "
         "`regularisation` (or 0, an exact assignment), or more `iterations`."
     )
 

@@ -13,7 +13,7 @@ from gradmerge.sources.base import View
 class AlignedView(View):
     """A checkpoint whose tensors (buffers and heads, too) are mapped by a specification.
 
-    Names, shapes and dtypes stay.
+    Names, shapes and dtypes stay. The fingerprint is that of the checkpoint on disk.
 
     Args:
         inner: the checkpoint.
@@ -36,8 +36,9 @@ class AlignedView(View):
 
 
 def original_of(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint as it lies on disk, where its view mixes units and so computes something else; a
-    view that only permutes them computes the same, and is given back.
+    """Return the checkpoint on disk if its view mixes units, and so computes another function.
+
+    A view that only permutes units computes the same, and is returned itself.
     """
     if isinstance(checkpoint, AlignedView):
         mixes = any(isinstance(change, LinearMap) for change in checkpoint.maps.values())

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.alignment.base import AlignmentContext, Matched, Matching
+from gradmerge.alignment.base import AlignmentContext, Matched, Matching, assign
 from gradmerge.alignment.symmetry.spec import Map, Maps, Use
 from gradmerge.errors import ConfigError
 
@@ -39,12 +40,12 @@ class WeightMatching(Matching):
     """
 
     tolerance: float = 1e-12
-    """Smallest gain, relative to the sum of the tensors' norms, that counts as one."""
+    """Smallest gain, relative to the sum of the tensors' norms, that counts as a gain."""
     restarts: int = 0
     """Further descents with groups in other orders; the best objective is kept."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a source."""
+        """Check the options."""
         super().__post_init__()
         if self.tolerance < 0 or self.restarts < 0:
             raise ConfigError(
@@ -86,7 +87,7 @@ class _Descent:
         }
         self.groups = [group for group, uses in self.uses.items() if uses]
         self.names = [name for name in context.compared if context.spec.touched(name)]
-        # what a group's best permutation depends on: others on its tensors, and itself if crossed
+        # a group's best permutation depends on others on its tensors, and on itself if crossed
         self.neighbours = {
             group: {other for use in self.uses[group] for other in context.spec.touched(use.tensor)}
             - (set() if _crossed(self.uses[group]) else {group})
@@ -115,7 +116,7 @@ class _Descent:
         return Matched(dict(self.maps), objective)
 
     def _improve(self, group: str, least: float) -> float:
-        """Give a group its best permutation; returns the gain, 0 where it keeps the old one."""
+        """Give a group its best permutation, and return the gain: 0 where it keeps the old one."""
         uses = self.uses[group]
         crossed = _crossed(uses)
         scores = self._scores(uses, group)
@@ -128,7 +129,7 @@ class _Descent:
             if gain > least:
                 self.maps[group] = new
             return gain if gain > least else 0.0
-        # not linear in this group: what a permutation gains is measured
+        # not linear in this group: measure the gain of a permutation
         proposed = [new]
         once = [use for use in uses if use.tensor not in crossed]
         if once:
@@ -144,7 +145,7 @@ class _Descent:
         return gains[best] if gains[best] > least else 0.0
 
     def _scores(self, uses: Sequence[Use], group: str) -> Tensor:
-        """`A`: entry i, j is what the sum gains if unit j of the source becomes unit i."""
+        """`A`: entry i, j is the gain of the sum if unit j of the source becomes unit i."""
         spec = self.context.spec
         total = torch.zeros((spec.groups[group].size,) * 2, dtype=torch.float64)
         for use in uses:
@@ -167,19 +168,16 @@ class _Descent:
         return value, scale
 
     def _source(self, name: str) -> Tensor:
-        mine = self.context.sources[self.source].read(name)
-        return mine.to(torch.promote_types(mine.dtype, torch.float32))
+        return _wide(self.context.read(self.source, name))
 
     def _target(self, name: str) -> Tensor:
         """The mean of the targets, each under its maps."""
-        total: Tensor | None = None
-        for target, maps in self.targets.items():
-            one = self.context.sources[target].read(name)
-            one = one.to(torch.promote_types(one.dtype, torch.float32))
-            one = self.context.spec.apply(maps, name, one)
-            total = one if total is None else total + one
-        assert total is not None
-        return total / len(self.targets) if len(self.targets) > 1 else total
+        every = (_wide(self.context.read(t, name, maps)) for t, maps in self.targets.items())
+        return reduce(torch.add, every) / len(self.targets)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _crossed(uses: Sequence[Use]) -> set[str]:
@@ -191,20 +189,3 @@ def _crossed(uses: Sequence[Use]) -> set[str]:
             if one.tensor == two.tensor and (one.axis != two.axis or same):
                 found.add(one.tensor)
     return found
-
-
-def assign(scores: Tensor) -> Tensor:
-    """The permutation with the largest sum of `scores[i, perm[i]]`, int64 `[size]`.
-
-    Raises:
-        ConfigError: scores are not finite, which weights or activations with NaN cause.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    if not bool(torch.isfinite(scores).all()):
-        raise ConfigError(
-            "alignment: weights or activations are not finite, so units cannot be matched. Check "
-            "the sources for NaN and infinity."
-        )
-    _, columns = linear_sum_assignment(scores.cpu().numpy(), maximize=True)
-    return torch.as_tensor(columns, dtype=torch.int64)

@@ -1,1 +1,1 @@
-"""Which units of a network may be permuted without changing its output."""
+"""The units of a network that may be permuted without changing its output."""

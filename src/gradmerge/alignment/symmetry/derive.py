@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 
 from torch import nn
 
@@ -23,10 +24,10 @@ from gradmerge.sources.skeleton import Binding
 
 
 def to_spec(traced: Traced, skeleton: nn.Module, binding: Binding) -> PermutationSpec:
-    """Groups and axes by the names in the files.
+    """Name the groups, and give the axes by the names in the files.
 
     Args:
-        traced: what the run found.
+        traced: units that the run found.
         skeleton: the network.
         binding: where the files' tensors sit in it.
     """
@@ -36,43 +37,33 @@ def to_spec(traced: Traced, skeleton: nn.Module, binding: Binding) -> Permutatio
     places = _places(traced, names)
     multiplied = {unit for dim in traced.multiplied for unit in dim.units()}
     groups = {
-        name: Group(name, unit.size, tuple(places.get(name, ())), unit in multiplied)
+        name: Group(name, unit.size, tuple(places[name]), unit in multiplied)
         for unit, name in names.items()
     }
-    tensors = {}
-    fixed = {}
-    for file_name, module_name in module_names(skeleton, binding).items():
-        label = traced.labels.get(module_name)
-        if label is None:
-            continue
+    tensors: dict[str, tuple[Axis, ...]] = {}
+    fixed: dict[str, str] = {}
+    for file_name, module_name in _module_names(skeleton, binding).items():
+        label = traced.labels.get(module_name, [])
         axes = tuple(
-            _axis(dim, names, _role(module_name, axis, label, traced))
+            Axis(_segments(dim, names), _role(module_name, axis, label, traced))
             for axis, dim in enumerate(label)
         )
         if any(axis.groups for axis in axes):
             tensors[file_name] = axes
-        for axis, dim in enumerate(label):
-            if dim.size > 1 and not axes[axis].groups:
-                fixed[f"{file_name}[{axis}]"] = dim.reason
+        for i, (axis, dim) in enumerate(zip(axes, label, strict=True)):
+            if dim.size > 1 and not axis.groups:
+                fixed[f"{file_name}[{i}]"] = dim.reason
     return PermutationSpec(groups, tensors, fixed)
 
 
-def _settle(labels: Sequence[Label]) -> None:
-    """Resolve until nothing changes: a stretch within a factor pins what others hold, too."""
-    before: object = None
-    while True:
-        now = [
-            [(id(unit), unit.pinned is None) for unit in dim.units()]
-            for label in labels
-            for dim in label
-        ]
-        if now == before:
-            return
-        before = now
+def file_names(skeleton: nn.Module, binding: Binding) -> dict[str, str]:
+    """The first name in the module -> a name in the files, of parameters and buffers."""
+    names = _module_names(skeleton, binding)
+    return {module_name: file_name for file_name, module_name in reversed(names.items())}
 
 
-def module_names(skeleton: nn.Module, binding: Binding) -> dict[str, str]:
-    """Name in the files -> the first name in the module, of parameters and buffers."""
+def _module_names(skeleton: nn.Module, binding: Binding) -> dict[str, str]:
+    """Name in the files -> the first name in the module."""
     first = {id(parameter): name for name, parameter in skeleton.named_parameters()}
     every = dict(skeleton.named_parameters(remove_duplicate=False))
     found = {name: first[id(every[places[0]])] for name, places in binding.parameters.items()}
@@ -81,37 +72,34 @@ def module_names(skeleton: nn.Module, binding: Binding) -> dict[str, str]:
     return found
 
 
-def _free(dims: Iterable[Dim]) -> list[Unit]:
-    return [unit for dim in dims for unit in dim.units() if unit.pinned is None]
+def _settle(labels: Sequence[Label]) -> None:
+    """Resolve until nothing changes: a stretch within a factor pins units that others hold, too."""
+    before: object = None
+    while True:
+        units = [unit for label in labels for dim in label for unit in dim.units()]
+        now = [(id(unit), unit.pinned is None) for unit in units]
+        if now == before:
+            return
+        before = now
 
 
 def _name_groups(traced: Traced) -> dict[Unit, str]:
     """A name for each free unit: of the first parameter that writes it, or else that reads it."""
     names: dict[Unit, str] = {}
-    taken: set[str] = set()
-    for reads in (False, True):
-        for parameter, label in traced.labels.items():
-            owner = parameter.rpartition(".")[0] or parameter
-            for axis, dim in enumerate(label):
-                if reads is not ((parameter, axis) in traced.reads):
-                    continue
-                several = len(dim.units()) > 1
-                for i, unit in enumerate(dim.units()):
-                    if unit.pinned is not None or unit in names:
-                        continue
-                    name = f"{owner}.{i}" if several else owner
-                    name = next(n for n in _numbered(name) if n not in taken)
-                    names[unit] = name
-                    taken.add(name)
+    axes = [
+        (parameter, (parameter, axis) in traced.reads, dim.units())
+        for parameter, label in traced.labels.items()
+        for axis, dim in enumerate(label)
+    ]
+    for parameter, _, units in sorted(axes, key=lambda found: found[1]):
+        owner = parameter.rpartition(".")[0] or parameter
+        for i, unit in enumerate(units):
+            if unit.pinned is None and unit not in names:
+                name = f"{owner}.{i}" if len(units) > 1 else owner
+                taken = set(names.values())
+                numbered = (name if n == 1 else f"{name}#{n}" for n in count(1))
+                names[unit] = next(n for n in numbered if n not in taken)
     return names
-
-
-def _numbered(name: str) -> Iterable[str]:
-    yield name
-    number = 2
-    while True:
-        yield f"{name}#{number}"
-        number += 1
 
 
 def _role(parameter: str, axis: int, label: Label, traced: Traced) -> Role:
@@ -120,40 +108,43 @@ def _role(parameter: str, axis: int, label: Label, traced: Traced) -> Role:
     return "in" if (parameter, axis) in traced.reads else "out"
 
 
-def _axis(dim: Dim, names: Mapping[Unit, str], role: Role) -> Axis:
-    """Factors and stretches; neighbours that are fixed are taken together."""
+def _segments(dim: Dim, names: Mapping[Unit, str]) -> tuple[Segment, ...]:
+    """Stretches of factors; neighbours that are fixed are taken together."""
     segments: list[Segment] = []
     for product in dim.resolve():
         factors: list[Factor] = []
         for unit in product:
-            group = names.get(unit)
-            if group is None and factors and factors[-1].group is None:
-                factors[-1] = Factor(factors[-1].size * unit.size)
-            else:
-                factors.append(Factor(unit.size, group))
+            factor = Factor(unit.size, names.get(unit))
+            if factor.group is None and factors and factors[-1].group is None:
+                factor = Factor(factors.pop().size * unit.size)
+            factors.append(factor)
         segment = Segment(tuple(factors) or (Factor(1),))
-        plain = all(factor.group is None for factor in segment.factors)
-        last = segments[-1] if segments else None
-        if plain and last is not None and all(f.group is None for f in last.factors):
-            segments[-1] = Segment((Factor(last.size + segment.size),))
-        else:
-            segments.append(segment)
-    return Axis(tuple(segments), role)
+        if _is_plain(segment) and segments and _is_plain(segments[-1]):
+            segment = Segment((Factor(segments.pop().size + segment.size),))
+        segments.append(segment)
+    return tuple(segments)
+
+
+def _is_plain(segment: Segment) -> bool:
+    return all(factor.group is None for factor in segment.factors)
 
 
 def _places(traced: Traced, names: Mapping[Unit, str]) -> dict[str, list[Place]]:
-    found: dict[str, list[Place]] = {}
+    found: dict[str, list[Place]] = {name: [] for name in names.values()}
     for module, call, label in traced.seen:
         for i, dim in enumerate(label):
-            start = 0
-            for product in dim.resolve():
+            for start, product in _stretches(dim):
                 sizes = tuple(unit.size for unit in product)
-                length = 1
-                for size in sizes:
-                    length *= size
                 for position, unit in enumerate(product):
                     if unit in names:
                         place = Place(module, i - len(label), start, sizes, position, call)
-                        found.setdefault(names[unit], []).append(place)
-                start += length
+                        found[names[unit]].append(place)
     return found
+
+
+def _stretches(dim: Dim) -> Iterator[tuple[int, tuple[Unit, ...]]]:
+    """The start of each product of a dimension, and its units."""
+    start = 0
+    for product in dim.resolve():
+        yield start, product
+        start += Dim((product,)).size

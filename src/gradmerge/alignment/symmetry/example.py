@@ -1,9 +1,9 @@
-"""A tiny input for a network, to trace it with."""
+"""Tiny inputs for a network: to trace it with, and to check it in other sizes."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,11 +16,11 @@ _SIDES = (32, 28, 64, 16, 224, 8)
 
 
 def candidates(skeleton: nn.Module, given: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """Inputs by the name of the argument, the likeliest first.
+    """Yield inputs by the name of the argument, the likeliest first.
 
     Args:
         skeleton: the network.
-        given: tensors or shapes by name, which are taken as they are.
+        given: tensors or shapes by name, the only candidate if there are any.
 
     Raises:
         ConfigError: nothing was given, and neither a config nor the first layer tells the shape.
@@ -29,29 +29,28 @@ def candidates(skeleton: nn.Module, given: Mapping[str, Any] | None) -> Iterator
     if given is not None:
         yield _given(skeleton, given, generator)
         return
-    config: Any = getattr(skeleton, "config", None)
-    if config is not None and hasattr(skeleton, "main_input_name"):
-        yield _from_config(skeleton, config, generator)
+    if getattr(skeleton, "config", None) is not None and hasattr(skeleton, "main_input_name"):
+        yield _from_config(skeleton, generator)
         return
-    name = _first_argument(skeleton)
-    shapes = _from_first_layer(skeleton)
-    if name is None or shapes is None:
+    names, shapes = _arguments(skeleton), list(_from_first_layer(skeleton))
+    if not names or not shapes:
         raise ConfigError(
             f"alignment: neither a config nor the first layer of {type(skeleton).__name__} tells "
-            "what it is called with. Give `example` of the alignment: shapes by the name of the "
+            "the shape of its input.\nGive `example` of the alignment: shapes by the name of the "
             "argument, e.g. {x: [1, 3, 32, 32]}."
         )
-    for shape, count in shapes:
-        yield {name: _draw(shape, count, generator)}
+    for shape, tokens in shapes:
+        yield {names[0]: _draw(shape, tokens, generator)}
 
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _draw(shape: list[int], count: int, generator: torch.Generator) -> Tensor:
-    if count:
-        return torch.randint(count, shape, generator=generator)
+def _draw(shape: Sequence[int], tokens: int, generator: torch.Generator) -> Tensor:
+    """Ids below a number of tokens, or floating-point numbers for 0."""
+    if tokens:
+        return torch.randint(tokens, shape, generator=generator)
     return torch.randn(shape, generator=generator)
 
 
@@ -61,45 +60,37 @@ def _arguments(skeleton: nn.Module) -> list[str]:
     return [name for name, p in signature.parameters.items() if p.kind in kinds]
 
 
-def _first_argument(skeleton: nn.Module) -> str | None:
-    names = _arguments(skeleton)
-    if type(skeleton).forward is nn.Sequential.forward:
-        return "input"
-    return names[0] if names else None
-
-
 def _given(
     skeleton: nn.Module, given: Mapping[str, Any], generator: torch.Generator
 ) -> dict[str, Any]:
-    known = _arguments(skeleton)
+    known, kind = _arguments(skeleton), type(skeleton).__name__
+    takes_any = not known or "kwargs" in str(inspect.signature(skeleton.forward))
     found: dict[str, Any] = {}
     for name, value in given.items():
         if not isinstance(name, str):
             raise ConfigError(
-                f"alignment.example: expected names of arguments of {type(skeleton).__name__}, "
-                f"got {name!r}. It takes {', '.join(known)}."
+                f"alignment.example: expected names of arguments of {kind}, got {name!r}. It takes "
+                f"{', '.join(known)}."
             )
-        if known and name not in known and "kwargs" not in str(inspect.signature(skeleton.forward)):
+        if name not in known and not takes_any:
             raise ConfigError(
-                f"alignment.example: {type(skeleton).__name__} is not called with {name!r}."
-                f"{nearest(name, known)} It takes {', '.join(known)}."
+                f"alignment.example: {kind} is not called with {name!r}.{nearest(name, known)} It "
+                f"takes {', '.join(known)}."
             )
-        if isinstance(value, Tensor):
-            found[name] = value
-        elif isinstance(value, (list, tuple)) and all(_is_size(n) for n in value):
-            ids = name.endswith("ids")
-            try:
-                found[name] = _draw(list(value), _num_tokens(skeleton) if ids else 0, generator)
-            except RuntimeError as error:
-                raise ConfigError(
-                    f"alignment.example: {name}: a tensor of shape {list(value)} cannot be made "
-                    f"({str(error)[:120]}). A small one will do."
-                ) from error
-        else:
+        is_shape = isinstance(value, (list, tuple)) and all(_is_size(n) for n in value)
+        if not isinstance(value, Tensor) and not is_shape:
             raise ConfigError(
                 f"alignment.example: {name}: expected a shape of positive numbers such as "
                 f"[1, 3, 32, 32], or a tensor, got {value!r}."
             )
+        try:
+            tokens = _num_tokens(skeleton) if name.endswith("ids") else 0
+            found[name] = _draw(value, tokens, generator) if is_shape else value
+        except RuntimeError as error:
+            raise ConfigError(
+                f"alignment.example: {name}: a tensor of shape {list(value)} cannot be made "
+                f"({str(error)[:120]}). A small one is enough."
+            ) from error
     return found
 
 
@@ -108,9 +99,10 @@ def _num_tokens(skeleton: nn.Module) -> int:
     return min(tables, default=2)
 
 
-def _from_config(skeleton: nn.Module, config: Any, generator: torch.Generator) -> dict[str, Any]:
+def _from_config(skeleton: nn.Module, generator: torch.Generator) -> dict[str, Any]:
     """For a network of transformers: tokens, a picture, or both."""
     known = _arguments(skeleton)
+    config: Any = skeleton.config
     found: dict[str, Any] = {}
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = getattr(text, "vocab_size", None)
@@ -118,33 +110,35 @@ def _from_config(skeleton: nn.Module, config: Any, generator: torch.Generator) -
         found["input_ids"] = _draw([1, _TOKENS], vocabulary, generator)
         if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in known:
             found["decoder_input_ids"] = _draw([1, _TOKENS - 1], vocabulary, generator)
-    picture = getattr(config, "vision_config", config)
     if "pixel_values" in known:
+        picture = getattr(config, "vision_config", config)
         side = getattr(picture, "image_size", None) or 64
         sides = [side, side] if isinstance(side, int) else list(side)
         channels = getattr(picture, "num_channels", None) or 3
         found["pixel_values"] = _draw([1, channels, *sides], 0, generator)
-    main = getattr(skeleton, "main_input_name", "")
+    main = skeleton.main_input_name
     if main not in found:
         raise ConfigError(
-            f"alignment: no rule tells what {main!r} of {type(skeleton).__name__} looks like. Give "
+            f"alignment: no rule tells the shape of {main!r} of {type(skeleton).__name__}. Give "
             f"`example` of the alignment: shapes by name, e.g. {{{main}: [1, 80, 3000]}}."
         )
     return found
 
 
-def _from_first_layer(skeleton: nn.Module) -> list[tuple[list[int], int]] | None:
+def _from_first_layer(skeleton: nn.Module) -> Iterator[tuple[list[int], int]]:
     """Shapes to try, each with the number of tokens (0: floating point)."""
     for module in skeleton.modules():
         if isinstance(module, nn.Embedding):
-            return [([1, _TOKENS], module.num_embeddings)]
-        if isinstance(module, nn.Linear):
-            return [([1, module.in_features], 0), ([1, _TOKENS, module.in_features], 0)]
-        if isinstance(module, nn.Conv1d):
-            return [([1, module.in_channels, side], 0) for side in _SIDES]
-        if isinstance(module, nn.Conv2d):
-            return [([1, module.in_channels, side, side], 0) for side in _SIDES]
-    return None
+            yield [1, _TOKENS], module.num_embeddings
+        elif isinstance(module, nn.Linear):
+            yield [1, module.in_features], 0
+            yield [1, _TOKENS, module.in_features], 0
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            places = len(module.kernel_size)
+            yield from (([1, module.in_channels, *[side] * places], 0) for side in _SIDES)
+        else:
+            continue
+        return
 
 
 Example = Mapping[str, Any]
@@ -160,15 +154,16 @@ _SHORT, _SHORTER = 7, 5
 def at_other_sizes(
     example: Example, attempt: Callable[[Example], Found]
 ) -> Iterator[tuple[Example, Found]]:
-    """Two inputs of other sizes, as far as the network takes them, with their results.
+    """Yield two inputs of other sizes, as far as the network takes them, with their results.
 
     The first is a batch of one (of two, where the example is one) of half the length, at most 7.
     The second is a batch of three (of two, where the example is three): of twice the length and one
     more, where the example is small (64 ids, 4,096 numbers), else of 5 at most. A length is the
     second axis of tokens, one of the last two axes of floating-point inputs of three axes, and the
     places of larger ones (pictures, which get three quarters of each side; then half of it, or
-    their own where they are small). What the network refuses is tried with another batch alone (of
-    a large example at most two, the most that is run of it), then with another length alone.
+    their own where they are small). A size that the network refuses is tried with another batch
+    alone (of a large example at most two, the most that is run of it), then with another length
+    alone.
 
     Args:
         example: arguments of the network's forward by name.

@@ -25,11 +25,11 @@ ends in running_var), `in` for axis 1 of a matrix or a kernel, and `out` else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from torch import nn
 
 from gradmerge.alignment.symmetry.spec import (
@@ -44,12 +44,15 @@ from gradmerge.alignment.symmetry.spec import (
 )
 from gradmerge.errors import ConfigError, nearest, shorten
 
-_FIELDS = ("tensors", "sizes", "roles", "places", "multiplied")
-_EXAMPLES = {
+_FIELDS = {
+    "tensors": "{fc1.weight: [hidden, null]}",
     "sizes": "{heads: 12}",
     "roles": "{fc1.weight: [out, in]}",
     "places": "{hidden: [fc1, [relu1, -3]]}",
+    "multiplied": "[heads]",
 }
+_Product = list[Any]
+"""Names of groups and fixed sizes."""
 
 
 def read_spec(
@@ -57,7 +60,7 @@ def read_spec(
     shapes: Mapping[str, tuple[int, ...]],
     skeleton: nn.Module | None = None,
 ) -> PermutationSpec:
-    """A specification from a file or a mapping, checked against the tensors' shapes.
+    """Read a specification from a file or a mapping, and check it against the tensors' shapes.
 
     Args:
         given: a YAML file, or the mapping itself.
@@ -65,10 +68,9 @@ def read_spec(
         skeleton: the network, in which places are looked up.
 
     Raises:
-        ConfigError: everything that does not fit, at once.
+        ConfigError: lists everything that does not fit.
     """
-    fields = _fields(given)
-    written = _Written(fields, shapes, skeleton)
+    written = _Written(_fields(given), shapes, skeleton)
     spec = written.spec()
     if written.problems:
         lines = "\n".join(f"  {problem}" for problem in written.problems)
@@ -79,7 +81,8 @@ def read_spec(
     return spec
 
 
-def _fields(given: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+def _fields(given: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Every field, empty where it is left out."""
     if isinstance(given, (str, Path)):
         import yaml
 
@@ -90,26 +93,24 @@ def _fields(given: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(given, Mapping) or not isinstance(given.get("tensors"), Mapping):
         raise ConfigError(
             "alignment.spec: expected a mapping with `tensors`: axes by tensor, e.g. "
-            f"{{tensors: {{fc1.weight: [hidden, null]}}}}; got {str(given)[:60]!r}."
+            f"{{tensors: {_FIELDS['tensors']}}}; got {str(given)[:60]!r}."
         )
     unknown = [str(name) for name in given if name not in _FIELDS]
     if unknown:
         raise ConfigError(
-            f"alignment.spec: no field {unknown[0]!r}.{nearest(unknown[0], _FIELDS)} Expected "
+            f"alignment.spec: unknown field {unknown[0]!r}.{nearest(unknown[0], _FIELDS)} Expected "
             f"{', '.join(_FIELDS)}."
         )
-    for name, example in _EXAMPLES.items():
-        if not isinstance(given.get(name) or {}, Mapping):
+    fields = {name: given.get(name) or {} for name in _FIELDS}
+    for name, example in _FIELDS.items():
+        is_list = name == "multiplied"
+        if fields[name] and not isinstance(fields[name], (list, tuple) if is_list else Mapping):
+            kind = "list of groups" if is_list else "mapping"
             raise ConfigError(
-                f"alignment.spec: {name}: expected a mapping such as {example}, got "
-                f"{str(given[name])[:60]!r}."
+                f"alignment.spec: {name}: expected a {kind} such as {example}, got "
+                f"{str(fields[name])[:60]!r}."
             )
-    if not isinstance(given.get("multiplied") or [], (list, tuple)):
-        raise ConfigError(
-            f"alignment.spec: multiplied: expected a list of groups such as [heads], got "
-            f"{str(given['multiplied'])[:60]!r}."
-        )
-    return given
+    return fields
 
 
 def _is_size(value: Any) -> bool:
@@ -117,7 +118,7 @@ def _is_size(value: Any) -> bool:
 
 
 class _Written:
-    """The mapping, with the problems found in it."""
+    """The fields, with the problems found in them."""
 
     def __init__(
         self,
@@ -125,186 +126,162 @@ class _Written:
         shapes: Mapping[str, tuple[int, ...]],
         skeleton: nn.Module | None,
     ) -> None:
-        self.shapes, self.skeleton = shapes, skeleton
+        self.fields, self.shapes = fields, shapes
+        self.modules = None if skeleton is None else dict(skeleton.named_modules())
         self.problems: list[str] = []
         self.sizes: dict[str, int] = {}
-        self.axes: dict[str, list[list[list[Any]]]] = {}
-        self.fields = fields
-        for name, size in (fields.get("sizes") or {}).items():
+
+    def spec(self) -> PermutationSpec:
+        """Every tensor, with sizes inferred; problems are noted."""
+        for name, size in self.fields["sizes"].items():
             if _is_size(size):
                 self.sizes[name] = size
             else:
                 self.problems.append(f"sizes: {name}: expected a positive number, got {size!r}.")
-
-    def spec(self) -> PermutationSpec:
-        """Every tensor, with sizes inferred; problems are noted."""
-        for name, axes in self.fields["tensors"].items():
-            self._read(str(name), axes)
-        while self._infer():
+        given = {str(name): axes for name, axes in self.fields["tensors"].items()}
+        read = {name: self._read(name, axes) for name, axes in given.items()}
+        axes = {name: found for name, found in read.items() if found is not None}
+        while self._infer(axes):
             pass
-        tensors = {name: self._tensor(name, axes) for name, axes in self.axes.items()}
-        names = dict.fromkeys(g for axes in tensors.values() for axis in axes for g in axis.groups)
-        apart = self.fields.get("multiplied") or []
-        groups = {n: Group(n, self.sizes[n], self._places(n), n in apart) for n in sorted(names)}
-        self.problems += [
-            f"multiplied: {name} is no group of a tensor.{nearest(str(name), names)}"
-            for name in apart
-            if name not in names
-        ]
-        for field in ("sizes", "places"):
-            for name in self.fields.get(field) or {}:
-                if name not in names:
-                    self.problems.append(
-                        f"{field}: {name} is no group of a tensor.{nearest(str(name), names)}"
-                    )
-        for name in self.fields.get("roles") or {}:
-            if name not in self.axes:
-                self.problems.append(f"roles: {name} is not among the tensors.")
+        tensors = {name: self._tensor(name, own) for name, own in axes.items()}
+        names = sorted({group for own in tensors.values() for axis in own for group in axis.groups})
+        apart = self.fields["multiplied"]
+        groups = {n: Group(n, self.sizes[n], self._places(n), n in apart) for n in names}
+        for field in ("multiplied", "sizes", "places"):
+            self._require_known(field, "group", names)
+        self._require_known("roles", "tensor", axes)
         return PermutationSpec(groups, tensors)
 
-    def _read(self, name: str, axes: Any) -> None:
+    def _require_known(self, field: str, kind: str, known: Iterable[str]) -> None:
+        self.problems += [
+            f"{field}: unknown {kind} {name!r}.{nearest(str(name), known)}"
+            for name in self.fields[field]
+            if name not in known
+        ]
+
+    def _read(self, name: str, axes: Any) -> list[list[_Product]] | None:
         """One tensor's axes as stretches of factors."""
         shape = self.shapes.get(name)
         if shape is None:
             self.problems.append(
                 f"{name}: the checkpoint has no such tensor.{nearest(name, self.shapes)}"
             )
-            return
+            return None
         if not isinstance(axes, (list, tuple)) or len(axes) > len(shape):
             self.problems.append(
                 f"{name}: expected a list of at most {len(shape)} axes (shape {list(shape)}), got "
                 f"{axes!r}."
             )
-            return
+            return None
         whole = [*axes, *[None] * (len(shape) - len(axes))]
-        found = []
-        for axis, size in zip(whole, shape, strict=True):
-            if axis is None:
-                found.append([[size]])
-            elif not isinstance(axis, (list, tuple)):
-                found.append([[axis]])
-            elif axis and all(isinstance(part, (list, tuple)) for part in axis):
-                found.append([list(part) for part in axis])
-            else:
-                found.append([list(axis)])
-        wrong = [
-            factor
-            for axis in found
-            for segment in axis
-            for factor in segment
-            if not (isinstance(factor, str) or _is_size(factor))
-        ]
+        found = [_stretches(axis, size) for axis, size in zip(whole, shape, strict=True)]
+        factors = [factor for axis in found for segment in axis for factor in segment]
+        wrong = [repr(f) for f in factors if not (isinstance(f, str) or _is_size(f))]
         if wrong:
             self.problems.append(
                 f"{name}: expected names of groups and positive sizes along an axis, got "
-                f"{shorten([repr(factor) for factor in wrong])}."
+                f"{shorten(wrong)}."
             )
-            return
-        self.axes[name] = found
+            return None
+        return found
 
-    def _infer(self) -> bool:
+    def _unknown(self, axis: list[_Product]) -> list[str]:
+        names = [f for segment in axis for f in segment if isinstance(f, str)]
+        return [name for name in dict.fromkeys(names) if name not in self.sizes]
+
+    def _entries(self, axis: list[_Product], unknown: Mapping[str, int] | None = None) -> int:
+        """Entries of an axis, with these sizes besides the known ones."""
+        known = {**self.sizes, **(unknown or {})}
+        return sum(math.prod(f if _is_size(f) else known[f] for f in s) for s in axis)
+
+    def _infer(self, axes: Mapping[str, list[list[_Product]]]) -> bool:
         """Find sizes of groups from axes where one group alone is unknown; False: no more."""
         before = len(self.sizes)
-        for name, axes in self.axes.items():
-            for axis, size in zip(axes, self.shapes[name], strict=True):
-                unknown = [f for s in axis for f in s if isinstance(f, str) and f not in self.sizes]
-                if not unknown or len(set(unknown)) > 1:
+        for name, own in axes.items():
+            for axis, size in zip(own, self.shapes[name], strict=True):
+                unknown = self._unknown(axis)
+                if len(unknown) != 1 or any(segment.count(unknown[0]) > 1 for segment in axis):
                     continue
-                if any(segment.count(unknown[0]) > 1 for segment in axis):
-                    continue
-                # sum of a_s x (with x in the segment) + b_s (without) = size
-                with_it = without = 0
-                for segment in axis:
-                    known = torch.Size(
-                        self.sizes[f] if isinstance(f, str) else f
-                        for f in segment
-                        if f != unknown[0]
-                    ).numel()
-                    if unknown[0] in segment:
-                        with_it += known
-                    else:
-                        without += known
-                left = size - without
-                if left > 0 and left % with_it == 0:
-                    self.sizes[unknown[0]] = left // with_it
-                else:
+                (group,) = unknown
+                rest = self._entries(axis, {group: 0})
+                times = self._entries(axis, {group: 1}) - rest
+                fits = size > rest and (size - rest) % times == 0
+                self.sizes[group] = (size - rest) // times if fits else 1
+                if not fits:
                     self.problems.append(
-                        f"{name}: an axis of {size} cannot be {axis}: {unknown[0]} would not be "
-                        "whole."
+                        f"{name}: an axis of {size} cannot be {axis}: {group} would not be whole."
                     )
-                    self.sizes[unknown[0]] = 1
         return len(self.sizes) > before
 
-    def _tensor(self, name: str, axes: list[list[list[Any]]]) -> tuple[Axis, ...]:
+    def _tensor(self, name: str, axes: list[list[_Product]]) -> tuple[Axis, ...]:
         shape = self.shapes[name]
-        roles = self._roles(name, len(shape))
         found = []
-        for axis, size, role in zip(axes, shape, roles, strict=True):
-            lost = [f for s in axis for f in s if isinstance(f, str) and f not in self.sizes]
+        for axis, size, role in zip(axes, shape, self._roles(name, len(shape)), strict=True):
+            lost = self._unknown(axis)
+            self.sizes.update(dict.fromkeys(lost, 1))
             if lost:
                 self.problems.append(
-                    f"{name}: the size of {shorten(list(dict.fromkeys(lost)))} cannot be inferred; "
-                    "state it under `sizes`."
+                    f"{name}: the size of {shorten(lost)} cannot be inferred; state it under "
+                    "`sizes`."
                 )
-                self.sizes.update(dict.fromkeys(lost, 1))
-            segments = tuple(
-                Segment(
-                    tuple(
-                        Factor(self.sizes[f], f) if isinstance(f, str) else Factor(f)
-                        for f in segment
-                    )
-                )
-                for segment in axis
-            )
-            made = Axis(segments, role)
-            if made.size != size and not lost:
+            elif self._entries(axis) != size:
                 stated = {f: self.sizes[f] for s in axis for f in s if isinstance(f, str)}
                 self.problems.append(
                     f"{name}: expected axes of {list(shape)}, got {axis} with {stated}, which is "
-                    f"{made.size} where the tensor has {size}."
+                    f"{self._entries(axis)} where the tensor has {size}."
                 )
-            found.append(made)
+            segments = (
+                Segment(tuple(Factor(f) if _is_size(f) else Factor(self.sizes[f], f) for f in s))
+                for s in axis
+            )
+            found.append(Axis(tuple(segments), role))
         return tuple(found)
 
     def _roles(self, name: str, count: int) -> list[Role]:
-        given = (self.fields.get("roles") or {}).get(name)
+        given, known = self.fields["roles"].get(name), get_args(Role)
         if given is not None:
-            if (
-                isinstance(given, (list, tuple))
-                and len(given) == count
-                and all(role in get_args(Role) for role in given)
-            ):
+            listed = isinstance(given, (list, tuple)) and len(given) == count
+            if listed and all(role in known for role in given):
                 return list(given)
             self.problems.append(
-                f"roles: {name}: expected {count} of {', '.join(get_args(Role))}, got {given!r}."
+                f"roles: {name}: expected {count} of {', '.join(known)}, got {given!r}."
             )
         if count == 1:
             return [vector_role(name)]
         return ["in" if axis == 1 else "out" for axis in range(count)]
 
     def _places(self, group: str) -> tuple[Place, ...]:
-        found = []
-        given = (self.fields.get("places") or {}).get(group) or []
-        if not isinstance(given, (list, tuple)):
-            given = [given]
-        for entry in given:
-            pair = entry if isinstance(entry, (list, tuple)) else (entry, -1)
-            whole = len(pair) == 2 and isinstance(pair[1], int) and not isinstance(pair[1], bool)
-            if not whole or not isinstance(pair[0], str) or pair[1] >= 0:
-                self.problems.append(
-                    f"places: {group}: expected modules, or pairs of a module and an axis of its "
-                    f"output from the end (-1 the last), e.g. [fc1, [relu1, -3]]; got {entry!r}."
-                )
-                continue
-            module, axis = pair
-            if self.skeleton is not None:
-                modules = dict(self.skeleton.named_modules())
-                if module not in modules:
-                    self.problems.append(
-                        f"places: {group}: no module {module!r}.{nearest(module, modules)}"
-                    )
-                    continue
-                if axis == -1 and isinstance(modules[module], (nn.Conv2d, nn.BatchNorm2d)):
-                    axis = -3
-            found.append(Place(module, axis, 0, (self.sizes[group],), 0))
-        return tuple(found)
+        given = self.fields["places"].get(group) or []
+        entries = given if isinstance(given, (list, tuple)) else [given]
+        found = (self._place(group, entry) for entry in entries)
+        return tuple(place for place in found if place is not None)
+
+    def _place(self, group: str, entry: Any) -> Place | None:
+        pair = entry if isinstance(entry, (list, tuple)) else (entry, -1)
+        module, axis = pair if len(pair) == 2 else (None, None)
+        if not isinstance(module, str) or not isinstance(axis, int) or axis >= 0:
+            self.problems.append(
+                f"places: {group}: expected modules, or pairs of a module and an axis of its "
+                f"output from the end (-1 the last), e.g. [fc1, [relu1, -3]]; got {entry!r}."
+            )
+            return None
+        if self.modules is not None and module not in self.modules:
+            self.problems.append(
+                f"places: {group}: unknown module {module!r}.{nearest(module, self.modules)}"
+            )
+            return None
+        own = None if self.modules is None else self.modules[module]
+        if axis == -1 and isinstance(own, (nn.Conv2d, nn.BatchNorm2d)):
+            axis = -3
+        return Place(module, axis, 0, (self.sizes[group],), 0)
+
+
+def _stretches(axis: Any, size: int) -> list[_Product]:
+    """An axis as stretches of factors."""
+    if axis is None:
+        return [[size]]
+    if not isinstance(axis, (list, tuple)):
+        return [[axis]]
+    if axis and all(isinstance(part, (list, tuple)) for part in axis):
+        return [list(part) for part in axis]
+    return [list(axis)]

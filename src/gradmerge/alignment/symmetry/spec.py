@@ -1,11 +1,11 @@
-"""Which units of a network may change places: groups of units, and where each tensor uses them.
+"""The units of a network that may change places: their groups, and the tensors that use them.
 
 A group of n units (channels, neurons, heads) is written by some tensors and read by others. With a
 map `z' = T z` of each group's units, the network computes the same function when every tensor is
 mapped along its axes:
 
     out      W' = T W            rows of weights, biases, embeddings' columns
-    in       W' = W T^-1         columns of weights: what reads z
+    in       W' = W T^-1         columns of weights that read z
     along    b' = T b            one number a unit that is added: shifts, running means
     gain     g' = R g            one number a unit that is multiplied with: R is T . T (entry by
                                  entry) with rows that sum to 1
@@ -19,7 +19,7 @@ approximately (as CCA and optimal transport do).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -31,7 +31,7 @@ Role = Literal["out", "in", "along", "gain", "square"]
 
 
 def vector_role(name: str) -> Role:
-    """What a tensor of one axis does with its units, by its name."""
+    """Return the role of a tensor of one axis by its name."""
     if name.endswith("running_var"):
         return "square"
     return "gain" if name.rpartition(".")[2] == "weight" else "along"
@@ -83,7 +83,7 @@ class Axis:
 
     segments: tuple[Segment, ...]
     role: Role = "out"
-    """What the tensor does with the units; without meaning where all factors are fixed."""
+    """How the tensor transforms with the units; without meaning where all factors are fixed."""
 
     @property
     def size(self) -> int:
@@ -98,7 +98,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a group's units can be seen: in the output of a module (the first of several).
+    """A view of a group's units in the output of a module (the first of several).
 
     The output's axis is cut to `[start, start + prod(sizes))` and reshaped to `sizes`; the units
     run along `sizes[position]`.
@@ -110,16 +110,16 @@ class Place:
     """Axis of its output, counted from the end (-1: features of a linear layer; -3: channels of a
     2-D convolution)."""
     start: int
-    """Where the stretch begins."""
+    """First entry of the stretch."""
     sizes: tuple[int, ...]
     """Factors of the stretch."""
     position: int
-    """Which factor runs over the units."""
+    """The factor that runs over the units."""
     call: int = 0
-    """Which call of the module in one forward pass (a ReLU may serve several layers)."""
+    """Number of the module's call in one forward pass (a ReLU may serve several layers)."""
 
     def units(self, output: Tensor) -> Tensor:
-        """What the units gave, `[rows, size]`: a row for each place of every other axis."""
+        """Return the units' activations `[rows, size]`: a row for each place of all other axes."""
         axis = self.axis + output.ndim
         length = torch.Size(self.sizes).numel()
         cut = output.narrow(axis, self.start, length).unflatten(axis, self.sizes)
@@ -134,9 +134,9 @@ class Group:
     name: str
     size: int
     places: tuple[Place, ...] = ()
-    """Where they can be seen, in the order of the forward pass; empty if nowhere."""
+    """Views of the units, in the order of the forward pass; empty if there are none."""
     multiplied: bool = False
-    """Whether they are multiplied one by one with other units (a gate): no map may mix them."""
+    """True if they are multiplied one by one with other units (a gate): no map may mix them."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class PermutationSpec:
     tensors: Mapping[str, tuple[Axis, ...]]
     """Axes by the tensor's name in the files; buffers too."""
     fixed: Mapping[str, str] = field(default_factory=dict)
-    """What keeps other axes in order: tensor and axis -> the reason."""
+    """Reasons why other axes keep their order, by tensor and axis."""
     checked: float | None = field(default=None, compare=False)
     """Relative change of the network's output under a random element of all groups, in float64;
     None where that was not checked (no network, or one of more than 10^9 parameters)."""
@@ -186,10 +186,10 @@ class PermutationSpec:
         return frozenset(group for axis in axes for group in axis.groups)
 
     def apply(self, maps: Maps, name: str, tensor: Tensor, skip: Use | None = None) -> Tensor:
-        """The tensor as the network with mapped units has it, in its own dtype.
+        """Return the tensor of the network with mapped units, in its own dtype.
 
-        Permutations move entries; linear maps are applied in float32 or better. The tensor itself
-        comes back where nothing changes it.
+        Permutations move entries; linear maps are applied in float32 or better. A tensor that no
+        map changes is returned itself.
 
         Args:
             maps: by group.
@@ -205,7 +205,7 @@ class PermutationSpec:
         return tensor
 
     def expose(self, use: Use, tensor: Tensor) -> Tensor:
-        """A tensor as a matrix `[size, rest]` whose rows are the units of one use."""
+        """Return a tensor as a matrix `[size, rest]` whose rows are the units of one use."""
         axes = self.tensors[use.tensor]
         segments = axes[use.axis].segments
         start = sum(segment.size for segment in segments[: use.segment])
@@ -279,13 +279,6 @@ def _is(skip: Use | None, segment: int, position: int) -> bool:
     return skip is not None and (skip.segment, skip.position) == (segment, position)
 
 
-def invert(change: Map) -> Map:
-    """The map that undoes another."""
-    if isinstance(change, LinearMap):
-        return LinearMap(change.inverse, change.matrix)
-    return torch.argsort(change)
-
-
 def as_linear(change: Map, dtype: torch.dtype = torch.float64) -> LinearMap:
     """A map as a pair of matrices; a permutation gives `T[i, perm[i]] = 1` and its transpose."""
     if isinstance(change, LinearMap):
@@ -294,37 +287,12 @@ def as_linear(change: Map, dtype: torch.dtype = torch.float64) -> LinearMap:
     return LinearMap(matrix, matrix.T)
 
 
-def compose(first: Map, then: Map) -> Map:
-    """One map for `first`, and `then` on what it gave: `T = T_then T_first`."""
-    if isinstance(first, LinearMap) or isinstance(then, LinearMap):
-        one, two = as_linear(first), as_linear(then)
-        return LinearMap(two.matrix @ one.matrix, one.inverse @ two.inverse)
-    return first[then]
-
-
-def invert_all(maps: Maps) -> dict[str, Map]:
-    """`invert` of every group's map."""
-    return {name: invert(change) for name, change in maps.items()}
-
-
-def compose_all(first: Maps, then: Maps) -> dict[str, Map]:
-    """`compose` of every group's maps."""
-    both = {**then, **first}
-    return {
-        name: compose(first[name], then[name]) if name in first and name in then else change
-        for name, change in both.items()
-    }
-
-
 def same_maps(first: Maps, second: Maps, tolerance: float = 1e-9) -> bool:
-    """Whether two sets of maps are the same; a group that is not named is not moved."""
-    for name in {**first, **second}:
-        one, two = first.get(name), second.get(name)
-        if one is None or two is None:
-            known = two if one is None else one
-            if known is not None and share_moved(known) > 0:
-                return False
-        elif isinstance(one, LinearMap) or isinstance(two, LinearMap):
+    """True if two sets of maps are the same; a group that is not named is not moved."""
+    for name, known in {**first, **second}.items():
+        stays = torch.arange(len(known.matrix if isinstance(known, LinearMap) else known))
+        one, two = first.get(name, stays), second.get(name, stays)
+        if isinstance(one, LinearMap) or isinstance(two, LinearMap):
             gap = (as_linear(one).matrix - as_linear(two).matrix).abs().max()
             if float(gap) > tolerance:
                 return False
@@ -340,9 +308,3 @@ def share_moved(change: Map) -> float:
         return float((change.matrix - eye).abs().amax(dim=1).gt(1e-6).double().mean())
     stays = change == torch.arange(len(change), device=change.device)
     return float((~stays).double().mean())
-
-
-def plain_axis(sizes: Sequence[int], groups: Sequence[str | None], role: Role = "out") -> Axis:
-    """An axis of one stretch."""
-    factors = tuple(Factor(size, group) for size, group in zip(sizes, groups, strict=True))
-    return Axis((Segment(factors),), role)

@@ -1,9 +1,17 @@
-"""The permutation groups of a network, derived by running it once.
+"""The permutation groups of a network, derived from one run.
 
 Every parameter's axes start as unknown units (`units.py`). The network runs on a tiny input, and
 each ATen operator that it calls says which units must be the same, consist of smaller ones, or keep
-their order (`rules.py`, `shapes.py`). What is left is the specification. Weights are stand-ins that
-hold one number each, so that no memory of the model's size is needed.
+their order (`rules.py`). The freedom that is left is the specification. Weights are stand-ins that
+hold one number each, so no memory of the model's size is needed. (A graph from `torch.export` or
+`make_fx` would not do: neither gets past a choice that depends on values, such as experts.)
+
+The trace also tells which units are multiplied one by one with others: those may only change
+places. `y = a b`, entry by entry, follows any permutation of the units of a and b, but no map that
+mixes them: `(T a) (T b)` is not `T (a b)`. So it is with a gate and what it gates, with the cells
+of a recurrent layer, and, in a product of two activations that sums over the units, with queries
+and keys: `(T q) . (T k)` is `q . k` for orthogonal maps alone. A function of one tensor,
+`x sigmoid(x)`, is no such product: all element-wise functions are followed approximately.
 """
 
 from __future__ import annotations
@@ -15,17 +23,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations, count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._decomp import decomposition_table
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from gradmerge.alignment.symmetry.products import Multiplied
-from gradmerge.alignment.symmetry.rules import RULES, Call, Label, attention, pointwise
-from gradmerge.alignment.symmetry.shapes import fixed_label
-from gradmerge.alignment.symmetry.units import Dim, fresh, pin_all, unify
+from gradmerge.alignment.symmetry.rules import (
+    Call,
+    Label,
+    Rule,
+    fixed_label,
+    rule_of,
+    tensors_in,
+)
+from gradmerge.alignment.symmetry.units import Dim, fresh, pin_all
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.sources.skeleton import empty_like_parameter
 
@@ -34,34 +49,50 @@ _HINT = (
     "out."
 )
 
-
-# in place they change the shape of what they are called with
-_RESHAPING = {f"aten::{name}" for name in ("t", "transpose", "squeeze", "unsqueeze")}
-_SHAPED_BY_VALUES = {
-    f"aten::{name}" for name in ("nonzero", "masked_select", "_unique2", "bincount")
-}
-
-
-# What outputs of transformers hold beside predictions.
+# Outputs of transformers beside the predictions.
 _BESIDE = re.compile(
     r"(hidden_states?|attentions?|past_key_values|cache_params|router_logits|mems)$"
 )
 
+_RESHAPING = {"t", "transpose", "squeeze", "unsqueeze"}
+"""In place, these change the shape of their argument."""
+_SHAPED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "bincount"}
+_PRODUCTS = {"mm", "bmm", "mv", "dot"}
+_WRITES = _PRODUCTS | {"convolution", "embedding"}
+"""Operators whose result is a new activation."""
+_PARTS = {"slice", "select", "unbind", "split", "split_with_sizes", "unsafe_split"}
+_PARTS |= {"index", "_unsafe_index", "gather"}
+"""Operators that read by place: the halves of a gated linear unit are two activations."""
+
 
 @dataclass
 class Traced:
-    """What a trace found, before it becomes a specification."""
+    """Units that a trace found, before they become a specification."""
 
-    labels: dict[str, Label]
+    labels: dict[str, Label] = field(default_factory=dict)
     """Axes of every parameter and persistent buffer, by its first name in the module."""
-    reached: set[str]
-    """Those that the run used."""
+    reached: set[str] = field(default_factory=set)
+    """Names of the tensors that the run used."""
     reads: set[tuple[str, int]] = field(default_factory=set)
     """Parameters' axes that products sum over."""
     seen: list[tuple[str, int, Label]] = field(default_factory=list)
     """Module, call and dimensions of every module's output, in order."""
     multiplied: list[Dim] = field(default_factory=list)
-    """Dimensions whose units are multiplied one by one with others (`multiplied.py`)."""
+    """Dimensions whose units are multiplied one by one with others."""
+
+
+@dataclass
+class _Value:
+    """The units of one tensor, and where its entries are from."""
+
+    tensor: Tensor
+    """Held, so that its identity stays unique."""
+    label: Label | Callable[[], Any] | None
+    """None: no rule tells; a function: found once another operator reads the tensor."""
+    writers: frozenset[int] = frozenset()
+    """Numbers of the products that wrote it."""
+    weight: bool = False
+    """Made of parameters and buffers alone."""
 
 
 def trace(skeleton: nn.Module, example: Mapping[str, Any], unreached: Sequence[str] = ()) -> Traced:
@@ -77,46 +108,45 @@ def trace(skeleton: nn.Module, example: Mapping[str, Any], unreached: Sequence[s
             parameter that other inputs might.
     """
     module, names = stand_in(skeleton, torch.float32)
-    mode = _Tracing(names)
+    mode = _Tracing(module, names)
     with torch.no_grad(), _slow_paths(), mode.follow(module):
         out = run(module, example, mode)
     for leaf in tensors_of(out):
         pin_all(mode.label(leaf), "it is the network's output")
-    lost = [name for name in mode.traced.labels if name not in mode.traced.reached]
-    idle = [name for name in lost if any(re.search(pattern, name) for pattern in unreached)]
-    if len(lost) > len(idle):
-        missed = [name for name in lost if name not in idle]
+    found = mode.traced
+    lost = [name for name in found.labels if name not in found.reached]
+    missed = [name for name in lost if not any(re.search(p, name) for p in unreached)]
+    if missed:
         why = f", by values that depend on weights ({mode.branches[0]})" if mode.branches else ""
         raise ConfigError(
             f"alignment: {type(skeleton).__name__} did not reach {shorten(missed)} on the "
-            f"example{why}. With other inputs they might read or write units that were put into "
-            "another order, so they have to be seen: give `example` inputs that reach them; or, if "
-            "they take no part in what is wanted of the network, name them as regular expressions "
-            f"in `unreached`. {_HINT}"
+            f"example{why}.\nWith other inputs they might read or write permuted units, so the "
+            "trace has to see them: give `example` inputs that reach them,\nor name those that "
+            f"take no part in the network, as regular expressions in `unreached`. {_HINT}"
         )
     for name in lost:
-        pin_all(mode.traced.labels[name], "the run does not reach it")
+        pin_all(found.labels[name], "the run does not reach it")
     taken = {unit for dim in mode.taken for unit in dim.units()}
-    for dim in mode.left:
-        for unit in dim.units():
-            if unit not in taken:
-                unit.pin("slices leave it out, which other inputs might take")
-    mode.traced.multiplied = mode.multiplied.dims
-    return mode.traced
+    for unit in (unit for dim in mode.left for unit in dim.units()):
+        if unit not in taken:
+            unit.pin("slices leave it out, which other inputs might take")
+    return found
 
 
 def stand_in(skeleton: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[int, str]]:
-    """A copy of a network whose parameters hold one number each, and their names by identity.
+    """Copy a network with parameters that hold one number each.
 
-    Persistent buffers are named, too; all floating-point buffers are copied in `dtype`.
+    Returns:
+        The copy, whose floating-point buffers are in `dtype`, and the names of its parameters and
+        persistent buffers by identity.
     """
-    first: dict[int, str] = {}
+    names: dict[int, str] = {}
     memo: dict[int, Any] = {}
     for name, parameter in skeleton.named_parameters():
         kind = dtype if parameter.dtype.is_floating_point else parameter.dtype
         empty = empty_like_parameter(parameter, kind, torch.device("cpu"))
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
-        first[id(memo[id(parameter)])] = name
+        names[id(memo[id(parameter)])] = name
     module = copy.deepcopy(skeleton, memo).eval()
     config: Any = getattr(module, "config", None)
     if hasattr(config, "use_cache"):
@@ -130,12 +160,12 @@ def stand_in(skeleton: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[i
                 owner._buffers[key] = buffer = buffer.to(dtype, copy=True)
                 name = f"{path}.{key}" if path else key
                 if name in saved:
-                    first[id(buffer)] = name
-    return module, first
+                    names[id(buffer)] = name
+    return module, names
 
 
 def run(module: nn.Module, example: Mapping[str, Any], mode: AbstractContextManager[object]) -> Any:
-    """The network's output on an example, within a mode."""
+    """Return the network's output on an example, within a mode."""
     inputs = {
         key: value.clone() if isinstance(value, Tensor) else value for key, value in example.items()
     }
@@ -144,22 +174,21 @@ def run(module: nn.Module, example: Mapping[str, Any], mode: AbstractContextMana
 
 
 def tensors_of(out: Any) -> list[Tensor]:
-    """The tensors of a network's output: a tensor, or those in a sequence, mapping or dataclass.
+    """Return the tensors of an output: a tensor, or a sequence, mapping or dataclass of tensors.
 
-    Of a mapping with logits all but the hidden states, attentions and caches that transformers
-    hands out beside them, whose units would be fixed.
+    A mapping with logits is taken without the hidden states, attentions and caches that
+    transformers returns beside them, whose units would be fixed.
 
     Raises:
-        ConfigError: there are none, or something of another kind, whose content cannot be told.
+        ConfigError: there are none, or an object whose content cannot be told.
     """
     if isinstance(out, Mapping) and any(str(name).startswith("logits") for name in out):
         out = {name: value for name, value in out.items() if not _BESIDE.search(str(name))}
     found = _leaves(out)
     if not found:
         raise ConfigError(
-            "alignment: expected a network that gives tensors, a sequence, a mapping or a "
-            f"dataclass of such, got {type(out).__name__}: what it computes could not be told. "
-            f"{_HINT}"
+            "alignment: expected a network that returns tensors, or a sequence, mapping or "
+            f"dataclass of tensors, got {type(out).__name__}. {_HINT}"
         )
     return found
 
@@ -167,12 +196,12 @@ def tensors_of(out: Any) -> list[Tensor]:
 def _leaves(out: Any) -> list[Tensor]:
     if isinstance(out, Tensor):
         return [out]
+    if dataclasses.is_dataclass(out) and not isinstance(out, Mapping):
+        out = [getattr(out, f.name) for f in dataclasses.fields(out)]
     if isinstance(out, Mapping):
-        return [leaf for value in out.values() for leaf in _leaves(value)]
+        out = list(out.values())
     if isinstance(out, (list, tuple)):
         return [leaf for value in out for leaf in _leaves(value)]
-    if dataclasses.is_dataclass(out):
-        return [leaf for f in dataclasses.fields(out) for leaf in _leaves(getattr(out, f.name))]
     if out is None or isinstance(out, (bool, int, float, str)):
         return []
     raise ConfigError(
@@ -183,45 +212,52 @@ def _leaves(out: Any) -> list[Tensor]:
 
 @contextmanager
 def _slow_paths() -> Iterator[None]:
-    """Without fused transformer and recurrent layers, which would be one operator each."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    fused = torch._C._get_mkldnn_enabled()
+    """Disable fused transformer, attention and recurrent layers, each of them one operator."""
+    before = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     torch._C._set_mkldnn_enabled(False)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-        torch._C._set_mkldnn_enabled(fused)
+        torch.backends.mha.set_fastpath_enabled(before[0])
+        torch._C._set_mkldnn_enabled(before[1])
 
 
 class _Tracing(TorchDispatchMode):
     """Carries labels from operator to operator.
 
     Args:
-        names: parameters and persistent buffers by identity.
+        module: the network, with stand-ins for weights.
+        names: its parameters and persistent buffers by identity.
     """
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, module: nn.Module, names: Mapping[int, str]) -> None:
         super().__init__()
         self.names = names
-        self.traced = Traced({}, set())
-        self._labels: dict[int, tuple[Tensor, Label | None]] = {}  # holds tensors: ids stay unique
+        self.traced = Traced()
         self.taken: list[Dim] = []
         self.left: list[Dim] = []
         self.branches: list[str] = []
         """Operators that hand values which depend on weights to the program."""
-        self._derived: set[int] = set(names)
-        self.multiplied = Multiplied(names)
-        self._waiting: dict[int, tuple[Tensor, Callable[[], Any]]] = {}
+        self._values: dict[int, _Value] = {}
+        self._products = count()
         self._path: list[str] = []
         self._calls: dict[str, int] = {}
         self._seen: set[tuple[int, int]] = set()
+        for tensor in [*module.parameters(), *module.buffers()]:
+            name = names.get(id(tensor))
+            if name is not None:
+                label = [
+                    Dim(fresh(size).expression, frozenset({(name, axis)}))
+                    for axis, size in enumerate(tensor.shape)
+                ]
+                self._values[id(tensor)] = _Value(tensor, label, weight=True)
+                self.traced.labels[name] = label
 
     @contextmanager
     def follow(self, module: nn.Module) -> Iterator[None]:
-        """Label the parameters; keep track of which submodule is running."""
-        self._register(module)
+        """Keep track of the submodule that is running, and of its output."""
         hooks = []
         for path, owner in module.named_modules():
             hooks.append(owner.register_forward_pre_hook(lambda *_, p=path: self._path.append(p)))
@@ -232,19 +268,6 @@ class _Tracing(TorchDispatchMode):
             for hook in hooks:
                 hook.remove()
 
-    def _register(self, module: nn.Module) -> None:
-        everything = [*module.parameters(), *module.buffers()]
-        for tensor in everything:
-            name = self.names.get(id(tensor))
-            if name is None:
-                continue
-            label = [
-                Dim(fresh(size).expression, frozenset({(name, axis)}))
-                for axis, size in enumerate(tensor.shape)
-            ]
-            self._labels[id(tensor)] = tensor, label
-            self.traced.labels[name] = label
-
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         path = self._path.pop()
         call = self._calls.get(path, 0)
@@ -252,87 +275,70 @@ class _Tracing(TorchDispatchMode):
         first = output[0] if isinstance(output, (tuple, list)) and output else output
         if not isinstance(first, Tensor):
             return
-        state = id(first), first._version  # what an identity gives back shows nothing new
-        if state not in self._seen:
-            self._seen.add(state)
-            label = self._labels.get(id(first), (first, None))[1]
-            if label is not None:
-                self.traced.seen.append((path, call, label))
+        state = id(first), first._version  # the output of an identity shows nothing new
+        value = self._values.get(id(first))
+        if state not in self._seen and value is not None and isinstance(value.label, list):
+            self.traced.seen.append((path, call, value.label))
+        self._seen.add(state)
 
     @property
     def where(self) -> str:
         """The module that is running."""
         return (self._path[-1] if self._path else "") or "the network itself"
 
+    def _value(self, tensor: Tensor) -> _Value:
+        """Look a tensor up; one that the network did not make is a constant."""
+        if id(tensor) not in self._values:
+            label = fixed_label(tensor, "it is a constant or an input")
+            self._values[id(tensor)] = _Value(tensor, label)
+        return self._values[id(tensor)]
+
     def label(self, tensor: Tensor) -> Label:
-        """Dimensions of a tensor; what the network did not make is a constant.
+        """The dimensions of a tensor.
 
         Raises:
             ConfigError: it is an output that the rules say nothing about.
         """
         if id(tensor) in self.names:
             self.traced.reached.add(self.names[id(tensor)])
-        if id(tensor) in self._waiting:
-            self._set(tensor, self._waiting.pop(id(tensor))[1]())
-        if id(tensor) not in self._labels:
-            self._labels[id(tensor)] = tensor, fixed_label(tensor, "it is a constant or an input")
-        label = self._labels[id(tensor)][1]
-        if label is None:
+        value = self._value(tensor)
+        if callable(value.label):
+            value.label = value.label()
+        if value.label is None:
             raise ConfigError(
                 f"alignment: module {self.where} reads an output of an operator that the trace "
                 f"has no rule for (log-sums, statistics). {_HINT}"
             )
-        return label
+        return value.label  # type: ignore[return-value]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run one operator and label what comes out."""
+        """Run one operator and label its results."""
         kwargs = kwargs or {}
-        name = func._schema.name.removesuffix("_")
+        name = func._schema.name.removeprefix("aten::").removesuffix("_")
         mutates = func._schema.is_mutable
-        rule = RULES.get(name)
-        if name.startswith("aten::_scaled_dot_product"):
-            rule = attention
-        elif rule is None and torch.Tag.pointwise in func.tags:
-            rule = pointwise
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if rule is None and not all(d.is_fixed for t in tensors for d in self.label(t)):
-            table = {} if mutates else torch._decomp.core_aten_decompositions()
-            if func in table:
-                with self:
-                    return table[func](*args, **kwargs)
+        rule = rule_of(name, func)
+        given = tensors_in((args, kwargs))
+        if rule is None and not all(dim.is_fixed for t in given for dim in self.label(t)):
+            with self:
+                if func in decomposition_table and not mutates:
+                    return decomposition_table[func](*args, **kwargs)
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
             raise ConfigError(
                 f"alignment: the trace has no rule for operator {func} (in module {self.where} of "
                 f"the network), so it cannot know which units it keeps apart. {_HINT}"
             )
         out = func(*args, **kwargs)
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if any(id(tensor) in self._derived for tensor in tensors):
-            self._derived.update(id(leaf) for leaf in made)
-            masked = name == "aten::index" and any(t.dtype == torch.bool for t in tensors)
-            if not made or masked or name in _SHAPED_BY_VALUES:
-                self.branches.append(f"{func} in {self.where}")
-        if rule is None:
-            for leaf in made:
-                label = fixed_label(leaf, f"{func} in {self.where} makes it")
-                self._set(leaf, label, mutates)
-            return out
-        if not made:
-            return out
+        made = tensors_in(out)
+        self._note_branch(name, func, given, made)
         call = self._call(func, name, args, kwargs, out)
-        if name == "aten::select" and not mutates:
-            # networks take a column of their units to learn its shape, which fixes nothing
-            self._waiting[id(out)] = out, partial(rule, call)
-            self.multiplied.follow(call, made)
-            return out
-        found: Any = rule(call)
-        self.multiplied.follow(call, made)
-        if mutates and name not in _RESHAPING:
-            return out  # what was written to keeps its dimensions, unified with the rest
-        labels: list[Any] = [found] if isinstance(out, Tensor) else [*found, *[None] * len(made)]
-        for leaf, label in zip(made, labels, strict=False):
-            self._set(leaf, label, mutates)
+        if made:
+            labels = self._labels(rule, call, made, mutates)
+            self._note_products(call)
+            self._keep(call, labels, made, mutates and (rule is None or name in _RESHAPING))
         return out
 
     def _call(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Call:
@@ -340,22 +346,79 @@ class _Tracing(TorchDispatchMode):
         arguments = {a.name: a.default_value for a in described}
         arguments.update(zip(arguments, args, strict=False))
         arguments.update(kwargs)
-        reason = f"{name.removeprefix('aten::')} in {self.where}"
-        return Call(name, arguments, out, self.label, self._contract, self._leave_out, reason)
 
-    def _leave_out(self, taken: Dim, left: Sequence[Dim]) -> None:
-        self.taken.append(taken)
-        self.left.extend(left)
+        def leave(taken: Dim, left: Sequence[Dim]) -> None:
+            self.taken.append(taken)
+            self.left.extend(left)
 
-    def _contract(self, dim: Dim) -> None:
-        self.traced.reads |= dim.owners
+        reads = self.traced.reads
+        reason = f"{name} in {self.where}"
+        return Call(
+            name, arguments, out, self.label, lambda dim: reads.update(dim.owners), leave, reason
+        )
 
-    def _set(self, tensor: Tensor, label: Label | None, replace: bool = False) -> None:
-        if label is not None and [dim.size for dim in label] != list(tensor.shape):
-            raise AssertionError(f"dimensions {[d.size for d in label]} of {tuple(tensor.shape)}")
-        known = None if replace else self._labels.get(id(tensor), (tensor, None))[1]
-        if known is None or label is None:
-            self._labels[id(tensor)] = tensor, label
-            return
-        for one, two in zip(known, label, strict=True):  # an operator that gave back its argument
-            unify(one, two, f"an operator in {self.where}")
+    def _labels(
+        self, rule: Rule | None, call: Call, made: Sequence[Tensor], mutates: bool
+    ) -> list[Any]:
+        """A label for each result, or None where the rule tells none."""
+        if rule is None:
+            return [fixed_label(leaf, f"{call.reason} makes it") for leaf in made]
+        if call.name == "select" and not mutates:
+            # networks take a column of their units to learn its shape, which fixes nothing
+            return [partial(rule, call)]
+        found: Any = rule(call)
+        if not found or isinstance(found[0], Dim):
+            found = [found] * len(made)
+        return [
+            label if [dim.size for dim in label] == list(leaf.shape) else None
+            for leaf, label in zip(made, found, strict=True)
+        ]
+
+    def _keep(
+        self, call: Call, labels: Sequence[Any], made: Sequence[Tensor], reshapes: bool
+    ) -> None:
+        """Note the labels of results, and the products that wrote them."""
+        given = [self._value(tensor) for tensor in call.tensors]
+        writers = frozenset[int]().union(*(value.writers for value in given))
+        weight = bool(given) and all(value.weight for value in given)
+        for leaf, label in zip(made, labels, strict=True):
+            new = call.name in _WRITES or (writers and call.name in _PARTS)
+            own = frozenset({next(self._products)}) if new and not weight else writers
+            known = self._values.get(id(leaf))
+            if known is not None and not reshapes:  # an argument, given back or written to
+                label = known.label
+            self._values[id(leaf)] = _Value(leaf, label, frozenset() if weight else own, weight)
+
+    def _note_branch(
+        self, name: str, func: Any, given: Sequence[Tensor], made: Sequence[Tensor]
+    ) -> None:
+        """Note an operator that hands values which depend on weights to the program."""
+        values = [self._value(tensor) for tensor in given]
+        if any(value.weight or value.writers for value in values):
+            masked = name == "index" and any(t.dtype == torch.bool for t in given)
+            if not made or masked or name in _SHAPED_BY_VALUES:
+                self.branches.append(f"{func} in {self.where}")
+
+    def _note_products(self, call: Call) -> None:
+        """Note units that an operator multiplies one by one with others."""
+        found = self.traced.multiplied
+        written = [tensor for tensor in call.tensors if self._value(tensor).writers]
+        if call.name in _PRODUCTS and len(written) == 2:
+            found.append(call.label(written[0])[-1])
+        elif call.name == "convolution" and call["groups"] > 1 and written:
+            found.append(call.label(call["input"])[-len(call["stride"]) - 1])
+        elif call.name in ("prod", "cumprod") and written:
+            # of stacked activations, or of the units themselves
+            found += [dim for dim in call.dims if dim.size != 1]
+        elif call.name in ("mul", "div", "addcmul", "addcdiv"):
+            for one, two in combinations(written, 2):
+                self._note_pair(one, two)
+        elif call.name == "lerp" and isinstance(call["weight"], Tensor):
+            for name in ("self", "end"):
+                self._note_pair(call["weight"], call[name])
+
+    def _note_pair(self, one: Tensor, two: Tensor) -> None:
+        """Note a product, entry by entry, of activations that different products wrote."""
+        if len({frozenset[int](), self._value(one).writers, self._value(two).writers}) == 3:
+            dims = zip(self.label(one)[::-1], self.label(two)[::-1], strict=False)
+            self.traced.multiplied += [a for a, b in dims if a.size == b.size != 1]

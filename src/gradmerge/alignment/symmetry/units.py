@@ -1,7 +1,7 @@
 """Symbols for the units along tensors' axes, and their unification.
 
 A dimension is a concatenation of row-major products of `Unit`s. A unit stands for n things in an
-unknown order that a map may change. What a network does with tensors only ever takes freedom away:
+unknown order that a map may change. Operators on tensors only ever take freedom away:
 two units turn out to be one (`unify`), a unit turns out to be a product or a concatenation of
 smaller ones (a view, a slice), or its order matters (`pin`). So every outcome is a subgroup of the
 permutations that were possible before, and giving up (pinning) is always safe.
@@ -9,10 +9,9 @@ permutations that were possible before, and giving up (pinning) is always safe.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-
-import torch
 
 Product = tuple["Unit", ...]
 Expression = tuple[Product, ...]
@@ -77,7 +76,7 @@ class Dim:
         return sum(_size(product) for product in self.expression)
 
     def resolve(self) -> Expression:
-        """What it is known to be by now; units of one entry are left out."""
+        """Return its present structure, without units of one entry."""
         self.expression = _resolve(self.expression)
         return self.expression
 
@@ -92,7 +91,7 @@ class Dim:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether nothing along it can move."""
+        """True if nothing along it can move."""
         return all(unit.pinned is not None for unit in self.units())
 
     @property
@@ -102,7 +101,7 @@ class Dim:
 
 
 def fresh(size: int) -> Dim:
-    """A dimension of which nothing is known."""
+    """A dimension of unknown units."""
     return Dim(((Unit(size),),) if size != 1 else ((),))
 
 
@@ -112,7 +111,7 @@ def fixed(size: int, reason: str) -> Dim:
 
 
 def _size(product: Product) -> int:
-    return torch.Size(unit.size for unit in product).numel()
+    return math.prod(unit.size for unit in product)
 
 
 def _resolve(expression: Expression) -> Expression:
@@ -143,12 +142,12 @@ def _resolve(expression: Expression) -> Expression:
 
 
 def unify(first: Dim, second: Dim, reason: str) -> None:
-    """Both run over the same units, in the same order.
+    """Make both run over the same units, in the same order.
 
     Args:
         first: a dimension.
         second: one of the same size.
-        reason: what is said of units that get pinned because their structures do not fit.
+        reason: recorded for units that get pinned because their structures do not fit.
     """
     while True:
         one, two = first.resolve(), second.resolve()
@@ -194,7 +193,7 @@ def _unify_products(one: Product, two: Product) -> str:
 
 
 def split_unit(unit: Unit, outer: int) -> bool:
-    """Take a unit as a row-major product of `outer` and the rest; False where it is none."""
+    """Split a unit into a row-major product of `outer` and the rest; False where that fails."""
     if outer < 1 or unit.size % outer:
         return False
     unit.refine(((Unit(outer), Unit(unit.size // outer)),))
@@ -202,7 +201,7 @@ def split_unit(unit: Unit, outer: int) -> bool:
 
 
 def cut_product(product: Product, at: int) -> bool:
-    """Cut a stretch in two, if it is a single unit; False where it is not."""
+    """Cut a stretch in two; False where it is a product of several units."""
     if len(product) != 1:
         return False
     (unit,) = product
@@ -211,7 +210,7 @@ def cut_product(product: Product, at: int) -> bool:
 
 
 def sliced(dim: Dim, start: int, stop: int, reason: str) -> Dim:
-    """The entries from `start` to `stop` of a dimension; what cannot be cut is pinned."""
+    """Cut a dimension from `start` to `stop`, and pin it where that is not possible."""
     for at in (start, stop):
         while not _cut_at(dim, at):
             pass
@@ -231,7 +230,7 @@ def sliced(dim: Dim, start: int, stop: int, reason: str) -> Dim:
 
 
 def _cut_at(dim: Dim, at: int) -> bool:
-    """One attempt to have a boundary at `at`; True when nothing is left to try."""
+    """Try once to get a boundary at `at`; True when nothing is left to try."""
     place = 0
     for product in dim.resolve():
         size = _size(product)
@@ -248,12 +247,12 @@ def joined(dims: Sequence[Dim]) -> Dim:
 
 
 def regroup(dims: Sequence[Dim], sizes: Sequence[int], reason: str) -> list[Dim]:
-    """The dimensions of a view: equal numbers of entries, in row-major order.
+    """Return the dimensions of a view: equal numbers of entries, in row-major order.
 
     Args:
         dims: of the input.
         sizes: of the output.
-        reason: what is said of units that get pinned because the view cuts across them.
+        reason: recorded for units that get pinned because the view cuts across them.
     """
     found: list[Dim] = []
     if any(size == 0 for size in sizes):
@@ -299,7 +298,7 @@ def _regroup_chunk(dims: Sequence[Dim], sizes: Sequence[int], reason: str) -> li
 
 
 def _split(product: Product, sizes: list[int]) -> list[Product] | None:
-    """A product as consecutive products of these sizes, refining units where need be."""
+    """Split a product into consecutive ones of these sizes, refining units where need be."""
     units = list(product)
     found: list[Product] = []
     for size in sizes:

@@ -1,9 +1,10 @@
-"""Does a specification hold? A random element of its groups must leave the output unchanged."""
+"""The check of a specification: a random element of its groups must leave the output unchanged."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from gradmerge.alignment.symmetry.example import at_other_sizes
-from gradmerge.alignment.symmetry.spec import Maps, PermutationSpec
+from gradmerge.alignment.symmetry.spec import Maps, PermutationSpec, Place
 from gradmerge.alignment.symmetry.trace import run, stand_in, tensors_of
 from gradmerge.errors import ConfigError, shorten
 
@@ -21,20 +22,22 @@ TOLERANCE = 1e-8
 # Outputs beyond it are a mask's; with weights of order one no other comes near.
 _MASKED = 1e6
 LIMIT = 1_000_000_000
-"""Parameters up to which a network is checked: drawing the weights takes seconds a hundred
-million."""
+"""Parameters up to which a network is checked: it takes seconds per hundred million."""
 
-_BLOCK = 1_000_003
+_BLOCK = 100_003
+
+_Shapes = Mapping[tuple[str, int], tuple[int, ...]]
+"""Shapes of modules' outputs by module and call."""
 
 
 class Float64(TorchDispatchMode):
-    """Floating-point casts and constants stay in float64, whatever precision a network asks for.
+    """Keeps floating-point casts and constants in float64, whatever precision a network asks for.
 
     Networks that take a norm or a softmax in float32 would show its rounding instead of the
     function.
 
     Args:
-        weights: what takes the place of some tensors, by identity; made anew at each use.
+        weights: functions that make the value of some tensors, by identity; called at each use.
     """
 
     def __init__(self, weights: Mapping[int, Callable[[], Tensor]] | None = None) -> None:
@@ -63,106 +66,133 @@ def verify(
     skeleton: nn.Module,
     files: Mapping[str, str],
     example: Mapping[str, Any],
-    seed: int = 0,
-) -> float | None:
-    """The largest relative change of the output under a random element of all groups.
+    written: bool = False,
+) -> PermutationSpec:
+    """Compare the network's output with that under a random element of all groups.
 
-    Weights are random, in float64, drawn a tensor at a time whenever the network asks for one. The
+    Weights are random, in float64, drawn one tensor at a time whenever the network asks for it. The
     output is compared on the example, and in two other sizes of batch and length, as far as the
-    network takes them (`at_other_sizes`): its course may depend on the size of its input. None
-    where the network has more than `LIMIT` parameters and is not checked.
+    network takes them (`at_other_sizes`): its course may depend on the size of its input.
 
     Args:
         spec: by names in the files.
         skeleton: the network.
         files: first name in the module -> a name in the files.
         example: arguments of its forward.
-        seed: of weights and permutations.
+        written: places were named by hand, and show a group along a whole axis.
+
+    Returns:
+        The specification with the largest relative change of the output (None where the network has
+        more than `LIMIT` parameters and is not checked), and without places whose axis changes its
+        size with the batch or the length: there units share it with examples or positions (heads
+        and batch in one, for a batched product), so a stretch of fixed length would show those of
+        some rows alone.
 
     Raises:
-        ConfigError: the output changes by more than `TOLERANCE`; names the groups that change it.
+        ConfigError: the output changes by more than `TOLERANCE` (names the groups that change it),
+            or a place that was named by hand does not show its group.
     """
-    if sum(parameter.numel() for parameter in skeleton.parameters()) > LIMIT:
-        return None
-    check = _Check(spec, skeleton, files, seed)
-    change = check.change(example, check.outputs(example, {}))
-    if change is None:
+    check = _Check(spec, skeleton, files)
+    own = check.run(example, {})
+    first = check.change(example, own.outputs)
+    if first is None and check.draws:
         raise ConfigError(
-            "alignment: the example gives no finite output, so that nothing can be checked. Give "
+            "alignment: the example gives no finite output, so nothing can be checked. Give "
             "another `example`."
         )
-    for other, outputs in at_other_sizes(example, partial(check.outputs, maps={})):
-        change = max(change, check.change(other, outputs) or 0.0)
-    return change
+    changes, others = [first or 0.0], []
+    # one size after the other: a network may keep something of the size that it last saw
+    for inputs, ran in at_other_sizes(example, partial(check.run, maps={})):
+        changes.append(check.change(inputs, ran.outputs) or 0.0)
+        others.append(ran.shapes)
+    if written:
+        _require_units(spec, own.shapes)
+
+    def stays(place: Place) -> bool:
+        size = _size(place, own.shapes)
+        return all(_size(place, shapes) in (None, size) for shapes in others)
+
+    groups = {
+        name: replace(group, places=tuple(filter(stays, group.places)))
+        for name, group in spec.groups.items()
+    }
+    return replace(spec, groups=groups, checked=max(changes) if check.draws else None)
+
+
+@dataclass(frozen=True)
+class _Run:
+    outputs: Sequence[Tensor]
+    shapes: _Shapes
 
 
 class _Check:
+    """A network on random weights, run with its units mapped."""
+
     def __init__(
-        self,
-        spec: PermutationSpec,
-        skeleton: nn.Module,
-        files: Mapping[str, str],
-        seed: int,
+        self, spec: PermutationSpec, skeleton: nn.Module, files: Mapping[str, str]
     ) -> None:
-        self.spec, self.files, self.seed = spec, files, seed
+        self.spec, self.files = spec, files
         self.module, self.names = stand_in(skeleton, torch.float64)
         self.tensors = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
+        self.draws = sum(parameter.numel() for parameter in skeleton.parameters()) <= LIMIT
+        """False: weights are zero, and only shapes are found."""
         self.kind = type(skeleton).__name__
-        self.maps = spec.random(seed)
+        self.maps = spec.random(0)
+        self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
+        for name in {place.module for group in spec.groups.values() for place in group.places}:
+            self.module.get_submodule(name).register_forward_hook(partial(self._note, name))
+
+    def _note(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
+        call = sum(name == known for known, _ in self.shapes)
+        first = output[0] if isinstance(output, (tuple, list)) and output else output
+        self.shapes[name, call] = tuple(first.shape) if isinstance(first, Tensor) else ()
 
     def change(self, example: Mapping[str, Any], before: Sequence[Tensor]) -> float | None:
-        """Largest relative change of an output under all maps; None where no number can be
-        compared.
+        """Largest relative change of an output; None where there is nothing to compare.
 
         Raises:
             ConfigError: it is more than `TOLERANCE`.
         """
-        change = self._gap(example, before, self.maps)
-        if change is None or change <= TOLERANCE:
-            return change
+
+        def change(maps: Maps) -> float | None:
+            after = self.run(example, maps).outputs
+            gaps = (_gap(one, two) for one, two in zip(before, after, strict=True))
+            return max((gap for gap in gaps if gap is not None), default=None)
+
+        found = change(self.maps) if self.draws else None
+        if found is None or found <= TOLERANCE:
+            return found
         guilty = [
-            name
-            for name in self.spec.groups
-            if (self._gap(example, before, {name: self.maps[name]}) or 0.0) > TOLERANCE
+            name for name, own in self.maps.items() if (change({name: own}) or 0.0) > TOLERANCE
         ]
         shapes = [f"{k} {list(v.shape)}" for k, v in example.items() if isinstance(v, Tensor)]
         raise ConfigError(
             f"alignment: permuting units changes what {self.kind} computes (relative change "
-            f"{change:.1e}, tolerance {TOLERANCE:.0e}, with {', '.join(shapes)}), so the "
+            f"{found:.1e}, tolerance {TOLERANCE:.0e}, with {', '.join(shapes)}), so the "
             "specification is wrong for it. Groups that change it by themselves: "
-            f"{shorten(guilty) or 'none alone'}. Give a hand-written specification (`spec:` of the "
-            "alignment) without them."
+            f"{shorten(guilty) or 'none alone'}.\nGive a hand-written specification (`spec:` of "
+            "the alignment) without them."
         )
 
-    def _gap(
-        self, example: Mapping[str, Any], before: Sequence[Tensor], maps: Maps
-    ) -> float | None:
-        after = self.outputs(example, maps)
-        gaps = (_gap(one, two) for one, two in zip(before, after, strict=True))
-        return max((gap for gap in gaps if gap is not None), default=None)
+    def run(self, example: Mapping[str, Any], maps: Maps) -> _Run:
+        """Run the network in float64, with its units mapped."""
 
-    def outputs(self, example: Mapping[str, Any], maps: Maps) -> Sequence[Tensor]:
-        """What the network gives in float64, with its units mapped."""
-
-        def maker(name: str, shape: torch.Size) -> Callable[[], Tensor]:
-            def make() -> Tensor:
-                value = _random(name, shape, self.seed)
-                return self.spec.apply(maps, self.files.get(name, name), value)
-
-            return make
+        def made(name: str, shape: torch.Size) -> Tensor:
+            return self.spec.apply(maps, self.files.get(name, name), _random(name, shape))
 
         weights = {
-            key: maker(name, self.tensors[key].shape)
+            key: partial(made, name, self.tensors[key].shape)
             for key, name in self.names.items()
-            if self.tensors[key].is_floating_point()
+            if self.draws and self.tensors[key].is_floating_point()
         }
         wide = {
             name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
             for name, value in example.items()
         }
+        self.shapes = {}
         with torch.no_grad():
             out = run(self.module, wide, Float64(weights))
-        return [leaf.double() for leaf in tensors_of(out)]
+        return _Run([leaf.double() for leaf in tensors_of(out)], self.shapes)
 
 
 def _gap(one: Tensor, two: Tensor) -> float | None:
@@ -180,15 +210,37 @@ def _gap(one: Tensor, two: Tensor) -> float | None:
     return float((one - two).abs().max() / one.abs().max().clamp_min(1e-300))
 
 
-def _random(name: str, shape: torch.Size, seed: int) -> Tensor:
+def _random(name: str, shape: torch.Size) -> Tensor:
     """Weights of a size that keeps activations of order one; positive numbers for vectors.
 
-    Drawing is what takes time, so a large tensor repeats a block of a prime number of entries.
+    Drawing takes most of the time, so a large tensor repeats a block of a prime number of entries,
+    which lets no two units of it have the same weights.
     """
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}\n{name}".encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"0\n{name}".encode()))
     if len(shape) < 2:
         return 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
     fan = max(1, torch.Size(shape[1:]).numel())
     count = shape.numel()
     drawn = torch.randn(min(count, _BLOCK), generator=generator, dtype=torch.float64) / fan**0.5
     return drawn.repeat(-(-count // _BLOCK))[:count].reshape(shape) if count else drawn.view(shape)
+
+
+def _size(place: Place, shapes: _Shapes) -> int | None:
+    shape = shapes.get((place.module, place.call), ())
+    return shape[place.axis] if len(shape) >= -place.axis else None
+
+
+def _require_units(spec: PermutationSpec, shapes: _Shapes) -> None:
+    problems = []
+    for name, group in spec.groups.items():
+        for place in group.places:
+            if _size(place, shapes) != group.size:
+                shape = shapes.get((place.module, place.call))
+                gives = f"gives {list(shape)}" if shape else "gives no tensor on the example"
+                problems.append(
+                    f"  places: {name}: expected a module whose output has {group.size} entries "
+                    f"along axis {place.axis}; {place.module} {gives}."
+                )
+    if problems:
+        lines = "\n".join(problems)
+        raise ConfigError(f"alignment.spec: {len(problems)} problem(s).\n{lines}")
