@@ -24,19 +24,7 @@ PHRASES = {
     "'is no ...': write 'unknown', 'not a'": rf"(?<!there )\bis no (?:{NOUNS})\b",
 }
 # Offences that are left in each room: lower the number when you fix one. The aim is an empty table.
-ALLOWED: dict[str, int] = {
-    "alignment": 35,
-    "calibration": 28,
-    "cli": 9,
-    "drivers": 38,
-    "engine": 15,
-    "export": 9,
-    "finalisers": 6,
-    "mergekit": 13,
-    "search": 5,
-    "sources": 22,
-    "training": 20,
-}
+ALLOWED: dict[str, int] = {"cli": 9, "engine": 15}
 
 
 def offences(text: str, python: bool = True) -> list[str]:

@@ -250,7 +250,7 @@ class _Step:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the step was learned and its model exists (an output may have been moved)."""
+        """Return whether the step was learned and its model exists (an output may be moved)."""
         lost = self.is_last and self.job.exported is None
         return self.record.result is not None and not lost
 

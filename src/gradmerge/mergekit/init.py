@@ -61,7 +61,7 @@ class FromMergekit(AbstractInit):
         return over_slot(torch.tensor(values, dtype=torch.float64), slot)
 
     def _by_source(self, weights: _Weights, context: InitContext) -> dict[str, float]:
-        """Return weights by source name, and of the base under `base` where it is no source."""
+        """Return weights by source name, and of the base under `base` unless it is one of them."""
         base = ["base"] if context.origin == "base" else []
         labels = {name: context.labels.get(name, name) for name in [*base, *context.sources]}
         found = {

@@ -6,10 +6,10 @@ mapped along its axes:
 
     out      W' = T W            rows of weights, biases, embeddings' columns
     in       W' = W T^-1         columns of weights that read z
-    along    b' = T b            one number a unit that is added: shifts, running means
-    gain     g' = R g            one number a unit that is multiplied with: R is T . T (entry by
+    along    b' = T b            one number per unit that is added: shifts, running means
+    gain     g' = R g            one number per unit that is multiplied with: R is T . T (entry by
                                  entry) with rows that sum to 1
-    square   v' = (T . T) v      one number a unit that is a variance
+    square   v' = (T . T) v      one number per unit that is a variance
 
 For a permutation `z'[i] = z[perm[i]]` all five are `new = old[perm]` along the axis. R g is the
 diagonal nearest to T diag(g) after T, `argmin_d |diag(d) T - T diag(g)|` row by row. Other maps are

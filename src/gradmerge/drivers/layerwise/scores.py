@@ -57,7 +57,7 @@ def _scored(
 
 
 def _has_loss(chain: Chain, objective: Objective, batch: Batch) -> bool:
-    """Whether the objective, which was not what was learned, has a value for a batch."""
+    """Return whether the objective, which block-wise matching does not minimise, has a value."""
     lacks_labels = objective.needs_labels and batch.get("labels") is None
     return not (lacks_labels or (objective.needs_ensemble and chain.plan.private))
 
