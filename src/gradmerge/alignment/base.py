@@ -8,7 +8,6 @@ sources, a reference, and the running mean come from here.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing_extensions import override
 from gradmerge.alignment.symmetry.spec import Maps, PermutationSpec, same_maps
 from gradmerge.errors import ConfigError, nearest
 from gradmerge.sources import Checkpoint
+from gradmerge.spec import require_pattern
 
 Needs = Literal["activations"]
 
@@ -176,13 +176,7 @@ class Matching(AbstractAlignment):
                 f"argument, e.g. {{x: [1, 3, 32, 32]}}, got {str(self.example)[:60]!r}."
             )
         for pattern in self.unreached:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(
-                    f"{type(self).__name__}.unreached: {pattern!r} is not a regular "
-                    f"expression: {error}."
-                ) from error
+            require_pattern(f"{type(self).__name__}.unreached", pattern)
 
     @abstractmethod
     def match(

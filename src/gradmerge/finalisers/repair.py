@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from gradmerge.errors import ConfigError
 from gradmerge.finalisers.base import AbstractFinaliser, FinalSite
+from gradmerge.spec import require_pattern
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,7 @@ class REPAIR(AbstractFinaliser):
         if self.batches < 1:
             raise ConfigError(f"REPAIR: batches: expected 1 or more, got {self.batches}.")
         for pattern in self.skip:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(
-                    f"REPAIR: skip: {pattern!r} is not a regular expression: {error}"
-                ) from error
+            require_pattern("REPAIR.skip", pattern)
 
     def finish(self, theta: Tensor, site: FinalSite) -> Tensor:
         """Return the tensor as it is: `Finalisation` applies the corrections."""

@@ -142,7 +142,7 @@ def test_recipes_that_cannot_be_learned_block_by_block_are_rejected(
 
 def test_other_refusals(tmp_path):
     models, kind, _ = network_of("stack", torch.float32)
-    with pytest.raises(ConfigError, match=r"blocks: expected regular expressions, got '\[bad'"):
+    with pytest.raises(ConfigError, match=r"blocks: invalid regular expression '\[bad'"):
         LayerWise(blocks=["[bad"])
     job = job_of(tmp_path / "r", recipe_of(models, finalisers=[REPAIR()]), data_of(kind))
     with pytest.raises(ConfigError, match="REPAIR takes passes of the whole merged network"):

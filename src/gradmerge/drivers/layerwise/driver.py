@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from gradmerge.drivers.layerwise.block import BLOCK_LOSS
 from gradmerge.drivers.layerwise.job import Layers, require_permuted
 from gradmerge.errors import ConfigError
 from gradmerge.objectives import Objective
+from gradmerge.spec import require_pattern
 
 # Trainer settings of a whole fit, with the values that state nothing.
 _OF_A_FIT = {
@@ -72,12 +72,7 @@ class LayerWise(AbstractDriver):
             if value is not None and value < 1:
                 raise ConfigError(f"LayerWise: {name}: expected at least 1, got {value}.")
         for pattern in self.blocks or ():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(
-                    f"LayerWise: blocks: expected regular expressions, got {pattern!r}: {error}."
-                ) from error
+            require_pattern("LayerWise.blocks", pattern)
         if not self.activation_memory >= 0:
             raise ConfigError(
                 f"LayerWise: activation_memory: expected GiB, at least 0, got "
