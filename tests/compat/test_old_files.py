@@ -254,7 +254,7 @@ def test_an_old_export_is_the_start_of_a_continual_merge(own_world):
     data = {**world.CONFIG["data"], "tasks": {"c": world.task("c")}}
     config = world.configured("continual.yaml", {"sources": {"c": "c"}}, data=data)
     driver = ["--driver", "Continual", "--driver.earlier", "earlier"]
-    with pytest.warns(UserWarning, match="no task is of a, b"):
+    with pytest.warns(UserWarning, match="no task belongs to a, b"):
         assert main(["fit", "--config", config, *driver, "--optimizer.lr", "0"]) == 0
     found = json.loads(Path("run/merged/provenance.json").read_text())["driver"]
     assert found["members"] == ["a", "b", "c"]

@@ -130,7 +130,7 @@ def test_coefficients_of_sources_in_memory_want_their_recipe_again(tmp_path):
 
 
 def test_plain_data_builds_no_class_from_elsewhere():
-    with pytest.raises(ConfigError, match=r"uses subprocess.Popen, a class outside of gradmerge"):
+    with pytest.raises(ConfigError, match=r"uses subprocess.Popen, a class outside gradmerge"):
         from_plain({"class_path": "subprocess.Popen", "init_args": {"args": "true"}})
     for name in (
         "gradmerge.export.folder.export_merged",
