@@ -346,7 +346,7 @@ def test_a_head_of_other_names_cannot_follow() -> None:
 
 def test_a_base_is_refused_because_its_units_stay() -> None:
     net = mlp()
-    with pytest.raises(ConfigError, match="differences to the base would compare other units"):
+    with pytest.raises(ConfigError, match="differences would compare other units"):
         recipe(net, net, base=InMemory(net))
     with pytest.raises(ConfigError, match="buffers origin"):
         recipe(net, net, base=InMemory(net), origin="zero", buffers="origin")

@@ -159,7 +159,7 @@ def test_a_plain_merge_with_the_files_of_fit_does_not_wait_for_lightning(suite, 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "RegMean needs statistics of the sources on data"),
+        ([], "expected the folder that RegMean needs, with the sources' statistics on data"),
         (["--search", "GreedySoup"], "data.tasks: expected at least one task"),
         (["--search", "GredySoup"], "Did you mean 'GreedySoup'?"),
     ],

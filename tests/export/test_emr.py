@@ -230,10 +230,10 @@ def test_what_has_no_such_form_is_refused(family, tmp_path):
             merge(recipe_of(paths, frozen={"norm": 0.0}), outputs=outputs, output=out)
         with pytest.raises(ConfigError, match="head: with outputs"):
             merge(recipe_of(paths), outputs=outputs, output=out, head="a")
-    with pytest.raises(ConfigError, match="dtype: the compact form has none"):
+    with pytest.raises(ConfigError, match="dtype: expected none with outputs compact, got"):
         merge(recipe_of(paths), outputs="compact", output=out, dtype="bfloat16")
     merge(recipe_of(paths), outputs="compact", output=str(tmp_path / "compact"))
-    with pytest.raises(ConfigError, match="tasks: 'c' is no task"):
+    with pytest.raises(ConfigError, match=r"tasks: unknown task 'c' \(choose from a, b\)"):
         unpack(str(tmp_path / "compact"), out, tasks=["c"])
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*")), "nothing half done is left"

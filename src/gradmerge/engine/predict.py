@@ -1,4 +1,4 @@
-"""What the merged network, and a task's own source, predict on a batch."""
+"""Predictions of the merged network and of the sources on a batch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _NOT_INPUTS = frozenset({"labels", "bytes_per_token"})
 
 
 class Predicts(Protocol):
-    """A network that tasks are predicted with: a `MergedModel`, or what runs as one."""
+    """A network that predicts for tasks: a `MergedModel`, or an object with its interface."""
 
     @property
     def plan(self) -> Plan:
-        """What is merged."""
+        """The opened recipe."""
 
     @property
     def skeleton(self) -> nn.Module:
@@ -31,38 +31,39 @@ class Predicts(Protocol):
 
     @property
     def tasks(self) -> Mapping[str, str]:
-        """Task -> source whose private tensors it uses."""
+        """The source whose private tensors each task uses, by task."""
 
     def as_source(self, source: str, own: bool = False) -> AbstractContextManager[None]:
-        """Within the context the network is one source; see `MergedModel.as_source`."""
+        """Run the network with one source's weights (see `MergedModel.as_source`)."""
 
     def __call__(self, *, task: str, **inputs: Any) -> Any:
-        """What the network gives of a task's inputs."""
+        """Return the network's output for inputs of a task."""
 
 
 def is_causal(network: nn.Module) -> bool:
-    """Whether a network predicts the next token."""
+    """Return True if a network predicts the next token."""
     return type(network).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def by_task(merged: MergedModel, batch: Batch) -> dict[str, Batch]:
-    """A training batch as batches by task.
+    """Split a training batch by task.
 
     Raises:
-        ConfigError: it names other tasks, or none where there are several.
+        ConfigError: the batch names unknown tasks, or none although there are several.
     """
     tasks = tuple(merged.tasks)
     if all(isinstance(value, Mapping) for value in batch.values()):
         unknown = [name for name in batch if name not in tasks]
         if unknown:
             raise ConfigError(
-                f"the batch has tasks {unknown}; expected some of {', '.join(tasks)}."
+                f"batch: unknown tasks {', '.join(map(repr, unknown))} (choose from "
+                f"{', '.join(tasks)})."
             )
         return dict(batch)
     if len(tasks) != 1:
         raise ConfigError(
-            "a training batch must map task names to batches, got the keys "
-            f"{', '.join(map(str, batch))}; tasks are {', '.join(tasks)}."
+            f"batch: expected batches by task ({', '.join(tasks)}), got the keys "
+            f"{', '.join(map(str, batch))}."
         )
     return {tasks[0]: batch}
 
@@ -70,7 +71,7 @@ def by_task(merged: MergedModel, batch: Batch) -> dict[str, Batch]:
 def rows_of(
     merged: Predicts, task: str, batch: Batch
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Logits of a task's batch as rows, labels, and the rows kept (see `next_token_rows`).
+    """Return logits of a task's batch as rows, labels, and the rows kept (see `next_token_rows`).
 
     Raises:
         ConfigError: the network's output has no logits.
@@ -80,8 +81,8 @@ def rows_of(
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise ConfigError(
-            f"{type(merged.skeleton).__name__} returned {type(output).__name__}; expected "
-            "a tensor of logits or an output with `logits`."
+            f"{type(merged.skeleton).__name__}: expected a tensor of logits or an output with "
+            f"`logits`, got {type(output).__name__}."
         )
     config = getattr(merged.skeleton, "config", None)
     decodes = getattr(config, "is_encoder_decoder", False)
@@ -92,34 +93,34 @@ def rows_of(
 
 
 def expert_rows(merged: Predicts, task: str, batch: Batch, source: str | None = None) -> Tensor:
-    """Logits of a source, without one the task's own, run by the same network, without gradient."""
+    """Return a source's logits, without gradient; by default those of the task's own source."""
     with merged.as_source(source or merged.tasks[task], own=True):
         return rows_of(merged, task, batch)[0].detach()
 
 
 def require_ensemble(merged: MergedModel, objective: Objective) -> None:
-    """Refuse an ensemble of sources that do not share a head.
+    """Reject an ensemble of sources that do not share a head.
 
     Raises:
-        ConfigError: a term needs the ensemble, and tensors are private.
+        ConfigError: a term needs the ensemble and the recipe has private tensors.
     """
     private = merged.plan.private
     if objective.needs_ensemble and private:
         terms = [type(term).__name__ for term in objective.terms if term.needs_ensemble]
         raise ConfigError(
-            f"{', '.join(terms)} averages what all sources predict, so they must share a head, but "
-            f"each keeps its own {', '.join(sorted(private)[:3])}. Use KLToSource, whose teacher "
-            "is the task's own source."
+            f"{', '.join(terms)} averages the predictions of all sources, so they must share a "
+            f"head, but each keeps its own {', '.join(sorted(private)[:3])}.\n"
+            "Use KLToSource, whose teacher is the task's own source."
         )
 
 
 def predict(
     merged: Predicts, objective: Objective, task: str, batch: Batch, shared: bool
 ) -> Predictions:
-    """What an objective needs of a task's batch.
+    """Return the predictions that an objective needs for a task's batch.
 
     Raises:
-        ConfigError: the task has no labels and a term needs them.
+        ConfigError: a term needs labels and the task has none.
     """
     teacher = expert_rows(merged, task, batch) if objective.needs_teacher else None
     ensemble = None
@@ -129,7 +130,7 @@ def predict(
     if labels is None and objective.needs_labels:
         terms = [type(term).__name__ for term in objective.terms if term.needs_labels]
         raise ConfigError(
-            f"task {task} has no labels, which {', '.join(terms)} needs; name its "
-            "label column, or use Entropy or KLToSource."
+            f"task {task} has no labels, but {', '.join(terms)} needs them; name its label column, "
+            "or use Entropy or KLToSource."
         )
     return Predictions(logits, labels, teacher, shared, ensemble)
