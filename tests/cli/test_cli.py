@@ -519,8 +519,8 @@ def test_what_is_no_checkpoint_of_ours_is_refused_in_a_line(world, tmp_path, cap
     config = write(tmp_path / "c.yaml", world)
     for name in names:
         text = fails(["export", f"files/{name}", "merged"], capsys)
-        wrong = "holds no gradmerge" if name in ("list.ckpt", "other.ckpt") else "cannot be read as"
-        assert text.startswith(f"gradmerge export: files/{name} {wrong}"), text
+        wrong = ": expected" if name in ("list.ckpt", "other.ckpt") else " cannot be read: expected"
+        assert text.startswith(f"gradmerge export: files/{name}{wrong}"), text
         assert text.count("\n") == 1
         assert not Path("merged").exists()
     for command in ("fit", "validate", "test"):
@@ -536,7 +536,7 @@ def test_a_checkpoint_with_a_class_of_an_optimiser_is_refused_by_its_name(tmp_pa
     torch.save({"gradmerge": {}, "hyper_parameters": {}, "optimizer_states": [state]}, "own.ckpt")
     text = fails(["export", "own.ckpt", "merged"], capsys)
     assert "own.ckpt holds an object of fractions.Fraction, which is not loaded" in text
-    assert "save_weights_only: true" in text
+    assert "save_weights_only" in text
 
 
 @pytest.mark.parametrize("command", ["merge", "export"])

@@ -941,7 +941,7 @@ def test_a_step_without_tasks_says_so(tmp_path):
 
 def test_a_name_serves_as_source_or_as_head(tmp_path):
     base, a, b = relatives(build(Perceptron), 3)
-    with pytest.raises(ConfigError, match="heads: expected names other than .*, got a;"):
+    with pytest.raises(ConfigError, match=r"heads: expected names other than .*, got a;"):
         Recipe({"a": a, "b": b}, base=base, heads={"a": a})
     other = build(Perceptron)
     other.body = nn.Linear(6, 9)

@@ -374,12 +374,12 @@ def require_checkpoint(checkpoint: str) -> Path:
         if foreign:
             raise ConfigError(
                 f"{checkpoint} holds an object of {foreign[1]}, which is not loaded because "
-                "unpickling can run code.\nIf an optimiser put it there, export at the end of the "
-                "fit (ExportAtEnd), or save without optimiser (ModelCheckpoint's save_weights_only)."
+                "unpickling can run code.\nIf it belongs to an optimiser, export at the end of the "
+                "fit (ExportAtEnd), or set save_weights_only: true of ModelCheckpoint."
             ) from error
         raise ConfigError(
-            f"{checkpoint} cannot be read: expected a checkpoint of `gradmerge fit` (*.ckpt), got a "
-            "truncated file or another format."
+            f"{checkpoint} cannot be read: expected a checkpoint of `gradmerge fit` (*.ckpt), got "
+            "a truncated file or another format."
         ) from error
     if not isinstance(found, dict) or not {"gradmerge", "hyper_parameters"} <= found.keys():
         raise ConfigError(

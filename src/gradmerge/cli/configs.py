@@ -112,8 +112,9 @@ def refuse_mergekit(arguments: Sequence[str]) -> None:
         if is_mergekit(_read(path)):
             raise ConfigError(
                 f"expected a configuration to learn a merge, got the mergekit YAML {path}.\n"
-                f"To merge with its coefficients: `gradmerge merge --config {path} --output FOLDER`."
-                "\nTo start learning from them, name the sources in a recipe with "
+                "To merge with its coefficients: "
+                f"`gradmerge merge --config {path} --output FOLDER`.\n"
+                "To start learning from them, name the sources in a recipe with "
                 f"`init: {{class_path: FromMergekit, init_args: {{path: {path}}}}}`."
             )
 

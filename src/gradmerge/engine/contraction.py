@@ -99,7 +99,7 @@ def _goes_by_parts(
 
 
 def _parts(terms: Terms, raw: Tensor, tensor: Tensor) -> Iterator[tuple[slice, Tensor, Terms]]:
-    """Yield each part's slice of the flat tensor, its raw coefficients `[rows, part]`, its terms."""
+    """Yield each part's slice of the flat tensor, raw coefficients `[rows, part]`, and terms."""
     sources = [source.reshape(-1) for source in terms.sources]
     origin = None if terms.origin is None else terms.origin.reshape(-1)
     masks = terms.masks

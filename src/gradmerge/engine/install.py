@@ -88,8 +88,8 @@ def checkpoint_blocks(skeleton: nn.Module) -> None:
     enable: Any = getattr(skeleton, "gradient_checkpointing_enable", None)
     if enable is None or not getattr(skeleton, "supports_gradient_checkpointing", True):
         raise ConfigError(
-            "activation_checkpointing: expected a network that supports gradient checkpointing, got "
-            f"{type(skeleton).__name__}.\n"
+            "activation_checkpointing: expected a network that supports gradient checkpointing, "
+            f"got {type(skeleton).__name__}.\n"
             "Leave the option off, or wrap the blocks with torch.utils.checkpoint."
         )
     enable(gradient_checkpointing_kwargs={"use_reentrant": False})

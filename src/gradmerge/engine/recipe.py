@@ -38,14 +38,14 @@ class Recipe:
     base: str | AbstractSource | None = None
     """Checkpoint that the sources were fine-tuned from."""
     origin: Origin | None = None
-    """Origin of the directions `source - origin`: `base`, `zero`, or `mean` of the sources. Default:
-    `base` if one is given, else `zero`."""
+    """Origin of the directions `source - origin`: `base`, `zero`, or `mean` of the sources.
+    Default: `base` if one is given, else `zero`."""
     alignment: AbstractAlignment | None = None
     """Permutation or mixing of units that aligns sources without a common initialisation:
     WeightMatching; on data: ActivationMatching, CCA, OptimalTransport. Default: none."""
     preprocess: list[AbstractPreprocess] = field(default_factory=list)
-    """Steps applied to the directions once, in order, before they get coefficients (Trim, ElectSign,
-    RandomDrop, TSVM, RegMean and others)."""
+    """Steps applied to the directions once, in order, before they get coefficients (Trim,
+    ElectSign, RandomDrop, TSVM, RegMean and others)."""
     statistics: str | None = None
     """Folder that `gradmerge collect` wrote, with the sources' statistics on data, for preprocess
     steps (FisherScale, RegMean, MaTS) and alignments on data."""
@@ -75,7 +75,7 @@ class Recipe:
     buffers: Literal["recompute", "mean", "origin"] = "recompute"
     """BatchNorm statistics: recomputed on adaptation data, the sources' mean, or the origin's."""
     allow: list[str] = field(default_factory=list)
-    """Kinds of compatibility problems to report as warnings, e.g. tokenizer or config.rope_theta."""
+    """Kinds of compatibility problems to only warn of, e.g. tokenizer or config.rope_theta."""
     tokenizer: Vocabulary | None = None
     """Vocabulary of the merge if tokenizers differ. Default: all tokenizers must be the same."""
     trust_remote_code: bool = False
