@@ -117,7 +117,9 @@ def test_frozen_tensors_keep_their_stated_coefficient(nets, value, weights):
 
 def test_first_frozen_pattern_wins(nets):
     every = make(nets, frozen={r"body\.weight": 0.5, "body": "origin", "": 1.0, "head": 0.0})
-    with pytest.raises(ConfigError, match="`frozen` matches every one"):
+    with pytest.raises(
+        ConfigError, match="frozen: expected at least one tensor with free coefficients, got none"
+    ):
         open_plan(every)
     plan = open_plan(make(nets, frozen={r"body\.weight": 0.5, "body": "origin", "norm": "mean"}))
     assert plan.fixed["body.weight"] == 0.5
@@ -194,13 +196,15 @@ def test_a_source_that_serves_no_task_may_be_allowed_to_have_no_head(nets):
     plan = open_plan(recipe)
     assert [problem.kind for problem in plan.warnings] == ["private"]
     assert MergedModel(plan, tasks={"t": "a"})(torch.ones(5, 3)).shape == (5, 2)
-    message = r"source b \(in memory\) has no head\.weight.*`source` of the task"
+    message = r"source b \(in memory\) has no head\.weight.*task's `source`"
     with pytest.raises(ConfigError, match=message):
         MergedModel(plan)(torch.ones(5, 3), task="b")
 
 
 def test_everything_private_leaves_nothing(nets):
-    with pytest.raises(ConfigError, match="every one is private or a buffer"):
+    with pytest.raises(
+        ConfigError, match="private: expected at least one tensor to merge, got none"
+    ):
         open_plan(make(nets, private=["."]))
 
 

@@ -119,7 +119,7 @@ class Recipe:
         both = [name for name in self.heads if name in self.sources or name == "base"]
         if both:
             raise ConfigError(
-                f"heads: expected names other than those of the sources and base, got "
+                "heads: expected names other than those of the sources and base, got "
                 f"{', '.join(both)}; rename or remove it."
             )
         self._require_number()
