@@ -117,9 +117,7 @@ def test_frozen_tensors_keep_their_stated_coefficient(nets, value, weights):
 
 def test_first_frozen_pattern_wins(nets):
     every = make(nets, frozen={r"body\.weight": 0.5, "body": "origin", "": 1.0, "head": 0.0})
-    with pytest.raises(
-        ConfigError, match="frozen: expected at least one tensor with free coefficients, got none"
-    ):
+    with pytest.raises(ConfigError, match="at least one tensor with free coefficients, got none"):
         open_plan(every)
     plan = open_plan(make(nets, frozen={r"body\.weight": 0.5, "body": "origin", "norm": "mean"}))
     assert plan.fixed["body.weight"] == 0.5
@@ -202,9 +200,7 @@ def test_a_source_that_serves_no_task_may_be_allowed_to_have_no_head(nets):
 
 
 def test_everything_private_leaves_nothing(nets):
-    with pytest.raises(
-        ConfigError, match="private: expected at least one tensor to merge, got none"
-    ):
+    with pytest.raises(ConfigError, match="private: expected at least one tensor to merge"):
         open_plan(make(nets, private=["."]))
 
 
