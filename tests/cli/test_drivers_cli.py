@@ -199,7 +199,7 @@ def test_a_driver_opens_nothing_before_it_runs(three, tmp_path, monkeypatch):
     ("command", "more", "message"),
     [
         ("validate", [], "`gradmerge validate` scores one merge"),
-        ("test", [], "Score the folder that the driver wrote: add --model FOLDER."),
+        ("test", [], "add --model FOLDER"),
         ("fit", ["--ckpt_path", "last"], "resumes by itself when the same command runs again"),
         ("fit", ["--trainer.fast_dev_run", "1"], "--trainer.max_steps 1"),
         ("fit", ["--search", "Scales"], "search and driver: expected one of them, got both"),

@@ -233,7 +233,7 @@ def test_what_has_no_such_form_is_refused(family, tmp_path):
     with pytest.raises(ConfigError, match="dtype: expected none with outputs compact, got"):
         merge(recipe_of(paths), outputs="compact", output=out, dtype="bfloat16")
     merge(recipe_of(paths), outputs="compact", output=str(tmp_path / "compact"))
-    with pytest.raises(ConfigError, match=r"tasks: unknown task 'c' \(choose from a, b\)"):
+    with pytest.raises(ConfigError, match="tasks: unknown task 'c'"):
         unpack(str(tmp_path / "compact"), out, tasks=["c"])
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*")), "nothing half done is left"

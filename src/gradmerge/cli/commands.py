@@ -20,7 +20,7 @@ from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.opening import Opening
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe, named
-from gradmerge.errors import CompatibilityError, ConfigError
+from gradmerge.errors import CompatibilityError, ConfigError, nearest, shorten
 from gradmerge.export.atomic import refuse_existing
 from gradmerge.export.emr import export_compact, export_tasks, refuse_finalisers, task_checkpoints
 from gradmerge.export.folder import export_merged, export_plan, read_as, require_options
@@ -346,8 +346,11 @@ def unpack(
     described = read_description(path)
     for task in tasks or ():
         if task not in described["scales"]:
-            known = ", ".join(described["scales"])
-            raise ConfigError(f"tasks: unknown task {task!r} (choose from {known}).")
+            known = described["scales"]
+            raise ConfigError(
+                f"tasks: unknown task {task!r} (choose from {shorten(list(known))})."
+                f"{nearest(task, known)}"
+            )
     opened = as_source(base or described["base"]["from"]).open()
     found = {task: EMRCheckpoint(path, task, opened) for task in tasks or described["scales"]}
     next(iter(found.values())).require_base()
