@@ -106,11 +106,10 @@ class Recipe:
                 raise ConfigError(
                     f"frozen[{pattern!r}]: expected a number, 'origin' or 'mean', got {value!r}."
                 )
-        repairs = sum(finaliser.needs_data for finaliser in self.finalisers)
-        if repairs > 1:
+        if sum(finaliser.needs_data for finaliser in self.finalisers) > 1:
             raise ConfigError(
-                f"finalisers: expected REPAIR at most once, got it {repairs} times, but only the "
-                "first has an effect; remove the others."
+                "finalisers: expected REPAIR once, got twice, but only the first has an effect; "
+                "remove the other."
             )
         if self.tokenizer is not None:
             self.tokenizer.require(list(self.sources), self.base is not None)
