@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,6 @@ PHRASES = {
     ),
     "'is no ...': write 'unknown', 'not a'": rf"(?<!there )\bis no (?:{NOUNS})\b",
 }
-# Offences that are left in each room: lower the number when you fix one. The aim is an empty table.
-ALLOWED: dict[str, int] = {"cli": 9, "engine": 15}
 
 
 def offences(text: str, python: bool = True) -> list[str]:
@@ -50,25 +47,10 @@ def files() -> list[Path]:
     return sorted([*package, *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
 
 
-def room(path: Path) -> str:
-    """The folder or module of the package that a file belongs to; else its folder or name."""
-    parts = path.relative_to(ROOT).parts
-    return parts[2].removesuffix(".py") if parts[0] == "src" else parts[0]
-
-
-def test_no_room_has_more_bad_wording_than_before():
+def test_the_package_and_its_documentation_read_well():
     found = {path: offences(path.read_text(), path.suffix == ".py") for path in files()}
-    counts = Counter(room(path) for path, texts in found.items() for _ in texts)
-    for name in sorted({*counts, *ALLOWED}):
-        count, allowed = counts[name], ALLOWED.get(name, 0)
-        listed = [
-            f"{path.relative_to(ROOT)}: {text}"
-            for path, texts in found.items()
-            if room(path) == name
-            for text in texts
-        ]
-        assert count <= allowed, f"{name}: {count} of {allowed} allowed:\n" + "\n".join(listed)
-        assert count == allowed, f"{name}: well done; lower its number in ALLOWED to {count}."
+    assert len(found) > 150
+    assert not [f"{path.relative_to(ROOT)}: {text}" for path in found for text in found[path]]
 
 
 @pytest.mark.parametrize(

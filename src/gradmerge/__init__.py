@@ -1,6 +1,6 @@
-"""gradmerge: learn how to merge fine-tuned checkpoints of one architecture into one.
+"""gradmerge: merge fine-tuned checkpoints of one architecture, with learned or fixed coefficients.
 
-Names are imported when they are first used, so that `gradmerge --help` does not wait for torch.
+Names are imported on first use, so that `gradmerge --help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -10,37 +10,47 @@ from typing import TYPE_CHECKING, Any
 
 from gradmerge._version import __version__
 
-_WHERE = {
-    "MergeDataModule": "training.data",
-    "MergeModule": "training.module",
-    "MergedModel": "engine.merged",
-    "Plan": "engine.plan",
-    "Recipe": "engine.recipe",
-    "TaskData": "training.data",
-    "export_merged": "export.folder",
+_PLACES = {
+    "MergeDataModule": "training.data.MergeDataModule",
+    "MergeModule": "training.module.MergeModule",
+    "MergedModel": "engine.merged.MergedModel",
+    "Recipe": "engine.recipe.Recipe",
+    "TaskData": "training.data.TaskData",
+    "collect": "training.collect.collect",
+    "export_merged": "export.folder.export_merged",
+    "inspect": "cli.inspect.inspect_sources",
+    "merge": "export.merge.merge",
+    "read_mergekit": "mergekit.reader.read_mergekit",
 }
 
 __all__ = [
     "MergeDataModule",
     "MergeModule",
     "MergedModel",
-    "Plan",
     "Recipe",
     "TaskData",
     "__version__",
+    "collect",
     "export_merged",
+    "inspect",
+    "merge",
+    "read_mergekit",
 ]
 
 if TYPE_CHECKING:
+    from gradmerge.cli.inspect import inspect_sources as inspect
     from gradmerge.engine.merged import MergedModel
-    from gradmerge.engine.plan import Plan
     from gradmerge.engine.recipe import Recipe
     from gradmerge.export.folder import export_merged
+    from gradmerge.export.merge import merge
+    from gradmerge.mergekit.reader import read_mergekit
+    from gradmerge.training.collect import collect
     from gradmerge.training.data import MergeDataModule, TaskData
     from gradmerge.training.module import MergeModule
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _PLACES:
         raise AttributeError(f"module 'gradmerge' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"gradmerge.{_WHERE[name]}"), name)
+    module, _, attribute = _PLACES[name].rpartition(".")
+    return getattr(importlib.import_module(f"gradmerge.{module}"), attribute)

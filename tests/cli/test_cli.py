@@ -81,9 +81,9 @@ def test_commands_that_write_a_folder_share_their_options(capsys, command):
         main([command, "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for part in (
-        "--dtype DTYPE float32, bfloat16 or float16;",
+        "--dtype DTYPE float64, float32, bfloat16 or float16.",
         "--overwrite {true,false} replace an existing folder. (type: bool, default: False)",
-        "--head HEAD task whose head the folder itself carries.",
+        "--head HEAD task whose head the model in the folder itself has.",
     ):
         assert part in text, part
 
@@ -93,7 +93,7 @@ def test_the_help_of_fit_describes_our_options(capsys):
         main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for part in (
-        "Where the coefficients start",
+        "Initial coefficients; the final ones of a merge without training",
         "examples per task, step and process",
         "--model.memory",
     ):
@@ -103,8 +103,8 @@ def test_the_help_of_fit_describes_our_options(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fitt"], "'fitt' is no command. Did you mean 'fit'?"),
-        (["exprt", "a", "b"], "'exprt' is no command. Did you mean 'export'?"),
+        (["fitt"], "unknown command 'fitt' (choose from fit, validate, "),
+        (["exprt", "a", "b"], "inspect). Did you mean 'export'?"),
         (["fit", "--modle.memory", "streamed"], "Did you mean '--model.memory'?"),
         (["fit", "--trainer.max_stepss", "3"], "Did you mean '--trainer.max_steps'?"),
         (["merge", "--outptu", "x"], "Did you mean '--output'?"),
@@ -421,7 +421,7 @@ def test_a_fit_without_tasks_is_refused_before_the_model_is_opened(world, tmp_pa
     sources = {"model": {"recipe": {"sources": {"a": "absent"}}}}
     config = write(tmp_path / "c.yaml", sources, {"trainer": world["trainer"]})
     text = fails(["fit", "--config", config], capsys)
-    assert "data.tasks: expected at least one task, got none; write them in the YAML" in text
+    assert "data.tasks: expected at least one task, got none; list them in the YAML" in text
 
 
 def test_fit_resumes_from_a_checkpoint(world, tmp_path):
@@ -519,13 +519,15 @@ def test_what_is_no_checkpoint_of_ours_is_refused_in_a_line(world, tmp_path, cap
     config = write(tmp_path / "c.yaml", world)
     for name in names:
         text = fails(["export", f"files/{name}", "merged"], capsys)
-        wrong = "holds no gradmerge" if name in ("list.ckpt", "other.ckpt") else "cannot be read as"
-        assert text.startswith(f"gradmerge export: files/{name} {wrong}"), text
+        wrong = ": expected" if name in ("list.ckpt", "other.ckpt") else " cannot be read: expected"
+        assert text.startswith(f"gradmerge export: files/{name}{wrong}"), text
         assert text.count("\n") == 1
         assert not Path("merged").exists()
     for command in ("fit", "validate", "test"):
         options = [command, "--config", config, "--ckpt_path"]
-        assert "cannot be read as a checkpoint" in fails([*options, "files/text.json"], capsys)
+        assert "cannot be read: expected a checkpoint of" in fails(
+            [*options, "files/text.json"], capsys
+        )
         assert "absent.ckpt: no such checkpoint" in fails([*options, "absent.ckpt"], capsys)
 
 
@@ -534,7 +536,7 @@ def test_a_checkpoint_with_a_class_of_an_optimiser_is_refused_by_its_name(tmp_pa
     torch.save({"gradmerge": {}, "hyper_parameters": {}, "optimizer_states": [state]}, "own.ckpt")
     text = fails(["export", "own.ckpt", "merged"], capsys)
     assert "own.ckpt holds an object of fractions.Fraction, which is not loaded" in text
-    assert "save_weights_only: true" in text
+    assert "save_weights_only" in text
 
 
 @pytest.mark.parametrize("command", ["merge", "export"])
@@ -583,7 +585,7 @@ def test_inspect_stops_on_sources_that_do_not_fit(world, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert not found["compatible"]
     assert any(problem["kind"] == "shape" for problem in found["problems"])
-    assert "keep these sources from being merged" in fails(arguments, capsys)
+    assert "these sources cannot be merged: " in fails(arguments, capsys)
 
 
 def test_merge_takes_the_recipe_of_the_files_that_fit_takes(world, tmp_path, capsys):
@@ -621,7 +623,7 @@ def test_the_best_scale_as_a_mergekit_file(world, tmp_path, capsys):
     for model in models[1:]:
         assert model["parameters"]["weight"] == pytest.approx(0.3 * float(best[1]))
     message = fails([*options, "--output", "no", "--outputs", "compact"], capsys)
-    assert "a search and scores are of one merged model, got compact" in message
+    assert "outputs: a search or scores need merged, got compact" in message
     options += ["--recipe.preprocess", "[Trim]", "--output", "no.yaml", "--mergekit", "true"]
     message = fails(options, capsys)
     assert "mergekit cannot express this merge:\n  preprocess: the coefficients belong" in message
@@ -632,6 +634,9 @@ def test_a_fit_says_what_to_do_with_a_mergekit_file(world, tmp_path, capsys, fla
     suite, theirs = write(tmp_path / "suite.yaml", world), tmp_path / "theirs.yaml"
     theirs.write_text(yaml.safe_dump({"merge_method": "linear", "models": [{"model": "a"}]}))
     message = fails(["fit", "--config", suite, flag, str(theirs)], capsys)
-    assert f"gradmerge fit: {theirs} is a mergekit YAML, which states coefficients." in message
+    assert (
+        f"gradmerge fit: expected a configuration to learn a merge, got the mergekit YAML {theirs}"
+        in message
+    )
     assert f"`gradmerge merge --config {theirs} --output FOLDER`" in message
     assert f"init: {{class_path: FromMergekit, init_args: {{path: {theirs}}}}}" in message

@@ -77,7 +77,7 @@ def test_a_fit_starts_from_kept_statistics_and_says_how_to_get_them(suite, tmp_p
     files = arguments(suite, method(tmp_path))
     assert main(["fit", *files]) == 2
     text = capsys.readouterr().err
-    assert "RegMean needs statistics of the sources on data" in text
+    assert "expected the folder that RegMean needs, with the sources' statistics on data" in text
     assert "gradmerge collect" in text
     assert main(["collect", *files, "--output", "statistics"]) == 0
     found = learn(["fit", *files, "--model.recipe.statistics", "statistics"])
@@ -159,7 +159,7 @@ def test_a_plain_merge_with_the_files_of_fit_does_not_wait_for_lightning(suite, 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "RegMean needs statistics of the sources on data"),
+        ([], "expected the folder that RegMean needs, with the sources' statistics on data"),
         (["--search", "GreedySoup"], "data.tasks: expected at least one task"),
         (["--search", "GredySoup"], "Did you mean 'GreedySoup'?"),
     ],

@@ -199,7 +199,7 @@ def test_a_driver_opens_nothing_before_it_runs(three, tmp_path, monkeypatch):
         ("test", [], "add --model FOLDER"),
         ("fit", ["--ckpt_path", "last"], "resumes by itself when the same command runs again"),
         ("fit", ["--trainer.fast_dev_run", "1"], "--trainer.max_steps 1"),
-        ("fit", ["--search", "Scales"], "search and driver: a search chooses the start"),
+        ("fit", ["--search", "Scales"], "search and driver: expected one of them, got both"),
         ("fit", ["--driver", "Pairwize"], "Did you mean 'Pairwise'?"),
         ("fit", ["--driver.order", "[a, b, d]"], "order: unknown source 'd'"),
     ],
@@ -213,8 +213,8 @@ def test_help_names_drivers_and_searches(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "How the optimum is sought, where it is not one fit of all sources" in text
-    assert "Searches for the coefficients that a fit starts at" in text
+    assert "Run several fits instead of one of all sources" in text
+    assert "Choose the initial coefficients of the fit" in text
     with pytest.raises(SystemExit, match="0"):
         main(["fit", "--driver.help", "Tree"])
     text = " ".join(capsys.readouterr().out.split())
@@ -273,7 +273,7 @@ def test_a_score_says_that_a_search_was_left_out(three, tmp_path, caplog, monkey
     for name in ("lightning", "lightning.pytorch"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     config = write(tmp_path / "c.yaml", three)
-    said = f"search: not run by `gradmerge {command}`, which scores the coefficients that"
+    said = f"search: not run by `gradmerge {command}`, which scores the coefficients of model."
     learn([command, "--config", config])
     assert said not in caplog.text
     learn([command, "--config", config, "--search", "Scales"])

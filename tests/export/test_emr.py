@@ -228,9 +228,9 @@ def test_what_has_no_such_form_is_refused(family, tmp_path):
     for outputs in ("tasks", "compact"):
         with pytest.raises(ConfigError, match="is frozen at"):
             merge(recipe_of(paths, frozen={"norm": 0.0}), outputs=outputs, output=out)
-        with pytest.raises(ConfigError, match="head: with outputs"):
+        with pytest.raises(ConfigError, match="head: expected none with outputs"):
             merge(recipe_of(paths), outputs=outputs, output=out, head="a")
-    with pytest.raises(ConfigError, match="dtype: the compact form has none"):
+    with pytest.raises(ConfigError, match="dtype: expected none with outputs compact, got"):
         merge(recipe_of(paths), outputs="compact", output=out, dtype="bfloat16")
     merge(recipe_of(paths), outputs="compact", output=str(tmp_path / "compact"))
     with pytest.raises(ConfigError, match="tasks: unknown task 'c'"):

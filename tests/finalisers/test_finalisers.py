@@ -378,7 +378,7 @@ def test_without_data_it_is_refused(tmp_path):
     module = MergeModule(recipe)
     with pytest.raises(ConfigError, match=r"REPAIR takes the tasks' adaptation data.*refresh_buff"):
         module.refresh_buffers()
-    with pytest.raises(ConfigError, match=r"adaptation data, got none: give a file with `data`"):
+    with pytest.raises(ConfigError, match=r"data for REPAIR, got none; add a config"):
         plain_merge(recipe, output=str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
 
@@ -462,7 +462,7 @@ def test_mergekit_cannot_express_repair(folders, tmp_path):
     plan = open_plan(recipe, with_skeleton=False)
     with pytest.raises(ConfigError, match="finalisers: REPAIR changes a tensor by channels"):
         mergekit_yaml(plan, plan.initial_raw())
-    with pytest.raises(ConfigError, match="finalisers: REPAIR corrects channels, and mergekit has"):
+    with pytest.raises(ConfigError, match="finalisers: mergekit has one weight per tensor"):
         plain_merge(recipe, mergekit=True, output=str(tmp_path / "merged.yaml"))
 
 

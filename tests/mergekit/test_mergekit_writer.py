@@ -283,7 +283,7 @@ def test_the_command_refuses_before_any_work(tmp_path, capsys):
     for options, message in [
         (["--output", "folder"], "expected a name ending in .yaml"),
         (["--output", "x.yaml", "--dtype", "int8"], "dtype: expected one of"),
-        (["--output", "x.yaml", "--head", "a"], "head: a mergekit file describes one model"),
+        (["--output", "x.yaml", "--head", "a"], "head: expected none for a mergekit file"),
     ]:
         assert main(["merge", "--config", config, "--mergekit", "true", *options]) == 2
         assert message in capsys.readouterr().err

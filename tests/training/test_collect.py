@@ -419,7 +419,9 @@ def test_sources_run_with_their_own_heads(tmp_path):
 def test_statistics_say_what_they_are_of_and_are_refused_for_anything_else(tmp_path):
     models, data = relatives(build()), vectors()
     recipe = recipe_of(models, preprocess=[RegMean()])
-    with pytest.raises(ConfigError, match="RegMean needs statistics of the sources on data"):
+    with pytest.raises(
+        ConfigError, match="expected the folder that RegMean needs, with the sources' statistics"
+    ):
         open_plan(recipe)
     folder = collect(recipe, data, tmp_path / "s")
     kept = replace(recipe, statistics=str(folder))

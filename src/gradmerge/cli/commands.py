@@ -1,4 +1,4 @@
-"""The commands that need no trainer, as functions: their signatures are their options."""
+"""The commands that need no trainer, as functions whose signatures define the options."""
 
 from __future__ import annotations
 
@@ -38,18 +38,21 @@ Outputs = Literal["merged", "tasks", "compact"]
 def output_options(
     output: str, dtype: str | None = None, overwrite: bool = False, head: str | None = None
 ) -> dict[str, Any]:
-    """The options of every command that writes a model folder, refused before any work.
+    """Check the options that all commands writing a model folder share.
 
-    The parser follows `**options` of a command to here, so they are defined and described once.
+    The parser resolves a command's `**options` to this signature.
 
     Args:
         output: folder to write.
-        dtype: float32, bfloat16 or float16; default: as the reference stores each tensor.
+        dtype: float64, float32, bfloat16 or float16. Default: each tensor's stored dtype.
         overwrite: replace an existing folder.
-        head: task whose head the folder itself carries.
+        head: task whose head the model in the folder itself has. Default: the first.
 
     Returns:
-        The same, as arguments of the export.
+        The options as arguments of the export.
+
+    Raises:
+        ConfigError: the folder exists.
     """
     refuse_existing(Path(output).expanduser(), overwrite)
     return {"output": output, "dtype": dtype, "overwrite": overwrite, "head": head}
@@ -65,25 +68,25 @@ def merge(
     opened: Mapping[str, Checkpoint] | None = None,
     **options: Any,
 ) -> None:
-    """Merge without any training; with data, also by statistics of the sources or a search.
+    """Merge without training, optionally with statistics, a search or scores on data.
 
     Args:
-        recipe: what is merged; `init` gives the coefficients (Constant, Uniform, MetaGPT, ...).
-        data: the tasks (a MergeDataModule), for steps that need statistics, searches and scores.
-        search: chooses the coefficients by scores on the selection split (GreedySoup, Scales,
+        recipe: the merge; its `init` sets the coefficients (Constant, Uniform, MetaGPT, ...).
+        data: the tasks (MergeDataModule), for steps that need statistics, searches and scores.
+        search: choose the coefficients by scores on the selection split (GreedySoup, Scales,
             Draws).
         score: print the merge's scores on the selection split.
-        outputs: one merged model; one model folder per task, of its own direction alone, whatever
-            the coefficients (EMR-Merging); or their compact form, one vector with a mask and a
-            scale per task, for recipes whose last preprocess is Unify.
-        mergekit: write no folder but a mergekit YAML (OUTPUT ends in .yaml) that gives the same.
-        opened: the recipe's checkpoints, where they are open already (Python only).
-        **options: those of `output_options`.
+        outputs: `merged`: one model; `tasks`: one model folder per task, from the task's direction
+            alone (EMR-Merging); `compact`: one vector with a mask and a scale per task, for recipes
+            whose last preprocess step is Unify.
+        mergekit: write an equivalent mergekit YAML instead of a folder; OUTPUT must end in .yaml.
+        opened: checkpoints of the recipe that are open already (Python only).
+        **options: options of `output_options`.
     """
     if outputs != "merged" and (search is not None or score):
         raise ConfigError(
-            f"outputs: a search and scores are of one merged model, got {outputs}, which writes "
-            "each task's own; leave them out."
+            f"outputs: a search or scores need merged, got {outputs}, which has no single model to "
+            "score; remove search and score."
         )
     checked = merge_options(outputs, mergekit, **options)
     if mergekit and data is not None:
@@ -91,8 +94,8 @@ def merge(
     require_form(recipe, outputs, mergekit)
     if data is None and any(finaliser.needs_data for finaliser in recipe.finalisers):
         raise ConfigError(
-            "REPAIR takes the tasks' adaptation data, got none: give a file with `data`, too (the "
-            "suite's that `gradmerge fit` takes), or leave REPAIR out of recipe.finalisers."
+            "data: expected the tasks' adaptation data for REPAIR, got none; add a configuration "
+            "with `data`, as for `gradmerge fit`, or remove REPAIR from recipe.finalisers."
         )
     opening = Opening(recipe, opened=opened)
     with tempfile.TemporaryDirectory(prefix="gradmerge-statistics-") as folder:
@@ -114,7 +117,7 @@ def merge(
 def _measured(
     merged: MergedModel, data: Any, search: AbstractSearch | None, score: bool
 ) -> dict[str, Any]:
-    """Search, score, and recompute on data what the recipe asks for; return what is known now."""
+    """Run the search, the scores and the recipe's corrections on data; return the results."""
     from gradmerge.training.module import MergeModule
     from gradmerge.training.search import Selection
 
@@ -141,12 +144,14 @@ def _measured(
 
 
 def collect(recipe: Recipe, data: Any, output: str, overwrite: bool = False) -> None:
-    """Collect the statistics of the sources that a recipe needs, to keep and reuse.
+    """Collect the sources' statistics on data that a recipe needs, for reuse.
+
+    Set the recipe's `statistics` to the output afterwards.
 
     Args:
-        recipe: whose sources run on their tasks' adaptation data; its steps (FisherScale, RegMean,
-            MaTS) and its alignment (ActivationMatching, CCA, OptimalTransport: every source on all
-            tasks' data) say what is collected. Name the output in it afterwards: `statistics`.
+        recipe: the merge. Its steps (FisherScale, RegMean, MaTS) and its alignment
+            (ActivationMatching, CCA, OptimalTransport) determine the statistics. For steps each
+            source runs on its own tasks' adaptation data, for alignments on that of all tasks.
         data: the tasks.
         output: folder to write.
         overwrite: replace an existing folder.
@@ -165,7 +170,7 @@ def _collected(recipe: Recipe, data: Any, target: Path, **options: Any) -> Path:
 
 
 def _is_on_data(recipe: Recipe) -> bool:
-    """Return whether the alignment or a step of a recipe reads the sources' statistics on data."""
+    """Return True if a recipe's alignment or steps need the sources' statistics on data."""
     aligned = recipe.alignment is not None and recipe.alignment.needs is not None
     return aligned or any(step.needs is not None for step in recipe.preprocess)
 
@@ -194,18 +199,24 @@ def _print_scores(found: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def merge_options(outputs: Outputs, mergekit: bool, **options: Any) -> dict[str, Any]:
-    """Options of a merge, refused before any work where they do not go together.
+    """Check the options of a merge before any work.
 
     Raises:
-        ConfigError: they do not, or the output exists.
+        ConfigError: options contradict each other, or the output exists.
     """
     if mergekit and outputs != "merged":
-        raise ConfigError(f"outputs: a mergekit file is of one merged model, got {outputs}.")
+        raise ConfigError(f"outputs: expected merged with mergekit, got {outputs}.")
     checked = _file_options(**options) if mergekit else output_options(**options)
     if outputs != "merged" and checked["head"] is not None:
-        raise ConfigError(f"head: with outputs {outputs} every task has its own; leave it out.")
+        raise ConfigError(
+            f"head: expected none with outputs {outputs}, where every task has its own head, got "
+            f"{checked['head']!r}; remove it."
+        )
     if outputs == "compact" and checked["dtype"] is not None:
-        raise ConfigError("dtype: the compact form has none; give it to `gradmerge unpack`.")
+        raise ConfigError(
+            f"dtype: expected none with outputs compact, got {checked['dtype']!r}; give it to "
+            "`gradmerge unpack`."
+        )
     require_options(checked["dtype"], None, ())
     return checked
 
@@ -220,8 +231,8 @@ def require_form(recipe: Recipe, outputs: Outputs, mergekit: bool) -> None:
         require_outputs(recipe, outputs)
     if mergekit and any(finaliser.needs_data for finaliser in recipe.finalisers):
         raise ConfigError(
-            "finalisers: REPAIR corrects channels, and mergekit has one weight a tensor; export "
-            "the merged model as a folder instead (without `mergekit`)."
+            "finalisers: mergekit has one weight per tensor and cannot express REPAIR, which "
+            "corrects channels; write a folder instead (without `mergekit`)."
         )
 
 
@@ -233,15 +244,15 @@ def write_merge(
     checked: dict[str, Any],
     **known: Any,
 ) -> None:
-    """Write a merge in the form that is asked for, with warnings before and the place after.
+    """Write a merge in the requested form, and print warnings and the place.
 
     Args:
         plan: the opened recipe.
-        raw: its raw coefficients.
-        outputs: see `merge`.
-        mergekit: see `merge`.
-        checked: what `merge_options` gave.
-        **known: what is known of a merged model besides: buffers, tasks, results, extra.
+        raw: raw coefficients by key.
+        outputs: form of the output, as in `merge`.
+        mergekit: write a mergekit YAML, as in `merge`.
+        checked: options that `merge_options` returned.
+        **known: further arguments of `export_plan`: buffers, tasks, results, extra.
     """
     for warning in plan.warnings:
         print(f"gradmerge merge: warning {warning}", file=sys.stderr)
@@ -268,14 +279,14 @@ def export(
     allow_modules: list[str] | str | None = None,
     **options: Any,
 ) -> None:
-    """Write a trained merge as a Hugging Face folder, or its coefficients as a mergekit YAML.
+    """Write a learned merge as a Hugging Face folder, or its coefficients as a mergekit YAML.
 
     Args:
-        checkpoint: checkpoint that `gradmerge fit` wrote.
-        mergekit: write no folder but a mergekit YAML (OUTPUT ends in .yaml) that gives the same.
-        allow_modules: modules outside of gradmerge that the checkpoint may import components from
-            (a name, or a list of names). Importing a module runs its code.
-        **options: those of `output_options`.
+        checkpoint: checkpoint of `gradmerge fit`.
+        mergekit: write an equivalent mergekit YAML instead of a folder; OUTPUT must end in .yaml.
+        allow_modules: modules outside gradmerge whose components the checkpoint may use: a name or
+            a list of names. Importing a module runs its code.
+        **options: options of `output_options`.
     """
     checked = _file_options(**options) if mergekit else output_options(**options)
     path = require_checkpoint(checkpoint)
@@ -301,9 +312,12 @@ def export(
 def _file_options(
     output: str, dtype: str | None = None, overwrite: bool = False, head: str | None = None
 ) -> dict[str, Any]:
-    """Those options for a mergekit file, refused before any work."""
+    """Check the options of a mergekit file before any work."""
     if head is not None:
-        raise ConfigError("head: a mergekit file describes one model; leave it out.")
+        raise ConfigError(
+            f"head: expected none for a mergekit file, which describes one model, got {head!r}; "
+            "remove it."
+        )
     require_options(dtype, None, ())
     require_file(Path(output).expanduser(), overwrite)
     return {"output": output, "dtype": dtype, "overwrite": overwrite}
@@ -317,14 +331,14 @@ def unpack(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write one Hugging Face folder a task from the compact form of an EMR-Merging.
+    """Write one Hugging Face folder per task from the compact form of EMR-Merging.
 
     Args:
-        folder: what `gradmerge merge --outputs compact` wrote.
-        output: folder to write; each task is a folder in it.
-        base: path or hub id of the base; default: where it was when merging.
-        tasks: the tasks to write; default: all.
-        dtype: float32, bfloat16 or float16; default: as the base stores each tensor.
+        folder: folder of `gradmerge merge --outputs compact`.
+        output: folder to write, with one folder per task in it.
+        base: path or hub id of the base. Default: its place at the time of the merge.
+        tasks: tasks to write. Default: all.
+        dtype: float64, float32, bfloat16 or float16. Default: the base's stored dtypes.
         overwrite: replace an existing folder.
     """
     refuse_existing(Path(output).expanduser(), overwrite)
@@ -348,10 +362,10 @@ def unpack(
 
 
 def require_checkpoint(checkpoint: str) -> Path:
-    """The path of a checkpoint of ours; its tensors are not read.
+    """Return the path of a gradmerge checkpoint after a check that does not read tensors.
 
     Raises:
-        ConfigError: there is no such file, or it is something else.
+        ConfigError: the file does not exist, cannot be read, or is not such a checkpoint.
     """
     path = Path(checkpoint).expanduser()
     if not path.is_file():
@@ -359,23 +373,22 @@ def require_checkpoint(checkpoint: str) -> Path:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
-        # an optimiser of another package may keep its state in a class of its own
+        # optimisers of other packages may keep their state in classes of their own
         foreign = re.search(r"Unsupported global: GLOBAL ((?!torch\.|__main__)\S+)", str(error))
         if foreign:
             raise ConfigError(
-                f"{checkpoint} holds an object of {foreign[1]}, which is not loaded, for that "
-                "would take unpickling. If it is of an optimiser: export when the fit ends "
-                "(ExportAtEnd), or keep checkpoints without it (ModelCheckpoint with "
-                "save_weights_only: true)."
+                f"{checkpoint} holds an object of {foreign[1]}, which is not loaded because "
+                "unpickling can run code.\nIf it belongs to an optimiser, export at the end of the "
+                "fit (ExportAtEnd), or set save_weights_only: true of ModelCheckpoint."
             ) from error
         raise ConfigError(
-            f"{checkpoint} cannot be read as a checkpoint: it is cut short, or something else than "
-            "what `gradmerge fit` writes (*.ckpt)."
+            f"{checkpoint} cannot be read: expected a checkpoint of `gradmerge fit` (*.ckpt), got "
+            "a truncated file or another format."
         ) from error
     if not isinstance(found, dict) or not {"gradmerge", "hyper_parameters"} <= found.keys():
         raise ConfigError(
-            f"{checkpoint} holds no gradmerge coefficients; expected a checkpoint that "
-            "`gradmerge fit` wrote."
+            f"{checkpoint}: expected a checkpoint of `gradmerge fit`, got one without gradmerge "
+            "coefficients."
         )
     return path
 
@@ -389,17 +402,17 @@ def inspect(
     json: bool = False,
     tokenizer: str | None = None,
 ) -> None:
-    """Report whether sources fit, their sizes, and how their directions lie to one another.
+    """Report the compatibility, sizes and directions of checkpoints.
 
     Args:
-        sources: paths or hub ids of the checkpoints.
-        base: the checkpoint that they were fine-tuned from.
-        private: regular expressions of tensors that stay with their task.
-        allow: kinds of problems taken as warnings.
-        statistics: read the weights for norms, cosines and sign conflicts.
+        sources: checkpoints to inspect, as paths or hub ids.
+        base: checkpoint that they were fine-tuned from.
+        private: regular expressions of tensors that are kept per task.
+        allow: kinds of problems to report as warnings.
+        statistics: read the weights and report norms, cosines and sign conflicts.
         json: print JSON.
-        tokenizer: whose tokens a merge would have, where tokenizers differ (union, base, or the
-            name of a source: the last part of its path).
+        tokenizer: vocabulary of a merge if tokenizers differ: union, base, or the name of a source
+            (the last part of its path).
     """
     found = inspect_sources(named(sources), base, private or [], allow or [], statistics, tokenizer)
     if json:
@@ -409,4 +422,5 @@ def inspect(
         print(render(found))
     if not found["compatible"]:
         fatal = sum(1 for p in found["problems"] if (p["fatal"] if json else p.fatal))
-        raise CompatibilityError(f"{fatal} problem(s) keep these sources from being merged.")
+        problems = f"{fatal} problem{'s' if fatal != 1 else ''}"
+        raise CompatibilityError(f"these sources cannot be merged: {problems}, listed above.")

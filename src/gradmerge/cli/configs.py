@@ -1,4 +1,4 @@
-"""Configuration files of other commands, and of mergekit, as `gradmerge merge` reads them."""
+"""Configuration files of `gradmerge fit` and of mergekit as input of `gradmerge merge`."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from gradmerge.errors import ConfigError
 from gradmerge.mergekit import Reading, is_mergekit, read_mergekit
 from gradmerge.sources import Checkpoint
 
-# What else a file for `gradmerge fit` may say; a merge without training has no use for it.
+# Options of `gradmerge fit` that a merge without training ignores.
 _OF_A_FIT = ("seed_everything", "trainer", "optimizer", "lr_scheduler", "ckpt_path", "driver")
-# Options that ask for data, whatever is merged.
+# Options that need data for any recipe.
 _ASKING = ("search", "score")
 
 
 @dataclass(frozen=True)
 class MergeInput:
-    """Arguments of `merge` or `collect`, as the parser of the command takes them."""
+    """Arguments of `merge` or `collect` in the form that the command's parser accepts."""
 
     arguments: list[str]
     with_data: bool = False
-    """Whether the tasks' data is needed."""
+    """The command needs the tasks' data."""
     recipe: Recipe | None = None
-    """The recipe of a mergekit file; options of the command line replace its fields."""
+    """The recipe of a mergekit file, whose fields options may replace."""
     opened: Mapping[str, Checkpoint] = field(default_factory=dict)
-    """Its checkpoints, which were opened to read it."""
+    """The recipe's checkpoints, which the mergekit reader opened."""
     replaced: tuple[str, ...] = ()
-    """Fields of the recipe that the options and other files state."""
+    """Fields of the recipe that options and other files set."""
     dtype: str | None = None
-    """The dtype that a mergekit file asks for."""
+    """The dtype that a mergekit file sets."""
 
     def complete(self, parsed: partial[Recipe]) -> Recipe:
-        """Return the recipe of the options, or a mergekit file's with what they replace in it."""
+        """Return the recipe of the options, or the mergekit file's with the fields they set."""
         if self.recipe is None:
             return parsed()
         return replace(self.recipe, **{name: parsed.keywords[name] for name in self.replaced})
@@ -48,18 +48,18 @@ class MergeInput:
 def read_merge_input(arguments: Sequence[str], with_data: bool | None = None) -> MergeInput:
     """Read the configuration files among the arguments of `merge` or `collect`.
 
-    A file for `fit` stands for its recipe, so that one pair of files, suite and method, serves both
-    commands; a mergekit YAML becomes a recipe. The files' `data` is kept only where it is needed:
-    parsing it imports Lightning. The summary of a mergekit file is printed.
+    A file for `fit` is reduced to its recipe and data, so that one suite and one method file serve
+    both commands. A mergekit YAML becomes a recipe, and its summary is printed. `data` is kept only
+    if it is needed, because parsing it imports Lightning.
 
     Args:
-        arguments: as on the command line.
-        with_data: whether data is needed (for `collect` it always is); default: as the arguments
-            say (an alignment or step that needs statistics and none given, a finaliser that needs
-            data, a search, scores).
+        arguments: arguments as on the command line.
+        with_data: data is needed, as always for `collect`. Default: if the arguments hold a search
+            or scores, a finaliser on data, or an alignment or step that needs statistics and no
+            statistics.
 
     Raises:
-        ConfigError: a mergekit file cannot be read, or there are two.
+        ConfigError: a mergekit file cannot be read, or there are several.
     """
     files = {at: _read(path) for at, _, path in _configs(arguments)}
     theirs = {at for at, found in files.items() if is_mergekit(found)}
@@ -68,7 +68,7 @@ def read_merge_input(arguments: Sequence[str], with_data: bool | None = None) ->
             "--config: expected at most one mergekit YAML, got "
             + ", ".join(path for at, _, path in _configs(arguments) if at in theirs)
         )
-    # a file of a merge serves `collect` as well, which has no use for a search
+    # `collect` accepts the files of `merge` and ignores a search in them
     dropped = _ASKING if with_data else ()
     if with_data is None:
         own = [file for at, file in files.items() if file is not None and at not in theirs]
@@ -85,7 +85,7 @@ def read_merge_input(arguments: Sequence[str], with_data: bool | None = None) ->
             recipe, dtype, opened = reading.recipe, reading.dtype, reading.opened
             found = {}
         if found is not None and (at in theirs or {"model", *dropped} & found.keys()):
-            # the parser takes a configuration itself where it takes a path
+            # the parser accepts the content of a configuration in place of its path
             content = yaml.safe_dump(_translated(found, dropped), sort_keys=False)
             translated[at] = f"{flag}{content}"
     options = re.findall(r"^--recipe\.(\w+)", "\n".join(arguments), re.MULTILINE)
@@ -98,23 +98,24 @@ def read_merge_input(arguments: Sequence[str], with_data: bool | None = None) ->
 
 
 def later(class_type: type, *args: Any, **kwargs: Any) -> Any:
-    """Return a call of a class instead of an object, for the parser to put in its place."""
+    """Instantiate a class as a `functools.partial` call; an instantiator for the parser."""
     return partial(class_type, *args, **kwargs)
 
 
 def refuse_mergekit(arguments: Sequence[str]) -> None:
-    """Reject a file for mergekit in a command that learns.
+    """Reject a mergekit file in a command that learns.
 
     Raises:
-        ConfigError: there is one; the message says what to do with it.
+        ConfigError: the arguments name one.
     """
     for _, _, path in _configs(["--config" if a == "-c" else a for a in arguments]):
         if is_mergekit(_read(path)):
             raise ConfigError(
-                f"{path} is a mergekit YAML, which states coefficients. Merge with them: "
-                f"`gradmerge merge --config {path} --output FOLDER`; or learn from there: name the "
-                "sources in the recipe, with `init: {class_path: FromMergekit, init_args: {path: "
-                f"{path}}}}}`."
+                f"expected a configuration to learn a merge, got the mergekit YAML {path}.\n"
+                "To merge with its coefficients: "
+                f"`gradmerge merge --config {path} --output FOLDER`.\n"
+                "To start learning from them, name the sources in a recipe with "
+                f"`init: {{class_path: FromMergekit, init_args: {{path: {path}}}}}`."
             )
 
 
@@ -128,7 +129,7 @@ def _configs(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
 
 
 def _read(path: str) -> dict[str, Any] | None:
-    """Return a file as plain data, or None where the parser has to say what is wrong with it."""
+    """Return a file as plain data, or None if it is invalid, which the parser will report."""
     try:
         with open(path, encoding="utf-8") as file:
             found = yaml.safe_load(file)
@@ -155,7 +156,7 @@ def _needs_data(arguments: Sequence[str], files: Sequence[dict[str, Any]]) -> bo
     options = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
     names = [option.removeprefix("--").split(".")[0] for option in options]
     if "help" in names or "-h" in arguments or "data" in names:
-        return True  # the whole help; or data was given for something
+        return True  # help shows all options, and options of data imply that it is needed
     for asking in _ASKING:
         if asking in names or any(file.get(asking) for file in files):
             return True
@@ -182,7 +183,7 @@ def _words(value: Any) -> Iterator[str]:
 
 
 def _needing_statistics() -> set[str]:
-    """Return the names of alignments and steps that need statistics."""
+    """Return the names of alignments and preprocess steps that need statistics."""
     from gradmerge import alignment, preprocess
 
     found: set[str] = set()
@@ -198,7 +199,7 @@ def _needing_statistics() -> set[str]:
 
 
 def _finalisers_on_data() -> set[str]:
-    """Return the names of finalisers that are computed on data."""
+    """Return the names of finalisers that need data."""
     from gradmerge import finalisers
 
     kinds = {name: getattr(finalisers, name) for name in finalisers.__all__}

@@ -1,4 +1,4 @@
-"""What a fit from the command line logs to, where its configuration does not say."""
+"""Default loggers and callbacks of a fit from the command line."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def with_csv(given: Any, folder: str | None) -> Any:
-    """The loggers of a configuration: ours if it names none, and always a CSV file.
+    """Return a configuration's loggers with a CSV logger added, or the defaults if it has none.
 
-    False stays false: nothing is logged.
+    False turns logging off.
     """
     from lightning.pytorch.loggers import CSVLogger
 
@@ -25,18 +25,18 @@ def with_csv(given: Any, folder: str | None) -> Any:
 
 
 def with_coefficients(given: Any) -> list[Any]:
-    """The callbacks of a configuration, with one that logs coefficients."""
+    """Return a configuration's callbacks with a `CoefficientLogger` added."""
     from gradmerge.training.callbacks import CoefficientLogger
 
     callbacks = list(given) if isinstance(given, Iterable) else [given] if given else []
     if not any(isinstance(callback, CoefficientLogger) for callback in callbacks):
-        # last: its picture is of the coefficients that an export has restored
+        # last, so that its picture shows the coefficients that an export has restored
         callbacks.append(CoefficientLogger())
     return callbacks
 
 
 def default_loggers(folder: str | None) -> list[Any]:
-    """CSV always; W&B too, offline unless a key is set: it never prompts or hangs."""
+    """Return a CSV and a W&B logger; W&B runs offline without a key, so that it never prompts."""
     from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
     root = folder or "outputs"
@@ -49,7 +49,7 @@ def default_loggers(folder: str | None) -> list[Any]:
 
 
 def has_wandb_key() -> bool:
-    """Whether W&B can log in without asking."""
+    """Return True if W&B can log in without a prompt."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     path = os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))

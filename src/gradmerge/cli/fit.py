@@ -1,4 +1,4 @@
-"""`fit`, `validate` and `test`: LightningCLI with what a merge needs besides."""
+"""`fit`, `validate` and `test`: LightningCLI extended by drivers, searches and folder scores."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from gradmerge.training.data import MergeDataModule
 from gradmerge.training.module import MergeModule
 from gradmerge.training.search import SearchedStart
 
-# Length of a fit that states none: coefficients are few, and a fit is a number of steps.
+# Default length of a fit. It is counted in steps, because coefficients are few.
 DEFAULT_STEPS = 200
 
 COMMANDS = ("fit", "validate", "test")
 
-# What of a trainer's configuration results do not depend on.
+# Trainer options that do not affect results.
 _FREE = (
     "default_root_dir",
     "enable_model_summary",
@@ -51,22 +51,22 @@ _FREE = (
 
 
 class MergeCLI(LightningCLI):
-    """The commands that learn; with `driver:` in the configuration, `fit` runs that."""
+    """Command line of `fit`, `validate` and `test`; with a driver, `fit` runs that."""
 
     stop: Callable[[str, Any], NoReturn]
     job: Job | None = None
-    """What the driver is given, where there is one; then there is no model and no trainer."""
+    """The driver's job, if there is a driver; model and trainer are None then."""
     driver: AbstractDriver | None = None
     _seeded = True
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Those of ours."""
+        """Return the subcommands of gradmerge with the options that Lightning skips in each."""
         keep = LightningCLI.subcommands()
         return {name: keep[name] for name in COMMANDS}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """A parser that stops with the message alone."""
+        """Make a parser that exits with a message but without the usage text."""
         stop = self.stop
 
         class Parser(LightningArgumentParser):
@@ -74,7 +74,7 @@ class MergeCLI(LightningCLI):
                 stop(message, self)
 
         kwargs.setdefault("dump_header", [f"gradmerge=={__version__}"])
-        kwargs["allow_abbrev"] = False  # a typo must not pass as an abbreviation
+        kwargs["allow_abbrev"] = False  # otherwise typos could pass as abbreviations
         parser = Parser(**kwargs)
         parser.add_argument(
             "-c", "--config", action="config", help="YAML file with any of these options."
@@ -82,38 +82,37 @@ class MergeCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The driver, and a place for tasks."""
-        # `--data.tasks.NAME.path` adds to a mapping, and there is none where no file has one
+        """Add the options for drivers, searches and scored folders."""
+        # `--data.tasks.NAME.path` adds to a mapping, which must exist even if no file has tasks
         parser.set_defaults({"data.tasks": {}})
         parser.add_argument(
             "--driver",
             type=AbstractDriver | None,
             default=None,
-            help="How the optimum is sought, where it is not one fit of all sources (Pairwise, "
-            "Tree, Continual, LayerWise). Run the same command again to go on with a job that was "
-            "killed.",
+            help="Run several fits instead of one of all sources (Pairwise, Tree, Continual, "
+            "LayerWise). Repeat the command to resume an interrupted job.",
         )
         parser.add_argument(
             "--search",
             type=AbstractSearch | None,
             default=None,
-            help="Searches for the coefficients that a fit starts at, by scores on the selection "
-            "split (GreedySoup, Scales, Draws).",
+            help="Choose the initial coefficients of the fit by scores on the selection split "
+            "(GreedySoup, Scales, Draws).",
         )
         parser.add_argument(
             "--model_folder",
             type=str | None,
             default=None,
-            help="validate and test: score this Hugging Face folder or hub id instead of a merge; "
-            "`--model FOLDER` is short for it.",
+            help="validate and test only: score this Hugging Face folder or hub id instead of a "
+            "merge. Shorthand: `--model FOLDER`.",
         )
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what is cheap to see."""
+        """Reject invalid configurations before anything is opened."""
         if not self._get(self.config, "data.tasks"):
             raise ConfigError(
-                "data.tasks: expected at least one task, got none; write them in the YAML, or "
-                "give --data.tasks.NAME.path and what else they need."
+                "data.tasks: expected at least one task, got none; list them in the YAML, or give "
+                "--data.tasks.NAME.path and the task's other options."
             )
         given = self._get(self.config, "ckpt_path")
         if self._get(self.config, "model_folder"):
@@ -124,12 +123,12 @@ class MergeCLI(LightningCLI):
         if kind.startswith("gradmerge.optimisers.") and kind.endswith(".SAM"):
             SAM.require(self._get(self.config, "trainer.accumulate_grad_batches") or 1, False)
         path = str(given or "best")
-        # else a name that Lightning resolves, an address, or a folder of shards
+        # the exceptions: names that Lightning resolves, URLs, and folders of shards
         if path not in ("best", "last", "hpc") and ":" not in path and not os.path.isdir(path):
             require_checkpoint(path)
 
     def _score_folder(self, ckpt_path: str | None) -> None:
-        """Put the model of a folder in the place of the merge."""
+        """Replace the merge by the model of a folder."""
         require_scored(str(self.subcommand), ckpt_path)
         config = self.config[str(self.subcommand)]
         tasks, private = config["data"]["tasks"], config["model"]["recipe"].get("private")
@@ -146,26 +145,28 @@ class MergeCLI(LightningCLI):
         self.parser.add_instantiator(scored, Recipe, subclasses=False)
 
     def _require_driven(self, ckpt_path: str | None) -> None:
-        """Refuse what a driver has no use for.
+        """Reject options that do not combine with a driver.
 
         Raises:
-            ConfigError: what, and what to do instead.
+            ConfigError: the command or an option does not support drivers.
         """
         if self.subcommand in ("validate", "test"):
             raise ConfigError(
-                f"driver: `gradmerge {self.subcommand}` scores one merge, and a driver makes "
-                "several. Score the folder that it wrote: add --model FOLDER."
+                f"driver: `gradmerge {self.subcommand}` scores one merge, but a driver makes "
+                "several. Score the folder that the driver wrote: add --model FOLDER."
             )
         require_no_checkpoint(ckpt_path)
         if self._get(self.config, "search"):
             raise ConfigError(
-                "search and driver: a search chooses the start of one fit of all sources, and a "
-                "driver states the start of each of its own. Leave one of them out."
+                "search and driver: expected one of them, got both. A search chooses the initial "
+                "coefficients of a single fit; a driver sets those of each of its fits.\n"
+                "Remove one of them."
             )
         if self._get(self.config, "trainer.fast_dev_run"):
             raise ConfigError(
-                "trainer.fast_dev_run writes no checkpoints, from which a driver goes on. For a "
-                "short trial: --trainer.max_steps 1 and a --trainer.default_root_dir of its own."
+                "trainer.fast_dev_run: expected false with a driver, which needs the checkpoints "
+                "that fast_dev_run does not write.\n"
+                "For a trial run use --trainer.max_steps 1 and another --trainer.default_root_dir."
             )
 
     def _set_seed(self) -> None:
@@ -173,7 +174,7 @@ class MergeCLI(LightningCLI):
         super()._set_seed()
 
     def instantiate_classes(self) -> None:
-        """Build model, data and trainer; for a driver, the job alone: nothing is opened."""
+        """Build model, data and trainer, or only the job of a driver, without opening sources."""
         if not self._get(self.config, "driver"):
             super().instantiate_classes()
             return
@@ -205,7 +206,7 @@ class MergeCLI(LightningCLI):
         )
 
     def _plain_config(self) -> dict[str, Any]:
-        """What results depend on, besides what a job holds itself."""
+        """Return the configuration that results depend on and that the job does not hold."""
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         found = dumped.get(self.subcommand, dumped)
         trainer = {k: v for k, v in found["trainer"].items() if k not in _FREE}
@@ -229,11 +230,11 @@ class MergeCLI(LightningCLI):
         own = [c for c in _listed(given.get("callbacks")) if not isinstance(c, ExportAtEnd)]
         for callback in own:
             if isinstance(callback, ModelCheckpoint):
-                # of its own, and the same when it goes on, else it would forget its best
+                # one folder per step, and the same on resume, or its best score would be lost
                 given_path = callback.dirpath
                 place = Path(given_path) / folder.name if given_path else folder / "checkpoints"
                 callback.dirpath = str(place.expanduser().resolve())
-        # the first that keeps checkpoints is the one whose best is restored
+        # Lightning restores the best checkpoint of the first checkpoint callback
         first = [c for c in callbacks if not isinstance(c, Checkpoint)]
         rest = [c for c in callbacks if isinstance(c, Checkpoint)]
         given["callbacks"] = [*first, *own, *rest]
@@ -250,12 +251,12 @@ class MergeCLI(LightningCLI):
         super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
-        """Search for the start, if a search is given and no checkpoint holds one."""
+        """Search for initial coefficients, unless a checkpoint provides them."""
         search = self._get(self.config_init, "search")
         if search is None:
             return
         for callback in self.trainer.callbacks:
-            if isinstance(callback, ExportAtEnd):  # before the trials, not after them
+            if isinstance(callback, ExportAtEnd):  # fail before the trials, not after them
                 callback.require_free()
                 callback.require_tasks(self.datamodule.tasks)
         start = SearchedStart(search)
@@ -264,14 +265,14 @@ class MergeCLI(LightningCLI):
             start.run(self.model, self.datamodule)
 
     def before_validate(self) -> None:
-        """Say that a search is left out."""
+        """Report that the search is ignored."""
         if self._get(self.config_init, "search") is None:
             return
         checkpoint = self._get(self.config, "ckpt_path")
-        start = "that model.recipe.init gives (--ckpt_path scores what a fit has learned)"
+        start = "model.recipe.init (add --ckpt_path to score those of a fit)"
         rank_zero_info(
-            f"search: not run by `gradmerge {self.subcommand}`, which scores the coefficients "
-            + (f"of {checkpoint}" if checkpoint else start)
+            f"search: not run by `gradmerge {self.subcommand}`, which scores the coefficients of "
+            f"{checkpoint or start}"
         )
 
     before_test = before_validate
@@ -280,7 +281,7 @@ class MergeCLI(LightningCLI):
     def configure_optimizers(
         lightning_module: Any, optimizer: Any, lr_scheduler: Any = None
     ) -> Any:
-        """Schedulers move a step at a time: a fit is a number of steps, not of epochs."""
+        """Configure schedulers to update per step, because a fit is counted in steps."""
         if lr_scheduler is None:
             return optimizer
         schedule = {"scheduler": lr_scheduler, "interval": "step"}
@@ -289,13 +290,13 @@ class MergeCLI(LightningCLI):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _parse_ckpt_path(self) -> None:
-        """The configuration says what to build; the checkpoint holds coefficients for it.
+        """Ignore the hyper-parameters of a checkpoint: the configuration defines the model.
 
-        LightningCLI would parse the checkpoint's hyper-parameters, which are plain data here.
+        LightningCLI would parse them as options, but gradmerge stores them as plain data.
         """
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """A trainer with our loggers, our length and our bar where nothing is said of them."""
+        """Build the trainer, with gradmerge's default loggers, length and progress bar."""
         given = self._get(self.config_init, "trainer") or {}
         kwargs["logger"] = loggers = with_csv(given.get("logger"), given.get("default_root_dir"))
         if loggers:
@@ -313,12 +314,12 @@ class MergeCLI(LightningCLI):
 def start(
     arguments: Sequence[str] | None, run: bool, stop: Callable[[str, Any], NoReturn]
 ) -> MergeCLI:
-    """Build and run; see `gradmerge.cli.learn`.
+    """Build the CLI object and run its command (see `gradmerge.cli.main.learn`).
 
     Args:
-        arguments: as on the command line; None takes the command line's own.
-        run: run the command that the arguments begin with.
-        stop: leaves with a message of the parser.
+        arguments: arguments as on the command line. Default: those of the process.
+        run: run the command that comes first in the arguments.
+        stop: function that exits with a message of the parser.
     """
     MergeCLI.stop = staticmethod(stop)
     return MergeCLI(

@@ -1,4 +1,4 @@
-"""`gradmerge inspect`: do these sources fit, how large are they, how far apart do they lie?"""
+"""`gradmerge inspect`: compatibility, sizes and directions of checkpoints."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ def inspect_sources(
     statistics: bool = True,
     tokenizer: str | None = None,
 ) -> dict[str, Any]:
-    """Everything that `gradmerge inspect` prints, as data.
+    """Return the report of `gradmerge inspect` as data.
 
     Args:
-        sources: paths, hub ids or modules by name.
-        base: the checkpoint that they were fine-tuned from.
-        private: regular expressions of tensors that stay with their task.
-        allow: kinds of problems taken as warnings.
-        statistics: read the weights for norms, cosines and sign conflicts.
-        tokenizer: whose tokens a merge would have (union, base, or the name of a source).
+        sources: paths, hub ids, modules or source objects by name.
+        base: checkpoint that they were fine-tuned from.
+        private: regular expressions of tensors that are kept per task.
+        allow: kinds of problems to report as warnings.
+        statistics: read the weights and report norms, cosines and sign conflicts.
+        tokenizer: vocabulary of a merge if tokenizers differ: union, base, or the name of a source.
+
+    Returns:
+        `sources` (size, dtypes and architecture by name), `problems`, `compatible`, and, if known,
+        `tokenizer` (differences of the vocabularies) and `statistics` (geometry of the directions).
     """
     vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
     if vocabulary is not None:
@@ -84,7 +88,7 @@ def _size(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def render(found: Mapping[str, Any]) -> str:
-    """The findings as text tables."""
+    """Format the report as text tables."""
     rows = [["source", "architecture", "tensors", "parameters", "size", "dtype"]]
     for name, entry in found["sources"].items():
         rows.append(
@@ -130,7 +134,7 @@ def _matrix(names: Sequence[str], values: Sequence[Sequence[float]]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Text columns: the first to the left, the others to the right."""
+    """Format rows as columns, the first aligned left and the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

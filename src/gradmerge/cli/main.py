@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before a command needs it."""
+"""The command line; heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ if TYPE_CHECKING:
 
 USAGE = f"""usage: gradmerge COMMAND [options]
 
-Learn how to merge fine-tuned checkpoints of one architecture into one.  (version {__version__})
+Merge fine-tuned checkpoints of one architecture, with learned or fixed coefficients.
+Version {__version__}.
 
 commands:
-  fit       learn the coefficients        gradmerge fit --config merge.yaml
+  fit       learn a merge                 gradmerge fit --config merge.yaml
   validate  score on the selection split  gradmerge validate --config merge.yaml --ckpt_path X.ckpt
   test      score on the test split       gradmerge test --config merge.yaml --ckpt_path X.ckpt
-                                          gradmerge test --config data.yaml --model FOLDER
-  export    checkpoint -> model folder    gradmerge export X.ckpt FOLDER
+            score a model folder          gradmerge test --config data.yaml --model FOLDER
+  export    write a fit as a model        gradmerge export X.ckpt FOLDER
   merge     merge without training        gradmerge merge --config static.yaml --output FOLDER
-  collect   statistics for such merges    gradmerge collect --config merge.yaml --output FOLDER
-  unpack    compact EMR -> model folders  gradmerge unpack COMPACT FOLDER
-  inspect   do these sources fit?         gradmerge inspect A B --base BASE
+  collect   collect statistics on data    gradmerge collect --config merge.yaml --output FOLDER
+  unpack    expand a compact EMR merge    gradmerge unpack COMPACT FOLDER
+  inspect   check and compare sources     gradmerge inspect A B --base BASE
 
-gradmerge COMMAND --help lists a command's options; configs/ holds runnable examples.
+`gradmerge COMMAND --help` lists the options of a command; configs/ holds runnable examples.
 """
 
-# Packages that a configuration may name and nothing else needs, and how pip calls them.
+# Optional packages that a configuration may need, with the argument of `pip install`.
 OPTIONAL = {"torchao": "gradmerge[eight-bit]", "bitsandbytes": "bitsandbytes"}
 LEARNING = ("fit", "validate", "test")
 COMMANDS = (*LEARNING, "export", "merge", "collect", "unpack", "inspect")
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0, or 2 for a mistake in the options or the input.
+        The exit status: 0, or 2 for an error in the options or the input.
     """
     given = arguments
     arguments = list(sys.argv[1:] if given is None else given)
@@ -59,9 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = arguments[0]
     if command not in COMMANDS:
         print(
-            f"gradmerge: {command!r} is no command.{nearest(command, COMMANDS)}\n", file=sys.stderr
+            f"gradmerge: unknown command {command!r} (choose from {', '.join(COMMANDS)})."
+            f"{nearest(command, COMMANDS)}",
+            file=sys.stderr,
         )
-        print(USAGE, file=sys.stderr)
         return 2
     try:
         if command in LEARNING:
@@ -78,10 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def own_message(error: ValueError) -> str:
-    """Return what gradmerge says of an error, or nothing where it is not one of its own.
+    """Return the message of an error that gradmerge raised, or an empty string for other errors.
 
-    A component of an optional option that rejects its values is one of several types that did not
-    fit, to the parser: its message is one of those that the parser lists.
+    If a component of an optional option rejects its values, the parser sees one of several types
+    that do not fit, and lists gradmerge's message among those of the other types.
     """
     if isinstance(error, GradmergeError):
         return str(error)
@@ -95,15 +97,15 @@ def own_message(error: ValueError) -> str:
 
 
 def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
-    """`fit`, `validate` and `test`, through LightningCLI.
+    """Run `fit`, `validate` or `test` through LightningCLI.
 
     Args:
-        arguments: as on the command line; None takes the command line's own.
-        run: run the command that the arguments begin with; otherwise they hold options alone, and
-            model, data and trainer are only built.
+        arguments: arguments as on the command line. Default: those of the process.
+        run: run the command that comes first in the arguments. Otherwise they hold only options,
+            and model, data and trainer are built without running anything.
 
     Returns:
-        The CLI object, with `model`, `datamodule` and `trainer`; with a driver, `job` instead.
+        The CLI object with `model`, `datamodule` and `trainer`, or with `job` if there is a driver.
     """
     from gradmerge.cli.configs import refuse_mergekit
     from gradmerge.cli.fit import start
@@ -113,7 +115,7 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
     refuse_mergekit(given)
     register(given)
     if arguments is None:
-        sys.argv[1:] = given  # which LightningCLI reads, and which the processes of DDP start with
+        sys.argv[1:] = given  # read by LightningCLI and by the processes of DDP
     else:
         arguments = given
     quieten()
@@ -121,10 +123,10 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
 
 
 def quieten() -> None:
-    """Silence advice that does not apply here, so that what does apply is seen."""
+    """Silence Lightning's advice that does not apply to merges."""
     for pattern in (
-        ".*in eval mode at the start of training.*",  # frozen sources: dropout must stay off
-        ".*does not have many workers.*",  # batches are prepared once and kept
+        ".*in eval mode at the start of training.*",  # sources are frozen, so dropout stays off
+        ".*does not have many workers.*",  # batches are prepared once and cached
         ".*isinstance.treespec, LeafSpec.*",
         ".*Trying to infer the `batch_size`.*",
         ".*will be overridden by .*configure_optimizers.*",
@@ -133,11 +135,11 @@ def quieten() -> None:
 
 
 def register(arguments: Sequence[str] = ("--help",)) -> None:
-    """Make every component's short name known, and attribute docstrings the help texts.
+    """Register the short names of components, and docstrings as help texts.
 
     Args:
-        arguments: as on the command line; docstrings are only read where they ask for help, since
-            that takes most of the start-up.
+        arguments: arguments as on the command line. Docstrings are parsed only if these ask for
+            help, because parsing takes most of the start-up time.
     """
     import jsonargparse
 
@@ -161,7 +163,7 @@ def register(arguments: Sequence[str] = ("--help",)) -> None:
 
 
 def read_old_paths() -> None:
-    """Take class paths of earlier versions in configurations for the present ones."""
+    """Make the parser translate class paths of earlier versions in configurations."""
     import jsonargparse
     import yaml
 
@@ -178,11 +180,11 @@ def read_old_paths() -> None:
 
 
 def component_names(stock: bool = True) -> dict[str, str]:
-    """Short names of the classes that a configuration may name, and what to write for each.
+    """Return the classes that a configuration may name: the text to write, by short name.
 
     Args:
-        stock: torch's optimisers and schedules and Lightning's callbacks and loggers, too, by their
-            whole paths.
+        stock: include torch's optimisers and schedules and Lightning's callbacks and loggers, with
+            their full paths.
     """
     from gradmerge import (
         alignment,
@@ -214,13 +216,13 @@ def component_names(stock: bool = True) -> dict[str, str]:
                 if found and not name.startswith(("_", "Base")):
                     known.setdefault(name, f"{module.__name__}.{name}")
         known.update({name: name for name in drivers.DRIVERS})
-        # torch's own does not say which score it watches
+        # torch's own class has no option for the score to monitor
         known["ReduceLROnPlateau"] = "lightning.pytorch.cli.ReduceLROnPlateau"
     return known
 
 
 def nearest_class(path: str, known: Mapping[str, str]) -> str:
-    """A suggestion for a class that there is not, or nothing."""
+    """Return a suggestion for an unknown class, or an empty string."""
     module, _, name = path.rpartition(".")
     if module:
         with suppress(ImportError, ValueError):
@@ -234,7 +236,7 @@ def nearest_class(path: str, known: Mapping[str, str]) -> str:
 
 
 def stop(message: str, parser: Any) -> NoReturn:
-    """Leave with the message alone: the full usage is pages long and would bury it."""
+    """Exit with the message but without the usage text, which is pages long."""
     prog = parser.prog.replace(" [options]", "")
     print(
         f"{prog}: {explain(message, parser)}\n`{prog} --help` lists the options.", file=sys.stderr
@@ -243,7 +245,7 @@ def stop(message: str, parser: Any) -> NoReturn:
 
 
 def explain(message: str, parser: Any) -> str:
-    """The parser's message, with the nearest valid name for what it did not know."""
+    """Return the parser's message, with suggestions for unknown names."""
     keys = sorted(_keys(parser))
     hints = []
     for unknown in re.findall(r"--([\w.]+)", message) if "nrecognized" in message else []:
@@ -299,7 +301,7 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
 
 
 def _parsed(command: str, function: Any, given: MergeInput) -> dict[str, Any]:
-    """Return the options of a command; a recipe as a partial object, its fields built."""
+    """Return the options of a command, with the recipe as a `functools.partial` call."""
     from gradmerge.cli.configs import later
     from gradmerge.engine.recipe import Recipe
 
@@ -331,7 +333,7 @@ def _parser(command: str, function: Any, given: MergeInput) -> Any:
 
         quieten()
         parser.add_class_arguments(MergeDataModule, "data")
-        parser.set_defaults({"data.tasks": {}})  # see `MergeCLI.add_arguments_to_parser`
+        parser.set_defaults({"data.tasks": {}})  # as in `MergeCLI.add_arguments_to_parser`
     parser.add_function_arguments(function, as_group=False, skip={*positional, "data", "opened"})
     if given.recipe is not None:
         parser.set_defaults({"recipe.sources": {}})
@@ -339,7 +341,7 @@ def _parser(command: str, function: Any, given: MergeInput) -> Any:
 
 
 def underscored(arguments: Sequence[str]) -> list[str]:
-    """Return arguments with `--allow-modules` as `--allow_modules`, as the parser knows options."""
+    """Return arguments with `--allow-modules` spelled `--allow_modules`, as the parser expects."""
     return [
         re.sub(
             r"^--[a-z]+(-[a-z]+)+(?==|$)", lambda option: "--" + option[0][2:].replace("-", "_"), a
@@ -354,8 +356,8 @@ _POSITIONALS = {
     "unpack": ["folder", "output"],
 }
 _POSITIONAL = {
-    "checkpoint": "Checkpoint that `gradmerge fit` wrote.",
-    "folder": "Folder that `gradmerge merge --outputs compact` wrote.",
+    "checkpoint": "Checkpoint of `gradmerge fit`.",
+    "folder": "Folder of `gradmerge merge --outputs compact`.",
     "output": "Folder to write.",
-    "sources": "Paths or hub ids of the checkpoints.",
+    "sources": "Checkpoints to inspect, as paths or hub ids.",
 }

@@ -1,4 +1,4 @@
-"""`gradmerge test --model FOLDER`: score any Hugging Face folder on the data of a configuration."""
+"""`gradmerge test --model FOLDER`: scores of any Hugging Face folder on a configuration's data."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from gradmerge.errors import ConfigError, shorten
 
 COMMANDS = ("validate", "test")
 NAME = "model"
-"""Name of the scored folder among the sources of its recipe."""
+"""Source name of the scored folder in its recipe."""
 
 
 def with_model_folder(arguments: Sequence[str]) -> list[str]:
-    """Return arguments with `--model FOLDER` as the option that the parser has for it.
+    """Return arguments with `--model FOLDER` rewritten to `--model_folder` and a recipe.
 
-    `--model` itself takes a configuration of the whole model, as LightningCLI has it.
+    LightningCLI's own `--model` takes a configuration of the model, which stays possible.
     """
     found = list(arguments)
     if not found or found[0] not in COMMANDS:
@@ -38,24 +38,23 @@ def with_model_folder(arguments: Sequence[str]) -> list[str]:
 
 
 def _names_a_model(value: str) -> bool:
-    """Return whether a value of `--model` is a folder, a file of weights or a hub id."""
+    """Return True if a value of `--model` can be a folder, a file of weights or a hub id."""
     if not value or value.startswith(("{", "-")) or value.endswith((".yaml", ".yml", ".json")):
         return False
     return "\n" not in value
 
 
 def scored_recipe(folder: str, tasks: Iterable[str], private: Sequence[str]) -> Recipe:
-    """Return a recipe that is the model of one folder, unchanged.
+    """Return a recipe that reproduces the model of a folder.
 
     Args:
-        folder: a path or hub id. An export of a merge with private heads keeps each task's head in
+        folder: path or hub id. Exports of merges with private heads have each task's head in
             `tasks/<task>`.
         tasks: names of the tasks to score.
-        private: patterns of tensors that belong to a task alone, where the export's provenance does
-            not name them.
+        private: patterns of private tensors, if the export's provenance does not list them.
 
     Raises:
-        ConfigError: the folder has heads, but not one for every task.
+        ConfigError: the folder has heads, but not for every task.
     """
     path = Path(folder).expanduser()
     heads = {p.name: str(p) for p in sorted(path.glob("tasks/*")) if (p / "config.json").is_file()}
@@ -64,8 +63,8 @@ def scored_recipe(folder: str, tasks: Iterable[str], private: Sequence[str]) -> 
         if lost:
             raise ConfigError(
                 f"--model {folder}: no head for the tasks {shorten(lost)}; the folder has heads "
-                f"for {', '.join(heads)} (tasks/...).\nScore those alone, or name the task as the "
-                "merge did."
+                f"for {', '.join(heads)} (tasks/...).\nScore only those tasks, or use the merge's "
+                "task names."
             )
         private = _private_of(path) or private
     return Recipe(
@@ -89,18 +88,18 @@ def _private_of(folder: Path) -> list[str]:
 
 
 def require_scored(command: str, ckpt_path: str | None) -> None:
-    """Reject options that do not go together with a folder to score.
+    """Reject a command or options that do not combine with a folder to score.
 
     Raises:
         ConfigError: the command learns, or a checkpoint is given as well.
     """
     if command not in COMMANDS:
         raise ConfigError(
-            f"model_folder: `gradmerge {command}` learns a merge, and a folder is only scored. Use "
-            "`gradmerge test --model FOLDER` or `gradmerge validate --model FOLDER`."
+            f"model_folder: `gradmerge {command}` learns a merge, but a folder can only be scored; "
+            "use `gradmerge test --model FOLDER` or `gradmerge validate --model FOLDER`."
         )
     if ckpt_path is not None:
         raise ConfigError(
             f"--model and --ckpt_path {ckpt_path}: expected one of them, got both; a folder holds "
-            "its weights, a checkpoint coefficients of a merge. Leave one out."
+            "weights, a checkpoint coefficients of a merge. Remove one."
         )

@@ -1,1 +1,1 @@
-"""From a recipe to a merged network and the gradient of its coefficients."""
+"""The merged network of a recipe, and the gradient of its coefficients."""

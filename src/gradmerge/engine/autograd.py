@@ -1,4 +1,4 @@
-"""Autograd functions: a merge whose backward is a contraction, and a loss known in advance."""
+"""Autograd functions: a merge with a contraction as its backward, and a precomputed loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradmerge.errors import ConfigError
 
 
 class Combine(torch.autograd.Function):
-    """Forward: combine. Backward: contract. No weights are kept between the two."""
+    """Combine in forward and contract in backward, keeping no weights in between."""
 
     @staticmethod
     def forward(
@@ -23,55 +23,57 @@ class Combine(torch.autograd.Function):
         build: Callable[[Tensor], Tensor],
         contract: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """`theta = build(raw)` of a tensor; `contract(dL/dtheta, raw)` is its `dL/dz`."""
+        """Return `theta = build(raw)`; in backward, `dL/dz = contract(dL/dtheta, raw)`."""
         ctx.raw, ctx.contract = raw, contract
         return build(raw)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """`dL/dz` of its raw coefficients."""
+        """Return `dL/dz`, the gradient of the raw coefficients."""
         return ctx.contract(grads[0], ctx.raw), None, None
 
 
 class Deferred(torch.autograd.Function):
-    """A loss whose gradient in the raw coefficients is already known, and handed over: it may be as
-    large as the sources, so no copy is made of it. Its backward runs once.
+    """A loss whose gradient with respect to the raw coefficients is already known.
+
+    The gradient may be as large as the sources, so backward passes it on without a copy and can
+    run only once.
     """
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *raws: Tensor) -> Tensor:
-        """The loss itself; the list is emptied by backward, and its tensors are written to."""
+        """Return the loss; backward scales the tensors of `grads` in place and empties the list."""
         ctx.grads = grads
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The known gradients, scaled by the incoming one.
+        """Return the known gradients, scaled by the incoming one.
 
         Raises:
-            RuntimeError: they were handed over before.
+            RuntimeError: backward ran before.
         """
         if not ctx.grads:
             raise RuntimeError(
-                "backward runs once through a loss of `accumulate`, whose gradient is handed over; "
-                "call `accumulate` again."
+                "expected one backward pass through a loss of `accumulate`, got a second one, but "
+                "its gradients are not kept; call `accumulate` again."
             )
         known = [grad.mul_(grads[0]) for grad in ctx.grads]
-        ctx.grads.clear()  # else they would be copied
+        ctx.grads.clear()  # autograd copies gradients that are referenced elsewhere
         return (None, None, *known)
 
 
 def add_gradient(grads: dict[str, Tensor], slot: Slot, found: Tensor, raw: Tensor) -> None:
-    """Add a tensor's `dL/dz` to those of its raw parameter.
+    """Add a tensor's `dL/dz` to the gradient of its raw parameter.
 
     Args:
-        grads: by key of the raw parameters; what is not there is zero.
-        slot: the tensor's.
-        found: `dL/dz`, which is kept itself where it is all there is: with a coefficient per weight
-            it is as large as the sources.
-        raw: the parameter.
+        grads: gradients by key of the raw parameter; missing ones are zero. Changed in place.
+        slot: the tensor's place in the raw parameter.
+        found: the tensor's `dL/dz`. Stored without a copy if the tensor has a parameter of its own:
+            with one coefficient per weight it is as large as the sources.
+        raw: the raw parameter.
     """
     if slot.key not in grads and slot.index is None:
         grads[slot.key] = found
@@ -82,24 +84,24 @@ def add_gradient(grads: dict[str, Tensor], slot: Slot, found: Tensor, raw: Tenso
 
 
 def backward_of(run: Callable[[], Tensor], scale: float) -> Tensor:
-    """Run a loss and its backward at once; returns the loss, detached.
+    """Compute a loss, run its backward immediately, and return the detached loss.
 
     Raises:
-        ConfigError: the loss is no scalar.
+        ConfigError: the loss is not a scalar.
     """
     with torch.enable_grad():
         loss = run()
     if loss.dim() != 0:
-        raise ConfigError(f"a loss must be a scalar, got shape {tuple(loss.shape)}.")
+        raise ConfigError(f"loss: expected a scalar, got shape {tuple(loss.shape)}; reduce it.")
     with torch.autocast(loss.device.type, enabled=False):
         (loss * scale).backward()
     return loss.detach()
 
 
 def checksums(parameters: Iterable[Tensor]) -> list[int]:
-    """Sums of the parameters' bits, to notice what is written through `.data`.
+    """Return a checksum of each parameter's bits, to detect writes through `.data`.
 
-    Such writes (some optimisers, averaging of weights) leave no trace in a tensor's version.
+    Such writes (by some optimisers, or by weight averaging) do not change a tensor's version.
     """
     with torch.no_grad():
         sums = [_checksum(parameter.detach()) for parameter in parameters]
@@ -107,14 +109,16 @@ def checksums(parameters: Iterable[Tensor]) -> list[int]:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """`sum_i (2 i + 1) b_i` modulo 2^64 of its words b: odd factors, so that any change of one word
-    shows, and different ones, so that two which are swapped do.
+    """Return `sum_i (2 i + 1) b_i` modulo 2^64 over the tensor's words `b_i`.
+
+    The factors are odd, so that a change of any one word is detected, and distinct, so that a swap
+    of two words is.
     """
     bits = tensor.reshape(-1).view(torch.int32)
     if len(bits) % 2 == 0 and bits.storage_offset() % 2 == 0:
-        bits = bits.view(torch.int64)  # sums of int32 are many times slower
-    # As a matrix of rows r and columns c, i = c + width r: two plain sums, and no temporary of the
-    # tensor's size.
+        bits = bits.view(torch.int64)  # summing int32 is many times slower
+    # Viewed as a matrix with i = width * row + column, the sum splits into plain sums over rows and
+    # columns, without a temporary of the tensor's size.
     width = 512
     rows = len(bits) // width
     body, tail = bits[: rows * width].view(rows, width), bits[rows * width :]

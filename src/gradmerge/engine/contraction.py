@@ -1,9 +1,9 @@
-"""A link and an operator together: `theta = combine(terms, link(z))`, and its gradient in z.
+"""A link and an operator combined: `theta = combine(terms, link(z))` and its gradient `dL/dz`.
 
-With one coefficient per weight, the raw numbers, the coefficients and the gradients of both are
-each as large as a source or as all of them. Where link and operator treat every entry by itself,
-such a tensor is merged and contracted in parts that fit into a processor's cache: no temporary
-grows with the tensor, and each stored byte is read once per pass. The results are the same bits.
+With one coefficient per weight, the raw coefficients, the coefficients and the gradients of both
+are each as large as all sources together. If link and operator treat every entry independently,
+such a tensor is merged and contracted in parts that fit into the processor's cache: no temporary
+grows with the tensor, and each stored byte is read once per pass. Results are bitwise equal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gradmerge.coefficients import AbstractCoefficients
 from gradmerge.operators import AbstractOperator, Spread, Terms
 from gradmerge.operators.chunks import chunk_size
 
-# A part in chunks of the operators: shorter ones spend their time in calls (docs/benchmarks.md).
+# Length of a part in operator chunks; shorter parts are dominated by call overhead.
 _CHUNKS = 4
 
 
@@ -30,7 +30,7 @@ def combine(
     spread: Spread,
     out: Tensor,
 ) -> Tensor:
-    """Write `combine(terms, link(raw))` into `out`; no gradient is recorded."""
+    """Write `combine(terms, link(raw))` into `out` without recording a gradient."""
     with torch.no_grad():
         raw = raw.detach()
         if not _goes_by_parts(coefficients, operator, spread, out):
@@ -50,7 +50,7 @@ def contract(
     grad: Tensor,
     slopes: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`dL/dz` from `grad = dL/dtheta`; with `slopes` also `dL/dc`, `[sources, *slot]`."""
+    """Return `dL/dz` for `grad = dL/dtheta` and, with `slopes`, `dL/dc` (`[sources, *slot]`)."""
     grad = grad.detach()
     if slopes or not _goes_by_parts(coefficients, operator, spread, grad):
         found, slope = _contract(coefficients, operator, terms, raw, spread, grad)
@@ -83,7 +83,7 @@ def _contract(
 
 
 def _length(tensor: Tensor) -> int:
-    """Entries of a part."""
+    """Return the number of entries per part."""
     return _CHUNKS * chunk_size(tensor.device)
 
 
@@ -99,7 +99,7 @@ def _goes_by_parts(
 
 
 def _parts(terms: Terms, raw: Tensor, tensor: Tensor) -> Iterator[tuple[slice, Tensor, Terms]]:
-    """Where each part lies in the flat tensor, its raw numbers `[rows, part]`, and its terms."""
+    """Yield each part's slice of the flat tensor, raw coefficients `[rows, part]`, and terms."""
     sources = [source.reshape(-1) for source in terms.sources]
     origin = None if terms.origin is None else terms.origin.reshape(-1)
     masks = terms.masks

@@ -1,9 +1,10 @@
-"""Handing merged tensors to any architecture without forking its code.
+"""Installation of merged tensors in any architecture, without changes to its code.
 
-Every parameter of the skeleton becomes a property of its module, which asks the engine for the
-tensor at each access. Modelling code, tied weights, weight access across modules, activation
-checkpointing (the recomputation asks again, inside backward) and autocast go on as before.
-`functional_call` would break under checkpointing: its swap is undone before backward recomputes.
+Every parameter of the skeleton becomes a property of its module that fetches the tensor from the
+engine at each access. Modelling code, tied weights, access to other modules' weights, autocast and
+activation checkpointing (recomputation fetches again, inside backward) work unchanged.
+`functional_call` would break under checkpointing: it restores the parameters before backward
+recomputes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Fetch = Callable[[str, bool], Tensor]
 _SLOT = "_gradmerge_slots"
 _classes: dict[tuple[type, tuple[str, ...]], type] = {}
 
-# Modules whose weight autocast runs in the low-precision dtype.
+# Modules whose weights autocast casts to its low-precision dtype.
 _AUTOCAST = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
 
 
@@ -37,10 +38,11 @@ def install(
 
     Args:
         skeleton: a network whose parameters hold no weights; changed in place.
-        parameters: key -> every parameter name in the module that stands for it.
-        fetch: gives the tensor; the flag says that autocast would cast it for its layer.
-        dtype: dtype of the stand-ins that remain in `parameters()`, which take no memory.
-        device: their device.
+        parameters: every parameter name in the skeleton that refers to a key, by key.
+        fetch: function that returns the tensor of a key; the flag tells it that autocast would cast
+            the tensor for its layer.
+        dtype: dtype of the placeholders that remain in `parameters()`, which take no memory.
+        device: device of the placeholders.
     """
     by_module: dict[str, dict[str, str]] = {}
     for key, places in parameters.items():
@@ -55,14 +57,17 @@ def install(
             for name, key in attributes.items()
         }
         if isinstance(module, nn.RNNBase):
-            # RNNs keep a flat list of their weights; fill it for the length of a call.
+            # RNNs read their weights from a flat list; refill it before every call.
             module.register_forward_pre_hook(_fill_flat_weights)
         module.__class__ = _with_properties(type(module), tuple(sorted(attributes)))
     restamp(skeleton, dtype, device)
 
 
 def restamp(skeleton: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Give stand-ins and buffers their device (code reads `model.device` and `model.dtype`)."""
+    """Set dtype and device of placeholders and the device of buffers.
+
+    Modelling code reads `model.device` and `model.dtype` from them.
+    """
     for module in skeleton.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -75,16 +80,17 @@ def restamp(skeleton: nn.Module, dtype: torch.dtype, device: torch.device) -> No
 
 
 def checkpoint_blocks(skeleton: nn.Module) -> None:
-    """Have a transformers network recompute each block's activations in backward.
+    """Make a transformers network recompute each block's activations in backward.
 
     Raises:
-        ConfigError: the network does not support it.
+        ConfigError: the network does not support gradient checkpointing.
     """
     enable: Any = getattr(skeleton, "gradient_checkpointing_enable", None)
     if enable is None or not getattr(skeleton, "supports_gradient_checkpointing", True):
         raise ConfigError(
-            f"{type(skeleton).__name__} offers no gradient checkpointing; leave it off or wrap its "
-            "blocks with torch.utils.checkpoint yourself."
+            "activation_checkpointing: expected a network that supports gradient checkpointing, "
+            f"got {type(skeleton).__name__}.\n"
+            "Leave the option off, or wrap the blocks with torch.utils.checkpoint."
         )
     enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -103,7 +109,7 @@ def _getter(name: str) -> Callable[[nn.Module], Tensor]:
         try:
             return fetch(key, casts)
         except AttributeError as error:
-            # nn.Module.__getattr__ would swallow it and report a missing parameter instead
+            # nn.Module.__getattr__ would swallow this and report a missing parameter instead
             raise RuntimeError(f"{name} of {type(module).__name__}: {error}") from error
 
     return get
@@ -115,32 +121,32 @@ def _fill_flat_weights(module: nn.Module, _: Any) -> None:
 
 
 class LiveTensors:
-    """Recognises merged tensors, and views of them, by their live storage.
+    """Registry that recognises merged tensors, and views of them, by their live storage.
 
-    An address is not enough: the allocator reuses it, and a foreign tensor would be taken for a
-    merged one. The weak reference keeps the storage's control block, so its address is not reused
-    while the entry stands.
+    A data address alone is not enough: the allocator reuses addresses, so another tensor could be
+    mistaken for a merged one. The weak reference keeps the storage's control block alive, so that
+    its address is not reused while the entry exists.
     """
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[StorageWeakRef, Any]] = {}
 
     def __reduce__(self) -> tuple[type[LiveTensors], tuple[()]]:
-        """A copy knows nothing: the references are to this one's tensors."""
+        """Copy as an empty registry: the references are to this object's tensors."""
         return LiveTensors, ()
 
     def add(self, tensor: Tensor, tag: Any) -> None:
-        """Remember a tensor under a tag."""
+        """Register a tensor under a tag."""
         reference = StorageWeakRef(tensor.untyped_storage())
         self._entries[reference.cdata] = (reference, tag)
 
     def find(self, tensor: Tensor) -> Any | None:
-        """The tag of the tensor whose storage this one shares."""
+        """Return the tag of the registered tensor that shares this tensor's storage, or None."""
         if tensor.is_sparse or tensor.device.type == "meta":
             return None
         entry = self._entries.get(tensor.untyped_storage()._cdata)
         return None if entry is None else entry[1]
 
     def purge(self) -> None:
-        """Forget the dead."""
+        """Remove entries whose storage has been freed."""
         self._entries = {k: e for k, e in self._entries.items() if not e[0].expired()}

@@ -1,4 +1,4 @@
-"""What a merge consists of: tensors to merge, buffers, and what stays private."""
+"""The tensors of a merge by kind: merged tensors, buffers and private tensors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ _BUFFER_NAME = re.compile(r"(running_mean|running_var|num_batches_tracked|inv_fr
 
 @dataclass(frozen=True)
 class Inventory:
-    """The tensors of a merge by kind, in the order of the network where there is one."""
+    """The tensors of a merge by kind, in the order of the network if there is one."""
 
     binding: Binding | None
-    """Where they sit in the network."""
+    """Their places in the network, if there is one."""
     private: list[str]
+    """Names of tensors that stay with their task."""
     buffers: list[str]
+    """Names of buffers."""
     tensors: dict[str, MergeTensor]
+    """Tensors to merge, by name."""
 
 
 def take_inventory(
@@ -37,11 +40,11 @@ def take_inventory(
 
     Args:
         reference: the base, or the first source.
-        sources: by name.
-        skeleton: the network without weights, where there is one.
+        sources: checkpoints by name.
+        skeleton: the network without weights, if there is one.
         private: regular expressions of tensors that stay with their task.
     """
-    # The reference's tensors, and the private ones as the sources have them.
+    # Shared tensors as in the reference, private ones as in the sources.
     first = next(iter(sources.values()))
     names = [name for name in reference.infos if not is_private(name, private)]
     names += [name for name in first.infos if is_private(name, private)]
@@ -78,9 +81,7 @@ def _describe(
 
 
 def _module_order(binding: Binding, skeleton: nn.Module) -> Callable[[str], int]:
-    """Sort key: the order of the network's parameters (files are often in order of the
-    alphabet).
-    """
+    """Sort key: the order of the network's parameters (files are often sorted by name)."""
     names = [name for name, _ in skeleton.named_parameters(remove_duplicate=False)]
     place = {name: i for i, name in enumerate(names)}
     first = {key: place[places[0]] for key, places in binding.parameters.items()}

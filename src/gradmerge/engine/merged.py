@@ -1,11 +1,11 @@
-"""The differentiable merged model: pure torch, for any `nn.Module`, usable without Lightning.
+"""The differentiable merged model: plain torch, for any `nn.Module`, usable without Lightning.
 
-For every tensor p, `theta_p = combine(theta_1..K, link(z))` and `dL/dz` is the contraction of
-`G_p = dL/dtheta_p` with the directions (see `gradmerge.operators`). There is no autograd graph over
-the sources and no temporary of the model's size a source.
+For every tensor p, `theta_p = combine(theta_1..K, link(z))`, and `dL/dz` is the contraction of
+`G_p = dL/dtheta_p` with the directions (see `gradmerge.operators`). No autograd graph spans the
+sources, and no source needs a temporary of the model's size.
 
 Memory modes:
-    resident: merged tensors live for the step; one merge and one contraction a step.
+    resident: merged tensors live for the whole step, with one merge and one contraction per step.
     streamed: a merged tensor lives while its layer runs and is rebuilt when backward needs it.
 """
 
@@ -37,19 +37,21 @@ class MergedModel(nn.Module):
     """A network whose weights are a learned merge of frozen sources.
 
     Its only parameters are the raw coefficients (`raw`), in float32. Call it like the network
-    itself; `loss.backward()` fills their gradients. For several losses a step use `accumulate`,
+    itself; `loss.backward()` fills their gradients. For several losses per step use `accumulate`,
     which keeps one loss's activations alive at a time and, in resident memory, merges and contracts
     once.
 
     Args:
-        recipe: a `Recipe`, or a `Plan` that was opened already.
-        module: the architecture, where no source carries a config. Its weights are not used and it
-            is not changed.
-        memory: resident or streamed.
-        dtype: dtype of the merged tensors and so of the computation; default float32.
-        tasks: task name -> source whose private tensors it uses; default: the sources' names.
-        raw: raw coefficients to begin with, by key; default: as the recipe's init says. Without
-            any the network runs only with given weights (`as_weights`, `as_source`).
+        recipe: the merge, as a `Recipe` or opened.
+        module: the architecture, if no source has a config. It is not changed, and its weights are
+            not used.
+        memory: `resident` keeps merged tensors for a whole step; `streamed` rebuilds each when its
+            layer runs, which takes less memory and more time.
+        dtype: dtype of the merged tensors and therefore of the computation.
+        tasks: source whose private tensors a task uses, by task. Default: one task per source, with
+            its name.
+        raw: initial raw coefficients by key. Default: those of the recipe's init. An empty mapping
+            gives a network that runs only with given weights (`as_weights`, `as_source`).
 
     Examples:
         >>> import torch
@@ -74,7 +76,8 @@ class MergedModel(nn.Module):
         plan = open_plan(recipe, module) if isinstance(recipe, Recipe) else recipe
         if plan.skeleton is None or plan.binding is None:
             raise ConfigError(
-                "the sources carry no config to build the network from; pass it as `module`."
+                "module: expected the architecture, got none, and no source has a config to build "
+                "it from; pass the network as `module`."
             )
         if memory not in ("resident", "streamed"):
             raise ConfigError(f"memory: expected 'resident' or 'streamed', got {memory!r}.")
@@ -86,15 +89,15 @@ class MergedModel(nn.Module):
         lost = [source for source in self.tasks.values() if source not in plan.serving]
         if lost:
             raise ConfigError(
-                f"tasks name sources that do not exist: {shorten(lost)}; there are "
-                f"{', '.join(plan.serving)}."
+                f"tasks: unknown sources {shorten(lost)} (choose from {', '.join(plan.serving)})."
             )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         raw = plan.initial_raw() if raw is None else raw
         self.raw = nn.ParameterDict({k: nn.Parameter(value.to(wide)) for k, value in raw.items()})
         self.touched: set[str] = set()
         self.device = torch.device("cpu")
-        # In a tuple it is no submodule: its stand-ins stay out of parameters() and checkpoints.
+        # The tuple hides it from nn.Module: its placeholders stay out of parameters() and
+        # checkpoints.
         self._skeleton = (plan.skeleton,)
         self._task: str | None = None
         self._given: Callable[[str], Tensor | None] | None = None
@@ -110,16 +113,16 @@ class MergedModel(nn.Module):
 
     @property
     def skeleton(self) -> nn.Module:
-        """The network; its parameters are stand-ins, its modules fetch merged tensors."""
+        """The network; its parameters are placeholders, and its modules fetch merged tensors."""
         return self._skeleton[0]
 
     @property
     def version(self) -> int:
-        """Changes whenever a raw coefficient is written."""
+        """A number that changes whenever a raw coefficient is written."""
         return sum(parameter._version for parameter in self.raw.values())
 
     def require_version(self, version: int) -> None:
-        """Refuse a backward after the coefficients it belongs to have changed.
+        """Reject a backward pass whose coefficients have changed since forward.
 
         Raises:
             RuntimeError: the raw coefficients were written between forward and backward.
@@ -131,7 +134,7 @@ class MergedModel(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedModel:
-        """Follow `.to(...)`: device and compute dtype change, raw coefficients stay wide."""
+        """Apply `.to(...)` to device and compute dtype; raw coefficients stay float32 or wider."""
         probe = fn(torch.zeros((), dtype=self.dtype, device=self.device))
         wide = torch.float64 if probe.dtype == torch.float64 else torch.float32
         super()._apply(lambda tensor: tensor.to(device=probe.device, dtype=wide), recurse)
@@ -142,15 +145,16 @@ class MergedModel(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> MergedModel:
-        """Dropout stays off (sources are frozen); BatchNorm uses batch statistics while training
-        if they are recomputed afterwards.
+        """Set training mode, in which dropout stays off because the sources are frozen.
+
+        BatchNorm uses batch statistics while training if they are recomputed afterwards.
         """
         super().train(mode)
         self.skeleton.eval()
         self.statistics.train(mode)
         for module in self.skeleton.modules():
             if getattr(module, "gradient_checkpointing", False):
-                module.training = mode  # transformers checkpoints only what is in training mode
+                module.training = mode  # transformers checkpoints only modules in training mode
         return self
 
     def enable_activation_checkpointing(self) -> None:
@@ -166,8 +170,8 @@ class MergedModel(nn.Module):
         out: Tensor | None = None,
         finished: bool = False,
     ) -> Tensor:
-        """`theta` of one tensor, without a graph; finished where asked for."""
-        # A trainer evaluates in inference mode; a tensor made there could never be trained with.
+        """Build `theta` of one tensor without a graph, with finalisers if `finished`."""
+        # Trainers evaluate in inference mode, and tensors made there cannot be trained with later.
         with torch.inference_mode(False):
             if out is None:
                 shape = self.plan.tensors[key].shape
@@ -179,7 +183,7 @@ class MergedModel(nn.Module):
             return write(key, raw, out)
 
     def differentiable(self, key: str, raw: Tensor, dtype: torch.dtype) -> Tensor:
-        """`theta` of one tensor, whose backward contracts the gradient to `dL/dz`."""
+        """Build `theta` of one tensor whose backward contracts its gradient to `dL/dz`."""
 
         def build(raw: Tensor) -> Tensor:
             return self.build(key, raw, dtype)
@@ -202,8 +206,8 @@ class MergedModel(nn.Module):
             return self._resident.theta[key]
         dtype = self.dtype
         if casts and torch.is_autocast_enabled(self.device.type):
-            # Built in the dtype that autocast would cast to: the cast copy would be a tensor of its
-            # own, saved for backward layer after layer.
+            # Build in the dtype that autocast would cast to, because autocast's copy would be saved
+            # for backward in every layer.
             dtype = torch.get_autocast_dtype(self.device.type)
         if key in self.plan.fixed:
             theta = self.build(key, None, dtype)
@@ -229,21 +233,20 @@ class MergedModel(nn.Module):
     def forward(self, *args: Any, task: str | None = None, **kwargs: Any) -> Any:
         """Run the network with merged weights.
 
-        In evaluation mode and without gradient they are finished (`Recipe.finalisers`), as in the
-        export. Otherwise coefficients learn, and finalisers, which no gradient goes through, are
-        off.
+        In evaluation mode without gradient, finalisers are applied as in the export. They have no
+        gradient, so they are off while coefficients learn.
 
         Args:
-            *args: as the network takes them.
-            task: the task whose private tensors (head) are used, where the recipe has any.
-            **kwargs: as the network takes them.
+            *args: arguments of the network.
+            task: the task whose private tensors (head) are used, if the recipe has any.
+            **kwargs: keyword arguments of the network.
         """
         if task is not None and task not in self.tasks:
-            raise ConfigError(f"task {task!r}: expected one of {', '.join(self.tasks)}.")
+            raise ConfigError(f"unknown task {task!r} (choose from {', '.join(self.tasks)}).")
         if self.plan.private and task is None and self._given is None and len(self.tasks) > 1:
             raise ConfigError(
-                f"{self.plan.private[0]} belongs to each task alone: say which task this batch is "
-                f"of, task=one of {', '.join(self.tasks)}."
+                f"task: expected one of {', '.join(self.tasks)}, got none, but every task has a "
+                f"{self.plan.private[0]} of its own; pass `task=`."
             )
         self._task = task
         if self._given is not None:
@@ -280,19 +283,20 @@ class MergedModel(nn.Module):
     def accumulate(
         self, losses: Sequence[Callable[[], Tensor]], scale: float = 1.0
     ) -> tuple[Tensor, list[Tensor]]:
-        """Backward of several losses, one after another, as one differentiable loss.
+        """Run the backward passes of several losses in turn and return one differentiable loss.
 
-        Each callable runs this model and returns a scalar. Its backward runs at once, so one
-        loss's activations live at a time. In resident memory all share one merge, and their weight
-        gradients add up before one contraction, which frees each as it is used.
+        Each callable runs this model and returns a scalar. Its backward runs immediately, so that
+        only one loss's activations live at a time. In resident memory all losses share one merge,
+        and their weight gradients are summed before one contraction, which frees each after use.
 
         Args:
             losses: callables that return scalar losses.
-            scale: factor on the losses inside (a gradient scaler's, for float16); taken out again.
+            scale: internal factor on the losses (a gradient scaler's, for float16). Gradients are
+                divided by it.
 
         Returns:
             The sum of the losses, whose `backward()` adds the known gradients to `raw`, and the
-            losses one by one.
+            individual losses.
         """
         raws = dict(self.raw.items())
         grads: dict[str, Tensor] = {}
@@ -335,7 +339,7 @@ class MergedModel(nn.Module):
         try:
             for i, run in enumerate(losses):
                 if i == len(losses) - 1:
-                    # With the last loss a weight gradient is complete as soon as it arrives.
+                    # During the last backward a weight gradient is complete when it arrives.
                     for key, leaf in leaves.items():
                         hook = partial(lambda key, _: contract(key), key)
                         hooks.append(leaf.register_post_accumulate_grad_hook(hook))
@@ -345,7 +349,7 @@ class MergedModel(nn.Module):
         finally:
             self._resident.theta = merged
             for handle in hooks:
-                # leaf, hook, leaves: a cycle, which would hold `grads` until the collector comes
+                # leaf, hook and leaves form a cycle that keeps `grads` until garbage collection
                 handle.remove()
         return values
 
@@ -360,12 +364,12 @@ class MergedModel(nn.Module):
         return values
 
     def fix_unused(self) -> list[str]:
-        """Set tensors that no backward has reached by the recipe's rule, and say which.
+        """Fix tensors that no backward pass has reached, by `Recipe.unused`, with a warning.
 
-        They would stay at their starting coefficient and be exported scaled by it.
+        Otherwise they would be exported with their initial coefficients.
 
         Returns:
-            The names of the tensors that were set.
+            Names of the tensors that were fixed.
         """
         unused = [key for key in self.plan.learned if key not in self.touched]
         if unused:
@@ -373,24 +377,32 @@ class MergedModel(nn.Module):
             self.plan.fix(unused, value)
             self._resident.forget()
             warnings.warn(
-                f"{len(unused)} tensors got no gradient and are kept at coefficient {value:g} "
-                f"(recipe: unused): {shorten(unused)}. They do not take part in the objective.",
+                f"{len(unused)} tensors got no gradient and are fixed at coefficient {value:g} "
+                f"(recipe.unused): {shorten(unused)}. The objective does not depend on them.",
                 stacklevel=2,
             )
         return unused
 
     def fix(self, names: Sequence[str], coefficient: float) -> None:
-        """Keep tensors at a coefficient (when a checkpoint says so)."""
+        """Fix tensors at a coefficient, as recorded in a checkpoint."""
         self.plan.fix(names, coefficient)
         self._resident.forget(fixed=True)
 
     @contextmanager
     def as_source(self, source: str, own: bool = False) -> Iterator[None]:
-        """Within the context the network runs with one source's weights, without gradient; with
-        `own` as they lie on disk, where an alignment mixes units. Nothing is copied.
+        """Run the network with one source's weights inside the context, without gradient or copy.
+
+        Args:
+            source: name of a source or head.
+            own: use the weights as stored, even if an alignment mixes the source's units.
+
+        Raises:
+            ConfigError: there is no such source.
         """
         if source not in self.plan.serving:
-            raise ConfigError(f"{source!r} is no source; there are {', '.join(self.plan.serving)}.")
+            raise ConfigError(
+                f"unknown source {source!r} (choose from {', '.join(self.plan.serving)})."
+            )
         checkpoint = self.plan.serving[source]
         itself = original_of(checkpoint) if own else checkpoint
         read = partial(self.plan.read, source) if itself is checkpoint else itself.read
@@ -399,10 +411,13 @@ class MergedModel(nn.Module):
 
     @contextmanager
     def as_weights(self, read: Callable[[str], Tensor | None]) -> Iterator[None]:
-        """Within the context the network runs with the tensors that `read` gives, by name; for None
-        a private tensor is the task's own.
+        """Run the network with the given tensors inside the context.
 
-        Gradients reach those that ask for them, if a gradient is recorded at all.
+        Gradients reach given tensors that require them, unless gradients are disabled.
+
+        Args:
+            read: function that returns the tensor of a name; None stands for the task's own private
+                tensor.
         """
         before, self._given = (self._task, self._given), read
         try:
@@ -411,39 +426,39 @@ class MergedModel(nn.Module):
             self._task, self._given = before
 
     def coefficients(self) -> dict[str, Tensor]:
-        """`c` of every learned tensor, `[sources, *slot]`, differentiable."""
+        """Return `c` of every learned tensor, `[sources, *slot]`, differentiable."""
         return {key: self.plan.coefficient(key, self.raw) for key in self.plan.learned}
 
 
 class ResidentTensors:
-    """`theta` of every tensor, by name."""
+    """The merged tensors of resident memory."""
 
     def __init__(self) -> None:
         self.theta: dict[str, Tensor] = {}
-        """As they stand; a step puts leaves of its own in their place."""
+        """Current `theta` of every tensor, by name; `accumulate` replaces them by leaves."""
         self._storage: dict[str, Tensor] = {}
         self._fixed: dict[str, Tensor] = {}
         self._state: object = None
         self._has_graph = False
 
     def __reduce__(self) -> tuple[type[ResidentTensors], tuple[()]]:
-        """A copy merges anew: the tensors are of the original's coefficients and graph."""
+        """Copy as empty: the tensors belong to the original's coefficients and graph."""
         return ResidentTensors, ()
 
     def forget(self, fixed: bool = False) -> None:
-        """Build anew next time; of fixed tensors only where asked for."""
+        """Discard learned tensors, and with `fixed` also the fixed ones."""
         self.theta, self._storage = {}, {}
         self._state, self._has_graph = None, False
         if fixed:
             self._fixed.clear()
 
     def refresh(self, engine: MergedModel, graph: bool, finished: bool) -> None:
-        """Merge all tensors, unless they still stand for the current coefficients.
+        """Merge all tensors, unless they are up to date with the coefficients.
 
         Args:
-            engine: whose tensors they are.
-            graph: whether a gradient is recorded.
-            finished: whether the recipe's finalisers are applied.
+            engine: the model that owns the tensors.
+            graph: record a gradient.
+            finished: apply the recipe's finalisers.
         """
         plan = engine.plan
         corrections = plan.finalisation.version if finished else None
@@ -453,7 +468,7 @@ class ResidentTensors:
         for key in plan.fixed:
             if key in plan.binding.parameters and key not in self._fixed:  # type: ignore[union-attr]
                 self._fixed[key] = engine.build(key, None, engine.dtype)
-        # Merged tensors of before are let go first: two models would live otherwise.
+        # Release the previous tensors first, or two models would live at once.
         self.theta = dict(self._fixed)
         if graph:
             self._storage = {}
@@ -463,7 +478,7 @@ class ResidentTensors:
         else:
             for key in plan.learned:
                 raw = plan.raw(key, engine.raw).detach()
-                # Written over in place: fresh pages would fault in at every step.
+                # Overwrite in place: newly allocated pages would fault at every step.
                 kept = self._storage.get(key)
                 self._storage[key] = engine.build(key, raw, engine.dtype, kept, finished)
                 self.theta[key] = self._storage[key]

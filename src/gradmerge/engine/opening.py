@@ -1,4 +1,4 @@
-"""Open a recipe: read headers, check that everything fits, align, and place coefficients."""
+"""Opening of a recipe: read headers, check compatibility, align, and assign coefficients."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from gradmerge.sources.tokenizers.view import align
 
 
 def open_plan(recipe: Recipe, module: nn.Module | None = None, with_skeleton: bool = True) -> Plan:
-    """Open a recipe's checkpoints, align them if it says so, and place the coefficients.
+    """Open a recipe's checkpoints, align them if it asks for that, and assign coefficients.
 
     Args:
-        recipe: what is merged and how.
-        module: the architecture, where no source has a config (its weights are not used).
-        with_skeleton: build the network without weights; a merge with fixed coefficients per model,
+        recipe: the merge to open.
+        module: the architecture, if no source has a config. Its weights are not used.
+        with_skeleton: build the network without weights. A merge with fixed coefficients per model,
             group or tensor does not need it.
 
     Raises:
-        CompatibilityError: one report of everything that does not fit.
+        CompatibilityError: the checkpoints do not fit together; the message lists every problem.
         SourceError: a source cannot be opened.
     """
     opening = Opening(recipe, module)
@@ -40,18 +40,18 @@ def open_plan(recipe: Recipe, module: nn.Module | None = None, with_skeleton: bo
 
 
 class Opening:
-    """The checkpoints of a recipe, opened once, with their network and the order of their units.
+    """The open checkpoints of a recipe, with their network and the alignment of their units.
 
-    A command that runs the sources before it merges them (statistics, alignments on data) makes all
+    A command that runs the sources before it merges them (statistics, alignment on data) makes all
     its plans from one opening, so that nothing is opened, traced or aligned twice.
 
     Args:
-        recipe: whose sources are opened and checked.
-        module: the architecture, where no source has a config (its weights are not used).
-        opened: checkpoints that are open already, by source name and `base`.
+        recipe: the merge to open.
+        module: the architecture, if no source has a config. Its weights are not used.
+        opened: checkpoints that are open already, by source name or `base`.
 
     Raises:
-        CompatibilityError: one report of everything that does not fit.
+        CompatibilityError: the checkpoints do not fit together; the message lists every problem.
         SourceError: a source cannot be opened.
     """
 
@@ -78,11 +78,14 @@ class Opening:
             name: as_source(s, base_spec).open() for name, s in recipe.heads.items()
         }
         if self.base is not None and "base" in self.sources:
-            raise ConfigError("a source is named 'base', which is the base's own name; rename it.")
+            raise ConfigError(
+                "sources: expected names other than 'base', which is reserved for `base`, got it "
+                "as the name of a source; rename the source."
+            )
         self.problems = self._check()
 
     def _check(self) -> list[Problem]:
-        """Match tokens and compare everything; return the warnings."""
+        """Match vocabularies and compare all checkpoints; return the warnings."""
         recipe = self.recipe
         everything = self._everything()
         problems: list[Problem] = []
@@ -100,11 +103,11 @@ class Opening:
 
     @cached_property
     def network(self) -> nn.Module | None:
-        """The network without weights, or None where nothing says which it is."""
+        """The network without weights, or None if no source defines the architecture."""
         recipe = self.recipe
         if self._module is not None:
             return strip_weights(self._module)
-        # A base may have another head (or none); the network is the one that the tasks run.
+        # A base may have another head, or none; the tasks run the sources' network.
         specs = [recipe.base, *recipe.sources.values()]
         opened = list(self._everything().values())
         if recipe.private and self.base is not None:
@@ -120,15 +123,15 @@ class Opening:
 
     @cached_property
     def spec(self) -> PermutationSpec:
-        """Groups of units that the recipe's alignment may permute, traced once."""
+        """The groups of units that the recipe's alignment may permute, traced once."""
         assert self.recipe.alignment is not None
         return find_spec(self.recipe.alignment, self.sources, self.network)
 
     def align(self, statistics: str | None) -> None:
-        """Bring the sources' units into one order, if the recipe says so and they are not yet.
+        """Align the sources' units if the recipe asks for it and they are not aligned yet.
 
         Args:
-            statistics: folder with the sources' moments on data, for alignments that need them.
+            statistics: folder of the sources' statistics on data, for alignments that need them.
         """
         method = self.recipe.alignment
         if method is None or method.is_identity or self.order is not None:
@@ -145,13 +148,13 @@ class Opening:
         keep_network: bool = False,
         statistics: str | None = None,
     ) -> Plan:
-        """Place the coefficients of a recipe on the sources as they stand.
+        """Make the plan of a recipe on the sources as they are now.
 
         Args:
-            recipe: another one of the same sources; default: the one that was opened.
+            recipe: another recipe for the same sources. Default: the one that was opened.
             with_skeleton: give the plan the network.
-            keep_network: give it a copy, for a plan that is not the last of this opening.
-            statistics: folder of the sources' statistics; default: the one that the recipe names.
+            keep_network: give the plan a copy of the network, because more plans will follow.
+            statistics: folder of the sources' statistics. Default: the recipe's.
         """
         recipe = recipe or self.recipe
         needed = with_skeleton or isinstance(innermost(recipe.coefficients), (Column, Row))

@@ -1,7 +1,7 @@
-"""An opened recipe: `theta_p(z)` and its contraction, one tensor at a time.
+"""An opened recipe: `theta_p(z)` and its contraction, tensor by tensor.
 
 A `Plan` knows names, slots and frozen tensors. It holds no weights and no trainable state;
-`gradmerge.engine.merged` adds a network, `gradmerge.export` a folder.
+`gradmerge.engine.merged` runs it in a network, and `gradmerge.export` writes it to a folder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gradmerge.spec import to_plain
 
 
 class Plan:
-    """An opened recipe: `theta_p(z)` and its contraction, one tensor at a time."""
+    """An opened recipe: `theta_p(z)` and its contraction, tensor by tensor."""
 
     def __init__(
         self,
@@ -50,10 +50,10 @@ class Plan:
     ) -> None:
         self.recipe = recipe
         self.order = order
-        """How the sources' units were brought into one order, if the recipe aligns them."""
+        """The alignment of the sources' units, if the recipe asks for one."""
         self.sources = dict(sources)
         self.serving = {**self.sources, **(heads or {})}
-        """Checkpoints that may serve a task: the sources, and those that are not merged."""
+        """Checkpoints that may serve a task: the sources and the heads, by name."""
         self.base = base
         self.skeleton = skeleton
         self.warnings = [problem for problem in problems if not problem.fatal]
@@ -62,25 +62,31 @@ class Plan:
         self.binding = found.binding
         self.private, self.buffers, self.tensors = found.private, found.buffers, found.tensors
         if not self.tensors:
-            raise ConfigError("no tensor is left to merge: every one is private or a buffer.")
+            raise ConfigError(
+                "private: expected at least one tensor to merge, got none: all are private or "
+                "buffers; narrow the patterns."
+            )
         self.fixed: dict[str, float] = self._fixed()
         learned = [tensor for name, tensor in self.tensors.items() if name not in self.fixed]
         if not learned:
-            raise ConfigError("no tensor is left to learn: `frozen` matches every one.")
+            raise ConfigError(
+                "frozen: expected at least one tensor with free coefficients, got none: the "
+                "patterns match all tensors; narrow them."
+            )
         self.layout: Layout = recipe.coefficients.layout(learned)
         self.num_rows = recipe.coefficients.num_rows(len(self.sources))
         self.run: dict[str, Any] = {}
-        """How the coefficients were learned, as plain data; empty before a fit."""
+        """Record of the fit as plain data; empty before a fit."""
         self._on_device: SharedDict[tuple[str, str], Tensor] = SharedDict()
         self._facts: SharedDict[str, dict[str, Tensor]] = SharedDict()
-        self._keeps_facts = False  # a static merge asks for each tensor once
+        self._keeps_facts = False  # a static merge reads each tensor once
         self.slopes: dict[str, Tensor] | None = None
-        """Where set, `contract` adds up `dL/dc` here, by tensor, `[sources, *slot]`."""
+        """If set, `contract` accumulates `dL/dc` here, by tensor, `[sources, *slot]`."""
         self.collected = self._statistics(statistics or recipe.statistics)
-        """Statistics of the sources that the preprocess reads, if it reads any."""
+        """The sources' statistics on data, if alignment or preprocess needs them."""
         self._processed = ProcessedDirections(recipe.preprocess, self.directions)
         self.finalisation = Finalisation(recipe.finalisers, self._final_site, self.fixed)
-        """The recipe's finalisers, with what was computed for them on data."""
+        """The recipe's finalisers with their state computed on data."""
 
     def _fixed(self) -> dict[str, float]:
         fixed = {}
@@ -100,20 +106,18 @@ class Plan:
         return 1 / len(self.sources) if value == "mean" else float(value)
 
     def _statistics(self, folder: str | None) -> SourceStatistics | None:
-        """Statistics that the alignment or the preprocess needs, after a look at what they are
-        of.
-        """
+        """Open the statistics that alignment or preprocess needs and check that they fit."""
         steps = [step for step in self.recipe.preprocess if step.needs is not None]
         alignment = self.recipe.alignment
-        if not steps:  # what an alignment needs was looked at when it ran
+        if not steps:  # an alignment checked its statistics when it ran
             aligned = alignment is not None and alignment.needs is not None
             return SourceStatistics(folder) if aligned and folder is not None else None
         if folder is None:
             raise ConfigError(
-                f"{type(steps[0]).__name__} needs statistics of the sources on data, and the "
-                "recipe names none. Give `gradmerge merge` the tasks' data as well; or run "
-                "`gradmerge collect` with the same files, and name its output: statistics of the "
-                "recipe."
+                f"statistics: expected the folder that {type(steps[0]).__name__} needs, with the "
+                "sources' statistics on data, got none.\n"
+                "Give `gradmerge merge` the tasks' data, or run `gradmerge collect` with the same "
+                "files and set recipe.statistics to its output."
             )
         found = SourceStatistics(folder)
         wanted = [(step.needs, to_plain(step)) for step in steps if step.needs is not None]
@@ -123,7 +127,7 @@ class Plan:
 
     @property
     def unused_coefficient(self) -> float:
-        """The coefficient that `Recipe.unused` states for tensors without a gradient."""
+        """The coefficient of tensors without a gradient, by `Recipe.unused`."""
         rule = self.recipe.unused
         if rule == "auto":
             rule = "origin" if self.recipe.resolved_origin == "base" else "mean"
@@ -140,7 +144,7 @@ class Plan:
         return tuple(self.sources)
 
     def init_context(self) -> InitContext:
-        """What an init may look at."""
+        """Return the information that an init may use."""
         labels = {name: checkpoint.label for name, checkpoint in self.sources.items()}
         return InitContext(
             self.source_names,
@@ -152,13 +156,13 @@ class Plan:
         )
 
     def initial_raw(self, init: AbstractInit | None = None) -> dict[str, Tensor]:
-        """Raw coefficients of an init (default: the recipe's), by key, float32."""
+        """Return the raw coefficients of an init (default: the recipe's), by key, in float32."""
         init, context = init or self.recipe.init, self.init_context()
         pull_back = self.recipe.coefficients.pull_back
         return initial_raw(self.layout, init, context, self.num_rows, pull_back)
 
     def direction_norms(self) -> Tensor:
-        """`|B_k|^2` over all merged tensors, `[sources]`, float64."""
+        """Return `|B_k|^2` over all merged tensors, `[sources]`, in float64."""
         if self.recipe.preprocess:
             squares = (self._processed.read(name).double().square() for name in self.tensors)
             return torch.stack([square.flatten(1).sum(dim=1) for square in squares]).sum(dim=0)
@@ -173,11 +177,11 @@ class Plan:
         return statistics.gram.diagonal()
 
     def fix(self, names: Sequence[str], coefficient: float) -> None:
-        """Keep these tensors at a stated coefficient from now on."""
+        """Fix tensors at a coefficient from now on."""
         self.fixed.update(dict.fromkeys(names, coefficient))
 
     def read(self, source: str, name: str) -> Tensor:
-        """Tensor `name` of a source (or of `base`), from the device copy if one was loaded."""
+        """Return a tensor of a source or of `base`, from the device copy if it was loaded."""
         kept = self._on_device.get((source, name))
         if kept is not None:
             return kept
@@ -187,21 +191,21 @@ class Plan:
         return checkpoint.read(name)
 
     def require_private(self, source: str) -> None:
-        """Refuse to run or write a task with a source that has no head for it.
+        """Reject a source that lacks the private tensors (head) of a task.
 
         Raises:
-            ConfigError: the source lacks private tensors.
+            ConfigError: the source has no such tensors.
         """
         checkpoint = self.serving[source]
         lost = [name for name in self.private if name not in checkpoint.infos]
         if lost:
             raise ConfigError(
-                f"source {source} ({checkpoint.label}) has no {shorten(lost)}, so it can serve no "
-                "task; say whose head a task uses (`source` of the task)."
+                f"source {source} ({checkpoint.label}) has no {shorten(lost)}, so it cannot serve "
+                "a task; set the task's `source` to one that has a head."
             )
 
     def load(self, device: torch.device) -> None:
-        """Copy every source to a device once, instead of reading mapped files each step."""
+        """Copy every source to a device once, instead of reading mapped files in each step."""
         owners = [*self.sources, *(["base"] if self.recipe.resolved_origin == "base" else [])]
         for owner in owners:
             for name in self.tensors:
@@ -216,7 +220,7 @@ class Plan:
             yield site, partial(self.direction, name)
 
     def direction(self, name: str) -> Tensor:
-        """`B_k = theta_k - A` of a tensor before any preprocess, `[sources, *shape]`, float32."""
+        """Return `B_k = theta_k - A` before preprocessing, `[sources, *shape]`, in float32."""
         shape = (len(self.sources), *self.tensors[name].shape)
         directions = torch.empty(shape, dtype=torch.float32)
         for source, direction in zip(self.sources, directions, strict=True):
@@ -225,7 +229,7 @@ class Plan:
         return directions if origin is None else directions.sub_(origin.to(directions))
 
     def _origin(self, name: str) -> Tensor | None:
-        """What directions are measured from; None for zero."""
+        """Return the origin that directions are measured from; None for zero."""
         if self.recipe.resolved_origin == "base":
             return self.read("base", name)
         if self.recipe.resolved_origin == "zero":
@@ -236,7 +240,7 @@ class Plan:
         return total.div_(len(self.sources))
 
     def prepare_learning(self) -> None:
-        """Refuse what no gradient goes through; then keep all processed directions in mapped files.
+        """Prepare for training: keep sources open and processed directions in mapped files.
 
         Raises:
             ConfigError: the operator is not differentiable in its coefficients.
@@ -244,9 +248,9 @@ class Plan:
         operator = self.recipe.operator
         if not operator.differentiable:
             raise ConfigError(
-                f"operator {type(operator).__name__} is not differentiable in its coefficients, so "
-                "they cannot be learned through it. Merge with stated ones (`gradmerge merge`, "
-                "Plan.materialise), or choose another operator."
+                "operator: expected one that is differentiable in its coefficients, got "
+                f"{type(operator).__name__}, whose coefficients cannot be learned.\n"
+                "Merge with fixed coefficients (`gradmerge merge`), or choose another operator."
             )
         self._keeps_facts = True
         for checkpoint in (*([self.base] if self.base is not None else []), *self.serving.values()):
@@ -254,7 +258,7 @@ class Plan:
         self._processed.keep()
 
     def terms(self, name: str) -> Terms:
-        """The frozen tensors that `name` is merged from."""
+        """Return the frozen tensors that `name` is merged from."""
         facts = self._facts.setdefault(name, {}) if self._keeps_facts else {}
         if self.recipe.preprocess and self.fixed.get(name) != 0:
             anchor = self._origin(name)
@@ -276,7 +280,7 @@ class Plan:
         )
 
     def spread(self, name: str, device: torch.device) -> Spread:
-        """How the coefficients of `name` spread over its entries."""
+        """Return the mapping of the coefficients of `name` to its entries."""
         if name in self.fixed:
             return Spread("scalar")
         slot = self.layout.slots[name]
@@ -285,21 +289,27 @@ class Plan:
         return Spread(slot.kind, slot.axis, parts)
 
     def raw(self, name: str, raw: Raw) -> Tensor:
-        """`z` of a tensor, `[rows, *slot]`: a view of the raw parameters."""
+        """Return `z` of a tensor, `[rows, *slot]`, as a view of the raw parameters."""
         return self.layout.slots[name].read(raw)
 
     def coefficient(self, name: str, raw: Raw) -> Tensor:
-        """`c = link(z)` of a tensor, `[sources, *slot]`, differentiable; fixed ones are
-        constants.
-        """
+        """Return `c = link(z)` of a tensor, `[sources, *slot]`, differentiable unless fixed."""
         if name in self.fixed:
             return torch.full((len(self.sources),), self.fixed[name], dtype=torch.float64)
         return self.recipe.coefficients.link(self.raw(name, raw))
 
     def combine(self, name: str, raw: Tensor | None, out: Tensor) -> Tensor:
-        """Write `theta_p(z)` into `out`; `raw` is the tensor's own z, None for a fixed tensor.
+        """Write `theta_p(z)` into `out`.
 
-        A fixed coefficient of 0 keeps the origin, whatever the operator makes of zeros.
+        A fixed coefficient of 0 keeps the origin, independent of the operator.
+
+        Args:
+            name: the tensor.
+            raw: the tensor's own z; None for a fixed tensor.
+            out: the result; its dtype is that of the computation.
+
+        Returns:
+            `out`.
         """
         recipe, operator = self.recipe, self.recipe.operator
         spread = self.spread(name, out.device)
@@ -313,8 +323,9 @@ class Plan:
             return operator.combine(self.terms(name), coefficient, spread, out)
 
     def finish(self, name: str, raw: Tensor | None, out: Tensor) -> Tensor:
-        """Write the finished tensor into `out`: what `combine` gives, in float32 or wider, after
-        the recipe's finalisers.
+        """Write `theta_p(z)` after the recipe's finalisers into `out`; see `combine`.
+
+        Finalisers compute in float32 or wider.
         """
         if not self.finalisation.active or name in self.fixed:
             return self.combine(name, raw, out)
@@ -329,7 +340,7 @@ class Plan:
         return FinalSite(name, tuple(self.tensors), partial(self._origin, name), sources)
 
     def contract(self, name: str, grad: Tensor, raw: Tensor) -> Tensor:
-        """`dL/dz` of a tensor from `dL/dtheta`: the operator's contraction, then the link's vjp."""
+        """Return `dL/dz` of a tensor for `grad = dL/dtheta`: contraction, then the link's VJP."""
         found, slope = contraction.contract(
             self.recipe.coefficients,
             self.recipe.operator,
@@ -346,7 +357,7 @@ class Plan:
 
     @torch.no_grad()
     def materialise(self, name: str, raw: Raw, dtype: torch.dtype | None = None) -> Tensor:
-        """One merged and finished tensor in a dtype (default: the reference's stored dtype)."""
+        """Return a merged and finished tensor, by default in the reference's stored dtype."""
         info = self.reference.infos[name]
         out = torch.empty(info.shape, dtype=dtype or info.dtype)
         own = None if name in self.fixed else self.raw(name, raw)
@@ -354,7 +365,7 @@ class Plan:
 
     @torch.no_grad()
     def buffer(self, name: str) -> Tensor:
-        """A buffer by the stated rule, before any recomputation on data."""
+        """Return a buffer by `Recipe.buffers`, before any recomputation on data."""
         reference = self.reference.read(name)
         if self.recipe.buffers == "origin" or not reference.dtype.is_floating_point:
             return reference.clone()
@@ -363,8 +374,9 @@ class Plan:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Content hash of every checkpoint, of aligned tokens' rows and of the units' order; reads
-        all weights once.
+        """Content hashes of checkpoints, matched vocabularies and the alignment of units, by name.
+
+        The first access reads all weights once.
         """
         everything = {**({"base": self.base} if self.base is not None else {}), **self.serving}
         found = fingerprints_of(everything)
@@ -375,20 +387,20 @@ class Plan:
         return found
 
     def require_fingerprints(self, expected: Mapping[str, str]) -> None:
-        """Refuse coefficients that were trained on other weights.
+        """Reject coefficients that were trained on other weights.
 
         Raises:
-            FingerprintError: names and hashes of the sources that differ.
+            FingerprintError: a source's hash differs from the expected one.
         """
         require_same(expected, self.fingerprints)
 
     @property
     def alignment(self) -> Alignment | None:
-        """The tokens of the merge and their rows, where the recipe aligns vocabularies."""
+        """The merged vocabulary and its rows, if the recipe matches vocabularies."""
         return alignment_of(self.reference)
 
     @property
     def folder(self) -> Path | None:
-        """The folder with config and tokenizer that the export copies."""
+        """The folder whose config and tokenizer the export copies."""
         folders = [checkpoint.folder for checkpoint in (self.reference, *self.sources.values())]
         return next((folder for folder in folders if folder is not None), None)

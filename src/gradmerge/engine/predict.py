@@ -1,4 +1,4 @@
-"""What the merged network, and a task's own source, predict on a batch."""
+"""Predictions of the merged network and of the sources on a batch."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ _NOT_INPUTS = frozenset({"labels", "bytes_per_token"})
 
 
 def is_causal(network: nn.Module) -> bool:
-    """Whether a network predicts the next token."""
+    """Return True if a network predicts the next token."""
     return type(network).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def by_task(merged: MergedModel, batch: Batch) -> dict[str, Batch]:
-    """A training batch as batches by task.
+    """Split a training batch by task.
 
     Raises:
-        ConfigError: it names other tasks, or none where there are several.
+        ConfigError: the batch names unknown tasks, or none although there are several.
     """
     tasks = tuple(merged.tasks)
     if all(isinstance(value, Mapping) for value in batch.values()):
         unknown = [name for name in batch if name not in tasks]
         if unknown:
             raise ConfigError(
-                f"the batch has tasks {unknown}; expected some of {', '.join(tasks)}."
+                f"batch: unknown tasks {', '.join(map(repr, unknown))} (choose from "
+                f"{', '.join(tasks)})."
             )
         return dict(batch)
     if len(tasks) != 1:
         raise ConfigError(
-            "a training batch must map task names to batches, got the keys "
-            f"{', '.join(map(str, batch))}; tasks are {', '.join(tasks)}."
+            f"batch: expected batches by task ({', '.join(tasks)}), got the keys "
+            f"{', '.join(map(str, batch))}."
         )
     return {tasks[0]: batch}
 
@@ -46,7 +47,7 @@ def by_task(merged: MergedModel, batch: Batch) -> dict[str, Batch]:
 def rows_of(
     merged: MergedModel, task: str, batch: Batch
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Logits of a task's batch as rows, labels, and the rows kept (see `next_token_rows`).
+    """Return logits of a task's batch as rows, labels, and the rows kept (see `next_token_rows`).
 
     Raises:
         ConfigError: the network's output has no logits.
@@ -56,8 +57,8 @@ def rows_of(
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise ConfigError(
-            f"{type(merged.skeleton).__name__} returned {type(output).__name__}; expected "
-            "a tensor of logits or an output with `logits`."
+            f"{type(merged.skeleton).__name__}: expected a tensor of logits or an output with "
+            f"`logits`, got {type(output).__name__}."
         )
     config = getattr(merged.skeleton, "config", None)
     decodes = getattr(config, "is_encoder_decoder", False)
@@ -74,28 +75,28 @@ def expert_rows(merged: MergedModel, task: str, batch: Batch, source: str | None
 
 
 def require_ensemble(merged: MergedModel, objective: Objective) -> None:
-    """Refuse an ensemble of sources that do not share a head.
+    """Reject an ensemble of sources that do not share a head.
 
     Raises:
-        ConfigError: a term needs the ensemble, and tensors are private.
+        ConfigError: a term needs the ensemble and the recipe has private tensors.
     """
     private = merged.plan.private
     if objective.needs_ensemble and private:
         terms = [type(term).__name__ for term in objective.terms if term.needs_ensemble]
         raise ConfigError(
-            f"{', '.join(terms)} averages what all sources predict, so they must share a head, but "
-            f"each keeps its own {', '.join(sorted(private)[:3])}. Use KLToSource, whose teacher "
-            "is the task's own source."
+            f"{', '.join(terms)} averages the predictions of all sources, so they must share a "
+            f"head, but each keeps its own {', '.join(sorted(private)[:3])}.\n"
+            "Use KLToSource, whose teacher is the task's own source."
         )
 
 
 def predict(
     merged: MergedModel, objective: Objective, task: str, batch: Batch, shared: bool
 ) -> Predictions:
-    """What an objective needs of a task's batch.
+    """Return the predictions that an objective needs for a task's batch.
 
     Raises:
-        ConfigError: the task has no labels and a term needs them.
+        ConfigError: a term needs labels and the task has none.
     """
     teacher = expert_rows(merged, task, batch) if objective.needs_teacher else None
     ensemble = None
@@ -105,7 +106,7 @@ def predict(
     if labels is None and objective.needs_labels:
         terms = [type(term).__name__ for term in objective.terms if term.needs_labels]
         raise ConfigError(
-            f"task {task} has no labels, which {', '.join(terms)} needs; name its "
-            "label column, or use Entropy or KLToSource."
+            f"task {task} has no labels, but {', '.join(terms)} needs them; name its label column, "
+            "or use Entropy or KLToSource."
         )
     return Predictions(logits, labels, teacher, shared, ensemble)

@@ -1,4 +1,4 @@
-"""A merge as data: everything that defines it before its coefficients are trained.
+"""A merge as data: everything that defines it before its coefficients are learned.
 
 theta_p(z) = A_p + sum_k B_{k,p} (.) link(z_{k, g(p)})
 """
@@ -31,74 +31,76 @@ from gradmerge.sources.resolve import FILE_SUFFIXES
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that defines a merge before its coefficients are trained."""
+    """Everything that defines a merge before its coefficients are learned."""
 
     sources: dict[str, str | AbstractSource]
-    """Fine-tuned checkpoints by name: a path, a hub id, or a source class."""
+    """Fine-tuned checkpoints by name: paths, hub ids or source classes."""
     base: str | AbstractSource | None = None
-    """The checkpoint that the sources were fine-tuned from."""
+    """Checkpoint that the sources were fine-tuned from."""
     origin: Origin | None = None
-    """What directions are measured from: base, zero, or the mean of the sources. Default: base if
-    there is one, else zero."""
+    """Origin of the directions `source - origin`: `base`, `zero`, or `mean` of the sources.
+    Default: `base` if one is given, else `zero`."""
     alignment: AbstractAlignment | None = None
-    """How the units of sources that share no initialisation are brought into one order
-    (WeightMatching; on data: ActivationMatching, CCA, OptimalTransport). Default: as they are."""
+    """Permutation or mixing of units that aligns sources without a common initialisation:
+    WeightMatching; on data: ActivationMatching, CCA, OptimalTransport. Default: none."""
     preprocess: list[AbstractPreprocess] = field(default_factory=list)
-    """What happens to the directions once, in order, before coefficients are put on them (Trim,
+    """Steps applied to the directions once, in order, before they get coefficients (Trim,
     ElectSign, RandomDrop, TSVM, RegMean and others)."""
     statistics: str | None = None
-    """Folder of `gradmerge collect` with the sources' statistics on data, for steps (FisherScale,
-    RegMean, MaTS) and alignments (ActivationMatching, CCA, OptimalTransport) that need them."""
+    """Folder that `gradmerge collect` wrote, with the sources' statistics on data, for preprocess
+    steps (FisherScale, RegMean, MaTS) and alignments on data."""
     coefficients: AbstractCoefficients = field(default_factory=TensorGranularity)
-    """Who shares a coefficient (Model, Group, Tensor, Column, Row, Partition, Component, Element),
-    possibly wrapped by a link (Clamp, Sigmoid, Tanh, Softmax, Complement, HardMask, WithScale)."""
+    """Granularity of the coefficients (Model, Group, Tensor, Column, Row, Partition, Component,
+    Element), optionally inside a link (Clamp, Sigmoid, Tanh, Softmax, Complement, HardMask,
+    WithScale)."""
     init: AbstractInit = field(default_factory=Constant)
-    """Where the coefficients start."""
+    """Initial coefficients; the final ones of a merge without training."""
     operator: AbstractOperator = field(default_factory=Linear)
-    """How directions are combined (Linear, Components, DisjointMean, Slerp, MultiSlerp, Karcher,
-    ModelStock, NearSwap, ArceeFusion)."""
+    """Operator that combines the directions (Linear, Components, DisjointMean, Slerp, MultiSlerp,
+    Karcher, ModelStock, NearSwap, ArceeFusion)."""
     finalisers: list[AbstractFinaliser] = field(default_factory=list)
-    """What happens to merged weights in the end, in order, in evaluation and export (REPAIR,
-    SpectralRescale, DepthRescale); not while coefficients learn."""
+    """Corrections of the merged weights, in order, in evaluation and export but not while learning
+    (REPAIR, SpectralRescale, DepthRescale)."""
     frozen: dict[str, float | str] = field(default_factory=dict)
-    """Tensors by regular expression that keep a stated coefficient: a number for every source,
-    `origin` (0) or `mean` (1/K). The first match wins."""
+    """Fixed coefficients of tensors by regular expression: a number, `origin` (0) or `mean` (1/K).
+    The first match wins."""
     private: list[str] = field(default_factory=list)
-    """Regular expressions of tensors that are not merged and stay with their task (heads)."""
+    """Regular expressions of tensors that are not merged but kept per task, such as heads."""
     unused: Literal["auto", "origin", "mean"] = "auto"
-    """Coefficient of tensors that never get a gradient: origin (0), mean (1/K), or auto: origin
-    where that is the base, else mean."""
+    """Coefficient of tensors that never get a gradient: `origin` (0), `mean` (1/K), or `auto`:
+    `origin` if that is the base, else `mean`."""
     heads: dict[str, str | AbstractSource] = field(default_factory=dict)
-    """Checkpoints by name that are not merged but serve tasks: with their private tensors, and as
-    the teacher of a task that names them (`source` of the task)."""
+    """Checkpoints by name that are not merged but serve tasks whose `source` names them, with their
+    private tensors and as teachers."""
     buffers: Literal["recompute", "mean", "origin"] = "recompute"
     """BatchNorm statistics: recomputed on adaptation data, the sources' mean, or the origin's."""
     allow: list[str] = field(default_factory=list)
-    """Kinds of compatibility problems taken as warnings, e.g. tokenizer or config.rope_theta."""
+    """Kinds of compatibility problems to only warn of, e.g. tokenizer or config.rope_theta."""
     tokenizer: Vocabulary | None = None
-    """Whose tokens the merge has, where tokenizers differ. Default: all must be the same."""
+    """Vocabulary of the merge if tokenizers differ. Default: all tokenizers must be the same."""
     trust_remote_code: bool = False
-    """Allow modelling code that ships with a model to run."""
+    """Run modelling code that ships with a model."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
-        """Itself, as `Shared` is (the parser takes a dataclass field by field only without other
-        bases).
+        """Return itself, as `Shared` does.
+
+        Inheriting from `Shared` would hide the fields from the parser.
         """
         return self
 
     def __post_init__(self) -> None:
-        """Check what can be checked without opening a file."""
+        """Check everything that needs no open file."""
         if not isinstance(self.sources, Mapping):
             object.__setattr__(self, "sources", named(self.sources))
         if not self.sources:
-            raise ConfigError("a merge needs at least one source, got none.")
+            raise ConfigError("sources: expected at least one, got none.")
         if self.origin == "base" and self.base is None:
-            raise ConfigError("origin is base, but no base is given; set `base` or another origin.")
+            raise ConfigError("origin: base needs a base, got none; set `base` or another origin.")
         for pattern in [*self.frozen, *self.private]:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ConfigError(f"{pattern!r} is no regular expression: {error}") from error
+                raise ConfigError(f"invalid regular expression {pattern!r}: {error}") from error
         for pattern, value in self.frozen.items():
             if isinstance(value, str) and value not in ("origin", "mean"):
                 raise ConfigError(
@@ -106,8 +108,8 @@ class Recipe:
                 )
         if sum(finaliser.needs_data for finaliser in self.finalisers) > 1:
             raise ConfigError(
-                "finalisers: expected REPAIR once, got twice; the second would find every channel "
-                "as it should be. Leave one out."
+                "finalisers: expected REPAIR once, got twice, but only the first has an effect; "
+                "remove the other."
             )
         if self.tokenizer is not None:
             self.tokenizer.require(list(self.sources), self.base is not None)
@@ -115,43 +117,45 @@ class Recipe:
             self._require_alignment(self.alignment)
         both = [name for name in self.heads if name in self.sources or name == "base"]
         if both:
-            raise ConfigError(f"heads: {', '.join(both)} is a source already; leave it out.")
+            raise ConfigError(
+                "heads: expected names other than those of the sources and base, got "
+                f"{', '.join(both)}; rename or remove it."
+            )
         self._require_number()
 
     def _require_number(self) -> None:
-        """Whether coefficients and operator take this number of sources."""
+        """Reject a number of sources that coefficients or operator do not support."""
         self.coefficients.num_rows(len(self.sources))
         self.operator.require(len(self.sources), self.resolved_origin)
         if isinstance(innermost(self.coefficients), Component) and not (self.operator.by_component):
             raise ConfigError(
-                "coefficients: Component puts coefficients on singular components, which operator "
-                f"{type(self.operator).__name__} does not know. Set operator: Components."
+                "operator: expected Components, because coefficients are Component (per singular "
+                f"component), got {type(self.operator).__name__}; set operator: Components."
             )
 
     def _require_alignment(self, alignment: AbstractAlignment) -> None:
         kind = type(alignment).__name__
         if self.resolved_origin == "base":
             raise ConfigError(
-                f"alignment: {kind} moves the units of the sources, not those of the base, so "
-                "differences to the base would compare other units. Sources of one base need no "
-                "alignment: leave it out; or, for networks of their own, give no base, or origin "
-                "zero or mean."
+                f"alignment: {kind} needs origin zero or mean, got base. It reorders the units of "
+                "the sources but not of the base, so differences would compare other units.\n"
+                "Remove the alignment if the sources share the base; otherwise change the origin."
             )
         if self.heads and self.private:
             raise ConfigError(
-                f"alignment: {kind} moves the units of the sources, not those of the checkpoints "
-                f"in heads ({', '.join(self.heads)}), whose private tensors would read other units "
-                "than the merge has. Merge their sources too, or leave the alignment out."
+                f"alignment: {kind} reorders the units of the sources, but not those of the heads "
+                f"({', '.join(self.heads)}), whose private tensors would no longer fit.\n"
+                "Merge the heads as sources, or remove the alignment."
             )
         if self.base is not None and self.buffers == "origin":
             raise ConfigError(
-                f"alignment: {kind} with buffers origin would put the base's statistics, in its "
-                "own order of units, beside aligned weights; take buffers recompute or mean."
+                f"buffers: {kind} needs recompute or mean, got origin, but the base's statistics "
+                "are not in the order of the aligned units."
             )
 
     @property
     def resolved_origin(self) -> Origin:
-        """The origin after the default is applied."""
+        """The origin with the default applied."""
         return self.origin or ("base" if self.base is not None else "zero")
 
 
@@ -164,9 +168,9 @@ def innermost(coefficients: AbstractCoefficients) -> Any:
 
 
 def named(sources: Any) -> dict[str, Any]:
-    """Names for sources given as a list: the last part of their path, or source0, source1...
+    """Name sources given as a list by the last part of their path, or source0, source1...
 
-    The first of several with one name keeps it, the others get a number that no name has yet.
+    The first of several with the same name keeps it; the others get a free number appended.
     """
     sources = list(sources)
     whole = [_whole_name(source) or f"source{i}" for i, source in enumerate(sources)]
