@@ -366,7 +366,7 @@ def test_masks_change_in_training_and_stay_masks(tmp_path):
 def test_mistakes_are_refused_before_anything_is_opened():
     sources = {"a": "nowhere", "b": "nowhere"}
     for operator in (Linear(), DisjointMean()):
-        with pytest.raises(ConfigError, match="does not know"):
+        with pytest.raises(ConfigError, match="operator: expected Components"):
             Recipe(sources, coefficients=HardMask(Component()), operator=operator)
     with pytest.raises(ConfigError, match=r"share in \[0, 1\], got 1.5"):
         LeadingComponents(1.5)

@@ -194,7 +194,7 @@ def test_an_example_that_is_no_shape_is_named(example: Any, message: str) -> Non
 def test_options_of_a_matching_are_checked_at_once() -> None:
     with pytest.raises(ConfigError, match=r"WeightMatching.example: expected shapes .*got '\[1"):
         WeightMatching(example=[1, 3])  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"WeightMatching.unreached: '\(' is not a regular"):
+    with pytest.raises(ConfigError, match=r"WeightMatching.unreached: invalid regular expression"):
         WeightMatching(unreached=["("])
 
 
