@@ -13,10 +13,11 @@ import torch
 import transformers
 from torch import nn
 
-from gradmerge import MergedModel, Plan, Recipe
+from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Constant, Model
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.plan import Plan
 from gradmerge.errors import CompatibilityError, ConfigError, SourceError
 from gradmerge.export.folder import export_plan
 from gradmerge.sources import Lora, SafetensorsFile, Vocabulary
