@@ -78,3 +78,17 @@ def test_a_mergekit_file_is_merged_as_one_recipe(world, tmp_path, counted, capsy
     assert main(["merge", "--config", str(path), "--output", "merged"]) == 0
     assert "mergekit linear" in capsys.readouterr().out
     assert dict(counted) == {"a": 1, "b": 1}
+
+
+def test_a_mergekit_file_has_no_statistics_to_collect(world, tmp_path, capsys):
+    sources = world["model"]["recipe"]["sources"]
+    models = [{"model": path, "parameters": {"weight": 0.5}} for path in sources.values()]
+    path = tmp_path / "mk.yaml"
+    path.write_text(
+        yaml.safe_dump({"merge_method": "linear", "models": models, "dtype": "bfloat16"})
+    )
+    data = tmp_path / "data.yaml"
+    data.write_text(yaml.safe_dump({"data": world["data"]}))
+    files = ["--config", str(data), "--config", str(path)]
+    assert main(["collect", *files, "--output", "statistics"]) == 2
+    assert "no step of this recipe needs statistics" in capsys.readouterr().err

@@ -293,10 +293,9 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
     options = _parsed(command, function, given)
     if "recipe" in options:
         options["recipe"] = given.complete(options["recipe"])
-    if given.opened:
+    if command == "merge" and given.recipe is not None:
         options["opened"] = given.opened
-    if given.dtype is not None and options.get("dtype") is None:
-        options["dtype"] = given.dtype
+        options["dtype"] = options.get("dtype") or given.dtype
     function(**options)
 
 
