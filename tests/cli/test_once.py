@@ -6,7 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from gradmerge.alignment import ActivationMatching
 from gradmerge.cli import main
@@ -78,6 +80,12 @@ def test_a_mergekit_file_is_merged_as_one_recipe(world, tmp_path, counted, capsy
     assert main(["merge", "--config", str(path), "--output", "merged"]) == 0
     assert "mergekit linear" in capsys.readouterr().out
     assert dict(counted) == {"a": 1, "b": 1}
+    # later arguments win, as everywhere: a suite before the file, an option after it
+    suite = ["--config", write(tmp_path / "suite.yaml", world)]
+    options = ["--recipe.init.value", "0.25", "--output", "quarter"]
+    assert main(["merge", *suite, "--config", str(path), *options]) == 0
+    half, quarter = (load_file(f"{folder}/model.safetensors") for folder in ("merged", "quarter"))
+    assert all(torch.equal(quarter[name], half[name] / 2) for name in half)
 
 
 def test_a_mergekit_file_has_no_statistics_to_collect(world, tmp_path, capsys):

@@ -88,8 +88,10 @@ def read_merge_input(arguments: Sequence[str], with_data: bool | None = None) ->
             # the parser accepts the content of a configuration in place of its path
             content = yaml.safe_dump(_translated(found, dropped), sort_keys=False)
             translated[at] = f"{flag}{content}"
-    options = re.findall(r"^--recipe\.(\w+)", "\n".join(arguments), re.MULTILINE)
-    stated = [_recipe(file) for at, file in files.items() if file is not None and at not in theirs]
+    # as everywhere, later arguments win: what stands before the mergekit file is replaced by it
+    start = max(theirs, default=-1) + 1
+    options = re.findall(r"^--recipe\.(\w+)", "\n".join(arguments[start:]), re.MULTILINE)
+    stated = [_recipe(file) for at, file in files.items() if file is not None and at >= start]
     named = [*options, *(name for own in stated if isinstance(own, dict) for name in own)]
     replaced = tuple(dict.fromkeys(named))
     if {"sources", "base"} & set(replaced):
