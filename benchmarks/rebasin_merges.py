@@ -287,7 +287,7 @@ def state_of(module: MergeModule, data: MergeDataModule) -> State:
     """Return the merged network's weights and buffers, as an export would have them."""
     module.refresh_buffers(data)
     merged = module.merged
-    state = {name: merged.plan.materialise(name, merged.raw) for name in merged.plan.tensors}
+    state = {name: merged.state.materialise(name) for name in merged.plan.tensors}
     return state | {name: value.clone() for name, value in merged.statistics.values().items()}
 
 

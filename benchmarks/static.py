@@ -116,15 +116,16 @@ def run_mergekit(folder: Path, name: str, output: Path) -> dict[str, float]:
 
 def run_gradmerge(folder: Path, name: str, output: Path) -> dict[str, float]:
     from gradmerge.engine.opening import open_plan
-    from gradmerge.export.folder import export_plan
+    from gradmerge.engine.state import FitState
+    from gradmerge.export.folder import export_state
     from gradmerge.operators._native import native_kernels
 
     native_kernels()  # compiled once per machine, not once per merge
     recipe = recipe_of(name, folder)
     result: dict[str, float] = {}
     with harness.measured(result):
-        plan = open_plan(recipe, with_skeleton=False)
-        export_plan(plan, plan.initial_raw(), output, overwrite=True)
+        state = FitState.start(open_plan(recipe, with_skeleton=False))
+        export_state(state, output, overwrite=True)
     return result
 
 

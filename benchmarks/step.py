@@ -222,11 +222,11 @@ def kernel_group(
 
         def merge(out: dict[str, Tensor] = out, plan: Any = plan, raws: Any = raws) -> None:
             for key, tensor in out.items():
-                plan.combine(key, plan.raw(key, raws), tensor)
+                plan.combine(key, plan.z(key, raws), tensor)
 
         def contract(grads: dict[str, Tensor] = grads, plan: Any = plan, raws: Any = raws) -> None:
             for key, grad in grads.items():
-                plan.contract(key, grad, plan.raw(key, raws))
+                plan.contract(key, grad, plan.z(key, raws))
 
         for name, work in (("merge", merge), ("contraction", contract)):
             best = {"native": float("inf"), "torch": float("inf")}

@@ -139,7 +139,7 @@ class Run:
         merged, folder = module.merged, self.output / f"merged-seed{self.seed}"
         about = {"seed": self.seed, "suite": self.name}
         export_merged(merged, folder, overwrite=True, results=module.results, extra=about)
-        names, values = coefficient_table(merged.plan, merged.raw)
+        names, values = coefficient_table(merged.state)
         heat_map(values, names, merged.plan.source_names, self.output / "coefficients.png")
         records = [
             {

@@ -17,6 +17,7 @@ from gradmerge.alignment.mixing import kept_apart
 from gradmerge.alignment.symmetry.spec import same_maps
 from gradmerge.coefficients import Model, Uniform
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess import RegMean
 from gradmerge.training.collect import collect
@@ -169,7 +170,11 @@ def test_a_planted_order_is_found_and_the_source_computes_the_same(tmp_path, nam
         raw = plan.initial_raw()
         for key in plan.tensors:
             torch.testing.assert_close(
-                plan.materialise(key, raw), first.state_dict()[key], rtol=0, atol=1e-7, msg=key
+                FitState(plan, raw).materialise(key),
+                first.state_dict()[key],
+                rtol=0,
+                atol=1e-7,
+                msg=key,
             )
 
 

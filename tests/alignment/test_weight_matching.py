@@ -22,8 +22,9 @@ from gradmerge.alignment.symmetry.spec import LinearMap, Maps, PermutationSpec, 
 from gradmerge.alignment.views import AlignedView, original_of
 from gradmerge.coefficients import Complement, Constant, Element, Sigmoid, Uniform
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError, FingerprintError
-from gradmerge.export.folder import export_plan
+from gradmerge.export.folder import export_state
 from gradmerge.sources import Checkpoint, InMemory, Vocabulary
 from gradmerge.sources.in_memory import persistent_tensors
 from gradmerge.sources.skeleton import strip_weights
@@ -235,7 +236,7 @@ def recipe(*modules: nn.Module, **options: Any) -> Recipe:
 def merged_state(recipe: Recipe) -> dict[str, torch.Tensor]:
     plan = open_plan(recipe)
     raw = plan.initial_raw()
-    state = {name: plan.materialise(name, raw) for name in plan.tensors}
+    state = {name: FitState(plan, raw).materialise(name) for name in plan.tensors}
     return state | {name: plan.buffer(name) for name in plan.buffers}
 
 
@@ -259,7 +260,7 @@ def test_an_export_of_aligned_transformers_computes_the_same(tmp_path: Path, kin
         module.save_pretrained(tmp_path / name)  # type: ignore[operator]
         paths[name] = str(tmp_path / name)
     plan = open_plan(Recipe(paths, init=Uniform(), alignment=WeightMatching(restarts=4)))
-    folder = export_plan(plan, plan.initial_raw(), tmp_path / "merged")
+    folder = export_state(FitState.start(plan), tmp_path / "merged")
     merged = type(net).from_pretrained(folder).eval()  # type: ignore[attr-defined]
     inputs = torch.randint(3, 32, (2, 7)) if kind == "qwen2" else torch.randn(2, 3, 8, 8)
     with torch.no_grad():
@@ -388,7 +389,7 @@ def test_mergekit_cannot_express_an_alignment() -> None:
 
     plan = open_plan(recipe(mlp(1), mlp(2)))
     with pytest.raises(ConfigError, match="alignment: the sources' units are in another order"):
-        mergekit_yaml(plan, plan.initial_raw())
+        mergekit_yaml(FitState.start(plan))
 
 
 def test_identity_leaves_sources_as_they_are() -> None:

@@ -37,7 +37,7 @@ def test_repair_is_computed_in_inference_mode():
         data.setup()
         with torch.inference_mode(inference):
             modules[-1].refresh_buffers(data)
-    one, two = (module.merged.plan.finalisation for module in modules)
+    one, two = (module.merged.state.corrections for module in modules)
     assert one.report["corrected"] == ["first.weight", "second.weight"]
-    for name, correction in two.corrections.items():
-        assert torch.equal(one.corrections[name].scale, correction.scale)
+    for name, correction in two.of.items():
+        assert torch.equal(one.of[name].scale, correction.scale)

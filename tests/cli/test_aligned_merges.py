@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from gradmerge.alignment.align import traced_spec
 from gradmerge.cli import main
 from gradmerge.cli.main import learn
+from gradmerge.engine.state import FitState
 from gradmerge.sources.in_memory import persistent_tensors
 from gradmerge.sources.skeleton import strip_weights
 from tiny import save_family, write_yaml
@@ -143,8 +144,8 @@ def test_np_merge_of_three_at_once_learns_shares_of_each_weight(world, tmp_path)
     for name in plan.learned:
         aligned = [plan.sources[k].read(name) for k in "abc"]
         mean = sum(aligned) / 3
-        torch.testing.assert_close(plan.materialise(name, start), mean, rtol=0, atol=1e-6)
-        shares = plan.coefficient(name, raw).detach()
+        torch.testing.assert_close(FitState(plan, start).materialise(name), mean, rtol=0, atol=1e-6)
+        shares = FitState(plan, raw).coefficient(name).detach()
         assert shares.shape == (3, *aligned[0].shape)
         torch.testing.assert_close(shares.sum(0), torch.ones_like(mean), rtol=0, atol=1e-6)
     checkpoint = found.trainer.checkpoint_callback.best_model_path

@@ -20,6 +20,7 @@ from gradmerge.cli import main
 from gradmerge.cli.main import learn, register
 from gradmerge.coefficients import Tensor
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.training import collect
 from tiny import write_yaml
 
@@ -173,13 +174,13 @@ def test_every_static_merge_merges(world, parser, path, tmp_path):
     else:
         plan = open_plan(found, with_skeleton=False)
         raw = plan.initial_raw()
-        merged = {name: plan.materialise(name, raw) for name in plan.tensors}
+        merged = {name: FitState(plan, raw).materialise(name) for name in plan.tensors}
     assert all(tensor.isfinite().all() for tensor in merged.values())
     assert any(not torch.equal(tensor, plan.base.read(name)) for name, tensor in merged.items())
     if found.finalisers:
         plain = open_plan(replace(found, finalisers=[]), with_skeleton=False)
         raw = plain.initial_raw()
-        gaps = {n: (plain.materialise(n, raw) - t).abs().max() for n, t in merged.items()}
+        gaps = {n: (FitState(plain, raw).materialise(n) - t).abs().max() for n, t in merged.items()}
         assert any(gap > 1e-3 for gap in gaps.values()), "its finalisers act"
     learned = MergedModel(replace(found, coefficients=Tensor()))
     learned(input_ids=torch.arange(12).view(2, 6), labels=torch.tensor([0, 2])).loss.backward()

@@ -243,7 +243,7 @@ def test_a_search_is_the_start_of_a_fit(three, tmp_path):
     at_rest = ["--model.learning_rate", "0"]
     found = learn(["fit", "--config", config, *at_rest])
     module = found.model
-    run = module.merged.plan.run["search"]
+    run = module.merged.state.run["search"]
     losses = [trial["selection"]["loss"] for trial in run["trials"]]
     assert [trial["init"]["init_args"]["factor"] for trial in run["trials"]] == [0.1, 0.4]
     assert losses[0] != losses[1]
@@ -254,7 +254,7 @@ def test_a_search_is_the_start_of_a_fit(three, tmp_path):
     assert torch.allclose(module.merged.raw["tensor"], torch.tensor(best))
     assert found.trainer.callback_metrics["train/penalty"] == 0, "it measures from the choice"
     assert module.recipe.init == chosen
-    assert module.merged.plan.run["initial_coefficients"] == pytest.approx(
+    assert module.merged.state.run["initial_coefficients"] == pytest.approx(
         dict.fromkeys("abc", best)
     )
     with (Path(found.trainer.log_dir) / "metrics.csv").open() as file:
@@ -302,8 +302,8 @@ def test_a_fit_that_goes_on_does_not_search_again(three, tmp_path, monkeypatch):
     for key, raw in whole.merged.raw.items():
         assert torch.equal(resumed.merged.raw[key], raw)
     assert resumed.recipe.init == whole.recipe.init
-    run = resumed.merged.plan.run
-    assert run["search"] == run["before"]["search"] == whole.merged.plan.run["search"]
+    run = resumed.merged.state.run
+    assert run["search"] == run["before"]["search"] == whole.merged.state.run["search"]
 
 
 # ---- what is refused before anything slow -----------------------------------------------------

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from gradmerge.cli import main
 from gradmerge.cli.main import learn
 from gradmerge.coefficients import Mixup
+from gradmerge.engine.state import FitState
 from gradmerge.optimisers import SAM, MoFO
 from tiny import write_yaml
 
@@ -77,7 +78,7 @@ def test_a_learned_family_learns_and_is_exported(fit, world, tmp_path, name):
     weights = load_file("merged/model.safetensors")
     assert weights.keys() == merged.plan.tensors.keys()
     for key, weight in weights.items():
-        assert torch.equal(weight, merged.plan.materialise(key, merged.raw)), key
+        assert torch.equal(weight, merged.state.materialise(key)), key
     inputs = {"input_ids": torch.arange(12).view(2, 6)}
     read = transformers.BertForSequenceClassification.from_pretrained("merged").eval()
     with torch.no_grad():
@@ -103,7 +104,9 @@ def test_adarank_masks_components_and_learns_a_coefficient_of_every_tensor(fit, 
     start = starts(found)
     for name in plan.learned:
         expected = base[name] + 0.3 * sum(source[name] - base[name] for source in sources)
-        torch.testing.assert_close(plan.materialise(name, start), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            FitState(plan, start).materialise(name), expected, rtol=0, atol=1e-6
+        )
     for name in (*masked, "bert.encoder.layer.0.output.LayerNorm.weight"):
         key = slots[name].key
         now, then = (table[key].detach().reshape(2, -1)[:, 0] for table in (raw, start))
@@ -149,7 +152,7 @@ def test_dam_starts_at_the_mean_of_everything_biases_too(fit, world):
     assert biases
     for name in plan.tensors:
         mean = sum(source[name] for source in sources) / len(sources)
-        torch.testing.assert_close(plan.materialise(name, start), mean, rtol=0, atol=1e-6)
+        torch.testing.assert_close(FitState(plan, start).materialise(name), mean, rtol=0, atol=1e-6)
     assert all("embed" in n or "norm" in n.lower() for n in plan.fixed if "pooler" not in n)
 
 
@@ -224,7 +227,7 @@ def test_sam_takes_a_schedule_and_options_of_its_base(fit, tmp_path):
     assert type(optimiser.base) is torch.optim.SGD
     group = optimiser.base.param_groups[0]
     assert (group["momentum"], group["lr"]) == (0.9, 0.1)
-    (described,) = found.model.merged.plan.run["optimizers"]
+    (described,) = found.model.merged.state.run["optimizers"]
     assert described["class_path"] == "gradmerge.optimisers.SAM"
     assert described["init_args"]["rho"] == 0.05
     assert described["init_args"]["base"] == "torch.optim.sgd.SGD"

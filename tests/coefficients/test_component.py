@@ -34,8 +34,9 @@ from gradmerge.coefficients import (
 )
 from gradmerge.drivers.layerwise.files import Starts
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError
-from gradmerge.export.folder import export_plan
+from gradmerge.export.folder import export_state
 from gradmerge.export.provenance import mean_coefficients
 from gradmerge.mergekit.writer import write_mergekit
 from gradmerge.objectives import CrossEntropy, FisherToInit, Objective
@@ -82,7 +83,7 @@ def truncated(matrix, rank):
 def merged_tensors(recipe):
     plan = open_plan(recipe)
     raw = plan.initial_raw()
-    return {n: plan.materialise(n, raw, torch.float64).numpy() for n in plan.tensors}
+    return {n: FitState(plan, raw).materialise(n, torch.float64).numpy() for n in plan.tensors}
 
 
 # ---- merges -----------------------------------------------------------------------------------
@@ -103,9 +104,9 @@ def test_all_components_are_task_arithmetic_of_that_scale(origin, dtype):
 def test_no_component_is_the_origin_bit_for_bit():
     models = family(torch.float32)
     plan = open_plan(recipe_of(models, **MASKED, init=Constant(0.0)))
-    raw = plan.initial_raw()
+    state = FitState.start(plan)
     for name in plan.tensors:
-        assert torch.equal(plan.materialise(name, raw), dict(models[0].named_parameters())[name])
+        assert torch.equal(state.materialise(name), dict(models[0].named_parameters())[name])
 
 
 @pytest.mark.parametrize("share", [0.16, 0.5, 0.8])
@@ -134,7 +135,7 @@ def test_components_of_trimmed_directions_and_of_one_source():
             bound = numpy.sort(abs(direction), axis=None)[direction.size // 2]
             trimmed = numpy.where(abs(direction) >= bound, direction, 0)
             expected = anchor + 0.3 * truncated(trimmed, 2)
-            got = plan.materialise(name, raw, torch.float64).numpy()
+            got = FitState(plan, raw).materialise(name, torch.float64).numpy()
             assert abs(got - expected).max() < 1e-6, name
 
 
@@ -175,10 +176,10 @@ def test_a_tensor_is_decomposed_once(monkeypatch):
 def test_a_static_merge_keeps_no_factors():
     plan = open_plan(recipe_of(family(), **MASKED, init=LeadingComponents(0.5)))
     raw = plan.initial_raw()
-    first = {name: plan.materialise(name, raw) for name in plan.tensors}
+    first = {name: FitState(plan, raw).materialise(name) for name in plan.tensors}
     assert plan._facts == {}
     plan.prepare_learning()
-    assert all(torch.equal(plan.materialise(name, raw), first[name]) for name in first)
+    assert all(torch.equal(FitState(plan, raw).materialise(name), first[name]) for name in first)
     kept = plan._facts["conv.weight"].values()
     assert [tuple(factor.shape) for factor in kept] == [(4, 8), (8, 27)]
 
@@ -283,7 +284,7 @@ def test_masks_and_scales_have_the_gradients_of_the_published_form(memory, origi
         theta = published_adarank(
             z, {n: pair[0] for n, pair in found.items()}, {n: p[1] for n, p in found.items()}, alone
         )
-        got = {n: merged.plan.materialise(n, merged.raw, torch.float64) for n in names}
+        got = {n: merged.state.materialise(n, torch.float64) for n in names}
         for name in names:
             torch.testing.assert_close(got[name], theta[name].detach(), rtol=0, atol=1e-12)
         cross_entropy(functional_call(copy.deepcopy(models[0]), theta, (batch,)), labels).backward()
@@ -391,7 +392,7 @@ def test_coefficients_are_recorded_as_components_and_read_as_nothing_else(tmp_pa
     recipe = recipe_of(models, **MASKED, init=LeadingComponents(0.5))
     plan = open_plan(recipe)
     raw = plan.initial_raw()
-    folder = export_plan(plan, raw, tmp_path / "merged")
+    folder = export_state(FitState(plan, raw), tmp_path / "merged")
     path = str(folder / "coefficients.safetensors")
     with safe_open(path, framework="pt") as file:
         slots = json.loads(file.metadata()["slots"])
@@ -404,17 +405,13 @@ def test_coefficients_are_recorded_as_components_and_read_as_nothing_else(tmp_pa
         other = recipe_of(models, coefficients=coefficients, init=FromFile(path))
         with pytest.raises(ConfigError, match="run over component, those of this merge"):
             open_plan(other).initial_raw()
-    rows = export_plan(
-        (p := open_plan(recipe_of(models, coefficients=Row()))), p.initial_raw(), tmp_path / "rows"
-    )
+    by_row = FitState.start(open_plan(recipe_of(models, coefficients=Row())))
+    rows = export_state(by_row, tmp_path / "rows")
     wrong = FromFile(str(rows / "coefficients.safetensors"))
     with pytest.raises(ConfigError, match="run over axis 0, those of this merge over component"):
         open_plan(replace(recipe, init=wrong)).initial_raw()
-    coarse = export_plan(
-        (p := open_plan(recipe_of(models, init=Constant(1.0)))),
-        p.initial_raw(),
-        tmp_path / "coarse",
-    )
+    by_tensor = FitState.start(open_plan(recipe_of(models, init=Constant(1.0))))
+    coarse = export_state(by_tensor, tmp_path / "coarse")
     spread = replace(recipe, init=FromFile(str(coarse / "coefficients.safetensors")))
     assert (open_plan(spread).initial_raw()["body/weight"] == torch.tensor(0.1)).all()
 
@@ -422,20 +419,18 @@ def test_coefficients_are_recorded_as_components_and_read_as_nothing_else(tmp_pa
 def test_mergekit_has_no_components(tmp_path):
     plan = open_plan(recipe_of(relatives(build()), **MASKED, init=Constant(1.0)))
     with pytest.raises(ConfigError, match=r"coefficients: Component has several per tensor"):
-        write_mergekit(plan, plan.initial_raw(), tmp_path / "merge.yaml")
+        write_mergekit(FitState.start(plan), tmp_path / "merge.yaml")
 
 
 def test_tables_and_means_are_over_components(tmp_path):
     module, _ = fit(tmp_path, module_of(init=Constant(1.0)), max_steps=1)
     recipe = recipe_of(relatives(build()), **MASKED, init=LeadingComponents(0.5))
     merged = MergedModel(recipe)
-    names, table = coefficient_table(merged.plan, merged.raw)
+    names, table = coefficient_table(merged.state)
     found = dict(zip(names, table.tolist(), strict=True))
     assert found["body.weight"] == [0.5, 0.5]
     assert found["head.weight"] == pytest.approx([1 / 3, 1 / 3])  # 1 of 3
     assert found["body.bias"] == [1.0, 1.0]
     expected = (0.5 + 1 / 3 + 2) / 4
-    assert mean_coefficients(merged.plan, merged.raw) == pytest.approx(
-        {"a": expected, "b": expected}
-    )
+    assert mean_coefficients(merged.state) == pytest.approx({"a": expected, "b": expected})
     assert raws(module)["tensor"].isfinite().all()

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from gradmerge import Recipe
 from gradmerge.cli import main
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.mergekit.init import FromMergekit
 from gradmerge.mergekit.methods import METHODS, REFUSED
 
@@ -36,8 +37,8 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     init = FromMergekit(**fields["init"]["init_args"])
     recipe = Recipe(sources=fields["sources"], base=fields["base"], init=init)
     plan = open_plan(recipe, with_skeleton=False)
-    first = plan.coefficient("model.layers.0.mlp.weight", plan.initial_raw())
-    last = plan.coefficient("model.layers.2.mlp.weight", plan.initial_raw())
+    first = FitState.start(plan).coefficient("model.layers.0.mlp.weight")
+    last = FitState.start(plan).coefficient("model.layers.2.mlp.weight")
     assert first.tolist() == pytest.approx([0.18, 0.27])
     assert last.tolist() == pytest.approx([0.72, 0.27])
 

@@ -27,6 +27,7 @@ from gradmerge.coefficients import (
 from gradmerge.drivers import Continual, Pairwise
 from gradmerge.drivers.fold import FoldedRecipe
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError
 from gradmerge.objectives import KLToSource, Objective
 from gradmerge.preprocess import Trim
@@ -127,10 +128,10 @@ def test_projection_is_opcm_s_recursion_one_source_at_a_time(tmp_path):
 
 
 def write_single(folder, recipe):
-    from gradmerge.export.folder import export_plan
+    from gradmerge.export.folder import export_state
 
     plan = open_plan(recipe, with_skeleton=False)
-    export_plan(plan, plan.initial_raw(), folder)
+    export_state(FitState.start(plan), folder)
 
 
 def test_an_earlier_merge_of_another_kind_counts_as_orthogonal_directions(tmp_path):

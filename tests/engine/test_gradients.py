@@ -28,6 +28,7 @@ from gradmerge.coefficients import (
     Tensor,
     Uniform,
 )
+from gradmerge.engine.state import FitState
 
 GRANULARITIES = [Model(), Group(), Tensor(), Column(), Row(), Partition(3, seed=1), Element()]
 LINKS = {
@@ -81,7 +82,7 @@ def oracle(merged: MergedModel, models, inputs, origin: str, dtype=torch.float64
     thetas = {}
     for name in stacked:
         anchor = anchors[origin](name)
-        coefficient = expanded(merged, name, merged.plan.coefficient(name, raws))
+        coefficient = expanded(merged, name, FitState(merged.plan, raws).coefficient(name))
         thetas[name] = anchor + (coefficient * (stacked[name] - anchor)).sum(dim=0)
     loss = loss_of(functional_call(base, thetas, (), inputs))
     loss.backward()
@@ -149,7 +150,7 @@ def test_every_architecture_and_origin_equals_float64_autograd(
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     assert_same(merged.raw, grads, 1e-9)
     for key in merged.plan.tensors:
-        came = merged.plan.materialise(key, merged.raw, torch.float64)
+        came = merged.state.materialise(key, torch.float64)
         torch.testing.assert_close(came, thetas[key], rtol=1e-12, atol=1e-12)
 
 
@@ -164,13 +165,13 @@ def test_float32_gradient_is_within_a_millionth(family, granularity, link, memor
     wide = build(
         [m.double() for m in family("llama-tied", dtype=torch.float32)[0]], granularity, link
     )
-    for name in merged.plan.learned:
+    for name in merged.state.learned:
         generator = torch.Generator().manual_seed(5)
         shape = merged.plan.tensors[name].shape
         grad = torch.randn(shape, generator=generator)
-        raw = merged.plan.raw(name, merged.raw)
-        came = merged.plan.contract(name, grad, raw)
-        expected = wide.plan.contract(name, grad.double(), raw.double())
+        raw = merged.plan.z(name, merged.raw)
+        came = merged.state.contract(name, grad, raw)
+        expected = wide.state.contract(name, grad.double(), raw.double())
         error = (came.double() - expected).norm() / expected.norm().clamp_min(1e-12)
         assert error <= 1e-6, f"{name}: {error:.2e}"
 
@@ -312,7 +313,7 @@ def test_coefficients_of_zero_and_one_are_exact(family):
         for value, expected in (([0.0, 0.0], models[0]), ([1.0, 0.0], models[1])):
             merged = build(models, granularity, init=Constant(value))
             for key in merged.plan.tensors:
-                came = merged.plan.materialise(key, merged.raw)
+                came = merged.state.materialise(key)
                 assert torch.equal(came, dict(expected.named_parameters())[key]), key
 
 

@@ -23,6 +23,7 @@ from gradmerge.coefficients import (
     Uniform,
 )
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.operators import Components, DisjointMean, Linear
 from gradmerge.preprocess import ElectSign, Site, Trim
 from tiny import build, recipe_of, relatives
@@ -39,7 +40,7 @@ def recipe(models, granularity, **options):
 def merged(recipe):
     plan = open_plan(recipe)
     raw = plan.initial_raw()
-    return {name: plan.materialise(name, raw) for name in plan.tensors}
+    return {name: FitState(plan, raw).materialise(name) for name in plan.tensors}
 
 
 @every

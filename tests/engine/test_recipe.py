@@ -13,6 +13,7 @@ from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Clamp, Complement, Constant, Model, Softmax, Tensor, Uniform
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.recipe import named
+from gradmerge.engine.state import FitState
 from gradmerge.errors import CompatibilityError, ConfigError, FingerprintError
 from gradmerge.sources import HuggingFace, InMemory
 
@@ -48,7 +49,7 @@ def state(model):
 
 def merged_tensors(plan):
     raw = plan.initial_raw()
-    return {name: plan.materialise(name, raw) for name in plan.tensors}
+    return {name: FitState(plan, raw).materialise(name) for name in plan.tensors}
 
 
 def make(nets, with_base=True, **options):
@@ -144,7 +145,7 @@ def test_private_heads_of_different_shapes(nets):
     assert merged.plan.private == ["head.weight", "head.bias"]
     assert not any(name.startswith("head") for name in merged.plan.tensors)
     inputs = torch.ones(5, 3)
-    body = {n: merged.plan.materialise(n, merged.raw) for n in merged.plan.tensors}
+    body = {n: merged.state.materialise(n) for n in merged.plan.tensors}
     for task, net in (("a", nets[1]), ("b", nets[2])):
         weights = {**state(nets[0]), **body, **{n: t for n, t in state(net).items() if "head" in n}}
         model = Net(len(net.head.bias)).eval()
@@ -230,7 +231,7 @@ def test_tensors_without_gradient_follow_the_stated_rule(nets, unused, with_base
     merged = after_backward(make(nets, with_base, unused=unused))
     states = [state(net) for net in nets]
     for name in ("spare.weight", "spare.bias"):
-        came = merged.plan.materialise(name, merged.raw)
+        came = merged.state.materialise(name)
         same(came, sum(w * s[name] for w, s in zip(weights, states, strict=True)))
     assert merged.fix_unused() == []
 
@@ -239,7 +240,7 @@ def test_unused_tensors_are_not_zeroed_where_the_origin_is_zero_beside_a_base(ne
     merged = after_backward(make(nets, origin="zero"))
     _, a, b = map(state, nets)
     name = "spare.weight"
-    same(merged.plan.materialise(name, merged.raw), (a[name] + b[name]) / 2)
+    same(merged.state.materialise(name), (a[name] + b[name]) / 2)
 
 
 def test_tensor_that_the_network_has_no_place_for_follows_the_rule_too(nets):
@@ -250,7 +251,7 @@ def test_tensor_that_the_network_has_no_place_for_follows_the_rule_too(nets):
         recipe = Recipe(sources={"a": states[1], "b": states[2]}, base=states[0], unused=unused)
         plan = open_plan(recipe, Net())
         assert "old.weight" not in plan.learned
-        same(plan.materialise("old.weight", plan.initial_raw()), torch.full((2,), expected))
+        same(FitState.start(plan).materialise("old.weight"), torch.full((2,), expected))
 
 
 # ---- buffers ------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from huggingface_hub import ModelCard
 
 from gradmerge import Recipe
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.export.card import render
 from gradmerge.export.emr import export_compact, export_tasks, task_checkpoints
-from gradmerge.export.folder import export_plan
+from gradmerge.export.folder import export_state
 from gradmerge.preprocess import Unify
 from tiny import Normalised, build, recipe_of, relatives, save_family
 
@@ -28,7 +29,7 @@ def test_scores_become_the_hub_s_evaluation_results(family, tmp_path):
     plan = plan_of(family, tmp_path)
     scores = {"a": {"accuracy": 0.75, "loss": math.nan}, "average": {"accuracy": 0.75}}
     results = {"test": scores, "selection": {"b": {"accuracy": 0.5}}}
-    folder = export_plan(plan, plan.initial_raw(), tmp_path / "merged", results=results)
+    folder = export_state(FitState.start(plan), tmp_path / "merged", results=results)
     card = ModelCard.load(folder / "README.md")
     assert card.data.tags == ["merge", "gradmerge"]
     assert card.data.library_name == "transformers"
@@ -76,7 +77,7 @@ def test_hub_ids_are_base_models_and_the_architecture_says_the_pipeline(
 
 def test_a_plain_network_is_not_said_to_load_with_transformers(tmp_path):
     plan = open_plan(recipe_of(relatives(build(Normalised))), with_skeleton=False)
-    card = ModelCard.load(export_plan(plan, plan.initial_raw(), tmp_path / "merged") / "README.md")
+    card = ModelCard.load(export_state(FitState.start(plan), tmp_path / "merged") / "README.md")
     assert card.data.library_name is None
     assert "from_pretrained" not in card.text
     assert "None measured." in card.text
@@ -87,8 +88,8 @@ def test_coefficients_are_summarised_per_source(tmp_path):
     raw = {key: value.clone() for key, value in plan.initial_raw().items()}
     for value in raw.values():
         value.copy_(torch.linspace(-0.5, 0.5, value.numel()).view(value.shape))
-    values = torch.stack([plan.coefficient(name, raw) for name in plan.tensors], dim=1)
-    card = (export_plan(plan, raw, tmp_path / "merged") / "README.md").read_text()
+    values = torch.stack([FitState(plan, raw).coefficient(name) for name in plan.tensors], dim=1)
+    card = (export_state(FitState(plan, raw), tmp_path / "merged") / "README.md").read_text()
     for source, of in zip(plan.sources, values.reshape(len(plan.sources), -1), strict=True):
         numbers = " | ".join(f"{x:.4f}" for x in (of.mean(), of.min(), of.max()))
         assert f"| {source} | {numbers} |" in card

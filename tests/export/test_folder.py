@@ -20,7 +20,7 @@ from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Column, Constant, FromFile, Row, Sigmoid, Tensor
 from gradmerge.engine.plan import Plan
 from gradmerge.errors import ConfigError
-from gradmerge.export.folder import export_plan
+from gradmerge.export.folder import export_state
 from gradmerge.export.writer import Entry, write_safetensors
 from tiny import Normalised, build, recipe_of, relatives, save_family
 
@@ -54,13 +54,8 @@ def folders(tmp_path, family, name="llama", tokenizer=True, **options):
 
 
 def write(merged, output, **options):
-    return export_plan(
-        merged.plan,
-        merged.raw,
-        output,
-        buffers=merged.statistics.values(),
-        tasks=merged.tasks,
-        **options,
+    return export_state(
+        merged.state, output, buffers=merged.statistics.values(), tasks=merged.tasks, **options
     )
 
 
@@ -170,7 +165,7 @@ def test_the_dtype_asked_for_is_written_and_noted(tmp_path, family, dtype):
     assert json.loads((folder / "config.json").read_text())["dtype"] == (dtype or "float32")
     assert json.loads((folder / "provenance.json").read_text())["dtype"] == (dtype or "as stored")
     for name, tensor in tensors.items():
-        wide = merged.plan.materialise(name, merged.raw, torch.float64)
+        wide = merged.state.materialise(name, torch.float64)
         # rounded once, from an accumulation in float32
         torch.testing.assert_close(
             tensor.double(), wide, rtol=torch.finfo(kind).eps + 1e-6, atol=1e-6
@@ -249,7 +244,7 @@ def test_a_single_source_is_exported_too(tmp_path):
     merged = learned(recipe_of(models))
     found = load_file(write(merged, tmp_path / "merged") / "coefficients.safetensors")
     for name in merged.plan.tensors:
-        assert found[name].tolist() == merged.plan.raw(name, merged.raw).tolist()
+        assert found[name].tolist() == merged.plan.z(name, merged.raw).tolist()
 
 
 def test_coefficients_are_written_by_tensor_and_start_another_merge(tmp_path, family):
@@ -263,7 +258,7 @@ def test_coefficients_are_written_by_tensor_and_start_another_merge(tmp_path, fa
         for name in merged.plan.tensors:
             expected = torch.full((2,), 0.25)
             if "norm" not in name:
-                expected = merged.plan.raw(name, merged.raw).detach().sigmoid()
+                expected = merged.plan.z(name, merged.raw).detach().sigmoid()
             torch.testing.assert_close(file.get_tensor(name), expected, rtol=1e-6, atol=1e-7)
     recipe = Recipe(
         merged.plan.recipe.sources,
@@ -289,7 +284,7 @@ def test_rows_are_not_taken_for_columns(tmp_path, family):
     for key, raw in merged.raw.items():
         torch.testing.assert_close(again.raw[key], raw, rtol=0, atol=1e-6)
     mean = MergedModel(Recipe(**start, coefficients=Tensor(), init=init))
-    assert mean.raw["tensor"].shape == (2, len(merged.plan.learned))
+    assert mean.raw["tensor"].shape == (2, len(merged.state.learned))
 
 
 def test_provenance_says_where_everything_came_from(tmp_path, family):

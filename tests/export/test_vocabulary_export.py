@@ -17,8 +17,9 @@ from gradmerge.cli import main
 from gradmerge.cli.main import learn
 from gradmerge.coefficients import Constant, Model
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError, FingerprintError
-from gradmerge.export.folder import export_plan
+from gradmerge.export.folder import export_state
 from gradmerge.sources import Vocabulary
 from gradmerge.sources.tokenizers.ids import with_ids, with_size
 from gradmerge.sources.tokenizers.report import summarise, token_report
@@ -38,7 +39,7 @@ def merge(paths: dict[str, str], out: Path, vocabulary: Vocabulary, **options: A
         **options,
     )
     plan = open_plan(recipe, with_skeleton=False)
-    return export_plan(plan, plan.initial_raw(), out)
+    return export_state(FitState.start(plan), out)
 
 
 def tokenizer_of(folder: Path | str) -> Any:
@@ -247,7 +248,7 @@ def test_merging_an_export_again_does_not_carry_its_old_report(tmp_path: Path) -
     recipe = Recipe({"a": str(first), "b": str(first)}, coefficients=Model())
     plan = open_plan(recipe, with_skeleton=False)
     assert plan.alignment is None
-    assert not (export_plan(plan, plan.initial_raw(), tmp_path / "second") / "tokens.json").exists()
+    assert not (export_state(FitState.start(plan), tmp_path / "second") / "tokens.json").exists()
 
 
 def _task_network(rows: int, labels: int, seed: int) -> transformers.PreTrainedModel:

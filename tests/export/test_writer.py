@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from gradmerge import Recipe
 from gradmerge.engine.opening import open_plan
-from gradmerge.export.folder import export_plan
+from gradmerge.export.folder import export_state
 from gradmerge.export.atomic import _exchanged
 
 root = Path(sys.argv[1])
@@ -33,7 +33,7 @@ target = root / "merged"
 
 def write(value):
     raw = {key: torch.full_like(z, value) for key, z in plan.initial_raw().items()}
-    export_plan(plan, raw, target, overwrite=True, max_shard_size=500_000)
+    export_state(FitState(plan, raw), target, overwrite=True, max_shard_size=500_000)
 
 def state():
     if not target.exists():
@@ -84,7 +84,8 @@ from pathlib import Path
 import torch
 from gradmerge import Recipe
 from gradmerge.engine.opening import open_plan
-from gradmerge.export.folder import export_plan
+from gradmerge.engine.state import FitState
+from gradmerge.export.folder import export_state
 
 root = Path(sys.argv[1])
 count, size = 40, 2_500_000
@@ -117,7 +118,7 @@ plan = open_plan(recipe, with_skeleton=False)
 before = anonymous()
 thread = threading.Thread(target=watch, daemon=True)
 thread.start()
-export_plan(plan, plan.initial_raw(), root / "merged")
+export_state(FitState.start(plan), root / "merged")
 stop.set()
 thread.join()
 written = sum(path.stat().st_size for path in (root / "merged").glob("model*.safetensors"))

@@ -19,6 +19,7 @@ from gradmerge.cli.commands import merge as plain_merge
 from gradmerge.cli.configs import read_merge_input
 from gradmerge.coefficients import Column, Constant, DepthRamp, Model, Scaled, Tensor, Uniform
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError
 from gradmerge.export.folder import export_merged
 from gradmerge.finalisers import REPAIR, DepthRescale, SpectralRescale
@@ -69,8 +70,8 @@ def test_norms_of_matrices_are_those_of_the_sources(kind, origin, target):
         sources = [model.state_dict()[name].double() for model in models]
         origins = {"base": sources[0], "zero": torch.zeros(()), "mean": sum(sources[1:]) / 3}
         anchor = origins[origin]
-        got = finished.materialise(name, raw, torch.float64)
-        before = plain.materialise(name, raw, torch.float64)
+        got = FitState(finished, raw).materialise(name, torch.float64)
+        before = FitState(plain, raw).materialise(name, torch.float64)
         if got.dim() < 2:
             assert torch.equal(got, before)
             continue
@@ -101,7 +102,7 @@ def test_a_delta_of_zero_stays_zero():
     recipe = recipe_of(models, init=Constant(0.0), finalisers=[SpectralRescale()])
     plan = open_plan(recipe)
     for name, tensor in models[0].state_dict().items():
-        assert torch.equal(plan.materialise(name, plan.initial_raw()), tensor)
+        assert torch.equal(FitState.start(plan).materialise(name), tensor)
 
 
 def test_a_broken_source_is_named():
@@ -110,7 +111,7 @@ def test_a_broken_source_is_named():
         models[2].wide.weight[0, 0] = float("nan")
     plan = open_plan(recipe_of(models, init=Constant([1.0, 0.0]), finalisers=[SpectralRescale()]))
     with pytest.raises(ConfigError, match=r"wide\.weight: expected finite numbers, got NaN"):
-        plan.materialise("wide.weight", plan.initial_raw())
+        FitState.start(plan).materialise("wide.weight")
 
 
 # ---- by depth -------------------------------------------------------------------------------
@@ -137,8 +138,8 @@ def test_rescaling_by_depth_is_rescaling_coefficients(origin):
     raw = open_plan(own).initial_raw()
     for name, depth in DEPTHS.items():
         assert depth_of(name, DEPTHS) == depth
-        got = finished.materialise(name, raw, torch.float64)
-        by_coefficients = ramp.materialise(name, ramp.initial_raw(), torch.float64)
+        got = FitState(finished, raw).materialise(name, torch.float64)
+        by_coefficients = FitState.start(ramp).materialise(name, torch.float64)
         torch.testing.assert_close(got, by_coefficients, rtol=1e-6, atol=1e-7)
         theta = [model.state_dict()[name].double() for model in models]
         anchor = theta[0] if origin == "base" else torch.zeros(())
@@ -153,7 +154,7 @@ def test_two_finalisers_multiply_and_frozen_tensors_stay():
     plain = open_plan(own)
     twice = open_plan(replace(own, finalisers=[DepthRescale(0.5, 0.5), DepthRescale(3.0, 3.0)]))
     for name, tensor in models[0].state_dict().items():
-        before, after = (plan.materialise(name, plan.initial_raw()) for plan in (plain, twice))
+        before, after = (FitState.start(plan).materialise(name) for plan in (plain, twice))
         if "layers.1" in name:
             assert torch.equal(before, after)
         else:
@@ -172,7 +173,7 @@ def test_evaluation_and_export_see_the_same_tensors(memory):
     twin = copy.deepcopy(models[0])
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
-            parameter.copy_(merged.plan.materialise(name, merged.raw))
+            parameter.copy_(merged.state.materialise(name))
         twin.load_state_dict(merged.statistics.values(), strict=False)
         torch.testing.assert_close(merged(x), twin(x), rtol=1e-6, atol=1e-6)
         assert not torch.allclose(merged(x), plain(x), atol=1e-2)
@@ -295,9 +296,9 @@ def test_a_checkpoint_keeps_corrections(tmp_path, text):
         again.merged.raw["tensor"].add_(0.1)
     with pytest.raises(ConfigError, match="REPAIR takes the tasks' adaptation data"):
         again.refresh_buffers()
-    before = {n: c.scale for n, c in loaded.merged.plan.finalisation.corrections.items()}
+    before = {n: c.scale for n, c in loaded.merged.state.corrections.of.items()}
     trainer_of(tmp_path).validate(loaded, datamodule=data, verbose=False)
-    for name, correction in loaded.merged.plan.finalisation.corrections.items():
+    for name, correction in loaded.merged.state.corrections.of.items():
         torch.testing.assert_close(correction.scale, before[name], rtol=1e-5, atol=1e-5)
 
 
@@ -306,22 +307,21 @@ def test_corrections_follow_the_coefficients(tmp_path):
     recipe = recipe_of(relatives(build(Normalised)), finalisers=[REPAIR()])
     module = MergeModule(recipe)
     data.setup()
-    finalisation = module.merged.plan.finalisation
+    state = module.merged.state
     module.refresh_buffers(data)
-    first = finalisation.version
+    first = state.corrections
     module.refresh_buffers(data)
-    assert finalisation.version == first == 1, "nothing changed, so nothing is computed"
-    scale = finalisation.corrections["norm.weight"].scale
+    assert state.corrections is first is not None, "nothing changed, so nothing is computed"
     with torch.no_grad():
         module.merged.raw["tensor"].mul_(2)
     module.refresh_buffers(data)
-    assert finalisation.version == 2
-    assert not torch.allclose(finalisation.corrections["norm.weight"].scale, scale, atol=1e-3)
-    assert set(finalisation.corrections) == {"norm.weight", "norm.bias"}
+    name = "norm.weight"
+    assert not torch.allclose(state.corrections.of[name].scale, first.of[name].scale, atol=1e-3)
+    assert set(state.corrections.of) == {"norm.weight", "norm.bias"}
     module.merged.fix(["norm.bias"], 0.5)
     module.refresh_buffers(data)
-    assert set(finalisation.corrections) == {"norm.weight"}, "the bias is frozen now"
-    assert finalisation.report["scale alone"] == ["norm.weight"]
+    assert set(state.corrections.of) == {"norm.weight"}, "the bias is frozen now"
+    assert state.corrections.report["scale alone"] == ["norm.weight"]
 
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
@@ -331,11 +331,10 @@ def test_before_heads_of_tasks_the_last_shared_layer_is_corrected(tmp_path, memo
     options = {"init": Uniform(), "finalisers": [REPAIR()], "private": [r"^head\."]}
     module = MergeModule(recipe_of(models, **options), memory=memory)
     trainer_of(tmp_path).validate(module, datamodule=data, verbose=False)
-    assert module.merged.plan.finalisation.report["corrected"] == ["body.weight"]
+    assert module.merged.state.corrections.report["corrected"] == ["body.weight"]
     rows = [row["x"] for task in "ab" for row in data.tasks[task].path["adaptation"]]
     x = torch.stack(rows)
-    raw = module.merged.raw
-    weight, bias = (module.merged.plan.materialise(f"body.{n}", raw) for n in ("weight", "bias"))
+    weight, bias = (module.merged.state.materialise(f"body.{n}") for n in ("weight", "bias"))
     got = (x @ weight.T + bias).double()
     own = [model.body(x).detach().double() for model in models[1:]]
     torch.testing.assert_close(got.mean(0), sum(y.mean(0) for y in own) / 2, rtol=0, atol=1e-4)
@@ -369,7 +368,7 @@ def test_a_search_tries_finished_merges(tmp_path):
     raw = module.merged.raw
     for name, tensor in load_file(folder / "model.safetensors").items():
         if name in module.merged.plan.tensors:
-            expected = module.merged.plan.materialise(name, raw)
+            expected = FitState(module.merged.plan, raw).materialise(name)
             torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -444,7 +443,7 @@ def test_mergekit_is_given_rescaled_coefficients(folders, origin):
     recipe = replace(folders, origin=origin, finalisers=finalisers, init=init)
     plan = open_plan(recipe, with_skeleton=False)
     raw = plan.initial_raw()
-    models = yaml.safe_load(mergekit_yaml(plan, raw))["models"]
+    models = yaml.safe_load(mergekit_yaml(FitState(plan, raw)))["models"]
     paths = {str(entry["model"]): entry["parameters"]["weight"] for entry in models}
     for name in plan.tensors:
         total = 0
@@ -453,7 +452,7 @@ def test_mergekit_is_given_rescaled_coefficients(folders, origin):
             value = next(r["value"] for r in rows if r.get("filter", "") in name)
             owner = next(c for c in (plan.base, *plan.sources.values()) if c.label == path)
             total = total + value * owner.read(name).double()
-        expected = plan.materialise(name, raw, torch.float64)
+        expected = FitState(plan, raw).materialise(name, torch.float64)
         torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
@@ -461,7 +460,7 @@ def test_mergekit_cannot_express_repair(folders, tmp_path):
     recipe = replace(folders, finalisers=[REPAIR()])
     plan = open_plan(recipe, with_skeleton=False)
     with pytest.raises(ConfigError, match="finalisers: REPAIR changes a tensor by channels"):
-        mergekit_yaml(plan, plan.initial_raw())
+        mergekit_yaml(FitState.start(plan))
     with pytest.raises(ConfigError, match="finalisers: mergekit has one weight per tensor"):
         plain_merge(recipe, mergekit=True, output=str(tmp_path / "merged.yaml"))
 
@@ -473,7 +472,7 @@ def test_they_follow_any_operator():
     name = "body.weight"
     norms = [norm_of(model.state_dict()[name], "spectral") for model in models[1:]]
     raw = plain.initial_raw()
-    got = finished.materialise(name, raw)
+    got = FitState(finished, raw).materialise(name)
     assert norm_of(got, "spectral") == pytest.approx(sum(norms) / 2, rel=1e-5)
-    before = plain.materialise(name, raw)
+    before = FitState(plain, raw).materialise(name)
     torch.testing.assert_close(got / got.norm(), before / before.norm(), rtol=1e-5, atol=1e-6)

@@ -251,7 +251,7 @@ def plain_statistics(module: MergeModule, models: Sequence[nn.Module], data: Any
     """Running statistics of the merged network by PyTorch's own, all examples in one batch."""
     merged: Any = copy.deepcopy(models[0])
     for name, parameter in merged.named_parameters():
-        parameter.data.copy_(module.merged.plan.materialise(name, raws(module)))
+        parameter.data.copy_(module.merged.state.materialise(name))
     return recomputed(merged, data)
 
 

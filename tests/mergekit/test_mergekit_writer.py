@@ -12,6 +12,7 @@ from gradmerge.cli import main
 from gradmerge.coefficients import Column, Constant, Element, Group, Model, Partition, Row, Sigmoid
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.recipe import Recipe
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError
 from gradmerge.mergekit.writer import mergekit_yaml, write_mergekit
 from gradmerge.operators import Linear
@@ -46,7 +47,7 @@ def recipe(p, **more):
 
 def text_of(recipe, **options):
     plan = open_plan(recipe, with_skeleton=False)
-    return mergekit_yaml(plan, plan.initial_raw(), **options)
+    return mergekit_yaml(FitState.start(plan), **options)
 
 
 def weights(entry):
@@ -144,8 +145,8 @@ def test_what_is_written_is_read_again_as_the_same_merge(p, tmp_path):
         plan = open_plan(recipe(p, operator=Linear(form)), with_skeleton=False)
         again = open_plan(read_mergekit(path).recipe, with_skeleton=False)
         for name in NAMES:
-            one = plan.materialise(name, plan.initial_raw())
-            assert torch.equal(again.materialise(name, again.initial_raw()), one)
+            one = FitState.start(plan).materialise(name)
+            assert torch.equal(FitState.start(again).materialise(name), one)
 
 
 @pytest.mark.parametrize(
@@ -162,14 +163,14 @@ def test_coefficients_finer_than_a_tensor_are_refused(factor, name):
     models = relatives(build())
     plan = open_plan(recipe_of(models, coefficients=factor))
     with pytest.raises(ConfigError, match=rf"coefficients: {name} has several per tensor \("):
-        mergekit_yaml(plan, plan.initial_raw())
+        mergekit_yaml(FitState.start(plan))
 
 
 def test_every_reason_is_given_at_once():
     models = relatives(build())
     plan = open_plan(recipe_of(models, preprocess=[Trim(), ElectSign()], private=["head"]))
     with pytest.raises(ConfigError) as caught:
-        mergekit_yaml(plan, plan.initial_raw())
+        mergekit_yaml(FitState.start(plan))
     message = str(caught.value)
     assert message.startswith("mergekit cannot express this merge:\n")
     for part in [
@@ -193,7 +194,7 @@ def test_other_operators_are_refused(p):
     plan = open_plan(recipe(p), with_skeleton=False)
     plan.recipe = merge
     with pytest.raises(ConfigError, match="operator: coefficients of str are not weights of a sum"):
-        mergekit_yaml(plan, plan.initial_raw())
+        mergekit_yaml(FitState.start(plan))
 
 
 def test_both_names_of_a_tied_tensor_are_written(tmp_path):
@@ -208,7 +209,7 @@ def test_both_names_of_a_tied_tensor_are_written(tmp_path):
     init = Constant({"embed": 0.25, ".*": 0.5})
     plan = open_plan(Recipe({"a": paths["a"]}, base=paths["base"], init=init))
     assert "lm_head.weight" not in plan.tensors
-    found = yaml.safe_load(mergekit_yaml(plan, plan.initial_raw()))["models"][1]
+    found = yaml.safe_load(mergekit_yaml(FitState.start(plan)))["models"][1]
     weight = {w.get("filter"): w["value"] for w in found["parameters"]["weight"]}
     assert weight["lm_head.weight"] == weight["model.embed_tokens.weight"] == 0.25
     assert weight["model.norm.weight"] == 0.5
@@ -218,7 +219,7 @@ def test_aligned_vocabularies_are_refused(p):
     plan = open_plan(recipe(p), with_skeleton=False)
     object.__setattr__(plan.recipe, "tokenizer", "union")
     with pytest.raises(ConfigError, match="tokenizer: mergekit aligns vocabularies by its own"):
-        mergekit_yaml(plan, plan.initial_raw())
+        mergekit_yaml(FitState.start(plan))
 
 
 def test_several_stored_dtypes_want_one_stated(tmp_path):
@@ -241,9 +242,9 @@ def test_recomputed_statistics_are_refused_and_means_are_not(tmp_path):
     merged = module.merged
     plan, buffers = merged.plan, merged.statistics.values()
     with pytest.raises(ConfigError, match=r"buffers: norm\.running_mean, norm\.running_var were"):
-        mergekit_yaml(plan, merged.raw, buffers=buffers)
+        mergekit_yaml(FitState(plan, merged.raw), buffers=buffers)
     with pytest.raises(ConfigError) as caught:
-        mergekit_yaml(plan, merged.raw)
+        mergekit_yaml(FitState(plan, merged.raw))
     assert "buffers" not in str(caught.value)  # only that the sources are in memory
     assert isinstance(plan.recipe.sources["a"], torch.nn.Module | InMemory)
 
@@ -251,16 +252,16 @@ def test_recomputed_statistics_are_refused_and_means_are_not(tmp_path):
 def test_the_file_s_name_and_place(p, tmp_path):
     plan = open_plan(recipe(p), with_skeleton=False)
     raw = plan.initial_raw()
-    path = write_mergekit(plan, raw, tmp_path / "new" / "mk.yml")
+    path = write_mergekit(FitState(plan, raw), tmp_path / "new" / "mk.yml")
     assert [file.name for file in path.parent.iterdir()] == ["mk.yml"]
     with pytest.raises(ConfigError, match="exists; give another file, or --overwrite true"):
-        write_mergekit(plan, raw, path)
-    write_mergekit(plan, raw, path, overwrite=True)
+        write_mergekit(FitState(plan, raw), path)
+    write_mergekit(FitState(plan, raw), path, overwrite=True)
     with pytest.raises(ConfigError, match=r"expected a name ending in \.yaml or \.yml"):
-        write_mergekit(plan, raw, tmp_path / "folder")
+        write_mergekit(FitState(plan, raw), tmp_path / "folder")
     (tmp_path / "x.yaml").mkdir()
     with pytest.raises(ConfigError, match="is a folder; give a file"):
-        write_mergekit(plan, raw, tmp_path / "x.yaml", overwrite=True)
+        write_mergekit(FitState(plan, raw), tmp_path / "x.yaml", overwrite=True)
 
 
 def test_a_failed_write_leaves_nothing(p, tmp_path, monkeypatch):
@@ -273,7 +274,7 @@ def test_a_failed_write_leaves_nothing(p, tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(tmp_path), "write_text", full)
     with pytest.raises(OSError, match="No space left"):
-        write_mergekit(plan, plan.initial_raw(), tmp_path / "old.yaml", overwrite=True)
+        write_mergekit(FitState.start(plan), tmp_path / "old.yaml", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["old.yaml"]
     assert (tmp_path / "old.yaml").read_text() == "kept"
 

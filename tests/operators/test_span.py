@@ -19,6 +19,7 @@ from architectures import logits_of
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Constant, Tensor, Uniform
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError
 from gradmerge.operators import (
     ArceeFusion,
@@ -436,7 +437,7 @@ def test_nothing_is_learned_through_an_operator_without_gradient():
     base, a = (torch.nn.Linear(4, 2) for _ in range(2))
     recipe = Recipe(sources={"a": a}, base=base, operator=Constants(), init=Constant(1.0))
     plan = open_plan(recipe)
-    assert torch.equal(plan.materialise("weight", plan.initial_raw()), a.weight)
+    assert torch.equal(FitState.start(plan).materialise("weight"), a.weight)
     with pytest.raises(
         ConfigError, match=r"differentiable .*, got Constants, .*\n.*gradmerge merge"
     ):
@@ -493,7 +494,7 @@ def test_a_frozen_origin_is_the_origin_under_every_operator(family):
         )
         plan = open_plan(recipe, with_skeleton=False)
         name = "model.embed_tokens.weight"
-        assert torch.equal(plan.materialise(name, plan.initial_raw()), models[0].state_dict()[name])
+        assert torch.equal(FitState.start(plan).materialise(name), models[0].state_dict()[name])
 
 
 def test_ties_is_trim_and_disjoint_mean(family):
@@ -515,5 +516,5 @@ def test_ties_is_trim_and_disjoint_mean(family):
             bound = direction.abs().flatten().topk(count).values[-1]
             kept.append(torch.where(direction.abs() >= bound, direction, 0).double())
         formula = base.double() + disjoint()(torch.stack(kept), torch.full((3,), 1 / 3).double(), 0)
-        got = plan.materialise(name, plan.initial_raw())
+        got = FitState.start(plan).materialise(name)
         torch.testing.assert_close(got.double(), formula, rtol=1e-6, atol=1e-7)

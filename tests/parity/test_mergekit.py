@@ -23,6 +23,7 @@ from gradmerge import Recipe
 from gradmerge.coefficients import Constant, Uniform
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.plan import Plan
+from gradmerge.engine.state import FitState
 from gradmerge.operators import (
     AbstractOperator,
     ArceeFusion,
@@ -312,7 +313,7 @@ def test_equal_to_mergekit(name, models, monkeypatch):
     # all parameters are compared (tied ones once); BatchNorm statistics have rules of their own
     assert set(plan.tensors) == {key for key, _ in models["a"].named_parameters()}
     for key in plan.tensors:
-        came = plan.materialise(key, raw)
+        came = FitState(plan, raw).materialise(key)
         assert came.dtype == torch.float32
         if by_row and came.dim() > 1 and came.shape[1] == 1:
             continue  # ranks in a row of one entry: mergekit divides by zero

@@ -11,7 +11,8 @@ import torch
 from gradmerge import Recipe
 from gradmerge.coefficients import Constant, Model
 from gradmerge.engine.opening import open_plan
-from gradmerge.export.folder import export_plan
+from gradmerge.engine.state import FitState
+from gradmerge.export.folder import export_state
 from gradmerge.sources import HuggingFace, Vocabulary
 from wordings import bpe_family, rows_by_token, vocabulary_of
 
@@ -57,7 +58,7 @@ def ours(paths: dict[str, str], method: str, vocabulary: Vocabulary, out: Path) 
         tokenizer=vocabulary,
     )
     plan = open_plan(recipe, with_skeleton=False)
-    return export_plan(plan, plan.initial_raw(), out)
+    return export_state(FitState.start(plan), out)
 
 
 # Without `base_model` mergekit takes the tokenizer of "base" from one model or another.

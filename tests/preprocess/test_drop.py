@@ -8,6 +8,7 @@ import torch
 from gradmerge import Recipe
 from gradmerge.coefficients import Constant, Model
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess import MagnitudeDrop, Site
 from tiny import Normalised, build, relatives
@@ -113,7 +114,9 @@ def test_the_recipe_of_della_linear_merges_like_mergekit_given_the_same_draws(mo
             int8_mask=False,
             **{"lambda": 1.0},
         )
-        torch.testing.assert_close(plan.materialise(name, raw), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            FitState(plan, raw).materialise(name), expected, rtol=0, atol=1e-6
+        )
 
 
 def test_draws_belong_to_a_source_and_tensor():

@@ -16,6 +16,7 @@ from architectures import logits_of
 from gradmerge import MergedModel, Recipe, export_merged
 from gradmerge.coefficients import Column, Constant, Element, Mixup, Tensor
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess import (
     Breadcrumbs,
@@ -237,7 +238,7 @@ def test_learning_over_processed_directions(family, granularity, origin, memory)
         assert (
             (grad.reshape(2, -1).double().sum(dim=1) - wanted).abs() <= 1e-4 * scale + 1e-9
         ).all()
-        got = merged.plan.materialise(name, merged.raw, torch.float32)
+        got = merged.state.materialise(name, torch.float32)
         torch.testing.assert_close(got.double(), leaf.detach(), rtol=1e-6, atol=1e-6)
 
 
@@ -249,13 +250,13 @@ def test_static_merge_computes_on_the_way_and_training_keeps_files(tmp_path, fam
     )
     plan = open_plan(recipe)
     raw = plan.initial_raw()
-    on_the_way = {name: plan.materialise(name, raw) for name in plan.tensors}
+    on_the_way = {name: FitState(plan, raw).materialise(name) for name in plan.tensors}
     assert not list(tmp_path.iterdir())
     merged = MergedModel(recipe)
     (folder,) = tmp_path.iterdir()
     assert len(list(folder.iterdir())) == len(plan.tensors)
     for name, expected in on_the_way.items():
-        assert torch.equal(merged.plan.materialise(name, raw), expected)
+        assert torch.equal(FitState(merged.plan, raw).materialise(name), expected)
     del merged
     gc.collect()
     assert not list(tmp_path.iterdir()), "the kept directions are removed with the model"

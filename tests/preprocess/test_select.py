@@ -8,6 +8,7 @@ import torch
 from gradmerge import Recipe
 from gradmerge.coefficients import Constant, Model
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess import Consensus, ElectSign, SelectTop, ShareOfSquares, Site
 from tiny import Perceptron, build, relatives
@@ -81,7 +82,9 @@ def test_the_recipe_of_sce_merges_like_mergekit():
         tensors = [model.state_dict()[name] for model in models]
         group = base.TensorGroup.from_tensors(tensors, base_index=0)
         expected = methods.sce_merge.merge_group(group, int8_mask=False, select_topk=0.4)
-        torch.testing.assert_close(plan.materialise(name, raw), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            FitState(plan, raw).materialise(name), expected, rtol=0, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("least", [0, 1, 2, 3, 4])

@@ -8,6 +8,7 @@ import torch
 from gradmerge import Recipe
 from gradmerge.coefficients import Constant, Model
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.preprocess import (
     TSVM,
     WUDI,
@@ -91,7 +92,7 @@ def test_the_same_directions_whenever_they_are_asked_for(step):
     second.prepare_learning()
     raw = first.initial_raw()
     for name in reversed(list(first.tensors)):
-        got, kept = first.materialise(name, raw), second.materialise(name, raw)
+        got, kept = FitState(first, raw).materialise(name), FitState(second, raw).materialise(name)
         assert torch.equal(got, kept)
         origin = models[0].state_dict()[name]
         directions = torch.stack(list(first.terms(name).dense().sources))

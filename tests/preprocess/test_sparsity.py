@@ -8,6 +8,7 @@ import torch
 from gradmerge import Recipe
 from gradmerge.coefficients import Constant
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.operators import DisjointMean, Linear, MaskedDirections, Spread, Terms, masked
 from gradmerge.operators._native import native_kernels
 from gradmerge.preprocess import Breadcrumbs, MagnitudeDrop, RandomDrop, Site, Trim
@@ -158,7 +159,7 @@ def test_a_static_merge_of_selections_stores_no_directions(monkeypatch):
         raise AssertionError(f"directions of {name} were stored")
 
     monkeypatch.setattr(plan, "direction", refuse)
-    got = plan.materialise("weight", plan.initial_raw())
+    got = FitState.start(plan).materialise("weight")
     base, *sources = (layer.weight.detach() for layer in layers)
     deltas = [source - base for source in sources]
     kept = [d * (d.abs() >= d.abs().flatten().sort().values[600]) for d in deltas]
@@ -199,7 +200,7 @@ def test_selections_do_not_depend_on_modes_and_defaults(kernels, step):
 
     def merged():
         plan = open_plan(recipe, with_skeleton=False)
-        return plan.materialise("weight", plan.initial_raw())
+        return FitState.start(plan).materialise("weight")
 
     expected = merged()
     with torch.inference_mode():
@@ -234,7 +235,7 @@ def test_nothing_is_left_at_density_0(kernels):
             init=Constant([1.0, 0.0]),
         )
         plan = open_plan(recipe, with_skeleton=False)
-        got = plan.materialise("weight", plan.initial_raw())
+        got = FitState.start(plan).materialise("weight")
         assert torch.equal(got, layers[0].weight), scope
 
 
@@ -248,4 +249,4 @@ def test_a_tensor_frozen_at_the_origin_needs_no_settings():
         init=Constant(1.0),
     )
     plan = open_plan(recipe, with_skeleton=False)
-    assert torch.equal(plan.materialise("bias", plan.initial_raw()), layers[0].bias)
+    assert torch.equal(FitState.start(plan).materialise("bias"), layers[0].bias)

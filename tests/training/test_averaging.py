@@ -86,9 +86,9 @@ def test_a_copy_keeps_tensors_of_its_own_fixed():
     merged = MergedModel(recipe_of(relatives(build())))
     other = copy.deepcopy(merged)
     other.fix(["body.bias"], 0.0)
-    assert "body.bias" in other.plan.learned or "body.bias" in other.plan.fixed
-    assert other.plan.fixed == {"body.bias": 0.0}
-    assert merged.plan.fixed == {}
+    assert "body.bias" in other.state.learned or "body.bias" in other.state.fixed
+    assert other.state.fixed == {"body.bias": 0.0}
+    assert merged.state.fixed == {}
     x = torch.ones(1, 6)
     assert not torch.allclose(merged(x=x), other(x=x), atol=1e-4)
 
@@ -178,7 +178,7 @@ def test_an_exponential_average_of_coefficients_is_validated_saved_and_exported(
     written = load_file(tmp_path / "merged" / "model.safetensors")
     for name, wanted in own.merged.plan.tensors.items():
         assert written[name].shape == wanted.shape
-        torch.testing.assert_close(written[name], own.merged.plan.materialise(name, raws(own)))
+        torch.testing.assert_close(written[name], own.merged.state.materialise(name))
     torch.testing.assert_close(written["norm.running_mean"], expected.running_mean)
 
 

@@ -57,7 +57,7 @@ class Remember(lightning.Callback):
 
     def on_validation_end(self, trainer, pl_module):
         if not trainer.sanity_checking:
-            table = coefficient_table(pl_module.merged.plan, pl_module.merged.raw)
+            table = coefficient_table(pl_module.merged.state)
             self.seen.append((trainer.global_step, *table))
 
 
@@ -69,7 +69,7 @@ def test_the_table_is_the_mean_coefficient_of_each_tensor_and_source():
     with torch.no_grad():
         for raw in module.merged.raw.values():
             raw.add_(torch.randn(raw.shape, generator=torch.Generator().manual_seed(1)))
-    names, table = coefficient_table(module.merged.plan, module.merged.raw)
+    names, table = coefficient_table(module.merged.state)
     assert names == ["body.weight", "body.bias", "head.weight", "head.bias"]
     expected = [
         raws(module)[f"body/{n}"].sigmoid().reshape(2, -1).mean(1) for n in ("weight", "bias")
@@ -235,7 +235,7 @@ def test_a_fit_from_python_leaves_its_settings_in_the_provenance(tmp_path, monke
         monkeypatch.setenv(name, "0")
     lightning.seed_everything(11, verbose=False)
     module = module_of(learning_rate=0.2, init=Mixup(seed=5))
-    start = module.merged.plan.coefficient("head.bias", raws(module)).tolist()
+    start = module.merged.state.coefficient("head.bias").tolist()
     data = vectors(seed=4, batch_size=3)
     fit(tmp_path, module, ExportAtEnd(str(tmp_path / "one")), data=data, max_steps=5)
     _, provenance = exported(tmp_path / "one")
@@ -265,7 +265,7 @@ def test_a_merge_that_was_not_learned_has_no_run(tmp_path):
 
 def test_initial_coefficients_are_logged(tmp_path):
     module = module_of(init=Mixup(seed=5), frozen={"body": 0.25})
-    start = module.merged.plan.coefficient("head.bias", raws(module)).tolist()
+    start = module.merged.state.coefficient("head.bias").tolist()
     trainer = fit(tmp_path, module, logger=CSVLogger(tmp_path, name="logs"))
     with (Path(trainer.log_dir) / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("init/a")]
@@ -279,15 +279,15 @@ def test_a_resumed_fit_keeps_what_it_started_from_and_the_run_before(tmp_path):
     trainer = fit(tmp_path, first, max_steps=3)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     run = torch.load(tmp_path / "one.ckpt", weights_only=True)["gradmerge"]["run"]
-    assert run == first.merged.plan.run
+    assert run == first.merged.state.run
     second = MergeModule(recipe, learning_rate=0.1)
     again = trainer_of(tmp_path, max_steps=5)
     again.fit(second, datamodule=vectors(), ckpt_path=tmp_path / "one.ckpt")
-    found = second.merged.plan.run
+    found = second.merged.state.run
     assert found["before"] == run
     assert found["trainer"]["max_steps"] == 5
     assert found["initial_coefficients"] == run["initial_coefficients"]
-    assert run["initial_coefficients"] != mean_coefficients(second.merged.plan, raws(second))
+    assert run["initial_coefficients"] != mean_coefficients(second.merged.state)
 
 
 # ---- W&B ------------------------------------------------------------------------------------

@@ -255,9 +255,7 @@ def test_private_heads_may_differ_in_their_labels(tmp_path):
     trainer.fit(module, datamodule=data)
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
     body = copy.deepcopy(models[0].body)
-    state = {
-        n: module.merged.plan.materialise(f"body.{n}", raws(module)) for n in ("weight", "bias")
-    }
+    state = {n: module.merged.state.materialise(f"body.{n}") for n in ("weight", "bias")}
     body.load_state_dict(state)
     for task, expert in zip("ab", models[1:], strict=True):
         with torch.no_grad():
@@ -418,7 +416,7 @@ def test_batch_norm_trains_on_its_batch_s_own_statistics_before_and_after_valida
                 came = self.merged(task="a", x=batch["a"]["x"])
             twin = copy.deepcopy(models[0])
             for name, parameter in twin.named_parameters():
-                parameter.data.copy_(self.merged.plan.materialise(name, raws(self)))
+                parameter.data.copy_(self.merged.state.materialise(name))
             found.append((came, twin.train()(batch["a"]["x"]).detach()))
             return super().training_step(batch, batch_idx)
 
@@ -474,14 +472,13 @@ def test_unused_tensors_are_named_and_set_by_rule(tmp_path, rule, based, value, 
     module = MergeModule(recipe, memory=memory)
     with pytest.warns(UserWarning, match=r"2 tensors got no gradient .* extra.weight, extra.bias"):
         path = saved(tmp_path, module)
-    plan = module.merged.plan
-    assert plan.fixed == {"extra.weight": value, "extra.bias": value}
+    state = module.merged.state
+    assert state.fixed == {"extra.weight": value, "extra.bias": value}
     base = models[0].extra.weight if based else torch.zeros(2, 2)
     a, b = (model.extra.weight for model in models[1:])
     expected = base + value * (a - base) + value * (b - base)
-    torch.testing.assert_close(
-        plan.materialise("extra.weight", raws(module)), expected, rtol=1e-6, atol=1e-7
-    )
-    assert torch.load(path, weights_only=True)["gradmerge"]["fixed"] == plan.fixed
+    got = state.materialise("extra.weight")
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+    assert torch.load(path, weights_only=True)["gradmerge"]["fixed"] == state.fixed
     loaded = MergeModule.load_from_checkpoint(path, recipe=recipe)
-    assert loaded.merged.plan.fixed == plan.fixed
+    assert loaded.merged.state.fixed == state.fixed

@@ -15,6 +15,7 @@ from gradmerge import MergeDataModule, Recipe, TaskData
 from gradmerge.calibration.observers import input_rows, output_rows
 from gradmerge.coefficients import Constant, Model
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError, FingerprintError
 from gradmerge.preprocess import FisherScale, MaTS, RegMean, Trim
 from gradmerge.sources.collected import SourceStatistics
@@ -31,7 +32,7 @@ def merged_by(path, models, data, *steps, **options):
     folder = collect(recipe, data, path / "statistics", overwrite=True)
     plan = open_plan(replace(recipe, statistics=str(folder)))
     raw = plan.initial_raw()
-    return {name: plan.materialise(name, raw) for name in plan.tensors}
+    return {name: FitState(plan, raw).materialise(name) for name in plan.tensors}
 
 
 def batch_of(data, task):
@@ -116,7 +117,7 @@ def test_layers_that_change_their_weight_are_averaged_and_named(tmp_path, activa
         "1 layers change their weight before use and are averaged: first.weight",
     ]
     plan = open_plan(replace(recipe, statistics=str(folder)))
-    got = plan.materialise("first.weight", plan.initial_raw())
+    got = FitState.start(plan).materialise("first.weight")
     close(got, (models[1].first.weight + models[2].first.weight) / 2)
 
 
@@ -446,7 +447,7 @@ def test_statistics_say_what_they_are_of_and_are_refused_for_anything_else(tmp_p
     (folder / "gram-1.safetensors").write_bytes(b"cut")
     plan = open_plan(kept)
     with pytest.raises(ConfigError, match=r"gram-1\.safetensors cannot be read"):
-        plan.materialise("body.weight", plan.initial_raw())
+        FitState.start(plan).materialise("body.weight")
 
 
 @pytest.mark.parametrize(

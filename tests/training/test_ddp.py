@@ -50,7 +50,7 @@ trainer.validate(module, datamodule=data, verbose=False)
 rank = trainer.global_rank
 torch.save(module.merged.raw["tensor"].detach(), folder / f"raw{rank}.pt")
 (folder / f"found{rank}.json").write_text(json.dumps({
-    "fixed": module.merged.plan.fixed,
+    "fixed": module.merged.state.fixed,
     "best": float(best),
     "loss": float(trainer.callback_metrics["selection/loss"]),
     "accuracy": module.results["selection"]["a"]["accuracy"],

@@ -25,6 +25,7 @@ from gradmerge import MergeModule, Recipe
 from gradmerge.cli.fit import MergeCLI
 from gradmerge.cli.main import register
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.objectives import Objective
 from tiny import build, relatives, trainer_of, vectors
 
@@ -126,7 +127,7 @@ def learned(parts, path, sources, base=None):
 def by_name(module):
     """A copy of the raw coefficients of each tensor."""
     plan, raw = module.merged.plan, module.merged.raw
-    return {n: plan.raw(n, raw).detach().clone() for n in NAMES if n not in plan.fixed}
+    return {n: plan.z(n, raw).detach().clone() for n in NAMES if n not in plan.fixed}
 
 
 # ---- what the papers say --------------------------------------------------------------------
@@ -496,7 +497,7 @@ def test_np_merge_starts_at_the_average_of_the_aligned_networks(pair, dtype):
     raw = {key: torch.zeros_like(value) for key, value in plan.initial_raw().items()}
     a, b = weights(first), weights(twin)
     for name in NAMES:
-        came, average = plan.materialise(name, raw), (a[name] + b[name]) / 2
+        came, average = FitState(plan, raw).materialise(name), (a[name] + b[name]) / 2
         assert came.dtype == dtype
         if dtype == torch.float64:
             assert torch.equal(came, average), name

@@ -306,9 +306,7 @@ def test_the_teacher_is_the_source_itself_and_leaves_no_trace(memory, training):
     module = module_of(models, Objective([KLToSource()]), memory=memory)
     module.train(training)
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
-    weights = {
-        n: module.merged.plan.materialise(n, module.merged.raw) for n in module.merged.plan.tensors
-    }
+    weights = {n: module.merged.state.materialise(n) for n in module.merged.plan.tensors}
     buffers = {n: b.clone() for n, b in module.merged.skeleton.named_buffers()}
     modes = [m.training for m in module.merged.skeleton.modules()]
     before = module.merged(task="b", x=x)
@@ -323,7 +321,7 @@ def test_the_teacher_is_the_source_itself_and_leaves_no_trace(memory, training):
             assert torch.equal(buffer, buffers[name]), name
     assert [m.training for m in module.merged.skeleton.modules()] == modes
     for name, value in weights.items():
-        assert torch.equal(module.merged.plan.materialise(name, module.merged.raw), value)
+        assert torch.equal(module.merged.state.materialise(name), value)
     assert sum(p.numel() for p in module.parameters()) == 2 * len(weights)
 
 

@@ -12,6 +12,7 @@ from gradmerge import MergeDataModule, MergeModule, TaskData
 from gradmerge.coefficients import Clamp, Constant, DepthRamp, Mixup, Model, Scaled, Tensor
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError
 from gradmerge.operators import DisjointMean
 from gradmerge.preprocess import ElectSign, Trim
@@ -78,7 +79,9 @@ def test_scaled_coefficients_are_the_inner_ones_times_the_factor():
             ]
             raws = [plan.initial_raw() for plan in plans]
             for name in plans[0].tensors:
-                whole, half = (p.coefficient(name, r) for p, r in zip(plans, raws, strict=True))
+                whole, half = (
+                    FitState(p, r).coefficient(name) for p, r in zip(plans, raws, strict=True)
+                )
                 torch.testing.assert_close(half, 0.5 * whole)
 
 
@@ -235,7 +238,7 @@ def test_a_draw_on_ties_is_the_papers_rule_after_an_election(seed):
             direction = source - base
             kept = direction.abs().argsort(descending=True)[: int(0.5 * len(direction))]
             trimmed.append(torch.zeros_like(direction).index_copy_(0, kept, direction[kept]))
-        merged = plan.materialise(name, raw).flatten()
+        merged = FitState(plan, raw).materialise(name).flatten()
         for i, (d1, d2) in enumerate(zip(*(t.tolist() for t in trimmed), strict=True)):
             sign = 1 if d1 + d2 >= 0 else -1
             alive = [d if d * sign > 0 else 0.0 for d in (d1, d2)]

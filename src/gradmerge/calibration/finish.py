@@ -59,7 +59,7 @@ class Finishing:
         norms = merged.plan.recipe.buffers == "recompute" and merged.statistics.batch_norms
         if not norms and repair is None:
             return
-        state = tuple(checksums(merged.raw.values())), frozenset(merged.plan.fixed)
+        state = tuple(checksums(merged.raw.values())), frozenset(merged.state.fixed)
         if self._state == state:
             return
         if sample is None:
@@ -95,15 +95,13 @@ class Finishing:
         """Accept corrections (a checkpoint's) of the current coefficients, or a mean of BatchNorm
         statistics.
         """
-        finalisation = merged.plan.finalisation
-        if finalisation.repair is None:
+        known = merged.state.corrections
+        if merged.plan.finalisation.repair is None:
             self._warn(
                 "BatchNorm statistics cannot be recomputed without a MergeDataModule; the mean of "
                 "the sources' statistics is used."
             )
-        elif finalisation.corrections is None or finalisation.coefficients != checksums(
-            merged.raw.values()
-        ):
+        elif known is None or known.coefficients != checksums(merged.raw.values()):
             raise ConfigError(
                 "REPAIR takes the tasks' adaptation data, but there is no MergeDataModule. Train "
                 "and evaluate with one, call `refresh_buffers(data)`, or leave REPAIR out of "

@@ -14,16 +14,16 @@ from typing import Any, Literal
 
 import torch
 
-from gradmerge._typing import Raw
 from gradmerge.cli.inspect import inspect_sources, render
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.opening import Opening
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe, named
+from gradmerge.engine.state import FitState
 from gradmerge.errors import CompatibilityError, ConfigError, nearest, shorten
 from gradmerge.export.atomic import refuse_existing
 from gradmerge.export.emr import export_compact, export_tasks, require_outputs, task_checkpoints
-from gradmerge.export.folder import export_merged, export_plan, require_options
+from gradmerge.export.folder import export_merged, export_state, require_options
 from gradmerge.export.provenance import read_as
 from gradmerge.mergekit.writer import require_file, require_plain, write_mergekit
 from gradmerge.search import AbstractSearch
@@ -106,12 +106,11 @@ def merge(
         plan = opening.plan(with_skeleton=False, statistics=statistics)
         on_data = plan.finalisation.repair is not None or _has_batch_norms(plan)
         if search is None and not score and not (data is not None and on_data):
-            raw: Raw = plan.initial_raw()
-            write_merge(plan, raw, outputs, mergekit, checked)
+            write_merge(FitState.start(plan), outputs, mergekit, checked)
             return
         merged = MergedModel(opening.plan(statistics=statistics))
         known = _measured(merged, data, search, score)
-        write_merge(merged.plan, merged.raw, outputs, mergekit, checked, **known)
+        write_merge(merged.state, outputs, mergekit, checked, **known)
 
 
 def _measured(
@@ -237,8 +236,7 @@ def require_form(recipe: Recipe, outputs: Outputs, mergekit: bool) -> None:
 
 
 def write_merge(
-    plan: Plan,
-    raw: Raw,
+    state: FitState,
     outputs: Outputs,
     mergekit: bool,
     checked: dict[str, Any],
@@ -247,23 +245,23 @@ def write_merge(
     """Write a merge in the requested form, and print warnings and the place.
 
     Args:
-        plan: the opened recipe.
-        raw: raw coefficients by key.
+        state: the opened recipe with its coefficients.
         outputs: form of the output, as in `merge`.
         mergekit: write a mergekit YAML, as in `merge`.
         checked: options that `merge_options` returned.
-        **known: further arguments of `export_plan`: buffers, tasks, results, extra.
+        **known: further arguments of `export_state`: buffers, tasks, results, extra.
     """
+    plan = state.plan
     for warning in plan.warnings:
         print(f"gradmerge merge: warning {warning}", file=sys.stderr)
     if mergekit:
         buffers = known.get("buffers")
-        print(f"mergekit file written to {write_mergekit(plan, raw, **checked, buffers=buffers)}")
+        print(f"mergekit file written to {write_mergekit(state, **checked, buffers=buffers)}")
         return
     if plan.alignment is not None:
         print(summarise(token_report(plan.alignment)))
     if outputs == "merged":
-        folder = export_plan(plan, raw, **checked, **known)
+        folder = export_state(state, **checked, **known)
     elif outputs == "compact":
         folder = export_compact(plan, checked["output"], overwrite=checked["overwrite"])
     else:
@@ -300,8 +298,7 @@ def export(
     if mergekit:
         merged, buffers = module.merged, module.merged.statistics.values()
         print(
-            "mergekit file written to "
-            f"{write_mergekit(merged.plan, merged.raw, **checked, buffers=buffers)}"
+            f"mergekit file written to {write_mergekit(merged.state, **checked, buffers=buffers)}"
         )
         return
     extra = {"checkpoint": path.name}

@@ -25,7 +25,7 @@ from gradmerge.drivers.base import AbstractDriver, Job
 from gradmerge.drivers.steps import learn_step
 from gradmerge.engine.recipe import Recipe
 from gradmerge.errors import ConfigError, nearest, shorten
-from gradmerge.export.folder import export_plan
+from gradmerge.export.folder import export_state
 from gradmerge.export.provenance import mean_coefficients
 from gradmerge.objectives import Objective
 from gradmerge.sources import AbstractSource
@@ -313,14 +313,14 @@ class _Step:
             "step": self.node.name,
             "merged": [list(node.members) for node in self.pair],
             "tasks": list(self.data.tasks),
-            "coefficients": mean_coefficients(plan, module.merged.raw),
+            "coefficients": mean_coefficients(module.merged.state),
             "fingerprints": plan.fingerprints,
             **fit,
             "results": module.results,
             **self.fold.found(module, self.before),
         }
         tasks = {**module.merged.tasks, **self._tasks_without_data(module)}
-        write = partial(export_plan, plan, module.merged.raw)
+        write = partial(export_state, module.merged.state)
         known: dict[str, Any] = {
             "buffers": module.merged.statistics.values(),
             "tasks": tasks,

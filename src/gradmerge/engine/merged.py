@@ -28,6 +28,7 @@ from gradmerge.engine.install import LiveTensors, checkpoint_blocks, install, re
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError, shorten
 
 Memory = Literal["resident", "streamed"]
@@ -82,7 +83,6 @@ class MergedModel(nn.Module):
         if memory not in ("resident", "streamed"):
             raise ConfigError(f"memory: expected 'resident' or 'streamed', got {memory!r}.")
         plan.prepare_learning()
-        self.plan = plan
         self.memory = memory
         self.dtype = dtype
         self.tasks = dict(tasks) if tasks is not None else {n: n for n in plan.sources}
@@ -94,6 +94,7 @@ class MergedModel(nn.Module):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         raw = plan.initial_raw() if raw is None else raw
         self.raw = nn.ParameterDict({k: nn.Parameter(value.to(wide)) for k, value in raw.items()})
+        self.state = FitState(plan, self.raw)
         self.touched: set[str] = set()
         self.device = torch.device("cpu")
         # The tuple hides it from nn.Module: its placeholders stay out of parameters() and
@@ -110,6 +111,11 @@ class MergedModel(nn.Module):
         install(plan.skeleton, plan.binding.parameters, self._fetch, dtype, self.device)
         self.statistics = NetworkBuffers(plan, plan.skeleton)
         self.train(False)
+
+    @property
+    def plan(self) -> Plan:
+        """The opened recipe."""
+        return self.state.plan
 
     @property
     def skeleton(self) -> nn.Module:
@@ -165,12 +171,15 @@ class MergedModel(nn.Module):
     def build(
         self,
         key: str,
-        raw: Tensor | None,
+        own: Tensor | float,
         dtype: torch.dtype,
         out: Tensor | None = None,
         finished: bool = False,
     ) -> Tensor:
-        """Build `theta` of one tensor without a graph, with finalisers if `finished`."""
+        """Build `theta` of one tensor from its z, or from the coefficient that it is fixed at.
+
+        There is no graph; finalisers are applied if `finished`.
+        """
         # Trainers evaluate in inference mode, and tensors made there cannot be trained with later.
         with torch.inference_mode(False):
             if out is None:
@@ -179,8 +188,8 @@ class MergedModel(nn.Module):
                     out = self._blocks.empty(shape, dtype)
                 else:
                     out = torch.empty(shape, dtype=dtype, device=self.device)
-            write = self.plan.finish if finished else self.plan.combine
-            return write(key, raw, out)
+            write = self.state.finish if finished else self.plan.combine
+            return write(key, own, out)
 
     def differentiable(self, key: str, raw: Tensor, dtype: torch.dtype) -> Tensor:
         """Build `theta` of one tensor whose backward contracts its gradient to `dL/dz`."""
@@ -194,7 +203,7 @@ class MergedModel(nn.Module):
     def _contract(self, key: str, version: int, grad: Tensor, raw: Tensor) -> Tensor:
         self.require_version(version)
         self.touched.add(key)
-        return self.plan.contract(key, grad, raw)
+        return self.state.contract(key, grad, raw)
 
     def _fetch(self, key: str, casts: bool) -> Tensor:
         given = None if self._given is None else self._given(key)
@@ -209,13 +218,11 @@ class MergedModel(nn.Module):
             # Build in the dtype that autocast would cast to, because autocast's copy would be saved
             # for backward in every layer.
             dtype = torch.get_autocast_dtype(self.device.type)
-        if key in self.plan.fixed:
-            theta = self.build(key, None, dtype)
-        elif self._finished:
-            theta = self.build(key, self.plan.raw(key, self.raw).detach(), dtype, finished=True)
+        if key in self.state.fixed or self._finished:
+            theta = self.build(key, self.state.own(key), dtype, finished=self._finished)
         else:
             raws = self.raw if self._stepping is None else self._stepping
-            theta = self.differentiable(key, self.plan.raw(key, raws), dtype)
+            theta = self.differentiable(key, self.plan.z(key, raws), dtype)
         self._live.add(theta, (key, dtype))
         return theta
 
@@ -277,8 +284,7 @@ class MergedModel(nn.Module):
             return packed
         key, dtype, size, stride, offset, version = packed
         self.require_version(version)
-        raw = None if key in self.plan.fixed else self.plan.raw(key, self.raw).detach()
-        return self.build(key, raw, dtype).as_strided(size, stride, offset)
+        return self.build(key, self.state.own(key), dtype).as_strided(size, stride, offset)
 
     def accumulate(
         self, losses: Sequence[Callable[[], Tensor]], scale: float = 1.0
@@ -321,7 +327,7 @@ class MergedModel(nn.Module):
     ) -> list[Tensor]:
         self._resident.refresh(self, graph=False, finished=False)
         merged = self._resident.theta
-        leaves = {key: merged[key].detach().requires_grad_() for key in self.plan.learned}
+        leaves = {key: merged[key].detach().requires_grad_() for key in self.state.learned}
         self._resident.theta = {**merged, **leaves}
 
         def contract(key: str) -> None:
@@ -330,7 +336,7 @@ class MergedModel(nn.Module):
                 return
             self.touched.add(key)
             slot = self.plan.layout.slots[key]
-            found = self.plan.contract(key, grad, self.plan.raw(key, self.raw))
+            found = self.state.contract(key, grad, self.plan.z(key, self.raw))
             leaves[key].grad = None
             add_gradient(grads, slot, found, self.raw[slot.key])
 
@@ -371,10 +377,10 @@ class MergedModel(nn.Module):
         Returns:
             Names of the tensors that were fixed.
         """
-        unused = [key for key in self.plan.learned if key not in self.touched]
+        unused = [key for key in self.state.learned if key not in self.touched]
         if unused:
             value = self.plan.unused_coefficient
-            self.plan.fix(unused, value)
+            self.state.fix(unused, value)
             self._resident.forget()
             warnings.warn(
                 f"{len(unused)} tensors got no gradient and are fixed at coefficient {value:g} "
@@ -385,7 +391,7 @@ class MergedModel(nn.Module):
 
     def fix(self, names: Sequence[str], coefficient: float) -> None:
         """Fix tensors at a coefficient, as recorded in a checkpoint."""
-        self.plan.fix(names, coefficient)
+        self.state.fix(names, coefficient)
         self._resident.forget(fixed=True)
 
     @contextmanager
@@ -427,7 +433,7 @@ class MergedModel(nn.Module):
 
     def coefficients(self) -> dict[str, Tensor]:
         """Return `c` of every learned tensor, `[sources, *slot]`, differentiable."""
-        return {key: self.plan.coefficient(key, self.raw) for key in self.plan.learned}
+        return {key: self.state.coefficient(key) for key in self.state.learned}
 
 
 class ResidentTensors:
@@ -438,7 +444,7 @@ class ResidentTensors:
         """Current `theta` of every tensor, by name; `accumulate` replaces them by leaves."""
         self._storage: dict[str, Tensor] = {}
         self._fixed: dict[str, Tensor] = {}
-        self._state: object = None
+        self._known: object = None
         self._has_graph = False
 
     def __reduce__(self) -> tuple[type[ResidentTensors], tuple[()]]:
@@ -448,7 +454,7 @@ class ResidentTensors:
     def forget(self, fixed: bool = False) -> None:
         """Discard learned tensors, and with `fixed` also the fixed ones."""
         self.theta, self._storage = {}, {}
-        self._state, self._has_graph = None, False
+        self._known, self._has_graph = None, False
         if fixed:
             self._fixed.clear()
 
@@ -460,26 +466,25 @@ class ResidentTensors:
             graph: record a gradient.
             finished: apply the recipe's finalisers.
         """
-        plan = engine.plan
-        corrections = plan.finalisation.version if finished else None
-        state = engine.version, checksums(engine.raw.values()), corrections
-        if self._state == state and (self._has_graph or not graph):
+        plan, state = engine.plan, engine.state
+        corrections = state.corrections if finished else None
+        known = finished, engine.version, checksums(engine.raw.values()), corrections
+        if self._known == known and (self._has_graph or not graph):
             return
-        for key in plan.fixed:
+        for key, coefficient in state.fixed.items():
             if key in plan.binding.parameters and key not in self._fixed:  # type: ignore[union-attr]
-                self._fixed[key] = engine.build(key, None, engine.dtype)
+                self._fixed[key] = engine.build(key, coefficient, engine.dtype)
         # Release the previous tensors first, or two models would live at once.
         self.theta = dict(self._fixed)
         if graph:
             self._storage = {}
-            for key in plan.learned:
-                raw = plan.raw(key, engine.raw)
-                self.theta[key] = engine.differentiable(key, raw, engine.dtype)
+            for key in state.learned:
+                z = plan.z(key, engine.raw)
+                self.theta[key] = engine.differentiable(key, z, engine.dtype)
         else:
-            for key in plan.learned:
-                raw = plan.raw(key, engine.raw).detach()
+            for key in state.learned:
                 # Overwrite in place: newly allocated pages would fault at every step.
                 kept = self._storage.get(key)
-                self._storage[key] = engine.build(key, raw, engine.dtype, kept, finished)
+                self._storage[key] = engine.build(key, state.own(key), engine.dtype, kept, finished)
                 self.theta[key] = self._storage[key]
-        self._state, self._has_graph = state, graph
+        self._known, self._has_graph = known, graph

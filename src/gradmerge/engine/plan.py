@@ -1,16 +1,17 @@
-"""An opened recipe: `theta_p(z)` and its contraction, tensor by tensor.
+"""An opened recipe: how each tensor is merged from the sources, and the contraction of gradients.
 
-A `Plan` knows names, slots and frozen tensors. It holds no weights and no trainable state;
-`gradmerge.engine.merged` runs it in a network, and `gradmerge.export` writes it to a folder.
+A `Plan` holds neither weights nor anything that a fit changes: coefficients and all that a fit
+finds out are in a `gradmerge.engine.state.FitState`.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from gradmerge.finalisers import Finalisation, FinalSite
 from gradmerge.operators import Linear, Spread, Terms
 from gradmerge.preprocess import ProcessedDirections, Site
 from gradmerge.sources import Checkpoint
-from gradmerge.sources.base import SharedDict, fingerprints_of, require_same
+from gradmerge.sources.base import Shared, fingerprints_of, require_same
 from gradmerge.sources.collected import SourceStatistics
 from gradmerge.sources.geometry import direction_statistics
 from gradmerge.sources.tokenizers.view import alignment_of
@@ -34,8 +35,12 @@ from gradmerge.sources.tokenizers.vocabulary import Alignment
 from gradmerge.spec import to_plain
 
 
-class Plan:
-    """An opened recipe: `theta_p(z)` and its contraction, tensor by tensor."""
+class Plan(Shared):
+    """An opened recipe: `theta_p(z)` and its contraction, tensor by tensor.
+
+    It does not change, so copies of a model share it. A coefficient `own` of a tensor is either z
+    of that tensor or, for a fixed tensor, a number.
+    """
 
     def __init__(
         self,
@@ -66,7 +71,8 @@ class Plan:
                 "private: expected at least one tensor to merge, got none: all are private or "
                 "buffers; narrow the patterns."
             )
-        self.fixed: dict[str, float] = self._fixed()
+        self.fixed: Mapping[str, float] = self._fixed()
+        """Coefficients of frozen tensors, by name."""
         learned = [tensor for name, tensor in self.tensors.items() if name not in self.fixed]
         if not learned:
             raise ConfigError(
@@ -75,18 +81,14 @@ class Plan:
             )
         self.layout: Layout = recipe.coefficients.layout(learned)
         self.num_rows = recipe.coefficients.num_rows(len(self.sources))
-        self.run: dict[str, Any] = {}
-        """Record of the fit as plain data; empty before a fit."""
-        self._on_device: SharedDict[tuple[str, str], Tensor] = SharedDict()
-        self._facts: SharedDict[str, dict[str, Tensor]] = SharedDict()
+        self._on_device: dict[tuple[str, str], Tensor] = {}
+        self._facts: dict[str, dict[str, Tensor]] = {}
         self._keeps_facts = False  # a static merge reads each tensor once
-        self.slopes: dict[str, Tensor] | None = None
-        """If set, `contract` accumulates `dL/dc` here, by tensor, `[sources, *slot]`."""
         self.collected = self._statistics(statistics or recipe.statistics)
         """The sources' statistics on data, if alignment or preprocess needs them."""
         self._processed = ProcessedDirections(recipe.preprocess, self.directions)
-        self.finalisation = Finalisation(recipe.finalisers, self._final_site, self.fixed)
-        """The recipe's finalisers with their state computed on data."""
+        self.finalisation = Finalisation(recipe.finalisers, self._final_site)
+        """The recipe's finalisers."""
 
     def _fixed(self) -> dict[str, float]:
         fixed = {}
@@ -176,9 +178,11 @@ class Plan:
         )
         return statistics.gram.diagonal()
 
-    def fix(self, names: Sequence[str], coefficient: float) -> None:
-        """Fix tensors at a coefficient from now on."""
-        self.fixed.update(dict.fromkeys(names, coefficient))
+    def with_init(self, init: AbstractInit) -> Plan:
+        """Return the same plan with another init in its recipe."""
+        other = copy.copy(self)
+        other.recipe = replace(self.recipe, init=init)
+        return other
 
     def read(self, source: str, name: str) -> Tensor:
         """Return a tensor of a source or of `base`, from the device copy if it was loaded."""
@@ -257,10 +261,15 @@ class Plan:
             checkpoint.keep()
         self._processed.keep()
 
-    def terms(self, name: str) -> Terms:
-        """Return the frozen tensors that `name` is merged from."""
+    def terms(self, name: str, processed: bool = True) -> Terms:
+        """Return the frozen tensors that `name` is merged from.
+
+        Args:
+            name: the tensor.
+            processed: apply the recipe's preprocess.
+        """
         facts = self._facts.setdefault(name, {}) if self._keeps_facts else {}
-        if self.recipe.preprocess and self.fixed.get(name) != 0:
+        if self.recipe.preprocess and processed:
             anchor = self._origin(name)
             chosen = None
             if not self._processed.is_kept(name):
@@ -279,89 +288,65 @@ class Plan:
             facts=facts,
         )
 
-    def spread(self, name: str, device: torch.device) -> Spread:
+    def _spread(self, name: str, device: torch.device) -> Spread:
         """Return the mapping of the coefficients of `name` to its entries."""
-        if name in self.fixed:
-            return Spread("scalar")
         slot = self.layout.slots[name]
         size = torch.Size(self.tensors[name].shape).numel()
         parts = slot.parts(size, device) if slot.kind == "partition" else None
         return Spread(slot.kind, slot.axis, parts)
 
-    def raw(self, name: str, raw: Raw) -> Tensor:
-        """Return `z` of a tensor, `[rows, *slot]`, as a view of the raw parameters."""
-        return self.layout.slots[name].read(raw)
-
-    def coefficient(self, name: str, raw: Raw) -> Tensor:
-        """Return `c = link(z)` of a tensor, `[sources, *slot]`, differentiable unless fixed."""
-        if name in self.fixed:
-            return torch.full((len(self.sources),), self.fixed[name], dtype=torch.float64)
-        return self.recipe.coefficients.link(self.raw(name, raw))
-
-    def combine(self, name: str, raw: Tensor | None, out: Tensor) -> Tensor:
+    def combine(self, name: str, own: Tensor | float, out: Tensor) -> Tensor:
         """Write `theta_p(z)` into `out`.
 
         A fixed coefficient of 0 keeps the origin, independent of the operator.
 
         Args:
             name: the tensor.
-            raw: the tensor's own z; None for a fixed tensor.
+            own: the tensor's own z, or the coefficient that it is fixed at.
             out: the result; its dtype is that of the computation.
 
         Returns:
             `out`.
         """
         recipe, operator = self.recipe, self.recipe.operator
-        spread = self.spread(name, out.device)
-        if raw is not None:
+        if isinstance(own, Tensor):
+            spread = self._spread(name, out.device)
             terms = self.terms(name)
-            return contraction.combine(recipe.coefficients, operator, terms, raw, spread, out)
-        if self.fixed[name] == 0:
-            operator = Linear()
+            return contraction.combine(recipe.coefficients, operator, terms, own, spread, out)
         with torch.no_grad():
-            coefficient = self.coefficient(name, {})
-            return operator.combine(self.terms(name), coefficient, spread, out)
+            terms = self.terms(name, processed=own != 0)
+            operator = operator if own else Linear()
+            return operator.combine(terms, self.coefficient(own), Spread("scalar"), out)
 
-    def finish(self, name: str, raw: Tensor | None, out: Tensor) -> Tensor:
-        """Write `theta_p(z)` after the recipe's finalisers into `out`; see `combine`.
+    def z(self, name: str, raw: Raw) -> Tensor:
+        """Return z of a tensor, `[rows, *slot]`, as a view of the raw parameters."""
+        return self.layout.slots[name].read(raw)
 
-        Finalisers compute in float32 or wider.
+    def coefficient(self, own: Tensor | float) -> Tensor:
+        """Return `c = link(z)`, `[sources, *slot]`, differentiable; or a fixed coefficient."""
+        if isinstance(own, Tensor):
+            return self.recipe.coefficients.link(own)
+        return torch.full((len(self.sources),), own, dtype=torch.float64)
+
+    def contract(
+        self, name: str, grad: Tensor, z: Tensor, slopes: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Contract the gradient of a tensor with its directions, then apply the link's VJP.
+
+        Returns:
+            `dL/dz` for `grad = dL/dtheta`, and with `slopes` also `dL/dc`, `[sources, *slot]`.
         """
-        if not self.finalisation.active or name in self.fixed:
-            return self.combine(name, raw, out)
-        wide = out.new_empty(out.shape, dtype=torch.promote_types(out.dtype, torch.float32))
-        with torch.no_grad():
-            return out.copy_(self.finalisation(name, self.combine(name, raw, wide)))
+        coefficients, operator = self.recipe.coefficients, self.recipe.operator
+        spread = self._spread(name, grad.device)
+        return contraction.contract(
+            coefficients, operator, self.terms(name), z, spread, grad, slopes
+        )
 
     def _final_site(self, name: str) -> FinalSite:
         def sources() -> list[Tensor]:
             return [self.read(source, name) for source in self.sources]
 
         return FinalSite(name, tuple(self.tensors), partial(self._origin, name), sources)
-
-    def contract(self, name: str, grad: Tensor, raw: Tensor) -> Tensor:
-        """Return `dL/dz` of a tensor for `grad = dL/dtheta`: contraction, then the link's VJP."""
-        found, slope = contraction.contract(
-            self.recipe.coefficients,
-            self.recipe.operator,
-            self.terms(name),
-            raw,
-            self.spread(name, grad.device),
-            grad,
-            slopes=self.slopes is not None,
-        )
-        if self.slopes is not None and slope is not None:
-            before = self.slopes.get(name)
-            self.slopes[name] = slope if before is None else before + slope
-        return found
-
-    @torch.no_grad()
-    def materialise(self, name: str, raw: Raw, dtype: torch.dtype | None = None) -> Tensor:
-        """Return a merged and finished tensor, by default in the reference's stored dtype."""
-        info = self.reference.infos[name]
-        out = torch.empty(info.shape, dtype=dtype or info.dtype)
-        own = None if name in self.fixed else self.raw(name, raw)
-        return self.finish(name, own, out)
 
     @torch.no_grad()
     def buffer(self, name: str) -> Tensor:

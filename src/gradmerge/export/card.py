@@ -13,8 +13,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from gradmerge._typing import Raw
 from gradmerge.engine.plan import Plan
+from gradmerge.engine.state import FitState
 from gradmerge.sources.tokenizers.report import summarise, token_report
 
 # Tasks on the Hugging Face Hub, by the last part of a model class's name.
@@ -33,16 +33,16 @@ _PIPELINES = {
 }
 
 
-def model_card(plan: Plan, raw: Raw, provenance: Mapping[str, Any], head: str, name: str) -> str:
+def model_card(state: FitState, provenance: Mapping[str, Any], head: str, name: str) -> str:
     """Return the card of a merge: what was merged, how, its scores, and how to load it.
 
     Args:
-        plan: the opened recipe.
-        raw: raw coefficients by key.
+        state: the opened recipe with its coefficients.
         provenance: content of provenance.json.
         head: task whose head the folder itself contains.
         name: name of the model in the metadata.
     """
+    plan = state.plan
     architecture = ((plan.reference.config or {}).get("architectures") or [None])[0]
     entries = _entries(provenance)
     count = len([source for source in entries if source != "base"])
@@ -61,7 +61,7 @@ def model_card(plan: Plan, raw: Raw, provenance: Mapping[str, Any], head: str, n
         *(_scores(stage, tasks) for stage, tasks in results.items()),
         *([] if results else ["None measured."]),
         "## Coefficients",
-        *_coefficients(plan, raw),
+        *_coefficients(state),
         *_tokens(plan),
         "## Recipe",
         f"```json\n{json.dumps(provenance['recipe'], indent=2)}\n```",
@@ -168,10 +168,10 @@ def _scores(stage: str, tasks: Mapping[str, Mapping[str, float]]) -> str:
     return _table([stage, *metrics], rows)
 
 
-def _coefficients(plan: Plan, raw: Raw) -> Iterable[str]:
-    found = []
+def _coefficients(state: FitState) -> Iterable[str]:
+    plan, found = state.plan, []
     for name in plan.tensors:
-        values = plan.coefficient(name, raw).detach().float().reshape(len(plan.sources), -1)
+        values = state.coefficient(name).detach().float().reshape(len(plan.sources), -1)
         found.append(torch.stack([values.mean(dim=1), values.amin(dim=1), values.amax(dim=1)]))
     mean, low, high = torch.stack(found, dim=1)  # each `[tensors, sources]`
     summary = torch.stack([mean.mean(dim=0), low.amin(dim=0), high.amax(dim=0)], dim=1).tolist()
@@ -180,8 +180,8 @@ def _coefficients(plan: Plan, raw: Raw) -> Iterable[str]:
         for source, values in zip(plan.sources, summary, strict=True)
     ]
     yield _table(["source", "mean", "smallest", "largest"], rows)
-    if plan.fixed:
-        yield f"{len(plan.fixed)} tensors are fixed."
+    if state.fixed:
+        yield f"{len(state.fixed)} tensors are fixed."
     if plan.finalisation.active:
         names = ", ".join(type(finaliser).__name__ for finaliser in plan.recipe.finalisers)
         yield f"The weights are those of the merge after {names} (`finalisers`)."

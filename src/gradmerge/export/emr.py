@@ -22,10 +22,11 @@ from gradmerge.coefficients import Constant, Model
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError
 from gradmerge.export.atomic import new_folder
 from gradmerge.export.card import render
-from gradmerge.export.folder import export_plan, write_config
+from gradmerge.export.folder import export_state, write_config
 from gradmerge.export.provenance import provenance_of
 from gradmerge.export.writer import Entry, write_json, write_safetensors
 from gradmerge.preprocess import Unify
@@ -49,7 +50,7 @@ class TaskCheckpoint(Checkpoint):
     def read(self, name: str) -> Tensor:
         if name not in self._plan.tensors:
             return self._own.read(name)
-        terms = self._plan.terms(name).dense()
+        terms = self._plan.terms(name, processed=self._plan.fixed.get(name) != 0).dense()
         direction = terms.sources[self._index]
         if terms.origin is None:
             return direction.contiguous()
@@ -143,7 +144,7 @@ def export_tasks(
     with new_folder(target, overwrite) as work:
         for task, checkpoint in tasks.items():
             plan = _alone(task, checkpoint)
-            folder = export_plan(plan, plan.initial_raw(), work / task, dtype=dtype, extra=extra)
+            folder = export_state(FitState.start(plan), work / task, dtype=dtype, extra=extra)
             (folder / "coefficients.safetensors").unlink()
             (folder / "README.md").write_text(_task_card(task, checkpoint))
     return target
@@ -198,7 +199,7 @@ def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -
         label = str(path.resolve()) if path.exists() else base.label
         described = {"from": label, "sha256": plan.fingerprints["base"]}
         write_json(work / "emr.json", {"format": FORMAT, "base": described, "scales": scales})
-        provenance = provenance_of(plan, None, {task: task for task in scales}, None, None)
+        provenance = provenance_of(FitState(plan, {}), None, {t: t for t in scales}, None, None)
         write_json(work / "provenance.json", provenance)
         (work / "README.md").write_text(_compact_card(list(scales), target.name))
     return target

@@ -19,9 +19,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from gradmerge._memory import release_freed_memory
-from gradmerge._typing import Raw
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.plan import Plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError, nearest, shorten
 from gradmerge.export.atomic import new_folder
 from gradmerge.export.card import model_card
@@ -58,20 +58,17 @@ def export_merged(merged: MergedModel, output: str | Path, **options: Any) -> Pa
     Args:
         merged: the merged model (`module.merged`).
         output: folder to write; it must not exist unless `overwrite`.
-        **options: dtype, overwrite, head, results, extra and max_shard_size of `export_plan`.
+        **options: dtype, overwrite, head, results, extra and max_shard_size of `export_state`.
 
     Returns:
         The folder.
     """
     buffers = merged.statistics.values()
-    return export_plan(
-        merged.plan, merged.raw, output, buffers=buffers, tasks=merged.tasks, **options
-    )
+    return export_state(merged.state, output, buffers=buffers, tasks=merged.tasks, **options)
 
 
-def export_plan(
-    plan: Plan,
-    raw: Raw,
+def export_state(
+    state: FitState,
     output: str | Path,
     *,
     dtype: str | None = None,
@@ -86,8 +83,7 @@ def export_plan(
     """Write a merge as a Hugging Face folder.
 
     Args:
-        plan: the opened recipe.
-        raw: raw coefficients by key.
+        state: the opened recipe with its coefficients.
         output: folder to write; it must not exist unless `overwrite`.
         dtype: float32, bfloat16, float16 or float64; default: that of each reference tensor.
         overwrite: replace an existing folder, once the new one is complete.
@@ -106,6 +102,7 @@ def export_plan(
         ConfigError: the folder exists, or an option is invalid.
     """
     target = Path(output).expanduser()
+    plan = state.plan
     tasks = dict(tasks) if tasks else {name: name for name in plan.sources}
     kind = require_options(dtype, head, tasks)
     head = head or next(iter(tasks))
@@ -115,16 +112,16 @@ def export_plan(
         with new_folder(target, overwrite) as work:
             hashes = hashing.submit(lambda: plan.fingerprints)
             release_freed_memory()  # fragmented heap could otherwise hold every written tensor
-            _write_model(plan, raw, buffers or {}, tasks, head, kind, work, max_shard_size)
-            _write_coefficients(plan, raw, work)
+            _write_model(state, buffers or {}, tasks, head, kind, work, max_shard_size)
+            _write_coefficients(state, work)
             hashes.result()
-            provenance = provenance_of(plan, dtype, tasks, results, extra)
+            provenance = provenance_of(state, dtype, tasks, results, extra)
             write_json(work / "provenance.json", provenance)
             if plan.alignment is not None:
                 write_json(work / "tokens.json", token_report(plan.alignment))
-            if plan.run.get("yaml"):
-                (work / "gradmerge.yaml").write_text(plan.run["yaml"])
-            card = model_card(plan, raw, provenance, head, target.name)
+            if state.run.get("yaml"):
+                (work / "gradmerge.yaml").write_text(state.run["yaml"])
+            card = model_card(state, provenance, head, target.name)
             (work / "README.md").write_text(card, encoding="utf-8")
     finally:
         hashing.shutdown(wait=False, cancel_futures=True)
@@ -150,8 +147,7 @@ def require_options(
 
 
 def _write_model(
-    plan: Plan,
-    raw: Raw,
+    state: FitState,
     buffers: Mapping[str, Tensor],
     tasks: Mapping[str, str],
     head: str,
@@ -160,8 +156,9 @@ def _write_model(
     max_shard_size: int,
 ) -> None:
     """Write weights and configs; a task's folder has its head and an index of all weights."""
+    plan = state.plan
     private = _private_entries(plan, tasks[head], dtype)
-    entries = [*_merged_entries(plan, raw, buffers, dtype), *private]
+    entries = [*_merged_entries(state, buffers, dtype), *private]
     files = _write_sharded(work, entries, max_shard_size)
     write_config(plan, work, tasks[head] if plan.private else None, dtype)
     for task, source in tasks.items() if plan.private else ():
@@ -178,13 +175,14 @@ def _write_model(
 
 
 def _merged_entries(
-    plan: Plan, raw: Raw, buffers: Mapping[str, Tensor], dtype: torch.dtype | None
+    state: FitState, buffers: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> Iterator[Entry]:
-    raw = {key: value.detach().cpu() for key, value in raw.items()}
+    plan = state.plan
+    state = state.at({key: value.detach().cpu() for key, value in state.raw.items()})
     infos = plan.reference.infos
     for name in plan.tensors:
         kind = dtype or infos[name].dtype
-        make = partial(plan.materialise, name, raw, kind)
+        make = partial(state.materialise, name, kind)
         yield Entry(name, infos[name].shape, kind, make)
     for name in plan.buffers:
         read = partial(buffers.__getitem__, name) if name in buffers else partial(plan.buffer, name)
@@ -250,12 +248,12 @@ def write_config(plan: Plan, work: Path, source: str | None, dtype: torch.dtype 
         write_json(work / "config.json", config)
 
 
-def _write_coefficients(plan: Plan, raw: Raw, work: Path) -> None:
+def _write_coefficients(state: FitState, work: Path) -> None:
     """Write `c` of every merged tensor, `[sources, *slot]`, float32."""
-    entries = []
+    plan, entries = state.plan, []
     for name in plan.tensors:
-        slot = () if name in plan.fixed else plan.layout.slots[name].shape
-        make = partial(plan.coefficient, name, raw)
+        slot = () if name in state.fixed else plan.layout.slots[name].shape
+        make = partial(state.coefficient, name)
         entries.append(Entry(name, (len(plan.sources), *slot), torch.float32, make))
     metadata = {
         "sources": json.dumps(list(plan.sources)),

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.recipe import Recipe
+from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import refuse_existing
-from gradmerge.export.folder import export_plan, require_options
+from gradmerge.export.folder import export_state, require_options
 
 
 def merge(
@@ -54,6 +55,5 @@ def merge(
     plan = open_plan(recipe, with_skeleton=False)
     for warning in plan.warnings:
         warnings.warn(str(warning), stacklevel=2)
-    return export_plan(
-        plan, plan.initial_raw(), output, dtype=dtype, overwrite=overwrite, head=head
-    )
+    state = FitState.start(plan)
+    return export_state(state, output, dtype=dtype, overwrite=overwrite, head=head)

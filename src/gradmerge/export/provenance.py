@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from gradmerge._typing import Raw
 from gradmerge._version import __version__
 from gradmerge.engine.plan import Plan
+from gradmerge.engine.state import FitState
 from gradmerge.sources.tokenizers.report import token_report
 from gradmerge.spec import to_plain
 
@@ -29,19 +29,18 @@ def versions() -> dict[str, str]:
     return {"gradmerge": __version__, "torch": torch_version, **packages, "python": python}
 
 
-def mean_coefficients(plan: Plan, raw: Raw) -> dict[str, float]:
+def mean_coefficients(state: FitState) -> dict[str, float]:
     """Return each source's mean coefficient: over the entries of a tensor, then over tensors."""
-    num = len(plan.sources)
+    num = len(state.plan.sources)
     with torch.no_grad():
         rows = [
-            plan.coefficient(name, raw).double().reshape(num, -1).mean(dim=1)
-            for name in plan.learned
+            state.coefficient(name).double().reshape(num, -1).mean(dim=1) for name in state.learned
         ]
-    return dict(zip(plan.sources, torch.stack(rows).mean(dim=0).tolist(), strict=True))
+    return dict(zip(state.plan.sources, torch.stack(rows).mean(dim=0).tolist(), strict=True))
 
 
 def provenance_of(
-    plan: Plan,
+    state: FitState,
     dtype: str | None,
     tasks: Mapping[str, str],
     results: Mapping[str, Any] | None,
@@ -50,12 +49,13 @@ def provenance_of(
     """Return the content of provenance.json: what was merged, and how.
 
     Args:
-        plan: the opened recipe.
+        state: the opened recipe with its coefficients.
         dtype: dtype of the export; None: as stored.
         tasks: task -> source of its private tensors.
         results: scores by stage, task and metric.
         extra: further entries, which replace others of the same name.
     """
+    plan = state.plan
     checkpoints = {**({"base": plan.base} if plan.base is not None else {}), **plan.sources}
     recipe = to_plain(plan.recipe)
     of = {name: checkpoint.label for name, checkpoint in plan.serving.items()}
@@ -70,13 +70,13 @@ def provenance_of(
         **({"heads": heads} if heads else {}),
         "recipe": recipe,
         "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
-        "fixed": dict(plan.fixed),
+        "fixed": dict(state.fixed),
         "tasks": dict(tasks),
         "dtype": dtype or "as stored",
         **read_as(plan),
         "results": dict(results or {}),
-        **({"finalisation": plan.finalisation.report} if plan.finalisation.report else {}),
-        **({"run": plan.run} if plan.run else {}),
+        **({} if state.corrections is None else {"finalisation": state.corrections.report}),
+        **({"run": state.run} if state.run else {}),
         **(extra or {}),
     }
 

@@ -18,10 +18,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from gradmerge._typing import Raw
 from gradmerge._version import __version__
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe, innermost
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.finalisers import AbstractRescale
 from gradmerge.mergekit.methods import METHODS
@@ -31,8 +31,7 @@ from gradmerge.sources.lora import Lora
 
 
 def write_mergekit(
-    plan: Plan,
-    raw: Raw,
+    state: FitState,
     output: str | Path,
     *,
     dtype: str | None = None,
@@ -42,7 +41,7 @@ def write_mergekit(
     """Write coefficients as a mergekit YAML.
 
     Args:
-        plan: the opened recipe.
+        state: the opened recipe with its coefficients.
         raw: raw coefficients by key.
         output: the file; it must not exist unless `overwrite`.
         dtype: dtype in which mergekit stores the result; default: as the reference stores its
@@ -58,7 +57,7 @@ def write_mergekit(
     """
     target = Path(output).expanduser()
     require_file(target, overwrite)
-    text = mergekit_yaml(plan, raw, dtype, buffers)
+    text = mergekit_yaml(state, dtype, buffers)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
@@ -93,9 +92,10 @@ def require_plain(recipe: Recipe) -> None:
 
 
 def mergekit_yaml(
-    plan: Plan, raw: Raw, dtype: str | None = None, buffers: Mapping[str, Tensor] | None = None
+    state: FitState, dtype: str | None = None, buffers: Mapping[str, Tensor] | None = None
 ) -> str:
     """Return the text of the file; arguments as in `write_mergekit`."""
+    plan = state.plan
     reasons = _reasons(plan, buffers or {})
     inputs = _inputs(plan, reasons)
     stored = dtype or _stored_dtype(plan, reasons)
@@ -106,7 +106,7 @@ def mergekit_yaml(
     base = inputs.pop("base", None)
     if base is not None and method.origin == "zero" and base not in inputs.values():
         inputs = {"base": base, **inputs}  # the base is a term of the sum
-    rows = _rows(plan, raw)
+    rows = _rows(state)
     columns = {k: {name: row.get(k, 0.0) for name, row in rows.items()} for k in inputs}
     everything = [plan.reference, *plan.sources.values()]
     wide = any(c.infos[name].dtype == torch.float64 for c in everything for name in plan.tensors)
@@ -247,16 +247,17 @@ def _path(path: str, revision: str | None) -> Any:
 # ---- weights ------------------------------------------------------------------------------------
 
 
-def _rows(plan: Plan, raw: Raw) -> dict[str, dict[str, float]]:
+def _rows(state: FitState) -> dict[str, dict[str, float]]:
     """Return the weight of each source in each tensor and buffer."""
+    plan = state.plan
     names = list(plan.sources)
     origin = plan.recipe.resolved_origin
     rows = {}
     with torch.no_grad():
         for name in plan.tensors:
-            own = plan.coefficient(name, raw).detach().double().cpu()
-            if plan.finalisation.active and name not in plan.fixed:
-                own = own * plan.finalisation.factor(name, _merged(plan, raw, name))
+            own = state.coefficient(name).detach().double().cpu()
+            if plan.finalisation.active and name not in state.fixed:
+                own = own * plan.finalisation.factor(name, _merged(state, name))
             rest = 1 - own.sum()
             if origin == "mean":  # mean + sum c (theta - mean), as a sum of the theta
                 own = own + rest / len(own)
@@ -276,10 +277,10 @@ def _rows(plan: Plan, raw: Raw) -> dict[str, dict[str, float]]:
     return rows
 
 
-def _merged(plan: Plan, raw: Raw, name: str) -> Tensor:
+def _merged(state: FitState, name: str) -> Tensor:
     """Return a merged tensor before its finalisers, float32."""
-    out = torch.empty(plan.tensors[name].shape)
-    return plan.combine(name, plan.raw(name, raw).detach().cpu(), out)
+    own = state.plan.z(name, state.raw).detach().cpu()
+    return state.plan.combine(name, own, torch.empty(state.plan.tensors[name].shape))
 
 
 def _weight(column: Mapping[str, float]) -> Any:

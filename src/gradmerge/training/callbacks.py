@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
-from gradmerge.engine.plan import Plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError
 from gradmerge.export.atomic import refuse_existing
 from gradmerge.export.folder import export_merged, require_options
@@ -63,13 +63,13 @@ def heat_map(
     return figure
 
 
-def coefficient_table(plan: Plan, raw: Any) -> tuple[list[str], Tensor]:
+def coefficient_table(state: FitState) -> tuple[list[str], Tensor]:
     """Return the names of the merged tensors and their mean coefficients, `[tensors, sources]`."""
     rows = []
-    for name in plan.tensors:
-        coefficient = plan.coefficient(name, raw).detach().float().cpu()
-        rows.append(coefficient.reshape(len(plan.sources), -1).mean(dim=1))
-    return list(plan.tensors), torch.stack(rows)
+    for name in state.plan.tensors:
+        coefficient = state.coefficient(name).detach().float().cpu()
+        rows.append(coefficient.reshape(len(coefficient), -1).mean(dim=1))
+    return list(state.plan.tensors), torch.stack(rows)
 
 
 class CoefficientLogger(lightning.Callback):
@@ -97,25 +97,23 @@ class CoefficientLogger(lightning.Callback):
             return  # a driver's module, which learns only a part of the merge
         folder = trainer.log_dir  # a collective call: every process must make it
         if trainer.is_global_zero and (self._count - 1) % self.every_n_validations == 0:
-            merged = pl_module.merged
-            self.write(trainer.loggers, folder, merged.plan, merged.raw, trainer.global_step)
+            self.write(trainer.loggers, folder, pl_module.merged.state, trainer.global_step)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Save the heat map of the final coefficients."""
         folder = trainer.log_dir
         if trainer.is_global_zero and folder and hasattr(pl_module, "merged"):
-            self.draw(folder, pl_module.merged.plan, pl_module.merged.raw)
+            self.draw(folder, pl_module.merged.state)
 
-    def draw(self, folder: str, plan: Plan, raw: Any) -> None:
+    def draw(self, folder: str, state: FitState) -> None:
         """Save the heat map of the given coefficients."""
-        names, table = coefficient_table(plan, raw)
-        heat_map(table, names, plan.source_names, Path(folder) / "coefficients.png")
+        names, table = coefficient_table(state)
+        heat_map(table, names, state.plan.source_names, Path(folder) / "coefficients.png")
 
-    def write(
-        self, loggers: Iterable[Any], folder: str | None, plan: Plan, raw: Any, step: int
-    ) -> None:
+    def write(self, loggers: Iterable[Any], folder: str | None, state: FitState, step: int) -> None:
         """Log the given coefficients to `coefficients.csv` and to W&B."""
-        names, table = coefficient_table(plan, raw)
+        names, table = coefficient_table(state)
+        sources = state.plan.source_names
         if folder:
             path = Path(folder) / "coefficients.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,21 +121,21 @@ class CoefficientLogger(lightning.Callback):
             with path.open("a", newline="") as file:
                 writer = csv.writer(file)
                 if new:
-                    writer.writerow(["step", "tensor", *plan.source_names])
+                    writer.writerow(["step", "tensor", *sources])
                 for name, row in zip(names, table.tolist(), strict=True):
                     writer.writerow([step, name, *(f"{value:.6g}" for value in row)])
         for logger in loggers:
             if isinstance(logger, lightning.pytorch.loggers.WandbLogger):
-                self._to_wandb(logger, plan, table, names, step)
+                self._to_wandb(logger, sources, table, names, step)
 
     def _to_wandb(
-        self, logger: Any, plan: Plan, table: Tensor, names: list[str], step: int
+        self, logger: Any, sources: Sequence[str], table: Tensor, names: list[str], step: int
     ) -> None:
         import wandb
 
-        figure = heat_map(table, names, plan.source_names, None)
+        figure = heat_map(table, names, sources, None)
         logged: dict[str, Any] = {"coefficients/heat_map": wandb.Image(figure)}
-        for source, values in zip(plan.source_names, table.T, strict=True):
+        for source, values in zip(sources, table.T, strict=True):
             logged[f"coefficients/{source}"] = wandb.Histogram(values.numpy())
         logger.experiment.log({**logged, "trainer/global_step": step})
 

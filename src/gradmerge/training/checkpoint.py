@@ -13,6 +13,7 @@ from torch import Tensor
 from gradmerge._version import __version__
 from gradmerge.engine.merged import MergedModel
 from gradmerge.errors import ConfigError
+from gradmerge.finalisers import Corrections
 
 
 @contextmanager
@@ -47,17 +48,17 @@ def to_save(
         results: scores by split.
         experts: scores of the tasks' own sources by split.
     """
-    plan = merged.plan
+    plan, state = merged.plan, merged.state
     return {
         "version": __version__,
         "sources": list(plan.source_names),
         "tasks": dict(merged.tasks),
         "fingerprints": plan.fingerprints,
-        "fixed": dict(plan.fixed),
+        "fixed": dict(state.fixed),
         "checked_unused": checked_unused,
         "buffers": {k: v.detach().cpu().clone() for k, v in merged.statistics.values().items()},
-        "finalisation": plan.finalisation.state(),
-        "run": copy.deepcopy(plan.run),
+        "finalisation": {} if state.corrections is None else state.corrections.to_save(),
+        "run": copy.deepcopy(state.run),
         "results": copy.deepcopy(dict(results)),
         "experts": copy.deepcopy(dict(experts)),
     }
@@ -74,12 +75,11 @@ def restore(
     """
     if saved is None:
         raise ConfigError("the checkpoint holds no gradmerge coefficients.")
-    plan = merged.plan
-    plan.require_fingerprints(saved["fingerprints"])
+    merged.plan.require_fingerprints(saved["fingerprints"])
     for name, coefficient in saved["fixed"].items():
         merged.fix([name], coefficient)
-    plan.run = saved.get("run", {})
+    merged.state.run = saved.get("run", {})
     merged.tasks = dict(saved["tasks"])
     merged.statistics.set(saved["buffers"])
-    plan.finalisation.load_state(saved.get("finalisation", {}))
+    merged.state.corrections = Corrections.restore(saved.get("finalisation", {}))
     return saved["checked_unused"], saved["results"], saved["experts"]

@@ -174,7 +174,8 @@ class MergeModule(lightning.LightningModule):
 
         The coefficients themselves are not changed.
         """
-        self.recipe = self.merged.plan.recipe = replace(self.recipe, init=init)
+        self.merged.state.plan = self.merged.plan.with_init(init)
+        self.recipe = self.merged.plan.recipe
         self.hparams["recipe"] = to_plain(self.recipe)
         raw = self.merged.plan.initial_raw()
         own = self.merged.raw
@@ -307,12 +308,12 @@ class MergeModule(lightning.LightningModule):
             self.regularisation.measure(steps, self._inner_scale())
 
     def on_train_end(self) -> None:
-        """Record the final logit scale in the plan."""
+        """Record the final logit scale in the record of the run."""
         self._note_logit_scale()
 
     def _note_logit_scale(self) -> None:
-        if self.logit_scale is not None and self.merged.plan.run:
-            self.merged.plan.run["logit_scale"] = self.logit_scale.value
+        if self.logit_scale is not None and self.merged.state.run:
+            self.merged.state.run["logit_scale"] = self.logit_scale.value
 
     def on_validation_model_train(self) -> None:
         """Return to training mode within a fit.

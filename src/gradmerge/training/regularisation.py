@@ -35,15 +35,15 @@ class Regularisation:
     def start_at(self, raw: Raw) -> None:
         """Set the starting coefficients from raw ones, if there is a regulariser."""
         if self._objective.regularisers:
-            plan = self._merged.plan
-            self.start = {n: plan.coefficient(n, raw).detach().clone() for n in plan.learned}
+            state = self._merged.state.at(raw)
+            self.start = {n: state.coefficient(n).detach().clone() for n in state.learned}
 
     def penalty(self) -> Tensor:
         """Return the weighted sum of all penalties, differentiable."""
         slots = self._merged.plan.layout.slots
         importance = {
             name: slots[name].read(self.importance)
-            for name in self._merged.plan.learned
+            for name in self._merged.state.learned
             if self.importance
         }
         coefficients = self._merged.coefficients()
@@ -109,7 +109,7 @@ def measure_importance(
             total[key] += _mean_over_processes(value).square_()
         count += 1
     reached = _of_all_processes(reached)
-    learned = [name for name in plan.learned if name in reached]
+    learned = [name for name in merged.state.learned if name in reached]
     whole = [layout.slots[name].read(total).flatten() for name in learned]
     mean = float(torch.cat(whole).mean(dtype=torch.float64)) if whole else 0.0
     if not mean > 0:
@@ -122,11 +122,11 @@ def measure_importance(
 
 def _slopes(merged: MergedModel, runs: Runs, scale: float) -> dict[str, Tensor]:
     """Return the gradients of one batch by tensor, `[sources, *shape]`, times `scale`."""
-    slopes = merged.plan.slopes = {}
+    slopes = merged.state.slopes = {}
     try:
         merged.accumulate(runs, scale)
     finally:
-        merged.plan.slopes = None
+        merged.state.slopes = None
     return slopes
 
 

@@ -16,17 +16,17 @@ _LIMITS = ("max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_
 
 
 def start_run(trainer: Any, module: Any) -> None:
-    """Record the run in the plan, and log the mean initial coefficients.
+    """Record the run, and log the mean initial coefficients.
 
     In a resumed run, the record of the earlier fit is kept under `before`, and its initial
     coefficients are those of the run.
     """
-    plan = module.merged.plan
-    before = plan.run
-    start = before.get("initial_coefficients") or mean_coefficients(plan, module.merged.raw)
-    plan.run = {**describe(trainer, module), "initial_coefficients": start}
+    state = module.merged.state
+    before = state.run
+    start = before.get("initial_coefficients") or mean_coefficients(state)
+    state.run = {**describe(trainer, module), "initial_coefficients": start}
     if before:
-        plan.run["before"] = before
+        state.run["before"] = before
     for logger in trainer.loggers:
         logger.log_metrics({f"init/{source}": value for source, value in start.items()}, step=0)
 

@@ -182,7 +182,7 @@ class SearchedStart(lightning.Callback):
         """Record the search and log its trials."""
         if self.found is None:
             return
-        pl_module.merged.plan.run["search"] = self.found
+        pl_module.merged.state.run["search"] = self.found
         if not self._new:
             return
         for logger in trainer.loggers:

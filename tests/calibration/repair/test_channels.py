@@ -31,7 +31,7 @@ def test_channels_of_a_perceptron_are_those_of_its_sources(memory):
     places = ["first", "second", "third"]
     twin, expected = exported(merged, models[0]), averages(models, batches, places)
     assert_statistics(channels(twin, batches, places), expected)
-    report = merged.plan.finalisation.report
+    report = merged.state.corrections.report
     assert report["corrected"] == [f"{place}.weight" for place in places]
     assert report["left alone"] == {"head.weight": LAST}
     assert report["batches"] == 3
@@ -49,7 +49,7 @@ def test_channels_of_convolutions_are_those_of_their_sources(memory):
     places = ["first", "grouped", "flat"]
     twin = exported(merged, models[0])
     assert_statistics(channels(twin, batches, places), averages(models, batches, places))
-    assert merged.plan.finalisation.report["corrected"] == [f"{p}.weight" for p in places]
+    assert merged.state.corrections.report["corrected"] == [f"{p}.weight" for p in places]
 
 
 @pytest.mark.parametrize("buffers", ["recompute", "mean"])
@@ -60,7 +60,7 @@ def test_channels_of_a_residual_network_are_those_of_its_sources(buffers):
     places = ["norm", *(f"blocks.{i}.bn{j}" for i in (0, 1) for j in (1, 2)), "blocks.1.short.1"]
     twin = exported(merged, models[0])
     assert_statistics(channels(twin, batches, places), averages(models, batches, places))
-    report = merged.plan.finalisation.report
+    report = merged.state.corrections.report
     assert sorted(report["corrected"]) == sorted(f"{place}.weight" for place in places)
     assert report["left alone"]["stem.weight"] == "it feeds a BatchNorm"
     stem = channels(twin, batches, ["stem", "blocks.1.conv1"])
@@ -85,7 +85,7 @@ def test_a_llama_without_biases_gets_the_deviations(family):
     twin = exported(merged, models[0])
     expected = averages(models[1:], batches, places)
     assert_statistics(channels(twin, batches, places), expected, mean=False)
-    report = merged.plan.finalisation.report
+    report = merged.state.corrections.report
     assert report["scale alone"] == [f"{place}.weight" for place in places]
     assert "corrected" not in report
     sizes = [len(stage) for stage in found.survey.stages]
@@ -112,7 +112,7 @@ def test_channels_of_other_architectures(family, name, memory):
     models, inputs = family(name, 3, torch.float32)
     batches = [inputs, {k: v.roll(1, -1) for k, v in inputs.items()}]
     merged, _ = repaired(models[1:], batches, memory=memory)
-    report = merged.plan.finalisation.report
+    report = merged.state.corrections.report
     binding = merged.plan.binding.parameters
 
     def places(kind):
@@ -130,7 +130,7 @@ def test_sixteen_bits_are_corrected_to_their_precision():
     models, batches = networks(Deep), vectors(200)
     merged, _ = repaired(models, [b.bfloat16() for b in batches], dtype=torch.bfloat16)
     places = ["first", "second", "third"]
-    assert merged.plan.finalisation.report["corrected"] == [f"{place}.weight" for place in places]
+    assert merged.state.corrections.report["corrected"] == [f"{place}.weight" for place in places]
     expected = averages(models, batches, places)
     got = channels(exported(merged, models[0]), batches, places)
     for place in places:
@@ -172,7 +172,7 @@ def test_padding_does_not_count(family):
     models, _ = family("bert", 3, torch.float32)
     batches = [tokens(8, 5, 3), tokens(2, 8)]
     merged, _ = repaired(models[1:], batches)
-    report = merged.plan.finalisation.report
+    report = merged.state.corrections.report
     places = [name.removesuffix(".weight") for name in report["corrected"]]
     assert len(places) == 2 * 6 + 1
     assert "bert.pooler.dense" in places
@@ -219,11 +219,11 @@ def test_padding_does_not_count_in_any_layout(count):
             x = torch.randn(len(lengths), 5, 6, generator=torch.Generator().manual_seed(4))
             batches.append({"x": x + noise * (1 - mask)[..., None], "attention_mask": mask})
         merged, _ = repaired(models, batches)
-        found.append(merged.plan.finalisation)
+        found.append(merged.state.corrections)
     names = ["plain", "flat", "width", "heads", "turned", "conv"]
     assert found[0].report["corrected"] == [f"{name}.weight" for name in names]
-    for name, correction in found[0].corrections.items():
-        other = found[1].corrections[name]
+    for name, correction in found[0].of.items():
+        other = found[1].of[name]
         torch.testing.assert_close(other.scale, correction.scale, rtol=1e-5, atol=1e-6)
         if correction.shift is not None:
             torch.testing.assert_close(other.shift, correction.shift, rtol=1e-5, atol=1e-6)

@@ -75,7 +75,7 @@ def test_one_pass_over_one_batch_gives_what_passes_over_its_parts_give(kind, buf
         passes.append(len(calls))
         found.append(merged)
     assert passes == [2 * len(renormalisation.survey.stages), 1]
-    many, one = (merged.plan.finalisation.corrections for merged in found)
+    many, one = (merged.state.corrections.of for merged in found)
     assert many.keys() == one.keys()
     for name, correction in many.items():
         torch.testing.assert_close(one[name].scale, correction.scale, rtol=1e-4, atol=1e-5)
@@ -125,7 +125,7 @@ def test_of_one_source_nothing_changes():
     (model,), batches = networks(Deep, 1), vectors(20, 12)
     merged, _ = repaired([model], batches)
     for name, tensor in model.named_parameters():
-        got = merged.plan.materialise(name, merged.raw)
+        got = merged.state.materialise(name)
         torch.testing.assert_close(got, tensor.detach(), rtol=1e-5, atol=1e-6)
 
 
@@ -162,7 +162,7 @@ def test_a_source_whose_units_are_mixed_sets_no_target(reference, number, interp
     places = ["first", "second", "third"]
     own = channels(models[number], batches, places)
     assert_statistics(channels(exported(merged, models[0]), batches, places), own)
-    assert merged.plan.finalisation.report["targets of"] == [reference]
+    assert merged.state.corrections.report["targets of"] == [reference]
     view = exported_source(merged, models[0], "ba"[number])
     mixed, original = (channels(m, batches, places) for m in (view, models[1 - number]))
     shrunk = mixed["third"][1].mean() / original["third"][1].mean()
@@ -172,7 +172,7 @@ def test_a_source_whose_units_are_mixed_sets_no_target(reference, number, interp
 def test_every_source_sets_targets_where_units_are_permuted():
     models, batches = networks(Deep), vectors(40, 30)
     merged, _ = repaired(models, batches, alignment=WeightMatching())
-    assert "targets of" not in merged.plan.finalisation.report
+    assert "targets of" not in merged.state.corrections.report
     places = ["first", "second", "third"]
     twin = exported(merged, models[0])
     aligned = [exported_source(merged, models[0], name) for name in "ab"]
@@ -251,7 +251,7 @@ def test_no_finalisers_change_no_bit():
     )
     assert not none.plan.finalisation.active
     for name in plain.plan.tensors:
-        first, second = (m.plan.materialise(name, m.raw) for m in (plain, none))
+        first, second = (m.state.materialise(name) for m in (plain, none))
         assert torch.equal(first, second)
     with torch.no_grad():
         assert torch.equal(plain(batch), none(batch))

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from gradmerge import MergedModel, Recipe
 from gradmerge.errors import ConfigError
-from gradmerge.finalisers import REPAIR
+from gradmerge.finalisers import REPAIR, Corrections
 from repairing import (
     Deep,
     assert_statistics,
@@ -71,7 +71,7 @@ def test_every_layer_that_can_be_scaled_is_corrected(parts):
         models.append(Volumes().eval())
     batches = images(*parts)
     merged, found = repaired(models, batches)
-    report = merged.plan.finalisation.report
+    report = merged.state.corrections.report
     g = "parametrizations.weight.original0"
     corrected = ["solid.weight", "up1.weight", "up3.weight", f"normed.{g}", f"filter.{g}"]
     assert report["corrected"] == corrected
@@ -94,11 +94,10 @@ def test_every_layer_that_can_be_scaled_is_corrected(parts):
         torch.testing.assert_close(got[place][1], deviations, rtol=1e-4, atol=1e-5)
         if place != "up2":
             torch.testing.assert_close(got[place][0], means, rtol=1e-4, atol=1e-4)
-    finalisation = merged.plan.finalisation
-    before = {n: merged.plan.materialise(n, merged.raw) for n in ("up2.weight", "up3.weight")}
-    finalisation.load_state(finalisation.state())
+    before = {n: merged.state.materialise(n) for n in ("up2.weight", "up3.weight")}
+    merged.state.corrections = Corrections.restore(merged.state.corrections.to_save())
     for name, tensor in before.items():
-        assert torch.equal(merged.plan.materialise(name, merged.raw), tensor)
+        assert torch.equal(merged.state.materialise(name), tensor)
 
 
 def test_weight_norm_of_old_style_is_scaled_by_its_g():
@@ -110,7 +109,7 @@ def test_weight_norm_of_old_style_is_scaled_by_its_g():
             model(batches[0])
     merged, _ = repaired(models, batches)
     names = ["first.weight", "second.weight_g", "third.weight"]
-    assert merged.plan.finalisation.report["corrected"] == names
+    assert merged.state.corrections.report["corrected"] == names
     places = ["first", "second", "third"]
     twin, expected = exported(merged, models[0]), averages(models, batches, places)
     assert_statistics(channels(twin, batches, places), expected)
@@ -121,7 +120,7 @@ def test_it_has_to_be_computed_first():
         Recipe(dict(zip("ab", networks(Deep), strict=True)), finalisers=[REPAIR()])
     )
     with pytest.raises(ConfigError, match=r"REPAIR has not been computed.*adaptation data"):
-        merged.plan.materialise("first.weight", merged.raw)
+        merged.state.materialise("first.weight")
     with torch.no_grad(), pytest.raises(ConfigError, match="REPAIR has not been computed"):
         merged(vectors(3)[0])
     merged(vectors(3)[0]).sum().backward()

@@ -73,7 +73,7 @@ def test_what_cannot_be_corrected_is_left_alone_and_named():
         "head.weight": LAST,
         "uncalled.weight": "no pass calls it",
     }
-    assert merged.plan.finalisation.report["scale alone"] == ["partly.weight"]
+    assert merged.state.corrections.report["scale alone"] == ["partly.weight"]
     places = ["partly"]
     twin, expected = exported(merged, models[0]), averages(models, vectors(30), places)
     assert_statistics(channels(twin, vectors(30), places), expected, mean=False)
@@ -119,7 +119,7 @@ def test_calls_are_those_of_all_batches():
     """Called twice on the third batch alone; called on the second and third alone."""
     models, batches = loops(-1, -2), vectors(20, 30, 31)
     merged, found = repaired(models, batches)
-    report = merged.plan.finalisation.report
+    report = merged.state.corrections.report
     assert report["corrected"] == ["first.weight", "side.weight", "third.weight"]
     assert report["left alone"] == {
         "loop.weight": "it is called 2 times a pass",
@@ -137,7 +137,7 @@ def test_calls_are_those_of_all_batches():
 def test_calls_are_those_of_all_sources():
     models, batches = loops(-1, 2), vectors(20, 30)
     merged, _ = repaired(models, batches)
-    report = merged.plan.finalisation.report
+    report = merged.state.corrections.report
     assert report["corrected"] == ["first.weight", "loop.weight", "side.weight"]
     assert report["left alone"]["third.weight"] == "source b calls it 2 times a pass"
     twin, places = exported(merged, models[0]), ["first", "loop", "side"]
@@ -152,7 +152,7 @@ def test_a_layer_that_the_merged_network_alone_calls_again_is_refused(sizes):
     with pytest.raises(ConfigError, match=message):
         repaired(models, batches, init=Constant([1.0, -0.9]))
     merged, _ = repaired(models, batches, REPAIR(skip=["^third"]), init=Constant([1.0, -0.9]))
-    assert "third.weight" not in merged.plan.finalisation.report["corrected"]
+    assert "third.weight" not in merged.state.corrections.report["corrected"]
 
 
 class Experts(nn.Module):
@@ -180,7 +180,7 @@ def test_an_expert_that_no_row_reaches_is_named(sizes, norm):
     models = [Experts(norm).eval() for _ in range(2)]
     batches = [batch.abs() for batch in vectors(*sizes)]
     merged, _ = repaired(models, batches, buffers="mean")
-    report = merged.plan.finalisation.report
+    report = merged.state.corrections.report
     assert report["corrected"] == ["first.weight", "experts.1.weight"]
     assert report["left alone"] == {
         "experts.0.weight": "no row of the data reaches it in the merged network",
@@ -192,7 +192,7 @@ def test_an_expert_that_no_row_reaches_is_named(sizes, norm):
         ),
         exported(merged, models[0]),
     )
-    kept = before.plan.materialise("experts.0.weight", before.raw)
+    kept = before.state.materialise("experts.0.weight")
     torch.testing.assert_close(after.experts[0].weight, nn.Parameter(kept))
 
 
@@ -258,7 +258,7 @@ def test_no_output_of_the_network_is_corrected():
         "norm.weight": LAST,
         "project.weight": "it feeds a BatchNorm",
     }
-    assert merged.plan.finalisation.report["corrected"] == ["stem.weight", "trunk.weight"]
+    assert merged.state.corrections.report["corrected"] == ["stem.weight", "trunk.weight"]
     twin, places = exported(merged, models[0]), ["stem", "trunk"]
     assert_statistics(channels(twin, batches, places), averages(models, batches, places))
     for name, tensor in twin.named_parameters():

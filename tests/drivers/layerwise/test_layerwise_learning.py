@@ -27,6 +27,7 @@ from gradmerge.drivers import LayerWise
 from gradmerge.drivers.layerwise.block import MergedBlock
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.plan import Plan
+from gradmerge.engine.state import FitState
 from gradmerge.optimisers import SAM
 from layerwise_jobs import ADAM, NETWORKS, SGD, Narrow, data_of, job_of, network_of, raw_of
 from tiny import build, recipe_of, relatives
@@ -266,7 +267,7 @@ def test_any_granularity_and_link_starts_as_the_recipe_does_and_lowers_the_loss(
     plan = open_plan(recipe)
     start, found = plan.initial_raw(), load_file(folder / "coefficients.safetensors")
     for name in plan.tensors:
-        before = plan.coefficient(name, start)
+        before = FitState(plan, start).coefficient(name)
         same = torch.equal(found[name], before.float())
         assert same != name.startswith("blocks."), name
 

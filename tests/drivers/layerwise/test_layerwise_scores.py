@@ -25,6 +25,7 @@ from gradmerge.drivers.layerwise import job as layers
 from gradmerge.drivers.layerwise.block import MergedWeights
 from gradmerge.drivers.layerwise.job import require_permuted
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError
 from gradmerge.export.provenance import mean_coefficients
 from gradmerge.finalisers import DepthRescale
@@ -169,7 +170,7 @@ def test_the_scores_of_a_merge_are_those_of_its_export_and_are_logged_as_a_fit_d
             assert (step, given) == (last, pytest.approx(value, rel=1e-5, nan_ok=True))
     assert got["selection/loss"] == [(last, pytest.approx(found["average"]["loss"], rel=1e-5))]
     plan = open_plan(recipe)
-    start = mean_coefficients(plan, plan.initial_raw())
+    start = mean_coefficients(FitState.start(plan))
     if name == "bert":
         assert len(set(start.values())) == 2
     for source, value in start.items():

@@ -18,8 +18,9 @@ from gradmerge.coefficients import Constant, Model
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.plan import Plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import CompatibilityError, ConfigError, SourceError
-from gradmerge.export.folder import export_plan
+from gradmerge.export.folder import export_state
 from gradmerge.sources import Lora, SafetensorsFile, Vocabulary
 from gradmerge.sources.tokenizers.report import token_report
 from networks import seeded
@@ -254,7 +255,7 @@ def test_a_merge_that_is_one_source_computes_what_it_computes(
     )
     plan = open_plan(recipe)
     buffers = {n: plan.read("a", n) for n in plan.buffers}
-    folder = export_plan(plan, plan.initial_raw(), tmp_path / "out", buffers=buffers)
+    folder = export_state(FitState.start(plan), tmp_path / "out", buffers=buffers)
     merged = type(models["a"]).from_pretrained(folder).eval()
     target = vocabulary_of(folder)
     text = ["w3", "w0", "w8", "w5"]
@@ -291,7 +292,9 @@ def test_a_step_through_the_views_has_the_gradient_of_the_network(
     gradient = {key: value.grad for key, value in merged.raw.items()}
 
     network = llama(plan.reference.infos[EMBEDDING].shape[0]).double()
-    state = {name: plan.materialise(name, merged.raw, torch.float64) for name in plan.tensors}
+    state = {
+        name: FitState(plan, merged.raw).materialise(name, torch.float64) for name in plan.tensors
+    }
     network.load_state_dict(state)
     network(input_ids=tokens, labels=tokens).loss.backward()
     for name in (EMBEDDING, "lm_head.weight"):

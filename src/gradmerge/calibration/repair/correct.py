@@ -18,7 +18,7 @@ from gradmerge.engine.autograd import checksums
 from gradmerge.engine.buffers import Moments
 from gradmerge.engine.merged import MergedModel
 from gradmerge.errors import ConfigError
-from gradmerge.finalisers import REPAIR, Correction
+from gradmerge.finalisers import REPAIR, Correction, Corrections
 from gradmerge.finalisers.repair import correction_of
 
 
@@ -81,7 +81,7 @@ class Renormalisation:
         weights = torch.full((len(means), 1), 1 / len(means), dtype=torch.float64)
         if self._repair.interpolate == "coefficients":
             plan = self._merged.plan
-            found = plan.coefficient(name, self._merged.raw).detach().double().cpu()
+            found = self._merged.state.coefficient(name).detach().double().cpu()
             found = found.reshape(len(found), -1).mean(dim=1, keepdim=True)
             found = found[[list(plan.sources).index(source) for source in self._unmixed]]
             if not (found >= 0).all() or found.sum() == 0:
@@ -95,7 +95,7 @@ class Renormalisation:
 
     @torch.no_grad()
     def correct(self, runs: Sequence[Run]) -> None:
-        """Compute the corrections for the current coefficients, and give them to the plan.
+        """Compute the corrections for the current coefficients, and set them in the state.
 
         BatchNorm statistics are recomputed on the way if the recipe says so. A single run takes a
         single pass, whose outputs are corrected on the fly.
@@ -132,7 +132,7 @@ class Renormalisation:
             report["targets of"] = list(self._unmixed)
         report = {"batches": len(runs), **report}
         own = checksums(merged.raw.values())
-        merged.plan.finalisation.correct(self._corrections, report, own)
+        merged.state.corrections = Corrections(self._corrections, report, own)
 
     def _correct_stages(self, runs: Sequence[Run], weights: _Weights) -> None:
         """Measure each stage behind the corrected weights of those before it."""
@@ -216,14 +216,15 @@ class _Weights:
 
     def read(self, name: str) -> Tensor | None:
         """Return a tensor in the dtype of the computation; None for a private one."""
-        plan = self._merged.plan
-        if name not in plan.tensors:
+        state = self._merged.state
+        if name not in state.plan.tensors:
             return None
         if name in self._kept:
             return self._kept[name]
         dtype = torch.promote_types(self._merged.dtype, torch.float32)
-        raw = None if name in plan.fixed else plan.raw(name, self._merged.raw).detach()
-        theta = plan.finalisation.before_repair(name, self._merged.build(name, raw, dtype))
+        theta = self._merged.build(name, state.own(name), dtype)
+        if name not in state.fixed:
+            theta = state.plan.finalisation.before_repair(name, theta)
         if name in self._corrections:
             theta = self._corrections[name](theta)
         theta = theta.to(self._merged.dtype)

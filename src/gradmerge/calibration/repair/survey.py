@@ -107,7 +107,7 @@ def _reason(
     places = merged.plan.binding.parameters.get(name, ())
     reasons = {
         f"its weight is shared by {shorten(list(places))}": len(places) > 1,
-        "it is frozen": name in merged.plan.fixed,
+        "it is frozen": name in merged.state.fixed,
         "skip names it": any(re.search(pattern, name) for pattern in repair.skip),
         f"it is called {calls} times a pass": calls > 1,
         _NORMALISED: not layer.is_norm and place in flow.normalised,
@@ -124,7 +124,7 @@ def _bias(merged: MergedModel, place: str) -> str | None:
     assert plan.binding is not None
     bias = joined(place, "bias")
     name = next((n for n, places in plan.binding.parameters.items() if places == (bias,)), None)
-    return name if name in plan.tensors and name not in plan.fixed else None
+    return name if name in plan.tensors and name not in merged.state.fixed else None
 
 
 def _stages(layers: Mapping[str, Layer], flow: Dataflow) -> list[list[Layer]]:

@@ -36,6 +36,7 @@ class MergedWeights:
 
     def __init__(self, chain: Chain, raw: Mapping[str, Tensor]) -> None:
         self.chain, self.raw = chain, dict(raw)
+        self.state = chain.model.state
 
     def read(self, source: str, name: str, finished: bool = False) -> Tensor:
         """Return a merged tensor, or a private one of the source that serves the batch.
@@ -46,16 +47,16 @@ class MergedWeights:
         plan = self.chain.plan
         if name not in plan.tensors:
             return plan.read(source, name)
-        raw = None
-        if name not in plan.fixed:
-            raw = self.raw.get(slot_id(plan.layout.slots[name]))
-            if raw is None:
+        own: Tensor | float | None = self.state.fixed.get(name)
+        if own is None:
+            own = self.raw.get(slot_id(plan.layout.slots[name]))
+            if own is None:
                 raise ConfigError(
                     f"LayerWise: {name} is used outside of its block, so it cannot be learned with "
                     "that block alone. Name other `blocks`, or learn end to end: leave `driver` "
                     "out."
                 )
-        return self.build(name, raw, finished)
+        return self.build(name, own, finished)
 
     def kept(self, finished: bool = False) -> tuple[Read, dict[str, Tensor]]:
         """Return a `read` that merges each tensor once, and the tensors that it keeps."""
@@ -70,12 +71,12 @@ class MergedWeights:
 
         return read, found
 
-    def build(self, name: str, raw: Tensor | None, finished: bool = False) -> Tensor:
+    def build(self, name: str, own: Tensor | float, finished: bool = False) -> Tensor:
         """Return `theta` of a tensor, after the recipe's finalisers where asked for."""
         plan, model = self.chain.plan, self.chain.model
         with torch.no_grad():
             out = torch.empty(plan.tensors[name].shape, dtype=model.dtype, device=model.device)
-            return (plan.finish if finished else plan.combine)(name, raw, out)
+            return (self.state.finish if finished else plan.combine)(name, own, out)
 
 
 class MergedBlock:
@@ -92,7 +93,7 @@ class MergedBlock:
 
     def __init__(self, number: int, raw: Mapping[str, Tensor], weights: MergedWeights) -> None:
         self.number, self.raw, self._weights = number, raw, weights
-        self.plan = weights.chain.plan
+        self.state = weights.state
         self.names = weights.chain.blocks[number].tensors
         self.unused: list[str] = []
         """Tensors that the first backward did not reach."""
@@ -102,20 +103,20 @@ class MergedBlock:
     @property
     def learned(self) -> list[str]:
         """Names of its tensors whose coefficients are learned."""
-        return [name for name in self.names if name not in self.plan.fixed]
+        return [name for name in self.names if name not in self.state.fixed]
 
     def read(self, source: str, name: str) -> Tensor:
         """Return a tensor of the merged network; those of the block are merged once."""
         if name not in self.names:
             return self._weights.read(source, name)
         if name not in self._theta:
-            raw = None if name in self.plan.fixed else self.z(name).detach()
-            self._theta[name] = self._weights.build(name, raw)
+            own = self.state.fixed.get(name)
+            self._theta[name] = self._weights.build(name, self.z(name) if own is None else own)
         return self._theta[name]
 
     def z(self, name: str) -> Tensor:
         """Return the raw coefficients of a tensor."""
-        return self.raw[slot_id(self.plan.layout.slots[name])]
+        return self.raw[slot_id(self.state.plan.layout.slots[name])]
 
     def forget(self, *names: str) -> None:
         """Release learned tensors, by default all; they are merged anew when they are next read."""
@@ -145,7 +146,7 @@ class MergedBlock:
         if not self._checked_unused:
             self._checked_unused = True
             self.unused = [name for name in self.learned if name not in step.touched]
-            self.plan.fix(self.unused, self.plan.unused_coefficient)
+            self.state.fix(self.unused, self.state.plan.unused_coefficient)
         total = torch.stack(values).sum()
         ordered = [
             grads.pop(slot) if slot in grads else torch.zeros_like(z)
@@ -197,9 +198,9 @@ class _Step:
         if grad is None:
             return
         self.touched.add(name)
-        plan = self._block.plan
-        slot = slot_id(plan.layout.slots[name])
-        found = plan.contract(name, grad, self._block.z(name))
+        state = self._block.state
+        slot = slot_id(state.plan.layout.slots[name])
+        found = state.contract(name, grad, self._block.z(name))
         self._grads[slot] = self._grads[slot].add_(found) if slot in self._grads else found
 
     def finish(self) -> dict[str, Tensor]:

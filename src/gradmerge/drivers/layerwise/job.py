@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gradmerge._memory import release_freed_memory, trim_heap
-from gradmerge._typing import Raw
 from gradmerge.alignment import AbstractAlignment
 from gradmerge.alignment.views import original_of
 from gradmerge.drivers.base import Job
@@ -32,8 +31,9 @@ from gradmerge.drivers.layerwise.files import Starts, assembled, read_mapped, wr
 from gradmerge.drivers.layerwise.scores import score
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.plan import Plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError, shorten
-from gradmerge.export.folder import export_plan
+from gradmerge.export.folder import export_state
 from gradmerge.spec import to_plain
 from gradmerge.training.callbacks import CoefficientLogger, log_artifact
 from gradmerge.training.loaders import StreamLoader, TaskStream, even_batches, sample_batches
@@ -81,6 +81,7 @@ class Layers:
             lightning.pytorch.utilities.rank_zero_warn(str(warning))
         device = trainer.strategy.root_device
         self.chain = chain = Chain(plan, find_blocks(plan, blocks), dtype, device)
+        self._state = chain.model.state
         job.data.attach(chain.model)
         job.data.setup()
         self.tasks = chain.model.tasks = self._tasks()
@@ -184,10 +185,10 @@ class Layers:
         self._enter(outside)
         results = self._learn_blocks()
         self._recompute(self._whole_passes)
-        plan.run = {**self._run, "initial_coefficients": start}
-        raw = assembled(plan, self._weights.raw)
+        self._state.run = {**self._run, "initial_coefficients": start}
+        state = self._state.at(assembled(plan, self._weights.raw))
         step = max((n + 1) * int(result["steps"]) for n, result in enumerate(results))
-        scores = self._score(raw, step)
+        scores = self._score(state, step)
         said = [{k: v for k, v in result.items() if k != "run"} for result in results]
         extra = {
             "class_path": "LayerWise",
@@ -195,7 +196,7 @@ class Layers:
             "deviation": self.deviation,
             "blocks": [{"name": b.name, **r} for b, r in zip(blocks, said, strict=True)],
         }
-        write = partial(export_plan, plan, raw)
+        write = partial(export_state, state)
         buffers = self.chain.model.statistics.values()
         written = self.job.export(write, extra, buffers=buffers, tasks=self.tasks, results=scores)
         if self.job.target.log_artifact:
@@ -266,7 +267,7 @@ class Layers:
         stored = read_mapped(path)
         raw = _without_buffers(stored)
         for name, coefficient in result["fixed"].items():
-            self.plan.fix([name], coefficient)
+            self._state.fix([name], coefficient)
         buffers = {name.removeprefix(_BUFFER): stored[name] for name in stored.keys() - raw.keys()}
         self.chain.model.statistics.set(buffers)
         self._run = self._run or result["run"]
@@ -305,7 +306,7 @@ class Layers:
 
     def _learn(self, number: int, path: Path) -> dict[str, Any]:
         """Learn the coefficients of a block and write them to its file."""
-        names = [n for n in self.chain.blocks[number].tensors if n not in self.plan.fixed]
+        names = [n for n in self.chain.blocks[number].tensors if n not in self._state.fixed]
         slots = self._starts.slots(names)
         raw = {slot: self._starts.one(shared) for slot, shared in slots.items()}
         gc.collect()
@@ -411,7 +412,7 @@ class Layers:
 
     # ---- scores ---------------------------------------------------------------------------------
 
-    def _score(self, raw: Raw, step: int) -> dict[str, Any]:
+    def _score(self, state: FitState, step: int) -> dict[str, Any]:
         """Score the selection split once, and log the scores with the coefficients."""
         record = self.job.step("scores", {"scores": "selection"})
         if record.result is not None:
@@ -431,13 +432,13 @@ class Layers:
             self.activations.close()
         else:
             self.job.say("not scored: the network gives no logits")
-        self._log_scores(found, raw, step, trainer.log_dir)
+        self._log_scores(found, state, step, trainer.log_dir)
         results = {"selection": found} if found else {}
         record.finish(results)
         trim_heap()
         return results
 
-    def _log_scores(self, found: Scores, raw: Raw, step: int, folder: str | None) -> None:
+    def _log_scores(self, found: Scores, state: FitState, step: int, folder: str | None) -> None:
         logged = {}
         for task, values in found.items():
             for name, value in values.items():
@@ -445,9 +446,9 @@ class Layers:
                 key = "selection/loss" if whole else f"selection/{task}/{name}"
                 logged[key] = torch.tensor(value).item()  # in float32, as a trainer logs
         for callback in self._coefficients:
-            callback.write(self._loggers, folder, self.plan, raw, step)
+            callback.write(self._loggers, folder, state, step)
             if folder:
-                callback.draw(folder, self.plan, raw)
+                callback.draw(folder, state)
         for logger in self._loggers:
             if logged:
                 logger.log_metrics(logged, step=step)

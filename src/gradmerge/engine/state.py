@@ -1,0 +1,95 @@
+"""The changing half of a merge: coefficients, and what a fit finds out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmerge._typing import Raw
+from gradmerge.engine.plan import Plan
+from gradmerge.finalisers import Corrections
+
+
+@dataclass
+class FitState:
+    """A plan's coefficients, and what a fit has found out about the merge.
+
+    Args:
+        plan: the opened recipe.
+        raw: raw coefficients z by key.
+    """
+
+    plan: Plan
+    raw: Raw
+    fixed: dict[str, float] = field(init=False)
+    """Coefficients of tensors that are not learned: frozen ones, and those without a gradient."""
+    corrections: Corrections | None = None
+    """The corrections of REPAIR, once they are computed."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """Record of the fit as plain data; empty before a fit."""
+    slopes: dict[str, Tensor] | None = None
+    """If set, `contract` accumulates `dL/dc` here, by tensor, `[sources, *slot]`."""
+
+    def __post_init__(self) -> None:
+        """Start with the recipe's frozen tensors."""
+        self.fixed = dict(self.plan.fixed)
+
+    @classmethod
+    def start(cls, plan: Plan) -> FitState:
+        """Return the state of a plan at the coefficients of its init."""
+        return cls(plan, plan.initial_raw())
+
+    def at(self, raw: Raw) -> FitState:
+        """Return the same merge at other coefficients; the two share what the fit found out."""
+        other = copy.copy(self)
+        other.raw = raw
+        return other
+
+    @property
+    def learned(self) -> list[str]:
+        """Names of the tensors whose coefficients are learned."""
+        return [name for name in self.plan.tensors if name not in self.fixed]
+
+    def fix(self, names: Sequence[str], coefficient: float) -> None:
+        """Fix tensors at a coefficient from now on."""
+        self.fixed.update(dict.fromkeys(names, coefficient))
+
+    def own(self, name: str) -> Tensor | float:
+        """Return z of a tensor, `[rows, *slot]`, as a view of `raw`; of a fixed one its number."""
+        return self.fixed[name] if name in self.fixed else self.plan.z(name, self.raw)
+
+    def coefficient(self, name: str) -> Tensor:
+        """Return `c = link(z)` of a tensor, `[sources, *slot]`, differentiable unless fixed."""
+        return self.plan.coefficient(self.own(name))
+
+    def contract(self, name: str, grad: Tensor, z: Tensor) -> Tensor:
+        """Return `dL/dz` of a tensor for `grad = dL/dtheta`."""
+        found, slope = self.plan.contract(name, grad, z, self.slopes is not None)
+        if self.slopes is not None and slope is not None:
+            before = self.slopes.get(name)
+            self.slopes[name] = slope if before is None else before + slope
+        return found
+
+    def finish(self, name: str, own: Tensor | float, out: Tensor) -> Tensor:
+        """Write `theta_p(z)` after the recipe's finalisers into `out`; see `Plan.combine`.
+
+        Fixed tensors stay as they are. Finalisers compute in float32 or wider.
+        """
+        if not self.plan.finalisation.active or not isinstance(own, Tensor):
+            return self.plan.combine(name, own, out)
+        wide = out.new_empty(out.shape, dtype=torch.promote_types(out.dtype, torch.float32))
+        with torch.no_grad():
+            theta = self.plan.combine(name, own, wide)
+            return out.copy_(self.plan.finalisation(name, theta, self.corrections))
+
+    @torch.no_grad()
+    def materialise(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a merged and finished tensor, by default in the reference's stored dtype."""
+        info = self.plan.reference.infos[name]
+        out = torch.empty(info.shape, dtype=dtype or info.dtype)
+        return self.finish(name, self.own(name), out)
