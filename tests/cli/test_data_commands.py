@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from gradmerge.cli import commands, main
 from gradmerge.cli.configs import read_merge_input
-from gradmerge.cli.main import learn
+from gradmerge.cli.main import learn, merge_options
 from gradmerge.coefficients import Constant
 from gradmerge.preprocess import RegMean
 from gradmerge.sources.collected import SourceStatistics
@@ -123,8 +123,10 @@ def test_a_soup_over_statistics_and_scores_of_a_plain_merge(suite, tmp_path, cap
 def test_data_is_kept_only_where_it_is_needed(suite, tmp_path):
     plain = write(tmp_path / "plain.yaml", {"model": {"recipe": {**ONES, "preprocess": ["Trim"]}}})
     needy = method(tmp_path, {"class_path": "gradmerge.preprocess.FisherScale"})
-    direct = write(tmp_path / "direct.yaml", {"recipe": {**ONES, "preprocess": "MaTS"}})
+    direct = write(tmp_path / "direct.yaml", {"recipe": {**ONES, "preprocess": ["MaTS"]}})
     named = write(tmp_path / "named.yaml", {"recipe": {"statistics": "somewhere"}})
+    own = yaml.safe_load(Path(suite).read_text())["model"]["recipe"]
+    whole = write(tmp_path / "whole.yaml", {"recipe": {**own, **ONES, "preprocess": ["RegMean"]}})
     for files, needed in [
         (arguments(suite, plain), False),
         (arguments(suite, needy), True),
@@ -135,13 +137,12 @@ def test_data_is_kept_only_where_it_is_needed(suite, tmp_path):
         (arguments(suite, plain, "--search.class_path", "GreedySoup"), True),
         (arguments(suite, plain, "--score=true"), True),
         (["--config", suite, "--recipe.preprocess", "[RegMean]"], True),
-        (["--config", needy], False),  # no data is given at all; the recipe says what to do
+        (["--config", whole], False),  # no data is given at all; the recipe says what to do
     ]:
-        came = read_merge_input(files)
-        assert came.with_data == needed, files
-        first = next(a for a in came.arguments if "recipe:" in a).removeprefix("--config=")
-        found = yaml.safe_load(first)
-        assert ("data" in found) == (needed and suite in "".join(files)), files
+        options = merge_options("merge", read_merge_input([*files, "--output", "x"]))
+        assert ("data" in options) == needed, files
+        if needed:
+            assert list(options["data"].tasks) == ["a", "b"]
 
 
 def test_a_plain_merge_with_the_files_of_fit_does_not_wait_for_lightning(suite, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,85 +18,89 @@ from gradmerge.sources import Checkpoint
 
 # Options of `gradmerge fit` that a merge without training ignores.
 _OF_A_FIT = ("seed_everything", "trainer", "optimizer", "lr_scheduler", "ckpt_path", "driver")
-# Options that need data for any recipe.
-_ASKING = ("search", "score")
 
 
 @dataclass(frozen=True)
 class MergeInput:
-    """Arguments of `merge` or `collect` in the form that the command's parser accepts."""
+    """The options of `merge` or `collect` with their configuration files."""
 
-    arguments: list[str]
-    with_data: bool = False
-    """The command needs the tasks' data."""
-    recipe: Recipe | None = None
-    """The recipe of a mergekit file, whose fields options may replace."""
-    opened: Mapping[str, Checkpoint] = field(default_factory=dict)
-    """The recipe's checkpoints, which the mergekit reader opened."""
+    given: Sequence[str]
+    """As on the command line."""
+    files: Mapping[int, dict[str, Any] | None]
+    """Contents of the files by position among the arguments; of a mergekit file: nothing."""
+    reading: Reading | None = None
+    """The mergekit file, if there is one; options may replace fields of its recipe."""
     replaced: tuple[str, ...] = ()
     """Fields of the recipe that options and other files set."""
-    dtype: str | None = None
-    """The dtype that a mergekit file sets."""
 
-    def complete(self, parsed: partial[Recipe]) -> Recipe:
-        """Return the recipe of the options, or the mergekit file's with the fields they set."""
-        if self.recipe is None:
-            return parsed()
-        return replace(self.recipe, **{name: parsed.keywords[name] for name in self.replaced})
+    @property
+    def asks_for_data(self) -> bool:
+        """True if an option gives data, or help on all options is asked for."""
+        names = {re.split(r"[.=]", a)[0] for a in self.given if a.startswith("-")}
+        return not names.isdisjoint(("--data", "--help", "-h"))
+
+    def needs_data(self, options: Mapping[str, Any]) -> bool:
+        """Return True if these options, parsed without data, need them."""
+        recipe: Recipe = options["recipe"]
+        given = any(file is not None and "data" in file for file in self.files.values())
+        on_data = any(finaliser.needs_data for finaliser in recipe.finalisers)
+        missing = recipe.needs_statistics and recipe.statistics is None
+        return bool(options["search"] or options["score"] or (given and (on_data or missing)))
+
+    def arguments(self, dropped: Sequence[str]) -> list[str]:
+        """Return the arguments as the command's parser accepts them.
+
+        Args:
+            dropped: options of the files that are left out.
+        """
+        found = list(self.given)
+        for at, flag, _ in _configs(self.given):
+            file = self.files[at]
+            if file is not None and (not file or {"model", *dropped} & file.keys()):
+                # the parser accepts the content of a configuration in place of its path
+                found[at] = flag + yaml.safe_dump(_translated(file, dropped), sort_keys=False)
+        return found
+
+    def complete(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the parsed options with the recipe of the mergekit file, where it counts."""
+        parsed, reading = options["recipe"], self.reading
+        if reading is None:
+            return {**options, "recipe": parsed()}
+        fields = {name: parsed.keywords[name] for name in self.replaced}
+        return {**options, "recipe": replace(reading.recipe, **fields)}
+
+    @property
+    def opened(self) -> Mapping[str, Checkpoint]:
+        """The recipe's checkpoints, if the mergekit reader opened them."""
+        if self.reading is None or {"sources", "base"} & set(self.replaced):
+            return {}
+        return self.reading.opened
 
 
-def read_merge_input(arguments: Sequence[str], with_data: bool | None = None) -> MergeInput:
+def read_merge_input(arguments: Sequence[str]) -> MergeInput:
     """Read the configuration files among the arguments of `merge` or `collect`.
 
     A file for `fit` is reduced to its recipe and data, so that one suite and one method file serve
-    both commands. A mergekit YAML becomes a recipe, and its summary is printed. `data` is kept only
-    if it is needed, because parsing it imports Lightning.
-
-    Args:
-        arguments: arguments as on the command line.
-        with_data: data is needed, as always for `collect`. Default: if the arguments hold a search
-            or scores, a finaliser on data, or an alignment or step that needs statistics and no
-            statistics.
+    both commands. A mergekit YAML becomes a recipe, and its summary is printed.
 
     Raises:
         ConfigError: a mergekit file cannot be read, or there are several.
     """
     files = {at: _read(path) for at, _, path in _configs(arguments)}
-    theirs = {at for at, found in files.items() if is_mergekit(found)}
+    theirs = {at: path for at, _, path in _configs(arguments) if is_mergekit(files[at])}
     if len(theirs) > 1:
         raise ConfigError(
-            "--config: expected at most one mergekit YAML, got "
-            + ", ".join(path for at, _, path in _configs(arguments) if at in theirs)
+            "--config: expected at most one mergekit YAML, got " + ", ".join(theirs.values())
         )
-    # `collect` accepts the files of `merge` and ignores a search in them
-    dropped = _ASKING if with_data else ()
-    if with_data is None:
-        own = [file for at, file in files.items() if file is not None and at not in theirs]
-        with_data = _needs_data(arguments, own)
-    if not with_data:
-        dropped = (*dropped, "data")
-    translated: list[str] = list(arguments)
-    recipe = dtype = None
-    opened: Mapping[str, Checkpoint] = {}
-    for at, flag, path in _configs(arguments):
-        found = files[at]
-        if at in theirs:
-            reading = _read_mergekit(path)
-            recipe, dtype, opened = reading.recipe, reading.dtype, reading.opened
-            found = {}
-        if found is not None and (at in theirs or {"model", *dropped} & found.keys()):
-            # the parser accepts the content of a configuration in place of its path
-            content = yaml.safe_dump(_translated(found, dropped), sort_keys=False)
-            translated[at] = f"{flag}{content}"
+    reading = None
+    for at, path in theirs.items():
+        reading, files[at] = _read_mergekit(path), {}
     # as everywhere, later arguments win: what stands before the mergekit file is replaced by it
     start = max(theirs, default=-1) + 1
     options = re.findall(r"^--recipe\.(\w+)", "\n".join(arguments[start:]), re.MULTILINE)
     stated = [_recipe(file) for at, file in files.items() if file is not None and at >= start]
     named = [*options, *(name for own in stated if isinstance(own, dict) for name in own)]
-    replaced = tuple(dict.fromkeys(named))
-    if {"sources", "base"} & set(replaced):
-        opened = {}
-    return MergeInput(translated, with_data, recipe, opened, replaced, dtype)
+    return MergeInput(arguments, files, reading, tuple(dict.fromkeys(named)))
 
 
 def later(class_type: type, *args: Any, **kwargs: Any) -> Any:
@@ -152,60 +156,6 @@ def _translated(found: dict[str, Any], dropped: Sequence[str]) -> dict[str, Any]
     rest = {key: value for key, value in found.items() if key not in dropped}
     recipe = _recipe(found)
     return {**rest, **({} if recipe is None else {"recipe": recipe})}
-
-
-def _needs_data(arguments: Sequence[str], files: Sequence[dict[str, Any]]) -> bool:
-    options = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
-    names = [option.removeprefix("--").split(".")[0] for option in options]
-    if "help" in names or "-h" in arguments or "data" in names:
-        return True  # help shows all options, and options of data imply that it is needed
-    for asking in _ASKING:
-        if asking in names or any(file.get(asking) for file in files):
-            return True
-    recipes = [recipe for recipe in map(_recipe, files) if isinstance(recipe, dict)]
-    given = any("data" in file for file in files)
-    options_say = [word for argument in arguments for word in re.split(r"\W+", argument)]
-    final = [word for recipe in recipes for word in _words(recipe.get("finalisers"))]
-    if given and not _finalisers_on_data().isdisjoint([*options_say, *final]):
-        return True
-    if "--recipe.statistics" in options or any(recipe.get("statistics") for recipe in recipes):
-        return False
-    factors = ("alignment", "preprocess")
-    steps = [word for recipe in recipes for f in factors for word in _words(recipe.get(f))]
-    return given and not _needing_statistics().isdisjoint([*options_say, *steps])
-
-
-def _words(value: Any) -> Iterator[str]:
-    """Yield the last part of every string in nested data, class names among them."""
-    if isinstance(value, str):
-        yield value.rpartition(".")[2]
-    elif isinstance(value, (dict, list)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _words(inner)
-
-
-def _needing_statistics() -> set[str]:
-    """Return the names of alignments and preprocess steps that need statistics."""
-    from gradmerge import alignment, preprocess
-
-    found: set[str] = set()
-    bases: list[tuple[Any, Any]] = [
-        (alignment, alignment.AbstractAlignment),
-        (preprocess, preprocess.AbstractPreprocess),
-    ]
-    for module, base in bases:
-        kinds: dict[str, Any] = {name: getattr(module, name) for name in module.__all__}
-        known = [n for n, k in kinds.items() if isinstance(k, type) and issubclass(k, base)]
-        found |= {name for name in known if kinds[name].needs is not base.needs}
-    return found
-
-
-def _finalisers_on_data() -> set[str]:
-    """Return the names of finalisers that need data."""
-    from gradmerge import finalisers
-
-    kinds = {name: getattr(finalisers, name) for name in finalisers.__all__}
-    return {name for name, kind in kinds.items() if getattr(kind, "needs_data", False)}
 
 
 def _read_mergekit(path: str) -> Reading:

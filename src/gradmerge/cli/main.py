@@ -282,36 +282,61 @@ def _keys(parser: Any) -> set[str]:
 
 def _plain(command: str, arguments: Sequence[str]) -> None:
     from gradmerge.cli import commands
-    from gradmerge.cli.configs import MergeInput, read_merge_input
+    from gradmerge.cli.configs import read_merge_input
 
     register(arguments)
     arguments = underscored(arguments)
-    given = MergeInput(arguments)
-    if command in ("merge", "collect"):
-        given = read_merge_input(arguments, command == "collect" or None)
-    function = getattr(commands, command)
-    options = _parsed(command, function, given)
-    if "recipe" in options:
-        options["recipe"] = given.complete(options["recipe"])
-    if command == "merge" and given.recipe is not None:
-        options["opened"] = given.opened
-        options["dtype"] = options.get("dtype") or given.dtype
-    function(**options)
+    if command not in ("merge", "collect"):
+        options = _parsed(_parser(command), arguments)
+    else:
+        given = read_merge_input(arguments)
+        options = merge_options(command, given)
+        if command == "merge":
+            options["opened"] = given.opened
+            if given.reading is not None:
+                options["dtype"] = options.get("dtype") or given.reading.dtype
+    getattr(commands, command)(**options)
 
 
-def _parsed(command: str, function: Any, given: MergeInput) -> dict[str, Any]:
-    """Return the options of a command, with the recipe as a `functools.partial` call."""
+def merge_options(command: str, given: MergeInput, data: bool = False) -> dict[str, Any]:
+    """Return the options of `merge` or `collect`.
+
+    Parsing data imports Lightning, so they are parsed only if they are needed.
+
+    Args:
+        command: the command.
+        given: its arguments and their configuration files.
+        data: parse data in any case.
+    """
+    data = data or command == "collect" or given.asks_for_data
+    # `collect` accepts the files of `merge` and ignores a search in them
+    dropped = ("search", "score") if command == "collect" else ()
+    parser = _parser(command, data)
+    if given.reading is not None:
+        parser.set_defaults({"recipe.sources": {}})
+    options = given.complete(_parsed(parser, given.arguments(dropped if data else ("data",))))
+    if not data and given.needs_data(options):
+        return merge_options(command, given, data=True)
+    return options
+
+
+def _parsed(parser: Any, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the options of a command, with a recipe as a `functools.partial` call."""
     from gradmerge.cli.configs import later
     from gradmerge.engine.recipe import Recipe
 
-    parser = _parser(command, function, given)
     parser.add_instantiator(later, Recipe, subclasses=False)
-    parsed = parser.instantiate_classes(parser.parse_args(given.arguments))
+    parsed = parser.instantiate_classes(parser.parse_args(list(arguments)))
     return {key: value for key, value in vars(parsed).items() if key != "config"}
 
 
-def _parser(command: str, function: Any, given: MergeInput) -> Any:
+def _parser(command: str, data: bool = False) -> Any:
+    """Return the parser of a command, with options of data if asked for."""
     import jsonargparse
+
+    from gradmerge.cli import commands
+
+    function = getattr(commands, command)
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, *args: Any, **kwargs: Any) -> Any:
@@ -327,15 +352,13 @@ def _parser(command: str, function: Any, given: MergeInput) -> Any:
     for name in positional:
         several: dict[str, Any] = {"nargs": "+"} if name == "sources" else {}
         parser.add_argument(name, type=str, help=_POSITIONAL[name], **several)
-    if given.with_data:
+    if data:
         from gradmerge.training.data import MergeDataModule
 
         quieten()
         parser.add_class_arguments(MergeDataModule, "data")
         parser.set_defaults({"data.tasks": {}})  # as in `MergeCLI.add_arguments_to_parser`
     parser.add_function_arguments(function, as_group=False, skip={*positional, "data", "opened"})
-    if given.recipe is not None:
-        parser.set_defaults({"recipe.sources": {}})
     return parser
 
 

@@ -158,6 +158,12 @@ class Recipe:
         """The origin with the default applied."""
         return self.origin or ("base" if self.base is not None else "zero")
 
+    @property
+    def needs_statistics(self) -> bool:
+        """True if the alignment or a preprocess step needs the sources' statistics on data."""
+        aligned = self.alignment is not None and self.alignment.needs is not None
+        return aligned or any(step.needs is not None for step in self.preprocess)
+
 
 def innermost(coefficients: AbstractCoefficients) -> Any:
     """Return the granularity inside the links that wrap it."""
