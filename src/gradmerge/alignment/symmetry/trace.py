@@ -129,7 +129,7 @@ def trace(skeleton: nn.Module, example: Mapping[str, Any], unreached: Sequence[s
     taken = {unit for dim in mode.taken for unit in dim.units()}
     for unit in (unit for dim in mode.left for unit in dim.units()):
         if unit not in taken:
-            unit.pin("slices leave it out, which other inputs might take")
+            unit.pinned = unit.pinned or "slices leave it out, which other inputs might take"
     return found
 
 
