@@ -7,7 +7,7 @@ from itertools import count
 
 from torch import nn
 
-from gradmerge.alignment.symmetry.rules import Label
+from gradmerge.alignment.symmetry.rules import Label, Traced
 from gradmerge.alignment.symmetry.spec import (
     Axis,
     Factor,
@@ -18,7 +18,6 @@ from gradmerge.alignment.symmetry.spec import (
     Segment,
     vector_role,
 )
-from gradmerge.alignment.symmetry.trace import Traced
 from gradmerge.alignment.symmetry.units import Dim, Unit
 from gradmerge.sources.skeleton import Binding
 
