@@ -90,8 +90,8 @@ def trace(skeleton: nn.Module, example: Mapping[str, Any], unreached: Sequence[s
         ConfigError: it calls an operator that has no rule, or the example does not reach a
             parameter that other inputs might.
     """
-    module, names = stand_in(skeleton, torch.float32)
-    mode = _Tracing(module, names)
+    module, tensors = stand_in(skeleton, torch.float32)
+    mode = _Tracing(module, tensors)
     with torch.no_grad(), _slow_paths():
         out = run(module, example, mode)
     for leaf in tensors_of(out):
@@ -115,20 +115,19 @@ def trace(skeleton: nn.Module, example: Mapping[str, Any], unreached: Sequence[s
     return found
 
 
-def stand_in(skeleton: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[int, str]]:
+def stand_in(skeleton: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
     """Copy a network with parameters that hold one number each.
 
     Returns:
-        The copy, whose floating-point buffers are in `dtype`, and the names of its parameters and
-        persistent buffers by identity.
+        The copy, whose floating-point buffers are in `dtype`, and its parameters and persistent
+        floating-point buffers by name.
     """
-    names: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
     memo: dict[int, Any] = {}
     for name, parameter in skeleton.named_parameters():
         kind = dtype if parameter.dtype.is_floating_point else parameter.dtype
         empty = empty_like_parameter(parameter, kind, torch.device("cpu"))
-        memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
-        names[id(memo[id(parameter)])] = name
+        memo[id(parameter)] = tensors[name] = nn.Parameter(empty, requires_grad=False)
     module = copy.deepcopy(skeleton, memo).eval()
     config: Any = getattr(module, "config", None)
     if hasattr(config, "use_cache"):
@@ -136,14 +135,14 @@ def stand_in(skeleton: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[i
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"  # grouped products take no stand-ins
     saved = set(module.state_dict(keep_vars=True))
-    for path, owner in module.named_modules():
-        for key, buffer in list(owner._buffers.items()):
-            if buffer is not None and buffer.is_floating_point():
-                owner._buffers[key] = buffer = buffer.to(dtype, copy=True)
-                name = f"{path}.{key}" if path else key
-                if name in saved:
-                    names[id(buffer)] = name
-    return module, names
+    for name, buffer in list(module.named_buffers(remove_duplicate=False)):
+        if buffer.is_floating_point():
+            path, _, key = name.rpartition(".")
+            owner = module.get_submodule(path)
+            owner._buffers[key] = buffer = buffer.to(dtype, copy=True)
+            if name in saved:
+                tensors[name] = buffer
+    return module, tensors
 
 
 def run(module: nn.Module, example: Mapping[str, Any], mode: AbstractContextManager[object]) -> Any:
@@ -211,12 +210,12 @@ class _Tracing(TorchDispatchMode):
 
     Args:
         module: a copy of the network, with stand-ins for weights, to which hooks are added.
-        names: its parameters and persistent buffers by identity.
+        tensors: its parameters and persistent buffers by name.
     """
 
-    def __init__(self, module: nn.Module, names: Mapping[int, str]) -> None:
+    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.names = names
+        self.names = {id(tensor): name for name, tensor in tensors.items()}
         self.traced = Traced()
         self.branches: list[str] = []
         """Operators that hand values which depend on weights to the program."""
@@ -225,13 +224,11 @@ class _Tracing(TorchDispatchMode):
         self._path: list[str] = []
         self._calls: Counter[str] = Counter()
         self._seen: set[tuple[int, int]] = set()
-        for tensor in [*module.parameters(), *module.buffers()]:
-            name = names.get(id(tensor))
-            if name is not None:
-                sizes = enumerate(tensor.shape)
-                label = [Dim(fresh(n).expression, frozenset({(name, i)})) for i, n in sizes]
-                self._values[id(tensor)] = _Value(tensor, label, weight=True)
-                self.traced.labels[name] = label
+        for name, tensor in tensors.items():
+            sizes = enumerate(tensor.shape)
+            label = [Dim(fresh(n).expression, frozenset({(name, i)})) for i, n in sizes]
+            self._values[id(tensor)] = _Value(tensor, label, weight=True)
+            self.traced.labels[name] = label
         for path, owner in module.named_modules():
             owner.register_forward_pre_hook(lambda *_, p=path: self._path.append(p))
             owner.register_forward_hook(self._leave)
