@@ -195,8 +195,9 @@ class _Reader:
 
     def _entries(self, axis: _Written, **unknown: int) -> int:
         """Entries of an axis, with these sizes besides the known ones."""
-        known: Mapping[Any, int] = {**self.sizes, **unknown}
-        return sum(math.prod([f if f not in known else known[f] for f in s]) for s in axis)
+        known = {**self.sizes, **unknown}
+        sizes = [[known[f] if isinstance(f, str) else f for f in segment] for segment in axis]
+        return sum(map(math.prod, sizes))
 
     def _infer(self, axes: Mapping[str, list[_Written]]) -> bool:
         """Find sizes of groups from axes where one group alone is unknown; False: no more."""

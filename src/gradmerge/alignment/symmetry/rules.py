@@ -120,10 +120,6 @@ class Call:
         """A new dimension whose order is fixed."""
         return fixed(size, self.reason)
 
-    def regroup(self, dims: Sequence[Dim], sizes: Sequence[int]) -> Label:
-        """The dimensions of a row-major view."""
-        return regroup(dims, sizes, self.reason)
-
 
 Rule = Callable[[Call], Labels]
 _RULES: dict[str, Rule] = {}
@@ -155,11 +151,6 @@ def rule_of(name: str, operator: Any) -> Rule | None:
 def tensors_in(tree: Any) -> list[Tensor]:
     """All tensors in nested lists, tuples and mappings."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def fixed_label(tensor: Tensor, reason: str) -> Label:
-    """Dimensions whose order is fixed."""
-    return [fixed(size, reason) for size in tensor.shape]
 
 
 # ---- element-wise operators ---------------------------------------------------------------------
@@ -209,12 +200,12 @@ def convolution(call: Call) -> Labels:
     channels = inputs[-places - 1]
     call.pin(*inputs[-places:], *weight[2:])
     # [out, in / groups, ...]; transposed [in, out / groups, ...]; outputs are groups x written
-    group, per = call.regroup([weight[0]], [groups, weight[0].size // groups])
-    first, second = call.regroup([channels], [groups, channels.size // groups])
+    group, per = regroup([weight[0]], [groups, weight[0].size // groups], call.reason)
+    first, second = regroup([channels], [groups, channels.size // groups], call.reason)
     read, written = (per, weight[1]) if call["transposed"] else (weight[1], per)
     call.same(group, first)
     call.sum_over(read, second)
-    (out,) = call.regroup([group, written], [groups * written.size])
+    (out,) = regroup([group, written], [groups * written.size], call.reason)
     if call["bias"] is not None:
         call.same(out, call.label(call["bias"])[0])
     return [*inputs[: -places - 1], out, *map(call.fixed, call.shape[-places:])]
@@ -271,7 +262,7 @@ def spatial(call: Call) -> Labels:
 @rule("view _unsafe_view _reshape_alias squeeze unsqueeze")
 def view(call: Call) -> Labels:
     """Row-major: factors stay in order."""
-    return call.regroup(call.dims, call.shape)
+    return regroup(call.dims, call.shape, call.reason)
 
 
 @rule("as_strided")
@@ -300,7 +291,7 @@ def repeat(call: Call) -> Labels:
     found: Label = []
     for dim, size in zip(padded, call.shape, strict=True):
         times = fresh(size // max(dim.size, 1))
-        found += [dim] if dim.size == size else call.regroup([times, dim], [size])
+        found += [dim] if dim.size == size else regroup([times, dim], [size], call.reason)
     return found
 
 
@@ -347,10 +338,7 @@ def concatenate(call: Call) -> Labels:
     for label in rest:
         for one, two in zip(first, label, strict=True):
             call.same(one, two)
-    along = joined([label[axis] for label in labels])
-    if along.is_fixed:
-        along = fixed(along.size, along.reason)
-    return [*first[:axis], along, *first[axis:]]
+    return [*first[:axis], joined([label[axis] for label in labels]), *first[axis:]]
 
 
 @rule("constant_pad_nd")
@@ -359,12 +347,11 @@ def pad(call: Call) -> Labels:
     dims, given = list(call.dims), call["pad"]
     for i, (before, after) in enumerate(zip(given[::2], given[1::2], strict=True)):
         dim = dims[-1 - i]
-        if min(before, after) < 0 or (dim.is_fixed and (before or after)):
+        if min(before, after) < 0 or dim.is_fixed:
             call.pin(dim)
             dims[-1 - i] = call.fixed(dim.size + before + after)
-        elif before or after:
-            ends = [[fresh(size)] if size else [] for size in (before, after)]
-            dims[-1 - i] = joined([*ends[0], dim, *ends[1]])
+        else:
+            dims[-1 - i] = joined([fresh(before), dim, fresh(after)])
     return dims
 
 
@@ -414,4 +401,4 @@ def opaque(call: Call) -> Labels:
     """Arguments and results all keep their order."""
     for tensor in call.tensors:
         call.pin(*call.label(tensor))
-    return [fixed_label(leaf, call.reason) for leaf in tensors_in(call.out)]
+    return [list(map(call.fixed, leaf.shape)) for leaf in tensors_in(call.out)]

@@ -273,11 +273,12 @@ def same_maps(first: Maps, second: Maps, tolerance: float = 1e-9) -> bool:
     for name, known in {**first, **second}.items():
         stays = torch.arange(len(known.matrix if isinstance(known, LinearMap) else known))
         one, two = first.get(name, stays), second.get(name, stays)
-        if isinstance(one, LinearMap) or isinstance(two, LinearMap):
+        if isinstance(one, Tensor) and isinstance(two, Tensor):
+            same = torch.equal(one, two)
+        else:
             gap = (as_linear(one).matrix - as_linear(two).matrix).abs().max()
-            if float(gap) > tolerance:
-                return False
-        elif not torch.equal(one, two):
+            same = float(gap) <= tolerance
+        if not same:
             return False
     return True
 

@@ -37,12 +37,11 @@ from gradmerge.alignment.symmetry.rules import (
     Label,
     Rule,
     Traced,
-    fixed_label,
     opaque,
     rule_of,
     tensors_in,
 )
-from gradmerge.alignment.symmetry.units import Dim, fresh, pin_all
+from gradmerge.alignment.symmetry.units import Dim, fixed, fresh, pin_all
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.sources.skeleton import empty_like_parameter
 
@@ -100,11 +99,10 @@ def trace(skeleton: nn.Module, example: Mapping[str, Any], unreached: Sequence[s
     lost = [name for name in found.labels if name not in found.reached]
     missed = [name for name in lost if not any(re.search(p, name) for p in unreached)]
     if missed:
-        why = f", by values that depend on weights ({mode.branches[0]})" if mode.branches else ""
         raise ConfigError(
-            f"alignment: {type(skeleton).__name__} did not reach {shorten(missed)} on the "
-            f"example{why}.\nWith other inputs they might read or write permuted units, so the "
-            "trace has to see them: give `example` inputs that reach them,\nor name those that "
+            f"alignment: {type(skeleton).__name__} did not reach {shorten(missed)} on the example."
+            "\nOther inputs, or choices by values that depend on weights (experts), might, and the "
+            "trace has to see them: give `example` inputs\nthat reach them, or name those that "
             f"take no part in the network, as regular expressions in `unreached`. {_HINT}"
         )
     for name in lost:
@@ -217,8 +215,6 @@ class _Tracing(TorchDispatchMode):
         super().__init__()
         self.names = {id(tensor): name for name, tensor in tensors.items()}
         self.traced = Traced()
-        self.branches: list[str] = []
-        """Operators that hand values which depend on weights to the program."""
         self._values: dict[int, _Value] = {}
         self._products = count()
         self._path: list[str] = []
@@ -238,9 +234,9 @@ class _Tracing(TorchDispatchMode):
         first = output[0] if isinstance(output, (tuple, list)) and output else output
         if isinstance(first, Tensor):
             state = id(first), first._version  # the output of an identity shows nothing new
-            value = self._values.get(id(first))
-            if state not in self._seen and value is not None and isinstance(value.label, list):
-                self.traced.seen.append((path, self._calls[path], value.label))
+            label = self._value(first).label
+            if state not in self._seen and isinstance(label, list):
+                self.traced.seen.append((path, self._calls[path], label))
             self._seen.add(state)
         self._calls[path] += 1
 
@@ -252,7 +248,7 @@ class _Tracing(TorchDispatchMode):
     def _value(self, tensor: Tensor) -> _Value:
         """Look a tensor up; one that the network did not make is a constant."""
         if id(tensor) not in self._values:
-            label = fixed_label(tensor, "it is a constant or an input")
+            label = [fixed(size, "it is a constant or an input") for size in tensor.shape]
             self._values[id(tensor)] = _Value(tensor, label)
         return self._values[id(tensor)]
 
@@ -280,9 +276,7 @@ class _Tracing(TorchDispatchMode):
         arguments |= {**dict(zip(arguments, args, strict=False)), **kwargs}
         reason = f"{name} in {self.where}"
         call = Call(name, arguments, out, self.label, self.traced, reason)
-        made = tensors_in(out)
-        self._note_branch(call, func, made)
-        if made:
+        if tensors_in(out):
             self._note_products(call)
             self._keep(call, rule or opaque, func._schema.is_mutable)
         return out
@@ -292,8 +286,8 @@ class _Tracing(TorchDispatchMode):
         with self:
             if func in decomposition_table:
                 out = decomposition_table[func](*args, **kwargs)
-                is_written = func._schema.is_mutable and out is not args[0]
-                return args[0].copy_(out) if is_written else out
+                in_place = func._schema.name.endswith("_") and out is not args[0]
+                return args[0].copy_(out) if in_place else out
             out = func.decompose(*args, **kwargs)
         if out is NotImplemented:
             raise ConfigError(
@@ -322,15 +316,6 @@ class _Tracing(TorchDispatchMode):
             if mutates or id(leaf) not in self._values:  # no argument that is given back
                 number = frozenset({next(self._products)}) if new else writers
                 self._values[id(leaf)] = _Value(leaf, label, number, weight)
-
-    def _note_branch(self, call: Call, func: Any, made: Sequence[Tensor]) -> None:
-        """Note an operator that hands values which depend on weights to the program."""
-        given = [self._value(tensor) for tensor in call.tensors]
-        if any(value.weight or value.writers for value in given):
-            shaped = torch.Tag.dynamic_output_shape in func.tags
-            by_place = call.name == "index" and not any(v.tensor.dtype == torch.bool for v in given)
-            if not made or (shaped and not by_place):
-                self.branches.append(f"{func} in {self.where}")
 
     def _note_products(self, call: Call) -> None:
         """Note units that an operator multiplies one by one with others."""

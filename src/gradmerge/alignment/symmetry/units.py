@@ -184,8 +184,9 @@ def sliced(dim: Dim, start: int, stop: int, reason: str) -> Dim:
 
 
 def joined(dims: Sequence[Dim]) -> Dim:
-    """A concatenation."""
-    return Dim(tuple(product for dim in dims for product in dim.resolve()))
+    """A concatenation; the order is fixed where that of every part is."""
+    whole = Dim(tuple(product for dim in dims if dim.size for product in dim.resolve()))
+    return fixed(whole.size, whole.reason) if whole.is_fixed else whole
 
 
 def regroup(dims: Sequence[Dim], sizes: Sequence[int], reason: str) -> list[Dim]:
