@@ -225,15 +225,14 @@ def _size(place: Place, shapes: _Shapes) -> int | None:
 
 def _require_units(spec: PermutationSpec, shapes: _Shapes) -> None:
     problems = []
-    for name, group in spec.groups.items():
+    for group in spec.groups.values():
         for place in group.places:
+            shape = shapes.get((place.module, place.call))
             if _size(place, shapes) != group.size:
-                shape = shapes.get((place.module, place.call))
                 gives = f"gives {list(shape)}" if shape else "gives no tensor on the example"
                 problems.append(
-                    f"  places: {name}: expected a module whose output has {group.size} entries "
-                    f"along axis {place.axis}; {place.module} {gives}."
+                    f"\n  places: {group.name}: expected a module whose output has {group.size} "
+                    f"entries along axis {place.axis}; {place.module} {gives}."
                 )
     if problems:
-        lines = "\n".join(problems)
-        raise ConfigError(f"alignment.spec: {len(problems)} problem(s).\n{lines}")
+        raise ConfigError(f"alignment.spec: {len(problems)} problem(s).{''.join(problems)}")
