@@ -39,16 +39,12 @@ def to_spec(traced: Traced, skeleton: nn.Module, binding: Binding) -> Permutatio
         for unit, name in names.items()
     }
     tensors: dict[str, tuple[Axis, ...]] = {}
-    fixed: dict[str, str] = {}
     for file_name, module_name in _module_names(skeleton, binding).items():
         label = traced.labels.get(module_name, [])
         axes = _axes(module_name, label, traced, names)
         if any(axis.groups for axis in axes):
             tensors[file_name] = axes
-        for i, (axis, dim) in enumerate(zip(axes, label, strict=True)):
-            if dim.size > 1 and not axis.groups:
-                fixed[f"{file_name}[{i}]"] = dim.reason
-    return PermutationSpec(groups, tensors, fixed)
+    return PermutationSpec(groups, tensors)
 
 
 def file_names(skeleton: nn.Module, binding: Binding) -> dict[str, str]:
@@ -78,7 +74,7 @@ def _name_groups(traced: Traced) -> dict[Unit, str]:
     for parameter, _, units in sorted(axes, key=lambda found: found[1]):
         owner = parameter.rpartition(".")[0] or parameter
         for i, unit in enumerate(units):
-            if unit.pinned is None and unit not in names:
+            if not unit.pinned and unit not in names:
                 name = f"{owner}.{i}" if len(units) > 1 else owner
                 taken = set(names.values())
                 numbered = (name if n == 1 else f"{name}#{n}" for n in count(1))

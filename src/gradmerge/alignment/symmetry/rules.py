@@ -9,7 +9,7 @@ rule: the trace decomposes them into these operators.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from gradmerge.alignment.symmetry.units import (
     fixed,
     fresh,
     joined,
-    pin_all,
+    pin,
     regroup,
     sliced,
     unify,
@@ -66,8 +66,6 @@ class Call:
     label: Callable[[Tensor], Label]
     """Return the dimensions of an argument."""
     traced: Traced
-    reason: str
-    """Operator and module, for units that it pins."""
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -95,30 +93,10 @@ class Call:
             return list(range(ndim))
         return [axis % max(ndim, 1) for axis in ([given] if isinstance(given, int) else given)]
 
-    def same(self, one: Dim, two: Dim) -> None:
-        """Require that two dimensions run over the same units."""
-        unify(one, two, self.reason)
-
-    def same_but(self, axis: int, one: Sequence[Dim], two: Sequence[Dim]) -> None:
-        """Require the same units along all axes but one, whose order is fixed."""
-        for i, dims in enumerate(zip(one, two, strict=True)):
-            if i != axis and dims[0].size == dims[1].size:
-                self.same(*dims)
-            else:
-                self.pin(*dims)
-
     def sum_over(self, one: Dim, two: Dim) -> None:
         """Require the same units of two factors, which parameters among them read."""
-        self.same(one, two)
+        unify(one, two)
         self.traced.reads |= one.owners | two.owners
-
-    def pin(self, *dims: Dim) -> None:
-        """Fix the order along these dimensions."""
-        pin_all(dims, self.reason)
-
-    def fixed(self, size: int) -> Dim:
-        """A new dimension whose order is fixed."""
-        return fixed(size, self.reason)
 
 
 Rule = Callable[[Call], Labels]
@@ -165,7 +143,7 @@ def pointwise(call: Call) -> Labels:
     for back, size in zip(range(-len(call.shape), 0), call.shape, strict=True):
         same = [label[back] for label in labels if len(label) >= -back and label[back].size == size]
         for other in same[1:]:
-            call.same(same[0], other)
+            unify(same[0], other)
         owners = frozenset[tuple[str, int]]().union(*(dim.owners for dim in same))
         found.append(Dim(same[-1].expression, owners) if same else fresh(size))
     return found
@@ -187,7 +165,7 @@ def product(call: Call) -> Labels:
     one, two = (call.label(tensor) for tensor in call.tensors)
     batch = len(two) - 2 if call.name == "bmm" else 0
     for i in range(batch):
-        call.same(one[i], two[i])
+        unify(one[i], two[i])
     call.sum_over(one[-1], two[batch])
     return [*one[:-1], *two[batch + 1 :]]
 
@@ -198,24 +176,24 @@ def convolution(call: Call) -> Labels:
     inputs, weight = call.label(call["input"]), call.label(call["weight"])
     places, groups = len(weight) - 2, call["groups"]
     channels = inputs[-places - 1]
-    call.pin(*inputs[-places:], *weight[2:])
+    pin(*inputs[-places:], *weight[2:])
     # [out, in / groups, ...]; transposed [in, out / groups, ...]; outputs are groups x written
-    group, per = regroup([weight[0]], [groups, weight[0].size // groups], call.reason)
-    first, second = regroup([channels], [groups, channels.size // groups], call.reason)
+    group, per = regroup([weight[0]], [groups, weight[0].size // groups])
+    first, second = regroup([channels], [groups, channels.size // groups])
     read, written = (per, weight[1]) if call["transposed"] else (weight[1], per)
-    call.same(group, first)
+    unify(group, first)
     call.sum_over(read, second)
-    (out,) = regroup([group, written], [groups * written.size], call.reason)
+    (out,) = regroup([group, written], [groups * written.size])
     if call["bias"] is not None:
-        call.same(out, call.label(call["bias"])[0])
-    return [*inputs[: -places - 1], out, *map(call.fixed, call.shape[-places:])]
+        unify(out, call.label(call["bias"])[0])
+    return [*inputs[: -places - 1], out, *map(fixed, call.shape[-places:])]
 
 
 @rule("embedding")
 def embedding(call: Call) -> Labels:
     """One row per token: tokens are fixed, columns are units."""
     rows, columns = call.label(call["weight"])
-    call.pin(rows)
+    pin(rows)
     return [*call.label(call["indices"]), columns]
 
 
@@ -228,7 +206,7 @@ def reduction(call: Call) -> Labels:
     """No order changes the result, except for an index along the axis."""
     axes, dims = call.axes, call.dims
     if call.name.startswith("arg") or (isinstance(call.out, tuple) and call.name != "var_mean"):
-        call.pin(*(dims[axis] for axis in axes if dims))
+        pin(*(dims[axis] for axis in axes if dims))
     if call.arguments.get("keepdim"):
         return [fresh(1) if i in axes else dim for i, dim in enumerate(dims)]
     return [dim for i, dim in enumerate(dims) if i not in axes]
@@ -238,9 +216,9 @@ def reduction(call: Call) -> Labels:
 def ordered(call: Call) -> Labels:
     """The order along an axis matters."""
     axes, dims = call.axes, call.dims
-    call.pin(*(dims[axis] for axis in axes if dims))
+    pin(*(dims[axis] for axis in axes if dims))
     sizes = enumerate(zip(dims, call.shape, strict=True))
-    return [call.fixed(size) if i in axes else dim for i, (dim, size) in sizes]
+    return [fixed(size) if i in axes else dim for i, (dim, size) in sizes]
 
 
 _SPATIAL = re.compile(
@@ -252,8 +230,8 @@ _SPATIAL = re.compile(
 def spatial(call: Call) -> Labels:
     """Each channel by itself; places are fixed."""
     count = int(re.findall(r"([123])d", call.name)[0])
-    call.pin(*call.dims[-count:])
-    return [*call.dims[:-count], *map(call.fixed, call.shape[-count:])]
+    pin(*call.dims[-count:])
+    return [*call.dims[:-count], *map(fixed, call.shape[-count:])]
 
 
 # ---- views --------------------------------------------------------------------------------------
@@ -262,7 +240,7 @@ def spatial(call: Call) -> Labels:
 @rule("view _unsafe_view _reshape_alias squeeze unsqueeze")
 def view(call: Call) -> Labels:
     """Row-major: factors stay in order."""
-    return regroup(call.dims, call.shape, call.reason)
+    return regroup(call.dims, call.shape)
 
 
 @rule("as_strided")
@@ -291,7 +269,7 @@ def repeat(call: Call) -> Labels:
     found: Label = []
     for dim, size in zip(padded, call.shape, strict=True):
         times = fresh(size // max(dim.size, 1))
-        found += [dim] if dim.size == size else regroup([times, dim], [size], call.reason)
+        found += [dim] if dim.size == size else regroup([times, dim], [size])
     return found
 
 
@@ -302,7 +280,7 @@ def repeat(call: Call) -> Labels:
 def select(call: Call) -> Labels:
     """Taken by place: the order along that dimension is fixed."""
     dims, (axis,) = call.dims, call.axes
-    call.pin(dims[axis])
+    pin(dims[axis])
     return [*dims[:axis], *dims[axis + 1 :]]
 
 
@@ -313,14 +291,14 @@ def cut(call: Call) -> Labels:
     whole, size = dims[axis], dims[axis].size
     taken = range(size)[slice(*map(call.arguments.get, ("start", "end", "step")))]
     if taken.step != 1:
-        call.pin(whole)
+        pin(whole)
     stop, cuts = taken.start, []
     for part in tensors_in(call.out):
         start, stop = stop, stop + part.shape[axis]
-        cuts.append(sliced(whole, start, stop, call.reason))
+        cuts.append(sliced(whole, start, stop))
     call.traced.taken += cuts
     ends = ((0, taken.start), (stop, size))
-    call.traced.left += [sliced(whole, start, end, call.reason) for start, end in ends]
+    call.traced.left += [sliced(whole, start, end) for start, end in ends]
     return [[*dims[:axis], dim, *dims[axis + 1 :]] for dim in cuts]
 
 
@@ -337,7 +315,7 @@ def concatenate(call: Call) -> Labels:
     first, *rest = ([*label[:axis], *label[axis + 1 :]] for label in labels)
     for label in rest:
         for one, two in zip(first, label, strict=True):
-            call.same(one, two)
+            unify(one, two)
     return [*first[:axis], joined([label[axis] for label in labels]), *first[axis:]]
 
 
@@ -348,8 +326,8 @@ def pad(call: Call) -> Labels:
     for i, (before, after) in enumerate(zip(given[::2], given[1::2], strict=True)):
         dim = dims[-1 - i]
         if min(before, after) < 0 or dim.is_fixed:
-            call.pin(dim)
-            dims[-1 - i] = call.fixed(dim.size + before + after)
+            pin(dim)
+            dims[-1 - i] = fixed(dim.size + before + after)
         else:
             dims[-1 - i] = joined([fresh(before), dim, fresh(after)])
     return dims
@@ -358,19 +336,28 @@ def pad(call: Call) -> Labels:
 # ---- by index -----------------------------------------------------------------------------------
 
 
+def agree(axis: int, one: Label, two: Label) -> None:
+    """Require the same units along all axes but one, whose order is fixed."""
+    for i, dims in enumerate(zip(one, two, strict=True)):
+        if i != axis and dims[0].size == dims[1].size:
+            unify(*dims)
+        else:
+            pin(*dims)
+
+
 @rule("gather")
 def gather(call: Call) -> Labels:
     """Taken by index: the order along that dimension is fixed, the others agree."""
     index = call.label(call["index"])
-    call.same_but(call.axes[0], call.dims, index)
+    agree(call.axes[0], call.dims, index)
     return index
 
 
 @rule("index_add index_copy")
 def add_at(call: Call) -> Labels:
     """Rows put where an index says: that dimension is fixed, the others agree."""
-    call.pin(*call.label(call["index"]))
-    call.same_but(call.axes[0], call.dims, call.label(call["source"]))
+    pin(*call.label(call["index"]))
+    agree(call.axes[0], call.dims, call.label(call["source"]))
     return call.dims
 
 
@@ -386,12 +373,12 @@ def index(call: Call) -> Labels:
             if one is None:
                 kept.append(dim)
             else:
-                call.pin(dim, *call.label(one))
+                pin(dim, *call.label(one))
                 before.append(len(kept))
     kept += dims
     front = before[0] if len(set(before)) == 1 else 0  # indices that are apart come first
     new = call.shape[front : len(call.shape) - len(kept) + front]
-    return [*kept[:front], *map(call.fixed, new), *kept[front:]]
+    return [*kept[:front], *map(fixed, new), *kept[front:]]
 
 
 @rule("index_put _unsafe_index_put scatter scatter_add scatter_reduce index_fill nonzero")
@@ -400,5 +387,5 @@ def index(call: Call) -> Labels:
 def opaque(call: Call) -> Labels:
     """Arguments and results all keep their order."""
     for tensor in call.tensors:
-        call.pin(*call.label(tensor))
-    return [list(map(call.fixed, leaf.shape)) for leaf in tensors_in(call.out)]
+        pin(*call.label(tensor))
+    return [list(map(fixed, leaf.shape)) for leaf in tensors_in(call.out)]

@@ -162,8 +162,6 @@ class PermutationSpec:
     """By name."""
     tensors: Mapping[str, tuple[Axis, ...]]
     """Axes by the tensor's name in the files; buffers too."""
-    fixed: Mapping[str, str] = field(default_factory=dict)
-    """Reasons why other axes keep their order, by tensor and axis."""
     checked: float | None = field(default=None, compare=False)
     """Relative change of the network's output under a random element of all groups, in float64;
     None where that was not checked (no network, or one of more than 10^9 parameters)."""

@@ -41,7 +41,7 @@ from gradmerge.alignment.symmetry.rules import (
     rule_of,
     tensors_in,
 )
-from gradmerge.alignment.symmetry.units import Dim, fixed, fresh, pin_all
+from gradmerge.alignment.symmetry.units import Dim, fixed, fresh, pin
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.sources.skeleton import empty_like_parameter
 
@@ -94,7 +94,7 @@ def trace(skeleton: nn.Module, example: Mapping[str, Any], unreached: Sequence[s
     with torch.no_grad(), _slow_paths():
         out = run(module, example, mode)
     for leaf in tensors_of(out):
-        pin_all(mode.label(leaf), "it is the network's output")
+        pin(*mode.label(leaf))
     found = mode.traced
     lost = [name for name in found.labels if name not in found.reached]
     missed = [name for name in lost if not any(re.search(p, name) for p in unreached)]
@@ -106,10 +106,10 @@ def trace(skeleton: nn.Module, example: Mapping[str, Any], unreached: Sequence[s
             f"take no part in the network, as regular expressions in `unreached`. {_HINT}"
         )
     for name in lost:
-        pin_all(found.labels[name], "the run does not reach it")
+        pin(*found.labels[name])
     taken = {unit for dim in found.taken for unit in dim.units()}
     for unit in {unit for dim in found.left for unit in dim.units()} - taken:
-        unit.pinned = unit.pinned or "slices leave it out, which other inputs might take"
+        unit.pinned = True
     return found
 
 
@@ -240,16 +240,10 @@ class _Tracing(TorchDispatchMode):
             self._seen.add(state)
         self._calls[path] += 1
 
-    @property
-    def where(self) -> str:
-        """The module that is running."""
-        return (self._path[-1] if self._path else "") or "the network itself"
-
     def _value(self, tensor: Tensor) -> _Value:
         """Look a tensor up; one that the network did not make is a constant."""
         if id(tensor) not in self._values:
-            label = [fixed(size, "it is a constant or an input") for size in tensor.shape]
-            self._values[id(tensor)] = _Value(tensor, label)
+            self._values[id(tensor)] = _Value(tensor, list(map(fixed, tensor.shape)))
         return self._values[id(tensor)]
 
     def label(self, tensor: Tensor) -> Label:
@@ -274,8 +268,7 @@ class _Tracing(TorchDispatchMode):
         out = func(*args, **kwargs)
         arguments = {a.name: a.default_value for a in func._schema.arguments}
         arguments |= {**dict(zip(arguments, args, strict=False)), **kwargs}
-        reason = f"{name} in {self.where}"
-        call = Call(name, arguments, out, self.label, self.traced, reason)
+        call = Call(name, arguments, out, self.label, self.traced)
         if tensors_in(out):
             self._note_products(call)
             self._keep(call, rule or opaque, func._schema.is_mutable)
@@ -290,8 +283,9 @@ class _Tracing(TorchDispatchMode):
                 return args[0].copy_(out) if in_place else out
             out = func.decompose(*args, **kwargs)
         if out is NotImplemented:
+            where = (self._path[-1] if self._path else "") or "the network itself"
             raise ConfigError(
-                f"alignment: the trace has no rule for operator {func} (in module {self.where} of "
+                f"alignment: the trace has no rule for operator {func} (in module {where} of "
                 f"the network), so it cannot know which units it keeps apart. {_HINT}"
             )
         return out

@@ -10,7 +10,7 @@ permutations that were possible before, and giving up (pinning) is always safe.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -23,8 +23,8 @@ class Unit:
     """A symbol; once it has parts, it stands for them."""
 
     size: int
-    pinned: str | None = None
-    """Why its order is fixed; None while it is free."""
+    pinned: bool = False
+    """True if its order is fixed."""
     nested: bool = False
     """True if it varies faster than another unit of a product: no axis of a specification can say
     that such a unit consists of stretches."""
@@ -40,7 +40,7 @@ class Unit:
         """Make two units without parts the same."""
         ((one,),), ((two,),) = _resolved(((self,),)), _resolved(((other,),))
         if one is not two:
-            one.pinned = one.pinned or two.pinned
+            one.pinned |= two.pinned
             one.nested |= two.nested
             two.parts = ((one,),)
 
@@ -71,36 +71,26 @@ class Dim:
         """Ends of its stretches."""
         return set(accumulate(map(_size, self.resolve())))
 
-    def pin(self, reason: str) -> None:
-        """Fix the order of everything along it; the first reason of a unit is kept."""
-        for unit in self.units():
-            unit.pinned = unit.pinned or reason
-
     @property
     def is_fixed(self) -> bool:
         """True if nothing along it can move."""
-        return all(unit.pinned is not None for unit in self.units())
-
-    @property
-    def reason(self) -> str:
-        """Why it is fixed."""
-        return next((unit.pinned for unit in self.units() if unit.pinned), "one entry")
+        return all(unit.pinned for unit in self.units())
 
 
-def fixed(size: int, reason: str | None) -> Dim:
-    """A dimension whose order is fixed."""
-    return Dim(((Unit(size, reason),),) if size != 1 else ((),))
-
-
-def fresh(size: int) -> Dim:
+def fresh(size: int, pinned: bool = False) -> Dim:
     """A dimension of unknown units."""
-    return fixed(size, None)
+    return Dim(((Unit(size, pinned),),) if size != 1 else ((),))
 
 
-def pin_all(dims: Iterable[Dim], reason: str) -> None:
-    """Fix the order along all of these."""
-    for dim in dims:
-        dim.pin(reason)
+def fixed(size: int) -> Dim:
+    """A dimension whose order is fixed."""
+    return fresh(size, pinned=True)
+
+
+def pin(*dims: Dim) -> None:
+    """Fix the order of everything along these."""
+    for unit in (unit for dim in dims for unit in dim.units()):
+        unit.pinned = True
 
 
 def _size(product: Product) -> int:
@@ -121,20 +111,10 @@ def _resolved(expression: Expression) -> Expression:
     return tuple(found)
 
 
-def unify(first: Dim, second: Dim, reason: str) -> None:
-    """Make both run over the same units, in the same order.
-
-    Args:
-        first: a dimension.
-        second: one of the same size.
-        reason: recorded for units that get pinned because their structures do not fit.
-    """
-    if not first.is_fixed and not second.is_fixed and not _matched(first, second):
-        first.pin(reason)
-    if first.is_fixed:
-        second.pin(first.reason)
-    elif second.is_fixed:
-        first.pin(second.reason)
+def unify(first: Dim, second: Dim) -> None:
+    """Make two dimensions of one size run over the same units, in the same order."""
+    if first.is_fixed or second.is_fixed or not _matched(first, second):
+        pin(first, second)
 
 
 def _matched(first: Dim, second: Dim) -> bool:
@@ -168,12 +148,11 @@ def _cut(dim: Dim, at: int) -> bool:
     return True
 
 
-def sliced(dim: Dim, start: int, stop: int, reason: str) -> Dim:
+def sliced(dim: Dim, start: int, stop: int) -> Dim:
     """Cut a dimension from `start` to `stop`, and pin it where that is not possible."""
-    if not dim.is_fixed and not (_cut(dim, start) and _cut(dim, stop)):
-        dim.pin(reason)
-    if dim.is_fixed:
-        return fixed(stop - start, dim.reason)
+    if dim.is_fixed or not (_cut(dim, start) and _cut(dim, stop)):
+        pin(dim)
+        return fixed(stop - start)
     kept: list[Product] = []
     place = 0
     for product in dim.resolve():
@@ -186,20 +165,17 @@ def sliced(dim: Dim, start: int, stop: int, reason: str) -> Dim:
 def joined(dims: Sequence[Dim]) -> Dim:
     """A concatenation; the order is fixed where that of every part is."""
     whole = Dim(tuple(product for dim in dims if dim.size for product in dim.resolve()))
-    return fixed(whole.size, whole.reason) if whole.is_fixed else whole
+    return fixed(whole.size) if whole.is_fixed else whole
 
 
-def regroup(dims: Sequence[Dim], sizes: Sequence[int], reason: str) -> list[Dim]:
+def regroup(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
     """Return the dimensions of a view: equal numbers of entries, in row-major order.
 
-    Args:
-        dims: of the input.
-        sizes: of the output.
-        reason: recorded for units that get pinned because the view cuts across them.
+    Units that the view cuts across are pinned.
     """
     if 0 in sizes:
-        pin_all(dims, reason)
-        return [fixed(size, reason) for size in sizes]
+        pin(*dims)
+        return [fixed(size) for size in sizes]
     before, after = [dim for dim in dims if dim.size != 1], [n for n in sizes if n != 1]
     found: list[Dim] = []
     while before:
@@ -209,12 +185,12 @@ def regroup(dims: Sequence[Dim], sizes: Sequence[int], reason: str) -> list[Dim]
                 chunk.append(before.pop(0))
             else:
                 wanted.append(after.pop(0))
-        found += _regrouped(chunk, wanted, reason)
+        found += _regrouped(chunk, wanted)
     rest = iter(found)
     return [fresh(1) if size == 1 else next(rest) for size in sizes]
 
 
-def _regrouped(dims: Sequence[Dim], sizes: Sequence[int], reason: str) -> list[Dim]:
+def _regrouped(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
     if len(dims) == len(sizes) == 1:
         return [dims[0]]
     owners = frozenset().union(*(dim.owners for dim in dims))
@@ -228,8 +204,8 @@ def _regrouped(dims: Sequence[Dim], sizes: Sequence[int], reason: str) -> list[D
             split = _split((*first[0], *faster), sizes)
             found = None if split is None else [(product,) for product in split]
     if found is None:
-        pin_all(dims, reason)
-        return [Dim(fixed(size, reason).expression, owners) for size in sizes]
+        pin(*dims)
+        return [Dim(fixed(size).expression, owners) for size in sizes]
     result = [Dim(expression, owners) for expression in found]
     for unit in (unit for dim in result for product in dim.resolve() for unit in product[1:]):
         unit.nested = True
