@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -71,7 +72,8 @@ def read_spec(
     Raises:
         ConfigError: lists everything that does not fit.
     """
-    reader = _Reader(_fields(given), shapes, skeleton)
+    modules = None if skeleton is None else dict(skeleton.named_modules())
+    reader = _Reader(_fields(given), shapes, modules)
     spec = reader.spec()
     if reader.problems:
         lines = "\n".join(f"  {problem}" for problem in reader.problems)
@@ -112,19 +114,15 @@ def _fields(given: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     return {name: given.get(name) or {} for name in _FIELDS}
 
 
+@dataclass
 class _Reader:
     """Reads the fields, and collects the problems found in them."""
 
-    def __init__(
-        self,
-        fields: Mapping[str, Any],
-        shapes: Mapping[str, tuple[int, ...]],
-        skeleton: nn.Module | None,
-    ) -> None:
-        self.fields, self.shapes = fields, shapes
-        self.modules = None if skeleton is None else dict(skeleton.named_modules())
-        self.problems: list[str] = []
-        self.sizes: dict[str, int] = {}
+    fields: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    modules: Mapping[str, nn.Module] | None
+    problems: list[str] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def spec(self) -> PermutationSpec:
         """Every tensor, with sizes inferred; problems are noted."""
@@ -142,27 +140,27 @@ class _Reader:
         names = sorted({group for own in tensors.values() for axis in own for group in axis.groups})
         places, apart = self._each("places", self._places), self.fields["multiplied"]
         groups = {n: Group(n, self.sizes[n], places.get(n, ()), n in apart) for n in names}
-        for field in ("multiplied", "sizes", "places"):
-            self._require_known(field, "group", names)
+        for kind in ("multiplied", "sizes", "places"):
+            self._require_known(kind, "group", names)
         self._require_known("roles", "tensor", axes)
         return PermutationSpec(groups, tensors)
 
-    def _each(self, field: str, read: Callable[[str, Any], _Found]) -> dict[str, _Found]:
+    def _each(self, name: str, read: Callable[[str, Any], _Found]) -> dict[str, _Found]:
         """Read every entry of a field."""
         found = {}
-        for name, value in self.fields[field].items():
+        for key, value in self.fields[name].items():
             try:
-                found[str(name)] = read(str(name), value)
+                found[str(key)] = read(str(key), value)
             except ConfigError as problem:
-                where = "" if field == "tensors" else f"{field}: "
-                self.problems.append(f"{where}{name}: {problem}")
+                where = "" if name == "tensors" else f"{name}: "
+                self.problems.append(f"{where}{key}: {problem}")
         return found
 
-    def _require_known(self, field: str, kind: str, known: Iterable[str]) -> None:
+    def _require_known(self, name: str, kind: str, known: Iterable[str]) -> None:
         self.problems += [
-            f"{field}: unknown {kind} {name!r}.{nearest(str(name), known)}"
-            for name in self.fields[field]
-            if name not in known
+            f"{name}: unknown {kind} {key!r}.{nearest(str(key), known)}"
+            for key in self.fields[name]
+            if key not in known
         ]
 
     def _axes(self, name: str, axes: Any) -> list[_Written]:

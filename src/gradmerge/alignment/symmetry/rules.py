@@ -40,8 +40,6 @@ class Traced:
 
     labels: dict[str, Label] = field(default_factory=dict)
     """Axes of every parameter and persistent buffer, by its first name in the module."""
-    reached: set[str] = field(default_factory=set)
-    """Names of the tensors that the run used."""
     reads: set[tuple[str, int]] = field(default_factory=set)
     """Parameters' axes that products sum over."""
     seen: list[tuple[str, int, Label]] = field(default_factory=list)
@@ -309,9 +307,8 @@ def concatenate(call: Call) -> Labels:
     labels = [call.label(tensor) for tensor in call["tensors"]]
     if call.name == "stack":
         labels = [[*label[:axis], fresh(1), *label[axis:]] for label in labels]
-    labels = [
-        label for label in labels if len(label) == len(call.shape)
-    ]  # empty ones have one axis
+    # vectors without entries may stand among tensors of more axes
+    labels = [label for label in labels if len(label) == len(call.shape)]
     first, *rest = ([*label[:axis], *label[axis + 1 :]] for label in labels)
     for label in rest:
         for one, two in zip(first, label, strict=True):

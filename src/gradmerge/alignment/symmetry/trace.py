@@ -75,6 +75,8 @@ class _Value:
     """Numbers of the products that wrote it."""
     weight: bool = False
     """Made of parameters and buffers alone."""
+    read: bool = False
+    """An operator has asked for its label."""
 
 
 def trace(skeleton: nn.Module, example: Mapping[str, Any], unreached: Sequence[str] = ()) -> Traced:
@@ -96,7 +98,7 @@ def trace(skeleton: nn.Module, example: Mapping[str, Any], unreached: Sequence[s
     for leaf in tensors_of(out):
         pin(*mode.label(leaf))
     found = mode.traced
-    lost = [name for name in found.labels if name not in found.reached]
+    lost = [name for name, tensor in tensors.items() if not mode.value(tensor).read]
     missed = [name for name in lost if not any(re.search(p, name) for p in unreached)]
     if missed:
         raise ConfigError(
@@ -213,7 +215,6 @@ class _Tracing(TorchDispatchMode):
 
     def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.names = {id(tensor): name for name, tensor in tensors.items()}
         self.traced = Traced()
         self._values: dict[int, _Value] = {}
         self._products = count()
@@ -234,13 +235,13 @@ class _Tracing(TorchDispatchMode):
         first = output[0] if isinstance(output, (tuple, list)) and output else output
         if isinstance(first, Tensor):
             state = id(first), first._version  # the output of an identity shows nothing new
-            label = self._value(first).label
+            label = self.value(first).label
             if state not in self._seen and isinstance(label, list):
                 self.traced.seen.append((path, self._calls[path], label))
             self._seen.add(state)
         self._calls[path] += 1
 
-    def _value(self, tensor: Tensor) -> _Value:
+    def value(self, tensor: Tensor) -> _Value:
         """Look a tensor up; one that the network did not make is a constant."""
         if id(tensor) not in self._values:
             self._values[id(tensor)] = _Value(tensor, list(map(fixed, tensor.shape)))
@@ -248,9 +249,8 @@ class _Tracing(TorchDispatchMode):
 
     def label(self, tensor: Tensor) -> Label:
         """Return the dimensions of a tensor that is read."""
-        if id(tensor) in self.names:
-            self.traced.reached.add(self.names[id(tensor)])
-        value = self._value(tensor)
+        value = self.value(tensor)
+        value.read = True
         if callable(value.label):
             value.label = value.label()
         return value.label  # type: ignore[return-value]
@@ -292,7 +292,7 @@ class _Tracing(TorchDispatchMode):
 
     def _keep(self, call: Call, rule: Rule, mutates: bool) -> None:
         """Note the labels of results, and the products that wrote them."""
-        given = [self._value(tensor) for tensor in call.tensors]
+        given = [self.value(tensor) for tensor in call.tensors]
         writers = frozenset[int]().union(*(value.writers for value in given))
         weight = bool(given) and all(value.weight for value in given)
         new = not weight and (call.name in _WRITES or (writers and call.name in _PARTS))
@@ -309,11 +309,11 @@ class _Tracing(TorchDispatchMode):
         for leaf, label in zip(made, own, strict=True):
             if mutates or id(leaf) not in self._values:  # no argument that is given back
                 number = frozenset({next(self._products)}) if new else writers
-                self._values[id(leaf)] = _Value(leaf, label, number, weight)
+                self._values[id(leaf)] = _Value(leaf, label, number, weight, read=mutates)
 
     def _note_products(self, call: Call) -> None:
         """Note units that an operator multiplies one by one with others."""
-        written = [tensor for tensor in call.tensors if self._value(tensor).writers]
+        written = [tensor for tensor in call.tensors if self.value(tensor).writers]
         found = self.traced.multiplied
         if call.name in _PRODUCTS and len(written) == 2:
             found.append(call.label(written[0])[-1])
@@ -321,6 +321,6 @@ class _Tracing(TorchDispatchMode):
             found.append(call.label(call["input"])[-len(call["stride"]) - 1])
         elif call.name in ("prod", "cumprod") and written:
             found += call.dims  # of stacked activations, or of the units themselves
-        elif call.name in ("mul", "div") and len({self._value(t).writers for t in written}) == 2:
+        elif call.name in ("mul", "div") and len({self.value(t).writers for t in written}) == 2:
             one, two = (call.label(tensor)[::-1] for tensor in written)
             found += [a for a, b in zip(one, two, strict=False) if a.size == b.size]
