@@ -35,8 +35,8 @@ def test_a_perceptron_has_one_group_a_hidden_layer() -> None:
     assert spec.tensors["2.weight"][1].role == "in"
     assert spec.tensors["2.weight"][0].role == "out"
     assert spec.tensors["0.bias"][0].role == "along"
-    assert spec.fixed["0.weight[1]"] == "it is a constant or an input"
-    assert spec.fixed["4.weight[0]"] == "it is the network's output"
+    assert not spec.tensors["0.weight"][1].groups  # inputs
+    assert not spec.tensors["4.weight"][0].groups  # outputs
     places = [(p.module, p.axis, p.sizes) for p in spec.groups["0"].places]
     assert places == [("0", -1, (7,)), ("1", -1, (7,))]
     same_function(net, spec, {"input": torch.randn(4, 5)})

@@ -43,10 +43,6 @@ def candidates(skeleton: nn.Module, given: Mapping[str, Any] | None) -> Iterator
         yield {names[0]: _draw(shape, tokens, generator)}
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def _draw(shape: Sequence[int], tokens: int, generator: torch.Generator) -> Tensor:
     """Ids below a number of tokens, or floating-point numbers for 0."""
     if tokens:
@@ -65,6 +61,7 @@ def _given(
 ) -> dict[str, Any]:
     known, kind = _arguments(skeleton), type(skeleton).__name__
     takes_any = not known or "kwargs" in str(inspect.signature(skeleton.forward))
+    tables = [m.num_embeddings for m in skeleton.modules() if isinstance(m, nn.Embedding)]
     found: dict[str, Any] = {}
     for name, value in given.items():
         if not isinstance(name, str):
@@ -77,15 +74,17 @@ def _given(
                 f"alignment.example: {kind} is not called with {name!r}.{nearest(name, known)} It "
                 f"takes {', '.join(known)}."
             )
-        is_shape = isinstance(value, (list, tuple)) and all(_is_size(n) for n in value)
-        if not isinstance(value, Tensor) and not is_shape:
+        if isinstance(value, Tensor):
+            found[name] = value
+            continue
+        if not isinstance(value, (list, tuple)) or not all(type(n) is int and n > 0 for n in value):
             raise ConfigError(
                 f"alignment.example: {name}: expected a shape of positive numbers such as "
                 f"[1, 3, 32, 32], or a tensor, got {value!r}."
             )
         try:
-            tokens = _num_tokens(skeleton) if name.endswith("ids") else 0
-            found[name] = _draw(value, tokens, generator) if is_shape else value
+            tokens = min(tables, default=2) if name.endswith("ids") else 0
+            found[name] = _draw(value, tokens, generator)
         except RuntimeError as error:
             raise ConfigError(
                 f"alignment.example: {name}: a tensor of shape {list(value)} cannot be made "
@@ -94,14 +93,9 @@ def _given(
     return found
 
 
-def _num_tokens(skeleton: nn.Module) -> int:
-    tables = [m.num_embeddings for m in skeleton.modules() if isinstance(m, nn.Embedding)]
-    return min(tables, default=2)
-
-
 def _from_config(skeleton: nn.Module, generator: torch.Generator) -> dict[str, Any]:
     """For a network of transformers: tokens, a picture, or both."""
-    known = _arguments(skeleton)
+    known, main = _arguments(skeleton), skeleton.main_input_name
     config: Any = skeleton.config
     found: dict[str, Any] = {}
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -116,7 +110,6 @@ def _from_config(skeleton: nn.Module, generator: torch.Generator) -> dict[str, A
         sides = [side, side] if isinstance(side, int) else list(side)
         channels = getattr(picture, "num_channels", None) or 3
         found["pixel_values"] = _draw([1, channels, *sides], 0, generator)
-    main = skeleton.main_input_name
     if main not in found:
         raise ConfigError(
             f"alignment: no rule tells the shape of {main!r} of {type(skeleton).__name__}. Give "
@@ -127,18 +120,16 @@ def _from_config(skeleton: nn.Module, generator: torch.Generator) -> dict[str, A
 
 def _from_first_layer(skeleton: nn.Module) -> Iterator[tuple[list[int], int]]:
     """Shapes to try, each with the number of tokens (0: floating point)."""
-    for module in skeleton.modules():
-        if isinstance(module, nn.Embedding):
-            yield [1, _TOKENS], module.num_embeddings
-        elif isinstance(module, nn.Linear):
-            yield [1, module.in_features], 0
-            yield [1, _TOKENS, module.in_features], 0
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            places = len(module.kernel_size)
-            yield from (([1, module.in_channels, *[side] * places], 0) for side in _SIDES)
-        else:
-            continue
-        return
+    kinds = (nn.Embedding, nn.Linear, nn.Conv1d, nn.Conv2d)
+    first = next((module for module in skeleton.modules() if isinstance(module, kinds)), None)
+    if isinstance(first, nn.Embedding):
+        yield [1, _TOKENS], first.num_embeddings
+    elif isinstance(first, nn.Linear):
+        yield [1, first.in_features], 0
+        yield [1, _TOKENS, first.in_features], 0
+    elif first is not None:
+        for side in _SIDES:
+            yield [1, first.in_channels, *[side] * len(first.kernel_size)], 0
 
 
 Example = Mapping[str, Any]
@@ -148,7 +139,6 @@ _Axes = Mapping[str, Mapping[int, bool]]
 
 _SMALL_IDS, _SMALL_NUMBERS = 64, 4096
 """Entries of ids and of floating-point inputs up to which the example may also be enlarged."""
-_SHORT, _SHORTER = 7, 5
 
 
 def at_other_sizes(
@@ -176,14 +166,15 @@ def at_other_sizes(
     small = all(
         t.numel() <= (_SMALL_NUMBERS if t.is_floating_point() else _SMALL_IDS) for t in tensors
     )
+    lengths = list(_lengths(example))
     second = _longer if small else _shorter
     for batch, resize in ((1 if rows > 1 else 2, _short), (2 if rows == 3 else 3, second)):
-        lengths = list(_lengths(example))
-        tried = [_resized(example, rows, batch, axes, resize) for axes in lengths]
+        sizes = [(batch, axes) for axes in lengths]
         if small or batch <= max(2, rows):
-            tried.append(_resized(example, rows, batch, {}, resize))
-        tried += [_resized(example, rows, rows, axes, resize) for axes in lengths]
-        for other in tried:
+            sizes.append((batch, {}))
+        sizes += [(rows, axes) for axes in lengths]
+        for count, axes in sizes:
+            other = _resized(example, rows, count, axes, resize)
             try:
                 found = attempt(other)
             except Exception:  # whatever a network raises on a size that is not its own
@@ -198,21 +189,18 @@ def _lengths(example: Example) -> Iterator[_Axes]:
     tokens = {name: t for name, t in tensors.items() if not t.is_floating_point() and t.ndim > 1}
     if tokens:
         known = {value.shape[1] for value in tokens.values()}
-        for names in (tensors, tokens):  # with masks in floating point, or without pictures
+        for group in (tensors, tokens):  # with masks in floating point, or without pictures
             yield {
                 name: {i: False for i in range(1, value.ndim) if value.shape[i] in known}
-                for name, value in tensors.items()
-                if name in names
+                for name, value in group.items()
             }
         return
-    for axis in (1, 2):
-        found = {
+    larger = {name: value for name, value in tensors.items() if value.ndim > 2}
+    for axis in (1, 2) if larger else ():
+        yield {
             name: {axis: False} if value.ndim == 3 else dict.fromkeys(range(2, value.ndim), True)
-            for name, value in tensors.items()
-            if value.ndim > 2
+            for name, value in larger.items()
         }
-        if found:
-            yield found
 
 
 def _resized(
@@ -225,17 +213,17 @@ def _resized(
             if len(value) == rows:
                 value = _cycled(value, 0, batch)
             for axis, of_picture in axes.get(name, {}).items():
-                value = _cycled(value, axis, resize(value.shape[axis], of_picture))
+                value = _cycled(value, axis, max(1, resize(value.shape[axis], of_picture)))
         found[name] = value
     return found
 
 
 def _short(size: int, of_picture: bool) -> int:
-    return max(1, size // 2 + size // 4 if of_picture else min(size // 2, _SHORT))
+    return size * 3 // 4 if of_picture else min(size // 2, 7)
 
 
 def _shorter(size: int, of_picture: bool) -> int:
-    return max(1, size // 2 if of_picture else min(size // 2, _SHORTER))
+    return size // 2 if of_picture else min(size // 2, 5)
 
 
 def _longer(size: int, of_picture: bool) -> int:

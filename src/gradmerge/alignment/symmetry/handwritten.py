@@ -26,9 +26,10 @@ ends in running_var), `in` for axis 1 of a matrix or a kernel, and `out` else.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from torch import nn
 
@@ -51,8 +52,9 @@ _FIELDS = {
     "places": "{hidden: [fc1, [relu1, -3]]}",
     "multiplied": "[heads]",
 }
-_Product = list[Any]
-"""Names of groups and fixed sizes."""
+_Written = list[list[Any]]
+"""An axis: stretches of names of groups and fixed sizes."""
+_Found = TypeVar("_Found")
 
 
 def read_spec(
@@ -70,12 +72,13 @@ def read_spec(
     Raises:
         ConfigError: lists everything that does not fit.
     """
-    written = _Written(_fields(given), shapes, skeleton)
-    spec = written.spec()
-    if written.problems:
-        lines = "\n".join(f"  {problem}" for problem in written.problems)
+    modules = None if skeleton is None else dict(skeleton.named_modules())
+    reader = _Reader(_fields(given), shapes, modules)
+    spec = reader.spec()
+    if reader.problems:
+        lines = "\n".join(f"  {problem}" for problem in reader.problems)
         raise ConfigError(
-            f"alignment.spec: {len(written.problems)} problem(s); units would be permuted wrongly."
+            f"alignment.spec: {len(reader.problems)} problem(s); units would be permuted wrongly."
             f"\n{lines}"
         )
     return spec
@@ -95,106 +98,106 @@ def _fields(given: str | Path | Mapping[str, Any]) -> dict[str, Any]:
             "alignment.spec: expected a mapping with `tensors`: axes by tensor, e.g. "
             f"{{tensors: {_FIELDS['tensors']}}}; got {str(given)[:60]!r}."
         )
-    unknown = [str(name) for name in given if name not in _FIELDS]
-    if unknown:
-        raise ConfigError(
-            f"alignment.spec: unknown field {unknown[0]!r}.{nearest(unknown[0], _FIELDS)} Expected "
-            f"{', '.join(_FIELDS)}."
-        )
-    fields = {name: given.get(name) or {} for name in _FIELDS}
-    for name, example in _FIELDS.items():
+    for name, value in given.items():
+        if name not in _FIELDS:
+            raise ConfigError(
+                f"alignment.spec: unknown field {name!r}.{nearest(str(name), _FIELDS)} Expected "
+                f"{', '.join(_FIELDS)}."
+            )
         is_list = name == "multiplied"
-        if fields[name] and not isinstance(fields[name], (list, tuple) if is_list else Mapping):
+        if value and not isinstance(value, (list, tuple) if is_list else Mapping):
             kind = "list of groups" if is_list else "mapping"
             raise ConfigError(
-                f"alignment.spec: {name}: expected a {kind} such as {example}, got "
-                f"{str(fields[name])[:60]!r}."
+                f"alignment.spec: {name}: expected a {kind} such as {_FIELDS[name]}, got "
+                f"{str(value)[:60]!r}."
             )
-    return fields
+    return {name: given.get(name) or {} for name in _FIELDS}
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+@dataclass
+class _Reader:
+    """Reads the fields, and collects the problems found in them."""
 
-
-class _Written:
-    """The fields, with the problems found in them."""
-
-    def __init__(
-        self,
-        fields: Mapping[str, Any],
-        shapes: Mapping[str, tuple[int, ...]],
-        skeleton: nn.Module | None,
-    ) -> None:
-        self.fields, self.shapes = fields, shapes
-        self.modules = None if skeleton is None else dict(skeleton.named_modules())
-        self.problems: list[str] = []
-        self.sizes: dict[str, int] = {}
+    fields: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    modules: Mapping[str, nn.Module] | None
+    problems: list[str] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def spec(self) -> PermutationSpec:
         """Every tensor, with sizes inferred; problems are noted."""
-        for name, size in self.fields["sizes"].items():
-            if _is_size(size):
-                self.sizes[name] = size
-            else:
-                self.problems.append(f"sizes: {name}: expected a positive number, got {size!r}.")
-        given = {str(name): axes for name, axes in self.fields["tensors"].items()}
-        read = {name: self._read(name, axes) for name, axes in given.items()}
-        axes = {name: found for name, found in read.items() if found is not None}
+        self.sizes = self._each("sizes", _size)
+        axes = self._each("tensors", self._axes)
+        roles = self._each("roles", self._roles)
         while self._infer(axes):
             pass
-        tensors = {name: self._tensor(name, own) for name, own in axes.items()}
+        tensors = {}
+        for name, own in axes.items():
+            kinds = roles.get(name) or _default_roles(name, len(own))
+            sizes = zip(own, self.shapes[name], strict=True)
+            segments = [self._segments(name, axis, size) for axis, size in sizes]
+            tensors[name] = tuple(map(Axis, segments, kinds))
         names = sorted({group for own in tensors.values() for axis in own for group in axis.groups})
-        apart = self.fields["multiplied"]
-        groups = {n: Group(n, self.sizes[n], self._places(n), n in apart) for n in names}
-        for field in ("multiplied", "sizes", "places"):
-            self._require_known(field, "group", names)
+        places, apart = self._each("places", self._places), self.fields["multiplied"]
+        groups = {n: Group(n, self.sizes[n], places.get(n, ()), n in apart) for n in names}
+        for kind in ("multiplied", "sizes", "places"):
+            self._require_known(kind, "group", names)
         self._require_known("roles", "tensor", axes)
         return PermutationSpec(groups, tensors)
 
-    def _require_known(self, field: str, kind: str, known: Iterable[str]) -> None:
+    def _each(self, name: str, read: Callable[[str, Any], _Found]) -> dict[str, _Found]:
+        """Read every entry of a field."""
+        found = {}
+        for key, value in self.fields[name].items():
+            try:
+                found[str(key)] = read(str(key), value)
+            except ConfigError as problem:
+                where = "" if name == "tensors" else f"{name}: "
+                self.problems.append(f"{where}{key}: {problem}")
+        return found
+
+    def _require_known(self, name: str, kind: str, known: Iterable[str]) -> None:
         self.problems += [
-            f"{field}: unknown {kind} {name!r}.{nearest(str(name), known)}"
-            for name in self.fields[field]
-            if name not in known
+            f"{name}: unknown {kind} {key!r}.{nearest(str(key), known)}"
+            for key in self.fields[name]
+            if key not in known
         ]
 
-    def _read(self, name: str, axes: Any) -> list[list[_Product]] | None:
-        """One tensor's axes as stretches of factors."""
+    def _axes(self, name: str, axes: Any) -> list[_Written]:
         shape = self.shapes.get(name)
         if shape is None:
-            self.problems.append(
-                f"{name}: the checkpoint has no such tensor.{nearest(name, self.shapes)}"
-            )
-            return None
+            raise ConfigError(f"the checkpoint has no such tensor.{nearest(name, self.shapes)}")
         if not isinstance(axes, (list, tuple)) or len(axes) > len(shape):
-            self.problems.append(
-                f"{name}: expected a list of at most {len(shape)} axes (shape {list(shape)}), got "
-                f"{axes!r}."
+            raise ConfigError(
+                f"expected a list of at most {len(shape)} axes (shape {list(shape)}), got {axes!r}."
             )
-            return None
         whole = [*axes, *[None] * (len(shape) - len(axes))]
         found = [_stretches(axis, size) for axis, size in zip(whole, shape, strict=True)]
         factors = [factor for axis in found for segment in axis for factor in segment]
         wrong = [repr(f) for f in factors if not (isinstance(f, str) or _is_size(f))]
         if wrong:
-            self.problems.append(
-                f"{name}: expected names of groups and positive sizes along an axis, got "
-                f"{shorten(wrong)}."
+            raise ConfigError(
+                f"expected names of groups and positive sizes along an axis, got {shorten(wrong)}."
             )
-            return None
         return found
 
-    def _unknown(self, axis: list[_Product]) -> list[str]:
+    def _roles(self, name: str, roles: Any) -> list[Role]:
+        count, known = len(self.shapes.get(name, ())), get_args(Role)
+        if not isinstance(roles, (list, tuple)) or len(roles) != count or set(roles) - set(known):
+            raise ConfigError(f"expected {count} of {', '.join(known)}, got {roles!r}.")
+        return list(roles)
+
+    def _unknown(self, axis: _Written) -> list[str]:
         names = [f for segment in axis for f in segment if isinstance(f, str)]
         return [name for name in dict.fromkeys(names) if name not in self.sizes]
 
-    def _entries(self, axis: list[_Product], unknown: Mapping[str, int] | None = None) -> int:
+    def _entries(self, axis: _Written, **unknown: int) -> int:
         """Entries of an axis, with these sizes besides the known ones."""
-        known = {**self.sizes, **(unknown or {})}
-        return sum(math.prod(f if _is_size(f) else known[f] for f in s) for s in axis)
+        known = {**self.sizes, **unknown}
+        sizes = [[known[f] if isinstance(f, str) else f for f in segment] for segment in axis]
+        return sum(map(math.prod, sizes))
 
-    def _infer(self, axes: Mapping[str, list[list[_Product]]]) -> bool:
+    def _infer(self, axes: Mapping[str, list[_Written]]) -> bool:
         """Find sizes of groups from axes where one group alone is unknown; False: no more."""
         before = len(self.sizes)
         for name, own in axes.items():
@@ -203,8 +206,8 @@ class _Written:
                 if len(unknown) != 1 or any(segment.count(unknown[0]) > 1 for segment in axis):
                     continue
                 (group,) = unknown
-                rest = self._entries(axis, {group: 0})
-                times = self._entries(axis, {group: 1}) - rest
+                rest = self._entries(axis, **{group: 0})
+                times = self._entries(axis, **{group: 1}) - rest
                 fits = size > rest and (size - rest) % times == 0
                 self.sizes[group] = (size - rest) // times if fits else 1
                 if not fits:
@@ -213,70 +216,63 @@ class _Written:
                     )
         return len(self.sizes) > before
 
-    def _tensor(self, name: str, axes: list[list[_Product]]) -> tuple[Axis, ...]:
-        shape = self.shapes[name]
-        found = []
-        for axis, size, role in zip(axes, shape, self._roles(name, len(shape)), strict=True):
-            lost = self._unknown(axis)
-            self.sizes.update(dict.fromkeys(lost, 1))
-            if lost:
-                self.problems.append(
-                    f"{name}: the size of {shorten(lost)} cannot be inferred; state it under "
-                    "`sizes`."
-                )
-            elif self._entries(axis) != size:
-                stated = {f: self.sizes[f] for s in axis for f in s if isinstance(f, str)}
-                self.problems.append(
-                    f"{name}: expected axes of {list(shape)}, got {axis} with {stated}, which is "
-                    f"{self._entries(axis)} where the tensor has {size}."
-                )
-            segments = (
-                Segment(tuple(Factor(f) if _is_size(f) else Factor(self.sizes[f], f) for f in s))
-                for s in axis
-            )
-            found.append(Axis(tuple(segments), role))
-        return tuple(found)
-
-    def _roles(self, name: str, count: int) -> list[Role]:
-        given, known = self.fields["roles"].get(name), get_args(Role)
-        if given is not None:
-            listed = isinstance(given, (list, tuple)) and len(given) == count
-            if listed and all(role in known for role in given):
-                return list(given)
+    def _segments(self, name: str, axis: _Written, size: int) -> tuple[Segment, ...]:
+        lost = self._unknown(axis)
+        self.sizes.update(dict.fromkeys(lost, 1))
+        if lost:
             self.problems.append(
-                f"roles: {name}: expected {count} of {', '.join(known)}, got {given!r}."
+                f"{name}: the size of {shorten(lost)} cannot be inferred; state it under `sizes`."
             )
-        if count == 1:
-            return [vector_role(name)]
-        return ["in" if axis == 1 else "out" for axis in range(count)]
+        elif self._entries(axis) != size:
+            stated = {f: self.sizes[f] for s in axis for f in s if isinstance(f, str)}
+            self.problems.append(
+                f"{name}: expected axes of {list(self.shapes[name])}, got {axis} with {stated}, "
+                f"which is {self._entries(axis)} where the tensor has {size}."
+            )
+        return tuple(
+            Segment(tuple(Factor(f) if _is_size(f) else Factor(self.sizes[f], f) for f in s))
+            for s in axis
+        )
 
-    def _places(self, group: str) -> tuple[Place, ...]:
-        given = self.fields["places"].get(group) or []
-        entries = given if isinstance(given, (list, tuple)) else [given]
-        found = (self._place(group, entry) for entry in entries)
-        return tuple(place for place in found if place is not None)
+    def _places(self, group: str, places: Any) -> tuple[Place, ...]:
+        entries = places if isinstance(places, (list, tuple)) else [places]
+        return tuple(self._place(group, entry) for entry in entries if entry is not None)
 
-    def _place(self, group: str, entry: Any) -> Place | None:
+    def _place(self, group: str, entry: Any) -> Place:
         pair = entry if isinstance(entry, (list, tuple)) else (entry, -1)
         module, axis = pair if len(pair) == 2 else (None, None)
         if not isinstance(module, str) or not isinstance(axis, int) or axis >= 0:
-            self.problems.append(
-                f"places: {group}: expected modules, or pairs of a module and an axis of its "
-                f"output from the end (-1 the last), e.g. [fc1, [relu1, -3]]; got {entry!r}."
+            raise ConfigError(
+                "expected modules, or pairs of a module and an axis of its output from the end "
+                f"(-1 the last), e.g. [fc1, [relu1, -3]]; got {entry!r}."
             )
-            return None
-        if self.modules is not None and module not in self.modules:
-            self.problems.append(
-                f"places: {group}: unknown module {module!r}.{nearest(module, self.modules)}"
-            )
-            return None
-        own = None if self.modules is None else self.modules[module]
+        own = None
+        if self.modules is not None:
+            if module not in self.modules:
+                raise ConfigError(f"unknown module {module!r}.{nearest(module, self.modules)}")
+            own = self.modules[module]
         if axis == -1 and isinstance(own, (nn.Conv2d, nn.BatchNorm2d)):
             axis = -3
-        return Place(module, axis, 0, (self.sizes[group],), 0)
+        return Place(module, axis, 0, (self.sizes.get(group, 1),), 0)
 
 
-def _stretches(axis: Any, size: int) -> list[_Product]:
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _size(name: str, value: Any) -> int:
+    if not _is_size(value):
+        raise ConfigError(f"expected a positive number, got {value!r}.")
+    return int(value)
+
+
+def _default_roles(name: str, count: int) -> list[Role]:
+    if count == 1:
+        return [vector_role(name)]
+    return ["in" if axis == 1 else "out" for axis in range(count)]
+
+
+def _stretches(axis: Any, size: int) -> _Written:
     """An axis as stretches of factors."""
     if axis is None:
         return [[size]]

@@ -19,7 +19,7 @@ approximately (as CCA and optimal transport do).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -162,8 +162,6 @@ class PermutationSpec:
     """By name."""
     tensors: Mapping[str, tuple[Axis, ...]]
     """Axes by the tensor's name in the files; buffers too."""
-    fixed: Mapping[str, str] = field(default_factory=dict)
-    """Reasons why other axes keep their order, by tensor and axis."""
     checked: float | None = field(default=None, compare=False)
     """Relative change of the network's output under a random element of all groups, in float64;
     None where that was not checked (no network, or one of more than 10^9 parameters)."""
@@ -198,10 +196,15 @@ class PermutationSpec:
             skip: leave out this one use of a group.
         """
         for axis, kind in enumerate(self.tensors.get(name, ())):
-            if kind.groups & maps.keys():
-                own = skip if skip is not None and skip.axis == axis else None
-                tensor = _permuted(tensor, axis, kind, maps, own)
-                tensor = _mapped(tensor, axis, kind, maps, own)
+            own = (skip.segment, skip.position) if skip and skip.axis == axis else None
+            if any(isinstance(maps.get(group), LinearMap) for group in kind.groups):
+                wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+                tensor = _mapped(wide, axis, kind, maps, own).to(tensor.dtype)
+            elif kind.groups & maps.keys():
+                stays = torch.arange(kind.size)
+                index = _mapped(stays, 0, kind, maps, own)
+                if not torch.equal(index, stays):
+                    tensor = tensor.index_select(axis, index.to(tensor.device))
         return tensor
 
     def expose(self, use: Use, tensor: Tensor) -> Tensor:
@@ -228,55 +231,31 @@ class PermutationSpec:
         return found
 
 
-def _permuted(tensor: Tensor, axis: int, kind: Axis, maps: Maps, skip: Use | None) -> Tensor:
-    """All permutations along one axis, as one index."""
-    parts, start, moved = [], 0, False
-    for j, k, factor, segment in _walk(kind):
-        if k == 0:
-            parts.append(torch.arange(start, start + segment.size).reshape(segment.sizes))
-            start += segment.size
-        change = maps.get(factor.group) if factor.group is not None else None
-        if isinstance(change, LinearMap) or change is None or _is(skip, j, k):
-            continue
-        parts[-1] = parts[-1].index_select(k, change)
-        moved = True
-    if not moved:
-        return tensor
-    index = torch.cat([part.flatten() for part in parts])
-    return tensor.index_select(axis, index.to(tensor.device))
-
-
-def _mapped(tensor: Tensor, axis: int, kind: Axis, maps: Maps, skip: Use | None) -> Tensor:
-    """All linear maps along one axis."""
-    linear = {name: change for name, change in maps.items() if isinstance(change, LinearMap)}
-    if not kind.groups & linear.keys():
-        return tensor
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    parts = list(tensor.to(wide).split([segment.size for segment in kind.segments], dim=axis))
-    for j, k, factor, segment in _walk(kind):
-        change = linear.get(factor.group) if factor.group is not None else None
-        if change is None or _is(skip, j, k):
-            continue
-        matrix = change.inverse.T if kind.role == "in" else change.matrix
-        matrix = matrix.to(parts[j])
-        if kind.role in ("square", "gain"):
-            matrix = matrix.square()
-        if kind.role == "gain":
-            matrix = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1e-30)
-        cut = parts[j].unflatten(axis, segment.sizes).movedim(axis + k, 0)
-        mapped = torch.tensordot(matrix, cut, dims=1)
-        parts[j] = mapped.movedim(0, axis + k).flatten(axis, axis + len(segment.sizes) - 1)
-    return torch.cat(parts, dim=axis).to(tensor.dtype)
-
-
-def _walk(kind: Axis) -> Iterator[tuple[int, int, Factor, Segment]]:
+def _mapped(
+    tensor: Tensor, axis: int, kind: Axis, maps: Maps, skip: tuple[int, int] | None
+) -> Tensor:
+    """Apply all maps along one axis, except for a factor (segment and position)."""
+    parts = list(tensor.split([segment.size for segment in kind.segments], dim=axis))
     for j, segment in enumerate(kind.segments):
         for k, factor in enumerate(segment.factors):
-            yield j, k, factor, segment
+            change = None if factor.group is None else maps.get(factor.group)
+            if change is not None and (j, k) != skip:
+                cut = parts[j].unflatten(axis, segment.sizes).movedim(axis + k, 0)
+                cut = _act(change, cut, kind.role).movedim(0, axis + k)
+                parts[j] = cut.flatten(axis, axis + len(segment.sizes) - 1)
+    return torch.cat(parts, dim=axis)
 
 
-def _is(skip: Use | None, segment: int, position: int) -> bool:
-    return skip is not None and (skip.segment, skip.position) == (segment, position)
+def _act(change: Map, tensor: Tensor, role: Role) -> Tensor:
+    """Apply a map along the first axis."""
+    if isinstance(change, Tensor):
+        return tensor.index_select(0, change.to(tensor.device))
+    matrix = (change.inverse.T if role == "in" else change.matrix).to(tensor)
+    if role in ("square", "gain"):
+        matrix = matrix.square()
+    if role == "gain":
+        matrix = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1e-30)
+    return torch.tensordot(matrix, tensor, dims=1)
 
 
 def as_linear(change: Map, dtype: torch.dtype = torch.float64) -> LinearMap:
@@ -292,11 +271,12 @@ def same_maps(first: Maps, second: Maps, tolerance: float = 1e-9) -> bool:
     for name, known in {**first, **second}.items():
         stays = torch.arange(len(known.matrix if isinstance(known, LinearMap) else known))
         one, two = first.get(name, stays), second.get(name, stays)
-        if isinstance(one, LinearMap) or isinstance(two, LinearMap):
+        if isinstance(one, Tensor) and isinstance(two, Tensor):
+            same = torch.equal(one, two)
+        else:
             gap = (as_linear(one).matrix - as_linear(two).matrix).abs().max()
-            if float(gap) > tolerance:
-                return False
-        elif not torch.equal(one, two):
+            same = float(gap) <= tolerance
+        if not same:
             return False
     return True
 

@@ -19,11 +19,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import combinations, count
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -36,11 +36,12 @@ from gradmerge.alignment.symmetry.rules import (
     Call,
     Label,
     Rule,
-    fixed_label,
+    Traced,
+    opaque,
     rule_of,
     tensors_in,
 )
-from gradmerge.alignment.symmetry.units import Dim, fresh, pin_all
+from gradmerge.alignment.symmetry.units import Dim, fixed, fresh, pin
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.sources.skeleton import empty_like_parameter
 
@@ -54,9 +55,6 @@ _BESIDE = re.compile(
     r"(hidden_states?|attentions?|past_key_values|cache_params|router_logits|mems)$"
 )
 
-_RESHAPING = {"t", "transpose", "squeeze", "unsqueeze"}
-"""In place, these change the shape of their argument."""
-_SHAPED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "bincount"}
 _PRODUCTS = {"mm", "bmm", "mv", "dot"}
 _WRITES = _PRODUCTS | {"convolution", "embedding"}
 """Operators whose result is a new activation."""
@@ -66,33 +64,19 @@ _PARTS |= {"index", "_unsafe_index", "gather"}
 
 
 @dataclass
-class Traced:
-    """Units that a trace found, before they become a specification."""
-
-    labels: dict[str, Label] = field(default_factory=dict)
-    """Axes of every parameter and persistent buffer, by its first name in the module."""
-    reached: set[str] = field(default_factory=set)
-    """Names of the tensors that the run used."""
-    reads: set[tuple[str, int]] = field(default_factory=set)
-    """Parameters' axes that products sum over."""
-    seen: list[tuple[str, int, Label]] = field(default_factory=list)
-    """Module, call and dimensions of every module's output, in order."""
-    multiplied: list[Dim] = field(default_factory=list)
-    """Dimensions whose units are multiplied one by one with others."""
-
-
-@dataclass
 class _Value:
     """The units of one tensor, and where its entries are from."""
 
     tensor: Tensor
     """Held, so that its identity stays unique."""
-    label: Label | Callable[[], Any] | None
-    """None: no rule tells; a function: found once another operator reads the tensor."""
+    label: Label | Callable[[], Any]
+    """A function: found once another operator reads the tensor."""
     writers: frozenset[int] = frozenset()
     """Numbers of the products that wrote it."""
     weight: bool = False
     """Made of parameters and buffers alone."""
+    read: bool = False
+    """An operator has asked for its label."""
 
 
 def trace(skeleton: nn.Module, example: Mapping[str, Any], unreached: Sequence[str] = ()) -> Traced:
@@ -107,46 +91,43 @@ def trace(skeleton: nn.Module, example: Mapping[str, Any], unreached: Sequence[s
         ConfigError: it calls an operator that has no rule, or the example does not reach a
             parameter that other inputs might.
     """
-    module, names = stand_in(skeleton, torch.float32)
-    mode = _Tracing(module, names)
-    with torch.no_grad(), _slow_paths(), mode.follow(module):
+    module, tensors = stand_in(skeleton, torch.float32)
+    mode = _Tracing(module, tensors)
+    with torch.no_grad(), _slow_paths():
         out = run(module, example, mode)
     for leaf in tensors_of(out):
-        pin_all(mode.label(leaf), "it is the network's output")
+        pin(*mode.label(leaf))
     found = mode.traced
-    lost = [name for name in found.labels if name not in found.reached]
+    lost = [name for name, tensor in tensors.items() if not mode.value(tensor).read]
     missed = [name for name in lost if not any(re.search(p, name) for p in unreached)]
     if missed:
-        why = f", by values that depend on weights ({mode.branches[0]})" if mode.branches else ""
         raise ConfigError(
-            f"alignment: {type(skeleton).__name__} did not reach {shorten(missed)} on the "
-            f"example{why}.\nWith other inputs they might read or write permuted units, so the "
-            "trace has to see them: give `example` inputs that reach them,\nor name those that "
+            f"alignment: {type(skeleton).__name__} did not reach {shorten(missed)} on the example."
+            "\nOther inputs, or choices by values that depend on weights (experts), might, and the "
+            "trace has to see them: give `example` inputs\nthat reach them, or name those that "
             f"take no part in the network, as regular expressions in `unreached`. {_HINT}"
         )
     for name in lost:
-        pin_all(found.labels[name], "the run does not reach it")
-    taken = {unit for dim in mode.taken for unit in dim.units()}
-    for unit in (unit for dim in mode.left for unit in dim.units()):
-        if unit not in taken:
-            unit.pin("slices leave it out, which other inputs might take")
+        pin(*found.labels[name])
+    taken = {unit for dim in found.taken for unit in dim.units()}
+    for unit in {unit for dim in found.left for unit in dim.units()} - taken:
+        unit.pinned = True
     return found
 
 
-def stand_in(skeleton: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[int, str]]:
+def stand_in(skeleton: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
     """Copy a network with parameters that hold one number each.
 
     Returns:
-        The copy, whose floating-point buffers are in `dtype`, and the names of its parameters and
-        persistent buffers by identity.
+        The copy, whose floating-point buffers are in `dtype`, and its parameters and persistent
+        floating-point buffers by name.
     """
-    names: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
     memo: dict[int, Any] = {}
     for name, parameter in skeleton.named_parameters():
         kind = dtype if parameter.dtype.is_floating_point else parameter.dtype
         empty = empty_like_parameter(parameter, kind, torch.device("cpu"))
-        memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
-        names[id(memo[id(parameter)])] = name
+        memo[id(parameter)] = tensors[name] = nn.Parameter(empty, requires_grad=False)
     module = copy.deepcopy(skeleton, memo).eval()
     config: Any = getattr(module, "config", None)
     if hasattr(config, "use_cache"):
@@ -154,14 +135,14 @@ def stand_in(skeleton: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, dict[i
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"  # grouped products take no stand-ins
     saved = set(module.state_dict(keep_vars=True))
-    for path, owner in module.named_modules():
-        for key, buffer in list(owner._buffers.items()):
-            if buffer is not None and buffer.is_floating_point():
-                owner._buffers[key] = buffer = buffer.to(dtype, copy=True)
-                name = f"{path}.{key}" if path else key
-                if name in saved:
-                    names[id(buffer)] = name
-    return module, names
+    for name, buffer in list(module.named_buffers(remove_duplicate=False)):
+        if buffer.is_floating_point():
+            path, _, key = name.rpartition(".")
+            owner = module.get_submodule(path)
+            owner._buffers[key] = buffer = buffer.to(dtype, copy=True)
+            if name in saved:
+                tensors[name] = buffer
+    return module, tensors
 
 
 def run(module: nn.Module, example: Mapping[str, Any], mode: AbstractContextManager[object]) -> Any:
@@ -228,87 +209,50 @@ class _Tracing(TorchDispatchMode):
     """Carries labels from operator to operator.
 
     Args:
-        module: the network, with stand-ins for weights.
-        names: its parameters and persistent buffers by identity.
+        module: a copy of the network, with stand-ins for weights, to which hooks are added.
+        tensors: its parameters and persistent buffers by name.
     """
 
-    def __init__(self, module: nn.Module, names: Mapping[int, str]) -> None:
+    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.names = names
         self.traced = Traced()
-        self.taken: list[Dim] = []
-        self.left: list[Dim] = []
-        self.branches: list[str] = []
-        """Operators that hand values which depend on weights to the program."""
         self._values: dict[int, _Value] = {}
         self._products = count()
         self._path: list[str] = []
-        self._calls: dict[str, int] = {}
+        self._calls: Counter[str] = Counter()
         self._seen: set[tuple[int, int]] = set()
-        for tensor in [*module.parameters(), *module.buffers()]:
-            name = names.get(id(tensor))
-            if name is not None:
-                label = [
-                    Dim(fresh(size).expression, frozenset({(name, axis)}))
-                    for axis, size in enumerate(tensor.shape)
-                ]
-                self._values[id(tensor)] = _Value(tensor, label, weight=True)
-                self.traced.labels[name] = label
-
-    @contextmanager
-    def follow(self, module: nn.Module) -> Iterator[None]:
-        """Keep track of the submodule that is running, and of its output."""
-        hooks = []
+        for name, tensor in tensors.items():
+            sizes = enumerate(tensor.shape)
+            label = [Dim(fresh(n).expression, frozenset({(name, i)})) for i, n in sizes]
+            self._values[id(tensor)] = _Value(tensor, label, weight=True)
+            self.traced.labels[name] = label
         for path, owner in module.named_modules():
-            hooks.append(owner.register_forward_pre_hook(lambda *_, p=path: self._path.append(p)))
-            hooks.append(owner.register_forward_hook(self._leave))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+            owner.register_forward_pre_hook(lambda *_, p=path: self._path.append(p))
+            owner.register_forward_hook(self._leave)
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         path = self._path.pop()
-        call = self._calls.get(path, 0)
-        self._calls[path] = call + 1
         first = output[0] if isinstance(output, (tuple, list)) and output else output
-        if not isinstance(first, Tensor):
-            return
-        state = id(first), first._version  # the output of an identity shows nothing new
-        value = self._values.get(id(first))
-        if state not in self._seen and value is not None and isinstance(value.label, list):
-            self.traced.seen.append((path, call, value.label))
-        self._seen.add(state)
+        if isinstance(first, Tensor):
+            state = id(first), first._version  # the output of an identity shows nothing new
+            label = self.value(first).label
+            if state not in self._seen and isinstance(label, list):
+                self.traced.seen.append((path, self._calls[path], label))
+            self._seen.add(state)
+        self._calls[path] += 1
 
-    @property
-    def where(self) -> str:
-        """The module that is running."""
-        return (self._path[-1] if self._path else "") or "the network itself"
-
-    def _value(self, tensor: Tensor) -> _Value:
+    def value(self, tensor: Tensor) -> _Value:
         """Look a tensor up; one that the network did not make is a constant."""
         if id(tensor) not in self._values:
-            label = fixed_label(tensor, "it is a constant or an input")
-            self._values[id(tensor)] = _Value(tensor, label)
+            self._values[id(tensor)] = _Value(tensor, list(map(fixed, tensor.shape)))
         return self._values[id(tensor)]
 
     def label(self, tensor: Tensor) -> Label:
-        """The dimensions of a tensor.
-
-        Raises:
-            ConfigError: it is an output that the rules say nothing about.
-        """
-        if id(tensor) in self.names:
-            self.traced.reached.add(self.names[id(tensor)])
-        value = self._value(tensor)
+        """Return the dimensions of a tensor that is read."""
+        value = self.value(tensor)
+        value.read = True
         if callable(value.label):
             value.label = value.label()
-        if value.label is None:
-            raise ConfigError(
-                f"alignment: module {self.where} reads an output of an operator that the trace "
-                f"has no rule for (log-sums, statistics). {_HINT}"
-            )
         return value.label  # type: ignore[return-value]
 
     def __torch_dispatch__(
@@ -317,108 +261,66 @@ class _Tracing(TorchDispatchMode):
         """Run one operator and label its results."""
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::").removesuffix("_")
-        mutates = func._schema.is_mutable
         rule = rule_of(name, func)
         given = tensors_in((args, kwargs))
         if rule is None and not all(dim.is_fixed for t in given for dim in self.label(t)):
-            with self:
-                if func in decomposition_table and not mutates:
-                    return decomposition_table[func](*args, **kwargs)
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
-            raise ConfigError(
-                f"alignment: the trace has no rule for operator {func} (in module {self.where} of "
-                f"the network), so it cannot know which units it keeps apart. {_HINT}"
-            )
+            return self._decomposed(func, args, kwargs)
         out = func(*args, **kwargs)
-        made = tensors_in(out)
-        self._note_branch(name, func, given, made)
-        call = self._call(func, name, args, kwargs, out)
-        if made:
-            labels = self._labels(rule, call, made, mutates)
+        arguments = {a.name: a.default_value for a in func._schema.arguments}
+        arguments |= {**dict(zip(arguments, args, strict=False)), **kwargs}
+        call = Call(name, arguments, out, self.label, self.traced)
+        if tensors_in(out):
             self._note_products(call)
-            self._keep(call, labels, made, mutates and (rule is None or name in _RESHAPING))
+            self._keep(call, rule or opaque, func._schema.is_mutable)
         return out
 
-    def _call(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Call:
-        described = func._schema.arguments
-        arguments = {a.name: a.default_value for a in described}
-        arguments.update(zip(arguments, args, strict=False))
-        arguments.update(kwargs)
+    def _decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator without a rule by those that it consists of."""
+        with self:
+            if func in decomposition_table:
+                out = decomposition_table[func](*args, **kwargs)
+                in_place = func._schema.name.endswith("_") and out is not args[0]
+                return args[0].copy_(out) if in_place else out
+            out = func.decompose(*args, **kwargs)
+        if out is NotImplemented:
+            where = (self._path[-1] if self._path else "") or "the network itself"
+            raise ConfigError(
+                f"alignment: the trace has no rule for operator {func} (in module {where} of "
+                f"the network), so it cannot know which units it keeps apart. {_HINT}"
+            )
+        return out
 
-        def leave(taken: Dim, left: Sequence[Dim]) -> None:
-            self.taken.append(taken)
-            self.left.extend(left)
-
-        reads = self.traced.reads
-        reason = f"{name} in {self.where}"
-        return Call(
-            name, arguments, out, self.label, lambda dim: reads.update(dim.owners), leave, reason
-        )
-
-    def _labels(
-        self, rule: Rule | None, call: Call, made: Sequence[Tensor], mutates: bool
-    ) -> list[Any]:
-        """A label for each result, or None where the rule tells none."""
-        if rule is None:
-            return [fixed_label(leaf, f"{call.reason} makes it") for leaf in made]
-        if call.name == "select" and not mutates:
-            # networks take a column of their units to learn its shape, which fixes nothing
-            return [partial(rule, call)]
-        found: Any = rule(call)
-        if not found or isinstance(found[0], Dim):
-            found = [found] * len(made)
-        return [
-            label if [dim.size for dim in label] == list(leaf.shape) else None
-            for leaf, label in zip(made, found, strict=True)
-        ]
-
-    def _keep(
-        self, call: Call, labels: Sequence[Any], made: Sequence[Tensor], reshapes: bool
-    ) -> None:
+    def _keep(self, call: Call, rule: Rule, mutates: bool) -> None:
         """Note the labels of results, and the products that wrote them."""
-        given = [self._value(tensor) for tensor in call.tensors]
+        given = [self.value(tensor) for tensor in call.tensors]
         writers = frozenset[int]().union(*(value.writers for value in given))
         weight = bool(given) and all(value.weight for value in given)
-        for leaf, label in zip(made, labels, strict=True):
-            new = call.name in _WRITES or (writers and call.name in _PARTS)
-            own = frozenset({next(self._products)}) if new and not weight else writers
-            known = self._values.get(id(leaf))
-            if known is not None and not reshapes:  # an argument, given back or written to
-                label = known.label
-            self._values[id(leaf)] = _Value(leaf, label, frozenset() if weight else own, weight)
+        new = not weight and (call.name in _WRITES or (writers and call.name in _PARTS))
+        owned = weight and call.name not in _WRITES
+        made = tensors_in(call.out)
 
-    def _note_branch(
-        self, name: str, func: Any, given: Sequence[Tensor], made: Sequence[Tensor]
-    ) -> None:
-        """Note an operator that hands values which depend on weights to the program."""
-        values = [self._value(tensor) for tensor in given]
-        if any(value.weight or value.writers for value in values):
-            masked = name == "index" and any(t.dtype == torch.bool for t in given)
-            if not made or masked or name in _SHAPED_BY_VALUES:
-                self.branches.append(f"{func} in {self.where}")
+        def labels() -> list[Label]:
+            found: Any = rule(call)
+            found = found if found and isinstance(found[0], list) else [found] * len(made)
+            return found if owned else [[Dim(dim.expression) for dim in own] for own in found]
+
+        # networks take a column of their units to learn its shape, which fixes nothing
+        own: list[Any] = [lambda: labels()[0]] if call.name == "select" else labels()
+        for leaf, label in zip(made, own, strict=True):
+            if mutates or id(leaf) not in self._values:  # no argument that is given back
+                number = frozenset({next(self._products)}) if new else writers
+                self._values[id(leaf)] = _Value(leaf, label, number, weight, read=mutates)
 
     def _note_products(self, call: Call) -> None:
         """Note units that an operator multiplies one by one with others."""
+        written = [tensor for tensor in call.tensors if self.value(tensor).writers]
         found = self.traced.multiplied
-        written = [tensor for tensor in call.tensors if self._value(tensor).writers]
         if call.name in _PRODUCTS and len(written) == 2:
             found.append(call.label(written[0])[-1])
         elif call.name == "convolution" and call["groups"] > 1 and written:
             found.append(call.label(call["input"])[-len(call["stride"]) - 1])
         elif call.name in ("prod", "cumprod") and written:
-            # of stacked activations, or of the units themselves
-            found += [dim for dim in call.dims if dim.size != 1]
-        elif call.name in ("mul", "div", "addcmul", "addcdiv"):
-            for one, two in combinations(written, 2):
-                self._note_pair(one, two)
-        elif call.name == "lerp" and isinstance(call["weight"], Tensor):
-            for name in ("self", "end"):
-                self._note_pair(call["weight"], call[name])
-
-    def _note_pair(self, one: Tensor, two: Tensor) -> None:
-        """Note a product, entry by entry, of activations that different products wrote."""
-        if len({frozenset[int](), self._value(one).writers, self._value(two).writers}) == 3:
-            dims = zip(self.label(one)[::-1], self.label(two)[::-1], strict=False)
-            self.traced.multiplied += [a for a, b in dims if a.size == b.size != 1]
+            found += call.dims  # of stacked activations, or of the units themselves
+        elif call.name in ("mul", "div") and len({self.value(t).writers for t in written}) == 2:
+            one, two = (call.label(tensor)[::-1] for tensor in written)
+            found += [a for a, b in zip(one, two, strict=False) if a.size == b.size]

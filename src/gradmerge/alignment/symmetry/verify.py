@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -93,36 +93,29 @@ def verify(
             or a place that was named by hand does not show its group.
     """
     check = _Check(spec, skeleton, files)
-    own = check.run(example, {})
-    first = check.change(example, own.outputs)
-    if first is None and check.draws:
+    outputs, own = check.run(example, {})
+    changes, others = check.changes(example, outputs), []
+    if not changes and check.draws:
         raise ConfigError(
             "alignment: the example gives no finite output, so nothing can be checked. Give "
             "another `example`."
         )
-    changes, others = [first or 0.0], []
     # one size after the other: a network may keep something of the size that it last saw
-    for inputs, ran in at_other_sizes(example, partial(check.run, maps={})):
-        changes.append(check.change(inputs, ran.outputs) or 0.0)
-        others.append(ran.shapes)
+    for inputs, (outputs, shapes) in at_other_sizes(example, partial(check.run, maps={})):
+        changes += check.changes(inputs, outputs)
+        others.append(shapes)
     if written:
-        _require_units(spec, own.shapes)
+        _require_units(spec, own)
 
     def stays(place: Place) -> bool:
-        size = _size(place, own.shapes)
+        size = _size(place, own)
         return all(_size(place, shapes) in (None, size) for shapes in others)
 
     groups = {
         name: replace(group, places=tuple(filter(stays, group.places)))
         for name, group in spec.groups.items()
     }
-    return replace(spec, groups=groups, checked=max(changes) if check.draws else None)
-
-
-@dataclass(frozen=True)
-class _Run:
-    outputs: Sequence[Tensor]
-    shapes: _Shapes
+    return replace(spec, groups=groups, checked=max(changes, default=None))
 
 
 class _Check:
@@ -132,11 +125,9 @@ class _Check:
         self, spec: PermutationSpec, skeleton: nn.Module, files: Mapping[str, str]
     ) -> None:
         self.spec, self.files = spec, files
-        self.module, self.names = stand_in(skeleton, torch.float64)
-        self.tensors = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
+        self.module, self.tensors = stand_in(skeleton, torch.float64)
         self.draws = sum(parameter.numel() for parameter in skeleton.parameters()) <= LIMIT
         """False: weights are zero, and only shapes are found."""
-        self.kind = type(skeleton).__name__
         self.maps = spec.random(0)
         self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
         for name in {place.module for group in spec.groups.values() for place in group.places}:
@@ -147,43 +138,45 @@ class _Check:
         first = output[0] if isinstance(output, (tuple, list)) and output else output
         self.shapes[name, call] = tuple(first.shape) if isinstance(first, Tensor) else ()
 
-    def change(self, example: Mapping[str, Any], before: Sequence[Tensor]) -> float | None:
-        """Largest relative change of an output; None where there is nothing to compare.
+    def changes(self, example: Mapping[str, Any], before: Sequence[Tensor]) -> list[float]:
+        """Relative change of every output that can be compared.
 
         Raises:
-            ConfigError: it is more than `TOLERANCE`.
+            ConfigError: one is more than `TOLERANCE`.
         """
 
-        def change(maps: Maps) -> float | None:
-            after = self.run(example, maps).outputs
+        def under(maps: Maps) -> list[float]:
+            after, _ = self.run(example, maps)
             gaps = (_gap(one, two) for one, two in zip(before, after, strict=True))
-            return max((gap for gap in gaps if gap is not None), default=None)
+            return [gap for gap in gaps if gap is not None]
 
-        found = change(self.maps) if self.draws else None
-        if found is None or found <= TOLERANCE:
+        found = under(self.maps) if self.draws else []
+        if max(found, default=0) <= TOLERANCE:
             return found
         guilty = [
-            name for name, own in self.maps.items() if (change({name: own}) or 0.0) > TOLERANCE
+            name
+            for name, own in self.maps.items()
+            if max(under({name: own}), default=0) > TOLERANCE
         ]
         shapes = [f"{k} {list(v.shape)}" for k, v in example.items() if isinstance(v, Tensor)]
         raise ConfigError(
-            f"alignment: permuting units changes what {self.kind} computes (relative change "
-            f"{found:.1e}, tolerance {TOLERANCE:.0e}, with {', '.join(shapes)}), so the "
-            "specification is wrong for it. Groups that change it by themselves: "
-            f"{shorten(guilty) or 'none alone'}.\nGive a hand-written specification (`spec:` of "
-            "the alignment) without them."
+            f"alignment: permuting units changes what {type(self.module).__name__} computes "
+            f"(relative change {max(found):.1e}, tolerance {TOLERANCE:.0e}, with "
+            f"{', '.join(shapes)}), so the specification is wrong for it. Groups that change it by "
+            f"themselves: {shorten(guilty) or 'none alone'}.\nGive a hand-written specification "
+            "(`spec:` of the alignment) without them."
         )
 
-    def run(self, example: Mapping[str, Any], maps: Maps) -> _Run:
+    def run(self, example: Mapping[str, Any], maps: Maps) -> tuple[list[Tensor], _Shapes]:
         """Run the network in float64, with its units mapped."""
 
         def made(name: str, shape: torch.Size) -> Tensor:
             return self.spec.apply(maps, self.files.get(name, name), _random(name, shape))
 
         weights = {
-            key: partial(made, name, self.tensors[key].shape)
-            for key, name in self.names.items()
-            if self.draws and self.tensors[key].is_floating_point()
+            id(tensor): partial(made, name, tensor.shape)
+            for name, tensor in self.tensors.items()
+            if self.draws and tensor.is_floating_point()
         }
         wide = {
             name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
@@ -192,7 +185,7 @@ class _Check:
         self.shapes = {}
         with torch.no_grad():
             out = run(self.module, wide, Float64(weights))
-        return _Run([leaf.double() for leaf in tensors_of(out)], self.shapes)
+        return [leaf.double() for leaf in tensors_of(out)], self.shapes
 
 
 def _gap(one: Tensor, two: Tensor) -> float | None:
@@ -232,15 +225,14 @@ def _size(place: Place, shapes: _Shapes) -> int | None:
 
 def _require_units(spec: PermutationSpec, shapes: _Shapes) -> None:
     problems = []
-    for name, group in spec.groups.items():
+    for group in spec.groups.values():
         for place in group.places:
+            shape = shapes.get((place.module, place.call))
             if _size(place, shapes) != group.size:
-                shape = shapes.get((place.module, place.call))
                 gives = f"gives {list(shape)}" if shape else "gives no tensor on the example"
                 problems.append(
-                    f"  places: {name}: expected a module whose output has {group.size} entries "
-                    f"along axis {place.axis}; {place.module} {gives}."
+                    f"\n  places: {group.name}: expected a module whose output has {group.size} "
+                    f"entries along axis {place.axis}; {place.module} {gives}."
                 )
     if problems:
-        lines = "\n".join(problems)
-        raise ConfigError(f"alignment.spec: {len(problems)} problem(s).\n{lines}")
+        raise ConfigError(f"alignment.spec: {len(problems)} problem(s).{''.join(problems)}")
