@@ -14,8 +14,7 @@ from typing_extensions import override
 from gradmerge.coefficients.base import MergeTensor, Slot
 from gradmerge.coefficients.init import AbstractInit, InitContext, over_slot
 from gradmerge.errors import ConfigError, nearest, shorten
-from gradmerge.mergekit.content import ModelReference, Problems
-from gradmerge.mergekit.document import read_document
+from gradmerge.mergekit.document import ModelReference, Problems, read_document
 from gradmerge.mergekit.table import tabulate
 
 _Weights = Mapping[ModelReference, float]
@@ -91,7 +90,7 @@ def _match(stated: str | None, name: str, label: str, weights: _Weights) -> Mode
     names = {Path(label).name} if name == "base" else {name, Path(label).name}
     for same in (
         [model for model in weights if _same_path(str(model), label)],
-        [model for model in weights if Path(model.lora or model.path).name in names],
+        [model for model in weights if Path((model.adapter or model).path).name in names],
     ):
         if len(same) == 1:
             return same[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from gradmerge.coefficients import Constant, Model
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.engine.recipe import Recipe, named
 from gradmerge.errors import ConfigError
-from gradmerge.mergekit.content import Document, ModelReference, Problems
-from gradmerge.mergekit.document import read_document
+from gradmerge.mergekit.document import Document, ModelReference, Problems, read_document
 from gradmerge.mergekit.table import Table, compact, tabulate
 from gradmerge.operators import AbstractOperator, Linear
 from gradmerge.sources import AbstractSource, Checkpoint, Vocabulary, as_source
@@ -65,7 +64,7 @@ def read_mergekit(path: str | Path) -> Reading:
     table = tabulate(document, tensors, problems)
     problems.stop(str(path))
 
-    names = dict(zip(table.sources, named([specs[m] for m in table.sources]), strict=True))
+    names = dict(zip(document.sources, named([specs[m] for m in document.sources]), strict=True))
     dtype = _dtype(document, list(opened.values()), tensors, problems)
     stored = {dtype or _name(reference.infos[name].dtype) for name in tensors}
     factors = _factors(table, problems, exact=stored == {"float32"})
@@ -91,10 +90,10 @@ def read_mergekit(path: str | Path) -> Reading:
 
 def source_of(model: ModelReference) -> str | AbstractSource:
     """Return the source that a model reference means."""
-    text = model.path if model.revision is None else f"{model.path}@{model.revision}"
-    if model.lora is None:
-        return text
-    return Lora(model.lora, as_source(text), model.lora_revision)
+    own = str(replace(model, adapter=None))
+    if model.adapter is None:
+        return own
+    return Lora(model.adapter.path, as_source(own), model.adapter.revision)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -105,9 +104,8 @@ def _dtype(
     document: Document, opened: Sequence[Checkpoint], tensors: Sequence[str], problems: Problems
 ) -> str | None:
     """Return the result's dtype: `out_dtype`, `dtype`, or what the models' dtypes promote to."""
-    stated = document.out_dtype or document.dtype
-    if stated is not None:
-        return stated
+    if document.dtype is not None:
+        return document.dtype
     promoted = {
         name: functools.reduce(
             torch.promote_types, [c.infos[name].dtype for c in opened if name in c.infos]
@@ -127,7 +125,7 @@ def _factors(table: Table, problems: Problems, exact: bool) -> dict[str, Any]:
     """Return origin, preprocess and operator; `exact`: sum in mergekit's order, which shows in
     float32 alone.
     """
-    method, origin = table.document.method, table.origin
+    method, origin = table.document.method, table.document.origin
     option = functools.partial(table.option, problems=problems)
     operator: AbstractOperator = Linear("directions" if exact and origin == "base" else "weights")
     try:
