@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
+from gradmerge._typing import Origin
 from gradmerge.errors import ConfigError, nearest
 from gradmerge.mergekit.methods import METHODS, REFUSED, Method, Parameter, Value
 
@@ -78,7 +79,7 @@ class Document:
         return tuple(dict.fromkeys(model for part in self.slices for model in part.inputs))
 
     @property
-    def origin(self) -> Literal["base", "zero"]:
+    def origin(self) -> Origin:
         """The recipe's origin."""
         among = self.method.base == "input" or self.method.base_takes_rest
         return "zero" if among or self.base is None else "base"
@@ -175,9 +176,10 @@ class _Reader:
         if callable(shape):
             return shape(self, where, found)
         if isinstance(shape, list):
-            if not self.expect(isinstance(found, list) and found, where, "a list", _kind(found)):
-                return []
-            read = [self.read(f"{where}[{i}]", entry, shape[0]) for i, entry in enumerate(found)]
+            holds = isinstance(found, list) and found
+            self.expect(holds, where, "a list", _kind(found or None))
+            entries = enumerate(found if holds else [])
+            read = [self.read(f"{where}[{i}]", entry, shape[0]) for i, entry in entries]
             return [entry for entry in read if entry]
         if not self.expect(isinstance(found, Mapping), where, "a mapping", _kind(found)):
             return {}
@@ -283,13 +285,15 @@ class _Reader:
         why = (
             "omitted, repeated or moved layers change the network, which gradmerge does not support"
         )
-        ranges = [source["layer_range"] for source in sources if source["layer_range"]]
-        for j, (first, last) in enumerate(ranges):
-            at, got = f"{where}[{j}].layer_range", f"[{first}, {last}]: {why}"
-            self.expect(first == start, at, f"layers from {start} on", got)
-        different = set(ranges)
-        self.expect(len(different) < 2, where, "one layer_range for all sources", len(different))
-        return min(different, default=None)
+        ranges = set()
+        for j, source in enumerate(sources):
+            if source["layer_range"] is not None:
+                first, last = source["layer_range"]
+                at, got = f"{where}[{j}].layer_range", f"[{first}, {last}]: {why}"
+                self.expect(first == start, at, f"layers from {start} on", got)
+                ranges.add((first, last))
+        self.expect(len(ranges) < 2, where, "one layer_range for all sources", len(ranges))
+        return min(ranges, default=None)
 
     def require_models(self, where: str, slices: list[Slice], base: ModelReference | None) -> None:
         """Note a last slice with other models than the method takes."""

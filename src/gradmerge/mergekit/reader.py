@@ -56,16 +56,17 @@ def read_mergekit(path: str | Path) -> Reading:
     """
     document = read_document(path)
     problems = Problems()
-    models = dict.fromkeys([*([document.base] if document.base else []), *document.models])
-    specs = {model: source_of(model) for model in models}
+    base = document.base
+    specs = {m: source_of(m) for m in (*([base] if base else []), *document.models)}
     opened = {model: as_source(spec).open() for model, spec in specs.items()}
     reference = next(iter(opened.values()))
     tensors = [name for name, info in reference.infos.items() if info.dtype.is_floating_point]
     table = tabulate(document, tensors, problems)
     problems.stop(str(path))
 
-    names = dict(zip(document.sources, named([specs[m] for m in document.sources]), strict=True))
-    dtype = _dtype(document, list(opened.values()), tensors, problems)
+    sources = document.sources
+    names = dict(zip(sources, named([specs[model] for model in sources]), strict=True))
+    dtype = document.dtype or _promoted(list(opened.values()), tensors, problems)
     stored = {dtype or _name(reference.infos[name].dtype) for name in tensors}
     factors = _factors(table, problems, exact=stored == {"float32"})
     coefficients = table.coefficients(problems)
@@ -75,17 +76,20 @@ def read_mergekit(path: str | Path) -> Reading:
     value = compact(coefficients)
     recipe = Recipe(
         sources={name: specs[model] for model, name in names.items()},
-        base=None if document.base is None else specs[document.base],
+        base=None if base is None else specs[base],
         coefficients=TensorGranularity() if isinstance(value, dict) else Model(),
         init=Constant(value),
         tokenizer=tokenizer,
         **factors,
     )
-    checkpoints = {name: opened[model] for model, name in names.items()}
-    if document.base is not None:
-        checkpoints["base"] = opened[document.base]
-    summary = _summary(document, recipe, names, coefficients, dtype)
-    return Reading(recipe, checkpoints, dtype, summary, table.warnings)
+    owners = {**{name: model for model, name in names.items()}, **({"base": base} if base else {})}
+    return Reading(
+        recipe,
+        {name: opened[model] for name, model in owners.items()},
+        dtype,
+        _summary(document, recipe, names, coefficients, dtype),
+        table.warnings,
+    )
 
 
 def source_of(model: ModelReference) -> str | AbstractSource:
@@ -100,12 +104,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dtype(
-    document: Document, opened: Sequence[Checkpoint], tensors: Sequence[str], problems: Problems
+def _promoted(
+    opened: Sequence[Checkpoint], tensors: Sequence[str], problems: Problems
 ) -> str | None:
-    """Return the result's dtype: `out_dtype`, `dtype`, or what the models' dtypes promote to."""
-    if document.dtype is not None:
-        return document.dtype
+    """Return what the models' dtypes promote to; None: each tensor to the reference's own."""
     promoted = {
         name: functools.reduce(
             torch.promote_types, [c.infos[name].dtype for c in opened if name in c.infos]
@@ -114,7 +116,7 @@ def _dtype(
     }
     if all(kind == opened[0].infos[name].dtype for name, kind in promoted.items()):
         return None
-    kinds = sorted({_name(kind) for kind in promoted.values()})
+    kinds = sorted(set(map(_name, promoted.values())))
     if len(kinds) > 1:
         got = ", ".join(kinds)
         problems.add("dtype", f"the models' dtypes promote to several ({got}); state one")
@@ -129,26 +131,23 @@ def _factors(table: Table, problems: Problems, exact: bool) -> dict[str, Any]:
     option = functools.partial(table.option, problems=problems)
     operator: AbstractOperator = Linear("directions" if exact and origin == "base" else "weights")
     try:
-        preprocess = method.preprocess(option)
         if method.operator is not None:
             operator = method.operator(option)
+        return {"origin": origin, "preprocess": method.preprocess(option), "operator": operator}
     except ConfigError as error:
         problems.add("parameters", str(error))
         return {}
-    return {"origin": origin, "preprocess": preprocess, "operator": operator}
 
 
 def _vocabulary(
     document: Document, names: Mapping[ModelReference, str], problems: Problems
 ) -> Vocabulary | None:
-    """Return the recipe's `tokenizer` if the file names one."""
-    source = document.tokenizer
+    source, base = document.tokenizer, document.base
     if source is None:
         return None
     if isinstance(source, ModelReference):
-        known = {**names, **({document.base: "base"} if document.base else {})}
-        if source not in known:
-            problems.add("tokenizer", f"expected one of the models, got {source}")
+        known = {**names, **({base: "base"} if base else {})}
+        problems.expect(source in known, "tokenizer", "one of the models", source)
         source = known.get(source, "union")
     return Vocabulary(source, document.pad_to_multiple_of, document.chat_template or "auto")
 
