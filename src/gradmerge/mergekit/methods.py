@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import require
 from gradmerge.operators import (
     AbstractOperator,
     ArceeFusion,
@@ -144,12 +144,9 @@ def _nuslerp(row: Row, _: int) -> list[float]:
     return [1 - t, t]
 
 
-def _weight(row: Row, _: int) -> list[float]:
-    return list(row["weight"])
-
-
-def _t(row: Row, _: int) -> list[float]:
-    return [row["t"]]
+def _own(name: str) -> Formula:
+    """A parameter per model as it is, or a single value for a single source."""
+    return lambda row, _: list(row[name]) if isinstance(row[name], list) else [row[name]]
 
 
 def _even(_: Row, num_sources: int) -> list[float]:
@@ -188,7 +185,7 @@ def _on_task_vectors(
     return Method(
         name,
         (Parameter("int8_mask", False), *shared, _of_model("weight"), *own),
-        _weight if elects else _scaled,
+        _own("weight") if elects else _scaled,
         (lambda row, _: [row["lambda"] * w for w in row["weight"]]) if elects else None,
         slices_may_differ=True,
         preprocess=preprocess,
@@ -202,8 +199,7 @@ def _nuslerp_operator(option: Option) -> AbstractOperator:
 
 
 def _multislerp(option: Option) -> AbstractOperator:
-    if option("eps") != 1e-8:
-        raise ConfigError(f"eps: expected 1e-08, which is fixed, got {option('eps')}.")
+    require(option("eps") == 1e-8, "eps", "1e-08, which is fixed", option("eps"))
     return MultiSlerp(option("normalize_weights"))
 
 
@@ -224,7 +220,7 @@ _ROWS = (
     Method(
         "passthrough",
         (_of_model("scale", 1.0),),
-        lambda row, _: list(row["scale"]),
+        _own("scale"),
         base="input",
         slices_may_differ=True,
         num_models=(1, 1),
@@ -240,7 +236,7 @@ _ROWS = (
     Method(
         "slerp",
         (Parameter("t"),),
-        _t,
+        _own("t"),
         base_takes_rest=True,
         num_models=(1, 1),
         operator=lambda option: Slerp("tensor"),
@@ -260,7 +256,7 @@ _ROWS = (
     Method(
         "multislerp",
         (_of_model("weight"), _global("normalize_weights", True), _global("eps", 1e-8)),
-        _weight,
+        _own("weight"),
         _normalised("normalize_weights"),
         base="optional",
         operator=_multislerp,
@@ -282,7 +278,7 @@ _ROWS = (
     Method(
         "nearswap",
         (Parameter("t"),),
-        _t,
+        _own("t"),
         _none,
         num_models=(1, 1),
         operator=lambda option: NearSwap(),

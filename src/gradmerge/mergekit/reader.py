@@ -64,8 +64,8 @@ def read_mergekit(path: str | Path) -> Reading:
     table = tabulate(document, tensors, problems)
     problems.stop(str(path))
 
-    sources = document.sources
-    names = dict(zip(sources, named([specs[model] for model in sources]), strict=True))
+    sources = named([specs[model] for model in document.sources])
+    names = dict(zip(document.sources, sources, strict=True))
     dtype = document.dtype or _promoted(list(opened.values()), tensors, problems)
     stored = {dtype or _name(reference.infos[name].dtype) for name in tensors}
     factors = _factors(table, problems, exact=stored == {"float32"})
@@ -75,21 +75,18 @@ def read_mergekit(path: str | Path) -> Reading:
 
     value = compact(coefficients)
     recipe = Recipe(
-        sources={name: specs[model] for model, name in names.items()},
+        sources,
         base=None if base is None else specs[base],
         coefficients=TensorGranularity() if isinstance(value, dict) else Model(),
         init=Constant(value),
         tokenizer=tokenizer,
         **factors,
     )
-    owners = {**{name: model for model, name in names.items()}, **({"base": base} if base else {})}
-    return Reading(
-        recipe,
-        {name: opened[model] for name, model in owners.items()},
-        dtype,
-        _summary(document, recipe, names, coefficients, dtype),
-        table.warnings,
-    )
+    checkpoints = {name: opened[model] for model, name in names.items()}
+    if base is not None:
+        checkpoints["base"] = opened[base]
+    summary = _summary(document, recipe, names, coefficients, dtype)
+    return Reading(recipe, checkpoints, dtype, summary, table.warnings)
 
 
 def source_of(model: ModelReference) -> str | AbstractSource:
