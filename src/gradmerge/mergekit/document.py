@@ -30,6 +30,9 @@ _UNSUPPORTED = {
     "experts": _MIXTURE,
     "gate_mode": _MIXTURE,
 }
+_SAME_LAYERS = (
+    "omitted, repeated or moved layers change the network, which gradmerge does not support"
+)
 _REQUIRED = ("merge_method", "sources", "model", "layer_range", "path", "value")
 
 
@@ -271,29 +274,17 @@ class _Reader:
                 inputs[model] = source.get("parameters", {})
             if base is not None and not by_layers:
                 inputs.setdefault(base, {})
-            layers = self.range_of(where, part["sources"], start) if by_layers else None
-            start = layers[1] if layers else start
+            ranges = {source.get("layer_range") for source in part["sources"]} - {None}
+            self.expect(len(ranges) < 2, where, "one layer_range for all sources", len(ranges))
+            layers = min(ranges, default=None)
+            if layers is not None:
+                got = f"{list(layers)}: {_SAME_LAYERS}"
+                self.expect(layers[0] == start, where, f"layers from {start} on", got)
+                start = layers[1]
             shared = tuple(scope.get("parameters", {}) for scope in (part, module, file))
             slices.append(Slice(inputs, shared, layers))
             self.require_models(where, slices, base)
         return base, tuple(slices)
-
-    def range_of(
-        self, where: str, sources: list[dict[str, Any]], start: int
-    ) -> tuple[int, int] | None:
-        """Return the layers of a slice, which begin where the slice before it ends."""
-        why = (
-            "omitted, repeated or moved layers change the network, which gradmerge does not support"
-        )
-        ranges = set()
-        for j, source in enumerate(sources):
-            if source["layer_range"] is not None:
-                first, last = source["layer_range"]
-                at, got = f"{where}[{j}].layer_range", f"[{first}, {last}]: {why}"
-                self.expect(first == start, at, f"layers from {start} on", got)
-                ranges.add((first, last))
-        self.expect(len(ranges) < 2, where, "one layer_range for all sources", len(ranges))
-        return min(ranges, default=None)
 
     def require_models(self, where: str, slices: list[Slice], base: ModelReference | None) -> None:
         """Note a last slice with other models than the method takes."""
