@@ -16,6 +16,7 @@ import yaml
 from gradmerge._typing import Origin
 from gradmerge.errors import ConfigError, nearest
 from gradmerge.mergekit.methods import METHODS, REFUSED, Method, Parameter, Value
+from gradmerge.sources import Vocabulary
 
 Case = tuple[str, tuple[Value, ...]]
 """A filter, empty for every tensor, with one value or a gradient over the layers."""
@@ -70,11 +71,8 @@ class Document:
     base: ModelReference | None
     dtype: str | None
     """dtype of the result, if stated."""
-    tokenizer: ModelReference | str | None
-    """`union`, `base`, or the model whose tokenizer the merge has; None: no tokens are moved."""
-    pad_to_multiple_of: int | None
-    chat_template: str | None
-    """`auto`, or the text of a template."""
+    vocabulary: Vocabulary | None
+    """Tokens of the merge, if stated; a source by the name that the file has for the model."""
 
     @property
     def models(self) -> tuple[ModelReference, ...]:
@@ -154,11 +152,12 @@ class _Reader:
         file = self.read("", found, _FILE)
         self.one_of("", found, "models, slices and modules")
         base, slices = self.slices(file)
-        where, options = "tokenizer_source", file.get("tokenizer")
+        where, multiple = "tokenizer_source", None
         tokenizer, template = file.get(where), file.get("chat_template")
-        if options is not None:
+        if "tokenizer" in file:
             self.expect(tokenizer is None, where, f"either {where} or tokenizer", "both")
-            where, tokenizer = "tokenizer.source", options.get("source", "union")
+            where, multiple = "tokenizer.source", file["tokenizer"].get("pad_to_multiple_of")
+            tokenizer = file["tokenizer"].get("source", "union")
         self.expect(base or tokenizer != "base", where, "a base_model for 'base'", "none")
         alone = template and not tokenizer
         self.expect(not alone, "chat_template", "a tokenizer_source with it", "none")
@@ -167,9 +166,7 @@ class _Reader:
             slices,
             base,
             file.get("out_dtype") or file.get("dtype"),
-            tokenizer,
-            (options or {}).get("pad_to_multiple_of"),
-            template,
+            Vocabulary(tokenizer, multiple, template or "auto") if tokenizer else None,
         )
 
     # ---- structure ------------------------------------------------------------------------------
@@ -367,8 +364,8 @@ class _Reader:
         self.expect(name in _DTYPES, where, f"one of {', '.join(_DTYPES)}", repr(found))
         return name
 
-    def tokenizer(self, where: str, found: Any) -> ModelReference | str:
-        return str(found) if found in ("union", "base") else self.model(where, found)
+    def tokenizer(self, where: str, found: Any) -> str:
+        return str(found if found in ("union", "base") else self.model(where, found))
 
     def multiple(self, where: str, found: Any) -> int:
         holds = type(found) is int and found > 0

@@ -89,7 +89,7 @@ def _match(stated: str | None, name: str, label: str, weights: _Weights) -> Mode
         return next((model for model in weights if str(model) == stated), None)
     names = {Path(label).name} if name == "base" else {name, Path(label).name}
     for same in (
-        [model for model in weights if _same_path(str(model), label)],
+        [model for model in weights if _place(str(model)) == _place(label)],
         [model for model in weights if Path((model.adapter or model).path).name in names],
     ):
         if len(same) == 1:
@@ -97,9 +97,8 @@ def _match(stated: str | None, name: str, label: str, weights: _Weights) -> Mode
     return None
 
 
-def _same_path(first: str, second: str) -> bool:
-    paths = [Path(text).expanduser() for text in (first, second)]
-    return first == second or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
+def _place(text: str) -> Path:
+    return Path(text).expanduser().resolve()
 
 
 @functools.lru_cache(maxsize=4)

@@ -139,14 +139,14 @@ def _factors(table: Table, problems: Problems, exact: bool) -> dict[str, Any]:
 def _vocabulary(
     document: Document, names: Mapping[ModelReference, str], problems: Problems
 ) -> Vocabulary | None:
-    source, base = document.tokenizer, document.base
-    if source is None:
-        return None
-    if isinstance(source, ModelReference):
-        known = {**names, **({base: "base"} if base else {})}
-        problems.expect(source in known, "tokenizer", "one of the models", source)
-        source = known.get(source, "union")
-    return Vocabulary(source, document.pad_to_multiple_of, document.chat_template or "auto")
+    found = document.vocabulary
+    if found is None or found.source in ("union", "base"):
+        return found
+    known = {str(model): name for model, name in names.items()}
+    if document.base is not None:
+        known[str(document.base)] = "base"
+    problems.expect(found.source in known, "tokenizer", "one of the models", found.source)
+    return replace(found, source=known.get(found.source, "union"))
 
 
 def _summary(
