@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,13 +230,10 @@ def _reference(spec: AbstractSource) -> Any:
     base = spec.base if isinstance(spec, Lora) else spec
     if not isinstance(base, HuggingFace):
         return None
-    own = ModelReference(_whole(base.path), base.revision)
-    adapter = None
-    if isinstance(spec, Lora):
-        adapter = ModelReference(_whole(spec.path), spec.revision)
-    parts = [part for part in (own, adapter) if part is not None]
+    owners: list[HuggingFace | Lora] = [base, spec] if isinstance(spec, Lora) else [base]
+    parts = [ModelReference(_whole(owner.path), owner.revision) for owner in owners]
     if not any(set(part.path) & set("+@") for part in parts):
-        return str(replace(own, adapter=adapter))
+        return "+".join(map(str, parts))
     # in text these characters would divide path, revision and adapter
     plain = [{"path": p.path, **({"revision": p.revision} if p.revision else {})} for p in parts]
     return dict(zip(("model", "lora"), plain, strict=False))
@@ -251,14 +247,17 @@ def _whole(path: str) -> str:
 # ---- weights ------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def _rows(plan: Plan, raw: Raw) -> dict[str, dict[str, float]]:
     """Return the weight of each source, and of the base, in each tensor and buffer."""
     names, origin = list(plan.sources), plan.recipe.resolved_origin
     rows = {}
     for name in plan.tensors:
-        own = plan.coefficient(name, raw).detach().double().cpu()
+        own = plan.coefficient(name, raw).double().cpu()
         if plan.finalisation.active and name not in plan.fixed:
-            own = own * plan.finalisation.factor(name, _merged(plan, raw, name))
+            merged = torch.empty(plan.tensors[name].shape)
+            plan.combine(name, plan.raw(name, raw).cpu(), merged)
+            own = own * plan.finalisation.factor(name, merged)
         rest = 1 - own.sum()
         if origin == "mean":  # mean + sum c (theta - mean), as a sum of the theta
             own = own + rest / len(own)
@@ -274,13 +273,6 @@ def _rows(plan: Plan, raw: Raw) -> dict[str, dict[str, float]]:
         if name in rows and other in plan.reference.infos:
             rows[other] = rows[name]
     return rows
-
-
-@torch.no_grad()
-def _merged(plan: Plan, raw: Raw, name: str) -> Tensor:
-    """Return a merged tensor before its finalisers, float32."""
-    out = torch.empty(plan.tensors[name].shape)
-    return plan.combine(name, plan.raw(name, raw).detach().cpu(), out)
 
 
 def _weight(source: str, rows: Mapping[str, Mapping[str, float]]) -> Any:
