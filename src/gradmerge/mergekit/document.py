@@ -34,6 +34,7 @@ _UNSUPPORTED = {
 _SAME_LAYERS = (
     "omitted, repeated or moved layers change the network, which gradmerge does not support"
 )
+# Read even where they are absent, as their readers then report it.
 _REQUIRED = ("merge_method", "sources", "model", "layer_range", "path", "value")
 
 
@@ -57,7 +58,7 @@ class Slice:
     inputs: Mapping[ModelReference, Settings]
     """Models in order, each with its own parameters."""
     shared: tuple[Settings, ...]
-    """Parameters of the slice, the module and the file."""
+    """Parameters of the slice, the module and the file, nearest first."""
     layers: tuple[int, int] | None
     """First layer and one past the last; None for all."""
 
@@ -253,7 +254,7 @@ class _Reader:
 
     def slices(self, file: Mapping[str, Any]) -> tuple[ModelReference | None, tuple[Slice, ...]]:
         """Return the base and the slices; `models` are one slice of all layers."""
-        module = file.get("modules") or file
+        module = file.get("modules") or file  # the file itself is most often the only module
         by_layers, models = "slices" in module, module.get("models")
         parts = module.get("slices") or ([{"sources": models}] if models else [])
         bases = {part.get("base_model", file.get("base_model")) for part in parts}
