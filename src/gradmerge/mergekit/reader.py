@@ -65,27 +65,27 @@ def read_mergekit(path: str | Path) -> Reading:
     problems.stop(str(path))
 
     sources = named([specs[model] for model in document.sources])
-    names = dict(zip(document.sources, sources, strict=True))
+    models = dict(zip(sources, document.sources, strict=True))
+    if base is not None:
+        models["base"] = base
     dtype = document.dtype or _promoted(list(opened.values()), tensors, problems)
     stored = {dtype or _name(reference.infos[name].dtype) for name in tensors}
     factors = _factors(table, problems, exact=stored == {"float32"})
     coefficients = table.coefficients(problems)
-    tokenizer = _vocabulary(document, names, problems)
+    tokenizer = _vocabulary(document.vocabulary, models, problems)
     problems.stop(str(path))
 
     value = compact(coefficients)
     recipe = Recipe(
         sources,
-        base=None if base is None else specs[base],
+        base=specs[base] if base else None,
         coefficients=TensorGranularity() if isinstance(value, dict) else Model(),
         init=Constant(value),
         tokenizer=tokenizer,
         **factors,
     )
-    checkpoints = {name: opened[model] for model, name in names.items()}
-    if base is not None:
-        checkpoints["base"] = opened[base]
-    summary = _summary(document, recipe, names, coefficients, dtype)
+    checkpoints = {name: opened[model] for name, model in models.items()}
+    summary = _summary(document, recipe, coefficients, dtype)
     return Reading(recipe, checkpoints, dtype, summary, table.warnings)
 
 
@@ -137,14 +137,11 @@ def _factors(table: Table, problems: Problems, exact: bool) -> dict[str, Any]:
 
 
 def _vocabulary(
-    document: Document, names: Mapping[ModelReference, str], problems: Problems
+    found: Vocabulary | None, models: Mapping[str, ModelReference], problems: Problems
 ) -> Vocabulary | None:
-    found = document.vocabulary
     if found is None or found.source in ("union", "base"):
         return found
-    known = {str(model): name for model, name in names.items()}
-    if document.base is not None:
-        known[str(document.base)] = "base"
+    known = {str(model): name for name, model in models.items()}
     problems.expect(found.source in known, "tokenizer", "one of the models", found.source)
     return replace(found, source=known.get(found.source, "union"))
 
@@ -152,7 +149,6 @@ def _vocabulary(
 def _summary(
     document: Document,
     recipe: Recipe,
-    names: Mapping[ModelReference, str],
     coefficients: Mapping[str, Sequence[float]],
     dtype: str | None,
 ) -> str:
@@ -162,7 +158,7 @@ def _summary(
         f"mergekit {document.method.name}: {', '.join(steps)}, origin {recipe.resolved_origin}"
         f"{base}, stored as {dtype or 'the reference stores it'}"
     ]
-    for k, (model, name) in enumerate(names.items()):
+    for k, (name, model) in enumerate(zip(recipe.sources, document.sources, strict=True)):
         own = [row[k] for row in coefficients.values()]
         spread = f"{own[0]:.6g}"
         if min(own) != max(own):
