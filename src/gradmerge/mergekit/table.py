@@ -54,12 +54,13 @@ class Table:
         return different[0]
 
     def coefficients(self, problems: Problems) -> dict[str, list[float]]:
-        """Return the coefficients of the sources by tensor.
+        """Return the coefficients of the sources, in order, by tensor.
 
         `theta = sum_k c_k theta_k` from origin zero, and `A + sum_k c_k B_k` from the base (in TIES
         these are the weights before the election, without lambda).
         """
-        return self._by_tensor(self.document.method.coefficients, problems)
+        found = self._by_model(self.document.method.coefficients, problems)
+        return {name: [row[m] for m in self.document.sources] for name, row in found.items()}
 
     def weights(self, problems: Problems) -> dict[str, dict[ModelReference, float]]:
         """Return the weights of all models, the base included, by tensor.
@@ -67,29 +68,28 @@ class Table:
         `theta = sum_m w_m theta_m`, with `1 - sum c` for the base of task vectors. Of methods that
         prune or elect these are the weights that they put on task vectors, times lambda.
         """
-        method, base = self.document.method, self.document.base
-        found = {}
-        for name, row in self._by_tensor(method.weights or method.coefficients, problems).items():
-            found[name] = dict(zip(self.document.sources, row, strict=True))
-            if base is not None:
-                found[name].setdefault(base, 1 - sum(row))
-        return found
+        method = self.document.method
+        return self._by_model(method.weights or method.coefficients, problems)
 
-    def _by_tensor(self, formula: Formula, problems: Problems) -> dict[str, list[float]]:
-        document, sources = self.document, self.document.sources
-        found: dict[str, list[float]] = {}
+    def _by_model(
+        self, formula: Formula, problems: Problems
+    ) -> dict[str, dict[ModelReference, float]]:
+        method, base = self.document.method, self.document.base
+        models = [m for m in self.document.models if m != base or method.base == "input"]
+        num_sources = len(self.document.sources)
+        found: dict[str, dict[ModelReference, float]] = {}
         failed = defaultdict(list)
         for name, row in self.rows.items():
             try:
-                found[name] = formula(row, len(sources))
+                values = formula(row, num_sources)
             except ValueError as error:
                 failed[str(error)].append(name)
                 continue
-            if document.base is not None and document.method.base_takes_rest:
-                found[name].insert(sources.index(document.base), 1 - sum(found[name]))
+            found[name] = dict(zip(models, values, strict=True))
+            if base is not None:
+                found[name].setdefault(base, 1 - sum(values))
         for reason, names in failed.items():
-            what = f"{document.method.name} {reason}{self._which(names)}"
-            problems.add("merge_method", what)
+            problems.add("merge_method", f"{method.name} {reason}{self._which(names)}")
         return found
 
     def _which(self, tensors: Sequence[str]) -> str:
