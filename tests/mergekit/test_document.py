@@ -7,9 +7,7 @@ import yaml
 
 from gradmerge.errors import ConfigError
 from gradmerge.mergekit import is_mergekit
-from gradmerge.mergekit.content import Problems
-from gradmerge.mergekit.document import read_document
-from gradmerge.mergekit.methods import METHODS
+from gradmerge.mergekit.document import ModelReference, Problems, read_document
 from gradmerge.mergekit.table import evaluate, tabulate
 
 LAYERS = [f"model.layers.{i}.{part}.weight" for i in range(5) for part in ("attn", "mlp")]
@@ -58,13 +56,17 @@ def task_vectors(**more):
         ([{"filter": "mlp", "value": []}, {"value": 2}], 0.0, None),  # the first match counts
     ],
 )
-def test_settings_are_values_gradients_and_filters(setting, t, value):
-    assert evaluate(setting, "model.layers.3.mlp.weight", t) == value
+def test_settings_are_values_gradients_and_filters(tmp_path, setting, t, value):
+    document = read(tmp_path, task_vectors(parameters={"weight": setting}))
+    cases = document.slices[0].shared[-1]["weight"]
+    assert evaluate(cases, "model.layers.3.mlp.weight", t) == value
 
 
-def test_truth_values_are_not_interpolated():
-    convert = METHODS["ties"].parameter("normalize").convert
-    values = [evaluate(["yes", False, 1.0], "x", t, convert) for t in (0.0, 0.49, 0.5, 0.99, 1.0)]
+def test_truth_values_are_not_interpolated(tmp_path):
+    parameters = {"normalize": ["yes", False, 1.0]}
+    document = read(tmp_path, task_vectors(parameters=parameters))
+    cases = document.slices[0].shared[-1]["normalize"]
+    values = [evaluate(cases, "x", t) for t in (0.0, 0.49, 0.5, 0.99, 1.0)]
     assert values == [True, True, False, False, True]
 
 
@@ -173,7 +175,7 @@ def test_slerp_runs_from_the_base_wherever_it_is_listed(tmp_path):
         config = {"merge_method": "slerp", "base_model": "base", "parameters": {"t": 0.3}}
         config["models"] = [{"model": m} for m in models]
         table = table_of(tmp_path, config)
-        assert [str(model) for model in table.sources] == models
+        assert [str(model) for model in table.document.sources] == models
         assert table.coefficients(Problems())["lm_head.weight"] == pytest.approx(row)
 
 
@@ -196,11 +198,11 @@ def test_models_are_paths_with_revision_and_adapter(tmp_path):
         ],
     )
     models = read(tmp_path, config).models
-    assert [(m.path, m.revision, m.lora, m.lora_revision) for m in models] == [
-        ("org/base", "v2", "/adapters/x", "main"),
-        ("/odd+path", "r", "l", None),
-        ("/a@b", None, None, None),
-        ("org/base", "v2", None, None),  # the base is added where it is not listed
+    assert list(models) == [
+        ModelReference("org/base", "v2", ModelReference("/adapters/x", "main")),
+        ModelReference("/odd+path", "r", ModelReference("l")),
+        ModelReference("/a@b"),
+        ModelReference("org/base", "v2"),  # the base is added where it is not listed
     ]
 
 
@@ -298,7 +300,7 @@ REFUSED = [
     ),
     (
         {"parameters": {"lambda": [{"filter": "x", "value": {"value": 1}}]}},
-        r"lambda\[0\].value\[0\]: expected a value or a list of values, got {'value': 1}",
+        r"lambda\[0\].value: expected a number, got {'value': 1}",
     ),
     ({"models": ["a"]}, r"models\[0\]: expected a mapping, got a str"),
     ({"models": {"a": 1}}, "models: expected a list, got a dict"),
@@ -341,7 +343,7 @@ def test_what_cannot_be_read_is_refused(tmp_path, change, message):
         (slices([(0, 3)], [(2, 5)]), r"expected layers from 3 on, got \[2, 5\]: omitted, repeated"),
         (slices([(1, 5)]), r"expected layers from 0 on, got \[1, 5\]"),
         (slices([(0, 2)], [(0, 2)]), r"expected layers from 2 on, got \[0, 2\]"),
-        (slices([(0, 2), (2, 4)]), r"sources\[1\].layer_range: expected layers from 0 on"),
+        (slices([(0, 2), (2, 4)]), r"slices\[0\].sources: expected one layer_range for .*, got 2"),
         (slices([(0, 4)]), "slices: expected all 5 layers, got 4: another depth is another"),
         (slices([(0, 6)]), "slices: expected all 5 layers, got 6"),
         (slices([(0, 5)], residual_weight=0.1), "residual_weight: is not supported"),

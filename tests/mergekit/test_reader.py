@@ -246,10 +246,10 @@ def test_adapters_are_put_on_their_model(p, read, tmp_path):
     (tmp_path / "adapter").mkdir()
     with pytest.raises(ValueError, match=r"expected adapter_model\.safetensors"):
         read(file)
-    from gradmerge.mergekit.content import ModelReference
+    from gradmerge.mergekit.document import ModelReference
     from gradmerge.mergekit.reader import source_of
 
-    spec = source_of(ModelReference("org/base", "v1", "org/adapter", "v2"))
+    spec = source_of(ModelReference("org/base", "v1", ModelReference("org/adapter", "v2")))
     assert isinstance(spec, Lora)
     assert (spec.path, spec.revision, spec.base.path, spec.base.revision) == (
         "org/adapter",

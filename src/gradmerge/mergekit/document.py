@@ -1,4 +1,4 @@
-"""The structure of a mergekit file, checked as a whole so that all problems are reported at once.
+"""A mergekit file as data, read as a whole so that all of its problems are reported at once.
 
 mergekit itself ignores keys that it does not know; here they are errors.
 """
@@ -6,28 +6,21 @@ mergekit itself ignores keys that it does not know; here they are errors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from gradmerge._typing import Origin
 from gradmerge.errors import ConfigError, nearest
-from gradmerge.mergekit.content import Document, ModelReference, Problems, Settings, Slice
-from gradmerge.mergekit.methods import METHODS, REFUSED, Method, Parameter
+from gradmerge.mergekit.methods import METHODS, REFUSED, Method, Parameter, Value
+from gradmerge.sources import Vocabulary
 
-_KEYS = (
-    "merge_method",
-    "base_model",
-    "models",
-    "slices",
-    "modules",
-    "parameters",
-    "dtype",
-    "out_dtype",
-    "tokenizer_source",
-    "tokenizer",
-    "chat_template",
-)
+Case = tuple[str, tuple[Value, ...]]
+"""A filter, empty for every tensor, with one value or a gradient over the layers."""
+Settings = Mapping[str, Sequence[Case]]
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _MIXTURE = "this is a file for mergekit-moe; gradmerge makes no mixtures of experts"
 # Keys of mergekit without a counterpart in gradmerge, and why.
@@ -38,6 +31,88 @@ _UNSUPPORTED = {
     "experts": _MIXTURE,
     "gate_mode": _MIXTURE,
 }
+_SAME_LAYERS = (
+    "omitted, repeated or moved layers change the network, which gradmerge does not support"
+)
+# Read even where they are absent, as their readers then report it.
+_REQUIRED = ("merge_method", "sources", "model", "layer_range", "path", "value")
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A model as mergekit names one: `path`, `owner/name@revision`, each with `+adapter`."""
+
+    path: str
+    revision: str | None = None
+    adapter: ModelReference | None = None
+
+    def __str__(self) -> str:
+        text = self.path if self.revision is None else f"{self.path}@{self.revision}"
+        return text if self.adapter is None else f"{text}+{self.adapter}"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A range of layers and the models that go into it."""
+
+    inputs: Mapping[ModelReference, Settings]
+    """Models in order, each with its own parameters."""
+    shared: tuple[Settings, ...]
+    """Parameters of the slice, the module and the file, nearest first."""
+    layers: tuple[int, int] | None
+    """First layer and one past the last; None for all."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A whole file."""
+
+    method: Method
+    slices: tuple[Slice, ...]
+    base: ModelReference | None
+    dtype: str | None
+    """dtype of the result, if stated."""
+    vocabulary: Vocabulary | None
+    """Tokens of the merge, if stated; a source by the name that the file has for the model."""
+
+    @property
+    def models(self) -> tuple[ModelReference, ...]:
+        """All inputs, each once, in order of appearance."""
+        return tuple(dict.fromkeys(model for part in self.slices for model in part.inputs))
+
+    @property
+    def origin(self) -> Origin:
+        """The recipe's origin."""
+        among = self.method.base == "input" or self.method.base_takes_rest
+        return "zero" if among or self.base is None else "base"
+
+    @property
+    def sources(self) -> tuple[ModelReference, ...]:
+        """The models with a coefficient: all, or all but the base that directions start from."""
+        left_out = self.base if self.origin == "base" else None
+        return tuple(model for model in self.models if model != left_out)
+
+
+class Problems(list[str]):
+    """The problems of a file, each once."""
+
+    def add(self, where: str, what: str) -> None:
+        """Note a problem."""
+        text = f"{where}: {what}" if where else what
+        if text not in self:
+            self.append(text)
+
+    def expect(self, holds: object, where: str, expected: str, got: object) -> bool:
+        """Note a problem unless it holds."""
+        if not holds:
+            self.add(where, f"expected {expected}, got {got}")
+        return bool(holds)
+
+    def stop(self, path: str) -> None:
+        """Raise one error that lists all problems, if there are any."""
+        if self:
+            count = "one problem" if len(self) == 1 else f"{len(self)} problems"
+            raise ConfigError("\n  ".join([f"{path}: this mergekit file has {count}:", *self]))
 
 
 def is_mergekit(found: Any) -> bool:
@@ -60,223 +135,187 @@ def read_document(path: str | Path) -> Document:
         raise ConfigError(
             f"{path}: expected a mergekit YAML with merge_method, got {_kind(found)}."
         )
-    reader = _Reader(found)
+    reader = _Reader()
     document = reader.document(found)
     reader.problems.stop(str(path))
     return document
 
 
 class _Reader:
-    def __init__(self, found: Mapping[str, Any]) -> None:
+    """Reads a file by the keys that each place may have; what does not fit becomes a problem."""
+
+    def __init__(self) -> None:
         self.problems = Problems()
-        self.method = self.find_method(found.get("merge_method"))
-        base = found.get("base_model")
-        self.base = None if base is None else self.model("base_model", base)
+        self.expect = self.problems.expect
+        self.method: Method | None = None
 
     def document(self, found: Mapping[str, Any]) -> Document:
-        """Read the whole file and note its problems."""
-        self.keys("", found, _KEYS)
-        forms = [form for form in ("models", "slices", "modules") if found.get(form)]
-        got = " and ".join(forms) or "none"
-        self.expect(len(forms) == 1, "", "one of models, slices and modules", got)
-        module = self.module(found["modules"]) if forms == ["modules"] else found
-        own = module.get("parameters") if forms == ["modules"] else None
-        slices: tuple[Slice, ...] = ()
-        if module.get("models"):
-            inputs, _ = self.inputs("models", module["models"])
-            if self.base is not None:
-                inputs.setdefault(self.base, {})
-            slices = (Slice(inputs),)
-        elif module.get("slices"):
-            slices = self.slices(module["slices"])
-        if self.method is not None:
-            self.require_models(slices, self.method)
-        tokenizer, multiple = self.tokenizer(found)
+        file = self.read("", found, _FILE)
+        self.one_of("", found, "models, slices and modules")
+        base, slices = self.slices(file)
+        where, multiple = "tokenizer_source", None
+        tokenizer, template = file.get(where), file.get("chat_template")
+        if "tokenizer" in file:
+            self.expect(tokenizer is None, where, f"either {where} or tokenizer", "both")
+            where, multiple = "tokenizer.source", file["tokenizer"].get("pad_to_multiple_of")
+            tokenizer = file["tokenizer"].get("source", "union")
+        self.expect(base or tokenizer != "base", where, "a base_model for 'base'", "none")
+        alone = template and not tokenizer
+        self.expect(not alone, "chat_template", "a tokenizer_source with it", "none")
         return Document(
             self.method or METHODS["linear"],  # an unknown method is a problem already
             slices,
-            self.base,
-            self.parameters("modules.default.parameters", own),
-            self.parameters("parameters", found.get("parameters")),
-            self.dtype("dtype", found.get("dtype")),
-            self.dtype("out_dtype", found.get("out_dtype")),
-            tokenizer,
-            multiple,
-            self.chat_template(found.get("chat_template"), tokenizer is not None),
+            base,
+            file.get("out_dtype") or file.get("dtype"),
+            Vocabulary(tokenizer, multiple, template or "auto") if tokenizer else None,
         )
 
-    # ---- checks ---------------------------------------------------------------------------------
+    # ---- structure ------------------------------------------------------------------------------
 
-    def expect(self, holds: object, where: str, expected: str, got: object) -> bool:
-        """Note a problem unless it holds."""
-        if not holds:
-            self.problems.add(where, f"expected {expected}, got {got}")
-        return bool(holds)
-
-    def keys(self, where: str, found: Mapping[str, Any], known: Sequence[str]) -> None:
-        """Note keys that are unknown or not supported."""
-        for key in map(str, found):
-            place = f"{where}.{key}" if where else key
+    def read(self, where: str, found: Any, shape: Any) -> Any:
+        """Read what has a shape: of a mapping the known keys, of a list the mappings."""
+        if callable(shape):
+            return shape(self, where, found)
+        if isinstance(shape, list):
+            holds = isinstance(found, list) and found
+            self.expect(holds, where, "a list", _kind(found or None))
+            entries = enumerate(found if holds else [])
+            read = [self.read(f"{where}[{i}]", entry, shape[0]) for i, entry in entries]
+            return [entry for entry in read if entry]
+        if not self.expect(isinstance(found, Mapping), where, "a mapping", _kind(found)):
+            return {}
+        at = f"{where}." if where else ""
+        for key in found:
             if key in _UNSUPPORTED and found[key] is not None:
-                self.problems.add(place, f"is not supported: {_UNSUPPORTED[key]}")
-            elif key not in known and key not in _UNSUPPORTED:
-                self.problems.add(place, f"unknown key.{nearest(key, known)}")
+                self.problems.add(f"{at}{key}", f"is not supported: {_UNSUPPORTED[key]}")
+            elif key not in shape and key not in _UNSUPPORTED:
+                self.problems.add(f"{at}{key}", f"unknown key.{nearest(str(key), shape)}")
+        return {
+            key: self.read(f"{at}{key}", found.get(key), inner)
+            for key, inner in shape.items()
+            if key in _REQUIRED or found.get(key) is not None  # null counts as absent
+        }
 
-    def entries(
-        self, where: str, found: Any, keys: Sequence[str]
-    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the mappings of a list with their places, after a check of their keys."""
-        if self.expect(isinstance(found, list) and found, where, "a list", _kind(found)):
-            for i, entry in enumerate(found):
-                place = f"{where}[{i}]"
-                if self.expect(isinstance(entry, Mapping), place, "a mapping", _kind(entry)):
-                    self.keys(place, entry, keys)
-                    yield place, entry
+    def one_of(self, where: str, found: Mapping[str, Any], forms: str) -> None:
+        got = [form for form in ("models", "slices", "modules") if found.get(form)]
+        self.expect(len(got) == 1, where, f"one of {forms}", " and ".join(got) or "none")
 
-    # ---- models ---------------------------------------------------------------------------------
-
-    def find_method(self, name: Any) -> Method | None:
-        """Return the method of a name."""
-        where = "merge_method"
-        if name in REFUSED:
-            self.problems.add(where, f"{name} is not supported: gradmerge does not have it")
-        elif name is not None and name not in METHODS:
-            hint = nearest(str(name), METHODS)
-            self.problems.add(where, f"unknown merge method {name!r}.{hint}")
-        self.expect(name is not None, where, "a merge method", "none")
-        return METHODS.get(str(name))
-
-    def model(self, where: str, found: Any) -> ModelReference:
-        """Return a model reference from text or a mapping."""
-        lora: Any = None
-        if isinstance(found, Mapping) and "model" in found:
-            self.keys(where, found, ("model", "lora"))
-            found, lora = found["model"], found.get("lora")
-        elif isinstance(found, str):
-            found, *adapters = found.split("+")
-            lora = adapters[0] if adapters else None
-            self.expect(len(adapters) < 2, where, "one adapter after '+'", len(adapters))
-        path, revision = self.path_and_revision(where, found)
-        if lora is None:
-            return ModelReference(path, revision)
-        return ModelReference(path, revision, *self.path_and_revision(where, lora))
-
-    def path_and_revision(self, where: str, found: Any) -> tuple[str, str | None]:
-        """Split `path@revision`, or a mapping of the two."""
-        if isinstance(found, Mapping) and isinstance(found.get("path"), str):
-            self.keys(where, found, ("path", "revision"))
-            return found["path"], found.get("revision")
-        expected = "a path or a hub id, with at most one '@revision'"
-        holds = isinstance(found, str) and found and found.count("@") < 2
-        self.expect(holds, where, expected, repr(found))
-        path, _, revision = str(found).partition("@")
-        return path, revision or None
-
-    def module(self, found: Any) -> Mapping[str, Any]:
-        """Return the only module."""
+    def only_module(self, where: str, found: Any) -> Any:
         names = ", ".join(map(str, found)) if isinstance(found, Mapping) else _kind(found)
         if names != "default":
             self.problems.add(
-                "modules",
+                where,
                 f"expected the single module 'default', got {names}. Merging parts of a network "
                 "separately is not supported; write models, with filters under parameters",
             )
             return {}
-        where, inner = "modules.default", found["default"]
-        if not self.expect(isinstance(inner, Mapping), where, "a mapping", _kind(inner)):
-            return {}
-        self.keys(where, inner, ("models", "slices", "parameters"))
-        got = [form for form in ("models", "slices") if inner.get(form)]
-        self.expect(len(got) == 1, where, "one of models and slices", " and ".join(got) or "none")
-        return inner
+        module = self.read(f"{where}.default", found["default"], _MODULE)
+        self.one_of(f"{where}.default", module, "models and slices")
+        return module
 
-    def inputs(
-        self, where: str, found: Any, start: int | None = None
-    ) -> tuple[dict[ModelReference, Settings], set[tuple[int, int]]]:
-        """Return a list's models with their own parameters, and their ranges of layers.
+    # ---- models ---------------------------------------------------------------------------------
 
-        Args:
-            where: the place of the list.
-            found: the list.
-            start: the first layer of a slice; None for models of all layers.
-        """
-        inputs: dict[ModelReference, Settings] = {}
-        ranges = set()
-        keys = ("model", "parameters", *(() if start is None else ("layer_range",)))
-        for place, entry in self.entries(where, found, keys):
-            model = self.model(f"{place}.model", entry.get("model"))
-            if model in inputs:
-                self.problems.add(where, f"{model} is listed twice")
-            own = self.parameters(f"{place}.parameters", entry.get("parameters"), of_model=True)
-            inputs[model] = own
-            if start is not None:
-                at = f"{place}.layer_range"
-                ranges.add(self.layers(at, entry.get("layer_range"), start))
-        return inputs, ranges
+    def merge_method(self, where: str, name: Any) -> None:
+        if self.expect(name is not None, where, "a merge method", "none"):
+            self.method = METHODS.get(str(name))
+            if name in REFUSED:
+                self.problems.add(where, f"{name} is not supported: gradmerge does not have it")
+            elif self.method is None:
+                hint = nearest(str(name), METHODS)
+                self.problems.add(where, f"unknown merge method {name!r}.{hint}")
 
-    def slices(self, found: Any) -> tuple[Slice, ...]:
-        """Read the form `slices`, which has to keep every layer where it is."""
-        slices: list[Slice] = []
-        bases = set()
-        start = 0
-        keys = ("sources", "base_model", "residual_weight", "parameters")
-        for place, entry in self.entries("slices", found, keys):
-            own_base = entry.get("base_model")
-            bases.add(self.model(f"{place}.base_model", own_base) if own_base else self.base)
-            inputs, ranges = self.inputs(f"{place}.sources", entry.get("sources"), start)
-            self.expect(len(ranges) < 2, place, "one layer_range for all sources", len(ranges))
-            own = self.parameters(f"{place}.parameters", entry.get("parameters"))
-            layers = min(ranges, default=(start, start + 1))
-            slices.append(Slice(inputs, own, layers))
-            start = layers[1]
-        self.expect(len(bases) < 2, "slices", "one base_model for all slices", len(bases))
-        self.base = next(iter(bases), self.base)
-        return tuple(slices)
+    def model(self, where: str, found: Any) -> ModelReference:
+        """Read `path@revision+adapter`, or mappings of these parts."""
+        if isinstance(found, Mapping) and "model" in found:
+            shape = {"model": _Reader.path, "lora": _Reader.path}
+            own, *adapters = self.read(where, found, shape).values()
+        else:
+            paths = found.split("+") if isinstance(found, str) else [found]
+            own, *adapters = (self.path(where, path) for path in paths)
+        self.expect(len(adapters) < 2, where, "one adapter after '+'", len(adapters))
+        return replace(own, adapter=adapters[0]) if adapters else own
 
-    def layers(self, where: str, found: Any, start: int) -> tuple[int, int]:
-        """Return a range of layers that begins where the slice before it ends."""
+    def path(self, where: str, found: Any) -> ModelReference:
+        """Read `path@revision`, or a mapping of the two."""
+        if isinstance(found, Mapping):
+            shape = {"path": _Reader.text, "revision": _Reader.text}
+            return ModelReference(**self.read(where, found, shape))
+        holds = isinstance(found, str) and found and found.count("@") < 2
+        expected = "a path or a hub id, with at most one '@revision'"
+        self.expect(holds, where, expected, repr(found))
+        path, _, revision = str(found).partition("@")
+        return ModelReference(path, revision or None)
+
+    def layers(self, where: str, found: Any) -> tuple[int, int] | None:
         whole = isinstance(found, list) and all(type(number) is int for number in found)
         holds = whole and len(found) == 2 and 0 <= found[0] < found[1]
-        if not self.expect(holds, where, "[first, last + 1]", repr(found)):
-            return start, start + 1
-        why = (
-            "omitted, repeated or moved layers change the network, which gradmerge does not support"
-        )
-        self.expect(found[0] == start, where, f"layers from {start} on", f"{found}: {why}")
-        return found[0], found[1]
+        self.expect(holds, where, "[first, last + 1]", repr(found))
+        return (found[0], found[1]) if holds else None
 
-    def require_models(self, slices: tuple[Slice, ...], method: Method) -> None:
-        """Note slices with other models than the method takes."""
-        name, (fewest, most) = method.name, method.num_models
-        base = None if method.base == "input" else self.base
-        needs_base = method.base == "required" and self.base is None
-        self.expect(not needs_base, "base_model", f"the base that {name} needs", "none")
+    def slices(self, file: Mapping[str, Any]) -> tuple[ModelReference | None, tuple[Slice, ...]]:
+        """Return the base and the slices; `models` are one slice of all layers."""
+        module = file.get("modules") or file  # the file itself is most often the only module
+        by_layers, models = "slices" in module, module.get("models")
+        parts = module.get("slices") or ([{"sources": models}] if models else [])
+        bases = {part.get("base_model", file.get("base_model")) for part in parts}
+        self.expect(len(bases) < 2, "slices", "one base_model for all slices", len(bases))
+        base = next(iter(bases), None)
+        slices: list[Slice] = []
+        start = 0
+        for i, part in enumerate(parts):
+            where = f"slices[{i}].sources" if by_layers else "models"
+            inputs: dict[ModelReference, Settings] = {}
+            for source in part["sources"]:
+                model = source["model"]
+                if model in inputs:
+                    self.problems.add(where, f"{model} is listed twice")
+                inputs[model] = source.get("parameters", {})
+            if base is not None and not by_layers:
+                inputs.setdefault(base, {})
+            ranges = {source.get("layer_range") for source in part["sources"]} - {None}
+            self.expect(len(ranges) < 2, where, "one layer_range for all sources", len(ranges))
+            layers = min(ranges, default=None)
+            if layers is not None:
+                got = f"{list(layers)}: {_SAME_LAYERS}"
+                self.expect(layers[0] == start, where, f"layers from {start} on", got)
+                start = layers[1]
+            shared = tuple(scope.get("parameters", {}) for scope in (part, module, file))
+            slices.append(Slice(inputs, shared, layers))
+            self.require_models(where, slices, base)
+        return base, tuple(slices)
+
+    def require_models(self, where: str, slices: list[Slice], base: ModelReference | None) -> None:
+        """Note a last slice with other models than the method takes."""
+        if self.method is None:
+            return
+        name, (fewest, most), inputs = self.method.name, self.method.num_models, slices[-1].inputs
+        if self.method.base == "required":
+            self.expect(base, "base_model", f"the base that {name} needs", "none")
+        if self.method.base == "input":
+            base = None
+        if base is not None and base not in inputs:
+            self.problems.add(where, f"expected the base {base} among them")
         number = f"{fewest} model{'s' if fewest > 1 else ''}{' besides the base' if base else ''}"
         number = number if most == fewest else f"at least {number}"
-        for i, part in enumerate(slices):
-            where = "models" if part.layers is None else f"slices[{i}].sources"
-            if base is not None and base not in part.inputs:
-                self.problems.add(where, f"expected the base {base} among them")
-            got = len(part.inputs.keys() - {base})
-            self.expect(fewest <= got <= (most or got), where, f"{number} for {name}", got)
-            if part.inputs.keys() != slices[0].inputs.keys() and not method.slices_may_differ:
-                self.problems.add(
-                    where, f"expected the same models in every slice for {name}, which counts them"
-                )
+        got = len(inputs.keys() - {base})
+        self.expect(fewest <= got <= (most or got), where, f"{number} for {name}", got)
+        if inputs.keys() != slices[0].inputs.keys() and not self.method.slices_may_differ:
+            self.problems.add(
+                where, f"expected the same models in every slice for {name}, which counts them"
+            )
 
     # ---- parameters and options -----------------------------------------------------------------
 
     def parameters(self, where: str, found: Any, of_model: bool = False) -> Settings:
-        """Return the parameters of one place, after a check of every value."""
-        if found is None or self.method is None:
-            return {}
-        if not self.expect(isinstance(found, Mapping), where, "a mapping", _kind(found)):
-            return {}
+        settings: dict[str, Sequence[Case]] = {}
+        if self.method is None or not self.expect(
+            isinstance(found, Mapping), where, "a mapping", _kind(found)
+        ):
+            return settings
         for key, setting in found.items():
-            parameter = self.method.parameter(str(key))
-            place = f"{where}.{key}"
+            place, parameter = f"{where}.{key}", self.method.parameter(key)
             if parameter is None:
-                others = [m.name for m in METHODS.values() if m.parameter(str(key))]
+                others = [m.name for m in METHODS.values() if m.parameter(key)]
                 hint = f" It belongs to {', '.join(others[:3])}." if others else ""
                 hint = hint or nearest(str(key), [p.name for p in self.method.parameters])
                 self.problems.add(place, f"{self.method.name} has no such parameter.{hint}")
@@ -287,68 +326,80 @@ class _Reader:
                     "parameters of the file or of the slice",
                 )
             else:
-                self.setting(place, setting, parameter)
-        return {str(key): setting for key, setting in found.items()}
+                settings[key] = tuple(self.cases(place, setting, parameter))
+        return settings
 
-    def setting(self, where: str, setting: Any, parameter: Parameter, nested: bool = False) -> None:
-        """Note what is not a value, a list of values (a gradient), or filters with either."""
-        if isinstance(setting, Mapping):
-            setting = [setting]
-        if not isinstance(setting, list) or not any(isinstance(item, Mapping) for item in setting):
-            for value in setting if isinstance(setting, list) else [setting]:
-                try:
-                    parameter.convert(value)
-                except ValueError as error:
-                    self.problems.add(where, str(error))
+    def parameters_of_model(self, where: str, found: Any) -> Settings:
+        return self.parameters(where, found, of_model=True)
+
+    def cases(self, where: str, found: Any, parameter: Parameter) -> Iterator[Case]:
+        """Read a value, a list of values, or filters with either."""
+        items = found if isinstance(found, list) else [found]
+        if not any(isinstance(item, Mapping) for item in items):
+            yield "", self.values(where, items, parameter)
             return
-        expected = "a value or a list of values" if nested else "a filter with its value"
-        for i, item in enumerate(setting):
+        shape = {"filter": _Reader.text, "value": partial(_Reader.values, parameter=parameter)}
+        for i, item in enumerate(items):
             place = f"{where}[{i}]"
-            holds = not nested and isinstance(item, Mapping) and "value" in item
-            if self.expect(holds, place, expected, repr(item)):
-                self.keys(place, item, ("filter", "value"))
-                pattern = item.get("filter")
-                is_text = pattern is None or isinstance(pattern, str)
-                self.expect(is_text, f"{place}.filter", "text", repr(pattern))
-                self.setting(f"{place}.value", item["value"], parameter, nested=True)
+            holds = isinstance(item, Mapping) and "value" in item
+            if self.expect(holds, place, "a filter with its value", repr(item)):
+                case = self.read(place, item, shape)
+                pattern = case.get("filter", "*")
+                yield "" if pattern == "*" else pattern, case["value"]
 
-    def dtype(self, where: str, found: Any) -> str | None:
-        """Return a dtype by name."""
-        name = None if found is None else str(found).removeprefix("torch.")
-        known = ", ".join(_DTYPES)
-        self.expect(name in (None, *_DTYPES), where, f"one of {known}", repr(found))
+    def values(self, where: str, found: Any, parameter: Parameter) -> tuple[Value, ...]:
+        values = []
+        for value in found if isinstance(found, list) else [found]:
+            try:
+                values.append(parameter.convert(value))
+            except ValueError as error:
+                self.problems.add(where, str(error))
+        return tuple(values)
+
+    def text(self, where: str, found: Any) -> str:
+        self.expect(isinstance(found, str), where, "text", repr(found))
+        return str(found)
+
+    def dtype(self, where: str, found: Any) -> str:
+        name = str(found).removeprefix("torch.")
+        self.expect(name in _DTYPES, where, f"one of {', '.join(_DTYPES)}", repr(found))
         return name
 
-    def tokenizer(self, found: Mapping[str, Any]) -> tuple[ModelReference | str | None, int | None]:
-        """Return whose tokenizer the merge has, and the multiple that its size is padded to."""
-        where, source, multiple = "tokenizer_source", found.get("tokenizer_source"), None
-        options = found.get("tokenizer")
-        if options is not None and self.expect(
-            isinstance(options, Mapping), "tokenizer", "a mapping", _kind(options)
-        ):
-            self.expect(source is None, where, "either tokenizer_source or tokenizer", "both")
-            self.keys("tokenizer", options, ("source", "pad_to_multiple_of"))
-            where, source = "tokenizer.source", options.get("source", "union")
-            multiple = options.get("pad_to_multiple_of")
-            holds = multiple is None or (type(multiple) is int and multiple > 0)
-            at = "tokenizer.pad_to_multiple_of"
-            self.expect(holds, at, "a positive whole number", repr(multiple))
-        if source == "base":
-            self.expect(self.base, where, "a base_model for 'base'", "none")
-        named = source in (None, "union", "base")
-        return source if named else self.model(where, source), multiple
+    def tokenizer(self, where: str, found: Any) -> str:
+        return str(found if found in ("union", "base") else self.model(where, found))
 
-    def chat_template(self, found: Any, has_tokenizer: bool) -> str | None:
-        """Return the chat template that goes with the tokenizer."""
-        if found is None:
-            return None
-        where = "chat_template"
-        self.expect(has_tokenizer, where, "a tokenizer_source with it", "none")
-        why = "gradmerge does not have the templates that come with mergekit"
+    def multiple(self, where: str, found: Any) -> int:
+        holds = type(found) is int and found > 0
+        self.expect(holds, where, "a positive whole number", repr(found))
+        return found if holds else 1
+
+    def chat_template(self, where: str, found: Any) -> str:
         holds = found == "auto" or "{" in str(found)
+        why = "gradmerge does not have the templates that come with mergekit"
         self.expect(holds, where, "auto or the text of a template", f"{found!r}: {why}")
         return str(found)
 
 
 def _kind(found: Any) -> str:
     return "nothing" if found is None else f"a {type(found).__name__}"
+
+
+# What each place may hold: a reader, the keys of a mapping, or a list of such mappings.
+_INPUT = {"model": _Reader.model, "parameters": _Reader.parameters_of_model}
+_SLICE = {
+    "sources": [{**_INPUT, "layer_range": _Reader.layers}],
+    "base_model": _Reader.model,
+    "parameters": _Reader.parameters,
+}
+_MODULE = {"models": [_INPUT], "slices": [_SLICE], "parameters": _Reader.parameters}
+_FILE = {
+    "merge_method": _Reader.merge_method,  # first: it names the parameters
+    "base_model": _Reader.model,
+    **_MODULE,
+    "modules": _Reader.only_module,
+    "dtype": _Reader.dtype,
+    "out_dtype": _Reader.dtype,
+    "tokenizer_source": _Reader.tokenizer,
+    "tokenizer": {"source": _Reader.tokenizer, "pad_to_multiple_of": _Reader.multiple},
+    "chat_template": _Reader.chat_template,
+}

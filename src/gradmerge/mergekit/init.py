@@ -14,8 +14,7 @@ from typing_extensions import override
 from gradmerge.coefficients.base import MergeTensor, Slot
 from gradmerge.coefficients.init import AbstractInit, InitContext, over_slot
 from gradmerge.errors import ConfigError, nearest, shorten
-from gradmerge.mergekit.content import ModelReference, Problems
-from gradmerge.mergekit.document import read_document
+from gradmerge.mergekit.document import ModelReference, Problems, read_document
 from gradmerge.mergekit.table import tabulate
 
 _Weights = Mapping[ModelReference, float]
@@ -90,17 +89,16 @@ def _match(stated: str | None, name: str, label: str, weights: _Weights) -> Mode
         return next((model for model in weights if str(model) == stated), None)
     names = {Path(label).name} if name == "base" else {name, Path(label).name}
     for same in (
-        [model for model in weights if _same_path(str(model), label)],
-        [model for model in weights if Path(model.lora or model.path).name in names],
+        [model for model in weights if _place(str(model)) == _place(label)],
+        [model for model in weights if Path((model.adapter or model).path).name in names],
     ):
         if len(same) == 1:
             return same[0]
     return None
 
 
-def _same_path(first: str, second: str) -> bool:
-    paths = [Path(text).expanduser() for text in (first, second)]
-    return first == second or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
+def _place(text: str) -> Path:
+    return Path(text).expanduser().resolve()
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,8 +1,8 @@
 """mergekit's merge methods as one table: parameters, models, and the factors that gradmerge runs.
 
 Facts of mergekit 0.1.5 (github.com/arcee-ai/mergekit), checked against its own declarations in
-`tests/parity/test_mergekit_methods.py`. The reader, the writer and `FromMergekit` know no method by
-name: another method is another row.
+`tests/parity/test_mergekit_methods.py`. The reader and `FromMergekit` know no method by name:
+another method is another row.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from gradmerge.errors import ConfigError
+from gradmerge.errors import require
 from gradmerge.operators import (
     AbstractOperator,
     ArceeFusion,
@@ -95,14 +95,14 @@ class Method:
     name: str
     parameters: tuple[Parameter, ...]
     coefficients: Formula
-    """Coefficients of the sources. A base that is a source beside them takes the rest to 1."""
+    """Coefficients of the sources."""
     weights: Formula | None = None
     """Weights in the sum of models that the method is or starts from, where these are other
     numbers than the coefficients."""
     base: Literal["required", "optional", "input"] = "required"
-    """The part of `base_model`; input: an input like the others."""
-    origin: Literal["base", "zero"] = "base"
-    """Origin of the recipe; zero where an optional base is not given."""
+    """The part of `base_model`: the origin where there is one; input: an input like the others."""
+    base_takes_rest: bool = False
+    """The base is a source as well; its coefficient completes the others to 1."""
     num_models: tuple[int, int | None] = (1, None)
     """Fewest and most models besides the base."""
     slices_may_differ: bool = False
@@ -110,10 +110,6 @@ class Method:
     preprocess: Callable[[Option], list[AbstractPreprocess]] = lambda option: []
     operator: Callable[[Option], AbstractOperator] | None = None
     """None: the sum of mergekit, `Linear` of the form that rounds as it does."""
-    written_for: Literal["weights", "directions"] | None = None
-    """The form of `Linear` whose coefficients are written as this method."""
-    written_with: Mapping[str, Any] = field(default_factory=dict)
-    """The parameters under which it is that sum."""
 
     def parameter(self, name: str) -> Parameter | None:
         """Return the parameter of this name."""
@@ -148,12 +144,9 @@ def _nuslerp(row: Row, _: int) -> list[float]:
     return [1 - t, t]
 
 
-def _weight(row: Row, _: int) -> list[float]:
-    return list(row["weight"])
-
-
-def _t(row: Row, _: int) -> list[float]:
-    return [row["t"]]
+def _own(name: str) -> Formula:
+    """A parameter per model as it is, or a single value for a single source."""
+    return lambda row, _: list(row[name]) if isinstance(row[name], list) else [row[name]]
 
 
 def _even(_: Row, num_sources: int) -> list[float]:
@@ -174,7 +167,6 @@ def _on_task_vectors(
     elects: bool = False,
     normalize: bool = False,
     rescale: bool = False,
-    **more: Any,
 ) -> Method:
     """A method that prunes task vectors by one step and sums them, in TIES after an election."""
     own = (_of_model("density", 1.0, absent=1.0), *extra)
@@ -193,12 +185,11 @@ def _on_task_vectors(
     return Method(
         name,
         (Parameter("int8_mask", False), *shared, _of_model("weight"), *own),
-        _weight if elects else _scaled,
+        _own("weight") if elects else _scaled,
         (lambda row, _: [row["lambda"] * w for w in row["weight"]]) if elects else None,
         slices_may_differ=True,
         preprocess=preprocess,
         operator=elect if elects else None,
-        **more,
     )
 
 
@@ -208,8 +199,7 @@ def _nuslerp_operator(option: Option) -> AbstractOperator:
 
 
 def _multislerp(option: Option) -> AbstractOperator:
-    if option("eps") != 1e-8:
-        raise ConfigError(f"eps: expected 1e-08, which is fixed, got {option('eps')}.")
+    require(option("eps") == 1e-8, "eps", "1e-08, which is fixed", option("eps"))
     return MultiSlerp(option("normalize_weights"))
 
 
@@ -219,30 +209,23 @@ def _sce_steps(option: Option) -> list[AbstractPreprocess]:
 
 
 _gamma, _epsilon = _of_model("gamma", 0.01), _of_model("epsilon", 0.15)
-_from_zero: dict[str, Any] = {"base": "input", "origin": "zero"}
 _ROWS = (
     Method(
         "linear",
         (_of_model("weight"), Parameter("normalize", True)),
         _normalised("normalize"),
-        **_from_zero,
+        base="input",
         slices_may_differ=True,
-        written_for="weights",
-        written_with={"normalize": False},
     ),
     Method(
         "passthrough",
         (_of_model("scale", 1.0),),
-        lambda row, _: list(row["scale"]),
-        **_from_zero,
+        _own("scale"),
+        base="input",
         slices_may_differ=True,
         num_models=(1, 1),
     ),
-    _on_task_vectors(
-        "task_arithmetic",
-        written_for="directions",
-        written_with={"normalize": False, "lambda": 1.0},
-    ),
+    _on_task_vectors("task_arithmetic"),
     _on_task_vectors("ties", Trim, elects=True, normalize=True),
     _on_task_vectors("dare_linear", RandomDrop, rescale=True),
     _on_task_vectors("dare_ties", RandomDrop, elects=True, rescale=True),
@@ -253,8 +236,8 @@ _ROWS = (
     Method(
         "slerp",
         (Parameter("t"),),
-        _t,
-        origin="zero",
+        _own("t"),
+        base_takes_rest=True,
         num_models=(1, 1),
         operator=lambda option: Slerp("tensor"),
     ),
@@ -273,7 +256,7 @@ _ROWS = (
     Method(
         "multislerp",
         (_of_model("weight"), _global("normalize_weights", True), _global("eps", 1e-8)),
-        _weight,
+        _own("weight"),
         _normalised("normalize_weights"),
         base="optional",
         operator=_multislerp,
@@ -282,7 +265,7 @@ _ROWS = (
         "karcher",
         (_global("max_iter", 10), _global("tol", 1e-5)),
         _even,
-        **_from_zero,
+        base="input",
         operator=lambda option: Karcher(option("max_iter"), option("tol")),
     ),
     Method(
@@ -295,7 +278,7 @@ _ROWS = (
     Method(
         "nearswap",
         (Parameter("t"),),
-        _t,
+        _own("t"),
         _none,
         num_models=(1, 1),
         operator=lambda option: NearSwap(),

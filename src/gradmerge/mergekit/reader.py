@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from gradmerge.coefficients import Constant, Model
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.engine.recipe import Recipe, named
 from gradmerge.errors import ConfigError
-from gradmerge.mergekit.content import Document, ModelReference, Problems
-from gradmerge.mergekit.document import read_document
+from gradmerge.mergekit.document import Document, ModelReference, Problems, read_document
 from gradmerge.mergekit.table import Table, compact, tabulate
 from gradmerge.operators import AbstractOperator, Linear
 from gradmerge.sources import AbstractSource, Checkpoint, Vocabulary, as_source
@@ -57,57 +56,55 @@ def read_mergekit(path: str | Path) -> Reading:
     """
     document = read_document(path)
     problems = Problems()
-    models = dict.fromkeys([*([document.base] if document.base else []), *document.models])
-    specs = {model: source_of(model) for model in models}
+    base = document.base
+    specs = {m: source_of(m) for m in (*([base] if base else []), *document.models)}
     opened = {model: as_source(spec).open() for model, spec in specs.items()}
     reference = next(iter(opened.values()))
     tensors = [name for name, info in reference.infos.items() if info.dtype.is_floating_point]
     table = tabulate(document, tensors, problems)
     problems.stop(str(path))
 
-    names = dict(zip(table.sources, named([specs[m] for m in table.sources]), strict=True))
-    dtype = _dtype(document, list(opened.values()), tensors, problems)
+    sources = named([specs[model] for model in document.sources])
+    models = dict(zip(sources, document.sources, strict=True))
+    if base is not None:
+        models["base"] = base
+    dtype = document.dtype or _promoted(list(opened.values()), tensors, problems)
     stored = {dtype or _name(reference.infos[name].dtype) for name in tensors}
     factors = _factors(table, problems, exact=stored == {"float32"})
     coefficients = table.coefficients(problems)
-    tokenizer = _vocabulary(document, names, problems)
+    tokenizer = _vocabulary(document.vocabulary, models, problems)
     problems.stop(str(path))
 
     value = compact(coefficients)
     recipe = Recipe(
-        sources={name: specs[model] for model, name in names.items()},
-        base=None if document.base is None else specs[document.base],
+        sources,
+        base=specs[base] if base else None,
         coefficients=TensorGranularity() if isinstance(value, dict) else Model(),
         init=Constant(value),
         tokenizer=tokenizer,
         **factors,
     )
-    checkpoints = {name: opened[model] for model, name in names.items()}
-    if document.base is not None:
-        checkpoints["base"] = opened[document.base]
-    summary = _summary(document, recipe, names, coefficients, dtype)
+    checkpoints = {name: opened[model] for name, model in models.items()}
+    summary = _summary(document, recipe, coefficients, dtype)
     return Reading(recipe, checkpoints, dtype, summary, table.warnings)
 
 
 def source_of(model: ModelReference) -> str | AbstractSource:
     """Return the source that a model reference means."""
-    text = model.path if model.revision is None else f"{model.path}@{model.revision}"
-    if model.lora is None:
-        return text
-    return Lora(model.lora, as_source(text), model.lora_revision)
+    own = str(replace(model, adapter=None))
+    if model.adapter is None:
+        return own
+    return Lora(model.adapter.path, as_source(own), model.adapter.revision)
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dtype(
-    document: Document, opened: Sequence[Checkpoint], tensors: Sequence[str], problems: Problems
+def _promoted(
+    opened: Sequence[Checkpoint], tensors: Sequence[str], problems: Problems
 ) -> str | None:
-    """Return the result's dtype: `out_dtype`, `dtype`, or what the models' dtypes promote to."""
-    stated = document.out_dtype or document.dtype
-    if stated is not None:
-        return stated
+    """Return what the models' dtypes promote to; None: each tensor to the reference's own."""
     promoted = {
         name: functools.reduce(
             torch.promote_types, [c.infos[name].dtype for c in opened if name in c.infos]
@@ -116,7 +113,7 @@ def _dtype(
     }
     if all(kind == opened[0].infos[name].dtype for name, kind in promoted.items()):
         return None
-    kinds = sorted({_name(kind) for kind in promoted.values()})
+    kinds = sorted(set(map(_name, promoted.values())))
     if len(kinds) > 1:
         got = ", ".join(kinds)
         problems.add("dtype", f"the models' dtypes promote to several ({got}); state one")
@@ -127,38 +124,31 @@ def _factors(table: Table, problems: Problems, exact: bool) -> dict[str, Any]:
     """Return origin, preprocess and operator; `exact`: sum in mergekit's order, which shows in
     float32 alone.
     """
-    method, origin = table.document.method, table.origin
+    method, origin = table.document.method, table.document.origin
     option = functools.partial(table.option, problems=problems)
     operator: AbstractOperator = Linear("directions" if exact and origin == "base" else "weights")
     try:
-        preprocess = method.preprocess(option)
         if method.operator is not None:
             operator = method.operator(option)
+        return {"origin": origin, "preprocess": method.preprocess(option), "operator": operator}
     except ConfigError as error:
         problems.add("parameters", str(error))
         return {}
-    return {"origin": origin, "preprocess": preprocess, "operator": operator}
 
 
 def _vocabulary(
-    document: Document, names: Mapping[ModelReference, str], problems: Problems
+    found: Vocabulary | None, models: Mapping[str, ModelReference], problems: Problems
 ) -> Vocabulary | None:
-    """Return the recipe's `tokenizer` if the file names one."""
-    source = document.tokenizer
-    if source is None:
-        return None
-    if isinstance(source, ModelReference):
-        known = {**names, **({document.base: "base"} if document.base else {})}
-        if source not in known:
-            problems.add("tokenizer", f"expected one of the models, got {source}")
-        source = known.get(source, "union")
-    return Vocabulary(source, document.pad_to_multiple_of, document.chat_template or "auto")
+    if found is None or found.source in ("union", "base"):
+        return found
+    known = {str(model): name for name, model in models.items()}
+    problems.expect(found.source in known, "tokenizer", "one of the models", found.source)
+    return replace(found, source=known.get(found.source, "union"))
 
 
 def _summary(
     document: Document,
     recipe: Recipe,
-    names: Mapping[ModelReference, str],
     coefficients: Mapping[str, Sequence[float]],
     dtype: str | None,
 ) -> str:
@@ -168,7 +158,7 @@ def _summary(
         f"mergekit {document.method.name}: {', '.join(steps)}, origin {recipe.resolved_origin}"
         f"{base}, stored as {dtype or 'the reference stores it'}"
     ]
-    for k, (model, name) in enumerate(names.items()):
+    for k, (name, model) in enumerate(zip(recipe.sources, document.sources, strict=True)):
         own = [row[k] for row in coefficients.values()]
         spread = f"{own[0]:.6g}"
         if min(own) != max(own):

@@ -1,9 +1,9 @@
 """Learned coefficients as a mergekit YAML, which mergekit merges to the same weights.
 
-The sum is written as gradmerge computes it: `(1 - sum c) A + sum c_k theta_k` as the method of the
-form "weights" with the base as its first model, and `A + sum c_k B_k` as that of "directions"
-(`Method.written_for`). Every number is written so that it reads as the same float32, and in float32
-both give the same bits (`tests/parity`). Finalisers that rescale a direction become a factor on its
+The sum is written as gradmerge computes it: `(1 - sum c) A + sum c_k theta_k` as `linear` with the
+base as its first model, and `A + sum c_k B_k`, `Linear` of the form "directions", as
+`task_arithmetic`. Every number is written so that it reads as the same float32, and in float32 both
+give the same bits (`tests/parity`). Finalisers that rescale a direction become a factor on its
 coefficients, with the same result to rounding.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,16 @@ from gradmerge.engine.recipe import Recipe, innermost
 from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.finalisers import AbstractRescale
-from gradmerge.mergekit.methods import METHODS
+from gradmerge.mergekit.document import ModelReference
 from gradmerge.operators import Linear
 from gradmerge.sources import AbstractSource, HuggingFace, as_source
 from gradmerge.sources.lora import Lora
+
+# By the form of `Linear`: the method that is this sum, and the parameters under which it is.
+_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "weights": ("linear", {"normalize": False}),
+    "directions": ("task_arithmetic", {"normalize": False, "lambda": 1.0}),
+}
 
 
 def write_mergekit(
@@ -102,35 +109,31 @@ def mergekit_yaml(
     _refuse(reasons)
     operator = plan.recipe.operator
     assert isinstance(operator, Linear)  # others are refused
-    method = next(m for m in METHODS.values() if m.written_for == operator.form)
+    method, parameters = _METHODS[operator.form]
     base = inputs.pop("base", None)
-    if base is not None and method.origin == "zero" and base not in inputs.values():
+    if base is not None and method == "linear" and base not in inputs.values():
         inputs = {"base": base, **inputs}  # the base is a term of the sum
     rows = _rows(state)
-    columns = {k: {name: row.get(k, 0.0) for name, row in rows.items()} for k in inputs}
     everything = [plan.reference, *plan.sources.values()]
     wide = any(c.infos[name].dtype == torch.float64 for c in everything for name in plan.tensors)
     content = {
-        "merge_method": method.name,
+        "merge_method": method,
         # without a base, mergekit takes config and tokenizer by chance
-        "base_model": next(iter(inputs.values())) if base is None else base,
+        "base_model": deepcopy(next(iter(inputs.values())) if base is None else base),
         "dtype": "float64" if wide else "float32",
         "out_dtype": stored,
-        "parameters": dict(method.written_with),
+        "parameters": parameters,
         "models": [
-            {"model": model, "parameters": {"weight": _weight(columns[k])}}
+            {"model": model, "parameters": {"weight": _weight(k, rows)}}
             for k, model in inputs.items()
         ],
     }
-    head = (
-        f"# Coefficients of gradmerge {__version__}: a weight per tensor, by its whole name.\n"
-        "# Run:     mergekit-yaml THIS_FILE OUTPUT_FOLDER\n"
-    )
     # innermost collections are written in one line: a filter with its value
-    lines = yaml.dump(
-        content, Dumper=_Dumper, sort_keys=False, width=10_000, default_flow_style=None
+    lines = yaml.safe_dump(content, sort_keys=False, width=10_000, default_flow_style=None)
+    return (
+        f"# Coefficients of gradmerge {__version__}: a weight per tensor, by its whole name.\n"
+        f"# Run:     mergekit-yaml THIS_FILE OUTPUT_FOLDER\n{lines}"
     )
-    return head + str(lines)
 
 
 # ---- reasons against it -------------------------------------------------------------------------
@@ -204,100 +207,84 @@ def _inputs(plan: Plan, reasons: list[str]) -> dict[str, Any]:
     specs = {name: as_source(source, base) for name, source in recipe.sources.items()}
     if base is not None:
         specs["base"] = base
-    found = {name: _reference(spec) for name, spec in specs.items()}
-    seen: dict[str, str] = {}
-    for name, reference in found.items():
+    found: dict[str, Any] = {}
+    for name, spec in specs.items():
+        reference = _reference(spec)
         if reference is None:
             reasons.append(
                 f"sources.{name}: mergekit takes folders, hub ids and LoRA adapters on them, got "
-                f"{type(specs[name]).__name__}; save it as a folder"
+                f"{type(spec).__name__}; save it as a folder"
             )
             continue
-        other = seen.setdefault(str(reference), name)
-        if other != name and (name != "base" or recipe.resolved_origin == "base"):
+        same = [other for other in found if found[other] == reference]
+        if same and (name != "base" or recipe.resolved_origin == "base"):
             reasons.append(
-                f"sources: {other} and {name} are the same model, which mergekit takes once"
+                f"sources: {same[0]} and {name} are the same model, which mergekit takes once"
             )
+        found[name] = reference
     return found
 
 
 def _reference(spec: AbstractSource) -> Any:
     """Return a model as mergekit names it, or None."""
-    if isinstance(spec, HuggingFace):
-        return _path(spec.path, spec.revision)
-    if isinstance(spec, Lora) and isinstance(spec.base, HuggingFace):
-        base, adapter = _reference(spec.base), _path(spec.path, spec.revision)
-        if isinstance(base, str) and isinstance(adapter, str):
-            return f"{base}+{adapter}"
-        plain = [{"path": x} if isinstance(x, str) else x["model"] for x in (base, adapter)]
-        return {"model": plain[0], "lora": plain[1]}
-    return None
+    base = spec.base if isinstance(spec, Lora) else spec
+    if not isinstance(base, HuggingFace):
+        return None
+    owners: list[HuggingFace | Lora] = [base, spec] if isinstance(spec, Lora) else [base]
+    parts = [ModelReference(_whole(owner.path), owner.revision) for owner in owners]
+    if not any(set(part.path) & set("+@") for part in parts):
+        return "+".join(map(str, parts))
+    # in text these characters would divide path, revision and adapter
+    plain = [{"path": p.path, **({"revision": p.revision} if p.revision else {})} for p in parts]
+    return dict(zip(("model", "lora"), plain, strict=False))
 
 
-def _path(path: str, revision: str | None) -> Any:
+def _whole(path: str) -> str:
     folder = Path(path).expanduser()
-    if folder.exists():
-        path = str(folder.resolve())
-    if not set(path) & set("+@"):
-        return path if revision is None else f"{path}@{revision}"
-    # in text they would divide path, revision and adapter
-    return {"model": {"path": path, **({} if revision is None else {"revision": revision})}}
+    return str(folder.resolve()) if folder.exists() else path
 
 
 # ---- weights ------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def _rows(state: FitState) -> dict[str, dict[str, float]]:
-    """Return the weight of each source in each tensor and buffer."""
+    """Return the weight of each source, and of the base, in each tensor and buffer."""
     plan = state.plan
-    names = list(plan.sources)
-    origin = plan.recipe.resolved_origin
+    names, origin = list(plan.sources), plan.recipe.resolved_origin
     rows = {}
-    with torch.no_grad():
-        for name in plan.tensors:
-            own = state.coefficient(name).detach().double().cpu()
-            if plan.finalisation.active and name not in state.fixed:
-                own = own * plan.finalisation.factor(name, _merged(state, name))
-            rest = 1 - own.sum()
-            if origin == "mean":  # mean + sum c (theta - mean), as a sum of the theta
-                own = own + rest / len(own)
-            rows[name] = dict(zip(names, own.tolist(), strict=True))
-            if origin == "base":
-                rows[name]["base"] = rest.item()
-    for name in _float_buffers(plan):
-        share = 0.0 if plan.recipe.buffers == "origin" and origin == "base" else 1 / len(names)
-        rows[name] = dict.fromkeys(names, share)
+    for name in plan.tensors:
+        own = state.coefficient(name).double().cpu()
+        if plan.finalisation.active and name not in state.fixed:
+            merged = torch.empty(plan.tensors[name].shape)
+            plan.combine(name, plan.z(name, state.raw).cpu(), merged)
+            own = own * plan.finalisation.factor(name, merged)
+        rest = 1 - own.sum()
+        if origin == "mean":  # mean + sum c (theta - mean), as a sum of the theta
+            own = own + rest / len(own)
+        rows[name] = dict(zip(names, own.tolist(), strict=True))
         if origin == "base":
-            rows[name]["base"] = 1.0 if share == 0 else 0.0
-    if plan.binding is not None:
+            rows[name]["base"] = rest.item()
+    from_base = plan.recipe.buffers == "origin" and origin == "base"
+    for name in _float_buffers(plan):
+        share = 0.0 if from_base else 1 / len(names)
+        rows[name] = {**dict.fromkeys(names, share), "base": float(from_base)}
+    for other, name in plan.binding.ties.items() if plan.binding is not None else ():
         # where a file holds both names of a tied tensor, mergekit asks for each
-        for other, name in plan.binding.ties.items():
-            if name in rows and other in plan.reference.infos:
-                rows[other] = rows[name]
+        if name in rows and other in plan.reference.infos:
+            rows[other] = rows[name]
     return rows
 
 
-def _merged(state: FitState, name: str) -> Tensor:
-    """Return a merged tensor before its finalisers, float32."""
-    own = state.plan.z(name, state.raw).detach().cpu()
-    return state.plan.combine(name, own, torch.empty(state.plan.tensors[name].shape))
-
-
-def _weight(column: Mapping[str, float]) -> Any:
+def _weight(source: str, rows: Mapping[str, Mapping[str, float]]) -> Any:
     """Return one number where all tensors have the same, otherwise filters by whole name.
 
     The first filter counts that is a part of the name. With the longest first, no name is taken for
     one that contains it.
     """
+    column = {name: row.get(source, 0.0) for name, row in rows.items()}
     values = set(column.values())
     if len(values) == 1:
         return values.pop()
     ordered = sorted(column, key=lambda name: (-len(name), name))
     return [*({"filter": name, "value": column[name]} for name in ordered), {"value": 0.0}]
-
-
-class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Writes a model that is named twice in full."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True

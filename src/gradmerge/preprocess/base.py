@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -84,6 +85,11 @@ class AbstractSelection(AbstractPreprocess):
     A static merge then stores one byte per entry and source instead of the new directions.
     """
 
+    @property
+    def only_selects(self) -> bool:
+        """True if the options leave it at one mask and one factor per direction."""
+        return True
+
     @abstractmethod
     def select(self, directions: MaskedDirections, site: Site) -> None:
         """Update the masks and factors of `directions` in place."""
@@ -100,6 +106,16 @@ class AbstractSelection(AbstractPreprocess):
             if factor != 1:
                 direction.mul_(factor)
         return directions
+
+
+@contextmanager
+def rescaled(directions: MaskedDirections, rescale: str) -> Iterator[None]:
+    """Give the entries that a block keeps the L1 norms from before it, with `rescale` l1."""
+    which = range(len(directions)) if rescale == "l1" else ()
+    before = [directions.sum_magnitudes(k) for k in which]
+    yield
+    for k, norm in enumerate(before):
+        directions.restore(k, norm)
 
 
 class Chain:

@@ -12,7 +12,7 @@ from typing_extensions import override
 from gradmerge.errors import ConfigError
 from gradmerge.operators import MaskedDirections
 from gradmerge.operators.masked import linear_in_rank, row_ranks
-from gradmerge.preprocess.base import AbstractPreprocess, AbstractSelection, Passes, Site, Step
+from gradmerge.preprocess.base import AbstractSelection, Site, rescaled
 from gradmerge.preprocess.trim import require_density
 from gradmerge.spec import Setting, require_setting, settle
 
@@ -45,19 +45,16 @@ class RandomDrop(AbstractSelection):
     @override
     def select(self, directions: MaskedDirections, site: Site) -> None:
         densities = settle("RandomDrop.density", self.density, site.name, site.sources)
-        dropped = [k for k, density in enumerate(densities) if density < 1]
-        before = {k: directions.sum_magnitudes(k) for k in dropped if self.rescale == "l1"}
-        directions.keep_at_random(
-            densities, [site.generator(self.seed, source) for source in site.sources]
-        )
-        for k in dropped:
-            if self.rescale == "density" and densities[k]:
-                directions.factors[k] /= densities[k]
-            directions.restore(k, before.get(k, 0.0))
+        generators = [site.generator(self.seed, source) for source in site.sources]
+        with rescaled(directions, self.rescale):
+            directions.keep_at_random(densities, generators)
+        for k, density in enumerate(densities if self.rescale == "density" else ()):
+            if density:
+                directions.factors[k] /= density
 
 
 @dataclass(frozen=True)
-class MagnitudeDrop(AbstractPreprocess):
+class MagnitudeDrop(AbstractSelection):
     """Drop entries at random, small ones more often, and rescale the others (DELLA, arXiv
     2406.11617).
 
@@ -93,12 +90,12 @@ class MagnitudeDrop(AbstractPreprocess):
         if isinstance(self.density, (int, float)) and isinstance(self.epsilon, (int, float)):
             _require_span(self.density, self.epsilon)
 
+    @property
     @override
-    def survey(self, passes: Passes) -> Step:
-        # with one factor per direction, this step only zeroes and scales
-        return self if self.rescale == "probability" else _Selecting(self)
+    def only_selects(self) -> bool:
+        return self.rescale != "probability"
 
-    def settled(self, site: Site) -> list[tuple[float, float]]:
+    def _settled(self, site: Site) -> list[tuple[float, float]]:
         """Return density and epsilon of each source."""
         densities = settle("MagnitudeDrop.density", self.density, site.name, site.sources)
         epsilons = settle("MagnitudeDrop.epsilon", self.epsilon, site.name, site.sources)
@@ -108,11 +105,22 @@ class MagnitudeDrop(AbstractPreprocess):
         return pairs
 
     @override
+    def select(self, directions: MaskedDirections, site: Site) -> None:
+        pairs = self._settled(site)
+        bounds = [(p - e, p + e) if 0 < p < 1 else None for p, e in pairs]
+        generators = [site.generator(self.seed, source) for source in site.sources]
+        with rescaled(directions, self.rescale):
+            directions.keep_by_row_rank(bounds, generators)
+            for k, (density, _) in enumerate(pairs):
+                if not density:
+                    directions.keep_none(k)
+
+    @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        if self.rescale != "probability":
-            return _Selecting(self)(directions, site)
+        if self.only_selects:
+            return super().__call__(directions, site)
         for source, direction, (density, epsilon) in zip(
-            site.sources, directions, self.settled(site), strict=True
+            site.sources, directions, self._settled(site), strict=True
         ):
             if density == 1 or not direction.numel():
                 continue
@@ -131,29 +139,6 @@ class MagnitudeDrop(AbstractPreprocess):
             if direction.dim() > 2:  # the rows were a copy
                 lines.copy_(rows.view(lines.shape))
         return directions
-
-
-@dataclass(frozen=True)
-class _Selecting(AbstractSelection):
-    """`MagnitudeDrop` with one factor per direction."""
-
-    step: MagnitudeDrop
-
-    @override
-    def select(self, directions: MaskedDirections, site: Site) -> None:
-        pairs = self.step.settled(site)
-        dropped = [k for k, (density, _) in enumerate(pairs) if density < 1]
-        rescaled = self.step.rescale == "l1"
-        before = {k: directions.sum_magnitudes(k) for k in dropped if rescaled}
-        directions.keep_by_row_rank(
-            [(p - e, p + e) if 0 < p < 1 else None for p, e in pairs],
-            [site.generator(self.step.seed, source) for source in site.sources],
-        )
-        for k in dropped:
-            if pairs[k][0]:
-                directions.restore(k, before.get(k, 0.0))
-            else:
-                directions.keep_none(k)
 
 
 def _require_span(density: float, epsilon: float) -> None:

@@ -72,8 +72,9 @@ class ProcessedDirections(Shared):
         Returns:
             None if a step does more than that, or if the directions are kept in a file.
         """
-        steps = [step for step in self._chain.steps if isinstance(step, AbstractSelection)]
-        if name in self._kept or len(steps) < len(self._chain.steps):
+        every = self._chain.steps
+        steps = [s for s in every if isinstance(s, AbstractSelection) and s.only_selects]
+        if name in self._kept or len(steps) < len(every):
             return None
         directions, (site, _) = MaskedDirections(sources, origin), self._reads[name]
         # masks are updated in place, also while a trainer evaluates in inference mode

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from gradmerge.errors import ConfigError
 from gradmerge.operators import MaskedDirections
-from gradmerge.preprocess.base import AbstractSelection, Passes, Site, Step
+from gradmerge.preprocess.base import AbstractSelection, Passes, Site, Step, rescaled
 from gradmerge.spec import Setting, require_setting, settle
 
 # Threshold that no magnitude reaches.
@@ -46,10 +46,11 @@ class Trim(AbstractSelection):
     @override
     def select(self, directions: MaskedDirections, site: Site) -> None:
         densities = settle("Trim.density", self.density, site.name, site.sources)
-        for k, density in enumerate(densities):
-            size = directions.size
-            count = min(size, max(1, int(density * size))) if density else 0
-            keep_ranks(directions, k, size - count, size, self.rescale)
+        size = directions.size
+        with rescaled(directions, self.rescale):
+            for k, density in enumerate(densities):
+                count = min(size, max(1, int(density * size))) if density else 0
+                directions.keep_ranks(k, size - count, size)
 
     @override
     def survey(self, passes: Passes) -> Step:
@@ -67,10 +68,9 @@ class _TrimFrom(AbstractSelection):
 
     @override
     def select(self, directions: MaskedDirections, site: Site) -> None:
-        for k, threshold in enumerate(self.thresholds):
-            before = directions.sum_magnitudes(k) if self.rescale == "l1" else 0.0
-            directions.keep_from(k, threshold)
-            directions.restore(k, before)
+        with rescaled(directions, self.rescale):
+            for k, threshold in enumerate(self.thresholds):
+                directions.keep_from(k, threshold)
 
 
 @dataclass(frozen=True)
@@ -99,19 +99,11 @@ class Breadcrumbs(AbstractSelection):
         densities = settle("Breadcrumbs.density", self.density, site.name, site.sources)
         gammas = settle("Breadcrumbs.gamma", self.gamma, site.name, site.sources)
         size = directions.size
-        for k, (density, gamma) in enumerate(zip(densities, gammas, strict=True)):
-            kept = int(density * size)
-            first = max(0, size - kept - int(gamma * size))
-            keep_ranks(directions, k, first, first + kept, self.rescale)
-
-
-def keep_ranks(
-    directions: MaskedDirections, k: int, first: int, last: int, rescale: Literal["none", "l1"]
-) -> None:
-    """Keep ranks [first, last) of a direction and, with rescale l1, its L1 norm."""
-    before = directions.sum_magnitudes(k) if rescale == "l1" else 0.0
-    directions.keep_ranks(k, first, last)
-    directions.restore(k, before)
+        with rescaled(directions, self.rescale):
+            for k, (density, gamma) in enumerate(zip(densities, gammas, strict=True)):
+                kept = int(density * size)
+                first = max(0, size - kept - int(gamma * size))
+                directions.keep_ranks(k, first, first + kept)
 
 
 def require_density(who: str, density: Setting) -> None:
