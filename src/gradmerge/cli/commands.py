@@ -100,7 +100,7 @@ def merge(
     opening = Opening(recipe, opened=opened)
     with tempfile.TemporaryDirectory(prefix="gradmerge-statistics-") as folder:
         statistics = recipe.statistics
-        if data is not None and statistics is None and _is_on_data(recipe):
+        if data is not None and statistics is None and recipe.needs_statistics:
             statistics = str(_collected(recipe, data, Path(folder) / "found", opening=opening))
         opening.align(statistics)
         plan = opening.plan(with_skeleton=False, statistics=statistics)
@@ -167,12 +167,6 @@ def _collected(recipe: Recipe, data: Any, target: Path, **options: Any) -> Path:
         print(f"gradmerge: {line}", file=sys.stderr)
 
     return collect(recipe, data, target, report=say, **options)
-
-
-def _is_on_data(recipe: Recipe) -> bool:
-    """Return True if a recipe's alignment or steps need the sources' statistics on data."""
-    aligned = recipe.alignment is not None and recipe.alignment.needs is not None
-    return aligned or any(step.needs is not None for step in recipe.preprocess)
 
 
 def _has_batch_norms(plan: Plan) -> bool:

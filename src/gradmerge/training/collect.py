@@ -76,11 +76,11 @@ def collect(
             "versions": versions(),
             "collected": {},
         }
-        if aligns_on_data(recipe):
+        if recipe.aligns_on_data:
             index["collected"][ACTIVATIONS.kind] = _of_units(opening, data, work, report)
             index["data"] = describe_data(data)
             (work / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-        opening.align(str(work) if aligns_on_data(recipe) else recipe.statistics)
+        opening.align(str(work) if recipe.aligns_on_data else recipe.statistics)
         if steps:
             engine = engine_of(opening, data)
             index["data"] = describe_data(data)
@@ -92,16 +92,6 @@ def collect(
             index["collected"][step.needs.kind] = {**found, "alignment": aligned}
         (work / INDEX).write_text(json.dumps(index, indent=1) + "\n")
     return target
-
-
-def is_needed(recipe: Recipe) -> bool:
-    """Return whether a recipe needs statistics of its sources on data."""
-    return aligns_on_data(recipe) or any(step.needs is not None for step in recipe.preprocess)
-
-
-def aligns_on_data(recipe: Recipe) -> bool:
-    """Return whether a recipe's alignment needs statistics of its sources on data."""
-    return recipe.alignment is not None and recipe.alignment.needs is not None
 
 
 def needy(recipe: Recipe) -> list[AbstractPreprocess]:
@@ -127,7 +117,7 @@ def needy(recipe: Recipe) -> list[AbstractPreprocess]:
                 f"two steps need {step.needs.kind} statistics collected in different ways: {known} "
                 f"and {step}; merge with one of them."
             )
-    if not steps and not aligns_on_data(recipe):
+    if not steps and not recipe.aligns_on_data:
         raise ConfigError(
             "no step of this recipe needs statistics: expected FisherScale, RegMean or MaTS in "
             f"recipe.preprocess, got {shorten([type(s).__name__ for s in recipe.preprocess])}; or "
