@@ -11,7 +11,7 @@ import torch
 
 from gradmerge.calibration.observers import mask_of
 from gradmerge.calibration.repair.correct import Renormalisation
-from gradmerge.calibration.repair.survey import Run
+from gradmerge.calibration.repair.measure import Run
 from gradmerge.engine.autograd import checksums
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.predict import Batch, rows_of

@@ -90,7 +90,7 @@ class Passes:
         def read(name: str) -> Tensor:
             return weights[name] if name in weights else self.plan.read(source, name)
 
-        with self.merged.statistics.of_source(source), self.merged.as_weights(read):
+        with self.merged.as_source(source), self.merged.as_weights(read):
             yield
 
     def log_likelihood(self, task: str, batch: Batch, draws: torch.Generator) -> Tensor:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradmerge.alignment.views import original_of
-from gradmerge.calibration.observers import after_call, before_call, removing
 from gradmerge.calibration.repair.layers import Layer
-from gradmerge.calibration.repair.measure import called_once, measure
-from gradmerge.calibration.repair.survey import Run, survey_of
+from gradmerge.calibration.repair.measure import Channels, Run, called_once
+from gradmerge.calibration.repair.survey import survey_of
 from gradmerge.engine.autograd import checksums
 from gradmerge.engine.buffers import Moments
 from gradmerge.engine.merged import MergedModel
@@ -44,13 +42,7 @@ class Renormalisation:
         # layer to layer. Targets are those of the others; the reference is always one of them.
         opened = merged.plan.sources
         self._unmixed = [name for name in opened if original_of(opened[name]) is opened[name]]
-        with torch.no_grad():
-            with merged.as_source(self._unmixed[0]):
-                self.survey = survey_of(merged, repair, runs)
-            self._own: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-            """Mean and deviation of channels, `[channels]` in float64, by source and weight."""
-            for source in self._unmixed:
-                self._own[source] = self._channels_of(source, runs)
+        self.survey = survey_of(merged, repair, runs, self._unmixed)
         if not self.survey.layers:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.survey.left.items())
             raise ConfigError(
@@ -59,25 +51,14 @@ class Renormalisation:
                 "it out of `finalisers`."
             )
 
-    def _channels_of(self, source: str, runs: Sequence[Run]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Measure a source's layers, and leave those alone that it calls several times per pass."""
-        layers = self.survey.layers
-        with self._merged.as_source(source):
-            found = measure(layers, runs, whole=True, norms=after_call)
-        for layer in layers:
-            if (count := found.calls[layer.place]) > 1:
-                self.survey.leave(layer, f"source {source} calls it {count} times a pass", count)
-        every = ((layer, found.moments[layer.place]) for layer in layers)
-        return {str(layer.weight): (m.mean, m.deviation) for layer, m in every if m.rows}
-
     def targets(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Return the mean and deviation that a layer's channels get, `[channels]`, float64.
 
         Raises:
             ConfigError: the coefficients do not define a mean of the sources.
         """
-        name = str(layer.weight)
-        means, deviations = zip(*(own[name] for own in self._own.values()), strict=True)
+        name, every = layer.weight, self.survey.own.values()
+        means, deviations = zip(*(own[name] for own in every), strict=True)
         weights = torch.full((len(means), 1), 1 / len(means), dtype=torch.float64)
         if self._repair.interpolate == "coefficients":
             plan = self._merged.plan
@@ -105,28 +86,30 @@ class Renormalisation:
         """
         merged, stages = self._merged, self.survey.stages
         layers = [layer for stage in stages for layer in stage]
-        at_once = len(runs) == 1 and all(layer.calls == 1 for layer in layers)
+        once = [layer for layer in layers if layer.calls == 1]
+        at_once = len(runs) == 1 and len(once) == len(layers)
         self._corrections: dict[str, Correction] = {}
+        self._kept: dict[str, Tensor] = {}
         self._report: dict[str, Any] = {
             "corrected": [],
             "scale alone": [],
             "left alone": dict(self.survey.left),
             "constant channels": {},
         }
-        weights = _Weights(merged, {} if at_once else self._corrections)
         with (
             merged.statistics.evaluating(),
-            merged.as_weights(weights.read),
-            called_once(layers, runs) as passes,
+            merged.as_weights(self._read),
+            called_once(merged.skeleton, once),
         ):
             if at_once:
-                self._correct_on_the_fly(layers, passes[0])
+                Channels(layers, whole=True, settle=self._settle).measure(runs)
             else:
-                self._correct_stages(passes, weights)
+                self._correct_stages(runs)
+        self._kept.clear()
         for layer in self.survey.layers:
             if layer.weight not in self._corrections:
                 why = "no row of the data reaches it in the merged network"
-                self._report["left alone"].setdefault(str(layer.weight), why)
+                self._report["left alone"].setdefault(layer.weight, why)
         report = {key: value for key, value in self._report.items() if value}
         if len(self._unmixed) < len(merged.plan.sources):
             report["targets of"] = list(self._unmixed)
@@ -134,123 +117,75 @@ class Renormalisation:
         own = checksums(merged.raw.values())
         merged.plan.finalisation.correct(self._corrections, report, own)
 
-    def _correct_stages(self, runs: Sequence[Run], weights: _Weights) -> None:
+    def _correct_stages(self, runs: Sequence[Run]) -> None:
         """Measure each stage behind the corrected weights of those before it."""
         for stage in self.survey.stages:
             if stage[0].calls > 1:
-                if self._recomputes:
-                    calls = [run.call for run in runs]
-                    self._merged.statistics.recompute(calls, [stage[0].module])
+                calls = [run.call for run in runs]
+                self._merged.statistics.recompute(calls, [stage[0].module])
                 continue
-            found = measure(stage, runs, whole=stage is self.survey.stages[-1])
+            found = Channels(stage, whole=stage is self.survey.stages[-1]).measure(runs)
             for layer in stage:
                 self._settle(layer, found.moments[layer.place])
-                weights.changed(layer)
 
-    def _correct_on_the_fly(self, layers: Sequence[Layer], run: Run) -> None:
-        """Measure every layer when it is called, and correct its output for those behind it."""
-
-        def enter(layer: Layer, moments: Moments, batch: Tensor) -> None:
-            moments.add(batch)
-            if self._recomputes:
-                moments.write(layer.module)
-
-        def leave(layer: Layer, moments: Moments, output: Tensor) -> Tensor:
-            if not layer.is_norm:
-                moments.add(layer.channels(output, run.mask))
-            self._settle(layer, moments)
-            correction = _of_output(layer, output, self._corrections)
-            return output if correction is None else correction(output)
-
-        handles = []
-        for layer in layers:
-            moments = Moments()
-            if layer.is_norm:
-                handles.append(before_call(layer.module, partial(enter, layer, moments)))
-            handles.append(after_call(layer.module, partial(leave, layer, moments)))
-        with removing(handles):
-            run.call()
-
-    @property
-    def _recomputes(self) -> bool:
-        return self._merged.plan.recipe.buffers == "recompute"
-
-    def _settle(self, layer: Layer, moments: Moments) -> None:
-        """Find a layer's correction from the moments of its outputs (of a BatchNorm: its inputs,
-        which become its statistics first).
+    def _read(self, name: str) -> Tensor | None:
+        """Return a tensor behind the finalisers before REPAIR, corrected so far; None for a private
+        one. In resident memory all are kept, in streamed memory each is built when its layer asks.
         """
-        if layer.is_norm and self._recomputes:
+        merged, plan = self._merged, self._merged.plan
+        if name not in plan.tensors or name in self._kept:
+            return self._kept.get(name)
+        dtype = torch.promote_types(merged.dtype, torch.float32)
+        raw = None if name in plan.fixed else plan.raw(name, merged.raw).detach()
+        theta = plan.finalisation.before_repair(name, merged.build(name, raw, dtype))
+        if name in self._corrections:
+            theta = self._corrections[name](theta)
+        theta = theta.to(merged.dtype)
+        if merged.memory == "resident":
+            self._kept[name] = theta
+        return theta
+
+    def _settle(
+        self, layer: Layer, moments: Moments, output: Tensor | None = None
+    ) -> Tensor | None:
+        """Find a layer's correction from the moments of its outputs (of a BatchNorm: its inputs,
+        which become its statistics first), and return a given output corrected.
+        """
+        if layer.is_norm and self._merged.plan.recipe.buffers == "recompute":
             moments.write(layer.module)
-        if layer.weight is None or not moments.rows:
-            return
-        if any(layer.weight not in own for own in self._own.values()):
+        if not layer.weight or not moments.rows:
+            return None
+        if any(layer.weight not in own for own in self.survey.own.values()):
             why = "no row of the data reaches it in some source"
             self._report["left alone"][layer.weight] = why
-            return
-        given = _normalised(layer, moments) if layer.is_norm else (moments.mean, moments.deviation)
+            return None
+        scale, shift = self._scale_and_shift(layer, moments)
+        self._corrections[layer.weight] = Correction(scale, None, layer.axis, layer.groups)
+        if layer.bias:
+            self._corrections[layer.bias] = Correction(scale, shift)
+        self._report["corrected" if layer.bias else "scale alone"].append(layer.weight)
+        self._kept.pop(layer.weight, None)
+        self._kept.pop(layer.bias, None)
+        if output is None or layer.is_norm:  # it runs with the correction
+            return None
+        if not layer.bias:  # a frozen one is not scaled with the weight
+            bias: Tensor | None = getattr(layer.module, "bias", None)
+            shift = None if bias is None else (1 - scale) * bias.cpu().double()
+        return Correction(scale, shift, layer.channel_axis(output))(output)
+
+    def _scale_and_shift(self, layer: Layer, moments: Moments) -> tuple[Tensor, Tensor | None]:
+        own = _normalised(layer, moments) if layer.is_norm else (moments.mean, moments.deviation)
         targets = self.targets(layer)
-        for whose, values in (("merged network", given), ("sources", targets)):
+        for whose, values in (("merged network", own), ("sources", targets)):
             if not all(value.isfinite().all() for value in values):
                 raise ConfigError(
                     f"REPAIR: {layer.weight}: the outputs of the {whose} are not all finite on the "
                     "data, so that they have no mean. Look for NaN or infinite weights and inputs."
                 )
-        scale, shift, constant = correction_of(*given, *targets)
-        self._corrections[layer.weight] = Correction(scale, None, layer.axis, layer.groups)
-        if layer.bias is not None:
-            self._corrections[layer.bias] = Correction(scale, shift)
-        self._report["scale alone" if layer.bias is None else "corrected"].append(layer.weight)
+        scale, shift, constant = correction_of(*own, *targets)
         if constant:
             self._report["constant channels"][layer.weight] = constant
-
-
-class _Weights:
-    """The merged network's tensors behind the finalisers before REPAIR, corrected so far.
-
-    In resident memory all tensors are kept, in streamed memory each is built when its layer asks.
-    """
-
-    def __init__(self, merged: MergedModel, corrections: Mapping[str, Correction]) -> None:
-        self._merged, self._corrections = merged, corrections
-        self._kept: dict[str, Tensor] = {}
-
-    def read(self, name: str) -> Tensor | None:
-        """Return a tensor in the dtype of the computation; None for a private one."""
-        plan = self._merged.plan
-        if name not in plan.tensors:
-            return None
-        if name in self._kept:
-            return self._kept[name]
-        dtype = torch.promote_types(self._merged.dtype, torch.float32)
-        raw = None if name in plan.fixed else plan.raw(name, self._merged.raw).detach()
-        theta = plan.finalisation.before_repair(name, self._merged.build(name, raw, dtype))
-        if name in self._corrections:
-            theta = self._corrections[name](theta)
-        theta = theta.to(self._merged.dtype)
-        if self._merged.memory == "resident":
-            self._kept[name] = theta
-        return theta
-
-    def changed(self, layer: Layer) -> None:
-        """Build a layer's tensors anew."""
-        for name in (layer.weight, layer.bias):
-            self._kept.pop(str(name), None)
-
-
-def _of_output(
-    layer: Layer, output: Tensor, corrections: Mapping[str, Correction]
-) -> Correction | None:
-    """Return what a layer's output is corrected by once its tensors are."""
-    found = corrections.get(str(layer.weight))
-    if found is None:
-        return None
-    shift = None
-    stored: Tensor | None = getattr(layer.module, "bias", None)
-    if layer.bias is not None:
-        shift = corrections[layer.bias].shift
-    elif stored is not None:  # frozen: it is not scaled with the weight
-        shift = (1 - found.scale) * stored.detach().cpu().double()
-    return Correction(found.scale, shift, layer.channel_axis(output))
+        return scale, shift
 
 
 def _normalised(layer: Layer, moments: Moments) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ class Dataflow:
         self.read |= _makers(_tensors((args, kwargs)))
         if layer.is_norm:
             self.normalised |= _maker(inputs)
-        elif layer.weight is not None and layer.place not in self._checked and output.numel():
+        elif layer.weight and layer.place not in self._checked and output.numel():
             self._checked.add(layer.place)
             if not is_plain(layer.module, args, kwargs, output):
                 self.transformed.add(layer.place)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -21,42 +21,56 @@ from gradmerge.calibration.observers import (
     removing,
 )
 from gradmerge.calibration.repair.layers import Layer
-from gradmerge.calibration.repair.survey import Run
 from gradmerge.engine.buffers import Moments
 from gradmerge.errors import ConfigError
 
+Settle = Callable[[Layer, Moments, Tensor], Tensor | None]
 
-def measure(
-    layers: Sequence[Layer], runs: Sequence[Run], whole: bool = False, norms: Hook = before_call
-) -> Channels:
-    """Observe layers in passes with the weights in place.
 
-    Args:
-        layers: the layers.
-        runs: the passes.
-        whole: whether a pass goes on when all layers have been called.
-        norms: whether moments of a BatchNorm are of its inputs or of its outputs.
-    """
-    channels = Channels(layers, whole, norms)
-    with channels.watching():
-        for run in runs if layers else ():
-            channels.mask = run.mask
-            with suppress(Enough):
-                run.call()
-            channels.end_pass()
-    return channels
+@dataclass(frozen=True)
+class Run:
+    """A forward pass over one batch."""
+
+    call: Callable[[], object]
+    mask: Tensor | None = None
+    """`[batch, tokens]`, 0 on padding."""
 
 
 class Channels(Observer):
-    """Moments of what layers put out, and their calls."""
+    """Moments of what layers put out, and their calls.
 
-    def __init__(self, layers: Sequence[Layer], whole: bool, norms: Hook) -> None:
-        self._layers, self._whole, self._norms = layers, whole, norms
+    Args:
+        layers: the layers.
+        whole: whether a pass goes on when all layers have been called.
+        norms: whether moments of a BatchNorm are of its inputs or of its outputs.
+        settle: called with a layer, its moments and its output as soon as it was measured; a tensor
+            that it returns replaces the output.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        whole: bool,
+        norms: Hook = before_call,
+        settle: Settle | None = None,
+    ) -> None:
+        self._layers, self._whole, self._norms, self._settle = layers, whole, norms, settle
         self._calls: Counter[str] = Counter()
         self.moments = {layer.place: Moments() for layer in layers}
         """By place."""
         self.calls: Counter[str] = Counter()
         """Most calls per pass, by place."""
+
+    def measure(self, runs: Sequence[Run]) -> Channels:
+        """Observe the layers in passes with the weights in place."""
+        with self.watching():
+            for run in runs:
+                self.mask = run.mask
+                with suppress(Enough):
+                    run.call()
+                self.calls |= self._calls
+                self._calls.clear()
+        return self
 
     @override
     def hooks(self) -> Iterator[RemovableHandle]:
@@ -64,25 +78,20 @@ class Channels(Observer):
             hook = self._norms if layer.is_norm else after_call
             yield hook(layer.module, partial(self._add, layer))
 
-    def _add(self, layer: Layer, values: Tensor) -> None:
+    def _add(self, layer: Layer, values: Tensor) -> Tensor | None:
         self._calls[layer.place] += 1
-        self.moments[layer.place].add(layer.channels(values.detach(), self.mask))
+        moments = self.moments[layer.place]
+        moments.add(layer.channels(values.detach(), self.mask))
+        if self._settle is not None:
+            return self._settle(layer, moments, values)
         if len(self._calls) == len(self._layers) and not self._whole:
             raise Enough
-
-    def end_pass(self) -> None:
-        """Count the calls of the next pass anew."""
-        self.calls |= self._calls
-        self._calls.clear()
+        return None
 
 
 @contextmanager
-def called_once(layers: Sequence[Layer], runs: Sequence[Run]) -> Iterator[list[Run]]:
-    """Give the runs, which fail if a layer that the sources call once is called again in a pass.
-
-    Raises:
-        ConfigError: a layer is called again.
-    """
+def called_once(network: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
+    """Reject passes that call a layer again which the sources call once."""
     called: set[str] = set()
 
     def note(layer: Layer, _: Tensor) -> None:
@@ -95,9 +104,6 @@ def called_once(layers: Sequence[Layer], runs: Sequence[Run]) -> Iterator[list[R
             )
         called.add(layer.place)
 
-    def call(run: Run) -> object:
-        called.clear()
-        return run.call()
-
-    with removing([after_call(la.module, partial(note, la)) for la in layers if la.calls == 1]):
-        yield [replace(run, call=partial(call, run)) for run in runs]
+    start = before_call(network, lambda _: called.clear())
+    with removing([start, *(after_call(la.module, partial(note, la)) for la in layers)]):
+        yield
