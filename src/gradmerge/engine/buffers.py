@@ -30,7 +30,6 @@ class NetworkBuffers:
         self.set({name: plan.buffer(name) for name in self._places})
         names = {module: name for name, module in skeleton.named_modules()}
         for norm in self.batch_norms:
-            norm.momentum = 0.0  # running statistics stay those of the last recomputation
             norm.register_forward_pre_hook(partial(_require_rows, names[norm]), with_kwargs=True)
 
     def values(self) -> dict[str, Tensor]:
@@ -57,6 +56,7 @@ class NetworkBuffers:
         if mode and self._plan.recipe.buffers == "recompute":
             for norm in self.batch_norms:
                 norm.train()
+                norm.momentum = 0.0  # running statistics stay those of the last recomputation
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
