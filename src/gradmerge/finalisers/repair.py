@@ -110,6 +110,5 @@ def correction_of(
     of channels that are constant (up to rounding), which get the mean alone.
     """
     constant = deviation <= 1e-6 * (mean.abs() + target_deviation)
-    one = torch.ones_like(deviation)
-    scale = torch.where(constant, one, target_deviation / torch.where(constant, one, deviation))
+    scale = torch.where(constant, 1.0, target_deviation / deviation)
     return scale, target_mean - scale * mean, int(constant.sum())

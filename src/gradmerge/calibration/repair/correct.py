@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradmerge.alignment.views import original_of
 from gradmerge.calibration.repair.layers import Layer
-from gradmerge.calibration.repair.measure import Channels, Run, called_once
+from gradmerge.calibration.repair.measure import Channels, Run
 from gradmerge.calibration.repair.survey import survey_of
 from gradmerge.engine.autograd import checksums
 from gradmerge.engine.buffers import Moments
@@ -84,10 +84,7 @@ class Renormalisation:
         Args:
             runs: the same passes again.
         """
-        merged, stages = self._merged, self.survey.stages
-        layers = [layer for stage in stages for layer in stage]
-        once = [layer for layer in layers if layer.calls == 1]
-        at_once = len(runs) == 1 and len(once) == len(layers)
+        merged = self._merged
         self._corrections: dict[str, Correction] = {}
         self._kept: dict[str, Tensor] = {}
         self._report: dict[str, Any] = {
@@ -96,15 +93,8 @@ class Renormalisation:
             "left alone": dict(self.survey.left),
             "constant channels": {},
         }
-        with (
-            merged.statistics.evaluating(),
-            merged.as_weights(self._read),
-            called_once(merged.skeleton, once),
-        ):
-            if at_once:
-                Channels(layers, whole=True, settle=self._settle).measure(runs)
-            else:
-                self._correct_stages(runs)
+        with merged.statistics.evaluating(), merged.as_weights(self._read):
+            self._correct_stages(runs)
         self._kept.clear()
         for layer in self.survey.layers:
             if layer.weight not in self._corrections:
@@ -119,13 +109,20 @@ class Renormalisation:
 
     def _correct_stages(self, runs: Sequence[Run]) -> None:
         """Measure each stage behind the corrected weights of those before it."""
-        for stage in self.survey.stages:
+        stages = self.survey.stages
+        layers = [layer for stage in stages for layer in stage if layer.calls == 1]
+        at_once = len(runs) == 1 and len(layers) == sum(map(len, stages))
+        settle = self._settle if at_once else None
+        for stage in [layers] if at_once else stages:
             if stage[0].calls > 1:
                 calls = [run.call for run in runs]
                 self._merged.statistics.recompute(calls, [stage[0].module])
                 continue
-            found = Channels(stage, whole=stage is self.survey.stages[-1]).measure(runs)
-            for layer in stage:
+            last = layers[-1] in stage
+            found = Channels(layers if last else stage, last, settle=settle).measure(runs)
+            if last:
+                _require_single_calls(layers, found)
+            for layer in () if at_once else stage:
                 self._settle(layer, found.moments[layer.place])
 
     def _read(self, name: str) -> Tensor | None:
@@ -186,6 +183,17 @@ class Renormalisation:
         if constant:
             self._report["constant channels"][layer.weight] = constant
         return scale, shift
+
+
+def _require_single_calls(layers: Sequence[Layer], found: Channels) -> None:
+    for layer in layers:
+        if found.calls[layer.place] > 1:
+            raise ConfigError(
+                f"REPAIR: the merged network calls {layer.place} more than once in a pass, though "
+                "the sources call it once on the same data. No correction holds for all calls at "
+                f"once. Name {layer.weight or layer.place} in `skip` of REPAIR, or leave it out of "
+                "`finalisers`."
+            )
 
 
 def _normalised(layer: Layer, moments: Moments) -> tuple[Tensor, Tensor]:

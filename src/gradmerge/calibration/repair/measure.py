@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from gradmerge.calibration.observers import (
-    Enough,
-    Hook,
-    Observer,
-    after_call,
-    before_call,
-    removing,
-)
+from gradmerge.calibration.observers import Enough, Hook, Observer, after_call, before_call
 from gradmerge.calibration.repair.layers import Layer
 from gradmerge.engine.buffers import Moments
-from gradmerge.errors import ConfigError
 
 Settle = Callable[[Layer, Moments, Tensor], Tensor | None]
 
@@ -87,23 +79,3 @@ class Channels(Observer):
         if len(self._calls) == len(self._layers) and not self._whole:
             raise Enough
         return None
-
-
-@contextmanager
-def called_once(network: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
-    """Reject passes that call a layer again which the sources call once."""
-    called: set[str] = set()
-
-    def note(layer: Layer, _: Tensor) -> None:
-        if layer.place in called:
-            raise ConfigError(
-                f"REPAIR: the merged network calls {layer.place} more than once in a pass, though "
-                "the sources call it once on the same data. No correction holds for all calls at "
-                f"once. Name {layer.weight or layer.place} in `skip` of REPAIR, or leave it out of "
-                "`finalisers`."
-            )
-        called.add(layer.place)
-
-    start = before_call(network, lambda _: called.clear())
-    with removing([start, *(after_call(la.module, partial(note, la)) for la in layers)]):
-        yield
