@@ -13,7 +13,6 @@ from itertools import count
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -31,6 +30,8 @@ _ROWS = 1 << 14
 """Rows that are converted to float64 at a time."""
 
 Pair = tuple[str, str]
+Rows = dict[str, list[Tensor]]
+"""The units of each group, `[rows, size]` per call of a place."""
 
 
 class UnitPasses(Passes):
@@ -57,15 +58,15 @@ class UnitPasses(Passes):
         index: dict[str, dict[str, Any]] = {}
         self._moving = moving_factors(groups)
         parts = _parts(seen, len(self.found) + len(pairs), memory)
-        for number, part in enumerate(parts):
+        for part in parts:
             sums = self._read(part, pairs)
-            file = f"{self.needs.kind}-{number}.safetensors"
-            moments = {
-                f"{key}:{group.name}": moment.cpu().contiguous()
-                for group in part
-                for key, moment in sums[group.name].tensors().items()
-            }
-            save_file(moments, self.folder / file)
+            file = self.save(
+                {
+                    f"{key}:{name}": moment
+                    for name, total in sums.items()
+                    for key, moment in total.tensors().items()
+                }
+            )
             for group in part:
                 index[group.name] = {
                     "file": file,
@@ -84,10 +85,8 @@ class UnitPasses(Passes):
     def _read(self, groups: Sequence[Group], pairs: Sequence[Pair]) -> dict[str, _Sums]:
         sums = {group.name: _Sums() for group in groups}
         names = list(self.found)
-        # a common reference first, so that it runs once per batch
-        order = sorted(names, key=lambda name: -sum(name in pair for pair in pairs))
         for task, batch in self.batches(names[0]):
-            self._add(sums, order, pairs, task, partial(self._outputs, task, batch, groups))
+            self._add(sums, pairs, task, partial(self._outputs, task, batch, groups))
         self._require_finite(sums)
         if not all(total.rows for total in sums.values()):
             raise ConfigError(
@@ -101,42 +100,36 @@ class UnitPasses(Passes):
     def _add(
         self,
         sums: Mapping[str, _Sums],
-        order: Sequence[str],
         pairs: Sequence[Pair],
         task: str,
-        run: Callable[[str], dict[str, list[Tensor]]],
+        run: Callable[[str], Rows],
     ) -> None:
-        """Add one batch, which runs through at most two sources at a time."""
-        names = list(self.found)
-        fresh = set(names)
+        """Add one batch, of which the outputs of two sources are kept at a time."""
+        numbers = {name: at for at, name in enumerate(self.found)}
+        fresh = set(numbers)
+        kept: dict[str, Rows] = {}
 
-        def outputs(source: str) -> dict[str, list[Tensor]]:
-            found = run(source)
+        def outputs(source: str, other: str) -> Rows:
+            for name in kept.keys() - {source, other}:
+                del kept[name]
+            if source not in kept:
+                kept[source] = run(source)
             if source in fresh:
                 fresh.remove(source)
                 for name, total in sums.items():
-                    total.add_own(names.index(source), found[name])
-            return found
+                    total.add_own(numbers[source], kept[source][name])
+            return kept[source]
 
-        for i, first in enumerate(order):
-            others = [n for n in order[i + 1 :] if (first, n) in pairs or (n, first) in pairs]
-            one = outputs(first) if others or first in fresh else {}
-            for second in others:
-                two = outputs(second)
-                for name, total in sums.items():
-                    ours, theirs = (first, one[name]), (second, two[name])
-                    self._require_same(name, task, ours, theirs)
-                    if (first, second) not in pairs:
-                        ours, theirs = theirs, ours
-                    pair = names.index(ours[0]), names.index(theirs[0])
-                    total.add_products(pair, ours[1], theirs[1])
-                del two
-            del one
+        for first, second in pairs:
+            one, two = outputs(first, second), outputs(second, first)
+            for name, total in sums.items():
+                _require_same(name, task, (first, one[name]), (second, two[name]))
+                total.add_products((numbers[first], numbers[second]), one[name], two[name])
+            del one, two
+        for alone in tuple(fresh):
+            outputs(alone, alone)
 
-    def _outputs(
-        self, task: str, batch: Batch, groups: Sequence[Group], source: str
-    ) -> dict[str, list[Tensor]]:
-        """Return the units of each group in one source, `[rows, size]` per call of a place."""
+    def _outputs(self, task: str, batch: Batch, groups: Sequence[Group], source: str) -> Rows:
         units = _Units(self.merged.skeleton, groups, self._moving)
         units.mask = mask_of(self.merged.skeleton, batch)
         with self.merged.as_source(source), units.watching():
@@ -161,24 +154,21 @@ class UnitPasses(Passes):
                         f"{group}, so they cannot be matched; check its weights and the data."
                     )
 
-    def _require_same(
-        self,
-        group: str,
-        task: str,
-        first: tuple[str, list[Tensor]],
-        second: tuple[str, list[Tensor]],
-    ) -> None:
-        shapes = [[tuple(rows.shape) for rows in found] for _, found in (first, second)]
-        if shapes[0] != shapes[1]:
-            raise ConfigError(
-                f"task {task}: the units of {group} gave other rows in {second[0]} than in "
-                f"{first[0]} ({shapes[1][:3]}, {shapes[0][:3]}) on the same batch, so they cannot "
-                "be compared. The network's course depends on its weights; use WeightMatching."
-            )
+
+def _require_same(
+    group: str, task: str, first: tuple[str, list[Tensor]], second: tuple[str, list[Tensor]]
+) -> None:
+    shapes = [[tuple(rows.shape) for rows in found] for _, found in (first, second)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"task {task}: the units of {group} gave other rows in {second[0]} than in "
+            f"{first[0]} ({shapes[1][:3]}, {shapes[0][:3]}) on the same batch, so they cannot "
+            "be compared. The network's course depends on its weights; use WeightMatching."
+        )
 
 
 class _Units(Observer):
-    """The units of each group in one pass, by group, a tensor per call of a place."""
+    """The units of each group in one pass."""
 
     def __init__(
         self,
@@ -187,7 +177,7 @@ class _Units(Observer):
         moving: Mapping[Place, tuple[int, ...]],
     ) -> None:
         self._network, self._groups, self._moving = network, groups, moving
-        self.rows: dict[str, list[Tensor]] = {group.name: [] for group in groups}
+        self.rows: Rows = {group.name: [] for group in groups}
 
     @override
     def hooks(self) -> Iterator[RemovableHandle]:
@@ -229,19 +219,14 @@ def place_rows(
 
 def moving_factors(groups: Sequence[Group]) -> dict[Place, tuple[int, ...]]:
     """Return the factors of each place's stretch that run over units of another group."""
-    stretches: dict[tuple[Any, ...], set[int]] = {}
-    for group in groups:
-        for place in group.places:
-            stretches.setdefault(_stretch(place), set()).add(place.position)
+    places = [place for group in groups for place in group.places]
+    positions: dict[Place, set[int]] = {}
+    for place in places:
+        positions.setdefault(replace(place, position=0), set()).add(place.position)
     return {
-        place: tuple(sorted(stretches[_stretch(place)] - {place.position}))
-        for group in groups
-        for place in group.places
+        place: tuple(sorted(positions[replace(place, position=0)] - {place.position}))
+        for place in places
     }
-
-
-def _stretch(place: Place) -> tuple[Any, ...]:
-    return place.module, place.call, place.axis, place.start, place.sizes
 
 
 class _Sums:

@@ -8,8 +8,9 @@ whose rows are the patches under the kernel.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from gradmerge.engine.plan import Plan
+from gradmerge.sources.collected import Statistic
 from gradmerge.sources.skeleton import input_axis
 
 # ---- hooks --------------------------------------------------------------------------------------
@@ -31,7 +33,7 @@ class Enough(Exception):  # noqa: N818 (it is no error)
     """Ends a pass once all watched layers have run."""
 
 
-def before_call(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
+def before_call(module: nn.Module, see: Callable[[Tensor], object]) -> RemovableHandle:
     """Show a function what a module is called with."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -42,26 +44,36 @@ def before_call(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHa
 
 def after_call(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
     """Show a function what a module puts out; a tensor that it returns replaces the output."""
-
-    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-        return see(output)
-
-    return module.register_forward_hook(hook)
+    return module.register_forward_hook(lambda _, __, output: see(output))
 
 
 @contextmanager
 def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Remove hooks at the end of the context."""
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for handle in handles:
-            handle.remove()
+            stack.enter_context(handle)
+        yield
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return what a layer is called with."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+class Observer(ABC):
+    """Adds up what modules see or put out while a network runs."""
+
+    mask: Tensor | None = None
+    """`[batch, tokens]` of the batch that runs, 0 on padding."""
+
+    @abstractmethod
+    def hooks(self) -> Iterator[RemovableHandle]:
+        """Hook the modules, one after another."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Observe the passes within the context, and their backward."""
+        return removing(self.hooks())
 
 
 # ---- rows and padding ---------------------------------------------------------------------------
@@ -127,11 +139,8 @@ def _over(values: Tensor, axes: Sequence[int], kept: Tensor) -> Tensor:
 class LinearLayer:
     """A merged tensor that is used only as the weight of linear layers."""
 
-    name: str
-    """The tensor's name."""
-    places: tuple[str, ...]
-    """Names of the modules whose weight it is (several if it is tied)."""
-    modules: tuple[nn.Module, ...]
+    modules: Mapping[str, nn.Module]
+    """The modules whose weight it is, by name (several if it is tied)."""
     axis: int
     """The tensor's axis of inputs: 1 for `[out, in, ...]`, 0 for `[in, out]`."""
 
@@ -147,32 +156,12 @@ def linear_layers(plan: Plan) -> dict[str, LinearLayer]:
     assert binding is not None
     found = {}
     for name in plan.tensors:
-        parameters = [place.rpartition(".") for place in binding.parameters.get(name, ())]
-        modules = tuple(skeleton.get_submodule(owner) for owner, _, _ in parameters)
-        if parameters and all(
-            attribute == "weight" and is_linear(module)
-            for (_, _, attribute), module in zip(parameters, modules, strict=True)
-        ):
-            places = tuple(owner for owner, _, _ in parameters)
-            axis = input_axis(skeleton, binding.parameters[name][0])
-            found[name] = LinearLayer(name, places, modules, axis)
-    return found
-
-
-def blocks(skeleton: nn.Module, layers: Mapping[str, LinearLayer]) -> dict[str, str]:
-    """Return each layer's block: the innermost member of an `nn.ModuleList` that holds it, or ''.
-
-    A tied weight belongs to its first layer's block.
-    """
-    found = {}
-    for name, layer in layers.items():
-        parts = layer.places[0].split(".")
-        inside = [
-            ".".join(parts[:depth])
-            for depth in range(1, len(parts) + 1)
-            if isinstance(skeleton.get_submodule(".".join(parts[: depth - 1])), nn.ModuleList)
-        ]
-        found[name] = inside[-1] if inside else ""
+        parameters = binding.parameters.get(name, ())
+        owners = [parameter.rpartition(".") for parameter in parameters]
+        modules = {place: skeleton.get_submodule(place) for place, _, _ in owners}
+        weights = all(attribute == "weight" for _, _, attribute in owners)
+        if parameters and weights and all(map(is_linear, modules.values())):
+            found[name] = LinearLayer(modules, input_axis(skeleton, parameters[0]))
     return found
 
 
@@ -251,22 +240,7 @@ def _patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
     return split.permute(1, 0, 3, 2).flatten(1, 2)
 
 
-# ---- observers ----------------------------------------------------------------------------------
-
-
-class Observer(ABC):
-    """Adds up what modules see or put out while a network runs."""
-
-    mask: Tensor | None = None
-    """`[batch, tokens]` of the batch that runs, 0 on padding."""
-
-    @abstractmethod
-    def hooks(self) -> Iterator[RemovableHandle]:
-        """Hook the modules, one after another."""
-
-    def watching(self) -> AbstractContextManager[None]:
-        """Observe the passes within the context, and their backward."""
-        return removing(list(self.hooks()))
+# ---- Gram matrices ------------------------------------------------------------------------------
 
 
 class Grams(Observer):
@@ -280,20 +254,14 @@ class Grams(Observer):
 
     def __init__(self, layers: Mapping[str, LinearLayer], gradients: bool = False) -> None:
         self._layers, self._gradients = layers, gradients
-        self.others: set[str] = set()
-        """Tensors whose layer is not linear in them."""
-        self.inputs: dict[str, Tensor] = {}
-        """`[groups, in, in]` by tensor."""
-        self.outputs: dict[str, Tensor] = {}
-        """`[groups, out, out]` by tensor."""
-        self.rows: dict[str, int] = {}
-        """Rows of inputs by tensor."""
-        self._verified: set[str] = set()
+        self._sums: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
+        self._rows: Counter[str] = Counter()
+        self._plain: dict[str, bool] = {}
 
     @override
     def hooks(self) -> Iterator[RemovableHandle]:
         for name, layer in self._layers.items():
-            for module in layer.modules:
+            for module in layer.modules.values():
                 yield before_call(module, partial(self._add_input, name, module))
                 if self._gradients:
                     yield after_call(module, partial(self._add_gradient, name, module))
@@ -301,38 +269,40 @@ class Grams(Observer):
                     hook = partial(self._verify, name)
                     yield module.register_forward_hook(hook, with_kwargs=True)
 
+    @property
+    def others(self) -> set[str]:
+        """Tensors whose layer is not linear in them."""
+        return {name for name, plain in self._plain.items() if not plain}
+
+    def statistics(self, examples: int) -> dict[str, Statistic]:
+        """Return the sums by tensor, those of gradients divided by the number of examples."""
+        found = {}
+        for name, sums in self._sums.items():
+            if len(sums) == 1 + self._gradients and name not in self.others:
+                values = {k: v / max(1, examples) if k == "output" else v for k, v in sums.items()}
+                found[name] = Statistic(values, self._rows[name], self._layers[name].axis, 0.0)
+        return found
+
     def _add_input(self, name: str, module: nn.Module, inputs: Tensor) -> None:
-        if name in self.others:
-            return
-        rows = input_rows(module, inputs.detach(), self.mask)
-        _add(self.inputs, name, rows.mT @ rows)
-        self.rows[name] = self.rows.get(name, 0) + rows.shape[1]
+        if name not in self.others:
+            rows = input_rows(module, inputs.detach(), self.mask)
+            self._add(name, "input" if self._gradients else "gram", rows)
+            self._rows[name] += rows.shape[1]
 
     def _verify(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        """Leave the layer out unless its first output is `x W^T + b`."""
-        if name in self._verified or name in self.others or not output.numel():
-            return
-        self._verified.add(name)
-        if not is_plain(module, args, kwargs, output):
-            self.others.add(name)
-            self.inputs.pop(name, None)
-            self.rows.pop(name, None)
+        """Check once whether the layer's output is `x W^T + b`."""
+        if name not in self._plain and output.numel():
+            self._plain[name] = is_plain(module, args, kwargs, output)
 
     def _add_gradient(self, name: str, module: nn.Module, output: Tensor) -> Tensor:
         mask = self.mask
-
-        def add(gradient: Tensor) -> None:
-            rows = output_rows(module, gradient, mask)
-            _add(self.outputs, name, rows.mT @ rows)
-
         if not output.requires_grad:  # the graph begins here, since no weight asks for a gradient
             output = output.detach().requires_grad_().clone()
-        output.register_hook(add)
+        output.register_hook(
+            lambda grad: self._add(name, "output", output_rows(module, grad, mask))
+        )
         return output
 
-
-def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    if name in sums:
-        sums[name] += value
-    else:
-        sums[name] = value
+    def _add(self, name: str, part: str, rows: Tensor) -> None:
+        sums, product = self._sums[name], rows.mT @ rows
+        sums[part] = sums[part].add_(product) if part in sums else product
