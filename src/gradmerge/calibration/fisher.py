@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from gradmerge.alignment import AbstractAlignment
 from gradmerge.calibration.observers import (
     Enough,
     Grams,
@@ -28,7 +29,9 @@ from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.predict import Batch, rows_of
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.objectives.base import UNLABELLED
+from gradmerge.preprocess import AbstractPreprocess
 from gradmerge.sources.collected import Needs, Statistic
+from gradmerge.spec import to_plain
 
 Report = Callable[[str], None]
 
@@ -204,6 +207,14 @@ class Passes:
         kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(kept, self.folder / file)
         return file
+
+    def record(self, step: AbstractPreprocess | AbstractAlignment) -> dict[str, Any]:
+        """Return what was collected for a step, of which weights, as plain data."""
+        sources = {
+            name: {"fingerprint": self.plan.fingerprints[name], **asdict(found)}
+            for name, found in self.found.items()
+        }
+        return {"needs": asdict(self.needs), "step": to_plain(step), "sources": sources}
 
 
 def _stop(_: Tensor) -> None:
