@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -44,15 +45,8 @@ class UnitPasses(Passes):
     def units(
         self, groups: Sequence[Group], pairs: Sequence[Pair], memory: int = MEMORY
     ) -> dict[str, dict[str, Any]]:
-        """Write the moments of all groups that have a place, and return the index of groups.
-
-        Args:
-            groups: units.
-            pairs: the sources whose units are compared.
-            memory: bytes of moments that one reading of the data sums up.
-
-        Raises:
-            ConfigError: there are no rows, or passes of two sources see different ones.
+        """Write the moments of all groups that have a place, for pairs of sources, and return the
+        index of groups.
         """
         seen = [group for group in groups if group.places]
         index: dict[str, dict[str, Any]] = {}
@@ -83,16 +77,22 @@ class UnitPasses(Passes):
 
     @torch.no_grad()
     def _read(self, groups: Sequence[Group], pairs: Sequence[Pair]) -> dict[str, _Sums]:
-        sums = {group.name: _Sums() for group in groups}
+        sums = {group.name: _Sums(group.size) for group in groups}
         names = list(self.found)
         for task, batch in self.batches(names[0]):
             self._add(sums, pairs, task, partial(self._outputs, task, batch, groups))
-        self._require_finite(sums)
-        if not all(total.rows for total in sums.values()):
-            raise ConfigError(
-                "the sources gave no activations: the tasks have no adaptation data, or nothing "
-                "but padding."
-            )
+        for group, total in sums.items():
+            if not total.rows:
+                raise ConfigError(
+                    "the sources gave no activations: the tasks have no adaptation data, or "
+                    "nothing but padding."
+                )
+            for at, source in enumerate(names):
+                if not total.finite(at):
+                    raise ConfigError(
+                        f"source {source} gave numbers that are not finite in the units of "
+                        f"{group}, so they cannot be matched; check its weights and the data."
+                    )
         for found in self.found.values():
             found.examples = self.found[names[0]].examples
         return sums
@@ -117,14 +117,14 @@ class UnitPasses(Passes):
             if source in fresh:
                 fresh.remove(source)
                 for name, total in sums.items():
-                    total.add_own(numbers[source], kept[source][name])
+                    total.add((numbers[source],) * 2, kept[source][name], kept[source][name])
             return kept[source]
 
         for first, second in pairs:
             one, two = outputs(first, second), outputs(second, first)
             for name, total in sums.items():
                 _require_same(name, task, (first, one[name]), (second, two[name]))
-                total.add_products((numbers[first], numbers[second]), one[name], two[name])
+                total.add((numbers[first], numbers[second]), one[name], two[name])
             del one, two
         for alone in tuple(fresh):
             outputs(alone, alone)
@@ -144,15 +144,6 @@ class UnitPasses(Passes):
                     "hand-written `spec`."
                 )
         return units.rows
-
-    def _require_finite(self, sums: Mapping[str, _Sums]) -> None:
-        for group, total in sums.items():
-            for at, source in enumerate(self.found):
-                if at in total.means and not bool(total.means[at].isfinite().all()):
-                    raise ConfigError(
-                        f"source {source} gave numbers that are not finite in the units of "
-                        f"{group}, so they cannot be matched; check its weights and the data."
-                    )
 
 
 def _require_same(
@@ -195,15 +186,11 @@ class _Units(Observer):
 def place_rows(
     place: Place, output: Any, mask: Tensor | None, moving: Sequence[int] = ()
 ) -> Tensor:
-    """Return the values of a place's units, `[rows, size]`, without rows of padding.
+    """Return a place's units in its module's (first) output, `[rows, size]`, without padding.
 
-    Args:
-        place: the place.
-        output: its module's output, or several of which the first counts.
-        mask: `[batch, tokens]`, 0 on padding (`without_padding` lists the layouts it applies to).
-        moving: other factors of the stretch whose units may be permuted, too (channels within
-            heads). Their positions are not rows: a unit is represented by its root mean square over
-            them, which does not depend on their order.
+    Over `moving` factors of the stretch, whose units may be permuted, too (channels within heads),
+    positions are not rows: a unit is represented by its root mean square over them, which does not
+    depend on their order.
     """
     values: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     values, axis = without_padding(values.detach(), mask, place.axis)
@@ -230,41 +217,34 @@ def moving_factors(groups: Sequence[Group]) -> dict[Place, tuple[int, ...]]:
 
 
 class _Sums:
-    """Sums over the rows of one group in float64, means by place."""
+    """Sums over the rows of one group in float64, by pair of sources.
 
-    def __init__(self) -> None:
-        self.counts: list[int] = []
-        """Rows of each place."""
-        self.means: dict[int, Tensor] = {}
-        """Sums of rows by source, `[places, size]`."""
-        self.products: dict[tuple[int, int], Tensor] = {}
-        """`sum_rows a b^T` by pair of sources."""
+    Behind its units a row has a one at the number of its place, `[size + places]`, so that one
+    product holds the sums of `a b^T`, of units by place, and of rows.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._products: dict[tuple[int, int], Tensor] = {}
 
     @property
     def rows(self) -> int:
         """Rows of all places."""
-        return sum(self.counts)
+        return int(self._products[0, 0].diagonal()[self._size :].sum()) if self._products else 0
 
-    def add_own(self, source: int, found: Sequence[Tensor]) -> None:
-        """Add the rows of one source's places, which source 0 counts."""
-        sums = torch.stack([rows.sum(dim=0, dtype=torch.float64) for rows in found])
-        self.means[source] = self.means[source] + sums if source in self.means else sums
-        if source == 0:
-            before = self.counts or [0] * len(found)
-            self.counts = [n + len(rows) for n, rows in zip(before, found, strict=True)]
-        self.add_products((source, source), found, found)
+    def finite(self, source: int) -> bool:
+        """Return whether all units of a source are finite."""
+        return bool(self._products[source, source].isfinite().all())
 
-    def add_products(
-        self, pair: tuple[int, int], first: Sequence[Tensor], second: Sequence[Tensor]
-    ) -> None:
-        """Add products of two sources' rows, `_ROWS` at a time."""
-        for one, two in zip(first, second, strict=True):
-            for a, b in zip(one.split(_ROWS), two.split(_ROWS), strict=True):
-                product = a.double().mT @ b.double()
-                if pair in self.products:
-                    self.products[pair] += product
-                else:
-                    self.products[pair] = product
+    def add(self, pair: tuple[int, int], first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+        """Add products of two sources' rows by place, `_ROWS` at a time."""
+        places = len(first)
+        for place, (one, two) in enumerate(zip(first, second, strict=True)):
+            for parts in zip(one.split(_ROWS), two.split(_ROWS), strict=True):
+                a, b = (functional.pad(part.double(), (0, places)) for part in parts)
+                a[:, self._size + place] = b[:, self._size + place] = 1
+                known = self._products.get(pair)
+                self._products[pair] = a.mT @ b if known is None else known.addmm_(a.mT, b)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return moments by key: `mean-k`, `square-k`, `cross-k-l`.
@@ -276,14 +256,17 @@ class _Sums:
         so that covariances are those within places: a difference between places that all units
         share (a norm's outputs against a stream's) does not make units similar.
         """
-        total = self.rows
-        whole = {k: sums.sum(dim=0) / total for k, sums in self.means.items()}
-        found = {f"mean-{k}": mean for k, mean in whole.items()}
-        for (k, other), product in self.products.items():
-            value = product / total + torch.outer(whole[k], whole[other])
-            for n, one, two in zip(self.counts, self.means[k], self.means[other], strict=True):
-                value -= torch.outer(one, two) / (n * total)
+        size, found = self._size, {}
+        counts = self._products[0, 0].diagonal()[size:, None]
+        total = counts.sum()
+        sums = {k: p[size:, :size] for (k, other), p in self._products.items() if k == other}
+        for (k, other), product in self._products.items():
+            one, two = sums[k], sums[other]
+            value = product[:size, :size] - (one / counts.clamp(min=1)).mT @ two
+            value = value / total + torch.outer(one.sum(dim=0), two.sum(dim=0)) / total**2
             found[f"square-{k}" if k == other else f"cross-{k}-{other}"] = value
+            if k == other:
+                found[f"mean-{k}"] = one.sum(dim=0) / total
         return found
 
 
