@@ -47,16 +47,7 @@ class Found:
 
 
 class Passes:
-    """One kind of statistic of all sources.
-
-    Args:
-        merged: a merge of the sources, whose network runs as each of them.
-        loaders: batches of each task's adaptation split.
-        tasks: names of each source's tasks.
-        needs: the statistic, and how it is collected.
-        folder: where its files are written.
-        report: called with a line for each source.
-    """
+    """One kind of statistic of all sources, each on batches of its own tasks, by task."""
 
     def __init__(
         self,
@@ -147,14 +138,8 @@ class Passes:
     ) -> tuple[dict[str, Statistic], set[str]]:
         """Write Gram matrices of layers' inputs, for `kfac` also of their outputs' gradients.
 
-        Args:
-            source: the source that runs.
-            layers: the layers by tensor.
-            weights: weights by name that replace the source's own.
-            stop: the module that ends a pass; default: a pass is whole.
-
-        Returns:
-            The statistics, and the tensors that their layers change before use.
+        Given weights replace the source's own, and `stop` ends a pass. Return the statistics, and
+        the tensors that their layers change before use.
         """
         kfac = self.needs.kind == "kfac"
         grams = Grams(layers, gradients=kfac)

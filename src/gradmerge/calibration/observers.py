@@ -96,11 +96,6 @@ def without_padding(values: Tensor, mask: Tensor | None, axis: int) -> tuple[Ten
     the values are returned as they are: pooled outputs, or those of another length (a convolution
     with a stride), hold no padding. So they are if several fit that keep different rows (as many
     heads as tokens, as many examples as tokens): rows of padding then count, but none is lost.
-
-    Args:
-        values: what a layer is given or puts out.
-        mask: `[batch, tokens]`, 0 on padding.
-        axis: the axis of channels.
     """
     channels = axis % values.dim() if values.dim() else 0
     others = [i for i in range(values.dim()) if i != channels]
@@ -195,22 +190,14 @@ def is_plain(module: Any, args: Any, kwargs: Mapping[str, Any], output: Tensor) 
 
 
 def input_rows(module: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the rows that the layer's weight is multiplied with, `[groups, rows, in]`.
-
-    Args:
-        module: the layer.
-        inputs: what it is called with.
-        mask: `[batch, tokens]`, 0 on padding; rows of padding are left out.
-    """
+    """Return the rows of inputs that a layer's weight is multiplied with, `[groups, rows, in]`."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return _patches(module, inputs)
     return _tokens(inputs, mask)[None]
 
 
 def output_rows(module: nn.Module, outputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the rows of the layer's outputs (or their gradients), `[groups, rows, out]`, in the
-    order of `input_rows`.
-    """
+    """Return the rows of outputs or their gradients, `[groups, rows, out]`, as `input_rows`."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         split = _batched(module, outputs).flatten(2).unflatten(1, (module.groups, -1))
         return split.permute(1, 0, 3, 2).flatten(1, 2)
@@ -246,10 +233,8 @@ def _patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
 class Grams(Observer):
     """Sums over rows, `X^T X` of layers' inputs and optionally `D^T D` of their outputs' gradients.
 
-    Args:
-        layers: by tensor.
-        gradients: also those of the outputs. Otherwise a layer that turns out not to be linear in
-            its stored weight is left out, since its inputs tell nothing about that weight.
+    Without gradients, a layer that turns out not to be linear in its stored weight is left out,
+    since its inputs tell nothing about that weight.
     """
 
     def __init__(self, layers: Mapping[str, LinearLayer], gradients: bool = False) -> None:

@@ -21,17 +21,9 @@ from gradmerge.finalisers.repair import correction_of
 
 
 class Renormalisation:
-    """REPAIR of one merged model on given passes, for any coefficients.
+    """REPAIR of one merged model on given passes, whose rows all count alike.
 
     Layers and targets do not depend on the coefficients, so they are found once.
-
-    Args:
-        merged: the merged model.
-        repair: the finaliser's options.
-        runs: forward passes through `merged`, whose rows all count alike. They are not kept.
-
-    Raises:
-        ConfigError: there are no passes, or there is no layer to correct.
     """
 
     def __init__(self, merged: MergedModel, repair: REPAIR, runs: Sequence[Run]) -> None:
@@ -52,11 +44,7 @@ class Renormalisation:
             )
 
     def targets(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """Return the mean and deviation that a layer's channels get, `[channels]`, float64.
-
-        Raises:
-            ConfigError: the coefficients do not define a mean of the sources.
-        """
+        """Return the mean and deviation that a layer's channels get, `[channels]`, float64."""
         name, every = layer.weight, self.survey.own.values()
         means, deviations = zip(*(own[name] for own in every), strict=True)
         weights = torch.full((len(means), 1), 1 / len(means), dtype=torch.float64)
@@ -76,13 +64,10 @@ class Renormalisation:
 
     @torch.no_grad()
     def correct(self, runs: Sequence[Run]) -> None:
-        """Compute the corrections for the current coefficients, and give them to the plan.
+        """Compute the corrections for the current coefficients, on the same passes again.
 
         BatchNorm statistics are recomputed on the way if the recipe says so. A single run takes a
         single pass, whose outputs are corrected on the fly.
-
-        Args:
-            runs: the same passes again.
         """
         merged = self._merged
         self._corrections: dict[str, Correction] = {}
@@ -126,9 +111,7 @@ class Renormalisation:
                 self._settle(layer, found.moments[layer.place])
 
     def _read(self, name: str) -> Tensor | None:
-        """Return a tensor behind the finalisers before REPAIR, corrected so far; None for a private
-        one. In resident memory all are kept, in streamed memory each is built when its layer asks.
-        """
+        """Return a tensor behind the finalisers before REPAIR, corrected so far."""
         merged, plan = self._merged, self._merged.plan
         if name not in plan.tensors or name in self._kept:
             return self._kept.get(name)
@@ -145,8 +128,8 @@ class Renormalisation:
     def _settle(
         self, layer: Layer, moments: Moments, output: Tensor | None = None
     ) -> Tensor | None:
-        """Find a layer's correction from the moments of its outputs (of a BatchNorm: its inputs,
-        which become its statistics first), and return a given output corrected.
+        """Correct a layer by the moments of its outputs (of a BatchNorm: its inputs, which become
+        its statistics first), and return a given output corrected.
         """
         if layer.is_norm and self._merged.plan.recipe.buffers == "recompute":
             moments.write(layer.module)

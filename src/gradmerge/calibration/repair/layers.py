@@ -86,15 +86,12 @@ def layers_of(merged: MergedModel) -> tuple[dict[str, Layer], dict[str, str]]:
             elif not all(_is_of_layer(skeleton, user) for user in parameters[layer.weight]):
                 layers[place] = Layer(place, module)
         elif not isinstance(module, _NOT_SCALED) and "parametrizations" not in place.split("."):
-            for key, name in own.items():
-                # the attribute would ask for the merged tensor
-                stored: Any = module._parameters[key]
-                axes = sum(size > 1 for size in stored.shape)
+            kind = type(module).__name__
+            for name in own.values():
+                axes = sum(size > 1 for size in plan.tensors[name].shape)
                 if axes > 1 and len(parameters[name]) == 1:
                     known = axes > 2 or isinstance(module, _NOT_SUPPORTED)
-                    others[name] = (
-                        f"REPAIR corrects no {type(module).__name__}" if known else UNKNOWN
-                    )
+                    others[name] = f"REPAIR corrects no {kind}" if known else UNKNOWN
     return layers, others
 
 

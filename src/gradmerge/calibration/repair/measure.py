@@ -35,8 +35,7 @@ class Channels(Observer):
         layers: the layers.
         whole: whether a pass goes on when all layers have been called.
         norms: whether moments of a BatchNorm are of its inputs or of its outputs.
-        settle: called with a layer, its moments and its output as soon as it was measured; a tensor
-            that it returns replaces the output.
+        settle: called with each layer, its moments and its output; a tensor replaces the output.
     """
 
     def __init__(

@@ -50,16 +50,8 @@ class Survey:
 def survey_of(
     merged: MergedModel, repair: REPAIR, runs: Sequence[Run], sources: Sequence[str]
 ) -> Survey:
-    """Find the layers to correct, and measure them, in passes of the sources over all batches.
-
-    Args:
-        merged: the merged model.
-        repair: the finaliser's options.
-        runs: the passes.
-        sources: those that set targets; the first shows where outputs go.
-
-    Raises:
-        ConfigError: batches call the layers in contradicting orders.
+    """Find the layers to correct, and measure them, in passes of the sources that set targets; the
+    first shows where outputs go.
     """
     layers, others = layers_of(merged)
     flow = Dataflow(merged.skeleton, layers)
@@ -145,11 +137,7 @@ def _stages(layers: Mapping[str, Layer], flow: Dataflow) -> list[list[Layer]]:
 
 
 def in_order(sequences: Sequence[Sequence[str]]) -> list[str]:
-    """Return one sequence that keeps the order of each.
-
-    Raises:
-        ConfigError: they contradict each other.
-    """
+    """Return one sequence that keeps the order of each."""
     sorter: TopologicalSorter[str] = TopologicalSorter()
     for sequence in sequences:
         for i, place in enumerate(sequence):
