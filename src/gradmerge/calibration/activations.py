@@ -193,15 +193,12 @@ def place_rows(
     depend on their order.
     """
     values: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    values, axis = without_padding(values.detach(), mask, place.axis)
-    place = replace(place, axis=axis)
+    rows = without_padding(values.detach(), mask, place.axis)
     if not moving:
-        return place.units(values)
-    axis = place.axis + values.dim()
-    length = torch.Size(place.sizes).numel()
-    cut = values.narrow(axis, place.start, length).unflatten(axis, place.sizes)
-    root = cut.double().square().mean(dim=[axis + i for i in moving], keepdim=True).sqrt()
-    return root.movedim(axis + place.position, -1).flatten(0, -2)
+        return replace(place, axis=-1).units(rows)
+    cut = rows.narrow(1, place.start, torch.Size(place.sizes).numel()).unflatten(1, place.sizes)
+    root = cut.double().square().mean(dim=[1 + i for i in moving], keepdim=True).sqrt()
+    return root.movedim(1 + place.position, -1).flatten(0, -2)
 
 
 def moving_factors(groups: Sequence[Group]) -> dict[Place, tuple[int, ...]]:

@@ -85,29 +85,33 @@ def mask_of(skeleton: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     return None if decodes else batch.get("attention_mask")
 
 
-def without_padding(values: Tensor, mask: Tensor | None, axis: int) -> tuple[Tensor, int]:
-    """Return the values at tokens that are not padding, and their (negative) axis of channels.
+def without_padding(values: Tensor, mask: Tensor | None, axis: int) -> Tensor:
+    """Return values as `[rows, channels]`, without rows at tokens that are padding.
 
     The axes of batch and tokens are identified by their sizes, as
 
         [batch, tokens, ...], [batch, ..., tokens, ...], [tokens, batch, ...], [batch * tokens, ...]
 
-    and become one axis in front; the last is read as a `flatten` of the first two. If none fits,
-    the values are returned as they are: pooled outputs, or those of another length (a convolution
-    with a stride), hold no padding. So they are if several fit that keep different rows (as many
-    heads as tokens, as many examples as tokens): rows of padding then count, but none is lost.
+    where the last is read as a `flatten` of the first two. If none fits, all rows are returned:
+    pooled outputs, or those of another length (a convolution with a stride), hold no padding. So
+    they are if several fit that keep different rows (as many heads as tokens, as many examples as
+    tokens): rows of padding then count, but none is lost.
+
+    Args:
+        values: what a layer is given or puts out.
+        mask: `[batch, tokens]`, 0 on padding.
+        axis: the axis of channels.
     """
-    channels = axis % values.dim() if values.dim() else 0
-    others = [i for i in range(values.dim()) if i != channels]
-    if mask is None or mask.dim() != 2 or not others:
-        return values, channels - values.dim()
-    readings = list(_readings([values.shape[i] for i in others], mask != 0))
-    everywhere = [_over(values, [others[i] for i in axes], kept) for axes, kept in readings]
-    if not readings or any(not kept.equal(everywhere[0]) for kept in everywhere[1:]):
-        return values, channels - values.dim()
-    lead, kept = [others[i] for i in readings[0][0]], readings[0][1]
-    rest = [i for i in range(values.dim()) if i not in lead]
-    return values.permute(*lead, *rest)[kept], rest.index(channels) - len(rest)
+    values = values.movedim(axis, -1)
+    sizes = values.shape[:-1]
+    if mask is not None and mask.dim() == 2 and sizes:
+        readings = [
+            kept.reshape([n if i in axes else 1 for i, n in enumerate(sizes)]).expand(sizes)
+            for axes, kept in _readings(sizes, mask != 0)
+        ]
+        if readings and all(kept.equal(readings[0]) for kept in readings):
+            return values[readings[0]]
+    return values.reshape(-1, values.shape[-1])
 
 
 def _readings(sizes: Sequence[int], kept: Tensor) -> Iterator[tuple[list[int], Tensor]]:
@@ -119,12 +123,6 @@ def _readings(sizes: Sequence[int], kept: Tensor) -> Iterator[tuple[list[int], T
         yield [0, 1], kept.mT
     if sizes[0] == batch * tokens:
         yield [0], kept.flatten()
-
-
-def _over(values: Tensor, axes: Sequence[int], kept: Tensor) -> Tensor:
-    """Expand what is kept along some axes (in ascending order) to every entry, without a copy."""
-    shape = [size if i in axes else 1 for i, size in enumerate(values.shape)]
-    return kept.reshape(shape).expand(values.shape)
 
 
 # ---- linear layers ------------------------------------------------------------------------------
@@ -193,7 +191,7 @@ def input_rows(module: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor
     """Return the rows of inputs that a layer's weight is multiplied with, `[groups, rows, in]`."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return _patches(module, inputs)
-    return _tokens(inputs, mask)[None]
+    return without_padding(inputs, mask, -1)[None]
 
 
 def output_rows(module: nn.Module, outputs: Tensor, mask: Tensor | None) -> Tensor:
@@ -201,12 +199,7 @@ def output_rows(module: nn.Module, outputs: Tensor, mask: Tensor | None) -> Tens
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         split = _batched(module, outputs).flatten(2).unflatten(1, (module.groups, -1))
         return split.permute(1, 0, 3, 2).flatten(1, 2)
-    return _tokens(outputs, mask)[None]
-
-
-def _tokens(values: Tensor, mask: Tensor | None) -> Tensor:
-    kept, _ = without_padding(values, mask, -1)
-    return kept.reshape(-1, values.shape[-1])
+    return without_padding(outputs, mask, -1)[None]
 
 
 def _batched(module: nn.Conv1d | nn.Conv2d, values: Tensor) -> Tensor:

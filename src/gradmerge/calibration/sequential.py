@@ -18,6 +18,9 @@ from gradmerge.sources.collected import Statistic
 class Stages(Passes):
     """Passes of a step, whose inputs may come through layers that are already merged."""
 
+    _stage: dict[str, Mapping[str, Statistic]]
+    """Statistics of the layers that are merged next, by source and tensor."""
+
     def collect(self, step: AbstractPreprocess) -> None:
         """Write the statistics that a step needs."""
         if self.needs.kind == "fisher":
@@ -35,16 +38,14 @@ class Stages(Passes):
 
         A pass begins at the network's input, so b blocks cost about b / 2 whole passes.
         """
-        layers = linear_layers(self.plan)
+        layers, self._stage = linear_layers(self.plan), {}
         block_of = {name: self._block_of(layer) for name, layer in layers.items()}
         calls = self._calls(layers, set(block_of.values()))
         stages = defaultdict(list)
         for name in calls:
             if name in layers:
                 stages[block_of[name]].append(name)
-        theta = {
-            name: self._merge(step, name, {}) for name in self.plan.tensors if name not in calls
-        }
+        theta = {name: self._merge(step, name) for name in self.plan.tensors if name not in calls}
         others: dict[str, set[str]] = {source: set() for source in self.found}
         for block, names in stages.items():
             watched = {name: layers[name] for name in names}
@@ -52,12 +53,11 @@ class Stages(Passes):
             stop = self.merged.skeleton.get_submodule(block) if once else None
             own = self._within(block)
             before = {name: tensor for name, tensor in theta.items() if name not in own}
-            statistics = {}
+            self._stage = {}
             for source in self.found:
-                statistics[source], changing = self.grams(source, watched, before, stop)
+                self._stage[source], changing = self.grams(source, watched, before, stop)
                 others[source] |= changing
-            for name in names:
-                theta[name] = self._merge(step, name, statistics)
+            theta |= {name: self._merge(step, name) for name in names}
         for source in self.found:
             self.report_grams(source, others[source])
 
@@ -97,32 +97,21 @@ class Stages(Passes):
             if any(place.startswith(f"{block}.") for place in places)
         }
 
-    def _merge(
-        self,
-        step: AbstractPreprocess,
-        name: str,
-        statistics: Mapping[str, Mapping[str, Statistic]],
-    ) -> Tensor:
+    def read(self, kind: str, source: str, tensor: str) -> Statistic | None:
+        """Return the statistic of a source at a tensor that is merged next."""
+        return self._stage.get(source, {}).get(tensor)
+
+    def _merge(self, step: AbstractPreprocess, name: str) -> Tensor:
         """Return a tensor of the step's own merge, `A + c sum_k B'_k`, with c = 1 unless frozen.
 
         With every coefficient at 1 the origin cancels, so the sources stand for their directions.
         """
         terms = self.plan.terms(name)
         wide = [source.float() for source in terms.sources]
-        site = Site(name, self.plan.source_names, _InMemory(statistics))
+        site = Site(name, self.plan.source_names, self)
         theta = step(torch.stack(wide), site).sum(dim=0)
         if name in self.plan.fixed:
             origin = torch.stack(wide).mean(dim=0) if terms.mean_origin else terms.origin
             anchor = torch.zeros_like(theta) if origin is None else origin.float()
             theta = anchor + self.plan.fixed[name] * (theta - anchor)
         return theta.to(self.merged.dtype)
-
-
-class _InMemory:
-    """The statistics of one stage, as a step reads them."""
-
-    def __init__(self, statistics: Mapping[str, Mapping[str, Statistic]]) -> None:
-        self._statistics = statistics
-
-    def read(self, kind: str, source: str, tensor: str) -> Statistic | None:
-        return self._statistics.get(source, {}).get(tensor)

@@ -51,8 +51,7 @@ class Layer:
         """
         if self.is_norm:
             return output
-        kept, axis = without_padding(output, mask, self.channel_axis(output))
-        return kept.movedim(axis, -1).flatten(0, -2) if kept.dim() > 1 else kept[None]
+        return without_padding(output, mask, self.channel_axis(output))
 
     def channel_axis(self, output: Tensor) -> int:
         """Return the axis of channels of an output."""
