@@ -6,7 +6,7 @@ heads and buffers, in evaluation mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from gradmerge.alignment.moments import plain_places
 from gradmerge.alignment.symmetry.spec import Group, Place
 from gradmerge.calibration.fisher import Passes
-from gradmerge.calibration.observers import Observer, after_call, mask_of, without_padding
+from gradmerge.calibration.observers import Observer, mask_of, without_padding
 from gradmerge.engine.predict import Batch, rows_of
 from gradmerge.errors import ConfigError, shorten
 
@@ -167,20 +166,21 @@ class _Units(Observer):
         groups: Sequence[Group],
         moving: Mapping[Place, tuple[int, ...]],
     ) -> None:
-        self._network, self._groups, self._moving = network, groups, moving
+        self.watched = [
+            ((group.name, place, count()), network.get_submodule(place.module))
+            for group in groups
+            for place in group.places
+        ]
+        self._moving = moving
         self.rows: Rows = {group.name: [] for group in groups}
 
     @override
-    def hooks(self) -> Iterator[RemovableHandle]:
-        for group in self._groups:
-            for place in group.places:
-                module = self._network.get_submodule(place.module)
-                yield after_call(module, partial(self._add, group.name, place, count()))
-
-    def _add(self, group: str, place: Place, calls: Iterator[int], output: Any) -> None:
+    def after(
+        self, key: Any, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        group, place, calls = key
         if next(calls) == place.call:
-            rows = place_rows(place, output, self.mask, self._moving[place])
-            self.rows[group].append(rows)
+            self.rows[group].append(place_rows(place, output, self.mask, self._moving[place]))
 
 
 def place_rows(

@@ -17,14 +17,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from gradmerge.alignment import AbstractAlignment
-from gradmerge.calibration.observers import (
-    Enough,
-    Grams,
-    LinearLayer,
-    after_call,
-    mask_of,
-    removing,
-)
+from gradmerge.calibration.observers import Enough, Grams, LinearLayer, mask_of
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.predict import Batch, rows_of
 from gradmerge.errors import ConfigError, shorten
@@ -142,13 +135,9 @@ class Passes:
         the tensors that their layers change before use.
         """
         kfac = self.needs.kind == "kfac"
-        grams = Grams(layers, gradients=kfac)
-        with (
-            self._running(source, weights) as draws,
-            torch.set_grad_enabled(kfac),
-            grams.watching(),
-            removing([] if stop is None else [after_call(stop, _stop)]),
-        ):
+        grams = Grams(layers, gradients=kfac, stop=stop)
+        running = self._running(source, weights)
+        with running as draws, torch.set_grad_enabled(kfac), grams.watching():
             for task, batch in self.batches(source):
                 grams.mask = mask_of(self.merged.skeleton, batch)
                 with suppress(Enough):
@@ -200,7 +189,3 @@ class Passes:
             for name, found in self.found.items()
         }
         return {"needs": asdict(self.needs), "step": to_plain(step), "sources": sources}
-
-
-def _stop(_: Tensor) -> None:
-    raise Enough

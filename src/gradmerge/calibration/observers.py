@@ -7,73 +7,63 @@ whose rows are the patches under the kernel.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from gradmerge.engine.plan import Plan
 from gradmerge.sources.collected import Statistic
 from gradmerge.sources.skeleton import input_axis
 
-# ---- hooks --------------------------------------------------------------------------------------
-
-Hook = Callable[[nn.Module, Callable[[Tensor], Any]], RemovableHandle]
+# ---- observers ----------------------------------------------------------------------------------
 
 
 class Enough(Exception):  # noqa: N818 (it is no error)
     """Ends a pass once all watched layers have run."""
 
 
-def before_call(module: nn.Module, see: Callable[[Tensor], object]) -> RemovableHandle:
-    """Show a function what a module is called with."""
+class Observer:
+    """Sees what modules are called with and put out while a network runs."""
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        see(first_argument(args, kwargs))
+    watched: Sequence[tuple[Any, nn.Module]]
+    """The modules, and what each is known by."""
+    mask: Tensor | None = None
+    """`[batch, tokens]` of the batch that runs, 0 on padding."""
 
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
+    def before(self, key: Any, module: nn.Module, inputs: Tensor) -> None:
+        """See what a module is called with."""
 
+    def after(
+        self, key: Any, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any
+    ) -> Tensor | None:
+        """See what a module puts out; a tensor that is returned replaces it."""
+        return None
 
-def after_call(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Show a function what a module puts out; a tensor that it returns replaces the output."""
-    return module.register_forward_hook(lambda _, __, output: see(output))
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Observe the passes within the context, and their backward."""
 
+        def before(key: Any, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+            self.before(key, module, first_argument(args, kwargs))
 
-@contextmanager
-def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks at the end of the context."""
-    with ExitStack() as stack:
-        for handle in handles:
-            stack.enter_context(handle)
-        yield
+        with ExitStack() as hooks:
+            for key, module in self.watched:
+                first, then = partial(before, key), partial(self.after, key)
+                hooks.enter_context(module.register_forward_pre_hook(first, with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(then, with_kwargs=True))
+            yield
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return what a layer is called with."""
     return args[0] if args else next(iter(kwargs.values()))
-
-
-class Observer(ABC):
-    """Adds up what modules see or put out while a network runs."""
-
-    mask: Tensor | None = None
-    """`[batch, tokens]` of the batch that runs, 0 on padding."""
-
-    @abstractmethod
-    def hooks(self) -> Iterator[RemovableHandle]:
-        """Hook the modules, one after another."""
-
-    def watching(self) -> AbstractContextManager[None]:
-        """Observe the passes within the context, and their backward."""
-        return removing(self.hooks())
 
 
 # ---- rows and padding ---------------------------------------------------------------------------
@@ -197,8 +187,7 @@ def input_rows(module: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor
 def output_rows(module: nn.Module, outputs: Tensor, mask: Tensor | None) -> Tensor:
     """Return the rows of outputs or their gradients, `[groups, rows, out]`, as `input_rows`."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        split = _batched(module, outputs).flatten(2).unflatten(1, (module.groups, -1))
-        return split.permute(1, 0, 3, 2).flatten(1, 2)
+        return _by_group(_batched(module, outputs).flatten(2), module.groups)
     return without_padding(outputs, mask, -1)[None]
 
 
@@ -215,9 +204,12 @@ def _patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
     if isinstance(module, nn.Conv1d):
         padded = padded.unsqueeze(2)
         kernel, dilation, stride = ((1, size[0]) for size in (kernel, dilation, stride))
-    columns = functional.unfold(padded, kernel, dilation, 0, stride)
-    split = columns.unflatten(1, (module.groups, -1))  # [batch, groups, in, positions]
-    return split.permute(1, 0, 3, 2).flatten(1, 2)
+    return _by_group(functional.unfold(padded, kernel, dilation, 0, stride), module.groups)
+
+
+def _by_group(columns: Tensor, groups: int) -> Tensor:
+    """Return `[batch, groups * channels, positions]` as `[groups, rows, channels]`."""
+    return columns.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
 # ---- Gram matrices ------------------------------------------------------------------------------
@@ -227,25 +219,21 @@ class Grams(Observer):
     """Sums over rows, `X^T X` of layers' inputs and optionally `D^T D` of their outputs' gradients.
 
     Without gradients, a layer that turns out not to be linear in its stored weight is left out,
-    since its inputs tell nothing about that weight.
+    since its inputs tell nothing about that weight. A pass ends with the module `stop`.
     """
 
-    def __init__(self, layers: Mapping[str, LinearLayer], gradients: bool = False) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, LinearLayer],
+        gradients: bool = False,
+        stop: nn.Module | None = None,
+    ) -> None:
+        self.watched = [(name, m) for name, la in layers.items() for m in la.modules.values()]
+        self.watched += [] if stop is None else [("", stop)]
         self._layers, self._gradients = layers, gradients
         self._sums: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
         self._rows: Counter[str] = Counter()
         self._plain: dict[str, bool] = {}
-
-    @override
-    def hooks(self) -> Iterator[RemovableHandle]:
-        for name, layer in self._layers.items():
-            for module in layer.modules.values():
-                yield before_call(module, partial(self._add_input, name, module))
-                if self._gradients:
-                    yield after_call(module, partial(self._add_gradient, name, module))
-                else:
-                    hook = partial(self._verify, name)
-                    yield module.register_forward_hook(hook, with_kwargs=True)
 
     @property
     def others(self) -> set[str]:
@@ -261,18 +249,26 @@ class Grams(Observer):
                 found[name] = Statistic(values, self._rows[name], self._layers[name].axis, 0.0)
         return found
 
-    def _add_input(self, name: str, module: nn.Module, inputs: Tensor) -> None:
-        if name not in self.others:
+    @override
+    def before(self, key: str, module: nn.Module, inputs: Tensor) -> None:
+        if key and key not in self.others:
             rows = input_rows(module, inputs.detach(), self.mask)
-            self._add(name, "input" if self._gradients else "gram", rows)
-            self._rows[name] += rows.shape[1]
+            self._add(key, "input" if self._gradients else "gram", rows)
+            self._rows[key] += rows.shape[1]
 
-    def _verify(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        """Check once whether the layer's output is `x W^T + b`."""
-        if name not in self._plain and output.numel():
-            self._plain[name] = is_plain(module, args, kwargs, output)
+    @override
+    def after(
+        self, key: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Tensor
+    ) -> Tensor | None:
+        if not key:
+            raise Enough
+        if self._gradients:
+            return self._with_gradient(key, module, output)
+        if key not in self._plain and output.numel():
+            self._plain[key] = is_plain(module, args, kwargs, output)
+        return None
 
-    def _add_gradient(self, name: str, module: nn.Module, output: Tensor) -> Tensor:
+    def _with_gradient(self, name: str, module: nn.Module, output: Tensor) -> Tensor:
         mask = self.mask
         if not output.requires_grad:  # the graph begins here, since no weight asks for a gradient
             output = output.detach().requires_grad_().clone()

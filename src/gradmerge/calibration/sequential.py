@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from gradmerge.calibration.fisher import Passes
-from gradmerge.calibration.observers import LinearLayer, before_call, linear_layers, removing
+from gradmerge.calibration.observers import LinearLayer, Observer, linear_layers
 from gradmerge.engine.predict import rows_of
 from gradmerge.preprocess import AbstractPreprocess, Site
 from gradmerge.sources.collected import Statistic
@@ -76,17 +77,12 @@ class Stages(Passes):
 
     def _calls(self, layers: Mapping[str, LinearLayer], blocks: set[str]) -> Counter[str]:
         """Count the calls of each layer (by tensor) and block in one pass, in their order."""
-        calls: Counter[str] = Counter()
         watched = [(name, module) for name, la in layers.items() for module in la.modules.values()]
         watched += [(block, self.merged.skeleton.get_submodule(block)) for block in blocks]
-        handles = [
-            before_call(module, lambda _, key=key: calls.update([key]))  # type: ignore[misc]
-            for key, module in watched
-        ]
-        source = next(iter(self.found))
-        with self.merged.as_source(source), removing(handles):
+        calls, source = _Calls(watched), next(iter(self.found))
+        with self.merged.as_source(source), calls.watching():
             rows_of(self.merged, *next(self.batches(source)))
-        return calls
+        return calls.count
 
     def _within(self, block: str) -> set[str]:
         """Return the tensors of a block, in which a source's own weights are used."""
@@ -115,3 +111,13 @@ class Stages(Passes):
             anchor = torch.zeros_like(theta) if origin is None else origin.float()
             theta = anchor + self.plan.fixed[name] * (theta - anchor)
         return theta.to(self.merged.dtype)
+
+
+class _Calls(Observer):
+    def __init__(self, watched: Sequence[tuple[str, nn.Module]]) -> None:
+        self.watched = watched
+        self.count: Counter[str] = Counter()
+
+    @override
+    def before(self, key: str, module: nn.Module, inputs: Tensor) -> None:
+        self.count[key] += 1

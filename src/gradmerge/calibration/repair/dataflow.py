@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from typing_extensions import override
 
-from gradmerge.calibration.observers import after_call, first_argument, is_plain, removing
+from gradmerge.calibration.observers import Observer, first_argument, is_plain
 from gradmerge.calibration.repair.layers import Layer
 
 _LAYER = "gradmerge layer"
 
 
-class Dataflow:
+class Dataflow(Observer):
     """The calls of layers in a few passes, and where their outputs go.
 
     Each output is detached from the layer's input and marked as the layer's in the graph, so that
@@ -25,7 +25,7 @@ class Dataflow:
     """
 
     def __init__(self, network: nn.Module, layers: Mapping[str, Layer]) -> None:
-        self._network, self._layers = network, layers
+        self.watched = [(layer, layer.module) for layer in layers.values()] + [(None, network)]
         self.passes: list[list[tuple[str, int]]] = []
         """Calls of each pass in order: the layer, and a number that consecutive calls share if they
         are given the same tensor."""
@@ -46,18 +46,19 @@ class Dataflow:
     def record(self, call: Callable[[], object]) -> None:
         """Run one forward pass and note its calls."""
         self.passes.append([])
-        handles = [after_call(self._network, self._returns)]
-        for layer in self._layers.values():
-            hook = partial(self._called, layer)
-            handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
-        with torch.enable_grad(), removing(handles):
+        with torch.enable_grad(), self.watching():
             call()
         self._last = None
 
-    def _called(
-        self, layer: Layer, _: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Tensor
-    ) -> Tensor:
-        inputs = first_argument(args, kwargs)
+    @override
+    def after(
+        self, key: Layer | None, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Tensor | None:
+        if key is None:
+            for tensor in _tensors(getattr(output, "logits", output)):
+                self.returned |= _maker(tensor if tensor._base is None else tensor._base)
+            return None
+        layer, inputs = key, first_argument(args, kwargs)
         self.read |= _makers(_tensors((args, kwargs)))
         if layer.is_norm:
             self.normalised |= _maker(inputs)
@@ -76,10 +77,6 @@ class Dataflow:
         number = self.passes[-1][-1][1] if self.passes[-1] else 0
         same = before is not None and before[0] is inputs and before[1] == version
         return number if same else number + 1
-
-    def _returns(self, output: Any) -> None:
-        for tensor in _tensors(getattr(output, "logits", output)):
-            self.returned |= _maker(tensor if tensor._base is None else tensor._base)
 
 
 def _tensors(values: Any) -> list[Tensor]:

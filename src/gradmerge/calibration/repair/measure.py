@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 from typing_extensions import override
 
-from gradmerge.calibration.observers import Enough, Hook, Observer, after_call, before_call
+from gradmerge.calibration.observers import Enough, Observer
 from gradmerge.calibration.repair.layers import Layer
 from gradmerge.engine.buffers import Moments
 
@@ -34,7 +33,7 @@ class Channels(Observer):
     Args:
         layers: the layers.
         whole: whether a pass goes on when all layers have been called.
-        norms: whether moments of a BatchNorm are of its inputs or of its outputs.
+        inputs: whether moments of a BatchNorm are of its inputs, not of its outputs.
         settle: called with each layer, its moments and its output; a tensor replaces the output.
     """
 
@@ -42,10 +41,11 @@ class Channels(Observer):
         self,
         layers: Sequence[Layer],
         whole: bool,
-        norms: Hook = before_call,
+        inputs: bool = True,
         settle: Settle | None = None,
     ) -> None:
-        self._layers, self._whole, self._norms, self._settle = layers, whole, norms, settle
+        self.watched = [(layer, layer.module) for layer in layers]
+        self._whole, self._inputs, self._settle = whole, inputs, settle
         self._calls: Counter[str] = Counter()
         self.moments = {layer.place: Moments() for layer in layers}
         """By place."""
@@ -64,10 +64,15 @@ class Channels(Observer):
         return self
 
     @override
-    def hooks(self) -> Iterator[RemovableHandle]:
-        for layer in self._layers:
-            hook = self._norms if layer.is_norm else after_call
-            yield hook(layer.module, partial(self._add, layer))
+    def before(self, key: Layer, module: nn.Module, inputs: Tensor) -> None:
+        if key.is_norm and self._inputs:
+            self._add(key, inputs)
+
+    @override
+    def after(
+        self, key: Layer, module: nn.Module, args: Any, kwargs: Any, output: Tensor
+    ) -> Tensor | None:
+        return None if key.is_norm and self._inputs else self._add(key, output)
 
     def _add(self, layer: Layer, values: Tensor) -> Tensor | None:
         self._calls[layer.place] += 1
@@ -75,6 +80,6 @@ class Channels(Observer):
         moments.add(layer.channels(values.detach(), self.mask))
         if self._settle is not None:
             return self._settle(layer, moments, values)
-        if len(self._calls) == len(self._layers) and not self._whole:
+        if len(self._calls) == len(self.watched) and not self._whole:
             raise Enough
         return None

@@ -10,7 +10,6 @@ from graphlib import CycleError, TopologicalSorter
 
 from torch import Tensor
 
-from gradmerge.calibration.observers import after_call
 from gradmerge.calibration.repair.dataflow import Dataflow
 from gradmerge.calibration.repair.layers import UNKNOWN, Layer, joined, layers_of
 from gradmerge.calibration.repair.measure import Channels, Run
@@ -75,7 +74,7 @@ def survey_of(
     own = {}
     for source in sources:
         with merged.as_source(source):
-            found = Channels(list(kept.values()), whole=True, norms=after_call).measure(runs)
+            found = Channels(list(kept.values()), whole=True, inputs=False).measure(runs)
         measured = ((kept[place].weight, m) for place, m in found.moments.items() if m.rows)
         own[source] = {weight: (m.mean, m.deviation) for weight, m in measured}
         for place, calls in found.calls.items():
