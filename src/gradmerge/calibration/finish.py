@@ -74,36 +74,32 @@ class Finishing:
                 if repair is None:
                     merged.statistics.recompute([run.call for run in runs])
                 else:
-                    self._repair(merged, repair, runs, (data, state[1]))
+                    self._known_for(merged, repair, runs, (data, state[1])).correct(runs)
         self._state = state
 
-    def _repair(
+    def _known_for(
         self, merged: MergedModel, repair: REPAIR, runs: Sequence[Run], known: object
-    ) -> None:
+    ) -> Renormalisation:
         if self._renormalisation is None or self._known != known:
-            self._renormalisation = Renormalisation(merged, repair, runs)
-            self._known = known
+            self._renormalisation, self._known = Renormalisation(merged, repair, runs), known
             left = self._renormalisation.survey.unusual
             if left:
                 why = next(iter(left.values()))
                 self._warn(
                     f"REPAIR leaves {len(left)} layers alone: {shorten(list(left))} ({why})."
                 )
-        self._renormalisation.correct(runs)
+        return self._renormalisation
 
     def _do_without(self, merged: MergedModel) -> None:
-        """Accept corrections (a checkpoint's) of the current coefficients, or a mean of BatchNorm
-        statistics.
-        """
+        """Accept corrections (a checkpoint's) of the current coefficients, or mean statistics."""
         finalisation = merged.plan.finalisation
+        current = finalisation.coefficients == checksums(merged.raw.values())
         if finalisation.repair is None:
             self._warn(
                 "BatchNorm statistics cannot be recomputed without a MergeDataModule; the mean of "
                 "the sources' statistics is used."
             )
-        elif finalisation.corrections is None or finalisation.coefficients != checksums(
-            merged.raw.values()
-        ):
+        elif finalisation.corrections is None or not current:
             raise ConfigError(
                 "REPAIR takes the tasks' adaptation data, but there is no MergeDataModule. Train "
                 "and evaluate with one, call `refresh_buffers(data)`, or leave REPAIR out of "

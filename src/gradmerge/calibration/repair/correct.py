@@ -33,8 +33,8 @@ class Renormalisation:
         # A view that mixes units is another function than its source, whose channels vary less from
         # layer to layer. Targets are those of the others; the reference is always one of them.
         opened = merged.plan.sources
-        self._unmixed = [name for name in opened if original_of(opened[name]) is opened[name]]
-        self.survey = survey_of(merged, repair, runs, self._unmixed)
+        unmixed = [name for name in opened if original_of(opened[name]) is opened[name]]
+        self.survey = survey_of(merged, repair, runs, unmixed)
         if not self.survey.layers:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.survey.left.items())
             raise ConfigError(
@@ -45,14 +45,14 @@ class Renormalisation:
 
     def targets(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Return the mean and deviation that a layer's channels get, `[channels]`, float64."""
-        name, every = layer.weight, self.survey.own.values()
-        means, deviations = zip(*(own[name] for own in every), strict=True)
+        name, own = layer.weight, self.survey.own
+        means, deviations = zip(*(channels[name] for channels in own.values()), strict=True)
         weights = torch.full((len(means), 1), 1 / len(means), dtype=torch.float64)
         if self._repair.interpolate == "coefficients":
             plan = self._merged.plan
             found = plan.coefficient(name, self._merged.raw).detach().double().cpu()
             found = found.reshape(len(found), -1).mean(dim=1, keepdim=True)
-            found = found[[list(plan.sources).index(source) for source in self._unmixed]]
+            found = found[[list(plan.sources).index(source) for source in own]]
             if not (found >= 0).all() or found.sum() == 0:
                 raise ConfigError(
                     "REPAIR: interpolate: coefficients expects some above zero and none below, got "
@@ -86,11 +86,11 @@ class Renormalisation:
                 why = "no row of the data reaches it in the merged network"
                 self._report["left alone"].setdefault(layer.weight, why)
         report = {key: value for key, value in self._report.items() if value}
-        if len(self._unmixed) < len(merged.plan.sources):
-            report["targets of"] = list(self._unmixed)
+        if len(self.survey.own) < len(merged.plan.sources):
+            report["targets of"] = list(self.survey.own)
         report = {"batches": len(runs), **report}
-        own = checksums(merged.raw.values())
-        merged.plan.finalisation.correct(self._corrections, report, own)
+        state = checksums(merged.raw.values())
+        merged.plan.finalisation.correct(self._corrections, report, state)
 
     def _correct_stages(self, runs: Sequence[Run]) -> None:
         """Measure each stage behind the corrected weights of those before it."""
