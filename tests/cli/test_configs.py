@@ -21,7 +21,6 @@ from gradmerge.cli.main import learn, register
 from gradmerge.coefficients import Tensor
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
-from gradmerge.training import collect
 from tiny import write_yaml
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -160,7 +159,7 @@ def test_every_static_merge_merges(world, parser, path, tmp_path):
     theirs = list(world["model"]["recipe"]["sources"].values())
     recipe["sources"] = dict(zip(names, theirs, strict=False))
     found = parser.instantiate_classes(parser.parse_object({"recipe": recipe})).recipe
-    if collect.is_needed(found):
+    if found.needs_statistics:
         suite = write_yaml(tmp_path / "suite.yaml", world)
         command = ["collect", "--config", suite, "--config", str(path), "--output", "statistics"]
         assert main(command) == 0

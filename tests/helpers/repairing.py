@@ -9,7 +9,7 @@ from torch import nn
 
 from gradmerge import MergedModel, Recipe
 from gradmerge.calibration.repair.correct import Renormalisation
-from gradmerge.calibration.repair.survey import Run
+from gradmerge.calibration.repair.measure import Run
 from gradmerge.coefficients import Model, Uniform
 from gradmerge.finalisers import REPAIR
 

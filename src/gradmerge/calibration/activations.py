@@ -6,22 +6,21 @@ heads and buffers, in evaluation mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn import functional
 from typing_extensions import override
 
 from gradmerge.alignment.moments import plain_places
 from gradmerge.alignment.symmetry.spec import Group, Place
 from gradmerge.calibration.fisher import Passes
-from gradmerge.calibration.observers import Observer, after_call, mask_of, without_padding
+from gradmerge.calibration.observers import Observer, mask_of, without_padding
 from gradmerge.engine.predict import Batch, rows_of
 from gradmerge.errors import ConfigError, shorten
 
@@ -31,6 +30,8 @@ _ROWS = 1 << 14
 """Rows that are converted to float64 at a time."""
 
 Pair = tuple[str, str]
+Rows = dict[str, list[Tensor]]
+"""The units of each group, `[rows, size]` per call of a place."""
 
 
 class UnitPasses(Passes):
@@ -43,29 +44,22 @@ class UnitPasses(Passes):
     def units(
         self, groups: Sequence[Group], pairs: Sequence[Pair], memory: int = MEMORY
     ) -> dict[str, dict[str, Any]]:
-        """Write the moments of all groups that have a place, and return the index of groups.
-
-        Args:
-            groups: units.
-            pairs: the sources whose units are compared.
-            memory: bytes of moments that one reading of the data sums up.
-
-        Raises:
-            ConfigError: there are no rows, or passes of two sources see different ones.
+        """Write the moments of all groups that have a place, for pairs of sources, and return the
+        index of groups.
         """
         seen = [group for group in groups if group.places]
         index: dict[str, dict[str, Any]] = {}
         self._moving = moving_factors(groups)
         parts = _parts(seen, len(self.found) + len(pairs), memory)
-        for number, part in enumerate(parts):
+        for part in parts:
             sums = self._read(part, pairs)
-            file = f"{self.needs.kind}-{number}.safetensors"
-            moments = {
-                f"{key}:{group.name}": moment.cpu().contiguous()
-                for group in part
-                for key, moment in sums[group.name].tensors().items()
-            }
-            save_file(moments, self.folder / file)
+            file = self.save(
+                {
+                    f"{key}:{name}": moment
+                    for name, total in sums.items()
+                    for key, moment in total.tensors().items()
+                }
+            )
             for group in part:
                 index[group.name] = {
                     "file": file,
@@ -82,18 +76,22 @@ class UnitPasses(Passes):
 
     @torch.no_grad()
     def _read(self, groups: Sequence[Group], pairs: Sequence[Pair]) -> dict[str, _Sums]:
-        sums = {group.name: _Sums() for group in groups}
+        sums = {group.name: _Sums(group.size) for group in groups}
         names = list(self.found)
-        # a common reference first, so that it runs once per batch
-        order = sorted(names, key=lambda name: -sum(name in pair for pair in pairs))
         for task, batch in self.batches(names[0]):
-            self._add(sums, order, pairs, task, partial(self._outputs, task, batch, groups))
-        self._require_finite(sums)
-        if not all(total.rows for total in sums.values()):
-            raise ConfigError(
-                "the sources gave no activations: the tasks have no adaptation data, or nothing "
-                "but padding."
-            )
+            self._add(sums, pairs, task, partial(self._outputs, task, batch, groups))
+        for group, total in sums.items():
+            if not total.rows:
+                raise ConfigError(
+                    "the sources gave no activations: the tasks have no adaptation data, or "
+                    "nothing but padding."
+                )
+            for at, source in enumerate(names):
+                if not total.finite(at):
+                    raise ConfigError(
+                        f"source {source} gave numbers that are not finite in the units of "
+                        f"{group}, so they cannot be matched; check its weights and the data."
+                    )
         for found in self.found.values():
             found.examples = self.found[names[0]].examples
         return sums
@@ -101,42 +99,36 @@ class UnitPasses(Passes):
     def _add(
         self,
         sums: Mapping[str, _Sums],
-        order: Sequence[str],
         pairs: Sequence[Pair],
         task: str,
-        run: Callable[[str], dict[str, list[Tensor]]],
+        run: Callable[[str], Rows],
     ) -> None:
-        """Add one batch, which runs through at most two sources at a time."""
-        names = list(self.found)
-        fresh = set(names)
+        """Add one batch, of which the outputs of two sources are kept at a time."""
+        numbers = {name: at for at, name in enumerate(self.found)}
+        fresh = set(numbers)
+        kept: dict[str, Rows] = {}
 
-        def outputs(source: str) -> dict[str, list[Tensor]]:
-            found = run(source)
+        def outputs(source: str, other: str) -> Rows:
+            for name in kept.keys() - {source, other}:
+                del kept[name]
+            if source not in kept:
+                kept[source] = run(source)
             if source in fresh:
                 fresh.remove(source)
                 for name, total in sums.items():
-                    total.add_own(names.index(source), found[name])
-            return found
+                    total.add((numbers[source],) * 2, kept[source][name], kept[source][name])
+            return kept[source]
 
-        for i, first in enumerate(order):
-            others = [n for n in order[i + 1 :] if (first, n) in pairs or (n, first) in pairs]
-            one = outputs(first) if others or first in fresh else {}
-            for second in others:
-                two = outputs(second)
-                for name, total in sums.items():
-                    ours, theirs = (first, one[name]), (second, two[name])
-                    self._require_same(name, task, ours, theirs)
-                    if (first, second) not in pairs:
-                        ours, theirs = theirs, ours
-                    pair = names.index(ours[0]), names.index(theirs[0])
-                    total.add_products(pair, ours[1], theirs[1])
-                del two
-            del one
+        for first, second in pairs:
+            one, two = outputs(first, second), outputs(second, first)
+            for name, total in sums.items():
+                _require_same(name, task, (first, one[name]), (second, two[name]))
+                total.add((numbers[first], numbers[second]), one[name], two[name])
+            del one, two
+        for alone in tuple(fresh):
+            outputs(alone, alone)
 
-    def _outputs(
-        self, task: str, batch: Batch, groups: Sequence[Group], source: str
-    ) -> dict[str, list[Tensor]]:
-        """Return the units of each group in one source, `[rows, size]` per call of a place."""
+    def _outputs(self, task: str, batch: Batch, groups: Sequence[Group], source: str) -> Rows:
         units = _Units(self.merged.skeleton, groups, self._moving)
         units.mask = mask_of(self.merged.skeleton, batch)
         with self.merged.as_source(source), units.watching():
@@ -152,33 +144,21 @@ class UnitPasses(Passes):
                 )
         return units.rows
 
-    def _require_finite(self, sums: Mapping[str, _Sums]) -> None:
-        for group, total in sums.items():
-            for at, source in enumerate(self.found):
-                if at in total.means and not bool(total.means[at].isfinite().all()):
-                    raise ConfigError(
-                        f"source {source} gave numbers that are not finite in the units of "
-                        f"{group}, so they cannot be matched; check its weights and the data."
-                    )
 
-    def _require_same(
-        self,
-        group: str,
-        task: str,
-        first: tuple[str, list[Tensor]],
-        second: tuple[str, list[Tensor]],
-    ) -> None:
-        shapes = [[tuple(rows.shape) for rows in found] for _, found in (first, second)]
-        if shapes[0] != shapes[1]:
-            raise ConfigError(
-                f"task {task}: the units of {group} gave other rows in {second[0]} than in "
-                f"{first[0]} ({shapes[1][:3]}, {shapes[0][:3]}) on the same batch, so they cannot "
-                "be compared. The network's course depends on its weights; use WeightMatching."
-            )
+def _require_same(
+    group: str, task: str, first: tuple[str, list[Tensor]], second: tuple[str, list[Tensor]]
+) -> None:
+    shapes = [[tuple(rows.shape) for rows in found] for _, found in (first, second)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"task {task}: the units of {group} gave other rows in {second[0]} than in "
+            f"{first[0]} ({shapes[1][:3]}, {shapes[0][:3]}) on the same batch, so they cannot "
+            "be compared. The network's course depends on its weights; use WeightMatching."
+        )
 
 
 class _Units(Observer):
-    """The units of each group in one pass, by group, a tensor per call of a place."""
+    """The units of each group in one pass."""
 
     def __init__(
         self,
@@ -186,100 +166,82 @@ class _Units(Observer):
         groups: Sequence[Group],
         moving: Mapping[Place, tuple[int, ...]],
     ) -> None:
-        self._network, self._groups, self._moving = network, groups, moving
-        self.rows: dict[str, list[Tensor]] = {group.name: [] for group in groups}
+        self.watched = [
+            ((group.name, place, count()), network.get_submodule(place.module))
+            for group in groups
+            for place in group.places
+        ]
+        self._moving = moving
+        self.rows: Rows = {group.name: [] for group in groups}
 
     @override
-    def hooks(self) -> Iterator[RemovableHandle]:
-        for group in self._groups:
-            for place in group.places:
-                module = self._network.get_submodule(place.module)
-                yield after_call(module, partial(self._add, group.name, place, count()))
-
-    def _add(self, group: str, place: Place, calls: Iterator[int], output: Any) -> None:
+    def after(
+        self, key: Any, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        group, place, calls = key
         if next(calls) == place.call:
-            rows = place_rows(place, output, self.mask, self._moving[place])
-            self.rows[group].append(rows)
+            self.rows[group].append(place_rows(place, output, self.mask, self._moving[place]))
 
 
 def place_rows(
     place: Place, output: Any, mask: Tensor | None, moving: Sequence[int] = ()
 ) -> Tensor:
-    """Return the values of a place's units, `[rows, size]`, without rows of padding.
+    """Return a place's units in its module's (first) output, `[rows, size]`, without padding.
 
-    Args:
-        place: the place.
-        output: its module's output, or several of which the first counts.
-        mask: `[batch, tokens]`, 0 on padding (`without_padding` lists the layouts it applies to).
-        moving: other factors of the stretch whose units may be permuted, too (channels within
-            heads). Their positions are not rows: a unit is represented by its root mean square over
-            them, which does not depend on their order.
+    Over `moving` factors of the stretch, whose units may be permuted, too (channels within heads),
+    positions are not rows: a unit is represented by its root mean square over them, which does not
+    depend on their order.
     """
     values: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    values, axis = without_padding(values.detach(), mask, place.axis)
-    place = replace(place, axis=axis)
+    rows = without_padding(values.detach(), mask, place.axis)
     if not moving:
-        return place.units(values)
-    axis = place.axis + values.dim()
-    length = torch.Size(place.sizes).numel()
-    cut = values.narrow(axis, place.start, length).unflatten(axis, place.sizes)
-    root = cut.double().square().mean(dim=[axis + i for i in moving], keepdim=True).sqrt()
-    return root.movedim(axis + place.position, -1).flatten(0, -2)
+        return replace(place, axis=-1).units(rows)
+    cut = rows.narrow(1, place.start, torch.Size(place.sizes).numel()).unflatten(1, place.sizes)
+    root = cut.double().square().mean(dim=[1 + i for i in moving], keepdim=True).sqrt()
+    return root.movedim(1 + place.position, -1).flatten(0, -2)
 
 
 def moving_factors(groups: Sequence[Group]) -> dict[Place, tuple[int, ...]]:
     """Return the factors of each place's stretch that run over units of another group."""
-    stretches: dict[tuple[Any, ...], set[int]] = {}
-    for group in groups:
-        for place in group.places:
-            stretches.setdefault(_stretch(place), set()).add(place.position)
+    places = [place for group in groups for place in group.places]
+    positions: dict[Place, set[int]] = {}
+    for place in places:
+        positions.setdefault(replace(place, position=0), set()).add(place.position)
     return {
-        place: tuple(sorted(stretches[_stretch(place)] - {place.position}))
-        for group in groups
-        for place in group.places
+        place: tuple(sorted(positions[replace(place, position=0)] - {place.position}))
+        for place in places
     }
 
 
-def _stretch(place: Place) -> tuple[Any, ...]:
-    return place.module, place.call, place.axis, place.start, place.sizes
-
-
 class _Sums:
-    """Sums over the rows of one group in float64, means by place."""
+    """Sums over the rows of one group in float64, by pair of sources.
 
-    def __init__(self) -> None:
-        self.counts: list[int] = []
-        """Rows of each place."""
-        self.means: dict[int, Tensor] = {}
-        """Sums of rows by source, `[places, size]`."""
-        self.products: dict[tuple[int, int], Tensor] = {}
-        """`sum_rows a b^T` by pair of sources."""
+    Behind its units a row has a one at the number of its place, `[size + places]`, so that one
+    product holds the sums of `a b^T`, of units by place, and of rows.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._products: dict[tuple[int, int], Tensor] = {}
 
     @property
     def rows(self) -> int:
         """Rows of all places."""
-        return sum(self.counts)
+        return int(self._products[0, 0].diagonal()[self._size :].sum()) if self._products else 0
 
-    def add_own(self, source: int, found: Sequence[Tensor]) -> None:
-        """Add the rows of one source's places, which source 0 counts."""
-        sums = torch.stack([rows.sum(dim=0, dtype=torch.float64) for rows in found])
-        self.means[source] = self.means[source] + sums if source in self.means else sums
-        if source == 0:
-            before = self.counts or [0] * len(found)
-            self.counts = [n + len(rows) for n, rows in zip(before, found, strict=True)]
-        self.add_products((source, source), found, found)
+    def finite(self, source: int) -> bool:
+        """Return whether all units of a source are finite."""
+        return bool(self._products[source, source].isfinite().all())
 
-    def add_products(
-        self, pair: tuple[int, int], first: Sequence[Tensor], second: Sequence[Tensor]
-    ) -> None:
-        """Add products of two sources' rows, `_ROWS` at a time."""
-        for one, two in zip(first, second, strict=True):
-            for a, b in zip(one.split(_ROWS), two.split(_ROWS), strict=True):
-                product = a.double().mT @ b.double()
-                if pair in self.products:
-                    self.products[pair] += product
-                else:
-                    self.products[pair] = product
+    def add(self, pair: tuple[int, int], first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+        """Add products of two sources' rows by place, `_ROWS` at a time."""
+        places = len(first)
+        for place, (one, two) in enumerate(zip(first, second, strict=True)):
+            for parts in zip(one.split(_ROWS), two.split(_ROWS), strict=True):
+                a, b = (functional.pad(part.double(), (0, places)) for part in parts)
+                a[:, self._size + place] = b[:, self._size + place] = 1
+                known = self._products.get(pair)
+                self._products[pair] = a.mT @ b if known is None else known.addmm_(a.mT, b)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return moments by key: `mean-k`, `square-k`, `cross-k-l`.
@@ -291,14 +253,17 @@ class _Sums:
         so that covariances are those within places: a difference between places that all units
         share (a norm's outputs against a stream's) does not make units similar.
         """
-        total = self.rows
-        whole = {k: sums.sum(dim=0) / total for k, sums in self.means.items()}
-        found = {f"mean-{k}": mean for k, mean in whole.items()}
-        for (k, other), product in self.products.items():
-            value = product / total + torch.outer(whole[k], whole[other])
-            for n, one, two in zip(self.counts, self.means[k], self.means[other], strict=True):
-                value -= torch.outer(one, two) / (n * total)
+        size, found = self._size, {}
+        counts = self._products[0, 0].diagonal()[size:, None]
+        total = counts.sum()
+        sums = {k: p[size:, :size] for (k, other), p in self._products.items() if k == other}
+        for (k, other), product in self._products.items():
+            one, two = sums[k], sums[other]
+            value = product[:size, :size] - (one / counts.clamp(min=1)).mT @ two
+            value = value / total + torch.outer(one.sum(dim=0), two.sum(dim=0)) / total**2
             found[f"square-{k}" if k == other else f"cross-{k}-{other}"] = value
+            if k == other:
+                found[f"mean-{k}"] = one.sum(dim=0) / total
         return found
 
 

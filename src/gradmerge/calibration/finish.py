@@ -11,7 +11,7 @@ import torch
 
 from gradmerge.calibration.observers import mask_of
 from gradmerge.calibration.repair.correct import Renormalisation
-from gradmerge.calibration.repair.survey import Run
+from gradmerge.calibration.repair.measure import Run
 from gradmerge.engine.autograd import checksums
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.predict import Batch, rows_of
@@ -74,27 +74,24 @@ class Finishing:
                 if repair is None:
                     merged.statistics.recompute([run.call for run in runs])
                 else:
-                    self._repair(merged, repair, runs, (data, state[1]))
+                    self._known_for(merged, repair, runs, (data, state[1])).correct(runs)
         self._state = state
 
-    def _repair(
+    def _known_for(
         self, merged: MergedModel, repair: REPAIR, runs: Sequence[Run], known: object
-    ) -> None:
+    ) -> Renormalisation:
         if self._renormalisation is None or self._known != known:
-            self._renormalisation = Renormalisation(merged, repair, runs)
-            self._known = known
+            self._renormalisation, self._known = Renormalisation(merged, repair, runs), known
             left = self._renormalisation.survey.unusual
             if left:
                 why = next(iter(left.values()))
                 self._warn(
                     f"REPAIR leaves {len(left)} layers alone: {shorten(list(left))} ({why})."
                 )
-        self._renormalisation.correct(runs)
+        return self._renormalisation
 
     def _do_without(self, merged: MergedModel) -> None:
-        """Accept corrections (a checkpoint's) of the current coefficients, or a mean of BatchNorm
-        statistics.
-        """
+        """Accept corrections (a checkpoint's) of the current coefficients, or mean statistics."""
         known = merged.state.corrections
         if merged.plan.finalisation.repair is None:
             self._warn(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,20 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from gradmerge.calibration.observers import (
-    Enough,
-    Grams,
-    LinearLayer,
-    after_call,
-    linear_layers,
-    mask_of,
-    removing,
-)
+from gradmerge.alignment import AbstractAlignment
+from gradmerge.calibration.observers import Enough, Grams, LinearLayer, mask_of
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.predict import Batch, rows_of
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.objectives.base import UNLABELLED
-from gradmerge.sources.collected import Needs
+from gradmerge.preprocess import AbstractPreprocess
+from gradmerge.sources.collected import Needs, Statistic
+from gradmerge.spec import to_plain
 
 Report = Callable[[str], None]
 
@@ -45,16 +40,7 @@ class Found:
 
 
 class Passes:
-    """One kind of statistic of all sources.
-
-    Args:
-        merged: a merge of the sources, whose network runs as each of them.
-        loaders: batches of each task's adaptation split.
-        tasks: names of each source's tasks.
-        needs: the statistic, and how it is collected.
-        folder: where its files are written.
-        report: called with a line for each source.
-    """
+    """One kind of statistic of all sources, each on batches of its own tasks, by task."""
 
     def __init__(
         self,
@@ -68,6 +54,7 @@ class Passes:
         self.merged, self.loaders, self.plan = merged, loaders, merged.plan
         self.needs, self.folder, self.report = needs, folder, report
         self.found = {source: Found(list(own)) for source, own in tasks.items()}
+        self._numbers = count()
         self._named: set[str] = set()
 
     def batches(self, source: str, single: bool = False) -> Iterator[tuple[str, Batch]]:
@@ -84,16 +71,17 @@ class Passes:
                 yield task, batch
 
     @contextmanager
-    def running(self, source: str, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Run the network as a source within the context, except for the given weights."""
+    def _running(self, source: str, weights: Mapping[str, Tensor]) -> Iterator[torch.Generator]:
+        """Run the network as a source, except for the given weights; yield a generator for it."""
 
         def read(name: str) -> Tensor:
             return weights[name] if name in weights else self.plan.read(source, name)
 
-        with self.merged.statistics.of_source(source), self.merged.as_weights(read):
-            yield
+        seed = self.needs.seed * 1_000_003 + zlib.crc32(source.encode())
+        with self.merged.as_source(source), self.merged.as_weights(read):
+            yield torch.Generator().manual_seed(seed)
 
-    def log_likelihood(self, task: str, batch: Batch, draws: torch.Generator) -> Tensor:
+    def _log_likelihood(self, task: str, batch: Batch, draws: torch.Generator) -> Tensor:
         """Return `log p(y | x)` summed over the batch's decisions, with y as the step wants it."""
         logits, labels, _ = rows_of(self.merged, task, batch)
         if self.needs.labels == "model":
@@ -106,11 +94,6 @@ class Passes:
             )
         return -functional.cross_entropy(logits, labels, reduction="sum", ignore_index=UNLABELLED)
 
-    def draws(self, source: str) -> torch.Generator:
-        """Return a generator seeded by the step's seed and the source's name."""
-        seed = self.needs.seed * 1_000_003 + zlib.crc32(source.encode())
-        return torch.Generator().manual_seed(seed)
-
     def fisher(self) -> None:
         """Collect means over examples of each merged tensor's squared gradient."""
         assert self.plan.binding is not None
@@ -118,73 +101,53 @@ class Passes:
         for source, found in self.found.items():
             stored = {name: self.plan.read(source, name).to(self.merged.dtype) for name in names}
             leaves = {name: tensor.clone().requires_grad_() for name, tensor in stored.items()}
-            draws = self.draws(source)
-            sums: dict[str, Tensor] = {}
-            with self.running(source, leaves), torch.enable_grad():
+            means: dict[str, Tensor] = {}
+            with self._running(source, leaves) as draws, torch.enable_grad():
                 for task, batch in self.batches(source, self.needs.per == "example"):
-                    value = self.log_likelihood(task, batch, draws)
+                    value = self._log_likelihood(task, batch, draws)
                     grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
                     for name, grad in zip(leaves, grads, strict=True):
                         if grad is not None:
                             square = grad.square()
-                            sums[name] = sums[name].add_(square) if name in sums else square
-            means = {name: value.div_(max(1, found.examples)) for name, value in sums.items()}
+                            means[name] = means[name].add_(square) if name in means else square
+            for mean in means.values():
+                mean.div_(max(1, found.examples))
             found.norm = sum(float(mean.double().square().sum()) for mean in means.values()) ** 0.5
-            self.write(source, {name: {"fisher": mean} for name, mean in means.items()})
+            self.write(
+                source,
+                {
+                    name: Statistic({"fisher": mean}, found.examples, 1, found.norm)
+                    for name, mean in means.items()
+                },
+            )
             self.report(f"{source}: Fisher information from {found.examples} examples")
 
-    def grams(self) -> None:
-        """Collect Gram matrices of each linear layer's inputs; for `kfac` also those of its
-        outputs' gradients.
-        """
-        layers = linear_layers(self.plan)
-        kfac = self.needs.kind == "kfac"
-        for source, found in self.found.items():
-            grams = self.observe(source, Grams(layers, gradients=kfac), {})
-            for output in grams.outputs.values():
-                output.div_(max(1, found.examples))
-            parts = {"input": grams.inputs, "output": grams.outputs}
-            if not kfac:
-                parts = {"gram": grams.inputs}
-            values = {
-                name: {part: sums[name] for part, sums in parts.items()}
-                for name in layers
-                if all(name in sums for sums in parts.values())
-            }
-            self.write(source, values, grams.rows, layers)
-            self.report_grams(source, grams.others)
-
-    def observe(
+    def grams(
         self,
         source: str,
-        grams: Grams,
+        layers: Mapping[str, LinearLayer],
         weights: Mapping[str, Tensor],
         stop: nn.Module | None = None,
-    ) -> Grams:
-        """Show an observer a source's passes, with some weights replaced.
+    ) -> tuple[dict[str, Statistic], set[str]]:
+        """Write Gram matrices of layers' inputs, for `kfac` also of their outputs' gradients.
 
-        Args:
-            source: the source.
-            grams: the observer.
-            weights: the replaced weights by name.
-            stop: the module that ends a pass; default: a pass is whole.
+        Given weights replace the source's own, and `stop` ends a pass. Return the statistics, and
+        the tensors that their layers change before use.
         """
         kfac = self.needs.kind == "kfac"
-        draws = self.draws(source)
-        with (
-            self.running(source, weights),
-            torch.set_grad_enabled(kfac),
-            grams.watching(),
-            removing([] if stop is None else [after_call(stop, _stop)]),
-        ):
+        grams = Grams(layers, gradients=kfac, stop=stop)
+        running = self._running(source, weights)
+        with running as draws, torch.set_grad_enabled(kfac), grams.watching():
             for task, batch in self.batches(source):
                 grams.mask = mask_of(self.merged.skeleton, batch)
                 with suppress(Enough):
                     if kfac:
-                        self.log_likelihood(task, batch, draws).backward()
+                        self._log_likelihood(task, batch, draws).backward()
                     else:
                         rows_of(self.merged, task, batch)
-        return grams
+        found = grams.statistics(self.found[source].examples)
+        self.write(source, found)
+        return found, grams.others
 
     def report_grams(self, source: str, others: Collection[str]) -> None:
         """Report how many tensors have Gram matrices, and which layers have none."""
@@ -200,31 +163,29 @@ class Passes:
                 f"{shorten(sorted(others))}"
             )
 
-    def write(
-        self,
-        source: str,
-        values: Mapping[str, Mapping[str, Tensor]],
-        rows: Mapping[str, int] = MappingProxyType({}),
-        layers: Mapping[str, LinearLayer] = MappingProxyType({}),
-        suffix: str = "",
-    ) -> None:
-        """Write a source's tensors by part to one file, and index them."""
-        file = f"{self.needs.kind}-{list(self.found).index(source)}{suffix}.safetensors"
+    def write(self, source: str, statistics: Mapping[str, Statistic]) -> None:
+        """Write a source's statistics by tensor to one file, and index them."""
         tensors = {
-            f"{part}:{name}": tensor.detach().cpu().contiguous()
-            for name, parts in values.items()
-            for part, tensor in parts.items()
+            f"{part}:{name}": tensor
+            for name, statistic in statistics.items()
+            for part, tensor in statistic.values.items()
         }
-        save_file(tensors, self.folder / file)
-        found = self.found[source]
-        for name, parts in values.items():
-            found.tensors[name] = {
-                "file": file,
-                "parts": list(parts),
-                "rows": rows.get(name, found.examples),
-                "axis": layers[name].axis if name in layers else 1,
-            }
+        file = self.save(tensors)
+        for name, found in statistics.items():
+            place = {"file": file, "parts": list(found.values), "rows": found.rows}
+            self.found[source].tensors[name] = {**place, "axis": found.axis}
 
+    def save(self, tensors: Mapping[str, Tensor]) -> str:
+        """Write tensors to the next file, and return its name."""
+        file = f"{self.needs.kind}-{next(self._numbers)}.safetensors"
+        kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(kept, self.folder / file)
+        return file
 
-def _stop(_: Tensor) -> None:
-    raise Enough
+    def record(self, step: AbstractPreprocess | AbstractAlignment) -> dict[str, Any]:
+        """Return what was collected for a step, of which weights, as plain data."""
+        sources = {
+            name: {"fingerprint": self.plan.fingerprints[name], **asdict(found)}
+            for name, found in self.found.items()
+        }
+        return {"needs": asdict(self.needs), "step": to_plain(step), "sources": sources}

@@ -7,56 +7,58 @@ whose rows are the patches under the kernel.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from gradmerge.engine.plan import Plan
+from gradmerge.sources.collected import Statistic
 from gradmerge.sources.skeleton import input_axis
 
-# ---- hooks --------------------------------------------------------------------------------------
-
-Hook = Callable[[nn.Module, Callable[[Tensor], Any]], RemovableHandle]
+# ---- observers ----------------------------------------------------------------------------------
 
 
 class Enough(Exception):  # noqa: N818 (it is no error)
     """Ends a pass once all watched layers have run."""
 
 
-def before_call(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
-    """Show a function what a module is called with."""
+class Observer:
+    """Sees what modules are called with and put out while a network runs."""
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        see(first_argument(args, kwargs))
+    watched: Sequence[tuple[Any, nn.Module]]
+    """The modules, and what each is known by."""
+    mask: Tensor | None = None
+    """`[batch, tokens]` of the batch that runs, 0 on padding."""
 
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
+    def before(self, key: Any, module: nn.Module, inputs: Tensor) -> None:
+        """See what a module is called with."""
 
+    def after(
+        self, key: Any, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any
+    ) -> Tensor | None:
+        """See what a module puts out; a tensor that is returned replaces it."""
+        return None
 
-def after_call(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Show a function what a module puts out; a tensor that it returns replaces the output."""
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Observe the passes within the context, and their backward."""
 
-    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-        return see(output)
+        def before(key: Any, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+            self.before(key, module, first_argument(args, kwargs))
 
-    return module.register_forward_hook(hook)
-
-
-@contextmanager
-def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks at the end of the context."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        with ExitStack() as hooks:
+            for key, module in self.watched:
+                first, then = partial(before, key), partial(self.after, key)
+                hooks.enter_context(module.register_forward_pre_hook(first, with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(then, with_kwargs=True))
+            yield
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -73,34 +75,33 @@ def mask_of(skeleton: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     return None if decodes else batch.get("attention_mask")
 
 
-def without_padding(values: Tensor, mask: Tensor | None, axis: int) -> tuple[Tensor, int]:
-    """Return the values at tokens that are not padding, and their (negative) axis of channels.
+def without_padding(values: Tensor, mask: Tensor | None, axis: int) -> Tensor:
+    """Return values as `[rows, channels]`, without rows at tokens that are padding.
 
     The axes of batch and tokens are identified by their sizes, as
 
         [batch, tokens, ...], [batch, ..., tokens, ...], [tokens, batch, ...], [batch * tokens, ...]
 
-    and become one axis in front; the last is read as a `flatten` of the first two. If none fits,
-    the values are returned as they are: pooled outputs, or those of another length (a convolution
-    with a stride), hold no padding. So they are if several fit that keep different rows (as many
-    heads as tokens, as many examples as tokens): rows of padding then count, but none is lost.
+    where the last is read as a `flatten` of the first two. If none fits, all rows are returned:
+    pooled outputs, or those of another length (a convolution with a stride), hold no padding. So
+    they are if several fit that keep different rows (as many heads as tokens, as many examples as
+    tokens): rows of padding then count, but none is lost.
 
     Args:
         values: what a layer is given or puts out.
         mask: `[batch, tokens]`, 0 on padding.
         axis: the axis of channels.
     """
-    channels = axis % values.dim() if values.dim() else 0
-    others = [i for i in range(values.dim()) if i != channels]
-    if mask is None or mask.dim() != 2 or not others:
-        return values, channels - values.dim()
-    readings = list(_readings([values.shape[i] for i in others], mask != 0))
-    everywhere = [_over(values, [others[i] for i in axes], kept) for axes, kept in readings]
-    if not readings or any(not kept.equal(everywhere[0]) for kept in everywhere[1:]):
-        return values, channels - values.dim()
-    lead, kept = [others[i] for i in readings[0][0]], readings[0][1]
-    rest = [i for i in range(values.dim()) if i not in lead]
-    return values.permute(*lead, *rest)[kept], rest.index(channels) - len(rest)
+    values = values.movedim(axis, -1)
+    sizes = values.shape[:-1]
+    if mask is not None and mask.dim() == 2 and sizes:
+        readings = [
+            kept.reshape([n if i in axes else 1 for i, n in enumerate(sizes)]).expand(sizes)
+            for axes, kept in _readings(sizes, mask != 0)
+        ]
+        if readings and all(kept.equal(readings[0]) for kept in readings):
+            return values[readings[0]]
+    return values.reshape(-1, values.shape[-1])
 
 
 def _readings(sizes: Sequence[int], kept: Tensor) -> Iterator[tuple[list[int], Tensor]]:
@@ -114,12 +115,6 @@ def _readings(sizes: Sequence[int], kept: Tensor) -> Iterator[tuple[list[int], T
         yield [0], kept.flatten()
 
 
-def _over(values: Tensor, axes: Sequence[int], kept: Tensor) -> Tensor:
-    """Expand what is kept along some axes (in ascending order) to every entry, without a copy."""
-    shape = [size if i in axes else 1 for i, size in enumerate(values.shape)]
-    return kept.reshape(shape).expand(values.shape)
-
-
 # ---- linear layers ------------------------------------------------------------------------------
 
 
@@ -127,11 +122,8 @@ def _over(values: Tensor, axes: Sequence[int], kept: Tensor) -> Tensor:
 class LinearLayer:
     """A merged tensor that is used only as the weight of linear layers."""
 
-    name: str
-    """The tensor's name."""
-    places: tuple[str, ...]
-    """Names of the modules whose weight it is (several if it is tied)."""
-    modules: tuple[nn.Module, ...]
+    modules: Mapping[str, nn.Module]
+    """The modules whose weight it is, by name (several if it is tied)."""
     axis: int
     """The tensor's axis of inputs: 1 for `[out, in, ...]`, 0 for `[in, out]`."""
 
@@ -147,32 +139,12 @@ def linear_layers(plan: Plan) -> dict[str, LinearLayer]:
     assert binding is not None
     found = {}
     for name in plan.tensors:
-        parameters = [place.rpartition(".") for place in binding.parameters.get(name, ())]
-        modules = tuple(skeleton.get_submodule(owner) for owner, _, _ in parameters)
-        if parameters and all(
-            attribute == "weight" and is_linear(module)
-            for (_, _, attribute), module in zip(parameters, modules, strict=True)
-        ):
-            places = tuple(owner for owner, _, _ in parameters)
-            axis = input_axis(skeleton, binding.parameters[name][0])
-            found[name] = LinearLayer(name, places, modules, axis)
-    return found
-
-
-def blocks(skeleton: nn.Module, layers: Mapping[str, LinearLayer]) -> dict[str, str]:
-    """Return each layer's block: the innermost member of an `nn.ModuleList` that holds it, or ''.
-
-    A tied weight belongs to its first layer's block.
-    """
-    found = {}
-    for name, layer in layers.items():
-        parts = layer.places[0].split(".")
-        inside = [
-            ".".join(parts[:depth])
-            for depth in range(1, len(parts) + 1)
-            if isinstance(skeleton.get_submodule(".".join(parts[: depth - 1])), nn.ModuleList)
-        ]
-        found[name] = inside[-1] if inside else ""
+        parameters = binding.parameters.get(name, ())
+        owners = [parameter.rpartition(".") for parameter in parameters]
+        modules = {place: skeleton.get_submodule(place) for place, _, _ in owners}
+        weights = all(attribute == "weight" for _, _, attribute in owners)
+        if parameters and weights and all(map(is_linear, modules.values())):
+            found[name] = LinearLayer(modules, input_axis(skeleton, parameters[0]))
     return found
 
 
@@ -206,31 +178,17 @@ def is_plain(module: Any, args: Any, kwargs: Mapping[str, Any], output: Tensor) 
 
 
 def input_rows(module: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the rows that the layer's weight is multiplied with, `[groups, rows, in]`.
-
-    Args:
-        module: the layer.
-        inputs: what it is called with.
-        mask: `[batch, tokens]`, 0 on padding; rows of padding are left out.
-    """
+    """Return the rows of inputs that a layer's weight is multiplied with, `[groups, rows, in]`."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return _patches(module, inputs)
-    return _tokens(inputs, mask)[None]
+    return without_padding(inputs, mask, -1)[None]
 
 
 def output_rows(module: nn.Module, outputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the rows of the layer's outputs (or their gradients), `[groups, rows, out]`, in the
-    order of `input_rows`.
-    """
+    """Return the rows of outputs or their gradients, `[groups, rows, out]`, as `input_rows`."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        split = _batched(module, outputs).flatten(2).unflatten(1, (module.groups, -1))
-        return split.permute(1, 0, 3, 2).flatten(1, 2)
-    return _tokens(outputs, mask)[None]
-
-
-def _tokens(values: Tensor, mask: Tensor | None) -> Tensor:
-    kept, _ = without_padding(values, mask, -1)
-    return kept.reshape(-1, values.shape[-1])
+        return _by_group(_batched(module, outputs).flatten(2), module.groups)
+    return without_padding(outputs, mask, -1)[None]
 
 
 def _batched(module: nn.Conv1d | nn.Conv2d, values: Tensor) -> Tensor:
@@ -246,93 +204,79 @@ def _patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
     if isinstance(module, nn.Conv1d):
         padded = padded.unsqueeze(2)
         kernel, dilation, stride = ((1, size[0]) for size in (kernel, dilation, stride))
-    columns = functional.unfold(padded, kernel, dilation, 0, stride)
-    split = columns.unflatten(1, (module.groups, -1))  # [batch, groups, in, positions]
-    return split.permute(1, 0, 3, 2).flatten(1, 2)
+    return _by_group(functional.unfold(padded, kernel, dilation, 0, stride), module.groups)
 
 
-# ---- observers ----------------------------------------------------------------------------------
+def _by_group(columns: Tensor, groups: int) -> Tensor:
+    """Return `[batch, groups * channels, positions]` as `[groups, rows, channels]`."""
+    return columns.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
-class Observer(ABC):
-    """Adds up what modules see or put out while a network runs."""
-
-    mask: Tensor | None = None
-    """`[batch, tokens]` of the batch that runs, 0 on padding."""
-
-    @abstractmethod
-    def hooks(self) -> Iterator[RemovableHandle]:
-        """Hook the modules, one after another."""
-
-    def watching(self) -> AbstractContextManager[None]:
-        """Observe the passes within the context, and their backward."""
-        return removing(list(self.hooks()))
+# ---- Gram matrices ------------------------------------------------------------------------------
 
 
 class Grams(Observer):
     """Sums over rows, `X^T X` of layers' inputs and optionally `D^T D` of their outputs' gradients.
 
-    Args:
-        layers: by tensor.
-        gradients: also those of the outputs. Otherwise a layer that turns out not to be linear in
-            its stored weight is left out, since its inputs tell nothing about that weight.
+    Without gradients, a layer that turns out not to be linear in its stored weight is left out,
+    since its inputs tell nothing about that weight. A pass ends with the module `stop`.
     """
 
-    def __init__(self, layers: Mapping[str, LinearLayer], gradients: bool = False) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, LinearLayer],
+        gradients: bool = False,
+        stop: nn.Module | None = None,
+    ) -> None:
+        self.watched = [(name, m) for name, la in layers.items() for m in la.modules.values()]
+        self.watched += [] if stop is None else [("", stop)]
         self._layers, self._gradients = layers, gradients
-        self.others: set[str] = set()
+        self._sums: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
+        self._rows: Counter[str] = Counter()
+        self._plain: dict[str, bool] = {}
+
+    @property
+    def others(self) -> set[str]:
         """Tensors whose layer is not linear in them."""
-        self.inputs: dict[str, Tensor] = {}
-        """`[groups, in, in]` by tensor."""
-        self.outputs: dict[str, Tensor] = {}
-        """`[groups, out, out]` by tensor."""
-        self.rows: dict[str, int] = {}
-        """Rows of inputs by tensor."""
-        self._verified: set[str] = set()
+        return {name for name, plain in self._plain.items() if not plain}
+
+    def statistics(self, examples: int) -> dict[str, Statistic]:
+        """Return the sums by tensor, those of gradients divided by the number of examples."""
+        found = {}
+        for name, sums in self._sums.items():
+            if len(sums) == 1 + self._gradients and name not in self.others:
+                values = {k: v / max(1, examples) if k == "output" else v for k, v in sums.items()}
+                found[name] = Statistic(values, self._rows[name], self._layers[name].axis, 0.0)
+        return found
 
     @override
-    def hooks(self) -> Iterator[RemovableHandle]:
-        for name, layer in self._layers.items():
-            for module in layer.modules:
-                yield before_call(module, partial(self._add_input, name, module))
-                if self._gradients:
-                    yield after_call(module, partial(self._add_gradient, name, module))
-                else:
-                    hook = partial(self._verify, name)
-                    yield module.register_forward_hook(hook, with_kwargs=True)
+    def before(self, key: str, module: nn.Module, inputs: Tensor) -> None:
+        if key and key not in self.others:
+            rows = input_rows(module, inputs.detach(), self.mask)
+            self._add(key, "input" if self._gradients else "gram", rows)
+            self._rows[key] += rows.shape[1]
 
-    def _add_input(self, name: str, module: nn.Module, inputs: Tensor) -> None:
-        if name in self.others:
-            return
-        rows = input_rows(module, inputs.detach(), self.mask)
-        _add(self.inputs, name, rows.mT @ rows)
-        self.rows[name] = self.rows.get(name, 0) + rows.shape[1]
+    @override
+    def after(
+        self, key: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Tensor
+    ) -> Tensor | None:
+        if not key:
+            raise Enough
+        if self._gradients:
+            return self._with_gradient(key, module, output)
+        if key not in self._plain and output.numel():
+            self._plain[key] = is_plain(module, args, kwargs, output)
+        return None
 
-    def _verify(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        """Leave the layer out unless its first output is `x W^T + b`."""
-        if name in self._verified or name in self.others or not output.numel():
-            return
-        self._verified.add(name)
-        if not is_plain(module, args, kwargs, output):
-            self.others.add(name)
-            self.inputs.pop(name, None)
-            self.rows.pop(name, None)
-
-    def _add_gradient(self, name: str, module: nn.Module, output: Tensor) -> Tensor:
+    def _with_gradient(self, name: str, module: nn.Module, output: Tensor) -> Tensor:
         mask = self.mask
-
-        def add(gradient: Tensor) -> None:
-            rows = output_rows(module, gradient, mask)
-            _add(self.outputs, name, rows.mT @ rows)
-
         if not output.requires_grad:  # the graph begins here, since no weight asks for a gradient
             output = output.detach().requires_grad_().clone()
-        output.register_hook(add)
+        output.register_hook(
+            lambda grad: self._add(name, "output", output_rows(module, grad, mask))
+        )
         return output
 
-
-def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    if name in sums:
-        sums[name] += value
-    else:
-        sums[name] = value
+    def _add(self, name: str, part: str, rows: Tensor) -> None:
+        sums, product = self._sums[name], rows.mT @ rows
+        sums[part] = sums[part].add_(product) if part in sums else product

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from functools import partial
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
 
 from gradmerge.calibration.fisher import Passes
-from gradmerge.calibration.observers import (
-    Grams,
-    LinearLayer,
-    before_call,
-    blocks,
-    linear_layers,
-    removing,
-)
+from gradmerge.calibration.observers import LinearLayer, Observer, linear_layers
 from gradmerge.engine.predict import rows_of
 from gradmerge.preprocess import AbstractPreprocess, Site
 from gradmerge.sources.collected import Statistic
@@ -26,74 +19,70 @@ from gradmerge.sources.collected import Statistic
 class Stages(Passes):
     """Passes of a step, whose inputs may come through layers that are already merged."""
 
+    _stage: dict[str, Mapping[str, Statistic]]
+    """Statistics of the layers that are merged next, by source and tensor."""
+
     def collect(self, step: AbstractPreprocess) -> None:
         """Write the statistics that a step needs."""
         if self.needs.kind == "fisher":
             self.fisher()
         elif self.needs.activations == "merged":
-            self.grams_through_merged_layers(step)
+            self._grams_through_merged_layers(step)
         else:
-            self.grams()
+            layers = linear_layers(self.plan)
+            for source in self.found:
+                self.report_grams(source, self.grams(source, layers, {})[1])
 
-    def grams_through_merged_layers(self, step: AbstractPreprocess) -> None:
+    def _grams_through_merged_layers(self, step: AbstractPreprocess) -> None:
         """Collect the Gram matrices of each block's layers on inputs from the blocks merged before
         it, and merge the block.
 
         A pass begins at the network's input, so b blocks cost about b / 2 whole passes.
         """
-        layers = linear_layers(self.plan)
-        block_of = blocks(self.merged.skeleton, layers)
-        calls = self._calls(layers, block_of)
-        order = [name for name in calls if name in layers]
-        stages: dict[str, list[str]] = {}
-        for name in order:
-            stages.setdefault(block_of[name] or layers[name].places[0], []).append(name)
-        theta = {
-            name: self._merge(step, name, {}) for name in self.plan.tensors if name not in calls
-        }
+        layers, self._stage = linear_layers(self.plan), {}
+        block_of = {name: self._block_of(layer) for name, layer in layers.items()}
+        calls = self._calls(layers, set(block_of.values()))
+        stages = defaultdict(list)
+        for name in calls:
+            if name in layers:
+                stages[block_of[name]].append(name)
+        theta = {name: self._merge(step, name) for name in self.plan.tensors if name not in calls}
         others: dict[str, set[str]] = {source: set() for source in self.found}
-        for number, (place, names) in enumerate(stages.items()):
+        for block, names in stages.items():
             watched = {name: layers[name] for name in names}
-            once = all(calls[block_of[n] or n] == 1 and len(layers[n].modules) == 1 for n in names)
-            stop = self.merged.skeleton.get_submodule(place) if once else None
-            statistics: dict[tuple[str, str], Statistic] = {}
-            within = self._within(place) if block_of[names[0]] else set()
-            before = {name: tensor for name, tensor in theta.items() if name not in within}
+            once = calls[block] == 1 and all(len(la.modules) == 1 for la in watched.values())
+            stop = self.merged.skeleton.get_submodule(block) if once else None
+            own = self._within(block)
+            before = {name: tensor for name, tensor in theta.items() if name not in own}
+            self._stage = {}
             for source in self.found:
-                with torch.no_grad():
-                    grams = self.observe(source, Grams(watched), before, stop)
-                others[source] |= grams.others
-                values = {name: {"gram": gram} for name, gram in grams.inputs.items()}
-                self.write(source, values, grams.rows, layers, f"-{number}")
-                for name, parts in values.items():
-                    rows, axis = grams.rows[name], layers[name].axis
-                    statistics[source, name] = Statistic(parts, rows, axis, 0.0)
-            for name in names:
-                theta[name] = self._merge(step, name, statistics)
+                self._stage[source], changing = self.grams(source, watched, before, stop)
+                others[source] |= changing
+            theta |= {name: self._merge(step, name) for name in names}
         for source in self.found:
             self.report_grams(source, others[source])
 
-    def _calls(
-        self, layers: Mapping[str, LinearLayer], block_of: Mapping[str, str]
-    ) -> Counter[str]:
+    def _block_of(self, layer: LinearLayer) -> str:
+        """Return the innermost member of an `nn.ModuleList` that holds a layer, or its own place.
+
+        A tied weight belongs to its first layer's block.
+        """
+        place = next(iter(layer.modules))
+        parts = place.split(".")
+        for depth in range(len(parts), 0, -1):
+            parent = self.merged.skeleton.get_submodule(".".join(parts[: depth - 1]))
+            if isinstance(parent, nn.ModuleList):
+                return ".".join(parts[:depth])
+        return place
+
+    def _calls(self, layers: Mapping[str, LinearLayer], blocks: set[str]) -> Counter[str]:
         """Count the calls of each layer (by tensor) and block in one pass, in their order."""
-        calls: Counter[str] = Counter()
-
-        def note(name: str, _: Tensor) -> None:
-            calls[name] += 1
-
-        handles = [
-            before_call(module, partial(note, name))
-            for name, layer in layers.items()
-            for module in layer.modules
-        ]
-        for block in {block for block in block_of.values() if block}:
-            module = self.merged.skeleton.get_submodule(block)
-            handles.append(before_call(module, partial(note, block)))
-        source = next(iter(self.found))
-        with self.merged.as_source(source), removing(handles):
+        watched = [(name, module) for name, la in layers.items() for module in la.modules.values()]
+        watched += [(block, self.merged.skeleton.get_submodule(block)) for block in blocks]
+        calls, source = _Calls(watched), next(iter(self.found))
+        with self.merged.as_source(source), calls.watching():
             rows_of(self.merged, *next(self.batches(source)))
-        return calls
+        return calls.count
 
     def _within(self, block: str) -> set[str]:
         """Return the tensors of a block, in which a source's own weights are used."""
@@ -104,19 +93,18 @@ class Stages(Passes):
             if any(place.startswith(f"{block}.") for place in places)
         }
 
-    def _merge(
-        self,
-        step: AbstractPreprocess,
-        name: str,
-        statistics: Mapping[tuple[str, str], Statistic],
-    ) -> Tensor:
+    def read(self, kind: str, source: str, tensor: str) -> Statistic | None:
+        """Return the statistic of a source at a tensor that is merged next."""
+        return self._stage.get(source, {}).get(tensor)
+
+    def _merge(self, step: AbstractPreprocess, name: str) -> Tensor:
         """Return a tensor of the step's own merge, `A + c sum_k B'_k`, with c = 1 unless frozen.
 
         With every coefficient at 1 the origin cancels, so the sources stand for their directions.
         """
         terms = self.plan.terms(name)
         wide = [source.float() for source in terms.sources]
-        site = Site(name, self.plan.source_names, _InMemory(statistics))
+        site = Site(name, self.plan.source_names, self)
         theta = step(torch.stack(wide), site).sum(dim=0)
         if name in self.plan.fixed:
             origin = torch.stack(wide).mean(dim=0) if terms.mean_origin else terms.origin
@@ -125,11 +113,11 @@ class Stages(Passes):
         return theta.to(self.merged.dtype)
 
 
-class _InMemory:
-    """The statistics of one stage, as a step reads them."""
+class _Calls(Observer):
+    def __init__(self, watched: Sequence[tuple[str, nn.Module]]) -> None:
+        self.watched = watched
+        self.count: Counter[str] = Counter()
 
-    def __init__(self, statistics: Mapping[tuple[str, str], Statistic]) -> None:
-        self._statistics = statistics
-
-    def read(self, kind: str, source: str, tensor: str) -> Statistic | None:
-        return self._statistics.get((source, tensor))
+    @override
+    def before(self, key: str, module: nn.Module, inputs: Tensor) -> None:
+        self.count[key] += 1

@@ -6,7 +6,7 @@ Buffers are not parameters: they are not learned, and the sources' statistics ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -69,10 +69,6 @@ class NetworkBuffers:
             for module, mode in modes.items():
                 module.training = mode
 
-    def of_source(self, source: str) -> AbstractContextManager[None]:
-        """Use a source's own buffers, in evaluation mode, within the context."""
-        return self.of(self._plan.serving[source])
-
     @contextmanager
     def of(self, checkpoint: Checkpoint) -> Iterator[None]:
         """Use a checkpoint's buffers, in evaluation mode, within the context."""
@@ -105,26 +101,13 @@ class NetworkBuffers:
             only: layers whose statistics are recomputed; default: all.
         """
         norms = [norm for norm in self.batch_norms if only is None or norm in only]
-        if not norms or not runs:
-            return
-        settings = [(norm, norm.momentum, norm.training) for norm in norms]
         moments = [Moments() for _ in norms]
-        hooks = [
-            norm.register_forward_pre_hook(found.before, with_kwargs=True)
-            for norm, found in zip(norms, moments, strict=True)
-        ]
-        try:
-            for norm in norms:
-                norm.momentum = 0.0  # the layer's own average is not used
+        with self.evaluating(), ExitStack() as hooks:
+            for norm, found in zip(norms, moments, strict=True):
                 norm.train()
+                hooks.enter_context(norm.register_forward_pre_hook(found.before, with_kwargs=True))
             for run in runs:
                 run()
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for norm, momentum, training in settings:
-                norm.momentum = momentum
-                norm.train(training)
         for norm, found in zip(norms, moments, strict=True):
             found.write(norm)
 
@@ -132,11 +115,7 @@ class NetworkBuffers:
 def _require_rows(
     name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
-    """Reject a batch of one row where a BatchNorm takes the statistics of its batch.
-
-    Raises:
-        ConfigError: there is one value per channel.
-    """
+    """Reject a batch of one row where a BatchNorm takes the statistics of its batch."""
     batch: Tensor = args[0] if args else kwargs["input"]
     if not module.training or batch.dim() < 2 or batch.numel() != batch.shape[1]:
         return

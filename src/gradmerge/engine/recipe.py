@@ -159,10 +159,14 @@ class Recipe:
         return self.origin or ("base" if self.base is not None else "zero")
 
     @property
+    def aligns_on_data(self) -> bool:
+        """True if the alignment needs statistics of the sources on data."""
+        return self.alignment is not None and self.alignment.needs is not None
+
+    @property
     def needs_statistics(self) -> bool:
-        """True if the alignment or a preprocess step needs the sources' statistics on data."""
-        aligned = self.alignment is not None and self.alignment.needs is not None
-        return aligned or any(step.needs is not None for step in self.preprocess)
+        """True if the alignment or a step needs statistics of the sources on data."""
+        return self.aligns_on_data or any(step.needs is not None for step in self.preprocess)
 
 
 def innermost(coefficients: AbstractCoefficients) -> Any:

@@ -29,13 +29,14 @@ class Correction:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return the corrected tensor, a new one."""
-        if self.groups > 1:
-            scale = self.scale.to(tensor.device, tensor.dtype).unflatten(0, (self.groups, -1))
-            cut = tensor.unflatten(0, (self.groups, -1))
-            return (cut * scale[(slice(None), None, ..., *[None] * (cut.dim() - 3))]).flatten(0, 1)
+        scale = self.scale.to(tensor.device, tensor.dtype)
         shape = [1] * tensor.dim()
         shape[self.axis] = -1
-        corrected = tensor * self.scale.to(tensor.device, tensor.dtype).view(shape)
+        if self.groups > 1:  # each row of the tensor has the channels of its group
+            rows = len(tensor) // self.groups
+            scale = scale.unflatten(0, (self.groups, -1)).repeat_interleave(rows, dim=0)
+            shape[:2] = scale.shape
+        corrected = tensor * scale.view(shape)
         if self.shift is not None:
             corrected += self.shift.to(tensor.device, tensor.dtype).view(shape)
         return corrected
@@ -109,6 +110,5 @@ def correction_of(
     of channels that are constant (up to rounding), which get the mean alone.
     """
     constant = deviation <= 1e-6 * (mean.abs() + target_deviation)
-    one = torch.ones_like(deviation)
-    scale = torch.where(constant, one, target_deviation / torch.where(constant, one, deviation))
+    scale = torch.where(constant, 1.0, target_deviation / deviation)
     return scale, target_mean - scale * mean, int(constant.sum())

@@ -49,7 +49,6 @@ def write_mergekit(
 
     Args:
         state: the opened recipe with its coefficients.
-        raw: raw coefficients by key.
         output: the file; it must not exist unless `overwrite`.
         dtype: dtype in which mergekit stores the result; default: as the reference stores its
             tensors.

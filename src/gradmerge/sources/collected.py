@@ -8,7 +8,7 @@ weights, and on which data.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -110,7 +110,7 @@ class SourceStatistics(Shared):
         """
         for wanted, step in needs:
             found = self.index["collected"].get(wanted.kind)
-            differs = self._difference(found, wanted, step, list(fingerprints), alignment)
+            differs = self._difference(found, wanted, step, fingerprints, alignment)
             if differs:
                 raise ConfigError(
                     f"statistics: {self.folder} {differs}; collect again with this recipe."
@@ -124,20 +124,16 @@ class SourceStatistics(Shared):
                 )
 
     def _difference(
-        self, found: Any, wanted: Needs, step: Any, sources: Sequence[str], alignment: Any
+        self, found: Any, wanted: Needs, step: Any, sources: Iterable[str], alignment: Any
     ) -> str | None:
         """Return what one kind of statistic lacks, if anything."""
         if found is None:
             return f"holds {shorten(list(self.index['collected']))}, expected {wanted.kind}"
-        differ = {
-            key: (found["needs"][key], value)
-            for key, value in asdict(wanted).items()
-            if found["needs"][key] != value
-        }
+        kept, own = found["needs"], asdict(wanted)
+        differ = [key for key, value in own.items() if kept[key] != value]
         if differ:
-            kept = ", ".join(f"{key} {value}" for key, (value, _) in differ.items())
-            own = ", ".join(f"{key} {value}" for key, (_, value) in differ.items())
-            return f"was collected with {kept}, the recipe says {own}"
+            ways = [", ".join(f"{key} {way[key]}" for key in differ) for way in (kept, own)]
+            return f"was collected with {ways[0]}, the recipe says {ways[1]}"
         if wanted.activations == "merged" and found["step"] != step:
             return (
                 "was collected on activations of layers merged by the same step with other settings"
@@ -172,21 +168,17 @@ class SourceStatistics(Shared):
         place = found["tensors"].get(tensor)
         if place is None:
             return None
-        file = self._open(place["file"])
-        values = {part: file.get_tensor(f"{part}:{tensor}") for part in place["parts"]}
+        values = {part: self.tensor(place["file"], f"{part}:{tensor}") for part in place["parts"]}
         return Statistic(values, place["rows"], place["axis"], found["norm"])
 
     def tensor(self, file: str, key: str) -> Tensor:
         """Return a tensor of one of the folder's files by its key."""
-        found: Tensor = self._open(file).get_tensor(key)
-        return found
-
-    def _open(self, name: str) -> Any:
-        if name not in self._files:
+        if file not in self._files:
             try:
-                self._files[name] = safe_open(self.folder / name, framework="pt")
+                self._files[file] = safe_open(self.folder / file, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise ConfigError(
-                    f"statistics: {self.folder / name} cannot be read ({error}); collect again."
+                    f"statistics: {self.folder / file} cannot be read ({error}); collect again."
                 ) from error
-        return self._files[name]
+        found: Tensor = self._files[file].get_tensor(key)
+        return found

@@ -9,8 +9,8 @@ because the steps' are of aligned sources.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from gradmerge.export.atomic import new_folder, refuse_existing
 from gradmerge.export.provenance import versions
 from gradmerge.operators import Linear
 from gradmerge.preprocess import AbstractPreprocess
-from gradmerge.sources.collected import INDEX, VERSION
+from gradmerge.sources.collected import INDEX, VERSION, Needs
 from gradmerge.spec import to_plain
 from gradmerge.training.data import MergeDataModule
 from gradmerge.training.module import MergeModule
@@ -66,8 +66,7 @@ def collect(
     steps = needy(recipe)
     target = Path(output).expanduser()
     refuse_existing(target, overwrite)
-    if steps:
-        _tasks_of_sources(list(recipe.sources), data)  # a mistake shows before anything runs
+    tasks = _tasks_of_sources(recipe, data) if steps else {}  # before anything runs
     opening = opening or Opening(recipe, module)
     with new_folder(target, overwrite) as work:
         index: dict[str, Any] = {
@@ -76,32 +75,38 @@ def collect(
             "versions": versions(),
             "collected": {},
         }
-        if aligns_on_data(recipe):
-            index["collected"][ACTIVATIONS.kind] = _of_units(opening, data, work, report)
+
+        def add(needs: Needs, found: Mapping[str, Any]) -> None:
+            index["collected"][needs.kind] = found
             index["data"] = describe_data(data)
             (work / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-        opening.align(str(work) if aligns_on_data(recipe) else recipe.statistics)
+
+        if recipe.aligns_on_data:
+            add(ACTIVATIONS, _of_units(opening, data, work, report))
+        opening.align(str(work) if recipe.aligns_on_data else recipe.statistics)
+        method = recipe.alignment
+        aligned = None if method is None or method.is_identity else to_plain(method)
         if steps:
-            engine = engine_of(opening, data)
-            index["data"] = describe_data(data)
-        order = recipe.alignment
-        aligned = None if order is None or order.is_identity else to_plain(order)
+            merged = engine_of(opening, data).merged
         for step in steps:
             assert step.needs is not None
-            found = _of_step(step, engine, data, work, report)
-            index["collected"][step.needs.kind] = {**found, "alignment": aligned}
-        (work / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+            run = Stages(merged, _loaders(data), tasks, step.needs, work, report)
+            run.collect(step)
+            add(step.needs, {**run.record(step), "alignment": aligned})
     return target
 
 
-def is_needed(recipe: Recipe) -> bool:
-    """Return whether a recipe needs statistics of its sources on data."""
-    return aligns_on_data(recipe) or any(step.needs is not None for step in recipe.preprocess)
-
-
-def aligns_on_data(recipe: Recipe) -> bool:
-    """Return whether a recipe's alignment needs statistics of its sources on data."""
-    return recipe.alignment is not None and recipe.alignment.needs is not None
+def _of_units(
+    opening: Opening, data: MergeDataModule, work: Path, report: Report
+) -> dict[str, Any]:
+    """Collect moments of units for the alignment; every source runs on every task's data."""
+    merged, alignment = engine_of(opening, data).merged, opening.recipe.alignment
+    assert alignment is not None
+    everywhere = {source: list(data.tasks) for source in merged.plan.sources}
+    pairs = pairs_of(alignment, merged.plan.source_names)
+    run = UnitPasses(merged, _loaders(data), everywhere, ACTIVATIONS, work, report)
+    groups = run.units(list(opening.spec.groups.values()), pairs)
+    return {**run.record(alignment), "pairs": [list(pair) for pair in pairs], "groups": groups}
 
 
 def needy(recipe: Recipe) -> list[AbstractPreprocess]:
@@ -127,7 +132,7 @@ def needy(recipe: Recipe) -> list[AbstractPreprocess]:
                 f"two steps need {step.needs.kind} statistics collected in different ways: {known} "
                 f"and {step}; merge with one of them."
             )
-    if not steps and not aligns_on_data(recipe):
+    if not steps and not recipe.aligns_on_data:
         raise ConfigError(
             "no step of this recipe needs statistics: expected FisherScale, RegMean or MaTS in "
             f"recipe.preprocess, got {shorten([type(s).__name__ for s in recipe.preprocess])}; or "
@@ -138,8 +143,17 @@ def needy(recipe: Recipe) -> list[AbstractPreprocess]:
 
 
 def engine_of(opening: Opening, data: MergeDataModule) -> MergeModule:
-    """A merge of the same sources without any step, to run them with."""
-    plan = opening.plan(_plain(opening.recipe), keep_network=True)
+    """Return a merge of the same sources without any step or learning, to run them with."""
+    recipe = replace(
+        opening.recipe,
+        preprocess=[],
+        finalisers=[],
+        statistics=None,
+        coefficients=Model(),
+        init=Uniform(),
+        operator=Linear(),
+    )
+    plan = opening.plan(recipe, keep_network=True)
     engine = MergeModule.around(MergedModel(plan), score_experts=False).eval()
     data.attach(engine.merged)
     data.setup()
@@ -148,14 +162,14 @@ def engine_of(opening: Opening, data: MergeDataModule) -> MergeModule:
 
 
 def _loaders(data: MergeDataModule) -> dict[str, Any]:
-    """Batches of each task's adaptation split."""
     return dict(zip(data.tasks, data.evaluation_loaders("adaptation"), strict=True))
 
 
-def _tasks_of_sources(sources: Sequence[str], data: MergeDataModule) -> dict[str, list[str]]:
-    tasks: dict[str, list[str]] = {source: [] for source in sources}
-    for name, task in data.tasks.items():
-        tasks.get(task.source or name, []).append(name)
+def _tasks_of_sources(recipe: Recipe, data: MergeDataModule) -> dict[str, list[str]]:
+    tasks = {
+        source: [name for name, task in data.tasks.items() if (task.source or name) == source]
+        for source in recipe.sources
+    }
     lost = [source for source, own in tasks.items() if not own]
     if lost:
         raise ConfigError(
@@ -164,60 +178,3 @@ def _tasks_of_sources(sources: Sequence[str], data: MergeDataModule) -> dict[str
             "`source`."
         )
     return tasks
-
-
-def _of_step(
-    step: AbstractPreprocess,
-    engine: MergeModule,
-    data: MergeDataModule,
-    work: Path,
-    report: Report,
-) -> dict[str, Any]:
-    """Collect a step's statistics; each source runs on its own tasks' data."""
-    assert step.needs is not None
-    plan = engine.merged.plan
-    tasks = _tasks_of_sources(plan.source_names, data)
-    run = Stages(engine.merged, _loaders(data), tasks, step.needs, work, report)
-    run.collect(step)
-    sources = {
-        name: {"fingerprint": plan.fingerprints[name], **asdict(found)}
-        for name, found in run.found.items()
-    }
-    return {"needs": asdict(step.needs), "step": to_plain(step), "sources": sources}
-
-
-def _of_units(
-    opening: Opening, data: MergeDataModule, work: Path, report: Report
-) -> dict[str, Any]:
-    """Moments of units for the recipe's alignment; every source runs on every task's data."""
-    recipe, engine = opening.recipe, engine_of(opening, data)
-    assert recipe.alignment is not None
-    plan = engine.merged.plan
-    everywhere = {source: list(data.tasks) for source in plan.sources}
-    pairs = pairs_of(recipe.alignment, plan.source_names)
-    run = UnitPasses(engine.merged, _loaders(data), everywhere, ACTIVATIONS, work, report)
-    groups = run.units(list(opening.spec.groups.values()), pairs)
-    sources = {
-        name: {"fingerprint": plan.fingerprints[name], **asdict(found)}
-        for name, found in run.found.items()
-    }
-    return {
-        "needs": asdict(ACTIVATIONS),
-        "step": to_plain(recipe.alignment),
-        "sources": sources,
-        "pairs": [list(pair) for pair in pairs],
-        "groups": groups,
-    }
-
-
-def _plain(recipe: Recipe) -> Recipe:
-    """The same sources without any step or learning."""
-    return replace(
-        recipe,
-        preprocess=[],
-        finalisers=[],
-        statistics=None,
-        coefficients=Model(),
-        init=Uniform(),
-        operator=Linear(),
-    )

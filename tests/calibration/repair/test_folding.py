@@ -9,7 +9,7 @@ import torch
 
 from gradmerge import MergedModel, Recipe
 from gradmerge.alignment import OptimalTransport, WeightMatching
-from gradmerge.calibration.repair.survey import Run
+from gradmerge.calibration.repair.measure import Run
 from gradmerge.coefficients import Constant, Model, Uniform
 from gradmerge.errors import ConfigError
 from gradmerge.finalisers import REPAIR, DepthRescale, SpectralRescale

@@ -29,10 +29,10 @@ class Layer:
 
     place: str
     module: nn.Module
-    weight: str | None = None
-    """The tensor that takes the scale; None if the layer cannot be corrected."""
-    bias: str | None = None
-    """The tensor that takes scale and shift; None if there is none that may change."""
+    weight: str = ""
+    """The tensor that takes the scale; empty if the layer cannot be corrected."""
+    bias: str = ""
+    """The tensor that takes scale and shift; empty if there is none that may change."""
     axis: int = 0
     """The weight's axis of output channels."""
     groups: int = 1
@@ -51,8 +51,7 @@ class Layer:
         """
         if self.is_norm:
             return output
-        kept, axis = without_padding(output, mask, self.channel_axis(output))
-        return kept.movedim(axis, -1).flatten(0, -2) if kept.dim() > 1 else kept[None]
+        return without_padding(output, mask, self.channel_axis(output))
 
     def channel_axis(self, output: Tensor) -> int:
         """Return the axis of channels of an output."""
@@ -78,22 +77,19 @@ def layers_of(merged: MergedModel) -> tuple[dict[str, Layer], dict[str, str]]:
         own = {key: names[joined(place, key)] for key in _weights(module)}
         own = {key: name for key, name in own.items() if name in plan.tensors}
         if module in merged.statistics.batch_norms:
-            layers[place] = Layer(place, module, own.get("weight"))
-        elif is_linear(module) or isinstance(module, _ConvNd):
-            layer = _scaled(place, module, own)
-            if layer.weight is None:
+            layers[place] = Layer(place, module, own.get("weight", ""))
+        elif _is_layer(module):
+            layers[place] = layer = _scaled(place, module, own)
+            if not layer.weight:
                 others = dict.fromkeys(own.values(), _COMPUTED) | others
             elif not all(_is_of_layer(skeleton, user) for user in parameters[layer.weight]):
-                layer = Layer(place, module)
-            layers[place] = layer
+                layers[place] = Layer(place, module)
         elif not isinstance(module, _NOT_SCALED) and "parametrizations" not in place.split("."):
-            for key, name in own.items():
-                # the attribute would ask for the merged tensor
-                stored: Any = module._parameters[key]
-                axes = sum(size > 1 for size in stored.shape)
+            kind = type(module).__name__
+            for name in own.values():
+                axes = sum(size > 1 for size in plan.tensors[name].shape)
                 if axes > 1 and len(parameters[name]) == 1:
                     known = axes > 2 or isinstance(module, _NOT_SUPPORTED)
-                    kind = type(module).__name__
                     others[name] = f"REPAIR corrects no {kind}" if known else UNKNOWN
     return layers, others
 
@@ -110,11 +106,13 @@ def _weights(module: nn.Module) -> list[str]:
     return own + [key for key, _ in module.named_parameters() if key.startswith(inner)]
 
 
+def _is_layer(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, _ConvNd)
+
+
 def _is_of_layer(skeleton: nn.Module, parameter: str) -> bool:
-    place = parameter.rpartition(".")[0]
-    module = skeleton.get_submodule(place)
-    layer = is_linear(module) or isinstance(module, _ConvNd)
-    return layer or place.endswith("parametrizations.weight")
+    place = parameter.rpartition(".")[0].removesuffix("parametrizations.weight").rstrip(".")
+    return _is_layer(skeleton.get_submodule(place))
 
 
 def _scaled(place: str, module: Any, own: Mapping[str, str]) -> Layer:
@@ -123,12 +121,10 @@ def _scaled(place: str, module: Any, own: Mapping[str, str]) -> Layer:
     groups = module.groups if isinstance(module, _ConvTransposeNd) else 1
     if "weight" in own:
         return Layer(place, module, own["weight"], axis=axis, groups=groups)
-    hooks = module._forward_pre_hooks.values()
-    norm: Any = next((hook for hook in hooks if isinstance(hook, WeightNorm)), None)
-    key = "weight_g"
-    if "parametrizations" in module._modules:
-        steps = list(getattr(module.parametrizations, "weight", ()))
-        norm = steps[0] if len(steps) == 1 and isinstance(steps[0], _WeightNorm) else None
-        key = "parametrizations.weight.original0"
-    scales = norm is not None and norm.dim == axis and groups == 1
-    return Layer(place, module, own.get(key) if scales else None, axis=axis)
+    steps = list(getattr(getattr(module, "parametrizations", None), "weight", ()))
+    steps += [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
+    g = own.get("weight_g", own.get("parametrizations.weight.original0", ""))
+    scales = [type(step) for step in steps] in ([_WeightNorm], [WeightNorm])
+    if scales and steps[0].dim == axis and groups == 1:
+        return Layer(place, module, g, axis=axis)
+    return Layer(place, module)

@@ -1,10 +1,10 @@
-"""The layers that REPAIR corrects, and their order, from passes over the data."""
+"""The layers that REPAIR corrects, their order, and their channels in the sources."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradmerge.calibration.repair.dataflow import Dataflow
 from gradmerge.calibration.repair.layers import UNKNOWN, Layer, joined, layers_of
+from gradmerge.calibration.repair.measure import Channels, Run
 from gradmerge.engine.merged import MergedModel
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.finalisers import REPAIR
@@ -23,90 +24,80 @@ _USUAL = (_LAST, _RETURNED, _NORMALISED, UNKNOWN)
 
 
 @dataclass(frozen=True)
-class Run:
-    """A forward pass over one batch."""
-
-    call: Callable[[], object]
-    mask: Tensor | None = None
-    """`[batch, tokens]`, 0 on padding."""
-
-
-@dataclass
 class Survey:
-    """The layers to correct, in order."""
+    """The layers to correct, in order, and their channels in the sources."""
 
     stages: list[list[Layer]]
     """In the order of their calls; layers that are given the same tensor stand together, a
     BatchNorm alone."""
     left: dict[str, str]
     """Weights that are left alone, with the reason."""
+    own: dict[str, dict[str, tuple[Tensor, Tensor]]]
+    """Mean and deviation of channels, `[channels]` in float64, by source and weight."""
 
     @property
     def layers(self) -> list[Layer]:
         """Layers that are corrected."""
-        return [layer for stage in self.stages for layer in stage if layer.weight is not None]
+        return [layer for stage in self.stages for layer in stage if layer.weight]
 
     @property
     def unusual(self) -> dict[str, str]:
         """Weights that are left alone for a reason that a user should know."""
         return {name: why for name, why in self.left.items() if why not in _USUAL}
 
-    def leave(self, layer: Layer, why: str, calls: int) -> None:
-        """Leave a layer alone after all; statistics of a BatchNorm are still recomputed."""
-        self.left[str(layer.weight)] = why
-        kept = [replace(layer, weight=None, bias=None, calls=calls)] if layer.is_norm else []
-        stages = [
-            [new for own in stage for new in (kept if own is layer else [own])]
-            for stage in self.stages
-        ]
-        self.stages = [stage for stage in stages if stage]
 
-
-def survey_of(merged: MergedModel, repair: REPAIR, runs: Sequence[Run]) -> Survey:
-    """Find the layers to correct from passes over all batches.
-
-    Args:
-        merged: the merged model, with any weights in place.
-        repair: the finaliser's options.
-        runs: the passes.
-
-    Raises:
-        ConfigError: batches call the layers in contradicting orders.
+def survey_of(
+    merged: MergedModel, repair: REPAIR, runs: Sequence[Run], sources: Sequence[str]
+) -> Survey:
+    """Find the layers to correct, and measure them, in passes of the sources that set targets; the
+    first shows where outputs go.
     """
     layers, others = layers_of(merged)
     flow = Dataflow(merged.skeleton, layers)
-    for run in runs:
-        flow.record(run.call)
-    times: Counter[str] = Counter()
+    with merged.as_source(sources[0]):
+        for run in runs:
+            flow.record(run.call)
+    most: Counter[str] = Counter()
     for sequence in flow.passes:
-        times |= Counter(place for place, _ in sequence)
-    kept: dict[str, Layer] = {}
-    left: dict[str, str] = {}
-    for place, calls in times.items():
-        layer = layers[place]
-        why = _reason(merged, repair, layer, calls, flow)
-        if layer.weight is not None and why is not None:
-            left[layer.weight] = why
-        if layer.weight is not None and why is None:
-            kept[place] = replace(layer, bias=_bias(merged, place))
-        elif layer.is_norm:
-            kept[place] = Layer(place, layer.module, calls=calls)
-    reached = {layers[place].weight for place in times}
-    for layer in layers.values():
-        if layer.weight is not None and layer.weight not in reached:
-            left[layer.weight] = "no pass calls it"
-    return Survey(_stages(kept, flow), left | others)
+        most |= Counter(place for place, _ in sequence)
+    weighted = {place: layer for place, layer in layers.items() if layer.weight}
+    reasons = {
+        layer.weight: _reason(merged, repair, layer, most[place], flow)
+        for place, layer in weighted.items()
+    }
+    left = {name: why for name, why in reasons.items() if why}
+    kept = {
+        place: replace(layer, bias=_bias(merged, place))
+        for place, layer in weighted.items()
+        if layer.weight not in left
+    }
+    own = {}
+    for source in sources:
+        with merged.as_source(source):
+            found = Channels(list(kept.values()), whole=True, inputs=False).measure(runs)
+        measured = ((kept[place].weight, m) for place, m in found.moments.items() if m.rows)
+        own[source] = {weight: (m.mean, m.deviation) for weight, m in measured}
+        for place, calls in found.calls.items():
+            if calls > 1:
+                left[kept.pop(place).weight] = f"source {source} calls it {calls} times a pass"
+        most |= found.calls
+    if merged.plan.recipe.buffers == "recompute":
+        for place, calls in most.items():
+            if place not in kept and layers[place].is_norm:
+                kept[place] = Layer(place, layers[place].module, calls=calls)
+    return Survey(_stages(kept, flow), left | others, own)
 
 
 def _reason(
     merged: MergedModel, repair: REPAIR, layer: Layer, calls: int, flow: Dataflow
 ) -> str | None:
     """Return why a layer is left alone, if it is."""
-    name, place = str(layer.weight), layer.place
+    name, place = layer.weight, layer.place
     assert merged.plan.binding is not None
     places = merged.plan.binding.parameters.get(name, ())
     reasons = {
         f"its weight is shared by {shorten(list(places))}": len(places) > 1,
+        "no pass calls it": not calls,
         "it is frozen": name in merged.state.fixed,
         "skip names it": any(re.search(pattern, name) for pattern in repair.skip),
         f"it is called {calls} times a pass": calls > 1,
@@ -118,40 +109,34 @@ def _reason(
     return next((why for why, holds in reasons.items() if holds), None)
 
 
-def _bias(merged: MergedModel, place: str) -> str | None:
+def _bias(merged: MergedModel, place: str) -> str:
     """Return the tensor of a layer's bias if it is the layer's alone and may change."""
-    plan = merged.plan
+    plan, bias = merged.plan, (joined(place, "bias"),)
     assert plan.binding is not None
-    bias = joined(place, "bias")
-    name = next((n for n, places in plan.binding.parameters.items() if places == (bias,)), None)
-    return name if name in plan.tensors and name not in merged.state.fixed else None
+    name = next((n for n, places in plan.binding.parameters.items() if places == bias), "")
+    return name if name in plan.tensors and name not in merged.state.fixed else ""
 
 
 def _stages(layers: Mapping[str, Layer], flow: Dataflow) -> list[list[Layer]]:
     """Order layers as all passes call them, and group those that are always given one tensor."""
-    inputs: dict[str, dict[int, int]] = {place: {} for place in layers}
-    sequences: list[list[str]] = []
-    for number, calls in enumerate(flow.passes):
-        for place, entry in calls:
-            if place in layers:
-                inputs[place].setdefault(number, entry)
-        sequences.append(list(dict.fromkeys(place for place, _ in calls if place in layers)))
+    passes = [[call for call in calls if call[0] in layers] for calls in flow.passes]
+    firsts = [dict(reversed(calls)) for calls in passes]
     stages: list[list[Layer]] = []
-    for place in in_order(sequences):
-        before = stages[-1][-1] if stages else None
-        alone = before is None or before.is_norm or layers[place].is_norm
-        if alone or inputs[place] != inputs[before.place]:  # type: ignore[union-attr]
+    for place in in_order([list(dict.fromkeys(place for place, _ in calls)) for calls in passes]):
+        layer, before = layers[place], stages[-1][-1] if stages else None
+        if (
+            before is None
+            or before.is_norm
+            or layer.is_norm
+            or any(first.get(place) != first.get(before.place) for first in firsts)
+        ):
             stages.append([])
-        stages[-1].append(layers[place])
+        stages[-1].append(layer)
     return stages
 
 
 def in_order(sequences: Sequence[Sequence[str]]) -> list[str]:
-    """Return one sequence that keeps the order of each.
-
-    Raises:
-        ConfigError: they contradict each other.
-    """
+    """Return one sequence that keeps the order of each."""
     sorter: TopologicalSorter[str] = TopologicalSorter()
     for sequence in sequences:
         for i, place in enumerate(sequence):
