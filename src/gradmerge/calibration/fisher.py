@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -55,6 +55,8 @@ class Passes:
         self.needs, self.folder, self.report = needs, folder, report
         self.found = {source: Found(list(own)) for source, own in tasks.items()}
         self._numbers = count()
+        self._changing: dict[str, set[str]] = {source: set() for source in tasks}
+        """Weights that their layers change before use, by source."""
         self._named: set[str] = set()
 
     def batches(self, source: str, single: bool = False) -> Iterator[tuple[str, Batch]]:
@@ -128,11 +130,10 @@ class Passes:
         layers: Mapping[str, LinearLayer],
         weights: Mapping[str, Tensor],
         stop: nn.Module | None = None,
-    ) -> tuple[dict[str, Statistic], set[str]]:
+    ) -> dict[str, Statistic]:
         """Write Gram matrices of layers' inputs, for `kfac` also of their outputs' gradients.
 
-        Given weights replace the source's own, and `stop` ends a pass. Return the statistics, and
-        the tensors that their layers change before use.
+        Given weights replace the source's own, and `stop` ends a pass.
         """
         kfac = self.needs.kind == "kfac"
         grams = Grams(layers, gradients=kfac, stop=stop)
@@ -147,17 +148,18 @@ class Passes:
                         rows_of(self.merged, task, batch)
         found = grams.statistics(self.found[source].examples)
         self.write(source, found)
-        return found, grams.others
+        self._changing[source] |= grams.others
+        return found
 
-    def report_grams(self, source: str, others: Collection[str]) -> None:
+    def report_grams(self, source: str) -> None:
         """Report how many tensors have Gram matrices, and which layers have none."""
-        found = self.found[source]
+        found, others = self.found[source], self._changing[source]
         self.report(
             f"{source}: Gram matrices of {len(found.tensors)} of {len(self.plan.tensors)} tensors "
             f"from {found.examples} examples"
         )
         if not self._named.issuperset(others):
-            self._named |= set(others)
+            self._named |= others
             self.report(
                 f"{len(others)} layers change their weight before use and are averaged: "
                 f"{shorten(sorted(others))}"

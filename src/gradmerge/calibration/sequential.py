@@ -31,7 +31,8 @@ class Stages(Passes):
         else:
             layers = linear_layers(self.plan)
             for source in self.found:
-                self.report_grams(source, self.grams(source, layers, {})[1])
+                self.grams(source, layers, {})
+                self.report_grams(source)
 
     def _grams_through_merged_layers(self, step: AbstractPreprocess) -> None:
         """Collect the Gram matrices of each block's layers on inputs from the blocks merged before
@@ -47,20 +48,18 @@ class Stages(Passes):
             if name in layers:
                 stages[block_of[name]].append(name)
         theta = {name: self._merge(step, name) for name in self.plan.tensors if name not in calls}
-        others: dict[str, set[str]] = {source: set() for source in self.found}
         for block, names in stages.items():
             watched = {name: layers[name] for name in names}
             once = calls[block] == 1 and all(len(la.modules) == 1 for la in watched.values())
             stop = self.merged.skeleton.get_submodule(block) if once else None
             own = self._within(block)
             before = {name: tensor for name, tensor in theta.items() if name not in own}
-            self._stage = {}
-            for source in self.found:
-                self._stage[source], changing = self.grams(source, watched, before, stop)
-                others[source] |= changing
+            self._stage = {
+                source: self.grams(source, watched, before, stop) for source in self.found
+            }
             theta |= {name: self._merge(step, name) for name in names}
         for source in self.found:
-            self.report_grams(source, others[source])
+            self.report_grams(source)
 
     def _block_of(self, layer: LinearLayer) -> str:
         """Return the innermost member of an `nn.ModuleList` that holds a layer, or its own place.

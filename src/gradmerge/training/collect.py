@@ -132,7 +132,7 @@ def needy(recipe: Recipe) -> list[AbstractPreprocess]:
                 f"two steps need {step.needs.kind} statistics collected in different ways: {known} "
                 f"and {step}; merge with one of them."
             )
-    if not steps and not recipe.aligns_on_data:
+    if not recipe.needs_statistics:
         raise ConfigError(
             "no step of this recipe needs statistics: expected FisherScale, RegMean or MaTS in "
             f"recipe.preprocess, got {shorten([type(s).__name__ for s in recipe.preprocess])}; or "

@@ -78,9 +78,11 @@ class Renormalisation:
             "left alone": dict(self.survey.left),
             "constant channels": {},
         }
-        with merged.statistics.evaluating(), merged.as_weights(self._read):
-            self._correct_stages(runs)
-        self._kept.clear()
+        try:
+            with merged.statistics.evaluating(), merged.as_weights(self._read):
+                self._correct_stages(runs)
+        finally:
+            self._kept.clear()
         for layer in self.survey.layers:
             if layer.weight not in self._corrections:
                 why = "no row of the data reaches it in the merged network"
