@@ -198,7 +198,7 @@ def test_rounds_towards_the_mean_raise_the_sum_over_pairs_and_end(metric):
 
 def test_methods_on_data_say_what_they_miss():
     context = AlignmentContext(PLAIN, {"a": None, "b": None}, ())
-    with pytest.raises(ConfigError, match="ActivationMatching needs statistics of the sources'"):
+    with pytest.raises(ConfigError, match="ActivationMatching needs the sources' activations on"):
         ActivationMatching().align(context)
     spec = PermutationSpec({"others": Group("others", 3)}, {})
     with pytest.raises(ConfigError, match="no group of units was seen in any module's output"):

@@ -393,7 +393,7 @@ def test_mergekit_cannot_express_an_alignment() -> None:
 
 def test_identity_leaves_sources_as_they_are() -> None:
     net = mlp()
-    views, order = align_sources(Identity(), opened(a=net, b=net), None)
+    views, order = align_sources(Identity(), opened(a=net, b=net), PermutationSpec({}, {}))
     assert not any(isinstance(view, AlignedView) for view in views.values())
     assert order.maps == {"a": {}, "b": {}}
     assert open_plan(recipe(net, net, alignment=Identity())).order is None

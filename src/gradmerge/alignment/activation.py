@@ -64,9 +64,10 @@ class MatchingOnData(Matching):
         kind = type(self).__name__
         if self.needs is not None and context.activations is None:
             raise ConfigError(
-                f"{kind} needs statistics of the sources' activations, and none are given.\nGive "
-                "`gradmerge merge` the tasks' data as well; or run `gradmerge collect` with the "
-                "same files, and name its output: statistics of the recipe."
+                f"{kind} needs the sources' activations on data, and the recipe names no "
+                "statistics.\nGive `gradmerge merge` the tasks' data as well; or run `gradmerge "
+                "collect` with this recipe and its data, and name the output: statistics of the "
+                "recipe."
             )
         maps: dict[str, Map] = {}
         gain, unseen = 0.0, []

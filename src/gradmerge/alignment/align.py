@@ -2,100 +2,75 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from gradmerge.alignment.base import AbstractAlignment, Activations, AlignmentContext
+from gradmerge.alignment.base import AbstractAlignment, Aligned, AlignmentContext
+from gradmerge.alignment.moments import CollectedActivations
 from gradmerge.alignment.symmetry.derive import file_names, to_spec
 from gradmerge.alignment.symmetry.example import candidates
 from gradmerge.alignment.symmetry.handwritten import read_spec
-from gradmerge.alignment.symmetry.spec import Axis, LinearMap, Maps, PermutationSpec, share_moved
+from gradmerge.alignment.symmetry.spec import Axis, PermutationSpec, share_moved
 from gradmerge.alignment.symmetry.trace import trace
 from gradmerge.alignment.symmetry.verify import verify
 from gradmerge.alignment.views import AlignedView
 from gradmerge.errors import ConfigError, GradmergeError, shorten
 from gradmerge.sources import Checkpoint
-from gradmerge.sources.base import tensor_bytes
+from gradmerge.sources.base import fingerprints_of
 from gradmerge.sources.compatibility import is_private
 from gradmerge.sources.skeleton import bind_or_refuse
-
-
-@dataclass(frozen=True)
-class UnitOrder:
-    """The maps that an alignment found for a merge's sources."""
-
-    spec: PermutationSpec
-    maps: Mapping[str, Maps]
-    """By source, by group."""
-    report: dict[str, Any] = field(default_factory=dict)
-    """Method, objectives and the share of units moved, as plain data."""
-
-    def fingerprint(self) -> str:
-        """SHA-256 over all maps."""
-        digest = hashlib.sha256()
-        for source, maps in self.maps.items():
-            for group in sorted(maps):
-                change = maps[group]
-                digest.update(f"{source}|{group}|".encode())
-                parts = change if isinstance(change, LinearMap) else (change,)
-                for part in parts:
-                    digest.update(tensor_bytes(part))
-        return digest.hexdigest()
 
 
 def align_sources(
     method: AbstractAlignment,
     sources: Mapping[str, Checkpoint],
-    skeleton: nn.Module | None,
+    spec: PermutationSpec,
+    skeleton: nn.Module | None = None,
     private: Sequence[str] = (),
-    activations: Callable[[PermutationSpec], Activations] | None = None,
-    spec: PermutationSpec | None = None,
-) -> tuple[dict[str, Checkpoint], UnitOrder]:
+    statistics: str | None = None,
+) -> tuple[dict[str, Checkpoint], Aligned]:
     """Return views of all sources with their units in one order, and that order.
 
     Args:
         method: finds the order.
         sources: opened, in order.
+        spec: the groups of units.
         skeleton: the network without weights; not needed with a hand-written specification.
         private: regular expressions of tensors that stay with their task: they follow the units
             that they read, but are not compared.
-        activations: opens the sources' moments on data, for methods that need them.
-        spec: the groups of units; default: those that `find_spec` finds.
+        statistics: folder that `gradmerge collect` wrote, for methods that need moments on data.
 
     Raises:
-        ConfigError: the network cannot be traced, a specification does not fit, or the statistics
-            that the method needs are missing.
+        ConfigError: a head does not fit the specification, or the statistics that the method needs
+            are missing.
     """
-    if method.is_identity:
-        identity = UnitOrder(PermutationSpec({}, {}), {name: {} for name in sources})
-        return dict(sources), identity
-    spec = spec or find_spec(method, sources, skeleton)
     _require_heads(spec, sources, private)
-    known = None
-    if method.needs is not None:
-        if activations is None:
-            raise ConfigError(
-                f"{type(method).__name__} needs the sources' activations on data, and the recipe "
-                "names no statistics.\nGive `gradmerge merge` the tasks' data as well; or run "
-                "`gradmerge collect` with this recipe and its data, and name the output: "
-                "statistics of the recipe."
-            )
-        known = activations(spec)
-    context = AlignmentContext(spec, sources, compared(sources, skeleton, private), skeleton, known)
-    found = method.align(context)
-    order = UnitOrder(spec, found.maps, _report(method, spec, found.maps, found.objective))
-    order.report.update(found.report)
-    views: dict[str, Checkpoint] = {
-        name: AlignedView(checkpoint, spec, found.maps.get(name, {}))
+    activations = None
+    if method.needs is not None and statistics is not None:
+        activations = CollectedActivations(statistics, spec, fingerprints_of(sources))
+    names = compared(sources, skeleton, private)
+    found = method.align(AlignmentContext(spec, sources, names, skeleton, activations))
+    report = {
+        "method": type(method).__name__,
+        "output_changes_by": spec.checked,
+        "groups": {name: group.size for name, group in spec.groups.items()},
+        "moved": {
+            source: {group: round(share_moved(change), 6) for group, change in maps.items()}
+            for source, maps in found.maps.items()
+        },
+        "objective": found.objective,
+        **found.report,
+    }
+    views = {
+        name: AlignedView(checkpoint, spec, maps) if (maps := found.maps.get(name)) else checkpoint
         for name, checkpoint in sources.items()
     }
-    return views, order
+    return views, replace(found, report=report)
 
 
 def find_spec(
@@ -227,21 +202,3 @@ def _fits(axes: Sequence[Axis], shape: Sequence[int]) -> bool:
     """True if a tensor has all units of its axes; axes without groups may be of another size."""
     pairs = zip(axes, shape, strict=False)
     return len(axes) == len(shape) and all(a.size == n for a, n in pairs if a.groups)
-
-
-def _report(
-    method: AbstractAlignment,
-    spec: PermutationSpec,
-    maps: Mapping[str, Maps],
-    objective: Mapping[str, list[float]],
-) -> dict[str, Any]:
-    return {
-        "method": type(method).__name__,
-        "output_changes_by": spec.checked,
-        "groups": {name: group.size for name, group in spec.groups.items()},
-        "moved": {
-            source: {group: round(share_moved(change), 6) for group, change in own.items()}
-            for source, own in maps.items()
-        },
-        "objective": {source: list(values) for source, values in objective.items()},
-    }

@@ -8,9 +8,11 @@ sources, a reference, and the running mean come from here.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,9 +20,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from typing_extensions import override
 
-from gradmerge.alignment.symmetry.spec import Maps, PermutationSpec, same_maps
+from gradmerge.alignment.symmetry.spec import LinearMap, Maps, PermutationSpec, same_maps
 from gradmerge.errors import ConfigError, nearest
 from gradmerge.sources import Checkpoint
+from gradmerge.sources.base import tensor_bytes
 from gradmerge.spec import require_pattern
 
 Needs = Literal["activations"]
@@ -97,6 +100,16 @@ class Aligned:
     """By source: after every sweep."""
     report: dict[str, Any] = field(default_factory=dict)
     """Further entries of the provenance, as plain data."""
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 over all maps."""
+        digest = hashlib.sha256()
+        for source, maps in self.maps.items():
+            for group, change in sorted(maps.items(), key=itemgetter(0)):
+                digest.update(f"{source}|{group}|".encode())
+                for part in change if isinstance(change, LinearMap) else (change,):
+                    digest.update(tensor_bytes(part))
+        return digest.hexdigest()
 
 
 class AbstractAlignment(ABC):

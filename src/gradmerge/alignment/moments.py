@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,8 +12,6 @@ from torch import Tensor
 from gradmerge.alignment.base import AbstractAlignment, Activations, Moments
 from gradmerge.alignment.symmetry.spec import Group, LinearMap, Map, Maps, PermutationSpec
 from gradmerge.errors import ConfigError, shorten
-from gradmerge.sources import Checkpoint
-from gradmerge.sources.base import fingerprints_of
 from gradmerge.sources.collected import Needs, SourceStatistics
 
 
@@ -102,23 +100,6 @@ def squared_distances(moments: Moments) -> Tensor:
 ACTIVATIONS = Needs("activations")
 
 
-def open_activations(
-    folder: str | None, sources: Mapping[str, Checkpoint]
-) -> Callable[[PermutationSpec], CollectedActivations] | None:
-    """Return a function that opens the sources' moments of known groups; None without a folder.
-
-    Args:
-        folder: written by `gradmerge collect`.
-        sources: as they are, before any alignment; they are read once for their fingerprints.
-    """
-    if folder is None:
-        return None
-
-    return lambda spec: CollectedActivations(
-        SourceStatistics(folder), spec, fingerprints_of(sources)
-    )
-
-
 def pairs_of(alignment: AbstractAlignment, sources: Sequence[str]) -> list[tuple[str, str]]:
     """The pairs of sources that an alignment compares.
 
@@ -136,10 +117,10 @@ def plain_places(group: Group) -> list[dict[str, Any]]:
 
 
 class CollectedActivations:
-    """Moments by group and pair of sources, out of an opened folder.
+    """Moments by group and pair of sources, out of a folder.
 
     Args:
-        statistics: the folder.
+        folder: written by `gradmerge collect`.
         spec: the groups that are to be aligned.
         fingerprints: content hash of every source as it is, before any alignment.
 
@@ -148,27 +129,20 @@ class CollectedActivations:
         FingerprintError: it is of other weights.
     """
 
-    def __init__(
-        self,
-        statistics: SourceStatistics,
-        spec: PermutationSpec,
-        fingerprints: Mapping[str, str],
-    ) -> None:
-        statistics.require([(ACTIVATIONS, None)], fingerprints)
-        self._statistics = statistics
-        found = statistics.index["collected"][ACTIVATIONS.kind]
+    def __init__(self, folder: str, spec: PermutationSpec, fingerprints: Mapping[str, str]) -> None:
+        self._statistics = SourceStatistics(folder)
+        self._statistics.require([(ACTIVATIONS, None)], fingerprints)
+        found = self._statistics.index["collected"][ACTIVATIONS.kind]
         self._groups: dict[str, dict[str, Any]] = found["groups"]
         self._order = list(found["sources"])
         self._pairs = {tuple(pair) for pair in found["pairs"]}
         wanted = {name: plain_places(group) for name, group in spec.groups.items() if group.places}
         got = {name: group["places"] for name, group in self._groups.items()}
-        if wanted != got:
-            names = sorted({*wanted, *got})
-            differ = [name for name in names if wanted.get(name) != got.get(name)]
+        differ = [n for n in sorted({*wanted, *got}) if wanted.get(n) != got.get(n)]
+        if differ:
             raise ConfigError(
-                f"statistics: {statistics.folder} is of other groups of units: {shorten(differ)} "
-                "were collected elsewhere in the network, or not at all.\nCollect again with this "
-                "recipe."
+                f"statistics: {folder} is of other groups of units: {shorten(differ)} were not "
+                "collected, or elsewhere in the network.\nCollect again with this recipe."
             )
 
     def moments(self, group: str, first: str, second: str) -> Moments | None:
