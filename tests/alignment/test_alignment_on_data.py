@@ -21,7 +21,7 @@ from gradmerge.alignment import (
     PermutationSpec,
 )
 from gradmerge.alignment.mixing import kept_apart
-from gradmerge.alignment.moments import correlation, covariances, squared_distances, with_mean
+from gradmerge.alignment.moments import Pairing, correlation, covariances, squared_distances
 from gradmerge.alignment.symmetry.spec import Axis, Factor, Group, Segment
 from gradmerge.alignment.transport import sinkhorn
 from gradmerge.errors import ConfigError
@@ -110,14 +110,16 @@ def test_moments_of_a_mean_are_those_of_mean_activations():
         "b": {},
         "c": {"units": LinearMap(matrix, torch.linalg.inv(matrix))},
     }
-    came = with_mean(Seen(a=a, b=b, c=c, y=y), "units", "y", targets)
+    context = context_of(a=a, b=b, c=c, y=y)
+    came = Pairing(context, Group("units", SIZE), "y", targets, {}).moments_of_mean()
     mean = (a[:, order] + b + c @ matrix.T) / 3
     expected = Seen(m=mean, y=y).moments("units", "m", "y")
     for part in ("first_mean", "second_mean", "first", "second", "cross"):
         torch.testing.assert_close(
             getattr(came, part), getattr(expected, part), rtol=1e-12, atol=1e-12
         )
-    assert with_mean(Seen(a=a, y=y), "others", "y", {"a": {}}) is None
+    others = Group("others", 3)
+    assert Pairing(context, others, "y", {"a": {}}, {}).moments_of_mean() is None
 
 
 # ---- activation matching --------------------------------------------------------------------
@@ -431,9 +433,9 @@ def test_gains_are_those_of_the_nearest_diagonal():
         (CCA, {"gamma": -1.0}, "CCA.gamma: expected 0 or more, got -1.0"),
         (CCA, {"gamma": math.nan}, "CCA.gamma: expected 0 or more, got nan"),
         (OptimalTransport, {"regularisation": -0.1}, "regularisation: expected 0 or more"),
-        (OptimalTransport, {"cost": "cosine"}, "expected euclidean, squared or correlation"),
-        (OptimalTransport, {"tolerance": 0.0}, "expected a tolerance above 0 and at least one"),
-        (OptimalTransport, {"iterations": 0}, "expected a tolerance above 0 and at least one"),
+        (OptimalTransport, {"cost": "cosine"}, "expected euclidean, squared or"),
+        (OptimalTransport, {"tolerance": 0.0}, "tolerance: expected a number above 0, got 0.0"),
+        (OptimalTransport, {"iterations": 0}, "iterations: expected at least 1, got 0"),
     ],
 )
 def test_bad_options_are_refused(kind, options, message):

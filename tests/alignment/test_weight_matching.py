@@ -184,7 +184,7 @@ def test_three_networks_meet_at_their_running_mean() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(ConfigError, match="max_iter: expected a positive number, got 0"):
         WeightMatching(max_iter=0)
-    with pytest.raises(ConfigError, match="tolerance and restarts of at least 0"):
+    with pytest.raises(ConfigError, match="restarts: expected at least 0, got -1"):
         WeightMatching(restarts=-1)
 
 

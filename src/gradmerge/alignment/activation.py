@@ -12,17 +12,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.alignment.base import (
-    AlignmentContext,
-    Matched,
-    Matching,
-    Needs,
-    assign,
-    require_one_of,
-)
-from gradmerge.alignment.moments import correlation, covariances, on_first
-from gradmerge.alignment.symmetry.spec import Group, Map, Maps
-from gradmerge.errors import ConfigError, shorten
+from gradmerge.alignment.base import AlignmentContext, Matched, Matching, Needs, assign
+from gradmerge.alignment.moments import Pairing, correlation, covariances
+from gradmerge.alignment.symmetry.spec import Map, Maps
+from gradmerge.errors import ConfigError, require, shorten
 
 
 @dataclass(frozen=True)
@@ -35,23 +28,8 @@ class MatchingOnData(Matching):
         return "activations"
 
     @abstractmethod
-    def match_group(
-        self,
-        context: AlignmentContext,
-        group: Group,
-        source: str,
-        targets: Mapping[str, Maps],
-        maps: Maps,
-    ) -> tuple[Map, float] | None:
-        """Return the map of one group and its gain; None where the group was never seen.
-
-        Args:
-            context: the sources, their groups and their moments.
-            group: whose units.
-            source: whose units are moved.
-            targets: the others, each with the maps that it is read under.
-            maps: of the source's groups before this one.
-        """
+    def match_group(self, units: Pairing) -> tuple[Map, float] | None:
+        """Return the map of one group and its gain; None where the group was never seen."""
 
     def match(
         self, context: AlignmentContext, source: str, targets: Mapping[str, Maps], start: Maps
@@ -72,7 +50,7 @@ class MatchingOnData(Matching):
         maps: dict[str, Map] = {}
         gain, unseen = 0.0, []
         for name, group in context.spec.groups.items():
-            found = self.match_group(context, group, source, targets, maps)
+            found = self.match_group(Pairing(context, group, source, targets, maps))
             if found is None:
                 unseen.append(name)
                 continue
@@ -118,23 +96,16 @@ class ActivationMatching(MatchingOnData):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        require_one_of(self, "metric", "correlation", "covariance")
+        known = self.metric in ("correlation", "covariance")
+        require(known, "ActivationMatching.metric", "correlation or covariance", repr(self.metric))
 
     @override
-    def match_group(
-        self,
-        context: AlignmentContext,
-        group: Group,
-        source: str,
-        targets: Mapping[str, Maps],
-        maps: Maps,
-    ) -> tuple[Map, float] | None:
-        assert context.activations is not None
-        total = torch.zeros(group.size, group.size, dtype=torch.float64)
-        for target, own in targets.items():
-            moments = context.activations.moments(group.name, target, source)
+    def match_group(self, units: Pairing) -> tuple[Map, float] | None:
+        total = torch.zeros(units.group.size, units.group.size, dtype=torch.float64)
+        for target in units.targets:
+            moments = units.moments(target, units.source)
             if moments is None:
                 return None
             gain = correlation(moments) if self.metric == "correlation" else covariances(moments)[2]
-            total += on_first(own.get(group.name), gain) / len(targets)
+            total += units.mapped(target, gain) / len(units.targets)
         return permute(total)

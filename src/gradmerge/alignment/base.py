@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from gradmerge.alignment.symmetry.spec import LinearMap, Maps, PermutationSpec, same_maps
-from gradmerge.errors import ConfigError, nearest
+from gradmerge.errors import ConfigError, nearest, require
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.base import tensor_bytes
 from gradmerge.spec import require_pattern
@@ -179,17 +179,16 @@ class Matching(AbstractAlignment):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if self.max_iter < 1:
-            raise ConfigError(
-                f"{type(self).__name__}.max_iter: expected a positive number, got {self.max_iter}."
-            )
-        if self.example is not None and not isinstance(self.example, Mapping):
-            raise ConfigError(
-                f"{type(self).__name__}.example: expected shapes (or tensors) by the name of the "
-                f"argument, e.g. {{x: [1, 3, 32, 32]}}, got {str(self.example)[:60]!r}."
-            )
+        kind, given = type(self).__name__, self.example
+        require(self.max_iter >= 1, f"{kind}.max_iter", "a positive number", self.max_iter)
+        require(
+            given is None or isinstance(given, Mapping),
+            f"{kind}.example",
+            "shapes (or tensors) by the name of the argument, e.g. {x: [1, 3, 32, 32]}",
+            repr(str(given)[:60]),
+        )
         for pattern in self.unreached:
-            require_pattern(f"{type(self).__name__}.unreached", pattern)
+            require_pattern(f"{kind}.unreached", pattern)
 
     @abstractmethod
     def match(
@@ -261,17 +260,3 @@ def assign(gain: Tensor) -> Tensor:
         )
     _, columns = linear_sum_assignment(gain.double().cpu().numpy(), maximize=True)
     return torch.from_numpy(columns).to(torch.int64)
-
-
-def require_one_of(method: AbstractAlignment, option: str, *choices: str) -> None:
-    """Check an option that has a few choices.
-
-    Raises:
-        ConfigError: it has another value.
-    """
-    if getattr(method, option) not in choices:
-        *rest, last = choices
-        raise ConfigError(
-            f"{type(method).__name__}.{option}: expected {', '.join(rest)} or {last}, got "
-            f"{getattr(method, option)!r}."
-        )

@@ -1,68 +1,72 @@
-"""Moments of units: of a mean of aligned sources, and the likenesses they give."""
+"""Moments of units in pairs of sources, and the likenesses they give."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradmerge.alignment.base import AbstractAlignment, Activations, Moments
-from gradmerge.alignment.symmetry.spec import Group, LinearMap, Map, Maps, PermutationSpec
+from gradmerge.alignment.base import AbstractAlignment, AlignmentContext, Moments
+from gradmerge.alignment.symmetry.spec import Group, LinearMap, Maps, PermutationSpec
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.sources.collected import Needs, SourceStatistics
 
 
-def with_mean(
-    activations: Activations, group: str, source: str, targets: Mapping[str, Maps]
-) -> Moments | None:
-    """Return the moments of the mean of aligned sources (first) and of one source (second).
+@dataclass(frozen=True)
+class Pairing:
+    """One group's units in a source, and in the targets that it is matched to."""
 
-    With `x = 1/m sum_k T_k a_k` over m targets and `y = a_s`, all are linear in the moments of
-    pairs, so no pass over data is needed for any mean:
+    context: AlignmentContext
+    group: Group
+    source: str
+    """The source whose units are moved."""
+    targets: Mapping[str, Maps]
+    """The others, each with the maps that it is read under."""
+    maps: Maps
+    """Maps of the source's groups before this one."""
 
-        E[x]     = 1/m   sum_k  T_k E[a_k]
-        E[x x^T] = 1/m^2 sum_kl T_k E[a_k a_l^T] T_l^T
-        E[x y^T] = 1/m   sum_k  T_k E[a_k y^T]
+    def moments(self, first: str, second: str) -> Moments | None:
+        """Return the group's moments in two sources; None where it was never seen."""
+        assert self.context.activations is not None
+        return self.context.activations.moments(self.group.name, first, second)
 
-    Args:
-        activations: moments of all pairs of sources.
-        group: whose units.
-        source: y.
-        targets: the maps `T_k` of every target.
+    def moments_of_mean(self) -> Moments | None:
+        """Return the moments of the mean of all targets (first) and of the source (second).
 
-    Returns:
+        With `x = 1/m sum_k T_k a_k` over m targets and `y = a_s`, all are linear in the moments of
+        pairs, so no pass over data is needed for any mean:
+
+            E[x]     = 1/m   sum_k  T_k E[a_k]
+            E[x x^T] = 1/m^2 sum_kl T_k E[a_k a_l^T] T_l^T
+            E[x y^T] = 1/m   sum_k  T_k E[a_k y^T]
+
         None where the group was never seen.
-    """
-    share = 1 / len(targets)
-    mean: Any = 0
-    square: Any = 0
-    cross: Any = 0
-    found = None
-    for name, maps in targets.items():
-        found = activations.moments(group, name, source)
-        if found is None:
-            return None
-        own = maps.get(group)
-        mean = mean + share * on_first(own, found.first_mean)
-        cross = cross + share * on_first(own, found.cross)
-        for other, theirs in targets.items():
-            seen = found if other == name else activations.moments(group, name, other)
-            assert seen is not None  # seen in one pair, seen in all
-            pair = seen.first if other == name else seen.cross
-            square = square + share**2 * on_first(theirs.get(group), on_first(own, pair).mT).mT
-    return found and replace(found, first_mean=mean, first=square, cross=cross)
+        """
+        found, share = None, 1 / len(self.targets)
+        mean: Any = 0
+        square: Any = 0
+        cross: Any = 0
+        for name in self.targets:
+            found = self.moments(name, self.source)
+            if found is None:
+                return None
+            mean = mean + share * self.mapped(name, found.first_mean)
+            cross = cross + share * self.mapped(name, found.cross)
+            for other in self.targets:
+                pair = self.moments(name, other)
+                assert pair is not None  # seen in one pair, seen in all
+                square = square + share**2 * self.mapped(other, self.mapped(name, pair.cross).mT).mT
+        return found and replace(found, first_mean=mean, first=square, cross=cross)
 
-
-def on_first(change: Map | None, values: Tensor) -> Tensor:
-    """`T values` over the first axis; the values themselves without a map."""
-    if change is None:
-        return values
-    if isinstance(change, LinearMap):
-        return change.matrix.to(values) @ values
-    return values[change]
+    def mapped(self, target: str, values: Tensor) -> Tensor:
+        """Return `T values` over the first axis, with the target's map of the group."""
+        change = self.targets[target].get(self.group.name)
+        if isinstance(change, LinearMap):
+            return change.matrix.to(values) @ values
+        return values if change is None else values[change]
 
 
 def covariances(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,18 +81,16 @@ def covariances(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
 
 def correlation(moments: Moments) -> Tensor:
     """`corr(x_i, y_j)`, `[size, size]`; 0 where either unit does not vary."""
-    first, second, cross = covariances(moments)
-    scales = [
-        _inverse_roots(own.diagonal(), square.diagonal())
-        for own, square in ((first, moments.first), (second, moments.second))
-    ]
-    return scales[0][:, None] * cross * scales[1][None, :]
+    xx, yy, xy = covariances(moments)
+    rows, columns = _inverse_deviations(xx, moments.first), _inverse_deviations(yy, moments.second)
+    return rows[:, None] * xy * columns[None, :]
 
 
-def _inverse_roots(variances: Tensor, squares: Tensor) -> Tensor:
+def _inverse_deviations(covariance: Tensor, square: Tensor) -> Tensor:
     """`1 / sqrt(v)`; 0 where v is rounding of `E[x^2] - E[x]^2`."""
-    lives = variances > 1e-13 * squares
-    return torch.where(lives, variances.where(lives, torch.ones_like(variances)).rsqrt(), 0.0)
+    variances = covariance.diagonal()
+    varies = variances > 1e-13 * square.diagonal()
+    return varies * variances.where(varies, 1.0).rsqrt()
 
 
 def squared_distances(moments: Moments) -> Tensor:
