@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.alignment.base import AlignmentContext, Matched, Matching, Needs, assign
@@ -70,12 +69,6 @@ class MatchingOnData(Matching):
         return Matched(maps, [gain])
 
 
-def permute(gain: Tensor) -> tuple[Tensor, float]:
-    """The permutation p of largest `sum_i gain[i, p[i]]`, and that sum."""
-    order = assign(gain)
-    return order, float(gain.gather(1, order[:, None]).sum())
-
-
 @dataclass(frozen=True)
 class ActivationMatching(MatchingOnData):
     """Each unit goes to the one that it is most like on the same inputs: a permutation.
@@ -108,4 +101,4 @@ class ActivationMatching(MatchingOnData):
                 return None
             gain = correlation(moments) if self.metric == "correlation" else covariances(moments)[2]
             total += units.mapped(target, gain) / len(units.targets)
-        return permute(total)
+        return assign(total)

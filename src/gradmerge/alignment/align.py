@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from gradmerge.alignment.moments import CollectedActivations
 from gradmerge.alignment.symmetry.derive import file_names, to_spec
 from gradmerge.alignment.symmetry.example import candidates
 from gradmerge.alignment.symmetry.handwritten import read_spec
-from gradmerge.alignment.symmetry.spec import Axis, PermutationSpec, share_moved
+from gradmerge.alignment.symmetry.spec import PermutationSpec, share_moved
 from gradmerge.alignment.symmetry.trace import trace
 from gradmerge.alignment.symmetry.verify import verify
 from gradmerge.alignment.views import AlignedView
@@ -36,18 +35,7 @@ def align_sources(
 ) -> tuple[dict[str, Checkpoint], Aligned]:
     """Return views of all sources with their units in one order, and that order.
 
-    Args:
-        method: finds the order.
-        sources: opened, in order.
-        spec: the groups of units.
-        skeleton: the network without weights; not needed with a hand-written specification.
-        private: regular expressions of tensors that stay with their task: they follow the units
-            that they read, but are not compared.
-        statistics: folder that `gradmerge collect` wrote, for methods that need moments on data.
-
-    Raises:
-        ConfigError: a head does not fit the specification, or the statistics that the method needs
-            are missing.
+    Private tensors follow the units that they read, but are not compared.
     """
     _require_heads(spec, sources, private)
     activations = None
@@ -76,31 +64,22 @@ def align_sources(
 def find_spec(
     method: AbstractAlignment, sources: Mapping[str, Checkpoint], skeleton: nn.Module | None
 ) -> PermutationSpec:
-    """Return the specification that a method names, or the traced one.
-
-    Raises:
-        ConfigError: there is no network to trace, or it cannot be traced.
-    """
+    """Return the specification that a method names, or the traced one."""
     first = next(iter(sources.values()))
-    names, example = list(first.infos), getattr(method, "example", None)
-    given = getattr(method, "spec", None)
-    if given is None and skeleton is None:
-        raise ConfigError(
-            f"{type(method).__name__} traces the network to find which units may change places, "
-            "and no source tells which network it is: expected a folder with a config, or a module "
-            "from Python.\nGive one, or a hand-written specification (`spec` of the alignment)."
-        )
-    if given is None:
-        assert skeleton is not None
-        idle = getattr(method, "unreached", ())
-        return traced_spec(skeleton, names, first.label, example, idle)
-    shapes = {name: info.shape for name, info in first.infos.items()}
-    spec = read_spec(given, shapes, skeleton)
-    if skeleton is None:
-        return spec
-    files = file_names(skeleton, bind_or_refuse(skeleton, names, first.label))
-    checked = partial(verify, spec, skeleton, files, written=True)
-    return _first_that_runs(skeleton, example, checked)
+    given, written = getattr(method, "spec", None), None
+    if given is not None:
+        shapes = {name: info.shape for name, info in first.infos.items()}
+        written = read_spec(given, shapes, skeleton)
+    if skeleton is not None:
+        example, unreached = getattr(method, "example", None), getattr(method, "unreached", ())
+        return traced_spec(skeleton, list(first.infos), first.label, example, unreached, written)
+    if written is not None:
+        return written
+    raise ConfigError(
+        f"{type(method).__name__} traces the network to find which units may change places, and no "
+        "source tells which network it is: expected a folder with a config, or a module from "
+        "Python.\nGive one, or a hand-written specification (`spec` of the alignment)."
+    )
 
 
 def traced_spec(
@@ -109,38 +88,15 @@ def traced_spec(
     label: str = "the checkpoint",
     example: Mapping[str, Any] | None = None,
     unreached: Sequence[str] = (),
+    written: PermutationSpec | None = None,
 ) -> PermutationSpec:
-    """Trace the groups of a network, and check them on random weights.
-
-    Args:
-        skeleton: the network; its weights are not used.
-        names: tensors by their names in the files.
-        label: whose names they are, for messages.
-        example: arguments of its forward: tensors, or shapes; default: derived.
-        unreached: regular expressions of parameters that take no part in the network.
-
-    Raises:
-        ConfigError: the network cannot be run or traced, or a permutation changes its output.
-    """
+    """Trace the groups of a network (or take written ones), and check them on random weights."""
     binding = bind_or_refuse(skeleton, names, label)
-    files = file_names(skeleton, binding)
-
-    def attempt(inputs: Mapping[str, Any]) -> PermutationSpec:
-        spec = to_spec(trace(skeleton, inputs, unreached), skeleton, binding)
-        return verify(spec, skeleton, files, inputs)
-
-    return _first_that_runs(skeleton, example, attempt)
-
-
-def _first_that_runs(
-    skeleton: nn.Module,
-    example: Mapping[str, Any] | None,
-    attempt: Callable[[Mapping[str, Any]], PermutationSpec],
-) -> PermutationSpec:
-    failures = []
+    files, failures = file_names(skeleton, binding), []
     for inputs in candidates(skeleton, example):
         try:
-            return attempt(inputs)
+            spec = written or to_spec(trace(skeleton, inputs, unreached), skeleton, binding)
+            return verify(spec, skeleton, files, inputs, written=written is not None)
         except GradmergeError:
             raise
         except Exception as error:  # whatever a network raises on an input that is not its own
@@ -149,8 +105,7 @@ def _first_that_runs(
             failures.append(f"{described}: {type(error).__name__}: {error}")
     raise ConfigError(
         f"alignment: {type(skeleton).__name__} does not run on {shorten(failures, 2)}. Give "
-        "`example` of the alignment: shapes by the name of the argument, e.g. "
-        "{x: [1, 3, 32, 32]}."
+        "`example` of the alignment: shapes by the name of the argument, e.g. {x: [1, 3, 32, 32]}."
     )
 
 
@@ -175,11 +130,7 @@ def compared(
 def _require_heads(
     spec: PermutationSpec, sources: Mapping[str, Checkpoint], private: Sequence[str]
 ) -> None:
-    """Reject heads with other tensors than the specification: their inputs would not be permuted.
-
-    Raises:
-        ConfigError: a head has other tensors, or of other sizes.
-    """
+    """Reject heads with other tensors than the specification, whose inputs would stay."""
     first = next(iter(sources.values()))
     for name, checkpoint in sources.items():
         own = [n for n in checkpoint.infos if is_private(n, private) and n not in first.infos]
@@ -190,15 +141,12 @@ def _require_heads(
                 "cannot follow the permutation. Rename them like those of the first source."
             )
         for tensor, axes in spec.tensors.items():
-            shape = checkpoint.infos[tensor].shape if tensor in checkpoint.infos else None
-            if shape is not None and not _fits(axes, shape):
+            if tensor not in checkpoint.infos:
+                continue
+            shape = checkpoint.infos[tensor].shape
+            pairs = zip(axes, shape, strict=False)
+            if len(axes) != len(shape) or any(a.size != n for a, n in pairs if a.groups):
                 raise ConfigError(
                     f"alignment: {tensor} of source {name} is {list(shape)}, the specification "
                     f"says {[axis.size for axis in axes]}; its units cannot be told."
                 )
-
-
-def _fits(axes: Sequence[Axis], shape: Sequence[int]) -> bool:
-    """True if a tensor has all units of its axes; axes without groups may be of another size."""
-    pairs = zip(axes, shape, strict=False)
-    return len(axes) == len(shape) and all(a.size == n for a, n in pairs if a.groups)

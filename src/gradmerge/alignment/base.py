@@ -247,16 +247,12 @@ class Matching(AbstractAlignment):
         return Aligned(maps, objective, {"reference": "mean", "rounds": rounds})
 
 
-def assign(gain: Tensor) -> Tensor:
-    """The permutation p of largest `sum_i gain[i, p[i]]`, int64 `[size]` (Jonker-Volgenant).
-
-    Raises:
-        ConfigError: the gain is not finite, which weights or activations with NaN cause.
-    """
+def assign(gain: Tensor) -> tuple[Tensor, float]:
+    """The permutation p of largest `sum_i gain[i, p[i]]` (Jonker-Volgenant), and that sum."""
     if not bool(torch.isfinite(gain).all()):
         raise ConfigError(
             "alignment: weights or activations are not finite, so units cannot be matched. Check "
             "the sources for NaN and infinity."
         )
-    _, columns = linear_sum_assignment(gain.double().cpu().numpy(), maximize=True)
-    return torch.from_numpy(columns).to(torch.int64)
+    rows, columns = linear_sum_assignment(gain.numpy(), maximize=True)
+    return torch.from_numpy(columns).to(torch.int64), float(gain[rows, columns].sum())

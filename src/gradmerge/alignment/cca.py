@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.alignment.activation import permute
+from gradmerge.alignment.base import assign
 from gradmerge.alignment.mixing import MixingOnData, kept_apart
 from gradmerge.alignment.moments import Pairing, correlation, covariances
 from gradmerge.alignment.symmetry.spec import Group, LinearMap, Map
@@ -49,7 +49,7 @@ class CCA(MixingOnData):
         if moments is None:
             return None
         if kept_apart(units.context.spec, units.group.name) is not None:
-            return permute(correlation(moments))
+            return assign(correlation(moments))
         xx, yy, xy = covariances(moments)
         root_x, inverse_x = self._roots(units.group, xx)
         root_y, inverse_y = self._roots(units.group, yy)

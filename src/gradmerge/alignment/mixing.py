@@ -1,9 +1,4 @@
-"""Matchings whose maps mix units: CCA and optimal transport.
-
-Their maps are no symmetry of a network with element-wise functions between its layers, so a source
-keeps its function only approximately. Where a mixture makes no sense at all a group keeps a
-permutation (`kept_apart`).
-"""
+"""Matchings whose maps mix units, where units may be mixed: CCA and optimal transport."""
 
 from __future__ import annotations
 
@@ -48,7 +43,10 @@ def _is_layer_or_batch_norm(spec: PermutationSpec, owner: str) -> bool:
 
 @dataclass(frozen=True)
 class MixingOnData(MatchingOnData):
-    """A matching by linear maps, with permutations where units must not be mixed.
+    """A matching by linear maps, with permutations where units must not be mixed (`kept_apart`).
+
+    Linear maps are no symmetry of a network with element-wise functions between its layers, so a
+    source keeps its function only approximately.
 
     With `reference: mean` each source is matched to the mean of those before it, once, in their
     order: maps that mix would shrink the mean from round to round.

@@ -45,20 +45,20 @@ class Pairing:
 
         None where the group was never seen.
         """
-        found, share = None, 1 / len(self.targets)
-        mean: Any = 0
-        square: Any = 0
-        cross: Any = 0
+        size, share = self.group.size, 1 / len(self.targets)
+        mean = torch.zeros(size, dtype=torch.float64)
+        square, cross = torch.zeros(2, size, size, dtype=torch.float64)
+        found = None
         for name in self.targets:
             found = self.moments(name, self.source)
             if found is None:
                 return None
-            mean = mean + share * self.mapped(name, found.first_mean)
-            cross = cross + share * self.mapped(name, found.cross)
+            mean += share * self.mapped(name, found.first_mean)
+            cross += share * self.mapped(name, found.cross)
             for other in self.targets:
                 pair = self.moments(name, other)
                 assert pair is not None  # seen in one pair, seen in all
-                square = square + share**2 * self.mapped(other, self.mapped(name, pair.cross).mT).mT
+                square += share**2 * self.mapped(other, self.mapped(name, pair.cross).mT).mT
         return found and replace(found, first_mean=mean, first=square, cross=cross)
 
     def mapped(self, target: str, values: Tensor) -> Tensor:
@@ -119,17 +119,7 @@ def plain_places(group: Group) -> list[dict[str, Any]]:
 
 
 class CollectedActivations:
-    """Moments by group and pair of sources, out of a folder.
-
-    Args:
-        folder: written by `gradmerge collect`.
-        spec: the groups that are to be aligned.
-        fingerprints: content hash of every source as it is, before any alignment.
-
-    Raises:
-        ConfigError: the folder holds no activations, or of other groups of units.
-        FingerprintError: it is of other weights.
-    """
+    """Moments by group and pair of sources, out of a folder of statistics."""
 
     def __init__(self, folder: str, spec: PermutationSpec, fingerprints: Mapping[str, str]) -> None:
         self._statistics = SourceStatistics(folder)
@@ -148,11 +138,7 @@ class CollectedActivations:
             )
 
     def moments(self, group: str, first: str, second: str) -> Moments | None:
-        """Return a group's moments in two sources; None where it was never seen.
-
-        Raises:
-            ConfigError: the two sources were not compared.
-        """
+        """Return a group's moments in two sources; None where it was never seen."""
         place = self._groups.get(group)
         if place is None:
             return None
@@ -172,11 +158,5 @@ class CollectedActivations:
                 f"statistics: {self._statistics.folder} does not compare {first} with {second}: it "
                 "was collected for another reference. Collect again with this recipe."
             )
-        return Moments(
-            place["rows"],
-            read(f"mean-{one}"),
-            read(f"mean-{two}"),
-            read(f"square-{one}"),
-            read(f"square-{two}"),
-            cross,
-        )
+        means = read(f"mean-{one}"), read(f"mean-{two}")
+        return Moments(place["rows"], *means, read(f"square-{one}"), read(f"square-{two}"), cross)

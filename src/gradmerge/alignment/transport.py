@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.alignment.activation import permute
-from gradmerge.alignment.base import Needs
+from gradmerge.alignment.base import Needs, assign
 from gradmerge.alignment.mixing import MixingOnData, kept_apart
 from gradmerge.alignment.moments import Pairing, correlation, squared_distances
 from gradmerge.alignment.symmetry.spec import LinearMap, Map, Maps
@@ -88,7 +87,7 @@ class OptimalTransport(MixingOnData):
         apart = kept_apart(units.context.spec, units.group.name) is not None
         level = 0.0 if apart else self.regularisation * float(costs.median())
         if level == 0:
-            return permute(-costs)
+            return assign(-costs)
         plan = len(costs) * sinkhorn(costs, level, self.tolerance, self.iterations)
         return LinearMap(plan, plan.mT), -float((plan * costs).sum())
 
@@ -136,17 +135,8 @@ def sinkhorn(
 
     which is concave. A step that does not raise F is shortened.
 
-    Args:
-        cost: `[n, n]`, float64.
-        regularisation: r, in units of the cost, above 0.
-        tolerance: on the sum of absolute errors of the marginals.
-        iterations: maximum number of updates at the last r.
-
-    Returns:
-        P, `[n, n]`; its entries sum to 1.
-
-    Raises:
-        ConfigError: the marginals are not met in so many iterations.
+    `cost` is float64, `regularisation` is r, and `tolerance` bounds the sum of absolute errors of
+    the marginals, which at most so many iterations at the last r must meet.
     """
     potential = torch.zeros(len(cost), dtype=cost.dtype)
     levels = [regularisation]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import combinations
 from operator import itemgetter
 
 import torch
@@ -15,6 +16,7 @@ from gradmerge.alignment.base import AlignmentContext, Matched, Matching, assign
 from gradmerge.alignment.symmetry.spec import Map, Maps, Use
 from gradmerge.errors import require
 
+# Columns that are multiplied in float64 at a time.
 _PART = 1 << 14
 
 
@@ -101,12 +103,12 @@ class _Descent:
         """Give a group its best permutation, and return the gain: 0 where it keeps the old one."""
         uses, old = self.uses[group], self.maps[group]
         scores = self._scores(uses, group)
-        proposed = [assign(scores)]
+        proposed = [assign(scores)[0]]
         crossed = _crossed(uses)
         if crossed:  # not linear in this group: measure the gain of each permutation
             once = [use for use in uses if use.tensor not in crossed]
             if once:
-                proposed.append(assign(self._scores(once, group)))
+                proposed.append(assign(self._scores(once, group))[0])
             names = list(dict.fromkeys(use.tensor for use in uses))
             before, gains = self._objective(names)[0], []
             for self.maps[group] in proposed:
@@ -123,31 +125,27 @@ class _Descent:
         spec = self.context.spec
         total = torch.zeros((spec.groups[group].size,) * 2, dtype=torch.float64)
         for use in uses:
-            target, mine = self._target(use.tensor), self._source(use.tensor)
-            others = spec.apply(self.maps, use.tensor, mine, skip=use)
-            one, two = spec.expose(use, target), spec.expose(use, others)
-            for start in range(0, one.shape[1], _PART):  # in float64, a part at a time
-                part = slice(start, start + _PART)
-                total += one[:, part].double() @ two[:, part].double().T
+            target, mine = self._read(use.tensor)
+            mine = spec.apply(self.maps, use.tensor, mine, skip=use)
+            one, two = spec.expose(use, target), spec.expose(use, mine)
+            for x, y in zip(one.split(_PART, dim=1), two.split(_PART, dim=1), strict=True):
+                total += x.double() @ y.double().T
         return total
 
-    def _objective(self, names: list[str]) -> tuple[float, float]:
+    def _objective(self, names: Sequence[str]) -> tuple[float, float]:
         """The sum of inner products, and of products of norms."""
         value = scale = 0.0
         for name in names:
-            target, mine = self._target(name).double(), self._source(name).double()
-            mapped = self.context.spec.apply(self.maps, name, mine)
-            value += float((target * mapped).sum())
+            target, mine = (tensor.double() for tensor in self._read(name))
+            value += float((target * self.context.spec.apply(self.maps, name, mine)).sum())
             scale += float(target.norm() * mine.norm())
         return value, scale
 
-    def _source(self, name: str) -> Tensor:
-        return _wide(self.context.read(self.source, name))
-
-    def _target(self, name: str) -> Tensor:
-        """The mean of the targets, each under its maps."""
+    def _read(self, name: str) -> tuple[Tensor, Tensor]:
+        """The mean of the targets, each under its maps, and the source as it is."""
         every = (_wide(self.context.read(t, name, maps)) for t, maps in self.targets.items())
-        return reduce(torch.add, every) / len(self.targets)
+        target = reduce(torch.add, every) / len(self.targets)
+        return target, _wide(self.context.read(self.source, name))
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -156,10 +154,8 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _crossed(uses: Sequence[Use]) -> set[str]:
     """Tensors in which the group multiplies itself: on two axes, or twice in one product."""
-    found = set()
-    for i, one in enumerate(uses):
-        for two in uses[:i]:
-            same = (one.axis, one.segment) == (two.axis, two.segment)
-            if one.tensor == two.tensor and (one.axis != two.axis or same):
-                found.add(one.tensor)
-    return found
+    return {
+        one.tensor
+        for one, two in combinations(uses, 2)
+        if one.tensor == two.tensor and (one.axis != two.axis or one.segment == two.segment)
+    }
