@@ -111,7 +111,8 @@ class _Descent:
                 proposed.append(assign(self._scores(once, group))[0])
             names = list(dict.fromkeys(use.tensor for use in uses))
             before, gains = self._objective(names)[0], []
-            for self.maps[group] in proposed:
+            for permutation in proposed:
+                self.maps[group] = permutation
                 gains.append(self._objective(names)[0] - before)
         else:
             rows = torch.arange(len(scores))
