@@ -22,7 +22,7 @@ from gradmerge.alignment import (
 )
 from gradmerge.alignment.mixing import kept_apart
 from gradmerge.alignment.moments import Pairing, correlation, covariances, squared_distances
-from gradmerge.alignment.symmetry.spec import Axis, Factor, Group, Segment
+from gradmerge.alignment.symmetry.spec import Axis, Factor, Group, Place, Segment
 from gradmerge.alignment.transport import sinkhorn
 from gradmerge.errors import ConfigError
 from permutations import plain_axis
@@ -38,15 +38,17 @@ class Seen:
         self.rows = rows
 
     def moments(self, group, first, second):
-        if group != "units":
-            return None
+        assert group == "units"
         a, b = self.rows[first], self.rows[second]
         n = len(a)
         return Moments(n, a.mean(0), b.mean(0), a.T @ a / n, b.T @ b / n, a.T @ b / n)
 
 
+GROUP = Group("units", SIZE, (Place("l", -1, 0, (SIZE,), 0),))
+
+
 def spec_of(**tensors):
-    return PermutationSpec({"units": Group("units", SIZE)}, tensors)
+    return PermutationSpec({"units": GROUP}, tensors)
 
 
 PLAIN = spec_of(w=(plain_axis([SIZE], ["units"]), plain_axis([3], [None], "in")))
@@ -111,15 +113,13 @@ def test_moments_of_a_mean_are_those_of_mean_activations():
         "c": {"units": LinearMap(matrix, torch.linalg.inv(matrix))},
     }
     context = context_of(a=a, b=b, c=c, y=y)
-    came = Pairing(context, Group("units", SIZE), "y", targets, {}).moments_of_mean()
+    came = Pairing(context, GROUP, "y", targets, {}).moments_of_mean()
     mean = (a[:, order] + b + c @ matrix.T) / 3
     expected = Seen(m=mean, y=y).moments("units", "m", "y")
     for part in ("first_mean", "second_mean", "first", "second", "cross"):
         torch.testing.assert_close(
             getattr(came, part), getattr(expected, part), rtol=1e-12, atol=1e-12
         )
-    others = Group("others", 3)
-    assert Pairing(context, others, "y", {"a": {}}, {}).moments_of_mean() is None
 
 
 # ---- activation matching --------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_methods_on_data_say_what_they_miss():
     spec = PermutationSpec({"others": Group("others", 3)}, {})
     with pytest.raises(ConfigError, match="no group of units was seen in any module's output"):
         aligned(CCA(), spec, a=correlated(0), b=correlated(1))
-    both = PermutationSpec({"units": Group("units", SIZE), "others": Group("others", 3)}, {})
+    both = PermutationSpec({"units": GROUP, "others": Group("others", 3)}, {})
     with pytest.warns(UserWarning, match="1 groups are the output of no module and stay in their"):
         found = aligned(ActivationMatching(), both, a=correlated(0), b=correlated(1))
     assert set(found.maps["b"]) == {"units"}

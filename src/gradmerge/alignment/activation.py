@@ -27,8 +27,8 @@ class MatchingOnData(Matching):
         return "activations"
 
     @abstractmethod
-    def match_group(self, units: Pairing) -> tuple[Map, float] | None:
-        """Return the map of one group and its gain; None where the group was never seen."""
+    def match_group(self, units: Pairing) -> tuple[Map, float]:
+        """Return the map of one group and its gain."""
 
     def match(
         self, context: AlignmentContext, source: str, targets: Mapping[str, Maps], start: Maps
@@ -46,16 +46,10 @@ class MatchingOnData(Matching):
                 "collect` with this recipe and its data, and name the output: statistics of the "
                 "recipe."
             )
-        maps: dict[str, Map] = {}
-        gain, unseen = 0.0, []
-        for name, group in context.spec.groups.items():
-            found = self.match_group(Pairing(context, group, source, targets, maps))
-            if found is None:
-                unseen.append(name)
-                continue
-            maps[name] = found[0]
-            gain += found[1]
-        if unseen and not maps:
+        groups = context.spec.groups
+        seen = {n: group for n, group in groups.items() if group.places or self.needs is None}
+        unseen = [name for name in groups if name not in seen]
+        if unseen and not seen:
             raise ConfigError(
                 f"{kind}: no group of units was seen in any module's output, so nothing can be "
                 f"matched; groups are {shorten(unseen)}. Use WeightMatching."
@@ -66,7 +60,12 @@ class MatchingOnData(Matching):
                 f"order: {shorten(unseen)}.",
                 stacklevel=2,
             )
-        return Matched(maps, [gain])
+        maps: dict[str, Map] = {}
+        total = 0.0
+        for name, group in seen.items():
+            maps[name], gain = self.match_group(Pairing(context, group, source, targets, maps))
+            total += gain
+        return Matched(maps, [total])
 
 
 @dataclass(frozen=True)
@@ -93,12 +92,10 @@ class ActivationMatching(MatchingOnData):
         require(known, "ActivationMatching.metric", "correlation or covariance", repr(self.metric))
 
     @override
-    def match_group(self, units: Pairing) -> tuple[Map, float] | None:
+    def match_group(self, units: Pairing) -> tuple[Map, float]:
         total = torch.zeros(units.group.size, units.group.size, dtype=torch.float64)
         for target in units.targets:
             moments = units.moments(target, units.source)
-            if moments is None:
-                return None
             gain = correlation(moments) if self.metric == "correlation" else covariances(moments)[2]
             total += units.mapped(target, gain) / len(units.targets)
         return assign(total)

@@ -54,8 +54,8 @@ class Moments:
 class Activations(Protocol):
     """Moments of the sources' units."""
 
-    def moments(self, group: str, first: str, second: str) -> Moments | None:
-        """Return a group's moments in two sources; None where it was never seen (has no place)."""
+    def moments(self, group: str, first: str, second: str) -> Moments:
+        """Return the moments of a group that has a place, in two sources."""
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,8 @@ class CCA(MixingOnData):
         require(self.gamma >= 0, "CCA.gamma", "0 or more", self.gamma)
 
     @override
-    def match_group(self, units: Pairing) -> tuple[Map, float] | None:
+    def match_group(self, units: Pairing) -> tuple[Map, float]:
         moments = units.moments_of_mean()
-        if moments is None:
-            return None
         if kept_apart(units.context.spec, units.group.name) is not None:
             return assign(correlation(moments))
         xx, yy, xy = covariances(moments)

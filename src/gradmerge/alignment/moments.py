@@ -28,12 +28,12 @@ class Pairing:
     maps: Maps
     """Maps of the source's groups before this one."""
 
-    def moments(self, first: str, second: str) -> Moments | None:
-        """Return the group's moments in two sources; None where it was never seen."""
+    def moments(self, first: str, second: str) -> Moments:
+        """Return the group's moments in two sources."""
         assert self.context.activations is not None
         return self.context.activations.moments(self.group.name, first, second)
 
-    def moments_of_mean(self) -> Moments | None:
+    def moments_of_mean(self) -> Moments:
         """Return the moments of the mean of all targets (first) and of the source (second).
 
         With `x = 1/m sum_k T_k a_k` over m targets and `y = a_s`, all are linear in the moments of
@@ -42,24 +42,18 @@ class Pairing:
             E[x]     = 1/m   sum_k  T_k E[a_k]
             E[x x^T] = 1/m^2 sum_kl T_k E[a_k a_l^T] T_l^T
             E[x y^T] = 1/m   sum_k  T_k E[a_k y^T]
-
-        None where the group was never seen.
         """
         size, share = self.group.size, 1 / len(self.targets)
         mean = torch.zeros(size, dtype=torch.float64)
         square, cross = torch.zeros(2, size, size, dtype=torch.float64)
-        found = None
         for name in self.targets:
             found = self.moments(name, self.source)
-            if found is None:
-                return None
             mean += share * self.mapped(name, found.first_mean)
             cross += share * self.mapped(name, found.cross)
             for other in self.targets:
-                pair = self.moments(name, other)
-                assert pair is not None  # seen in one pair, seen in all
-                square += share**2 * self.mapped(other, self.mapped(name, pair.cross).mT).mT
-        return found and replace(found, first_mean=mean, first=square, cross=cross)
+                pair = self.mapped(name, self.moments(name, other).cross)
+                square += share**2 * self.mapped(other, pair.mT).mT
+        return replace(found, first_mean=mean, first=square, cross=cross)
 
     def mapped(self, target: str, values: Tensor) -> Tensor:
         """Return `T values` over the first axis, with the target's map of the group."""
@@ -137,11 +131,9 @@ class CollectedActivations:
                 "collected, or elsewhere in the network.\nCollect again with this recipe."
             )
 
-    def moments(self, group: str, first: str, second: str) -> Moments | None:
-        """Return a group's moments in two sources; None where it was never seen."""
-        place = self._groups.get(group)
-        if place is None:
-            return None
+    def moments(self, group: str, first: str, second: str) -> Moments:
+        """Return the moments of a group that has a place, in two sources."""
+        place = self._groups[group]
         one, two = self._order.index(first), self._order.index(second)
 
         def read(key: str) -> Any:

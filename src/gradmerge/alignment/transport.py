@@ -80,10 +80,8 @@ class OptimalTransport(MixingOnData):
         return self.regularisation > 0  # an exact assignment permutes
 
     @override
-    def match_group(self, units: Pairing) -> tuple[Map, float] | None:
+    def match_group(self, units: Pairing) -> tuple[Map, float]:
         costs = self._costs(units)
-        if costs is None:
-            return None
         apart = kept_apart(units.context.spec, units.group.name) is not None
         level = 0.0 if apart else self.regularisation * float(costs.median())
         if level == 0:
@@ -91,7 +89,7 @@ class OptimalTransport(MixingOnData):
         plan = len(costs) * sinkhorn(costs, level, self.tolerance, self.iterations)
         return LinearMap(plan, plan.mT), -float((plan * costs).sum())
 
-    def _costs(self, units: Pairing) -> Tensor | None:
+    def _costs(self, units: Pairing) -> Tensor:
         if self.ground == "weights":
             every = [_written_into(units, target, maps) for target, maps in units.targets.items()]
             x, y = torch.stack(every).mean(dim=0), _written_into(units, units.source, units.maps)
@@ -99,8 +97,6 @@ class OptimalTransport(MixingOnData):
             squares = distances.square() / max(1, x.shape[1])
         else:
             moments = units.moments_of_mean()
-            if moments is None:
-                return None
             if self.cost == "correlation":
                 return 1 - correlation(moments)
             squares = squared_distances(moments)
