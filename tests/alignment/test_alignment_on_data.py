@@ -21,8 +21,8 @@ from gradmerge.alignment import (
     PermutationSpec,
 )
 from gradmerge.alignment.mixing import kept_apart
-from gradmerge.alignment.moments import correlation, covariances, squared_distances, with_mean
-from gradmerge.alignment.symmetry.spec import Axis, Factor, Group, Segment
+from gradmerge.alignment.moments import Pairing, correlation, covariances, squared_distances
+from gradmerge.alignment.symmetry.spec import Axis, Factor, Group, Place, Segment
 from gradmerge.alignment.transport import sinkhorn
 from gradmerge.errors import ConfigError
 from permutations import plain_axis
@@ -38,15 +38,17 @@ class Seen:
         self.rows = rows
 
     def moments(self, group, first, second):
-        if group != "units":
-            return None
+        assert group == "units"
         a, b = self.rows[first], self.rows[second]
         n = len(a)
         return Moments(n, a.mean(0), b.mean(0), a.T @ a / n, b.T @ b / n, a.T @ b / n)
 
 
+GROUP = Group("units", SIZE, (Place("l", -1, 0, (SIZE,), 0),))
+
+
 def spec_of(**tensors):
-    return PermutationSpec({"units": Group("units", SIZE)}, tensors)
+    return PermutationSpec({"units": GROUP}, tensors)
 
 
 PLAIN = spec_of(w=(plain_axis([SIZE], ["units"]), plain_axis([3], [None], "in")))
@@ -110,14 +112,14 @@ def test_moments_of_a_mean_are_those_of_mean_activations():
         "b": {},
         "c": {"units": LinearMap(matrix, torch.linalg.inv(matrix))},
     }
-    came = with_mean(Seen(a=a, b=b, c=c, y=y), "units", "y", targets)
+    context = context_of(a=a, b=b, c=c, y=y)
+    came = Pairing(context, GROUP, "y", targets, {}).moments_of_mean()
     mean = (a[:, order] + b + c @ matrix.T) / 3
     expected = Seen(m=mean, y=y).moments("units", "m", "y")
     for part in ("first_mean", "second_mean", "first", "second", "cross"):
         torch.testing.assert_close(
             getattr(came, part), getattr(expected, part), rtol=1e-12, atol=1e-12
         )
-    assert with_mean(Seen(a=a, y=y), "others", "y", {"a": {}}) is None
 
 
 # ---- activation matching --------------------------------------------------------------------
@@ -198,12 +200,12 @@ def test_rounds_towards_the_mean_raise_the_sum_over_pairs_and_end(metric):
 
 def test_methods_on_data_say_what_they_miss():
     context = AlignmentContext(PLAIN, {"a": None, "b": None}, ())
-    with pytest.raises(ConfigError, match="ActivationMatching needs statistics of the sources'"):
+    with pytest.raises(ConfigError, match="ActivationMatching needs the sources' activations on"):
         ActivationMatching().align(context)
     spec = PermutationSpec({"others": Group("others", 3)}, {})
     with pytest.raises(ConfigError, match="no group of units was seen in any module's output"):
         aligned(CCA(), spec, a=correlated(0), b=correlated(1))
-    both = PermutationSpec({"units": Group("units", SIZE), "others": Group("others", 3)}, {})
+    both = PermutationSpec({"units": GROUP, "others": Group("others", 3)}, {})
     with pytest.warns(UserWarning, match="1 groups are the output of no module and stay in their"):
         found = aligned(ActivationMatching(), both, a=correlated(0), b=correlated(1))
     assert set(found.maps["b"]) == {"units"}
@@ -431,9 +433,9 @@ def test_gains_are_those_of_the_nearest_diagonal():
         (CCA, {"gamma": -1.0}, "CCA.gamma: expected 0 or more, got -1.0"),
         (CCA, {"gamma": math.nan}, "CCA.gamma: expected 0 or more, got nan"),
         (OptimalTransport, {"regularisation": -0.1}, "regularisation: expected 0 or more"),
-        (OptimalTransport, {"cost": "cosine"}, "expected euclidean, squared or correlation"),
-        (OptimalTransport, {"tolerance": 0.0}, "expected a tolerance above 0 and at least one"),
-        (OptimalTransport, {"iterations": 0}, "expected a tolerance above 0 and at least one"),
+        (OptimalTransport, {"cost": "cosine"}, "expected euclidean, squared or"),
+        (OptimalTransport, {"tolerance": 0.0}, "tolerance: expected a number above 0, got 0.0"),
+        (OptimalTransport, {"iterations": 0}, "iterations: expected at least 1, got 0"),
     ],
 )
 def test_bad_options_are_refused(kind, options, message):

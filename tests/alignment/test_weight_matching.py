@@ -185,7 +185,7 @@ def test_three_networks_meet_at_their_running_mean() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(ConfigError, match="max_iter: expected a positive number, got 0"):
         WeightMatching(max_iter=0)
-    with pytest.raises(ConfigError, match="tolerance and restarts of at least 0"):
+    with pytest.raises(ConfigError, match="restarts: expected at least 0, got -1"):
         WeightMatching(restarts=-1)
 
 
@@ -394,7 +394,7 @@ def test_mergekit_cannot_express_an_alignment() -> None:
 
 def test_identity_leaves_sources_as_they_are() -> None:
     net = mlp()
-    views, order = align_sources(Identity(), opened(a=net, b=net), None)
+    views, order = align_sources(Identity(), opened(a=net, b=net), PermutationSpec({}, {}))
     assert not any(isinstance(view, AlignedView) for view in views.values())
     assert order.maps == {"a": {}, "b": {}}
     assert open_plan(recipe(net, net, alignment=Identity())).order is None

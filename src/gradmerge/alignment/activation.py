@@ -9,20 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.alignment.base import (
-    AlignmentContext,
-    Matched,
-    Matching,
-    Needs,
-    assign,
-    require_one_of,
-)
-from gradmerge.alignment.moments import correlation, covariances, on_first
-from gradmerge.alignment.symmetry.spec import Group, Map, Maps
-from gradmerge.errors import ConfigError, shorten
+from gradmerge.alignment.base import AlignmentContext, Matched, Matching, Needs, assign
+from gradmerge.alignment.moments import Pairing, correlation, covariances
+from gradmerge.alignment.symmetry.spec import Map, Maps
+from gradmerge.errors import ConfigError, require, shorten
 
 
 @dataclass(frozen=True)
@@ -35,23 +27,8 @@ class MatchingOnData(Matching):
         return "activations"
 
     @abstractmethod
-    def match_group(
-        self,
-        context: AlignmentContext,
-        group: Group,
-        source: str,
-        targets: Mapping[str, Maps],
-        maps: Maps,
-    ) -> tuple[Map, float] | None:
-        """Return the map of one group and its gain; None where the group was never seen.
-
-        Args:
-            context: the sources, their groups and their moments.
-            group: whose units.
-            source: whose units are moved.
-            targets: the others, each with the maps that it is read under.
-            maps: of the source's groups before this one.
-        """
+    def match_group(self, units: Pairing) -> tuple[Map, float]:
+        """Return the map of one group and its gain."""
 
     def match(
         self, context: AlignmentContext, source: str, targets: Mapping[str, Maps], start: Maps
@@ -64,20 +41,15 @@ class MatchingOnData(Matching):
         kind = type(self).__name__
         if self.needs is not None and context.activations is None:
             raise ConfigError(
-                f"{kind} needs statistics of the sources' activations, and none are given.\nGive "
-                "`gradmerge merge` the tasks' data as well; or run `gradmerge collect` with the "
-                "same files, and name its output: statistics of the recipe."
+                f"{kind} needs the sources' activations on data, and the recipe names no "
+                "statistics.\nGive `gradmerge merge` the tasks' data as well; or run `gradmerge "
+                "collect` with this recipe and its data, and name the output: statistics of the "
+                "recipe."
             )
-        maps: dict[str, Map] = {}
-        gain, unseen = 0.0, []
-        for name, group in context.spec.groups.items():
-            found = self.match_group(context, group, source, targets, maps)
-            if found is None:
-                unseen.append(name)
-                continue
-            maps[name] = found[0]
-            gain += found[1]
-        if unseen and not maps:
+        groups = context.spec.groups
+        seen = {n: group for n, group in groups.items() if group.places or self.needs is None}
+        unseen = [name for name in groups if name not in seen]
+        if unseen and not seen:
             raise ConfigError(
                 f"{kind}: no group of units was seen in any module's output, so nothing can be "
                 f"matched; groups are {shorten(unseen)}. Use WeightMatching."
@@ -88,13 +60,12 @@ class MatchingOnData(Matching):
                 f"order: {shorten(unseen)}.",
                 stacklevel=2,
             )
-        return Matched(maps, [gain])
-
-
-def permute(gain: Tensor) -> tuple[Tensor, float]:
-    """The permutation p of largest `sum_i gain[i, p[i]]`, and that sum."""
-    order = assign(gain)
-    return order, float(gain.gather(1, order[:, None]).sum())
+        maps: dict[str, Map] = {}
+        total = 0.0
+        for name, group in seen.items():
+            maps[name], gain = self.match_group(Pairing(context, group, source, targets, maps))
+            total += gain
+        return Matched(maps, [total])
 
 
 @dataclass(frozen=True)
@@ -117,23 +88,14 @@ class ActivationMatching(MatchingOnData):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        require_one_of(self, "metric", "correlation", "covariance")
+        known = self.metric in ("correlation", "covariance")
+        require(known, "ActivationMatching.metric", "correlation or covariance", repr(self.metric))
 
     @override
-    def match_group(
-        self,
-        context: AlignmentContext,
-        group: Group,
-        source: str,
-        targets: Mapping[str, Maps],
-        maps: Maps,
-    ) -> tuple[Map, float] | None:
-        assert context.activations is not None
-        total = torch.zeros(group.size, group.size, dtype=torch.float64)
-        for target, own in targets.items():
-            moments = context.activations.moments(group.name, target, source)
-            if moments is None:
-                return None
+    def match_group(self, units: Pairing) -> tuple[Map, float]:
+        total = torch.zeros(units.group.size, units.group.size, dtype=torch.float64)
+        for target in units.targets:
+            moments = units.moments(target, units.source)
             gain = correlation(moments) if self.metric == "correlation" else covariances(moments)[2]
-            total += on_first(own.get(group.name), gain) / len(targets)
-        return permute(total)
+            total += units.mapped(target, gain) / len(units.targets)
+        return assign(total)

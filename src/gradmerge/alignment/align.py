@@ -2,130 +2,84 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from gradmerge.alignment.base import AbstractAlignment, Activations, AlignmentContext
+from gradmerge.alignment.base import AbstractAlignment, Aligned, AlignmentContext
+from gradmerge.alignment.moments import CollectedActivations
 from gradmerge.alignment.symmetry.derive import file_names, to_spec
 from gradmerge.alignment.symmetry.example import candidates
 from gradmerge.alignment.symmetry.handwritten import read_spec
-from gradmerge.alignment.symmetry.spec import Axis, LinearMap, Maps, PermutationSpec, share_moved
+from gradmerge.alignment.symmetry.spec import PermutationSpec, share_moved
 from gradmerge.alignment.symmetry.trace import trace
 from gradmerge.alignment.symmetry.verify import verify
 from gradmerge.alignment.views import AlignedView
 from gradmerge.errors import ConfigError, GradmergeError, shorten
 from gradmerge.sources import Checkpoint
-from gradmerge.sources.base import tensor_bytes
+from gradmerge.sources.base import fingerprints_of
 from gradmerge.sources.compatibility import is_private
 from gradmerge.sources.skeleton import bind_or_refuse
-
-
-@dataclass(frozen=True)
-class UnitOrder:
-    """The maps that an alignment found for a merge's sources."""
-
-    spec: PermutationSpec
-    maps: Mapping[str, Maps]
-    """By source, by group."""
-    report: dict[str, Any] = field(default_factory=dict)
-    """Method, objectives and the share of units moved, as plain data."""
-
-    def fingerprint(self) -> str:
-        """SHA-256 over all maps."""
-        digest = hashlib.sha256()
-        for source, maps in self.maps.items():
-            for group in sorted(maps):
-                change = maps[group]
-                digest.update(f"{source}|{group}|".encode())
-                parts = change if isinstance(change, LinearMap) else (change,)
-                for part in parts:
-                    digest.update(tensor_bytes(part))
-        return digest.hexdigest()
 
 
 def align_sources(
     method: AbstractAlignment,
     sources: Mapping[str, Checkpoint],
-    skeleton: nn.Module | None,
+    spec: PermutationSpec,
+    skeleton: nn.Module | None = None,
     private: Sequence[str] = (),
-    activations: Callable[[PermutationSpec], Activations] | None = None,
-    spec: PermutationSpec | None = None,
-) -> tuple[dict[str, Checkpoint], UnitOrder]:
+    statistics: str | None = None,
+) -> tuple[dict[str, Checkpoint], Aligned]:
     """Return views of all sources with their units in one order, and that order.
 
-    Args:
-        method: finds the order.
-        sources: opened, in order.
-        skeleton: the network without weights; not needed with a hand-written specification.
-        private: regular expressions of tensors that stay with their task: they follow the units
-            that they read, but are not compared.
-        activations: opens the sources' moments on data, for methods that need them.
-        spec: the groups of units; default: those that `find_spec` finds.
-
-    Raises:
-        ConfigError: the network cannot be traced, a specification does not fit, or the statistics
-            that the method needs are missing.
+    Private tensors follow the units that they read, but are not compared.
     """
-    if method.is_identity:
-        identity = UnitOrder(PermutationSpec({}, {}), {name: {} for name in sources})
-        return dict(sources), identity
-    spec = spec or find_spec(method, sources, skeleton)
     _require_heads(spec, sources, private)
-    known = None
-    if method.needs is not None:
-        if activations is None:
-            raise ConfigError(
-                f"{type(method).__name__} needs the sources' activations on data, and the recipe "
-                "names no statistics.\nGive `gradmerge merge` the tasks' data as well; or run "
-                "`gradmerge collect` with this recipe and its data, and name the output: "
-                "statistics of the recipe."
-            )
-        known = activations(spec)
-    context = AlignmentContext(spec, sources, compared(sources, skeleton, private), skeleton, known)
-    found = method.align(context)
-    order = UnitOrder(spec, found.maps, _report(method, spec, found.maps, found.objective))
-    order.report.update(found.report)
-    views: dict[str, Checkpoint] = {
-        name: AlignedView(checkpoint, spec, found.maps.get(name, {}))
+    activations = None
+    if method.needs is not None and statistics is not None:
+        activations = CollectedActivations(statistics, spec, fingerprints_of(sources))
+    names = compared(sources, skeleton, private)
+    found = method.align(AlignmentContext(spec, sources, names, skeleton, activations))
+    report = {
+        "method": type(method).__name__,
+        "output_changes_by": spec.checked,
+        "groups": {name: group.size for name, group in spec.groups.items()},
+        "moved": {
+            source: {group: round(share_moved(change), 6) for group, change in maps.items()}
+            for source, maps in found.maps.items()
+        },
+        "objective": found.objective,
+        **found.report,
+    }
+    views = {
+        name: AlignedView(checkpoint, spec, maps) if (maps := found.maps.get(name)) else checkpoint
         for name, checkpoint in sources.items()
     }
-    return views, order
+    return views, replace(found, report=report)
 
 
 def find_spec(
     method: AbstractAlignment, sources: Mapping[str, Checkpoint], skeleton: nn.Module | None
 ) -> PermutationSpec:
-    """Return the specification that a method names, or the traced one.
-
-    Raises:
-        ConfigError: there is no network to trace, or it cannot be traced.
-    """
+    """Return the specification that a method names, or the traced one."""
     first = next(iter(sources.values()))
-    names, example = list(first.infos), getattr(method, "example", None)
-    given = getattr(method, "spec", None)
-    if given is None and skeleton is None:
-        raise ConfigError(
-            f"{type(method).__name__} traces the network to find which units may change places, "
-            "and no source tells which network it is: expected a folder with a config, or a module "
-            "from Python.\nGive one, or a hand-written specification (`spec` of the alignment)."
-        )
-    if given is None:
-        assert skeleton is not None
-        idle = getattr(method, "unreached", ())
-        return traced_spec(skeleton, names, first.label, example, idle)
-    shapes = {name: info.shape for name, info in first.infos.items()}
-    spec = read_spec(given, shapes, skeleton)
-    if skeleton is None:
-        return spec
-    files = file_names(skeleton, bind_or_refuse(skeleton, names, first.label))
-    checked = partial(verify, spec, skeleton, files, written=True)
-    return _first_that_runs(skeleton, example, checked)
+    given, written = getattr(method, "spec", None), None
+    if given is not None:
+        shapes = {name: info.shape for name, info in first.infos.items()}
+        written = read_spec(given, shapes, skeleton)
+    if skeleton is not None:
+        example, unreached = getattr(method, "example", None), getattr(method, "unreached", ())
+        return traced_spec(skeleton, list(first.infos), first.label, example, unreached, written)
+    if written is not None:
+        return written
+    raise ConfigError(
+        f"{type(method).__name__} traces the network to find which units may change places, and no "
+        "source tells which network it is: expected a folder with a config, or a module from "
+        "Python.\nGive one, or a hand-written specification (`spec` of the alignment)."
+    )
 
 
 def traced_spec(
@@ -134,38 +88,15 @@ def traced_spec(
     label: str = "the checkpoint",
     example: Mapping[str, Any] | None = None,
     unreached: Sequence[str] = (),
+    written: PermutationSpec | None = None,
 ) -> PermutationSpec:
-    """Trace the groups of a network, and check them on random weights.
-
-    Args:
-        skeleton: the network; its weights are not used.
-        names: tensors by their names in the files.
-        label: whose names they are, for messages.
-        example: arguments of its forward: tensors, or shapes; default: derived.
-        unreached: regular expressions of parameters that take no part in the network.
-
-    Raises:
-        ConfigError: the network cannot be run or traced, or a permutation changes its output.
-    """
+    """Trace the groups of a network (or take written ones), and check them on random weights."""
     binding = bind_or_refuse(skeleton, names, label)
-    files = file_names(skeleton, binding)
-
-    def attempt(inputs: Mapping[str, Any]) -> PermutationSpec:
-        spec = to_spec(trace(skeleton, inputs, unreached), skeleton, binding)
-        return verify(spec, skeleton, files, inputs)
-
-    return _first_that_runs(skeleton, example, attempt)
-
-
-def _first_that_runs(
-    skeleton: nn.Module,
-    example: Mapping[str, Any] | None,
-    attempt: Callable[[Mapping[str, Any]], PermutationSpec],
-) -> PermutationSpec:
-    failures = []
+    files, failures = file_names(skeleton, binding), []
     for inputs in candidates(skeleton, example):
         try:
-            return attempt(inputs)
+            spec = written or to_spec(trace(skeleton, inputs, unreached), skeleton, binding)
+            return verify(spec, skeleton, files, inputs, written=written is not None)
         except GradmergeError:
             raise
         except Exception as error:  # whatever a network raises on an input that is not its own
@@ -174,8 +105,7 @@ def _first_that_runs(
             failures.append(f"{described}: {type(error).__name__}: {error}")
     raise ConfigError(
         f"alignment: {type(skeleton).__name__} does not run on {shorten(failures, 2)}. Give "
-        "`example` of the alignment: shapes by the name of the argument, e.g. "
-        "{x: [1, 3, 32, 32]}."
+        "`example` of the alignment: shapes by the name of the argument, e.g. {x: [1, 3, 32, 32]}."
     )
 
 
@@ -200,11 +130,7 @@ def compared(
 def _require_heads(
     spec: PermutationSpec, sources: Mapping[str, Checkpoint], private: Sequence[str]
 ) -> None:
-    """Reject heads with other tensors than the specification: their inputs would not be permuted.
-
-    Raises:
-        ConfigError: a head has other tensors, or of other sizes.
-    """
+    """Reject heads with other tensors than the specification, whose inputs would stay."""
     first = next(iter(sources.values()))
     for name, checkpoint in sources.items():
         own = [n for n in checkpoint.infos if is_private(n, private) and n not in first.infos]
@@ -215,33 +141,12 @@ def _require_heads(
                 "cannot follow the permutation. Rename them like those of the first source."
             )
         for tensor, axes in spec.tensors.items():
-            shape = checkpoint.infos[tensor].shape if tensor in checkpoint.infos else None
-            if shape is not None and not _fits(axes, shape):
+            if tensor not in checkpoint.infos:
+                continue
+            shape = checkpoint.infos[tensor].shape
+            pairs = zip(axes, shape, strict=False)
+            if len(axes) != len(shape) or any(a.size != n for a, n in pairs if a.groups):
                 raise ConfigError(
                     f"alignment: {tensor} of source {name} is {list(shape)}, the specification "
                     f"says {[axis.size for axis in axes]}; its units cannot be told."
                 )
-
-
-def _fits(axes: Sequence[Axis], shape: Sequence[int]) -> bool:
-    """True if a tensor has all units of its axes; axes without groups may be of another size."""
-    pairs = zip(axes, shape, strict=False)
-    return len(axes) == len(shape) and all(a.size == n for a, n in pairs if a.groups)
-
-
-def _report(
-    method: AbstractAlignment,
-    spec: PermutationSpec,
-    maps: Mapping[str, Maps],
-    objective: Mapping[str, list[float]],
-) -> dict[str, Any]:
-    return {
-        "method": type(method).__name__,
-        "output_changes_by": spec.checked,
-        "groups": {name: group.size for name, group in spec.groups.items()},
-        "moved": {
-            source: {group: round(share_moved(change), 6) for group, change in own.items()}
-            for source, own in maps.items()
-        },
-        "objective": {source: list(values) for source, values in objective.items()},
-    }

@@ -8,9 +8,11 @@ sources, a reference, and the running mean come from here.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,9 +20,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from typing_extensions import override
 
-from gradmerge.alignment.symmetry.spec import Maps, PermutationSpec, same_maps
-from gradmerge.errors import ConfigError, nearest
+from gradmerge.alignment.symmetry.spec import LinearMap, Maps, PermutationSpec, same_maps
+from gradmerge.errors import ConfigError, nearest, require
 from gradmerge.sources import Checkpoint
+from gradmerge.sources.base import tensor_bytes
 from gradmerge.spec import require_pattern
 
 Needs = Literal["activations"]
@@ -51,8 +54,8 @@ class Moments:
 class Activations(Protocol):
     """Moments of the sources' units."""
 
-    def moments(self, group: str, first: str, second: str) -> Moments | None:
-        """Return a group's moments in two sources; None where it was never seen (has no place)."""
+    def moments(self, group: str, first: str, second: str) -> Moments:
+        """Return the moments of a group that has a place, in two sources."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,16 @@ class Aligned:
     """By source: after every sweep."""
     report: dict[str, Any] = field(default_factory=dict)
     """Further entries of the provenance, as plain data."""
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 over all maps."""
+        digest = hashlib.sha256()
+        for source, maps in self.maps.items():
+            for group, change in sorted(maps.items(), key=itemgetter(0)):
+                digest.update(f"{source}|{group}|".encode())
+                for part in change if isinstance(change, LinearMap) else (change,):
+                    digest.update(tensor_bytes(part))
+        return digest.hexdigest()
 
 
 class AbstractAlignment(ABC):
@@ -166,17 +179,16 @@ class Matching(AbstractAlignment):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if self.max_iter < 1:
-            raise ConfigError(
-                f"{type(self).__name__}.max_iter: expected a positive number, got {self.max_iter}."
-            )
-        if self.example is not None and not isinstance(self.example, Mapping):
-            raise ConfigError(
-                f"{type(self).__name__}.example: expected shapes (or tensors) by the name of the "
-                f"argument, e.g. {{x: [1, 3, 32, 32]}}, got {str(self.example)[:60]!r}."
-            )
+        kind, given = type(self).__name__, self.example
+        require(self.max_iter >= 1, f"{kind}.max_iter", "a positive number", self.max_iter)
+        require(
+            given is None or isinstance(given, Mapping),
+            f"{kind}.example",
+            "shapes (or tensors) by the name of the argument, e.g. {x: [1, 3, 32, 32]}",
+            repr(str(given)[:60]),
+        )
         for pattern in self.unreached:
-            require_pattern(f"{type(self).__name__}.unreached", pattern)
+            require_pattern(f"{kind}.unreached", pattern)
 
     @abstractmethod
     def match(
@@ -235,30 +247,12 @@ class Matching(AbstractAlignment):
         return Aligned(maps, objective, {"reference": "mean", "rounds": rounds})
 
 
-def assign(gain: Tensor) -> Tensor:
-    """The permutation p of largest `sum_i gain[i, p[i]]`, int64 `[size]` (Jonker-Volgenant).
-
-    Raises:
-        ConfigError: the gain is not finite, which weights or activations with NaN cause.
-    """
+def assign(gain: Tensor) -> tuple[Tensor, float]:
+    """The permutation p of largest `sum_i gain[i, p[i]]` (Jonker-Volgenant), and that sum."""
     if not bool(torch.isfinite(gain).all()):
         raise ConfigError(
             "alignment: weights or activations are not finite, so units cannot be matched. Check "
             "the sources for NaN and infinity."
         )
-    _, columns = linear_sum_assignment(gain.double().cpu().numpy(), maximize=True)
-    return torch.from_numpy(columns).to(torch.int64)
-
-
-def require_one_of(method: AbstractAlignment, option: str, *choices: str) -> None:
-    """Check an option that has a few choices.
-
-    Raises:
-        ConfigError: it has another value.
-    """
-    if getattr(method, option) not in choices:
-        *rest, last = choices
-        raise ConfigError(
-            f"{type(method).__name__}.{option}: expected {', '.join(rest)} or {last}, got "
-            f"{getattr(method, option)!r}."
-        )
+    rows, columns = linear_sum_assignment(gain.numpy(), maximize=True)
+    return torch.from_numpy(columns).to(torch.int64), float(gain[rows, columns].sum())

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.alignment.base import Moments
-from gradmerge.alignment.mixing import MixingOnData
-from gradmerge.alignment.moments import correlation, covariances
+from gradmerge.alignment.base import assign
+from gradmerge.alignment.mixing import MixingOnData, kept_apart
+from gradmerge.alignment.moments import Pairing, correlation, covariances
 from gradmerge.alignment.symmetry.spec import Group, LinearMap, Map
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,16 @@ class CCA(MixingOnData):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        if not self.gamma >= 0:
-            raise ConfigError(f"CCA.gamma: expected 0 or more, got {self.gamma}.")
+        require(self.gamma >= 0, "CCA.gamma", "0 or more", self.gamma)
 
     @override
-    def likeness(self, moments: Moments) -> Tensor:
-        return correlation(moments)
-
-    def mix(self, group: Group, moments: Moments) -> tuple[Map, float]:
-        """Return the map through canonical correlations, whose sum is the gain."""
+    def match_group(self, units: Pairing) -> tuple[Map, float]:
+        moments = units.moments_of_mean()
+        if kept_apart(units.context.spec, units.group.name) is not None:
+            return assign(correlation(moments))
         xx, yy, xy = covariances(moments)
-        root_x, inverse_x = self._roots(group, xx)
-        root_y, inverse_y = self._roots(group, yy)
+        root_x, inverse_x = self._roots(units.group, xx)
+        root_y, inverse_y = self._roots(units.group, yy)
         u, s, vh = torch.linalg.svd(inverse_x @ xy @ inverse_y)
         turn = u @ vh
         return LinearMap(root_x @ turn @ inverse_y, root_y @ turn.mT @ inverse_x), float(s.sum())

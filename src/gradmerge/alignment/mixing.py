@@ -1,23 +1,14 @@
-"""Matchings whose maps mix units: CCA and optimal transport.
-
-Their maps are no symmetry of a network with element-wise functions between its layers, so a source
-keeps its function only approximately. Where a mixture makes no sense at all a group keeps a
-permutation (`kept_apart`).
-"""
+"""Matchings whose maps mix units, where units may be mixed: CCA and optimal transport."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.alignment.activation import MatchingOnData, permute
-from gradmerge.alignment.base import Aligned, AlignmentContext, Moments
-from gradmerge.alignment.moments import with_mean
-from gradmerge.alignment.symmetry.spec import Group, Map, Maps, PermutationSpec
+from gradmerge.alignment.activation import MatchingOnData
+from gradmerge.alignment.base import Aligned, AlignmentContext
+from gradmerge.alignment.symmetry.spec import Maps, PermutationSpec
 
 
 def kept_apart(spec: PermutationSpec, group: str) -> str | None:
@@ -34,25 +25,28 @@ def kept_apart(spec: PermutationSpec, group: str) -> str | None:
     """
     if spec.groups[group].multiplied:
         return "its units are multiplied one by one with others"
-    owners: dict[str, set[int | str]] = {}
-    for name, axes in spec.tensors.items():
-        kinds = owners.setdefault(name.rpartition(".")[0], set())
-        kinds.update([len(axes), *(axis.role for axis in axes)])
     for use in spec.uses[group]:
         axes = spec.tensors[use.tensor]
         segment = axes[use.axis].segments[use.segment]
         if use.role == "out" and segment.size > segment.sizes[use.position]:
             return f"its units are blocks of {use.tensor}, or lie within some"
-        if len(axes) == 1:
-            kinds = owners[use.tensor.rpartition(".")[0]]
-            if "square" not in kinds and not any(isinstance(k, int) and k > 1 for k in kinds):
-                return f"{use.tensor} runs along its units"
+        if len(axes) == 1 and not _is_layer_or_batch_norm(spec, use.tensor.rpartition(".")[0]):
+            return f"{use.tensor} runs along its units"
     return None
+
+
+def _is_layer_or_batch_norm(spec: PermutationSpec, owner: str) -> bool:
+    """True if a module has a matrix of weights, or running variances."""
+    own = [axes for name, axes in spec.tensors.items() if name.rpartition(".")[0] == owner]
+    return any(len(axes) > 1 or axes[0].role == "square" for axes in own)
 
 
 @dataclass(frozen=True)
 class MixingOnData(MatchingOnData):
-    """A matching by linear maps, with permutations where units must not be mixed.
+    """A matching by linear maps, with permutations where units must not be mixed (`kept_apart`).
+
+    Linear maps are no symmetry of a network with element-wise functions between its layers, so a
+    source keeps its function only approximately.
 
     With `reference: mean` each source is matched to the mean of those before it, once, in their
     order: maps that mix would shrink the mean from round to round.
@@ -63,39 +57,12 @@ class MixingOnData(MatchingOnData):
     def mixes_units(self) -> bool:
         return True
 
-    @abstractmethod
-    def mix(self, group: Group, moments: Moments) -> tuple[Map, float]:
-        """Return the map of a group whose units may be mixed, and its gain."""
-
-    @abstractmethod
-    def likeness(self, moments: Moments) -> Tensor:
-        """Return the gain `[size, size]` of putting unit j of the source in the place of unit i."""
-
-    @override
-    def match_group(
-        self,
-        context: AlignmentContext,
-        group: Group,
-        source: str,
-        targets: Mapping[str, Maps],
-        maps: Maps,
-    ) -> tuple[Map, float] | None:
-        assert context.activations is not None
-        moments = with_mean(context.activations, group.name, source, targets)
-        if moments is None:
-            return None
-        if kept_apart(context.spec, group.name) is None:
-            return self.mix(group, moments)
-        return permute(self.likeness(moments))
-
     def align(self, context: AlignmentContext) -> Aligned:
         """Return maps for every source; the report names the groups that are not mixed."""
         found = super().align(context)
         reasons = {name: kept_apart(context.spec, name) for name in context.spec.groups}
         apart = {name: why for name, why in reasons.items() if why is not None}
-        return replace(
-            found, report={**found.report, **({"permuted only": apart} if apart else {})}
-        )
+        return replace(found, report={**found.report, "permuted only": apart}) if apart else found
 
     def _to_running_mean(self, context: AlignmentContext) -> Aligned:
         first, *rest = context.sources

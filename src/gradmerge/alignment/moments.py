@@ -1,70 +1,66 @@
-"""Moments of units: of a mean of aligned sources, and the likenesses they give."""
+"""Moments of units in pairs of sources, and the likenesses they give."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradmerge.alignment.base import AbstractAlignment, Activations, Moments
-from gradmerge.alignment.symmetry.spec import Group, LinearMap, Map, Maps, PermutationSpec
+from gradmerge.alignment.base import AbstractAlignment, AlignmentContext, Moments
+from gradmerge.alignment.symmetry.spec import Group, LinearMap, Maps, PermutationSpec
 from gradmerge.errors import ConfigError, shorten
-from gradmerge.sources import Checkpoint
-from gradmerge.sources.base import fingerprints_of
 from gradmerge.sources.collected import Needs, SourceStatistics
 
 
-def with_mean(
-    activations: Activations, group: str, source: str, targets: Mapping[str, Maps]
-) -> Moments | None:
-    """Return the moments of the mean of aligned sources (first) and of one source (second).
+@dataclass(frozen=True)
+class Pairing:
+    """One group's units in a source, and in the targets that it is matched to."""
 
-    With `x = 1/m sum_k T_k a_k` over m targets and `y = a_s`, all are linear in the moments of
-    pairs, so no pass over data is needed for any mean:
+    context: AlignmentContext
+    group: Group
+    source: str
+    """The source whose units are moved."""
+    targets: Mapping[str, Maps]
+    """The others, each with the maps that it is read under."""
+    maps: Maps
+    """Maps of the source's groups before this one."""
 
-        E[x]     = 1/m   sum_k  T_k E[a_k]
-        E[x x^T] = 1/m^2 sum_kl T_k E[a_k a_l^T] T_l^T
-        E[x y^T] = 1/m   sum_k  T_k E[a_k y^T]
+    def moments(self, first: str, second: str) -> Moments:
+        """Return the group's moments in two sources."""
+        assert self.context.activations is not None
+        return self.context.activations.moments(self.group.name, first, second)
 
-    Args:
-        activations: moments of all pairs of sources.
-        group: whose units.
-        source: y.
-        targets: the maps `T_k` of every target.
+    def moments_of_mean(self) -> Moments:
+        """Return the moments of the mean of all targets (first) and of the source (second).
 
-    Returns:
-        None where the group was never seen.
-    """
-    share = 1 / len(targets)
-    mean: Any = 0
-    square: Any = 0
-    cross: Any = 0
-    found = None
-    for name, maps in targets.items():
-        found = activations.moments(group, name, source)
-        if found is None:
-            return None
-        own = maps.get(group)
-        mean = mean + share * on_first(own, found.first_mean)
-        cross = cross + share * on_first(own, found.cross)
-        for other, theirs in targets.items():
-            seen = found if other == name else activations.moments(group, name, other)
-            assert seen is not None  # seen in one pair, seen in all
-            pair = seen.first if other == name else seen.cross
-            square = square + share**2 * on_first(theirs.get(group), on_first(own, pair).mT).mT
-    return found and replace(found, first_mean=mean, first=square, cross=cross)
+        With `x = 1/m sum_k T_k a_k` over m targets and `y = a_s`, all are linear in the moments of
+        pairs, so no pass over data is needed for any mean:
 
+            E[x]     = 1/m   sum_k  T_k E[a_k]
+            E[x x^T] = 1/m^2 sum_kl T_k E[a_k a_l^T] T_l^T
+            E[x y^T] = 1/m   sum_k  T_k E[a_k y^T]
+        """
+        size, share = self.group.size, 1 / len(self.targets)
+        mean = torch.zeros(size, dtype=torch.float64)
+        square, cross = torch.zeros(2, size, size, dtype=torch.float64)
+        for name in self.targets:
+            found = self.moments(name, self.source)
+            mean += share * self.mapped(name, found.first_mean)
+            cross += share * self.mapped(name, found.cross)
+            for other in self.targets:
+                pair = self.mapped(name, self.moments(name, other).cross)
+                square += share**2 * self.mapped(other, pair.mT).mT
+        return replace(found, first_mean=mean, first=square, cross=cross)
 
-def on_first(change: Map | None, values: Tensor) -> Tensor:
-    """`T values` over the first axis; the values themselves without a map."""
-    if change is None:
-        return values
-    if isinstance(change, LinearMap):
-        return change.matrix.to(values) @ values
-    return values[change]
+    def mapped(self, target: str, values: Tensor) -> Tensor:
+        """Return `T values` over the first axis, with the target's map of the group."""
+        change = self.targets[target].get(self.group.name)
+        if isinstance(change, LinearMap):
+            return change.matrix.to(values) @ values
+        return values if change is None else values[change]
 
 
 def covariances(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,18 +75,16 @@ def covariances(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
 
 def correlation(moments: Moments) -> Tensor:
     """`corr(x_i, y_j)`, `[size, size]`; 0 where either unit does not vary."""
-    first, second, cross = covariances(moments)
-    scales = [
-        _inverse_roots(own.diagonal(), square.diagonal())
-        for own, square in ((first, moments.first), (second, moments.second))
-    ]
-    return scales[0][:, None] * cross * scales[1][None, :]
+    xx, yy, xy = covariances(moments)
+    rows, columns = _inverse_deviations(xx, moments.first), _inverse_deviations(yy, moments.second)
+    return rows[:, None] * xy * columns[None, :]
 
 
-def _inverse_roots(variances: Tensor, squares: Tensor) -> Tensor:
+def _inverse_deviations(covariance: Tensor, square: Tensor) -> Tensor:
     """`1 / sqrt(v)`; 0 where v is rounding of `E[x^2] - E[x]^2`."""
-    lives = variances > 1e-13 * squares
-    return torch.where(lives, variances.where(lives, torch.ones_like(variances)).rsqrt(), 0.0)
+    variances = covariance.diagonal()
+    varies = variances > 1e-13 * square.diagonal()
+    return varies * variances.where(varies, 1.0).rsqrt()
 
 
 def squared_distances(moments: Moments) -> Tensor:
@@ -100,23 +94,6 @@ def squared_distances(moments: Moments) -> Tensor:
 
 
 ACTIVATIONS = Needs("activations")
-
-
-def open_activations(
-    folder: str | None, sources: Mapping[str, Checkpoint]
-) -> Callable[[PermutationSpec], CollectedActivations] | None:
-    """Return a function that opens the sources' moments of known groups; None without a folder.
-
-    Args:
-        folder: written by `gradmerge collect`.
-        sources: as they are, before any alignment; they are read once for their fingerprints.
-    """
-    if folder is None:
-        return None
-
-    return lambda spec: CollectedActivations(
-        SourceStatistics(folder), spec, fingerprints_of(sources)
-    )
 
 
 def pairs_of(alignment: AbstractAlignment, sources: Sequence[str]) -> list[tuple[str, str]]:
@@ -136,50 +113,27 @@ def plain_places(group: Group) -> list[dict[str, Any]]:
 
 
 class CollectedActivations:
-    """Moments by group and pair of sources, out of an opened folder.
+    """Moments by group and pair of sources, out of a folder of statistics."""
 
-    Args:
-        statistics: the folder.
-        spec: the groups that are to be aligned.
-        fingerprints: content hash of every source as it is, before any alignment.
-
-    Raises:
-        ConfigError: the folder holds no activations, or of other groups of units.
-        FingerprintError: it is of other weights.
-    """
-
-    def __init__(
-        self,
-        statistics: SourceStatistics,
-        spec: PermutationSpec,
-        fingerprints: Mapping[str, str],
-    ) -> None:
-        statistics.require([(ACTIVATIONS, None)], fingerprints)
-        self._statistics = statistics
-        found = statistics.index["collected"][ACTIVATIONS.kind]
+    def __init__(self, folder: str, spec: PermutationSpec, fingerprints: Mapping[str, str]) -> None:
+        self._statistics = SourceStatistics(folder)
+        self._statistics.require([(ACTIVATIONS, None)], fingerprints)
+        found = self._statistics.index["collected"][ACTIVATIONS.kind]
         self._groups: dict[str, dict[str, Any]] = found["groups"]
         self._order = list(found["sources"])
         self._pairs = {tuple(pair) for pair in found["pairs"]}
         wanted = {name: plain_places(group) for name, group in spec.groups.items() if group.places}
         got = {name: group["places"] for name, group in self._groups.items()}
-        if wanted != got:
-            names = sorted({*wanted, *got})
-            differ = [name for name in names if wanted.get(name) != got.get(name)]
+        differ = [n for n in sorted({*wanted, *got}) if wanted.get(n) != got.get(n)]
+        if differ:
             raise ConfigError(
-                f"statistics: {statistics.folder} is of other groups of units: {shorten(differ)} "
-                "were collected elsewhere in the network, or not at all.\nCollect again with this "
-                "recipe."
+                f"statistics: {folder} is of other groups of units: {shorten(differ)} were not "
+                "collected, or elsewhere in the network.\nCollect again with this recipe."
             )
 
-    def moments(self, group: str, first: str, second: str) -> Moments | None:
-        """Return a group's moments in two sources; None where it was never seen.
-
-        Raises:
-            ConfigError: the two sources were not compared.
-        """
-        place = self._groups.get(group)
-        if place is None:
-            return None
+    def moments(self, group: str, first: str, second: str) -> Moments:
+        """Return the moments of a group that has a place, in two sources."""
+        place = self._groups[group]
         one, two = self._order.index(first), self._order.index(second)
 
         def read(key: str) -> Any:
@@ -196,11 +150,5 @@ class CollectedActivations:
                 f"statistics: {self._statistics.folder} does not compare {first} with {second}: it "
                 "was collected for another reference. Collect again with this recipe."
             )
-        return Moments(
-            place["rows"],
-            read(f"mean-{one}"),
-            read(f"mean-{two}"),
-            read(f"square-{one}"),
-            read(f"square-{two}"),
-            cross,
-        )
+        means = read(f"mean-{one}"), read(f"mean-{two}")
+        return Moments(place["rows"], *means, read(f"square-{one}"), read(f"square-{two}"), cross)

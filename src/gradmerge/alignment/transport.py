@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,12 +10,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.alignment.activation import permute
-from gradmerge.alignment.base import AlignmentContext, Moments, Needs, require_one_of
+from gradmerge.alignment.base import Needs, assign
 from gradmerge.alignment.mixing import MixingOnData, kept_apart
-from gradmerge.alignment.moments import correlation, squared_distances
-from gradmerge.alignment.symmetry.spec import Group, LinearMap, Map, Maps
-from gradmerge.errors import ConfigError
+from gradmerge.alignment.moments import Pairing, correlation, squared_distances
+from gradmerge.alignment.symmetry.spec import LinearMap, Map, Maps
+from gradmerge.errors import ConfigError, require
 
 
 @dataclass(frozen=True)
@@ -60,22 +58,16 @@ class OptimalTransport(MixingOnData):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        require_one_of(self, "ground", "activations", "weights")
-        require_one_of(self, "cost", "euclidean", "squared", "correlation")
-        if not self.regularisation >= 0:
-            raise ConfigError(
-                f"OptimalTransport.regularisation: expected 0 or more, got {self.regularisation}."
-            )
-        if self.cost == "correlation" and self.ground == "weights":
-            raise ConfigError(
-                "OptimalTransport: cost correlation is of activations; expected euclidean or "
-                "squared with ground: weights."
-            )
-        if not self.tolerance > 0 or self.iterations < 1:
-            raise ConfigError(
-                "OptimalTransport: expected a tolerance above 0 and at least one iteration, got "
-                f"tolerance {self.tolerance} and iterations {self.iterations}."
-            )
+        known = self.ground in ("activations", "weights")
+        require(known, "OptimalTransport.ground", "activations or weights", repr(self.ground))
+        known = self.cost in ("euclidean", "squared", "correlation")
+        known = known and (self.cost, self.ground) != ("correlation", "weights")
+        costs = "euclidean, squared or (of activations) correlation"
+        require(known, "OptimalTransport.cost", costs, repr(self.cost))
+        strength, tolerance = self.regularisation, self.tolerance
+        require(strength >= 0, "OptimalTransport.regularisation", "0 or more", strength)
+        require(tolerance > 0, "OptimalTransport.tolerance", "a number above 0", tolerance)
+        require(self.iterations >= 1, "OptimalTransport.iterations", "at least 1", self.iterations)
 
     @property
     @override
@@ -87,59 +79,35 @@ class OptimalTransport(MixingOnData):
     def mixes_units(self) -> bool:
         return self.regularisation > 0  # an exact assignment permutes
 
-    def _costs(self, moments: Moments) -> Tensor:
-        if self.cost == "correlation":
-            return 1 - correlation(moments)
-        return self._of_squares(squared_distances(moments))
-
-    def _of_squares(self, squares: Tensor) -> Tensor:
-        return squares if self.cost == "squared" else squares.sqrt()
-
     @override
-    def likeness(self, moments: Moments) -> Tensor:
-        return -self._costs(moments)
-
-    def mix(self, group: Group, moments: Moments) -> tuple[Map, float]:
-        """Return the plan, times n, as a map; the gain is minus its cost."""
-        return self._transport(self._costs(moments), self.regularisation)
-
-    def _transport(self, costs: Tensor, regularisation: float) -> tuple[Map, float]:
-        level = regularisation * float(costs.median())
+    def match_group(self, units: Pairing) -> tuple[Map, float]:
+        costs = self._costs(units)
+        apart = kept_apart(units.context.spec, units.group.name) is not None
+        level = 0.0 if apart else self.regularisation * float(costs.median())
         if level == 0:
-            return permute(-costs)
+            return assign(-costs)
         plan = len(costs) * sinkhorn(costs, level, self.tolerance, self.iterations)
         return LinearMap(plan, plan.mT), -float((plan * costs).sum())
 
-    @override
-    def match_group(
-        self,
-        context: AlignmentContext,
-        group: Group,
-        source: str,
-        targets: Mapping[str, Maps],
-        maps: Maps,
-    ) -> tuple[Map, float] | None:
-        if self.ground == "activations":
-            return super().match_group(context, group, source, targets, maps)
-        written = [written_into(context, group, other, own) for other, own in targets.items()]
-        x, y = torch.stack(written).mean(dim=0), written_into(context, group, source, maps)
-        squares = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
-        apart = kept_apart(context.spec, group.name) is not None
-        costs = self._of_squares(squares / max(1, x.shape[1]))
-        return self._transport(costs, 0.0 if apart else self.regularisation)
+    def _costs(self, units: Pairing) -> Tensor:
+        if self.ground == "weights":
+            every = [_written_into(units, target, maps) for target, maps in units.targets.items()]
+            x, y = torch.stack(every).mean(dim=0), _written_into(units, units.source, units.maps)
+            distances = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+            squares = distances.square() / max(1, x.shape[1])
+        else:
+            moments = units.moments_of_mean()
+            if self.cost == "correlation":
+                return 1 - correlation(moments)
+            squares = squared_distances(moments)
+        return squares if self.cost == "squared" else squares.sqrt()
 
 
-def written_into(context: AlignmentContext, group: Group, source: str, maps: Maps) -> Tensor:
-    """Return all weights of a source that write a group's units, `[size, rest]`, float64.
-
-    Args:
-        context: the sources and the groups.
-        group: whose units are the rows.
-        source: whose weights.
-        maps: of the source's other groups (and of this one, where it has one).
-    """
-    parts = [torch.empty(group.size, 0, dtype=torch.float64)]
-    for use in context.spec.uses[group.name]:
+def _written_into(units: Pairing, source: str, maps: Maps) -> Tensor:
+    """All weights of a source, under its maps, that write the group's units: `[size, rest]`."""
+    context = units.context
+    parts = [torch.empty(units.group.size, 0, dtype=torch.float64)]
+    for use in context.spec.uses[units.group.name]:
         if use.role in ("out", "along", "gain") and use.tensor in context.compared:
             tensor = context.read(source, use.tensor, maps).double()
             parts.append(context.spec.expose(use, tensor))
@@ -161,44 +129,28 @@ def sinkhorn(
         F(g) = 1/n sum_j g_j + 1/n sum_i f_i(g)      grad F = 1/n - P^T 1
         hess F = -1/r (diag(P^T 1) - n P^T P)
 
-    which is concave. A step that does not raise F is shortened.
+    which is concave. A step that does not bring the marginals nearer is shortened.
 
-    Args:
-        cost: `[n, n]`, float64.
-        regularisation: r, in units of the cost, above 0.
-        tolerance: on the sum of absolute errors of the marginals.
-        iterations: maximum number of updates at the last r.
-
-    Returns:
-        P, `[n, n]`; its entries sum to 1.
-
-    Raises:
-        ConfigError: the marginals are not met in so many iterations.
+    `cost` is float64, `regularisation` is r, and `tolerance` bounds the sum of absolute errors of
+    the marginals, which at most so many iterations at the last r must meet.
     """
-    size = len(cost)
-    potential = torch.zeros(size, dtype=cost.dtype)
+    potential = torch.zeros(len(cost), dtype=cost.dtype)
     levels = [regularisation]
     while levels[-1] * 4 < float(cost.max() - cost.min()):
         levels.append(levels[-1] * 4)
-    for level in reversed(levels[1:]):
-        state = _State(cost, level, potential)
-        for _ in range(_TURNS):
-            if state.error <= 1e-3:
-                break
-            state = state.turn()
+    for level in reversed(levels):
+        goal, limit = (tolerance, iterations) if level == regularisation else (1e-3, _TURNS)
+        state, count = _State(cost, level, potential), 0
+        while not state.error <= goal and count < limit:
+            state, count = state.turn() if count < _TURNS else state.newton(), count + 1
         potential = state.potential
-    state = _State(cost, regularisation, potential)
-    for count in range(iterations):
-        if state.error <= tolerance:
-            return state.plan
-        state = state.turn() if count < _TURNS else state.newton()
-    if state.error <= tolerance:
-        return state.plan
-    raise ConfigError(
-        f"the transport of {size} units did not converge: after {iterations} iterations its "
-        f"marginals are off by {state.error:.1e}, expected at most {tolerance:.1e}.\nTake a larger "
-        "`regularisation` (or 0, an exact assignment), or more `iterations`."
-    )
+    if not state.error <= tolerance:
+        raise ConfigError(
+            f"the transport of {len(cost)} units did not converge: after {iterations} iterations "
+            f"its marginals are off by {state.error:.1e}, expected at most {tolerance:.1e}.\n"
+            "Take a larger `regularisation` (or 0, an exact assignment), or more `iterations`."
+        )
+    return state.plan
 
 
 # Updates in turns before Newton's method takes over.
@@ -216,7 +168,6 @@ class _State:
         self.plan = self._logs.exp()
         self._gradient = 1 / len(cost) - self.plan.sum(dim=0)
         self.error = float(self._gradient.abs().sum())
-        self.value = float((potential + rows).mean())
 
     def turn(self) -> _State:
         """After the update of g that meets the columns."""
@@ -236,13 +187,8 @@ class _State:
         hessian += float(hessian.diagonal().mean()) / size  # a constant added to g changes nothing
         step, failed = torch.linalg.solve_ex(hessian, self.level * self._gradient)
         if not int(failed) and bool(step.isfinite().all()):
-            # the quadratic model holds for a few r: parts of the plan hang together by `exp(-x/r)`
-            step *= min(1.0, 3 * self.level / float(step.abs().max().clamp(min=1e-300)))
-            slope = float(step @ self._gradient)
             for length in (0.5**i for i in range(20)):
                 found = _State(self.cost, self.level, self.potential + length * step)
-                if found.value > self.value + 1e-4 * length * slope > self.value:
-                    return found
-                if found.error < 0.5 * self.error:
+                if found.error < self.error:
                     return found
         return self.turn()

@@ -8,9 +8,8 @@ from functools import cached_property
 
 from torch import nn
 
-from gradmerge.alignment import PermutationSpec
-from gradmerge.alignment.align import UnitOrder, align_sources, find_spec
-from gradmerge.alignment.moments import open_activations
+from gradmerge.alignment import Aligned, PermutationSpec
+from gradmerge.alignment.align import align_sources, find_spec
 from gradmerge.coefficients import Column, Row
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe, innermost
@@ -63,7 +62,7 @@ class Opening:
     ) -> None:
         self.recipe = recipe
         self._module = module
-        self.order: UnitOrder | None = None
+        self.order: Aligned | None = None
         """The common order of the sources' units, once they are aligned."""
         known = opened or {}
         base_spec = None if recipe.base is None else as_source(recipe.base)
@@ -136,9 +135,8 @@ class Opening:
         method = self.recipe.alignment
         if method is None or method.is_identity or self.order is not None:
             return
-        activations = open_activations(statistics, self.sources)
         self.sources, self.order = align_sources(
-            method, self.sources, self.network, self.recipe.private, activations, self.spec
+            method, self.sources, self.spec, self.network, self.recipe.private, statistics
         )
 
     def plan(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmerge._typing import Raw
-from gradmerge.alignment.align import UnitOrder
+from gradmerge.alignment import Aligned
 from gradmerge.coefficients import AbstractInit, InitContext, Layout, initial_raw
 from gradmerge.engine import contraction
 from gradmerge.engine.inventory import take_inventory
@@ -50,7 +50,7 @@ class Plan(Shared):
         skeleton: nn.Module | None,
         problems: Sequence[Problem],
         heads: Mapping[str, Checkpoint] | None = None,
-        order: UnitOrder | None = None,
+        order: Aligned | None = None,
         statistics: str | None = None,
     ) -> None:
         self.recipe = recipe

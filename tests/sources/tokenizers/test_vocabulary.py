@@ -455,7 +455,7 @@ def test_a_source_named_as_an_option_is_refused() -> None:
 
 
 def test_padding_to_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="pad_to_multiple_of: must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="pad_to_multiple_of: expected at least 1, got 0"):
         Vocabulary(pad_to_multiple_of=0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _IDS = re.compile(r"(_token_ids?|_token_index|(^|_)suppress_tokens|^bad_words_ids)$")
@@ -16,24 +16,20 @@ def with_size(config: Mapping[str, Any], size: int) -> dict[str, Any]:
     A config that omits the size gets the field.
     """
     changed = copy.deepcopy(dict(config))
-    nested = [value for key, value in config.items() if key.endswith("config") and value]
-    sizes = [
-        fields.get("vocab_size") for fields in (config, *nested) if isinstance(fields, Mapping)
-    ]
-    old = next((found for found in sizes if found is not None), None)
-    if old is None or not _resize(changed, old, size):
-        changed["vocab_size"] = size
+    sized = [fields for fields in _sections(changed) if fields.get("vocab_size") is not None]
+    old = (sized or [changed])[0].get("vocab_size")
+    for fields in sized or [changed]:
+        if fields.get("vocab_size") == old:
+            fields["vocab_size"] = size
     return changed
 
 
-def _resize(config: dict[str, Any], old: int, new: int) -> bool:
-    found = config.get("vocab_size") == old
-    if found:
-        config["vocab_size"] = new
+def _sections(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a config and those nested in it."""
+    yield config
     for key, value in config.items():
         if key.endswith("config") and isinstance(value, dict):
-            found = _resize(value, old, new) or found
-    return found
+            yield from _sections(value)
 
 
 def with_ids(

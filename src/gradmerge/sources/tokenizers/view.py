@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,7 @@ class VocabularyView(View):
             found = self.alignment
             theirs = found.checkpoints[found.owner].folder
             owner = (theirs and read_json(theirs / "generation_config.json")) or {}
-            moved = found.moved(self._name)
-            changed = with_ids(generation, owner, moved, found.size)
+            changed = with_ids(generation, owner, found.moved(self._name), found.size)
             _write(folder / "generation_config.json", changed)
         return folder
 
@@ -109,23 +108,22 @@ class VocabularyView(View):
 
     @override
     def form(self, name: str) -> Tensor:
-        found, axis = self.alignment, self._axes[name]
-        holders = {
-            holder: (checkpoint, found.axes[holder][name])
-            for holder, checkpoint in found.checkpoints.items()
-            if name in found.axes[holder]
-        }
-        mine = self.inner.read(name).movedim(axis, 0)
-        dtype = mine.dtype
-        for checkpoint, _ in holders.values():
-            dtype = torch.promote_types(dtype, checkpoint.infos[name].dtype)
+        found = self.alignment
+        holders = [holder for holder, axes in found.axes.items() if name in axes]
+
+        def read(holder: str) -> Tensor:
+            return found.checkpoints[holder].read(name).movedim(found.axes[holder][name], 0)
+
+        mine = read(self._name)
+        dtypes = [found.checkpoints[holder].infos[name].dtype for holder in holders]
+        dtype = reduce(torch.promote_types, dtypes)
         wide = torch.promote_types(dtype, torch.float32)
         formed = torch.zeros((found.size, *mine.shape[1:]), dtype=dtype)
         rows = found.rows[self._name]
         for ids in (rows >= 0).nonzero().squeeze(1).split(_PART):
             formed[ids] = mine[rows[ids]].to(dtype)
-        for lost, donors in found.missing(self._name, list(holders)):
-            tensors = [holders[d][0].read(name).movedim(holders[d][1], 0) for d in donors]
+        for lost, donors in found.missing(self._name, holders):
+            tensors = [read(donor) for donor in donors]
             for ids in lost.split(_PART) if donors else ():
                 total = torch.zeros((len(ids), *mine.shape[1:]), dtype=wide)
                 for donor, tensor in zip(donors, tensors, strict=True):
@@ -136,7 +134,7 @@ class VocabularyView(View):
             first = bool(found.named[:count].all())  # then no copy is made
             real = formed[:count] if first else formed[found.named]
             formed[~found.named] = real.mean(dim=0, dtype=wide).to(dtype)
-        return formed.movedim(0, axis).contiguous()
+        return formed.movedim(0, self._axes[name]).contiguous()
 
 
 def align(

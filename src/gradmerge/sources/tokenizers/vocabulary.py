@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmerge.errors import ConfigError, Problem, SourceError, nearest, shorten
+from gradmerge.errors import ConfigError, Problem, SourceError, nearest, require, shorten
 from gradmerge.sources.base import Checkpoint, tensor_bytes
 from gradmerge.sources.skeleton import bind, build_skeleton
 from gradmerge.sources.tokenizers.files import (
@@ -52,8 +52,8 @@ class Vocabulary:
     def __post_init__(self) -> None:
         """Check the options that do not depend on the sources."""
         multiple = self.pad_to_multiple_of
-        if multiple is not None and multiple < 1:
-            raise ConfigError(f"tokenizer.pad_to_multiple_of: must be at least 1, got {multiple}.")
+        valid = multiple is None or multiple >= 1
+        require(valid, "tokenizer.pad_to_multiple_of", "at least 1", multiple)
 
     def require(self, sources: Sequence[str], has_base: bool) -> None:
         """Reject unknown and ambiguous names of sources.
@@ -87,15 +87,7 @@ class Vocabulary:
 class Alignment:
     """The tokens of a merge, and the row of each token in every source.
 
-    Args:
-        vocabulary: the specification.
-        checkpoints: opened sources by name; the base (as `base`) first, if there is one.
-        trust_remote_code: allow modelling and tokenizer code that ships with a model to run.
-
-    Raises:
-        ConfigError: the architecture has no vocabulary, or an option names a source without a
-            tokenizer or chat template.
-        SourceError: the tokenizer of a source cannot be read.
+    Checkpoints are named by source; the base (as `base`) is the first, if there is one.
     """
 
     def __init__(
@@ -111,16 +103,16 @@ class Alignment:
         self.other_settings: dict[str, list[str]] = {}
         first = next(iter(self.checkpoints))
         self.owner = first if vocabulary.source == "union" else vocabulary.source
-        self.axes = self._find_axes(trust_remote_code)
+        self.axes = self._find_axes()
         self.heights = {name: self._height(name) for name in self.checkpoints}
-        self.source_tokens = self._read_tokens(trust_remote_code)
+        self.source_tokens = self._read_tokens()
         self.folder = Path(tempfile.mkdtemp(prefix="gradmerge-tokenizer-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.tokenizer_folder = self.folder / "tokenizer"
         self.tokenizer_folder.mkdir()
-        self.added = self._write(trust_remote_code)
+        self.added = self._write()
         self.template_of = self._carry_template()
-        self.tokens = self._written_tokens(trust_remote_code)
+        self.tokens = self._written_tokens()
         needed = max(self.tokens.values()) + 1
         multiple = vocabulary.pad_to_multiple_of or 1
         self.size = -(-needed // multiple) * multiple
@@ -129,7 +121,7 @@ class Alignment:
         self.named[torch.tensor(list(self.tokens.values()))] = True
         self._warn_of_zeros()
 
-    def _find_axes(self, trust: bool) -> dict[str, dict[str, int]]:
+    def _find_axes(self) -> dict[str, dict[str, int]]:
         """Return the axis over tokens of every tensor that has one, by checkpoint and tensor."""
         known: dict[Any, dict[str, int]] = {}
         found = {}
@@ -138,7 +130,7 @@ class Alignment:
                 kind = tuple(checkpoint.infos), str(checkpoint.config.get("architectures"))
                 if kind not in known:
                     known[kind] = vocabulary_axes(
-                        checkpoint, checkpoint.folder, checkpoint.config, trust
+                        checkpoint, checkpoint.folder, checkpoint.config, self.trust_remote_code
                     )
                 found[name] = known[kind]
         if not found:
@@ -164,13 +156,13 @@ class Alignment:
             )
         return next(iter(heights.values()))
 
-    def _read_tokens(self, trust: bool) -> dict[str, Tokens]:
+    def _read_tokens(self) -> dict[str, Tokens]:
         first = next(iter(self.checkpoints))
         found = {}
         for name, checkpoint in self.checkpoints.items():
             folder = checkpoint.tokenizer_folder
             if folder is not None and has_tokenizer(folder):
-                found[name] = read_tokens(folder, trust)
+                found[name] = read_tokens(folder, self.trust_remote_code)
                 continue
             lacks = f"{checkpoint.label} (source {name}) has no tokenizer"
             if name in (first, self.owner):
@@ -192,7 +184,7 @@ class Alignment:
             found[name] = found[first]
         return found
 
-    def _write(self, trust: bool) -> dict[str, list[str]]:
+    def _write(self) -> dict[str, list[str]]:
         """Write the merge's tokenizer; return the ordinary and the added tokens it gained."""
         ordinary: dict[str, str] = {}
         added: dict[str, Any] = {}
@@ -221,9 +213,9 @@ class Alignment:
                 "The first settings are kept.",
             )
         folder = self.checkpoints[self.owner].tokenizer_folder
-        if folder is None:  # rejected before
-            raise ConfigError(f"tokenizer: {self.owner} has no folder.")
-        write_tokenizer(folder, list(ordinary), list(added.values()), self.tokenizer_folder, trust)
+        assert folder is not None  # it has a tokenizer
+        more = list(ordinary), list(added.values())
+        write_tokenizer(folder, *more, self.tokenizer_folder, self.trust_remote_code)
         if ordinary:
             self._warn(
                 self.checkpoints[self.owner].label,
@@ -241,21 +233,23 @@ class Alignment:
             write_template(self.tokenizer_folder, chosen)
             return "the recipe"
         names = [self.owner, *self.source_tokens] if chosen == "auto" else [chosen]
-        whose = next((n for n in names if self.source_tokens[n].template is not None), None)
-        if whose is None and chosen != "auto":
+        for name in names:
+            template = self.source_tokens[name].template
+            if template is not None:
+                if name != self.owner:
+                    write_template(self.tokenizer_folder, template)
+                return name
+        if chosen != "auto":
             raise ConfigError(f"tokenizer.chat_template: source {chosen} has no chat template.")
-        template = None if whose is None else self.source_tokens[whose].template
-        if whose != self.owner and template is not None:
-            write_template(self.tokenizer_folder, template)
-        return whose
+        return None
 
-    def _written_tokens(self, trust: bool) -> dict[str, int]:
+    def _written_tokens(self) -> dict[str, int]:
         """Return the tokens of the merge, read back from the written files."""
         config = self.tokenizer_folder / "config.json"  # may name the class of the tokenizer
         fields = self.checkpoints[self.owner].config
         if fields is not None:
             config.write_text(json.dumps(dict(fields)))
-        found = read_tokens(self.tokenizer_folder, trust).ids
+        found = read_tokens(self.tokenizer_folder, self.trust_remote_code).ids
         config.unlink(missing_ok=True)
         if not found:
             raise SourceError(f"{self.checkpoints[self.owner].label}: its tokenizer has no tokens.")
@@ -347,9 +341,6 @@ def vocabulary_axes(
 
     Compares two networks without weights, one of them with a larger vocabulary: axes that change
     their length run over tokens (embeddings, heads, their biases), whatever the names.
-
-    Raises:
-        ConfigError: the architecture has no vocabulary, or a tensor does not follow its size.
     """
     small = build_skeleton(folder, trust_remote_code)
     fields: Any = getattr(small, "config", None)
