@@ -183,7 +183,8 @@ class _Reader:
 
     def _roles(self, name: str, roles: Any) -> list[Role]:
         count, known = len(self.shapes.get(name, ())), get_args(Role)
-        if not isinstance(roles, (list, tuple)) or len(roles) != count or set(roles) - set(known):
+        listed = isinstance(roles, (list, tuple)) and len(roles) == count
+        if not listed or not all(role in known for role in roles):
             raise ConfigError(f"expected {count} of {', '.join(known)}, got {roles!r}.")
         return list(roles)
 
@@ -191,29 +192,16 @@ class _Reader:
         names = [f for segment in axis for f in segment if isinstance(f, str)]
         return [name for name in dict.fromkeys(names) if name not in self.sizes]
 
-    def _entries(self, axis: _Written, **unknown: int) -> int:
-        """Entries of an axis, with these sizes besides the known ones."""
-        known = {**self.sizes, **unknown}
-        sizes = [[known[f] if isinstance(f, str) else f for f in segment] for segment in axis]
-        return sum(map(math.prod, sizes))
-
     def _infer(self, axes: Mapping[str, list[_Written]]) -> bool:
         """Find sizes of groups from axes where one group alone is unknown; False: no more."""
         before = len(self.sizes)
         for name, own in axes.items():
             for axis, size in zip(own, self.shapes[name], strict=True):
                 unknown = self._unknown(axis)
-                if len(unknown) != 1 or any(segment.count(unknown[0]) > 1 for segment in axis):
-                    continue
-                (group,) = unknown
-                rest = self._entries(axis, **{group: 0})
-                times = self._entries(axis, **{group: 1}) - rest
-                fits = size > rest and (size - rest) % times == 0
-                self.sizes[group] = (size - rest) // times if fits else 1
-                if not fits:
-                    self.problems.append(
-                        f"{name}: an axis of {size} cannot be {axis}: {group} would not be whole."
-                    )
+                if len(unknown) == 1 and all(s.count(unknown[0]) < 2 for s in axis):
+                    group = unknown[0]
+                    rest, one = (_entries(axis, {**self.sizes, group: n}) for n in (0, 1))
+                    self.sizes[group] = max(1, (size - rest) // (one - rest))
         return len(self.sizes) > before
 
     def _segments(self, name: str, axis: _Written, size: int) -> tuple[Segment, ...]:
@@ -223,11 +211,11 @@ class _Reader:
             self.problems.append(
                 f"{name}: the size of {shorten(lost)} cannot be inferred; state it under `sizes`."
             )
-        elif self._entries(axis) != size:
+        elif (entries := _entries(axis, self.sizes)) != size:
             stated = {f: self.sizes[f] for s in axis for f in s if isinstance(f, str)}
             self.problems.append(
                 f"{name}: expected axes of {list(self.shapes[name])}, got {axis} with {stated}, "
-                f"which is {self._entries(axis)} where the tensor has {size}."
+                f"which is {entries} where the tensor has {size}."
             )
         return tuple(
             Segment(tuple(Factor(f) if _is_size(f) else Factor(self.sizes[f], f) for f in s))
@@ -254,6 +242,11 @@ class _Reader:
         if axis == -1 and isinstance(own, (nn.Conv2d, nn.BatchNorm2d)):
             axis = -3
         return Place(module, axis, 0, (self.sizes.get(group, 1),), 0)
+
+
+def _entries(axis: _Written, sizes: Mapping[str, int]) -> int:
+    numbers = [[sizes[f] if isinstance(f, str) else f for f in segment] for segment in axis]
+    return sum(map(math.prod, numbers))
 
 
 def _is_size(value: Any) -> bool:

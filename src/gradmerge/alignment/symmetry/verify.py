@@ -37,12 +37,12 @@ class Float64(TorchDispatchMode):
     function.
 
     Args:
-        weights: functions that make the value of some tensors, by identity; called at each use.
+        filled: gives the value of every argument, at each use.
     """
 
-    def __init__(self, weights: Mapping[int, Callable[[], Tensor]] | None = None) -> None:
+    def __init__(self, filled: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
-        self.weights = dict(weights or {})
+        self.filled = filled
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -52,13 +52,9 @@ class Float64(TorchDispatchMode):
         kind = kwargs.get("dtype")
         if kind is not None and kind.is_floating_point:
             kwargs["dtype"] = torch.float64
-        if self.weights:
-            args, kwargs = tree_map_only(Tensor, self._filled, (args, kwargs))
+        if self.filled is not None:
+            args, kwargs = tree_map_only(Tensor, self.filled, (args, kwargs))
         return func(*args, **kwargs)
-
-    def _filled(self, tensor: Tensor) -> Tensor:
-        make = self.weights.get(id(tensor))
-        return tensor if make is None else make()
 
 
 def verify(
@@ -125,7 +121,8 @@ class _Check:
         self, spec: PermutationSpec, skeleton: nn.Module, files: Mapping[str, str]
     ) -> None:
         self.spec, self.files = spec, files
-        self.module, self.tensors = stand_in(skeleton, torch.float64)
+        self.module, tensors = stand_in(skeleton, torch.float64)
+        self.names = {id(t): name for name, t in tensors.items() if t.is_floating_point()}
         self.draws = sum(parameter.numel() for parameter in skeleton.parameters()) <= LIMIT
         """False: weights are zero, and only shapes are found."""
         self.maps = spec.random(0)
@@ -170,21 +167,19 @@ class _Check:
     def run(self, example: Mapping[str, Any], maps: Maps) -> tuple[list[Tensor], _Shapes]:
         """Run the network in float64, with its units mapped."""
 
-        def made(name: str, shape: torch.Size) -> Tensor:
-            return self.spec.apply(maps, self.files.get(name, name), _random(name, shape))
+        def filled(tensor: Tensor) -> Tensor:
+            name = self.names.get(id(tensor))
+            if name is None:
+                return tensor
+            return self.spec.apply(maps, self.files.get(name, name), _random(name, tensor.shape))
 
-        weights = {
-            id(tensor): partial(made, name, tensor.shape)
-            for name, tensor in self.tensors.items()
-            if self.draws and tensor.is_floating_point()
-        }
         wide = {
             name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
             for name, value in example.items()
         }
         self.shapes = {}
         with torch.no_grad():
-            out = run(self.module, wide, Float64(weights))
+            out = run(self.module, wide, Float64(filled if self.draws else None))
         return [leaf.double() for leaf in tensors_of(out)], self.shapes
 
 
