@@ -20,6 +20,7 @@ from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError
 from gradmerge.preprocess import RegMean
+from gradmerge.sources.skeleton import Network
 from gradmerge.training.collect import collect
 from permutations import invert_all
 from tiny import SPLITS
@@ -149,7 +150,7 @@ def read(plan, source, model):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_planted_order_is_found_and_the_source_computes_the_same(tmp_path, name, noise):
     first, data = network(name), data_of(name)
-    spec = traced_spec(first, list(first.state_dict()))
+    spec = traced_spec(Network.bound(first, list(first.state_dict())))
     planted = spec.random(seed=1)
     near = copy.deepcopy(first)
     with torch.no_grad():
@@ -180,7 +181,7 @@ def test_a_planted_order_is_found_and_the_source_computes_the_same(tmp_path, nam
 
 def test_three_networks_are_taken_to_a_named_reference_and_to_their_mean(tmp_path):
     first, data = network("deep"), data_of("deep", count=64)
-    spec = traced_spec(first, list(first.state_dict()))
+    spec = traced_spec(Network.bound(first, list(first.state_dict())))
     models = [first, *(mapped(first, spec, spec.random(seed)) for seed in (1, 2))]
     for reference in ("b", "mean"):
         plan = opened(tmp_path, models, ActivationMatching(reference=reference), data)
@@ -197,7 +198,7 @@ def test_three_networks_are_taken_to_a_named_reference_and_to_their_mean(tmp_pat
 )
 def test_maps_that_mix_undo_planted_orders_and_spare_what_must_not_mix(tmp_path, name, method):
     first, data = network(name), data_of(name, count=48)
-    spec = traced_spec(first, list(first.state_dict()))
+    spec = traced_spec(Network.bound(first, list(first.state_dict())))
     planted = spec.random(seed=1)
     second = mapped(first, spec, planted)
     if method.needs is None:
@@ -262,7 +263,7 @@ def test_cca_brings_units_nearer_than_any_order_does(tmp_path):
 
 def test_statistics_of_steps_are_of_the_same_order_or_refused(tmp_path):
     first, data = network("deep"), data_of("deep", tasks="ab")
-    spec = traced_spec(first, list(first.state_dict()))
+    spec = traced_spec(Network.bound(first, list(first.state_dict())))
     second = mapped(first, spec, spec.random(seed=1))
     steps = {"preprocess": [RegMean()]}
     plain = Recipe({"a": first, "b": second}, **steps)

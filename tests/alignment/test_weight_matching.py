@@ -27,7 +27,7 @@ from gradmerge.errors import ConfigError, FingerprintError
 from gradmerge.export.folder import export_state
 from gradmerge.sources import Checkpoint, InMemory, Vocabulary
 from gradmerge.sources.in_memory import persistent_tensors
-from gradmerge.sources.skeleton import strip_weights
+from gradmerge.sources.skeleton import Network, strip_weights
 from permutations import ResNet, Vgg, compose_all, llama, permuted, shaken, spec_of, vit
 
 
@@ -38,7 +38,8 @@ def opened(**modules: nn.Module) -> dict[str, Checkpoint]:
 def context(spec: PermutationSpec, module: nn.Module, **modules: nn.Module) -> AlignmentContext:
     sources = opened(**modules)
     skeleton = strip_weights(module)
-    return AlignmentContext(spec, sources, compared(sources, skeleton, ()), skeleton)
+    network = Network.bound(skeleton, list(next(iter(sources.values())).infos))
+    return AlignmentContext(spec, sources, compared(sources, network, ()), skeleton)
 
 
 def noisy(module: nn.Module, scale: float, seed: int) -> nn.Module:

@@ -18,7 +18,7 @@ from gradmerge.cli import main
 from gradmerge.cli.main import learn
 from gradmerge.engine.state import FitState
 from gradmerge.sources.in_memory import persistent_tensors
-from gradmerge.sources.skeleton import strip_weights
+from gradmerge.sources.skeleton import Network, strip_weights
 from tiny import save_family, write_yaml
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -36,7 +36,7 @@ def strangers(world, folder):
         torch.manual_seed(seed)
         found.append(transformers.BertForSequenceClassification(config).eval())
     other = copy.deepcopy(found[1])
-    spec = traced_spec(strip_weights(other), list(persistent_tensors(other)))
+    spec = traced_spec(Network.bound(strip_weights(other), list(persistent_tensors(other))))
     maps = spec.random(3)
     with torch.no_grad():
         for name, tensor in persistent_tensors(other).items():

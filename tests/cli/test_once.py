@@ -1,4 +1,4 @@
-"""One command opens each checkpoint once, and traces and solves an alignment once."""
+"""One command opens each checkpoint, binds a network, traces and solves an alignment once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from gradmerge.alignment import ActivationMatching
 from gradmerge.cli import main
 from gradmerge.engine import opening
-from gradmerge.sources import HuggingFace
+from gradmerge.sources import HuggingFace, skeleton
 from tiny import write_yaml as write
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -39,6 +39,7 @@ def counted(monkeypatch):
     watch(ActivationMatching, "align", lambda *_: "solved")
     watch(opening, "find_spec", lambda *_: "traced")
     watch(opening, "build_skeleton", lambda *_: "built")
+    watch(skeleton, "bind", lambda *_: "bound")
     return counts
 
 
@@ -57,7 +58,7 @@ def test_a_merge_with_data_and_an_alignment_does_everything_once(world, tmp_path
     recipe = {**HALF, "alignment": "ActivationMatching", **steps}
     config = write(tmp_path / "merge.yaml", world, {"model": {"recipe": recipe}}, search)
     assert main(["merge", "--config", config, "--output", "merged"]) == 0
-    assert dict(counted) == {"a": 1, "b": 1, "solved": 1, "traced": 1, "built": 1}
+    assert dict(counted) == {"a": 1, "b": 1, "solved": 1, "traced": 1, "built": 1, "bound": 1}
 
 
 def test_a_plain_merge_opens_each_checkpoint_once(world, tmp_path, counted):
@@ -69,7 +70,7 @@ def test_a_plain_merge_opens_each_checkpoint_once(world, tmp_path, counted):
 def test_a_fit_opens_each_checkpoint_once(world, tmp_path, counted):
     config = write(tmp_path / "fit.yaml", world, {"trainer": {"max_steps": 1}})
     assert main(["fit", "--config", config]) == 0
-    assert dict(counted) == {"base": 1, "a": 1, "b": 1, "built": 1}
+    assert dict(counted) == {"base": 1, "a": 1, "b": 1, "built": 1, "bound": 1}
 
 
 def test_a_mergekit_file_is_merged_as_one_recipe(world, tmp_path, counted, capsys):

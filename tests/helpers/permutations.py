@@ -26,7 +26,7 @@ from gradmerge.alignment.symmetry.spec import (
 from gradmerge.alignment.symmetry.trace import tensors_of
 from gradmerge.alignment.symmetry.verify import Float64
 from gradmerge.sources.in_memory import persistent_tensors
-from gradmerge.sources.skeleton import strip_weights
+from gradmerge.sources.skeleton import Network, strip_weights
 from networks import seeded
 
 
@@ -47,7 +47,7 @@ def spec_of(
     module: nn.Module, example: dict[str, Any] | None = None, unreached: Sequence[str] = ()
 ) -> PermutationSpec:
     names = list(persistent_tensors(module))
-    return traced_spec(strip_weights(module), names, example=example, unreached=unreached)
+    return traced_spec(Network.bound(strip_weights(module), names), example, unreached)
 
 
 def permuted(module: nn.Module, spec: PermutationSpec, seed: int = 1) -> nn.Module:

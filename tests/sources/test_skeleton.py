@@ -19,8 +19,8 @@ from gradmerge.engine.opening import open_plan
 from gradmerge.errors import ConfigError, SourceError
 from gradmerge.sources import HuggingFace
 from gradmerge.sources.skeleton import (
+    Network,
     bind,
-    bind_or_refuse,
     build_skeleton,
     input_axis,
     strip_weights,
@@ -441,4 +441,4 @@ def test_binding_reports_missing_by_the_nearest_name(saved):
     model, folder, _ = saved["llama"]
     state = {n.replace("up_proj", "up_project"): t for n, t in model.state_dict().items()}
     with pytest.raises(SourceError, match=r"up_proj\.weight.*Did you mean .*up_project\.weight"):
-        bind_or_refuse(build_skeleton(folder), list(state), "in memory")
+        Network.bound(build_skeleton(folder), list(state), "in memory")

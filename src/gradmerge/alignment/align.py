@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from gradmerge.alignment.base import AbstractAlignment, Aligned, AlignmentContext
 from gradmerge.alignment.moments import CollectedActivations
@@ -22,14 +21,14 @@ from gradmerge.errors import ConfigError, GradmergeError, shorten
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.base import fingerprints_of
 from gradmerge.sources.compatibility import is_private
-from gradmerge.sources.skeleton import bind_or_refuse
+from gradmerge.sources.skeleton import Network
 
 
 def align_sources(
     method: AbstractAlignment,
     sources: Mapping[str, Checkpoint],
     spec: PermutationSpec,
-    skeleton: nn.Module | None = None,
+    network: Network | None = None,
     private: Sequence[str] = (),
     statistics: str | None = None,
 ) -> tuple[dict[str, Checkpoint], Aligned]:
@@ -41,8 +40,9 @@ def align_sources(
     activations = None
     if method.needs is not None and statistics is not None:
         activations = CollectedActivations(statistics, spec, fingerprints_of(sources))
-    names = compared(sources, skeleton, private)
-    found = method.align(AlignmentContext(spec, sources, names, skeleton, activations))
+    names = compared(sources, network, private)
+    module = None if network is None else network.module
+    found = method.align(AlignmentContext(spec, sources, names, module, activations))
     report = {
         "method": type(method).__name__,
         "output_changes_by": spec.checked,
@@ -62,17 +62,17 @@ def align_sources(
 
 
 def find_spec(
-    method: AbstractAlignment, sources: Mapping[str, Checkpoint], skeleton: nn.Module | None
+    method: AbstractAlignment, sources: Mapping[str, Checkpoint], network: Network | None
 ) -> PermutationSpec:
     """Return the specification that a method names, or the traced one."""
     first = next(iter(sources.values()))
     given, written = getattr(method, "spec", None), None
     if given is not None:
         shapes = {name: info.shape for name, info in first.infos.items()}
-        written = read_spec(given, shapes, skeleton)
-    if skeleton is not None:
+        written = read_spec(given, shapes, None if network is None else network.module)
+    if network is not None:
         example, unreached = getattr(method, "example", None), getattr(method, "unreached", ())
-        return traced_spec(skeleton, list(first.infos), first.label, example, unreached, written)
+        return traced_spec(network, example, unreached, written)
     if written is not None:
         return written
     raise ConfigError(
@@ -83,15 +83,13 @@ def find_spec(
 
 
 def traced_spec(
-    skeleton: nn.Module,
-    names: Sequence[str],
-    label: str = "the checkpoint",
+    network: Network,
     example: Mapping[str, Any] | None = None,
     unreached: Sequence[str] = (),
     written: PermutationSpec | None = None,
 ) -> PermutationSpec:
     """Trace the groups of a network (or take written ones), and check them on random weights."""
-    binding = bind_or_refuse(skeleton, names, label)
+    skeleton, binding = network.module, network.binding
     files, failures = file_names(skeleton, binding), []
     for inputs in candidates(skeleton, example):
         try:
@@ -110,7 +108,7 @@ def traced_spec(
 
 
 def compared(
-    sources: Mapping[str, Checkpoint], skeleton: nn.Module | None, private: Sequence[str]
+    sources: Mapping[str, Checkpoint], network: Network | None, private: Sequence[str]
 ) -> tuple[str, ...]:
     """Return the names of the floating-point parameters that all sources share."""
     first = next(iter(sources.values()))
@@ -121,10 +119,9 @@ def compared(
         and not is_private(name, private)
         and all(name in checkpoint.infos for checkpoint in sources.values())
     ]
-    if skeleton is None:
+    if network is None:
         return tuple(n for n in names if not n.endswith(("running_mean", "running_var")))
-    binding = bind_or_refuse(skeleton, list(first.infos), first.label)
-    return tuple(name for name in names if name in binding.parameters)
+    return tuple(name for name in names if name in network.binding.parameters)
 
 
 def _require_heads(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from torch import nn
 
 from gradmerge.coefficients import MergeTensor
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.compatibility import is_private
-from gradmerge.sources.skeleton import Binding, bind_or_refuse, input_axis
+from gradmerge.sources.skeleton import Network, input_axis
 
 _BUFFER_NAME = re.compile(r"(running_mean|running_var|num_batches_tracked|inv_freq|position_ids)$")
 
@@ -20,8 +18,6 @@ _BUFFER_NAME = re.compile(r"(running_mean|running_var|num_batches_tracked|inv_fr
 class Inventory:
     """The tensors of a merge by kind, in the order of the network if there is one."""
 
-    binding: Binding | None
-    """Their places in the network, if there is one."""
     private: list[str]
     """Names of tensors that stay with their task."""
     buffers: list[str]
@@ -30,59 +26,52 @@ class Inventory:
     """Tensors to merge, by name."""
 
 
-def take_inventory(
-    reference: Checkpoint,
-    sources: Mapping[str, Checkpoint],
-    skeleton: nn.Module | None,
-    private: Sequence[str],
-) -> Inventory:
-    """Sort a merge's tensors by kind.
+def names_of(reference: Checkpoint, first: Checkpoint, private: Sequence[str]) -> list[str]:
+    """Return the names of a merge's tensors: shared ones as in the reference, then private ones.
 
     Args:
         reference: the base, or the first source.
-        sources: checkpoints by name.
-        skeleton: the network without weights, if there is one.
+        first: the first source, which has private tensors.
         private: regular expressions of tensors that stay with their task.
     """
-    # Shared tensors as in the reference, private ones as in the sources.
-    first = next(iter(sources.values()))
     names = [name for name in reference.infos if not is_private(name, private)]
-    names += [name for name in first.infos if is_private(name, private)]
-    binding = None
-    if skeleton is not None:
-        binding = bind_or_refuse(skeleton, names, reference.label)
-        names = [name for name in names if name not in binding.ties]
-        names.sort(key=_module_order(binding, skeleton))
+    return [*names, *(name for name in first.infos if is_private(name, private))]
+
+
+def take_inventory(
+    names: Sequence[str], reference: Checkpoint, network: Network | None, private: Sequence[str]
+) -> Inventory:
+    """Sort the tensors of a merge (see `names_of`) by kind."""
+    names = list(names)
+    if network is not None:
+        names = [name for name in names if name not in network.binding.ties]
+        names.sort(key=_module_order(network))
     kept = [name for name in names if is_private(name, private)]
     shared = [name for name in names if name not in set(kept)]
-    buffers = [name for name in shared if _is_buffer(name, reference, binding)]
+    buffers = [name for name in shared if _is_buffer(name, reference, network)]
     tensors = {
-        name: _describe(name, reference, binding, skeleton)
-        for name in shared
-        if name not in set(buffers)
+        name: _describe(name, reference, network) for name in shared if name not in set(buffers)
     }
-    return Inventory(binding, kept, buffers, tensors)
+    return Inventory(kept, buffers, tensors)
 
 
-def _is_buffer(name: str, reference: Checkpoint, binding: Binding | None) -> bool:
+def _is_buffer(name: str, reference: Checkpoint, network: Network | None) -> bool:
     if not reference.infos[name].dtype.is_floating_point:
         return True
-    if binding is not None:
-        return name in binding.buffers
+    if network is not None:
+        return name in network.binding.buffers
     return bool(_BUFFER_NAME.search(name))
 
 
-def _describe(
-    name: str, reference: Checkpoint, binding: Binding | None, skeleton: nn.Module | None
-) -> MergeTensor:
-    places = () if binding is None else binding.parameters.get(name, ())
-    axis = input_axis(skeleton, places[0]) if places and skeleton else 1
+def _describe(name: str, reference: Checkpoint, network: Network | None) -> MergeTensor:
+    places = () if network is None else network.binding.parameters.get(name, ())
+    axis = input_axis(network.module, places[0]) if network is not None and places else 1
     return MergeTensor(name, reference.infos[name].shape, axis)
 
 
-def _module_order(binding: Binding, skeleton: nn.Module) -> Callable[[str], int]:
+def _module_order(network: Network) -> Callable[[str], int]:
     """Sort key: the order of the network's parameters (files are often sorted by name)."""
-    names = [name for name, _ in skeleton.named_parameters(remove_duplicate=False)]
+    names = [name for name, _ in network.module.named_parameters(remove_duplicate=False)]
     place = {name: i for i, name in enumerate(names)}
-    first = {key: place[places[0]] for key, places in binding.parameters.items()}
+    first = {key: place[places[0]] for key, places in network.binding.parameters.items()}
     return lambda name: first.get(name, len(place))

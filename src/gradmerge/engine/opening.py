@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 
 from torch import nn
@@ -11,12 +12,13 @@ from torch import nn
 from gradmerge.alignment import Aligned, PermutationSpec
 from gradmerge.alignment.align import align_sources, find_spec
 from gradmerge.coefficients import Column, Row
+from gradmerge.engine.inventory import names_of
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe, innermost
 from gradmerge.errors import ConfigError, Problem
 from gradmerge.sources import Checkpoint, as_source
 from gradmerge.sources.compatibility import check, check_private, require
-from gradmerge.sources.skeleton import build_skeleton, strip_weights
+from gradmerge.sources.skeleton import Network, build_skeleton, strip_weights
 from gradmerge.sources.tokenizers.view import align
 
 
@@ -101,8 +103,17 @@ class Opening:
         return {**({} if self.base is None else {"base": self.base}), **self.sources}
 
     @cached_property
-    def network(self) -> nn.Module | None:
+    def network(self) -> Network | None:
         """The network without weights, or None if no source defines the architecture."""
+        module = self._skeleton()
+        if module is None:
+            return None
+        first = next(iter(self.sources.values()))
+        reference = self.base or first
+        names = names_of(reference, first, self.recipe.private)
+        return Network.bound(module, names, reference.label)
+
+    def _skeleton(self) -> nn.Module | None:
         recipe = self.recipe
         if self._module is not None:
             return strip_weights(self._module)
@@ -158,7 +169,7 @@ class Opening:
         needed = with_skeleton or isinstance(innermost(recipe.coefficients), (Column, Row))
         network = self.network if needed else None
         if keep_network:
-            network = copy.deepcopy(network)
+            network = network and replace(network, module=copy.deepcopy(network.module))
         return Plan(
             recipe,
             self.sources,

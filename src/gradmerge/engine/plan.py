@@ -14,13 +14,13 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradmerge._typing import Raw
 from gradmerge.alignment import Aligned
 from gradmerge.coefficients import AbstractInit, InitContext, Layout, initial_raw
 from gradmerge.engine import contraction
-from gradmerge.engine.inventory import take_inventory
+from gradmerge.engine.inventory import names_of, take_inventory
 from gradmerge.engine.recipe import Recipe
 from gradmerge.errors import ConfigError, Problem, shorten
 from gradmerge.finalisers import Finalisation, FinalSite
@@ -30,6 +30,7 @@ from gradmerge.sources import Checkpoint
 from gradmerge.sources.base import Shared, fingerprints_of, require_same
 from gradmerge.sources.collected import SourceStatistics
 from gradmerge.sources.geometry import direction_statistics
+from gradmerge.sources.skeleton import Network
 from gradmerge.sources.tokenizers.view import alignment_of
 from gradmerge.sources.tokenizers.vocabulary import Alignment
 from gradmerge.spec import to_plain
@@ -47,7 +48,7 @@ class Plan(Shared):
         recipe: Recipe,
         sources: Mapping[str, Checkpoint],
         base: Checkpoint | None,
-        skeleton: nn.Module | None,
+        network: Network | None,
         problems: Sequence[Problem],
         heads: Mapping[str, Checkpoint] | None = None,
         order: Aligned | None = None,
@@ -60,11 +61,13 @@ class Plan(Shared):
         self.serving = {**self.sources, **(heads or {})}
         """Checkpoints that may serve a task: the sources and the heads, by name."""
         self.base = base
-        self.skeleton = skeleton
+        self.skeleton = None if network is None else network.module
+        self.binding = None if network is None else network.binding
         self.warnings = [problem for problem in problems if not problem.fatal]
         self.reference = base if base is not None else next(iter(self.sources.values()))
-        found = take_inventory(self.reference, self.sources, skeleton, recipe.private)
-        self.binding = found.binding
+        first = next(iter(self.sources.values()))
+        names = names_of(self.reference, first, recipe.private)
+        found = take_inventory(names, self.reference, network, recipe.private)
         self.private, self.buffers, self.tensors = found.private, found.buffers, found.tensors
         if not self.tensors:
             raise ConfigError(

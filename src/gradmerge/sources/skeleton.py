@@ -238,25 +238,33 @@ def _renames(module: nn.Module, names: Sequence[str], known: set[str]) -> dict[s
     return found
 
 
-def bind_or_refuse(module: nn.Module, names: Sequence[str], label: str) -> Binding:
-    """Bind a checkpoint that has a tensor for every parameter of the module.
+@dataclass(frozen=True)
+class Network:
+    """A network without weights, and the places of a checkpoint's tensors in it."""
 
-    Args:
-        module: the network.
-        names: names of the tensors in the files.
-        label: label of the checkpoint, for the message.
+    module: nn.Module
+    binding: Binding
 
-    Raises:
-        SourceError: parameters of the module are missing in the checkpoint.
-    """
-    binding = bind(module, names)
-    if binding.missing:
-        raise SourceError(
-            f"{label}: {len(binding.missing)} parameters of {type(module).__name__} "
-            f"have no tensor: {shorten(list(binding.missing))}."
-            f"{nearest(binding.missing[0], binding.unused)} They would have random values."
-        )
-    return binding
+    @classmethod
+    def bound(cls, module: nn.Module, names: Sequence[str], label: str = "the model") -> Network:
+        """Bind a network to a checkpoint that has a tensor for every parameter of it.
+
+        Args:
+            module: the network.
+            names: names of the tensors in the files.
+            label: label of the checkpoint, for the message.
+
+        Raises:
+            SourceError: parameters of the module are missing in the checkpoint.
+        """
+        binding = bind(module, names)
+        if binding.missing:
+            raise SourceError(
+                f"{label}: {len(binding.missing)} parameters of {type(module).__name__} "
+                f"have no tensor: {shorten(list(binding.missing))}."
+                f"{nearest(binding.missing[0], binding.unused)} They would have random values."
+            )
+        return cls(module, binding)
 
 
 def input_axis(module: nn.Module, name: str) -> int:

@@ -29,6 +29,7 @@ from gradmerge.alignment.symmetry.units import fresh, regroup, sliced, unify
 from gradmerge.errors import ConfigError
 from gradmerge.sources import InMemory
 from gradmerge.sources.in_memory import persistent_tensors
+from gradmerge.sources.skeleton import Network
 from permutations import compose, compose_all, invert, invert_all, plain_axis
 
 GROUPS = {"h": Group("h", 3), "d": Group("d", 4), "r": Group("r", 5)}
@@ -199,7 +200,7 @@ def test_a_written_specification_equals_the_traced_one(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(WRITTEN))
     written = read_spec(str(path), shapes())
     assert written == read_spec(WRITTEN, shapes())
-    traced = traced_spec(NET, list(shapes()))
+    traced = traced_spec(Network.bound(NET, list(shapes())))
     names = {"first": "0", "second": "2"}
     renamed = {
         tensor: tuple(
@@ -321,5 +322,7 @@ def test_a_written_place_has_to_show_its_group(place: Any, gives: str) -> None:
     tensors = {"0.weight": ["h", None], "0.bias": ["h"], "2.weight": [None, "h"]}
     method = WeightMatching(spec={"tensors": tensors, "places": {"h": ["1", place]}})
     match = rf"1 problem.*\n.*places: h: expected a module whose output has 8 entries .*{gives}"
+    source = InMemory(network).open()
+    bound = Network.bound(network, list(source.infos))
     with pytest.raises(ConfigError, match=match):
-        find_spec(method, {"a": InMemory(network).open()}, network)
+        find_spec(method, {"a": source}, bound)
