@@ -6,6 +6,7 @@ Only the standard library is imported at the top, so that a measured process sta
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -19,7 +20,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ SUITES = {
     "lm": Suite("bits_per_byte", False, "bits per byte (lower is better)", 60),
     "vision": Suite("accuracy", True, "accuracy (higher is better)", 100),
 }
+
+
+def suite_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the options of programs that compare methods on a suite."""
+    parser = make_parser(description, "suites")
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    return parser
 
 
 def build_suite(suite: str, seed: int, cache: Path, quiet: bool = True) -> None:
@@ -108,6 +117,46 @@ def tested(module: Any, data: Any) -> dict[str, dict[str, float]]:
     """Return the scores of a merge on the test split, by task, and `average`."""
     quiet_trainer().test(module, datamodule=data, verbose=False)
     return module.results["test"]
+
+
+def compare(
+    suite: str,
+    methods: Sequence[str],
+    args: argparse.Namespace,
+    score: Callable[[str, int], dict[str, Any]],
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """Score methods on each seed of a suite; print and write each result as soon as it is there."""
+    found: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in methods}
+    for seed in args.seeds:
+        build_suite(suite, seed, args.cache)
+        for method in methods:
+            found[method][seed] = score(method, seed)
+            print(f"seed {seed} {method}: {found[method][seed]}", flush=True)
+            write_json(args.json, found)
+    return found
+
+
+def ranking(
+    suite: str,
+    found: dict[str, dict[int, dict[str, Any]]],
+    columns: dict[str, Callable[[list[dict[str, Any]]], str]],
+) -> str:
+    """Return a markdown table of methods, the best first.
+
+    Args:
+        suite: what they were scored on.
+        found: results by method and seed, each with a `score`.
+        columns: further cells, made from a method's results.
+    """
+    own = SUITES[suite]
+    every = {name: list(results.values()) for name, results in found.items() if results}
+    scores = {name: [result["score"] for result in results] for name, results in every.items()}
+    order = sorted(scores, key=lambda n: statistics.mean(scores[n]), reverse=own.higher_is_better)
+    rows = [
+        [f"`{n}`", spread(scores[n], own.digits), *(cell(every[n]) for cell in columns.values())]
+        for n in order
+    ]
+    return table(["method", own.metric, *columns], rows)
 
 
 def best_step(cli: Any) -> dict[str, dict[str, float]]:
@@ -229,9 +278,28 @@ def make_parser(description: str | None, cache: str) -> argparse.ArgumentParser:
 
 
 def write_json(path: Path | None, content: Any) -> None:
-    """Write all figures to a file, where one was asked for."""
+    """Write plain data to a file, where one was asked for: all of it, or nothing."""
     if path:
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text(json.dumps(content, indent=1, default=asdict) + "\n")
+        aside.replace(path)
+
+
+def fingerprint(content: Any) -> str:
+    """Return a short hash of plain data and dataclasses.
+
+    Caches are recognised by it, so another way to write the same content would empty them all.
+    """
+    text = json.dumps(content, sort_keys=True, default=asdict)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cached(path: Path, compute: Callable[[], Any]) -> Any:
+    """Return plain data that are kept in a file, or computed and kept."""
+    if not path.is_file():
+        write_json(path, compute())
+    return json.loads(path.read_text())
 
 
 def spread(values: Sequence[float], digits: int) -> str:

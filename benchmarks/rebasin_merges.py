@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import update_bn
 
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
 from gradmerge.alignment import (
@@ -29,7 +31,6 @@ from gradmerge.alignment import (
     WeightMatching,
 )
 from gradmerge.coefficients import Complement, Constant, Element, Sigmoid, Softmax, Uniform
-from gradmerge.finalisers import REPAIR
 from gradmerge.objectives import KLToEnsemble, Objective
 from gradmerge.training.collect import collect
 from gradmerge.training.search import set_coefficients
@@ -150,7 +151,7 @@ class KeepBest(lightning.Callback):
 
     def __init__(self, start: float, distil: Distillation | None) -> None:
         self.best, self.step, self.distil = start, 0, distil
-        self.raws: State | None = None
+        self.raws: State = {}
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Keep the coefficients, if they are better."""
@@ -183,10 +184,11 @@ class Case:
     def files(self) -> list[Path]:
         """One file per endpoint."""
         every = SETTINGS[self.setting][self.members]
-        numbers = [every[:at].count(classes) for at, classes in enumerate(every)]
         return [
-            rebasin.endpoint(self.pool, self.architecture, classes, self.repeat, number)
-            for classes, number in zip(every, numbers, strict=True)
+            rebasin.endpoint(
+                self.pool, self.architecture, classes, self.repeat, every[:at].count(classes)
+            )
+            for at, classes in enumerate(every)
         ]
 
     @cached_property
@@ -202,24 +204,17 @@ class Case:
     @cached_property
     def data(self) -> MergeDataModule:
         """The same images as gradmerge takes them: one task."""
-        return self._data_of(self.parts.adaptation)
+        return self.data_of(self.parts.adaptation)
 
-    def unlabelled(self, distil: Distillation) -> MergeDataModule:
+    def data_of(self, adaptation: Images) -> MergeDataModule:
         """Return the same, with other images to learn from."""
-        rest = self.parts.rest
-        return self._data_of(rest.at(torch.arange(min(distil.images, len(rest)))))
-
-    def _data_of(self, adaptation: Images) -> MergeDataModule:
         splits = {"adaptation": adaptation}
         splits |= {k: getattr(self.parts, k) for k in ("selection", "test")}
-        size = min(self.budget.batch_size, len(adaptation))
         module = MergeDataModule(
             {"images": TaskData(splits, "tensors")},
-            batch_size=size,
+            batch_size=min(self.budget.batch_size, len(adaptation)),
             eval_batch_size=128,
             seed=self.repeat,
-            # Compared once a repeat; conditions take parts of the same splits.
-            check_disjoint=self.condition == Condition(),
         )
         module.setup()
         return module
@@ -228,56 +223,44 @@ class Case:
         """Return the architecture, with weights."""
         return rebasin.build_network(self.architecture, state)
 
-    @cached_property
-    def has_norms(self) -> bool:
-        """True if the architecture has BatchNorm."""
-        return any(isinstance(m, nn.BatchNorm2d) for m in self.network().modules())
+    def endpoints(self) -> list[nn.Module]:
+        """Return the networks that are to be merged."""
+        return [self.network(load_file(path)) for path in self.files]
 
-    def sources(self) -> dict[str, str]:
+    def sources(self) -> dict[str, Any]:
         """Return the sources by name, as a recipe takes them."""
         return {f"m{k}": str(path) for k, path in enumerate(self.files)}
 
-    def score(self, state: State) -> Result:
-        """Return test and selection accuracy of one network."""
-        return self.score_logits(partial(rebasin.logits_of, self.network(state)))
-
-    def score_last(self, state: Callable[[], State]) -> Result | None:
-        """Return the score at the end of a training, without early stopping; only for the study."""
-        return None if self.condition == Condition() else self.score(state())
-
-    def score_logits(self, logits: Callable[[Images], Tensor]) -> Result:
-        """Return test and selection accuracy of anything that gives a score per class."""
-        found = logits(self.parts.test)
-        selection = logits(self.parts.selection)
-        return {
-            "test": rebasin.accuracy(found, self.parts.test.labels),
-            "classes": rebasin.by_class(found, self.parts.test.labels),
-            "selection": rebasin.accuracy(selection, self.parts.selection.labels),
+    def score(self, network: Callable[[Images], Tensor] | State) -> Result:
+        """Return test and selection accuracy of weights, or of anything that scores classes."""
+        if isinstance(network, dict):
+            network = partial(rebasin.logits_of, self.network(network))
+        hits = {
+            name: network(images).argmax(dim=1) == images.labels
+            for name, images in (("test", self.parts.test), ("selection", self.parts.selection))
         }
+        labels = self.parts.test.labels
+        classes = [float(hits["test"].double()[labels == k].mean()) for k in range(CLASSES)]
+        means = {name: float(found.float().mean()) for name, found in hits.items()}
+        return {**means, "classes": classes}
 
 
 # ---- merging, by gradmerge -----------------------------------------------------------------------
 
 
-def with_alignment(case: Case, recipe: Recipe, name: str) -> Recipe:
-    """Return the recipe under an alignment, with its statistics of the sources on data."""
-    recipe = replace(recipe, alignment=ALIGNMENTS[name])
-    if ALIGNMENTS[name].needs is None:
-        return recipe
-    # The same for all alignments on data; a merge on the way to another has its own.
-    own = recipe.sources == case.sources()
-    folder = Path(case.scratch.name) / ("own" if own else "other")
-    if not own or not folder.is_dir():
-        collect(recipe, case.data, folder, overwrite=True, module=case.network())
-    return replace(recipe, statistics=str(folder))
-
-
 def open_merge(
     case: Case, recipe: Recipe, alignment: str | None, objective: Objective | None = None
 ) -> MergeModule:
-    """Open a merge, ready to be scored or learned."""
+    """Open a merge under an alignment, ready to be scored or learned."""
     if alignment is not None:
-        recipe = with_alignment(case, recipe, alignment)
+        recipe = replace(recipe, alignment=ALIGNMENTS[alignment])
+        if ALIGNMENTS[alignment].needs is not None:
+            # The same for all alignments on data; a merge on the way to another has its own.
+            own = recipe.sources == case.sources()
+            folder = Path(case.scratch.name) / ("own" if own else "other")
+            if not own or not folder.is_dir():
+                collect(recipe, case.data, folder, overwrite=True, module=case.network())
+            recipe = replace(recipe, statistics=str(folder))
     module = Learner(recipe, objective, module=case.network(), score_experts=False)
     module.take_tasks(case.data.tasks)
     return module
@@ -291,26 +274,26 @@ def state_of(module: MergeModule, data: MergeDataModule) -> State:
     return state | {name: value.clone() for name, value in merged.statistics.values().items()}
 
 
-def averaged(
-    case: Case,
-    alignment: str | None,
-    buffers: Any = "recompute",
-    repair: bool = False,
-) -> State:
+def averaged(case: Case, alignment: str | None, **factors: Any) -> State:
     """Average the sources, under an alignment."""
-    final = [REPAIR()] if repair else []
-    recipe = Recipe(dict(case.sources()), init=Uniform(), buffers=buffers, finalisers=final)
+    factors = {"buffers": "recompute", **factors}
+    recipe = Recipe(case.sources(), init=Uniform(), **factors)
     return state_of(open_merge(case, recipe, alignment), case.data)
 
 
-def pairwise_recipe(sources: Mapping[str, Any], shares: Sequence[float] = (0.5, 0.5)) -> Recipe:
+def average(case: Case, alignment: str | None, **factors: Any) -> Result:
+    """Score the average of the sources."""
+    return case.score(averaged(case, alignment, **factors))
+
+
+def pairwise_recipe(sources: dict[str, Any], shares: Sequence[float] = (0.5, 0.5)) -> Recipe:
     """Return NP Merge of two: `sigmoid(a)` and `1 - sigmoid(a)`, which start at stated shares."""
     coefficients = Complement(Sigmoid(Element()))
-    return Recipe(dict(sources), coefficients=coefficients, init=Constant(list(shares)))
+    return Recipe(sources, coefficients=coefficients, init=Constant(list(shares)))
 
 
 # One coefficient per weight: of two, of all at once by a softmax, or any number.
-RECIPES: dict[str, Callable[[dict[str, str]], Recipe]] = {
+RECIPES: dict[str, Callable[[dict[str, Any]], Recipe]] = {
     "pair": pairwise_recipe,
     "joint": partial(Recipe, coefficients=Softmax(Element()), init=Uniform()),
     "unbounded": partial(Recipe, coefficients=Element(), init=Uniform(), origin="zero"),
@@ -346,47 +329,43 @@ def np_tree(case: Case, alignment: str | None) -> Result:
     steps = case.budget.steps // (len(level) - 1)
     result: Result = {}
     while len(level) > 1:
-        merged = []
-        for first, second in zip(level[::2], level[1::2], strict=True):
+        pairs, level = zip(level[::2], level[1::2], strict=True), []
+        for first, second in pairs:
             recipe = pairwise_recipe({"first": first, "second": second})
             result, state = learned(case, recipe, alignment, steps)
-            merged.append(state)
-        level = merged
+            level.append(state)
     return result
 
 
-# ---- beside it: the ensemble, and plain fine-tuning ----------------------------------------------
+# ---- beside it: endpoints and their ensemble -----------------------------------------------------
 
 
 def endpoints(case: Case) -> Result:
     """Score each network alone, and their means."""
     each = [case.score(load_file(path)) for path in case.files]
     result: Result = {key: statistics.mean(e[key] for e in each) for key in ("test", "selection")}
-    result["classes"] = [
-        statistics.mean(column) for column in zip(*(e["classes"] for e in each), strict=True)
-    ]
-    return {**result, "each": [e["test"] for e in each]}
+    columns = zip(*(e["classes"] for e in each), strict=True)
+    return {
+        **result,
+        "classes": [*map(statistics.mean, columns)],
+        "each": [e["test"] for e in each],
+    }
 
 
 def ensemble(case: Case) -> Result:
     """Score the mean of the networks' probabilities."""
-    networks = endpoint_networks(case)
+    networks = case.endpoints()
 
     def probabilities(images: Images) -> Tensor:
         logits = [rebasin.logits_of(network, images) for network in networks]
         return torch.stack(logits).softmax(dim=-1).mean(dim=0)
 
-    return case.score_logits(probabilities)
+    return case.score(probabilities)
 
 
-def endpoint_networks(case: Case) -> list[nn.Module]:
-    """Return the networks, in evaluation mode."""
-    return [case.network(load_file(path)).eval() for path in case.files]
-
-
-def distillation_loss(networks: Sequence[nn.Module]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def distillation_loss(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return the loss without labels: divergence from the ensemble's softened probabilities."""
-    t = DISTILLATION.temperature
+    networks, t = case.endpoints(), DISTILLATION.temperature
 
     def loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
@@ -400,46 +379,48 @@ def distillation_loss(networks: Sequence[nn.Module]) -> Callable[[Tensor, Tensor
 
 # ---- learning: each rate in turn, the best on selection stays ------------------------------------
 
-Rank = Callable[[State, Result], float]
-Attempt = Callable[[float, Result, Rank], tuple[Result, State]]
+Attempt = Callable[[float, Result], tuple[Result, State]]
 
 
-def chooser(case: Case, distil: Distillation | None) -> Rank:
-    """Return the score on selection that states are chosen by: more is better.
+@dataclass
+class Learning:
+    """What NP Merge and fine-tuning share: steps, images to learn from, the choice of a state."""
 
-    With labels the accuracy. Without, minus the divergence from the ensemble: it reads no label,
-    and is less noisy.
-    """
-    if not distil:
-        return lambda state, score: float(score["selection"])
-    images = case.parts.selection
-    loss_of = distillation_loss(endpoint_networks(case))
+    case: Case
+    steps: int
+    distil: Distillation | None
 
-    def rank(state: State, score: Result) -> float:
-        logits = rebasin.logits_of(case.network(state), images)
-        return -float(loss_of(logits, images.images, images.labels))
+    def __post_init__(self) -> None:
+        self.data, self.loss = self.case.data, None
+        if self.distil:
+            self.steps *= self.distil.longer
+            rest = self.case.parts.rest
+            self.data = self.case.data_of(rest.at(torch.arange(min(self.distil.images, len(rest)))))
+            self.loss = distillation_loss(self.case)
 
-    return rank
+    def score(self, state: State) -> Result:
+        """Return scores, and the `rank` that states are chosen by: more is better.
 
+        With labels the accuracy on selection. Without, minus the divergence from the ensemble: it
+        reads no label, and is less noisy.
+        """
+        found = self.case.score(state)
+        if self.loss is None:
+            return {**found, "rank": found["selection"]}
+        images = self.case.parts.selection
+        logits = rebasin.logits_of(self.case.network(state), images)
+        return {**found, "rank": -float(self.loss(logits, images.images, images.labels))}
 
-def best_of(
-    case: Case,
-    distil: Distillation | None,
-    begin: State,
-    rates: Sequence[float],
-    attempt: Attempt,
-) -> tuple[Result, State]:
-    """Return the best of the start and of an attempt with each learning rate."""
-    rank = chooser(case, distil)
-    start = case.score(begin)
-    start["rank"] = rank(begin, start)
-    best, best_state = {**start, "rate": None, "step": 0}, begin
-    tried = {}
-    for rate in rates:
-        tried[rate], state = attempt(rate, start, rank)
-        if tried[rate]["rank"] > best["rank"]:
-            best, best_state = {**tried[rate], "rate": rate}, state
-    return {**best, "start": start, "tried": tried}, best_state
+    def best(self, begin: State, rates: Sequence[float], attempt: Attempt) -> tuple[Result, State]:
+        """Return the best of the start and of an attempt with each learning rate."""
+        start = self.score(begin)
+        best, best_state = {**start, "rate": None, "step": 0}, begin
+        tried = {}
+        for rate in rates:
+            tried[rate], state = attempt(rate, start)
+            if tried[rate]["rank"] > best["rank"]:
+                best, best_state = {**tried[rate], "rate": rate}, state
+        return {**best, "start": start, "tried": tried}, best_state
 
 
 def learned(
@@ -451,34 +432,33 @@ def learned(
     rates: Sequence[float] | None = None,
 ) -> tuple[Result, State]:
     """Learn the coefficients with each learning rate; the best on selection stays."""
-    budget, data, objective = case.budget, case.data, None
-    steps = steps or budget.steps
-    if distil:
-        steps, data = steps * distil.longer, case.unlabelled(distil)
-        objective = Objective([KLToEnsemble(temperature=distil.temperature)])
+    learning = Learning(case, steps or case.budget.steps, distil)
+    objective = Objective([KLToEnsemble(temperature=distil.temperature)]) if distil else None
     module = open_merge(case, recipe, alignment, objective)
     merged = module.merged
 
-    def attempt(rate: float, start: Result, rank: Rank) -> tuple[Result, State]:
+    def attempt(rate: float, start: Result) -> tuple[Result, State]:
         set_coefficients(merged, recipe.init)
         module.learning_rate = rate
         keep = KeepBest(start["rank"], distil)
-        every = {"val_check_interval": max(1, steps // budget.checks)}
         trainer = quiet_trainer(
-            max_steps=steps, check_val_every_n_epoch=None, callbacks=[keep], **every
+            max_steps=learning.steps,
+            check_val_every_n_epoch=None,
+            callbacks=[keep],
+            val_check_interval=max(1, learning.steps // case.budget.checks),
         )
-        trainer.fit(module, datamodule=data)
-        last = case.score_last(lambda: state_of(module, case.data))
+        trainer.fit(module, datamodule=learning.data)
+        last = case.score(state_of(module, case.data))
         set_coefficients(merged, recipe.init)
         with torch.no_grad():
-            for key, value in (keep.raws or {}).items():
+            for key, value in keep.raws.items():
                 merged.raw[key].copy_(value)
         state = state_of(module, case.data)
-        score = case.score(state)
-        return {**score, "rank": rank(state, score), "step": keep.step, "last": last}, state
+        return {**learning.score(state), "step": keep.step, "last": last}, state
 
     begin = state_of(module, case.data)
-    return best_of(case, distil, begin, rates or budget.np_rates, attempt)
+    result, state = learning.best(begin, rates or case.budget.np_rates, attempt)
+    return {**result, "alignment": alignment}, state
 
 
 def training_batches(data: MergeDataModule, steps: int) -> Iterator[dict[str, Tensor]]:
@@ -493,38 +473,34 @@ def training_batches(data: MergeDataModule, steps: int) -> Iterator[dict[str, Te
 
 def fine_tuned(
     case: Case,
-    begin: State,
+    alignment: str | None,
     distil: Distillation | None = None,
     rates: Sequence[float] | None = None,
 ) -> Result:
-    """Train all weights from a start, with the budget of NP Merge."""
-    budget, data = case.budget, case.data
-    loss_of = lambda logits, images, labels: functional.cross_entropy(logits, labels)  # noqa: E731
-    if distil:
-        budget = replace(budget, steps=budget.steps * distil.longer)
-        data = case.unlabelled(distil)
-        loss_of = distillation_loss(endpoint_networks(case))
-    sample = case.parts.adaptation.at(torch.arange(min(2_048, len(case.parts.adaptation))))
+    """Train all weights of the average that NP Merge starts from, with the same budget."""
+    learning = Learning(case, case.budget.steps, distil)
+    steps, begin = learning.steps, averaged(case, alignment)
+    sample = case.parts.adaptation.images[:2_048].split(500)
+    loss_of = learning.loss or (lambda logits, images, labels: cross_entropy(logits, labels))
 
-    def attempt(rate: float, start: Result, rank: Rank) -> tuple[Result, State]:
+    def attempt(rate: float, start: Result) -> tuple[Result, State]:
         network = case.network(begin).train()
         optimiser = torch.optim.Adam(network.parameters(), lr=rate)
-        schedule = falling(optimiser, budget.steps)
+        schedule = falling(optimiser, steps)
         chosen: Result = {**start, "step": 0}
-        for step, batch in enumerate(training_batches(data, budget.steps), start=1):
+        for step, batch in enumerate(training_batches(learning.data, steps), start=1):
             loss = loss_of(network(batch["images"]), batch["images"], batch["labels"])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
-            if step % max(1, budget.steps // budget.checks) == 0:
-                rebasin.recompute_batch_norm(network, sample)
-                score = case.score(network.state_dict())
-                score["rank"] = rank(network.state_dict(), score)
+            if step % max(1, steps // case.budget.checks) == 0:
+                update_bn(sample, network)
+                score = learning.score(network.state_dict())
                 if score["rank"] > chosen["rank"]:
                     chosen = {**score, "step": step}
-                network.train()
-        rebasin.recompute_batch_norm(network, sample)
-        return {**chosen, "last": case.score_last(network.state_dict)}, network.state_dict()
+        update_bn(sample, network)
+        return {**chosen, "last": case.score(network.state_dict())}, network.state_dict()
 
-    return best_of(case, distil, begin, rates or budget.tuning_rates, attempt)[0]
+    result, _ = learning.best(begin, rates or case.budget.tuning_rates, attempt)
+    return {**result, "alignment": alignment}

