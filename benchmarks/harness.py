@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import json
 import logging
-import math
 import os
 import statistics
 import subprocess
@@ -42,13 +41,6 @@ class Suite:
     unit: str
     steps: int
     digits: int = 3
-
-    def rank(self, scores: dict[str, float], labels: bool = True) -> float:
-        """Return what to maximise on the selection split: the score, or minus the loss."""
-        value = scores[self.metric] if labels else scores["loss"]
-        if not math.isfinite(value):
-            return -math.inf
-        return value if labels and self.higher_is_better else -value
 
 
 SUITES = {
@@ -157,15 +149,6 @@ def ranking(
         for n in order
     ]
     return table(["method", own.metric, *columns], rows)
-
-
-def best_step(cli: Any) -> dict[str, dict[str, float]]:
-    """Score a fit's best step on the test split; return its scores on the selection split."""
-    import torch
-
-    path = cli.trainer.checkpoint_callback.best_model_path
-    cli.trainer.test(cli.model, cli.datamodule, ckpt_path=path, verbose=False)
-    return torch.load(path, weights_only=True)["gradmerge"]["results"]["selection"]
 
 
 # ---- measuring ----------------------------------------------------------------------------------

@@ -25,13 +25,11 @@ resumes where it stopped.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
 import tempfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,10 +37,11 @@ from typing import Any
 import yaml
 
 import harness
+from harness import CONFIGS, SUITES
 
 os.environ["WANDB_MODE"] = "disabled"  # a run for each fit would be measured, too
 
-FORMAT = 1  # raise when the code changes what a fit gives
+FORMAT = 2  # raise when the code changes what a fit gives
 RATES = (0.01, 0.03, 0.1)
 _DRAWS = ("--search", "Draws", "--search.num_draws", "16", "--search.alpha", "0.5")
 
@@ -154,8 +153,8 @@ class Job:
     name: str
     rate: float
     cache: Path
-    earlier: Path | None = None
-    """The merge that it goes on with, or, of that merge itself, where it goes."""
+    earlier: str = ""
+    """Name of the merge that it goes on with."""
 
     @property
     def method(self) -> Method:
@@ -163,149 +162,124 @@ class Job:
         return ALL[self.name]
 
     @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return round(SUITES[self.suite].steps * self.method.share)
+
+    @property
     def key(self) -> str:
         """Name of all that the result depends on."""
-        method = self.method
-        files = [f"suites/{self.suite}", f"methods/{method.file}"]
-        files += [f"drivers/{method.driver}"] if method.driver else []
-        read = [yaml.safe_load((harness.CONFIGS / f"{file}.yaml").read_text()) for file in files]
-        own = (method.options, method.learns, method.driver, method.sources, method.data)
-        earlier = self.earlier.name if self.earlier and method.sources == "last" else ""
-        text = repr((FORMAT, own, harness.SUITES[self.suite].steps, self.rate, read, earlier))
-        slug = self.name.replace(" ", "-")
-        number = zlib.crc32(text.encode())
-        return f"{self.suite}-{self.seed}-{slug}-{self.rate:g}-{number:08x}"
+        files = [f"suites/{self.suite}", f"methods/{self.method.file}"]
+        files += [f"drivers/{self.method.driver}"] if self.method.driver else []
+        read = [(CONFIGS / f"{file}.yaml").read_text() for file in files]
+        mark = harness.fingerprint([FORMAT, self.method, self.steps, read, self.earlier])
+        return f"{self.suite}-{self.seed}-{self.name.replace(' ', '-')}-{self.rate:g}-{mark[:8]}"
+
+    def path(self, key: str) -> Path:
+        """Return a place in the cache of finished fits."""
+        return self.cache.parent / "learned" / key
 
     def result(self) -> dict[str, Any]:
         """Read the result from the cache, or compute it in a process of its own."""
-        kept = self.cache.parent / "learned" / f"{self.key}.json"
-        if kept.is_file():
-            return json.loads(kept.read_text())
         given = (self.suite, self.seed, self.name, self.rate, self.cache, self.earlier)
-        found = harness.ask(__file__, *given)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        work = kept.with_suffix(".partial")
-        work.write_text(json.dumps(found))
-        work.replace(kept)
-        return found
+        return harness.cached(self.path(f"{self.key}.json"), lambda: harness.ask(__file__, *given))
 
 
 # ---- one fit, in a process of its own -----------------------------------------------------------
 
 
-def options_of(job: Job, folder: Path, whole: bool = False) -> list[str]:
-    """Return the arguments of `gradmerge fit`.
-
-    Args:
-        job: what is to be learned.
-        folder: for files of its own.
-        whole: with all sources and tasks, and without a driver.
-    """
-    method = job.method
-    steps = round(harness.SUITES[job.suite].steps * method.share)
-    folder.mkdir(exist_ok=True)
-    path = harness.suite_file(job.suite, job.seed, job.cache, folder)
-    options = ["--config", str(path)]
-    options += ["--config", str(harness.CONFIGS / "methods" / f"{method.file}.yaml")]
-    if whole:
-        options += ["--driver", "null"]  # some methods' files have one
-    else:
-        _leave_part(path, method, job.earlier if method.sources == "first" else None)
-        if method.driver:
-            options += ["--config", str(harness.CONFIGS / "drivers" / f"{method.driver}.yaml")]
-        if method.sources == "last":
-            options += ["--driver.earlier", str(job.earlier)]
-        options += method.options
-    cosine = "torch.optim.lr_scheduler.CosineAnnealingLR"
-    options += [
-        *("--trainer.max_steps", str(steps), f"--optimizer.init_args.lr={job.rate}"),
-        *("--lr_scheduler", cosine, f"--lr_scheduler.T_max={steps}"),
-        f"--lr_scheduler.eta_min={0.06 * job.rate}",
-        *("--trainer.default_root_dir", str(folder)),
-        *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
-    ]
-    if method.driver:
-        options += ["--trainer.val_check_interval", str(max(1, steps // 3))]
-    if method.file == "prodistill" and not whole:
-        options += ["--driver.steps", str(steps)]
-    return options
-
-
-def _leave_part(path: Path, method: Method, output: Path | None) -> None:
-    """Leave a suite's file with a method's own sources and tasks alone."""
-    config = yaml.safe_load(path.read_text())
+def options_of(job: Job, suite: Path) -> list[str]:
+    """Return the arguments of `gradmerge fit`, given the suite's file."""
+    method, steps = job.method, job.steps
+    config = yaml.safe_load(suite.read_text())
     sources = config["model"]["recipe"]["sources"]
     *first, last = sources
     for gone in {"all": [], "first": [last], "last": first}[method.sources]:
         del sources[gone]
         if method.data == "new":
             del config["data"]["tasks"][gone]
-    if output is not None:
-        arguments = {"output": str(output), "overwrite": True}
+    if method.sources == "first":
+        arguments = {"output": str(job.path(job.key)), "overwrite": True}
         export = {"class_path": "ExportAtEnd", "init_args": arguments}
         config["trainer"]["callbacks"].append(export)
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    part = suite.with_name("part.yaml")
+    part.write_text(yaml.safe_dump(config, sort_keys=False))
+    files = [part, CONFIGS / "methods" / f"{method.file}.yaml"]
+    files += [CONFIGS / "drivers" / f"{method.driver}.yaml"] if method.driver else []
+    options = [word for file in files for word in ("--config", str(file))]
+    if method.sources == "last":
+        options += ["--driver.earlier", str(job.path(job.earlier))]
+    options += [
+        *method.options,
+        *("--trainer.max_steps", str(steps), f"--optimizer.init_args.lr={job.rate}"),
+        *("--lr_scheduler", "torch.optim.lr_scheduler.CosineAnnealingLR"),
+        *(f"--lr_scheduler.T_max={steps}", f"--lr_scheduler.eta_min={0.06 * job.rate}"),
+        *("--trainer.default_root_dir", str(suite.parent)),
+        *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+    ]
+    if method.driver:
+        options += ["--trainer.val_check_interval", str(max(1, steps // 3))]
+    return [*options, "--driver.steps", str(steps)] if method.file == "prodistill" else options
 
 
-def fit(job: Job) -> dict[str, Any]:
+def fit(*job: Any) -> dict[str, Any]:
     """Fit once and score; runs in a process of its own."""
     from gradmerge.cli.main import learn
+    from gradmerge.training.search import Selection
 
     harness.quieten()
-    method, suite = job.method, harness.SUITES[job.suite]
+    job = Job(*job[:4], Path(job[4]), job[5])
+    method, metric = job.method, SUITES[job.suite].metric
     cost: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        options = options_of(job, Path(folder))
-        if method.learns:
-            with harness.measured(cost):
-                cli = learn(["fit", *options])
-        else:
-            cli = learn(options, run=False)
-        module, data = cli.model, cli.datamodule
-        if not method.learns:
-            chosen, test, count = searched(cli, cost)
-        elif module is None:
-            whole = options_of(job, Path(folder) / "whole", whole=True)
-            module, data, chosen, test, count = driven(cli, learn(whole, run=False))
-        else:
-            chosen, test = harness.best_step(cli), module.results["test"]
+        suite = harness.suite_file(job.suite, job.seed, job.cache, Path(folder))
+        options = options_of(job, suite)
+        with harness.measured(cost):
+            cli = learn(["fit", *options]) if method.learns else searched(learn(options, run=False))
+        module, data, tasks = cli.model, cli.datamodule, list(cli.datamodule.tasks)
+        if module is None:
+            module, data, count = driven(cli, suite)
+        elif method.learns:
+            cli.trainer.test(module, data, ckpt_path="best", verbose=False)
             count = sum(p.numel() for p in module.merged.parameters())
-    drawn = data.batch_size * suite.steps
-    examples = data.examples("adaptation")
-    sizes = [len(examples[task]) for task in cli.datamodule.tasks]
+        else:
+            count = 1
+        test = harness.tested(module, data)
+        chosen = Selection(module, data).score()
+    drawn = data.batch_size * SUITES[job.suite].steps
+    sizes = {task: len(found) for task, found in data.examples("adaptation").items()}
     labels = method.learns and module.objective.needs_labels and method.file != "prodistill"
     return {
-        "selection": chosen["average"][suite.metric],
-        "loss": chosen["average"]["loss"],
-        "score": test["average"][suite.metric],
-        "test": {task: scores[suite.metric] for task, scores in test.items()},
+        "selection": statistics.mean(chosen[task][metric] for task in tasks),
+        "loss": statistics.mean(chosen[task]["loss"] for task in tasks),
+        "score": test["average"][metric],
+        "test": {task: scores[metric] for task, scores in test.items()},
         "coefficients": count,
         "labels": labels,
-        "examples": sum(min(drawn, size) for size in sizes) if method.learns else 0,
+        "examples": sum(min(drawn, sizes[task]) for task in tasks) if method.learns else 0,
         "seconds": cost["wall"],
         "memory": cost["memory"],
     }
 
 
-def searched(cli: Any, cost: dict[str, float]) -> tuple[Any, Any, int]:
-    """Return scores on selection and test of a search alone, and how many numbers it chose."""
+def searched(cli: Any) -> Any:
+    """Run the search alone."""
     from gradmerge.training.search import Selection
 
-    with harness.measured(cost):
-        selection = Selection(cli.model, cli.datamodule)
-        selection.search(cli.config_init["search"])
-    return selection.score(), harness.tested(cli.model, cli.datamodule), 1
+    Selection(cli.model, cli.datamodule).search(cli.config_init["search"])
+    return cli
 
 
-def driven(cli: Any, whole: Any) -> tuple[Any, Any, Any, Any, int]:
-    """Score the folder that a driver wrote; each task has its own head."""
+def driven(cli: Any, suite: Path) -> tuple[Any, Any, int]:
+    """Open the folder that a driver wrote, with data of all tasks; each task has its own head."""
     from safetensors import safe_open
 
     from gradmerge import MergeModule, Recipe
+    from gradmerge.cli.main import learn
     from gradmerge.coefficients import Constant, Model
-    from gradmerge.training.search import Selection
 
-    recipe, folder = whole.model.merged.plan.recipe, Path(cli.job.target.path)
+    whole = learn(["--config", str(suite)], run=False)
+    recipe, folder = whole.model.recipe, Path(cli.job.target.path)
     merged = Recipe(
         sources={"merged": str(folder)},
         coefficients=Model(),
@@ -313,103 +287,83 @@ def driven(cli: Any, whole: Any) -> tuple[Any, Any, Any, Any, int]:
         private=recipe.private,
         heads=dict(recipe.sources) if recipe.private else {},
     )
-    module = MergeModule(merged, score_experts=False)
-    scores = Selection(module, whole.datamodule).score()
-    mine = list(cli.datamodule.tasks)
-    metrics = {name for task in mine for name in scores[task]}
-    average = {m: statistics.mean(scores[task][m] for task in mine) for m in metrics}
     with safe_open(folder / "coefficients.safetensors", framework="pt") as file:
         sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
-    test = harness.tested(module, whole.datamodule)
-    return module, whole.datamodule, {"average": average}, test, sum(sizes)
+    return MergeModule(merged, score_experts=False), whole.datamodule, sum(sizes)
 
 
 # ---- all fits -----------------------------------------------------------------------------------
 
 
-def tuned(
-    suite: str, seed: int, name: str, cache: Path, rates: Sequence[float]
-) -> tuple[Job, dict[str, Any]]:
-    """Return the job whose rate the selection split prefers, and its result."""
-    method = ALL[name]
-    jobs = []
-    for rate in method.rates or (rates if method.learns else RATES[:1]):
-        job = Job(suite, seed, name, rate, cache)
-        if method.sources == "first":
-            job = replace(job, earlier=cache.parent / "learned" / job.key)
-        elif method.sources == "last":
-            job = replace(job, earlier=tuned(suite, seed, _EARLIER, cache, rates)[0].earlier)
-        jobs.append(job)
-    trials = {job.rate: job.result() for job in jobs}
-    rate = best_of(suite, trials)
-    return next(job for job in jobs if job.rate == rate), {"rate": rate, **trials[rate]}
+def tuned(job: Job, rates: Sequence[float]) -> tuple[Job, dict[str, Any]]:
+    """Return the job with the rate that the selection split prefers, and its result."""
+    method = job.method
+    if method.sources == "last":
+        job = replace(job, earlier=tuned(replace(job, name=_EARLIER), rates)[0].key)
+    rates = method.rates or (rates if method.learns else RATES[:1])
+    trials = {rate: replace(job, rate=rate).result() for rate in rates}
+    rate = best_of(job.suite, trials)
+    return replace(job, rate=rate), {"rate": rate, **trials[rate]}
 
 
 def best_of(suite: str, trials: dict[float, dict[str, Any]]) -> float:
     """Return the rate that the selection split prefers."""
-    own = harness.SUITES[suite]
+    own = SUITES[suite]
 
     def rank(rate: float) -> float:
         found = trials[rate]
-        scores = {own.metric: found["selection"], "loss": found["loss"]}
-        return own.rank(scores, found["labels"])
+        value = found["selection"] if found["labels"] else found["loss"]
+        if math.isnan(value):
+            return -math.inf
+        return value if found["labels"] and own.higher_is_better else -value
 
     return max(trials, key=rank)
 
 
 def render(suite: str, found: dict[str, dict[int, dict[str, Any]]], apart: bool = False) -> str:
     """Return a markdown table, the best first; with the last task apart, if asked."""
-    own = harness.SUITES[suite]
-    parts = ["first three tasks", "the fourth"] if apart else []
-    columns = ["rates", "coefficients", "adaptation", "seconds", "memory, MB"]
 
-    def mean(name: str) -> float:
-        return statistics.mean(result["score"] for result in found[name].values())
-
-    def cells(name: str) -> list[str]:
-        results = list(found[name].values())
-        scores = [harness.spread([result["score"] for result in results], own.digits)]
-        if apart:
+    def tasks(part: slice) -> Callable[[list[dict[str, Any]]], str]:
+        def cell(results: list[dict[str, Any]]) -> str:
             every = [[s for task, s in r["test"].items() if task != "average"] for r in results]
-            earlier = [score for one in every for score in one[:-1]]
-            for values in (earlier, [one[-1] for one in every]):
-                scores.append(f"{statistics.mean(values):.{own.digits}f}")
-        first = results[0]
-        labels = "labels" if first["labels"] else "no labels"
-        return [
-            f"`{name}`",
-            *scores,
-            ", ".join(f"{result['rate']:g}" for result in results) if ALL[name].learns else "-",
-            f"{first['coefficients']:,}",
-            f"{first['examples']:,}, {labels}" if first["examples"] else "none; selection labels",
-            f"{min(r['seconds'] for r in results):.0f}",
-            f"{max(r['memory'] for r in results) / 1e6:.0f}",
-        ]
+            return f"{statistics.mean(s for one in every for s in one[part]):.{digits}f}"
 
-    order = sorted((n for n in found if found[n]), key=mean, reverse=own.higher_is_better)
-    return harness.table(["method", own.metric, *parts, *columns], [cells(name) for name in order])
+        return cell
+
+    def adaptation(results: list[dict[str, Any]]) -> str:
+        labels = "labels" if results[0]["labels"] else "no labels"
+        number = results[0]["examples"]
+        return f"{number:,}, {labels}" if number else "none; selection labels"
+
+    digits = SUITES[suite].digits
+    parts = {"first three tasks": tasks(slice(-1)), "the fourth": tasks(slice(-1, None))}
+    columns = {
+        **(parts if apart else {}),
+        "rates": lambda rs: ", ".join(f"{r['rate']:g}" for r in rs) if rs[0]["examples"] else "-",
+        "coefficients": lambda rs: f"{rs[0]['coefficients']:,}",
+        "adaptation": adaptation,
+        "seconds": lambda rs: f"{min(r['seconds'] for r in rs):.0f}",
+        "memory, MB": lambda rs: f"{max(r['memory'] for r in rs) / 1e6:.0f}",
+    }
+    return harness.ranking(suite, found, columns)
 
 
 def main() -> None:
-    harness.answer(lambda *job: fit(Job(*job[:4], *(path and Path(path) for path in job[4:]))))
-    parser = harness.make_parser(__doc__, "suites")
-    parser.add_argument("suite", choices=harness.SUITES)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    harness.answer(fit)
+    parser = harness.suite_parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all of the suite")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="to choose from")
     parser.add_argument("--drivers", action="store_true", help="two at a time, and one after")
     args = parser.parse_args()
-    cache = args.cache.resolve()
     methods = args.methods or [n for n, m in METHODS.items() if args.suite in m.suites]
     if args.drivers:
         methods = [name for name in DRIVERS if name != _EARLIER]
-    found: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in methods}
-    for seed in args.seeds:
-        harness.build_suite(args.suite, seed, cache)
-        for method in methods:
-            found[method][seed] = tuned(args.suite, seed, method, cache, args.rates)[1]
-            print(f"seed {seed} {method}: {found[method][seed]}", flush=True)
-            harness.write_json(args.json, found)
+
+    def score(name: str, seed: int) -> dict[str, Any]:
+        job = Job(args.suite, seed, name, RATES[0], args.cache.resolve())
+        return tuned(job, args.rates)[1]
+
+    found = harness.compare(args.suite, methods, args, score)
     print(render(args.suite, found, apart=args.drivers))
 
 
