@@ -14,12 +14,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import update_bn
 
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
@@ -31,10 +29,10 @@ from gradmerge.alignment import (
     WeightMatching,
 )
 from gradmerge.coefficients import Complement, Constant, Element, Sigmoid, Softmax, Uniform
-from gradmerge.objectives import KLToEnsemble, Objective
+from gradmerge.engine.predict import predict
+from gradmerge.objectives import CrossEntropy, KLToEnsemble, Objective
 from gradmerge.training.collect import collect
 from gradmerge.training.search import set_coefficients
-from harness import quiet_trainer
 from suites import rebasin
 from suites.rebasin import CLASSES, Architecture, Images, Parts, Pool
 
@@ -131,37 +129,6 @@ class Condition:
         return replace(parts, **changed)
 
 
-def falling(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """Let the learning rate fall linearly to zero."""
-    return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
-
-
-class Learner(MergeModule):
-    """Adam with a falling learning rate (on the command line: `lr_scheduler`)."""
-
-    def configure_optimizers(self) -> Any:
-        """Return both."""
-        optimiser = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
-        scheduler = falling(optimiser, self.trainer.max_steps)
-        return [optimiser], [{"scheduler": scheduler, "interval": "step"}]
-
-
-class KeepBest(lightning.Callback):
-    """The raw coefficients with the best accuracy on selection so far, or with the least loss."""
-
-    def __init__(self, start: float, distil: Distillation | None) -> None:
-        self.best, self.step, self.distil = start, 0, distil
-        self.raws: State = {}
-
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Keep the coefficients, if they are better."""
-        found = pl_module.results["selection"]["average"]
-        score = -found["loss"] if self.distil else found["accuracy"]
-        if score > self.best:
-            self.best, self.step = score, trainer.global_step
-            self.raws = {k: raw.detach().clone() for k, raw in pl_module.merged.raw.items()}
-
-
 @dataclass
 class Case:
     """Some networks that are to be merged, and the data to do it with."""
@@ -248,10 +215,8 @@ class Case:
 # ---- merging, by gradmerge -----------------------------------------------------------------------
 
 
-def open_merge(
-    case: Case, recipe: Recipe, alignment: str | None, objective: Objective | None = None
-) -> MergeModule:
-    """Open a merge under an alignment, ready to be scored or learned."""
+def open_merge(case: Case, recipe: Recipe, alignment: str | None) -> MergeModule:
+    """Open a merge under an alignment."""
     if alignment is not None:
         recipe = replace(recipe, alignment=ALIGNMENTS[alignment])
         if ALIGNMENTS[alignment].needs is not None:
@@ -261,15 +226,16 @@ def open_merge(
             if not own or not folder.is_dir():
                 collect(recipe, case.data, folder, overwrite=True, module=case.network())
             recipe = replace(recipe, statistics=str(folder))
-    module = Learner(recipe, objective, module=case.network(), score_experts=False)
+    module = MergeModule(recipe, module=case.network(), score_experts=False)
     module.take_tasks(case.data.tasks)
     return module
 
 
 def state_of(module: MergeModule, data: MergeDataModule) -> State:
     """Return the merged network's weights and buffers, as an export would have them."""
-    module.refresh_buffers(data)
     merged = module.merged
+    merged.eval()
+    module.refresh_buffers(data)
     state = {name: merged.plan.materialise(name, merged.raw) for name in merged.plan.tensors}
     return state | {name: value.clone() for name, value in merged.statistics.values().items()}
 
@@ -284,57 +250,6 @@ def averaged(case: Case, alignment: str | None, **factors: Any) -> State:
 def average(case: Case, alignment: str | None, **factors: Any) -> Result:
     """Score the average of the sources."""
     return case.score(averaged(case, alignment, **factors))
-
-
-def pairwise_recipe(sources: dict[str, Any], shares: Sequence[float] = (0.5, 0.5)) -> Recipe:
-    """Return NP Merge of two: `sigmoid(a)` and `1 - sigmoid(a)`, which start at stated shares."""
-    coefficients = Complement(Sigmoid(Element()))
-    return Recipe(sources, coefficients=coefficients, init=Constant(list(shares)))
-
-
-# One coefficient per weight: of two, of all at once by a softmax, or any number.
-RECIPES: dict[str, Callable[[dict[str, Any]], Recipe]] = {
-    "pair": pairwise_recipe,
-    "joint": partial(Recipe, coefficients=Softmax(Element()), init=Uniform()),
-    "unbounded": partial(Recipe, coefficients=Element(), init=Uniform(), origin="zero"),
-}
-
-
-def np_merge(
-    case: Case,
-    alignment: str | None,
-    kind: str,
-    distil: Distillation | None = None,
-    rates: Sequence[float] | None = None,
-) -> Result:
-    """Learn all sources at once."""
-    rates = rates or (UNBOUNDED_RATES if kind == "unbounded" else None)
-    return learned(case, RECIPES[kind](case.sources()), alignment, distil=distil, rates=rates)[0]
-
-
-def np_fold(case: Case, alignment: str | None) -> Result:
-    """Merge one source after another into the merge so far; the merges share the steps."""
-    (_, merged), *others = case.sources().items()
-    result: Result = {}
-    for number, (name, path) in enumerate(others, start=1):
-        shares = [number / (number + 1), 1 / (number + 1)]
-        recipe = pairwise_recipe({"merged": merged, name: path}, shares)
-        result, merged = learned(case, recipe, alignment, case.budget.steps // len(others))
-    return result
-
-
-def np_tree(case: Case, alignment: str | None) -> Result:
-    """Merge pairs, then pairs of those; the merges share the steps."""
-    level: list[Any] = list(case.sources().values())
-    steps = case.budget.steps // (len(level) - 1)
-    result: Result = {}
-    while len(level) > 1:
-        pairs, level = zip(level[::2], level[1::2], strict=True), []
-        for first, second in pairs:
-            recipe = pairwise_recipe({"first": first, "second": second})
-            result, state = learned(case, recipe, alignment, steps)
-            level.append(state)
-    return result
 
 
 # ---- beside it: endpoints and their ensemble -----------------------------------------------------
@@ -363,11 +278,11 @@ def ensemble(case: Case) -> Result:
     return case.score(probabilities)
 
 
-def distillation_loss(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def distillation_loss(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the loss without labels: divergence from the ensemble's softened probabilities."""
     networks, t = case.endpoints(), DISTILLATION.temperature
 
-    def loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    def loss(logits: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad():
             each = torch.stack([network(images) for network in networks])
         target = (each / t).softmax(dim=-1).mean(dim=0)
@@ -379,96 +294,181 @@ def distillation_loss(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 # ---- learning: each rate in turn, the best on selection stays ------------------------------------
 
-Attempt = Callable[[float, Result], tuple[Result, State]]
+Start = Callable[[], tuple[nn.Module, Callable[[dict[str, Tensor]], Tensor], Callable[[], State]]]
+"""Goes to the start; returns parameters, loss of a batch, and the weights that they give."""
 
 
-@dataclass
-class Learning:
-    """What NP Merge and fine-tuning share: steps, images to learn from, the choice of a state."""
+def merge_of(
+    case: Case, recipe: Recipe, alignment: str | None, distil: Distillation | None
+) -> Start:
+    """Return the start of NP Merge, whose parameters are raw coefficients."""
+    module = open_merge(case, recipe, alignment)
+    merged = module.merged
+    term = KLToEnsemble(temperature=distil.temperature) if distil else CrossEntropy()
+    objective = Objective([term])
 
-    case: Case
-    steps: int
-    distil: Distillation | None
+    def loss_of(batch: dict[str, Tensor]) -> Tensor:
+        return objective.loss(predict(merged, objective, "images", batch, False))
 
-    def __post_init__(self) -> None:
-        self.data, self.loss = self.case.data, None
-        if self.distil:
-            self.steps *= self.distil.longer
-            rest = self.case.parts.rest
-            self.data = self.case.data_of(rest.at(torch.arange(min(self.distil.images, len(rest)))))
-            self.loss = distillation_loss(self.case)
+    def start() -> Any:
+        set_coefficients(merged, recipe.init)
+        return (
+            merged,
+            lambda batch: merged.accumulate([partial(loss_of, batch)])[0],
+            lambda: state_of(module, case.data),
+        )
 
-    def score(self, state: State) -> Result:
-        """Return scores, and the `rank` that states are chosen by: more is better.
+    return start
 
-        With labels the accuracy on selection. Without, minus the divergence from the ensemble: it
-        reads no label, and is less noisy.
-        """
-        found = self.case.score(state)
-        if self.loss is None:
-            return {**found, "rank": found["selection"]}
-        images = self.case.parts.selection
-        logits = rebasin.logits_of(self.case.network(state), images)
-        return {**found, "rank": -float(self.loss(logits, images.images, images.labels))}
 
-    def best(self, begin: State, rates: Sequence[float], attempt: Attempt) -> tuple[Result, State]:
-        """Return the best of the start and of an attempt with each learning rate."""
-        start = self.score(begin)
-        best, best_state = {**start, "rate": None, "step": 0}, begin
-        tried = {}
-        for rate in rates:
-            tried[rate], state = attempt(rate, start)
-            if tried[rate]["rank"] > best["rank"]:
-                best, best_state = {**tried[rate], "rate": rate}, state
-        return {**best, "start": start, "tried": tried}, best_state
+def network_of(case: Case, alignment: str | None, distil: Distillation | None) -> Start:
+    """Return the start of fine-tuning: the average that NP Merge starts from."""
+    begin = averaged(case, alignment)
+    sample = case.parts.adaptation.images[:2_048].split(500)
+    distilled = distillation_loss(case)
+
+    def start() -> Any:
+        network = case.network(begin)
+
+        def loss_of(batch: dict[str, Tensor]) -> Tensor:
+            logits = network(batch["images"])
+            if distil:
+                return distilled(logits, batch["images"])
+            return functional.cross_entropy(logits, batch["labels"])
+
+        def state() -> State:
+            update_bn(sample, network)
+            return {name: value.clone() for name, value in network.state_dict().items()}
+
+        return network, loss_of, state
+
+    return start
 
 
 def learned(
     case: Case,
-    recipe: Recipe,
-    alignment: str | None,
-    steps: int | None = None,
+    begin: Start,
+    rates: Sequence[float],
     distil: Distillation | None = None,
-    rates: Sequence[float] | None = None,
+    steps: int | None = None,
 ) -> tuple[Result, State]:
-    """Learn the coefficients with each learning rate; the best on selection stays."""
-    learning = Learning(case, steps or case.budget.steps, distil)
-    objective = Objective([KLToEnsemble(temperature=distil.temperature)]) if distil else None
-    module = open_merge(case, recipe, alignment, objective)
-    merged = module.merged
+    """Learn with each rate in turn; the best on selection stays, be it the start.
 
-    def attempt(rate: float, start: Result) -> tuple[Result, State]:
-        set_coefficients(merged, recipe.init)
-        module.learning_rate = rate
-        keep = KeepBest(start["rank"], distil)
-        trainer = quiet_trainer(
-            max_steps=learning.steps,
-            check_val_every_n_epoch=None,
-            callbacks=[keep],
-            val_check_interval=max(1, learning.steps // case.budget.checks),
-        )
-        trainer.fit(module, datamodule=learning.data)
-        last = case.score(state_of(module, case.data))
-        set_coefficients(merged, recipe.init)
-        with torch.no_grad():
-            for key, value in keep.raws.items():
-                merged.raw[key].copy_(value)
-        state = state_of(module, case.data)
-        return {**learning.score(state), "step": keep.step, "last": last}, state
+    States are compared by their `rank`: with labels the accuracy on selection; without, minus the
+    divergence from the ensemble, which reads no label and is less noisy.
+    """
+    steps, data = steps or case.budget.steps, case.data
+    if distil:
+        rest = case.parts.rest
+        data = case.data_of(rest.at(torch.arange(min(distil.images, len(rest)))))
+        steps *= distil.longer
+    divergence = distillation_loss(case)
 
-    begin = state_of(module, case.data)
-    result, state = learning.best(begin, rates or case.budget.np_rates, attempt)
-    return {**result, "alignment": alignment}, state
+    def score(state: State) -> Result:
+        found = case.score(state)
+        if not distil:
+            return {**found, "rank": found["selection"]}
+        images = case.parts.selection
+        logits = rebasin.logits_of(case.network(state), images)
+        return {**found, "rank": -float(divergence(logits, images.images))}
+
+    first = begin()[2]()
+    start = score(first)
+    best: tuple[Result, State] = {**start, "rate": None, "step": 0}, first
+    tried = {}
+    for rate in rates:
+        parameters, loss_of, state_of = begin()
+        optimiser = torch.optim.Adam(parameters.parameters(), lr=rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+        chosen: tuple[Result, State] = {**start, "step": 0}, first
+        for step, batch in enumerate(training_batches(data, steps), start=1):
+            parameters.train()
+            optimiser.zero_grad()
+            loss_of(batch).backward()
+            optimiser.step()
+            schedule.step()
+            if step % max(1, steps // case.budget.checks) == 0:
+                state = state_of()
+                found = score(state)
+                if found["rank"] > chosen[0]["rank"]:
+                    chosen = {**found, "step": step}, state
+        tried[rate] = {**chosen[0], "last": case.score(state_of())}
+        if tried[rate]["rank"] > best[0]["rank"]:
+            best = {**tried[rate], "rate": rate}, chosen[1]
+    return {**best[0], "start": start, "tried": tried}, best[1]
 
 
 def training_batches(data: MergeDataModule, steps: int) -> Iterator[dict[str, Tensor]]:
-    """Yield the batches that gradmerge learns on, in the same order."""
+    """Yield the batches of a fit, in the same order."""
     loader = data.train_dataloader()
     while loader.step < steps:
         for batch in loader:
             yield batch["images"]
             if loader.step >= steps:
                 return
+
+
+# ---- NP Merge and fine-tuning --------------------------------------------------------------------
+
+
+def pairwise_recipe(sources: dict[str, Any], shares: Sequence[float] = (0.5, 0.5)) -> Recipe:
+    """Return NP Merge of two: `sigmoid(a)` and `1 - sigmoid(a)`, which start at stated shares."""
+    coefficients = Complement(Sigmoid(Element()))
+    return Recipe(sources, coefficients=coefficients, init=Constant(list(shares)))
+
+
+# One coefficient per weight: of two, of all at once by a softmax, or any number.
+RECIPES: dict[str, Callable[[dict[str, Any]], Recipe]] = {
+    "pair": pairwise_recipe,
+    "joint": partial(Recipe, coefficients=Softmax(Element()), init=Uniform()),
+    "unbounded": partial(Recipe, coefficients=Element(), init=Uniform(), origin="zero"),
+}
+
+
+def np_merge(
+    case: Case,
+    alignment: str | None,
+    kind: str,
+    distil: Distillation | None = None,
+    rates: Sequence[float] | None = None,
+) -> Result:
+    """Learn all sources at once."""
+    rates = rates or (UNBOUNDED_RATES if kind == "unbounded" else case.budget.np_rates)
+    begin = merge_of(case, RECIPES[kind](case.sources()), alignment, distil)
+    return {**learned(case, begin, rates, distil)[0], "alignment": alignment}
+
+
+def two(
+    case: Case, alignment: str | None, sources: dict[str, Any], shares: list[float], merges: int
+) -> tuple[Result, State]:
+    """Learn one of several merges of two, which share the steps."""
+    begin = merge_of(case, pairwise_recipe(sources, shares), alignment, None)
+    steps = case.budget.steps // merges
+    result, state = learned(case, begin, case.budget.np_rates, steps=steps)
+    return {**result, "alignment": alignment}, state
+
+
+def np_fold(case: Case, alignment: str | None) -> Result:
+    """Merge one source after another into the merge so far."""
+    (_, merged), *others = case.sources().items()
+    result: Result = {}
+    for number, (name, path) in enumerate(others, start=1):
+        shares = [number / (number + 1), 1 / (number + 1)]
+        result, merged = two(case, alignment, {"merged": merged, name: path}, shares, len(others))
+    return result
+
+
+def np_tree(case: Case, alignment: str | None) -> Result:
+    """Merge pairs, then pairs of those."""
+    level: list[Any] = list(case.sources().values())
+    merges, result = len(level) - 1, {}
+    while len(level) > 1:
+        pairs, level = zip(level[::2], level[1::2], strict=True), []
+        for first, second in pairs:
+            sources = {"first": first, "second": second}
+            result, state = two(case, alignment, sources, [0.5, 0.5], merges)
+            level.append(state)
+    return result
 
 
 def fine_tuned(
@@ -478,29 +478,6 @@ def fine_tuned(
     rates: Sequence[float] | None = None,
 ) -> Result:
     """Train all weights of the average that NP Merge starts from, with the same budget."""
-    learning = Learning(case, case.budget.steps, distil)
-    steps, begin = learning.steps, averaged(case, alignment)
-    sample = case.parts.adaptation.images[:2_048].split(500)
-    loss_of = learning.loss or (lambda logits, images, labels: cross_entropy(logits, labels))
-
-    def attempt(rate: float, start: Result) -> tuple[Result, State]:
-        network = case.network(begin).train()
-        optimiser = torch.optim.Adam(network.parameters(), lr=rate)
-        schedule = falling(optimiser, steps)
-        chosen: Result = {**start, "step": 0}
-        for step, batch in enumerate(training_batches(learning.data, steps), start=1):
-            loss = loss_of(network(batch["images"]), batch["images"], batch["labels"])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            if step % max(1, steps // case.budget.checks) == 0:
-                update_bn(sample, network)
-                score = learning.score(network.state_dict())
-                if score["rank"] > chosen["rank"]:
-                    chosen = {**score, "step": step}
-        update_bn(sample, network)
-        return {**chosen, "last": case.score(network.state_dict())}, network.state_dict()
-
-    result, _ = learning.best(begin, rates or case.budget.tuning_rates, attempt)
+    begin = network_of(case, alignment, distil)
+    result, _ = learned(case, begin, rates or case.budget.tuning_rates, distil)
     return {**result, "alignment": alignment}
