@@ -43,19 +43,15 @@ os.environ["WANDB_MODE"] = "disabled"  # a run for each fit would be measured, t
 
 FORMAT = 2  # raise when the code changes what a fit gives
 RATES = (0.01, 0.03, 0.1)
-_DRAWS = ("--search", "Draws", "--search.num_draws", "16", "--search.alpha", "0.5")
 
 
 @dataclass(frozen=True)
 class Method:
-    """A file of configs/methods, with options."""
+    """Files of configs, with options."""
 
-    file: str
+    files: tuple[str, ...]
     options: tuple[str, ...] = ()
     suites: tuple[str, ...] = ("lm", "vision")
-    learns: bool = True
-    driver: str = ""
-    """A file of configs/drivers."""
     sources: str = "all"
     """`first`: all but the last; `last`: that one alone, onto a merge of the others."""
     data: str = "all"
@@ -63,12 +59,13 @@ class Method:
     rates: tuple[float, ...] = ()
     """Instead of those to choose from."""
 
-    @property
-    def share(self) -> float:
-        """Share of the suite's steps that each of its fits takes."""
-        if self.sources == "first":
-            return 2 / 3
-        return 1 / 3 if self.driver else 1.0
+    def uses(self, kind: str) -> bool:
+        """Check for a file of a folder of configs: `methods` learn, `drivers` do so in parts."""
+        return any(file.startswith(kind) for file in self.files)
+
+
+def methods_of(names: str, suites: tuple[str, ...] = ("lm", "vision")) -> dict[str, Method]:
+    return {name: Method((f"methods/{name}",), suites=suites) for name in names.split()}
 
 
 # With free scales entropy alone collapses (docs/benchmarks.md): entropy.yaml's term against it.
@@ -90,58 +87,37 @@ _MASKS = (
     "--model.recipe.operator.init_args.scale=0.3",
     *("--model.recipe.frozen", '{"(?i)bias$|norm|embed|ln_|cls_token": 1.0}'),
 )
-# The paper's method over each of its merges (configs/static).
-_M3 = ("--model.recipe.coefficients", "Model", *_DRAWS)
-_DROPPED = (
-    "--model.recipe.preprocess",
-    '[{"class_path": "RandomDrop", "init_args": {"density": 0.5, "seed": 0}}]',
-)
-_TRIMMED = (
-    "--model.recipe.preprocess",
-    '[{"class_path": "Trim", "init_args": {"density": 0.2}}]',
-    *("--model.recipe.operator", "DisjointMean"),
-)
+_ADARANK = ("methods/adarank",)
 _CLASSES = ("vision",)  # entropy is for classification
+_DRAWS = "static/m3_draws"
 METHODS = {
-    "tensor": Method("tensor"),
-    "column": Method("column"),
-    "entropy": Method("entropy", suites=_CLASSES),
-    "adamerging": Method("adamerging", suites=_CLASSES),
-    "adamerging_pp": Method("adamerging_pp", suites=_CLASSES),
-    "adarank": Method("adarank", suites=_CLASSES),
-    "adarank, marginal": Method("adarank", _MARGINAL, suites=_CLASSES),
-    "adarank, marginal, from the mean": Method("adarank", _CART, suites=_CLASSES),
-    "adarank, masks alone": Method("adarank", _MASKS, suites=_CLASSES),
-    "dam": Method("dam"),
-    "learned_soup": Method("learned_soup"),
-    "atlas": Method("atlas"),
-    "atlas_x_10": Method("atlas", ("--model.recipe.coefficients", "Partition")),
-    "supermerge": Method("supermerge"),
-    "samerging": Method("samerging"),
-    "prodistill": Method("prodistill"),
-    "m3": Method("tensor", _M3, learns=False),
-    "m3, dare": Method("tensor", (*_M3, *_DROPPED), learns=False),
-    "m3, ties": Method("tensor", (*_M3, *_TRIMMED), learns=False),
-    "tensor from m3": Method("tensor", _DRAWS),
+    **methods_of("tensor column"),
+    **methods_of("entropy adamerging adamerging_pp adarank", _CLASSES),
+    "adarank, marginal": Method(_ADARANK, _MARGINAL, _CLASSES),
+    "adarank, marginal, from the mean": Method(_ADARANK, _CART, _CLASSES),
+    "adarank, masks alone": Method(_ADARANK, _MASKS, _CLASSES),
+    **methods_of("dam learned_soup atlas"),
+    "atlas_x_10": Method(("methods/atlas",), ("--model.recipe.coefficients", "Partition")),
+    **methods_of("supermerge samerging prodistill"),
+    "m3": Method(("static/m3", _DRAWS)),
+    "m3, dare": Method(("static/dare_linear", _DRAWS)),
+    "m3, ties": Method(("static/ties", _DRAWS)),
+    "tensor from m3": Method(("methods/tensor", _DRAWS)),
 }
-# The merge that `continual` goes on with.
-_EARLIER = "earlier"
+_CONTINUAL = Method(("methods/tensor", "drivers/continual"), sources="last")
 _PLAIN = ("--driver.projection", "false")
 DRIVERS = {
     "tensor": METHODS["tensor"],
-    "pairwise": Method("tensor", driver="pairwise"),
-    "tree": Method("tensor", driver="tree"),
-    _EARLIER: Method("tensor", sources="first", data="new"),
-    "continual": Method("tensor", _PLAIN, driver="continual", sources="last"),
-    "continual, projected": Method("tensor", driver="continual", sources="last"),
-    "continual, new data": Method("tensor", _PLAIN, driver="continual", sources="last", data="new"),
-    "continual, projected, new data": Method(
-        "tensor", driver="continual", sources="last", data="new"
-    ),
+    "pairwise": Method(("methods/tensor", "drivers/pairwise")),
+    "tree": Method(("methods/tensor", "drivers/tree")),
 }
-for _name in ("continual", "continual, projected"):
+for _name, _options in (("continual", _PLAIN), ("continual, projected", ())):
+    DRIVERS[_name] = replace(_CONTINUAL, options=_options)
+    DRIVERS[f"{_name}, new data"] = replace(DRIVERS[_name], data="new")
     DRIVERS[f"{_name}, not learned"] = replace(DRIVERS[f"{_name}, new data"], rates=(0.0,))
-ALL = METHODS | DRIVERS
+# The merge that `continual` goes on with.
+_EARLIER = "earlier"
+ALL = METHODS | DRIVERS | {_EARLIER: replace(METHODS["tensor"], sources="first", data="new")}
 
 
 @dataclass(frozen=True)
@@ -163,14 +139,15 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Number of steps."""
-        return round(SUITES[self.suite].steps * self.method.share)
+        """Number of steps of each fit."""
+        driven = 1 / 3 if self.method.uses("drivers") else 1.0
+        share = 2 / 3 if self.method.sources == "first" else driven
+        return round(SUITES[self.suite].steps * share)
 
     @property
     def key(self) -> str:
         """Name of all that the result depends on."""
-        files = [f"suites/{self.suite}", f"methods/{self.method.file}"]
-        files += [f"drivers/{self.method.driver}"] if self.method.driver else []
+        files = (f"suites/{self.suite}", *self.method.files)
         read = [(CONFIGS / f"{file}.yaml").read_text() for file in files]
         mark = harness.fingerprint([FORMAT, self.method, self.steps, read, self.earlier])
         return f"{self.suite}-{self.seed}-{self.name.replace(' ', '-')}-{self.rate:g}-{mark[:8]}"
@@ -204,22 +181,21 @@ def options_of(job: Job, suite: Path) -> list[str]:
         config["trainer"]["callbacks"].append(export)
     part = suite.with_name("part.yaml")
     part.write_text(yaml.safe_dump(config, sort_keys=False))
-    files = [part, CONFIGS / "methods" / f"{method.file}.yaml"]
-    files += [CONFIGS / "drivers" / f"{method.driver}.yaml"] if method.driver else []
+    files = [part, *(CONFIGS / f"{file}.yaml" for file in method.files)]
     options = [word for file in files for word in ("--config", str(file))]
+    options += ["--trainer.default_root_dir", str(suite.parent), *method.options]
     if method.sources == "last":
         options += ["--driver.earlier", str(job.path(job.earlier))]
-    options += [
-        *method.options,
-        *("--trainer.max_steps", str(steps), f"--optimizer.init_args.lr={job.rate}"),
-        *("--lr_scheduler", "torch.optim.lr_scheduler.CosineAnnealingLR"),
-        *(f"--lr_scheduler.T_max={steps}", f"--lr_scheduler.eta_min={0.06 * job.rate}"),
-        *("--trainer.default_root_dir", str(suite.parent)),
-        *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
-    ]
-    if method.driver:
+    if method.uses("methods"):
+        options += [
+            *("--trainer.max_steps", str(steps), f"--optimizer.init_args.lr={job.rate}"),
+            *("--lr_scheduler", "torch.optim.lr_scheduler.CosineAnnealingLR"),
+            *(f"--lr_scheduler.T_max={steps}", f"--lr_scheduler.eta_min={0.06 * job.rate}"),
+            *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+        ]
+    if method.uses("drivers"):
         options += ["--trainer.val_check_interval", str(max(1, steps // 3))]
-    return [*options, "--driver.steps", str(steps)] if method.file == "prodistill" else options
+    return [*options, "--driver.steps", str(steps)] if method == METHODS["prodistill"] else options
 
 
 def fit(*job: Any) -> dict[str, Any]:
@@ -230,16 +206,17 @@ def fit(*job: Any) -> dict[str, Any]:
     harness.quieten()
     job = Job(*job[:4], Path(job[4]), job[5])
     method, metric = job.method, SUITES[job.suite].metric
+    learns = method.uses("methods")
     cost: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         suite = harness.suite_file(job.suite, job.seed, job.cache, Path(folder))
         options = options_of(job, suite)
         with harness.measured(cost):
-            cli = learn(["fit", *options]) if method.learns else searched(learn(options, run=False))
+            cli = learn(["fit", *options]) if learns else searched(learn(options, run=False))
         module, data, tasks = cli.model, cli.datamodule, list(cli.datamodule.tasks)
         if module is None:
             module, data, count = driven(cli, suite)
-        elif method.learns:
+        elif learns:
             cli.trainer.test(module, data, ckpt_path="best", verbose=False)
             count = sum(p.numel() for p in module.merged.parameters())
         else:
@@ -248,7 +225,7 @@ def fit(*job: Any) -> dict[str, Any]:
         chosen = Selection(module, data).score()
     drawn = data.batch_size * SUITES[job.suite].steps
     sizes = {task: len(found) for task, found in data.examples("adaptation").items()}
-    labels = method.learns and module.objective.needs_labels and method.file != "prodistill"
+    labels = learns and module.objective.needs_labels and method != METHODS["prodistill"]
     return {
         "selection": statistics.mean(chosen[task][metric] for task in tasks),
         "loss": statistics.mean(chosen[task]["loss"] for task in tasks),
@@ -256,7 +233,7 @@ def fit(*job: Any) -> dict[str, Any]:
         "test": {task: scores[metric] for task, scores in test.items()},
         "coefficients": count,
         "labels": labels,
-        "examples": sum(min(drawn, sizes[task]) for task in tasks) if method.learns else 0,
+        "examples": sum(min(drawn, sizes[task]) for task in tasks) if learns else 0,
         "seconds": cost["wall"],
         "memory": cost["memory"],
     }
@@ -300,7 +277,7 @@ def tuned(job: Job, rates: Sequence[float]) -> tuple[Job, dict[str, Any]]:
     method = job.method
     if method.sources == "last":
         job = replace(job, earlier=tuned(replace(job, name=_EARLIER), rates)[0].key)
-    rates = method.rates or (rates if method.learns else RATES[:1])
+    rates = method.rates or (rates if method.uses("methods") else RATES[:1])
     trials = {rate: replace(job, rate=rate).result() for rate in rates}
     rate = best_of(job.suite, trials)
     return replace(job, rate=rate), {"rate": rate, **trials[rate]}
@@ -357,7 +334,7 @@ def main() -> None:
     args = parser.parse_args()
     methods = args.methods or [n for n, m in METHODS.items() if args.suite in m.suites]
     if args.drivers:
-        methods = [name for name in DRIVERS if name != _EARLIER]
+        methods = list(DRIVERS)
 
     def score(name: str, seed: int) -> dict[str, Any]:
         job = Job(args.suite, seed, name, RATES[0], args.cache.resolve())

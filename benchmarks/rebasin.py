@@ -44,8 +44,8 @@ FORMAT = 2  # raise when the code changes what a cell holds
 LEARNERS = ("NP Merge", "fine-tuning")
 
 Row = Callable[[Case], Result]
-Found = dict[tuple[str, str, str, int, str], dict[str, dict[int, Result]]]
-"""By data, architecture, setting, members and condition; then by row and repeat."""
+Found = dict[tuple[str, str, str, int, str], dict[str, list[Result]]]
+"""By data, architecture, setting, members and condition; then by row: a result per repeat."""
 
 
 # ---- rows of the tables -------------------------------------------------------------------------
@@ -136,12 +136,17 @@ def compute(case: Case, row: str, rows: Mapping[str, Row]) -> Result:
 # ---- tables -------------------------------------------------------------------------------------
 
 
-def percent(values: Sequence[float], expected: int) -> str:
-    """Return mean and deviation in percent; the number of values, where fewer than expected."""
-    if not values:
+def percent(results: Sequence[Result], repeats: int, classes: Sequence[int] = ()) -> str:
+    """Return accuracies in percent, of some classes alone; the number of repeats, if too few."""
+    if not results:
         return ""
-    count = f" ({len(values)} of {expected})" if len(values) < expected else ""
-    return f"{harness.spread([100 * value for value in values], 1)}{count}"
+    scores = [statistics.mean(r["classes"][k] for k in classes) for r in results if classes]
+    count = f" ({len(results)} of {repeats})" if len(results) < repeats else ""
+    return harness.spread([100 * s for s in scores or map(tested, results)], 1) + count
+
+
+def tested(result: Result) -> float:
+    return result["test"]
 
 
 def render(found: Found, repeats: int) -> str:
@@ -152,22 +157,18 @@ def render(found: Found, repeats: int) -> str:
         heads = [f"{setting}, {members}" for setting, members in cases]
         order = dict.fromkeys(row for rows in cases.values() for row in rows)
         lines = [
-            [row, *(percent(tests(rows.get(row, {})), repeats) for rows in cases.values())]
+            [row, *(percent(rows.get(row, []), repeats) for rows in cases.values())]
             for row in sorted(order, key=lambda row: row.startswith(LEARNERS))
         ]
         blocks.append(harness.table([f"{data}, {name}", *heads], lines))
     return "\n\n".join([*blocks, render_differences(found)])
 
 
-def tests(results: Mapping[int, Result]) -> list[float]:
-    return [result["test"] for result in results.values()]
-
-
 def render_differences(found: Found) -> str:
     """Return a markdown table of the means of learned merges, in points less those of others."""
     lines = []
     for key, rows in found.items():
-        mean = {row: 100 * statistics.mean(tests(results)) for row, results in rows.items()}
+        mean = {row: 100 * statistics.mean(map(tested, results)) for row, results in rows.items()}
         aligned = [row for row in mean if row.startswith("average") and "none" not in row]
         best = max(aligned, key=lambda row: mean[row], default="")
         for row in (best, *(row for row in mean if row.startswith("NP Merge"))):
@@ -182,7 +183,7 @@ def render_differences(found: Found) -> str:
     return harness.table(["case", "points more than", *others], lines)
 
 
-def render_study(found: Found, missing: Mapping[str, tuple[int, ...]], repeats: int) -> str:
+def render_study(found: Found, repeats: int) -> str:
     """Return a markdown table: a line per condition, a column per method.
 
     The last columns are of the largest learning rate and the last step: the result without a
@@ -191,21 +192,17 @@ def render_study(found: Found, missing: Mapping[str, tuple[int, ...]], repeats: 
     heads = ["start", *LEARNERS, *(f"{name}, untuned" for name in LEARNERS)]
     lines = []
     for (data, name, setting, members, mark), rows in found.items():
-        columns = {row: list(results.values()) for row, results in rows.items()}
-        for row in LEARNERS:
-            tried = [list(result["tried"].values())[-1] for result in columns.get(row, [])]
-            columns[f"{row}, untuned"] = [result["last"] for result in tried]
-        lost, every = missing[mark], range(suite.CLASSES)
+        untuned = {
+            f"{row}, untuned": [list(r["tried"].values())[-1]["last"] for r in rows.get(row, [])]
+            for row in LEARNERS
+        }
+        lost, every = CONDITIONS[mark].missing, range(suite.CLASSES)
         groups: dict[str, Sequence[int]] = {"": every}
         if lost:
             seen = [k for k in every if k not in lost]
             groups = {", all": every, ", classes it has": seen, ", classes it lacks": lost}
         for label, classes in groups.items():
-            cells = []
-            for head in heads:
-                results = columns.get(head, [])
-                scores = [statistics.mean(r["classes"][k] for k in classes) for r in results]
-                cells.append(percent(scores, repeats))
+            cells = [percent({**rows, **untuned}.get(h, []), repeats, classes) for h in heads]
             lines.append([f"{data}, {name}, {setting}, {members}", f"{mark}{label}", *cells])
     return harness.table(["case", "condition", *heads], lines)
 
@@ -255,18 +252,11 @@ def cases_of(options: argparse.Namespace) -> Iterator[Case]:
     """Yield the cases that the options ask for, in order."""
     quick = options.quick
     sizes = Sizes(1_200, 256, 200, 300) if quick else Sizes()
-    budget = merges.Budget(steps=6, checks=2) if quick else merges.Budget()
+    steps, checks = (6, 2) if quick else (120, 3)
+    conditions, members = [Condition()], options.members
     if options.study:
-        budget = replace(budget, steps=budget.steps // 2)
-    budgets = {
-        name: replace(budget, batch_size=256) if name == "mlp" else budget for name in options.archs
-    }
-    conditions = (
-        [CONDITIONS[name] for name in options.conditions] if options.study else [Condition()]
-    )
-    if quick and options.study:
-        conditions = [replace(condition, adaptation=100) for condition in conditions]
-    members = [2] if options.study else options.members
+        steps, members = steps // 2, [2]
+        conditions = [CONDITIONS[name] for name in options.conditions]
     for data in ["noise"] if quick else options.data:
         pool = Pool(data, options.cache.resolve(), sizes)
         kinds = itertools.product(
@@ -274,45 +264,33 @@ def cases_of(options: argparse.Namespace) -> Iterator[Case]:
         )
         for name, number, repeat, setting, condition in kinds:
             architecture = small(ARCHITECTURES[name]) if quick else ARCHITECTURES[name]
-            yield Case(pool, architecture, setting, number, repeat, budgets[name], condition)
+            budget = merges.Budget(steps, checks, 256 if name == "mlp" else 64)
+            yield Case(pool, architecture, setting, number, repeat, budget, condition)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     harness.quieten()
     found: Found = {}
-    missing = {}
+    records = []
     for case in cases_of(options):
-        names = (case.pool.data, case.architecture.name, case.setting, case.members)
-        key = (*names, case.condition.name)
-        missing[case.condition.name] = case.condition.missing
+        names = {"data": case.pool.data, "architecture": case.architecture.name}
+        names |= {"setting": case.setting, "members": case.members}
+        names |= {"condition": case.condition.name}
         rows = study_rows(case) if options.study else rows_of(case)
         for row in rows:
             wanted = row.startswith(tuple(options.rows))
             if any(word in row for word in options.skip) or not wanted:
                 continue
             if not options.finished or cell_of(case, row).is_file():
-                cells = found.setdefault(key, {}).setdefault(row, {})
-                cells[case.repeat] = compute(case, row, rows)
-        harness.write_json(options.json, {"records": records_of(found)})
-    if options.study:
-        text = render_study(found, missing, options.repeats)
-    else:
-        text = render(found, options.repeats)
+                result = compute(case, row, rows)
+                found.setdefault(tuple(names.values()), {}).setdefault(row, []).append(result)
+                records.append({**names, "row": row, "repeat": case.repeat, **result})
+        harness.write_json(options.json, {"records": records})
+    text = (render_study if options.study else render)(found, options.repeats)
     print(text)
     if options.table:
         options.table.write_text(text + "\n")
-
-
-def records_of(found: Found) -> list[dict[str, Any]]:
-    """Return all figures as plain data."""
-    names = ("data", "architecture", "setting", "members", "condition")
-    return [
-        {**dict(zip(names, key, strict=True)), "row": row, "repeat": repeat, **result}
-        for key, rows in found.items()
-        for row, results in rows.items()
-        for repeat, result in results.items()
-    ]
 
 
 if __name__ == "__main__":

@@ -62,10 +62,10 @@ Result = dict[str, Any]
 class Budget:
     """Steps, batches and rates of NP Merge and of fine-tuning, each."""
 
-    steps: int = 120
-    checks: int = 3
+    steps: int
+    checks: int
     """Scores on selection on the way; the best state is kept (the start is one of them)."""
-    batch_size: int = 64
+    batch_size: int
     np_rates: tuple[float, ...] = (0.01, 0.05, 0.25)
     """Of Adam on the raw coefficients; they fall linearly to zero."""
     tuning_rates: tuple[float, ...] = (1e-4, 5e-4, 2.5e-3)
@@ -119,7 +119,7 @@ class Condition:
             images: Images = getattr(parts, name)
             images = images.of_classes(kept) if self.missing else images
             if self.adaptation is not None:
-                images = images.at(torch.arange(round(self.adaptation * share)))
+                images = images.first(round(self.adaptation * share))
             if self.noise:
                 wrong = torch.rand(len(images), generator=generator) < self.noise
                 shift = torch.randint(1, CLASSES, (len(images),), generator=generator)
@@ -325,14 +325,14 @@ def network_of(case: Case, alignment: str | None, distil: Distillation | None) -
     """Return the start of fine-tuning: the average that NP Merge starts from."""
     begin = averaged(case, alignment)
     sample = case.parts.adaptation.images[:2_048].split(500)
-    distilled = distillation_loss(case)
+    distilled = distillation_loss(case) if distil else None
 
     def start() -> Any:
         network = case.network(begin)
 
         def loss_of(batch: dict[str, Tensor]) -> Tensor:
             logits = network(batch["images"])
-            if distil:
+            if distilled:
                 return distilled(logits, batch["images"])
             return functional.cross_entropy(logits, batch["labels"])
 
@@ -359,14 +359,13 @@ def learned(
     """
     steps, data = steps or case.budget.steps, case.data
     if distil:
-        rest = case.parts.rest
-        data = case.data_of(rest.at(torch.arange(min(distil.images, len(rest)))))
+        data = case.data_of(case.parts.rest.first(distil.images))
         steps *= distil.longer
-    divergence = distillation_loss(case)
+    divergence = distillation_loss(case) if distil else None
 
     def score(state: State) -> Result:
         found = case.score(state)
-        if not distil:
+        if divergence is None:
             return {**found, "rank": found["selection"]}
         images = case.parts.selection
         logits = rebasin.logits_of(case.network(state), images)

@@ -113,6 +113,10 @@ class Images:
         """Select images by index."""
         return Images(self.images[indices], self.labels[indices])
 
+    def first(self, count: int) -> Images:
+        """Select the first images."""
+        return Images(self.images[:count], self.labels[:count])
+
     def of_classes(self, classes: Sequence[int]) -> Images:
         """Select the images of some classes, in their order."""
         return self.at(torch.isin(self.labels, torch.tensor(classes)).nonzero().flatten())
@@ -248,8 +252,7 @@ class Pool:
         generator = torch.Generator().manual_seed(1_000 + repeat)
         order = torch.randperm(len(train), generator=generator)
         *drawn, rest = order.split([*lengths, len(train) - sum(lengths)])
-        tested = test.at(torch.arange(min(sizes.test, len(test))))
-        return Parts(*map(train.at, drawn), tested, train.at(rest))
+        return Parts(*map(train.at, drawn), test.first(sizes.test), train.at(rest))
 
 
 # ---- networks ------------------------------------------------------------------------------------

@@ -39,10 +39,10 @@ import math
 import sys
 import unicodedata
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -129,6 +129,10 @@ class Pool:
     labels: np.ndarray
     groups: np.ndarray
     names: list[str]
+
+    def at(self, rows: np.ndarray) -> Pool:
+        """Select images by index."""
+        return Pool(self.images[rows], self.labels[rows], self.groups[rows], self.names)
 
 
 def _read_digits(cache: Path) -> Pool:
@@ -271,7 +275,7 @@ def _read_scripts(cache: Path) -> Pool:
     ranked = np.lexsort((np.random.default_rng(0).permutation(len(images)), pool.labels))
     most = SCRIPTS_PER_CLASS
     kept = [ranked[pool.labels[ranked] == k][:most] for k in range(len(names))]
-    return _take(pool, np.sort(np.concatenate(kept)))
+    return pool.at(np.sort(np.concatenate(kept)))
 
 
 READERS: dict[str, Callable[[Path], Pool]] = {
@@ -285,17 +289,13 @@ READERS: dict[str, Callable[[Path], Pool]] = {
 # ---- splits --------------------------------------------------------------------------------------
 
 
-def _take(pool: Pool, rows: np.ndarray) -> Pool:
-    return Pool(pool.images[rows], pool.labels[rows], pool.groups[rows], pool.names)
-
-
 def _without_duplicates(pool: Pool) -> Pool:
     """Keep the first of identical images, and none of those that carry two labels."""
     seen: dict[bytes, list[int]] = {}
     for row, image in enumerate(pool.images):
         seen.setdefault(image.tobytes(), []).append(row)
     kept = [rows[0] for rows in seen.values() if len({int(pool.labels[r]) for r in rows}) == 1]
-    return _take(pool, np.array(sorted(kept)))
+    return pool.at(np.array(sorted(kept)))
 
 
 def _split(pool: Pool, seed: int) -> dict[str, Pool]:
@@ -310,9 +310,9 @@ def _split(pool: Pool, seed: int) -> dict[str, Pool]:
         cut = wanted
         while cut < len(ranked) and order[ranked[cut]] == order[ranked[cut - 1]]:
             cut += 1
-        splits[name] = _take(pool, rng.permutation(ranked[:wanted]))
+        splits[name] = pool.at(rng.permutation(ranked[:wanted]))
         ranked = ranked[cut:]
-    return {**splits, "train": _take(pool, rng.permutation(ranked)[:TRAIN])}
+    return {**splits, "train": pool.at(rng.permutation(ranked)[:TRAIN])}
 
 
 def _write_data(folder: Path, cache: Path, seed: int) -> None:
@@ -330,7 +330,7 @@ def _write_data(folder: Path, cache: Path, seed: int) -> None:
         for split, part in _split(pool, seed).items():
             counts.append(f"{split} {len(part.labels)}")
             if split == "train":  # an array is quicker than thousands of files
-                arrays = {"images": part.images, "labels": part.labels}
+                arrays = {"images": part.images, "labels": part.labels, "names": pool.names}
                 np.savez_compressed(where / "train.npz", **arrays)
                 continue
             # Three equal channels: most image pipelines turn everything into RGB.
@@ -345,22 +345,8 @@ def _write_data(folder: Path, cache: Path, seed: int) -> None:
 
 
 def _names(root: Path, task: str) -> list[str]:
-    import datasets
-    from pyarrow import parquet
-
-    schema = parquet.read_schema(root / "data" / task / "test.parquet")
-    return list(datasets.Features.from_arrow_schema(schema)["label"].names)
-
-
-def _new_model(names: list[str]) -> Any:
-    from transformers import BitConfig, BitForImageClassification
-
-    config = BitConfig(
-        **MODEL,
-        id2label=dict(enumerate(names)),
-        label2id={name: k for k, name in enumerate(names)},
-    )
-    return BitForImageClassification(config)
+    with np.load(root / "data" / task / "train.npz") as stored:
+        return stored["names"].tolist()
 
 
 def _batches(
@@ -392,14 +378,13 @@ def _batches(
 
 def _optimise(
     name: str,
-    parameters: Iterable[nn.Parameter],
+    parameters: list[nn.Parameter],
     loss_of: Callable[[], torch.Tensor],
     settings: Training,
 ) -> None:
     """AdamW with a linear warm-up and cosine decay."""
     import torch
 
-    parameters = list(parameters)
     optimiser = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -419,44 +404,41 @@ def _optimise(
     optimise(name, optimiser, schedule, settings.steps, gradients)
 
 
-def _prepare(seed: int, number: int) -> torch.Generator:
-    """One thread (a net this small is slower on two) and random numbers of this stage's own."""
-    import torch
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    torch.manual_seed(seed * 1000 + number)
-    return torch.Generator().manual_seed(seed * 1000 + number)
-
-
-def _save(model: Any, folder: Path) -> None:
-    from transformers import ViTImageProcessorPil
-
-    processor = ViTImageProcessorPil(
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-def _train_base(folder: Path, root: Path, seed: int) -> None:
+def _train(piece: str, folder: Path, root: Path, seed: int) -> None:
+    """Train the base on all tasks, with one head each; or an expert of one, from the base."""
     import torch
     from torch.nn import functional
+    from transformers import BitConfig, BitForImageClassification, ViTImageProcessorPil
+    from transformers.utils import logging
 
-    generator = _prepare(seed, 0)
-    names = {task: _names(root, task) for task in READERS}
-    first = next(iter(names))
-    model = _new_model(names[first])
+    expert = piece.removeprefix("experts/")
+    tasks, settings, number = list(EXPERTS), BASE, 0
+    if piece != "base":
+        tasks, settings, number = [expert], EXPERTS[expert], 1 + tasks.index(expert)
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)  # a net this small is slower on two
+    torch.manual_seed(seed * 1000 + number)
+    generator = torch.Generator().manual_seed(seed * 1000 + number)
+    names = {task: _names(root, task) for task in tasks}
+    labels = names[tasks[0]]
+    ids = {"id2label": dict(enumerate(labels)), "label2id": {n: k for k, n in enumerate(labels)}}
+    model = BitForImageClassification(BitConfig(**MODEL, **ids))
     head = model.classifier[-1]
-    layers = {t: torch.nn.Linear(head.in_features, len(labels)) for t, labels in names.items()}
+    layers = {t: torch.nn.Linear(head.in_features, len(own)) for t, own in names.items()}
     heads = torch.nn.ModuleDict(layers)
-    streams = {task: _batches(root, task, BASE, generator) for task in READERS}
+    if piece != "base":
+        base = BitForImageClassification.from_pretrained(root / "base")
+        model.base_model.load_state_dict(base.base_model.state_dict())
+        with np.load(root / "base" / "heads.npz") as stored:
+            heads.load_state_dict({k: torch.from_numpy(stored[k]) for k in heads.state_dict()})
+        # The head stays what the base learned: had it moved, it would not fit a merged backbone.
+        heads.requires_grad_(False)
+    streams = {task: _batches(root, task, settings, generator) for task in tasks}
 
     def loss_of() -> torch.Tensor:
         batch = {task: next(stream) for task, stream in streams.items()}
         hidden = model(torch.cat([pixels for pixels, _ in batch.values()])).logits
-        parts = hidden.split([len(labels) for _, labels in batch.values()])
+        parts = hidden.split([len(wanted) for _, wanted in batch.values()])
         losses = [
             functional.cross_entropy(heads[t](h), batch[t][1])
             for t, h in zip(batch, parts, strict=True)
@@ -465,39 +447,18 @@ def _train_base(folder: Path, root: Path, seed: int) -> None:
 
     model.classifier[-1] = torch.nn.Identity()  # the net then returns the features all heads read
     model.train()
-    _optimise("base", [*model.parameters(), *heads.parameters()], loss_of, BASE)
-    head.load_state_dict(heads[first].state_dict())
+    parameters = [p for p in (*model.parameters(), *heads.parameters()) if p.requires_grad]
+    _optimise(piece, parameters, loss_of, settings)
+    head.load_state_dict(heads[tasks[0]].state_dict())
     model.classifier[-1] = head
-    _save(model, folder)
-    # Not as safetensors: a reader of the base should find one file of weights.
-    arrays = {key: value.numpy() for key, value in heads.state_dict().items()}
-    np.savez(folder / "heads.npz", **arrays)
-
-
-def _train_expert(folder: Path, root: Path, task: str, seed: int) -> None:
-    import torch
-    from torch.nn import functional
-    from transformers import AutoModelForImageClassification
-
-    training = EXPERTS[task]
-    generator = _prepare(seed, 1 + list(EXPERTS).index(task))
-    base = AutoModelForImageClassification.from_pretrained(root / "base")
-    model = _new_model(_names(root, task))
-    model.base_model.load_state_dict(base.base_model.state_dict())
-    with np.load(root / "base" / "heads.npz") as stored:
-        head = {key: torch.from_numpy(stored[f"{task}.{key}"]) for key in ("weight", "bias")}
-    model.classifier[-1].load_state_dict(head)
-    # The head stays what the base learned: had it moved, it would not fit a merged backbone.
-    model.classifier.requires_grad_(False)
-    stream = _batches(root, task, training, generator)
-
-    def loss_of() -> torch.Tensor:
-        pixels, wanted = next(stream)
-        return functional.cross_entropy(model(pixels).logits, wanted)
-
-    model.train()
-    _optimise(f"expert {task}", model.base_model.parameters(), loss_of, training)
-    _save(model, folder)
+    model.save_pretrained(folder)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    processor = ViTImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor.save_pretrained(folder)
+    if piece == "base":
+        # Not as safetensors: a reader of the base should find one file of weights.
+        arrays = {key: value.numpy() for key, value in heads.state_dict().items()}
+        np.savez(folder / "heads.npz", **arrays)
 
 
 # ---- the suite ----------------------------------------------------------------------------------
@@ -506,10 +467,8 @@ def _train_expert(folder: Path, root: Path, task: str, seed: int) -> None:
 def _make_piece(piece: str, folder: Path, root: Path, seed: int) -> None:
     if piece == "data":
         _write_data(folder, root.parent, seed)
-    elif piece == "base":
-        _train_base(folder, root, seed)
     else:
-        _train_expert(folder, root, piece.removeprefix("experts/"), seed)
+        _train(piece, folder, root, seed)
 
 
 SUITE = Suite(
