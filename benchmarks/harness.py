@@ -18,8 +18,10 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +86,7 @@ def quieten() -> None:
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
-    # Both libraries set their own level when they are imported, so they are imported first.
-    import lightning  # noqa: F401
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    fabric = "lightning.fabric"
-    for name in ("lightning.pytorch", fabric, f"{fabric}.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
 
 
 def quiet_trainer(**options: Any) -> Any:
@@ -133,13 +127,7 @@ def ranking(
     found: dict[str, dict[int, dict[str, Any]]],
     columns: dict[str, Callable[[list[dict[str, Any]]], str]],
 ) -> str:
-    """Return a markdown table of methods, the best first.
-
-    Args:
-        suite: what they were scored on.
-        found: results by method and seed, each with a `score`.
-        columns: further cells, made from a method's results.
-    """
+    """Return a markdown table of methods, the best first; columns make cells of their results."""
     own = SUITES[suite]
     every = {name: list(results.values()) for name, results in found.items() if results}
     scores = {name: [result["score"] for result in results] for name, results in every.items()}
@@ -187,22 +175,13 @@ def measured(result: dict[str, float]) -> Iterator[None]:
         result["memory"] = result["peak"] - before
 
 
-def ask(script: str, *arguments: Any) -> dict[str, Any]:
-    """Have a script compute something in a process of its own, by its `answer`."""
-    command = [sys.executable, script, "--answer", json.dumps(arguments, default=str)]
+def ask(compute: Callable[..., Any], *arguments: Any) -> Any:
+    """Compute something in a fresh process."""
     # No allocator setting of the caller may reach some processes and not others.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if ran.returncode:
-        raise SystemExit(f"{Path(script).name} {arguments} failed:\n{ran.stderr[-3000:]}")
-    return json.loads(ran.stdout.splitlines()[-1])
-
-
-def answer(compute: Callable[..., dict[str, Any]]) -> None:
-    """Print what `ask` wants and exit, where that started this process."""
-    if sys.argv[1:2] == ["--answer"]:
-        print(json.dumps(compute(*json.loads(sys.argv[2]))))
-        raise SystemExit
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        del os.environ[name]
+    with ProcessPoolExecutor(1, get_context("spawn"), quieten) as pool:
+        return pool.submit(compute, *arguments).result()
 
 
 # ---- models -------------------------------------------------------------------------------------

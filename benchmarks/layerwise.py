@@ -110,19 +110,19 @@ def learn(kind: str, models: Path, place: Path, tokens: int, memory: float) -> N
     export_merged(module.merged, place / "merged")
 
 
-def run(kind: str, warm: str, folder: str, output: str, memory: float) -> dict[str, float]:
+def run(kind: str, warm: Path, folder: Path, output: Path, memory: float) -> dict[str, float]:
     """Measure one run, in this process, after one of a tiny model, for which all code is loaded."""
     from gradmerge._memory import trim_heap
     from gradmerge.operators._native import native_kernels
 
     native_kernels()  # compiled once per machine, not once per merge
-    learn(kind, Path(warm), Path(output) / "warm", 8, memory)
+    learn(kind, warm, output / "warm", 8, memory)
     result: dict[str, float] = {"held": 0.0, "spilled": 0.0, "saved": 0.0}
     watch(result)
     gc.collect()
     trim_heap()
     with harness.measured(result):
-        learn(kind, Path(folder), Path(output), TOKENS, memory)
+        learn(kind, folder, output, TOKENS, memory)
     return result
 
 
@@ -204,7 +204,6 @@ def scoring(folder: Path, batches: int, tokens: int) -> dict[str, float]:
 
 
 def main() -> None:
-    harness.answer(run)
     parser = harness.make_parser(__doc__, "bench")
     parser.add_argument("--size", choices=SIZES, default="5m")
     parser.add_argument("--layers", type=int, default=24, help="blocks")
@@ -224,7 +223,7 @@ def main() -> None:
     rows = []
     for kind, name, memory in RUNS:
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            found = harness.ask(__file__, kind, warm, folder, work, memory)
+            found = harness.ask(run, kind, warm, folder, Path(work), memory)
         found["state"] = 4.0 * len(SOURCES) * (block if kind == "layerwise" else whole)
         found["rest"] = found["memory"] - found["state"] - found["held"] - found["saved"]
         rows.append({"run": name, **found, "rest_in_blocks": found["rest"] / block})

@@ -158,8 +158,7 @@ class Job:
 
     def result(self) -> dict[str, Any]:
         """Read the result from the cache, or compute it in a process of its own."""
-        given = (self.suite, self.seed, self.name, self.rate, self.cache, self.earlier)
-        return harness.cached(self.path(f"{self.key}.json"), lambda: harness.ask(__file__, *given))
+        return harness.cached(self.path(f"{self.key}.json"), lambda: harness.ask(fit, self))
 
 
 # ---- one fit, in a process of its own -----------------------------------------------------------
@@ -198,13 +197,11 @@ def options_of(job: Job, suite: Path) -> list[str]:
     return [*options, "--driver.steps", str(steps)] if method == METHODS["prodistill"] else options
 
 
-def fit(*job: Any) -> dict[str, Any]:
+def fit(job: Job) -> dict[str, Any]:
     """Fit once and score; runs in a process of its own."""
     from gradmerge.cli.main import learn
     from gradmerge.training.search import Selection
 
-    harness.quieten()
-    job = Job(*job[:4], Path(job[4]), job[5])
     method, metric = job.method, SUITES[job.suite].metric
     learns = method.uses("methods")
     cost: dict[str, float] = {}
@@ -326,7 +323,6 @@ def render(suite: str, found: dict[str, dict[int, dict[str, Any]]], apart: bool 
 
 
 def main() -> None:
-    harness.answer(fit)
     parser = harness.suite_parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all of the suite")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="to choose from")

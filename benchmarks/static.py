@@ -118,9 +118,9 @@ def copy(spec: dict[str, Any], output: Path) -> Callable[[], None]:
 TOOLS = {"gradmerge": gradmerge, "mergekit": mergekit, "copy": copy}
 
 
-def run(tool: str, name: str, folder: str, output: str) -> dict[str, float]:
+def run(tool: str, name: str, folder: Path, output: Path) -> dict[str, float]:
     """Measure a merge by one of the tools, in this process."""
-    merge = TOOLS[tool](spec_of(name, Path(folder)), Path(output))
+    merge = TOOLS[tool](spec_of(name, folder), output)
     result: dict[str, float] = {}
     with harness.measured(result):
         merge()
@@ -151,7 +151,7 @@ def one(tool: str, name: str, folder: Path, work: Path, cold: bool) -> dict[str,
             while not cold and file.read(16 << 20):
                 pass
     start = time.perf_counter()
-    found = harness.ask(__file__, tool, name, folder, work / tool)
+    found = harness.ask(run, tool, name, folder, work / tool)
     found["process"] = time.perf_counter() - start
     shutil.rmtree(work / tool)
     return found
@@ -191,7 +191,6 @@ def render(rows: list[dict[str, Any]], largest: int) -> str:
 
 
 def main() -> None:
-    harness.answer(run)
     parser = harness.make_parser(__doc__, "bench")
     parser.add_argument("--size", choices=SIZES, default="1b")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

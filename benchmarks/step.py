@@ -228,17 +228,17 @@ def kernel_group(case: Case, folder: Path, repeats: int) -> Iterator[dict[str, A
 # ---- memory -------------------------------------------------------------------------------------
 
 
-def peak_of(case: dict[str, Any], folder: str, malloc: str) -> dict[str, float]:
-    """Measure two steps of a case, in this process."""
+def peak_of(case: Case, folder: Path, malloc: str) -> float:
+    """Return the MB that two steps of a case take at most, in this process."""
     torch.set_num_threads(1)
     if malloc == "release":
         release_freed_memory()
-    step = step_of(Case(**case), Path(folder))
+    step = step_of(case, folder)
     found: dict[str, float] = {}
     with harness.measured(found):
         step()
         step()
-    return found
+    return found["peak"] / 2**20
 
 
 def memory_group(cases: Sequence[Case], folder: Path, malloc: str) -> Iterator[dict[str, Any]]:
@@ -246,7 +246,7 @@ def memory_group(cases: Sequence[Case], folder: Path, malloc: str) -> Iterator[d
 
     @cache
     def peak(case: Case) -> float:
-        return harness.ask(__file__, asdict(case), folder, malloc)["peak"] / 2**20
+        return harness.ask(peak_of, case, folder, malloc)
 
     for case in cases:
         beside = peak(case.reference)
@@ -321,7 +321,6 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    harness.answer(peak_of)
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the records there")
     parser.add_argument("--models", nargs="+", default=["llama", "vit"], help="llama, vit, vit-32")
