@@ -294,13 +294,14 @@ def distillation_loss(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
 
 # ---- learning: each rate in turn, the best on selection stays ------------------------------------
 
-Start = Callable[[], tuple[nn.Module, Callable[[dict[str, Tensor]], Tensor], Callable[[], State]]]
-"""Goes to the start; returns parameters, loss of a batch, and the weights that they give."""
+Loss = Callable[[dict[str, Tensor]], Tensor]
+Start = Callable[[MergeDataModule], tuple[nn.Module, Loss, Callable[[], State]]]
+"""Goes back to the start; returns parameters, loss of a batch, and the weights that they give."""
 
 
 def merge_of(
     case: Case, recipe: Recipe, alignment: str | None, distil: Distillation | None
-) -> Start:
+) -> tuple[State, Start]:
     """Return the start of NP Merge, whose parameters are raw coefficients."""
     module = open_merge(case, recipe, alignment)
     merged = module.merged
@@ -308,32 +309,31 @@ def merge_of(
     objective = Objective([term])
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
-        return objective.loss(predict(merged, objective, "images", batch, False))
+        run = partial(predict, merged, objective, "images", batch, shared=False)
+        return merged.accumulate([lambda: objective.loss(run())])[0]
 
-    def start() -> Any:
+    def start(data: MergeDataModule) -> Any:
         set_coefficients(merged, recipe.init)
-        return (
-            merged,
-            lambda batch: merged.accumulate([partial(loss_of, batch)])[0],
-            lambda: state_of(module, case.data),
-        )
+        return merged, loss_of, partial(state_of, module, data)
 
-    return start
+    return state_of(module, case.data), start
 
 
-def network_of(case: Case, alignment: str | None, distil: Distillation | None) -> Start:
+def network_of(
+    case: Case, alignment: str | None, distil: Distillation | None
+) -> tuple[State, Start]:
     """Return the start of fine-tuning: the average that NP Merge starts from."""
-    begin = averaged(case, alignment)
+    first = averaged(case, alignment)
     sample = case.parts.adaptation.images[:2_048].split(500)
-    distilled = distillation_loss(case) if distil else None
+    divergence = distillation_loss(case) if distil else None
 
-    def start() -> Any:
-        network = case.network(begin)
+    def start(data: MergeDataModule) -> Any:
+        network = case.network(first)
 
         def loss_of(batch: dict[str, Tensor]) -> Tensor:
             logits = network(batch["images"])
-            if distilled:
-                return distilled(logits, batch["images"])
+            if divergence:
+                return divergence(logits, batch["images"])
             return functional.cross_entropy(logits, batch["labels"])
 
         def state() -> State:
@@ -342,12 +342,12 @@ def network_of(case: Case, alignment: str | None, distil: Distillation | None) -
 
         return network, loss_of, state
 
-    return start
+    return first, start
 
 
 def learned(
     case: Case,
-    begin: Start,
+    begin: tuple[State, Start],
     rates: Sequence[float],
     distil: Distillation | None = None,
     steps: int | None = None,
@@ -358,10 +358,11 @@ def learned(
     divergence from the ensemble, which reads no label and is less noisy.
     """
     steps, data = steps or case.budget.steps, case.data
+    divergence = None
     if distil:
         data = case.data_of(case.parts.rest.first(distil.images))
         steps *= distil.longer
-    divergence = distillation_loss(case) if distil else None
+        divergence = distillation_loss(case)
 
     def score(state: State) -> Result:
         found = case.score(state)
@@ -371,15 +372,11 @@ def learned(
         logits = rebasin.logits_of(case.network(state), images)
         return {**found, "rank": -float(divergence(logits, images.images))}
 
-    first = begin()[2]()
-    start = score(first)
-    best: tuple[Result, State] = {**start, "rate": None, "step": 0}, first
-    tried = {}
-    for rate in rates:
-        parameters, loss_of, state_of = begin()
+    def attempt(rate: float) -> tuple[Result, State]:
+        parameters, loss_of, state_now = begin[1](data)
         optimiser = torch.optim.Adam(parameters.parameters(), lr=rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
-        chosen: tuple[Result, State] = {**start, "step": 0}, first
+        chosen: tuple[Result, State] = {**start, "step": 0}, begin[0]
         for step, batch in enumerate(training_batches(data, steps), start=1):
             parameters.train()
             optimiser.zero_grad()
@@ -387,13 +384,19 @@ def learned(
             optimiser.step()
             schedule.step()
             if step % max(1, steps // case.budget.checks) == 0:
-                state = state_of()
+                state = state_now()
                 found = score(state)
                 if found["rank"] > chosen[0]["rank"]:
                     chosen = {**found, "step": step}, state
-        tried[rate] = {**chosen[0], "last": case.score(state_of())}
+        return {**chosen[0], "last": case.score(state_now())}, chosen[1]
+
+    start = score(begin[0])
+    best: tuple[Result, State] = {**start, "rate": None, "step": 0}, begin[0]
+    tried = {}
+    for rate in rates:
+        tried[rate], state = attempt(rate)
         if tried[rate]["rank"] > best[0]["rank"]:
-            best = {**tried[rate], "rate": rate}, chosen[1]
+            best = {**tried[rate], "rate": rate}, state
     return {**best[0], "start": start, "tried": tried}, best[1]
 
 
