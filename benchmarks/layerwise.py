@@ -88,7 +88,6 @@ def data_of(tokens: int) -> Any:
 
 
 def learn(kind: str, models: Path, place: Path, tokens: int, memory: float) -> None:
-    """Learn for some steps, and export."""
     from gradmerge import MergeModule, export_merged
     from gradmerge.drivers import Job, LayerWise
     from gradmerge.objectives import KLToSource, Objective

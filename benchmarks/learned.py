@@ -43,6 +43,7 @@ os.environ["WANDB_MODE"] = "disabled"  # a run for each fit would be measured, t
 
 FORMAT = 2  # raise when the code changes what a fit gives
 RATES = (0.01, 0.03, 0.1)
+_QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,10 @@ class Job:
 
     @property
     def method(self) -> Method:
-        """The method that is learned."""
         return ALL[self.name]
 
     @property
     def steps(self) -> int:
-        """Number of steps of each fit."""
         driven = 1 / 3 if self.method.uses("drivers") else 1.0
         share = 2 / 3 if self.method.sources == "first" else driven
         return round(SUITES[self.suite].steps * share)
@@ -165,7 +164,6 @@ class Job:
 
 
 def options_of(job: Job, suite: Path) -> list[str]:
-    """Return the arguments of `gradmerge fit`, given the suite's file."""
     method, steps = job.method, job.steps
     config = yaml.safe_load(suite.read_text())
     sources = config["model"]["recipe"]["sources"]
@@ -190,7 +188,7 @@ def options_of(job: Job, suite: Path) -> list[str]:
             *("--trainer.max_steps", str(steps), f"--optimizer.init_args.lr={job.rate}"),
             *("--lr_scheduler", "torch.optim.lr_scheduler.CosineAnnealingLR"),
             *(f"--lr_scheduler.T_max={steps}", f"--lr_scheduler.eta_min={0.06 * job.rate}"),
-            *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+            *_QUIET,
         ]
     if method.uses("drivers"):
         options += ["--trainer.val_check_interval", str(max(1, steps // 3))]
@@ -202,8 +200,7 @@ def fit(job: Job) -> dict[str, Any]:
     from gradmerge.cli.main import learn
     from gradmerge.training.search import Selection
 
-    method, metric = job.method, SUITES[job.suite].metric
-    learns = method.uses("methods")
+    metric, learns = SUITES[job.suite].metric, job.method.uses("methods")
     cost: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         suite = harness.suite_file(job.suite, job.seed, job.cache, Path(folder))
@@ -211,18 +208,21 @@ def fit(job: Job) -> dict[str, Any]:
         with harness.measured(cost):
             cli = learn(["fit", *options]) if learns else searched(learn(options, run=False))
         module, data, tasks = cli.model, cli.datamodule, list(cli.datamodule.tasks)
-        if module is None:
-            module, data, count = driven(cli, suite)
+        if module is None:  # a driver's merge is a folder, whose tasks each have their own head
+            written = str(cli.job.target.path)
+            count = coefficients_of(Path(written))
+            cli = learn(["test", "--config", str(suite), "--model", written, *_QUIET])
+            module, data = cli.model, cli.datamodule
         elif learns:
-            cli.trainer.test(module, data, ckpt_path="best", verbose=False)
             count = sum(p.numel() for p in module.merged.parameters())
+            cli.trainer.test(module, data, ckpt_path="best", verbose=False)
         else:
             count = 1
-        test = harness.tested(module, data)
-        chosen = Selection(module, data).score()
+            harness.tested(module, data)
+        test, chosen = module.results["test"], Selection(module, data).score()
     drawn = data.batch_size * SUITES[job.suite].steps
     sizes = {task: len(found) for task, found in data.examples("adaptation").items()}
-    labels = learns and module.objective.needs_labels and method != METHODS["prodistill"]
+    labels = learns and module.objective.needs_labels and job.method != METHODS["prodistill"]
     return {
         "selection": statistics.mean(chosen[task][metric] for task in tasks),
         "loss": statistics.mean(chosen[task]["loss"] for task in tasks),
@@ -237,33 +237,17 @@ def fit(job: Job) -> dict[str, Any]:
 
 
 def searched(cli: Any) -> Any:
-    """Run the search alone."""
     from gradmerge.training.search import Selection
 
     Selection(cli.model, cli.datamodule).search(cli.config_init["search"])
     return cli
 
 
-def driven(cli: Any, suite: Path) -> tuple[Any, Any, int]:
-    """Open the folder that a driver wrote, with data of all tasks; each task has its own head."""
+def coefficients_of(folder: Path) -> int:
     from safetensors import safe_open
 
-    from gradmerge import MergeModule, Recipe
-    from gradmerge.cli.main import learn
-    from gradmerge.coefficients import Constant, Model
-
-    whole = learn(["--config", str(suite)], run=False)
-    recipe, folder = whole.model.recipe, Path(cli.job.target.path)
-    merged = Recipe(
-        sources={"merged": str(folder)},
-        coefficients=Model(),
-        init=Constant(1.0),
-        private=recipe.private,
-        heads=dict(recipe.sources) if recipe.private else {},
-    )
     with safe_open(folder / "coefficients.safetensors", framework="pt") as file:
-        sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
-    return MergeModule(merged, score_experts=False), whole.datamodule, sum(sizes)
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 # ---- all fits -----------------------------------------------------------------------------------
@@ -281,7 +265,6 @@ def tuned(job: Job, rates: Sequence[float]) -> tuple[Job, dict[str, Any]]:
 
 
 def best_of(suite: str, trials: dict[float, dict[str, Any]]) -> float:
-    """Return the rate that the selection split prefers."""
     own = SUITES[suite]
 
     def rank(rate: float) -> float:

@@ -34,7 +34,6 @@ FACTORS = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0]
 
 
 def load(suite: Path, method: Path) -> tuple[Recipe, MergeDataModule, AbstractSearch | None]:
-    """Return recipe, data and search of the two files."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe, "recipe")
     parser.add_class_arguments(MergeDataModule, "data")
@@ -79,7 +78,6 @@ def tuned(
 
 
 def run(metric: str, recipe: Recipe, data: MergeDataModule, search: Any) -> dict[str, Any]:
-    """Score one method on one seed."""
     torch.manual_seed(0)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -99,7 +99,6 @@ def at_the_rate_of(
 
 
 def study_rows(case: Case) -> dict[str, Row]:
-    """Return the rows that the study compares."""
     aligned = {"alignment": merges.LEARNED_ON[case.architecture.name]}
     return {
         "start": partial(merges.average, **aligned),
@@ -249,7 +248,6 @@ def small(architecture: Architecture) -> Architecture:
 
 
 def cases_of(options: argparse.Namespace) -> Iterator[Case]:
-    """Yield the cases that the options ask for, in order."""
     quick = options.quick
     sizes = Sizes(1_200, 256, 200, 300) if quick else Sizes()
     steps, checks = (6, 2) if quick else (120, 3)

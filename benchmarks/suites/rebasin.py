@@ -58,8 +58,6 @@ FASHION_SYSTEM = Path("/usr/share/datasets/fashion-mnist")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Number of images of each part of a repeat."""
-
     train: int = 20_000
     adaptation: int = 5_000
     selection: int = 2_000
@@ -110,15 +108,12 @@ class Images:
         return {"images": self.images[index], "labels": int(self.labels[index])}
 
     def at(self, indices: Tensor) -> Images:
-        """Select images by index."""
         return Images(self.images[indices], self.labels[indices])
 
     def first(self, count: int) -> Images:
-        """Select the first images."""
         return Images(self.images[:count], self.labels[:count])
 
     def of_classes(self, classes: Sequence[int]) -> Images:
-        """Select the images of some classes, in their order."""
         return self.at(torch.isin(self.labels, torch.tensor(classes)).nonzero().flatten())
 
 
@@ -237,11 +232,7 @@ class Pool:
         return normalised(images, labels), normalised(test, test_labels)
 
     def parts(self, repeat: int) -> Parts:
-        """Draw the disjoint parts of a repeat.
-
-        Raises:
-            SuiteError: there are too few training images.
-        """
+        """Draw the disjoint parts of a repeat."""
         (train, test), sizes = self.everything, self.sizes
         lengths = [sizes.train, sizes.adaptation, sizes.selection]
         if len(train) < sum(lengths):
@@ -269,7 +260,6 @@ class MLP(nn.Module):
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
         hidden = functional.relu(self.fc1(torch.flatten(images, 1)))
         return self.head(functional.relu(self.fc3(functional.relu(self.fc2(hidden)))))
 
@@ -298,7 +288,6 @@ class VGG11(nn.Module):
         self.head = nn.Linear(channels, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
         return self.head(torch.flatten(self.features(images), 1))
 
 
@@ -317,7 +306,6 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(project, nn.BatchNorm2d(wide))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The block's output."""
         inner = functional.relu(self.norm1(self.conv1(hidden)))
         return functional.relu(self.norm2(self.conv2(inner)) + self.shortcut(hidden))
 
@@ -344,7 +332,6 @@ class ResNet20(nn.Module):
         self.head = nn.Linear(channels, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
         hidden = functional.max_pool2d(functional.relu(self.norm(self.stem(images))), 2)
         return self.head(self.blocks(hidden).mean(dim=(2, 3)))
 
@@ -404,12 +391,7 @@ def endpoint(
 ) -> Path:
     """Return the file of a network, trained if it is not there yet.
 
-    Args:
-        pool: the images.
-        architecture: the network, and its training.
-        classes: those whose images it sees.
-        repeat: which draw of the images.
-        member: which of the networks that see the same images.
+    It sees the images of some classes of a repeat; members see the same images.
     """
     kinds = "".join(map(str, classes)) if len(classes) < CLASSES else "all"
     content = [FORMAT, pool.data, architecture, list(classes), repeat, member, pool.sizes]

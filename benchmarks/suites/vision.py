@@ -131,7 +131,6 @@ class Pool:
     names: list[str]
 
     def at(self, rows: np.ndarray) -> Pool:
-        """Select images by index."""
         return Pool(self.images[rows], self.labels[rows], self.groups[rows], self.names)
 
 
