@@ -36,7 +36,7 @@ import lightning
 import harness
 import rebasin_merges as merges
 from gradmerge.finalisers import REPAIR
-from rebasin_merges import Case, Condition, Result
+from rebasin_merges import CONDITIONS, Case, Result
 from suites import rebasin as suite
 from suites.rebasin import ARCHITECTURES, Architecture, Pool, Sizes
 
@@ -109,9 +109,10 @@ def study_rows(case: Case) -> dict[str, Row]:
 
 def cell_of(case: Case, row: str) -> Path:
     """Return the file of a row of a case; its name holds the hash of all that decides it."""
-    content: list[Any] = [FORMAT, suite.FORMAT, case.architecture, case.pool.sizes, case.condition]
+    condition = CONDITIONS[case.condition]
+    content: list[Any] = [FORMAT, suite.FORMAT, case.architecture, case.pool.sizes, condition]
     content += [merges.SETTINGS[case.setting][case.members], row, case.budget]
-    content += [merges.DISTILLATION, merges.LONGER, merges.UNBOUNDED_RATES, merges.LEARNED_ON]
+    content += [merges.DISTILLATION, merges.LONGER, merges.RATES, merges.LEARNED_ON]
     file = row.replace(", ", "-").replace(" ", "-").lower()
     name = f"{file}-{harness.fingerprint(content)}.json"
     return case.pool.cache / "cells" / case.name / name
@@ -208,15 +209,6 @@ def render_study(found: Found, repeats: int) -> str:
 
 # ---- the command line ---------------------------------------------------------------------------
 
-CONDITIONS = {
-    condition.name: condition
-    for condition in (
-        *map(Condition, (50, 200, 1_000, 5_000)),
-        *(Condition(1_000, noise=noise) for noise in (0.2, 0.4)),
-        Condition(1_000, missing=(3, 4, 8, 9)),
-    )
-}
-
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = harness.make_parser(__doc__, "rebasin")
@@ -230,7 +222,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=[""], help="only rows that begin so")
     parser.add_argument("--skip", nargs="+", default=[], help="no rows with these words in them")
     parser.add_argument("--study", action="store_true", help="few labels, wrong ones, lost classes")
-    parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=CONDITIONS)
+    parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS)[1:], choices=CONDITIONS)
     parser.add_argument("--quick", action="store_true", help="tiny networks and drawn images")
     parser.add_argument(
         "--finished", action="store_true", help="compute nothing: tables of what is in the cache"
@@ -251,10 +243,10 @@ def cases_of(options: argparse.Namespace) -> Iterator[Case]:
     quick = options.quick
     sizes = Sizes(1_200, 256, 200, 300) if quick else Sizes()
     steps, checks = (6, 2) if quick else (120, 3)
-    conditions, members = [Condition()], options.members
+    conditions, members = ["plain"], options.members
     if options.study:
         steps, members = steps // 2, [2]
-        conditions = [CONDITIONS[name] for name in options.conditions]
+        conditions = options.conditions
     for data in ["noise"] if quick else options.data:
         pool = Pool(data, options.cache.resolve(), sizes)
         kinds = itertools.product(
@@ -274,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for case in cases_of(options):
         names = {"data": case.pool.data, "architecture": case.architecture.name}
         names |= {"setting": case.setting, "members": case.members}
-        names |= {"condition": case.condition.name}
+        names |= {"condition": case.condition}
         rows = study_rows(case) if options.study else rows_of(case)
         for row in rows:
             wanted = row.startswith(tuple(options.rows))

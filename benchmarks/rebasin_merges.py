@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,16 +59,21 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Budget:
-    """Steps, batches and rates of NP Merge and of fine-tuning, each."""
+    """Steps and batches of NP Merge and of fine-tuning, each."""
 
     steps: int
     checks: int
     """Scores on selection on the way; the best state is kept (the start is one of them)."""
     batch_size: int
-    np_rates: tuple[float, ...] = (0.01, 0.05, 0.25)
-    """Of Adam on the raw coefficients; they fall linearly to zero."""
-    tuning_rates: tuple[float, ...] = (1e-4, 5e-4, 2.5e-3)
-    """Of Adam on the weights; likewise."""
+
+
+# Of Adam: on raw coefficients behind a sigmoid or softmax, on coefficients without bounds, and on
+# weights. They fall linearly to zero.
+RATES = {
+    "bounded": (0.01, 0.05, 0.25),
+    "unbounded": (0.01, 0.03, 0.1),
+    "fine-tuning": (1e-4, 5e-4, 2.5e-3),
+}
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,14 @@ class Distillation:
 
     images: int = 20_000
     """At most; they are of no other part."""
-    temperature: float = 2.0
     longer: int = 4
     """Multiple of the budget's steps."""
 
 
+TEMPERATURE = 2.0
 DISTILLATION = Distillation()
 # For as long as the endpoints were trained; with the one rate that the shorter distillation chose.
 LONGER = Distillation(images=40_000, longer=16)
-
-# For coefficients without bounds, which are not raw numbers behind a sigmoid or softmax.
-UNBOUNDED_RATES = (0.01, 0.03, 0.1)
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,6 @@ class Condition:
     """Share of labels, in both splits, that are replaced by another class."""
     missing: tuple[int, ...] = ()
     """Classes that neither split has."""
-
-    @property
-    def name(self) -> str:
-        parts = [] if self.adaptation is None else [f"n{self.adaptation}"]
-        parts += [f"noise{self.noise:g}"] if self.noise else []
-        parts += ["without" + "".join(map(str, self.missing))] if self.missing else []
-        return "-".join(parts) or "plain"
 
     def apply(self, parts: Parts, repeat: int) -> Parts:
         generator = torch.Generator().manual_seed(77 + repeat)
@@ -127,6 +121,18 @@ class Condition:
         return replace(parts, **changed)
 
 
+CONDITIONS = {
+    "plain": Condition(),
+    "n50": Condition(50),
+    "n200": Condition(200),
+    "n1000": Condition(1_000),
+    "n5000": Condition(5_000),
+    "n1000-noise0.2": Condition(1_000, noise=0.2),
+    "n1000-noise0.4": Condition(1_000, noise=0.4),
+    "n1000-without3489": Condition(1_000, missing=(3, 4, 8, 9)),
+}
+
+
 @dataclass
 class Case:
     """Some networks that are to be merged, and the data to do it with."""
@@ -137,31 +143,29 @@ class Case:
     members: int
     repeat: int
     budget: Budget
-    condition: Condition = Condition()
+    condition: str
 
     @property
     def name(self) -> str:
         parts = [self.pool.data, self.architecture.name, f"{self.setting}{self.members}"]
-        return "-".join([*parts, f"r{self.repeat}", self.condition.name])
+        return "-".join([*parts, f"r{self.repeat}", self.condition])
 
     @cached_property
-    def files(self) -> list[Path]:
+    def sources(self) -> dict[str, Any]:
+        """The networks' files by name, as a recipe takes them."""
         every = SETTINGS[self.setting][self.members]
-        return [
-            rebasin.endpoint(
-                self.pool, self.architecture, classes, self.repeat, every[:at].count(classes)
+        return {
+            f"m{k}": str(
+                rebasin.endpoint(
+                    self.pool, self.architecture, classes, self.repeat, every[:k].count(classes)
+                )
             )
-            for at, classes in enumerate(every)
-        ]
-
-    @cached_property
-    def scratch(self) -> tempfile.TemporaryDirectory[str]:
-        """A folder that lives as long as the case."""
-        return tempfile.TemporaryDirectory()
+            for k, classes in enumerate(every)
+        }
 
     @cached_property
     def parts(self) -> Parts:
-        return self.condition.apply(self.pool.parts(self.repeat), self.repeat)
+        return CONDITIONS[self.condition].apply(self.pool.parts(self.repeat), self.repeat)
 
     @cached_property
     def data(self) -> MergeDataModule:
@@ -186,11 +190,7 @@ class Case:
 
     def endpoints(self) -> list[nn.Module]:
         """Return the networks that are to be merged."""
-        return [self.network(load_file(path)) for path in self.files]
-
-    def sources(self) -> dict[str, Any]:
-        """Return the sources by name, as a recipe takes them."""
-        return {f"m{k}": str(path) for k, path in enumerate(self.files)}
+        return [self.network(load_file(path)) for path in self.sources.values()]
 
     def score(self, network: Callable[[Images], Tensor] | State) -> Result:
         """Return test and selection accuracy of weights, or of anything that scores classes."""
@@ -210,16 +210,13 @@ class Case:
 
 
 def open_merge(case: Case, recipe: Recipe, alignment: str | None) -> MergeModule:
-    if alignment is not None:
-        recipe = replace(recipe, alignment=ALIGNMENTS[alignment])
-        if ALIGNMENTS[alignment].needs is not None:
-            # The same for all alignments on data; a merge on the way to another has its own.
-            own = recipe.sources == case.sources()
-            folder = Path(case.scratch.name) / ("own" if own else "other")
-            if not own or not folder.is_dir():
+    with tempfile.TemporaryDirectory() as folder:
+        if alignment is not None:
+            recipe = replace(recipe, alignment=ALIGNMENTS[alignment])
+            if ALIGNMENTS[alignment].needs is not None:
                 collect(recipe, case.data, folder, overwrite=True, module=case.network())
-            recipe = replace(recipe, statistics=str(folder))
-    module = MergeModule(recipe, module=case.network(), score_experts=False)
+                recipe = replace(recipe, statistics=folder)
+        module = MergeModule(recipe, module=case.network(), score_experts=False)
     module.take_tasks(case.data.tasks)
     return module
 
@@ -235,7 +232,7 @@ def state_of(module: MergeModule, data: MergeDataModule) -> State:
 
 def averaged(case: Case, alignment: str | None, **factors: Any) -> State:
     factors = {"buffers": "recompute", **factors}
-    recipe = Recipe(case.sources(), init=Uniform(), **factors)
+    recipe = Recipe(case.sources, init=Uniform(), **factors)
     return state_of(open_merge(case, recipe, alignment), case.data)
 
 
@@ -247,15 +244,11 @@ def average(case: Case, alignment: str | None, **factors: Any) -> Result:
 
 
 def endpoints(case: Case) -> Result:
-    """Score each network alone, and their means."""
-    each = [case.score(load_file(path)) for path in case.files]
-    result: Result = {key: statistics.mean(e[key] for e in each) for key in ("test", "selection")}
+    """Score each network alone; return means."""
+    each = [case.score(load_file(path)) for path in case.sources.values()]
+    means = {key: statistics.mean(e[key] for e in each) for key in ("test", "selection")}
     columns = zip(*(e["classes"] for e in each), strict=True)
-    return {
-        **result,
-        "classes": [*map(statistics.mean, columns)],
-        "each": [e["test"] for e in each],
-    }
+    return {**means, "classes": [*map(statistics.mean, columns)]}
 
 
 def ensemble(case: Case) -> Result:
@@ -271,7 +264,7 @@ def ensemble(case: Case) -> Result:
 
 def distillation_loss(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the loss without labels: divergence from the ensemble's softened probabilities."""
-    networks, t = case.endpoints(), DISTILLATION.temperature
+    networks, t = case.endpoints(), TEMPERATURE
 
     def loss(logits: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -296,7 +289,7 @@ def merge_of(
     """Return the start of NP Merge, whose parameters are raw coefficients."""
     module = open_merge(case, recipe, alignment)
     merged = module.merged
-    term = KLToEnsemble(temperature=distil.temperature) if distil else CrossEntropy()
+    term = KLToEnsemble(temperature=TEMPERATURE) if distil else CrossEntropy()
     objective = Objective([term])
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
@@ -425,8 +418,8 @@ def np_merge(
     distil: Distillation | None = None,
     rates: Sequence[float] | None = None,
 ) -> Result:
-    rates = rates or (UNBOUNDED_RATES if kind == "unbounded" else case.budget.np_rates)
-    begin = merge_of(case, RECIPES[kind](case.sources()), alignment, distil)
+    rates = rates or RATES["unbounded" if kind == "unbounded" else "bounded"]
+    begin = merge_of(case, RECIPES[kind](case.sources), alignment, distil)
     return {**learned(case, begin, rates, distil)[0], "alignment": alignment}
 
 
@@ -436,13 +429,13 @@ def two(
     """Learn one of several merges of two, which share the steps."""
     begin = merge_of(case, pairwise_recipe(sources, shares), alignment, None)
     steps = case.budget.steps // merges
-    result, state = learned(case, begin, case.budget.np_rates, steps=steps)
+    result, state = learned(case, begin, RATES["bounded"], steps=steps)
     return {**result, "alignment": alignment}, state
 
 
 def np_fold(case: Case, alignment: str | None) -> Result:
     """Merge one source after another into the merge so far."""
-    (_, merged), *others = case.sources().items()
+    (_, merged), *others = case.sources.items()
     result: Result = {}
     for number, (name, path) in enumerate(others, start=1):
         shares = [number / (number + 1), 1 / (number + 1)]
@@ -452,7 +445,7 @@ def np_fold(case: Case, alignment: str | None) -> Result:
 
 def np_tree(case: Case, alignment: str | None) -> Result:
     """Merge pairs, then pairs of those."""
-    level: list[Any] = list(case.sources().values())
+    level: list[Any] = list(case.sources.values())
     merges, result = len(level) - 1, {}
     while len(level) > 1:
         pairs, level = zip(level[::2], level[1::2], strict=True), []
@@ -471,5 +464,5 @@ def fine_tuned(
 ) -> Result:
     """Train all weights of the average that NP Merge starts from, with the same budget."""
     begin = network_of(case, alignment, distil)
-    result, _ = learned(case, begin, rates or case.budget.tuning_rates, distil)
+    result, _ = learned(case, begin, rates or RATES["fine-tuning"], distil)
     return {**result, "alignment": alignment}

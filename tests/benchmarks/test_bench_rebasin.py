@@ -90,13 +90,13 @@ def test_parts_are_disjoint_and_conditions_hold(bench: ModuleType, tmp_path: Pat
         for name in ("train", "adaptation", "selection", "test", "rest")
     ]
     assert len(set.union(*seen)) == sum(map(len, seen))
-    few = bench.Condition(50).apply(parts, 0)
+    few = bench.merges.Condition(50).apply(parts, 0)
     assert (len(few.adaptation), len(few.selection), len(few.test)) == (50, 20, 300)
-    lost = bench.Condition(missing=(3, 4)).apply(parts, 0)
+    lost = bench.merges.Condition(missing=(3, 4)).apply(parts, 0)
     assert set(lost.adaptation.labels.tolist()) == set(range(10)) - {3, 4}
     assert set(lost.selection.labels.tolist()) == set(range(10)) - {3, 4}
     assert torch.equal(lost.test.labels, parts.test.labels)
-    noisy = bench.Condition(noise=0.4).apply(parts, 0)
+    noisy = bench.merges.Condition(noise=0.4).apply(parts, 0)
     wrong = (noisy.adaptation.labels != parts.adaptation.labels).double().mean()
     # 256 draws of probability 0.4: four standard deviations are 0.12.
     assert abs(float(wrong) - 0.4) < 0.12
