@@ -41,6 +41,7 @@ import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache as cached
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -172,8 +173,8 @@ def _fit(ink: np.ndarray, side: int = 22) -> np.ndarray | None:
     return np.asarray(page)
 
 
-def _figlet_letters(path: Path) -> dict[str, list[str]] | None:
-    """Some capital letters of one FIGlet font as lines of text; None if it is not such a font."""
+def _figlet_letters(path: Path) -> list[list[str]]:
+    """Some capital letters of a font as lines of text; none if it is not a font of drawn ones."""
     raw = path.read_bytes()
     if raw[:2] == b"PK":  # some fonts are zipped in place
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
@@ -182,16 +183,16 @@ def _figlet_letters(path: Path) -> dict[str, list[str]] | None:
     # "flf2a$ 6 5 16 15 13 ...": signature with the hard blank as its last character, height,
     # baseline, width, layout, number of comment lines.
     header = lines[0].split() if lines else []
-    if len(header) < 6 or header[0][:3] not in ("flf", "tlf"):
-        return None
+    # A font of one to three lines is mostly text (Morse code, hexadecimal), not drawn letters.
+    if len(header) < 6 or header[0][:3] not in ("flf", "tlf") or int(header[1]) < 4:
+        return []
     blank, height, comments = header[0][-1], int(header[1]), int(header[5])
-    body = lines[1 + comments :]
-    letters = {}
+    letters = []
     for letter in LETTERS:
-        start = (ord(letter) - ord(" ")) * height
-        rows = [row.rstrip() for row in body[start : start + height]]
+        start = 1 + comments + (ord(letter) - ord(" ")) * height
+        rows = [row.rstrip() for row in lines[start : start + height]]
         # A row ends in one or two copies of an end mark, which is its last character.
-        letters[letter] = [row.rstrip(row[-1]).replace(blank, " ") if row else "" for row in rows]
+        letters.append([row.rstrip(row[-1]).replace(blank, " ") if row else "" for row in rows])
     return letters
 
 
@@ -202,42 +203,35 @@ def _read_figlet(cache: Path) -> Pool:
     # it are contributions of their authors, and like all images here they are read where installed.
     mono_path = package_file(_package(cache, "matplotlib"), f"{DEJAVU}SansMono.ttf")
     mono = ImageFont.truetype(str(mono_path), 10)
-    cells: dict[str, np.ndarray] = {}
 
+    @cached
     def cell(character: str) -> np.ndarray:
-        if character not in cells:
-            page = Image.new("L", (6, 12))
-            ImageDraw.Draw(page).text((0, 0), character, font=mono, fill=255)
-            cells[character] = np.asarray(page)
-        return cells[character]
+        page = Image.new("L", (6, 12))
+        ImageDraw.Draw(page).text((0, 0), character, font=mono, fill=255)
+        return np.asarray(page)
 
-    images, labels, groups = [], [], []
+    def drawn(rows: list[str]) -> np.ndarray | None:
+        width = max(map(len, rows), default=0)
+        if not 0 < width <= 40:
+            return None
+        image = _fit(np.vstack([np.hstack([cell(c) for c in row.ljust(width)]) for row in rows]))
+        if image is None:
+            return None
+        # Thin characters shrunk to so few pixels leave grey: stretch that to white.
+        bright = max(1.0, float(np.percentile(image[image > 0], 90)))
+        return np.minimum(image * (255 / bright), 255).astype(np.uint8)
+
+    images, groups = [], []
     folder = _package(cache, "pyfiglet")
     fonts = sorted(p for p in folder.rglob("*") if p.suffix in (".flf", ".tlf"))
     for group, path in enumerate(fonts):
-        letters = _figlet_letters(path)
-        # A font of one to three lines is mostly text (Morse code, hexadecimal), not drawn letters.
-        if letters is None or len(letters["A"]) < 4:
-            continue
-        drawn = {}
-        for letter, rows in letters.items():
-            width = max((len(row) for row in rows), default=0)
-            if not 0 < width <= 40:
-                continue
-            art = np.vstack([np.hstack([cell(c) for c in row.ljust(width)]) for row in rows])
-            image = _fit(art)
-            if image is not None:
-                # Thin characters shrunk to so few pixels leave grey: stretch that to white.
-                bright = max(1.0, float(np.percentile(image[image > 0], 90)))
-                drawn[letter] = np.minimum(image * (255 / bright), 255).astype(np.uint8)
+        letters = [image for rows in _figlet_letters(path) if (image := drawn(rows)) is not None]
         # Fonts without real capitals repeat one picture (or draw nothing) for many letters.
-        if len({image.tobytes() for image in drawn.values()}) < len(LETTERS):
-            continue
-        for letter, image in drawn.items():
-            images.append(image)
-            labels.append(LETTERS.index(letter))
-            groups.append(group)
-    return Pool(np.stack(images), np.array(labels), np.array(groups), list(LETTERS))
+        if len({image.tobytes() for image in letters}) == len(LETTERS):
+            images += letters
+            groups += [group] * len(letters)
+    labels = np.arange(len(images)) % len(LETTERS)
+    return Pool(np.stack(images), labels, np.array(groups), list(LETTERS))
 
 
 def _read_scripts(cache: Path) -> Pool:
