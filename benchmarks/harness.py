@@ -220,12 +220,26 @@ def make_models(folder: Path, config: Any, sources: Sequence[str], noise: float)
         config.save_pretrained(target)
 
 
-def llama(dtype: str, **fields: Any) -> Any:
+LLAMAS = {
+    "1b": (32_000, 2048, 5632, 22, 8, 4),
+    "200m": (32_000, 1024, 2816, 10, 8, 4),
+    "60m": (16_384, 512, 1664, 12, 8, 8),
+    "5m": (1024, 640, 1792, 24, 10, 10),  # per layer
+    "tiny": (1024, 32, 64, 2, 2, 2),
+}
+_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads"),
+)
+
+
+def llama(size: str, dtype: str, **fields: Any) -> Any:
     """Return the configuration of a Llama whose files are in a dtype."""
     import transformers
 
-    fixed = {"tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"], "dtype": dtype}
-    return transformers.LlamaConfig(**fixed, **fields)
+    fields = {**dict(zip(_FIELDS, LLAMAS[size], strict=True)), **fields}
+    fields |= {"tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"]}
+    return transformers.LlamaConfig(**fields, dtype=dtype)
 
 
 # ---- command line and tables --------------------------------------------------------------------

@@ -2,17 +2,13 @@
 
     python benchmarks/layerwise.py --json layerwise.json
 
-A Llama (24 layers by default) is made here: random weights, base and two sources, the sources a
-little off the base. Each run is a process of its own. It learns a tiny model first, so that all
-code is loaded, gives free memory back (`malloc_trim`), takes its anonymous resident memory
-(RssAnon), learns one coefficient per weight and source for a few steps with Adam, and exports; the
-layer-wise driver scores the merge and the experts in the end, which the peak counts, too. Mapped
-files are the system's cache and not counted. The report holds the peak above that start, and its
-known parts: of the block that is learned (end to end: of the model) the coefficients, their
-gradient and Adam's two moments; the hidden states that are kept between blocks; and what autograd
-saves of one forward pass of a block for its backward, other than weights (counted as it is saved).
-The rest is shown as a multiple of one block of one source in float32, the dtype of the computation;
-the target is three.
+Each run is a process of its own. It learns a tiny model first, so that all code is loaded, gives
+free memory back, takes its anonymous resident memory (RssAnon), learns one coefficient per weight
+and source for a few steps, and exports. The table holds the peak above that start, and its known
+parts: coefficients, their gradient and Adam's two moments, of the block that is learned (end to
+end: of the model); hidden states that are kept between blocks; and what autograd saves of one pass
+of a block, other than weights. The rest is a multiple of one block of one source in float32; the
+target is three.
 
 `--scoring N` times the final scores, of N batches: one block merged once for all, beside the whole
 network merged for each batch.
@@ -32,10 +28,6 @@ import harness
 
 SOURCES = ("a", "b")
 TOKENS, EXAMPLES, BATCH, STEPS = 64, 16, 8, 3
-SIZES = {
-    "5m": {"hidden_size": 640, "intermediate_size": 1792, "num_attention_heads": 10},
-    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2},
-}
 # Kind and name of each run, and the memory that hidden states may take, in GB.
 RUNS = (
     ("layerwise", "layer-wise", 4.0),
@@ -45,8 +37,7 @@ RUNS = (
 
 
 def make_models(size: str, layers: int, cache: Path) -> Path:
-    fields = {**SIZES[size], "vocab_size": 1024, "num_hidden_layers": layers}
-    config = harness.llama("bfloat16", num_key_value_heads=fields["num_attention_heads"], **fields)
+    config = harness.llama(size, "bfloat16", num_hidden_layers=layers)
     folder = cache / f"layers-{size}-{layers}"
     harness.make_models(folder, config, SOURCES, 0.01)
     return folder
@@ -204,7 +195,7 @@ def scoring(folder: Path, batches: int, tokens: int) -> dict[str, float]:
 
 def main() -> None:
     parser = harness.make_parser(__doc__, "bench")
-    parser.add_argument("--size", choices=SIZES, default="5m")
+    parser.add_argument("--size", choices=harness.LLAMAS, default="5m")
     parser.add_argument("--layers", type=int, default=24, help="blocks")
     parser.add_argument("--scoring", type=int, help="instead: time the scores of so many batches")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of each example to score")

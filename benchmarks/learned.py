@@ -2,24 +2,13 @@
 
     python benchmarks/learned.py vision --seeds 3 4 5 --json learned-vision.json
 
-Each method is a file of configs/methods with the length of the suite's own file (of LayerWise: as
-many steps per block). All get the same learning rates to choose from, for a rate is a fraction of a
-task vector whatever the method, and the same schedule, a cosine to 0.06 of the rate; rate and step
-are chosen on the selection split, by the score, or by the loss where the method sees no labels.
-The best is scored on the test split, which nothing else reads. `m3` alone draws sixteen mixing
-ratios (over task arithmetic, of which linear is the same for ratios that sum to one, over DARE and
-TIES), `tensor from m3` starts at the best of them.
+All methods get the suite's number of steps (LayerWise: that many per block), the same learning
+rates to choose from and the same schedule. Rate and step are chosen on the selection split, by the
+score, or by the loss where the method sees no labels; the test split decides nothing. `--drivers`
+compares merges of two sources at a time, and of a source onto an earlier merge.
+docs/benchmarks/learned.md says what the columns are.
 
-`--drivers` prints a table of its own: `tensor` two at a time, all merges together as many steps as
-one fit of all four, and the fourth source onto an earlier merge of the first three, which was
-learned with two thirds of the steps and the best of the rates. *New data*: of the fourth task
-alone, to learn and to choose by, as if the others' were gone; *not learned*: where that starts. All
-are scored on all four tasks.
-
-Every fit is a process of its own: `seconds` is the wall time of the chosen fit with its validations
-(the least of the seeds, for other work on the machine only adds), `memory` how far its anonymous
-memory rose (the most; mapped files do not count). `adaptation` is how many examples were learned
-from, and whether their labels were read. Finished fits are kept in the cache, so that a stopped run
+Every fit is a process of its own; finished ones are kept in the cache, so that a stopped run
 resumes where it stopped.
 """
 

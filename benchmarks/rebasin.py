@@ -2,17 +2,11 @@
 
     python benchmarks/rebasin.py --json rebasin.json
 
-Endpoints are trained here, on the same images from different seeds, or on disjoint classes. Then,
-for pairs and quartets of them: endpoints, ensemble, plain and aligned averages, the same with
-BatchNorm statistics recomputed or with REPAIR, NP Merge, and plain fine-tuning of the same aligned
-average on the same adaptation images, in the same order, for as many steps, with as many learning
-rates tried and the same early stopping. *Distilled*: both learn the ensemble's predictions on other
-images, of which no label is read, for four times the steps, and are chosen by that loss; *longer*:
-for sixteen times the steps, with the rate that the shorter run chose. Every choice is made on the
-selection split.
-
-`--study` asks when one coefficient per weight is the better choice: few labels, wrong labels, and
-classes that the adaptation data lack.
+Endpoints are trained here, on the same images from different seeds, or on disjoint classes. For
+pairs and quartets of them: endpoints, ensemble, averages, NP Merge, and plain fine-tuning of the
+same average with the same budget. Every choice is made on the selection split. `--study` asks when
+one coefficient per weight is the better choice: few labels, wrong labels, and classes that the
+adaptation data lack. docs/benchmarks/rebasin.md says what the rows are.
 
 Trained networks and finished cells are kept in the cache, so a stopped run resumes where it
 stopped.

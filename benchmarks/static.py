@@ -1,20 +1,12 @@
-"""Cost of a static merge, beside mergekit on the same files.
+"""Cost of a static merge, beside mergekit on the same files and by the same description.
 
     python benchmarks/static.py --json static.json
 
-Two sources and a base of one Llama architecture, made here: random bfloat16 weights, the sources a
-little off the base. Every run is a process of its own: it imports, takes the time, merges from disk
-to disk, takes the time. The two tools take turns, in alternating order, and the best of each counts
-for the ratio, the median of the paired ratios beside it. Wall and CPU time are those of the merge
-without the interpreter's start and imports; `process` is the wall time with them.
-
-Memory is the highest anonymous resident memory (RssAnon) less what it was before the merge: mapped
-files are the system's cache and not counted. It is shown as a multiple of the largest tensor, in
-the dtype of the files; the bound is K + 3.
-
-`copy` reads the same files with plain reads, writes as many bytes as a merge does, and flushes
-them to disk as gradmerge does: its time over a merge's is the share of the machine's throughput.
-With --cold the files leave the system's cache before each run.
+Two sources and a base of one Llama architecture are made here. Every run is a process of its own
+that merges from disk to disk; the tools take turns, in alternating order, and the best of each
+counts. `copy` reads the same files and writes as many bytes as a merge does, flushed to disk: its
+time over a merge's is the share of the machine's throughput. With --cold the files leave the
+system's cache before each run. docs/benchmarks/static.md says what the columns are.
 """
 
 from __future__ import annotations
@@ -31,11 +23,6 @@ from typing import Any
 
 import harness
 
-SIZES = {
-    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22},
-    "200m": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 10},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
-}
 SOURCES = ("a", "b")
 _HALVES = {"weight": 0.5, "density": 0.5}
 # mergekit's parameters per source, and the target of the ratio of wall times.
@@ -190,16 +177,14 @@ def render(rows: list[dict[str, Any]], largest: int) -> str:
 
 def main() -> None:
     parser = harness.make_parser(__doc__, "bench")
-    parser.add_argument("--size", choices=SIZES, default="1b")
+    parser.add_argument("--size", choices=harness.LLAMAS, default="1b")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cold", action="store_true", help="files leave the cache before each run")
     args = parser.parse_args()
     folder = args.cache.resolve() / f"llama-{args.size}"
-    words = 512 if args.size == "tiny" else 32000
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-    config = harness.llama("bfloat16", vocab_size=words, **heads, **SIZES[args.size])
+    config = harness.llama(args.size, "bfloat16")
     harness.make_models(folder, config, SOURCES, 0.002)
     largest = largest_tensor(folder / "base")
     rows = []

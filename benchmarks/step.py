@@ -2,23 +2,11 @@
 
     python benchmarks/step.py --json step.json
 
-Time: CPU time of one step (merge, forward, backward, contraction, Adam on the coefficients) over
-that of a plain forward and backward of one model of the same architecture in float32. All cases of
-a model and dtype run in one process and take turns, the reference beside each case and in
-alternating order, so that a busy machine slows both; the best of each counts, the median of the
-paired ratios beside it. By default, both sides use the C library's allocator as it is.
-
-Memory: the highest anonymous resident memory (RssAnon) during two steps, interpreter and imports
-included. Every case and its reference run in a fresh process of the same kind, with the same
-allocator settings; by default, large freed blocks go back to the system, on both sides: otherwise
-the C library keeps up to a quarter more than is in use, and how much is chance. Sources are
-memory-mapped files: the system caches them, they are not counted. The bound on streamed memory is
-the plain peak less the weights, plus two layers of weights.
-
-Part `elements` is one coefficient per weight (NP Merge of a pair) over plain fine-tuning of a
-model: forward, backward and Adam on all weights, in time and memory.
-
-Merged weights and computation are float32 in every case; `dtype` is that of the files.
+Time is CPU time. All cases of a model and dtype run in one process and take turns, the reference
+beside each case and in alternating order, so that a busy machine slows both; the best of each
+counts. Memory is the highest anonymous resident memory (RssAnon) during two steps, interpreter and
+imports included, of each case in a fresh process. Merged weights and computation are float32 in
+every case; `dtype` is that of the files. docs/benchmarks/training.md has the rest.
 """
 
 from __future__ import annotations
@@ -48,6 +36,7 @@ from gradmerge.engine.opening import open_plan
 from gradmerge.operators._native import native_kernels
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+LLAMAS = {"llama": "60m", "llama-tiny": "tiny"}
 MODES = ("resident", "streamed")
 EXAMPLES = 8
 TARGETS = {
@@ -86,25 +75,19 @@ class Case:
 
 
 def configuration(model: str, dtype: str) -> Any:
-    if model == "llama":
-        fields = {"vocab_size": 16_384, "hidden_size": 512, "intermediate_size": 1_664}
-        fields |= {"num_hidden_layers": 12, "num_attention_heads": 8}
-    elif model == "llama-tiny":
-        fields = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64}
-        fields |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-    else:
-        return transformers.ViTConfig(
-            hidden_size=640,
-            intermediate_size=2_560,
-            num_hidden_layers=12,
-            num_attention_heads=10,
-            patch_size=16,
-            image_size=224,
-            num_labels=1000,
-            architectures=["ViTForImageClassification"],
-            dtype=dtype,
-        )
-    return harness.llama(dtype, use_cache=False, **fields)
+    if model in LLAMAS:
+        return harness.llama(LLAMAS[model], dtype, use_cache=False)
+    return transformers.ViTConfig(
+        hidden_size=640,
+        intermediate_size=2_560,
+        num_hidden_layers=12,
+        num_attention_heads=10,
+        patch_size=16,
+        image_size=224,
+        num_labels=1000,
+        architectures=["ViTForImageClassification"],
+        dtype=dtype,
+    )
 
 
 def network(model: str) -> nn.Module:
@@ -116,7 +99,7 @@ def network(model: str) -> nn.Module:
 
 
 def batch_of(model: str, generator: torch.Generator) -> dict[str, Tensor]:
-    if model.startswith("llama"):
+    if model in LLAMAS:
         ids = torch.randint(0, 128, (EXAMPLES, 128), generator=generator)
         return {"input_ids": ids, "labels": ids}
     pixels = torch.randn(EXAMPLES, 3, 224, 224, generator=generator)
