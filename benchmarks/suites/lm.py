@@ -79,7 +79,8 @@ MODEL = {
     "max_position_embeddings": 4 * WINDOW,
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_ID),
 }
-TRAINING = {"window": WINDOW, "batch": 8, "weight_decay": 0.05}
+BATCH = 8  # windows
+DECAY = 0.05
 # Steps and learning rates.
 BASE = (300, 3e-3)
 EXPERT = (240, 1e-3)
@@ -228,7 +229,7 @@ def read_tokens(path: Path) -> np.ndarray:
     return np.concatenate([[*text, END_ID] for text in texts])
 
 
-# ---- tokenizer -------------------------------------------------------------------------
+# ---- tokenizer -----------------------------------------------------------------------------------
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -279,9 +280,7 @@ def train(
     # Norms are not decayed: pulling them to zero is no regularisation.
     decayed = {"params": [p for p in parameters if p.ndim > 1]}
     kept = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
-    optimiser = torch.optim.AdamW(
-        [decayed, kept], rate, betas=(0.9, 0.95), weight_decay=TRAINING["weight_decay"]
-    )
+    optimiser = torch.optim.AdamW([decayed, kept], rate, (0.9, 0.95), weight_decay=DECAY)
     warm_up = steps // 10
 
     def factor(step: int) -> float:
@@ -290,7 +289,7 @@ def train(
         return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
 
     def draw(tokens: np.ndarray) -> torch.Tensor:
-        count = int(TRAINING["batch"]) // len(streams)
+        count = BATCH // len(streams)
         starts = rng.integers(0, len(tokens) - WINDOW, size=count)
         return torch.from_numpy(np.stack([tokens[start : start + WINDOW] for start in starts]))
 
@@ -345,7 +344,8 @@ def make_piece(piece: str, folder: Path, root: Path, seed: int) -> None:
 
 # The source of `code` is the running Python's, so its version decides too.
 DATA = {**SPLITS, "passage": PASSAGE, "python": platform.python_version(), "packages": PACKAGES}
-SUITE = Suite("lm", make_piece, DATA, [MODEL, TRAINING, BASE], dict.fromkeys(READERS, EXPERT))
+TRAINING = [MODEL, WINDOW, BATCH, DECAY, BASE]
+SUITE = Suite("lm", make_piece, DATA, TRAINING, dict.fromkeys(READERS, EXPERT))
 
 if __name__ == "__main__":
     SUITE.main()
