@@ -1,7 +1,7 @@
 """Merges by gradmerge, the ensemble and fine-tuning, for the benchmark ``benchmarks/rebasin.py``.
 
-A `Case` is some trained networks and the images to merge them with. Merges go through gradmerge's
-public interface, as a user would write them; the ensemble and fine-tuning are plain torch.
+A `Case` is some trained networks and the images to merge them with. NP Merge and fine-tuning learn
+in one loop: the same batches, steps, checks and choice of a state.
 """
 
 from __future__ import annotations
@@ -293,8 +293,10 @@ def merge_of(
     objective = Objective([term])
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
-        run = partial(predict, merged, objective, "images", batch, shared=False)
-        return merged.accumulate([lambda: objective.loss(run())])[0]
+        def loss() -> Tensor:
+            return objective.loss(predict(merged, objective, "images", batch, False))
+
+        return merged.accumulate([loss])[0]
 
     def start(data: MergeDataModule) -> Any:
         set_coefficients(merged, recipe.init)
