@@ -42,7 +42,6 @@ class Suite:
     higher_is_better: bool
     unit: str
     steps: int
-    digits: int = 3
 
 
 SUITES = {
@@ -133,8 +132,7 @@ def ranking(
     scores = {name: [result["score"] for result in results] for name, results in every.items()}
     order = sorted(scores, key=lambda n: statistics.mean(scores[n]), reverse=own.higher_is_better)
     rows = [
-        [f"`{n}`", spread(scores[n], own.digits), *(cell(every[n]) for cell in columns.values())]
-        for n in order
+        [f"`{n}`", spread(scores[n]), *(cell(every[n]) for cell in columns.values())] for n in order
     ]
     return table(["method", own.metric, *columns], rows)
 
@@ -278,7 +276,7 @@ def cached(path: Path, compute: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
-def spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float], digits: int = 3) -> str:
     """Return the mean and, of several values, the standard deviation."""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"

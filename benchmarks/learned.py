@@ -273,7 +273,7 @@ def render(suite: str, found: dict[str, dict[int, dict[str, Any]]], apart: bool 
     def tasks(part: slice) -> Callable[[list[dict[str, Any]]], str]:
         def cell(results: list[dict[str, Any]]) -> str:
             every = [[s for task, s in r["test"].items() if task != "average"] for r in results]
-            return f"{statistics.mean(s for one in every for s in one[part]):.{digits}f}"
+            return f"{statistics.mean(s for one in every for s in one[part]):.3f}"
 
         return cell
 
@@ -282,7 +282,6 @@ def render(suite: str, found: dict[str, dict[int, dict[str, Any]]], apart: bool 
         number = results[0]["examples"]
         return f"{number:,}, {labels}" if number else "none; selection labels"
 
-    digits = SUITES[suite].digits
     parts = {"first three tasks": tasks(slice(-1)), "the fourth": tasks(slice(-1, None))}
     columns = {
         **(parts if apart else {}),

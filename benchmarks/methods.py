@@ -112,7 +112,7 @@ def main() -> None:
         methods = [name for name in paths if name in (args.methods or paths)]
         found = harness.compare(args.suite, methods, args, score)
     columns = {
-        "selection": lambda rs: harness.spread([r["selection"] for r in rs], suite.digits),
+        "selection": lambda rs: harness.spread([r["selection"] for r in rs]),
         "factors": lambda rs: ", ".join(
             "-" if r["factor"] is None else f"{r['factor']:g}" for r in rs
         ),

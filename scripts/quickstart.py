@@ -158,14 +158,14 @@ def sample(folder: Path) -> None:
     print(f"\nsample of {folder.name}, by transformers alone:\n{tokenizer.decode(out[0])}\n")
 
 
-def render(name: str, results: Sequence[list[Row]]) -> str:
+def render(results: Sequence[list[Row]]) -> str:
     """Return the table: means over seeds, with the standard deviation where there are several."""
-    digits, tasks = harness.SUITES[name].digits, list(results[0][0].scores)
+    tasks = list(results[0][0].scores)
     lines = []
     for rows in zip(*results, strict=True):
-        cells = [f"{statistics.mean(r.scores[t] for r in rows):.{digits}f}" for t in tasks]
+        cells = [f"{statistics.mean(r.scores[t] for r in rows):.3f}" for t in tasks]
         seconds = statistics.mean(r.seconds for r in rows)
-        cells += [harness.spread([r.average for r in rows], digits)]
+        cells += [harness.spread([r.average for r in rows])]
         cells += [str(rows[0].coefficients or "")]
         cells += [f"{seconds:.1f}" if seconds else "", rows[0].note if len(rows) == 1 else ""]
         lines.append([rows[0].name, *cells])
@@ -198,7 +198,7 @@ def main() -> None:
             records.append({**asdict(row), "seconds": round(row.seconds, 2), **found})
         harness.write_json(output / "results.json", records)
     title = f"test split, {suite.unit}, {len(results)} seed(s)"
-    text = f"{title}\n\n{render(name, results)}\n"
+    text = f"{title}\n\n{render(results)}\n"
     (output / "table.md").write_text(text)
     print(f"\n{text}")
     shown = os.path.relpath(output)
