@@ -200,8 +200,8 @@ def fit(job: Job) -> dict[str, Any]:
         if module is None:  # a driver's merge is a folder, whose tasks each have their own head
             written = str(cli.job.target.path)
             count = coefficients_of(Path(written))
-            place = f"--trainer.default_root_dir={folder}"
-            cli = learn(["test", "--config", str(suite), "--model", written, place, *_QUIET])
+            quiet = (*_QUIET, "--verbose=false", f"--trainer.default_root_dir={folder}")
+            cli = learn(["test", "--config", str(suite), "--model", written, *quiet])
             module, data = cli.model, cli.datamodule
         elif learns:
             count = sum(p.numel() for p in module.merged.parameters())
