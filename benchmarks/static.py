@@ -87,10 +87,10 @@ def copy(spec: dict[str, Any], output: Path) -> Callable[[], None]:
     """Read plainly what a merge reads, and write plainly what it writes."""
     given = [*(model["model"] for model in spec["models"]), spec.get("base_model")]
     read = [Path(path) for path in dict.fromkeys(given) if path]
+    output.mkdir(parents=True, exist_ok=True)
+    buffer = bytearray(16 << 20)
 
     def run() -> None:
-        output.mkdir(parents=True, exist_ok=True)
-        buffer = bytearray(16 << 20)
         with weights(output).open("wb", buffering=0) as target:
             for source in read:
                 with weights(source).open("rb", buffering=0) as file:
