@@ -6,9 +6,9 @@ Only the standard library is imported at the top, so that a measured process sta
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
-import math
 import os
 import statistics
 import subprocess
@@ -18,8 +18,10 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +42,20 @@ class Suite:
     higher_is_better: bool
     unit: str
     steps: int
-    digits: int = 3
-
-    def rank(self, scores: dict[str, float], labels: bool = True) -> float:
-        """Return what to maximise on the selection split: the score, or minus the loss."""
-        value = scores[self.metric] if labels else scores["loss"]
-        if not math.isfinite(value):
-            return -math.inf
-        return value if labels and self.higher_is_better else -value
 
 
 SUITES = {
     "lm": Suite("bits_per_byte", False, "bits per byte (lower is better)", 60),
     "vision": Suite("accuracy", True, "accuracy (higher is better)", 100),
 }
+
+
+def suite_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the options of programs that compare methods on a suite."""
+    parser = make_parser(description, "suites")
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    return parser
 
 
 def build_suite(suite: str, seed: int, cache: Path, quiet: bool = True) -> None:
@@ -83,15 +85,7 @@ def quieten() -> None:
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
-    # Both libraries set their own level when they are imported, so they are imported first.
-    import lightning  # noqa: F401
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    fabric = "lightning.fabric"
-    for name in ("lightning.pytorch", fabric, f"{fabric}.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
 
 
 def quiet_trainer(**options: Any) -> Any:
@@ -110,13 +104,37 @@ def tested(module: Any, data: Any) -> dict[str, dict[str, float]]:
     return module.results["test"]
 
 
-def best_step(cli: Any) -> dict[str, dict[str, float]]:
-    """Score a fit's best step on the test split; return its scores on the selection split."""
-    import torch
+def compare(
+    suite: str,
+    methods: Sequence[str],
+    args: argparse.Namespace,
+    score: Callable[[str, int], dict[str, Any]],
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """Score methods on each seed of a suite; print and write each result as soon as it is there."""
+    found: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in methods}
+    for seed in args.seeds:
+        build_suite(suite, seed, args.cache)
+        for method in methods:
+            found[method][seed] = score(method, seed)
+            print(f"seed {seed} {method}: {found[method][seed]}", flush=True)
+            write_json(args.json, found)
+    return found
 
-    path = cli.trainer.checkpoint_callback.best_model_path
-    cli.trainer.test(cli.model, cli.datamodule, ckpt_path=path, verbose=False)
-    return torch.load(path, weights_only=True)["gradmerge"]["results"]["selection"]
+
+def ranking(
+    suite: str,
+    found: dict[str, dict[int, dict[str, Any]]],
+    columns: dict[str, Callable[[list[dict[str, Any]]], str]],
+) -> str:
+    """Return a markdown table of methods, the best first; columns make cells of their results."""
+    own = SUITES[suite]
+    every = {name: list(results.values()) for name, results in found.items() if results}
+    scores = {name: [result["score"] for result in results] for name, results in every.items()}
+    order = sorted(scores, key=lambda n: statistics.mean(scores[n]), reverse=own.higher_is_better)
+    rows = [
+        [f"`{n}`", spread(scores[n]), *(cell(every[n]) for cell in columns.values())] for n in order
+    ]
+    return table(["method", own.metric, *columns], rows)
 
 
 # ---- measuring ----------------------------------------------------------------------------------
@@ -155,22 +173,13 @@ def measured(result: dict[str, float]) -> Iterator[None]:
         result["memory"] = result["peak"] - before
 
 
-def ask(script: str, *arguments: Any) -> dict[str, Any]:
-    """Have a script compute something in a process of its own, by its `answer`."""
-    command = [sys.executable, script, "--answer", json.dumps(arguments, default=str)]
+def ask(compute: Callable[..., Any], *arguments: Any) -> Any:
+    """Compute something in a fresh process."""
     # No allocator setting of the caller may reach some processes and not others.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if ran.returncode:
-        raise SystemExit(f"{Path(script).name} {arguments} failed:\n{ran.stderr[-3000:]}")
-    return json.loads(ran.stdout.splitlines()[-1])
-
-
-def answer(compute: Callable[..., dict[str, Any]]) -> None:
-    """Print what `ask` wants and exit, where that started this process."""
-    if sys.argv[1:2] == ["--answer"]:
-        print(json.dumps(compute(*json.loads(sys.argv[2]))))
-        raise SystemExit
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        del os.environ[name]
+    with ProcessPoolExecutor(1, get_context("spawn"), quieten) as pool:
+        return pool.submit(compute, *arguments).result()
 
 
 # ---- models -------------------------------------------------------------------------------------
@@ -209,12 +218,26 @@ def make_models(folder: Path, config: Any, sources: Sequence[str], noise: float)
         config.save_pretrained(target)
 
 
-def llama(dtype: str, **fields: Any) -> Any:
+LLAMAS = {
+    "1b": (32_000, 2048, 5632, 22, 8, 4),
+    "200m": (32_000, 1024, 2816, 10, 8, 4),
+    "60m": (16_384, 512, 1664, 12, 8, 8),
+    "5m": (1024, 640, 1792, 24, 10, 10),  # per layer
+    "tiny": (1024, 32, 64, 2, 2, 2),
+}
+_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads"),
+)
+
+
+def llama(size: str, dtype: str, **fields: Any) -> Any:
     """Return the configuration of a Llama whose files are in a dtype."""
     import transformers
 
-    fixed = {"tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"], "dtype": dtype}
-    return transformers.LlamaConfig(**fixed, **fields)
+    fields = {**dict(zip(_FIELDS, LLAMAS[size], strict=True)), **fields}
+    fields |= {"tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"]}
+    return transformers.LlamaConfig(**fields, dtype=dtype)
 
 
 # ---- command line and tables --------------------------------------------------------------------
@@ -229,12 +252,31 @@ def make_parser(description: str | None, cache: str) -> argparse.ArgumentParser:
 
 
 def write_json(path: Path | None, content: Any) -> None:
-    """Write all figures to a file, where one was asked for."""
+    """Write plain data to a file, where one was asked for: all of it, or nothing."""
     if path:
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text(json.dumps(content, indent=1, default=asdict) + "\n")
+        aside.replace(path)
 
 
-def spread(values: Sequence[float], digits: int) -> str:
+def fingerprint(content: Any) -> str:
+    """Return a short hash of plain data and dataclasses.
+
+    Caches are recognised by it, so another way to write the same content would empty them all.
+    """
+    text = json.dumps(content, sort_keys=True, default=asdict)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cached(path: Path, compute: Callable[[], Any]) -> Any:
+    """Return plain data that are kept in a file, or computed and kept."""
+    if not path.is_file():
+        write_json(path, compute())
+    return json.loads(path.read_text())
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
     """Return the mean and, of several values, the standard deviation."""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"

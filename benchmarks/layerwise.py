@@ -2,17 +2,13 @@
 
     python benchmarks/layerwise.py --json layerwise.json
 
-A Llama (24 layers by default) is made here: random weights, base and two sources, the sources a
-little off the base. Each run is a process of its own. It learns a tiny model first, so that all
-code is loaded, gives free memory back (`malloc_trim`), takes its anonymous resident memory
-(RssAnon), learns one coefficient per weight and source for a few steps with Adam, and exports; the
-layer-wise driver scores the merge and the experts in the end, which the peak counts, too. Mapped
-files are the system's cache and not counted. The report holds the peak above that start, and its
-known parts: of the block that is learned (end to end: of the model) the coefficients, their
-gradient and Adam's two moments; the hidden states that are kept between blocks; and what autograd
-saves of one forward pass of a block for its backward, other than weights (counted as it is saved).
-The rest is shown as a multiple of one block of one source in float32, the dtype of the computation;
-the target is three.
+Each run is a process of its own. It learns a tiny model first, so that all code is loaded, gives
+free memory back, takes its anonymous resident memory (RssAnon), learns one coefficient per weight
+and source for a few steps, and exports. The table holds the peak above that start, and its known
+parts: coefficients, their gradient and Adam's two moments, of the block that is learned (end to
+end: of the model); hidden states that are kept between blocks; and what autograd saves of one pass
+of a block, other than weights. The rest is a multiple of one block of one source in float32; the
+target is three.
 
 `--scoring N` times the final scores, of N batches: one block merged once for all, beside the whole
 network merged for each batch.
@@ -31,16 +27,20 @@ from typing import Any
 import harness
 
 SOURCES = ("a", "b")
-TOKENS, EXAMPLES, BATCH = 64, 16, 8
-SIZES = {
-    "5m": {"hidden_size": 640, "intermediate_size": 1792, "num_attention_heads": 10},
-    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2},
-}
+TOKENS, EXAMPLES, BATCH, STEPS = 64, 16, 8, 3
+# Kind and name of each run, and the memory that hidden states may take, in GB.
 RUNS = (
     ("layerwise", "layer-wise", 4.0),
     ("layerwise", "layer-wise, all spilled", 0.0),
     ("fit", "end to end", 0.0),
 )
+
+
+def make_models(size: str, layers: int, cache: Path) -> Path:
+    config = harness.llama(size, "bfloat16", num_hidden_layers=layers)
+    folder = cache / f"layers-{size}-{layers}"
+    harness.make_models(folder, config, SOURCES, 0.01)
+    return folder
 
 
 def entries(folder: Path, part: str = "") -> int:
@@ -78,8 +78,7 @@ def data_of(tokens: int) -> Any:
     return MergeDataModule(tasks, batch_size=BATCH)
 
 
-def learn(kind: str, models: Path, place: Path, tokens: int, steps: int, memory: float) -> None:
-    """Learn for some steps, and export."""
+def learn(kind: str, models: Path, place: Path, tokens: int, memory: float) -> None:
     from gradmerge import MergeModule, export_merged
     from gradmerge.drivers import Job, LayerWise
     from gradmerge.objectives import KLToSource, Objective
@@ -88,34 +87,32 @@ def learn(kind: str, models: Path, place: Path, tokens: int, steps: int, memory:
     if kind == "layerwise":
 
         def make_trainer(place: Path, callbacks: Any, overrides: dict[str, Any]) -> Any:
-            options = {"default_root_dir": place, "callbacks": list(callbacks)}
-            return harness.quiet_trainer(**{**options, **overrides})
+            options = {"default_root_dir": place, "callbacks": list(callbacks), **overrides}
+            return harness.quiet_trainer(**options)
 
         job = Job(recipe, data, place, make_trainer, options={"learning_rate": 0.01})
-        LayerWise(steps=steps, activation_memory=memory).run(job)
+        LayerWise(steps=STEPS, activation_memory=memory).run(job)
         return
     objective = Objective([KLToSource()])
     module = MergeModule(recipe, objective, "streamed", learning_rate=0.01, score_experts=False)
-    trainer = harness.quiet_trainer(default_root_dir=place, max_steps=steps, limit_val_batches=0)
+    trainer = harness.quiet_trainer(default_root_dir=place, max_steps=STEPS, limit_val_batches=0)
     trainer.fit(module, datamodule=data)
     export_merged(module.merged, place / "merged")
 
 
-def run(
-    kind: str, warm: str, folder: str, output: str, steps: int, memory: float
-) -> dict[str, float]:
+def run(kind: str, warm: Path, folder: Path, output: Path, memory: float) -> dict[str, float]:
     """Measure one run, in this process, after one of a tiny model, for which all code is loaded."""
     from gradmerge._memory import trim_heap
     from gradmerge.operators._native import native_kernels
 
     native_kernels()  # compiled once per machine, not once per merge
-    learn(kind, Path(warm), Path(output) / "warm", 8, steps, memory)
+    learn(kind, warm, output / "warm", 8, memory)
     result: dict[str, float] = {"held": 0.0, "spilled": 0.0, "saved": 0.0}
     watch(result)
     gc.collect()
     trim_heap()
     with harness.measured(result):
-        learn(kind, Path(folder), Path(output), TOKENS, steps, memory)
+        learn(kind, folder, output, TOKENS, memory)
     return result
 
 
@@ -155,7 +152,7 @@ def watch(result: dict[str, float]) -> None:
     MergedBlock.accumulate = counting  # type: ignore[method-assign]
 
 
-def scoring(folder: Path, batches: int, tokens: int, runs: int) -> dict[str, float]:
+def scoring(folder: Path, batches: int, tokens: int) -> dict[str, float]:
     """Return the least seconds of each way to score the same batches, in turn, in this process."""
     import torch
 
@@ -188,7 +185,7 @@ def scoring(folder: Path, batches: int, tokens: int, runs: int) -> dict[str, flo
 
     taken: dict[str, list[float]] = {"whole": [], "by blocks": []}
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=folder) as work:
-        for _ in range(runs):
+        for _ in range(3):
             for way, seconds in zip((whole, by_blocks), taken.values(), strict=True):
                 began = time.perf_counter()
                 way()
@@ -196,62 +193,38 @@ def scoring(folder: Path, batches: int, tokens: int, runs: int) -> dict[str, flo
     return {way: min(seconds) for way, seconds in taken.items()}
 
 
-def show(name: str, found: dict[str, float], block: int) -> None:
-    mb = {key: value / 1e6 for key, value in found.items()}
-    print(
-        f"{name}: peak {mb['memory']:.0f} MB = coefficients, gradient and moments "
-        f"{mb['state']:.0f} + hidden states {mb['held']:.0f} (spilled {mb['spilled']:.0f}) + saved "
-        f"for backward {mb['saved']:.0f} + rest {mb['rest']:.0f}, {found['rest'] / block:.2f} "
-        f"blocks; {found['wall']:.0f} s",
-        flush=True,
-    )
-
-
 def main() -> None:
-    harness.answer(run)
     parser = harness.make_parser(__doc__, "bench")
-    parser.add_argument("--size", choices=SIZES, default="5m")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--size", choices=harness.LLAMAS, default="5m")
     parser.add_argument("--layers", type=int, default=24, help="blocks")
-    parser.add_argument("--steps", type=int, default=3, help="steps per block; of the fit")
     parser.add_argument("--scoring", type=int, help="instead: time the scores of so many batches")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of each example to score")
-    parser.add_argument("--runs", type=int, default=3, help="of each way to score")
     args = parser.parse_args()
-    number = "" if args.layers == 24 else f"-{args.layers}"
-
-    def models(size: str) -> Path:
-        fields = {**SIZES[size], "vocab_size": 1024, "num_hidden_layers": args.layers}
-        config = harness.llama(
-            args.dtype, num_key_value_heads=fields["num_attention_heads"], **fields
-        )
-        folder = args.cache.resolve() / f"layers-{size}-{args.dtype}{number}"
-        harness.make_models(folder, config, SOURCES, 0.01)
-        return folder
-
-    folder = models(args.size)
+    folder, warm = (make_models(s, args.layers, args.cache.resolve()) for s in (args.size, "tiny"))
     if args.scoring:
-        least = scoring(folder, args.scoring, args.tokens, args.runs)
+        least = scoring(folder, args.scoring, args.tokens)
         ratio = least["by blocks"] / least["whole"]
         print(
             f"{args.scoring} batches, the whole merged for each: {least['whole']:.1f} s; block "
             f"by block: {least['by blocks']:.1f} s, {ratio:.2f} of it"
         )
         return
-    warm = models("tiny")
     block, whole = 4 * entries(folder, ".layers.0."), 4 * entries(folder)
-    stored = sum(f.stat().st_size for f in folder.glob("*/model.safetensors"))
-    print(f"a block of one source: {block / 1e6:.1f} MB in float32; files {stored / 1e6:.0f} MB")
     rows = []
     for kind, name, memory in RUNS:
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            found = harness.ask(__file__, kind, warm, folder, work, args.steps, memory)
+            found = harness.ask(run, kind, warm, folder, Path(work), memory)
         found["state"] = 4.0 * len(SOURCES) * (block if kind == "layerwise" else whole)
         found["rest"] = found["memory"] - found["state"] - found["held"] - found["saved"]
         rows.append({"run": name, **found, "rest_in_blocks": found["rest"] / block})
-        show(name, found, block)
-    made = {"size": args.size, "layers": args.layers, "dtype": args.dtype, "block": block}
-    harness.write_json(args.json, {**made, "rows": rows})
+    harness.write_json(args.json, {"size": args.size, "layers": args.layers, "rows": rows})
+    columns = ("memory", "state", "held", "spilled", "saved", "rest")
+    cells = [
+        [row["run"], *(f"{row[c] / 1e6:.0f}" for c in columns), f"{row['rest_in_blocks']:.2f}"]
+        for row in rows
+    ]
+    print(f"MB; a block of one source is {block / 1e6:.1f} MB in float32")
+    print(harness.table(["run", "peak", *columns[1:], "rest in blocks"], cells, pad=True))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ Experts and data are built by benchmarks/suites, or found in the cache.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import jsonargparse
 import torch
@@ -27,38 +27,21 @@ from gradmerge.cli.main import register
 from gradmerge.search import AbstractSearch, Scales
 from gradmerge.training.collect import collect
 from gradmerge.training.search import Selection
+from harness import SUITES
 
 STATIC = harness.CONFIGS / "static"
 FACTORS = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0]
 
 
-@dataclass
-class Result:
-    """One method on one seed."""
-
-    score: float
-    selection: float
-    factor: float | None
-    seconds: float
-
-
 def load(suite: Path, method: Path) -> tuple[Recipe, MergeDataModule, AbstractSearch | None]:
-    """Return recipe, data and search of the two files."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
     parser.add_class_arguments(Recipe, "recipe")
     parser.add_class_arguments(MergeDataModule, "data")
     parser.add_argument("--search", type=AbstractSearch | None, default=None)
-    arguments = []
-    with tempfile.TemporaryDirectory() as folder:
-        for number, path in enumerate((suite, method)):
-            given = yaml.safe_load(path.read_text())
-            config = {key: given[key] for key in ("data", "search") if key in given}
-            part = Path(folder) / f"{number}.yaml"
-            config["recipe"] = given["model"]["recipe"]
-            part.write_text(yaml.safe_dump(config, sort_keys=False))  # sources stay in order
-            arguments += ["--config", str(part)]
-        found = parser.instantiate_classes(parser.parse_args(arguments))
+    given, own = (yaml.safe_load(path.read_text()) for path in (suite, method))
+    recipe = given["model"]["recipe"] | own["model"]["recipe"]
+    config = {"recipe": recipe, "data": given["data"], "search": own.get("search")}
+    found = parser.instantiate_classes(parser.parse_object(config))
     return found.recipe, found.data, found.search
 
 
@@ -94,11 +77,8 @@ def tuned(
     return selection, chosen.factor / stated
 
 
-def run(suite: str, path: Path, config: Path, prepared: dict[Path, MergeDataModule]) -> Result:
-    """Score one method on one seed, whose data are prepared once."""
-    metric = harness.SUITES[suite].metric
-    recipe, data, search = load(config, path)
-    data = prepared.setdefault(config, data)
+def run(metric: str, recipe: Recipe, data: MergeDataModule, search: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         if recipe.statistics is None and any(step.needs for step in recipe.preprocess):
@@ -108,60 +88,37 @@ def run(suite: str, path: Path, config: Path, prepared: dict[Path, MergeDataModu
         selection, factor = tuned(first, recipe, search)
         chosen = selection.score()["average"][metric]
         score = harness.tested(selection.module, data)["average"][metric]
-    return Result(score, chosen, factor, time.perf_counter() - start)
-
-
-def render(suite: str, found: dict[str, dict[int, Result]]) -> str:
-    """Return a markdown table, the best first."""
-    own = harness.SUITES[suite]
-
-    def mean(name: str) -> float:
-        return statistics.mean(result.score for result in found[name].values())
-
-    def cells(name: str) -> list[str]:
-        results = list(found[name].values())
-        score, _, deviation = harness.spread([r.score for r in results], own.digits).partition(
-            " ± "
-        )
-        return [
-            f"`{name}`",
-            score,
-            f"±{deviation or 'nan'}",
-            f"{statistics.mean(r.selection for r in results):.{own.digits}f}",
-            ", ".join("-" if r.factor is None else f"{r.factor:g}" for r in results),
-            f"{statistics.mean(r.seconds for r in results):.0f}",
-        ]
-
-    head = ["method (`configs/static`)", own.metric, "spread", "selection", "factors", "seconds"]
-    return harness.table(
-        head, [cells(n) for n in sorted(found, key=mean, reverse=own.higher_is_better)]
-    )
+    seconds = time.perf_counter() - start
+    return {"score": score, "selection": chosen, "factor": factor, "seconds": seconds}
 
 
 def main() -> None:
-    parser = harness.make_parser(__doc__, "suites")
-    parser.add_argument("suite", choices=harness.SUITES)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = harness.suite_parser(__doc__)
     parser.add_argument("--methods", nargs="+", help="names of files in configs/static")
     args = parser.parse_args()
     register()
     harness.quieten()
-    paths = [path for path in sorted(STATIC.glob("*.yaml")) if merges_the_suite(path)]
-    paths = [path for path in paths if not args.methods or path.stem in args.methods]
-    prepared: dict[Path, MergeDataModule] = {}
-    found: dict[str, dict[int, Result]] = {path.stem: {} for path in paths}
+    suite, cache = SUITES[args.suite], args.cache.resolve()
+    paths = {path.stem: path for path in sorted(STATIC.glob("*.yaml")) if merges_the_suite(path)}
+    prepared: dict[int, MergeDataModule] = {}
+
     with tempfile.TemporaryDirectory() as folder:
-        for seed in args.seeds:
-            harness.build_suite(args.suite, seed, args.cache)
-            config = harness.suite_file(args.suite, seed, args.cache.resolve(), Path(folder))
-            for path in paths:
-                torch.manual_seed(0)
-                result = run(args.suite, path, config, prepared)
-                found[path.stem][seed] = result
-                print(f"seed {seed} {path.stem}: {result}", flush=True)
-    print(render(args.suite, found))
-    plain = {n: {seed: asdict(r) for seed, r in results.items()} for n, results in found.items()}
-    harness.write_json(args.json, plain)
+
+        def score(method: str, seed: int) -> dict[str, Any]:
+            config = harness.suite_file(args.suite, seed, cache, Path(folder))
+            recipe, data, search = load(config, paths[method])
+            return run(suite.metric, recipe, prepared.setdefault(seed, data), search)
+
+        methods = [name for name in paths if name in (args.methods or paths)]
+        found = harness.compare(args.suite, methods, args, score)
+    columns = {
+        "selection": lambda rs: harness.spread([r["selection"] for r in rs]),
+        "factors": lambda rs: ", ".join(
+            "-" if r["factor"] is None else f"{r['factor']:g}" for r in rs
+        ),
+        "seconds": lambda rs: harness.spread([r["seconds"] for r in rs], 0),
+    }
+    print(harness.ranking(args.suite, found, columns))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
 """Merges by gradmerge, the ensemble and fine-tuning, for the benchmark ``benchmarks/rebasin.py``.
 
-A `Case` is some trained networks and the images to merge them with. Merges go through gradmerge's
-public interface, as a user would write them; the ensemble and fine-tuning are plain torch.
+A `Case` is some trained networks and the images to merge them with. NP Merge and fine-tuning learn
+in one loop: the same batches, steps, checks and choice of a state.
 """
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import update_bn
 
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
 from gradmerge.alignment import (
@@ -29,11 +28,10 @@ from gradmerge.alignment import (
     WeightMatching,
 )
 from gradmerge.coefficients import Complement, Constant, Element, Sigmoid, Softmax, Uniform
-from gradmerge.finalisers import REPAIR
-from gradmerge.objectives import KLToEnsemble, Objective
+from gradmerge.engine.predict import predict
+from gradmerge.objectives import CrossEntropy, KLToEnsemble, Objective
 from gradmerge.training.collect import collect
 from gradmerge.training.search import set_coefficients
-from harness import quiet_trainer
 from suites import rebasin
 from suites.rebasin import CLASSES, Architecture, Images, Parts, Pool
 
@@ -61,16 +59,21 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Budget:
-    """Steps, batches and rates of NP Merge and of fine-tuning, each."""
+    """Steps and batches of NP Merge and of fine-tuning, each."""
 
-    steps: int = 120
-    checks: int = 3
+    steps: int
+    checks: int
     """Scores on selection on the way; the best state is kept (the start is one of them)."""
-    batch_size: int = 64
-    np_rates: tuple[float, ...] = (0.01, 0.05, 0.25)
-    """Of Adam on the raw coefficients; they fall linearly to zero."""
-    tuning_rates: tuple[float, ...] = (1e-4, 5e-4, 2.5e-3)
-    """Of Adam on the weights; likewise."""
+    batch_size: int
+
+
+# Of Adam: on raw coefficients behind a sigmoid or softmax, on coefficients without bounds, and on
+# weights. They fall linearly to zero.
+RATES = {
+    "bounded": (0.01, 0.05, 0.25),
+    "unbounded": (0.01, 0.03, 0.1),
+    "fine-tuning": (1e-4, 5e-4, 2.5e-3),
+}
 
 
 @dataclass(frozen=True)
@@ -79,17 +82,14 @@ class Distillation:
 
     images: int = 20_000
     """At most; they are of no other part."""
-    temperature: float = 2.0
     longer: int = 4
     """Multiple of the budget's steps."""
 
 
+TEMPERATURE = 2.0
 DISTILLATION = Distillation()
 # For as long as the endpoints were trained; with the one rate that the shorter distillation chose.
 LONGER = Distillation(images=40_000, longer=16)
-
-# For coefficients without bounds, which are not raw numbers behind a sigmoid or softmax.
-UNBOUNDED_RATES = (0.01, 0.03, 0.1)
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,7 @@ class Condition:
     missing: tuple[int, ...] = ()
     """Classes that neither split has."""
 
-    @property
-    def name(self) -> str:
-        """A short name, for files and tables."""
-        parts = [] if self.adaptation is None else [f"n{self.adaptation}"]
-        parts += [f"noise{self.noise:g}"] if self.noise else []
-        parts += ["without" + "".join(map(str, self.missing))] if self.missing else []
-        return "-".join(parts) or "plain"
-
     def apply(self, parts: Parts, repeat: int) -> Parts:
-        """Return the parts of a repeat under this condition."""
         generator = torch.Generator().manual_seed(77 + repeat)
         kept = [k for k in ALL if k not in self.missing]
         changed = {}
@@ -120,7 +111,7 @@ class Condition:
             images: Images = getattr(parts, name)
             images = images.of_classes(kept) if self.missing else images
             if self.adaptation is not None:
-                images = images.at(torch.arange(round(self.adaptation * share)))
+                images = images.first(round(self.adaptation * share))
             if self.noise:
                 wrong = torch.rand(len(images), generator=generator) < self.noise
                 shift = torch.randint(1, CLASSES, (len(images),), generator=generator)
@@ -130,35 +121,16 @@ class Condition:
         return replace(parts, **changed)
 
 
-def falling(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """Let the learning rate fall linearly to zero."""
-    return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
-
-
-class Learner(MergeModule):
-    """Adam with a falling learning rate (on the command line: `lr_scheduler`)."""
-
-    def configure_optimizers(self) -> Any:
-        """Return both."""
-        optimiser = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
-        scheduler = falling(optimiser, self.trainer.max_steps)
-        return [optimiser], [{"scheduler": scheduler, "interval": "step"}]
-
-
-class KeepBest(lightning.Callback):
-    """The raw coefficients with the best accuracy on selection so far, or with the least loss."""
-
-    def __init__(self, start: float, distil: Distillation | None) -> None:
-        self.best, self.step, self.distil = start, 0, distil
-        self.raws: State | None = None
-
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Keep the coefficients, if they are better."""
-        found = pl_module.results["selection"]["average"]
-        score = -found["loss"] if self.distil else found["accuracy"]
-        if score > self.best:
-            self.best, self.step = score, trainer.global_step
-            self.raws = {k: raw.detach().clone() for k, raw in pl_module.merged.raw.items()}
+CONDITIONS = {
+    "plain": Condition(),
+    "n50": Condition(50),
+    "n200": Condition(200),
+    "n1000": Condition(1_000),
+    "n5000": Condition(5_000),
+    "n1000-noise0.2": Condition(1_000, noise=0.2),
+    "n1000-noise0.4": Condition(1_000, noise=0.4),
+    "n1000-without3489": Condition(1_000, missing=(3, 4, 8, 9)),
+}
 
 
 @dataclass
@@ -171,146 +143,270 @@ class Case:
     members: int
     repeat: int
     budget: Budget
-    condition: Condition = Condition()
+    condition: str
 
     @property
     def name(self) -> str:
-        """Name of the case in messages."""
         parts = [self.pool.data, self.architecture.name, f"{self.setting}{self.members}"]
-        return "-".join([*parts, f"r{self.repeat}", self.condition.name])
+        return "-".join([*parts, f"r{self.repeat}", self.condition])
 
     @cached_property
-    def files(self) -> list[Path]:
-        """One file per endpoint."""
+    def sources(self) -> dict[str, Any]:
+        """The networks' files by name, as a recipe takes them."""
         every = SETTINGS[self.setting][self.members]
-        numbers = [every[:at].count(classes) for at, classes in enumerate(every)]
-        return [
-            rebasin.endpoint(self.pool, self.architecture, classes, self.repeat, number)
-            for classes, number in zip(every, numbers, strict=True)
-        ]
-
-    @cached_property
-    def scratch(self) -> tempfile.TemporaryDirectory[str]:
-        """A folder that lives as long as the case."""
-        return tempfile.TemporaryDirectory()
+        return {
+            f"m{k}": str(
+                rebasin.endpoint(
+                    self.pool, self.architecture, classes, self.repeat, every[:k].count(classes)
+                )
+            )
+            for k, classes in enumerate(every)
+        }
 
     @cached_property
     def parts(self) -> Parts:
-        """The images, as the condition leaves them."""
-        return self.condition.apply(self.pool.parts(self.repeat), self.repeat)
+        return CONDITIONS[self.condition].apply(self.pool.parts(self.repeat), self.repeat)
 
     @cached_property
     def data(self) -> MergeDataModule:
         """The same images as gradmerge takes them: one task."""
-        return self._data_of(self.parts.adaptation)
+        return self.data_of(self.parts.adaptation)
 
-    def unlabelled(self, distil: Distillation) -> MergeDataModule:
+    def data_of(self, adaptation: Images) -> MergeDataModule:
         """Return the same, with other images to learn from."""
-        rest = self.parts.rest
-        return self._data_of(rest.at(torch.arange(min(distil.images, len(rest)))))
-
-    def _data_of(self, adaptation: Images) -> MergeDataModule:
         splits = {"adaptation": adaptation}
         splits |= {k: getattr(self.parts, k) for k in ("selection", "test")}
-        size = min(self.budget.batch_size, len(adaptation))
         module = MergeDataModule(
             {"images": TaskData(splits, "tensors")},
-            batch_size=size,
+            batch_size=min(self.budget.batch_size, len(adaptation)),
             eval_batch_size=128,
             seed=self.repeat,
-            # Compared once a repeat; conditions take parts of the same splits.
-            check_disjoint=self.condition == Condition(),
         )
         module.setup()
         return module
 
     def network(self, state: State | None = None) -> nn.Module:
-        """Return the architecture, with weights."""
         return rebasin.build_network(self.architecture, state)
 
-    @cached_property
-    def has_norms(self) -> bool:
-        """True if the architecture has BatchNorm."""
-        return any(isinstance(m, nn.BatchNorm2d) for m in self.network().modules())
+    def endpoints(self) -> list[nn.Module]:
+        """Return the networks that are to be merged."""
+        return [self.network(load_file(path)) for path in self.sources.values()]
 
-    def sources(self) -> dict[str, str]:
-        """Return the sources by name, as a recipe takes them."""
-        return {f"m{k}": str(path) for k, path in enumerate(self.files)}
-
-    def score(self, state: State) -> Result:
-        """Return test and selection accuracy of one network."""
-        return self.score_logits(partial(rebasin.logits_of, self.network(state)))
-
-    def score_last(self, state: Callable[[], State]) -> Result | None:
-        """Return the score at the end of a training, without early stopping; only for the study."""
-        return None if self.condition == Condition() else self.score(state())
-
-    def score_logits(self, logits: Callable[[Images], Tensor]) -> Result:
-        """Return test and selection accuracy of anything that gives a score per class."""
-        found = logits(self.parts.test)
-        selection = logits(self.parts.selection)
-        return {
-            "test": rebasin.accuracy(found, self.parts.test.labels),
-            "classes": rebasin.by_class(found, self.parts.test.labels),
-            "selection": rebasin.accuracy(selection, self.parts.selection.labels),
+    def score(self, network: Callable[[Images], Tensor] | State) -> Result:
+        """Return test and selection accuracy of weights, or of anything that scores classes."""
+        if isinstance(network, dict):
+            network = partial(rebasin.logits_of, self.network(network))
+        hits = {
+            name: network(images).argmax(dim=1) == images.labels
+            for name, images in (("test", self.parts.test), ("selection", self.parts.selection))
         }
+        labels = self.parts.test.labels
+        classes = [float(hits["test"].double()[labels == k].mean()) for k in range(CLASSES)]
+        means = {name: float(found.float().mean()) for name, found in hits.items()}
+        return {**means, "classes": classes}
 
 
 # ---- merging, by gradmerge -----------------------------------------------------------------------
 
 
-def with_alignment(case: Case, recipe: Recipe, name: str) -> Recipe:
-    """Return the recipe under an alignment, with its statistics of the sources on data."""
-    recipe = replace(recipe, alignment=ALIGNMENTS[name])
-    if ALIGNMENTS[name].needs is None:
-        return recipe
-    # The same for all alignments on data; a merge on the way to another has its own.
-    own = recipe.sources == case.sources()
-    folder = Path(case.scratch.name) / ("own" if own else "other")
-    if not own or not folder.is_dir():
-        collect(recipe, case.data, folder, overwrite=True, module=case.network())
-    return replace(recipe, statistics=str(folder))
-
-
-def open_merge(
-    case: Case, recipe: Recipe, alignment: str | None, objective: Objective | None = None
-) -> MergeModule:
-    """Open a merge, ready to be scored or learned."""
-    if alignment is not None:
-        recipe = with_alignment(case, recipe, alignment)
-    module = Learner(recipe, objective, module=case.network(), score_experts=False)
+def open_merge(case: Case, recipe: Recipe, alignment: str | None) -> MergeModule:
+    with tempfile.TemporaryDirectory() as folder:
+        if alignment is not None:
+            recipe = replace(recipe, alignment=ALIGNMENTS[alignment])
+            if ALIGNMENTS[alignment].needs is not None:
+                collect(recipe, case.data, folder, overwrite=True, module=case.network())
+                recipe = replace(recipe, statistics=folder)
+        module = MergeModule(recipe, module=case.network(), score_experts=False)
     module.take_tasks(case.data.tasks)
     return module
 
 
 def state_of(module: MergeModule, data: MergeDataModule) -> State:
     """Return the merged network's weights and buffers, as an export would have them."""
-    module.refresh_buffers(data)
     merged = module.merged
+    merged.eval()
+    module.refresh_buffers(data)
     state = {name: merged.state.materialise(name) for name in merged.plan.tensors}
     return state | {name: value.clone() for name, value in merged.statistics.values().items()}
 
 
-def averaged(
-    case: Case,
-    alignment: str | None,
-    buffers: Any = "recompute",
-    repair: bool = False,
-) -> State:
-    """Average the sources, under an alignment."""
-    final = [REPAIR()] if repair else []
-    recipe = Recipe(dict(case.sources()), init=Uniform(), buffers=buffers, finalisers=final)
+def averaged(case: Case, alignment: str | None, **factors: Any) -> State:
+    factors = {"buffers": "recompute", **factors}
+    recipe = Recipe(case.sources, init=Uniform(), **factors)
     return state_of(open_merge(case, recipe, alignment), case.data)
 
 
-def pairwise_recipe(sources: Mapping[str, Any], shares: Sequence[float] = (0.5, 0.5)) -> Recipe:
+def average(case: Case, alignment: str | None, **factors: Any) -> Result:
+    return case.score(averaged(case, alignment, **factors))
+
+
+# ---- beside it: endpoints and their ensemble -----------------------------------------------------
+
+
+def endpoints(case: Case) -> Result:
+    """Score each network alone; return means."""
+    each = [case.score(load_file(path)) for path in case.sources.values()]
+    means = {key: statistics.mean(e[key] for e in each) for key in ("test", "selection")}
+    columns = zip(*(e["classes"] for e in each), strict=True)
+    return {**means, "classes": [*map(statistics.mean, columns)]}
+
+
+def ensemble(case: Case) -> Result:
+    """Score the mean of the networks' probabilities."""
+    networks = case.endpoints()
+
+    def probabilities(images: Images) -> Tensor:
+        logits = [rebasin.logits_of(network, images) for network in networks]
+        return torch.stack(logits).softmax(dim=-1).mean(dim=0)
+
+    return case.score(probabilities)
+
+
+def distillation_loss(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the loss without labels: divergence from the ensemble's softened probabilities."""
+    networks, t = case.endpoints(), TEMPERATURE
+
+    def loss(logits: Tensor, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            each = torch.stack([network(images) for network in networks])
+        target = (each / t).softmax(dim=-1).mean(dim=0)
+        own = (logits / t).log_softmax(dim=-1)
+        return t * t * functional.kl_div(own, target, reduction="batchmean")
+
+    return loss
+
+
+# ---- learning: each rate in turn, the best on selection stays ------------------------------------
+
+Loss = Callable[[dict[str, Tensor]], Tensor]
+Start = Callable[[MergeDataModule], tuple[nn.Module, Loss, Callable[[], State]]]
+"""Goes back to the start; returns parameters, loss of a batch, and the weights that they give."""
+
+
+def merge_of(
+    case: Case, recipe: Recipe, alignment: str | None, distil: Distillation | None
+) -> tuple[State, Start]:
+    """Return the start of NP Merge, whose parameters are raw coefficients."""
+    module = open_merge(case, recipe, alignment)
+    merged = module.merged
+    term = KLToEnsemble(temperature=TEMPERATURE) if distil else CrossEntropy()
+    objective = Objective([term])
+
+    def loss_of(batch: dict[str, Tensor]) -> Tensor:
+        def loss() -> Tensor:
+            return objective.loss(predict(merged, objective, "images", batch, False))
+
+        return merged.accumulate([loss])[0]
+
+    def start(data: MergeDataModule) -> Any:
+        set_coefficients(merged, recipe.init)
+        return merged, loss_of, partial(state_of, module, data)
+
+    return state_of(module, case.data), start
+
+
+def network_of(
+    case: Case, alignment: str | None, distil: Distillation | None
+) -> tuple[State, Start]:
+    """Return the start of fine-tuning: the average that NP Merge starts from."""
+    first = averaged(case, alignment)
+    sample = case.parts.adaptation.images[:2_048].split(500)
+    divergence = distillation_loss(case) if distil else None
+
+    def start(data: MergeDataModule) -> Any:
+        network = case.network(first)
+
+        def loss_of(batch: dict[str, Tensor]) -> Tensor:
+            logits = network(batch["images"])
+            if divergence:
+                return divergence(logits, batch["images"])
+            return functional.cross_entropy(logits, batch["labels"])
+
+        def state() -> State:
+            update_bn(sample, network)
+            return {name: value.clone() for name, value in network.state_dict().items()}
+
+        return network, loss_of, state
+
+    return first, start
+
+
+def learned(
+    case: Case,
+    begin: tuple[State, Start],
+    rates: Sequence[float],
+    distil: Distillation | None = None,
+    steps: int | None = None,
+) -> tuple[Result, State]:
+    """Learn with each rate in turn; the best on selection stays, be it the start.
+
+    States are compared by their `rank`: with labels the accuracy on selection; without, minus the
+    divergence from the ensemble, which reads no label and is less noisy.
+    """
+    steps, data = steps or case.budget.steps, case.data
+    divergence = None
+    if distil:
+        data = case.data_of(case.parts.rest.first(distil.images))
+        steps *= distil.longer
+        divergence = distillation_loss(case)
+
+    def score(state: State) -> Result:
+        found = case.score(state)
+        if divergence is None:
+            return {**found, "rank": found["selection"]}
+        images = case.parts.selection
+        logits = rebasin.logits_of(case.network(state), images)
+        return {**found, "rank": -float(divergence(logits, images.images))}
+
+    def attempt(rate: float) -> tuple[Result, State]:
+        parameters, loss_of, state_now = begin[1](data)
+        optimiser = torch.optim.Adam(parameters.parameters(), lr=rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+        chosen: tuple[Result, State] = {**start, "step": 0}, begin[0]
+        for step, batch in enumerate(training_batches(data, steps), start=1):
+            parameters.train()
+            optimiser.zero_grad()
+            loss_of(batch).backward()
+            optimiser.step()
+            schedule.step()
+            if step % max(1, steps // case.budget.checks) == 0:
+                state = state_now()
+                found = score(state)
+                if found["rank"] > chosen[0]["rank"]:
+                    chosen = {**found, "step": step}, state
+        return {**chosen[0], "last": case.score(state_now())}, chosen[1]
+
+    start = score(begin[0])
+    best: tuple[Result, State] = {**start, "rate": None, "step": 0}, begin[0]
+    tried = {}
+    for rate in rates:
+        tried[rate], state = attempt(rate)
+        if tried[rate]["rank"] > best[0]["rank"]:
+            best = {**tried[rate], "rate": rate}, state
+    return {**best[0], "start": start, "tried": tried}, best[1]
+
+
+def training_batches(data: MergeDataModule, steps: int) -> Iterator[dict[str, Tensor]]:
+    """Yield the batches of a fit, in the same order."""
+    loader = data.train_dataloader()
+    while loader.step < steps:
+        for batch in loader:
+            yield batch["images"]
+            if loader.step >= steps:
+                return
+
+
+# ---- NP Merge and fine-tuning --------------------------------------------------------------------
+
+
+def pairwise_recipe(sources: dict[str, Any], shares: Sequence[float] = (0.5, 0.5)) -> Recipe:
     """Return NP Merge of two: `sigmoid(a)` and `1 - sigmoid(a)`, which start at stated shares."""
     coefficients = Complement(Sigmoid(Element()))
-    return Recipe(dict(sources), coefficients=coefficients, init=Constant(list(shares)))
+    return Recipe(sources, coefficients=coefficients, init=Constant(list(shares)))
 
 
 # One coefficient per weight: of two, of all at once by a softmax, or any number.
-RECIPES: dict[str, Callable[[dict[str, str]], Recipe]] = {
+RECIPES: dict[str, Callable[[dict[str, Any]], Recipe]] = {
     "pair": pairwise_recipe,
     "joint": partial(Recipe, coefficients=Softmax(Element()), init=Uniform()),
     "unbounded": partial(Recipe, coefficients=Element(), init=Uniform(), origin="zero"),
@@ -324,207 +420,51 @@ def np_merge(
     distil: Distillation | None = None,
     rates: Sequence[float] | None = None,
 ) -> Result:
-    """Learn all sources at once."""
-    rates = rates or (UNBOUNDED_RATES if kind == "unbounded" else None)
-    return learned(case, RECIPES[kind](case.sources()), alignment, distil=distil, rates=rates)[0]
+    rates = rates or RATES["unbounded" if kind == "unbounded" else "bounded"]
+    begin = merge_of(case, RECIPES[kind](case.sources), alignment, distil)
+    return {**learned(case, begin, rates, distil)[0], "alignment": alignment}
+
+
+def two(
+    case: Case, alignment: str | None, sources: dict[str, Any], shares: list[float], merges: int
+) -> tuple[Result, State]:
+    """Learn one of several merges of two, which share the steps."""
+    begin = merge_of(case, pairwise_recipe(sources, shares), alignment, None)
+    steps = case.budget.steps // merges
+    result, state = learned(case, begin, RATES["bounded"], steps=steps)
+    return {**result, "alignment": alignment}, state
 
 
 def np_fold(case: Case, alignment: str | None) -> Result:
-    """Merge one source after another into the merge so far; the merges share the steps."""
-    (_, merged), *others = case.sources().items()
+    """Merge one source after another into the merge so far."""
+    (_, merged), *others = case.sources.items()
     result: Result = {}
     for number, (name, path) in enumerate(others, start=1):
         shares = [number / (number + 1), 1 / (number + 1)]
-        recipe = pairwise_recipe({"merged": merged, name: path}, shares)
-        result, merged = learned(case, recipe, alignment, case.budget.steps // len(others))
+        result, merged = two(case, alignment, {"merged": merged, name: path}, shares, len(others))
     return result
 
 
 def np_tree(case: Case, alignment: str | None) -> Result:
-    """Merge pairs, then pairs of those; the merges share the steps."""
-    level: list[Any] = list(case.sources().values())
-    steps = case.budget.steps // (len(level) - 1)
-    result: Result = {}
+    """Merge pairs, then pairs of those."""
+    level: list[Any] = list(case.sources.values())
+    merges, result = len(level) - 1, {}
     while len(level) > 1:
-        merged = []
-        for first, second in zip(level[::2], level[1::2], strict=True):
-            recipe = pairwise_recipe({"first": first, "second": second})
-            result, state = learned(case, recipe, alignment, steps)
-            merged.append(state)
-        level = merged
+        pairs, level = zip(level[::2], level[1::2], strict=True), []
+        for first, second in pairs:
+            sources = {"first": first, "second": second}
+            result, state = two(case, alignment, sources, [0.5, 0.5], merges)
+            level.append(state)
     return result
-
-
-# ---- beside it: the ensemble, and plain fine-tuning ----------------------------------------------
-
-
-def endpoints(case: Case) -> Result:
-    """Score each network alone, and their means."""
-    each = [case.score(load_file(path)) for path in case.files]
-    result: Result = {key: statistics.mean(e[key] for e in each) for key in ("test", "selection")}
-    result["classes"] = [
-        statistics.mean(column) for column in zip(*(e["classes"] for e in each), strict=True)
-    ]
-    return {**result, "each": [e["test"] for e in each]}
-
-
-def ensemble(case: Case) -> Result:
-    """Score the mean of the networks' probabilities."""
-    networks = endpoint_networks(case)
-
-    def probabilities(images: Images) -> Tensor:
-        logits = [rebasin.logits_of(network, images) for network in networks]
-        return torch.stack(logits).softmax(dim=-1).mean(dim=0)
-
-    return case.score_logits(probabilities)
-
-
-def endpoint_networks(case: Case) -> list[nn.Module]:
-    """Return the networks, in evaluation mode."""
-    return [case.network(load_file(path)).eval() for path in case.files]
-
-
-def distillation_loss(networks: Sequence[nn.Module]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return the loss without labels: divergence from the ensemble's softened probabilities."""
-    t = DISTILLATION.temperature
-
-    def loss(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad():
-            each = torch.stack([network(images) for network in networks])
-        target = (each / t).softmax(dim=-1).mean(dim=0)
-        own = (logits / t).log_softmax(dim=-1)
-        return t * t * functional.kl_div(own, target, reduction="batchmean")
-
-    return loss
-
-
-# ---- learning: each rate in turn, the best on selection stays ------------------------------------
-
-Rank = Callable[[State, Result], float]
-Attempt = Callable[[float, Result, Rank], tuple[Result, State]]
-
-
-def chooser(case: Case, distil: Distillation | None) -> Rank:
-    """Return the score on selection that states are chosen by: more is better.
-
-    With labels the accuracy. Without, minus the divergence from the ensemble: it reads no label,
-    and is less noisy.
-    """
-    if not distil:
-        return lambda state, score: float(score["selection"])
-    images = case.parts.selection
-    loss_of = distillation_loss(endpoint_networks(case))
-
-    def rank(state: State, score: Result) -> float:
-        logits = rebasin.logits_of(case.network(state), images)
-        return -float(loss_of(logits, images.images, images.labels))
-
-    return rank
-
-
-def best_of(
-    case: Case,
-    distil: Distillation | None,
-    begin: State,
-    rates: Sequence[float],
-    attempt: Attempt,
-) -> tuple[Result, State]:
-    """Return the best of the start and of an attempt with each learning rate."""
-    rank = chooser(case, distil)
-    start = case.score(begin)
-    start["rank"] = rank(begin, start)
-    best, best_state = {**start, "rate": None, "step": 0}, begin
-    tried = {}
-    for rate in rates:
-        tried[rate], state = attempt(rate, start, rank)
-        if tried[rate]["rank"] > best["rank"]:
-            best, best_state = {**tried[rate], "rate": rate}, state
-    return {**best, "start": start, "tried": tried}, best_state
-
-
-def learned(
-    case: Case,
-    recipe: Recipe,
-    alignment: str | None,
-    steps: int | None = None,
-    distil: Distillation | None = None,
-    rates: Sequence[float] | None = None,
-) -> tuple[Result, State]:
-    """Learn the coefficients with each learning rate; the best on selection stays."""
-    budget, data, objective = case.budget, case.data, None
-    steps = steps or budget.steps
-    if distil:
-        steps, data = steps * distil.longer, case.unlabelled(distil)
-        objective = Objective([KLToEnsemble(temperature=distil.temperature)])
-    module = open_merge(case, recipe, alignment, objective)
-    merged = module.merged
-
-    def attempt(rate: float, start: Result, rank: Rank) -> tuple[Result, State]:
-        set_coefficients(merged, recipe.init)
-        module.learning_rate = rate
-        keep = KeepBest(start["rank"], distil)
-        every = {"val_check_interval": max(1, steps // budget.checks)}
-        trainer = quiet_trainer(
-            max_steps=steps, check_val_every_n_epoch=None, callbacks=[keep], **every
-        )
-        trainer.fit(module, datamodule=data)
-        last = case.score_last(lambda: state_of(module, case.data))
-        set_coefficients(merged, recipe.init)
-        with torch.no_grad():
-            for key, value in (keep.raws or {}).items():
-                merged.raw[key].copy_(value)
-        state = state_of(module, case.data)
-        score = case.score(state)
-        return {**score, "rank": rank(state, score), "step": keep.step, "last": last}, state
-
-    begin = state_of(module, case.data)
-    return best_of(case, distil, begin, rates or budget.np_rates, attempt)
-
-
-def training_batches(data: MergeDataModule, steps: int) -> Iterator[dict[str, Tensor]]:
-    """Yield the batches that gradmerge learns on, in the same order."""
-    loader = data.train_dataloader()
-    while loader.step < steps:
-        for batch in loader:
-            yield batch["images"]
-            if loader.step >= steps:
-                return
 
 
 def fine_tuned(
     case: Case,
-    begin: State,
+    alignment: str | None,
     distil: Distillation | None = None,
     rates: Sequence[float] | None = None,
 ) -> Result:
-    """Train all weights from a start, with the budget of NP Merge."""
-    budget, data = case.budget, case.data
-    loss_of = lambda logits, images, labels: functional.cross_entropy(logits, labels)  # noqa: E731
-    if distil:
-        budget = replace(budget, steps=budget.steps * distil.longer)
-        data = case.unlabelled(distil)
-        loss_of = distillation_loss(endpoint_networks(case))
-    sample = case.parts.adaptation.at(torch.arange(min(2_048, len(case.parts.adaptation))))
-
-    def attempt(rate: float, start: Result, rank: Rank) -> tuple[Result, State]:
-        network = case.network(begin).train()
-        optimiser = torch.optim.Adam(network.parameters(), lr=rate)
-        schedule = falling(optimiser, budget.steps)
-        chosen: Result = {**start, "step": 0}
-        for step, batch in enumerate(training_batches(data, budget.steps), start=1):
-            loss = loss_of(network(batch["images"]), batch["images"], batch["labels"])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            if step % max(1, budget.steps // budget.checks) == 0:
-                rebasin.recompute_batch_norm(network, sample)
-                score = case.score(network.state_dict())
-                score["rank"] = rank(network.state_dict(), score)
-                if score["rank"] > chosen["rank"]:
-                    chosen = {**score, "step": step}
-                network.train()
-        rebasin.recompute_batch_norm(network, sample)
-        return {**chosen, "last": case.score_last(network.state_dict)}, network.state_dict()
-
-    return best_of(case, distil, begin, rates or budget.tuning_rates, attempt)[0]
+    """Train all weights of the average that NP Merge starts from, with the same budget."""
+    begin = network_of(case, alignment, distil)
+    result, _ = learned(case, begin, rates or RATES["fine-tuning"], distil)
+    return {**result, "alignment": alignment}

@@ -1,159 +1,118 @@
-"""Cost of a static merge, beside mergekit on the same files.
+"""Cost of a static merge, beside mergekit on the same files and by the same description.
 
     python benchmarks/static.py --json static.json
 
-Two sources and a base of one Llama architecture, made here: random bfloat16 weights, the sources a
-little off the base. Every run is a process of its own: it imports, takes the time, merges from disk
-to disk, takes the time. The two tools take turns, in alternating order, and the best of each counts
-for the ratio, the median of the paired ratios beside it. Wall and CPU time are those of the merge
-without the interpreter's start and imports; `process` is the wall time with them.
-
-Memory is the highest anonymous resident memory (RssAnon) less what it was before the merge: mapped
-files are the system's cache and not counted. It is shown as a multiple of the largest tensor, in
-the dtype of the files; the bound is K + 3.
-
-`copy` reads the same files with plain reads, writes as many bytes as a merge does, and flushes
-them to disk as gradmerge does: its time over a merge's is the share of the machine's throughput.
-With --cold the files leave the system's cache before each run.
+Two sources and a base of one Llama architecture are made here. Every run is a process of its own
+that merges from disk to disk; the tools take turns, in alternating order, and the best of each
+counts. `copy` reads the same files and writes as many bytes as a merge does, flushed to disk: its
+time over a merge's is the share of the machine's throughput. With --cold the files leave the
+system's cache before each run. docs/benchmarks/static.md says what the columns are.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import statistics
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import harness
 
-SIZES = {
-    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22},
-    "200m": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 10},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
-}
-TARGETS = {
-    "linear": 0.7,
-    "task_arithmetic": 0.7,
-    "slerp": 0.5,
-    "ties": 0.2,
-    "dare_linear": 0.4,
-    "dare_ties": 0.4,
-    "della": 0.4,
-    "della_linear": 0.4,
-}
 SOURCES = ("a", "b")
 _HALVES = {"weight": 0.5, "density": 0.5}
-# mergekit's parameters per source; `recipe_of` states the same to gradmerge.
-METHODS: dict[str, dict[str, float]] = {
-    "linear": {"weight": 0.5},
-    "task_arithmetic": {"weight": 0.3},
-    "slerp": {},
-    "ties": {"weight": 0.5, "density": 0.2},
-    "dare_linear": _HALVES,
-    "dare_ties": _HALVES,
-    "della": {**_HALVES, "epsilon": 0.15},
-    "della_linear": {**_HALVES, "epsilon": 0.15},
-    "breadcrumbs": {"weight": 0.3, "density": 0.9},
+# mergekit's parameters per source, and the target of the ratio of wall times.
+METHODS: dict[str, tuple[dict[str, float], float | None]] = {
+    "linear": ({"weight": 0.5}, 0.7),
+    "task_arithmetic": ({"weight": 0.3}, 0.7),
+    "slerp": ({}, 0.5),
+    "ties": ({"weight": 0.5, "density": 0.2}, 0.2),
+    "dare_linear": (_HALVES, 0.4),
+    "dare_ties": (_HALVES, 0.4),
+    "della": ({**_HALVES, "epsilon": 0.15}, 0.4),
+    "della_linear": ({**_HALVES, "epsilon": 0.15}, 0.4),
+    "breadcrumbs": ({"weight": 0.3, "density": 0.9}, None),
 }
-WITHOUT_BASE = ("linear", "slerp")
-
-
-def recipe_of(name: str, folder: Path) -> Any:
-    from gradmerge import Recipe
-    from gradmerge.coefficients import Constant, Model, Uniform
-    from gradmerge.operators import DisjointMean, Linear, Slerp
-    from gradmerge.preprocess import Breadcrumbs, MagnitudeDrop, RandomDrop, Trim
-
-    sources = {source: str(folder / source) for source in SOURCES}
-    if name in WITHOUT_BASE:
-        operator = Slerp(threshold=0.9995) if name == "slerp" else Linear()
-        plain = {"origin": "zero", "init": Uniform(), "operator": operator}
-        return Recipe(sources, coefficients=Model(), **plain)
-    steps: dict[str, Any] = {
-        "task_arithmetic": [],
-        "ties": [Trim(density=0.2)],
-        "dare": [RandomDrop(density=0.5, rescale="l1")],
-        "della": [MagnitudeDrop(density=0.5, epsilon=0.15, rescale="l1")],
-        "breadcrumbs": [Breadcrumbs(density=0.9)],
-    }
-    return Recipe(
-        sources,
-        base=str(folder / "base"),
-        coefficients=Model(),
-        preprocess=steps[name if name in steps else name.split("_")[0]],
-        init=Constant(METHODS[name]["weight"]),
-        operator=DisjointMean() if name in ("ties", "dare_ties", "della") else Linear(),
-    )
 
 
 # ---- one run, in a process of its own -----------------------------------------------------------
 
 
-def run_mergekit(folder: Path, name: str, output: Path) -> dict[str, float]:
+def spec_of(name: str, folder: Path) -> dict[str, Any]:
+    """Return mergekit's description of a merge, which gradmerge reads, too."""
+    parameters, _ = METHODS[name]
+    models = [{"model": str(folder / s), "parameters": parameters} for s in SOURCES]
+    spec: dict[str, Any] = {"models": models, "merge_method": name, "dtype": "bfloat16"}
+    if name == "slerp":
+        return {**spec, "base_model": models[0]["model"], "parameters": {"t": 0.5}}
+    return spec if name == "linear" else {**spec, "base_model": str(folder / "base")}
+
+
+def mergekit(spec: dict[str, Any], output: Path) -> Callable[[], None]:
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    models = [{"model": str(folder / s), "parameters": dict(METHODS[name])} for s in SOURCES]
-    spec: dict[str, Any] = {"models": models, "merge_method": name, "dtype": "bfloat16"}
-    if name == "slerp":
-        spec |= {"base_model": str(folder / SOURCES[0]), "parameters": {"t": 0.5}}
-    elif name != "linear":
-        spec["base_model"] = str(folder / "base")
     options = MergeOptions(
         quiet=True, copy_tokenizer=False, write_model_card=False, random_seed=0, lazy_unpickle=True
     )
-    result: dict[str, float] = {}
-    with harness.measured(result):
-        run_merge(MergeConfiguration.model_validate(spec), str(output), options)
-    return result
+    return lambda: run_merge(MergeConfiguration.model_validate(spec), str(output), options)
 
 
-def run_gradmerge(folder: Path, name: str, output: Path) -> dict[str, float]:
+def gradmerge(spec: dict[str, Any], output: Path) -> Callable[[], None]:
+    import yaml
+
+    from gradmerge import read_mergekit
     from gradmerge.engine.opening import open_plan
     from gradmerge.engine.state import FitState
     from gradmerge.export.folder import export_state
     from gradmerge.operators._native import native_kernels
 
     native_kernels()  # compiled once per machine, not once per merge
-    recipe = recipe_of(name, folder)
-    result: dict[str, float] = {}
-    with harness.measured(result):
+    file = output.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(spec))
+    recipe = read_mergekit(file).recipe
+
+    def merge() -> None:
         state = FitState.start(open_plan(recipe, with_skeleton=False))
         export_state(state, output, overwrite=True)
-    return result
+
+    return merge
 
 
-def run_copy(folder: Path, name: str, output: Path) -> dict[str, float]:
+def copy(spec: dict[str, Any], output: Path) -> Callable[[], None]:
     """Read plainly what a merge reads, and write plainly what it writes."""
-    read = [*SOURCES] if name in WITHOUT_BASE else [*SOURCES, "base"]
+    given = [*(model["model"] for model in spec["models"]), spec.get("base_model")]
+    read = [Path(path) for path in dict.fromkeys(given) if path]
     output.mkdir(parents=True, exist_ok=True)
     buffer = bytearray(16 << 20)
+
+    def run() -> None:
+        with weights(output).open("wb", buffering=0) as target:
+            for source in read:
+                with weights(source).open("rb", buffering=0) as file:
+                    while size := file.readinto(buffer):
+                        if source == read[0]:
+                            target.write(memoryview(buffer)[:size])
+            os.fsync(target.fileno())
+
+    return run
+
+
+TOOLS = {"gradmerge": gradmerge, "mergekit": mergekit, "copy": copy}
+
+
+def run(tool: str, name: str, folder: Path, output: Path) -> dict[str, float]:
+    """Measure a merge by one of the tools, in this process."""
+    merge = TOOLS[tool](spec_of(name, folder), output)
     result: dict[str, float] = {}
     with harness.measured(result):
-        for index, source in enumerate(read):
-            with weights(folder / source).open("rb", buffering=0) as file:
-                if index:
-                    while file.readinto(buffer):
-                        pass
-                    continue
-                with weights(output).open("wb", buffering=0) as target:
-                    while size := file.readinto(buffer):
-                        target.write(memoryview(buffer)[:size])
-                    os.fsync(target.fileno())
+        merge()
     return result
-
-
-TOOLS: dict[str, Callable[[Path, str, Path], dict[str, float]]] = {
-    "gradmerge": run_gradmerge,
-    "mergekit": run_mergekit,
-    "copy": run_copy,
-}
 
 
 # ---- all runs -----------------------------------------------------------------------------------
@@ -164,49 +123,39 @@ def weights(folder: Path) -> Path:
 
 
 def largest_tensor(folder: Path) -> int:
-    """Return the bytes of the largest tensor of a file."""
     from safetensors import safe_open
 
     with safe_open(weights(folder), framework="pt") as file:
         return max(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
 
 
-def load_or_evict(folder: Path, cold: bool) -> None:
-    """Have the files in the system's cache, or ask the system to forget them."""
-    for name in ("base", *SOURCES):
-        with weights(folder / name).open("rb") as file:
+def one(tool: str, name: str, folder: Path, work: Path, cold: bool) -> dict[str, float]:
+    """Measure a run in a fresh process, with its files in the system's cache or out of it."""
+    for source in ("base", *SOURCES):
+        with weights(folder / source).open("rb") as file:
             if cold:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while not cold and file.read(16 << 20):
                 pass
-
-
-def one(tool: str, name: str, folder: Path, work: Path, cold: bool) -> dict[str, float]:
-    """Measure a run in a fresh process."""
-    load_or_evict(folder, cold)
-    output = work / tool
     start = time.perf_counter()
-    found = harness.ask(__file__, tool, folder, name, output)
+    found = harness.ask(run, tool, name, folder, work / tool)
     found["process"] = time.perf_counter() - start
-    shutil.rmtree(output)
+    shutil.rmtree(work / tool)
     return found
 
 
-def compare(name: str, folder: Path, work: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """All runs of one method."""
+def compare(name: str, folder: Path, work: Path, args: Namespace) -> dict[str, Any]:
     runs: dict[str, list[dict[str, float]]] = {tool: [] for tool in args.tools}
     for turn in range(args.repeats):
         for tool in args.tools if turn % 2 == 0 else args.tools[::-1]:
             runs[tool].append(one(tool, name, folder, work, args.cold))
     best = {t: {k: min(run[k] for run in rs) for k in rs[0]} for t, rs in runs.items()}
     row: dict[str, Any] = {"method": name, "runs": runs, "best": best}
-    for key in ("wall", "cpu", "process"):
-        if {"gradmerge", "mergekit"} <= best.keys():
+    if {"gradmerge", "mergekit"} <= best.keys():
+        pairs = list(zip(runs["gradmerge"], runs["mergekit"], strict=True))
+        for key in ("wall", "cpu", "process"):
             row[key] = best["gradmerge"][key] / best["mergekit"][key]
-            row[f"{key}_median"] = statistics.median(
-                ours[key] / theirs[key]
-                for ours, theirs in zip(runs["gradmerge"], runs["mergekit"], strict=True)
-            )
+            row[f"{key}_median"] = statistics.median(a[key] / b[key] for a, b in pairs)
     if {"gradmerge", "copy"} <= best.keys():
         row["throughput"] = best["copy"]["wall"] / best["gradmerge"]["wall"]
     return row
@@ -219,8 +168,7 @@ def render(rows: list[dict[str, Any]], largest: int) -> str:
         missing = float("nan")
         ours, theirs = row["best"]["gradmerge"], row["best"].get("mergekit", {})
         ratios = [f"{row.get(k, missing):.2f}" for k in ("wall", "wall_median", "cpu", "process")]
-        target = TARGETS.get(row["method"])
-        ratios.insert(2, "" if target is None else f"{target:.1f}")
+        ratios.insert(2, str(METHODS[row["method"]][1] or ""))
         memory = [f"{tool.get('memory', missing) / largest:.1f}" for tool in (ours, theirs)]
         seconds = f"{ours['wall']:.1f} / {theirs.get('wall', missing):.1f}"
         return [row["method"], *ratios, seconds, *memory, f"{row.get('throughput', missing):.2f}"]
@@ -229,18 +177,15 @@ def render(rows: list[dict[str, Any]], largest: int) -> str:
 
 
 def main() -> None:
-    harness.answer(lambda tool, folder, name, output: TOOLS[tool](Path(folder), name, Path(output)))
     parser = harness.make_parser(__doc__, "bench")
-    parser.add_argument("--size", choices=SIZES, default="1b")
+    parser.add_argument("--size", choices=harness.LLAMAS, default="1b")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cold", action="store_true", help="files leave the cache before each run")
     args = parser.parse_args()
     folder = args.cache.resolve() / f"llama-{args.size}"
-    words = 512 if args.size == "tiny" else 32000
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-    config = harness.llama("bfloat16", vocab_size=words, **heads, **SIZES[args.size])
+    config = harness.llama(args.size, "bfloat16")
     harness.make_models(folder, config, SOURCES, 0.002)
     largest = largest_tensor(folder / "base")
     rows = []

@@ -2,37 +2,27 @@
 
     python benchmarks/step.py --json step.json
 
-Time: CPU time of one step (merge, forward, backward, contraction, Adam on the coefficients) over
-that of a plain forward and backward of one model of the same architecture in float32. All cases of
-a model and dtype run in one process and take turns, the reference beside each number of sources and
-in alternating order, so that a busy machine slows both; the best of each counts, the median of the
-paired ratios beside it. By default, both sides use the C library's allocator as it is.
-
-Memory: the highest anonymous resident memory (RssAnon) during two steps, interpreter and imports
-included. Every case and its reference run in a fresh process of the same kind, with the same
-allocator settings; by default, large freed blocks go back to the system, on both sides: otherwise
-the C library keeps up to a quarter more than is in use, and how much is chance. Sources are
-memory-mapped files: the system caches them, they are not counted. The bound on streamed memory is
-the plain peak less the weights, plus two layers of weights.
-
-Part `elements` is one coefficient per weight (NP Merge of a pair) over plain fine-tuning of a
-model: forward, backward and Adam on all weights, in time and memory.
-
-Merged weights and computation are float32 in every case; `dtype` is that of the files.
+Time is CPU time. All cases of a model and dtype run in one process and take turns, the reference
+beside each case and in alternating order, so that a busy machine slows both; the best of each
+counts. Memory is the highest anonymous resident memory (RssAnon) during two steps, interpreter and
+imports included, of each case in a fresh process. Merged weights and computation are float32 in
+every case; `dtype` is that of the files. docs/benchmarks/training.md has the rest.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
-import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -46,18 +36,16 @@ from gradmerge.engine.opening import open_plan
 from gradmerge.operators._native import native_kernels
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+LLAMAS = {"llama": "60m", "llama-tiny": "tiny"}
 MODES = ("resident", "streamed")
 EXAMPLES = 8
 TARGETS = {
-    ("llama", "resident", 2): 1.10,
-    ("llama", "resident", 8): 1.20,
-    ("vit", "resident", 2): 1.15,
-    ("vit", "resident", 8): 1.35,
-    ("llama", "streamed", 2): 1.35,
-    ("llama", "streamed", 8): 1.80,
-    ("vit", "streamed", 2): 1.35,
-    ("vit", "streamed", 8): 1.80,
+    ("llama", "resident"): {2: 1.10, 8: 1.20},
+    ("vit", "resident"): {2: 1.15, 8: 1.35},
+    ("llama", "streamed"): {2: 1.35, 8: 1.80},
+    ("vit", "streamed"): {2: 1.35, 8: 1.80},
 }
+"""Of CPU time, by model, memory and number of sources."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +57,17 @@ class Case:
     sources: int = 0
     memory: str = "resident"
     tasks: int = 1
-    kernels: str = "auto"
     elements: bool = False
     """One coefficient per weight; the reference, too, has an optimiser of all weights."""
 
     @property
     def name(self) -> str:
-        """Name of the case in the table."""
-        tasks = f", {self.tasks} tasks" if self.tasks > 1 else ""
-        kernels = "" if self.kernels == "auto" else f", {self.kernels} kernels"
-        kernels += ", one coefficient per weight" if self.elements else ""
-        return f"{self.model}, {self.dtype}, K={self.sources}, {self.memory}{tasks}{kernels}"
+        parts = [self.model, self.dtype, f"K={self.sources}", self.memory]
+        parts += [f"{self.tasks} tasks"] if self.tasks > 1 else []
+        return ", ".join([*parts, "one coefficient per weight"] if self.elements else parts)
 
     @property
     def reference(self) -> Case:
-        """The plain model that the case is measured against."""
         return Case(self.model, tasks=self.tasks, elements=self.elements)
 
 
@@ -91,23 +75,14 @@ class Case:
 
 
 def configuration(model: str, dtype: str) -> Any:
-    if model.startswith("llama"):
-        big = model == "llama"
-        return harness.llama(
-            dtype,
-            vocab_size=16_384 if big else 128,
-            hidden_size=512 if big else 32,
-            intermediate_size=1_664 if big else 64,
-            num_hidden_layers=12 if big else 2,
-            num_attention_heads=8 if big else 2,
-            use_cache=False,
-        )
+    if model in LLAMAS:
+        return harness.llama(LLAMAS[model], dtype, use_cache=False)
     return transformers.ViTConfig(
         hidden_size=640,
         intermediate_size=2_560,
         num_hidden_layers=12,
         num_attention_heads=10,
-        patch_size={"vit": 16, "vit-32": 32}[model],
+        patch_size=16,
         image_size=224,
         num_labels=1000,
         architectures=["ViTForImageClassification"],
@@ -123,18 +98,13 @@ def network(model: str) -> nn.Module:
     return getattr(transformers, config.architectures[0])(config).eval()
 
 
-def batches(model: str, count: int) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    made = []
-    for _ in range(count):
-        if model.startswith("llama"):
-            ids = torch.randint(0, 128, (EXAMPLES, 128), generator=generator)
-            made.append({"input_ids": ids, "labels": ids})
-        else:
-            pixels = torch.randn(EXAMPLES, 3, 224, 224, generator=generator)
-            labels = torch.randint(0, 1000, (EXAMPLES,), generator=generator)
-            made.append({"pixel_values": pixels, "labels": labels})
-    return made
+def batch_of(model: str, generator: torch.Generator) -> dict[str, Tensor]:
+    if model in LLAMAS:
+        ids = torch.randint(0, 128, (EXAMPLES, 128), generator=generator)
+        return {"input_ids": ids, "labels": ids}
+    pixels = torch.randn(EXAMPLES, 3, 224, 224, generator=generator)
+    labels = torch.randint(0, 1000, (EXAMPLES,), generator=generator)
+    return {"pixel_values": pixels, "labels": labels}
 
 
 def recipe_of(case: Case, folder: Path) -> Recipe:
@@ -147,7 +117,8 @@ def recipe_of(case: Case, folder: Path) -> Recipe:
 
 def step_of(case: Case, folder: Path) -> Callable[[], None]:
     """One training step of a merge, or forward and backward of the plain model."""
-    data = batches(case.model, case.tasks)
+    generator = torch.Generator().manual_seed(1)
+    data = [batch_of(case.model, generator) for _ in range(case.tasks)]
     if case.sources == 0:
         module = network(case.model)
         tuned = torch.optim.Adam(module.parameters(), lr=1e-4) if case.elements else None
@@ -164,7 +135,6 @@ def step_of(case: Case, folder: Path) -> Callable[[], None]:
     optimizer = torch.optim.Adam(merged.parameters(), lr=1e-3)
 
     def step() -> None:
-        os.environ["GRADMERGE_KERNELS"] = case.kernels
         loss, _ = merged.accumulate([lambda b=b: merged(**b).loss for b in data])
         loss.backward()
         optimizer.step()
@@ -185,94 +155,81 @@ def cpu_seconds(step: Callable[[], None]) -> float:
 def time_group(cases: Sequence[Case], folder: Path, repeats: int) -> Iterator[dict[str, Any]]:
     """CPU time of cases that share a reference, in turns."""
     reference = step_of(cases[0].reference, folder)
-    steps = [step_of(case, folder) for case in cases]
-    for step in (reference, *steps):
+    steps = {case: step_of(case, folder) for case in cases}
+    for step in (reference, *steps.values()):
         step()  # page in the files, size the buffers
-    plain: dict[int, list[float]] = {case.sources: [] for case in cases}
-    ours: list[list[float]] = [[] for _ in cases]
+    ours: dict[Case, list[float]] = {case: [] for case in cases}
+    plain: dict[Case, list[float]] = {case: [] for case in cases}
     for turn in range(repeats):
-        # one plain step for all cases of a number of sources, before or after them in turn
-        for count, beside in plain.items():
-            together = [i for i, case in enumerate(cases) if case.sources == count]
-            if turn % 2 == 0:
-                beside.append(cpu_seconds(reference))
-            for i in together if turn % 2 == 0 else together[::-1]:
-                ours[i].append(cpu_seconds(steps[i]))
-            if turn % 2:
-                beside.append(cpu_seconds(reference))
+        for case, step in steps.items():
+            pair = [(plain, reference), (ours, step)]
+            for times, run in pair if turn % 2 == 0 else pair[::-1]:
+                times[case].append(cpu_seconds(run))
     floor = min(map(min, plain.values()))
-    for times, case in zip(ours, cases, strict=True):
-        ratios = [own / beside for own, beside in zip(times, plain[case.sources], strict=True)]
+    for case, times in ours.items():
+        ratios = [own / beside for own, beside in zip(times, plain[case], strict=True)]
         common = case.tasks == 1 and not case.elements
-        target = TARGETS.get((case.model, case.memory, case.sources)) if common else None
-        more = {"median_paired_ratio": statistics.median(ratios), "target": target}
-        yield record(case, "CPU time", "s", min(times), floor, **more)
+        targets = TARGETS.get((case.model, case.memory), {}) if common else {}
+        paired, target = statistics.median(ratios), targets.get(case.sources)
+        yield record(case, "CPU time", "s", min(times), floor, target, paired)
 
 
-def kernel_group(
-    model: str, dtype: str, counts: Sequence[int], folder: Path, repeats: int
-) -> Iterator[dict[str, Any]]:
+def kernel_group(case: Case, folder: Path, repeats: int) -> Iterator[dict[str, Any]]:
     """CPU time of merging and contracting all weights, compiled kernels over torch's operations."""
-    for count in counts:
-        case = Case(model, dtype, count)
-        plan = open_plan(recipe_of(case, folder))
-        raws = plan.initial_raw()
-        out = {key: torch.zeros(plan.tensors[key].shape) for key in plan.learned}
-        grads = {key: torch.randn_like(tensor) for key, tensor in out.items()}
+    plan = open_plan(recipe_of(case, folder))
+    raws = plan.initial_raw()
+    out = {key: torch.zeros(plan.tensors[key].shape) for key in plan.learned}
+    grads = {key: torch.randn_like(tensor) for key, tensor in out.items()}
 
-        def merge(out: dict[str, Tensor] = out, plan: Any = plan, raws: Any = raws) -> None:
-            for key, tensor in out.items():
-                plan.combine(key, plan.z(key, raws), tensor)
+    def merge() -> None:
+        for key, tensor in out.items():
+            plan.combine(key, plan.z(key, raws), tensor)
 
-        def contract(grads: dict[str, Tensor] = grads, plan: Any = plan, raws: Any = raws) -> None:
-            for key, grad in grads.items():
-                plan.contract(key, grad, plan.z(key, raws))
+    def contract() -> None:
+        for key, grad in grads.items():
+            plan.contract(key, grad, plan.z(key, raws))
 
-        for name, work in (("merge", merge), ("contraction", contract)):
-            best = {"native": float("inf"), "torch": float("inf")}
-            for _ in range(repeats + 1):
-                for kernels in best:
-                    os.environ["GRADMERGE_KERNELS"] = kernels
+    for name, work in (("merge", merge), ("contraction", contract)):
+        best = {"native": float("inf"), "torch": float("inf")}
+        for _ in range(repeats + 1):
+            for kernels in best:
+                with patch.dict(os.environ, GRADMERGE_KERNELS=kernels):
                     best[kernels] = min(best[kernels], cpu_seconds(work))
-            quantity = f"{name} alone, native over torch"
-            yield record(case, quantity, "s", best["native"], best["torch"])
+        quantity = f"{name} alone, native over torch"
+        yield record(case, quantity, "s", best["native"], best["torch"])
 
 
 # ---- memory -------------------------------------------------------------------------------------
 
 
-def peak_of(case: dict[str, Any], folder: str, malloc: str, threads: int) -> dict[str, float]:
-    """Measure two steps of a case, in this process."""
-    torch.set_num_threads(threads)
+def peak_of(case: Case, folder: Path, malloc: str) -> float:
+    """Return the MB that two steps of a case take at most, in this process."""
+    torch.set_num_threads(1)
     if malloc == "release":
         release_freed_memory()
-    step = step_of(Case(**case), Path(folder))
+    step = step_of(case, folder)
     found: dict[str, float] = {}
     with harness.measured(found):
         step()
         step()
-    return found
+    return found["peak"] / 2**20
 
 
-def memory_group(
-    cases: Sequence[Case], folder: Path, malloc: str, threads: int
-) -> Iterator[dict[str, Any]]:
+def memory_group(cases: Sequence[Case], folder: Path, malloc: str) -> Iterator[dict[str, Any]]:
     """Peaks of cases of one model, each beside a plain run with the same number of batches."""
 
+    @cache
     def peak(case: Case) -> float:
-        return harness.ask(__file__, asdict(case), folder, malloc, threads)["peak"] / 2**20
+        return harness.ask(peak_of, case, folder, malloc)
 
-    plain: dict[Case, float] = {}
     for case in cases:
-        if case.reference not in plain:
-            plain[case.reference] = peak(case.reference)
-        beside = plain[case.reference]
+        beside = peak(case.reference)
         target = None if case.elements else 1.0
         if target and case.memory == "streamed":
             weights, layer = weight_mb(case.model)
             target = (beside - weights + 2 * layer) / beside
         quantity = f"peak anonymous memory, malloc {malloc}"
-        yield record(case, quantity, "MB", peak(case), beside, target=target)
+        yield record(case, quantity, "MB", peak(case), beside, target)
 
 
 def weight_mb(model: str) -> tuple[float, float]:
@@ -286,82 +243,64 @@ def weight_mb(model: str) -> tuple[float, float]:
 
 
 def record(
-    case: Case, quantity: str, unit: str, ours: float, reference: float, **more: float | None
+    case: Case,
+    quantity: str,
+    unit: str,
+    ours: float,
+    reference: float,
+    target: float | None = None,
+    paired: float | None = None,
 ) -> dict[str, Any]:
-    entry = {
-        "case": f"{case.name}: {quantity}",
-        "quantity": quantity,
-        **asdict(case),
-        "ours": ours,
-        "reference": reference,
-        "ratio": ours / reference,
-        "unit": unit,
-        **more,
-    }
-    target = f"  target {more['target']:.3f}" if more.get("target") else ""
-    median = more.get("median_paired_ratio")
-    paired = f"  (median of pairs {median:.3f})" if median else ""
-    numbers = f"{ours:9.3f} {reference:9.3f} {unit:<3} {entry['ratio']:6.3f}"
-    print(f"{entry['case']:<78} {numbers}{paired}{target}", flush=True)
-    return entry
+    name, ratio = f"{case.name}: {quantity}", ours / reference
+    more = "" if paired is None else f"  (median of pairs {paired:.3f})"
+    more += "" if target is None else f"  target {target:.3f}"
+    print(f"{name:<78} {ours:9.3f} {reference:9.3f} {unit:<3} {ratio:6.3f}{more}", flush=True)
+    figures = {"ours": ours, "reference": reference, "ratio": ratio, "unit": unit}
+    figures |= {"median_paired_ratio": paired, "target": target}
+    return {"case": name, "quantity": quantity, **asdict(case), **figures}
 
 
-def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    malloc, counts, parts = options.malloc or "release", options.sources, options.parts
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    counts, parts, repeats = options.sources, options.parts, options.repeats
     records: list[dict[str, Any]] = []
 
     def measure(cases: Sequence[Case], repeats: int, kinds: Sequence[str]) -> None:
         if "time" in kinds:
-            records.extend(time_group(cases, folder, repeats))
+            records.extend(time_group(cases, Path(folder), repeats))
         if "memory" in kinds:
-            records.extend(memory_group(cases, folder, malloc, options.threads))
+            records.extend(memory_group(cases, Path(folder), options.malloc or "release"))
 
-    for model in options.models:
-        for dtype in options.dtypes:
-            made = folder / model / dtype
+    for model, dtype in itertools.product(options.models, options.dtypes):
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder) / model / dtype
             names = [f"source{k}" for k in range(1, max(counts) + 1)]
             harness.make_models(made, configuration(model, DTYPES[dtype]), names, 0.002)
-            cases = [
-                Case(model, dtype, k, memory, kernels=kernels)
-                for k in counts
-                for memory in options.modes
-                for kernels in options.kernels
-            ]
-            measure(cases, options.repeats, parts)
+            cases = [Case(model, dtype, k, memory) for k in counts for memory in options.modes]
+            measure(cases, repeats, parts)
             if "kernels" in parts and native_kernels() is not None:
-                records += kernel_group(model, dtype, counts, folder, options.repeats)
+                for count in counts:
+                    records += kernel_group(Case(model, dtype, count), Path(folder), repeats)
             # a step of many batches is slow, and it says the same for every model and dtype
             once = model == options.models[0] and dtype == options.dtypes[-1]
             if "tasks" in parts and once:
-                several = [Case(model, dtype, max(counts), "resident", options.tasks)]
-                measure(several, max(1, options.repeats // 2), ("time", "memory"))
+                several = [Case(model, dtype, max(counts), tasks=8)]
+                measure(several, max(1, repeats // 2), ("time", "memory"))
             if "elements" in parts and once:
                 pairs = [Case(model, dtype, 2, memory, elements=True) for memory in options.modes]
-                measure(pairs, options.repeats, ("time", "memory"))
-            shutil.rmtree(made)
+                measure(pairs, repeats, ("time", "memory"))
     return records
 
 
 def main() -> None:
-    harness.answer(peak_of)
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the records there")
-    parser.add_argument("--models", nargs="+", default=["llama", "vit"], help="llama, vit, vit-32")
+    parser.add_argument("--models", nargs="+", default=["llama", "vit"], choices=["llama", "vit"])
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--sources", nargs="+", type=int, default=[2, 4, 8], help="how many")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parts = ["time", "memory", "tasks", "kernels", "elements"]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
-    parser.add_argument("--tasks", type=int, default=8, help="tasks per step, multi-task case")
-    parser.add_argument(
-        "--kernels",
-        nargs="+",
-        default=["auto"],
-        choices=["auto", "native", "torch"],
-        help="what merges on the CPU: compiled kernels (auto: if there is a compiler) or torch",
-    )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--malloc",
         choices=["release", "default"],
@@ -369,16 +308,14 @@ def main() -> None:
         "(default: default for time, release for memory)",
     )
     parser.add_argument("--quick", action="store_true", help="a tiny network, for tests")
-    parser.add_argument("--folder", type=Path, help="where sources go (default: temporary)")
     options = parser.parse_args()
     if options.quick:
         options.models, options.dtypes, options.sources = ["llama-tiny"], ["bf16"], [2]
-        options.tasks, options.repeats = 2, 2
-    torch.set_num_threads(options.threads)
+        options.repeats = 2
+    torch.set_num_threads(1)
     if options.malloc == "release":
         release_freed_memory()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        harness.write_json(options.json, run(options, Path(folder)))
+    harness.write_json(options.json, run(options))
 
 
 if __name__ == "__main__":

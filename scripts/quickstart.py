@@ -11,15 +11,14 @@ merge's step) is made on the selection split.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,37 +54,43 @@ class Row:
         return sum(self.scores.values()) / len(self.scores)
 
 
+@dataclass
 class Run:
     """One suite and seed: its configuration, data and merges."""
 
-    def __init__(self, name: str, seed: int, cache: Path, output: Path) -> None:
-        self.name, self.suite, self.seed, self.output = name, harness.SUITES[name], seed, output
-        output.mkdir(parents=True, exist_ok=True)
-        self.config = harness.suite_file(name, seed, cache, Path(tempfile.mkdtemp()))
+    name: str
+    seed: int
+    cache: Path
+    output: Path
 
-    def arguments(self, method: str) -> list[str]:
-        """Return the arguments of `gradmerge fit` for a method."""
-        options = ["--config", str(self.config)]
-        options += ["--config", str(harness.CONFIGS / "methods" / f"{method}.yaml")]
-        options += ["--trainer.default_root_dir", str(self.output / "runs" / method)]
-        return [*options, "--trainer.enable_model_summary", "false"]
+    def learn(self, method: str, *options: str, run: bool = True) -> Any:
+        """Run `gradmerge fit` with a method, or only open its merge and data."""
+        from gradmerge.cli.main import learn
+
+        with tempfile.TemporaryDirectory() as folder:
+            suite = harness.suite_file(self.name, self.seed, self.cache, Path(folder))
+            own = harness.CONFIGS / "methods" / f"{method}.yaml"
+            given = ["fit"] if run else []
+            given += ["--config", str(suite), "--config", str(own), *options]
+            given += ["--trainer.default_root_dir", str(self.output / "runs" / method)]
+            return learn([*given, "--trainer.enable_model_summary", "false"], run=run)
 
     def by_task(self, scores: dict[str, Any]) -> dict[str, float]:
         """Return the suite's metric of each task."""
-        return {task: s[self.suite.metric] for task, s in scores.items() if task != "average"}
+        metric = harness.SUITES[self.name].metric
+        return {task: found[metric] for task, found in scores.items() if task != "average"}
 
     def baselines(self) -> list[Row]:
         """Score base, experts, uniform average and tuned task arithmetic; last, the upper bound."""
         from gradmerge import MergeModule
-        from gradmerge.cli.main import learn
         from gradmerge.coefficients import Constant, Model
         from gradmerge.search import Scales
         from gradmerge.training.search import Selection, set_coefficients
 
-        cli = learn(self.arguments("tensor"), run=False)
+        cli = self.learn("tensor", run=False)
         recipe = replace(cli.model.recipe, coefficients=Model(), init=Constant(1.0))
         module = MergeModule(recipe, score_experts=False)
-        sources = module.merged.plan.source_names
+        sources = list(recipe.sources)
 
         def test(*coefficients: float) -> dict[str, float]:
             set_coefficients(module.merged, Constant(list(coefficients)))
@@ -105,33 +110,27 @@ class Run:
         rows.append(Row("task arithmetic", scores, len(sources), seconds, note))
         return [*rows, Row("upper bound", upper, note="each expert on its own task")]
 
-    def learn(self, name: str, method: str, rate: float) -> tuple[Row, Any]:
-        """Learn a merge, and score its best step by the selection split on the test split."""
-        from gradmerge.cli.main import learn
-
-        start = time.perf_counter()
-        cli = learn(["fit", *self.arguments(method), f"--optimizer.init_args.lr={rate}"])
-        seconds = time.perf_counter() - start
-        harness.best_step(cli)
-        count = sum(p.numel() for p in cli.model.parameters())
-        scores = self.by_task(cli.model.results["test"])
-        return Row(name, scores, count, seconds, note=f"learning rate {rate:g}"), cli.model
-
-    def compare(self, cache: Path) -> list[Row]:
+    def compare(self) -> list[Row]:
         """Build, compare, learn, export and plot."""
-        harness.build_suite(self.name, self.seed, cache, quiet=False)
+        harness.build_suite(self.name, self.seed, self.cache, quiet=False)
         say(f"scoring the baselines of {self.name}, seed {self.seed}")
         *rows, upper = self.baselines()
         learned = []
-        for method in METHODS[self.name]:
-            say(f"learning: {method[0]}")
-            learned.append(self.learn(*method))
-        rows += [*(row for row, _ in learned), upper]
-        choose = max if self.suite.higher_is_better else min
-        self.finish(choose(learned, key=lambda found: found[0].average)[1], rows)
-        return rows
+        for name, method, rate in METHODS[self.name]:
+            say(f"learning: {name}")
+            start = time.perf_counter()
+            cli = self.learn(method, f"--optimizer.init_args.lr={rate}")
+            seconds = time.perf_counter() - start
+            cli.trainer.test(cli.model, cli.datamodule, ckpt_path="best", verbose=False)
+            count = sum(p.numel() for p in cli.model.parameters())
+            scores = self.by_task(cli.model.results["test"])
+            rows.append(Row(name, scores, count, seconds, f"learning rate {rate:g}"))
+            learned.append((rows[-1].average, cli.model))
+        choose = max if harness.SUITES[self.name].higher_is_better else min
+        self.finish(choose(learned, key=lambda found: found[0])[1])
+        return [*rows, upper]
 
-    def finish(self, module: Any, rows: list[Row]) -> None:
+    def finish(self, module: Any) -> None:
         """Export the best learned merge, draw its coefficients, show a sample."""
         from gradmerge import export_merged
         from gradmerge.training.callbacks import coefficient_table, heat_map
@@ -141,21 +140,6 @@ class Run:
         export_merged(merged, folder, overwrite=True, results=module.results, extra=about)
         names, values = coefficient_table(merged.state)
         heat_map(values, names, merged.plan.source_names, self.output / "coefficients.png")
-        records = [
-            {
-                "name": row.name,
-                "seed": self.seed,
-                "scores": row.scores,
-                "average": row.average,
-                "coefficients": row.coefficients,
-                "seconds": round(row.seconds, 2),
-                "note": row.note,
-                "metric": self.suite.metric,
-            }
-            for row in rows
-        ]
-        path = self.output / f"results-seed{self.seed}.json"
-        path.write_text(json.dumps(records, indent=2))
         if self.name == "lm":
             sample(folder)
 
@@ -174,17 +158,15 @@ def sample(folder: Path) -> None:
     print(f"\nsample of {folder.name}, by transformers alone:\n{tokenizer.decode(out[0])}\n")
 
 
-def render(name: str, results: Sequence[list[Row]]) -> str:
+def render(results: Sequence[list[Row]]) -> str:
     """Return the table: means over seeds, with the standard deviation where there are several."""
-    digits, tasks = harness.SUITES[name].digits, list(results[0][0].scores)
+    tasks = list(results[0][0].scores)
     lines = []
     for rows in zip(*results, strict=True):
-        cells = [f"{statistics.mean(r.scores[t] for r in rows):.{digits}f}" for t in tasks]
+        cells = [f"{statistics.mean(r.scores[t] for r in rows):.3f}" for t in tasks]
         seconds = statistics.mean(r.seconds for r in rows)
-        cells += [
-            harness.spread([r.average for r in rows], digits),
-            str(rows[0].coefficients or ""),
-        ]
+        cells += [harness.spread([r.average for r in rows])]
+        cells += [str(rows[0].coefficients or "")]
         cells += [f"{seconds:.1f}" if seconds else "", rows[0].note if len(rows) == 1 else ""]
         lines.append([rows[0].name, *cells])
     return harness.table(
@@ -197,23 +179,27 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("suite", nargs="?", default="lm", choices=harness.SUITES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--cache", type=Path, default=harness.ROOT / ".cache" / "suites")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
-    output = (options.output or harness.ROOT / "outputs" / f"quickstart-{options.suite}").resolve()
-    cache, name = options.cache.resolve(), options.suite
+    name, suite = options.suite, harness.SUITES[options.suite]
+    output = (options.output or harness.ROOT / "outputs" / f"quickstart-{name}").resolve()
+    output.mkdir(parents=True, exist_ok=True)
     harness.quieten()
     start = time.perf_counter()
-    results = [Run(name, seed, cache, output).compare(cache) for seed in options.seeds]
-    title = f"test split, {harness.SUITES[name].unit}, {len(results)} seed(s)"
-    text = f"{title}\n\n{render(name, results)}\n"
+    results, records = [], []
+    for seed in options.seeds:
+        results.append(Run(name, seed, options.cache.resolve(), output).compare())
+        for row in results[-1]:
+            found = {"seed": seed, "average": row.average, "metric": suite.metric}
+            records.append({**asdict(row), "seconds": round(row.seconds, 2), **found})
+        harness.write_json(output / "results.json", records)
+    title = f"test split, {suite.unit}, {len(results)} seed(s)"
+    text = f"{title}\n\n{render(results)}\n"
     (output / "table.md").write_text(text)
-    files = [output / f"results-seed{seed}.json" for seed in options.seeds]
-    everything = [record for path in files for record in json.loads(path.read_text())]
-    (output / "results.json").write_text(json.dumps(everything, indent=2) + "\n")
     print(f"\n{text}")
     shown = os.path.relpath(output)
     print(f"table.md, results.json, coefficients.png and the merged folders are in {shown}")

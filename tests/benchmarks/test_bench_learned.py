@@ -34,9 +34,9 @@ def test_a_finished_fit_is_read_from_the_cache(bench: ModuleType, tmp_path: Path
     for rate, selection in ((0.01, 0.4), (0.03, 0.9)):
         job = bench.Job("vision", 3, "tensor", rate, tmp_path / "suites")
         kept = tmp_path / "learned" / f"{job.key}.json"
-        kept.parent.mkdir(exist_ok=True)
         bench.harness.write_json(kept, _result(selection, 1.0))
-    job, found = bench.tuned("vision", 3, "tensor", tmp_path / "suites", (0.01, 0.03))
+    first = bench.Job("vision", 3, "tensor", 0.01, tmp_path / "suites")
+    job, found = bench.tuned(first, (0.01, 0.03))
     assert job.rate == 0.03
     assert found["selection"] == 0.9
 

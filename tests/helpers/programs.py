@@ -13,27 +13,17 @@ from types import ModuleType
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-LOGGERS = (
-    "lightning.pytorch",
-    "lightning.pytorch.utilities.rank_zero",
-    "lightning.fabric",
-    "lightning.fabric.utilities.seed",
-    "transformers",
-)
 
 
 @pytest.fixture(scope="module")
 def bench(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """The program that the test module names in `PROGRAM`; it silences loggers and warnings."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    levels = [logger.level for logger in loggers]
+    """The program that the test module names in `PROGRAM`; it silences logs and warnings."""
     before = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.syspath_prepend(str(BENCHMARKS))
         patch.setenv("WANDB_MODE", "offline")  # restored; one program sets it
         yield importlib.import_module(request.module.PROGRAM)
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+    logging.disable(logging.NOTSET)
     for name in set(sys.modules) - before:
         path = getattr(sys.modules[name], "__file__", None) or ""
         if path.startswith(str(BENCHMARKS)):
