@@ -82,12 +82,17 @@ class Halves(nn.Module):
         (lambda a, b: torch.lerp(a, b, 0.3), False),
         (lambda a, b: torch.lerp(a, b, torch.tensor(0.3)), False),
         (lambda a, b: torch.lerp(a, a.tanh(), a.sigmoid()) + b, False),
+        (lambda a, b: a.lerp_(b.tanh(), b), True),
+        (lambda a, b: a.addcmul_(b, b.tanh()), False),
         (lambda a, b: torch.stack([a, b]).prod(0), True),
         (lambda a, b: torch.stack([a, b], dim=1).cumprod(1)[:, 1], True),
         (lambda a, b: torch.stack([a, b]).sum(0), False),
         (lambda a, b: (a + b).prod(-1, keepdim=True) + a, True),
     ],
-    ids=["end", "self", "number", "constant", "own", "prod", "cumprod", "sum", "prod of units"],
+    ids=[
+        *("end", "self", "number", "constant", "own", "lerp in place", "own in place"),
+        *("prod", "cumprod", "sum", "prod of units"),
+    ],
 )
 def test_gates_by_other_operators_are_products_too(
     joined: Callable[[Tensor, Tensor], Tensor], multiplied: bool

@@ -244,6 +244,30 @@ def test_t5_shares_one_stream_between_encoder_and_decoder() -> None:
     assert float((one - two).abs().max()) <= 1e-5 * float(one.abs().max())
 
 
+class HeadsCutApart(nn.Module):
+    """One projection, cut into heads first and into queries, keys and values then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.head = nn.Linear(6, 36), nn.Linear(12, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (9, 4)).transpose(1, 2).split(3, 1)
+        seen = functional.scaled_dot_product_attention(q, k, v)
+        return self.head(self.out(seen.transpose(1, 2).flatten(2)).relu())
+
+
+def test_heads_that_are_cut_apart_change_places() -> None:
+    torch.manual_seed(0)
+    net = shaken(HeadsCutApart())
+    spec = spec_of(net, {"x": [2, 5, 6]})
+    assert sizes(spec) == [3, 4, 5]  # heads, their width, and the last hidden layer
+    segments = spec.tensors["qkv.weight"][0].segments
+    assert [segment.sizes for segment in segments] == [(3, 4)] * 3
+    assert len({segment.factors for segment in segments}) == 1
+    same_function(net, spec, {"x": torch.randn(3, 7, 6)})
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -167,14 +167,15 @@ def at_other_sizes(
         t.numel() <= (_SMALL_NUMBERS if t.is_floating_point() else _SMALL_IDS) for t in tensors
     )
     lengths = list(_lengths(example))
-    second = _longer if small else _shorter
-    for batch, resize in ((1 if rows > 1 else 2, _short), (2 if rows == 3 else 3, second)):
+    # share of a picture's side, and the largest of other lengths (0: twice the length and one more)
+    second = (1.0, 0) if small else (0.5, 5)
+    for batch, limits in ((1 if rows > 1 else 2, (0.75, 7)), (2 if rows == 3 else 3, second)):
         sizes = [(batch, axes) for axes in lengths]
         if small or batch <= max(2, rows):
             sizes.append((batch, {}))
         sizes += [(rows, axes) for axes in lengths]
         for count, axes in sizes:
-            other = _resized(example, rows, count, axes, resize)
+            other = _resized(example, rows, count, axes, *limits)
             try:
                 found = attempt(other)
             except Exception:  # whatever a network raises on a size that is not its own
@@ -204,7 +205,7 @@ def _lengths(example: Example) -> Iterator[_Axes]:
 
 
 def _resized(
-    example: Example, rows: int, batch: int, axes: _Axes, resize: Callable[[int, bool], int]
+    example: Example, rows: int, batch: int, axes: _Axes, share: float, most: int
 ) -> Example:
     """Entries are left out at the end, or repeated from the start."""
     found: dict[str, Any] = {}
@@ -213,21 +214,11 @@ def _resized(
             if len(value) == rows:
                 value = _cycled(value, 0, batch)
             for axis, of_picture in axes.get(name, {}).items():
-                value = _cycled(value, axis, max(1, resize(value.shape[axis], of_picture)))
+                size = value.shape[axis]
+                other = min(size // 2, most) if most else 2 * size + 1
+                value = _cycled(value, axis, max(1, int(size * share) if of_picture else other))
         found[name] = value
     return found
-
-
-def _short(size: int, of_picture: bool) -> int:
-    return size * 3 // 4 if of_picture else min(size // 2, 7)
-
-
-def _shorter(size: int, of_picture: bool) -> int:
-    return size // 2 if of_picture else min(size // 2, 5)
-
-
-def _longer(size: int, of_picture: bool) -> int:
-    return size if of_picture else 2 * size + 1
 
 
 def _cycled(value: Tensor, axis: int, size: int) -> Tensor:

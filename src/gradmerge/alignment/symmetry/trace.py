@@ -177,10 +177,10 @@ def tensors_of(out: Any) -> list[Tensor]:
 def _leaves(out: Any) -> list[Tensor]:
     if isinstance(out, Tensor):
         return [out]
-    if dataclasses.is_dataclass(out) and not isinstance(out, Mapping):
-        out = [getattr(out, f.name) for f in dataclasses.fields(out)]
     if isinstance(out, Mapping):
         out = list(out.values())
+    elif dataclasses.is_dataclass(out):
+        out = [getattr(out, part.name) for part in dataclasses.fields(out)]
     if isinstance(out, (list, tuple)):
         return [leaf for value in out for leaf in _leaves(value)]
     if out is None or isinstance(out, (bool, int, float, str)):
