@@ -90,10 +90,10 @@ def traced_spec(
 ) -> PermutationSpec:
     """Trace the groups of a network (or take written ones), and check them on random weights."""
     skeleton, binding = network.module, network.binding
-    files, failures = file_names(skeleton, binding), []
+    files, failures = file_names(binding), []
     for inputs in candidates(skeleton, example):
         try:
-            spec = written or to_spec(trace(skeleton, inputs, unreached), skeleton, binding)
+            spec = written or to_spec(trace(skeleton, inputs, unreached), binding)
             return verify(spec, skeleton, files, inputs, written=written is not None)
         except GradmergeError:
             raise

@@ -7,8 +7,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from itertools import count, groupby
 
-from torch import nn
-
 from gradmerge.alignment.symmetry.rules import Label, Traced
 from gradmerge.alignment.symmetry.spec import (
     Axis,
@@ -23,12 +21,11 @@ from gradmerge.alignment.symmetry.units import Dim, Product, Unit
 from gradmerge.sources.skeleton import Binding
 
 
-def to_spec(traced: Traced, skeleton: nn.Module, binding: Binding) -> PermutationSpec:
+def to_spec(traced: Traced, binding: Binding) -> PermutationSpec:
     """Name the groups, and give the axes by the names in the files.
 
     Args:
         traced: units that the run found.
-        skeleton: the network.
         binding: where the files' tensors sit in it.
     """
     names = _name_groups(traced)
@@ -39,7 +36,7 @@ def to_spec(traced: Traced, skeleton: nn.Module, binding: Binding) -> Permutatio
         for unit, name in names.items()
     }
     tensors: dict[str, tuple[Axis, ...]] = {}
-    for file_name, module_name in _module_names(skeleton, binding).items():
+    for file_name, module_name in _module_names(binding).items():
         label = traced.labels.get(module_name, [])
         axes = _axes(module_name, label, traced, names)
         if any(axis.groups for axis in axes):
@@ -47,17 +44,15 @@ def to_spec(traced: Traced, skeleton: nn.Module, binding: Binding) -> Permutatio
     return PermutationSpec(groups, tensors)
 
 
-def file_names(skeleton: nn.Module, binding: Binding) -> dict[str, str]:
+def file_names(binding: Binding) -> dict[str, str]:
     """The first name in the module -> a name in the files, of parameters and buffers."""
-    names = _module_names(skeleton, binding)
+    names = _module_names(binding)
     return {module_name: file_name for file_name, module_name in reversed(names.items())}
 
 
-def _module_names(skeleton: nn.Module, binding: Binding) -> dict[str, str]:
+def _module_names(binding: Binding) -> dict[str, str]:
     """Name in the files -> the first name in the module."""
-    first = {id(parameter): name for name, parameter in skeleton.named_parameters()}
-    every = dict(skeleton.named_parameters(remove_duplicate=False))
-    found = {name: first[id(every[places[0]])] for name, places in binding.parameters.items()}
+    found = {name: places[0] for name, places in binding.parameters.items()}
     found.update(binding.buffers)
     found.update({alias: found[kept] for alias, kept in binding.ties.items()})
     return found
