@@ -1,4 +1,4 @@
-"""Finishing a merge within a trainer's inference mode."""
+"""Finishing a merge on data: when it is done anew, and within a trainer's inference mode."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from gradmerge import MergeDataModule, MergeModule, TaskData
 from gradmerge.finalisers import REPAIR
-from tiny import SPLITS, build, recipe_of, relatives
+from tiny import SPLITS, Normalised, build, recipe_of, relatives, vectors
 
 
 class Masked(nn.Module):
@@ -20,6 +20,19 @@ class Masked(nn.Module):
     def forward(self, x, attention_mask):
         kept = self.first(x).relu() * attention_mask[..., None]
         return self.head(self.second(kept).relu().mean(dim=1))
+
+
+def test_other_data_give_other_statistics():
+    module = MergeModule(recipe_of(relatives(build(Normalised))))
+    found = []
+    for count in (12, 20):
+        data = vectors(count=count)
+        data.setup()
+        module.refresh_buffers(data)
+        found.append(module.merged.statistics.values()["norm.running_mean"].clone())
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
+    module.refresh_buffers()  # without data, those that are known for these coefficients stay
+    assert torch.equal(module.merged.statistics.values()["norm.running_mean"], found[1])
 
 
 def test_repair_is_computed_in_inference_mode():

@@ -37,6 +37,7 @@ class Finishing:
     def __init__(self, warn: Callable[[str], None] = warnings.warn) -> None:
         self._warn = warn
         self._state: object = None
+        self._data: object = None
         self._known: object = None
         self._renormalisation: Renormalisation | None = None
 
@@ -60,7 +61,7 @@ class Finishing:
         if not norms and repair is None:
             return
         state = tuple(checksums(merged.raw.values())), frozenset(merged.state.fixed)
-        if self._state == state:
+        if self._state == state and (sample is None or self._data is data):
             return
         if sample is None:
             self._do_without(merged)
@@ -75,7 +76,7 @@ class Finishing:
                     merged.statistics.recompute([run.call for run in runs])
                 else:
                     self._known_for(merged, repair, runs, (data, state[1])).correct(runs)
-        self._state = state
+        self._state, self._data = state, data
 
     def _known_for(
         self, merged: MergedModel, repair: REPAIR, runs: Sequence[Run], known: object
