@@ -305,7 +305,7 @@ def driven(cli: Any, whole: Any) -> tuple[Any, Any, Any, Any, int]:
     from gradmerge.coefficients import Constant, Model
     from gradmerge.training.search import Selection
 
-    recipe, folder = whole.model.merged.plan.recipe, Path(cli.job.target.path)
+    recipe, folder = whole.model.merged.plan.recipe, cli.job.target.folder
     merged = Recipe(
         sources={"merged": str(folder)},
         coefficients=Model(),
