@@ -22,9 +22,7 @@ from gradmerge.export.folder import export_merged, require_options
 from gradmerge.training.module import MergeModule
 
 
-def heat_map(
-    table: Tensor, names: Sequence[str], sources: Sequence[str], path: Path | None, title: str = ""
-) -> Any:
+def heat_map(table: Tensor, names: Sequence[str], sources: Sequence[str], path: Path | None) -> Any:
     """Draw the mean coefficient of each tensor (rows) and source (columns).
 
     Args:
@@ -32,7 +30,6 @@ def heat_map(
         names: names of the tensors, in order of depth.
         sources: names of the sources.
         path: PNG file to write; None writes no file.
-        title: title of the figure.
 
     Returns:
         The matplotlib figure, with a diverging colour scale centred on zero.
@@ -56,7 +53,7 @@ def heat_map(
         axes.set_yticks(range(len(names)), list(names), fontsize=6)
     else:
         axes.set_ylabel(f"{len(names)} tensors, first to last")
-    axes.set_title(title or "mean coefficient of each tensor and source", fontsize=9)
+    axes.set_title("mean coefficient of each tensor and source", fontsize=9)
     figure.colorbar(image, ax=axes, shrink=0.6)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
