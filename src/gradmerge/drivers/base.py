@@ -145,8 +145,10 @@ class Job:
         kept = self.require_free(driver)
         content = plain({**self._content(driver), **more})
         path = self.folder / JOB
+        # one process writes shared files; the others have their ranks set
+        is_first = all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK"))
         if driver.restart:
-            aside = set_aside(self.folder) if is_first_process() else None
+            aside = set_aside(self.folder) if is_first else None
             if aside is not None:
                 self.say(f"the earlier job's folder is now {aside}")
             kept = self._kept()  # another process may have moved the folder, and begun
@@ -156,7 +158,7 @@ class Job:
             # a job that was stopped before its first state has nothing to lose
             number = uuid.uuid4().hex if kept is None else kept["job"]
             kept = {"job": number, "seed": global_seed(), "content": content}
-            if is_first_process():
+            if is_first:
                 write_json(path, kept)
         self._job, self._seed = str(kept["job"]), kept["seed"]
 
@@ -243,8 +245,3 @@ class AbstractDriver(ABC):
     @abstractmethod
     def run(self, job: Job) -> Path:
         """Learn the merge and return its folder; a killed job resumes where it stopped."""
-
-
-def is_first_process() -> bool:
-    """Return whether this process writes shared files; others have their ranks set."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"

@@ -16,7 +16,7 @@ from typing_extensions import override
 from gradmerge.drivers.base import Job
 from gradmerge.drivers.fold import AbstractFold, Node
 from gradmerge.engine.recipe import Recipe
-from gradmerge.errors import ConfigError, shorten
+from gradmerge.errors import ConfigError, require, shorten
 from gradmerge.preprocess import Orthogonalise
 from gradmerge.sources import AbstractSource, HuggingFace
 from gradmerge.training.module import MergeModule
@@ -87,9 +87,12 @@ class Continual(AbstractFold):
 
     @override
     def nodes(self, job: Job) -> list[Node]:
+        new, origin = job.recipe.sources, job.recipe.resolved_origin
         if self.projection:
-            _require_projectable(job.recipe)
-        new = job.recipe.sources
+            expected = "origin base, whose task vectors it projects (or leave it out)"
+            require(origin == "base", "projection", expected, origin)
+            steps = ", ".join(type(step).__name__ for step in job.recipe.preprocess)
+            require(not steps, "projection", "directions without preprocess", steps)
         both = [name for name in self._members if name in new]
         if both:
             raise ConfigError(
@@ -173,17 +176,3 @@ class Continual(AbstractFold):
         steps = self._driver.get("steps") or [{}]
         known = before.get("lambda", steps[-1].get("lambda"))
         return math.sqrt(self._count) if known is None else float(known)
-
-
-def _require_projectable(recipe: Recipe) -> None:
-    """Reject a projection of directions that are not plain task vectors."""
-    if recipe.resolved_origin != "base":
-        raise ConfigError(
-            "projection: expected origin base, because task vectors are projected, got "
-            f"{recipe.resolved_origin}. Give the base, or leave projection out."
-        )
-    if recipe.preprocess:
-        steps = ", ".join(type(step).__name__ for step in recipe.preprocess)
-        raise ConfigError(
-            f"projection: expected directions without preprocess, got {steps}. Leave one out."
-        )

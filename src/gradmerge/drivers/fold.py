@@ -25,7 +25,7 @@ from gradmerge.drivers.base import AbstractDriver, Job
 from gradmerge.drivers.state import STATE, StepRecord
 from gradmerge.drivers.steps import Finish, KeepLast
 from gradmerge.engine.recipe import Recipe
-from gradmerge.errors import ConfigError, nearest, shorten
+from gradmerge.errors import ConfigError, nearest, require, shorten
 from gradmerge.export.folder import DTYPES, export_state
 from gradmerge.export.provenance import mean_coefficients
 from gradmerge.objectives import Objective
@@ -150,11 +150,8 @@ class AbstractFold(AbstractDriver):
 
     def _steps(self, job: Job) -> list[_Step]:
         models = self.nodes(job)
-        if len(models) < 2:
-            raise ConfigError(
-                f"{type(self).__name__}: expected at least two models to merge, got "
-                f"{models[0].name}. A fit without a driver learns the coefficients of one source."
-            )
+        expected = "at least two models to merge (a fit without a driver takes one source, too)"
+        require(len(models) > 1, type(self).__name__, expected, models[0].name)
         prefix = "step"
         while any(model.name.startswith(prefix) for model in models):
             prefix = f"{prefix}_"
@@ -379,10 +376,8 @@ def _ordered(order: list[str] | Literal["given"], sources: Iterable[str]) -> lis
             f"order: unknown source {unknown[0]!r} (choose from {', '.join(names)})."
             f"{nearest(unknown[0], names)}"
         )
-    if sorted(order) != sorted(names):
-        raise ConfigError(
-            f"order: expected each of {', '.join(names)} once, got {', '.join(order)}."
-        )
+    complete = sorted(order) == sorted(names)
+    require(complete, "order", f"each of {', '.join(names)} once", ", ".join(order))
     return order
 
 
