@@ -182,8 +182,8 @@ class _Step(Node):
         self.shares = fold.shares(left.weight, right.weight)
 
     @cached_property
-    def data(self) -> MergeDataModule:
-        """The tasks of the step."""
+    def tasks(self) -> list[str]:
+        """Names of the step's tasks."""
         serving, chosen = self.fold.serving(self.job), []
         for name, task in self.job.data.tasks.items():
             source = task.source or name
@@ -195,13 +195,13 @@ class _Step(Node):
                 f"{', '.join(self.job.data.tasks)}). Set `source` of the tasks, or use all of them "
                 "in each step: --driver.tasks all."
             )
-        return self.job.data.restricted(chosen)
+        return chosen
 
     @cached_property
     def objective(self) -> Objective:
         """The objective on the tasks of the step."""
         whole = self.job.objective
-        weights = {t: w for t, w in whole.task_weights.items() if t in self.data.tasks}
+        weights = {t: w for t, w in whole.task_weights.items() if t in self.tasks}
         return replace(whole, task_weights=weights)
 
     def require(self, number: int) -> None:
@@ -211,7 +211,7 @@ class _Step(Node):
             ConfigError: no task of the step has a weight, or the link cannot be pulled back from
                 the step's starting coefficients.
         """
-        self.objective.require_tasks(self.data.tasks)
+        self.objective.require_tasks(self.tasks)
         if self.fold.start == "recipe":
             return
         link, shares = self.job.recipe.coefficients, self.shares
@@ -235,7 +235,7 @@ class _Step(Node):
         """The recipe of the step."""
         whole = self.job.recipe
         sources = {node.name: node.spec for node in self.pair}
-        used = {task.source or name for name, task in self.data.tasks.items()}
+        used = {self.job.data.tasks[name].source or name for name in self.tasks}
         used |= set(self.members) if whole.private else set()
         serving = self.fold.serving(self.job).items()
         heads = {name: spec for name, spec in serving if name in used and name not in sources}
@@ -250,8 +250,7 @@ class _Step(Node):
     @cached_property
     def record(self) -> StepRecord:
         """The record of the step."""
-        content = {"recipe": to_plain(self.recipe), "tasks": list(self.data.tasks)}
-        return self.job.step(self.name, content)
+        return self.job.step(self.name, {"recipe": to_plain(self.recipe), "tasks": self.tasks})
 
     @property
     def is_finished(self) -> bool:
@@ -263,7 +262,7 @@ class _Step(Node):
     def title(self) -> str:
         """The two models and the tasks."""
         first, second = ("+".join(node.members) for node in self.pair)
-        return f"{first} with {second}, on {', '.join(self.data.tasks)}"
+        return f"{first} with {second}, on {', '.join(self.tasks)}"
 
     def result(self) -> dict[str, Any]:
         """Return the result of the step; learn it unless it is finished."""
@@ -291,7 +290,7 @@ class _Step(Node):
         last = state if state.is_file() else None
         if last is not None:
             self.job.say(f"resuming from {last}")
-        trainer.fit(module, datamodule=self.data, ckpt_path=last)
+        trainer.fit(module, datamodule=self.job.data.restricted(self.tasks), ckpt_path=last)
         if trainer.interrupted:
             raise KeyboardInterrupt
 
@@ -301,7 +300,7 @@ class _Step(Node):
         result = {
             "step": self.name,
             "merged": [list(node.members) for node in self.pair],
-            "tasks": list(self.data.tasks),
+            "tasks": self.tasks,
             "coefficients": mean_coefficients(state),
             "fingerprints": state.plan.fingerprints,
             **fit,
