@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
 from gradmerge.coefficients import Column, Element, Softmax, Tensor, Uniform
+from gradmerge.engine.predict import rows_of
 from gradmerge.errors import ConfigError
 from gradmerge.objectives import L1, CrossEntropy, KLToEnsemble, KLToSource, L2ToInit, Objective
 from tiny import (
@@ -392,5 +393,7 @@ def test_padding_does_not_count_in_an_encoder_decoder(tmp_path, family):
     labels[1, 2:] = -100
     mask = torch.ones_like(inputs["input_ids"])
     mask[0, 4:] = 0
-    logits, kept, _ = module.rows("a", {**inputs, "attention_mask": mask, "labels": labels})
+    logits, kept, _ = rows_of(
+        module.merged, "a", {**inputs, "attention_mask": mask, "labels": labels}
+    )
     assert len(logits) == len(kept) == (labels != -100).sum()

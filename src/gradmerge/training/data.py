@@ -214,7 +214,8 @@ class MergeDataModule(lightning.LightningDataModule):
         """Load, prepare and check all splits once."""
         if self._prepared:
             return
-        folder = self.processor_path or self._default_processor()
+        merged = self._merged()
+        folder = self.processor_path or getattr(getattr(merged, "plan", None), "folder", None)
         for task, data in self.tasks.items():
             splits = self.splits(task)
             if self.processor is None and data.kind != "tensors":
@@ -231,7 +232,7 @@ class MergeDataModule(lightning.LightningDataModule):
                 require_disjoint(task, used, (data.text, data.image, "input_ids", "pixel_values"))
         classifies = any(data.kind == "text_classification" for data in self.tasks.values())
         several = max(self.batch_size, self.eval_batch_size) > 1
-        network = getattr(self._merged(), "skeleton", None)
+        network = getattr(merged, "skeleton", None)
         self._pad = padding_id(self.processor, network, classifies and several)
 
     def splits(self, task: str) -> dict[Stage, Any]:
@@ -259,11 +260,6 @@ class MergeDataModule(lightning.LightningDataModule):
     def _merged(self) -> Any:
         module = None if self.trainer is None else self.trainer.lightning_module
         return getattr(module, "merged", self._network)
-
-    def _default_processor(self) -> str | None:
-        plan = getattr(self._merged(), "plan", None)
-        folder = None if plan is None else plan.folder
-        return None if folder is None else str(folder)
 
     def examples(self, stage: Stage) -> dict[str, Any]:
         """Return the prepared examples of a split by task."""

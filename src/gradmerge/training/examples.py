@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -78,7 +79,7 @@ class TaskData:
             )
 
 
-def load_processor(folder: str | None, kind: Kind) -> Any:
+def load_processor(folder: str | Path | None, kind: Kind) -> Any:
     """Load the tokenizer or image processor of a model folder.
 
     Raises:
@@ -96,7 +97,7 @@ def load_processor(folder: str | None, kind: Kind) -> Any:
         else transformers.AutoTokenizer
     )
     try:
-        return auto.from_pretrained(folder)
+        return auto.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{folder}: cannot load its {auto.__name__.removeprefix('Auto').lower()}: "
