@@ -198,7 +198,7 @@ def fit(job: Job) -> dict[str, Any]:
             cli = learn(["fit", *options]) if learns else searched(learn(options, run=False))
         module, data, tasks = cli.model, cli.datamodule, list(cli.datamodule.tasks)
         if module is None:  # a driver's merge is a folder, whose tasks each have their own head
-            written = str(cli.job.target.path)
+            written = str(cli.job.target.folder)
             count = coefficients_of(Path(written))
             quiet = (*_QUIET, "--verbose=false", f"--trainer.default_root_dir={folder}")
             cli = learn(["test", "--config", str(suite), "--model", written, *quiet])

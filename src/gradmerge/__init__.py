@@ -15,7 +15,7 @@ _PLACES = {
     "MergeModule": "training.module.MergeModule",
     "MergedModel": "engine.merged.MergedModel",
     "Recipe": "engine.recipe.Recipe",
-    "TaskData": "training.data.TaskData",
+    "TaskData": "training.examples.TaskData",
     "collect": "training.collect.collect",
     "export_merged": "export.folder.export_merged",
     "inspect": "cli.inspect.inspect_sources",
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from gradmerge.export.merge import merge
     from gradmerge.mergekit.reader import read_mergekit
     from gradmerge.training.collect import collect
-    from gradmerge.training.data import MergeDataModule, TaskData
+    from gradmerge.training.data import MergeDataModule
+    from gradmerge.training.examples import TaskData
     from gradmerge.training.module import MergeModule
 
 

@@ -25,9 +25,10 @@ from folds import (
     tensors,
 )
 from gradmerge import MergeModule, TaskData
-from gradmerge.drivers import Continual, Output, Pairwise, Tree
+from gradmerge.drivers import Continual, Pairwise, Tree
 from gradmerge.drivers.fold import FoldedRecipe
 from gradmerge.errors import ConfigError
+from gradmerge.training import ExportAtEnd
 from tiny import (
     SPLITS,
     build,
@@ -282,7 +283,7 @@ def test_a_restart_moves_the_earlier_job_aside(tmp_path):
     with pytest.raises(ConfigError, match="merged exists; give another folder"):
         Pairwise(restart=True).run(job_of(tmp_path, models, learning_rate=0.1))
     assert files(tmp_path / "driver") == before
-    output = Output(str(tmp_path / "merged"), overwrite=True)
+    output = ExportAtEnd(str(tmp_path / "merged"), overwrite=True)
     Pairwise(restart=True).run(job_of(tmp_path, models, learning_rate=0.1, output=output))
     assert files(tmp_path / "driver.before-1") == before
     assert files(tmp_path / "driver").keys() == before.keys()

@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
 from gradmerge.coefficients import Column, Element, Softmax, Tensor, Uniform
+from gradmerge.engine.predict import predict, rows_of
 from gradmerge.errors import ConfigError
 from gradmerge.objectives import L1, CrossEntropy, KLToEnsemble, KLToSource, L2ToInit, Objective
 from tiny import (
@@ -310,7 +311,7 @@ def test_the_teacher_is_the_source_itself_and_leaves_no_trace(memory, training):
     buffers = {n: b.clone() for n, b in module.merged.skeleton.named_buffers()}
     modes = [m.training for m in module.merged.skeleton.modules()]
     before = module.merged(task="b", x=x)
-    predictions = module._predict("b", {"x": x})
+    predictions = predict(module.merged, module.objective, "b", {"x": x}, shared=False)
     with torch.no_grad():
         torch.testing.assert_close(predictions.teacher, models[2](x), rtol=1e-6, atol=1e-6)
     assert not torch.allclose(predictions.teacher, predictions.logits, atol=1e-2)
@@ -330,7 +331,7 @@ def test_the_ensemble_is_of_all_sources_as_they_are(memory):
     models = relatives(build(Normalised))
     module = module_of(models, Objective([KLToEnsemble()]), memory=memory)
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
-    predictions = module._predict("b", {"x": x})
+    predictions = predict(module.merged, module.objective, "b", {"x": x}, shared=False)
     assert predictions.teacher is None
     with torch.no_grad():
         expected = [model.eval()(x) for model in models[1:]]
@@ -392,5 +393,7 @@ def test_padding_does_not_count_in_an_encoder_decoder(tmp_path, family):
     labels[1, 2:] = -100
     mask = torch.ones_like(inputs["input_ids"])
     mask[0, 4:] = 0
-    logits, kept, _ = module.rows("a", {**inputs, "attention_mask": mask, "labels": labels})
+    logits, kept, _ = rows_of(
+        module.merged, "a", {**inputs, "attention_mask": mask, "labels": labels}
+    )
     assert len(logits) == len(kept) == (labels != -100).sum()

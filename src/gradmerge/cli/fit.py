@@ -23,8 +23,7 @@ from gradmerge.cli.commands import require_checkpoint
 from gradmerge.cli.configs import later
 from gradmerge.cli.defaults import with_coefficients, with_csv
 from gradmerge.cli.score import NAME, require_scored, scored_recipe
-from gradmerge.drivers import AbstractDriver, Job, Output
-from gradmerge.drivers.base import require_no_checkpoint
+from gradmerge.drivers import AbstractDriver, Job
 from gradmerge.engine.recipe import Recipe
 from gradmerge.errors import ConfigError
 from gradmerge.optimisers import SAM
@@ -155,7 +154,11 @@ class MergeCLI(LightningCLI):
                 f"driver: `gradmerge {self.subcommand}` scores one merge, but a driver makes "
                 "several. Score the folder that the driver wrote: add --model FOLDER."
             )
-        require_no_checkpoint(ckpt_path)
+        if ckpt_path is not None:
+            raise ConfigError(
+                "ckpt_path: a driver resumes by itself when the same command runs again, got "
+                f"{ckpt_path}. Leave the option out."
+            )
         if self._get(self.config, "search"):
             raise ConfigError(
                 "search and driver: expected one of them, got both. A search chooses the initial "
@@ -193,14 +196,13 @@ class MergeCLI(LightningCLI):
         options = dict(self._get(self.config_init, "model").keywords)
         recipe = self.driver.recipe(**options.pop("recipe").keywords)
         exports = [c for c in _listed(given.get("callbacks")) if isinstance(c, ExportAtEnd)]
-        outputs = [Output(e.output, e.dtype, e.overwrite, e.head, e.log_artifact) for e in exports]
         return Job(
             recipe,
             self.datamodule,
             Path(given.get("default_root_dir") or "outputs"),
             self._step_trainer,
             options,
-            output=outputs[-1] if outputs else None,
+            output=exports[-1] if exports else None,
             optimise=self._optimise,
             config=self._plain_config(),
         )

@@ -1,6 +1,6 @@
 """Drivers: ways to learn a merge that are not one fit of all sources."""
 
-from gradmerge.drivers.base import AbstractDriver, Job, Output
+from gradmerge.drivers.base import AbstractDriver, Job
 from gradmerge.drivers.continual import Continual
 from gradmerge.drivers.fold import AbstractFold, FoldedRecipe
 from gradmerge.drivers.layerwise.driver import LayerWise
@@ -18,7 +18,6 @@ __all__ = [
     "FoldedRecipe",
     "Job",
     "LayerWise",
-    "Output",
     "Pairwise",
     "Tree",
 ]

@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,32 +28,18 @@ from gradmerge.drivers.state import (
 )
 from gradmerge.drivers.wandb import finish_wandb_run, name_wandb_runs
 from gradmerge.engine.recipe import Recipe
-from gradmerge.errors import ConfigError
-from gradmerge.export.atomic import refuse_existing
-from gradmerge.export.folder import require_options
 from gradmerge.objectives import AbstractTerm, Objective
 from gradmerge.sources import as_source
 from gradmerge.sources.base import fingerprints_of
 from gradmerge.spec import from_plain, to_plain
-from gradmerge.training.callbacks import OVERWRITE
+from gradmerge.training.callbacks import ExportAtEnd
 from gradmerge.training.data import MergeDataModule
 from gradmerge.training.module import MergeModule
-from gradmerge.training.run import describe_data
+from gradmerge.training.run import describe_data, global_seed
 
 MakeTrainer = Callable[[Path, Sequence[lightning.Callback], Mapping[str, Any]], lightning.Trainer]
 """Makes a fresh trainer from its default_root_dir, more callbacks (they come after the configured
 ones) and arguments that replace configured ones."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """The model folder that a job writes: the options of `ExportAtEnd`."""
-
-    path: str
-    dtype: str | None = None
-    overwrite: bool = False
-    head: str | None = None
-    log_artifact: bool = False
 
 
 @dataclass
@@ -73,10 +59,10 @@ class Job:
     """Makes the trainer of a step (use `trainer`)."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The other arguments of `MergeModule`: objective, memory, dtype, learning_rate and so on."""
-    output: Output | None = None
-    """The model folder to write; default: `<root>/merged`."""
+    output: ExportAtEnd | None = None
+    """The model folder to write. Default: `<root>/merged`."""
     optimise: Callable[[lightning.LightningModule], None] | None = None
-    """Gives a module the configured optimiser and schedule; default: it keeps its own."""
+    """Gives a module the configured optimiser and schedule. Default: it keeps its own."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The rest of the configuration as plain data, as far as results depend on it."""
     say: Callable[[str], None] = rank_zero_info
@@ -90,9 +76,9 @@ class Job:
         return self.root / "driver"
 
     @property
-    def target(self) -> Output:
+    def target(self) -> ExportAtEnd:
         """The output, or its default."""
-        return self.output or Output(str(self.root / "merged"))
+        return self.output or ExportAtEnd(str(self.root / "merged"))
 
     @cached_property
     def sources(self) -> dict[str, dict[str, str]]:
@@ -120,13 +106,11 @@ class Job:
     @property
     def exported(self) -> Path | None:
         """The output folder if this job has written it already."""
-        path = Path(self.target.path).expanduser()
-        return path if self._has_written(path, self._job) else None
+        return self.target.folder if self._has_written(self._job) else None
 
-    @staticmethod
-    def _has_written(path: Path, job: str) -> bool:
+    def _has_written(self, job: str) -> bool:
         try:
-            text = (path / "provenance.json").read_text(encoding="utf-8")
+            text = (self.target.folder / "provenance.json").read_text(encoding="utf-8")
             return bool(json.loads(text)["driver"]["job"] == job)
         except (OSError, ValueError, LookupError, TypeError):
             return False  # not the output of a job
@@ -135,58 +119,48 @@ class Job:
         return read_json(self.folder / JOB, job=str, seed=(int, type(None)), content=dict)
 
     def require_free(self, driver: AbstractDriver) -> dict[str, Any] | None:
-        """Reject what can be rejected without reading weights or data.
-
-        Args:
-            driver: the driver.
-
-        Returns:
-            The job on record, if there is one and the driver does not restart.
+        """Return the job to resume, if any, without reading weights or data.
 
         Raises:
-            ConfigError: the output has impossible options, or exists and is not of this job; or
-                the record is damaged.
+            ConfigError: the output has invalid options, or exists and is not of this job; or the
+                record is damaged.
         """
-        require_options(self.target.dtype, self.target.head, self.data.tasks)
+        self.target.require_tasks(self.data.tasks)
         kept = None if driver.restart else self._kept()
-        path = Path(self.target.path).expanduser()
-        if kept is None or not self._has_written(path, kept["job"]):
-            refuse_existing(path, self.target.overwrite, OVERWRITE)
+        if kept is None or not self._has_written(kept["job"]):
+            self.target.require_free()
         return kept
 
-    def begin(self, driver: AbstractDriver, **more: Any) -> str:
+    def begin(self, driver: AbstractDriver, **more: Any) -> None:
         """Start or resume the job; the first thing that a driver does.
 
         Args:
             driver: the driver.
             **more: further plain data that the job depends on.
 
-        Returns:
-            The identifier of the job, which stays the same when it resumes; `export` writes it into
-            the provenance.
-
         Raises:
             ConfigError: the folder holds another job (the differences are listed) or a damaged
                 record, or the output exists and is not of this job.
         """
         kept = self.require_free(driver)
-        content = {**self._content(driver), **more}
+        content = plain({**self._content(driver), **more})
         path = self.folder / JOB
+        # one process writes shared files; the others have their ranks set
+        is_first = all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK"))
         if driver.restart:
-            aside = set_aside(self.folder) if is_first_process() else None
+            aside = set_aside(self.folder) if is_first else None
             if aside is not None:
                 self.say(f"the earlier job's folder is now {aside}")
             kept = self._kept()  # another process may have moved the folder, and begun
         if kept is not None and has_states(self.folder):
             require_same_job(path, kept["content"], content, self.say)
-        elif kept is None or kept["content"] != plain(content):
+        elif kept is None or kept["content"] != content:
             # a job that was stopped before its first state has nothing to lose
             number = uuid.uuid4().hex if kept is None else kept["job"]
-            kept = {"job": number, "seed": _global_seed(), "content": plain(content)}
-            if is_first_process():
+            kept = {"job": number, "seed": global_seed(), "content": content}
+            if is_first:
                 write_json(path, kept)
         self._job, self._seed = str(kept["job"]), kept["seed"]
-        return self._job
 
     def _content(self, driver: AbstractDriver) -> dict[str, Any]:
         """Return everything that the result depends on, as plain data."""
@@ -203,24 +177,13 @@ class Job:
         }
 
     def step(self, name: str, content: Mapping[str, Any]) -> StepRecord:
-        """Return the record of a step.
-
-        Args:
-            name: of its folder below `driver/steps`.
-            content: definition of the step as plain data: its recipe, and what it reads.
-        """
+        """Return the record of a step, given its definition as plain data."""
         return StepRecord(self.folder / "steps" / name, plain(content))
 
     def trainer(
         self, folder: Path, callbacks: Sequence[lightning.Callback] = (), **overrides: Any
     ) -> lightning.Trainer:
-        """Return a fresh trainer as configured, without its ExportAtEnd.
-
-        Args:
-            folder: its default_root_dir; loggers and checkpoints write below it.
-            callbacks: more callbacks, after the configured ones.
-            **overrides: arguments of the trainer that replace configured ones.
-        """
+        """Return a fresh trainer as configured, without its ExportAtEnd (see `MakeTrainer`)."""
         has_loggers = "logger" not in overrides  # else it logs to those of an earlier trainer
         if has_loggers:
             finish_wandb_run()
@@ -233,12 +196,7 @@ class Job:
         return trainer
 
     def module(self, recipe: Recipe, **changes: Any) -> MergeModule:
-        """Return a module of a step's recipe with the job's options, optimiser and schedule.
-
-        Args:
-            recipe: of the step.
-            **changes: options that differ from the job's.
-        """
+        """Return a module with the job's options, optimiser and schedule, but for `changes`."""
         module = MergeModule(recipe, **{**self.options, **changes})
         self.configure(module)
         return module
@@ -253,27 +211,24 @@ class Job:
         if self._seed is not None:
             lightning.seed_everything(self._seed, workers=True, verbose=False)
 
-    def export(self, write: Callable[..., Path], said: Mapping[str, Any], **known: Any) -> Path:
-        """Write the job's output.
+    def export(
+        self,
+        export: Callable[..., Path],
+        said: Mapping[str, Any],
+        loggers: Iterable[Any],
+        **options: Any,
+    ) -> Path:
+        """Write the job's output, and return its folder.
 
         Args:
-            write: `export_merged` or `export_plan` with its first arguments bound
-                (`partial(export_plan, plan, raw)`).
-            said: the driver's entry in the provenance, as plain data; the job's identifier is
-                added.
-            **known: more arguments of `write` (results, tasks, buffers, extra), or others than the
-                output's (dtype).
-
-        Returns:
-            The folder.
+            export: `export_merged` or `export_state` with its first argument bound.
+            said: the driver's entry in the provenance; the job's identifier is added.
+            loggers: loggers to log the folder to, if the output asks for that.
+            **options: more arguments of `export`, or others than the output's.
         """
-        target = self.target
-        options = {"dtype": target.dtype, "head": target.head, **known}
-        overwrite = target.overwrite or self.exported is not None
-        more = {**options.pop("extra", {}), "driver": {"job": self._job, **said}}
-        folder = write(target.path, overwrite=overwrite, extra=more, **options)
-        self.say(f"merged model written to {folder}")
-        return folder
+        extra = {**options.pop("extra", {}), "driver": {"job": self._job, **said}}
+        overwrite = self.target.overwrite or self.exported is not None
+        return self.target.write(export, loggers, overwrite=overwrite, extra=extra, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,31 +244,4 @@ class AbstractDriver(ABC):
 
     @abstractmethod
     def run(self, job: Job) -> Path:
-        """Learn the merge and write it; a job that was killed resumes where it stopped.
-
-        Returns:
-            The model folder.
-        """
-
-
-def is_first_process() -> bool:
-    """Return whether this process writes shared files; others have their ranks set."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
-
-
-def _global_seed() -> int | None:
-    seed = os.environ.get("PL_GLOBAL_SEED")  # where `seed_everything` leaves it
-    return int(seed) if seed and seed.isdigit() else None
-
-
-def require_no_checkpoint(ckpt_path: str | None) -> None:
-    """Reject a checkpoint to resume from: a driver finds its own.
-
-    Raises:
-        ConfigError: one is given.
-    """
-    if ckpt_path is not None:
-        raise ConfigError(
-            f"ckpt_path: a driver resumes by itself when the same command runs again, got "
-            f"{ckpt_path}. Leave the option out."
-        )
+        """Learn the merge and return its folder; a killed job resumes where it stopped."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from gradmerge.drivers.base import Job
-from gradmerge.drivers.fold import AbstractFold, Join, Node, Order, in_order
-from gradmerge.drivers.pairwise import chain_joins
+from gradmerge.drivers.fold import AbstractFold, Node
 from gradmerge.engine.recipe import Recipe
-from gradmerge.errors import ConfigError, shorten
+from gradmerge.errors import ConfigError, require, shorten
 from gradmerge.preprocess import Orthogonalise
 from gradmerge.sources import AbstractSource, HuggingFace
 from gradmerge.training.module import MergeModule
@@ -46,8 +45,6 @@ class Continual(AbstractFold):
     """Project each new direction off the merged one; needs a base."""
     alpha: float = 0.5
     """For the projection: share of singular values to protect, see `Orthogonalise`."""
-    order: Order = "given"
-    """Names of the new sources in the order that they join; default: as in the recipe."""
 
     @property
     def _folder(self) -> Path:
@@ -59,7 +56,7 @@ class Continual(AbstractFold):
             raise ConfigError(f"earlier: {self.earlier}: expected a model folder, got no folder.")
         try:
             found = json.loads((self._folder / "provenance.json").read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        except (OSError, ValueError):
             found = None
         return found if isinstance(found, dict) else {}
 
@@ -85,15 +82,17 @@ class Continual(AbstractFold):
         return count
 
     @override
-    def joins(self, names: Sequence[str]) -> list[Join]:
-        first, *new = names
-        return chain_joins([first, *in_order(self.order, new)])
+    def fold(self, models: list[Node], merge: Callable[[Node, Node], Node]) -> None:
+        reduce(merge, models)
 
     @override
-    def nodes(self, job: Job) -> dict[str, Node]:
+    def nodes(self, job: Job) -> list[Node]:
+        new, origin = job.recipe.sources, job.recipe.resolved_origin
         if self.projection:
-            _require_projectable(job.recipe)
-        new = super().nodes(job)
+            expected = "origin base, whose task vectors it projects (or leave it out)"
+            require(origin == "base", "projection", expected, origin)
+            steps = ", ".join(type(step).__name__ for step in job.recipe.preprocess)
+            require(not steps, "projection", "directions without preprocess", steps)
         both = [name for name in self._members if name in new]
         if both:
             raise ConfigError(
@@ -105,10 +104,10 @@ class Continual(AbstractFold):
         while name in new or name in self._members:
             name = f"{name}_"
         members = self._members or (name,)
-        return {name: Node(name, HuggingFace(self.earlier), members, self._count), **new}
+        earlier = Node(name, HuggingFace(self.earlier), members, self._count)
+        return [earlier, *super().nodes(job)]
 
     def _warn_of_forgetting(self, job: Job) -> None:
-        """Warn if no task belongs to the earlier merge."""
         earlier = {*self._members, *self._provenance.get("tasks", {})}
         used = {task.source or name for name, task in job.data.tasks.items()}
         if earlier and not earlier & used:
@@ -150,15 +149,15 @@ class Continual(AbstractFold):
         return [1.0, 1.0] if self.projection else super().shares(left, right)
 
     @override
-    def prepared(self, recipe: Recipe, nodes: Sequence[Node], before: Mapping[str, Any]) -> Recipe:
+    def prepared(self, recipe: Recipe, pair: Sequence[Node], before: Mapping[str, Any]) -> Recipe:
         if not self.projection:
             return recipe
-        step = Orthogonalise(self.alpha, "model", self._scale(before), nodes[0].weight)
+        step = Orthogonalise(self.alpha, "model", self._scale(before), pair[0].weight)
         return replace(recipe, preprocess=[step])
 
     @override
     def found(self, module: MergeModule, before: Mapping[str, Any]) -> dict[str, Any]:
-        """`lambda_t`, from the length of the first direction before and after the projection."""
+        """Return `lambda_t`: the first direction's length before and after the projection."""
         if not self.projection:
             return {}
         plan = module.merged.plan
@@ -177,21 +176,3 @@ class Continual(AbstractFold):
         steps = self._driver.get("steps") or [{}]
         known = before.get("lambda", steps[-1].get("lambda"))
         return math.sqrt(self._count) if known is None else float(known)
-
-
-def _require_projectable(recipe: Recipe) -> None:
-    """Reject a projection of directions that are not plain task vectors.
-
-    Raises:
-        ConfigError: there is no base, or the directions are processed already.
-    """
-    if recipe.resolved_origin != "base":
-        raise ConfigError(
-            "projection: expected origin base, because task vectors are projected, got "
-            f"{recipe.resolved_origin}. Give the base, or leave projection out."
-        )
-    if recipe.preprocess:
-        steps = ", ".join(type(step).__name__ for step in recipe.preprocess)
-        raise ConfigError(
-            f"projection: expected directions without preprocess, got {steps}. Leave one out."
-        )

@@ -9,9 +9,9 @@ from __future__ import annotations
 import gc
 import shutil
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,22 +22,18 @@ from typing_extensions import override
 
 from gradmerge.coefficients import Constant
 from gradmerge.drivers.base import AbstractDriver, Job
-from gradmerge.drivers.steps import learn_step
+from gradmerge.drivers.state import STATE, StepRecord
+from gradmerge.drivers.steps import Finish, KeepLast
 from gradmerge.engine.recipe import Recipe
-from gradmerge.errors import ConfigError, nearest, shorten
-from gradmerge.export.folder import export_state
+from gradmerge.errors import ConfigError, nearest, require, shorten
+from gradmerge.export.folder import DTYPES, export_state
 from gradmerge.export.provenance import mean_coefficients
 from gradmerge.objectives import Objective
 from gradmerge.sources import AbstractSource
 from gradmerge.sources.resolve import as_source
 from gradmerge.spec import to_plain
-from gradmerge.training.callbacks import log_artifact
+from gradmerge.training.data import MergeDataModule
 from gradmerge.training.module import MergeModule
-
-Join = tuple[str | int, str | int]
-"""Two models to merge: names of sources, or numbers of earlier joins."""
-Order = list[str] | Literal["given"]
-"""Names of all sources in the order that they join, or the recipe's order."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class FoldedRecipe(Recipe):
         self.operator.require(2, self.resolved_origin)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Node:
     """A model of a fold: a source, or the merge that a step makes."""
 
@@ -59,8 +55,6 @@ class Node:
     """Names of the sources in it."""
     weight: int
     """Number of sources in it (an earlier merge may not know their names)."""
-    pair: tuple[Node, ...] = ()
-    """The two models that a step merges into it; empty for a source."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +73,8 @@ class AbstractFold(AbstractDriver):
     """Keep the model folders of the steps (float32); false removes each once it is merged on."""
     every_n_steps: int = 50
     """Optimiser steps between two saved states of the running step."""
+    order: list[str] | Literal["given"] = "given"
+    """Names of all sources of the recipe in the order that they join. Default: as listed."""
 
     def __post_init__(self) -> None:
         """Check the number of steps."""
@@ -88,16 +84,13 @@ class AbstractFold(AbstractDriver):
     # ---- what a driver may change
 
     @abstractmethod
-    def joins(self, names: Sequence[str]) -> list[Join]:
-        """Return the steps in order.
+    def fold(self, models: list[Node], merge: Callable[[Node, Node], Node]) -> None:
+        """Merge all models, two at a time; each call of `merge` is a step."""
 
-        Args:
-            names: of the models to merge.
-        """
-
-    def nodes(self, job: Job) -> dict[str, Node]:
-        """Return the models to merge by name; by default the sources."""
-        return {name: Node(name, spec, (name,), 1) for name, spec in job.recipe.sources.items()}
+    def nodes(self, job: Job) -> list[Node]:
+        """Return the models to merge; by default the sources, in order."""
+        sources = job.recipe.sources
+        return [Node(name, sources[name], (name,), 1) for name in _ordered(self.order, sources)]
 
     def serving(self, job: Job) -> dict[str, str | AbstractSource]:
         """Return the models that serve as heads and teachers of tasks; by default the sources."""
@@ -115,14 +108,8 @@ class AbstractFold(AbstractDriver):
         """Return the starting coefficients of a step that merges so many sources."""
         return [left / (left + right), right / (left + right)]
 
-    def prepared(self, recipe: Recipe, nodes: Sequence[Node], before: Mapping[str, Any]) -> Recipe:
-        """Return the recipe of a step with the driver's own changes.
-
-        Args:
-            recipe: with the step's sources and start.
-            nodes: the two models.
-            before: result of the step before.
-        """
+    def prepared(self, recipe: Recipe, pair: Sequence[Node], before: Mapping[str, Any]) -> Recipe:
+        """Return a step's recipe with the driver's own changes, given the result `before` it."""
         return recipe
 
     def found(self, module: MergeModule, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,116 +124,133 @@ class AbstractFold(AbstractDriver):
 
     @override
     def run(self, job: Job) -> Path:
+        kind = type(self).__name__
         _require_foldable(job.recipe)
-        nodes = self.nodes(job)
-        steps = self._planned(job, nodes)
-        if not steps:
-            raise ConfigError(
-                f"{type(self).__name__}: expected at least two models to merge, got "
-                f"{', '.join(nodes)}. A fit without a driver learns the coefficients of one source."
-            )
-        self._require_steps(job, steps)
+        steps = self._steps(job)
+        _require_terms(kind, job.objective, job.data, len(steps))
+        for number, step in enumerate(steps, 1):
+            step.require(number)
         job.begin(self, **self.reads(job))
         if job.exported is not None:
             job.say(f"this job is finished: {job.exported}")
             return job.exported
         history: list[dict[str, Any]] = []
-        for number, node in enumerate(steps, 1):
-            is_last = number == len(steps)
-            step = _Step(self, job, node, history, is_last)
+        for number, step in enumerate(steps, 1):
+            step.history = list(history)
             job.say(
-                f"{type(self).__name__}, step {number} of {len(steps)}: {step.title}"
+                f"{kind}, step {number} of {len(steps)}: {step.title}"
                 f"{', already finished' if step.is_finished else ''}"
             )
             history.append(step.result())
-            if not is_last:
+            if not step.is_last:
                 gc.collect()  # module and trainer refer to each other: free this model first
             if not self.keep_steps:
-                for merged in step.pair:
-                    _remove(merged)
-        return Path(job.target.path).expanduser()
+                _remove(step.pair)
+        return job.target.folder
 
-    def tasks_of(self, job: Job, members: Sequence[str]) -> list[str]:
-        """Return the tasks of a step with these sources in it.
+    def _steps(self, job: Job) -> list[_Step]:
+        models = self.nodes(job)
+        expected = "at least two models to merge (a fit without a driver takes one source, too)"
+        require(len(models) > 1, type(self).__name__, expected, models[0].name)
+        prefix = "step"
+        while any(model.name.startswith(prefix) for model in models):
+            prefix = f"{prefix}_"
+        steps: list[_Step] = []
 
-        Raises:
-            ConfigError: there are none.
-        """
-        serving = self.serving(job)
-        chosen = []
-        for name, task in job.data.tasks.items():
+        def merge(left: Node, right: Node) -> Node:
+            steps.append(_Step(self, job, f"{prefix}-{len(steps) + 1}", (left, right)))
+            return steps[-1]
+
+        self.fold(models, merge)
+        steps[-1].is_last = True
+        return steps
+
+
+class _Step(Node):
+    """One step of a fold, and the merge that it makes of two models."""
+
+    is_last = False
+    history: Sequence[Mapping[str, Any]] = ()
+    """Results of the steps before."""
+
+    def __init__(self, fold: AbstractFold, job: Job, name: str, pair: tuple[Node, Node]) -> None:
+        left, right = pair
+        folder = str(job.folder / "steps" / name / "merged")
+        members, weight = (*left.members, *right.members), left.weight + right.weight
+        super().__init__(name, folder, members, weight)
+        self.fold, self.job, self.pair = fold, job, pair
+        self.shares = fold.shares(left.weight, right.weight)
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Names of the step's tasks."""
+        serving, chosen = self.fold.serving(self.job), []
+        for name, task in self.job.data.tasks.items():
             source = task.source or name
-            if self.tasks == "all" or source in members or source not in serving:
+            if self.fold.tasks == "all" or source in self.members or source not in serving:
                 chosen.append(name)
         if not chosen:
             raise ConfigError(
-                f"no task belongs to {', '.join(members)}, which one step merges (tasks: "
-                f"{', '.join(job.data.tasks)}). Set `source` of the tasks, or use all of them in "
-                "each step: --driver.tasks all."
+                f"no task belongs to {', '.join(self.members)}, which one step merges (tasks: "
+                f"{', '.join(self.job.data.tasks)}). Set `source` of the tasks, or use all of them "
+                "in each step: --driver.tasks all."
             )
         return chosen
 
-    def objective_of(self, job: Job, tasks: Sequence[str]) -> Objective:
-        """Return the objective of a step on these tasks."""
-        weights = {t: w for t, w in job.objective.task_weights.items() if t in tasks}
-        return replace(job.objective, task_weights=weights)
+    @cached_property
+    def objective(self) -> Objective:
+        """The objective on the tasks of the step."""
+        whole = self.job.objective
+        weights = {t: w for t, w in whole.task_weights.items() if t in self.tasks}
+        return replace(whole, task_weights=weights)
 
-    def _planned(self, job: Job, nodes: Mapping[str, Node]) -> list[Node]:
-        """Return the merges that the steps make."""
-        prefix = "step"
-        while any(name.startswith(prefix) for name in nodes):
-            prefix = f"{prefix}_"
-        made: list[Node] = []
-        for join in self.joins(list(nodes)):
-            left, right = (made[n] if isinstance(n, int) else nodes[n] for n in join)
-            name = f"{prefix}-{len(made) + 1}"
-            folder = str(job.folder / "steps" / name / "merged")
-            members, weight = (*left.members, *right.members), left.weight + right.weight
-            made.append(Node(name, folder, members, weight, (left, right)))
-        return made
-
-    def _require_steps(self, job: Job, steps: Sequence[Node]) -> None:
-        """Reject an objective, tasks or a start that some step cannot have, before the first.
+    def require(self, number: int) -> None:
+        """Reject tasks or a start that this step cannot have.
 
         Raises:
-            ConfigError: see the message.
+            ConfigError: no task of the step has a weight, or the link cannot be pulled back from
+                the step's starting coefficients.
         """
-        objective, kind = job.objective, type(self).__name__
-        objective.require_tasks(job.data.tasks)
-        terms = [type(term).__name__ for term in objective.terms if term.needs_ensemble]
-        if terms and len(steps) > 1:
+        self.objective.require_tasks(self.tasks)
+        if self.fold.start == "recipe":
+            return
+        link, shares = self.job.recipe.coefficients, self.shares
+        try:
+            link.pull_back(torch.tensor(shares, dtype=torch.float64)[:, None])
+        except ConfigError as error:
             raise ConfigError(
-                f"{kind}: {', '.join(terms)} averages the predictions of a step's sources, and in "
-                f"all but the first of {len(steps)} steps one of them is a merge already: sources "
-                "would not count alike. Use KLToSource, whose teachers are the sources themselves, "
-                "or learn without a driver (all sources at once)."
-            )
-        for number, step in enumerate(steps, 1):
-            tasks = self.tasks_of(job, step.members)
-            self.objective_of(job, tasks).require_tasks(tasks)
-            if self.start == "average":
-                shares = self.shares(*(node.weight for node in step.pair))
-                _require_start(kind, job.recipe, number, shares)
+                f"{type(self.fold).__name__}: start: average begins step {number} at "
+                f"{shares[0]:.4g} and {shares[1]:.4g} whatever model.recipe.init says, and "
+                f"{type(link).__name__} cannot begin there ({error}) Start each step at the "
+                "recipe's init: --driver.start recipe; or use another link."
+            ) from error
 
+    @property
+    def before(self) -> Mapping[str, Any]:
+        """Result of the step before."""
+        return self.history[-1] if self.history else {}
 
-class _Step:
-    """One step of a fold: its recipe, its tasks and its result."""
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe of the step."""
+        whole = self.job.recipe
+        sources = {node.name: node.spec for node in self.pair}
+        used = {self.job.data.tasks[name].source or name for name in self.tasks}
+        used |= set(self.members) if whole.private else set()
+        serving = self.fold.serving(self.job).items()
+        heads = {name: spec for name, spec in serving if name in used and name not in sources}
+        given = {field.name: getattr(whole, field.name) for field in fields(Recipe)}
+        given |= {"sources": sources, "heads": {**whole.heads, **heads}}
+        if not self.is_last:
+            given["finalisers"] = []  # they apply once, in the end
+        if self.fold.start == "average":
+            given["init"] = Constant(self.shares)
+        return self.fold.prepared(Recipe(**given), self.pair, self.before)
 
-    def __init__(
-        self,
-        fold: AbstractFold,
-        job: Job,
-        node: Node,
-        history: Sequence[Mapping[str, Any]],
-        is_last: bool,
-    ) -> None:
-        self.fold, self.job, self.node, self.pair = fold, job, node, node.pair
-        self.history, self.is_last = history, is_last
-        self.before = history[-1] if history else {}
-        self.data = job.data.restricted(fold.tasks_of(job, node.members))
-        self.recipe = self._recipe()
-        content = {"recipe": to_plain(self.recipe), "tasks": list(self.data.tasks)}
-        self.record = job.step(node.name, content)
+    @cached_property
+    def record(self) -> StepRecord:
+        """The record of the step."""
+        return self.job.step(self.name, {"recipe": to_plain(self.recipe), "tasks": self.tasks})
 
     @property
     def is_finished(self) -> bool:
@@ -258,90 +262,72 @@ class _Step:
     def title(self) -> str:
         """The two models and the tasks."""
         first, second = ("+".join(node.members) for node in self.pair)
-        return f"{first} with {second}, on {', '.join(self.data.tasks)}"
-
-    def _recipe(self) -> Recipe:
-        whole = self.job.recipe
-        sources = {node.name: node.spec for node in self.pair}
-        used = {task.source or name for name, task in self.data.tasks.items()}
-        used |= set(self.node.members) if whole.private else set()
-        serving = self.fold.serving(self.job).items()
-        heads = {name: spec for name, spec in serving if name in used and name not in sources}
-        given = {field.name: getattr(whole, field.name) for field in fields(Recipe)}
-        given |= {"sources": sources, "heads": {**whole.heads, **heads}}
-        if not self.is_last:
-            given["finalisers"] = []  # they apply once, in the end
-        if self.fold.start == "average":
-            given["init"] = Constant(self.fold.shares(*(node.weight for node in self.pair)))
-        return self.fold.prepared(Recipe(**given), self.pair, self.before)
+        return f"{first} with {second}, on {', '.join(self.tasks)}"
 
     def result(self) -> dict[str, Any]:
         """Return the result of the step; learn it unless it is finished."""
-        found = self.record.result
-        if found is not None and self.is_finished:
-            return found
-        self._require_nodes()
-        options = dict(self.job.options)
-        options["objective"] = self.fold.objective_of(self.job, list(self.data.tasks))
-        options["module"] = options.get("module") or _architecture(self.job.recipe)
-        self.job.seed()
-        module = self.job.module(self.recipe, **options)
-        learn_step(self.job, module, self.data, self.record, self._write, self.fold.every_n_steps)
+        if not self.is_finished:
+            self._learn()
         found = self.record.result
         assert found is not None
         return found
 
-    def _require_nodes(self) -> None:
-        """Reject a model of an earlier step that does not exist any more.
-
-        Raises:
-            ConfigError: its folder.
-        """
+    def _learn(self) -> None:
         for node in self.pair:
-            if node.pair and not Path(str(node.spec)).is_dir():
+            if isinstance(node, _Step) and not Path(str(node.spec)).is_dir():
                 raise ConfigError(
-                    f"{node.spec}: step {self.node.name} merges this model of an earlier step, "
-                    "which is gone (keep_steps: false removes a model once it is merged on). "
-                    "Restore it or the job's output, or start again: --driver.restart true (the "
-                    "folder is moved aside, nothing is deleted)."
+                    f"{node.spec}: step {self.name} merges this model of an earlier step, which is "
+                    "gone (keep_steps: false removes a model once it is merged on). Restore it or "
+                    "the job's output, or start again: --driver.restart true (the folder is moved "
+                    "aside, nothing is deleted)."
                 )
+        network = self.job.options.get("module") or _architecture(self.job.recipe)
+        self.job.seed()
+        module = self.job.module(self.recipe, objective=self.objective, module=network)
+        state = self.record.folder / STATE
+        callbacks = [Finish(self._write), KeepLast(state, self.fold.every_n_steps)]
+        trainer = self.job.trainer(self.record.folder, callbacks)
+        last = state if state.is_file() else None
+        if last is not None:
+            self.job.say(f"resuming from {last}")
+        trainer.fit(module, datamodule=self.job.data.restricted(self.tasks), ckpt_path=last)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
 
     def _write(self, module: MergeModule, fit: dict[str, Any]) -> None:
         """Write the step's model folder (for the last step, the job's output) and its record."""
-        plan = module.merged.plan
+        state = module.merged.state
         result = {
-            "step": self.node.name,
+            "step": self.name,
             "merged": [list(node.members) for node in self.pair],
-            "tasks": list(self.data.tasks),
-            "coefficients": mean_coefficients(module.merged.state),
-            "fingerprints": plan.fingerprints,
+            "tasks": self.tasks,
+            "coefficients": mean_coefficients(state),
+            "fingerprints": state.plan.fingerprints,
             **fit,
             "results": module.results,
             **self.fold.found(module, self.before),
         }
-        tasks = {**module.merged.tasks, **self._tasks_without_data(module)}
-        write = partial(export_state, module.merged.state)
-        known: dict[str, Any] = {
-            "buffers": module.merged.statistics.values(),
-            "tasks": tasks,
-            "results": module.results,
-        }
+        export = partial(
+            export_state,
+            state,
+            buffers=module.merged.statistics.values(),
+            tasks={**module.merged.tasks, **self._tasks_without_data(module)},
+            results=module.results,
+        )
         stored = _stored_dtype(self.job.recipe)
         if self.is_last:
             said = {
                 "class_path": type(self.fold).__name__,
-                "members": self.node.members,
+                "members": self.members,
                 "sources": self.fold.origins(self.job),
                 "steps": [*self.history, result],
             }
             dtype = self.job.target.dtype or stored
-            folder = self.job.export(write, said, dtype=dtype, extra=fit, **known)
-            if self.job.target.log_artifact:
-                log_artifact(module.trainer.loggers, folder)
+            self.job.export(export, said, module.trainer.loggers, dtype=dtype, extra=fit)
         else:
             # at least float32: rounding to the sources' dtype in each step would add up
             dtype = "float64" if stored == "float64" else "float32"
-            write(str(self.node.spec), dtype=dtype, overwrite=True, extra=fit, **known)
+            export(str(self.spec), dtype=dtype, overwrite=True, extra=fit)
         self.record.finish(result)
 
     def _tasks_without_data(self, module: MergeModule) -> dict[str, str]:
@@ -350,7 +336,7 @@ class _Step:
         if not plan.private:
             return {}
         used = set(module.merged.tasks.values())
-        return {m: m for m in self.node.members if m in plan.serving and m not in used}
+        return {m: m for m in self.members if m in plan.serving and m not in used}
 
 
 def _architecture(recipe: Recipe) -> nn.Module | None:
@@ -367,45 +353,35 @@ def _stored_dtype(recipe: Recipe) -> str | None:
     base = None if recipe.base is None else as_source(recipe.base)
     infos = as_source(next(iter(recipe.sources.values())), base).open().infos.values()
     kinds = {info.dtype for info in infos if info.dtype.is_floating_point}
-    known = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    kind = next(iter(kinds)) if len(kinds) == 1 else None
-    return str(kind).removeprefix("torch.") if kind in known else None
+    return next((name for name, kind in DTYPES.items() if kinds == {kind}), None)
 
 
 @rank_zero_only
-def _remove(node: Node) -> None:
-    """Remove the model folder of a step, if the model is that of a step and still exists."""
-    if node.pair and Path(str(node.spec)).is_dir():
-        shutil.rmtree(str(node.spec))
+def _remove(nodes: Sequence[Node]) -> None:
+    """Remove the model folders of steps, as far as they exist."""
+    for node in nodes:
+        if isinstance(node, _Step) and Path(str(node.spec)).is_dir():
+            shutil.rmtree(str(node.spec))
 
 
-def in_order(order: Order, names: Sequence[str]) -> list[str]:
-    """Return the names in a given order.
-
-    Raises:
-        ConfigError: it does not name each exactly once.
-    """
+def _ordered(order: list[str] | Literal["given"], sources: Iterable[str]) -> list[str]:
+    """Return the names of the sources in a given order, which must name each exactly once."""
+    names = list(sources)
     if order == "given":
-        return list(names)
+        return names
     unknown = [name for name in order if name not in names]
     if unknown:
         raise ConfigError(
             f"order: unknown source {unknown[0]!r} (choose from {', '.join(names)})."
             f"{nearest(unknown[0], names)}"
         )
-    if sorted(order) != sorted(names):
-        raise ConfigError(
-            f"order: expected each of {', '.join(names)} once, got {', '.join(order)}."
-        )
-    return list(order)
+    complete = sorted(order) == sorted(names)
+    require(complete, "order", f"each of {', '.join(names)} once", ", ".join(order))
+    return order
 
 
 def _require_foldable(recipe: Recipe) -> None:
-    """Reject parts of a recipe that need all sources at once.
-
-    Raises:
-        ConfigError: the part, and what to do.
-    """
+    """Reject parts of a recipe that need all sources at once."""
     needy: list[Any] = [*recipe.preprocess, recipe.alignment]
     needy = [type(part).__name__ for part in needy if getattr(part, "needs", None) is not None]
     if needy:
@@ -422,11 +398,12 @@ def _require_foldable(recipe: Recipe) -> None:
     alignment = recipe.alignment
     if alignment is None or alignment.is_identity:
         return
-    kind, reference = type(alignment).__name__, getattr(alignment, "reference", None)
+    reference = getattr(alignment, "reference", None)
     if reference is not None:
         raise ConfigError(
-            f"{kind}: reference: merging two at a time aligns each source to the merge so far, got "
-            f"{reference}. Leave it out, and put that source first in the driver's order."
+            f"{type(alignment).__name__}: reference: merging two at a time aligns each source to "
+            f"the merge so far, got {reference}. Leave it out, and put that source first in the "
+            "driver's order."
         )
     if recipe.private:
         raise ConfigError(
@@ -436,18 +413,14 @@ def _require_foldable(recipe: Recipe) -> None:
         )
 
 
-def _require_start(driver: str, recipe: Recipe, number: int, shares: Sequence[float]) -> None:
-    """Reject a link that cannot start at the coefficients of a step.
-
-    Raises:
-        ConfigError: the link cannot be pulled back from them.
-    """
-    try:
-        recipe.coefficients.pull_back(torch.tensor(shares, dtype=torch.float64)[:, None])
-    except ConfigError as error:
+def _require_terms(kind: str, objective: Objective, data: MergeDataModule, steps: int) -> None:
+    """Reject weights of unknown tasks, and terms that average over all sources."""
+    objective.require_tasks(data.tasks)
+    terms = [type(term).__name__ for term in objective.terms if term.needs_ensemble]
+    if terms and steps > 1:
         raise ConfigError(
-            f"{driver}: start: average begins step {number} at {shares[0]:.4g} and "
-            f"{shares[1]:.4g} whatever model.recipe.init says, and "
-            f"{type(recipe.coefficients).__name__} cannot begin there ({error}) Start each step at "
-            "the recipe's init: --driver.start recipe; or use another link."
-        ) from error
+            f"{kind}: {', '.join(terms)} averages the predictions of a step's sources, and in all "
+            f"but the first of {steps} steps one of them is a merge already: sources would not "
+            "count alike. Use KLToSource, whose teachers are the sources themselves, or learn "
+            "without a driver (all sources at once)."
+        )

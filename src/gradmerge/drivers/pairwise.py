@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 from typing_extensions import override
 
-from gradmerge.drivers.fold import AbstractFold, Join, Order, in_order
+from gradmerge.drivers.fold import AbstractFold, Node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +20,6 @@ class Pairwise(AbstractFold):
     weight; the provenance records the order and the coefficients of each step.
     """
 
-    order: Order = "given"
-    """Names of all sources in the order that they join; default: as in the recipe."""
-
     @override
-    def joins(self, names: Sequence[str]) -> list[Join]:
-        return chain_joins(in_order(self.order, names))
-
-
-def chain_joins(names: Sequence[str]) -> list[Join]:
-    """Return the steps that merge the first two, then each further one onto the result."""
-    return [(n - 1 if n else names[0], name) for n, name in enumerate(names[1:])]
+    def fold(self, models: list[Node], merge: Callable[[Node, Node], Node]) -> None:
+        reduce(merge, models)

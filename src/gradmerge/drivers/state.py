@@ -66,23 +66,21 @@ def _describe_split(place: str, split: Any, limit: int | None) -> str:
     indexed = hasattr(split, "__len__") and hasattr(split, "__getitem__")
     if isinstance(split, IterableDataset) or not indexed:
         raise ConfigError(
-            f"{place}: expected a dataset with a length and rows by index, got "
-            f"{type(split).__module__}.{type(split).__qualname__}: a job keeps a hash of its data "
-            "to detect changes on resume. Load it whole (`datasets.load_dataset` without "
-            "`streaming`), or give a list of its rows."
+            f"{place}: expected a dataset with a length and rows by index, which a job hashes to "
+            f"detect changes on resume, got {type(split).__module__}.{type(split).__qualname__}. "
+            "Load it whole (`datasets.load_dataset` without `streaming`), or give a list of rows."
         )
     import datasets
 
     count = len(split) if limit is None else min(limit, len(split))
+    hashed = _hash_table if isinstance(split, datasets.Dataset) else _hash_rows
     try:
-        if isinstance(split, datasets.Dataset):
-            return f"{count} examples, content {_hash_table(split, count)}"
-        return _describe_rows(split, count)
+        return f"{count} examples, {hashed(split, count)}"
     except Exception as error:  # anything that a row's own pickling raises
         raise ConfigError(
             f"{place}: expected rows of tensors, arrays, images, text, numbers and containers of "
-            f"them, got one that cannot be read or hashed ({type(error).__name__}: {error}). A job "
-            "keeps a hash of its data to detect changes on resume."
+            f"them, which a job hashes to detect changes on resume, got one that cannot be read or "
+            f"hashed ({type(error).__name__}: {error})."
         ) from error
 
 
@@ -98,17 +96,17 @@ def _hash_table(table: Any, count: int) -> str:
         rows = rows.take(list(range(len(rows)))).combine_chunks()  # compact, where a slice is not
         for batch in rows.to_batches():
             content.update(batch.serialize().to_pybytes())
-    return str(content.hexdigest())
+    return f"content {content.hexdigest()}"
 
 
-def _describe_rows(split: Any, count: int) -> str:
+def _hash_rows(split: Any, count: int) -> str:
     # in random order, so that the rows left out are everywhere
     sample = random.Random(0).sample(range(count), min(count, _SAMPLE))
     rows = [_hash_row(split[i]) for i in sample]
     if rows[:_TWICE] != [_hash_row(split[i]) for i in sample[:_TWICE]]:
-        return f"{count} examples, drawn anew each time"
+        return "drawn anew each time"
     part = "" if len(sample) == count else f" of {len(sample)}"
-    return f"{count} examples, content{part} {_hash_row(rows)}"
+    return f"content{part} {_hash_row(rows)}"
 
 
 def _hash_row(row: Any) -> str:
@@ -120,9 +118,9 @@ def _hash_row(row: Any) -> str:
         if isinstance(value, frozenset):
             value = set(value)
         elif isinstance(value, Tensor):
-            dense = (value if value.layout is torch.strided else value.to_dense()).detach().cpu()
-            flat = dense.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
-            value = str(value.dtype), tuple(value.shape), flat.numpy()
+            dense = value.detach().to_dense().cpu().resolve_conj().resolve_neg()
+            flat = dense.contiguous().flatten().view(torch.uint8).numpy()
+            value = str(value.dtype), tuple(value.shape), flat
         return [kind, Hasher.hash(value)]
 
     return str(Hasher.hash(json.dumps(row, default=hash_value)))
@@ -143,20 +141,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, **fields: type | tuple[type, ...]) -> dict[str, Any] | None:
-    """Return the content of a record, or None if there is no such file.
-
-    Args:
-        path: of the file.
-        **fields: names that the record must have, with their types.
-
-    Raises:
-        ConfigError: the file is damaged, or is not such a record.
-    """
+    """Return a record that has these fields, or None if there is no such file."""
     try:
         found = modernise(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise _damaged(path, f"something else ({error})") from error
     if not isinstance(found, dict):
         raise _damaged(path, type(found).__name__)
@@ -181,12 +171,8 @@ def plain(content: Any) -> Any:
 
 
 def require_same(path: Path, kept: Any, got: Any) -> None:
-    """Reject content that differs from what is on record.
-
-    Raises:
-        ConfigError: the entries that differ.
-    """
-    found = list(_differences(kept, plain(got)))
+    """Reject plain data that differ from those on record; the error lists the differences."""
+    found = list(_differences(kept, got))
     if found:
         raise ConfigError(
             f"{path.parent} holds another job, which cannot be resumed with these settings: "
@@ -197,44 +183,38 @@ def require_same(path: Path, kept: Any, got: Any) -> None:
 def require_same_job(path: Path, kept: Any, got: Any, say: Callable[[str], None]) -> None:
     """Reject a job that differs from the one on record.
 
-    Earlier versions hashed examples in another way: only their numbers are compared then.
-
-    Raises:
-        ConfigError: the entries that differ.
+    Version 0.1 hashed examples in another way: only their numbers are compared then.
     """
     if ", sha256" in json.dumps(kept.get("examples")):
         say(
             f"{path} was written by an earlier version, whose hashes of data cannot be compared: "
             "only the numbers of examples are checked"
         )
-        kept, got = (
-            {**content, "examples": _sizes(content["examples"])} for content in (kept, got)
-        )
+        kept, got = ({**job, "examples": _numbers(job["examples"])} for job in (kept, got))
     require_same(path, kept, got)
 
 
-def _sizes(contents: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
-    return {
-        task: {stage: line.partition(",")[0] for stage, line in lines.items()}
-        for task, lines in contents.items()
-    }
+def _numbers(examples: Any) -> Any:
+    if isinstance(examples, str):
+        return examples.partition(",")[0]
+    return {name: _numbers(inner) for name, inner in examples.items()}
 
 
 def _differences(kept: Any, got: Any, place: str = "") -> Iterator[str]:
     """Yield one line for each entry in which two pieces of plain data differ."""
     if isinstance(kept, Mapping) and isinstance(got, Mapping):
-        for key in [*kept, *(key for key in got if key not in kept)]:
+        for key in {**kept, **got}:
             inner = f"{place}.{key}" if place else str(key)
             yield from _differences(kept.get(key), got.get(key), inner)
     elif isinstance(kept, list) and isinstance(got, list) and len(kept) == len(got):
         for i, (first, second) in enumerate(zip(kept, got, strict=True)):
             yield from _differences(first, second, f"{place}[{i}]")
     elif kept != got:
-        yield f"{place}: was {_short(kept)}, is {_short(got)}"
+        was, now = (json.dumps(value) for value in (kept, got))
+        yield f"{place}: was {_short(was)}, is {_short(now)}"
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
+def _short(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -248,17 +228,8 @@ class StepRecord:
     """Definition of the step as plain data."""
 
     @property
-    def checkpoint(self) -> Path:
-        """Path of the last state of the running step."""
-        return self.folder / STATE
-
-    @property
     def result(self) -> dict[str, Any] | None:
-        """The result as plain data, or None until the step is finished.
-
-        Raises:
-            ConfigError: the record is damaged or belongs to another step.
-        """
+        """The result as plain data, or None until the step is finished."""
         found = read_json(self.folder / STEP, step=dict, result=dict)
         if found is None:
             return None

@@ -1,4 +1,4 @@
-"""A fit that is one step of a job: it saves its state and resumes after a kill."""
+"""Callbacks of a fit that is one step of a job: it saves its state and resumes after a kill."""
 
 from __future__ import annotations
 
@@ -10,13 +10,8 @@ import lightning
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from typing_extensions import override
 
-from gradmerge.drivers.base import Job
-from gradmerge.drivers.state import StepRecord
-from gradmerge.training.callbacks import restore_best
-from gradmerge.training.data import MergeDataModule
+from gradmerge.training.callbacks import finish_fit
 from gradmerge.training.module import MergeModule
-
-Write = Callable[[MergeModule, dict[str, Any]], None]
 
 
 class KeepLast(Checkpoint):
@@ -30,7 +25,7 @@ class KeepLast(Checkpoint):
         every_n_steps: optimiser steps between two saves.
     """
 
-    def __init__(self, path: Path, every_n_steps: int = 50) -> None:
+    def __init__(self, path: Path, every_n_steps: int) -> None:
         self.path = path
         self.every_n_steps = every_n_steps
         self._step = 0
@@ -98,48 +93,19 @@ def _may_validate(trainer: lightning.Trainer, batch_idx: int) -> bool:
     return trainer.is_last_batch or (batch_idx + 1) % every == 0
 
 
-class _Finish(lightning.Callback):
-    """Restores the best coefficients when the fit ends, and has one process write them."""
+class Finish(lightning.Callback):
+    """Restores the best coefficients when the fit ends, and has one process write them.
 
-    def __init__(self, write: Write) -> None:
+    Args:
+        write: takes the module with its best coefficients, and facts about the fit.
+    """
+
+    def __init__(self, write: Callable[[MergeModule, dict[str, Any]], None]) -> None:
         self.write = write
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Restore, write, and wait for the process that writes."""
-        best = restore_best(trainer, pl_module)
-        if not best:
-            pl_module.refresh_buffers()
+        facts = finish_fit(trainer, pl_module)
         if trainer.is_global_zero:
-            name = Path(best).name if best else "last state"
-            self.write(pl_module, {"checkpoint": name, "steps": trainer.global_step})
+            self.write(pl_module, facts)
         trainer.strategy.barrier()
-
-
-def learn_step(
-    job: Job,
-    module: MergeModule,
-    data: MergeDataModule,
-    record: StepRecord,
-    write: Write,
-    every_n_steps: int = 50,
-) -> None:
-    """Fit one step, from its last state if there is one, and write its result.
-
-    Args:
-        job: provides the trainer.
-        module: to be fitted.
-        data: the tasks of the step.
-        record: of the step.
-        write: takes the module with its best coefficients, and facts about the fit; called in one
-            process only.
-        every_n_steps: see `KeepLast`.
-    """
-    record.folder.mkdir(parents=True, exist_ok=True)
-    callbacks = [_Finish(write), KeepLast(record.checkpoint, every_n_steps)]
-    trainer = job.trainer(record.folder, callbacks)
-    last = record.checkpoint if record.checkpoint.is_file() else None
-    if last is not None:
-        job.say(f"resuming from {last}")
-    trainer.fit(module, datamodule=data, ckpt_path=last)
-    if trainer.interrupted:
-        raise KeyboardInterrupt

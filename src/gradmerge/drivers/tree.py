@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from typing_extensions import override
 
-from gradmerge.drivers.fold import AbstractFold, Join, Order, in_order
+from gradmerge.drivers.fold import AbstractFold, Node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,17 +17,9 @@ class Tree(AbstractFold):
     Each source passes through about `log2 K` merges instead of up to K - 1.
     """
 
-    order: Order = "given"
-    """Names of all sources in the order of the leaves; default: as in the recipe."""
-
     @override
-    def joins(self, names: Sequence[str]) -> list[Join]:
-        level: list[str | int] = list(in_order(self.order, names))
-        found: list[Join] = []
-        while len(level) > 1:
-            above: list[str | int] = []
-            for left, right in zip(level[::2], level[1::2], strict=False):
-                found.append((left, right))
-                above.append(len(found) - 1)
-            level = above + level[len(level) - len(level) % 2 :]
-        return found
+    def fold(self, models: list[Node], merge: Callable[[Node, Node], Node]) -> None:
+        while len(models) > 1:
+            pairs = zip(models[::2], models[1::2], strict=False)
+            odd = models[-1:] if len(models) % 2 else []
+            models = [merge(left, right) for left, right in pairs] + odd

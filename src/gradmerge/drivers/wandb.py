@@ -21,16 +21,16 @@ def name_wandb_runs(loggers: Iterable[Any], group: str, step: str | None, job: s
     that resumes has the same id. The environment itself is not written to: W&B reads it once per
     process.
 
-    A sweep allows only the id of its agent: there a job is one run with the job's name.
-
     Args:
-        loggers: of a trainer that has not started.
-        group: of the job's runs if the user has set none.
-        step: of the job; None if the whole job is one run.
-        job: its name if the user has set none.
+        loggers: loggers of a trainer that has not started.
+        group: group of the job's runs if the user has set none.
+        step: name of the step; None if the whole job is one run.
+        job: name of the job if the user has set none.
     """
-    open_before = _open_run() is not None
-    if _is_one_run():
+    # a sweep (or a launch) allows only the id of its agent, which has set the run of this process
+    is_one_run = any(os.environ.get(f"WANDB_{name}") for name in ("SWEEP_ID", "LAUNCH"))
+    is_ours = _open_run() is None and not is_one_run
+    if is_one_run:
         step = None
     for logger in loggers:
         if not isinstance(logger, WandbLogger):
@@ -42,15 +42,14 @@ def name_wandb_runs(loggers: Iterable[Any], group: str, step: str | None, job: s
         own = options.get("id") or os.environ.get("WANDB_RUN_ID")
         if own and step is not None:
             options["id"] = logger._id = f"{own}-{step}"
-        if not open_before and not _is_one_run():
+        if is_ours:
             _opening.append(logger)
 
 
 def finish_wandb_run() -> None:
     """Close the run that a logger of an earlier trainer opened, so that the next opens its own.
 
-    A run that was open before belongs to the user, and all steps log to it; a sweep's run stays
-    open, too.
+    A run that was open before, the user's or a sweep's, stays open, and all steps log to it.
     """
     run = _open_run()
     if run is not None and any(logger._experiment is run for logger in _opening):
@@ -60,8 +59,3 @@ def finish_wandb_run() -> None:
 
 def _open_run() -> Any:
     return getattr(sys.modules.get("wandb"), "run", None)
-
-
-def _is_one_run() -> bool:
-    """Return whether a W&B agent (of a sweep or of launch) has set the run of this process."""
-    return any(os.environ.get(f"WANDB_{name}") for name in ("SWEEP_ID", "LAUNCH"))

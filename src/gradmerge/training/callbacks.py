@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,7 @@ from gradmerge.export.folder import export_merged, require_options
 from gradmerge.training.module import MergeModule
 
 
-def heat_map(
-    table: Tensor, names: Sequence[str], sources: Sequence[str], path: Path | None, title: str = ""
-) -> Any:
+def heat_map(table: Tensor, names: Sequence[str], sources: Sequence[str], path: Path | None) -> Any:
     """Draw the mean coefficient of each tensor (rows) and source (columns).
 
     Args:
@@ -31,7 +30,6 @@ def heat_map(
         names: names of the tensors, in order of depth.
         sources: names of the sources.
         path: PNG file to write; None writes no file.
-        title: title of the figure.
 
     Returns:
         The matplotlib figure, with a diverging colour scale centred on zero.
@@ -55,7 +53,7 @@ def heat_map(
         axes.set_yticks(range(len(names)), list(names), fontsize=6)
     else:
         axes.set_ylabel(f"{len(names)} tensors, first to last")
-    axes.set_title(title or "mean coefficient of each tensor and source", fontsize=9)
+    axes.set_title("mean coefficient of each tensor and source", fontsize=9)
     figure.colorbar(image, ax=axes, shrink=0.6)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,10 +198,6 @@ class StepProgress(TQDMProgressBar):
         return {key: value for key, value in metrics.items() if key != "v_num"}
 
 
-OVERWRITE = "ExportAtEnd with overwrite: true"
-"""Option of a fit that allows replacing a folder, for error messages."""
-
-
 class ExportAtEnd(lightning.Callback):
     """Export the merged model as a Hugging Face folder at the end of a fit.
 
@@ -239,9 +233,14 @@ class ExportAtEnd(lightning.Callback):
         if stage == "fit":
             self.require_free()
 
+    @property
+    def folder(self) -> Path:
+        """The folder to write."""
+        return Path(self.output).expanduser()
+
     def require_free(self) -> None:
         """Reject an existing output folder unless `overwrite` is set."""
-        refuse_existing(Path(self.output).expanduser(), self.overwrite, OVERWRITE)
+        refuse_existing(self.folder, self.overwrite, "ExportAtEnd with overwrite: true")
 
     def require_tasks(self, tasks: Iterable[str]) -> None:
         """Reject an unknown dtype, or a `head` that does not fit the tasks."""
@@ -255,37 +254,38 @@ class ExportAtEnd(lightning.Callback):
         """Restore the best coefficients and export the merged model."""
         if getattr(trainer, "fast_dev_run", False) or trainer.interrupted:
             return
-        best = restore_best(trainer, pl_module)
-        if not best:
-            pl_module.refresh_buffers()
-        if not trainer.is_global_zero:
-            return
-        folder = export_merged(
-            pl_module.merged,
-            self.output,
-            dtype=self.dtype,
-            overwrite=self.overwrite,
-            head=self.head,
-            results=pl_module.results,
-            extra={
-                "checkpoint": Path(best).name if best else "last state",
-                "steps": trainer.global_step,
-            },
-        )
+        facts = finish_fit(trainer, pl_module)
+        if trainer.is_global_zero:
+            export = partial(export_merged, pl_module.merged)
+            self.write(export, trainer.loggers, results=pl_module.results, extra=facts)
+
+    def write(self, export: Callable[..., Path], loggers: Iterable[Any], **options: Any) -> Path:
+        """Write the folder, and log it if that is asked for.
+
+        Args:
+            export: `export_merged` or `export_state` with its first argument bound.
+            loggers: loggers of the fit.
+            **options: more arguments of `export`, or others than this callback's.
+        """
+        own = {"dtype": self.dtype, "overwrite": self.overwrite, "head": self.head}
+        folder = export(self.output, **{**own, **options})
         lightning.pytorch.utilities.rank_zero_info(f"merged model written to {folder}")
-        if self.log_artifact:
-            log_artifact(trainer.loggers, folder)
+        for logger in loggers if self.log_artifact else ():
+            if isinstance(logger, lightning.pytorch.loggers.WandbLogger):
+                import wandb
+
+                artifact = wandb.Artifact("merged-model", type="model")
+                artifact.add_dir(str(folder))
+                logger.experiment.log_artifact(artifact)
+        return folder
 
 
-def log_artifact(loggers: Iterable[Any], folder: Path) -> None:
-    """Log a model folder as an artifact to every W&B logger among `loggers`."""
-    for logger in loggers:
-        if isinstance(logger, lightning.pytorch.loggers.WandbLogger):
-            import wandb
-
-            artifact = wandb.Artifact("merged-model", type="model")
-            artifact.add_dir(str(folder))
-            logger.experiment.log_artifact(artifact)
+def finish_fit(trainer: lightning.Trainer, module: MergeModule) -> dict[str, Any]:
+    """Restore the best coefficients, and return facts about the fit for the provenance."""
+    best = restore_best(trainer, module)
+    if not best:
+        module.refresh_buffers()
+    return {"checkpoint": Path(best).name if best else "last state", "steps": trainer.global_step}
 
 
 def restore_best(trainer: lightning.Trainer, module: MergeModule) -> str:

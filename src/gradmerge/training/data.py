@@ -4,80 +4,31 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gradmerge.errors import ConfigError, nearest, shorten
-from gradmerge.training.examples import First, Kind, load_processor, padding_id, prepare, rows_used
+from gradmerge.errors import ConfigError, shorten
+from gradmerge.sources.base import tensor_bytes
+from gradmerge.training.examples import (
+    STAGES,
+    Stage,
+    TaskData,
+    first_rows,
+    load_processor,
+    padding_id,
+    prepare,
+    rows_used,
+)
 from gradmerge.training.loaders import ShareLoader, StreamLoader, TaskStream, collate
 
-Stage = Literal["adaptation", "selection", "test"]
-STAGES: tuple[Stage, ...] = ("adaptation", "selection", "test")
 _ALIASES = {"adaptation": "train", "selection": "validation", "test": "test"}
-
-
-@dataclass(frozen=True)
-class TaskData:
-    """The dataset of one task: its source, its splits, and the columns to read.
-
-    Each task has three disjoint splits: coefficients are learned on `adaptation`, checkpoints and
-    settings are chosen on `selection`, and `test` is for the final scores.
-    """
-
-    path: Any
-    """Hub id, name of a builder (csv, json, parquet, imagefolder, or text: one example per
-    non-blank line), or a folder written by `save_to_disk`; from Python also a mapping of the three
-    splits to datasets."""
-    kind: Kind = "causal_lm"
-    """Kind of examples: causal_lm, text_classification, image_classification, or tensors (examples
-    that are already mappings of model inputs)."""
-    name: str | None = None
-    """Configuration of a hub dataset."""
-    data_files: str | list[str] | dict[str, str | list[str]] | None = None
-    """Local files, or a mapping from split to files."""
-    splits: dict[str, str] | None = None
-    """Split expression for each of adaptation, selection and test, e.g. `train[:256]`. Default: the
-    splits with these names, or train, validation and test; a single split is cut by `fractions`."""
-    fractions: tuple[float, float, float] = (0.5, 0.2, 0.3)
-    """Shares of adaptation, selection and test in a single split, cut after a seeded shuffle."""
-    text: str = "text"
-    """Text column."""
-    image: str = "image"
-    """Image column."""
-    label: str = "label"
-    """Label column (class numbers); a dataset without it is unlabelled."""
-    max_length: int = 512
-    """Maximum tokens per text; for causal_lm, tokens per window of the concatenated documents."""
-    limit: dict[str, int] | None = None
-    """Maximum number of examples (causal_lm: windows) by split, e.g. `{test: 1000}`."""
-    source: str | None = None
-    """Source that provides the task's head and teacher. Default: the source named like the task."""
-    revision: str | None = None
-    """Revision of a hub dataset."""
-
-    def __post_init__(self) -> None:
-        """Check split names and fractions."""
-        for given in (self.splits, self.limit):
-            for key in given or {}:
-                if key not in STAGES:
-                    raise ConfigError(
-                        f"unknown split {key!r} (choose from {', '.join(STAGES)})."
-                        f"{nearest(key, STAGES)}"
-                    )
-        if len(self.fractions) != 3 or not math.isclose(sum(self.fractions), 1, abs_tol=1e-6):
-            raise ConfigError(
-                f"fractions: expected three shares that sum to 1, got {self.fractions}."
-            )
 
 
 def load_splits(task: str, data: TaskData, seed: int) -> dict[Stage, Any]:
@@ -149,13 +100,10 @@ def _without_repetitions(task: str, whole: Any, data: TaskData) -> Any:
     """Drop repeated texts, which could end up in several splits."""
     if data.kind not in ("causal_lm", "text_classification"):
         return whole
-    seen: set[str] = set()
-    kept = []
+    firsts: dict[str, int] = {}
     for i in range(len(whole)):
-        key = _digest(sorted(whole[i].items()))
-        if key not in seen:
-            seen.add(key)
-            kept.append(i)
+        firsts.setdefault(_digest(sorted(whole[i].items())), i)
+    kept = list(firsts.values())
     if len(kept) == len(whole):
         return whole
     rank_zero_info(
@@ -177,11 +125,9 @@ def _cut(task: str, whole: Any, fractions: Sequence[float], seed: int) -> dict[S
 
 def _digest(value: Any) -> str:
     if isinstance(value, Tensor):
-        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    elif hasattr(value, "tobytes"):
-        raw = value.tobytes()
+        raw: Any = tensor_bytes(value)
     else:
-        raw = str(value).encode()
+        raw = value.tobytes() if hasattr(value, "tobytes") else str(value).encode()
     return hashlib.sha1(raw, usedforsecurity=False).hexdigest()
 
 
@@ -268,32 +214,25 @@ class MergeDataModule(lightning.LightningDataModule):
         """Load, prepare and check all splits once."""
         if self._prepared:
             return
-        folder = self.processor_path or self._default_processor()
+        merged = self._merged()
+        folder = self.processor_path or getattr(getattr(merged, "plan", None), "folder", None)
         for task, data in self.tasks.items():
             splits = self.splits(task)
             if self.processor is None and data.kind != "tensors":
                 self.processor = load_processor(folder, data.kind)
             self._prepared[task] = {
-                name: prepare(
-                    split,
-                    data.kind,
-                    self.processor,
-                    columns={"text": data.text, "image": data.image, "label": data.label},
-                    max_length=data.max_length,
-                    limit=(data.limit or {}).get(name),
-                    where=f"task {task}, {name}",
-                )
+                name: prepare(split, data, name, self.processor, f"task {task}, {name}")
                 for name, split in splits.items()
             }
             if self.check_disjoint:
                 used = {
-                    name: First(split, rows_used(self._prepared[task][name]))
+                    name: first_rows(split, rows_used(self._prepared[task][name]))
                     for name, split in splits.items()
                 }
                 require_disjoint(task, used, (data.text, data.image, "input_ids", "pixel_values"))
         classifies = any(data.kind == "text_classification" for data in self.tasks.values())
         several = max(self.batch_size, self.eval_batch_size) > 1
-        network = getattr(self._merged(), "skeleton", None)
+        network = getattr(merged, "skeleton", None)
         self._pad = padding_id(self.processor, network, classifies and several)
 
     def splits(self, task: str) -> dict[Stage, Any]:
@@ -321,11 +260,6 @@ class MergeDataModule(lightning.LightningDataModule):
     def _merged(self) -> Any:
         module = None if self.trainer is None else self.trainer.lightning_module
         return getattr(module, "merged", self._network)
-
-    def _default_processor(self) -> str | None:
-        plan = getattr(self._merged(), "plan", None)
-        folder = None if plan is None else plan.folder
-        return None if folder is None else str(folder)
 
     def examples(self, stage: Stage) -> dict[str, Any]:
         """Return the prepared examples of a split by task."""

@@ -1,24 +1,85 @@
-"""Conversion of dataset rows to model inputs: tokens, pixels, labels."""
+"""Description of a task's data, and conversion of its rows to tokens, pixels and labels."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from gradmerge.errors import ConfigError, nearest
 
 Kind = Literal["causal_lm", "text_classification", "image_classification", "tensors"]
+Stage = Literal["adaptation", "selection", "test"]
+Convert = Callable[[Mapping[str, Any]], dict[str, Any]]
+STAGES: tuple[Stage, ...] = ("adaptation", "selection", "test")
 
 # Up to this many bytes of prepared examples per split are kept in memory.
 _KEEP_BYTES = 1 << 30
 
 
-def load_processor(folder: str | None, kind: Kind) -> Any:
+@dataclass(frozen=True)
+class TaskData:
+    """The dataset of one task: its source, its splits, and the columns to read.
+
+    Each task has three disjoint splits: coefficients are learned on `adaptation`, checkpoints and
+    settings are chosen on `selection`, and `test` is for the final scores.
+    """
+
+    path: Any
+    """Hub id, name of a builder (csv, json, parquet, imagefolder, or text: one example per
+    non-blank line), or a folder written by `save_to_disk`; from Python also a mapping of the three
+    splits to datasets."""
+    kind: Kind = "causal_lm"
+    """Kind of examples: causal_lm, text_classification, image_classification, or tensors (examples
+    that are already mappings of model inputs)."""
+    name: str | None = None
+    """Configuration of a hub dataset."""
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    """Local files, or a mapping from split to files."""
+    splits: dict[str, str] | None = None
+    """Split expression for each of adaptation, selection and test, e.g. `train[:256]`. Default: the
+    splits with these names, or train, validation and test; a single split is cut by `fractions`."""
+    fractions: tuple[float, float, float] = (0.5, 0.2, 0.3)
+    """Shares of adaptation, selection and test in a single split, cut after a seeded shuffle."""
+    text: str = "text"
+    """Text column."""
+    image: str = "image"
+    """Image column."""
+    label: str = "label"
+    """Label column (class numbers); a dataset without it is unlabelled."""
+    max_length: int = 512
+    """Maximum tokens per text; for causal_lm, tokens per window of the concatenated documents."""
+    limit: dict[str, int] | None = None
+    """Maximum number of examples (causal_lm: windows) by split, e.g. `{test: 1000}`."""
+    source: str | None = None
+    """Source that provides the task's head and teacher. Default: the source named like the task."""
+    revision: str | None = None
+    """Revision of a hub dataset."""
+
+    def __post_init__(self) -> None:
+        """Check split names and fractions."""
+        for given in (self.splits, self.limit):
+            for key in given or {}:
+                if key not in STAGES:
+                    raise ConfigError(
+                        f"unknown split {key!r} (choose from {', '.join(STAGES)})."
+                        f"{nearest(key, STAGES)}"
+                    )
+        if len(self.fractions) != 3 or not math.isclose(sum(self.fractions), 1, abs_tol=1e-6):
+            raise ConfigError(
+                f"fractions: expected three shares that sum to 1, got {self.fractions}."
+            )
+
+
+def load_processor(folder: str | Path | None, kind: Kind) -> Any:
     """Load the tokenizer or image processor of a model folder.
 
     Raises:
@@ -36,7 +97,7 @@ def load_processor(folder: str | None, kind: Kind) -> Any:
         else transformers.AutoTokenizer
     )
     try:
-        return auto.from_pretrained(folder)
+        return auto.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{folder}: cannot load its {auto.__name__.removeprefix('Auto').lower()}: "
@@ -84,32 +145,23 @@ def _looks_for_padding(network: Any) -> bool:
     return kind.__name__.endswith("ForSequenceClassification") and "pad_token_id" in names
 
 
-def prepare(
-    split: Any,
-    kind: Kind,
-    processor: Any,
-    columns: Mapping[str, str],
-    max_length: int,
-    limit: int | None,
-    where: str,
-) -> Any:
+def prepare(split: Any, data: TaskData, stage: Stage, processor: Any, where: str) -> Any:
     """Convert a split to an indexable dataset of mappings of tensors.
 
     Args:
         split: rows by index.
-        kind: kind of examples (`TaskData.kind`).
+        data: description of the task.
+        stage: name of the split.
         processor: tokenizer or image processor.
-        columns: names of the columns `text`, `image` and `label`.
-        max_length: maximum tokens per text, or tokens per window.
-        limit: maximum number of examples.
         where: task and split, for error messages.
 
     Raises:
         ConfigError: a column is missing, labels are text, or no example is left.
     """
-    if kind == "tensors":
-        return split if limit is None else First(split, limit)
-    column = columns["image" if kind == "image_classification" else "text"]
+    limit = (data.limit or {}).get(stage)
+    if data.kind == "tensors":
+        return first_rows(split, limit)
+    column = data.image if data.kind == "image_classification" else data.text
     if len(split) == 0:
         raise ConfigError(f"{where}: expected at least one example, got none.")
     names = list(split[0])
@@ -118,16 +170,19 @@ def prepare(
             f"{where}: expected a column {column!r}, got {', '.join(names)}."
             f"{nearest(column, names)}"
         )
-    if kind == "causal_lm":
-        return _windows(split, processor, column, max_length, limit, where)
-    rows = split if limit is None else First(split, limit)
-    label = columns["label"] if columns["label"] in names else None
+    if data.kind == "causal_lm":
+        return _windows(split, processor, column, data.max_length, limit, where)
+    label = data.label if data.label in names else None
     if label is not None and isinstance(split[0][label], str):
         raise ConfigError(
             f"{where}: expected class numbers in column {label!r}, in the order of the source's "
             f"id2label, got text ({split[0][label]!r}). Map the labels to numbers first."
         )
-    return _Classified(rows, kind, processor, column, label, max_length)
+    if data.kind == "image_classification":
+        convert: Convert = partial(_pixels, processor, column)
+    else:
+        convert = partial(_tokens, processor, column, data.max_length)
+    return _Classified(first_rows(split, limit), convert, label)
 
 
 def rows_used(prepared: Any) -> int:
@@ -135,35 +190,16 @@ def rows_used(prepared: Any) -> int:
     return prepared.documents if isinstance(prepared, _Windows) else len(prepared)
 
 
-class First(Dataset[Any]):
-    """The first `limit` examples of a dataset."""
-
-    def __init__(self, inner: Any, limit: int) -> None:
-        self.inner, self.length = inner, min(limit, len(inner))
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < self.length:
-            raise IndexError(f"example {index} of {self.length}")
-        return self.inner[index]
+def first_rows(rows: Any, limit: int | None) -> Any:
+    """Return the first rows of a split, or all without a limit."""
+    return rows if limit is None else Subset(rows, range(min(limit, len(rows))))
 
 
 class _Classified(Dataset[dict[str, Any]]):
     """Texts or images with labels, prepared on first access and cached up to a size limit."""
 
-    def __init__(
-        self,
-        rows: Any,
-        kind: Kind,
-        processor: Any,
-        column: str,
-        label: str | None,
-        max_length: int,
-    ) -> None:
-        self.rows, self.kind, self.processor = rows, kind, processor
-        self.column, self.label, self.max_length = column, label, max_length
+    def __init__(self, rows: Any, convert: Convert, label: str | None) -> None:
+        self.rows, self.convert, self.label = rows, convert, label
         self._kept: dict[int, dict[str, Any]] = {}
         self._bytes = 0
 
@@ -174,22 +210,24 @@ class _Classified(Dataset[dict[str, Any]]):
         if index in self._kept:
             return self._kept[index]
         row = self.rows[index]
-        if self.kind == "image_classification":
-            image = row[self.column]
-            image = image.convert("RGB") if getattr(image, "mode", "RGB") != "RGB" else image
-            found = self.processor(image, return_tensors="pt")
-            example: dict[str, Any] = {"pixel_values": found["pixel_values"][0]}
-        else:
-            found = self.processor(
-                row[self.column], truncation=True, max_length=self.max_length, return_tensors="pt"
-            )
-            example = {key: value[0] for key, value in found.items()}
+        example = self.convert(row)
         if self.label is not None:
             example["labels"] = torch.tensor(int(row[self.label]))
-        self._bytes += sum(v.numel() * v.element_size() for v in example.values())
+        self._bytes += sum(value.nbytes for value in example.values())
         if self._bytes < _KEEP_BYTES:
             self._kept[index] = example
         return example
+
+
+def _pixels(processor: Any, column: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    image = row[column]
+    image = image.convert("RGB") if getattr(image, "mode", "RGB") != "RGB" else image
+    return {"pixel_values": processor(image, return_tensors="pt")["pixel_values"][0]}
+
+
+def _tokens(tokenizer: Any, column: str, length: int, row: Mapping[str, Any]) -> dict[str, Any]:
+    found = tokenizer(row[column], truncation=True, max_length=length, return_tensors="pt")
+    return {key: value[0] for key, value in found.items()}
 
 
 class _Windows(Dataset[dict[str, Any]]):

@@ -17,18 +17,17 @@ from gradmerge._memory import release_freed_memory
 from gradmerge.calibration.finish import Finishing
 from gradmerge.coefficients import AbstractInit
 from gradmerge.engine.merged import Memory, MergedModel
-from gradmerge.engine.predict import Batch as Batch
 from gradmerge.engine.predict import (
+    Batch,
     by_task,
     expert_rows,
     is_causal,
     predict,
     require_ensemble,
-    rows_of,
 )
 from gradmerge.engine.recipe import Recipe
 from gradmerge.errors import ConfigError, nearest
-from gradmerge.objectives import AbstractTerm, CrossEntropy, Objective, Predictions
+from gradmerge.objectives import AbstractTerm, CrossEntropy, Objective
 from gradmerge.optimisers import SAM
 from gradmerge.sources.tokenizers.report import summarise, token_report
 from gradmerge.spec import from_plain, to_plain
@@ -224,13 +223,6 @@ class MergeModule(lightning.LightningModule):
     def _tasks_need_source(self) -> bool:
         return self.objective.needs_teacher or bool(self.merged.plan.private)
 
-    def rows(self, task: str, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the logits of a batch as rows, labels, and rows kept (see `next_token_rows`)."""
-        return rows_of(self.merged, task, batch)
-
-    def _predict(self, task: str, batch: Batch, shared: bool = False) -> Predictions:
-        return predict(self.merged, self.objective, task, batch, shared)
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Merge once, run one backward pass per task, and contract the gradients once."""
         batches = by_task(self.merged, batch)
@@ -260,7 +252,8 @@ class MergeModule(lightning.LightningModule):
         return [partial(self._task_loss, task, batch, tasks) for task, batch in batches.items()]
 
     def _task_loss(self, task: str, batch: Batch, tasks: Sequence[str]) -> Tensor:
-        predictions = self._predict(task, batch, self.trainer.world_size > 1)
+        shared = self.trainer.world_size > 1
+        predictions = predict(self.merged, self.objective, task, batch, shared)
         if self.logit_scale is not None:
             predictions = replace(predictions, logits=self.logit_scale.scaled(predictions.logits))
         return self.objective.share(task, tasks) * self.objective.loss(predictions)
@@ -362,7 +355,7 @@ class MergeModule(lightning.LightningModule):
         if not batch:  # padding step: another process has one more batch
             return
         task = self.tasks[index]
-        predictions = self._predict(task, batch)
+        predictions = predict(self.merged, self.objective, task, batch, shared=False)
         rows, labels = self.objective.rows(predictions), predictions.labels
         if rows:
             self._scores.add_loss(task, self.objective.loss(predictions), rows)

@@ -36,11 +36,10 @@ def describe(trainer: Any, module: Any) -> dict[str, Any]:
 
     The YAML is the whole configuration as LightningCLI saves it, if there is one.
     """
-    seed = os.environ.get("PL_GLOBAL_SEED")  # set by `seed_everything`
     limits = {name: to_plain(getattr(trainer, name, None)) for name in _LIMITS}
     options = {name: value for name, value in module.hparams.items() if name != "recipe"}
     run: dict[str, Any] = {
-        "seed": int(seed) if seed and seed.isdigit() else None,
+        "seed": global_seed(),
         "versions": versions(),
         "optimizers": [_described(o, o.defaults) for o in trainer.optimizers],
         "lr_schedulers": [_scheduler(config) for config in trainer.lr_scheduler_configs],
@@ -52,6 +51,12 @@ def describe(trainer: Any, module: Any) -> dict[str, Any]:
         run["data"] = describe_data(data)
     yaml = _yaml(trainer.callbacks)
     return {**run, "yaml": yaml} if yaml else run
+
+
+def global_seed() -> int | None:
+    """Return the seed that `seed_everything` has set, if any."""
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return int(seed) if seed and seed.isdigit() else None
 
 
 def _described(value: Any, options: dict[str, Any]) -> dict[str, Any]:

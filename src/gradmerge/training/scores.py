@@ -65,9 +65,8 @@ class _Language(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("nats", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("bytes", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("nats", "tokens", "bytes"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor, bytes_per_token: float = 1.0) -> None:
         """Add logits `[rows, vocab]` and labels `[rows]`."""
@@ -105,10 +104,8 @@ class TaskScores:
             return
         if task not in self._metrics:
             self._build(task, logits.shape[-1], logits.device)
-        if self._causal:
-            self._metrics[task].update(logits, labels, bytes_per_token=bytes_per_token)
-        else:
-            self._metrics[task].update(logits, labels)
+        # a metric gets those of the keyword arguments that it takes
+        self._metrics[task].update(logits, labels, bytes_per_token=bytes_per_token)
 
     def update_loss(self, task: str, loss: Tensor, rows: int) -> None:
         """Add the loss of a batch, weighted by its rows."""
@@ -119,8 +116,9 @@ class TaskScores:
     def compute(self) -> dict[str, dict[str, float]]:
         """Return `{task: {metric: value}}` over all processes."""
         self._agree()
-        tasks = list(dict.fromkeys([*self._losses, *self._metrics]))
-        found: dict[str, dict[str, float]] = {task: {} for task in tasks}
+        found: dict[str, dict[str, float]] = {
+            task: {} for task in {**self._losses, **self._metrics}
+        }
         for task, metrics in self._metrics.items():
             found[task] = {name: float(value) for name, value in metrics.compute().items()}
         for task, loss in self._losses.items():

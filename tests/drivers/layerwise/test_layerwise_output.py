@@ -17,8 +17,9 @@ from torch.func import functional_call
 
 from gradmerge import Recipe
 from gradmerge.coefficients import Constant, Element, Tensor
-from gradmerge.drivers import LayerWise, Output
+from gradmerge.drivers import LayerWise
 from gradmerge.drivers.wandb import finish_wandb_run
+from gradmerge.training import ExportAtEnd
 from layerwise_jobs import ADAM, Stack, data_of, job_of, network_of
 from tiny import build, recipe_of, relatives, save_family
 
@@ -91,7 +92,7 @@ def test_all_blocks_log_to_one_wandb_run(tmp_path, monkeypatch, name):
     recipe = recipe_of(relatives(build(Stack), 3), coefficients=Tensor())
     logger = partial(WandbLogger, project="gradmerge", save_dir=tmp_path, offline=True)
     job = job_of(tmp_path / "job", recipe, data_of(dtype=torch.float32), ADAM, lambda _: [logger()])
-    job.output = Output(str(tmp_path / "out"), log_artifact=True)
+    job.output = ExportAtEnd(str(tmp_path / "out"), log_artifact=True)
     logged, log = [], wandb.sdk.wandb_run.Run.log_artifact
 
     def noted(run, artifact):

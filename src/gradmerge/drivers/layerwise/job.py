@@ -35,7 +35,7 @@ from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.export.folder import export_state
 from gradmerge.spec import to_plain
-from gradmerge.training.callbacks import CoefficientLogger, log_artifact
+from gradmerge.training.callbacks import CoefficientLogger
 from gradmerge.training.loaders import StreamLoader, TaskStream, even_batches, sample_batches
 from gradmerge.training.module import DTYPES
 from gradmerge.training.run import describe, describe_data
@@ -198,10 +198,8 @@ class Layers:
         }
         write = partial(export_state, state)
         buffers = self.chain.model.statistics.values()
-        written = self.job.export(write, extra, buffers=buffers, tasks=self.tasks, results=scores)
-        if self.job.target.log_artifact:
-            log_artifact(self._loggers, written)
-        return written
+        known = {"buffers": buffers, "tasks": self.tasks, "results": scores}
+        return self.job.export(write, extra, self._loggers, **known)
 
     @torch.no_grad()
     def _enter(self, outside: Sequence[str]) -> None:
