@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from gradmerge import Recipe
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.export.folder import export_state
 from gradmerge.export.atomic import _exchanged
 
