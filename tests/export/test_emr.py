@@ -226,7 +226,7 @@ def test_what_has_no_such_form_is_refused(family, tmp_path):
     with pytest.raises(ConfigError, match="expected origin base"):
         merge(recipe_of(paths, origin="mean"), outputs="compact", output=out)
     for outputs in ("tasks", "compact"):
-        with pytest.raises(ConfigError, match="is frozen at"):
+        with pytest.raises(ConfigError, match="expected no frozen tensors"):
             merge(recipe_of(paths, frozen={"norm": 0.0}), outputs=outputs, output=out)
         with pytest.raises(ConfigError, match="head: expected none with outputs"):
             merge(recipe_of(paths), outputs=outputs, output=out, head="a")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmerge.sources.base import tensor_bytes
+from gradmerge.sources.base import Checkpoint, tensor_bytes
 from gradmerge.sources.files import DTYPES
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -38,6 +39,16 @@ class Entry:
     def num_bytes(self) -> int:
         """Size in the file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def entries_of(
+    checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtype | None = None
+) -> list[Entry]:
+    """Return a checkpoint's own tensors, by default in their stored dtypes."""
+    infos = [checkpoint.infos[name] for name in names]
+    return [
+        Entry(i.name, i.shape, dtype or i.dtype, partial(checkpoint.read, i.name)) for i in infos
+    ]
 
 
 def write_safetensors(

@@ -43,7 +43,7 @@ DTYPES = {
 }
 
 # Modelling code (`*.py`) is downloaded, but never run unless the recipe trusts it.
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 
 _CONVERT = (
     "Convert it once, on a machine where you trust the file: "
@@ -268,7 +268,7 @@ class HuggingFace(AbstractSource):
         if files:
             return SafetensorsCheckpoint(files, label, folder, places)
         if folder != Path(self.path).expanduser():  # a hub snapshot, downloaded without `.bin`
-            folder = self._download([*_SMALL_FILES, "pytorch_model*.bin"])
+            folder = self._download([*SMALL_FILES, "pytorch_model*.bin"])
         files, _ = _weight_files(folder, "pytorch_model.bin")  # its index names tied tensors twice
         if not files:
             names = sorted(file.name for file in folder.iterdir())
@@ -292,7 +292,7 @@ class HuggingFace(AbstractSource):
             return folder
         if self.path.startswith((".", "/", "~")) or self.path.count("/") > 1:
             raise SourceError(f"{self.path}: expected a folder, but none exists.")
-        return self._download([*_SMALL_FILES, "model*.safetensors", "adapter_model.safetensors"])
+        return self._download([*SMALL_FILES, "model*.safetensors", "adapter_model.safetensors"])
 
     def _download(self, patterns: list[str]) -> Path:
         import huggingface_hub
