@@ -32,13 +32,6 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a hidden folder beside the target, which becomes the target on success.
 
     On an error it is removed, and the target is as it was before.
-
-    Args:
-        target: the folder to write.
-        overwrite: replace an existing folder.
-
-    Raises:
-        ConfigError: the target exists and must not be overwritten.
     """
     refuse_existing(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,17 +45,10 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def refuse_existing(target: Path, overwrite: bool, remedy: str = "--overwrite true") -> None:
-    """Reject a target that exists and must not be overwritten, before any work.
+    """Reject a target that exists, or with `overwrite` is not a folder, before any work.
 
-    First restores or removes what killed runs left: their old folder may be the target.
-
-    Args:
-        target: the folder to write.
-        overwrite: whether an existing folder may be replaced.
-        remedy: the option that allows it.
-
-    Raises:
-        ConfigError: the target exists.
+    First restores or removes what killed runs left: their old folder may be the target. `remedy` is
+    the option that allows to overwrite.
     """
     _recover(target)
     try:

@@ -34,14 +34,7 @@ _PIPELINES = {
 
 
 def model_card(state: FitState, provenance: Mapping[str, Any], head: str, name: str) -> str:
-    """Return the card of a merge: what was merged, how, its scores, and how to load it.
-
-    Args:
-        state: the opened recipe with its coefficients.
-        provenance: content of provenance.json.
-        head: task whose head the folder itself contains.
-        name: name of the model in the metadata.
-    """
+    """Return the card of a merge: what was merged, how, its scores, and how to load it."""
     plan, driver, results = state.plan, provenance.get("driver", {}), provenance["results"]
     architecture = ((plan.reference.config or {}).get("architectures") or [None])[0]
     # the last step of a merge in steps has only some of the sources
@@ -81,13 +74,8 @@ def render(
 ) -> str:
     """Return a Markdown page with the metadata of the Hugging Face Hub.
 
-    Args:
-        title: the heading.
-        sections: paragraphs, tables and headings below it.
-        name: name of the model.
-        architecture: model class of transformers, if it loads the folder.
-        sources: paths and hub ids of the merged checkpoints; the metadata names only hub ids.
-        results: scores by stage, task and metric.
+    `architecture` is the model class if transformers loads the folder. Of the `sources`, paths and
+    hub ids, the metadata names only hub ids; `results` are scores by stage, task and metric.
     """
     models = [name for name in (s.partition("@")[0] for s in sources) if _is_hub_id(name)]
     names = (end for end in _PIPELINES if (architecture or "").endswith(end))

@@ -64,15 +64,7 @@ class TaskCheckpoint(Checkpoint):
 
 
 def require_outputs(recipe: Recipe, outputs: Literal["tasks", "compact"]) -> None:
-    """Reject recipes that do not have outputs per task, before any work.
-
-    Args:
-        recipe: the recipe.
-        outputs: a folder per task, or the compact form.
-
-    Raises:
-        ConfigError: an option of the recipe has no meaning for these outputs.
-    """
+    """Reject recipes that do not have a folder per task or a compact form, before any work."""
     compact, origin = outputs == "compact", recipe.resolved_origin
     last = recipe.preprocess[-1] if recipe.preprocess else None
     finalisers = ", ".join(type(finaliser).__name__ for finaliser in recipe.finalisers)
@@ -111,11 +103,7 @@ def require_outputs(recipe: Recipe, outputs: Literal["tasks", "compact"]) -> Non
 
 
 def task_checkpoints(plan: Plan) -> dict[str, Checkpoint]:
-    """Return the model of each source's own processed direction, with a coefficient of 1.
-
-    Raises:
-        ConfigError: the recipe has no outputs per task.
-    """
+    """Return the model of each source's own processed direction, with a coefficient of 1."""
     require_outputs(plan.recipe, "tasks")
     return {name: TaskCheckpoint(plan, name) for name in plan.sources}
 
@@ -130,15 +118,7 @@ def export_tasks(
 ) -> Path:
     """Write one Hugging Face folder per task, `output/<task>`, each of which loads on its own.
 
-    Args:
-        tasks: the model of each task.
-        output: folder to write.
-        dtype: float32, bfloat16, float16 or float64; default: as in the headers.
-        overwrite: replace an existing folder, once the new one is complete.
-        extra: further entries of each provenance.json.
-
-    Returns:
-        The folder.
+    `extra` are further entries of each provenance.json; other options as in `export_state`.
     """
     kind = require_options(dtype, None, ())
     target = Path(output).expanduser()
@@ -166,16 +146,7 @@ def export_tasks(
 def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -> Path:
     """Write the shared vector, and a mask and a scale per task (format: `gradmerge.sources.emr`).
 
-    Args:
-        plan: an opened recipe whose last preprocess is `Unify`.
-        output: folder to write.
-        overwrite: replace an existing folder, once the new one is complete.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ConfigError: the recipe has no compact form.
+    The recipe's last preprocess must be `Unify`.
     """
     require_outputs(plan.recipe, "compact")
     unify, base = plan.recipe.preprocess[-1], plan.base

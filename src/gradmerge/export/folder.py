@@ -109,7 +109,7 @@ def export_state(
         # sources are hashed while they are merged: both read the same files
         hashing = ThreadPoolExecutor(1)
         hashes = hashing.submit(lambda: plan.fingerprints)
-        hashing.shutdown(wait=False)  # after this
+        hashing.shutdown(wait=False)  # its thread ends with this work
         release_freed_memory()  # fragmented heap could otherwise hold every written tensor
         _write_model(state, buffers or {}, tasks, head, kind, work, max_shard_size)
         _write_coefficients(state, work)
@@ -128,11 +128,7 @@ def export_state(
 def require_options(
     dtype: str | None, head: str | None, tasks: Iterable[str]
 ) -> torch.dtype | None:
-    """Check options before any work and return the dtype.
-
-    Raises:
-        ConfigError: an option is invalid.
-    """
+    """Reject invalid options before any work; return the dtype."""
     if head is not None and head not in list(tasks):
         known = shorten(list(tasks))
         raise ConfigError(
@@ -182,11 +178,7 @@ def _merged_entries(
 
 
 def private_entries(plan: Plan, source: str, dtype: torch.dtype | None = None) -> list[Entry]:
-    """Return the private tensors (head) of a source.
-
-    Raises:
-        ConfigError: the source has no such tensors.
-    """
+    """Return the private tensors (head) of a source, which must have them."""
     plan.require_private(source)
     return entries_of(plan.serving[source], plan.private, dtype)
 
@@ -230,15 +222,7 @@ def write_config(
     dtype: torch.dtype | None = None,
     network: Any = None,
 ) -> None:
-    """Write config, generation config, tokenizer and processor of a model.
-
-    Args:
-        work: the folder to write them to.
-        folder: the folder to copy them from.
-        config: content of config.json.
-        dtype: dtype of the weights; default: as in the config.
-        network: the network, for entries that a model in memory does not have in files.
-    """
+    """Write `config`; copy all but the weights from `folder`, or take it from a model in memory."""
     if folder is not None:
         for file in filter_repo_objects(
             folder.iterdir(),

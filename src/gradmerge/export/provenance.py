@@ -52,15 +52,7 @@ def provenance_of(
     results: Mapping[str, Any] | None,
     extra: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return the content of provenance.json: what was merged, and how.
-
-    Args:
-        state: the opened recipe with its coefficients.
-        dtype: dtype of the export; None: as stored.
-        tasks: task -> source of its private tensors.
-        results: scores by stage, task and metric.
-        extra: further entries, which replace others of the same name.
-    """
+    """Return the content of provenance.json: what was merged, and how (see `export_state`)."""
     plan = state.plan
     checkpoints = {**({} if plan.base is None else {"base": plan.base}), **plan.sources}
     recipe = to_plain(plan.recipe)

@@ -58,11 +58,6 @@ def write_safetensors(
 
     The library's own writer needs all tensors at once. The format is a length, a JSON header and
     the bytes in order.
-
-    Args:
-        path: the file.
-        entries: the tensors, in the order of the file.
-        metadata: further entries of the header's `__metadata__`.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
