@@ -21,7 +21,7 @@ from gradmerge.engine.inventory import take_inventory
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, shorten
 from gradmerge.export.atomic import new_folder
 from gradmerge.export.card import render
 from gradmerge.export.folder import private_entries, require_options, write_config, write_weights
@@ -68,21 +68,13 @@ def require_outputs(recipe: Recipe, outputs: Literal["tasks", "compact"]) -> Non
     compact, origin = outputs == "compact", recipe.resolved_origin
     last = recipe.preprocess[-1] if recipe.preprocess else None
     finalisers = ", ".join(type(finaliser).__name__ for finaliser in recipe.finalisers)
+    frozen = shorten(list(recipe.frozen))
     for is_wrong, problem in (
-        (
-            finalisers,
-            f"expected no finalisers, got {finalisers}. They change one merged model, but here "
-            "each task has its own",
-        ),
-        (
-            recipe.frozen,
-            f"expected no frozen tensors, got {dict(recipe.frozen)}. Each task has its whole "
-            "direction; leave `frozen` out",
-        ),
+        (finalisers, f"expected no finalisers, got {finalisers}; each task has a model of its own"),
+        (frozen, f"expected nothing frozen, got {frozen}; each task has its whole direction"),
         (
             not compact and last is None,
-            "expected a preprocess (Unify, for EMR-Merging), got none. Each task's model would be "
-            "its source",
+            "expected a preprocess (Unify, for EMR-Merging), got none; tasks would be sources",
         ),
         (
             compact and not isinstance(last, Unify),
@@ -94,8 +86,8 @@ def require_outputs(recipe: Recipe, outputs: Literal["tasks", "compact"]) -> Non
         ),
         (
             compact and recipe.tokenizer is not None,
-            "the shared vector is added to the base as it is stored, but this recipe aligns its "
-            "rows to other tokens (tokenizer). Use --outputs tasks",
+            "expected no tokenizer, which aligns the base's rows to other tokens; the vector is "
+            "added to the base as it is stored. Use --outputs tasks",
         ),
     ):
         if is_wrong:

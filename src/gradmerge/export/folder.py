@@ -32,12 +32,7 @@ from gradmerge.sources.files import SMALL_FILES
 from gradmerge.sources.tokenizers.report import token_report
 from gradmerge.spec import to_plain
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 SHARD_SIZE = 5_000_000_000
 # About the weights, their training, or one checkpoint.
 _NOT_COPIED = [

@@ -70,23 +70,15 @@ class EMRCheckpoint(Checkpoint):
     def _base_hash(self) -> str:
         return self._base.fingerprint()
 
-    def require_base(self) -> None:
-        """Check the fingerprint of the base, once; reads all of its weights.
-
-        Raises:
-            SourceError: the tasks were merged on another base.
-        """
+    @override
+    def read(self, name: str) -> Tensor:
+        if name in self._own.infos:
+            return self._own.read(name)
         if self._base_hash != self._expected:
             raise SourceError(
                 f"{self._label}: expected a base with fingerprint {self._expected[:12]}, got "
                 f"{self._base.label} with {self._base_hash[:12]}. Give the base that was merged on."
             )
-
-    @override
-    def read(self, name: str) -> Tensor:
-        if name in self._own.infos:
-            return self._own.read(name)
-        self.require_base()
         unified = self._unified.read(name)
         bits = np.unpackbits(self._masks.read(name).numpy(), count=unified.numel())
         mask = torch.from_numpy(bits).view(unified.shape).bool()
