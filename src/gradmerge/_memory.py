@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import tempfile
 import weakref
 from collections import Counter
@@ -94,9 +95,11 @@ def in_file(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     size = torch.Size(shape).numel()
     if not size:
         return torch.empty(shape, dtype=dtype)
-    with tempfile.TemporaryDirectory(prefix="gradmerge-") as folder:
+    with tempfile.NamedTemporaryFile(prefix="gradmerge-") as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash on access
+            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
         # the mapping stays valid after the file is unlinked
-        flat = torch.from_file(f"{folder}/tensor", shared=True, size=size, dtype=dtype)
+        flat = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
     return flat.view(*shape)
 
 

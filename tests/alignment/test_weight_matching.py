@@ -214,15 +214,14 @@ def test_a_view_reads_permuted_tensors_and_keeps_them_in_files(
     for kept in (False, True):
         if kept:
             view.keep()
-            assert list(tmp_path.glob("gradmerge-view-*/*.safetensors"))
+            monkeypatch.setattr(view, "form", None)
         for name, value in expected.items():
             assert torch.equal(view.read(name), value)
             assert view.read(name).dtype == inner.infos[name].dtype
     assert view.fingerprint() == inner.fingerprint()
     still = AlignedView(inner, spec, spec.identity())
     assert still.read("stem.weight").data_ptr() == inner.read("stem.weight").data_ptr()
-    del view
-    assert not list(tmp_path.glob("gradmerge-view-*"))
+    assert not list(tmp_path.iterdir()), "the files have no names"
 
 
 # ---- in a recipe --------------------------------------------------------------------------------

@@ -96,12 +96,12 @@ def test_a_name_that_was_taken_meanwhile_is_not_overwritten_unasked(tmp_path, wa
 def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic, "_exchanged", lambda *_: False)
     put(tmp_path / "merged", "old")
-    calls = iter([False])
+    renamed = atomic._renamed
 
-    def fail(*_):
-        if next(calls, None) is None:
+    def fail(path, name):
+        if path.suffix == ".partial" and not name.exists():
             raise OSError("input/output error")
-        return False
+        return renamed(path, name)
 
     monkeypatch.setattr(atomic, "_renamed", fail)
     with pytest.raises(OSError, match="input/output error"):
@@ -128,7 +128,7 @@ def test_a_run_that_dies_at_work_is_tidied_up_by_the_next(tmp_path, monkeypatch)
 def test_a_run_that_dies_after_its_exchange_leaves_the_new_folder(tmp_path, way, monkeypatch):
     target = tmp_path / "merged"
     put(target, "old")
-    monkeypatch.setattr(atomic, "discard", kill)
+    monkeypatch.setattr(atomic, "_put_away", kill)
     dies(lambda: put(target, "new"))
     monkeypatch.undo()
     assert content(target) == "new"

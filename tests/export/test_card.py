@@ -64,7 +64,7 @@ def test_hub_ids_are_base_models_and_the_architecture_says_the_pipeline(
 ):
     (tmp_path / "local" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    labels = ["owner/base", "owner/tuned@v1.2", "local/model", "/tmp/a", "adapter on owner/base"]
+    labels = ["owner/base", "owner/tuned@v1.2", "local/model", "/models/a", "adapter on owner/base"]
     results = {"test": {"a": {"loss": 1.0}}}
     card = ModelCard(render("Title", ["Text."], "merged", architecture, labels, results))
     assert card.data.base_model == ["owner/base", "owner/tuned"]

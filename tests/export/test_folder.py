@@ -18,7 +18,7 @@ from torch import nn
 from architectures import logits_of
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Column, Constant, FromFile, Row, Sigmoid, Tensor
-from gradmerge.engine.plan import Plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError
 from gradmerge.export.folder import export_state
 from gradmerge.export.writer import Entry, write_safetensors
@@ -355,7 +355,7 @@ def test_a_failing_export_leaves_nothing_behind(tmp_path, family, monkeypatch):
     def fail(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Plan, "materialise", fail)
+    monkeypatch.setattr(FitState, "materialise", fail)
     with pytest.raises(OSError, match="no space left"):
         write(merged, tmp_path / "merged", overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"sources", "merged"}

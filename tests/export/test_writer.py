@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from gradmerge import Recipe
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.state import FitState
 from gradmerge.export.folder import export_state
 from gradmerge.export.atomic import _exchanged
 
@@ -165,14 +166,14 @@ def test_an_export_holds_a_tensor_at_a_time(tmp_path):
 def test_a_write_that_fails_behind_the_merge_stops_it(tmp_path, monkeypatch, failing):
     """A full disk raises in another thread, after the tensor was computed."""
     calls = iter(range(100))
-    original = writer._Behind._whole
+    original = writer._write
 
-    def whole(self, view):
+    def write(file, data):
         if next(calls) == failing:
             raise OSError(28, "No space left on device")
-        original(self, view)
+        original(file, data)
 
-    monkeypatch.setattr(writer._Behind, "_whole", whole)
+    monkeypatch.setattr(writer, "_write", write)
     entries = [
         writer.Entry(f"t{i}", (3, i), torch.float32, lambda i=i: torch.full((3, i), float(i)))
         for i in range(7)

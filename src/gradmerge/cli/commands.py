@@ -345,7 +345,6 @@ def unpack(
             )
     opened = as_source(base or described["base"]["from"]).open()
     found = {task: EMRCheckpoint(path, task, opened) for task in tasks or described["scales"]}
-    next(iter(found.values())).require_base()
     written = export_tasks(
         found, output, dtype=dtype, overwrite=overwrite, extra={"unpacked": described}
     )

@@ -32,13 +32,6 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a hidden folder beside the target, which becomes the target on success.
 
     On an error it is removed, and the target is as it was before.
-
-    Args:
-        target: the folder to write.
-        overwrite: replace an existing folder.
-
-    Raises:
-        ConfigError: the target exists and must not be overwritten.
     """
     refuse_existing(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -48,23 +41,16 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         yield work
         _take_name(work, target, overwrite)
     finally:
-        discard(work, target)
+        _put_away(work, target)
 
 
 def refuse_existing(target: Path, overwrite: bool, remedy: str = "--overwrite true") -> None:
-    """Reject a target that exists and must not be overwritten, before any work.
+    """Reject a target that exists, or with `overwrite` is not a folder, before any work.
 
-    First restores or removes what killed runs left: their old folder may be the target.
-
-    Args:
-        target: the folder to write.
-        overwrite: whether an existing folder may be replaced.
-        remedy: the option that allows it.
-
-    Raises:
-        ConfigError: the target exists.
+    First restores or removes what killed runs left: their old folder may be the target. `remedy` is
+    the option that allows to overwrite.
     """
-    recover(target)
+    _recover(target)
     try:
         mode = target.stat().st_mode  # once: another export may move it in between
     except OSError:
@@ -76,64 +62,48 @@ def refuse_existing(target: Path, overwrite: bool, remedy: str = "--overwrite tr
 
 
 def _take_name(work: Path, target: Path, overwrite: bool) -> None:
-    """Rename a complete folder to the target, and only then remove an old target.
-
-    Raises:
-        ConfigError: the target exists and must not be overwritten.
-    """
+    """Rename a complete folder to the target, and only then remove an old target."""
     for path in work.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    replaced: list[Path] = []
-    try:
-        while not _renamed(work, target):
-            refuse_existing(target, overwrite)
-            if _exchanged(work, target):
-                break  # `work` is the old target now
-            old = _hidden(target, "old")
+    while not _renamed(work, target):
+        refuse_existing(target, overwrite)
+        if _exchanged(work, target):
+            return  # `work` is the old target now
+        old = _hidden(target, "old")
+        try:
             with suppress(FileNotFoundError):  # another export has just moved it
                 target.rename(old)
-                replaced.append(old)
-    except BaseException:
-        if replaced and not os.path.lexists(target):
-            replaced.pop().rename(target)
-        raise
-    finally:
-        for path in replaced:
-            discard(path, target)
+            if _renamed(work, target):
+                return
+        finally:
+            _put_away(old, target)
 
 
-def recover(target: Path) -> None:
-    """Restore an old folder that lost its name to a killed run; remove other leftovers.
+def _put_away(path: Path, target: Path) -> None:
+    """Give an old folder its name back if that is free; remove any other, if it exists."""
+    with suppress(OSError):  # gone
+        if path.suffix == ".old":
+            if _renamed(path, target):
+                return
+            # half of a removed folder must never be restored
+            path = path.rename(path.with_suffix(".partial"))
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
-    Only touches folders of dead processes of this machine, named by our scheme: exports that are
-    still running, here or on another machine that shares the disk, are left alone.
-    """
+
+def _recover(target: Path) -> None:
+    """Put away what killed runs of this machine left; other runs may still be at work."""
     name = re.escape(target.name)
-    ours = re.compile(rf"\.{name}\.{_host()}\.(?P<pid>[1-9]\d*)\.[^.]+\.(?:partial|old)")
+    ours = re.compile(rf"\.{name}\.{_host()}\.(?P<pid>\d+)\.[^.]+\.(?:partial|old)")
     with suppress(OSError):  # no parent folder yet
         for path in list(target.parent.iterdir()):
             match = ours.fullmatch(path.name)
-            if match is None or _is_alive(int(match["pid"])):
-                continue
-            if path.suffix == ".old" and not os.path.lexists(target):
-                with suppress(OSError):  # another process was faster
-                    path.rename(target)
-            discard(path, target)
-
-
-def discard(path: Path, target: Path) -> None:
-    """Remove a folder beside the target, if it exists; half of it is never restored."""
-    if path.suffix == ".old":
-        rest = _hidden(target, "partial")
-        with suppress(OSError):  # gone
-            path.rename(rest)
-        path = rest
-    if path.is_symlink():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
+            if match and not _is_alive(int(match["pid"])):
+                _put_away(path, target)
 
 
 def _hidden(target: Path, state: Literal["partial", "old"]) -> Path:
@@ -152,26 +122,22 @@ def _host() -> str:
 
 def _is_alive(pid: int) -> bool:
     """Return whether a process of this machine runs; if in doubt, it does."""
-    if os.name != "posix":  # elsewhere signal 0 does something
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # another user's process
-        return True
+    if os.name == "posix":  # elsewhere signal 0 does something
+        try:
+            os.kill(pid, 0)
+        except (OSError, OverflowError) as error:
+            return not isinstance(error, ProcessLookupError)
     return True
 
 
-def _renamed(work: Path, target: Path) -> bool:
+def _renamed(path: Path, target: Path) -> bool:
     """Rename a folder to a free name; return False if the name is taken."""
     if os.path.lexists(target):
         return False
     try:
-        work.rename(target)
+        path.rename(target)
     except OSError as error:
-        # taken just now, and possibly free again
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY) or os.path.lexists(target):
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # taken just now
             return False
         raise
     return True
@@ -180,8 +146,8 @@ def _renamed(work: Path, target: Path) -> bool:
 def _exchanged(first: Path, second: Path) -> bool:
     """Exchange two names atomically; return False if the system or file system cannot."""
     try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        rename = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError, TypeError):
         return False
-    names = [ctypes.c_char_p(os.fsencode(path)) for path in (first, second)]
+    names = os.fsencode(first), os.fsencode(second)
     return bool(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)

@@ -34,29 +34,21 @@ _PIPELINES = {
 
 
 def model_card(state: FitState, provenance: Mapping[str, Any], head: str, name: str) -> str:
-    """Return the card of a merge: what was merged, how, its scores, and how to load it.
-
-    Args:
-        state: the opened recipe with its coefficients.
-        provenance: content of provenance.json.
-        head: task whose head the folder itself contains.
-        name: name of the model in the metadata.
-    """
-    plan = state.plan
+    """Return the card of a merge: what was merged, how, its scores, and how to load it."""
+    plan, driver, results = state.plan, provenance.get("driver", {}), provenance["results"]
     architecture = ((plan.reference.config or {}).get("architectures") or [None])[0]
-    entries = _entries(provenance)
-    count = len([source for source in entries if source != "base"])
-    results = provenance.get("results") or {}
+    # the last step of a merge in steps has only some of the sources
+    sources = driver.get("sources") or provenance["sources"]
     sections = [
-        f"A merge of {count} checkpoints of one architecture, made by gradmerge "
-        f"{provenance['versions']['gradmerge']}.",
+        f"A merge of {len(sources.keys() - {'base'})} checkpoints of one architecture, made by "
+        f"gradmerge {provenance['versions']['gradmerge']}.",
         _loading(plan, architecture, head),
         "## Sources",
         _table(
             ["name", "from", "sha256 of the weights"],
-            [[n, Path(e["from"]).name, f"`{e['sha256'][:16]}`"] for n, e in entries.items()],
+            [[n, Path(s["from"]).name, f"`{s['sha256'][:16]}`"] for n, s in sources.items()],
         ),
-        *_steps(provenance),
+        *_steps([step for step in driver.get("steps", ()) if "merged" in step]),
         "## Scores",
         *(_scores(stage, tasks) for stage, tasks in results.items()),
         *([] if results else ["None measured."]),
@@ -68,7 +60,7 @@ def model_card(state: FitState, provenance: Mapping[str, Any], head: str, name: 
         "`coefficients.safetensors` has all coefficients; `provenance.json` has fingerprints, "
         "versions, seeds and settings.",
     ]
-    labels = [entry["from"] for entry in entries.values()]
+    labels = [source["from"] for source in sources.values()]
     return render("Merged model", sections, name, architecture, labels, results)
 
 
@@ -82,17 +74,12 @@ def render(
 ) -> str:
     """Return a Markdown page with the metadata of the Hugging Face Hub.
 
-    Args:
-        title: the heading.
-        sections: paragraphs, tables and headings below it.
-        name: name of the model.
-        architecture: model class of transformers, if it loads the folder.
-        sources: paths and hub ids of the merged checkpoints; the metadata names only hub ids.
-        results: scores by stage, task and metric.
+    `architecture` is the model class if transformers loads the folder. Of the `sources`, paths and
+    hub ids, the metadata names only hub ids; `results` are scores by stage, task and metric.
     """
-    models = [label.partition("@")[0] for label in sources if _is_hub_id(label)]
-    names = [end for end in _PIPELINES if architecture and architecture.endswith(end)]
-    task = _PIPELINES[names[0]] if names else None
+    models = [name for name in (s.partition("@")[0] for s in sources) if _is_hub_id(name)]
+    names = (end for end in _PIPELINES if (architecture or "").endswith(end))
+    task = _PIPELINES.get(next(names, ""))
     found = list(_eval_results(task, results or {})) if task else []
     data = ModelCardData(
         base_model=models or None,
@@ -106,8 +93,7 @@ def render(
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join([f"# {title}", *sections]) + "\n"
 
 
-def _is_hub_id(label: str) -> bool:
-    name = label.partition("@")[0]
+def _is_hub_id(name: str) -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -139,24 +125,15 @@ def _loading(plan: Plan, architecture: str | None, head: str) -> str:
     return text
 
 
-def _entries(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return all merged checkpoints; the last step of a merge in steps has only some of them."""
-    entries: Mapping[str, Any] = provenance.get("driver", {}).get("sources")
-    return entries or provenance["sources"]
-
-
-def _steps(provenance: Mapping[str, Any]) -> list[str]:
-    """Return the section on a merge in steps, or nothing."""
-    steps = [step for step in provenance.get("driver", {}).get("steps", []) if "merged" in step]
-    if not steps:
-        return []
+def _steps(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the section on a merge in steps."""
     rows = []
     for number, step in enumerate(steps, 1):
         names = " with ".join(" + ".join(members) for members in step["merged"])
         shares = ", ".join(f"{value:.3f}" for value in step["coefficients"].values())
         rows.append(f"{number}. {names} (mean coefficients {shares})")
     note = "Coefficients and recipe below are those of the last step."
-    return ["## Steps", note, "\n".join(rows)]
+    return ["## Steps", note, "\n".join(rows)] if rows else []
 
 
 def _scores(stage: str, tasks: Mapping[str, Mapping[str, float]]) -> str:
@@ -172,12 +149,12 @@ def _coefficients(state: FitState) -> Iterable[str]:
     plan, found = state.plan, []
     for name in plan.tensors:
         values = state.coefficient(name).detach().float().reshape(len(plan.sources), -1)
-        found.append(torch.stack([values.mean(dim=1), values.amin(dim=1), values.amax(dim=1)]))
-    mean, low, high = torch.stack(found, dim=1)  # each `[tensors, sources]`
-    summary = torch.stack([mean.mean(dim=0), low.amin(dim=0), high.amax(dim=0)], dim=1).tolist()
+        found.append(torch.stack([values.mean(dim=1), *values.aminmax(dim=1)]))
+    mean, low, high = torch.stack(found, dim=2)  # each `[sources, tensors]`
+    summary = torch.stack([mean.mean(dim=1), low.amin(dim=1), high.amax(dim=1)], dim=1)
     rows = [
         [source, *(f"{value:.4f}" for value in values)]
-        for source, values in zip(plan.sources, summary, strict=True)
+        for source, values in zip(plan.sources, summary.tolist(), strict=True)
     ]
     yield _table(["source", "mean", "smallest", "largest"], rows)
     if state.fixed:
@@ -188,7 +165,6 @@ def _coefficients(state: FitState) -> Iterable[str]:
 
 
 def _tokens(plan: Plan) -> list[str]:
-    """Return the section on the tokenizer, if the recipe chooses one."""
     if plan.alignment is None:
         return []
     summary = summarise(token_report(plan.alignment))

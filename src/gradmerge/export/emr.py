@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,104 +17,85 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.coefficients import Constant, Model
-from gradmerge.engine.opening import open_plan
+from gradmerge.engine.inventory import take_inventory
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, shorten
 from gradmerge.export.atomic import new_folder
 from gradmerge.export.card import render
-from gradmerge.export.folder import export_state, write_config
-from gradmerge.export.provenance import provenance_of
-from gradmerge.export.writer import Entry, write_json, write_safetensors
+from gradmerge.export.folder import private_entries, require_options, write_config, write_weights
+from gradmerge.export.provenance import provenance_of, stamp
+from gradmerge.export.writer import Entry, entries_of, write_json, write_safetensors
 from gradmerge.preprocess import Unify
 from gradmerge.preprocess.processed import ProcessedDirections
 from gradmerge.preprocess.unify import elect
-from gradmerge.sources import AbstractSource, Checkpoint
+from gradmerge.sources import Checkpoint
 from gradmerge.sources.emr import FORMAT
 
 
 class TaskCheckpoint(Checkpoint):
-    """A task's model by a recipe: `A + B'_k` for merged tensors, the source's own for others."""
+    """A task's model by a recipe: `A + B'_k` for merged tensors, the source's own for others.
+
+    The fingerprint is that of the source.
+    """
 
     def __init__(self, plan: Plan, source: str) -> None:
         own = plan.sources[source]
         self._plan, self._own, self._index = plan, own, plan.source_names.index(source)
+        plan.require_private(source)
         infos = {name: plan.reference.infos[name] for name in plan.tensors}
         infos.update({name: own.infos[name] for name in [*plan.private, *plan.buffers]})
-        super().__init__(f"{own.label} in a merge", infos, own.folder, own.config)
+        super().__init__(own.label, infos, own.folder, own.config)
 
     @override
     def read(self, name: str) -> Tensor:
         if name not in self._plan.tensors:
             return self._own.read(name)
-        terms = self._plan.terms(name, processed=self._plan.fixed.get(name) != 0).dense()
+        terms = self._plan.terms(name).dense()
         direction = terms.sources[self._index]
         if terms.origin is None:
             return direction.contiguous()
         return terms.origin.to(torch.promote_types(terms.origin.dtype, direction.dtype)) + direction
 
-
-@dataclass(frozen=True)
-class _Opened(AbstractSource):
-    """A checkpoint that is open already."""
-
-    checkpoint: Checkpoint
-
     @override
-    def open(self) -> Checkpoint:
-        return self.checkpoint
+    def fingerprint(self) -> str:
+        return self._own.fingerprint()
 
 
 def require_outputs(recipe: Recipe, outputs: Literal["tasks", "compact"]) -> None:
-    """Reject recipes that do not have outputs per task, before any work.
-
-    Args:
-        recipe: the recipe.
-        outputs: a folder per task, or the compact form.
-
-    Raises:
-        ConfigError: an option of the recipe has no meaning for these outputs.
-    """
+    """Reject recipes that do not have a folder per task or a compact form, before any work."""
+    compact, origin = outputs == "compact", recipe.resolved_origin
     last = recipe.preprocess[-1] if recipe.preprocess else None
-    got = "none" if last is None else type(last).__name__
-    if recipe.finalisers:
-        names = ", ".join(type(finaliser).__name__ for finaliser in recipe.finalisers)
-        raise ConfigError(
-            f"outputs: expected no finalisers, got {names}. They change one merged model, but here "
-            "each task has its own; leave `finalisers` out."
-        )
-    for pattern, value in recipe.frozen.items():
-        raise ConfigError(
-            f"outputs: {pattern!r} is frozen at {value}, but each task has its whole direction; "
-            "leave `frozen` out."
-        )
-    if outputs == "tasks" and last is None:
-        raise ConfigError(
-            "outputs tasks: expected a preprocess (Unify, for EMR-Merging), got none; each task's "
-            "model would be its source."
-        )
-    if outputs == "compact" and not isinstance(last, Unify):
-        raise ConfigError(f"outputs compact: expected Unify as the last preprocess, got {got}.")
-    if outputs == "compact" and recipe.resolved_origin != "base":
-        raise ConfigError(
-            "outputs compact: expected origin base, to which each task's vector is added, got "
-            f"{recipe.resolved_origin}."
-        )
-    if outputs == "compact" and recipe.tokenizer is not None:
-        raise ConfigError(
-            "outputs compact: the shared vector is added to the base as it is stored, but this "
-            "recipe aligns its rows to other tokens (tokenizer). Use --outputs tasks."
-        )
+    finalisers = ", ".join(type(finaliser).__name__ for finaliser in recipe.finalisers)
+    frozen = shorten(list(recipe.frozen))
+    for is_wrong, problem in (
+        (finalisers, f"expected no finalisers, got {finalisers}; each task has a model of its own"),
+        (frozen, f"expected nothing frozen, got {frozen}; each task has its whole direction"),
+        (
+            not compact and last is None,
+            "expected a preprocess (Unify, for EMR-Merging), got none; tasks would be sources",
+        ),
+        (
+            compact and not isinstance(last, Unify),
+            f"expected Unify as the last preprocess, got {type(last).__name__ if last else 'none'}",
+        ),
+        (
+            compact and origin != "base",
+            f"expected origin base, to which each task's vector is added, got {origin}",
+        ),
+        (
+            compact and recipe.tokenizer is not None,
+            "expected no tokenizer, which aligns the base's rows to other tokens; the vector is "
+            "added to the base as it is stored. Use --outputs tasks",
+        ),
+    ):
+        if is_wrong:
+            raise ConfigError(f"outputs {outputs}: {problem}.")
 
 
 def task_checkpoints(plan: Plan) -> dict[str, Checkpoint]:
-    """Return the model of each source's own processed direction, with a coefficient of 1.
-
-    Raises:
-        ConfigError: the recipe has no outputs per task.
-    """
+    """Return the model of each source's own processed direction, with a coefficient of 1."""
     require_outputs(plan.recipe, "tasks")
     return {name: TaskCheckpoint(plan, name) for name in plan.sources}
 
@@ -130,22 +110,27 @@ def export_tasks(
 ) -> Path:
     """Write one Hugging Face folder per task, `output/<task>`, each of which loads on its own.
 
-    Args:
-        tasks: the model of each task.
-        output: folder to write.
-        dtype: float32, bfloat16, float16 or float64; default: as in the headers.
-        overwrite: replace an existing folder, once the new one is complete.
-        extra: further entries of each provenance.json.
-
-    Returns:
-        The folder.
+    `extra` are further entries of each provenance.json; other options as in `export_state`.
     """
+    kind = require_options(dtype, None, ())
     target = Path(output).expanduser()
     with new_folder(target, overwrite) as work:
         for task, checkpoint in tasks.items():
-            plan = _alone(task, checkpoint)
-            folder = export_state(FitState.start(plan), work / task, dtype=dtype, extra=extra)
-            (folder / "coefficients.safetensors").unlink()
+            folder = work / task
+            folder.mkdir()
+            found = take_inventory(list(checkpoint.infos), checkpoint, None, ())
+            weights = entries_of(checkpoint, found.tensors, kind)
+            write_weights(folder, [*weights, *entries_of(checkpoint, found.buffers)])
+            write_config(folder, checkpoint.folder, checkpoint.config, kind)
+            source = {"from": checkpoint.label, "sha256": checkpoint.fingerprint()}
+            provenance = {
+                **stamp(),
+                "sources": {task: source},
+                "tasks": {task: task},
+                "dtype": dtype or "as stored",
+                **(extra or {}),
+            }
+            write_json(folder / "provenance.json", provenance)
             (folder / "README.md").write_text(_task_card(task, checkpoint))
     return target
 
@@ -153,16 +138,7 @@ def export_tasks(
 def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -> Path:
     """Write the shared vector, and a mask and a scale per task (format: `gradmerge.sources.emr`).
 
-    Args:
-        plan: an opened recipe whose last preprocess is `Unify`.
-        output: folder to write.
-        overwrite: replace an existing folder, once the new one is complete.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ConfigError: the recipe has no compact form.
+    The recipe's last preprocess must be `Unify`.
     """
     require_outputs(plan.recipe, "compact")
     unify, base = plan.recipe.preprocess[-1], plan.base
@@ -174,19 +150,17 @@ def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -
         return elect(before.read(name))[0]
 
     def mask(name: str, k: int) -> Tensor:
-        bits = elect(before.read(name))[1][k].reshape(-1)
-        return torch.from_numpy(np.packbits(bits.numpy()))
+        return torch.from_numpy(np.packbits(elect(before.read(name))[1][k].numpy()))
 
     shapes = {name: tensor.shape for name, tensor in plan.tensors.items()}
     vectors = [Entry(n, shape, torch.float32, partial(vector, n)) for n, shape in shapes.items()]
     target = Path(output).expanduser()
     with new_folder(target, overwrite) as work:
-        found = unify.scales(
-            lambda: ((site, before.read(site.name)) for site, _ in plan.directions())
-        )
+        sites = plan.directions
+        found = unify.scales(lambda: ((site, before.read(site.name)) for site, _ in sites()))
         scales = dict(zip(plan.sources, found, strict=True))
         write_safetensors(work / "unified.safetensors", vectors)
-        for k, task in enumerate(plan.sources):
+        for k, (task, source) in enumerate(plan.sources.items()):
             folder = work / "tasks" / task
             folder.mkdir(parents=True)
             masks = [
@@ -194,7 +168,10 @@ def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -
                 for n, shape in shapes.items()
             ]
             write_safetensors(folder / "masks.safetensors", masks)
-            _write_own(plan, task, folder)
+            own = [*private_entries(plan, task), *entries_of(source, plan.buffers)]
+            if own:
+                write_safetensors(folder / "own.safetensors", own)
+            write_config(folder, source.folder, source.config)
         path = Path(base.label).expanduser()  # made absolute, to be found from everywhere
         label = str(path.resolve()) if path.exists() else base.label
         described = {"from": label, "sha256": plan.fingerprints["base"]}
@@ -203,26 +180,6 @@ def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -
         write_json(work / "provenance.json", provenance)
         (work / "README.md").write_text(_compact_card(list(scales), target.name))
     return target
-
-
-def _alone(task: str, checkpoint: Checkpoint) -> Plan:
-    """Return the merge of one checkpoint, which is the checkpoint itself."""
-    recipe = Recipe(
-        {task: _Opened(checkpoint)}, origin="zero", coefficients=Model(), init=Constant(1.0)
-    )
-    return open_plan(recipe, with_skeleton=False)
-
-
-def _write_own(plan: Plan, task: str, folder: Path) -> None:
-    """Write head, buffers, config and tokenizer of a task's source."""
-    if plan.private:
-        plan.require_private(task)
-    source = plan.sources[task]
-    infos = [source.infos[name] for name in [*plan.private, *plan.buffers]]
-    own = [Entry(i.name, i.shape, i.dtype, partial(source.read, i.name)) for i in infos]
-    if own:
-        write_safetensors(folder / "own.safetensors", own)
-    write_config(_alone(task, TaskCheckpoint(plan, task)), folder, None, None)
 
 
 def _task_card(task: str, checkpoint: Checkpoint) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor
 
 from gradmerge._memory import release_freed_memory
@@ -26,30 +27,23 @@ from gradmerge.errors import ConfigError, nearest, shorten
 from gradmerge.export.atomic import new_folder
 from gradmerge.export.card import model_card
 from gradmerge.export.provenance import provenance_of
-from gradmerge.export.writer import Entry, write_json, write_safetensors
+from gradmerge.export.writer import Entry, entries_of, write_json, write_safetensors
+from gradmerge.sources.files import SMALL_FILES
 from gradmerge.sources.tokenizers.report import token_report
 from gradmerge.spec import to_plain
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-# Copied from the reference: neither weights, nor left by training, nor about one checkpoint.
-_COPIED = (".json", ".txt", ".model", ".jinja", ".py")
-_NOT_COPIED = (
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
-    "config.json",
-    "trainer_state.json",
-    "all_results.json",
-    "train_results.json",
-    "eval_results.json",
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
+SHARD_SIZE = 5_000_000_000
+# About the weights, their training, or one checkpoint.
+_NOT_COPIED = [
+    "*.index.json",
+    "*_results.json",
     "adapter_config.json",
+    "config.json",
     "provenance.json",
     "tokens.json",
-)
+    "trainer_state.json",
+]
 
 
 def export_merged(merged: MergedModel, output: str | Path, **options: Any) -> Path:
@@ -78,7 +72,7 @@ def export_state(
     head: str | None = None,
     results: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int = SHARD_SIZE,
 ) -> Path:
     """Write a merge as a Hugging Face folder.
 
@@ -106,36 +100,30 @@ def export_state(
     tasks = dict(tasks) if tasks else {name: name for name in plan.sources}
     kind = require_options(dtype, head, tasks)
     head = head or next(iter(tasks))
-    # sources are hashed while they are merged: both read the same files
-    hashing = ThreadPoolExecutor(1)
-    try:
-        with new_folder(target, overwrite) as work:
-            hashes = hashing.submit(lambda: plan.fingerprints)
-            release_freed_memory()  # fragmented heap could otherwise hold every written tensor
-            _write_model(state, buffers or {}, tasks, head, kind, work, max_shard_size)
-            _write_coefficients(state, work)
-            hashes.result()
-            provenance = provenance_of(state, dtype, tasks, results, extra)
-            write_json(work / "provenance.json", provenance)
-            if plan.alignment is not None:
-                write_json(work / "tokens.json", token_report(plan.alignment))
-            if state.run.get("yaml"):
-                (work / "gradmerge.yaml").write_text(state.run["yaml"])
-            card = model_card(state, provenance, head, target.name)
-            (work / "README.md").write_text(card, encoding="utf-8")
-    finally:
-        hashing.shutdown(wait=False, cancel_futures=True)
+    with new_folder(target, overwrite) as work:
+        # sources are hashed while they are merged: both read the same files
+        hashing = ThreadPoolExecutor(1)
+        hashes = hashing.submit(lambda: plan.fingerprints)
+        hashing.shutdown(wait=False)  # its thread ends with this work
+        release_freed_memory()  # fragmented heap could otherwise hold every written tensor
+        _write_model(state, buffers or {}, tasks, head, kind, work, max_shard_size)
+        _write_coefficients(state, work)
+        hashes.result()
+        provenance = provenance_of(state, dtype, tasks, results, extra)
+        write_json(work / "provenance.json", provenance)
+        if plan.alignment is not None:
+            write_json(work / "tokens.json", token_report(plan.alignment))
+        if state.run.get("yaml"):
+            (work / "gradmerge.yaml").write_text(state.run["yaml"])
+        card = model_card(state, provenance, head, target.name)
+        (work / "README.md").write_text(card, encoding="utf-8")
     return target
 
 
 def require_options(
     dtype: str | None, head: str | None, tasks: Iterable[str]
 ) -> torch.dtype | None:
-    """Check options before any work and return the dtype.
-
-    Raises:
-        ConfigError: an option is invalid.
-    """
+    """Reject invalid options before any work; return the dtype."""
     if head is not None and head not in list(tasks):
         known = shorten(list(tasks))
         raise ConfigError(
@@ -157,21 +145,17 @@ def _write_model(
 ) -> None:
     """Write weights and configs; a task's folder has its head and an index of all weights."""
     plan = state.plan
-    private = _private_entries(plan, tasks[head], dtype)
-    entries = [*_merged_entries(state, buffers, dtype), *private]
-    files = _write_sharded(work, entries, max_shard_size)
-    write_config(plan, work, tasks[head] if plan.private else None, dtype)
-    for task, source in tasks.items() if plan.private else ():
+    merged = list(_merged_entries(state, buffers, dtype))
+    heads = {task: private_entries(plan, source, dtype) for task, source in tasks.items()}
+    files = write_weights(work, [*merged, *heads[head]], max_shard_size)
+    _write_config_for(plan, work, tasks[head], dtype)
+    for task, own in heads.items() if plan.private else ():
         folder = work / "tasks" / task
         folder.mkdir(parents=True)
-        own = _private_entries(plan, source, dtype)
         write_safetensors(folder / "head.safetensors", own)
-        places = {name: f"../../{file}" for name, file in files.items()}
-        for entry in private:
-            del places[entry.name]
-        places.update({entry.name: "head.safetensors" for entry in own})
-        _write_index(folder, places, 0)
-        write_config(plan, folder, source, dtype)
+        places = {entry.name: f"../../{files[entry.name]}" for entry in merged}
+        _write_index(folder, {**places, **{entry.name: "head.safetensors" for entry in own}}, 0)
+        _write_config_for(plan, folder, tasks[task], dtype)
 
 
 def _merged_entries(
@@ -182,37 +166,35 @@ def _merged_entries(
     infos = plan.reference.infos
     for name in plan.tensors:
         kind = dtype or infos[name].dtype
-        make = partial(state.materialise, name, kind)
-        yield Entry(name, infos[name].shape, kind, make)
+        yield Entry(name, infos[name].shape, kind, partial(state.materialise, name, kind))
     for name in plan.buffers:
         read = partial(buffers.__getitem__, name) if name in buffers else partial(plan.buffer, name)
         yield Entry(name, infos[name].shape, infos[name].dtype, read)
 
 
-def _private_entries(plan: Plan, source: str, dtype: torch.dtype | None) -> list[Entry]:
+def private_entries(plan: Plan, source: str, dtype: torch.dtype | None = None) -> list[Entry]:
+    """Return the private tensors (head) of a source, which must have them."""
     plan.require_private(source)
-    infos = [plan.serving[source].infos[name] for name in plan.private]
-    return [
-        Entry(info.name, info.shape, dtype or info.dtype, partial(plan.read, source, info.name))
-        for info in infos
-    ]
+    return entries_of(plan.serving[source], plan.private, dtype)
 
 
-def _write_sharded(folder: Path, entries: Sequence[Entry], limit: int) -> dict[str, str]:
+def write_weights(
+    folder: Path, entries: Sequence[Entry], max_shard_size: int = SHARD_SIZE
+) -> dict[str, str]:
     """Write one file, or shards with an index; return the file of each tensor."""
     by_name = {entry.name: entry for entry in entries}
     split = split_state_dict_into_shards_factory(
         by_name,
         get_storage_size=lambda entry: entry.num_bytes,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=limit,
+        max_shard_size=max_shard_size,
     )
     for file, names in split.filename_to_tensors.items():
         write_safetensors(folder / file, [by_name[name] for name in names])
-    files = {entry.name: split.tensor_to_filename[entry.name] for entry in entries}
     if split.is_sharded:
+        files = {name: split.tensor_to_filename[name] for name in by_name}
         _write_index(folder, files, sum(entry.num_bytes for entry in entries))
-    return files
+    return split.tensor_to_filename
 
 
 def _write_index(folder: Path, files: Mapping[str, str], total: int) -> None:
@@ -220,32 +202,42 @@ def _write_index(folder: Path, files: Mapping[str, str], total: int) -> None:
     write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_config(plan: Plan, work: Path, source: str | None, dtype: torch.dtype | None) -> None:
-    """Write config, generation config, tokenizer and processor of the reference.
+def _write_config_for(plan: Plan, work: Path, source: str, dtype: torch.dtype | None) -> None:
+    """Write the configs of the reference; those of a source with a head know its labels."""
+    first = plan.serving[source] if plan.private else plan.reference
+    candidates = [first, plan.reference, *plan.sources.values()]
+    config = next((c.config for c in candidates if c.config is not None), None)
+    write_config(work, plan.folder, config, dtype, plan.skeleton)
 
-    Args:
-        plan: the opened recipe.
-        work: the folder.
-        source: source whose config is preferred, as it has the labels of the head.
-        dtype: dtype of the weights; default: as in the config.
-    """
-    head = plan.reference if source is None else plan.serving[source]
-    candidates = [head, plan.reference, *plan.sources.values()]
-    config = next((dict(c.config) for c in candidates if c.config is not None), None)
-    if plan.folder is not None:
-        for file in sorted(plan.folder.iterdir()):
-            if file.is_file() and file.suffix in _COPIED and file.name not in _NOT_COPIED:
+
+def write_config(
+    work: Path,
+    folder: Path | None,
+    config: Mapping[str, Any] | None,
+    dtype: torch.dtype | None = None,
+    network: Any = None,
+) -> None:
+    """Write `config`; copy all but the weights from `folder`, or take it from a model in memory."""
+    if folder is not None:
+        for file in filter_repo_objects(
+            folder.iterdir(),
+            allow_patterns=SMALL_FILES,
+            ignore_patterns=_NOT_COPIED,
+            key=lambda file: file.name,
+        ):
+            if file.is_file():
                 shutil.copyfile(file, work / file.name)
-    elif hasattr(getattr(plan.skeleton, "generation_config", None), "save_pretrained"):
-        plan.skeleton.generation_config.save_pretrained(work)  # type: ignore[union-attr, operator]
-    if config is not None:
-        config.pop("_name_or_path", None)
-        if not config.get("architectures") and plan.skeleton is not None:
-            config["architectures"] = [type(plan.skeleton).__name__]
-        if dtype is not None:
-            config["dtype"] = str(dtype).removeprefix("torch.")
-            config.pop("torch_dtype", None)
-        write_json(work / "config.json", config)
+    elif hasattr(getattr(network, "generation_config", None), "save_pretrained"):
+        network.generation_config.save_pretrained(work)
+    if config is None:
+        return
+    config = {key: value for key, value in config.items() if key != "_name_or_path"}
+    if not config.get("architectures") and network is not None:
+        config["architectures"] = [type(network).__name__]
+    if dtype is not None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        config.pop("torch_dtype", None)
+    write_json(work / "config.json", config)
 
 
 def _write_coefficients(state: FitState, work: Path) -> None:
@@ -253,8 +245,8 @@ def _write_coefficients(state: FitState, work: Path) -> None:
     plan, entries = state.plan, []
     for name in plan.tensors:
         slot = () if name in state.fixed else plan.layout.slots[name].shape
-        make = partial(state.coefficient, name)
-        entries.append(Entry(name, (len(plan.sources), *slot), torch.float32, make))
+        shape = (len(plan.sources), *slot)
+        entries.append(Entry(name, shape, torch.float32, partial(state.coefficient, name)))
     metadata = {
         "sources": json.dumps(list(plan.sources)),
         "origin": plan.recipe.resolved_origin,

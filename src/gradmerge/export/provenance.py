@@ -29,6 +29,12 @@ def versions() -> dict[str, str]:
     return {"gradmerge": __version__, "torch": torch_version, **packages, "python": python}
 
 
+def stamp() -> dict[str, Any]:
+    """Return the time and the versions of an output."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"created": now, "versions": versions()}
+
+
 def mean_coefficients(state: FitState) -> dict[str, float]:
     """Return each source's mean coefficient: over the entries of a tensor, then over tensors."""
     num = len(state.plan.sources)
@@ -46,28 +52,18 @@ def provenance_of(
     results: Mapping[str, Any] | None,
     extra: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return the content of provenance.json: what was merged, and how.
-
-    Args:
-        state: the opened recipe with its coefficients.
-        dtype: dtype of the export; None: as stored.
-        tasks: task -> source of its private tensors.
-        results: scores by stage, task and metric.
-        extra: further entries, which replace others of the same name.
-    """
+    """Return the content of provenance.json: what was merged, and how (see `export_state`)."""
     plan = state.plan
-    checkpoints = {**({"base": plan.base} if plan.base is not None else {}), **plan.sources}
+    checkpoints = {**({} if plan.base is None else {"base": plan.base}), **plan.sources}
     recipe = to_plain(plan.recipe)
-    of = {name: checkpoint.label for name, checkpoint in plan.serving.items()}
-    heads = {name: label for name, label in of.items() if name not in plan.sources}
-    return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
+    labels = {name: checkpoint.label for name, checkpoint in plan.serving.items()}
+    found = {
+        **stamp(),
         "sources": {
             name: {"from": checkpoint.label, "sha256": plan.fingerprints[name]}
             for name, checkpoint in checkpoints.items()
         },
-        **({"heads": heads} if heads else {}),
+        "heads": {n: label for n, label in labels.items() if n not in plan.sources} or None,
         "recipe": recipe,
         "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
         "fixed": dict(state.fixed),
@@ -75,10 +71,10 @@ def provenance_of(
         "dtype": dtype or "as stored",
         **read_as(plan),
         "results": dict(results or {}),
-        **({} if state.corrections is None else {"finalisation": state.corrections.report}),
-        **({"run": state.run} if state.run else {}),
-        **(extra or {}),
+        "finalisation": None if state.corrections is None else state.corrections.report,
+        "run": state.run or None,
     }
+    return {**{key: value for key, value in found.items() if value is not None}, **(extra or {})}
 
 
 def read_as(plan: Plan) -> dict[str, Any]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import json
 import os
 import struct
-import sys
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmerge.sources.base import tensor_bytes
+from gradmerge.sources.base import Checkpoint, tensor_bytes
 from gradmerge.sources.files import DTYPES
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_WRITE = 2  # SYNC_FILE_RANGE_WRITE: start writing, do not wait
-# Bytes that may wait to be written while the next tensor is computed.
+# Larger tensors are not written while the next one is computed, which would take memory for both.
 _BEHIND = 32 << 20
 
 
@@ -44,18 +41,23 @@ class Entry:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def entries_of(
+    checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtype | None = None
+) -> list[Entry]:
+    """Return a checkpoint's own tensors, by default in their stored dtypes."""
+    infos = [checkpoint.infos[name] for name in names]
+    return [
+        Entry(i.name, i.shape, dtype or i.dtype, partial(checkpoint.read, i.name)) for i in infos
+    ]
+
+
 def write_safetensors(
     path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file; memory holds one tensor and at most 32 MiB yet to be written.
+    """Write a safetensors file; memory holds one tensor, and one of at most 32 MiB to be written.
 
     The library's own writer needs all tensors at once. The format is a length, a JSON header and
     the bytes in order.
-
-    Args:
-        path: the file.
-        entries: the tensors, in the order of the file.
-        metadata: further entries of the header's `__metadata__`.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
@@ -68,63 +70,35 @@ def write_safetensors(
         offset += entry.num_bytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes, as readers may map them
-    with path.open("wb", buffering=0) as file, _Behind(file) as behind:
-        behind.write(struct.pack("<Q", len(text)) + text)
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        data: bytes | memoryview = struct.pack("<Q", len(text)) + text
         for entry in entries:
-            behind.wait(_BEHIND)
-            tensor = entry.make().detach().to("cpu", entry.dtype)
-            if tuple(tensor.shape) != entry.shape:
-                raise RuntimeError(
-                    f"{entry.name}: expected shape {entry.shape} as in the header, got "
-                    f"{tuple(tensor.shape)}"
-                )
-            behind.write(tensor_bytes(tensor))
-        behind.wait(0)
+            written = pool.submit(_write, file, data)
+            if len(data) > _BEHIND:
+                written.result()
+            del data  # memory is free for the next tensor once it is written
+            data = _bytes_of(entry)
+            written.result()
+        _write(file, data)
         os.fsync(file.fileno())
 
 
-class _Behind:
-    """A thread that writes one tensor while the next is computed."""
-
-    def __init__(self, file: FileIO) -> None:
-        self._file = file
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="gradmerge-write")
-        self._pending: deque[tuple[Future[None], int]] = deque()
-
-    def __enter__(self) -> _Behind:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # after an error, the rest need not be written
-        self._pool.shutdown(cancel_futures=True)
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Queue bytes."""
-        view = memoryview(data).cast("B")
-        self._pending.append((self._pool.submit(self._whole, view), len(view)))
-
-    def wait(self, limit: int) -> None:
-        """Wait until at most `limit` bytes are queued; raise the error of a failed write."""
-        while self._pending and (limit == 0 or sum(size for _, size in self._pending) > limit):
-            self._pending.popleft()[0].result()
-
-    def _whole(self, view: memoryview) -> None:
-        start, done = self._file.tell(), 0
-        while done < len(view):  # a raw write may be partial, and is at most 2 GiB
-            done += self._file.write(view[done:]) or 0
-        _start_writeback(self._file.fileno(), start, done)
+def _bytes_of(entry: Entry) -> memoryview:
+    tensor = entry.make().detach().to("cpu", entry.dtype)
+    if tuple(tensor.shape) != entry.shape:
+        raise RuntimeError(
+            f"{entry.name}: expected shape {entry.shape} as in the header, got "
+            f"{tuple(tensor.shape)}"
+        )
+    return tensor_bytes(tensor)
 
 
-def _start_writeback(descriptor: int, start: int, size: int) -> None:
-    """Start writing these bytes to the disk (Linux), to shorten the `fsync` at the end."""
-    start_range = getattr(_libc(), "sync_file_range", None)
-    if start_range is not None:
-        start_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(size), _WRITE)
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if sys.platform == "linux" else None
+def _write(file: FileIO, data: bytes | memoryview) -> None:
+    start, done, view = file.tell(), 0, memoryview(data)
+    while done < len(view):  # a raw write may be partial, and is at most 2 GiB
+        done += file.write(view[done:]) or 0
+    with suppress(AttributeError, OSError):  # start writing to the disk, to shorten the `fsync`
+        os.posix_fadvise(file.fileno(), start, done, os.POSIX_FADV_DONTNEED)
 
 
 def write_json(path: Path, value: Any) -> None:

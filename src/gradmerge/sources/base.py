@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
+from gradmerge._memory import in_file
 from gradmerge.errors import FingerprintError, shorten
 
 Key = TypeVar("Key")
@@ -200,21 +195,15 @@ class View(Checkpoint):
 
     @override
     def keep(self) -> None:
-        """Write the changed tensors to temporary files (`TMPDIR`) and map them from there."""
-        self.inner.keep()
-        for i, name in enumerate(self.infos):
-            if name in self._kept or not self.changes(name):
-                continue
-            path = self._keep_folder / f"{i}.safetensors"
-            save_file({name: self.form(name)}, path)
-            with safe_open(path, framework="pt") as file:
-                self._kept[name] = file.get_tensor(name)
+        """Write the changed tensors to temporary files (`TMPDIR`) and map them from there.
 
-    @cached_property
-    def _keep_folder(self) -> Path:
-        folder = Path(tempfile.mkdtemp(prefix="gradmerge-view-"))
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return folder
+        The files have no names, so that a killed run leaves none.
+        """
+        self.inner.keep()
+        for name in self.infos:
+            if name not in self._kept and self.changes(name):
+                formed = self.form(name)
+                self._kept[name] = in_file(formed.shape, formed.dtype).copy_(formed)
 
     @override
     def fingerprint(self) -> str:

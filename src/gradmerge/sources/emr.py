@@ -10,6 +10,7 @@ folder/tasks/<task>/config.json, ...     config and tokenizer
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,53 +44,41 @@ class EMRCheckpoint(Checkpoint):
                 f"{nearest(task, scales)}"
             )
         self._base, self._scale = base, float(scales[task])
-        self._expected: str | None = described["base"]["sha256"]  # None once it was checked
-        own_folder = folder / "tasks" / task
-        label = f"{folder} task {task}"
+        self._expected = described["base"]["sha256"]
+        own, label = folder / "tasks" / task, f"{folder} task {task}"
         self._unified = SafetensorsCheckpoint([folder / "unified.safetensors"], label)
-        self._masks = SafetensorsCheckpoint([own_folder / "masks.safetensors"], label)
-        own = own_folder / "own.safetensors"
-        self._own = SafetensorsCheckpoint([own] if own.is_file() else [], label)
+        self._masks = SafetensorsCheckpoint([own / "masks.safetensors"], label)
+        self._own = SafetensorsCheckpoint(list(own.glob("own.safetensors")), label)
         self._reject_misfits(label)
         merged = {name: base.infos[name] for name in self._unified.infos}
-        config = read_json(own_folder / "config.json")
-        super().__init__(label, {**merged, **self._own.infos}, own_folder, config)
+        super().__init__(label, {**merged, **self._own.infos}, own, read_json(own / "config.json"))
 
     def _reject_misfits(self, label: str) -> None:
         wrong = []
         for name, info in self._unified.infos.items():
-            found, mask = self._base.infos.get(name), self._masks.infos.get(name)
-            if found is None or found.shape != info.shape:
-                wrong.append(f"{name}: {info.shape}, base {found.shape if found else 'none'}")
-            if mask is None or mask.shape != (-(-info.num_elements // 8),):
-                wrong.append(f"{name}: {info.num_elements} entries, mask {mask and mask.shape}")
+            found = [part.infos.get(name) for part in (self._base, self._masks)]
+            base, mask = (other and other.shape for other in found)
+            if base != info.shape or mask != (-(-info.num_elements // 8),):
+                wrong.append(f"{name}: {info.shape}, base {base}, mask {mask}")
         if wrong:
             raise SourceError(
                 f"{label}: the files do not fit the base {self._base.label} or each other: "
                 f"{shorten(wrong)}. Is this the base that the sources were fine-tuned from?"
             )
 
-    def require_base(self) -> None:
-        """Check the fingerprint of the base, once; reads all of its weights.
-
-        Raises:
-            SourceError: the tasks were merged on another base.
-        """
-        if self._expected is None:
-            return
-        got = self._base.fingerprint()
-        if got != self._expected:
-            raise SourceError(
-                f"{self._label}: expected a base with fingerprint {self._expected[:12]}, got "
-                f"{self._base.label} with {got[:12]}. Give the base that was merged on."
-            )
-        self._expected = None
+    @cached_property
+    def _base_hash(self) -> str:
+        return self._base.fingerprint()
 
     @override
     def read(self, name: str) -> Tensor:
         if name in self._own.infos:
             return self._own.read(name)
-        self.require_base()
+        if self._base_hash != self._expected:
+            raise SourceError(
+                f"{self._label}: expected a base with fingerprint {self._expected[:12]}, got "
+                f"{self._base.label} with {self._base_hash[:12]}. Give the base that was merged on."
+            )
         unified = self._unified.read(name)
         bits = np.unpackbits(self._masks.read(name).numpy(), count=unified.numel())
         mask = torch.from_numpy(bits).view(unified.shape).bool()
@@ -99,8 +88,8 @@ class EMRCheckpoint(Checkpoint):
 
     @override
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{FORMAT} {self._scale!r}".encode())
-        for part in (self._base, self._unified, self._masks, self._own):
+        digest = hashlib.sha256(f"{FORMAT} {self._scale!r}{self._base_hash}".encode())
+        for part in (self._unified, self._masks, self._own):
             digest.update(part.fingerprint().encode())
         return digest.hexdigest()
 

@@ -16,13 +16,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.errors import SourceError, shorten
-from gradmerge.sources.base import (
-    AbstractSource,
-    Checkpoint,
-    TensorInfo,
-    infos_of,
-    without_aliases,
-)
+from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
+from gradmerge.sources.in_memory import MemoryCheckpoint
 
 DTYPES = {
     "F64": torch.float64,
@@ -43,7 +38,7 @@ DTYPES = {
 }
 
 # Modelling code (`*.py`) is downloaded, but never run unless the recipe trusts it.
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 
 _CONVERT = (
     "Convert it once, on a machine where you trust the file: "
@@ -139,17 +134,14 @@ class TorchFileCheckpoint(Checkpoint):
     """A `.bin`/`.pt` state dict, loaded without running any code and memory-mapped."""
 
     def __init__(self, files: list[Path], label: str, folder: Path | None = None) -> None:
-        self._tensors: dict[str, Tensor] = {}
-        infos: dict[str, TensorInfo] = {}
-        for file in files:
-            tensors = without_aliases(_load_without_code(file))
-            self._tensors.update(tensors)
-            infos.update(infos_of(tensors, str(file)))
+        parts = [MemoryCheckpoint(_load_without_code(file), str(file)) for file in files]
+        self._parts = {name: part for part in parts for name in part.infos}
+        infos = {name: part.infos[name] for name, part in self._parts.items()}
         super().__init__(label, infos, folder, _config_of(folder))
 
     @override
     def read(self, name: str) -> Tensor:
-        return self._tensors[name].contiguous()
+        return self._parts[name].read(name)
 
 
 def _config_of(folder: Path | None) -> dict[str, Any] | None:
@@ -174,12 +166,6 @@ def _load_without_code(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise SourceError(
             f"{file}: expected a dict of tensors, got {type(loaded).__name__}. {_CONVERT}"
-        )
-    wrong = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
-    if wrong:
-        raise SourceError(
-            f"{file}: expected tensors only, got other values under {shorten(wrong)}. "
-            "Save only the module's state_dict()."
         )
     return state
 
@@ -268,7 +254,7 @@ class HuggingFace(AbstractSource):
         if files:
             return SafetensorsCheckpoint(files, label, folder, places)
         if folder != Path(self.path).expanduser():  # a hub snapshot, downloaded without `.bin`
-            folder = self._download([*_SMALL_FILES, "pytorch_model*.bin"])
+            folder = self._download([*SMALL_FILES, "pytorch_model*.bin"])
         files, _ = _weight_files(folder, "pytorch_model.bin")  # its index names tied tensors twice
         if not files:
             names = sorted(file.name for file in folder.iterdir())
@@ -292,7 +278,7 @@ class HuggingFace(AbstractSource):
             return folder
         if self.path.startswith((".", "/", "~")) or self.path.count("/") > 1:
             raise SourceError(f"{self.path}: expected a folder, but none exists.")
-        return self._download([*_SMALL_FILES, "model*.safetensors", "adapter_model.safetensors"])
+        return self._download([*SMALL_FILES, "model*.safetensors", "adapter_model.safetensors"])
 
     def _download(self, patterns: list[str]) -> Path:
         import huggingface_hub

@@ -22,7 +22,8 @@ class MemoryCheckpoint(Checkpoint):
         wrong = [str(name) for name, value in tensors.items() if not isinstance(value, Tensor)]
         if wrong:
             raise SourceError(
-                f"{label}: expected tensors only, got other values under {shorten(wrong)}."
+                f"{label}: expected tensors only, got other values under {shorten(wrong)}. "
+                "Give only the module's state_dict()."
             )
         empty = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
         if empty:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,18 +133,18 @@ def test_equal_tokenizers_are_read_as_they_are(tmp_path: Path) -> None:
     assert not plan.warnings
 
 
-def test_kept_rows_are_the_formed_ones_and_their_files_go(tmp_path: Path) -> None:
+def test_kept_rows_are_the_formed_ones_and_their_files_have_no_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     plan = opened(small_family(tmp_path), Vocabulary())
     before = {source: plan.read(source, EMBEDDING) for source in EXPECTED}
+    files = set(tmp_path.rglob("*"))
     plan.prepare_learning()
     for source, tensor in before.items():
         assert plan.read(source, EMBEDDING) is plan.read(source, EMBEDDING)
         assert torch.equal(plan.read(source, EMBEDDING), tensor)
-    folder = plan.reference._keep_folder  # type: ignore[attr-defined]
-    assert list(folder.iterdir())
-    del plan
-    gc.collect()
-    assert not folder.exists()
+    assert set(tmp_path.rglob("*")) == files
 
 
 def test_rows_of_the_widest_dtype(tmp_path: Path) -> None:
