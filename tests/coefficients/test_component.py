@@ -335,7 +335,8 @@ def test_importance_and_files_of_parts_know_the_place_of_a_scale(tmp_path):
     starts = Starts(plan, torch.float32)
     for name, slot in plan.layout.slots.items():
         assert kept[slot.key].shape == (2, *slot.shape)
-        assert starts.shape(name) == tuple(module.merged.raw[slot.key].shape)
+        (entry,) = starts.entries([name])
+        assert entry.shape == tuple(module.merged.raw[slot.key].shape)
         assert torch.equal(starts.one([name]), plan.initial_raw()[slot.key])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,27 @@ class Deferred(torch.autograd.Function):
         known = [grad.mul_(grads[0]) for grad in ctx.grads]
         ctx.grads.clear()  # autograd copies gradients that are referenced elsewhere
         return (None, None, *known)
+
+
+def known_loss(
+    values: Sequence[Tensor],
+    grads: dict[str, Tensor],
+    raws: Mapping[str, Tensor],
+    scale: float = 1.0,
+) -> Tensor:
+    """Return the sum of losses, whose backward adds known gradients to the raw parameters.
+
+    Args:
+        values: the losses, whose backward passes have run.
+        grads: gradients by key of the raw parameter; missing ones are zero. Emptied.
+        raws: raw parameters by key.
+        scale: factor that the gradients contain.
+    """
+    for grad in grads.values() if scale != 1.0 else ():
+        grad.div_(scale)
+    ordered = [grads.pop(key) if key in grads else torch.zeros_like(z) for key, z in raws.items()]
+    loss: Tensor = Deferred.apply(torch.stack(list(values)).sum(), ordered, *raws.values())
+    return loss
 
 
 def add_gradient(grads: dict[str, Tensor], slot: Slot, found: Tensor, raw: Tensor) -> None:

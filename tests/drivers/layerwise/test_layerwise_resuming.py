@@ -55,7 +55,7 @@ def test_a_stopped_run_resumes_with_the_first_unfinished_block(name, tmp_path, m
     last = 2 if name == "stack" else 1
 
     def stopped(self, batch, batch_idx):
-        if self.block.number == last and batch_idx == 1:
+        if self.number == last and batch_idx == 1:
             raise KeyError("stopped")
         return step(self, batch, batch_idx)
 
@@ -117,12 +117,12 @@ def test_activations_are_replaced_where_they_are(tmp_path):
 def test_equal_constants_are_kept_once(tmp_path):
     kept = Activations(tmp_path, limit=2**20)
     mask = torch.tensor([[True, False], [True, True]])
-    names = [kept.put_constant(tensor) for tensor in (mask, mask.clone(), mask[:1].expand(2, 2))]
-    assert names[0] == names[1] != names[2]
+    found = [kept.constant(tensor) for tensor in (mask, mask.clone(), mask[:1].expand(2, 2))]
+    assert found[0] is found[1] is not found[2]
     assert kept.held == 8
-    others = [kept.put_constant(t) for t in (mask.int(), mask.flatten(), mask.to(torch.uint8))]
-    assert len({*names, *others}) == 5, "dtype and shape tell constants apart"
-    assert torch.equal(kept.get(names[2]), torch.tensor([[True, False], [True, False]]))
+    others = [kept.constant(t) for t in (mask.int(), mask.flatten(), mask.to(torch.uint8))]
+    assert len({*found, *others}) == 5, "dtype and shape tell constants apart"
+    assert torch.equal(found[2], torch.tensor([[True, False], [True, False]]))
 
 
 KILLED = f"""
@@ -133,7 +133,7 @@ import layerwise_jobs as t
 
 step = block.BlockModule.training_step
 def killed(self, batch, batch_idx):
-    if self.block.number == {STOP} and self.global_step == 1:
+    if self.number == {STOP} and self.global_step == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, batch_idx)
 block.BlockModule.training_step = killed

@@ -56,13 +56,13 @@ class Activations:
         else:
             self._mapped[name] = self._map(tensor).copy_(tensor)
 
-    def put_constant(self, tensor: Tensor) -> str:
-        """Keep a tensor that never changes, once for all that are equal, and return its name."""
+    def constant(self, tensor: Tensor) -> Tensor:
+        """Return the kept copy of a tensor that never changes, one for all that are equal."""
         digest = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
         name = f"constant/{tensor.dtype}/{tuple(tensor.shape)}/{digest}"
         if name not in self._held and name not in self._mapped:
             self.put(name, tensor)
-        return name
+        return self.get(name)
 
     def get(self, name: str) -> Tensor:
         """Return the tensor of a name, which must not be written to."""
