@@ -159,22 +159,20 @@ def scoring(folder: Path, batches: int, tokens: int, runs: int) -> dict[str, flo
     """Return the least seconds of each way to score the same batches, in turn, in this process."""
     import torch
 
-    from gradmerge.drivers.layerwise.activations import Activations
-    from gradmerge.drivers.layerwise.chain import Chain, find_blocks
+    from gradmerge.drivers.layerwise.chain import Chain
     from gradmerge.drivers.layerwise.files import Starts
     from gradmerge.drivers.layerwise.scores import score
     from gradmerge.engine.opening import open_plan
     from gradmerge.objectives import Objective
 
     plan = open_plan(recipe_of(folder))
-    chain = Chain(plan, find_blocks(plan), torch.float32, torch.device("cpu"))
+    chain = Chain(plan, None, torch.float32, torch.device("cpu"))
     torch.manual_seed(0)
     drawn = torch.randint(3, 1000, (batches, BATCH, tokens))
     asked = [(SOURCES[i % 2], {"input_ids": ids, "labels": ids}) for i, ids in enumerate(drawn)]
     chain.verify({"input_ids": drawn[0, :1]}, SOURCES[0])
     starts = Starts(plan, torch.float32)
-    raw = {key: starts.one(shared) for key, shared in starts.sharing(plan.learned).items()}
-    chain.model.state.raw = raw
+    chain.model.state.raw = dict(starts)
     merged = partial(chain.theta, finished=True)
 
     def whole() -> None:
@@ -184,11 +182,10 @@ def scoring(folder: Path, batches: int, tokens: int, runs: int) -> dict[str, flo
                 chain.run_network(batch)
 
     def by_blocks() -> None:
-        store = Activations(Path(work) / "activations", 2**32)
-        score(chain, Objective(), lambda: asked, store, experts=False)
+        score(chain, Objective(), lambda: asked, experts=False)
 
     taken: dict[str, list[float]] = {"whole": [], "by blocks": []}
-    with torch.no_grad(), tempfile.TemporaryDirectory(dir=folder) as work:
+    with torch.no_grad():
         for _ in range(runs):
             for way, seconds in zip((whole, by_blocks), taken.values(), strict=True):
                 began = time.perf_counter()

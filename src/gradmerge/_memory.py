@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import tempfile
 import weakref
 from collections import Counter
@@ -85,18 +86,25 @@ def release_freed_memory(threshold: int = 1 << 20) -> bool:
         return False
 
 
-def in_file(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return an uninitialised tensor that is mapped to a temporary file (in `TMPDIR`).
+def in_file(
+    shape: Sequence[int], dtype: torch.dtype, folder: str | os.PathLike[str] | None = None
+) -> Tensor:
+    """Return an uninitialised tensor that is mapped to a temporary file.
 
     The operating system may write its pages out and evict them from memory. The file is unlinked
     at once, so its space is released with the tensor or the process.
+
+    Args:
+        shape: its shape.
+        dtype: its dtype.
+        folder: existing folder of the file; default: `TMPDIR`.
     """
     size = torch.Size(shape).numel()
     if not size:
         return torch.empty(shape, dtype=dtype)
-    with tempfile.TemporaryDirectory(prefix="gradmerge-") as folder:
+    with tempfile.TemporaryDirectory(prefix="gradmerge-", dir=folder) as place:
         # the mapping stays valid after the file is unlinked
-        flat = torch.from_file(f"{folder}/tensor", shared=True, size=size, dtype=dtype)
+        flat = torch.from_file(f"{place}/tensor", shared=True, size=size, dtype=dtype)
     return flat.view(*shape)
 
 

@@ -94,11 +94,13 @@ def test_spilled_activations_give_the_same_coefficients(tmp_path, monkeypatch):
     assert max(in_memory for in_memory, _ in spilled) <= 1e-6 * 2**30
     assert max(on_disk for _, on_disk in spilled) > 4_000
     assert same(raw_of(job), raw_of(held))
-    assert not (job.folder / "activations").exists()
+    assert {path.name for path in job.folder.iterdir()} == {
+        path.name for path in held.folder.iterdir()
+    }
 
 
 def test_activations_are_replaced_where_they_are(tmp_path):
-    kept = Activations(tmp_path / "scratch", limit=100)
+    kept = Activations(tmp_path, limit=100)
     kept.put("small", torch.arange(20.0))
     kept.put("large", torch.arange(30.0).view(5, 6))
     assert (kept.held, kept.spilled) == (80, 120)
@@ -110,8 +112,9 @@ def test_activations_are_replaced_where_they_are(tmp_path):
     kept.put("large", torch.zeros(2))
     assert (kept.held, kept.spilled) == (8, 104)
     torch.testing.assert_close(kept.get("small"), torch.ones(26), rtol=0, atol=0)
-    kept.close()
-    assert not (tmp_path / "scratch").exists()
+    assert not list(tmp_path.iterdir()), "a killed run leaves no files"
+    kept.clear()
+    assert (kept.held, kept.spilled) == (0, 0)
 
 
 def test_equal_constants_are_kept_once(tmp_path):

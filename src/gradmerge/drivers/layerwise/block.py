@@ -50,7 +50,7 @@ class BlockModule(lightning.LightningModule):
         chain: the network, whose state takes the parameters.
         number: of the block.
         raw: its raw coefficients by key, which become this module's parameters.
-        loss: of a task's batch, by its number; runs the block.
+        loss: of a batch, by its number; runs the block.
         learning_rate: of Adam, where no other optimiser is configured.
         first_step: steps of all blocks before, so that all blocks are logged on one axis.
     """
@@ -60,7 +60,7 @@ class BlockModule(lightning.LightningModule):
         chain: Chain,
         number: int,
         raw: Mapping[str, Tensor],
-        loss: Callable[[str, int], Tensor],
+        loss: Callable[[int], Tensor],
         learning_rate: float,
         first_step: int,
     ) -> None:
@@ -109,7 +109,7 @@ class BlockModule(lightning.LightningModule):
 
         leaves = Leaves(state, learned, build)
         with chain.weights(leaves.__getitem__):
-            values = leaves.accumulate([partial(self._loss, *of) for of in batch.items()])
+            values = leaves.accumulate([partial(self._loss, number) for number in batch.values()])
         if self.unused is None:
             self.unused = [name for name in learned if name not in leaves.touched]
             state.fix(self.unused, chain.plan.unused_coefficient)

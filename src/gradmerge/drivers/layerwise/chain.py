@@ -7,9 +7,10 @@ read. `Chain.verify` checks once that running the recorded calls one by one is t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -53,14 +54,10 @@ def find_blocks(plan: Plan, patterns: Sequence[str] | None = None) -> list[Block
     """Return the blocks of a plan's network, in the order of its modules.
 
     Args:
-        plan: an opened recipe.
+        plan: an opened recipe, with a raw parameter per slot.
         patterns: regular expressions that match whole names of modules; default: the members of the
             network's one `nn.ModuleList` that is in no other list, or of the network itself if it
             is an `nn.Sequential`.
-
-    Raises:
-        ConfigError: the network has no such blocks, blocks lie within each other, a tensor is used
-            in a block and elsewhere, or a coefficient is shared between blocks.
     """
     skeleton = plan.skeleton
     if skeleton is None or plan.binding is None:
@@ -75,14 +72,13 @@ def find_blocks(plan: Plan, patterns: Sequence[str] | None = None) -> list[Block
             "Learn end to end: leave `driver` out."
         )
     names = _default_blocks(skeleton) if patterns is None else _matching(skeleton, patterns)
-    blocks = [Block(name, _tensors_of(plan, name)) for name in names]
-    if not any(block.tensors for block in blocks):
+    owners = _owners(plan, names)
+    if not any(owners.values()):
         raise ConfigError(
             f"LayerWise: the blocks {shorten(names)} hold no tensor whose coefficients are "
             "learned. Name others in `blocks`."
         )
-    _require_own_coefficients(plan, blocks)
-    return blocks
+    return [Block(name, tuple(t for t, owner in owners.items() if owner == name)) for name in names]
 
 
 def _default_blocks(skeleton: nn.Module) -> list[str]:
@@ -121,37 +117,30 @@ def _matching(skeleton: nn.Module, patterns: Sequence[str]) -> list[str]:
     return found
 
 
-def _tensors_of(plan: Plan, block: str) -> tuple[str, ...]:
+def _owners(plan: Plan, names: Sequence[str]) -> dict[str, str]:
+    """Return the block of each learned tensor, which has no part outside of it; or ""."""
     assert plan.binding is not None
-    held = []
-    for name in plan.learned:
-        places = plan.binding.parameters[name]
-        within = [place for place in places if place.startswith(f"{block}.")]
-        others = [place for place in places if place not in within]
-        if within and others:
+    owners: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for tensor in plan.learned:
+        places = plan.binding.parameters[tensor]
+        found = {next((b for b in names if p.startswith(f"{b}.")), ""): p for p in places}
+        if len(found) > 1:
+            uses = " and ".join(f"{place} (of {b or 'no block'})" for b, place in found.items())
             raise ConfigError(
-                f"LayerWise: {name} is tied: it is {within[0]} of the block {block} and "
-                f"{others[0]} outside of it, so it cannot be learned with that block alone. Freeze "
-                "it (recipe.frozen), or learn end to end: leave `driver` out."
+                f"LayerWise: {tensor} is tied: it is {uses}, so it cannot be learned with one "
+                "block alone. Freeze it (recipe.frozen), or learn end to end: leave `driver` out."
             )
-        held += [name] if within else []
-    return tuple(held)
-
-
-def _require_own_coefficients(plan: Plan, blocks: Sequence[Block]) -> None:
-    """Reject coefficients shared between blocks, or between a block and the rest."""
-    owners = {name: block.name for block in blocks for name in block.tensors}
-    first: dict[tuple[str, int | None], str] = {}
-    for name in plan.learned:
-        slot = plan.layout.slots[name]
-        other = first.setdefault((slot.key, slot.index), name)
-        here, there = owners.get(name, "no block"), owners.get(other, "no block")
-        if here != there:
+        owners[tensor] = next(iter(found))
+        other = first.setdefault(plan.layout.slots[tensor].key, tensor)
+        if owners[other] != owners[tensor]:
+            here, there = (owners[name] or "no block" for name in (tensor, other))
             raise ConfigError(
-                f"LayerWise: {other} (of {there}) and {name} (of {here}) share a coefficient, "
+                f"LayerWise: {other} (of {there}) and {tensor} (of {here}) share a coefficient, "
                 "which one block's loss would decide for both. Take a granularity within a block, "
                 "such as Tensor, Column, Element, or Group with one group per block."
             )
+    return owners
 
 
 # ---- how blocks are called -----------------------------------------------------------------------
@@ -167,14 +156,12 @@ class Passing:
 
     source: str
     """Source whose private tensors it uses."""
-    store: Activations
-    """Activations that hold its tensors."""
     name: str
-    """Name of its hidden state, which is replaced block by block."""
+    """Name of its hidden state among the activations, which is replaced block by block."""
     calls: Sequence[Call]
     """One per block, with tensors among the activations, and None for the hidden state."""
     mask: Tensor | None
-    """Its attention mask `[batch, tokens]`, 0 on padding, if there is any padding."""
+    """Its attention mask `[batch, tokens]`, 0 on padding, if there is any."""
 
 
 def _is_leaf(value: Any) -> bool:
@@ -233,24 +220,25 @@ class Chain:
 
     Args:
         plan: an opened recipe with a network, which is changed: its parameters become properties.
-        blocks: its blocks.
+        blocks: regular expressions of the blocks' names; see `find_blocks`.
         dtype: dtype of the computation.
         device: where it runs.
     """
 
     def __init__(
-        self, plan: Plan, blocks: Sequence[Block], dtype: torch.dtype, device: torch.device
+        self, plan: Plan, blocks: Sequence[str] | None, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.plan, self.blocks = with_own_keys(plan), list(blocks)
-        """The plan, with a raw parameter per slot."""
+        self.plan = with_own_keys(plan)
+        self.blocks = find_blocks(self.plan, blocks)
         self.model = MergedModel(self.plan, memory="streamed", dtype=dtype, raw={}).to(device)
         """The network, which takes all weights by name, with raw coefficients as far as known."""
         for module in self.model.skeleton.modules():
             if hasattr(getattr(module, "config", None), "use_cache"):
                 module.config.use_cache = False  # type: ignore[union-attr]
+        self.store = Activations()
+        """Hidden states between blocks, and what else blocks are called with."""
         self.gives_logits = False
         """Whether the network's output can be scored."""
-        self._modules = [self.model.skeleton.get_submodule(block.name) for block in blocks]
         self.source = ""
         """Source whose private tensors are used: that of the batch which runs."""
         self._hidden: list[KeyPath] = []  # where the hidden state is in each block's call
@@ -267,11 +255,7 @@ class Chain:
 
     @torch.no_grad()
     def theta(self, name: str, finished: bool = False) -> Tensor:
-        """Return a merged tensor, after the recipe's finalisers where asked for.
-
-        Raises:
-            ConfigError: its block is not learned yet.
-        """
+        """Return a merged tensor, after the recipe's finalisers where asked for."""
         model, state = self.model, self.model.state
         if name not in state.fixed and self.plan.layout.slots[name].key not in state.raw:
             raise ConfigError(
@@ -282,27 +266,18 @@ class Chain:
         out = torch.empty(shape, dtype=model.dtype, device=model.device)
         return model.build(name, state.own(name), model.dtype, out, finished)
 
-    @contextmanager
-    def weights(self, theta: Callable[[str], Tensor]) -> Iterator[None]:
+    def weights(self, theta: Callable[[str], Tensor]) -> AbstractContextManager[None]:
         """Within the context the network takes the merged tensors that `theta` gives, and private
         ones of `source`.
         """
         tensors, read = self.plan.tensors, self.plan.read
-        given = lambda name: theta(name) if name in tensors else read(self.source, name)  # noqa: E731
-        with self.model.as_weights(given):
-            yield
+        return self.model.as_weights(
+            lambda name: theta(name) if name in tensors else read(self.source, name)
+        )
 
-    def enter(
-        self, batch: Mapping[str, Any], source: str, store: Activations, name: str
-    ) -> Passing:
-        """Run what precedes the first block, with the weights that are set, and record how each
-        block is called.
-
-        Args:
-            batch: placed, of one task.
-            source: source whose private tensors the task uses.
-            store: activations that hold the batch's tensors from now on.
-            name: name of the hidden state among them.
+    def enter(self, batch: Mapping[str, Any], source: str, name: str) -> Passing:
+        """Run what precedes the first block on a placed batch, with the weights that are set, and
+        record how each block is called.
         """
         calls: list[Call] = []
         constants: dict[Tensor, Tensor] = {}  # one that many blocks take is hashed once
@@ -312,7 +287,7 @@ class Chain:
                 return None
             if isinstance(leaf, Tensor):
                 if leaf not in constants:
-                    constants[leaf] = store.constant(leaf)
+                    constants[leaf] = self.store.constant(leaf)
                 return constants[leaf]
             if isinstance(leaf, _PLAIN):
                 return leaf
@@ -326,7 +301,7 @@ class Chain:
         def record(block: int, _: Any, *args: Any, **kwargs: Any) -> Any:
             hidden = key_get((args, kwargs), self._hidden[block])
             if not calls:
-                store.put(name, hidden)
+                self.store.put(name, hidden)
             calls.append(tree_map_with_path(partial(keep, block), (args, kwargs), is_leaf=_is_leaf))
             if len(calls) == len(self.blocks):
                 raise _Stopped
@@ -337,12 +312,12 @@ class Chain:
             self.run_network(batch)
         mask = batch.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
-            return Passing(source, store, name, calls, None)
-        return Passing(source, store, name, calls, store.constant(mask))
+            return Passing(source, name, calls, None)
+        return Passing(source, name, calls, self.store.constant(mask))
 
     def hidden(self, passing: Passing, copy: bool = False) -> Tensor:
         """Return a batch's hidden state on the device; only a copy may be written to."""
-        return passing.store.get(passing.name).to(self.model.device, copy=copy)
+        return self.store.get(passing.name).to(self.model.device, copy=copy)
 
     def run(self, number: int, passing: Passing) -> Tensor:
         """Return the hidden state after a block, which runs with the weights that are set."""
@@ -354,37 +329,31 @@ class Chain:
 
         self.source = passing.source  # also of weights that backward asks for again
         args, kwargs = tree_map_with_path(fill, passing.calls[number], is_leaf=_is_leaf)
-        return _hidden_of(self.blocks[number].name, self._modules[number](*args, **kwargs))
+        return _hidden_of(self.blocks[number].name, self._module(number)(*args, **kwargs))
 
-    @contextmanager
-    def leaving(self, passing: Passing) -> Iterator[None]:
-        """Within the context the network's last block returns a batch's hidden state, and no block
-        runs.
-        """
+    def leaving(self, passing: Passing) -> AbstractContextManager[None]:
+        """Within the context no block runs: each returns a batch's hidden state after the last."""
         self.source = passing.source
-        end = _output_with(self._forms[-1], self.hidden(passing, copy=True))
-
-        def hand_on(block: int, _: Any, *args: Any, **kwargs: Any) -> Any:
-            if block == len(self.blocks) - 1:
-                return end
-            return _output_with(self._forms[block], key_get((args, kwargs), self._hidden[block]))
-
-        with self._standing_in(hand_on):
-            yield
+        hidden = self.hidden(passing, copy=True)
+        return self._standing_in(lambda block, *_, **__: _output_with(self._forms[block], hidden))
 
     @contextmanager
     def _standing_in(self, forward: Callable[..., Any]) -> Iterator[None]:
         """Within the context `forward(number, own, ...)` replaces each block's `own` forward."""
-        before = [module.__dict__.get("forward") for module in self._modules]
-        for number, module in enumerate(self._modules):
+        modules = [self._module(number) for number in range(len(self.blocks))]
+        before = [module.__dict__.get("forward") for module in modules]
+        for number, module in enumerate(modules):
             module.forward = partial(forward, number, module.forward)
         try:
             yield
         finally:
-            for module, own in zip(self._modules, before, strict=True):
+            for module, own in zip(modules, before, strict=True):
                 del module.forward
                 if own is not None:
                     module.forward = own
+
+    def _module(self, number: int) -> nn.Module:
+        return self.model.skeleton.get_submodule(self.blocks[number].name)
 
     # ---- verification ---------------------------------------------------------------------------
 
@@ -398,27 +367,23 @@ class Chain:
 
         Returns:
             The largest deviation from the network's output, as a share of its largest value.
-
-        Raises:
-            ConfigError: the blocks are no chain; the message names the block and its argument.
         """
         with self.model.as_source(source):
             traced, output = self._traced(batch)
             self._take_order(traced)
             self._hidden = self._hidden_places(traced)
             self._forms = [call.output for call in traced]
-            store = Activations()
-            passing = self.enter(batch, source, store, "hidden")
+            passing = self.enter(batch, source, "hidden")
             self._require_constant(traced, passing)
             for number in range(len(self.blocks)):
-                store.put(passing.name, self.run(number, passing))
+                self.store.put(passing.name, self.run(number, passing))
             with self.leaving(passing):
                 ended = self.run_network(batch)
-        logits = getattr(output, "logits", output)
+        logits, last = (getattr(out, "logits", out) for out in (output, ended))
         self.gives_logits = isinstance(logits, Tensor) and logits.dim() in (2, 3)
         deviation = max(
-            _deviation(store.get(passing.name), traced[-1].hidden),
-            _deviation(_first_of(ended), _first_of(output)),
+            _deviation(self.hidden(passing), traced[-1].hidden),
+            _deviation(*(_hidden_of("the network", out) for out in (last, logits))),
         )
         if not deviation <= _TOLERANCE[self.model.dtype]:
             raise ConfigError(
@@ -455,13 +420,12 @@ class Chain:
                     f"{_REMEDY}"
                 )
         self.blocks = [self.blocks[number] for number in order]
-        self._modules = [self._modules[number] for number in order]
 
     def _hidden_places(self, traced: Sequence[_Traced]) -> list[KeyPath]:
         """Return which argument of each block is the hidden state of the block before."""
         found: list[KeyPath] = []
         for block, before, call in zip(self.blocks[1:], traced, traced[1:], strict=False):
-            same = [keys for keys, v in call.given.items() if _same(v, before.hidden)]
+            same = [keys for keys, v in call.given.items() if not _deviation(v, before.hidden)]
             if not same:
                 raise ConfigError(
                     f"LayerWise: no argument of {block.name} "
@@ -479,8 +443,8 @@ class Chain:
         for number, call in enumerate(traced):
             recorded = dict(tree_flatten_with_path(passing.calls[number], _is_leaf)[0])
             for keys, leaf in call.given.items():
-                same = _same(leaf, recorded.get(keys), _TOLERANCE[self.model.dtype])
-                if keys != self._hidden[number] and not same:
+                apart = _deviation(leaf, recorded.get(keys))
+                if keys != self._hidden[number] and apart > _TOLERANCE[self.model.dtype]:
                     raise ConfigError(
                         f"LayerWise: {_place(keys)} of {self.blocks[number].name} depends on what "
                         "the blocks before it computed, so the block cannot be learned from its "
@@ -493,24 +457,14 @@ def _copied(value: Any) -> Any:
     return value.to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
-def _first_of(output: Any) -> Tensor:
-    """Return logits, or the first tensor of an output."""
-    logits = getattr(output, "logits", None)
-    return logits if isinstance(logits, Tensor) else _hidden_of("the network", output)
-
-
-def _same(first: Any, second: Any, tolerance: float = 0.0) -> bool:
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first.dtype == second.dtype and _deviation(first, second) <= tolerance
-    return type(first) is type(second) and bool(first == second)
-
-
-def _deviation(got: Tensor, expected: Tensor) -> float:
-    """Return the largest difference as a share of the largest value."""
+def _deviation(got: Any, expected: Any) -> float:
+    """Return the largest difference as a share of the largest value; infinity between kinds."""
+    if not isinstance(got, Tensor) or not isinstance(expected, Tensor):
+        return 0.0 if type(got) is type(expected) and got == expected else math.inf
     got, expected = got.cpu(), expected.cpu()
     finite = expected.isfinite()
-    if got.shape != expected.shape or not torch.equal(got.isfinite(), finite):
-        return float("inf")
+    if got.dtype != expected.dtype or not torch.equal(got.isfinite(), finite):
+        return math.inf
     if not finite.any():
         return 0.0
     got, expected = got[finite].double(), expected[finite].double()

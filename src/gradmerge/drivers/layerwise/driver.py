@@ -15,14 +15,7 @@ from gradmerge.errors import ConfigError
 from gradmerge.objectives import Objective
 from gradmerge.spec import require_pattern
 
-# Trainer settings of a whole fit, with the values that state nothing.
-_OF_A_FIT = {
-    "max_steps": -1,
-    "max_epochs": None,
-    "max_time": None,
-    "limit_train_batches": None,
-    "precision": None,
-}
+_OF_A_FIT = ("max_steps", "max_epochs", "max_time", "limit_train_batches", "precision")
 _CALLBACKS_OF_A_FIT = ("EarlyStopping", "ModelCheckpoint")
 
 
@@ -99,10 +92,7 @@ class LayerWise(AbstractDriver):
         if done is not None:
             job.say(f"finished before: {done}")
             return done
-        try:
-            return layers.run(self.epochs, self.steps)
-        finally:
-            layers.activations.close()
+        return layers.run(self.epochs, self.steps)
 
 
 def _require_finalisers_without_data(job: Job) -> None:
@@ -151,11 +141,7 @@ def _require_own_monitor(schedule: Any) -> None:
 def _say_unused(job: Job) -> None:
     """Say which trainer settings are not used; suites state them for every driver."""
     trainer = job.config.get("trainer") or {}
-    stated = [
-        f"trainer.{name}"
-        for name, nothing in _OF_A_FIT.items()
-        if trainer.get(name) not in (None, nothing)
-    ]
+    stated = [f"trainer.{name}" for name in _OF_A_FIT if trainer.get(name) not in (None, -1)]
     callbacks = trainer.get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         kind = str(callback.get("class_path", "")).rpartition(".")[2]

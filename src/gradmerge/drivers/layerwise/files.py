@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,57 +35,41 @@ def with_own_keys(plan: Plan) -> Plan:
     return other
 
 
-class Starts:
-    """Starting coefficients of a plan, of some tensors at a time, by the keys of `with_own_keys`.
+class Starts(Mapping[str, Tensor]):
+    """Raw coefficients at the start, by the keys of `with_own_keys`, each made when it is read.
 
     `plan.initial_raw()` makes all at once; for Element they are K times the model.
-
-    Args:
-        plan: an opened recipe.
-        dtype: of raw coefficients.
     """
 
     def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
-        self._plan, self.dtype = plan, dtype
+        self._plan, self._dtype = plan, dtype
         self._context = plan.init_context()
         self._layout = with_own_keys(plan).layout
+        self._sharing: dict[str, list[str]] = {}
+        for name, slot in self._layout.slots.items():
+            self._sharing.setdefault(slot.key, []).append(name)
 
-    def sharing(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """Return the keys of tensors' raw coefficients, and the tensors that share each."""
-        found: dict[str, list[str]] = {}
-        for name in names:
-            found.setdefault(self._layout.slots[name].key, []).append(name)
-        return found
-
-    def one(self, names: Sequence[str]) -> Tensor:
-        """Return `z` of a slot that these tensors share: the mean of what the init gives each."""
-        recipe, slots = self._plan.recipe, self._plan.layout.slots
+    def __getitem__(self, key: str) -> Tensor:
+        """Return `z` of a slot: the mean of what the init gives each of its tensors."""
+        recipe, slots, context = self._plan.recipe, self._plan.layout.slots, self._context
         total: Any = 0
-        for name in names:
-            value = recipe.init.coefficient(self._context.tensors[name], slots[name], self._context)
+        for name in self._sharing[key]:
+            value = recipe.init.coefficient(context.tensors[name], slots[name], context)
             total = total + value.double()
         # through float32, as a merge of the whole model starts
-        return recipe.coefficients.pull_back(total / len(names)).float().to(self.dtype)
+        mean = total / len(self._sharing[key])
+        return recipe.coefficients.pull_back(mean).float().to(self._dtype)
 
-    def means(self) -> dict[str, float]:
-        """Return the mean coefficient of each source, with one slot in memory at a time."""
-        plan = self._plan
-        num, learned = len(plan.sources), plan.learned
-        total = torch.zeros(num, dtype=torch.float64)
-        with torch.no_grad():
-            for shared in self.sharing(learned).values():
-                coefficient = plan.recipe.coefficients.link(self.one(shared))
-                means = coefficient.reshape(num, -1).mean(dim=1, dtype=torch.float64)
-                total += len(shared) * means.cpu()
-        return dict(zip(plan.sources, (total / len(learned)).tolist(), strict=True))
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sharing)
 
-    def entries(self, names: Iterable[str]) -> list[Entry]:
-        """Return the starts of these tensors for `write_whole`, each made as it is written."""
-        num, shapes = self._plan.num_rows, self._layout.shapes
-        return [
-            Entry(key, (num, *shapes[key]), self.dtype, partial(self.one, shared))
-            for key, shared in self.sharing(names).items()
-        ]
+    def __len__(self) -> int:
+        return len(self._sharing)
+
+    def entry(self, key: str) -> Entry:
+        """Return an entry of a file, whose `z` is made as it is written."""
+        shape = (self._plan.num_rows, *self._layout.shapes[key])
+        return Entry(key, shape, self._dtype, partial(self.__getitem__, key))
 
 
 def write_whole(path: Path, entries: Sequence[Entry]) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import islice
@@ -27,13 +27,15 @@ from gradmerge.alignment.views import original_of
 from gradmerge.drivers.base import Job
 from gradmerge.drivers.layerwise.activations import Activations
 from gradmerge.drivers.layerwise.block import BlockModule, mean_square
-from gradmerge.drivers.layerwise.chain import Chain, Passing, find_blocks
+from gradmerge.drivers.layerwise.chain import Chain, Passing
 from gradmerge.drivers.layerwise.files import Starts, read_mapped, write_whole
 from gradmerge.drivers.layerwise.scores import score
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.plan import Plan
+from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.export.folder import export_state
+from gradmerge.export.provenance import mean_coefficients
 from gradmerge.export.writer import Entry
 from gradmerge.spec import to_plain
 from gradmerge.training.callbacks import CoefficientLogger, log_artifact
@@ -55,9 +57,6 @@ class Layers:
         blocks: regular expressions of the blocks' names.
         batch_size: examples per task and step.
         memory: GiB of activations in memory.
-
-    Raises:
-        ConfigError: the network is no chain of blocks, or the tasks do not fit.
     """
 
     def __init__(
@@ -81,28 +80,24 @@ class Layers:
         for warning in plan.warnings:
             lightning.pytorch.utilities.rank_zero_warn(str(warning))
         device = trainer.strategy.root_device
-        self.chain = chain = Chain(plan, find_blocks(plan, blocks), dtype, device)
+        self.chain = chain = Chain(plan, blocks, dtype, device)
         self.plan = chain.plan
         self._state = chain.model.state
         job.data.attach(chain.model)
         job.data.setup()
         self.tasks = chain.model.tasks = self._tasks()
-        self.activations = Activations(job.folder / "activations", int(memory * 2**30))
         task, _, batch = next(self._batches())
         one = {k: v[:1] if isinstance(v, Tensor) else v for k, v in batch.items()}
         self.deviation = chain.verify(one, self.tasks[task])
+        chain.store = Activations(job.folder, int(memory * 2**30))
         if job.options.get("load_sources"):
             self.plan.load(device)
         self._starts = Starts(plan, torch.float64 if dtype == torch.float64 else torch.float32)
-        self._passing: dict[str, list[tuple[Passing, Passing]]] = {task: [] for task in self.tasks}
-        """Batches by task, each on its way through the expert and through the merge."""
+        self._passing: list[tuple[str, Passing, Passing]] = []
+        """Task of each batch, and the batch on its way through the expert and through the merge."""
 
     def _tasks(self) -> dict[str, str]:
-        """Return the expert of each task.
-
-        Raises:
-            ConfigError: a task names no source.
-        """
+        """Return the expert of each task."""
         tasks = {name: task.source or name for name, task in self.job.data.tasks.items()}
         sources = self.plan.serving
         lost = [f"{task} -> {source}" for task, source in tasks.items() if source not in sources]
@@ -138,12 +133,7 @@ class Layers:
     # ---- the run --------------------------------------------------------------------------------
 
     def run(self, epochs: int, steps: int | None) -> Path:
-        """Learn all blocks, score the merge and export it.
-
-        Args:
-            epochs: passes over the adaptation data per block.
-            steps: steps per block, instead of passes.
-        """
+        """Learn all blocks for so many passes, or steps each, score the merge and export it."""
         self._epochs, self._steps = epochs, steps
         blocks, loggers = self.chain.blocks, self._trainer.loggers
         within = {name for block in blocks for name in block.tensors}
@@ -153,19 +143,21 @@ class Layers:
             f"{self.deviation:.1g} off the network itself); {len(outside)} tensors outside keep "
             f"their starting coefficients{': ' if outside else ''}{shorten(outside)}"
         )
-        start = self._starts.means()
+        start = mean_coefficients(FitState(self.plan, self._starts))
         for logger in loggers:
             logger.log_metrics({f"init/{source}": c for source, c in start.items()}, step=0)
         results = self._learn(outside)
         run: dict[str, Any] = next((result["run"] for result in results if result["run"]), {})
         self._state.run = {**run, "initial_coefficients": start}
         scores = self._score(max((n + 1) * int(r["steps"]) for n, r in enumerate(results)))
-        said = [{k: v for k, v in result.items() if k != "run"} for result in results]
         extra = {
             "class_path": "LayerWise",
             "kept_at_start": outside,
             "deviation": self.deviation,
-            "blocks": [{"name": b.name, **r} for b, r in zip(blocks, said, strict=True)],
+            "blocks": [
+                {"name": block.name, **{k: v for k, v in result.items() if k != "run"}}
+                for block, result in zip(blocks, results, strict=True)
+            ],
         }
         write = partial(export_state, self._state)
         buffers = self.chain.model.statistics.values()
@@ -175,35 +167,34 @@ class Layers:
         return written
 
     def _learn(self, outside: Sequence[str]) -> list[dict[str, Any]]:
-        """Learn block after block, take up all coefficients and return the blocks' results.
-
-        Args:
-            outside: learned tensors outside of blocks, which keep their starting coefficients.
-        """
+        """Learn block after block, take up all coefficients and return the blocks' results."""
         path = self.job.folder / "outside.safetensors"
-        write_whole(path, self._starts.entries(outside))
+        write_whole(path, [self._starts.entry(key) for key in self._keys(outside)])
         kept = read_mapped(path)
         self._state.raw = kept
         self._enter()
         results, learned = [], dict(kept)
         for number in range(len(self.chain.blocks)):
-            result, raw = self._block(number, kept)
+            result, raw = self._block(number)
             results.append(result)
             learned |= raw
+            self._state.raw = kept  # a tensor of a block is known within the block alone
         self._passing.clear()
-        self.activations.close()
+        self.chain.store.clear()
         self._state.raw = learned
         self._recompute(self._whole_passes)
         return results
 
+    def _keys(self, names: Iterable[str]) -> list[str]:
+        """Return the keys of the raw coefficients of tensors."""
+        return list(dict.fromkeys(self.plan.layout.slots[name].key for name in names))
+
     @torch.no_grad()
     def _enter(self) -> None:
         """Compute activations before the first block, of the experts and of the merge."""
-        self.activations.close()  # what a killed run left
 
         def enter(side: str, task: str, number: int, batch: dict[str, Any]) -> Passing:
-            name = f"{task}/{number}/{side}"
-            return self.chain.enter(batch, self.tasks[task], self.activations, name)
+            return self.chain.enter(batch, self.tasks[task], f"{task}/{number}/{side}")
 
         def passes() -> None:
             for found in self._batches():
@@ -214,11 +205,9 @@ class Layers:
             for found in self._batches():
                 with self.chain.model.as_source(self.tasks[found[0]]):
                     expert = enter("expert", *found)
-                self._passing[found[0]].append((expert, enter("merged", *found)))
+                self._passing.append((found[0], expert, enter("merged", *found)))
 
-    def _block(
-        self, number: int, outside: dict[str, Tensor]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _block(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the result and the coefficients of one block, learned now or by an earlier run;
         activations are then those after it.
         """
@@ -231,7 +220,7 @@ class Layers:
         found = result or self._fit_block(number, path)
         stored = read_mapped(path)
         raw = {key: z for key, z in stored.items() if not key.startswith(_BUFFER)}
-        self._state.raw = {**outside, **raw}
+        self._state.raw = {**self._state.raw, **raw}
         for tensor, coefficient in found["fixed"].items():
             self._state.fix([tensor], coefficient)
         buffers = {key.removeprefix(_BUFFER): stored[key] for key in stored.keys() - raw.keys()}
@@ -253,23 +242,20 @@ class Layers:
         for source in dict.fromkeys(self.tasks.values()):
             read = cache(lambda name, source=source: model.place(self.plan.read(source, name)))
             with model.as_source(source), model.as_weights(read):
-                for expert in (e for pairs in self._passing.values() for e, _ in pairs):
+                for _, expert, _ in self._passing:
                     if expert.source == source:
-                        self.activations.put(expert.name, self.chain.run(number, expert))
+                        self.chain.store.put(expert.name, self.chain.run(number, expert))
 
     @torch.no_grad()
     def _pass_merged(self, number: int) -> float:
         """Run the merged activations through the merged block; return the loss over all batches."""
-        total = 0.0
+        losses: dict[str, list[float]] = {task: [] for task in self.tasks}
         with self.chain.weights(cache(self.chain.theta)):
-            for pairs in self._passing.values():
-                losses = []
-                for expert, passing in pairs:
-                    out = self.chain.run(number, passing)
-                    losses.append(float(self._distance(out, expert)))
-                    self.activations.put(passing.name, out)
-                total += sum(losses) / len(losses)
-        return total
+            for task, expert, passing in self._passing:
+                out = self.chain.run(number, passing)
+                losses[task].append(float(self._distance(out, expert)))
+                self.chain.store.put(passing.name, out)
+        return sum(sum(values) / len(values) for values in losses.values())
 
     def _distance(self, hidden: Tensor, expert: Passing) -> Tensor:
         """Return the distance of a batch's hidden state from the expert's."""
@@ -280,8 +266,7 @@ class Layers:
     def _fit_block(self, number: int, path: Path) -> dict[str, Any]:
         """Learn a block and write its file; return what is known of it, except for losses."""
         block = self.chain.blocks[number]
-        sharing = self._starts.sharing(block.tensors)
-        raw = {key: self._starts.one(shared) for key, shared in sharing.items()}
+        raw = {key: self._starts[key] for key in self._keys(block.tensors)}
         trim_heap()  # what the experts' passes left between smaller blocks
         result: dict[str, Any] = {"fixed": {}, "steps": 0, "run": {}}
         if raw:
@@ -292,7 +277,7 @@ class Layers:
 
         def passes() -> None:
             with self.chain.weights(cache(self.chain.theta)):
-                for _, passing in (pair for pairs in self._passing.values() for pair in pairs):
+                for *_, passing in self._passing:
                     self.chain.run(number, passing)
 
         self._recompute(passes)
@@ -306,13 +291,15 @@ class Layers:
 
     def _fit(self, number: int, raw: dict[str, Tensor], folder: Path) -> dict[str, Any]:
         """Train the raw coefficients of one block, in place, and return what is known of it."""
-        numbers: Any = {task: range(len(pairs)) for task, pairs in self._passing.items()}
+        numbers: Any = {task: [] for task in self.tasks}
+        for index, (task, *_) in enumerate(self._passing):
+            numbers[task].append(index)
         stream = TaskStream(numbers, itemgetter(0), 1, self.job.data.seed + number)
         per_step = self._trainer.accumulate_grad_batches
         total = self._steps or self._epochs * -(-stream.num_steps() // per_step)
 
-        def loss(task: str, index: int) -> Tensor:
-            expert, passing = self._passing[task][index]
+        def loss(index: int) -> Tensor:
+            _, expert, passing = self._passing[index]
             return self._distance(self.chain.run(number, passing), expert)
 
         self.job.seed()
@@ -344,7 +331,6 @@ class Layers:
             precision="32-true",
             limit_train_batches=1.0,
             limit_val_batches=0,
-            num_sanity_val_steps=0,
             val_check_interval=1.0,
             check_val_every_n_epoch=1,
             logger=self._trainer.loggers or False,
@@ -406,10 +392,8 @@ class Layers:
         if self.chain.gives_logits:
             self.job.say("scoring the merge on the selection split, block by block")
             experts = bool(self.job.options.get("score_experts", True))
-            found = score(
-                self.chain, self.job.objective, self._selection, self.activations, experts
-            )
-            self.activations.close()
+            found = score(self.chain, self.job.objective, self._selection, experts)
+            self.chain.store.clear()
         else:
             self.job.say("not scored: the network gives no logits")
         self._log_scores(found, step)
@@ -422,9 +406,8 @@ class Layers:
         logged = {}
         for task, values in found.items():
             for name, value in values.items():
-                whole = task == "average" and name == "loss"
-                key = "selection/loss" if whole else f"selection/{task}/{name}"
-                logged[key] = torch.tensor(value).item()  # in float32, as a trainer logs
+                key = f"{task}/{name}" if (task, name) != ("average", "loss") else "loss"
+                logged[f"selection/{key}"] = torch.tensor(value).item()  # float32, as trainers log
         trainer, folder = self._trainer, self._trainer.log_dir
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, CoefficientLogger):
@@ -449,14 +432,10 @@ class Layers:
 
 
 def require_permuted(alignment: AbstractAlignment | None, plan: Plan | None = None) -> None:
-    """Reject an alignment that mixes units.
+    """Reject an alignment that mixes units, in the maps of an opened plan or as it declares.
 
     A block is matched to hidden features of an expert. A permuted expert computes them, in the
     merge's order; a mixed one computes something else, and the expert's own are in another basis.
-
-    Args:
-        alignment: the recipe's.
-        plan: the opened recipe, whose maps are looked at; default: what the alignment declares.
     """
     if alignment is None:
         return

@@ -7,21 +7,17 @@ from functools import cache, partial
 
 import torch
 
-from gradmerge.drivers.layerwise.activations import Activations
 from gradmerge.drivers.layerwise.chain import Chain, Passing
 from gradmerge.engine.predict import Batch, expert_rows, is_causal, rows_of
 from gradmerge.objectives import Objective, Predictions
 from gradmerge.training.scores import Scores, SplitScores
-
-TaskBatch = tuple[str, Batch]
 
 
 @torch.no_grad()
 def score(
     chain: Chain,
     objective: Objective,
-    batches: Callable[[], Iterable[TaskBatch]],
-    store: Activations,
+    batches: Callable[[], Iterable[tuple[str, Batch]]],
     experts: bool,
 ) -> Scores:
     """Score a merge with one of its blocks in memory at a time, merged once for all batches.
@@ -30,7 +26,6 @@ def score(
         chain: the network, whose coefficients are all known.
         objective: the configured one, which gives the loss where the data have what it needs.
         batches: gives the same placed batches at each call, with their tasks.
-        store: activations that hold hidden states between blocks.
         experts: also score each task's own source, for normalised scores.
 
     Returns:
@@ -50,13 +45,13 @@ def score(
     theta = cache(partial(chain.theta, finished=True))
     with chain.weights(theta):
         passing = [
-            chain.enter(batch, chain.model.tasks[task], store, f"score/{number}")
+            chain.enter(batch, chain.model.tasks[task], f"score/{number}")
             for number, (task, batch, _) in enumerate(scored())
         ]
         for block in range(len(chain.blocks)):
             theta.cache_clear()
             for passed in passing:
-                store.put(passed.name, chain.run(block, passed))
+                chain.store.put(passed.name, chain.run(block, passed))
     theta.cache_clear()
     for (task, batch, has_loss), passed in zip(scored(), passing, strict=True):
         _add(scores, chain, objective if has_loss else None, task, batch, passed, experts)
