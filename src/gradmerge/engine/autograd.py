@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gradmerge.coefficients import Slot
 from gradmerge.errors import ConfigError
 
 
@@ -84,24 +83,6 @@ def known_loss(
     ordered = [grads.pop(key) if key in grads else torch.zeros_like(z) for key, z in raws.items()]
     loss: Tensor = Deferred.apply(torch.stack(list(values)).sum(), ordered, *raws.values())
     return loss
-
-
-def add_gradient(grads: dict[str, Tensor], slot: Slot, found: Tensor, raw: Tensor) -> None:
-    """Add a tensor's `dL/dz` to the gradient of its raw parameter.
-
-    Args:
-        grads: gradients by key of the raw parameter; missing ones are zero. Changed in place.
-        slot: the tensor's place in the raw parameter.
-        found: the tensor's `dL/dz`. Stored without a copy if the tensor has a parameter of its own:
-            with one coefficient per weight it is as large as the sources.
-        raw: the raw parameter.
-    """
-    if slot.key not in grads and slot.index is None:
-        grads[slot.key] = found
-        return
-    if slot.key not in grads:
-        grads[slot.key] = torch.zeros_like(raw)
-    slot.read(grads).add_(found)
 
 
 def backward_of(run: Callable[[], Tensor], scale: float) -> Tensor:

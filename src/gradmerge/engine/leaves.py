@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from gradmerge.engine.autograd import add_gradient, backward_of
+from gradmerge.engine.autograd import backward_of
 from gradmerge.engine.state import FitState
 
 
@@ -59,7 +60,7 @@ class Leaves(dict[str, Tensor]):
         try:
             for i, run in enumerate(losses):
                 if i == len(losses) - 1:
-                    # each gradient of the last loss completes a sum, and no later pass reads a leaf
+                    # gradients are now complete as they arrive, and no later pass reads a leaf
                     self._is_last = True
                     for name in self:
                         self._watch(name)
@@ -78,12 +79,17 @@ class Leaves(dict[str, Tensor]):
 
     def _contract(self, name: str, leaf: Tensor) -> None:
         if self.get(name) is leaf:
-            del self[name]  # made anew if recomputed activations need it again
+            del self[name]  # made anew if activations are recomputed from it
         grad, leaf.grad = leaf.grad, None
         if grad is None:
             return
         self.touched.add(name)
-        state = self._state
+        state, grads = self._state, self.grads
         slot = state.plan.layout.slots[name]
-        found = state.contract(name, grad, state.plan.z(name, state.raw))
-        add_gradient(self.grads, slot, found, state.raw[slot.key])
+        found = state.contract(name, grad, slot.read(state.raw))
+        if slot.key not in grads and slot.index is not None:
+            grads[slot.key] = torch.zeros_like(state.raw[slot.key])
+        if slot.key in grads:
+            slot.read(grads).add_(found)
+        else:
+            grads[slot.key] = found  # not copied: it may be as large as the sources

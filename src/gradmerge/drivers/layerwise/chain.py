@@ -262,9 +262,7 @@ class Chain:
                 f"LayerWise: {name} is used outside of its block, so it cannot be learned with "
                 f"that block alone. {_REMEDY}"
             )
-        shape = self.plan.tensors[name].shape
-        out = torch.empty(shape, dtype=model.dtype, device=model.device)
-        return model.build(name, state.own(name), model.dtype, out, finished)
+        return model.build(name, state.own(name), model.dtype, finished=finished)
 
     def weights(self, theta: Callable[[str], Tensor]) -> AbstractContextManager[None]:
         """Within the context the network takes the merged tensors that `theta` gives, and private

@@ -11,7 +11,7 @@ from typing_extensions import override
 from gradmerge.drivers.base import AbstractDriver, Job
 from gradmerge.drivers.layerwise.block import BLOCK_LOSS
 from gradmerge.drivers.layerwise.job import Layers, require_permuted
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
 from gradmerge.objectives import Objective
 from gradmerge.spec import require_pattern
 
@@ -62,15 +62,11 @@ class LayerWise(AbstractDriver):
         """Check the options."""
         for name in ("epochs", "steps", "batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"LayerWise: {name}: expected at least 1, got {value}.")
+            require(value is None or value >= 1, f"LayerWise: {name}", "at least 1", value)
         for pattern in self.blocks or ():
             require_pattern("LayerWise.blocks", pattern)
-        if not self.activation_memory >= 0:
-            raise ConfigError(
-                f"LayerWise: activation_memory: expected GiB, at least 0, got "
-                f"{self.activation_memory}."
-            )
+        memory = self.activation_memory
+        require(memory >= 0, "LayerWise: activation_memory", "GiB, at least 0", memory)
 
     @override
     def run(self, job: Job) -> Path:
