@@ -121,16 +121,16 @@ def watch(result: dict[str, float]) -> None:
     import torch
 
     from gradmerge.drivers.layerwise.activations import Activations
-    from gradmerge.drivers.layerwise.block import MergedBlock
+    from gradmerge.engine.leaves import Leaves
 
-    put, accumulate = Activations.put, MergedBlock.accumulate
+    put, accumulate = Activations.put, Leaves.accumulate
 
     def watched(self: Activations, name: str, tensor: torch.Tensor) -> None:
         put(self, name, tensor)
         result["held"] = max(result["held"], float(self.held))
         result["spilled"] = max(result["spilled"], float(self.spilled))
 
-    def counted(block: MergedBlock, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def counted(leaves: Leaves, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
         sizes: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -140,51 +140,49 @@ def watch(result: dict[str, float]) -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             value = loss()
-        weights = {t.untyped_storage().data_ptr() for t in block._theta.values()}
+        weights = {t.untyped_storage().data_ptr() for t in leaves.values()}
         saved = sum(size for place, size in sizes.items() if place not in weights)
         result["saved"] = max(result["saved"], float(saved))
         return value
 
-    def counting(self: MergedBlock, losses: Any) -> Any:
-        return accumulate(self, [partial(counted, self, loss) for loss in losses])
+    def counting(self: Leaves, losses: Any, scale: float = 1.0) -> Any:
+        return accumulate(self, [partial(counted, self, loss) for loss in losses], scale)
 
     Activations.put = watched  # type: ignore[method-assign]
-    MergedBlock.accumulate = counting  # type: ignore[method-assign]
+    Leaves.accumulate = counting  # type: ignore[method-assign]
 
 
 def scoring(folder: Path, batches: int, tokens: int) -> dict[str, float]:
     """Return the least seconds of each way to score the same batches, in turn, in this process."""
     import torch
 
-    from gradmerge.drivers.layerwise.activations import Activations
-    from gradmerge.drivers.layerwise.block import MergedWeights
-    from gradmerge.drivers.layerwise.chain import Chain, find_blocks
+    from gradmerge.drivers.layerwise.chain import Chain
     from gradmerge.drivers.layerwise.files import Starts
     from gradmerge.drivers.layerwise.scores import score
     from gradmerge.engine.opening import open_plan
     from gradmerge.objectives import Objective
 
     plan = open_plan(recipe_of(folder))
-    chain = Chain(plan, find_blocks(plan), torch.float32, torch.device("cpu"))
+    chain = Chain(plan, None, torch.float32, torch.device("cpu"))
     torch.manual_seed(0)
     drawn = torch.randint(3, 1000, (batches, BATCH, tokens))
     asked = [(SOURCES[i % 2], {"input_ids": ids, "labels": ids}) for i, ids in enumerate(drawn)]
     chain.verify({"input_ids": drawn[0, :1]}, SOURCES[0])
     starts = Starts(plan, torch.float32)
-    raw = {slot: starts.one(shared) for slot, shared in starts.slots(plan.learned).items()}
-    weights = MergedWeights(chain, raw)
+    chain.model.state.raw = dict(starts)
+    merged = partial(chain.theta, finished=True)
 
     def whole() -> None:
         for task, batch in asked:
-            with chain.model.as_weights(partial(weights.read, task, finished=True)):
+            chain.source = task
+            with chain.weights(merged):
                 chain.run_network(batch)
 
     def by_blocks() -> None:
-        store = Activations(Path(work) / "activations", 2**32)
-        score(weights, Objective(), lambda: asked, store, experts=False)
+        score(chain, Objective(), lambda: asked, experts=False)
 
     taken: dict[str, list[float]] = {"whole": [], "by blocks": []}
-    with torch.no_grad(), tempfile.TemporaryDirectory(dir=folder) as work:
+    with torch.no_grad():
         for _ in range(3):
             for way, seconds in zip((whole, by_blocks), taken.values(), strict=True):
                 began = time.perf_counter()

@@ -86,16 +86,23 @@ def release_freed_memory(threshold: int = 1 << 20) -> bool:
         return False
 
 
-def in_file(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return an uninitialised tensor that is mapped to a temporary file (in `TMPDIR`).
+def in_file(
+    shape: Sequence[int], dtype: torch.dtype, folder: str | os.PathLike[str] | None = None
+) -> Tensor:
+    """Return an uninitialised tensor that is mapped to a temporary file.
 
     The operating system may write its pages out and evict them from memory. The file is unlinked
     at once, so its space is released with the tensor or the process.
+
+    Args:
+        shape: its shape.
+        dtype: its dtype.
+        folder: existing folder of the file; default: `TMPDIR`.
     """
     size = torch.Size(shape).numel()
     if not size:
         return torch.empty(shape, dtype=dtype)
-    with tempfile.NamedTemporaryFile(prefix="gradmerge-") as file:
+    with tempfile.NamedTemporaryFile(prefix="gradmerge-", dir=folder) as file:
         if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash on access
             os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
         # the mapping stays valid after the file is unlinked

@@ -333,10 +333,10 @@ def test_importance_and_files_of_parts_know_the_place_of_a_scale(tmp_path):
     plan = module.merged.plan
     kept = module.regularisation.importance
     starts = Starts(plan, torch.float32)
-    for name, slot in plan.layout.slots.items():
+    for slot in plan.layout.slots.values():
         assert kept[slot.key].shape == (2, *slot.shape)
-        assert starts.shape(name) == tuple(module.merged.raw[slot.key].shape)
-        assert torch.equal(starts.one([name]), plan.initial_raw()[slot.key])
+        assert starts.entry(slot.key).shape == tuple(module.merged.raw[slot.key].shape)
+        assert torch.equal(starts[slot.key], plan.initial_raw()[slot.key])
 
 
 def test_the_mask_s_gradient_is_the_sigmoid_s():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gradmerge.coefficients import Slot
 from gradmerge.errors import ConfigError
 
 
@@ -65,22 +64,25 @@ class Deferred(torch.autograd.Function):
         return (None, None, *known)
 
 
-def add_gradient(grads: dict[str, Tensor], slot: Slot, found: Tensor, raw: Tensor) -> None:
-    """Add a tensor's `dL/dz` to the gradient of its raw parameter.
+def known_loss(
+    values: Sequence[Tensor],
+    grads: dict[str, Tensor],
+    raws: Mapping[str, Tensor],
+    scale: float = 1.0,
+) -> Tensor:
+    """Return the sum of losses, whose backward adds known gradients to the raw parameters.
 
     Args:
-        grads: gradients by key of the raw parameter; missing ones are zero. Changed in place.
-        slot: the tensor's place in the raw parameter.
-        found: the tensor's `dL/dz`. Stored without a copy if the tensor has a parameter of its own:
-            with one coefficient per weight it is as large as the sources.
-        raw: the raw parameter.
+        values: the losses, whose backward passes have run.
+        grads: gradients by key of the raw parameter; missing ones are zero. Emptied.
+        raws: raw parameters by key.
+        scale: factor that the gradients contain.
     """
-    if slot.key not in grads and slot.index is None:
-        grads[slot.key] = found
-        return
-    if slot.key not in grads:
-        grads[slot.key] = torch.zeros_like(raw)
-    slot.read(grads).add_(found)
+    for grad in grads.values() if scale != 1.0 else ():
+        grad.div_(scale)
+    ordered = [grads.pop(key) if key in grads else torch.zeros_like(z) for key, z in raws.items()]
+    loss: Tensor = Deferred.apply(torch.stack(list(values)).sum(), ordered, *raws.values())
+    return loss
 
 
 def backward_of(run: Callable[[], Tensor], scale: float) -> Tensor:

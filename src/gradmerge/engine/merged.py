@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from gradmerge._memory import BlockPool
 from gradmerge.alignment.views import original_of
-from gradmerge.engine.autograd import Combine, Deferred, add_gradient, backward_of, checksums
+from gradmerge.engine.autograd import Combine, backward_of, checksums, known_loss
 from gradmerge.engine.buffers import NetworkBuffers
 from gradmerge.engine.install import LiveTensors, checkpoint_blocks, install, restamp
+from gradmerge.engine.leaves import Leaves
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe
@@ -208,7 +209,7 @@ class MergedModel(nn.Module):
     def _fetch(self, key: str, casts: bool) -> Tensor:
         given = None if self._given is None else self._given(key)
         if given is not None:
-            return self._place(given)
+            return self.place(given)
         if key not in self.plan.tensors:
             return self._private_tensor(key)
         if self.memory == "resident":
@@ -226,7 +227,8 @@ class MergedModel(nn.Module):
         self._live.add(theta, (key, dtype))
         return theta
 
-    def _place(self, tensor: Tensor) -> Tensor:
+    def place(self, tensor: Tensor) -> Tensor:
+        """Return a tensor on the model's device, and in its dtype if it is floating-point."""
         dtype = self.dtype if tensor.dtype.is_floating_point else tensor.dtype
         return tensor.to(device=self.device, dtype=dtype)
 
@@ -234,7 +236,7 @@ class MergedModel(nn.Module):
         source = self.tasks.get(self._task or "", next(iter(self.plan.sources)))
         if (source, key) not in self._private:
             with torch.inference_mode(False):
-                self._private[source, key] = self._place(self.plan.read(source, key)).clone()
+                self._private[source, key] = self.place(self.plan.read(source, key)).clone()
         return self._private[source, key]
 
     def forward(self, *args: Any, task: str | None = None, **kwargs: Any) -> Any:
@@ -304,70 +306,32 @@ class MergedModel(nn.Module):
             The sum of the losses, whose `backward()` adds the known gradients to `raw`, and the
             individual losses.
         """
-        raws = dict(self.raw.items())
-        grads: dict[str, Tensor] = {}
-        self._stepping = {key: raw.detach().requires_grad_() for key, raw in raws.items()}
+        self._stepping = {key: raw.detach().requires_grad_() for key, raw in self.raw.items()}
         try:
             if self.memory == "resident":
-                values = self._accumulate_resident(losses, grads, scale)
+                grads, values = self._accumulate_resident(losses, scale)
             else:
-                values = self._accumulate_streamed(losses, grads, scale)
+                values = [backward_of(run, scale) for run in losses]
+                found = {key: proxy.grad for key, proxy in self._stepping.items()}
+                grads = {key: grad for key, grad in found.items() if grad is not None}
         finally:
             self._stepping = None
-        ordered = [
-            grads.pop(key).div_(scale) if key in grads else torch.zeros_like(raw)
-            for key, raw in raws.items()
-        ]
-        total = torch.stack(values).sum()
-        loss: Tensor = Deferred.apply(total, ordered, *raws.values())
-        return loss, values
+        return known_loss(values, grads, dict(self.raw.items()), scale), values
 
     def _accumulate_resident(
-        self, losses: Sequence[Callable[[], Tensor]], grads: dict[str, Tensor], scale: float
-    ) -> list[Tensor]:
+        self, losses: Sequence[Callable[[], Tensor]], scale: float
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Return gradients by key, and the losses."""
         self._resident.refresh(self, graph=False, finished=False)
         merged = self._resident.theta
-        leaves = {key: merged[key].detach().requires_grad_() for key in self.state.learned}
-        self._resident.theta = {**merged, **leaves}
-
-        def contract(key: str) -> None:
-            grad = leaves[key].grad
-            if grad is None:
-                return
-            self.touched.add(key)
-            slot = self.plan.layout.slots[key]
-            found = self.state.contract(key, grad, self.plan.z(key, self.raw))
-            leaves[key].grad = None
-            add_gradient(grads, slot, found, self.raw[slot.key])
-
-        values = []
-        hooks = []
+        leaves = Leaves(self.state, self.state.learned, merged.__getitem__)
+        self._resident.theta = leaves
         try:
-            for i, run in enumerate(losses):
-                if i == len(losses) - 1:
-                    # During the last backward a weight gradient is complete when it arrives.
-                    for key, leaf in leaves.items():
-                        hook = partial(lambda key, _: contract(key), key)
-                        hooks.append(leaf.register_post_accumulate_grad_hook(hook))
-                values.append(backward_of(run, scale))
-            for key in leaves:
-                contract(key)
+            values = leaves.accumulate(losses, scale)
         finally:
             self._resident.theta = merged
-            for handle in hooks:
-                # leaf, hook and leaves form a cycle that keeps `grads` until garbage collection
-                handle.remove()
-        return values
-
-    def _accumulate_streamed(
-        self, losses: Sequence[Callable[[], Tensor]], grads: dict[str, Tensor], scale: float
-    ) -> list[Tensor]:
-        assert self._stepping is not None
-        values = [backward_of(run, scale) for run in losses]
-        for key, proxy in self._stepping.items():
-            if proxy.grad is not None:
-                grads[key] = proxy.grad
-        return values
+        self.touched |= leaves.touched
+        return leaves.grads, values
 
     def fix_unused(self) -> list[str]:
         """Fix tensors that no backward pass has reached, by `Recipe.unused`, with a warning.

@@ -24,7 +24,7 @@ from gradmerge.coefficients import (
     Uniform,
 )
 from gradmerge.drivers import LayerWise
-from gradmerge.drivers.layerwise.block import MergedBlock
+from gradmerge.engine.leaves import Leaves
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.state import FitState
@@ -228,17 +228,17 @@ def test_no_merged_weight_outlives_its_last_gradient(tmp_path, monkeypatch):
     models, kind, _ = network_of("llama", torch.float32)
     job = job_of(tmp_path, recipe_of(models, coefficients=Element()), data_of(kind))
     made, held = [], []
-    accumulate, contract = MergedBlock.accumulate, Plan.contract
+    accumulate, contract = Leaves.accumulate, Plan.contract
 
-    def begun(block, *given):
-        made.append(block)
-        return accumulate(block, *given)
+    def begun(leaves, *given):
+        made.append(leaves)
+        return accumulate(leaves, *given)
 
-    def noted(plan, name, grad, raw):
-        held.append(len(made[-1]._theta))
-        return contract(plan, name, grad, raw)
+    def noted(plan, *given):
+        held.append(len(made[-1]))
+        return contract(plan, *given)
 
-    monkeypatch.setattr(MergedBlock, "accumulate", begun)
+    monkeypatch.setattr(Leaves, "accumulate", begun)
     monkeypatch.setattr(Plan, "contract", noted)
     LayerWise(steps=1).run(job)
     assert len(made) == 3

@@ -9,7 +9,7 @@ from torch import nn
 
 from gradmerge.coefficients import Element, Group, Model, Tensor
 from gradmerge.drivers import LayerWise
-from gradmerge.drivers.layerwise.chain import Chain, find_blocks
+from gradmerge.drivers.layerwise.chain import Chain
 from gradmerge.engine.opening import open_plan
 from gradmerge.errors import ConfigError
 from gradmerge.finalisers import REPAIR
@@ -59,9 +59,8 @@ def test_real_networks_are_found_to_be_chains_or_not(name):
     kind = getattr(transformers, name)
     models = relatives(kind(kind.config_class(**REAL[name])), 2, 0.1)
     plan = open_plan(recipe_of(models))
-    blocks = find_blocks(plan)
-    assert len(blocks) == (1 if name.startswith("Albert") else 2)
-    chain = Chain(plan, blocks, torch.float32, torch.device("cpu"))
+    chain = Chain(plan, None, torch.float32, torch.device("cpu"))
+    assert len(chain.blocks) == (1 if name.startswith("Albert") else 2)
     if "Image" in name:
         inputs = {"pixel_values": torch.randn(1, 3, 32, 32)}
     else:
@@ -74,6 +73,17 @@ def test_real_networks_are_found_to_be_chains_or_not(name):
         assert chain.verify(inputs, "a") <= 1e-6
 
 
+class Borrowing(nn.Bilinear):
+    """A block that uses a tensor of another."""
+
+    def __init__(self, other):
+        super().__init__(6, 6, 6)
+        self.others = (other,)
+
+    def forward(self, x, beside):
+        return super().forward(x, beside) * self.others[0].bias
+
+
 class Chained(nn.Module):
     """Two blocks that fail to be a chain in one way."""
 
@@ -83,6 +93,8 @@ class Chained(nn.Module):
         self.blocks = nn.ModuleList([nn.Bilinear(6, 6, 6), nn.Bilinear(6, 6, 6)])
         if how == "tied":
             self.blocks[1].weight = self.blocks[0].weight
+        if how == "earlier":
+            self.blocks[1] = Borrowing(self.blocks[0])
         if how == "several":
             self.others = nn.ModuleList([nn.Linear(6, 6)])
 
@@ -104,6 +116,7 @@ REFUSED = {
     "twice": r"blocks\.0 runs 2 times",
     "between": r"no argument of blocks\.1 .* is what the block before returned",
     "outside": r"blocks\.1\.bias is used outside of its block",
+    "earlier": r"blocks\.0\.bias is used outside of its block",
     "beside": r"args\[1\] of blocks\.1 depends on what the blocks before it computed",
 }
 

@@ -55,7 +55,7 @@ def test_a_stopped_run_resumes_with_the_first_unfinished_block(name, tmp_path, m
     last = 2 if name == "stack" else 1
 
     def stopped(self, batch, batch_idx):
-        if self.block.number == last and batch_idx == 1:
+        if self.number == last and batch_idx == 1:
             raise KeyError("stopped")
         return step(self, batch, batch_idx)
 
@@ -94,11 +94,13 @@ def test_spilled_activations_give_the_same_coefficients(tmp_path, monkeypatch):
     assert max(in_memory for in_memory, _ in spilled) <= 1e-6 * 2**30
     assert max(on_disk for _, on_disk in spilled) > 4_000
     assert same(raw_of(job), raw_of(held))
-    assert not (job.folder / "activations").exists()
+    assert {path.name for path in job.folder.iterdir()} == {
+        path.name for path in held.folder.iterdir()
+    }
 
 
 def test_activations_are_replaced_where_they_are(tmp_path):
-    kept = Activations(tmp_path / "scratch", limit=100)
+    kept = Activations(tmp_path, limit=100)
     kept.put("small", torch.arange(20.0))
     kept.put("large", torch.arange(30.0).view(5, 6))
     assert (kept.held, kept.spilled) == (80, 120)
@@ -110,19 +112,20 @@ def test_activations_are_replaced_where_they_are(tmp_path):
     kept.put("large", torch.zeros(2))
     assert (kept.held, kept.spilled) == (8, 104)
     torch.testing.assert_close(kept.get("small"), torch.ones(26), rtol=0, atol=0)
-    kept.close()
-    assert not (tmp_path / "scratch").exists()
+    assert not list(tmp_path.iterdir()), "a killed run leaves no files"
+    kept.clear()
+    assert (kept.held, kept.spilled) == (0, 0)
 
 
 def test_equal_constants_are_kept_once(tmp_path):
     kept = Activations(tmp_path, limit=2**20)
     mask = torch.tensor([[True, False], [True, True]])
-    names = [kept.put_constant(tensor) for tensor in (mask, mask.clone(), mask[:1].expand(2, 2))]
-    assert names[0] == names[1] != names[2]
+    found = [kept.constant(tensor) for tensor in (mask, mask.clone(), mask[:1].expand(2, 2))]
+    assert found[0] is found[1] is not found[2]
     assert kept.held == 8
-    others = [kept.put_constant(t) for t in (mask.int(), mask.flatten(), mask.to(torch.uint8))]
-    assert len({*names, *others}) == 5, "dtype and shape tell constants apart"
-    assert torch.equal(kept.get(names[2]), torch.tensor([[True, False], [True, False]]))
+    others = [kept.constant(t) for t in (mask.int(), mask.flatten(), mask.to(torch.uint8))]
+    assert len({*found, *others}) == 5, "dtype and shape tell constants apart"
+    assert torch.equal(found[2], torch.tensor([[True, False], [True, False]]))
 
 
 KILLED = f"""
@@ -133,7 +136,7 @@ import layerwise_jobs as t
 
 step = block.BlockModule.training_step
 def killed(self, batch, batch_idx):
-    if self.block.number == {STOP} and self.global_step == 1:
+    if self.number == {STOP} and self.global_step == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, batch_idx)
 block.BlockModule.training_step = killed

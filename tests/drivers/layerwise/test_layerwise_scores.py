@@ -22,7 +22,7 @@ from gradmerge.alignment import CCA, ActivationMatching, OptimalTransport, Weigh
 from gradmerge.coefficients import Column, Element, Mixup, Tensor, Uniform
 from gradmerge.drivers import Job, LayerWise
 from gradmerge.drivers.layerwise import job as layers
-from gradmerge.drivers.layerwise.block import MergedWeights
+from gradmerge.drivers.layerwise.chain import Chain
 from gradmerge.drivers.layerwise.job import require_permuted
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
@@ -259,18 +259,18 @@ def test_scoring_merges_each_block_once_and_holds_no_more_than_one(tmp_path, mon
     data = labelled(data_of(kind, dtype=torch.float32), kind)
     data.eval_batch_size = size
     alive, counts, merged = [], [], []
-    build = MergedWeights.build
+    theta = Chain.theta
 
-    def watched(self, name, raw, finished=False):
+    def watched(self, name, finished=False):
         if not finished:
-            return build(self, name, raw)
+            return theta(self, name)
         counts.append(sum(ref() is not None for ref in alive))
         merged.append(name)
-        found = build(self, name, raw, finished)
+        found = theta(self, name, finished)
         alive.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(MergedWeights, "build", watched)
+    monkeypatch.setattr(Chain, "theta", watched)
     recipe = recipe_of(models, coefficients=Element())
     folder = LayerWise(steps=1).run(logged_job(tmp_path, recipe, data))
     tensors = open_plan(recipe).tensors
@@ -309,7 +309,7 @@ def test_a_stopped_and_resumed_run_logs_the_same_as_a_whole_one(tmp_path, monkey
                 run("parts")
 
     whole = run("whole")
-    plain = layers.Layers._learn
+    plain = layers.Layers._fit_block
 
     def second(self, number, *arguments):
         if number == 2:
@@ -317,7 +317,7 @@ def test_a_stopped_and_resumed_run_logs_the_same_as_a_whole_one(tmp_path, monkey
         return plain(self, number, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(layers.Layers, "_learn", second)
+        patch.setattr(layers.Layers, "_fit_block", second)
         with pytest.raises(KeyError, match="in a block"):
             run("parts")
     stop(layers, "score", "in the scores")

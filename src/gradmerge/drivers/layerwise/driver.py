@@ -11,18 +11,11 @@ from typing_extensions import override
 from gradmerge.drivers.base import AbstractDriver, Job
 from gradmerge.drivers.layerwise.block import BLOCK_LOSS
 from gradmerge.drivers.layerwise.job import Layers, require_permuted
-from gradmerge.errors import ConfigError
+from gradmerge.errors import ConfigError, require
 from gradmerge.objectives import Objective
 from gradmerge.spec import require_pattern
 
-# Trainer settings of a whole fit, with the values that state nothing.
-_OF_A_FIT = {
-    "max_steps": -1,
-    "max_epochs": None,
-    "max_time": None,
-    "limit_train_batches": None,
-    "precision": None,
-}
+_OF_A_FIT = ("max_steps", "max_epochs", "max_time", "limit_train_batches", "precision")
 _CALLBACKS_OF_A_FIT = ("EarlyStopping", "ModelCheckpoint")
 
 
@@ -69,15 +62,11 @@ class LayerWise(AbstractDriver):
         """Check the options."""
         for name in ("epochs", "steps", "batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"LayerWise: {name}: expected at least 1, got {value}.")
+            require(value is None or value >= 1, f"LayerWise: {name}", "at least 1", value)
         for pattern in self.blocks or ():
             require_pattern("LayerWise.blocks", pattern)
-        if not self.activation_memory >= 0:
-            raise ConfigError(
-                f"LayerWise: activation_memory: expected GiB, at least 0, got "
-                f"{self.activation_memory}."
-            )
+        memory = self.activation_memory
+        require(memory >= 0, "LayerWise: activation_memory", "GiB, at least 0", memory)
 
     @override
     def run(self, job: Job) -> Path:
@@ -99,10 +88,7 @@ class LayerWise(AbstractDriver):
         if done is not None:
             job.say(f"finished before: {done}")
             return done
-        try:
-            return layers.run(self.epochs, self.steps)
-        finally:
-            layers.activations.close()
+        return layers.run(self.epochs, self.steps)
 
 
 def _require_finalisers_without_data(job: Job) -> None:
@@ -151,11 +137,7 @@ def _require_own_monitor(schedule: Any) -> None:
 def _say_unused(job: Job) -> None:
     """Say which trainer settings are not used; suites state them for every driver."""
     trainer = job.config.get("trainer") or {}
-    stated = [
-        f"trainer.{name}"
-        for name, nothing in _OF_A_FIT.items()
-        if trainer.get(name) not in (None, nothing)
-    ]
+    stated = [f"trainer.{name}" for name in _OF_A_FIT if trainer.get(name) not in (None, -1)]
     callbacks = trainer.get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         kind = str(callback.get("class_path", "")).rpartition(".")[2]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import islice
@@ -25,15 +26,17 @@ from gradmerge.alignment import AbstractAlignment
 from gradmerge.alignment.views import original_of
 from gradmerge.drivers.base import Job
 from gradmerge.drivers.layerwise.activations import Activations
-from gradmerge.drivers.layerwise.block import BlockModule, MergedBlock, MergedWeights, mean_square
-from gradmerge.drivers.layerwise.chain import Chain, Passing, find_blocks
-from gradmerge.drivers.layerwise.files import Starts, assembled, read_mapped, write_tensors
+from gradmerge.drivers.layerwise.block import BlockModule, mean_square
+from gradmerge.drivers.layerwise.chain import Chain, Passing
+from gradmerge.drivers.layerwise.files import Starts, read_mapped, write_whole
 from gradmerge.drivers.layerwise.scores import score
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.state import FitState
 from gradmerge.errors import ConfigError, shorten
 from gradmerge.export.folder import export_state
+from gradmerge.export.provenance import mean_coefficients
+from gradmerge.export.writer import Entry
 from gradmerge.spec import to_plain
 from gradmerge.training.callbacks import CoefficientLogger
 from gradmerge.training.loaders import StreamLoader, TaskStream, even_batches, sample_batches
@@ -54,9 +57,6 @@ class Layers:
         blocks: regular expressions of the blocks' names.
         batch_size: examples per task and step.
         memory: GiB of activations in memory.
-
-    Raises:
-        ConfigError: the network is no chain of blocks, or the tasks do not fit.
     """
 
     def __init__(
@@ -65,70 +65,39 @@ class Layers:
         self.job = job
         self._size = batch_size or job.data.batch_size
         with _quiet():
-            trainer = self._make_trainer(job.root, 1)
+            # not fitted; the dtype of the computation is model.dtype
+            trainer = job.trainer(job.root, precision="32-true", max_epochs=1, max_time=None)
         if trainer.world_size != 1:
             raise ConfigError(
                 f"LayerWise: expected one process, got {trainer.world_size}: a block is small, "
                 "and its steps follow one another. Set trainer.devices: 1."
             )
-        self._loggers = list(trainer.loggers)
-        self._accumulated = trainer.accumulate_grad_batches
+        self._trainer = trainer
         release_freed_memory()
         dtype = DTYPES[job.options.get("dtype") or "float32"]
-        self.plan = plan = open_plan(job.recipe, job.options.get("module"))
+        plan = open_plan(job.recipe, job.options.get("module"))
         require_permuted(job.recipe.alignment, plan)
         for warning in plan.warnings:
             lightning.pytorch.utilities.rank_zero_warn(str(warning))
         device = trainer.strategy.root_device
-        self.chain = chain = Chain(plan, find_blocks(plan, blocks), dtype, device)
+        self.chain = chain = Chain(plan, blocks, dtype, device)
+        self.plan = chain.plan
         self._state = chain.model.state
         job.data.attach(chain.model)
         job.data.setup()
         self.tasks = chain.model.tasks = self._tasks()
-        self.activations = Activations(job.folder / "activations", int(memory * 2**30))
         task, _, batch = next(self._batches())
         one = {k: v[:1] if isinstance(v, Tensor) else v for k, v in batch.items()}
         self.deviation = chain.verify(one, self.tasks[task])
+        chain.store = Activations(job.folder, int(memory * 2**30))
         if job.options.get("load_sources"):
-            plan.load(device)
+            self.plan.load(device)
         self._starts = Starts(plan, torch.float64 if dtype == torch.float64 else torch.float32)
-        self._passing: dict[tuple[str, int], tuple[Passing, Passing]] = {}
-        """By task and number of a batch: on its way through the expert and through the merge."""
-        self._weights = MergedWeights(chain, {})
-        self._run: dict[str, Any] = {}
-
-    def _make_trainer(self, folder: Path, steps: int, **options: Any) -> lightning.Trainer:
-        """Return a trainer of the job for one block: no validation, no checkpoints but our own."""
-        return self._stripped(
-            self.job.trainer(
-                folder,
-                max_steps=steps,
-                max_epochs=-1,
-                max_time=None,
-                precision="32-true",  # the computation's dtype is model.dtype
-                limit_train_batches=1.0,
-                limit_val_batches=0,
-                num_sanity_val_steps=0,
-                val_check_interval=1.0,
-                check_val_every_n_epoch=1,
-                **options,
-            )
-        )
-
-    def _stripped(self, trainer: lightning.Trainer) -> lightning.Trainer:
-        """Take away callbacks that need the whole merge; the driver logs coefficients itself."""
-        ours = (Checkpoint, EarlyStopping, CoefficientLogger)
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        self._coefficients = [c for c in callbacks if isinstance(c, CoefficientLogger)]
-        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, ours)]
-        return trainer
+        self._passing: list[tuple[str, Passing, Passing]] = []
+        """Task of each batch, and the batch on its way through the expert and through the merge."""
 
     def _tasks(self) -> dict[str, str]:
-        """Return the expert of each task.
-
-        Raises:
-            ConfigError: a task names no source.
-        """
+        """Return the expert of each task."""
         tasks = {name: task.source or name for name, task in self.job.data.tasks.items()}
         sources = self.plan.serving
         lost = [f"{task} -> {source}" for task, source in tasks.items() if source not in sources]
@@ -164,209 +133,179 @@ class Layers:
     # ---- the run --------------------------------------------------------------------------------
 
     def run(self, epochs: int, steps: int | None) -> Path:
-        """Learn all blocks, score the merge and export it.
-
-        Args:
-            epochs: passes over the adaptation data per block.
-            steps: steps per block, instead of passes.
-        """
+        """Learn all blocks for so many passes, or steps each, score the merge and export it."""
         self._epochs, self._steps = epochs, steps
-        blocks, plan = self.chain.blocks, self.plan
+        blocks, loggers = self.chain.blocks, self._trainer.loggers
         within = {name for block in blocks for name in block.tensors}
-        outside = [name for name in plan.learned if name not in within]
+        outside = [name for name in self.plan.learned if name not in within]
         self.job.say(
             f"{len(blocks)} blocks, {blocks[0].name} to {blocks[-1].name} (one by one "
             f"{self.deviation:.1g} off the network itself); {len(outside)} tensors outside keep "
             f"their starting coefficients{': ' if outside else ''}{shorten(outside)}"
         )
-        start = self._starts.means()
-        for logger in self._loggers:
+        start = mean_coefficients(FitState(self.plan, self._starts))
+        for logger in loggers:
             logger.log_metrics({f"init/{source}": c for source, c in start.items()}, step=0)
-        self._enter(outside)
-        results = self._learn_blocks()
-        self._recompute(self._whole_passes)
-        self._state.run = {**self._run, "initial_coefficients": start}
-        state = self._state.at(assembled(plan, self._weights.raw))
-        step = max((n + 1) * int(result["steps"]) for n, result in enumerate(results))
-        scores = self._score(state, step)
-        said = [{k: v for k, v in result.items() if k != "run"} for result in results]
+        results = self._learn(outside)
+        run: dict[str, Any] = next((result["run"] for result in results if result["run"]), {})
+        self._state.run = {**run, "initial_coefficients": start}
+        scores = self._score(max((n + 1) * int(r["steps"]) for n, r in enumerate(results)))
         extra = {
             "class_path": "LayerWise",
             "kept_at_start": outside,
             "deviation": self.deviation,
-            "blocks": [{"name": b.name, **r} for b, r in zip(blocks, said, strict=True)],
+            "blocks": [
+                {"name": block.name, **{k: v for k, v in result.items() if k != "run"}}
+                for block, result in zip(blocks, results, strict=True)
+            ],
         }
-        write = partial(export_state, state)
+        write = partial(export_state, self._state)
         buffers = self.chain.model.statistics.values()
         known = {"buffers": buffers, "tasks": self.tasks, "results": scores}
-        return self.job.export(write, extra, self._loggers, **known)
+        return self.job.export(write, extra, loggers, **known)
+
+    def _learn(self, outside: Sequence[str]) -> list[dict[str, Any]]:
+        """Learn block after block, take up all coefficients and return the blocks' results."""
+        path = self.job.folder / "outside.safetensors"
+        write_whole(path, [self._starts.entry(key) for key in self._keys(outside)])
+        kept = read_mapped(path)
+        self._state.raw = kept
+        self._enter()
+        results, learned = [], dict(kept)
+        for number in range(len(self.chain.blocks)):
+            result, raw = self._block(number)
+            results.append(result)
+            learned |= raw
+            self._state.raw = kept  # a tensor of a block is known within the block alone
+        self._passing.clear()
+        self.chain.store.clear()
+        self._state.raw = learned
+        self._recompute(self._whole_passes)
+        return results
+
+    def _keys(self, names: Iterable[str]) -> list[str]:
+        """Return the keys of the raw coefficients of tensors."""
+        return list(dict.fromkeys(self.plan.layout.slots[name].key for name in names))
 
     @torch.no_grad()
-    def _enter(self, outside: Sequence[str]) -> None:
-        """Compute activations before the first block, of the experts and of the merge.
-
-        Args:
-            outside: learned tensors outside of blocks, which keep their starting coefficients.
-        """
-        self.activations.close()  # what a killed run left
-        path = self.job.folder / "outside.safetensors"
-        self._starts.write(path, outside)
-        self._weights.raw = read_mapped(path)
-        read, _ = self._weights.kept()
+    def _enter(self) -> None:
+        """Compute activations before the first block, of the experts and of the merge."""
 
         def enter(side: str, task: str, number: int, batch: dict[str, Any]) -> Passing:
-            name = f"{task}/{number}/{side}"
-            return self.chain.enter(batch, self.tasks[task], self.activations, name)
+            return self.chain.enter(batch, self.tasks[task], f"{task}/{number}/{side}")
 
         def passes() -> None:
             for found in self._batches():
                 enter("merged", *found)
 
-        with self.chain.weights(read):
+        with self.chain.weights(cache(self.chain.theta)):
             self._recompute(passes)
             for found in self._batches():
-                task, number, _ = found
-                with self.chain.model.as_source(self.tasks[task]):
+                with self.chain.model.as_source(self.tasks[found[0]]):
                     expert = enter("expert", *found)
-                self._passing[task, number] = expert, enter("merged", *found)
-
-    def _learn_blocks(self) -> list[dict[str, Any]]:
-        """Learn block after block, take up their coefficients and return their results."""
-        results, learned = [], {}
-        for number in range(len(self.chain.blocks)):
-            result, found = self._block(number)
-            results.append(result)
-            learned.update(found)
-            gc.collect()  # a trainer and its module are in a circle
-            trim_heap()  # holes grow from trainer to trainer
-        self.activations.close()
-        self._weights.raw |= learned
-        return results
+                self._passing.append((found[0], expert, enter("merged", *found)))
 
     def _block(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the result and the coefficients of one block, learned now or by an earlier run;
         activations are then those after it.
         """
-        block = self.chain.blocks[number]
-        record = self.job.step(f"block-{number:03d}", {"block": block.name, "number": number})
+        name, num = self.chain.blocks[number].name, len(self.chain.blocks)
+        record = self.job.step(f"block-{number:03d}", {"block": name, "number": number})
         result, path = record.result, record.folder / _FILE
-        last = number == len(self.chain.blocks) - 1
-        if result is None or not last:
+        passes = result is None or number < num - 1
+        if passes:
             self._pass_experts(number)
-        if result is None:
-            result = self._learn(number, path)
-            record.finish(result)
-            self.job.say(
-                f"block {number + 1} of {len(self.chain.blocks)}, {block.name}: loss "
-                f"{result['first_loss']:.3g} in the first step, {result['loss']:.3g} over all "
-                "batches in the end"
-            )
-            return result, _without_buffers(read_mapped(path))
+        found = result or self._fit_block(number, path)
         stored = read_mapped(path)
-        raw = _without_buffers(stored)
-        for name, coefficient in result["fixed"].items():
-            self._state.fix([name], coefficient)
-        buffers = {name.removeprefix(_BUFFER): stored[name] for name in stored.keys() - raw.keys()}
+        raw = {key: z for key, z in stored.items() if not key.startswith(_BUFFER)}
+        self._state.raw = {**self._state.raw, **raw}
+        for tensor, coefficient in found["fixed"].items():
+            self._state.fix([tensor], coefficient)
+        buffers = {key.removeprefix(_BUFFER): stored[key] for key in stored.keys() - raw.keys()}
         self.chain.model.statistics.set(buffers)
-        self._run = self._run or result["run"]
-        if not last:
-            self._pass_merged(number, MergedBlock(number, raw, self._weights))
-        return result, raw
+        loss = self._pass_merged(number) if passes else math.nan
+        if result is None:
+            found = {"first_loss": loss, **found, "loss": loss}
+            record.finish(found)
+            self.job.say(
+                f"block {number + 1} of {num}, {name}: loss {found['first_loss']:.3g} in the first "
+                f"step, {loss:.3g} over all batches in the end"
+            )
+        return found, raw
 
     @torch.no_grad()
     def _pass_experts(self, number: int) -> None:
         """Run every expert's activations through its own block."""
         model = self.chain.model
         for source in dict.fromkeys(self.tasks.values()):
-            read = cache(lambda source, name: self.chain.place(self.plan.read(source, name)))
-            with model.as_source(source), self.chain.weights(read):
-                for expert, _ in self._passing.values():
+            read = cache(lambda name, source=source: model.place(self.plan.read(source, name)))
+            with model.as_source(source), model.as_weights(read):
+                for _, expert, _ in self._passing:
                     if expert.source == source:
-                        out = self.chain.run(number, expert)
-                        self.activations.put(expert.name, out)
+                        self.chain.store.put(expert.name, self.chain.run(number, expert))
 
     @torch.no_grad()
-    def _pass_merged(self, number: int, merged: MergedBlock) -> float:
+    def _pass_merged(self, number: int) -> float:
         """Run the merged activations through the merged block; return the loss over all batches."""
         losses: dict[str, list[float]] = {task: [] for task in self.tasks}
-        with self.chain.weights(merged.read):
-            for (task, _), (expert, passing) in self._passing.items():
+        with self.chain.weights(cache(self.chain.theta)):
+            for task, expert, passing in self._passing:
                 out = self.chain.run(number, passing)
                 losses[task].append(float(self._distance(out, expert)))
-                self.activations.put(passing.name, out)
+                self.chain.store.put(passing.name, out)
         return sum(sum(values) / len(values) for values in losses.values())
 
     def _distance(self, hidden: Tensor, expert: Passing) -> Tensor:
         """Return the distance of a batch's hidden state from the expert's."""
-        return mean_square(hidden, self.chain.hidden(expert), self.chain.mask(expert))
+        return mean_square(hidden, self.chain.hidden(expert), expert.mask)
 
     # ---- learning a block -----------------------------------------------------------------------
 
-    def _learn(self, number: int, path: Path) -> dict[str, Any]:
-        """Learn the coefficients of a block and write them to its file."""
-        names = [n for n in self.chain.blocks[number].tensors if n not in self._state.fixed]
-        slots = self._starts.slots(names)
-        raw = {slot: self._starts.one(shared) for slot, shared in slots.items()}
-        gc.collect()
+    def _fit_block(self, number: int, path: Path) -> dict[str, Any]:
+        """Learn a block and write its file; return what is known of it, except for losses."""
+        block = self.chain.blocks[number]
+        raw = {key: self._starts[key] for key in self._keys(block.tensors)}
         trim_heap()  # what the experts' passes left between smaller blocks
-        merged = MergedBlock(number, raw, self._weights)
         result: dict[str, Any] = {"fixed": {}, "steps": 0, "run": {}}
-        if names:
-            result.update(self._fit(number, merged, path.parent))
+        if raw:
+            result.update(self._fit(number, raw, path.parent))
+        self._state.raw = {**self._state.raw, **raw}
+        gc.collect()  # a trainer and its module are in a circle
+        trim_heap()  # holes grow from trainer to trainer
 
         def passes() -> None:
-            with self.chain.weights(merged.read):
-                for _, passing in self._passing.values():
+            with self.chain.weights(cache(self.chain.theta)):
+                for *_, passing in self._passing:
                     self.chain.run(number, passing)
 
         self._recompute(passes)
-        buffers = {f"{_BUFFER}{k}": v for k, v in self._buffers(number).items()}
-        write_tensors(path, {**merged.raw, **buffers})
-        result["loss"] = self._pass_merged(number, merged)
-        result.setdefault("first_loss", result["loss"])
-        merged.raw = {}
+        binding, statistics = self.plan.binding, self.chain.model.statistics.values()
+        assert binding is not None
+        for name, value in statistics.items():
+            if binding.buffers[name].startswith(f"{block.name}."):
+                raw[f"{_BUFFER}{name}"] = value
+        write_whole(path, [Entry(k, tuple(z.shape), z.dtype, z.cpu) for k, z in raw.items()])
         return result
 
-    def _fit(self, number: int, merged: MergedBlock, folder: Path) -> dict[str, Any]:
-        """Train one block and return what is known of it afterwards."""
-        name, value = self.chain.blocks[number].name, self.plan.unused_coefficient
-        trainer, module = self._trained(number, merged, folder)
-        _require_finite(name, module.losses)
-        if merged.unused:
-            warnings.warn(
-                f"{len(merged.unused)} tensors of {name} got no gradient and are kept at "
-                f"coefficient {value:g} (recipe: unused): {shorten(merged.unused)}.",
-                stacklevel=2,
-            )
-        self._run = self._run or self._describe(trainer, module)
-        merged.raw = module.release()
-        merged.forget()
-        for optimiser in trainer.optimizers:
-            optimiser.state.clear()
-        return {
-            "fixed": dict.fromkeys(merged.unused, value),
-            "steps": trainer.global_step,
-            "first_loss": module.losses[0],
-            "run": self._run,
-        }
-
-    def _trained(
-        self, number: int, merged: MergedBlock, folder: Path
-    ) -> tuple[lightning.Trainer, BlockModule]:
-        numbers: Any = {task: [n for of, n in self._passing if of == task] for task in self.tasks}
+    def _fit(self, number: int, raw: dict[str, Tensor], folder: Path) -> dict[str, Any]:
+        """Train the raw coefficients of one block, in place, and return what is known of it."""
+        numbers: Any = {task: [] for task in self.tasks}
+        for index, (task, *_) in enumerate(self._passing):
+            numbers[task].append(index)
         stream = TaskStream(numbers, itemgetter(0), 1, self.job.data.seed + number)
-        total = self._steps or self._epochs * -(-stream.num_steps() // self._accumulated)
+        per_step = self._trainer.accumulate_grad_batches
+        total = self._steps or self._epochs * -(-stream.num_steps() // per_step)
 
-        def loss(task: str, index: int) -> Tensor:
-            expert, passing = self._passing[task, index]
+        def loss(index: int) -> Tensor:
+            _, expert, passing = self._passing[index]
             return self._distance(self.chain.run(number, passing), expert)
 
         self.job.seed()
         rate = self.job.options.get("learning_rate", 1e-2)
-        module = BlockModule(merged, loss, rate, number * total)
+        module = BlockModule(self.chain, number, raw, loss, rate, number * total)
         self.job.configure(module)
         with _quiet():
-            trainer = self._make_trainer(folder, total, logger=self._loggers or False)
+            trainer = self._block_trainer(folder, total)
             self.chain.model.train()
             trainer.fit(module, train_dataloaders=StreamLoader(stream, 0))
             self.chain.model.eval()
@@ -377,13 +316,51 @@ class Layers:
                 f"LayerWise: block {number} stopped after {trainer.global_step} of {total} steps. "
                 "Run the same command again to resume."
             )
-        return trainer, module
+        raw.update((key, parameter.detach()) for key, parameter in module.raw.items())
+        return self._described(trainer, module)
 
-    def _describe(self, trainer: lightning.Trainer, module: BlockModule) -> dict[str, Any]:
-        unused = ("module", "objective", "logit_scale")  # the loss is the driver's own
-        options = {k: to_plain(v) for k, v in self.job.options.items() if k not in unused}
+    def _block_trainer(self, folder: Path, steps: int) -> lightning.Trainer:
+        """Return a trainer of the job for one block: no validation, no checkpoints but our own."""
+        trainer = self.job.trainer(
+            folder,
+            max_steps=steps,
+            max_epochs=-1,
+            max_time=None,
+            precision="32-true",
+            limit_train_batches=1.0,
+            limit_val_batches=0,
+            val_check_interval=1.0,
+            check_val_every_n_epoch=1,
+            logger=self._trainer.loggers or False,
+        )
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [c for c in callbacks if not isinstance(c, (Checkpoint, EarlyStopping))]
+        return trainer
+
+    def _described(self, trainer: lightning.Trainer, module: BlockModule) -> dict[str, Any]:
+        """Return the record of a block's fit, whose losses are finite."""
+        name, value = self.chain.blocks[module.number].name, self.plan.unused_coefficient
+        first, last, unused = module.losses[0], module.losses[-1], module.unused or []
+        if not (math.isfinite(first) and math.isfinite(last)):
+            raise ConfigError(  # all blocks that follow would be learned from it
+                f"LayerWise: the loss of block {name} went from {first:g} to {last:g}. Lower "
+                "the learning rate (optimizer), or start nearer to the sources (recipe.init)."
+            )
+        if unused:
+            warnings.warn(
+                f"{len(unused)} tensors of {name} got no gradient and are kept at "
+                f"coefficient {value:g} (recipe: unused): {shorten(unused)}.",
+                stacklevel=2,
+            )
+        own = ("module", "objective", "logit_scale")  # the loss is the driver's own
+        options = {k: to_plain(v) for k, v in self.job.options.items() if k not in own}
         data = describe_data(self.job.data)
-        return {**describe(trainer, module), "model": options, "data": data}
+        return {
+            "fixed": dict.fromkeys(unused, value),
+            "steps": trainer.global_step,
+            "first_loss": first,
+            "run": {**describe(trainer, module), "model": options, "data": data},
+        }
 
     # ---- BatchNorm ------------------------------------------------------------------------------
 
@@ -396,85 +373,67 @@ class Layers:
     def _whole_passes(self) -> None:
         """Run the whole finished merge; a merged tensor lives while its layer runs."""
         loaders = self.job.data.evaluation_loaders("adaptation")
-        for source, loader in zip(self.tasks.values(), loaders, strict=True):
-            with self.chain.model.as_weights(partial(self._weights.read, source, finished=True)):
+        with self.chain.weights(partial(self.chain.theta, finished=True)):
+            for source, loader in zip(self.tasks.values(), loaders, strict=True):
+                self.chain.source = source
                 for batch in sample_batches(loader, _NORM_BATCHES):
                     self.chain.run_network(self.chain.moved(batch))
 
-    def _buffers(self, number: int) -> dict[str, Tensor]:
-        """Return the buffers of one block, by their names in the files."""
-        binding, prefix = self.plan.binding, f"{self.chain.blocks[number].name}."
-        assert binding is not None
-        values = self.chain.model.statistics.values()
-        return {name: v for name, v in values.items() if binding.buffers[name].startswith(prefix)}
-
     # ---- scores ---------------------------------------------------------------------------------
 
-    def _score(self, state: FitState, step: int) -> dict[str, Any]:
+    def _score(self, step: int) -> dict[str, Any]:
         """Score the selection split once, and log the scores with the coefficients."""
         record = self.job.step("scores", {"scores": "selection"})
         if record.result is not None:
             return record.result
-        with _quiet():
-            trainer = self._stripped(
-                self.job.trainer(
-                    self.job.root, logger=self._loggers or False, precision="32-true", max_time=None
-                )
-            )
         found: Scores = {}
         if self.chain.gives_logits:
             self.job.say("scoring the merge on the selection split, block by block")
-            batches = partial(self._selection, trainer.limit_val_batches)
             experts = bool(self.job.options.get("score_experts", True))
-            found = score(self._weights, self.job.objective, batches, self.activations, experts)
-            self.activations.close()
+            found = score(self.chain, self.job.objective, self._selection, experts)
+            self.chain.store.clear()
         else:
             self.job.say("not scored: the network gives no logits")
-        self._log_scores(found, state, step, trainer.log_dir)
+        self._log_scores(found, step)
         results = {"selection": found} if found else {}
         record.finish(results)
         trim_heap()
         return results
 
-    def _log_scores(self, found: Scores, state: FitState, step: int, folder: str | None) -> None:
+    def _log_scores(self, found: Scores, step: int) -> None:
         logged = {}
         for task, values in found.items():
             for name, value in values.items():
-                whole = task == "average" and name == "loss"
-                key = "selection/loss" if whole else f"selection/{task}/{name}"
-                logged[key] = torch.tensor(value).item()  # in float32, as a trainer logs
-        for callback in self._coefficients:
-            callback.write(self._loggers, folder, state, step)
-            if folder:
-                callback.draw(folder, state)
-        for logger in self._loggers:
+                key = f"{task}/{name}" if (task, name) != ("average", "loss") else "loss"
+                logged[f"selection/{key}"] = torch.tensor(value).item()  # float32, as trainers log
+        trainer, folder = self._trainer, self._trainer.log_dir
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, CoefficientLogger):
+                callback.write(trainer.loggers, folder, self._state, step)
+                if folder:
+                    callback.draw(folder, self._state)
+        for logger in trainer.loggers:
             if logged:
                 logger.log_metrics(logged, step=step)
             logger.save()
 
-    def _selection(self, limit: float) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield placed batches of the selection split with their tasks.
-
-        Args:
-            limit: the trainer's `limit_val_batches`: batches per task, or a share of them.
+    def _selection(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield placed batches of the selection split with their tasks, as many per task as the
+        trainer's `limit_val_batches` allows.
         """
+        limit = self._trainer.limit_val_batches
         loaders = self.job.data.evaluation_loaders("selection")
         for task, loader in zip(self.tasks, loaders, strict=True):
             share = max(int(limit * len(loader)), int(limit > 0))
-            count = limit if isinstance(limit, int) else share
-            for batch in islice(loader, count):
+            for batch in islice(loader, limit if isinstance(limit, int) else share):
                 yield task, self.chain.moved(batch)
 
 
 def require_permuted(alignment: AbstractAlignment | None, plan: Plan | None = None) -> None:
-    """Reject an alignment that mixes units.
+    """Reject an alignment that mixes units, in the maps of an opened plan or as it declares.
 
     A block is matched to hidden features of an expert. A permuted expert computes them, in the
     merge's order; a mixed one computes something else, and the expert's own are in another basis.
-
-    Args:
-        alignment: the recipe's.
-        plan: the opened recipe, whose maps are looked at; default: what the alignment declares.
     """
     if alignment is None:
         return
@@ -488,19 +447,6 @@ def require_permuted(alignment: AbstractAlignment | None, plan: Plan | None = No
             "them: each block is matched to an expert's hidden features, and a mixed source has "
             "others. Take WeightMatching or ActivationMatching, or learn end to end: leave "
             "`driver` out."
-        )
-
-
-def _without_buffers(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in found.items() if not name.startswith(_BUFFER)}
-
-
-def _require_finite(name: str, losses: Sequence[float]) -> None:
-    """Stop at a block whose loss is not finite: all that follow would be learned from it."""
-    if not all(torch.isfinite(torch.tensor(losses))):
-        raise ConfigError(
-            f"LayerWise: the loss of block {name} went from {losses[0]:g} to {losses[-1]:g}. Lower "
-            "the learning rate (optimizer), or start nearer to the sources (recipe.init)."
         )
 
 

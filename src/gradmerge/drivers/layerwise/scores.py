@@ -3,103 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import torch
 
-from gradmerge.drivers.layerwise.activations import Activations
-from gradmerge.drivers.layerwise.block import MergedWeights
 from gradmerge.drivers.layerwise.chain import Chain, Passing
 from gradmerge.engine.predict import Batch, expert_rows, is_causal, rows_of
 from gradmerge.objectives import Objective, Predictions
 from gradmerge.training.scores import Scores, SplitScores
 
-TaskBatch = tuple[str, Batch]
-
 
 @torch.no_grad()
 def score(
-    weights: MergedWeights,
+    chain: Chain,
     objective: Objective,
-    batches: Callable[[], Iterable[TaskBatch]],
-    store: Activations,
+    batches: Callable[[], Iterable[tuple[str, Batch]]],
     experts: bool,
 ) -> Scores:
     """Score a merge with one of its blocks in memory at a time, merged once for all batches.
 
     Args:
-        weights: of the whole merge.
+        chain: the network, whose coefficients are all known.
         objective: the configured one, which gives the loss where the data have what it needs.
         batches: gives the same placed batches at each call, with their tasks.
-        store: activations that hold hidden states between blocks.
         experts: also score each task's own source, for normalised scores.
 
     Returns:
         Scores by task and their `average`; empty if there is nothing to score.
     """
-    chain = weights.chain
+
+    def scored() -> Iterator[tuple[str, Batch, bool]]:
+        for task, batch in batches():
+            lacks_labels = batch.get("labels") is None
+            lacks_ensemble = objective.needs_ensemble and bool(chain.plan.private)
+            has_loss = not ((lacks_labels and objective.needs_labels) or lacks_ensemble)
+            if batch and (has_loss or not lacks_labels):
+                yield task, batch, has_loss
+
     scores = SplitScores()
     scores.begin(is_causal(chain.model.skeleton), chain.model.device)
-    passing = _pass_blocks(weights, _scored(chain, objective, batches()), store)
-    for (task, batch), passed in zip(_scored(chain, objective, batches()), passing, strict=True):
-        _add(scores, weights, objective, task, batch, passed, experts)
+    theta = cache(partial(chain.theta, finished=True))
+    with chain.weights(theta):
+        passing = [
+            chain.enter(batch, chain.model.tasks[task], f"score/{number}")
+            for number, (task, batch, _) in enumerate(scored())
+        ]
+        for block in range(len(chain.blocks)):
+            theta.cache_clear()
+            for passed in passing:
+                chain.store.put(passed.name, chain.run(block, passed))
+    theta.cache_clear()
+    for (task, batch, has_loss), passed in zip(scored(), passing, strict=True):
+        _add(scores, chain, objective if has_loss else None, task, batch, passed, experts)
     found, averages = scores.finish("selection", objective.share, True)
     return {**found, "average": averages} if found else {}
 
 
-def _scored(
-    chain: Chain, objective: Objective, batches: Iterable[TaskBatch]
-) -> Iterator[TaskBatch]:
-    """Leave out batches with neither labels nor a loss."""
-    for task, batch in batches:
-        if batch and (batch.get("labels") is not None or _has_loss(chain, objective, batch)):
-            yield task, batch
-
-
-def _has_loss(chain: Chain, objective: Objective, batch: Batch) -> bool:
-    """Return whether the objective, which block-wise matching does not minimise, has a value."""
-    lacks_labels = objective.needs_labels and batch.get("labels") is None
-    return not (lacks_labels or (objective.needs_ensemble and chain.plan.private))
-
-
-def _pass_blocks(
-    weights: MergedWeights, batches: Iterable[TaskBatch], store: Activations
-) -> list[Passing]:
-    chain = weights.chain
-    read, kept = weights.kept(finished=True)
-    with chain.weights(read):
-        passing = [
-            chain.enter(batch, chain.model.tasks[task], store, f"score/{number}")
-            for number, (task, batch) in enumerate(batches)
-        ]
-        for block in range(len(chain.blocks)):
-            kept.clear()
-            for passed in passing:
-                store.put(passed.name, chain.run(block, passed))
-    return passing
-
-
 def _add(
     scores: SplitScores,
-    weights: MergedWeights,
-    objective: Objective,
+    chain: Chain,
+    objective: Objective | None,
     task: str,
     batch: Batch,
     passed: Passing,
     experts: bool,
 ) -> None:
-    """Add a batch that has passed all blocks."""
-    chain, model = weights.chain, weights.chain.model
-    has_loss = _has_loss(chain, objective, batch)
+    """Add a batch that has passed all blocks, with the loss of an objective if there is one."""
+    model = chain.model
     ensemble = expert = None
-    if (experts and batch.get("labels") is not None) or (has_loss and objective.needs_teacher):
+    if (experts and batch.get("labels") is not None) or (objective and objective.needs_teacher):
         expert = expert_rows(model, task, batch)
-    if has_loss and objective.needs_ensemble:
+    if objective and objective.needs_ensemble:
         ensemble = [expert_rows(model, task, batch, source) for source in chain.plan.sources]
-    read = partial(weights.read, passed.source, finished=True)
-    with model.as_weights(read), chain.leaving(passed):
+    with chain.leaving(passed), chain.weights(partial(chain.theta, finished=True)):
         logits, labels, _ = rows_of(model, task, batch)
-    if has_loss:
+    if objective:
         predictions = Predictions(logits, labels, expert, False, ensemble)
         rows = objective.rows(predictions)
         if rows:

@@ -1,0 +1,95 @@
+"""Merged tensors as the leaves of a step's backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmerge.engine.autograd import backward_of
+from gradmerge.engine.state import FitState
+
+
+class Leaves(dict[str, Tensor]):
+    """Merged tensors of one step by name, made when they are first read.
+
+    Learned tensors are leaves: the gradient of each is contracted once it is complete, and freed
+    together with the leaf.
+
+    Args:
+        state: the coefficients.
+        learned: names of the learned tensors.
+        build: returns the merged tensor of a name.
+    """
+
+    def __init__(
+        self, state: FitState, learned: Collection[str], build: Callable[[str], Tensor]
+    ) -> None:
+        super().__init__()
+        self.grads: dict[str, Tensor] = {}
+        """`dL/dz` by key of the raw parameter; a missing one is zero."""
+        self.touched: set[str] = set()
+        """Tensors that a backward pass has reached."""
+        self._state, self._learned, self._build = state, learned, build
+        self._is_last = False
+        self._hooks: list[Any] = []
+
+    def __missing__(self, name: str) -> Tensor:
+        """Return a tensor that is not a leaf yet."""
+        theta = self._build(name)
+        if name not in self._learned:
+            return theta
+        self[name] = theta.detach().requires_grad_()
+        if self._is_last:
+            self._watch(name)
+        return self[name]
+
+    def accumulate(
+        self, losses: Sequence[Callable[[], Tensor]], scale: float = 1.0
+    ) -> list[Tensor]:
+        """Run the backward passes of several losses in turn, and return the losses.
+
+        Args:
+            losses: callables that read these tensors and return a scalar.
+            scale: factor on the losses, and so on `grads`.
+        """
+        values = []
+        try:
+            for i, run in enumerate(losses):
+                if i == len(losses) - 1:
+                    # gradients are now complete as they arrive, and no later pass reads a leaf
+                    self._is_last = True
+                    for name in self:
+                        self._watch(name)
+                values.append(backward_of(run, scale))
+            for name, leaf in list(self.items()):
+                self._contract(name, leaf)
+        finally:
+            for hook in self._hooks:
+                # leaf, hook and leaves form a cycle that keeps `grads` until garbage collection
+                hook.remove()
+        return values
+
+    def _watch(self, name: str) -> None:
+        hook = partial(self._contract, name)
+        self._hooks.append(self[name].register_post_accumulate_grad_hook(hook))
+
+    def _contract(self, name: str, leaf: Tensor) -> None:
+        if self.get(name) is leaf:
+            del self[name]  # made anew if activations are recomputed from it
+        grad, leaf.grad = leaf.grad, None
+        if grad is None:
+            return
+        self.touched.add(name)
+        state, grads = self._state, self.grads
+        slot = state.plan.layout.slots[name]
+        found = state.contract(name, grad, slot.read(state.raw))
+        if slot.key not in grads and slot.index is not None:
+            grads[slot.key] = torch.zeros_like(state.raw[slot.key])
+        if slot.key in grads:
+            slot.read(grads).add_(found)
+        else:
+            grads[slot.key] = found  # not copied: it may be as large as the sources
