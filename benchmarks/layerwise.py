@@ -102,7 +102,7 @@ def learn(kind: str, models: Path, place: Path, tokens: int, memory: float) -> N
 
 def run(kind: str, warm: Path, folder: Path, output: Path, memory: float) -> dict[str, float]:
     """Measure one run, in this process, after one of a tiny model, for which all code is loaded."""
-    from gradmerge._memory import trim_heap
+    from gradmerge.common.memory import trim_heap
     from gradmerge.operators._native import native_kernels
 
     native_kernels()  # compiled once per machine, not once per merge

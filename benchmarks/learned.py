@@ -187,7 +187,7 @@ def options_of(job: Job, suite: Path) -> list[str]:
 def fit(job: Job) -> dict[str, Any]:
     """Fit once and score; runs in a process of its own."""
     from gradmerge.cli.main import learn
-    from gradmerge.training.search import Selection
+    from gradmerge.training.search import Scorer
 
     metric, learns = SUITES[job.suite].metric, job.method.uses("methods")
     cost: dict[str, float] = {}
@@ -209,7 +209,7 @@ def fit(job: Job) -> dict[str, Any]:
         else:
             count = 1
             harness.tested(module, data)
-        test, chosen = module.results["test"], Selection(module, data).score()
+        test, chosen = module.results["test"], Scorer(module, data).score()
     drawn = data.batch_size * SUITES[job.suite].steps
     sizes = {task: len(found) for task, found in data.examples("adaptation").items()}
     labels = learns and module.objective.needs_labels and job.method != METHODS["prodistill"]
@@ -227,9 +227,9 @@ def fit(job: Job) -> dict[str, Any]:
 
 
 def searched(cli: Any) -> Any:
-    from gradmerge.training.search import Selection
+    from gradmerge.training.search import Scorer
 
-    Selection(cli.model, cli.datamodule).search(cli.config_init["search"])
+    Scorer(cli.model, cli.datamodule).search(cli.config_init["search"])
     return cli
 
 

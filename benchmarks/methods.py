@@ -26,7 +26,7 @@ from gradmerge import MergeDataModule, MergeModule, Recipe
 from gradmerge.cli.main import register
 from gradmerge.search import AbstractSearch, Scales
 from gradmerge.training.collect import collect
-from gradmerge.training.search import Selection
+from gradmerge.training.search import Scorer
 from harness import SUITES
 
 STATIC = harness.CONFIGS / "static"
@@ -54,8 +54,8 @@ def merges_the_suite(method: Path) -> bool:
 
 
 def tuned(
-    selection: Selection, recipe: Recipe, search: AbstractSearch | None
-) -> tuple[Selection, float | None]:
+    selection: Scorer, recipe: Recipe, search: AbstractSearch | None
+) -> tuple[Scorer, float | None]:
     """Return the best merge, and the factor, where one was tuned."""
     if search is not None and not isinstance(search, Scales):
         selection.search(search)
@@ -63,9 +63,9 @@ def tuned(
     operator = recipe.operator
     if search is None and "scale" in {field.name for field in fields(operator)}:
 
-        def scaled(factor: float) -> Selection:
+        def scaled(factor: float) -> Scorer:
             own = replace(recipe, operator=replace(operator, scale=operator.scale * factor))
-            return Selection(MergeModule(own, score_experts=False), selection.data)
+            return Scorer(MergeModule(own, score_experts=False), selection.data)
 
         scores = {factor: scaled(factor).try_out(recipe.init, "score") for factor in FACTORS}
         best = max(scores, key=lambda factor: scores[factor])
@@ -84,7 +84,7 @@ def run(metric: str, recipe: Recipe, data: MergeDataModule, search: Any) -> dict
         if recipe.statistics is None and any(step.needs for step in recipe.preprocess):
             found = collect(recipe, data, Path(folder) / "statistics")
             recipe = replace(recipe, statistics=str(found))
-        first = Selection(MergeModule(recipe, score_experts=False), data)
+        first = Scorer(MergeModule(recipe, score_experts=False), data)
         selection, factor = tuned(first, recipe, search)
         chosen = selection.score()["average"][metric]
         score = harness.tested(selection.module, data)["average"][metric]

@@ -227,7 +227,7 @@ def state_of(module: MergeModule, data: MergeDataModule) -> State:
     merged.eval()
     module.refresh_buffers(data)
     state = {name: merged.state.materialise(name) for name in merged.plan.tensors}
-    return state | {name: value.clone() for name, value in merged.statistics.values().items()}
+    return state | {name: value.clone() for name, value in merged.network_buffers.values().items()}
 
 
 def averaged(case: Case, alignment: str | None, **factors: Any) -> State:

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 import harness
 from gradmerge import MergedModel, Recipe
-from gradmerge._memory import release_freed_memory
 from gradmerge.coefficients import Complement, Element, Sigmoid, Uniform
+from gradmerge.common.memory import release_freed_memory
 from gradmerge.engine.opening import open_plan
 from gradmerge.operators._native import native_kernels
 

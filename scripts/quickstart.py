@@ -85,7 +85,7 @@ class Run:
         from gradmerge import MergeModule
         from gradmerge.coefficients import Constant, Model
         from gradmerge.search import Scales
-        from gradmerge.training.search import Selection, set_coefficients
+        from gradmerge.training.search import Scorer, set_coefficients
 
         cli = self.learn("tensor", run=False)
         recipe = replace(cli.model.recipe, coefficients=Model(), init=Constant(1.0))
@@ -104,7 +104,7 @@ class Run:
             upper[source] = scores[source]
         rows.append(Row("uniform average", test(*[1 / len(sources)] * len(sources))))
         start = time.perf_counter()
-        chosen, _ = Selection(module, cli.datamodule).search(Scales(SCALES))
+        chosen, _ = Scorer(module, cli.datamodule).search(Scales(SCALES))
         scores, note = test(*[chosen.factor] * len(sources)), f"scale {chosen.factor:g}"
         seconds = time.perf_counter() - start
         rows.append(Row("task arithmetic", scores, len(sources), seconds, note))

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from gradmerge import MergedModel
 from gradmerge.coefficients import Column, Element, Mixup, Tensor
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.optimisers import SAM, MoFO
 from tiny import build, fit, module_of, raws, recipe_of, relatives, trainer_of, vectors
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gradmerge._version import __version__
+from gradmerge.common.version import __version__
 
 _PLACES = {
+    "GradmergeError": "common.errors.GradmergeError",
     "MergeDataModule": "training.data.MergeDataModule",
     "MergeModule": "training.module.MergeModule",
     "MergedModel": "engine.merged.MergedModel",
@@ -24,6 +25,7 @@ _PLACES = {
 }
 
 __all__ = [
+    "GradmergeError",
     "MergeDataModule",
     "MergeModule",
     "MergedModel",
@@ -39,6 +41,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from gradmerge.cli.inspect import inspect_sources as inspect
+    from gradmerge.common.errors import GradmergeError
     from gradmerge.engine.merged import MergedModel
     from gradmerge.engine.recipe import Recipe
     from gradmerge.export.folder import export_merged

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from gradmerge.errors import ConfigError, require
+from gradmerge.common.errors import ConfigError, require
 
 __all__ = ["SAM", "MoFO"]
 

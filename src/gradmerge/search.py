@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from gradmerge.coefficients import AbstractInit, Constant, Mixup, Scaled
 from gradmerge.coefficients.init import require_alpha
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 
 __all__ = ["AbstractSearch", "Draws", "GreedySoup", "Scales"]
 

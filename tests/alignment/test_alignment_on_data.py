@@ -24,7 +24,7 @@ from gradmerge.alignment.mixing import kept_apart
 from gradmerge.alignment.moments import Pairing, correlation, covariances, squared_distances
 from gradmerge.alignment.symmetry.spec import Axis, Factor, Group, Place, Segment
 from gradmerge.alignment.transport import sinkhorn
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from permutations import plain_axis
 
 SIZE = 7

@@ -16,9 +16,9 @@ from gradmerge.alignment.align import traced_spec
 from gradmerge.alignment.mixing import kept_apart
 from gradmerge.alignment.symmetry.spec import same_maps
 from gradmerge.coefficients import Model, Uniform
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError
 from gradmerge.preprocess import RegMean
 from gradmerge.sources.skeleton import Network
 from gradmerge.training.collect import collect

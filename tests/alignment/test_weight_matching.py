@@ -21,9 +21,9 @@ from gradmerge.alignment.base import AlignmentContext
 from gradmerge.alignment.symmetry.spec import LinearMap, Maps, PermutationSpec, same_maps
 from gradmerge.alignment.views import AlignedView, original_of
 from gradmerge.coefficients import Complement, Constant, Element, Sigmoid, Uniform
+from gradmerge.common.errors import ConfigError, FingerprintError
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError, FingerprintError
 from gradmerge.export.folder import export_state
 from gradmerge.sources import Checkpoint, InMemory, Vocabulary
 from gradmerge.sources.in_memory import persistent_tensors
@@ -295,8 +295,8 @@ def test_vocabularies_are_matched_before_units(tmp_path: Path) -> None:
     other.save_pretrained(paths["b"])
     options: dict[str, Any] = {"init": Uniform(), "tokenizer": Vocabulary("union")}
     plan = open_plan(Recipe(paths, alignment=WeightMatching(restarts=4), **options))
-    assert plan.alignment is not None
-    assert plan.alignment.size == 33
+    assert plan.tokens is not None
+    assert plan.tokens.size == 33
     for name in plan.tensors:
         one, two = plan.read("a", name), plan.read("b", name)
         assert one.shape == two.shape

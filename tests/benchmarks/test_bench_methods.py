@@ -9,7 +9,7 @@ from gradmerge import MergeModule, Recipe
 from gradmerge.coefficients import Model, Uniform
 from gradmerge.operators import DisjointMean
 from gradmerge.search import Scales
-from gradmerge.training.search import Selection
+from gradmerge.training.search import Scorer
 from tiny import build, relatives, vectors
 
 PROGRAM = "methods"
@@ -21,12 +21,12 @@ def test_an_operators_scale_is_tuned_on_selection(bench: ModuleType) -> None:
     models = dict(zip("ab", sources, strict=True))
     options = {"base": base, "coefficients": Model(), "init": Uniform()}
     recipe = Recipe(models, operator=DisjointMean(), **options)
-    selection = Selection(MergeModule(recipe, score_experts=False), vectors(count=40))
+    selection = Scorer(MergeModule(recipe, score_experts=False), vectors(count=40))
     best, chosen = bench.tuned(selection, recipe, None)
     accuracies = {}
     for factor in bench.FACTORS:
         scaled = replace(recipe, operator=DisjointMean(scale=factor))
-        own = Selection(MergeModule(scaled, score_experts=False), vectors(count=40))
+        own = Scorer(MergeModule(scaled, score_experts=False), vectors(count=40))
         accuracies[factor] = own.score()["average"]["accuracy"]
     assert len(set(accuracies.values())) > 2
     assert accuracies[chosen] == max(accuracies.values())

@@ -12,8 +12,8 @@ from gradmerge import MergeDataModule, TaskData
 from gradmerge.alignment.symmetry.spec import Group, Place
 from gradmerge.calibration import activations
 from gradmerge.calibration.activations import UnitPasses, place_rows
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.opening import Opening
-from gradmerge.errors import ConfigError
 from gradmerge.sources.collected import Needs
 from gradmerge.training.collect import engine_of
 from tiny import SPLITS, Normalised, Perceptron, build, recipe_of, relatives, vectors

@@ -29,10 +29,10 @@ def test_other_data_give_other_statistics():
         data = vectors(count=count)
         data.setup()
         module.refresh_buffers(data)
-        found.append(module.merged.statistics.values()["norm.running_mean"].clone())
+        found.append(module.merged.network_buffers.values()["norm.running_mean"].clone())
     assert not torch.allclose(found[0], found[1], atol=1e-3)
     module.refresh_buffers()  # without data, those that are known for these coefficients stay
-    assert torch.equal(module.merged.statistics.values()["norm.running_mean"], found[1])
+    assert torch.equal(module.merged.network_buffers.values()["norm.running_mean"], found[1])
 
 
 def test_repair_is_computed_in_inference_mode():

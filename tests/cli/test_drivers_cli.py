@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from gradmerge.cli import main
 from gradmerge.cli.main import learn
 from gradmerge.coefficients import Scaled
+from gradmerge.common.spec import from_plain
 from gradmerge.drivers import Job
 from gradmerge.sources import HuggingFace
-from gradmerge.spec import from_plain
 from gradmerge.training.search import SearchedStart
 from tiny import write_yaml as write
 
@@ -285,7 +285,7 @@ def test_a_score_says_that_a_search_was_left_out(three, tmp_path, caplog, monkey
 
 
 def test_a_fit_that_goes_on_does_not_search_again(three, tmp_path, monkeypatch):
-    from gradmerge.training.search import Selection
+    from gradmerge.training.search import Scorer
 
     search = ["--search", "Scales", "--search.values", "[0.2, 0.6]", "--search.metric", "loss"]
     # what it measures from has to be the same, too
@@ -296,7 +296,7 @@ def test_a_fit_that_goes_on_does_not_search_again(three, tmp_path, monkeypatch):
     options = ["--trainer.default_root_dir", "first"]
     learn(["fit", "--config", config, *search, *options])
     (checkpoint,) = Path("first").rglob("*.ckpt")
-    monkeypatch.setattr(Selection, "search", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(Scorer, "search", lambda *_: pytest.fail("searched again"))
     options = ["--trainer.max_steps", "4", "--ckpt_path", str(checkpoint)]
     resumed = learn(["fit", "--config", config, *search, *options]).model
     for key, raw in whole.merged.raw.items():

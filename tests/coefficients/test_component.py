@@ -32,10 +32,10 @@ from gradmerge.coefficients import (
     Uniform,
     WithScale,
 )
+from gradmerge.common.errors import ConfigError
 from gradmerge.drivers.layerwise.files import Starts
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError
 from gradmerge.export.folder import export_state
 from gradmerge.export.provenance import mean_coefficients
 from gradmerge.mergekit.writer import write_mergekit

@@ -21,8 +21,8 @@ from gradmerge.coefficients import (
     Tanh,
     Tensor,
 )
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.opening import open_plan
-from gradmerge.errors import ConfigError
 
 
 def plan_of(family, name, granularity):

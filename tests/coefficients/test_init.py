@@ -29,8 +29,8 @@ from gradmerge.coefficients import (
     Uniform,
     initial_raw,
 )
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.opening import open_plan
-from gradmerge.errors import ConfigError
 
 MATRIX = MergeTensor("layers.0.weight", (4, 3))
 

@@ -35,8 +35,8 @@ from gradmerge import (
     sources,
 )
 from gradmerge.cli import main
-from gradmerge.errors import FingerprintError
-from gradmerge.spec import current_path, modernise
+from gradmerge.common.errors import FingerprintError
+from gradmerge.common.spec import current_path, modernise
 
 CHECKPOINTS = sorted((world.FIXTURES / "checkpoints").glob("*.ckpt"))
 OLD_PATHS = json.loads(Path(__file__).with_name("old_paths.json").read_text())

@@ -21,9 +21,9 @@ from PIL import Image
 
 from folds import Kill, job_of
 from gradmerge import MergeDataModule, TaskData
+from gradmerge.common.errors import ConfigError
 from gradmerge.drivers import Pairwise, state
 from gradmerge.drivers.state import describe_contents
-from gradmerge.errors import ConfigError
 from tiny import SPLITS, build, relatives, vectors
 
 

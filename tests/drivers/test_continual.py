@@ -24,11 +24,11 @@ from folds import (
 from gradmerge.coefficients import (
     Constant,
 )
+from gradmerge.common.errors import ConfigError
 from gradmerge.drivers import Continual, Pairwise
 from gradmerge.drivers.fold import FoldedRecipe
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError
 from gradmerge.objectives import KLToSource, Objective
 from gradmerge.preprocess import Trim
 from tiny import (

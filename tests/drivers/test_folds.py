@@ -33,10 +33,10 @@ from gradmerge.coefficients import (
     Uniform,
 )
 from gradmerge.coefficients import Tensor as TensorGranularity
+from gradmerge.common.errors import CompatibilityError, ConfigError, FingerprintError
 from gradmerge.drivers import Pairwise, Tree
 from gradmerge.drivers.fold import FoldedRecipe
 from gradmerge.engine.opening import open_plan
-from gradmerge.errors import CompatibilityError, ConfigError, FingerprintError
 from gradmerge.finalisers import DepthRescale
 from gradmerge.objectives import CrossEntropy, KLToEnsemble, KLToSource, Objective
 from gradmerge.preprocess import RegMean

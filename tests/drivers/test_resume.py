@@ -25,9 +25,9 @@ from folds import (
     tensors,
 )
 from gradmerge import MergeModule, TaskData
+from gradmerge.common.errors import ConfigError
 from gradmerge.drivers import Continual, Pairwise, Tree
 from gradmerge.drivers.fold import FoldedRecipe
-from gradmerge.errors import ConfigError
 from gradmerge.training import ExportAtEnd
 from tiny import (
     SPLITS,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gradmerge import MergedModel, Recipe
-from gradmerge._memory import BlockPool, release_freed_memory
+from gradmerge.common.memory import BlockPool, release_freed_memory
 from gradmerge.engine.autograd import checksums
 
 SIZE = 1 << 16

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.export import atomic
 from gradmerge.export.atomic import new_folder, refuse_existing
 

@@ -15,8 +15,8 @@ from gradmerge.alignment import WeightMatching
 from gradmerge.cli import main
 from gradmerge.cli.commands import merge, unpack
 from gradmerge.coefficients import Model, Uniform
+from gradmerge.common.errors import ConfigError, SourceError
 from gradmerge.engine.opening import open_plan
-from gradmerge.errors import ConfigError, SourceError
 from gradmerge.export.emr import export_compact, task_checkpoints
 from gradmerge.preprocess import RandomDrop, Site, Trim, Unify
 from gradmerge.sources import EMR, HuggingFace, Vocabulary, as_source

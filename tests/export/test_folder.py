@@ -18,8 +18,8 @@ from torch import nn
 from architectures import logits_of
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Column, Constant, FromFile, Row, Sigmoid, Tensor
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError
 from gradmerge.export.folder import export_state
 from gradmerge.export.writer import Entry, write_safetensors
 from tiny import Normalised, build, recipe_of, relatives, save_family
@@ -55,7 +55,7 @@ def folders(tmp_path, family, name="llama", tokenizer=True, **options):
 
 def write(merged, output, **options):
     return export_state(
-        merged.state, output, buffers=merged.statistics.values(), tasks=merged.tasks, **options
+        merged.state, output, buffers=merged.network_buffers.values(), tasks=merged.tasks, **options
     )
 
 
@@ -90,7 +90,7 @@ def test_the_folder_gives_the_logits_of_training(tmp_path, family, name, shard):
 def test_batch_norm_statistics_that_were_recomputed_are_exported(tmp_path, family):
     merged, inputs = folders(tmp_path, family, "resnet", tokenizer=False)
     before = logits(merged, inputs)
-    merged.statistics.recompute([lambda: merged(**inputs)])
+    merged.network_buffers.recompute([lambda: merged(**inputs)])
     expected = logits(merged, inputs)
     assert not torch.allclose(before, expected, atol=1e-3)
     folder = write(merged, tmp_path / "merged")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import gradmerge
 from gradmerge import MergedModel, Recipe, export_merged, merge
 from gradmerge.coefficients import Constant
-from gradmerge.errors import CompatibilityError, ConfigError
+from gradmerge.common.errors import CompatibilityError, ConfigError
 from tiny import build, recipe_of, relatives
 
 

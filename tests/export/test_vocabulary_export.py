@@ -16,9 +16,9 @@ from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData, export_mer
 from gradmerge.cli import main
 from gradmerge.cli.main import learn
 from gradmerge.coefficients import Constant, Model
+from gradmerge.common.errors import ConfigError, FingerprintError
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError, FingerprintError
 from gradmerge.export.folder import export_state
 from gradmerge.sources import Vocabulary
 from gradmerge.sources.tokenizers.ids import with_ids, with_size
@@ -247,7 +247,7 @@ def test_merging_an_export_again_does_not_carry_its_old_report(tmp_path: Path) -
     first = merge(paths, tmp_path / "first", Vocabulary("chat"))
     recipe = Recipe({"a": str(first), "b": str(first)}, coefficients=Model())
     plan = open_plan(recipe, with_skeleton=False)
-    assert plan.alignment is None
+    assert plan.tokens is None
     assert not (export_state(FitState.start(plan), tmp_path / "second") / "tokens.json").exists()
 
 
@@ -422,8 +422,8 @@ def test_the_report_of_equal_tokenizers_is_short(tmp_path: Path) -> None:
         paths[name] = str(tmp_path / name)
     recipe = Recipe({"a": paths["a"]}, base=paths["base"], tokenizer=Vocabulary())
     plan = open_plan(recipe, with_skeleton=False)
-    assert plan.alignment is not None
-    report = token_report(plan.alignment)
+    assert plan.tokens is not None
+    report = token_report(plan.tokens)
     assert report["differs"] == []
     assert report["dropped"] == {}
     assert report["warnings"] == []

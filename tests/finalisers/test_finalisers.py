@@ -19,9 +19,10 @@ from gradmerge.cli.commands import merge as plain_merge
 from gradmerge.cli.configs import read_merge_input
 from gradmerge.cli.main import merge_options
 from gradmerge.coefficients import Column, Constant, DepthRamp, Model, Scaled, Tensor, Uniform
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError
 from gradmerge.export.folder import export_merged
 from gradmerge.finalisers import REPAIR, DepthRescale, SpectralRescale
 from gradmerge.finalisers.spectral import spectral_norm
@@ -29,7 +30,6 @@ from gradmerge.mergekit.writer import mergekit_yaml
 from gradmerge.operators import MultiSlerp
 from gradmerge.preprocess import Unify
 from gradmerge.sources.names import depth_of
-from gradmerge.spec import from_plain, to_plain
 from tiny import (
     Normalised,
     build,
@@ -175,7 +175,7 @@ def test_evaluation_and_export_see_the_same_tensors(memory):
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             parameter.copy_(merged.state.materialise(name))
-        twin.load_state_dict(merged.statistics.values(), strict=False)
+        twin.load_state_dict(merged.network_buffers.values(), strict=False)
         torch.testing.assert_close(merged(x), twin(x), rtol=1e-6, atol=1e-6)
         assert not torch.allclose(merged(x), plain(x), atol=1e-2)
     assert torch.equal(merged(x), plain(x)), "where a gradient is recorded coefficients learn"

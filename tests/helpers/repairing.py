@@ -122,7 +122,7 @@ def exported(merged, model):
     """A network of its own with the tensors and buffers that an export writes."""
     twin = copy.deepcopy(model)
     state = {n: merged.state.materialise(n) for n in merged.plan.tensors}
-    state.update({n: b.clone() for n, b in merged.statistics.values().items()})
+    state.update({n: b.clone() for n, b in merged.network_buffers.values().items()})
     twin.load_state_dict(state, strict=False)
     return twin.eval()
 

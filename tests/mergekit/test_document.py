@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.mergekit import is_mergekit
 from gradmerge.mergekit.document import ModelReference, Problems, read_document
 from gradmerge.mergekit.table import evaluate, tabulate

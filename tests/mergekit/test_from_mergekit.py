@@ -10,9 +10,9 @@ from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import InitContext, MergeTensor, Model, Softmax
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.coefficients.base import Slot
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.mergekit.init import FromMergekit
-from gradmerge.spec import from_plain, to_plain
 from tiny import build, relatives
 
 NAMES = ("embed.weight", "layers.0.w", "layers.1.w", "head.weight")

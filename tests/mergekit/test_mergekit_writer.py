@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from architectures import ARCHITECTURES
 from gradmerge.cli import main
 from gradmerge.coefficients import Column, Constant, Element, Group, Model, Partition, Row, Sigmoid
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError
 from gradmerge.mergekit.writer import mergekit_yaml, write_mergekit
 from gradmerge.operators import Linear
 from gradmerge.preprocess import ElectSign, Trim
@@ -240,7 +240,7 @@ def test_recomputed_statistics_are_refused_and_means_are_not(tmp_path):
     models = relatives(build(Normalised))
     module, _ = fit(tmp_path, module_of(models))
     merged = module.merged
-    plan, buffers = merged.plan, merged.statistics.values()
+    plan, buffers = merged.plan, merged.network_buffers.values()
     with pytest.raises(ConfigError, match=r"buffers: norm\.running_mean, norm\.running_var were"):
         mergekit_yaml(FitState(plan, merged.raw), buffers=buffers)
     with pytest.raises(ConfigError) as caught:

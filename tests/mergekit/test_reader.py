@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from gradmerge.cli import main
 from gradmerge.coefficients import Constant, Model
 from gradmerge.coefficients import Tensor as TensorGranularity
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.recipe import Recipe
-from gradmerge.errors import ConfigError
 from gradmerge.mergekit.reader import read_mergekit
 from gradmerge.mergekit.table import compact
 from gradmerge.operators import Linear

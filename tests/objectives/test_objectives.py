@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.objectives import (
     L1,
     CrossEntropy,

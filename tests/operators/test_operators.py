@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.operators import Linear, Spread, Terms
 from gradmerge.operators._native import build as native
 

@@ -18,9 +18,10 @@ from torch.func import functional_call
 from architectures import logits_of
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Constant, Tensor, Uniform
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError
 from gradmerge.operators import (
     ArceeFusion,
     DisjointMean,
@@ -37,7 +38,6 @@ from gradmerge.operators import (
 )
 from gradmerge.preprocess import Trim
 from gradmerge.sources import InMemory
-from gradmerge.spec import from_plain, to_plain
 
 SPREADS = ["scalar", "first", "last", "partition", "element"]
 SHAPES = [(4, 5), (2, 1, 2, 3), (8,)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.recipe import Recipe
-from gradmerge.errors import ConfigError
 from gradmerge.operators import Linear, Spread, Terms
 from tiny import build, fit, module_of, recipe_of, relatives
 

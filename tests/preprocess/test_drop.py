@@ -7,9 +7,9 @@ import torch
 
 from gradmerge import Recipe
 from gradmerge.coefficients import Constant, Model
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError
 from gradmerge.preprocess import MagnitudeDrop, Site
 from tiny import Normalised, build, relatives
 

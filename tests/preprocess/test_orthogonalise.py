@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.preprocess import Orthogonalise, Site
 from gradmerge.preprocess.base import Chain
 

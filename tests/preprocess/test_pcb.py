@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.preprocess import ParameterCompetition, Site
 from gradmerge.preprocess.base import Chain
 from gradmerge.preprocess.pcb import _order_statistics

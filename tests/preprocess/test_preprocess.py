@@ -15,9 +15,9 @@ from torch.func import functional_call
 from architectures import logits_of
 from gradmerge import MergedModel, Recipe, export_merged
 from gradmerge.coefficients import Column, Constant, Element, Mixup, Tensor
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError
 from gradmerge.preprocess import (
     Breadcrumbs,
     ElectSign,

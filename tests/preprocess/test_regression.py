@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.preprocess import FisherScale, MaTS, RegMean, Site
 from gradmerge.sources.collected import Statistic
 

@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.preprocess import TSVM, IsoC, IsoCTS, Orthogonalise, Site
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.preprocess import WUDI, Site
 from gradmerge.preprocess.wudi import least_interference
 

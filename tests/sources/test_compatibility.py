@@ -10,8 +10,8 @@ import torch
 
 from architectures import ARCHITECTURES
 from gradmerge import Recipe
+from gradmerge.common.errors import CompatibilityError, ConfigError, SourceError
 from gradmerge.engine.opening import open_plan
-from gradmerge.errors import CompatibilityError, ConfigError, SourceError
 from gradmerge.sources import Checkpoint, HuggingFace, InMemory, TensorInfo
 from gradmerge.sources.compatibility import check, require
 from gradmerge.sources.tokenizers.files import read_vocabulary

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from architectures import ARCHITECTURES
-from gradmerge.errors import SourceError
+from gradmerge.common.errors import SourceError
 from gradmerge.sources import SafetensorsFile, as_source
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from architectures import ARCHITECTURES
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Constant, Tensor
+from gradmerge.common.errors import CompatibilityError, SourceError
 from gradmerge.engine.opening import open_plan
-from gradmerge.errors import CompatibilityError, SourceError
 from gradmerge.sources import HuggingFace, InMemory, Lora, as_source
 from gradmerge.sources.lora import LoraCheckpoint
 

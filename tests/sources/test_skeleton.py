@@ -15,8 +15,8 @@ from torch.nn.utils import prune
 from architectures import ARCHITECTURES, logits_of
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Constant, Model, Tensor
+from gradmerge.common.errors import ConfigError, SourceError
 from gradmerge.engine.opening import open_plan
-from gradmerge.errors import ConfigError, SourceError
 from gradmerge.sources import HuggingFace
 from gradmerge.sources.skeleton import (
     Network,

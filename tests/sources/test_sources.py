@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from architectures import ARCHITECTURES
 from gradmerge import Recipe
+from gradmerge.common.errors import ConfigError, SourceError
 from gradmerge.engine.opening import open_plan
-from gradmerge.errors import ConfigError, SourceError
 from gradmerge.sources import (
     AbstractSource,
     Checkpoint,

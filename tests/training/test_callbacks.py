@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 import tiny
 from gradmerge import MergeModule
 from gradmerge.coefficients import Column, Mixup, Sigmoid
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.spec import to_plain
 from gradmerge.export.folder import export_merged
 from gradmerge.export.provenance import mean_coefficients
-from gradmerge.spec import to_plain
 from gradmerge.training.callbacks import CoefficientLogger, ExportAtEnd, coefficient_table, heat_map
 from tiny import (
     Normalised,

@@ -12,9 +12,9 @@ from torch import nn
 
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
 from gradmerge.coefficients import Clamp, Column, Constant, Group, Mixup, Tensor
-from gradmerge.errors import ConfigError, FingerprintError
+from gradmerge.common.errors import ConfigError, FingerprintError
+from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.objectives import L1, CrossEntropy, Entropy, KLToSource, Objective
-from gradmerge.spec import from_plain, to_plain
 from tiny import (
     SPLITS,
     Normalised,
@@ -277,7 +277,7 @@ def test_batch_norm_statistics_are_those_of_the_merged_network(tmp_path, memory)
     trainer.fit(module, datamodule=data)
     trainer.validate(module, datamodule=data, verbose=False)
     expected = plain_statistics(module, models, data)
-    found = module.merged.statistics.values()
+    found = module.merged.network_buffers.values()
     torch.testing.assert_close(
         found["norm.running_mean"], expected.running_mean, rtol=1e-5, atol=1e-6
     )
@@ -320,7 +320,7 @@ def validated_statistics(tmp_path, data):
     """What a validation recomputes: mean and variance."""
     module = module_of(relatives(build(Normalised)))
     trainer_of(tmp_path).validate(module, datamodule=data, verbose=False)
-    found = module.merged.statistics.values()
+    found = module.merged.network_buffers.values()
     return torch.stack([found["norm.running_mean"], found["norm.running_var"]]).clone()
 
 
@@ -362,7 +362,7 @@ class Convolved(nn.Module):
 
 def test_batch_norm_statistics_are_the_mean_and_unbiased_variance_of_all_rows():
     merged = module_of(relatives(build(Convolved))).merged
-    kept = {k: v.clone() for k, v in merged.statistics.values().items()}
+    kept = {k: v.clone() for k, v in merged.network_buffers.values().items()}
     rows = {"image": [], "norm": []}
 
     def watch(name):
@@ -377,10 +377,10 @@ def test_batch_norm_statistics_are_the_mean_and_unbiased_variance_of_all_rows():
     hooks = [watch(name) for name in rows]
     generator = torch.Generator().manual_seed(4)
     batches = [torch.randn(n, 2, 4, 5, generator=generator) + 10 * n for n in (2, 7, 3)]
-    merged.statistics.recompute([lambda x=x: merged(x) for x in batches])
+    merged.network_buffers.recompute([lambda x=x: merged(x) for x in batches])
     for hook in hooks:
         hook.remove()
-    found = merged.statistics.values()
+    found = merged.network_buffers.values()
     for name, seen in rows.items():
         every = torch.cat(seen)
         assert len(every) == {"image": 2 * 12 * 20, "norm": 12}[name]
@@ -402,7 +402,7 @@ def test_other_rules_keep_statistics_as_they_state(tmp_path, rule):
     trainer.fit(module, datamodule=vectors())
     means = [model.norm.running_mean for model in models]
     expected = (means[1] + means[2]) / 2 if rule == "mean" else means[0]
-    came = module.merged.statistics.values()["norm.running_mean"]
+    came = module.merged.network_buffers.values()["norm.running_mean"]
     torch.testing.assert_close(came, expected, rtol=1e-6, atol=1e-7)
 
 

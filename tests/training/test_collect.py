@@ -14,9 +14,9 @@ from torch.nn import functional
 from gradmerge import MergeDataModule, Recipe, TaskData
 from gradmerge.calibration.observers import input_rows, output_rows
 from gradmerge.coefficients import Constant, Model
+from gradmerge.common.errors import ConfigError, FingerprintError
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError, FingerprintError
 from gradmerge.preprocess import FisherScale, MaTS, RegMean, Trim
 from gradmerge.sources.collected import SourceStatistics
 from gradmerge.training.collect import collect

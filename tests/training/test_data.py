@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.training.data import STAGES, load_splits, require_disjoint
 from gradmerge.training.loaders import collate
 from tiny import relatives, sentences, word_tokenizer

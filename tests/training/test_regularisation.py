@@ -29,7 +29,7 @@ from gradmerge.coefficients import (
     Tensor,
     Uniform,
 )
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.objectives import (
     L1,
     CrossEntropy,

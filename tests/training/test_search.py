@@ -10,15 +10,15 @@ from torch.nn import functional
 
 from gradmerge import MergeDataModule, MergeModule, TaskData
 from gradmerge.coefficients import Clamp, Constant, DepthRamp, Mixup, Model, Scaled, Tensor
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.spec import from_plain
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError
 from gradmerge.operators import DisjointMean
 from gradmerge.preprocess import ElectSign, Trim
 from gradmerge.search import Draws, GreedySoup, Scales, soup
-from gradmerge.spec import from_plain
-from gradmerge.training.search import Selection, set_coefficients
+from gradmerge.training.search import Scorer, set_coefficients
 from tiny import SPLITS, build, examples, recipe_of, relatives
 
 NAMES = ("a", "b", "c", "d")
@@ -135,7 +135,7 @@ def merged_network(models, coefficients):
 def test_a_search_uses_only_the_selection_split(metric, memory):
     models, data = relatives(build(), count=4), sealed("abc")
     recipe = recipe_of(models, coefficients=Model(), init=Constant(1.0))
-    selection = Selection(MergeModule(recipe, memory=memory, score_experts=False), data)
+    selection = Scorer(MergeModule(recipe, memory=memory, score_experts=False), data)
     values = [0.1, 0.3, 0.5, 1.0]
     chosen, found = selection.search(Scales(values, metric))
     known = [accuracy_and_loss(merged_network(models, [v] * 3), data) for v in values]
@@ -153,7 +153,7 @@ def test_a_search_uses_only_the_selection_split(metric, memory):
 def test_greedy_soup_scores_averages_of_the_sources():
     models, data = relatives(build(), count=4), sealed("abc")
     recipe = recipe_of(models, coefficients=Model())
-    selection = Selection(MergeModule(recipe, score_experts=False), data)
+    selection = Scorer(MergeModule(recipe, score_experts=False), data)
     selection.search(GreedySoup("loss"))
     for trial in selection.trials:
         network = merged_network(models, trial.init.value)
@@ -169,7 +169,7 @@ def test_a_missing_score_is_named():
     with pytest.raises(
         ConfigError, match=r"no accuracy, which the search optimises \(it has loss\)"
     ):
-        Selection(module, data).search(Scales([0.5]))
+        Scorer(module, data).search(Scales([0.5]))
 
 
 def test_coefficients_that_a_link_cannot_represent_are_rejected():
@@ -202,7 +202,7 @@ def test_draws_are_seeded_mixups_and_the_first_of_the_best_wins():
 def test_a_logged_draw_reproduces(tmp_path):
     models, data = relatives(build(), count=3), sealed("ab")
     recipe = recipe_of(models, coefficients=Tensor(), init=Constant(0.0))
-    selection = Selection(MergeModule(recipe, score_experts=False), data)
+    selection = Scorer(MergeModule(recipe, score_experts=False), data)
     chosen, found = selection.search(Draws(5, per="tensor", metric="loss"))
     losses = [trial["selection"]["loss"] for trial in found["trials"]]
     assert len(set(losses)) == 5
@@ -265,7 +265,7 @@ def test_a_search_never_chooses_a_merge_without_a_score(monkeypatch):
         task: TaskData({s: examples(3 * i + j, 6) for j, s in enumerate(SPLITS)}, kind="tensors")
         for i, task in enumerate("ab")
     }
-    selection = Selection(module, MergeDataModule(described))
+    selection = Scorer(module, MergeDataModule(described))
     values = iter([float("nan"), 0.5, 0.9, 0.7])
     monkeypatch.setattr(selection, "score", lambda: {"average": {"accuracy": next(values)}})
     chosen, found = selection.search(Draws(num_draws=4))

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch.nn.functional import cross_entropy
 
 from gradmerge.coefficients import Constant, Sigmoid, Tensor
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.predict import by_task
-from gradmerge.errors import ConfigError
 from gradmerge.objectives import CrossEntropy, Entropy, KLToSource, Objective
 from tiny import build, fit, module_of, raws, relatives, trainer_of, validate, vectors
 

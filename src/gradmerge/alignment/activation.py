@@ -14,7 +14,7 @@ from typing_extensions import override
 from gradmerge.alignment.base import AlignmentContext, Matched, Matching, Needs, assign
 from gradmerge.alignment.moments import Pairing, correlation, covariances
 from gradmerge.alignment.symmetry.spec import Map, Maps
-from gradmerge.errors import ConfigError, require, shorten
+from gradmerge.common.errors import ConfigError, require, shorten
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from gradmerge.alignment.symmetry.spec import PermutationSpec, share_moved
 from gradmerge.alignment.symmetry.trace import trace
 from gradmerge.alignment.symmetry.verify import verify
 from gradmerge.alignment.views import AlignedView
-from gradmerge.errors import ConfigError, GradmergeError, shorten
+from gradmerge.common.errors import ConfigError, GradmergeError, shorten
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.base import fingerprints_of
 from gradmerge.sources.compatibility import is_private

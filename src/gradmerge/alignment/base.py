@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from gradmerge.alignment.symmetry.spec import LinearMap, Maps, PermutationSpec, same_maps
-from gradmerge.errors import ConfigError, nearest, require
+from gradmerge.common.errors import ConfigError, nearest, require
+from gradmerge.common.spec import require_pattern
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.base import tensor_bytes
-from gradmerge.spec import require_pattern
 
 Needs = Literal["activations"]
 

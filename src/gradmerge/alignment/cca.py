@@ -12,7 +12,7 @@ from gradmerge.alignment.base import assign
 from gradmerge.alignment.mixing import MixingOnData, kept_apart
 from gradmerge.alignment.moments import Pairing, correlation, covariances
 from gradmerge.alignment.symmetry.spec import Group, LinearMap, Map
-from gradmerge.errors import ConfigError, require
+from gradmerge.common.errors import ConfigError, require
 
 
 @dataclass(frozen=True)

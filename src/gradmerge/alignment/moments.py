@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradmerge.alignment.base import AbstractAlignment, AlignmentContext, Moments
 from gradmerge.alignment.symmetry.spec import Group, LinearMap, Maps, PermutationSpec
-from gradmerge.errors import ConfigError, shorten
+from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.sources.collected import Needs, SourceStatistics
 
 

@@ -14,7 +14,7 @@ from gradmerge.alignment.base import Needs, assign
 from gradmerge.alignment.mixing import MixingOnData, kept_apart
 from gradmerge.alignment.moments import Pairing, correlation, squared_distances
 from gradmerge.alignment.symmetry.spec import LinearMap, Map, Maps
-from gradmerge.errors import ConfigError, require
+from gradmerge.common.errors import ConfigError, require
 
 
 @dataclass(frozen=True)

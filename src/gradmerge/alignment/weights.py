@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from gradmerge.alignment.base import AlignmentContext, Matched, Matching, assign
 from gradmerge.alignment.symmetry.spec import Map, Maps, Use
-from gradmerge.errors import require
+from gradmerge.common.errors import require
 
 # Columns that are multiplied in float64 at a time.
 _PART = 1 << 14

@@ -21,8 +21,8 @@ from gradmerge.alignment.moments import plain_places
 from gradmerge.alignment.symmetry.spec import Group, Place
 from gradmerge.calibration.fisher import Passes
 from gradmerge.calibration.observers import Observer, mask_of, without_padding
+from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.engine.predict import Batch, rows_of
-from gradmerge.errors import ConfigError, shorten
 
 MEMORY = 4 << 30
 """Bytes of moments that one reading of the data may sum up; more groups take more readings."""

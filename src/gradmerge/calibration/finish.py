@@ -12,10 +12,10 @@ import torch
 from gradmerge.calibration.observers import mask_of
 from gradmerge.calibration.repair.correct import Renormalisation
 from gradmerge.calibration.repair.measure import Run
+from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.engine.autograd import checksums
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.predict import Batch, rows_of
-from gradmerge.errors import ConfigError, shorten
 from gradmerge.finalisers import REPAIR
 
 Sample = Callable[[int], Iterable[tuple[str, Batch]]]
@@ -57,7 +57,7 @@ class Finishing:
             ConfigError: REPAIR has no data.
         """
         repair = merged.plan.finalisation.repair
-        norms = merged.plan.recipe.buffers == "recompute" and merged.statistics.batch_norms
+        norms = merged.plan.recipe.buffers == "recompute" and merged.network_buffers.batch_norms
         if not norms and repair is None:
             return
         state = tuple(checksums(merged.raw.values())), frozenset(merged.state.fixed)
@@ -73,7 +73,7 @@ class Finishing:
                     for task, batch in sample(repair.batches if repair else _NORM_BATCHES)
                 ]
                 if repair is None:
-                    merged.statistics.recompute([run.call for run in runs])
+                    merged.network_buffers.recompute([run.call for run in runs])
                 else:
                     self._known_for(merged, repair, runs, (data, state[1])).correct(runs)
         self._state, self._data = state, data

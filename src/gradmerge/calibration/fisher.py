@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader
 
 from gradmerge.alignment import AbstractAlignment
 from gradmerge.calibration.observers import Enough, Grams, LinearLayer, mask_of
+from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.common.spec import to_plain
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.predict import Batch, rows_of
-from gradmerge.errors import ConfigError, shorten
 from gradmerge.objectives.base import UNLABELLED
 from gradmerge.preprocess import AbstractPreprocess
 from gradmerge.sources.collected import Needs, Statistic
-from gradmerge.spec import to_plain
 
 Report = Callable[[str], None]
 

@@ -15,12 +15,13 @@ from typing import Any, Literal
 import torch
 
 from gradmerge.cli.inspect import inspect_sources, render
+from gradmerge.common.errors import CompatibilityError, ConfigError, nearest, shorten
+from gradmerge.common.spec import to_plain
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.opening import Opening
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe, named
 from gradmerge.engine.state import FitState
-from gradmerge.errors import CompatibilityError, ConfigError, nearest, shorten
 from gradmerge.export.atomic import refuse_existing
 from gradmerge.export.emr import export_compact, export_tasks, require_outputs, task_checkpoints
 from gradmerge.export.folder import export_merged, export_state, require_options
@@ -30,7 +31,6 @@ from gradmerge.search import AbstractSearch
 from gradmerge.sources import Checkpoint, as_source
 from gradmerge.sources.emr import EMRCheckpoint, read_description
 from gradmerge.sources.tokenizers.report import summarise, token_report
-from gradmerge.spec import to_plain
 
 Outputs = Literal["merged", "tasks", "compact"]
 
@@ -118,12 +118,12 @@ def _measured(
 ) -> dict[str, Any]:
     """Run the search, the scores and the recipe's corrections on data; return the results."""
     from gradmerge.training.module import MergeModule
-    from gradmerge.training.search import Selection
+    from gradmerge.training.search import Scorer
 
     module = MergeModule.around(merged, score_experts=False)
     extra = {}
     if search is not None or score:
-        selection = Selection(module, data)
+        selection = Scorer(module, data)
         if search is not None:
             chosen, extra["search"] = selection.search(search)
             module.start_at(chosen)
@@ -135,7 +135,7 @@ def _measured(
         module.take_tasks(data.tasks)
         module.refresh_buffers(data)
     return {
-        "buffers": merged.statistics.values(),
+        "buffers": merged.network_buffers.values(),
         "tasks": merged.tasks,
         "results": module.results,
         "extra": extra,
@@ -252,8 +252,8 @@ def write_merge(
         buffers = known.get("buffers")
         print(f"mergekit file written to {write_mergekit(state, **checked, buffers=buffers)}")
         return
-    if plan.alignment is not None:
-        print(summarise(token_report(plan.alignment)))
+    if plan.tokens is not None:
+        print(summarise(token_report(plan.tokens)))
     if outputs == "merged":
         folder = export_state(state, **checked, **known)
     elif outputs == "compact":
@@ -290,7 +290,7 @@ def export(
         path, map_location="cpu", weights_only=True, allow_modules=allowed
     )
     if mergekit:
-        merged, buffers = module.merged, module.merged.statistics.values()
+        merged, buffers = module.merged, module.merged.network_buffers.values()
         print(
             f"mergekit file written to {write_mergekit(merged.state, **checked, buffers=buffers)}"
         )

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.recipe import Recipe
-from gradmerge.errors import ConfigError
 from gradmerge.mergekit import Reading, is_mergekit, read_mergekit
 from gradmerge.sources import Checkpoint
 

@@ -18,14 +18,14 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_info
 
-from gradmerge._version import __version__
 from gradmerge.cli.commands import require_checkpoint
 from gradmerge.cli.configs import later
 from gradmerge.cli.defaults import with_coefficients, with_csv
 from gradmerge.cli.score import NAME, require_scored, scored_recipe
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.version import __version__
 from gradmerge.drivers import AbstractDriver, Job
 from gradmerge.engine.recipe import Recipe
-from gradmerge.errors import ConfigError
 from gradmerge.optimisers import SAM
 from gradmerge.search import AbstractSearch
 from gradmerge.training.callbacks import ExportAtEnd, StepProgress

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradmerge.errors import Problem, report
+from gradmerge.common.errors import Problem, report
 from gradmerge.sources import Checkpoint, Vocabulary, as_source
 from gradmerge.sources.compatibility import check, check_private, is_private
 from gradmerge.sources.geometry import direction_statistics

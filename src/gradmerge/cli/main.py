@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from gradmerge._version import __version__
-from gradmerge.errors import GradmergeError, nearest
+from gradmerge.common.errors import GradmergeError, nearest
+from gradmerge.common.version import __version__
 
 if TYPE_CHECKING:
     from gradmerge.cli.configs import MergeInput
@@ -167,7 +167,7 @@ def read_old_paths() -> None:
     import jsonargparse
     import yaml
 
-    from gradmerge.spec import current_path, modernise
+    from gradmerge.common.spec import current_path, modernise
 
     load = jsonargparse.get_loader("yaml")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gradmerge.coefficients import Constant, Model
+from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.engine.recipe import Recipe
-from gradmerge.errors import ConfigError, shorten
 
 COMMANDS = ("validate", "test")
 NAME = "model"

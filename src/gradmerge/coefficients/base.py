@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradmerge._typing import Raw, SpreadKind
+from gradmerge.common.typing import Raw, SpreadKind
 
 # Largest tensor that is partitioned by a permutation; larger ones draw each part independently.
 _PERMUTED = 1 << 18

@@ -19,8 +19,8 @@ from gradmerge.coefficients.base import (
     Slot,
     parameter_key,
 )
-from gradmerge.errors import require
-from gradmerge.spec import require_pattern
+from gradmerge.common.errors import require
+from gradmerge.common.spec import require_pattern
 
 
 class AbstractGranularity(AbstractCoefficients):

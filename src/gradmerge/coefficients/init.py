@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge._typing import Origin
 from gradmerge.coefficients.base import Layout, MergeTensor, Slot
-from gradmerge.errors import ConfigError, nearest, require
+from gradmerge.common.errors import ConfigError, nearest, require
+from gradmerge.common.spec import Setting, settle
+from gradmerge.common.typing import Origin
 from gradmerge.sources.names import depth_of
-from gradmerge.spec import Setting, settle
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing_extensions import override
 from gradmerge.coefficients.base import AbstractCoefficients, Layout, MergeTensor
 from gradmerge.coefficients.granularity import Column, Component, Partition, Row
 from gradmerge.coefficients.granularity import Tensor as TensorGranularity
-from gradmerge.errors import ConfigError, require
+from gradmerge.common.errors import ConfigError, require
 
 
 @dataclass(frozen=True)

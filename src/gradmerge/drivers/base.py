@@ -15,6 +15,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.utilities import rank_zero_info
 
+from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.drivers.state import (
     JOB,
     StepRecord,
@@ -31,7 +32,6 @@ from gradmerge.engine.recipe import Recipe
 from gradmerge.objectives import AbstractTerm, Objective
 from gradmerge.sources import as_source
 from gradmerge.sources.base import fingerprints_of
-from gradmerge.spec import from_plain, to_plain
 from gradmerge.training.callbacks import ExportAtEnd
 from gradmerge.training.data import MergeDataModule
 from gradmerge.training.module import MergeModule

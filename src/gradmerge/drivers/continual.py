@@ -13,10 +13,10 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from gradmerge.common.errors import ConfigError, require, shorten
 from gradmerge.drivers.base import Job
 from gradmerge.drivers.fold import AbstractFold, Node
 from gradmerge.engine.recipe import Recipe
-from gradmerge.errors import ConfigError, require, shorten
 from gradmerge.preprocess import Orthogonalise
 from gradmerge.sources import AbstractSource, HuggingFace
 from gradmerge.training.module import MergeModule

@@ -21,17 +21,17 @@ from torch import nn
 from typing_extensions import override
 
 from gradmerge.coefficients import Constant
+from gradmerge.common.errors import ConfigError, nearest, require, shorten
+from gradmerge.common.spec import to_plain
 from gradmerge.drivers.base import AbstractDriver, Job
 from gradmerge.drivers.state import STATE, StepRecord
 from gradmerge.drivers.steps import Finish, KeepLast
 from gradmerge.engine.recipe import Recipe
-from gradmerge.errors import ConfigError, nearest, require, shorten
 from gradmerge.export.folder import DTYPES, export_state
 from gradmerge.export.provenance import mean_coefficients
 from gradmerge.objectives import Objective
 from gradmerge.sources import AbstractSource
 from gradmerge.sources.resolve import as_source
-from gradmerge.spec import to_plain
 from gradmerge.training.data import MergeDataModule
 from gradmerge.training.module import MergeModule
 
@@ -310,7 +310,7 @@ class _Step(Node):
         export = partial(
             export_state,
             state,
-            buffers=module.merged.statistics.values(),
+            buffers=module.merged.network_buffers.values(),
             tasks={**module.merged.tasks, **self._tasks_without_data(module)},
             results=module.results,
         )

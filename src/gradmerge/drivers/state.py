@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from gradmerge.errors import ConfigError, shorten
-from gradmerge.spec import modernise
+from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.common.files import whole_file
+from gradmerge.common.spec import modernise
 from gradmerge.training.data import MergeDataModule
 
 JOB, STEP, STATE = "job.json", "step.json", "last.ckpt"
@@ -131,13 +132,10 @@ def _hash_row(row: Any) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with work.open("w", encoding="utf-8") as file:
+    with whole_file(path) as work, work.open("w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    work.replace(path)
 
 
 def read_json(path: Path, **fields: type | tuple[type, ...]) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 
 
 class Combine(torch.autograd.Function):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.plan import Plan
-from gradmerge.errors import ConfigError
 from gradmerge.sources import Checkpoint
 
 

@@ -20,8 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gradmerge._memory import BlockPool
 from gradmerge.alignment.views import original_of
+from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.common.memory import BlockPool
 from gradmerge.engine.autograd import Combine, backward_of, checksums, known_loss
 from gradmerge.engine.buffers import NetworkBuffers
 from gradmerge.engine.install import LiveTensors, checkpoint_blocks, install, restamp
@@ -30,7 +31,6 @@ from gradmerge.engine.opening import open_plan
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError, shorten
 
 Memory = Literal["resident", "streamed"]
 
@@ -110,7 +110,7 @@ class MergedModel(nn.Module):
         self._live = LiveTensors()
         self._blocks = BlockPool(torch.Size(t.shape).numel() for t in plan.tensors.values())
         install(plan.skeleton, plan.binding.parameters, self._fetch, dtype, self.device)
-        self.statistics = NetworkBuffers(plan, plan.skeleton)
+        self.network_buffers = NetworkBuffers(plan, plan.skeleton)
         self.train(False)
 
     @property
@@ -158,7 +158,7 @@ class MergedModel(nn.Module):
         """
         super().train(mode)
         self.skeleton.eval()
-        self.statistics.train(mode)
+        self.network_buffers.train(mode)
         for module in self.skeleton.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.training = mode  # transformers checkpoints only modules in training mode
@@ -376,7 +376,7 @@ class MergedModel(nn.Module):
         checkpoint = self.plan.serving[source]
         itself = original_of(checkpoint) if own else checkpoint
         read = partial(self.plan.read, source) if itself is checkpoint else itself.read
-        with self.statistics.of(itself), torch.no_grad(), self.as_weights(read):
+        with self.network_buffers.of(itself), torch.no_grad(), self.as_weights(read):
             yield
 
     @contextmanager

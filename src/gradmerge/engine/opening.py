@@ -12,10 +12,10 @@ from torch import nn
 from gradmerge.alignment import Aligned, PermutationSpec
 from gradmerge.alignment.align import align_sources, find_spec
 from gradmerge.coefficients import Column, Row
+from gradmerge.common.errors import ConfigError, Problem
 from gradmerge.engine.inventory import names_of
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe, innermost
-from gradmerge.errors import ConfigError, Problem
 from gradmerge.sources import Checkpoint, as_source
 from gradmerge.sources.compatibility import check, check_private, require
 from gradmerge.sources.skeleton import Network, build_skeleton, strip_weights

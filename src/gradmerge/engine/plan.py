@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradmerge._typing import Raw
 from gradmerge.alignment import Aligned
 from gradmerge.coefficients import AbstractInit, InitContext, Layout, initial_raw
+from gradmerge.common.errors import ConfigError, Problem, shorten
+from gradmerge.common.spec import to_plain
+from gradmerge.common.typing import Raw
 from gradmerge.engine import contraction
 from gradmerge.engine.inventory import names_of, take_inventory
 from gradmerge.engine.recipe import Recipe
-from gradmerge.errors import ConfigError, Problem, shorten
 from gradmerge.finalisers import Finalisation, FinalSite
 from gradmerge.operators import Linear, Spread, Terms
 from gradmerge.preprocess import ProcessedDirections, Site
@@ -33,7 +34,6 @@ from gradmerge.sources.geometry import direction_statistics
 from gradmerge.sources.skeleton import Network
 from gradmerge.sources.tokenizers.view import alignment_of
 from gradmerge.sources.tokenizers.vocabulary import Alignment
-from gradmerge.spec import to_plain
 
 
 class Plan(Shared):
@@ -368,8 +368,8 @@ class Plan(Shared):
         """
         everything = {**({"base": self.base} if self.base is not None else {}), **self.serving}
         found = fingerprints_of(everything)
-        if self.alignment is not None:
-            found["(tokens)"] = self.alignment.fingerprint()
+        if self.tokens is not None:
+            found["(tokens)"] = self.tokens.fingerprint()
         if self.order is not None:
             found["(units)"] = self.order.fingerprint()
         return found
@@ -383,7 +383,7 @@ class Plan(Shared):
         require_same(expected, self.fingerprints)
 
     @property
-    def alignment(self) -> Alignment | None:
+    def tokens(self) -> Alignment | None:
         """The merged vocabulary and its rows, if the recipe matches vocabularies."""
         return alignment_of(self.reference)
 

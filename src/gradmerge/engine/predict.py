@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.merged import MergedModel
-from gradmerge.errors import ConfigError
 from gradmerge.objectives import Objective, Predictions, next_token_rows
 
 Batch = Mapping[str, Any]

@@ -12,7 +12,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from gradmerge._typing import Origin
 from gradmerge.alignment import AbstractAlignment
 from gradmerge.coefficients import (
     AbstractCoefficients,
@@ -21,7 +20,8 @@ from gradmerge.coefficients import (
     Constant,
 )
 from gradmerge.coefficients import Tensor as TensorGranularity
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.typing import Origin
 from gradmerge.finalisers import AbstractFinaliser
 from gradmerge.operators import AbstractOperator, Linear
 from gradmerge.preprocess import AbstractPreprocess

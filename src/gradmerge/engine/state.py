@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmerge._typing import Raw
+from gradmerge.common.typing import Raw
 from gradmerge.engine.plan import Plan
 from gradmerge.finalisers import Corrections
 

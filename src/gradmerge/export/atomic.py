@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 

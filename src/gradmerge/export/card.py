@@ -165,9 +165,9 @@ def _coefficients(state: FitState) -> Iterable[str]:
 
 
 def _tokens(plan: Plan) -> list[str]:
-    if plan.alignment is None:
+    if plan.tokens is None:
         return []
-    summary = summarise(token_report(plan.alignment))
+    summary = summarise(token_report(plan.tokens))
     return ["## Tokenizer", f"```\n{summary}\n```", "`tokens.json` lists each token that differs."]
 
 

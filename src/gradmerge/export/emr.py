@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.engine.inventory import take_inventory
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError, shorten
 from gradmerge.export.atomic import new_folder
 from gradmerge.export.card import render
 from gradmerge.export.folder import private_entries, require_options, write_config, write_weights

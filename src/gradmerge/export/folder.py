@@ -19,18 +19,18 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor
 
-from gradmerge._memory import release_freed_memory
+from gradmerge.common.errors import ConfigError, nearest, shorten
+from gradmerge.common.memory import release_freed_memory
+from gradmerge.common.spec import to_plain
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError, nearest, shorten
 from gradmerge.export.atomic import new_folder
 from gradmerge.export.card import model_card
 from gradmerge.export.provenance import provenance_of
 from gradmerge.export.writer import Entry, entries_of, write_json, write_safetensors
 from gradmerge.sources.files import SMALL_FILES
 from gradmerge.sources.tokenizers.report import token_report
-from gradmerge.spec import to_plain
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 SHARD_SIZE = 5_000_000_000
@@ -57,7 +57,7 @@ def export_merged(merged: MergedModel, output: str | Path, **options: Any) -> Pa
     Returns:
         The folder.
     """
-    buffers = merged.statistics.values()
+    buffers = merged.network_buffers.values()
     return export_state(merged.state, output, buffers=buffers, tasks=merged.tasks, **options)
 
 
@@ -111,8 +111,8 @@ def export_state(
         hashes.result()
         provenance = provenance_of(state, dtype, tasks, results, extra)
         write_json(work / "provenance.json", provenance)
-        if plan.alignment is not None:
-            write_json(work / "tokens.json", token_report(plan.alignment))
+        if plan.tokens is not None:
+            write_json(work / "tokens.json", token_report(plan.tokens))
         if state.run.get("yaml"):
             (work / "gradmerge.yaml").write_text(state.run["yaml"])
         card = model_card(state, provenance, head, target.name)

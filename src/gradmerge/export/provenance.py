@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from gradmerge._version import __version__
+from gradmerge.common.spec import to_plain
+from gradmerge.common.version import __version__
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.state import FitState
 from gradmerge.sources.tokenizers.report import token_report
-from gradmerge.spec import to_plain
 
 _PACKAGES = ("lightning", "transformers", "datasets", "safetensors")
 
@@ -79,7 +79,7 @@ def provenance_of(
 
 def read_as(plan: Plan) -> dict[str, Any]:
     """Return the entries of provenance.json on tokenizers, alignment and statistics of a merge."""
-    tokens = {} if plan.alignment is None else token_report(plan.alignment)
+    tokens = {} if plan.tokens is None else token_report(plan.tokens)
     long = ("added", "differs", "dropped", "other_settings")  # in tokens.json
     return {
         **({"tokenizer": {k: v for k, v in tokens.items() if k not in long}} if tokens else {}),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.finalisers.base import AbstractFinaliser, AbstractRescale, FinalSite
 from gradmerge.finalisers.repair import REPAIR, Correction
 

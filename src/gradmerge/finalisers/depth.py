@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.finalisers.base import AbstractRescale, FinalSite
 from gradmerge.sources.names import depth_of
 

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.spec import require_pattern
 from gradmerge.finalisers.base import AbstractFinaliser, FinalSite
-from gradmerge.spec import require_pattern
 
 
 @dataclass(frozen=True)

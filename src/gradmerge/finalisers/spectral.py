@@ -10,7 +10,7 @@ from scipy.sparse.linalg import svds
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.finalisers.base import AbstractRescale, FinalSite
 
 _SMALL = 256

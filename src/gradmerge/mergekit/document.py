@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from gradmerge._typing import Origin
-from gradmerge.errors import ConfigError, nearest
+from gradmerge.common.errors import ConfigError, nearest
+from gradmerge.common.typing import Origin
 from gradmerge.mergekit.methods import METHODS, REFUSED, Method, Parameter, Value
 from gradmerge.sources import Vocabulary
 

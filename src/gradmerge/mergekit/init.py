@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from gradmerge.coefficients.base import MergeTensor, Slot
 from gradmerge.coefficients.init import AbstractInit, InitContext, over_slot
-from gradmerge.errors import ConfigError, nearest, shorten
+from gradmerge.common.errors import ConfigError, nearest, shorten
 from gradmerge.mergekit.document import ModelReference, Problems, read_document
 from gradmerge.mergekit.table import tabulate
 

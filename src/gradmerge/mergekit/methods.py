@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gradmerge.errors import require
+from gradmerge.common.errors import require
 from gradmerge.operators import (
     AbstractOperator,
     ArceeFusion,

@@ -17,8 +17,8 @@ import torch
 
 from gradmerge.coefficients import Constant, Model
 from gradmerge.coefficients import Tensor as TensorGranularity
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.recipe import Recipe, named
-from gradmerge.errors import ConfigError
 from gradmerge.mergekit.document import Document, ModelReference, Problems, read_document
 from gradmerge.mergekit.table import Table, compact, tabulate
 from gradmerge.operators import AbstractOperator, Linear

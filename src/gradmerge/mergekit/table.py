@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradmerge.errors import shorten
+from gradmerge.common.errors import shorten
+from gradmerge.common.spec import Setting
 from gradmerge.mergekit.document import Case, Document, ModelReference, Problems, Settings, Slice
 from gradmerge.mergekit.methods import REQUIRED, Formula, Parameter, Value
-from gradmerge.spec import Setting
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 # Tensors outside of layers that come before them (`embed_out` is GPT-NeoX's head).

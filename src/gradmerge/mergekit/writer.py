@@ -9,7 +9,6 @@ coefficients, with the same result to rounding.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -19,11 +18,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from gradmerge._version import __version__
+from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.common.files import whole_file
+from gradmerge.common.version import __version__
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe, innermost
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError, shorten
 from gradmerge.finalisers import AbstractRescale
 from gradmerge.mergekit.document import ModelReference
 from gradmerge.operators import Linear
@@ -64,13 +64,8 @@ def write_mergekit(
     target = Path(output).expanduser()
     require_file(target, overwrite)
     text = mergekit_yaml(state, dtype, buffers)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(target) as work:
         work.write_text(text, encoding="utf-8")
-        work.replace(target)
-    finally:
-        work.unlink(missing_ok=True)  # incomplete where the disk is full
     return target
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 
 # Label of a position without a label, the convention of torch and transformers.
 UNLABELLED = -100

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradmerge.errors import ConfigError, nearest, shorten
+from gradmerge.common.errors import ConfigError, nearest, shorten
 from gradmerge.objectives.base import (
     UNLABELLED,
     AbstractRegulariser,

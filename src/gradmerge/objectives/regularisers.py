@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError, require
+from gradmerge.common.errors import ConfigError, require
 from gradmerge.objectives.base import AbstractRegulariser
 
 

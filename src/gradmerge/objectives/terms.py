@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from gradmerge.errors import require
+from gradmerge.common.errors import require
 from gradmerge.objectives.base import UNLABELLED, AbstractTerm, Predictions
 from gradmerge.objectives.regularisers import log_mean_over_rows, mean_over_rows
 

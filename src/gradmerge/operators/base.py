@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradmerge._typing import Origin, SpreadKind
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.typing import Origin, SpreadKind
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge._memory import in_file
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.memory import in_file
 from gradmerge.operators.base import AbstractOperator, Spread, Terms
 from gradmerge.operators.linear import Linear
 

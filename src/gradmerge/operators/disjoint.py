@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge._typing import Origin
+from gradmerge.common.typing import Origin
 from gradmerge.operators._native import kernels_for
 from gradmerge.operators.base import Spread, Terms
 from gradmerge.operators.entrywise import AbstractEntrywise

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge._typing import Origin
-from gradmerge.errors import ConfigError, require
+from gradmerge.common.errors import ConfigError, require
+from gradmerge.common.typing import Origin
 from gradmerge.operators import chunks
 from gradmerge.operators._native import (
     FROM_BASE,

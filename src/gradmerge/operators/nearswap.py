@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge._typing import Origin
+from gradmerge.common.typing import Origin
 from gradmerge.operators.base import require_base
 from gradmerge.operators.entrywise import AbstractEntrywise
 

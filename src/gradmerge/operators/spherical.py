@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge._typing import Origin
-from gradmerge.errors import ConfigError, require
+from gradmerge.common.errors import ConfigError, require
+from gradmerge.common.typing import Origin
 from gradmerge.operators.base import View
 from gradmerge.operators.span import AbstractSpan, norms_of, per_view
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge._typing import Origin
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.typing import Origin
 from gradmerge.operators.base import View, require_base
 from gradmerge.operators.span import AbstractSpan, norms_of, per_view
 

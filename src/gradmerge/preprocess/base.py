@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.operators import MaskedDirections
 from gradmerge.sources.collected import Needs, Readable, Statistic
 

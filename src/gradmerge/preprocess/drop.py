@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.spec import Setting, require_setting, settle
 from gradmerge.operators import MaskedDirections
 from gradmerge.operators.masked import linear_in_rank, row_ranks
 from gradmerge.preprocess.base import AbstractSelection, Site, rescaled
 from gradmerge.preprocess.trim import require_density
-from gradmerge.spec import Setting, require_setting, settle
 
 # Entries that are ranked at a time: their 64-bit sort keys are the largest temporary.
 _BLOCK = 1 << 22

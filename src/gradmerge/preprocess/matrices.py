@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.preprocess.base import Site
 
 # Singular values below this, relative to the largest, are zero up to float32 rounding.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import require
+from gradmerge.common.errors import require
 from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
 from gradmerge.preprocess.matrices import decompose, matrices_of
 

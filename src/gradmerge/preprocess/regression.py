@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError, require
+from gradmerge.common.errors import ConfigError, require
+from gradmerge.common.spec import Setting, require_setting, settle
 from gradmerge.preprocess.base import AbstractPreprocess, Site
 from gradmerge.sources.collected import Needs, Statistic
-from gradmerge.spec import Setting, require_setting, settle
 
 
 @dataclass(frozen=True)

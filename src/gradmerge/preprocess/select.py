@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError, require
+from gradmerge.common.errors import ConfigError, require
+from gradmerge.common.spec import Setting, require_setting, settle
 from gradmerge.operators.masked import rank_mask
 from gradmerge.preprocess.base import AbstractPreprocess, Site
 from gradmerge.preprocess.trim import require_density
-from gradmerge.spec import Setting, require_setting, settle
 
 # Sums below these count as zero (mergekit's bounds).
 _NO_SQUARES, _NO_WEIGHT = 1e-6, 1e-6

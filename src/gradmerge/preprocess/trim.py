@@ -8,10 +8,10 @@ from typing import Literal
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.spec import Setting, require_setting, settle
 from gradmerge.operators import MaskedDirections
 from gradmerge.preprocess.base import AbstractSelection, Passes, Site, Step, rescaled
-from gradmerge.spec import Setting, require_setting, settle
 
 # Threshold that no magnitude reaches.
 _NONE = 0x7FFFFFFF

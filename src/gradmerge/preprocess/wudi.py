@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from gradmerge.errors import require
+from gradmerge.common.errors import require
 from gradmerge.preprocess.base import AbstractPreprocess, Site
 from gradmerge.preprocess.matrices import averaged, shared
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge._memory import in_file
-from gradmerge.errors import FingerprintError, shorten
+from gradmerge.common.errors import FingerprintError, shorten
+from gradmerge.common.memory import in_file
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")

@@ -16,9 +16,9 @@ from typing import Any, Literal, Protocol
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gradmerge.errors import ConfigError, FingerprintError, shorten
+from gradmerge.common.errors import ConfigError, FingerprintError, shorten
+from gradmerge.common.spec import modernise
 from gradmerge.sources.base import Shared
-from gradmerge.spec import modernise
 
 Kind = Literal["gram", "fisher", "kfac", "activations"]
 INDEX = "statistics.json"

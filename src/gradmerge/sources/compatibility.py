@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gradmerge.errors import (
+from gradmerge.common.errors import (
     CompatibilityError,
     ConfigError,
     Problem,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from gradmerge.errors import Problem
+from gradmerge.common.errors import Problem
 from gradmerge.sources.base import Checkpoint
 
 # Fields that change what a network computes from the same weights.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import SourceError, nearest, shorten
+from gradmerge.common.errors import SourceError, nearest, shorten
 from gradmerge.sources.base import Checkpoint
 from gradmerge.sources.files import SafetensorsCheckpoint, read_json
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import SourceError, shorten
+from gradmerge.common.errors import SourceError, shorten
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
 from gradmerge.sources.in_memory import MemoryCheckpoint
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from gradmerge.errors import SourceError, shorten
+from gradmerge.common.errors import SourceError, shorten
 from gradmerge.sources.base import AbstractSource, Checkpoint, infos_of, without_aliases
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import SourceError, nearest, shorten
+from gradmerge.common.errors import SourceError, nearest, shorten
 from gradmerge.sources.base import AbstractSource, Checkpoint
 from gradmerge.sources.files import HuggingFace, SafetensorsCheckpoint, read_json
 from gradmerge.sources.skeleton import bind, build_skeleton

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
-from gradmerge.errors import ConfigError, SourceError
+from gradmerge.common.errors import ConfigError, SourceError
 from gradmerge.sources.base import AbstractSource, Checkpoint
 from gradmerge.sources.emr import EMRCheckpoint, read_description
 from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile, read_json

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gradmerge.errors import ConfigError, SourceError, nearest, shorten
+from gradmerge.common.errors import ConfigError, SourceError, nearest, shorten
 
 
 @dataclass(frozen=True)

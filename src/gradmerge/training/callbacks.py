@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError
 from gradmerge.export.atomic import refuse_existing
 from gradmerge.export.folder import export_merged, require_options
 from gradmerge.training.module import MergeModule

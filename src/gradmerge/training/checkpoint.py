@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmerge._version import __version__
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.version import __version__
 from gradmerge.engine.merged import MergedModel
-from gradmerge.errors import ConfigError
 from gradmerge.finalisers import Corrections
 
 
@@ -56,8 +56,10 @@ def to_save(
         "fingerprints": plan.fingerprints,
         "fixed": dict(state.fixed),
         "checked_unused": checked_unused,
-        "buffers": {k: v.detach().cpu().clone() for k, v in merged.statistics.values().items()},
-        "finalisation": {} if state.corrections is None else state.corrections.to_save(),
+        "buffers": {
+            k: v.detach().cpu().clone() for k, v in merged.network_buffers.values().items()
+        },
+        "finalisation": state.corrections.to_save() if state.corrections else {},
         "run": copy.deepcopy(state.run),
         "results": copy.deepcopy(dict(results)),
         "experts": copy.deepcopy(dict(experts)),
@@ -80,6 +82,6 @@ def restore(
         merged.fix([name], coefficient)
     merged.state.run = saved.get("run", {})
     merged.tasks = dict(saved["tasks"])
-    merged.statistics.set(saved["buffers"])
+    merged.network_buffers.set(saved["buffers"])
     merged.state.corrections = Corrections.restore(saved.get("finalisation", {}))
     return saved["checked_unused"], saved["results"], saved["experts"]

@@ -22,16 +22,16 @@ from gradmerge.calibration.activations import UnitPasses
 from gradmerge.calibration.fisher import Report
 from gradmerge.calibration.sequential import Stages
 from gradmerge.coefficients import Model, Uniform
+from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.common.spec import to_plain
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.opening import Opening
 from gradmerge.engine.recipe import Recipe
-from gradmerge.errors import ConfigError, shorten
 from gradmerge.export.atomic import new_folder, refuse_existing
 from gradmerge.export.provenance import versions
 from gradmerge.operators import Linear
 from gradmerge.preprocess import AbstractPreprocess
 from gradmerge.sources.collected import INDEX, VERSION, Needs
-from gradmerge.spec import to_plain
 from gradmerge.training.data import MergeDataModule
 from gradmerge.training.module import MergeModule
 from gradmerge.training.run import describe_data

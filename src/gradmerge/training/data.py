@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gradmerge.errors import ConfigError, shorten
+from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.sources.base import tensor_bytes
 from gradmerge.training.examples import (
     STAGES,

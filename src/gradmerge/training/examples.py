@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from gradmerge.errors import ConfigError, nearest
+from gradmerge.common.errors import ConfigError, nearest
 
 Kind = Literal["causal_lm", "text_classification", "image_classification", "tensors"]
 Stage = Literal["adaptation", "selection", "test"]

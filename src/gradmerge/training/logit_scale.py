@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.autograd import Deferred
-from gradmerge.errors import ConfigError
 from gradmerge.objectives.base import AbstractTerm
 
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from gradmerge._memory import release_freed_memory
 from gradmerge.calibration.finish import Finishing
 from gradmerge.coefficients import AbstractInit
+from gradmerge.common.errors import ConfigError, nearest
+from gradmerge.common.memory import release_freed_memory
+from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.engine.merged import Memory, MergedModel
 from gradmerge.engine.predict import (
     Batch,
@@ -26,11 +28,9 @@ from gradmerge.engine.predict import (
     require_ensemble,
 )
 from gradmerge.engine.recipe import Recipe
-from gradmerge.errors import ConfigError, nearest
 from gradmerge.objectives import AbstractTerm, CrossEntropy, Objective
 from gradmerge.optimisers import SAM
 from gradmerge.sources.tokenizers.report import summarise, token_report
-from gradmerge.spec import from_plain, to_plain
 from gradmerge.training.checkpoint import holding, restore, to_save
 from gradmerge.training.loaders import sample_batches
 from gradmerge.training.logit_scale import LogitScale
@@ -145,8 +145,8 @@ class MergeModule(lightning.LightningModule):
         self._scores = SplitScores()
         for warning in self.merged.plan.warnings:
             lightning.pytorch.utilities.rank_zero_warn(str(warning))
-        if self.merged.plan.alignment is not None:
-            summary = summarise(token_report(self.merged.plan.alignment))
+        if self.merged.plan.tokens is not None:
+            summary = summarise(token_report(self.merged.plan.tokens))
             lightning.pytorch.utilities.rank_zero_info(summary)
 
     def _remember(

@@ -8,9 +8,9 @@ from itertools import islice
 import torch
 from torch import Tensor, distributed
 
-from gradmerge._typing import Raw
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.typing import Raw
 from gradmerge.engine.merged import MergedModel
-from gradmerge.errors import ConfigError
 from gradmerge.objectives import Objective
 
 Runs = Sequence[Callable[[], Tensor]]

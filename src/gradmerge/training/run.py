@@ -9,8 +9,8 @@ from typing import Any
 
 from lightning.pytorch.cli import SaveConfigCallback
 
+from gradmerge.common.spec import public_path, to_plain
 from gradmerge.export.provenance import mean_coefficients, versions
-from gradmerge.spec import public_path, to_plain
 
 _LIMITS = ("max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "precision")
 

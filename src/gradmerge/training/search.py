@@ -16,10 +16,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from gradmerge.coefficients import AbstractInit
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.spec import from_plain, modernise, to_plain
 from gradmerge.engine.merged import MergedModel
-from gradmerge.errors import ConfigError
 from gradmerge.search import AbstractSearch
-from gradmerge.spec import from_plain, modernise, to_plain
 from gradmerge.training.data import MergeDataModule
 from gradmerge.training.module import MergeModule
 from gradmerge.training.scores import ACCURACY, BITS_PER_BYTE
@@ -46,7 +46,7 @@ class Trial:
 
 
 @dataclass
-class Selection:
+class Scorer:
     """Scores of the selection split as a function of coefficients; the test split is not read.
 
     Examples are prepared once, and one merged model takes all coefficients in turn.
@@ -153,7 +153,7 @@ class SearchedStart(lightning.Callback):
         if known is not None and os.environ.get("LOCAL_RANK", "0") != "0":
             self.found = json.loads(known)
         else:
-            _, self.found = Selection(module, data).search(self.search)
+            _, self.found = Scorer(module, data).search(self.search)
             os.environ[_FOUND] = json.dumps(self.found)
         self._new = True
 

@@ -26,7 +26,7 @@ from gradmerge.alignment.symmetry.spec import (
     share_moved,
 )
 from gradmerge.alignment.symmetry.units import fresh, regroup, sliced, unify
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.sources import InMemory
 from gradmerge.sources.in_memory import persistent_tensors
 from gradmerge.sources.skeleton import Network

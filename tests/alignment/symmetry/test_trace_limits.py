@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from permutations import (
     Partly,
     same_function,

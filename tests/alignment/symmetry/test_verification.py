@@ -13,7 +13,7 @@ from gradmerge.alignment import WeightMatching
 from gradmerge.alignment.symmetry.example import at_other_sizes
 from gradmerge.alignment.symmetry.spec import Group, PermutationSpec, Place
 from gradmerge.alignment.symmetry.verify import verify
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from permutations import (
     Partly,
     plain_axis,

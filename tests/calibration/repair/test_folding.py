@@ -11,7 +11,7 @@ from gradmerge import MergedModel, Recipe
 from gradmerge.alignment import OptimalTransport, WeightMatching
 from gradmerge.calibration.repair.measure import Run
 from gradmerge.coefficients import Constant, Model, Uniform
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.finalisers import REPAIR, DepthRescale, SpectralRescale
 from gradmerge.finalisers.repair import correction_of
 from repairing import (
@@ -84,9 +84,9 @@ def test_one_pass_over_one_batch_gives_what_passes_over_its_parts_give(kind, buf
     with torch.no_grad():
         got, wanted = (merged(parts[0]) for merged in found)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-    for name, buffer in found[0].statistics.values().items():
+    for name, buffer in found[0].network_buffers.values().items():
         if "num_batches" not in name:
-            torch.testing.assert_close(found[1].statistics.values()[name], buffer)
+            torch.testing.assert_close(found[1].network_buffers.values()[name], buffer)
 
 
 def test_an_average_of_two_scalings_of_one_network_is_that_network():
@@ -133,7 +133,7 @@ def test_of_one_source_with_batch_norm_the_function_stays():
     """Whatever its statistics were of: gain and bias make up for those that are recomputed."""
     (model,), batches = networks(ResNet, 1), images(20, 12)
     merged, _ = repaired([model], batches)
-    means = [merged.statistics.values()["norm.running_mean"], model.norm.running_mean]
+    means = [merged.network_buffers.values()["norm.running_mean"], model.norm.running_mean]
     assert not torch.allclose(*means, atol=1e-3)
     with torch.no_grad():
         expected = model(batches[0])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from gradmerge import MergedModel, Recipe
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.finalisers import REPAIR, Corrections
 from repairing import (
     Deep,

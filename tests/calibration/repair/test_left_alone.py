@@ -9,7 +9,7 @@ from torch import nn
 from gradmerge import MergedModel, Recipe
 from gradmerge.calibration.repair.survey import in_order
 from gradmerge.coefficients import Constant, Model, Uniform
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.finalisers import REPAIR
 from repairing import (
     GIVEN,

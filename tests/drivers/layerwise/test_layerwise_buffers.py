@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gradmerge.coefficients import Column, Element, Tensor
+from gradmerge.common.errors import ConfigError
 from gradmerge.drivers import LayerWise
 from gradmerge.drivers.layerwise import job as layers
-from gradmerge.errors import ConfigError
 from layerwise_jobs import ADAM, SGD, batched, data_of, job_of, raw_of
 from tiny import build, recipe_of, relatives
 
@@ -36,7 +36,7 @@ def test_batch_norm_statistics_are_those_of_a_fit_with_the_same_coefficients(tmp
     module.take_tasks(fresh.tasks)
     module.refresh_buffers(fresh)
     found = load_file(folder / "model.safetensors")
-    for name, value in module.merged.statistics.values().items():
+    for name, value in module.merged.network_buffers.values().items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 

@@ -8,13 +8,13 @@ import transformers
 from torch import nn
 
 from gradmerge.coefficients import Element, Group, Model, Tensor
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.spec import to_plain
 from gradmerge.drivers import LayerWise
 from gradmerge.drivers.layerwise.chain import Chain
 from gradmerge.engine.opening import open_plan
-from gradmerge.errors import ConfigError
 from gradmerge.finalisers import REPAIR
 from gradmerge.objectives import L1, CrossEntropy, KLToSource, Objective
-from gradmerge.spec import to_plain
 from layerwise_jobs import ADAM, data_of, job_of, network_of
 from tiny import build, recipe_of, relatives
 

@@ -20,13 +20,13 @@ from torch.nn import functional
 from gradmerge import Recipe
 from gradmerge.alignment import CCA, ActivationMatching, OptimalTransport, WeightMatching
 from gradmerge.coefficients import Column, Element, Mixup, Tensor, Uniform
+from gradmerge.common.errors import ConfigError
 from gradmerge.drivers import Job, LayerWise
 from gradmerge.drivers.layerwise import job as layers
 from gradmerge.drivers.layerwise.chain import Chain
 from gradmerge.drivers.layerwise.job import require_permuted
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError
 from gradmerge.export.provenance import mean_coefficients
 from gradmerge.finalisers import DepthRescale
 from gradmerge.objectives import KLToEnsemble, KLToSource

@@ -15,10 +15,10 @@ from torch import nn
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Constant, Model
 from gradmerge.coefficients import Tensor as TensorGranularity
+from gradmerge.common.errors import CompatibilityError, ConfigError, SourceError
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.state import FitState
-from gradmerge.errors import CompatibilityError, ConfigError, SourceError
 from gradmerge.export.folder import export_state
 from gradmerge.sources import Lora, SafetensorsFile, Vocabulary
 from gradmerge.sources.tokenizers.report import token_report
@@ -396,7 +396,7 @@ def test_an_adapter_that_brings_tokens_and_one_that_does_not(tmp_path: Path) -> 
     sources: dict[str, Any] = {name: str(tmp_path / name) for name in ("plain", "more")}
     recipe = Recipe(sources, base=paths["base"], tokenizer=Vocabulary(), coefficients=Model())
     plan = open_plan(recipe)
-    lora = plan.alignment.checkpoints["more"]  # type: ignore[union-attr]
+    lora = plan.tokens.checkpoints["more"]  # type: ignore[union-attr]
     assert lora.infos[EMBEDDING].shape == (6, 8)
     assert rows_read(plan, "plain") == {
         **{token: EXPECTED["base"][token] for token in TOKENS["base"]},
@@ -480,7 +480,7 @@ def test_added_tokens_with_two_settings_keep_the_first(tmp_path: Path) -> None:
     (warning,) = plan.warnings
     assert warning.where == paths["b"]
     assert warning.got == "others for 1 ('<t>')"
-    assert token_report(plan.alignment)["other_settings"] == {"b": ["<t>"]}  # type: ignore[arg-type]
+    assert token_report(plan.tokens)["other_settings"] == {"b": ["<t>"]}  # type: ignore[arg-type]
     rows = [rows_by_token(paths[name], EMBEDDING)["<t>"] for name in "ab"]
     i = loaded.get_vocab()["<t>"]
     torch.testing.assert_close(plan.read("base", EMBEDDING)[i], (rows[0] + rows[1]) / 2)

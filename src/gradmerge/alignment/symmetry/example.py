@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gradmerge.errors import ConfigError, nearest
+from gradmerge.common.errors import ConfigError, nearest
 
 _TOKENS = 6
 _SIDES = (32, 28, 64, 16, 224, 8)

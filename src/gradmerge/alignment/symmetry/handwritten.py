@@ -43,7 +43,7 @@ from gradmerge.alignment.symmetry.spec import (
     Segment,
     vector_role,
 )
-from gradmerge.errors import ConfigError, nearest, shorten
+from gradmerge.common.errors import ConfigError, nearest, shorten
 
 _FIELDS = {
     "tensors": "{fc1.weight: [hidden, null]}",

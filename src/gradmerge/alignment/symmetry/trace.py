@@ -42,7 +42,7 @@ from gradmerge.alignment.symmetry.rules import (
     tensors_in,
 )
 from gradmerge.alignment.symmetry.units import Dim, fixed, fresh, pin
-from gradmerge.errors import ConfigError, shorten
+from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.sources.skeleton import empty_like_parameter
 
 _HINT = (

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from gradmerge.alignment.symmetry.example import at_other_sizes
 from gradmerge.alignment.symmetry.spec import Maps, PermutationSpec, Place
 from gradmerge.alignment.symmetry.trace import run, stand_in, tensors_of
-from gradmerge.errors import ConfigError, shorten
+from gradmerge.common.errors import ConfigError, shorten
 
 TOLERANCE = 1e-8
 # Outputs beyond it are a mask's; with weights of order one no other comes near.

@@ -12,10 +12,10 @@ from gradmerge.alignment.views import original_of
 from gradmerge.calibration.repair.layers import Layer
 from gradmerge.calibration.repair.measure import Channels, Run
 from gradmerge.calibration.repair.survey import survey_of
+from gradmerge.common.errors import ConfigError
 from gradmerge.engine.autograd import checksums
 from gradmerge.engine.buffers import Moments
 from gradmerge.engine.merged import MergedModel
-from gradmerge.errors import ConfigError
 from gradmerge.finalisers import REPAIR, Correction, Corrections
 from gradmerge.finalisers.repair import correction_of
 
@@ -79,7 +79,7 @@ class Renormalisation:
             "constant channels": {},
         }
         try:
-            with merged.statistics.evaluating(), merged.as_weights(self._read):
+            with merged.network_buffers.evaluating(), merged.as_weights(self._read):
                 self._correct_stages(runs)
         finally:
             self._kept.clear()
@@ -103,7 +103,7 @@ class Renormalisation:
         for stage in [layers] if at_once else stages:
             if stage[0].calls > 1:
                 calls = [run.call for run in runs]
-                self._merged.statistics.recompute(calls, [stage[0].module])
+                self._merged.network_buffers.recompute(calls, [stage[0].module])
                 continue
             last = layers[-1] in stage
             found = Channels(layers if last else stage, last, settle=settle).measure(runs)

@@ -76,7 +76,7 @@ def layers_of(merged: MergedModel) -> tuple[dict[str, Layer], dict[str, str]]:
     for place, module in skeleton.named_modules():
         own = {key: names[joined(place, key)] for key in _weights(module)}
         own = {key: name for key, name in own.items() if name in plan.tensors}
-        if module in merged.statistics.batch_norms:
+        if module in merged.network_buffers.batch_norms:
             layers[place] = Layer(place, module, own.get("weight", ""))
         elif _is_layer(module):
             layers[place] = layer = _scaled(place, module, own)

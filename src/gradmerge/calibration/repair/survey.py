@@ -13,8 +13,8 @@ from torch import Tensor
 from gradmerge.calibration.repair.dataflow import Dataflow
 from gradmerge.calibration.repair.layers import UNKNOWN, Layer, joined, layers_of
 from gradmerge.calibration.repair.measure import Channels, Run
+from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.engine.merged import MergedModel
-from gradmerge.errors import ConfigError, shorten
 from gradmerge.finalisers import REPAIR
 
 _LAST = "it is a last layer: no other reads its output"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradmerge._memory import in_file
+from gradmerge.common.memory import in_file
 from gradmerge.sources.base import tensor_bytes
 
 

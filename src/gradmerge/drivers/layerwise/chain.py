@@ -29,11 +29,11 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
+from gradmerge.common.errors import ConfigError, nearest, shorten
 from gradmerge.drivers.layerwise.activations import Activations
 from gradmerge.drivers.layerwise.files import with_own_keys
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.plan import Plan
-from gradmerge.errors import ConfigError, nearest, shorten
 
 _REMEDY = "Name other `blocks`, or learn end to end: leave `driver` out."
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from typing_extensions import override
 
+from gradmerge.common.errors import ConfigError, require
+from gradmerge.common.spec import require_pattern
 from gradmerge.drivers.base import AbstractDriver, Job
 from gradmerge.drivers.layerwise.block import BLOCK_LOSS
 from gradmerge.drivers.layerwise.job import Layers, require_permuted
-from gradmerge.errors import ConfigError, require
 from gradmerge.objectives import Objective
-from gradmerge.spec import require_pattern
 
 _OF_A_FIT = ("max_steps", "max_epochs", "max_time", "limit_train_batches", "precision")
 _CALLBACKS_OF_A_FIT = ("EarlyStopping", "ModelCheckpoint")

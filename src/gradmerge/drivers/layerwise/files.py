@@ -7,7 +7,6 @@ coefficients of a whole model are never in memory at once.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gradmerge.coefficients import Layout
+from gradmerge.common.files import whole_file
 from gradmerge.engine.plan import Plan
 from gradmerge.export.writer import Entry, write_safetensors
 
@@ -74,10 +74,8 @@ class Starts(Mapping[str, Tensor]):
 
 def write_whole(path: Path, entries: Sequence[Entry]) -> None:
     """Write a safetensors file that exists completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    write_safetensors(work, entries)
-    work.replace(path)
+    with whole_file(path) as work:
+        write_safetensors(work, entries)
 
 
 def read_mapped(path: Path) -> dict[str, Tensor]:

@@ -21,9 +21,11 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gradmerge._memory import release_freed_memory, trim_heap
 from gradmerge.alignment import AbstractAlignment
 from gradmerge.alignment.views import original_of
+from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.common.memory import release_freed_memory, trim_heap
+from gradmerge.common.spec import to_plain
 from gradmerge.drivers.base import Job
 from gradmerge.drivers.layerwise.activations import Activations
 from gradmerge.drivers.layerwise.block import BlockModule, mean_square
@@ -33,11 +35,9 @@ from gradmerge.drivers.layerwise.scores import score
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.state import FitState
-from gradmerge.errors import ConfigError, shorten
 from gradmerge.export.folder import export_state
 from gradmerge.export.provenance import mean_coefficients
 from gradmerge.export.writer import Entry
-from gradmerge.spec import to_plain
 from gradmerge.training.callbacks import CoefficientLogger
 from gradmerge.training.loaders import StreamLoader, TaskStream, even_batches, sample_batches
 from gradmerge.training.module import DTYPES
@@ -160,7 +160,7 @@ class Layers:
             ],
         }
         write = partial(export_state, self._state)
-        buffers = self.chain.model.statistics.values()
+        buffers = self.chain.model.network_buffers.values()
         known = {"buffers": buffers, "tasks": self.tasks, "results": scores}
         return self.job.export(write, extra, loggers, **known)
 
@@ -222,7 +222,7 @@ class Layers:
         for tensor, coefficient in found["fixed"].items():
             self._state.fix([tensor], coefficient)
         buffers = {key.removeprefix(_BUFFER): stored[key] for key in stored.keys() - raw.keys()}
-        self.chain.model.statistics.set(buffers)
+        self.chain.model.network_buffers.set(buffers)
         loss = self._pass_merged(number) if passes else math.nan
         if result is None:
             found = {"first_loss": loss, **found, "loss": loss}
@@ -279,7 +279,7 @@ class Layers:
                     self.chain.run(number, passing)
 
         self._recompute(passes)
-        binding, statistics = self.plan.binding, self.chain.model.statistics.values()
+        binding, statistics = self.plan.binding, self.chain.model.network_buffers.values()
         assert binding is not None
         for name, value in statistics.items():
             if binding.buffers[name].startswith(f"{block.name}."):
@@ -367,8 +367,8 @@ class Layers:
     @torch.no_grad()
     def _recompute(self, passes: Callable[[], object]) -> None:
         """Recompute the BatchNorm statistics that these passes reach, if the recipe says so."""
-        if self.plan.recipe.buffers == "recompute" and self.chain.model.statistics.batch_norms:
-            self.chain.model.statistics.recompute([passes])
+        if self.plan.recipe.buffers == "recompute" and self.chain.model.network_buffers.batch_norms:
+            self.chain.model.network_buffers.recompute([passes])
 
     def _whole_passes(self) -> None:
         """Run the whole finished merge; a merged tensor lives while its layer runs."""

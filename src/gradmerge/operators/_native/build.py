@@ -23,7 +23,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
 from gradmerge.operators._native.kernels import Kernels
 
 _log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gradmerge.errors import SourceError
+from gradmerge.common.errors import SourceError
 from gradmerge.sources.files import read_json
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradmerge.errors import shorten
+from gradmerge.common.errors import shorten
 from gradmerge.sources.tokenizers.vocabulary import Alignment
 
 _FIRST = 3

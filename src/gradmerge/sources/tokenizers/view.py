@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.errors import Problem
+from gradmerge.common.errors import Problem
 from gradmerge.sources.base import Checkpoint, TensorInfo, View
 from gradmerge.sources.files import read_json
 from gradmerge.sources.tokenizers.files import TOKENIZER_FILES

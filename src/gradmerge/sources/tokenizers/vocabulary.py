@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmerge.errors import ConfigError, Problem, SourceError, nearest, require, shorten
+from gradmerge.common.errors import ConfigError, Problem, SourceError, nearest, require, shorten
 from gradmerge.sources.base import Checkpoint, tensor_bytes
 from gradmerge.sources.skeleton import bind, build_skeleton
 from gradmerge.sources.tokenizers.files import (

@@ -16,9 +16,16 @@ import gradmerge
 from gradmerge import MergeModule
 from gradmerge.cli import main
 from gradmerge.coefficients import AbstractInit, Clamp, Column
-from gradmerge.errors import ConfigError
+from gradmerge.common.errors import ConfigError
+from gradmerge.common.spec import (
+    CONCEPTS,
+    current_path,
+    from_plain,
+    modernise,
+    public_path,
+    to_plain,
+)
 from gradmerge.objectives import CrossEntropy, Objective
-from gradmerge.spec import CONCEPTS, current_path, from_plain, modernise, public_path, to_plain
 from tiny import text_world, write_yaml
 
 OWN = '''

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradmerge.errors import ConfigError, require
+from gradmerge.common.errors import ConfigError, require
 
 CONCEPTS = (
     "sources",
