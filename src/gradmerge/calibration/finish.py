@@ -21,7 +21,7 @@ from gradmerge.finalisers import REPAIR
 Sample = Callable[[int], Iterable[tuple[str, Batch]]]
 """At most so many batches of each task's adaptation split, on the merge's device."""
 
-_NORM_BATCHES = 16
+NORM_BATCHES = 16
 """Most batches per task that BatchNorm statistics are recomputed on."""
 
 
@@ -70,7 +70,7 @@ class Finishing:
             with torch.inference_mode(False), _evaluating(merged):
                 runs = [
                     Run(partial(rows_of, merged, task, batch), mask_of(merged.skeleton, batch))
-                    for task, batch in sample(repair.batches if repair else _NORM_BATCHES)
+                    for task, batch in sample(repair.batches if repair else NORM_BATCHES)
                 ]
                 if repair is None:
                     merged.network_buffers.recompute([run.call for run in runs])

@@ -13,7 +13,7 @@ from gradmerge.engine.merged import MergedModel
 from gradmerge.objectives import Objective, Predictions, next_token_rows
 
 Batch = Mapping[str, Any]
-_NOT_INPUTS = frozenset({"labels", "bytes_per_token"})
+NOT_INPUTS = frozenset({"labels", "bytes_per_token"})
 
 
 def is_causal(network: nn.Module) -> bool:
@@ -52,7 +52,7 @@ def rows_of(
     Raises:
         ConfigError: the network's output has no logits.
     """
-    inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
+    inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
     output = merged(task=task, **inputs)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):

@@ -356,18 +356,10 @@ class MergeModule(lightning.LightningModule):
             return
         task = self.tasks[index]
         predictions = predict(self.merged, self.objective, task, batch, shared=False)
-        rows, labels = self.objective.rows(predictions), predictions.labels
-        if rows:
-            self._scores.add_loss(task, self.objective.loss(predictions), rows)
-        if labels is None:
-            return
-        bytes_per_token = float(batch.get("bytes_per_token", 1.0))
-        self._scores.add("merged", task, predictions.logits, labels, bytes_per_token)
         known = self.trainer.sanity_checking or stage in self._scores.experts
-        if self.score_experts and not known:
-            teacher = predictions.teacher
-            expert = teacher if teacher is not None else expert_rows(self.merged, task, batch)
-            self._scores.add("expert", task, expert, labels, bytes_per_token)
+        scored = self.score_experts and not known
+        expert = partial(expert_rows, self.merged, task, batch) if scored else None
+        self._scores.add(task, batch, predictions, self.objective, expert)
 
     def _finish(self, stage: str) -> None:
         keep = not self.trainer.sanity_checking

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch.cli import SaveConfigCallback
@@ -13,6 +15,18 @@ from gradmerge.common.spec import public_path, to_plain
 from gradmerge.export.provenance import mean_coefficients, versions
 
 _LIMITS = ("max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "precision")
+
+
+@contextmanager
+def quiet(level: int = logging.WARNING) -> Iterator[None]:
+    """Silence a trainer's greetings within the context."""
+    log = logging.getLogger("lightning.pytorch")
+    before = log.level
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def start_run(trainer: Any, module: Any) -> None:

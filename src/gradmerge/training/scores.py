@@ -17,6 +17,7 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
+from gradmerge.objectives import Objective, Predictions
 from gradmerge.objectives.base import UNLABELLED
 
 
@@ -190,15 +191,34 @@ class SplitScores:
         """Score by which tasks are judged."""
         return self._running["merged"].score
 
-    def add_loss(self, task: str, loss: Tensor, rows: int) -> None:
-        """Add the loss of the merged model on a batch."""
-        self._running["merged"].update_loss(task, loss, rows)
-
     def add(
-        self, who: str, task: str, logits: Tensor, labels: Tensor, bytes_per_token: float
+        self,
+        task: str,
+        batch: Mapping[str, Any],
+        predictions: Predictions,
+        objective: Objective | None,
+        expert: Callable[[], Tensor] | None,
     ) -> None:
-        """Add the predictions on a batch of `who`: `merged` or `expert`."""
-        self._running[who].update(task, logits, labels, bytes_per_token)
+        """Add the merged model's predictions on a batch.
+
+        Args:
+            task: the task.
+            batch: the batch, which may have a number of bytes per token.
+            predictions: the predictions on it.
+            objective: gives the loss; None if the data lack what it needs.
+            expert: gives the logits of the task's own source, if they are scored, too.
+        """
+        merged, labels = self._running["merged"], predictions.labels
+        rows = objective.rows(predictions) if objective else 0
+        if objective and rows:
+            merged.update_loss(task, objective.loss(predictions), rows)
+        if labels is None:
+            return
+        size = float(batch.get("bytes_per_token", 1.0))
+        merged.update(task, predictions.logits, labels, size)
+        if expert is not None:
+            logits = predictions.teacher if predictions.teacher is not None else expert()
+            self._running["expert"].update(task, logits, labels, size)
 
     def finish(
         self, stage: str, share: Callable[[str, tuple[str, ...]], float], keep: bool

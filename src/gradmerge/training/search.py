@@ -22,6 +22,7 @@ from gradmerge.engine.merged import MergedModel
 from gradmerge.search import AbstractSearch
 from gradmerge.training.data import MergeDataModule
 from gradmerge.training.module import MergeModule
+from gradmerge.training.run import quiet
 from gradmerge.training.scores import ACCURACY, BITS_PER_BYTE
 
 
@@ -59,10 +60,7 @@ class Scorer:
 
     def __post_init__(self) -> None:
         """Create a silent trainer."""
-        log = logging.getLogger("lightning.pytorch")
-        level = log.level
-        log.setLevel(logging.ERROR)
-        try:
+        with quiet(logging.ERROR):
             self._trainer = lightning.Trainer(
                 accelerator="cpu",
                 devices=1,
@@ -71,8 +69,6 @@ class Scorer:
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
-        finally:
-            log.setLevel(level)
 
     def score(self) -> dict[str, dict[str, float]]:
         """Return all scores of the current coefficients: by task, and `average`."""

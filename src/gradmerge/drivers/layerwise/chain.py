@@ -34,6 +34,7 @@ from gradmerge.drivers.layerwise.activations import Activations
 from gradmerge.drivers.layerwise.files import with_own_keys
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.plan import Plan
+from gradmerge.engine.predict import NOT_INPUTS
 
 _REMEDY = "Name other `blocks`, or learn end to end: leave `driver` out."
 
@@ -194,7 +195,6 @@ def _output_with(output: Any, hidden: Tensor) -> Any:
 
 # ---- the chain -----------------------------------------------------------------------------------
 
-_NOT_INPUTS = frozenset({"labels", "bytes_per_token"})
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest accepted deviation from the network itself, as a share of its largest value."""
 
@@ -251,7 +251,7 @@ class Chain:
 
     def run_network(self, batch: Mapping[str, Any]) -> Any:
         """Return the network's output for a placed batch, with the weights that are set."""
-        return self.model.skeleton(**{k: v for k, v in batch.items() if k not in _NOT_INPUTS})
+        return self.model.skeleton(**{k: v for k, v in batch.items() if k not in NOT_INPUTS})
 
     @torch.no_grad()
     def theta(self, name: str, finished: bool = False) -> Tensor:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import logging
 import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache, partial
 from itertools import islice
 from operator import itemgetter
@@ -23,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from gradmerge.alignment import AbstractAlignment
 from gradmerge.alignment.views import original_of
+from gradmerge.calibration.finish import NORM_BATCHES
 from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.common.memory import release_freed_memory, trim_heap
 from gradmerge.common.spec import to_plain
@@ -41,11 +40,9 @@ from gradmerge.export.writer import Entry
 from gradmerge.training.callbacks import CoefficientLogger
 from gradmerge.training.loaders import StreamLoader, TaskStream, even_batches, sample_batches
 from gradmerge.training.module import DTYPES
-from gradmerge.training.run import describe, describe_data
+from gradmerge.training.run import describe, describe_data, quiet
 from gradmerge.training.scores import Scores
 
-# Batches per task, at most, that the BatchNorm statistics of the export are recomputed on.
-_NORM_BATCHES = 16
 _FILE, _BUFFER = "raw.safetensors", "buffer:"
 
 
@@ -64,7 +61,7 @@ class Layers:
     ) -> None:
         self.job = job
         self._size = batch_size or job.data.batch_size
-        with _quiet():
+        with quiet():
             # not fitted; the dtype of the computation is model.dtype
             trainer = job.trainer(job.root, precision="32-true", max_epochs=1, max_time=None)
         if trainer.world_size != 1:
@@ -304,7 +301,7 @@ class Layers:
         rate = self.job.options.get("learning_rate", 1e-2)
         module = BlockModule(self.chain, number, raw, loss, rate, number * total)
         self.job.configure(module)
-        with _quiet():
+        with quiet():
             trainer = self._block_trainer(folder, total)
             self.chain.model.train()
             trainer.fit(module, train_dataloaders=StreamLoader(stream, 0))
@@ -376,7 +373,7 @@ class Layers:
         with self.chain.weights(partial(self.chain.theta, finished=True)):
             for source, loader in zip(self.tasks.values(), loaders, strict=True):
                 self.chain.source = source
-                for batch in sample_batches(loader, _NORM_BATCHES):
+                for batch in sample_batches(loader, NORM_BATCHES):
                     self.chain.run_network(self.chain.moved(batch))
 
     # ---- scores ---------------------------------------------------------------------------------
@@ -448,15 +445,3 @@ def require_permuted(alignment: AbstractAlignment | None, plan: Plan | None = No
             "others. Take WeightMatching or ActivationMatching, or learn end to end: leave "
             "`driver` out."
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence a trainer's greetings: there is one for each block."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

@@ -54,37 +54,22 @@ def score(
                 chain.store.put(passed.name, chain.run(block, passed))
     theta.cache_clear()
     for (task, batch, has_loss), passed in zip(scored(), passing, strict=True):
-        _add(scores, chain, objective if has_loss else None, task, batch, passed, experts)
+        own = objective if has_loss else None
+        expert = partial(expert_rows, chain.model, task, batch) if experts else None
+        scores.add(task, batch, _predictions(chain, own, task, batch, passed), own, expert)
     found, averages = scores.finish("selection", objective.share, True)
     return {**found, "average": averages} if found else {}
 
 
-def _add(
-    scores: SplitScores,
-    chain: Chain,
-    objective: Objective | None,
-    task: str,
-    batch: Batch,
-    passed: Passing,
-    experts: bool,
-) -> None:
-    """Add a batch that has passed all blocks, with the loss of an objective if there is one."""
-    model = chain.model
-    ensemble = expert = None
-    if (experts and batch.get("labels") is not None) or (objective and objective.needs_teacher):
-        expert = expert_rows(model, task, batch)
+def _predictions(
+    chain: Chain, objective: Objective | None, task: str, batch: Batch, passed: Passing
+) -> Predictions:
+    """Return the predictions on a batch that has passed all blocks, and those of its teachers."""
+    model, ensemble, teacher = chain.model, None, None
+    if objective and objective.needs_teacher:
+        teacher = expert_rows(model, task, batch)
     if objective and objective.needs_ensemble:
         ensemble = [expert_rows(model, task, batch, source) for source in chain.plan.sources]
     with chain.leaving(passed), chain.weights(partial(chain.theta, finished=True)):
         logits, labels, _ = rows_of(model, task, batch)
-    if objective:
-        predictions = Predictions(logits, labels, expert, False, ensemble)
-        rows = objective.rows(predictions)
-        if rows:
-            scores.add_loss(task, objective.loss(predictions), rows)
-    if labels is None:
-        return
-    bytes_per_token = float(batch.get("bytes_per_token", 1.0))
-    scores.add("merged", task, logits, labels, bytes_per_token)
-    if experts and expert is not None:
-        scores.add("expert", task, expert, labels, bytes_per_token)
+    return Predictions(logits, labels, teacher, False, ensemble)
