@@ -120,12 +120,12 @@ def watch(result: dict[str, float]) -> None:
     """Have the driver record what it holds of hidden states, and what autograd saves."""
     import torch
 
-    from gradmerge.drivers.layerwise.activations import Activations
+    from gradmerge.drivers.layerwise.activations import ActivationStore
     from gradmerge.engine.leaves import Leaves
 
-    put, accumulate = Activations.put, Leaves.accumulate
+    put, accumulate = ActivationStore.put, Leaves.accumulate
 
-    def watched(self: Activations, name: str, tensor: torch.Tensor) -> None:
+    def watched(self: ActivationStore, name: str, tensor: torch.Tensor) -> None:
         put(self, name, tensor)
         result["held"] = max(result["held"], float(self.held))
         result["spilled"] = max(result["spilled"], float(self.spilled))
@@ -148,7 +148,7 @@ def watch(result: dict[str, float]) -> None:
     def counting(self: Leaves, losses: Any, scale: float = 1.0) -> Any:
         return accumulate(self, [partial(counted, self, loss) for loss in losses], scale)
 
-    Activations.put = watched  # type: ignore[method-assign]
+    ActivationStore.put = watched  # type: ignore[method-assign]
     Leaves.accumulate = counting  # type: ignore[method-assign]
 
 
@@ -156,14 +156,14 @@ def scoring(folder: Path, batches: int, tokens: int) -> dict[str, float]:
     """Return the least seconds of each way to score the same batches, in turn, in this process."""
     import torch
 
-    from gradmerge.drivers.layerwise.chain import Chain
+    from gradmerge.drivers.layerwise.chain import BlockChain
     from gradmerge.drivers.layerwise.files import Starts
     from gradmerge.drivers.layerwise.scores import score
     from gradmerge.engine.opening import open_plan
     from gradmerge.objectives import Objective
 
     plan = open_plan(recipe_of(folder))
-    chain = Chain(plan, None, torch.float32, torch.device("cpu"))
+    chain = BlockChain(plan, None, torch.float32, torch.device("cpu"))
     torch.manual_seed(0)
     drawn = torch.randint(3, 1000, (batches, BATCH, tokens))
     asked = [(SOURCES[i % 2], {"input_ids": ids, "labels": ids}) for i, ids in enumerate(drawn)]

@@ -22,7 +22,7 @@ from gradmerge.alignment import (
 )
 from gradmerge.alignment.mixing import kept_apart
 from gradmerge.alignment.moments import Pairing, correlation, covariances, squared_distances
-from gradmerge.alignment.symmetry.spec import Axis, Factor, Group, Place, Segment
+from gradmerge.alignment.symmetry.spec import Axis, Factor, Place, Segment, UnitGroup
 from gradmerge.alignment.transport import sinkhorn
 from gradmerge.common.errors import ConfigError
 from permutations import plain_axis
@@ -44,7 +44,7 @@ class Seen:
         return Moments(n, a.mean(0), b.mean(0), a.T @ a / n, b.T @ b / n, a.T @ b / n)
 
 
-GROUP = Group("units", SIZE, (Place("l", -1, 0, (SIZE,), 0),))
+GROUP = UnitGroup("units", SIZE, (Place("l", -1, 0, (SIZE,), 0),))
 
 
 def spec_of(**tensors):
@@ -202,10 +202,10 @@ def test_methods_on_data_say_what_they_miss():
     context = AlignmentContext(PLAIN, {"a": None, "b": None}, ())
     with pytest.raises(ConfigError, match="ActivationMatching needs the sources' activations on"):
         ActivationMatching().align(context)
-    spec = PermutationSpec({"others": Group("others", 3)}, {})
+    spec = PermutationSpec({"others": UnitGroup("others", 3)}, {})
     with pytest.raises(ConfigError, match="no group of units was seen in any module's output"):
         aligned(CCA(), spec, a=correlated(0), b=correlated(1))
-    both = PermutationSpec({"units": GROUP, "others": Group("others", 3)}, {})
+    both = PermutationSpec({"units": GROUP, "others": UnitGroup("others", 3)}, {})
     with pytest.warns(UserWarning, match="1 groups are the output of no module and stay in their"):
         found = aligned(ActivationMatching(), both, a=correlated(0), b=correlated(1))
     assert set(found.maps["b"]) == {"units"}

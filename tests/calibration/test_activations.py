@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gradmerge import MergeDataModule, TaskData
-from gradmerge.alignment.symmetry.spec import Group, Place
+from gradmerge.alignment.symmetry.spec import Place, UnitGroup
 from gradmerge.calibration import activations
 from gradmerge.calibration.activations import UnitPasses, place_rows
 from gradmerge.common.errors import ConfigError
@@ -18,9 +18,9 @@ from gradmerge.sources.collected import Needs
 from gradmerge.training.collect import engine_of
 from tiny import SPLITS, Normalised, Perceptron, build, recipe_of, relatives, vectors
 
-BODY = Group("body", 8, (Place("body", -1, 0, (8,), 0),))
-NORM = Group("norm", 8, (Place("norm", -1, 0, (8,), 0),))
-BOTH = Group("both", 8, (*BODY.places, *NORM.places))
+BODY = UnitGroup("body", 8, (Place("body", -1, 0, (8,), 0),))
+NORM = UnitGroup("norm", 8, (Place("norm", -1, 0, (8,), 0),))
+BOTH = UnitGroup("both", 8, (*BODY.places, *NORM.places))
 
 
 def passes(models, data, folder, lines=None, **options):
@@ -135,11 +135,11 @@ def test_rows_of_padding_do_not_count_and_factors_are_told_apart(tmp_path, famil
     up = f"{layer}.intermediate.dense"
     value = f"{layer}.attention.self.value"
     groups = [
-        Group("up", 24, (Place(up, -1, 0, (24,), 0),)),
-        Group("heads", 2, (Place(value, -1, 0, (2, 8), 0),)),
-        Group("within", 8, (Place(value, -1, 0, (2, 8), 1),)),
-        Group("last", 16, (Place(up, -1, 8, (16,), 0),)),
-        Group("fixed", 3, (Place(up, -1, 0, (3, 8), 0),)),  # the order of its eights is known
+        UnitGroup("up", 24, (Place(up, -1, 0, (24,), 0),)),
+        UnitGroup("heads", 2, (Place(value, -1, 0, (2, 8), 0),)),
+        UnitGroup("within", 8, (Place(value, -1, 0, (2, 8), 1),)),
+        UnitGroup("last", 16, (Place(up, -1, 8, (16,), 0),)),
+        UnitGroup("fixed", 3, (Place(up, -1, 0, (3, 8), 0),)),  # the order of its eights is known
     ]
     run = passes(models, data, tmp_path)
     index = run.units(groups, [("a", "b")])
@@ -202,8 +202,8 @@ class Twice(nn.Module):
 def test_calls_of_one_module_are_told_apart(tmp_path):
     models, data = relatives(build(Twice)), vectors(count=8)
     groups = [
-        Group("first", 8, (Place("act", -1, 0, (8,), 0, call=0),)),
-        Group("second", 5, (Place("act", -1, 0, (5,), 0, call=1),)),
+        UnitGroup("first", 8, (Place("act", -1, 0, (8,), 0, call=0),)),
+        UnitGroup("second", 5, (Place("act", -1, 0, (5,), 0, call=1),)),
     ]
     index = passes(models, data, tmp_path).units(groups, [("a", "b")])
 
@@ -239,10 +239,10 @@ def test_a_network_whose_course_depends_on_its_weights_is_refused(tmp_path):
 
 def test_groups_that_never_ran_are_refused(tmp_path):
     models, data = relatives(build(extra=True)), vectors(count=4)
-    group = Group("extra", 2, (Place("extra", -1, 0, (2,), 0),))
+    group = UnitGroup("extra", 2, (Place("extra", -1, 0, (2,), 0),))
     with pytest.raises(ConfigError, match="not every module that shows the units of extra ran in"):
         passes(models, data, tmp_path).units([BODY, group], [("a", "b")])
-    nowhere = Group("nowhere", 8)
+    nowhere = UnitGroup("nowhere", 8)
     assert set(passes(models, data, tmp_path).units([BODY, nowhere], [("a", "b")])) == {"body"}
 
 
@@ -263,7 +263,7 @@ def test_no_data_at_all_is_refused(tmp_path):
 
 def test_sources_run_with_their_own_heads(tmp_path):
     models, data = relatives(build()), vectors(count=8)
-    group = Group("classes", 3, (Place("head", -1, 0, (3,), 0),))
+    group = UnitGroup("classes", 3, (Place("head", -1, 0, (3,), 0),))
     index = passes(models, data, tmp_path, private=["head"]).units([group], [("a", "b")])
     rows = [explicit(model, data, lambda model, x: model(x)) for model in models[1:]]
     np.testing.assert_allclose(

@@ -11,7 +11,7 @@ from typing_extensions import override
 from gradmerge.alignment.base import assign
 from gradmerge.alignment.mixing import MixingOnData, kept_apart
 from gradmerge.alignment.moments import Pairing, correlation, covariances
-from gradmerge.alignment.symmetry.spec import Group, LinearMap, Map
+from gradmerge.alignment.symmetry.spec import LinearMap, Map, UnitGroup
 from gradmerge.common.errors import ConfigError, require
 
 
@@ -55,7 +55,7 @@ class CCA(MixingOnData):
         turn = u @ vh
         return LinearMap(root_x @ turn @ inverse_y, root_y @ turn.mT @ inverse_x), float(s.sum())
 
-    def _roots(self, group: Group, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    def _roots(self, group: UnitGroup, covariance: Tensor) -> tuple[Tensor, Tensor]:
         """`S^1/2` and `S^-1/2` of a covariance with gamma."""
         values, vectors = torch.linalg.eigh(covariance)
         values = values.clamp(min=0) + self.gamma

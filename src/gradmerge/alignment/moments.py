@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradmerge.alignment.base import AbstractAlignment, AlignmentContext, Moments
-from gradmerge.alignment.symmetry.spec import Group, LinearMap, Maps, PermutationSpec
+from gradmerge.alignment.symmetry.spec import LinearMap, Maps, PermutationSpec, UnitGroup
 from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.sources.collected import Needs, SourceStatistics
 
@@ -20,7 +20,7 @@ class Pairing:
     """One group's units in a source, and in the targets that it is matched to."""
 
     context: AlignmentContext
-    group: Group
+    group: UnitGroup
     source: str
     """The source whose units are moved."""
     targets: Mapping[str, Maps]
@@ -107,7 +107,7 @@ def pairs_of(alignment: AbstractAlignment, sources: Sequence[str]) -> list[tuple
     return [(one, two) for i, one in enumerate(sources) for two in sources[i + 1 :]]
 
 
-def plain_places(group: Group) -> list[dict[str, Any]]:
+def plain_places(group: UnitGroup) -> list[dict[str, Any]]:
     """A group's places as plain data for JSON."""
     return [{**asdict(place), "sizes": list(place.sizes)} for place in group.places]
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from gradmerge.alignment.moments import plain_places
-from gradmerge.alignment.symmetry.spec import Group, Place
+from gradmerge.alignment.symmetry.spec import Place, UnitGroup
 from gradmerge.calibration.fisher import Passes
 from gradmerge.calibration.observers import Observer, mask_of, without_padding
 from gradmerge.common.errors import ConfigError, shorten
@@ -42,7 +42,7 @@ class UnitPasses(Passes):
     """
 
     def units(
-        self, groups: Sequence[Group], pairs: Sequence[Pair], memory: int = MEMORY
+        self, groups: Sequence[UnitGroup], pairs: Sequence[Pair], memory: int = MEMORY
     ) -> dict[str, dict[str, Any]]:
         """Write the moments of all groups that have a place, for pairs of sources, and return the
         index of groups.
@@ -75,7 +75,7 @@ class UnitPasses(Passes):
         return index
 
     @torch.no_grad()
-    def _read(self, groups: Sequence[Group], pairs: Sequence[Pair]) -> dict[str, _Sums]:
+    def _read(self, groups: Sequence[UnitGroup], pairs: Sequence[Pair]) -> dict[str, _Sums]:
         sums = {group.name: _Sums(group.size) for group in groups}
         names = list(self.found)
         for task, batch in self.batches(names[0]):
@@ -128,7 +128,7 @@ class UnitPasses(Passes):
         for alone in tuple(fresh):
             outputs(alone, alone)
 
-    def _outputs(self, task: str, batch: Batch, groups: Sequence[Group], source: str) -> Rows:
+    def _outputs(self, task: str, batch: Batch, groups: Sequence[UnitGroup], source: str) -> Rows:
         units = _Units(self.merged.skeleton, groups, self._moving)
         units.mask = mask_of(self.merged.skeleton, batch)
         with self.merged.as_source(source), units.watching():
@@ -163,7 +163,7 @@ class _Units(Observer):
     def __init__(
         self,
         network: nn.Module,
-        groups: Sequence[Group],
+        groups: Sequence[UnitGroup],
         moving: Mapping[Place, tuple[int, ...]],
     ) -> None:
         self.watched = [
@@ -201,7 +201,7 @@ def place_rows(
     return root.movedim(1 + place.position, -1).flatten(0, -2)
 
 
-def moving_factors(groups: Sequence[Group]) -> dict[Place, tuple[int, ...]]:
+def moving_factors(groups: Sequence[UnitGroup]) -> dict[Place, tuple[int, ...]]:
     """Return the factors of each place's stretch that run over units of another group."""
     places = [place for group in groups for place in group.places]
     positions: dict[Place, set[int]] = {}
@@ -267,9 +267,9 @@ class _Sums:
         return found
 
 
-def _parts(groups: Sequence[Group], matrices: int, memory: int) -> list[list[Group]]:
+def _parts(groups: Sequence[UnitGroup], matrices: int, memory: int) -> list[list[UnitGroup]]:
     """Split groups, in order, into parts whose sums fit into memory; at least one group each."""
-    parts: list[list[Group]] = []
+    parts: list[list[UnitGroup]] = []
     filled = 0
     for group in groups:
         size = 8 * matrices * group.size**2

@@ -101,7 +101,7 @@ class NetworkBuffers:
             only: layers whose statistics are recomputed; default: all.
         """
         norms = [norm for norm in self.batch_norms if only is None or norm in only]
-        moments = [Moments() for _ in norms]
+        moments = [ChannelMoments() for _ in norms]
         with self.evaluating(), ExitStack() as hooks:
             for norm, found in zip(norms, moments, strict=True):
                 norm.train()
@@ -137,7 +137,7 @@ def _processes(norm: nn.SyncBatchNorm) -> int:
     return distributed.get_world_size(norm.process_group)
 
 
-class Moments:
+class ChannelMoments:
     """Number, mean and sum of squared deviations of rows, per channel."""
 
     def __init__(self) -> None:

@@ -77,7 +77,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class View:
+class FlatView:
     """View of a tensor as `[outer, width, inner]`, with coefficients along `width`.
 
     `width` is 1 for a scalar coefficient, and the number of entries for one per weight.
@@ -88,7 +88,7 @@ class View:
     inner: int
 
     @classmethod
-    def of(cls, shape: torch.Size, spread: Spread) -> View:
+    def of(cls, shape: torch.Size, spread: Spread) -> FlatView:
         """Return the view in which the coefficients of a spread run along one axis."""
         size = shape.numel()
         if spread.kind == "axis":

@@ -15,7 +15,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from gradmerge.operators.base import Spread, Terms, View
+from gradmerge.operators.base import FlatView, Spread, Terms
 
 # Entries per chunk and CPU thread: gradient, origin and one source in float32 fit in a core's
 # second-level cache (docs/benchmarks.md has the sweep). A GPU needs few, large kernels.
@@ -23,7 +23,7 @@ _CPU_CHUNK = 65_536
 _GPU_CHUNK = 1 << 26
 
 
-def chunks_of(view: View, size: int) -> tuple[int, Iterator[slice]]:
+def chunks_of(view: FlatView, size: int) -> tuple[int, Iterator[slice]]:
     """Return the length of a chunk of the flat tensor, and the columns that each chunk spans.
 
     Chunks have about `size` entries, and consist of whole rows of the view if they span its width;
@@ -94,7 +94,7 @@ class _Scratch:
 
 def combine(terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
     """Merge as `AbstractOperator.combine` does, with coefficients `[sources, slot]`."""
-    view = View.of(terms.shape, spread)
+    view = FlatView.of(terms.shape, spread)
     flat = [term.reshape(-1) for term in terms.stored]
     dtype = torch.promote_types(terms.accumulate_dtype, out.dtype)
     length, chunks = chunks_of(view, chunk_size(out.device))
@@ -124,7 +124,7 @@ def combine(terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> T
 
 def contract(terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
     """Contract as `AbstractOperator.contract` does."""
-    view = View.of(terms.shape, spread)
+    view = FlatView.of(terms.shape, spread)
     flat = [source.reshape(-1) for source in terms.sources]
     dtype = torch.promote_types(terms.accumulate_dtype, grad.dtype)
     length, chunks = chunks_of(view, chunk_size(grad.device))
@@ -160,7 +160,9 @@ def contract(terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) ->
     return total.view(coefficient.shape).to(coefficient.dtype)
 
 
-def _accumulate(total: Tensor, product: Tensor, columns: slice, spread: Spread, view: View) -> None:
+def _accumulate(
+    total: Tensor, product: Tensor, columns: slice, spread: Spread, view: FlatView
+) -> None:
     """Add the products of one source and chunk, in the accumulation dtype, to `total`, `[slot]`."""
     if spread.kind == "element":
         total[columns] = product
@@ -223,7 +225,9 @@ class Block:
     """`A`, `[entries]`; None for zero."""
 
 
-def blocks(terms: Terms, view: View, dtype: torch.dtype, device: torch.device) -> Iterator[Block]:
+def blocks(
+    terms: Terms, view: FlatView, dtype: torch.dtype, device: torch.device
+) -> Iterator[Block]:
     """Iterate over the blocks of a tensor in order; differences are formed in `dtype`."""
     num, size = len(terms.sources), terms.shape.numel()
     length, along = chunks_of(view, max(1, chunk_size(device) // num))

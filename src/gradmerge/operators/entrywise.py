@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.operators.base import AbstractOperator, Spread, Terms, View
+from gradmerge.operators.base import AbstractOperator, FlatView, Spread, Terms
 from gradmerge.operators.chunks import blocks, collect, select
 
 Prepared = Callable[[Tensor, slice], Tensor]
@@ -55,7 +55,7 @@ class AbstractEntrywise(AbstractOperator):
         dtype = torch.promote_types(terms.accumulate_dtype, out.dtype)
         rows = coefficient.detach().reshape(len(terms.sources), -1).to(out.device, dtype)
         prepared, target = self.prepare(terms, out.device), out.view(-1)
-        for block in blocks(terms, View.of(terms.shape, spread), dtype, out.device):
+        for block in blocks(terms, FlatView.of(terms.shape, spread), dtype, out.device):
             directions = _prepared(prepared, block.directions, block.entries)
             merged = self.merge(directions, select(rows, block.columns, spread)).reshape(-1)
             target[block.entries] = merged if block.origin is None else block.origin + merged
@@ -69,7 +69,7 @@ class AbstractEntrywise(AbstractOperator):
         total = torch.zeros_like(rows, dtype=dtype if spread.kind == "element" else torch.float64)
         if grad.numel():
             prepared, flat = self.prepare(terms, grad.device), grad.reshape(-1)
-            for block in blocks(terms, View.of(terms.shape, spread), dtype, grad.device):
+            for block in blocks(terms, FlatView.of(terms.shape, spread), dtype, grad.device):
                 directions = _prepared(prepared, block.directions, block.entries)
                 slope = self.slope(directions, select(rows, block.columns, spread))
                 piece = flat[block.entries].to(dtype).view(slope.shape[1:])

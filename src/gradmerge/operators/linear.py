@@ -38,7 +38,7 @@ from gradmerge.operators._native import (
     kernels_for,
     selection,
 )
-from gradmerge.operators.base import AbstractOperator, Spread, Terms, View
+from gradmerge.operators.base import AbstractOperator, FlatView, Spread, Terms
 
 
 def combine_directions(terms: Terms, coefficient: Tensor, out: Tensor) -> Tensor:
@@ -179,4 +179,4 @@ def width_and_inner(terms: Terms, spread: Spread, weights: Tensor) -> tuple[int,
     width = weights.shape[1]
     if width == 1:
         return 1, terms.shape.numel()
-    return width, View.of(terms.shape, spread).inner if spread.kind == "axis" else 1
+    return width, FlatView.of(terms.shape, spread).inner if spread.kind == "axis" else 1

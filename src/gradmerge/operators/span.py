@@ -23,7 +23,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.operators._native import kernels_for, selection
-from gradmerge.operators.base import AbstractOperator, Spread, Terms, View
+from gradmerge.operators.base import AbstractOperator, FlatView, Spread, Terms
 from gradmerge.operators.chunks import blocks, chunk_size
 from gradmerge.operators.linear import Linear, directions_of
 
@@ -49,9 +49,9 @@ class AbstractSpan(AbstractOperator):
             coefficient: `[sources, n or 1]`, float64.
         """
 
-    def gram_view(self, shape: torch.Size) -> View:
+    def gram_view(self, shape: torch.Size) -> FlatView:
         """Return the view along whose width Gram matrices run; by default a single one."""
-        return View(1, 1, shape.numel())
+        return FlatView(1, 1, shape.numel())
 
     def gram(self, terms: Terms, device: torch.device) -> Tensor:
         """Return `<B_i, B_j>`, `[width, sources, sources]`, float64."""
@@ -114,7 +114,7 @@ class AbstractSpan(AbstractOperator):
         view = self.gram_view(terms.shape)
         if view.width == 1:
             return None if spread.kind == "element" else (terms, spread)
-        along = spread.kind == "axis" and View.of(terms.shape, spread) == view
+        along = spread.kind == "axis" and FlatView.of(terms.shape, spread) == view
         if along or spread.kind == "scalar":
             shape = view.outer, view.width, view.inner
             return _reshaped(terms, shape), Spread("axis", 1)
@@ -126,7 +126,7 @@ class AbstractSpan(AbstractOperator):
         """Iterate over blocks of the flat tensor: their position and terms, and for each entry the
         Gram matrix, `[entries or 1, sources, sources]`, and the slot, `[entries]`.
         """
-        view, own = self.gram_view(terms.shape), View.of(terms.shape, spread)
+        view, own = self.gram_view(terms.shape), FlatView.of(terms.shape, spread)
         size, device = terms.shape.numel(), gram.device
         whole = _reshaped(terms, (size,))
         step = max(1, min(chunk_size(device) // len(terms.sources), _MOST_ENTRIES))
@@ -141,16 +141,16 @@ class AbstractSpan(AbstractOperator):
             yield entries, _changed(whole, itemgetter(entries)), matrices, slots
 
 
-def per_view(per: Per, shape: torch.Size) -> View:
+def per_view(per: Per, shape: torch.Size) -> FlatView:
     """Return the view for one angle per tensor, per row (vectors along the last axis) or per column
     (vectors along the first axis). A 1-D tensor is always one vector.
     """
     size = shape.numel()
     if per == "tensor" or len(shape) < 2:
-        return View(1, 1, size)
+        return FlatView(1, 1, size)
     if per == "row":
-        return View(1, size // max(1, shape[-1]), shape[-1])
-    return View(shape[0], size // max(1, shape[0]), 1)
+        return FlatView(1, size // max(1, shape[-1]), shape[-1])
+    return FlatView(shape[0], size // max(1, shape[0]), 1)
 
 
 def norms_of(gram: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def norms_of(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().T
 
 
-def _gram(terms: Terms, view: View, device: torch.device) -> Tensor:
+def _gram(terms: Terms, view: FlatView, device: torch.device) -> Tensor:
     num = len(terms.sources)
     kernels = None if terms.mean_origin or device.type != "cpu" else kernels_for(terms.stored)
     if kernels is not None and view.width == 1:

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, require
 from gradmerge.common.typing import Origin
-from gradmerge.operators.base import View
+from gradmerge.operators.base import FlatView
 from gradmerge.operators.span import AbstractSpan, norms_of, per_view
 
 _NO_SUM = 1e-6
@@ -62,7 +62,7 @@ class Slerp(AbstractSpan):
             )
 
     @override
-    def gram_view(self, shape: torch.Size) -> View:
+    def gram_view(self, shape: torch.Size) -> FlatView:
         return per_view(self.per, shape)
 
     @override

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError
 from gradmerge.common.typing import Origin
-from gradmerge.operators.base import View, require_base
+from gradmerge.operators.base import FlatView, require_base
 from gradmerge.operators.span import AbstractSpan, norms_of, per_view
 
 _SMALLEST = 1e-6
@@ -43,7 +43,7 @@ class ModelStock(AbstractSpan):
             )
 
     @override
-    def gram_view(self, shape: torch.Size) -> View:
+    def gram_view(self, shape: torch.Size) -> FlatView:
         return per_view(self.per, shape)
 
     @override

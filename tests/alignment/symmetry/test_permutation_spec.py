@@ -16,11 +16,11 @@ from gradmerge.alignment.symmetry.handwritten import read_spec
 from gradmerge.alignment.symmetry.spec import (
     Axis,
     Factor,
-    Group,
     LinearMap,
     PermutationSpec,
     Place,
     Segment,
+    UnitGroup,
     as_linear,
     same_maps,
     share_moved,
@@ -32,7 +32,7 @@ from gradmerge.sources.in_memory import persistent_tensors
 from gradmerge.sources.skeleton import Network
 from permutations import compose, compose_all, invert, invert_all, plain_axis
 
-GROUPS = {"h": Group("h", 3), "d": Group("d", 4), "r": Group("r", 5)}
+GROUPS = {"h": UnitGroup("h", 3), "d": UnitGroup("d", 4), "r": UnitGroup("r", 5)}
 FUSED = Axis(
     (
         Segment((Factor(3, "h"), Factor(4, "d"))),

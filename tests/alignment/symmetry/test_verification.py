@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradmerge.alignment import WeightMatching
 from gradmerge.alignment.symmetry.example import at_other_sizes
-from gradmerge.alignment.symmetry.spec import Group, PermutationSpec, Place
+from gradmerge.alignment.symmetry.spec import PermutationSpec, Place, UnitGroup
 from gradmerge.alignment.symmetry.verify import verify
 from gradmerge.common.errors import ConfigError
 from permutations import (
@@ -225,7 +225,7 @@ def test_a_network_too_large_to_check_says_so(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_wrong_specification_is_seen_with_two_units_masks_and_nan() -> None:
-    groups = {"h": Group("h", 2)}
+    groups = {"h": UnitGroup("h", 2)}
     for seed in range(20):
         assert PermutationSpec(groups, {}).random(seed)["h"].tolist() == [1, 0]
 

@@ -11,7 +11,7 @@ from gradmerge.coefficients import Element, Group, Model, Tensor
 from gradmerge.common.errors import ConfigError
 from gradmerge.common.spec import to_plain
 from gradmerge.drivers import LayerWise
-from gradmerge.drivers.layerwise.chain import Chain
+from gradmerge.drivers.layerwise.chain import BlockChain
 from gradmerge.engine.opening import open_plan
 from gradmerge.finalisers import REPAIR
 from gradmerge.objectives import L1, CrossEntropy, KLToSource, Objective
@@ -59,7 +59,7 @@ def test_real_networks_are_found_to_be_chains_or_not(name):
     kind = getattr(transformers, name)
     models = relatives(kind(kind.config_class(**REAL[name])), 2, 0.1)
     plan = open_plan(recipe_of(models))
-    chain = Chain(plan, None, torch.float32, torch.device("cpu"))
+    chain = BlockChain(plan, None, torch.float32, torch.device("cpu"))
     assert len(chain.blocks) == (1 if name.startswith("Albert") else 2)
     if "Image" in name:
         inputs = {"pixel_values": torch.randn(1, 3, 32, 32)}

@@ -14,7 +14,7 @@ import torch
 from gradmerge.coefficients import Element
 from gradmerge.drivers import LayerWise
 from gradmerge.drivers.layerwise import job as layers
-from gradmerge.drivers.layerwise.activations import Activations
+from gradmerge.drivers.layerwise.activations import ActivationStore
 from layerwise_jobs import (
     ADAM,
     BLOCKS,
@@ -82,13 +82,13 @@ def test_spilled_activations_give_the_same_coefficients(tmp_path, monkeypatch):
     held, driver = run_of(tmp_path / "held", models, kind)
     driver.run(held)
     spilled = []
-    put = Activations.put
+    put = ActivationStore.put
 
     def watched(self, name, tensor):
         put(self, name, tensor)
         spilled.append((self.held, self.spilled))
 
-    monkeypatch.setattr(Activations, "put", watched)
+    monkeypatch.setattr(ActivationStore, "put", watched)
     job, driver = run_of(tmp_path / "spilled", models, kind, activation_memory=1e-6)
     driver.run(job)
     assert max(in_memory for in_memory, _ in spilled) <= 1e-6 * 2**30
@@ -100,7 +100,7 @@ def test_spilled_activations_give_the_same_coefficients(tmp_path, monkeypatch):
 
 
 def test_activations_are_replaced_where_they_are(tmp_path):
-    kept = Activations(tmp_path, limit=100)
+    kept = ActivationStore(tmp_path, limit=100)
     kept.put("small", torch.arange(20.0))
     kept.put("large", torch.arange(30.0).view(5, 6))
     assert (kept.held, kept.spilled) == (80, 120)
@@ -118,7 +118,7 @@ def test_activations_are_replaced_where_they_are(tmp_path):
 
 
 def test_equal_constants_are_kept_once(tmp_path):
-    kept = Activations(tmp_path, limit=2**20)
+    kept = ActivationStore(tmp_path, limit=2**20)
     mask = torch.tensor([[True, False], [True, True]])
     found = [kept.constant(tensor) for tensor in (mask, mask.clone(), mask[:1].expand(2, 2))]
     assert found[0] is found[1] is not found[2]

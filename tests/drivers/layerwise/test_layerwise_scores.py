@@ -23,7 +23,7 @@ from gradmerge.coefficients import Column, Element, Mixup, Tensor, Uniform
 from gradmerge.common.errors import ConfigError
 from gradmerge.drivers import Job, LayerWise
 from gradmerge.drivers.layerwise import job as layers
-from gradmerge.drivers.layerwise.chain import Chain
+from gradmerge.drivers.layerwise.chain import BlockChain
 from gradmerge.drivers.layerwise.job import require_permuted
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
@@ -259,7 +259,7 @@ def test_scoring_merges_each_block_once_and_holds_no_more_than_one(tmp_path, mon
     data = labelled(data_of(kind, dtype=torch.float32), kind)
     data.eval_batch_size = size
     alive, counts, merged = [], [], []
-    theta = Chain.theta
+    theta = BlockChain.theta
 
     def watched(self, name, finished=False):
         if not finished:
@@ -270,7 +270,7 @@ def test_scoring_merges_each_block_once_and_holds_no_more_than_one(tmp_path, mon
         alive.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(Chain, "theta", watched)
+    monkeypatch.setattr(BlockChain, "theta", watched)
     recipe = recipe_of(models, coefficients=Element())
     folder = LayerWise(steps=1).run(logged_job(tmp_path, recipe, data))
     tensors = open_plan(recipe).tensors

@@ -11,10 +11,10 @@ from gradmerge.alignment.symmetry.rules import Label, Traced
 from gradmerge.alignment.symmetry.spec import (
     Axis,
     Factor,
-    Group,
     PermutationSpec,
     Place,
     Segment,
+    UnitGroup,
     vector_role,
 )
 from gradmerge.alignment.symmetry.units import Dim, Product, Unit
@@ -32,7 +32,7 @@ def to_spec(traced: Traced, binding: Binding) -> PermutationSpec:
     places = _places(traced, names)
     multiplied = {unit for dim in traced.multiplied for unit in dim.units()}
     groups = {
-        name: Group(name, unit.size, tuple(places[unit]), unit in multiplied)
+        name: UnitGroup(name, unit.size, tuple(places[unit]), unit in multiplied)
         for unit, name in names.items()
     }
     tensors: dict[str, tuple[Axis, ...]] = {}

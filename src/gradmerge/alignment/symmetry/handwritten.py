@@ -36,11 +36,11 @@ from torch import nn
 from gradmerge.alignment.symmetry.spec import (
     Axis,
     Factor,
-    Group,
     PermutationSpec,
     Place,
     Role,
     Segment,
+    UnitGroup,
     vector_role,
 )
 from gradmerge.common.errors import ConfigError, nearest, shorten
@@ -73,7 +73,7 @@ def read_spec(
         ConfigError: lists everything that does not fit.
     """
     modules = None if skeleton is None else dict(skeleton.named_modules())
-    reader = _Reader(_fields(given), shapes, modules)
+    reader = _SpecReader(_fields(given), shapes, modules)
     spec = reader.spec()
     if reader.problems:
         lines = "\n".join(f"  {problem}" for problem in reader.problems)
@@ -115,7 +115,7 @@ def _fields(given: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass
-class _Reader:
+class _SpecReader:
     """Reads the fields, and collects the problems found in them."""
 
     fields: Mapping[str, Any]
@@ -139,7 +139,7 @@ class _Reader:
             tensors[name] = tuple(map(Axis, segments, kinds))
         names = sorted({group for own in tensors.values() for axis in own for group in axis.groups})
         places, apart = self._each("places", self._places), self.fields["multiplied"]
-        groups = {n: Group(n, self.sizes[n], places.get(n, ()), n in apart) for n in names}
+        groups = {n: UnitGroup(n, self.sizes[n], places.get(n, ()), n in apart) for n in names}
         for kind in ("multiplied", "sizes", "places"):
             self._require_known(kind, "group", names)
         self._require_known("roles", "tensor", axes)

@@ -128,7 +128,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Group:
+class UnitGroup:
     """Units that may change places."""
 
     name: str
@@ -158,7 +158,7 @@ class PermutationSpec:
     Tensors that it does not name have no group on any axis.
     """
 
-    groups: Mapping[str, Group]
+    groups: Mapping[str, UnitGroup]
     """By name."""
     tensors: Mapping[str, tuple[Axis, ...]]
     """Axes by the tensor's name in the files; buffers too."""

@@ -14,7 +14,7 @@ from gradmerge.calibration.repair.measure import Channels, Run
 from gradmerge.calibration.repair.survey import survey_of
 from gradmerge.common.errors import ConfigError
 from gradmerge.engine.autograd import checksums
-from gradmerge.engine.buffers import Moments
+from gradmerge.engine.buffers import ChannelMoments
 from gradmerge.engine.merged import MergedModel
 from gradmerge.finalisers import REPAIR, Correction, Corrections
 from gradmerge.finalisers.repair import correction_of
@@ -129,7 +129,7 @@ class Renormalisation:
         return theta
 
     def _settle(
-        self, layer: Layer, moments: Moments, output: Tensor | None = None
+        self, layer: Layer, moments: ChannelMoments, output: Tensor | None = None
     ) -> Tensor | None:
         """Correct a layer by the moments of its outputs (of a BatchNorm: its inputs, which become
         its statistics first), and return a given output corrected.
@@ -156,7 +156,9 @@ class Renormalisation:
             shift = None if bias is None else (1 - scale) * bias.cpu().double()
         return Correction(scale, shift, layer.channel_axis(output))(output)
 
-    def _scale_and_shift(self, layer: Layer, moments: Moments) -> tuple[Tensor, Tensor | None]:
+    def _scale_and_shift(
+        self, layer: Layer, moments: ChannelMoments
+    ) -> tuple[Tensor, Tensor | None]:
         own = _normalised(layer, moments) if layer.is_norm else (moments.mean, moments.deviation)
         targets = self.targets(layer)
         for whose, values in (("merged network", own), ("sources", targets)):
@@ -182,7 +184,7 @@ def _require_single_calls(layers: Sequence[Layer], found: Channels) -> None:
             )
 
 
-def _normalised(layer: Layer, moments: Moments) -> tuple[Tensor, Tensor]:
+def _normalised(layer: Layer, moments: ChannelMoments) -> tuple[Tensor, Tensor]:
     """Return mean and deviation of a BatchNorm's outputs, from the moments of its inputs."""
     module: Any = layer.module
     gain, bias = (value.detach().cpu().double() for value in (module.weight, module.bias))

@@ -13,9 +13,9 @@ from typing_extensions import override
 
 from gradmerge.calibration.observers import Enough, Observer
 from gradmerge.calibration.repair.layers import Layer
-from gradmerge.engine.buffers import Moments
+from gradmerge.engine.buffers import ChannelMoments
 
-Settle = Callable[[Layer, Moments, Tensor], Tensor | None]
+Settle = Callable[[Layer, ChannelMoments, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Channels(Observer):
         self.watched = [(layer, layer.module) for layer in layers]
         self._whole, self._inputs, self._settle = whole, inputs, settle
         self._calls: Counter[str] = Counter()
-        self.moments = {layer.place: Moments() for layer in layers}
+        self.moments = {layer.place: ChannelMoments() for layer in layers}
         """By place."""
         self.calls: Counter[str] = Counter()
         """Most calls per pass, by place."""

@@ -13,7 +13,7 @@ from gradmerge.common.memory import in_file
 from gradmerge.sources.base import tensor_bytes
 
 
-class Activations:
+class ActivationStore:
     """Tensors by name, each replaced in place as the blocks go by.
 
     Tensors beyond the bound are mapped from files without a name, so that they count as the

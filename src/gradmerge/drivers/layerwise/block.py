@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from gradmerge.drivers.layerwise.chain import Chain
+from gradmerge.drivers.layerwise.chain import BlockChain
 from gradmerge.engine.autograd import known_loss
 from gradmerge.engine.leaves import Leaves
 from gradmerge.optimisers import SAM
@@ -57,7 +57,7 @@ class BlockModule(lightning.LightningModule):
 
     def __init__(
         self,
-        chain: Chain,
+        chain: BlockChain,
         number: int,
         raw: Mapping[str, Tensor],
         loss: Callable[[int], Tensor],

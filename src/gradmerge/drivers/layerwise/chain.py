@@ -2,7 +2,8 @@
 
 Nothing is known of the architecture. A pass of the network with stand-ins in place of its blocks
 records how each block is called; the stand-ins hand the hidden state on, so no weight of a block is
-read. `Chain.verify` checks once that running the recorded calls one by one is the network itself.
+read. `BlockChain.verify` checks once that running the recorded calls one by one is the network
+itself.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch.utils._pytree import (
 )
 
 from gradmerge.common.errors import ConfigError, nearest, shorten
-from gradmerge.drivers.layerwise.activations import Activations
+from gradmerge.drivers.layerwise.activations import ActivationStore
 from gradmerge.drivers.layerwise.files import with_own_keys
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.plan import Plan
@@ -42,7 +43,7 @@ _REMEDY = "Name other `blocks`, or learn end to end: leave `driver` out."
 
 
 @dataclass(frozen=True)
-class Block:
+class ChainBlock:
     """A module whose input is the output of the block before."""
 
     name: str
@@ -51,7 +52,7 @@ class Block:
     """Tensors in it whose coefficients are learned, in the order of the plan."""
 
 
-def find_blocks(plan: Plan, patterns: Sequence[str] | None = None) -> list[Block]:
+def find_blocks(plan: Plan, patterns: Sequence[str] | None = None) -> list[ChainBlock]:
     """Return the blocks of a plan's network, in the order of its modules.
 
     Args:
@@ -79,7 +80,9 @@ def find_blocks(plan: Plan, patterns: Sequence[str] | None = None) -> list[Block
             f"LayerWise: the blocks {shorten(names)} hold no tensor whose coefficients are "
             "learned. Name others in `blocks`."
         )
-    return [Block(name, tuple(t for t, owner in owners.items() if owner == name)) for name in names]
+    return [
+        ChainBlock(name, tuple(t for t, owner in owners.items() if owner == name)) for name in names
+    ]
 
 
 def _default_blocks(skeleton: nn.Module) -> list[str]:
@@ -213,7 +216,7 @@ class _Traced:
     hidden: Tensor
 
 
-class Chain:
+class BlockChain:
     """The network of a plan, run block by block with weights that are given by name.
 
     `verify` must be called first: it finds how blocks are called.
@@ -235,7 +238,7 @@ class Chain:
         for module in self.model.skeleton.modules():
             if hasattr(getattr(module, "config", None), "use_cache"):
                 module.config.use_cache = False  # type: ignore[union-attr]
-        self.store = Activations()
+        self.store = ActivationStore()
         """Hidden states between blocks, and what else blocks are called with."""
         self.gives_logits = False
         """Whether the network's output can be scored."""

@@ -26,9 +26,9 @@ from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.common.memory import release_freed_memory, trim_heap
 from gradmerge.common.spec import to_plain
 from gradmerge.drivers.base import Job
-from gradmerge.drivers.layerwise.activations import Activations
+from gradmerge.drivers.layerwise.activations import ActivationStore
 from gradmerge.drivers.layerwise.block import BlockModule, mean_square
-from gradmerge.drivers.layerwise.chain import Chain, Passing
+from gradmerge.drivers.layerwise.chain import BlockChain, Passing
 from gradmerge.drivers.layerwise.files import Starts, read_mapped, write_whole
 from gradmerge.drivers.layerwise.scores import score
 from gradmerge.engine.opening import open_plan
@@ -77,7 +77,7 @@ class Layers:
         for warning in plan.warnings:
             lightning.pytorch.utilities.rank_zero_warn(str(warning))
         device = trainer.strategy.root_device
-        self.chain = chain = Chain(plan, blocks, dtype, device)
+        self.chain = chain = BlockChain(plan, blocks, dtype, device)
         self.plan = chain.plan
         self._state = chain.model.state
         job.data.attach(chain.model)
@@ -86,7 +86,7 @@ class Layers:
         task, _, batch = next(self._batches())
         one = {k: v[:1] if isinstance(v, Tensor) else v for k, v in batch.items()}
         self.deviation = chain.verify(one, self.tasks[task])
-        chain.store = Activations(job.folder, int(memory * 2**30))
+        chain.store = ActivationStore(job.folder, int(memory * 2**30))
         if job.options.get("load_sources"):
             self.plan.load(device)
         self._starts = Starts(plan, torch.float64 if dtype == torch.float64 else torch.float32)

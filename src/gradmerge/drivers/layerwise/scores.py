@@ -7,7 +7,7 @@ from functools import cache, partial
 
 import torch
 
-from gradmerge.drivers.layerwise.chain import Chain, Passing
+from gradmerge.drivers.layerwise.chain import BlockChain, Passing
 from gradmerge.engine.predict import Batch, expert_rows, is_causal, rows_of
 from gradmerge.objectives import Objective, Predictions
 from gradmerge.training.scores import Scores, SplitScores
@@ -15,7 +15,7 @@ from gradmerge.training.scores import Scores, SplitScores
 
 @torch.no_grad()
 def score(
-    chain: Chain,
+    chain: BlockChain,
     objective: Objective,
     batches: Callable[[], Iterable[tuple[str, Batch]]],
     experts: bool,
@@ -62,7 +62,7 @@ def score(
 
 
 def _predictions(
-    chain: Chain, objective: Objective | None, task: str, batch: Batch, passed: Passing
+    chain: BlockChain, objective: Objective | None, task: str, batch: Batch, passed: Passing
 ) -> Predictions:
     """Return the predictions on a batch that has passed all blocks, and those of its teachers."""
     model, ensemble, teacher = chain.model, None, None
