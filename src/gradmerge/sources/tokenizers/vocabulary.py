@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradmerge.common.errors import ConfigError, Problem, SourceError, nearest, require, shorten
 from gradmerge.sources.base import Checkpoint, tensor_bytes
+from gradmerge.sources.files import copy_files
 from gradmerge.sources.skeleton import bind, build_skeleton
 from gradmerge.sources.tokenizers.files import (
     Tokens,
@@ -381,7 +382,6 @@ def _with_vocabulary(
     """Return the tensors, without values, of a network with a vocabulary of another size."""
     with tempfile.TemporaryDirectory() as text:
         other = Path(text)
-        for code in folder.glob("*.py"):
-            shutil.copyfile(code, other / code.name)
+        copy_files(folder, other, ["*.py"])
         (other / "config.json").write_text(json.dumps(with_size(config, size)))
         return build_skeleton(other, trust_remote_code).state_dict(keep_vars=True)
