@@ -26,8 +26,8 @@ from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import new_folder
 from gradmerge.export.card import model_card
 from gradmerge.export.provenance import provenance_of
-from gradmerge.export.writer import Entry, entries_of, write_json, write_safetensors
-from gradmerge.sources.files import copy_files
+from gradmerge.export.writer import Entry, entries_of, write_safetensors
+from gradmerge.sources.files import copy_files, write_json
 from gradmerge.sources.tokenizers.report import token_report
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}

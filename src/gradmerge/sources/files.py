@@ -224,6 +224,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return loaded
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write plain data as indented JSON."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 @dataclass(frozen=True)
 class SafetensorsFile(AbstractSource):
     """One bare safetensors file, without config or tokenizer."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gradmerge.common.errors import SourceError
-from gradmerge.sources.files import copy_files, read_json
+from gradmerge.sources.files import copy_files, read_json, write_json
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 # Files with tokens; without any of them, transformers makes an empty tokenizer.
@@ -136,4 +135,4 @@ def write_template(folder: Path, template: str) -> None:
     path = folder / "tokenizer_config.json"
     settings = read_json(path)
     if settings is not None and settings.pop("chat_template", None) is not None:
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_json(path, settings)
