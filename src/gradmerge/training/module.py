@@ -323,45 +323,29 @@ class MergeModule(lightning.LightningModule):
         """Return Adam with `learning_rate`; `optimizer` on the command line replaces it."""
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
+    @property
+    def _split(self) -> str:
+        return "test" if self.trainer.testing else "selection"
+
     @override
     def on_validation_epoch_start(self) -> None:
-        self._begin()
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        self._begin()
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score a batch of one task of the selection split."""
-        self._evaluate(batch, dataloader_idx, "selection")
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score a batch of one task of the test split."""
-        self._evaluate(batch, dataloader_idx, "test")
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores of the selection split."""
-        self._finish("selection")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the scores of the test split."""
-        self._finish("test")
-
-    def _begin(self) -> None:
         self.refresh_buffers()
         self._scores.begin(self.causal, self.device)
 
-    def _evaluate(self, batch: Batch, index: int, stage: str) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of one task of the selection or test split."""
         if not batch:  # padding step: another process has one more batch
             return
-        task = self.tasks[index]
+        task = self.tasks[dataloader_idx]
         predictions = predict(self.merged, self.objective, task, batch, shared=False)
-        known = self.trainer.sanity_checking or stage in self._scores.experts
+        known = self.trainer.sanity_checking or self._split in self._scores.experts
         scored = self.score_experts and not known
         expert = partial(expert_rows, self.merged, task, batch) if scored else None
         self._scores.add(task, batch, predictions, self.objective, expert)
 
-    def _finish(self, stage: str) -> None:
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of the split."""
+        stage = self._split
         keep = not self.trainer.sanity_checking
         found, averages = self._scores.finish(stage, self.objective.share, keep)
         for task, values in found.items():
@@ -371,6 +355,10 @@ class MergeModule(lightning.LightningModule):
             key = f"{stage}/loss" if name == "loss" else f"{stage}/average/{name}"
             # early stopping and checkpoints watch the loss
             self.log(key, value, prog_bar=name in ("loss", self._scores.score.name))
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
 
     @property
     def results(self) -> dict[str, dict[str, dict[str, float]]]:
