@@ -107,39 +107,48 @@ class MergeModule(lightning.LightningModule):
         merged = MergedModel(recipe, module, memory, DTYPES[dtype])
         if activation_checkpointing:
             merged.enable_activation_checkpointing()
-        self.load_sources = load_sources
-        self._assemble(merged, objective, learning_rate, score_experts, logit_scale)
-        self._remember(memory, dtype, activation_checkpointing, logit_scale)
+        options = {
+            "memory": memory,
+            "dtype": dtype,
+            "activation_checkpointing": activation_checkpointing,
+            "learning_rate": learning_rate,
+            "load_sources": load_sources,
+            "score_experts": score_experts,
+            "logit_scale": logit_scale,
+        }
+        self._assemble(merged, objective or Objective([CrossEntropy()]), options)
 
     @classmethod
     def around(cls, merged: MergedModel, score_experts: bool = True) -> MergeModule:
         """Wrap an existing merged model, to score it on data."""
         module = cls.__new__(cls)
         lightning.LightningModule.__init__(module)
-        module.allow_modules, module.load_sources = (), False
-        module._assemble(merged, None, 1e-2, score_experts, None)
-        dtype = str(merged.dtype).removeprefix("torch.")
-        module._remember(merged.memory, dtype, False, None)
+        module.allow_modules = ()
+        options = {
+            "memory": merged.memory,
+            "dtype": str(merged.dtype).removeprefix("torch."),
+            "activation_checkpointing": False,
+            "learning_rate": 1e-2,
+            "load_sources": False,
+            "score_experts": score_experts,
+            "logit_scale": None,
+        }
+        module._assemble(merged, Objective([CrossEntropy()]), options)
         return module
 
     def _assemble(
-        self,
-        merged: MergedModel,
-        objective: Objective | None,
-        learning_rate: float,
-        score_experts: bool,
-        logit_scale: float | None,
+        self, merged: MergedModel, objective: Objective, options: Mapping[str, Any]
     ) -> None:
         self.merged = merged
         self.recipe = merged.plan.recipe
-        self.objective = objective or Objective([CrossEntropy()])
-        self.learning_rate = learning_rate
-        self.score_experts = score_experts
+        self.objective = objective
+        self.learning_rate: float = options["learning_rate"]
+        self.load_sources: bool = options["load_sources"]
+        self.score_experts: bool = options["score_experts"]
         require_ensemble(self.merged, self.objective)
         self.regularisation = Regularisation(self.objective, self.merged)
-        self.logit_scale = (
-            None if logit_scale is None else LogitScale(logit_scale, self.objective.terms)
-        )
+        start = options["logit_scale"]
+        self.logit_scale = None if start is None else LogitScale(start, self.objective.terms)
         self._checked_unused = False
         self._finishing = Finishing(lightning.pytorch.utilities.rank_zero_warn)
         self._scores = SplitScores()
@@ -148,23 +157,9 @@ class MergeModule(lightning.LightningModule):
         if self.merged.plan.tokens is not None:
             summary = summarise(token_report(self.merged.plan.tokens))
             lightning.pytorch.utilities.rank_zero_info(summary)
-
-    def _remember(
-        self, memory: str, dtype: str, activation_checkpointing: bool, logit_scale: float | None
-    ) -> None:
-        """Store hyper-parameters as plain data, so checkpoints load with `weights_only=True`."""
-        plain = {
-            "recipe": to_plain(self.recipe),
-            "objective": to_plain(self.objective),
-            "memory": memory,
-            "dtype": dtype,
-            "activation_checkpointing": activation_checkpointing,
-            "learning_rate": self.learning_rate,
-            "load_sources": self.load_sources,
-            "score_experts": self.score_experts,
-            "logit_scale": logit_scale,
-        }
-        self._set_hparams(plain)
+        # plain data, so checkpoints load with `weights_only=True`
+        plain = {"recipe": to_plain(self.recipe), "objective": to_plain(self.objective)}
+        self._set_hparams({**plain, **options})
         self._hparams_initial = copy.deepcopy(self._hparams)
         self._log_hyperparams = True
 
