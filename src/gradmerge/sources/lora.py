@@ -123,17 +123,16 @@ class LoraCheckpoint(Checkpoint):
             if match is not None:
                 module = match["module"].removesuffix(".base_layer")
                 target = self._target(f"{module}.weight")
-                if target is not None:
-                    factors = self._factors.setdefault(target, _Factors(module, {}))
-                    factors.keys[match["side"]] = key
-                    continue
             else:
                 name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
                 target = self._target(name) or (name if self._is_own(name) else None)
-                if target is not None:
-                    self._replaced[target] = key
-                    continue
-            unknown.append(key)
+            if target is None:
+                unknown.append(key)
+            elif match is None:
+                self._replaced[target] = key
+            else:
+                factors = self._factors.setdefault(target, _Factors(module, {}))
+                factors.keys[match["side"]] = key
         if unknown:
             hint = "Is this the adapter's own base?"
             if any("lm_head" in key for key in unknown):
@@ -173,9 +172,7 @@ class LoraCheckpoint(Checkpoint):
             module = build_skeleton(self._base.folder)
         except SourceError:  # custom code or an unknown class: only the names in the files are left
             return {}
-        binding = bind(module, list(self._base.infos))
-        places = {found[0]: name for name, found in binding.parameters.items()}
-        return {**places, **{place: name for name, place in binding.buffers.items()}}
+        return bind(module, list(self._base.infos)).file_names
 
     def _reject_misfits(self) -> None:
         wrong = []

@@ -371,9 +371,7 @@ def vocabulary_axes(
     except ConfigError:  # tensors that are fused on loading, of which none runs over tokens
         names = [n for n in names if size in checkpoint.infos[n].shape]
         binding = bind(small, names)
-    places = {**{n: p[0] for n, p in binding.parameters.items()}, **binding.buffers}
-    places.update({alias: places[kept] for alias, kept in binding.ties.items()})
-    return {name: axes[place] for name, place in places.items() if place in axes}
+    return {name: axes[place] for name, place in binding.places.items() if place in axes}
 
 
 def _with_vocabulary(
