@@ -87,13 +87,11 @@ def _read(data: TaskData) -> Any:
     else:
         loaded = {stage: load(split=data.splits.get(stage, _ALIASES[stage])) for stage in STAGES}
     if data.path == "text":
-        return {name: _without_blank_lines(lines) for name, lines in loaded.items()}
+        return {
+            name: lines.select([i for i, text in enumerate(lines["text"]) if text.strip()])
+            for name, lines in loaded.items()
+        }
     return loaded
-
-
-def _without_blank_lines(lines: Any) -> Any:
-    kept = [i for i, text in enumerate(lines["text"]) if text.strip()]
-    return lines if len(kept) == len(lines) else lines.select(kept)
 
 
 def _without_repetitions(task: str, whole: Any, data: TaskData) -> Any:

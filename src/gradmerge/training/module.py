@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -198,25 +198,28 @@ class MergeModule(lightning.LightningModule):
             ConfigError: a task names an unknown source, and the objective or private tensors need
                 one.
         """
-        if described:
-            tasks = {name: task.source or name for name, task in described.items()}
-            lost = [f"{t} -> {s}" for t, s in tasks.items() if s not in self.merged.plan.serving]
-            if lost and len(self.merged.plan.sources) and self._tasks_need_source():
-                raise ConfigError(
-                    f"unknown sources of tasks: {', '.join(lost)} (choose from "
-                    f"{', '.join(self.merged.plan.serving)}). Set `source` of these tasks."
+        if not described:
+            return
+        plan = self.merged.plan
+        known = ", ".join(plan.serving)
+        tasks = {name: task.source or name for name, task in described.items()}
+        lost = [f"{task} -> {s}" for task, s in tasks.items() if s not in plan.serving]
+        if lost and (self.objective.needs_teacher or plan.private):
+            raise ConfigError(
+                f"unknown sources of tasks: {', '.join(lost)} (choose from {known}). Set `source` "
+                "of these tasks."
+            )
+        if lost:
+            self.score_experts = False
+        first = next(iter(plan.sources))
+        self.merged.tasks = {n: s if s in plan.serving else first for n, s in tasks.items()}
+        for name, task in described.items():
+            if task.source is not None and task.source not in plan.serving:
+                lightning.pytorch.utilities.rank_zero_warn(
+                    f"task {name}: unknown source {task.source!r} (choose from {known})."
+                    f"{nearest(task.source, plan.serving)} Its examples still train the merge, but "
+                    "no task is scored against its own source."
                 )
-            first = next(iter(self.merged.plan.sources))
-            self.merged.tasks = {
-                name: source if source in self.merged.plan.serving else first
-                for name, source in tasks.items()
-            }
-            if lost:
-                self.score_experts = False
-                _warn_of_sources(described, self.merged.plan.serving)
-
-    def _tasks_need_source(self) -> bool:
-        return self.objective.needs_teacher or bool(self.merged.plan.private)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Merge once, run one backward pass per task, and contract the gradients once."""
@@ -401,15 +404,3 @@ class MergeModule(lightning.LightningModule):
         restored = restore(self.merged, saved)
         self.regularisation.restore((saved or {}).get("regularisation", {}))
         self._checked_unused, self._scores.results, self._scores.experts = restored
-
-
-def _warn_of_sources(described: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Warn of tasks that name an unknown source."""
-    known = list(known)
-    for name, task in described.items():
-        if task.source is not None and task.source not in known:
-            lightning.pytorch.utilities.rank_zero_warn(
-                f"task {name}: unknown source {task.source!r} (choose from {', '.join(known)})."
-                f"{nearest(task.source, known)} Its examples still train the merge, but no task "
-                "is scored against its own source."
-            )
