@@ -137,7 +137,8 @@ def test_the_data_module_gives_the_stream_of_its_seed():
 
 def plain_shares(count):
     """What two processes get, two examples per batch."""
-    loaders = [ShareLoader(numbers(count), 2, 0, rank, world=2) for rank in range(2)]
+    whole = DataLoader(numbers(count), batch_size=2, collate_fn=collate)
+    loaders = [ShareLoader(whole, rank, world=2) for rank in range(2)]
     return [[b["x"].tolist() if b else [] for b in loader] for loader in loaders]
 
 
@@ -146,7 +147,8 @@ def plain_shares(count):
 def test_the_shares_of_a_split_hold_every_example_once(count, world, num_workers):
     seen, lengths = [], set()
     for rank in range(world):
-        loader = ShareLoader(numbers(count), 2, num_workers, rank, world)
+        whole = DataLoader(numbers(count), 2, collate_fn=collate, num_workers=num_workers)
+        loader = ShareLoader(whole, rank, world)
         batches = list(loader)
         assert len(batches) == len(loader) >= 1
         lengths.add(len(batches))

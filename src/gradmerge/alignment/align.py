@@ -10,7 +10,7 @@ import torch
 
 from gradmerge.alignment.base import AbstractAlignment, Aligned, AlignmentContext
 from gradmerge.alignment.moments import CollectedActivations
-from gradmerge.alignment.symmetry.derive import file_names, to_spec
+from gradmerge.alignment.symmetry.derive import to_spec
 from gradmerge.alignment.symmetry.example import candidates
 from gradmerge.alignment.symmetry.handwritten import read_spec
 from gradmerge.alignment.symmetry.spec import PermutationSpec, share_moved
@@ -90,7 +90,7 @@ def traced_spec(
 ) -> PermutationSpec:
     """Trace the groups of a network (or take written ones), and check them on random weights."""
     skeleton, binding = network.module, network.binding
-    files, failures = file_names(binding), []
+    files, failures = binding.file_names, []
     for inputs in candidates(skeleton, example):
         try:
             spec = written or to_spec(trace(skeleton, inputs, unreached), binding)

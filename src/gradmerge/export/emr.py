@@ -26,12 +26,13 @@ from gradmerge.export.atomic import new_folder
 from gradmerge.export.card import render
 from gradmerge.export.folder import private_entries, require_options, write_config, write_weights
 from gradmerge.export.provenance import provenance_of, stamp
-from gradmerge.export.writer import Entry, entries_of, write_json, write_safetensors
+from gradmerge.export.writer import Entry, entries_of, write_safetensors
 from gradmerge.preprocess import Unify
 from gradmerge.preprocess.processed import ProcessedDirections
 from gradmerge.preprocess.unify import elect
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.emr import FORMAT
+from gradmerge.sources.files import write_json
 
 
 class TaskCheckpoint(Checkpoint):

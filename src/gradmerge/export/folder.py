@@ -7,7 +7,6 @@ only when complete: a kill at any moment leaves the old folder or the new one, n
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor
 
 from gradmerge.common.errors import ConfigError, nearest, shorten
@@ -28,8 +26,8 @@ from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import new_folder
 from gradmerge.export.card import model_card
 from gradmerge.export.provenance import provenance_of
-from gradmerge.export.writer import Entry, entries_of, write_json, write_safetensors
-from gradmerge.sources.files import SMALL_FILES
+from gradmerge.export.writer import Entry, entries_of, write_safetensors
+from gradmerge.sources.files import copy_files, write_json
 from gradmerge.sources.tokenizers.report import token_report
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
@@ -219,14 +217,7 @@ def write_config(
 ) -> None:
     """Write `config`; copy all but the weights from `folder`, or take it from a model in memory."""
     if folder is not None:
-        for file in filter_repo_objects(
-            folder.iterdir(),
-            allow_patterns=SMALL_FILES,
-            ignore_patterns=_NOT_COPIED,
-            key=lambda file: file.name,
-        ):
-            if file.is_file():
-                shutil.copyfile(file, work / file.name)
+        copy_files(folder, work, ignored=_NOT_COPIED)
     elif hasattr(getattr(network, "generation_config", None), "save_pretrained"):
         network.generation_config.save_pretrained(work)
     if config is None:

@@ -99,8 +99,3 @@ def _write(file: FileIO, data: bytes | memoryview) -> None:
         done += file.write(view[done:]) or 0
     with suppress(AttributeError, OSError):  # start writing to the disk, to shorten the `fsync`
         os.posix_fadvise(file.fileno(), start, done, os.POSIX_FADV_DONTNEED)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write plain data as indented JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

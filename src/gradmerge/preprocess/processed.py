@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from gradmerge.common.memory import in_file
 from gradmerge.operators import MaskedDirections
 from gradmerge.preprocess.base import AbstractPreprocess, AbstractSelection, Chain, Site
 from gradmerge.sources.base import Shared
@@ -26,8 +21,8 @@ class ProcessedDirections(Shared):
     """Directions `[sources, *shape]` of every tensor, in float32, after all steps.
 
     A static merge reads each tensor once and keeps none. Training reads them at every step, so
-    `keep` first writes them to a temporary folder (in `TMPDIR`; 4 bytes per entry and source), from
-    which they are memory-mapped; the folder is removed with this object.
+    `keep` first writes them to temporary files (in `TMPDIR`; 4 bytes per entry and source), from
+    which they are memory-mapped; their space is released with this object.
 
     Args:
         steps: steps in the order in which they run.
@@ -91,12 +86,8 @@ class ProcessedDirections(Shared):
         """Compute all directions and store them in files, if there is any step."""
         if self._kept or not self._steps:
             return
-        folder = Path(tempfile.mkdtemp(prefix="gradmerge-directions-"))
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         kept = {}
-        for i, name in enumerate(self._reads):
-            path = folder / f"{i}.safetensors"
-            save_file({name: self.read(name).contiguous()}, path)
-            with safe_open(path, framework="pt") as file:
-                kept[name] = file.get_tensor(name)
+        for name in self._reads:
+            read = self.read(name)
+            kept[name] = in_file(read.shape, read.dtype).copy_(read)
         self._kept = kept

@@ -17,8 +17,6 @@ from typing_extensions import override
 from gradmerge.common.errors import FingerprintError, shorten
 from gradmerge.common.memory import in_file
 
-Key = TypeVar("Key")
-Value = TypeVar("Value")
 Self = TypeVar("Self", bound="Shared")
 
 
@@ -28,10 +26,6 @@ class Shared:
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
         """Return the object itself."""
         return self
-
-
-class SharedDict(Shared, dict[Key, Value]):
-    """Copies of frozen tensors, made on first use."""
 
 
 @dataclass(frozen=True)
@@ -151,33 +145,14 @@ class View(Checkpoint):
     """
 
     def __init__(self, inner: Checkpoint) -> None:
+        super().__init__(inner.label, inner.infos, inner.folder, inner.config)
         self.inner = inner
         self._kept: dict[str, Tensor] = {}
 
     @property
     @override
-    def label(self) -> str:
-        return self.inner.label
-
-    @property
-    @override
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self.inner.infos
-
-    @property
-    @override
-    def folder(self) -> Path | None:
-        return self.inner.folder
-
-    @property
-    @override
     def tokenizer_folder(self) -> Path | None:
         return self.inner.tokenizer_folder
-
-    @property
-    @override
-    def config(self) -> Mapping[str, Any] | None:
-        return self.inner.config
 
     @abstractmethod
     def changes(self, name: str) -> bool:

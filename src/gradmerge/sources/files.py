@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,18 @@ def _weight_files(folder: Path, single: str) -> tuple[list[Path], dict[str, Path
     return files, {name: folder / file for name, file in places.items()}
 
 
+def copy_files(
+    source: Path,
+    target: Path,
+    patterns: Sequence[str] = SMALL_FILES,
+    ignored: Sequence[str] = ("*.index.json",),
+) -> None:
+    """Copy the files of a folder that match a pattern, by default all but the weights."""
+    for file in source.iterdir():
+        if file.is_file() and any(map(file.match, patterns)) and not any(map(file.match, ignored)):
+            shutil.copyfile(file, target / file.name)
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return the file as a dict, or None if it does not exist.
 
@@ -209,6 +222,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(loaded, dict):
         raise SourceError(f"{path}: expected a JSON object, got {type(loaded).__name__}.")
     return loaded
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain data as indented JSON."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

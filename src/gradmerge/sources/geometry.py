@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -61,16 +62,13 @@ def direction_statistics(
         signs: count sign conflicts, too.
     """
     num = len(sources)
-    gram = torch.zeros(num, num, dtype=torch.float64)
-    conflicts = torch.zeros(num, num, dtype=torch.float64)
-    shared = torch.zeros(num, num, dtype=torch.float64)
+    gram, conflicts, shared = torch.zeros(3, num, num, dtype=torch.float64)
     origin_squared, entries = 0.0, 0
     for name in names:
         flat = [source.read(name).reshape(-1) for source in sources]
         anchor = None if base is None else base.read(name).reshape(-1)
-        device, dtype = flat[0].device, torch.float32
-        for tensor in [*flat, *([] if anchor is None else [anchor])]:
-            dtype = torch.promote_types(dtype, tensor.dtype)
+        device, every = flat[0].device, flat if anchor is None else [*flat, anchor]
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in every), torch.float32)
         for start in range(0, flat[0].numel(), _CHUNK):
             chunk = slice(start, start + _CHUNK)
             part = torch.stack([tensor[chunk].to(device, dtype) for tensor in flat])

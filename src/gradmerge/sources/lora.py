@@ -84,12 +84,12 @@ class LoraCheckpoint(Checkpoint):
         self._factors: dict[str, _Factors] = {}
         self._replaced: dict[str, str] = {}
         self._index()
-        self._reject_misfits()
         full = {n: replace(self._adapter.infos[k], name=n) for n, k in self._replaced.items()}
         # adapted tensors have the base's dtype
         super().__init__(
             f"{folder} on {base.label}", {**base.infos, **full}, base.folder, base.config
         )
+        self._reject_misfits()
 
     def _reject_unsupported(self) -> None:
         settings = self._settings
@@ -123,17 +123,16 @@ class LoraCheckpoint(Checkpoint):
             if match is not None:
                 module = match["module"].removesuffix(".base_layer")
                 target = self._target(f"{module}.weight")
-                if target is not None:
-                    factors = self._factors.setdefault(target, _Factors(module, {}))
-                    factors.keys[match["side"]] = key
-                    continue
             else:
                 name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
                 target = self._target(name) or (name if self._is_own(name) else None)
-                if target is not None:
-                    self._replaced[target] = key
-                    continue
-            unknown.append(key)
+            if target is None:
+                unknown.append(key)
+            elif match is None:
+                self._replaced[target] = key
+            else:
+                factors = self._factors.setdefault(target, _Factors(module, {}))
+                factors.keys[match["side"]] = key
         if unknown:
             hint = "Is this the adapter's own base?"
             if any("lm_head" in key for key in unknown):
@@ -173,9 +172,7 @@ class LoraCheckpoint(Checkpoint):
             module = build_skeleton(self._base.folder)
         except SourceError:  # custom code or an unknown class: only the names in the files are left
             return {}
-        binding = bind(module, list(self._base.infos))
-        places = {found[0]: name for name, found in binding.parameters.items()}
-        return {**places, **{place: name for name, place in binding.buffers.items()}}
+        return bind(module, list(self._base.infos)).file_names
 
     def _reject_misfits(self) -> None:
         wrong = []
@@ -184,8 +181,9 @@ class LoraCheckpoint(Checkpoint):
                 wrong.append(f"{name}: only {', '.join(factors.keys.values())}")
                 continue
             form, stored = self._form(name), self._stored_shape(name)
-            turns = len(self._base.infos[name].shape) == 2 and not self._is_embedding(name)
-            if stored != form and not (turns and stored == form[::-1]):
+            if self._is_transposed(name):
+                form = form[::-1]
+            if stored != form:
                 wrong.append(f"{name}: factors for {form[0]} x {form[1]}, base {stored}")
         if wrong:
             raise SourceError(
@@ -195,30 +193,25 @@ class LoraCheckpoint(Checkpoint):
 
     def _stored_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of an adapted tensor as a matrix, `[out, in * kernel]`."""
-        shape = self._base.infos[name].shape
-        if name in self._replaced:
-            shape = self._adapter.infos[self._replaced[name]].shape
+        shape = self.infos[name].shape
         return shape if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
 
     def _form(self, name: str) -> tuple[int, int]:
         """Return the shape of `B @ A`, `(out, in * kernel)`."""
         first, second = (self._adapter.infos[self._factors[name].keys[side]] for side in "AB")
-        if self._is_embedding(name):
-            return first.num_elements // first.shape[0], second.num_elements // first.shape[0]
         return second.num_elements // first.shape[0], first.num_elements // first.shape[0]
 
-    def _is_embedding(self, name: str) -> bool:
-        return "lora_embedding_" in self._factors[name].keys["A"]
-
     def _is_transposed(self, name: str) -> bool:
-        """Return whether the base stores this tensor as `[in, out]`.
+        """Return whether the base stores this tensor as `[in, out]`, as embeddings are.
 
         PEFT writes one `fan_in_fan_out` for the whole adapter, that of the last layer it adapted,
         so shapes decide unless the matrix is square.
         """
+        if "lora_embedding_" in self._factors[name].keys["A"]:
+            return True
         out, inputs = self._form(name)
-        if out != inputs:
-            return self._stored_shape(name) != (out, inputs)
+        if out != inputs or len(self.infos[name].shape) > 2:
+            return self.infos[name].shape == (inputs, out)
         if (self._base.config or {}).get("model_type") in _MIXED_LAYOUT:
             return self._factors[name].module.rpartition(".")[-1] in _TRANSPOSED
         return bool(self._settings.get("fan_in_fan_out"))
@@ -251,7 +244,7 @@ class LoraCheckpoint(Checkpoint):
         first, second = (self._adapter.read(keys[side]).to(dtype) for side in "AB")
         rank = first.shape[0]
         product = self.scale(name, rank) * (second.reshape(-1, rank) @ first.reshape(rank, -1))
-        if self._is_embedding(name) or self._is_transposed(name):
+        if self._is_transposed(name):
             product = product.T
         return product.reshape(self._infos[name].shape)
 

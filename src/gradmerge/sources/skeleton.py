@@ -31,6 +31,18 @@ class Binding:
     unused: tuple[str, ...]
     """Tensors in the files that are not in the module."""
 
+    @property
+    def places(self) -> dict[str, str]:
+        """Name in the files, tied or not -> first name in the module."""
+        places = {name: aliases[0] for name, aliases in self.parameters.items()}
+        places.update(self.buffers)
+        return {**places, **{alias: places[kept] for alias, kept in self.ties.items()}}
+
+    @property
+    def file_names(self) -> dict[str, str]:
+        """First name in the module -> name in the files, that of the merge if it is tied."""
+        return {place: name for name, place in reversed(self.places.items())}
+
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:

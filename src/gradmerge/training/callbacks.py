@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
-from gradmerge.common.errors import ConfigError
 from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import refuse_existing
 from gradmerge.export.folder import export_merged, require_options
@@ -281,17 +280,9 @@ class ExportAtEnd(lightning.Callback):
 
 
 def finish_fit(trainer: lightning.Trainer, module: MergeModule) -> dict[str, Any]:
-    """Restore the best coefficients, and return facts about the fit for the provenance."""
-    best = restore_best(trainer, module)
-    if not best:
-        module.refresh_buffers()
-    return {"checkpoint": Path(best).name if best else "last state", "steps": trainer.global_step}
+    """Restore the best coefficients, and return facts about the fit for the provenance.
 
-
-def restore_best(trainer: lightning.Trainer, module: MergeModule) -> str:
-    """Load the best checkpoint by the monitored metric, and return its path.
-
-    Returns an empty string, and changes nothing, if no metric is monitored.
+    Without a monitored metric, the final coefficients are kept.
 
     Raises:
         ConfigError: the checkpoint holds no gradmerge coefficients.
@@ -300,8 +291,8 @@ def restore_best(trainer: lightning.Trainer, module: MergeModule) -> str:
     best = getattr(callback, "best_model_path", "") if getattr(callback, "monitor", None) else ""
     if best:
         checkpoint = torch.load(best, map_location="cpu", weights_only=True)
-        if "gradmerge" not in checkpoint:
-            raise ConfigError(f"{best} holds no gradmerge coefficients.")
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
-    return best
+    else:
+        module.refresh_buffers()
+    return {"checkpoint": Path(best).name if best else "last state", "steps": trainer.global_step}

@@ -87,13 +87,11 @@ def _read(data: TaskData) -> Any:
     else:
         loaded = {stage: load(split=data.splits.get(stage, _ALIASES[stage])) for stage in STAGES}
     if data.path == "text":
-        return {name: _without_blank_lines(lines) for name, lines in loaded.items()}
+        return {
+            name: lines.select([i for i, text in enumerate(lines["text"]) if text.strip()])
+            for name, lines in loaded.items()
+        }
     return loaded
-
-
-def _without_blank_lines(lines: Any) -> Any:
-    kept = [i for i, text in enumerate(lines["text"]) if text.strip()]
-    return lines if len(kept) == len(lines) else lines.select(kept)
 
 
 def _without_repetitions(task: str, whole: Any, data: TaskData) -> Any:
@@ -282,11 +280,11 @@ class MergeDataModule(lightning.LightningDataModule):
         return self._shares("test")
 
     def _shares(self, stage: Stage) -> list[Any]:
-        world = 1 if self.trainer is None else self.trainer.world_size
-        if self.trainer is None or world == 1:
-            return self.evaluation_loaders(stage)
-        options = self.eval_batch_size, self.num_workers, self.trainer.global_rank, world, self._pad
-        return [ShareLoader(examples, *options) for examples in self.examples(stage).values()]
+        loaders = self.evaluation_loaders(stage)
+        if self.trainer is None or self.trainer.world_size == 1:
+            return loaders
+        place = self.trainer.global_rank, self.trainer.world_size
+        return [ShareLoader(loader, *place) for loader in loaders]
 
     def evaluation_loaders(self, stage: Stage) -> list[Any]:
         """Return one loader per task over the whole split, in the order of `tasks`."""

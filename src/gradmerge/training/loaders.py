@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -114,23 +113,15 @@ class ShareLoader:
     subclass `DataLoader`, because the trainer would then insert a sampler that repeats examples.
     """
 
-    def __init__(
-        self,
-        examples: Dataset[Any],
-        batch_size: int,
-        num_workers: int,
-        rank: int,
-        world: int,
-        pad: int = 0,
-    ) -> None:
-        total = len(examples)  # type: ignore[arg-type]
-        share = range(rank, total, world)
-        self.steps = max(1, math.ceil(math.ceil(total / world) / batch_size))
+    def __init__(self, whole: DataLoader[Any], rank: int, world: int) -> None:
+        total = len(whole.dataset)  # type: ignore[arg-type]
+        size = whole.batch_size or 1
+        self.steps = max(1, math.ceil(math.ceil(total / world) / size))
         self.batches = DataLoader(
-            Subset(examples, share),
-            batch_size=batch_size,
-            collate_fn=partial(collate, pad=pad),
-            num_workers=num_workers,
+            Subset(whole.dataset, range(rank, total, world)),
+            batch_size=size,
+            collate_fn=whole.collate_fn,
+            num_workers=whole.num_workers,
         )
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -107,39 +107,48 @@ class MergeModule(lightning.LightningModule):
         merged = MergedModel(recipe, module, memory, DTYPES[dtype])
         if activation_checkpointing:
             merged.enable_activation_checkpointing()
-        self.load_sources = load_sources
-        self._assemble(merged, objective, learning_rate, score_experts, logit_scale)
-        self._remember(memory, dtype, activation_checkpointing, logit_scale)
+        options = {
+            "memory": memory,
+            "dtype": dtype,
+            "activation_checkpointing": activation_checkpointing,
+            "learning_rate": learning_rate,
+            "load_sources": load_sources,
+            "score_experts": score_experts,
+            "logit_scale": logit_scale,
+        }
+        self._assemble(merged, objective or Objective([CrossEntropy()]), options)
 
     @classmethod
     def around(cls, merged: MergedModel, score_experts: bool = True) -> MergeModule:
         """Wrap an existing merged model, to score it on data."""
         module = cls.__new__(cls)
         lightning.LightningModule.__init__(module)
-        module.allow_modules, module.load_sources = (), False
-        module._assemble(merged, None, 1e-2, score_experts, None)
-        dtype = str(merged.dtype).removeprefix("torch.")
-        module._remember(merged.memory, dtype, False, None)
+        module.allow_modules = ()
+        options = {
+            "memory": merged.memory,
+            "dtype": str(merged.dtype).removeprefix("torch."),
+            "activation_checkpointing": False,
+            "learning_rate": 1e-2,
+            "load_sources": False,
+            "score_experts": score_experts,
+            "logit_scale": None,
+        }
+        module._assemble(merged, Objective([CrossEntropy()]), options)
         return module
 
     def _assemble(
-        self,
-        merged: MergedModel,
-        objective: Objective | None,
-        learning_rate: float,
-        score_experts: bool,
-        logit_scale: float | None,
+        self, merged: MergedModel, objective: Objective, options: Mapping[str, Any]
     ) -> None:
         self.merged = merged
         self.recipe = merged.plan.recipe
-        self.objective = objective or Objective([CrossEntropy()])
-        self.learning_rate = learning_rate
-        self.score_experts = score_experts
+        self.objective = objective
+        self.learning_rate: float = options["learning_rate"]
+        self.load_sources: bool = options["load_sources"]
+        self.score_experts: bool = options["score_experts"]
         require_ensemble(self.merged, self.objective)
         self.regularisation = Regularisation(self.objective, self.merged)
-        self.logit_scale = (
-            None if logit_scale is None else LogitScale(logit_scale, self.objective.terms)
-        )
+        start = options["logit_scale"]
+        self.logit_scale = None if start is None else LogitScale(start, self.objective.terms)
         self._checked_unused = False
         self._finishing = Finishing(lightning.pytorch.utilities.rank_zero_warn)
         self._scores = SplitScores()
@@ -148,23 +157,9 @@ class MergeModule(lightning.LightningModule):
         if self.merged.plan.tokens is not None:
             summary = summarise(token_report(self.merged.plan.tokens))
             lightning.pytorch.utilities.rank_zero_info(summary)
-
-    def _remember(
-        self, memory: str, dtype: str, activation_checkpointing: bool, logit_scale: float | None
-    ) -> None:
-        """Store hyper-parameters as plain data, so checkpoints load with `weights_only=True`."""
-        plain = {
-            "recipe": to_plain(self.recipe),
-            "objective": to_plain(self.objective),
-            "memory": memory,
-            "dtype": dtype,
-            "activation_checkpointing": activation_checkpointing,
-            "learning_rate": self.learning_rate,
-            "load_sources": self.load_sources,
-            "score_experts": self.score_experts,
-            "logit_scale": logit_scale,
-        }
-        self._set_hparams(plain)
+        # plain data, so checkpoints load with `weights_only=True`
+        plain = {"recipe": to_plain(self.recipe), "objective": to_plain(self.objective)}
+        self._set_hparams({**plain, **options})
         self._hparams_initial = copy.deepcopy(self._hparams)
         self._log_hyperparams = True
 
@@ -203,25 +198,28 @@ class MergeModule(lightning.LightningModule):
             ConfigError: a task names an unknown source, and the objective or private tensors need
                 one.
         """
-        if described:
-            tasks = {name: task.source or name for name, task in described.items()}
-            lost = [f"{t} -> {s}" for t, s in tasks.items() if s not in self.merged.plan.serving]
-            if lost and len(self.merged.plan.sources) and self._tasks_need_source():
-                raise ConfigError(
-                    f"unknown sources of tasks: {', '.join(lost)} (choose from "
-                    f"{', '.join(self.merged.plan.serving)}). Set `source` of these tasks."
+        if not described:
+            return
+        plan = self.merged.plan
+        known = ", ".join(plan.serving)
+        tasks = {name: task.source or name for name, task in described.items()}
+        lost = [f"{task} -> {s}" for task, s in tasks.items() if s not in plan.serving]
+        if lost and (self.objective.needs_teacher or plan.private):
+            raise ConfigError(
+                f"unknown sources of tasks: {', '.join(lost)} (choose from {known}). Set `source` "
+                "of these tasks."
+            )
+        if lost:
+            self.score_experts = False
+        first = next(iter(plan.sources))
+        self.merged.tasks = {n: s if s in plan.serving else first for n, s in tasks.items()}
+        for name, task in described.items():
+            if task.source is not None and task.source not in plan.serving:
+                lightning.pytorch.utilities.rank_zero_warn(
+                    f"task {name}: unknown source {task.source!r} (choose from {known})."
+                    f"{nearest(task.source, plan.serving)} Its examples still train the merge, but "
+                    "no task is scored against its own source."
                 )
-            first = next(iter(self.merged.plan.sources))
-            self.merged.tasks = {
-                name: source if source in self.merged.plan.serving else first
-                for name, source in tasks.items()
-            }
-            if lost:
-                self.score_experts = False
-                _warn_of_sources(described, self.merged.plan.serving)
-
-    def _tasks_need_source(self) -> bool:
-        return self.objective.needs_teacher or bool(self.merged.plan.private)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Merge once, run one backward pass per task, and contract the gradients once."""
@@ -323,45 +321,29 @@ class MergeModule(lightning.LightningModule):
         """Return Adam with `learning_rate`; `optimizer` on the command line replaces it."""
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
+    @property
+    def _split(self) -> str:
+        return "test" if self.trainer.testing else "selection"
+
     @override
     def on_validation_epoch_start(self) -> None:
-        self._begin()
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        self._begin()
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score a batch of one task of the selection split."""
-        self._evaluate(batch, dataloader_idx, "selection")
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score a batch of one task of the test split."""
-        self._evaluate(batch, dataloader_idx, "test")
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores of the selection split."""
-        self._finish("selection")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the scores of the test split."""
-        self._finish("test")
-
-    def _begin(self) -> None:
         self.refresh_buffers()
         self._scores.begin(self.causal, self.device)
 
-    def _evaluate(self, batch: Batch, index: int, stage: str) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of one task of the selection or test split."""
         if not batch:  # padding step: another process has one more batch
             return
-        task = self.tasks[index]
+        task = self.tasks[dataloader_idx]
         predictions = predict(self.merged, self.objective, task, batch, shared=False)
-        known = self.trainer.sanity_checking or stage in self._scores.experts
+        known = self.trainer.sanity_checking or self._split in self._scores.experts
         scored = self.score_experts and not known
         expert = partial(expert_rows, self.merged, task, batch) if scored else None
         self._scores.add(task, batch, predictions, self.objective, expert)
 
-    def _finish(self, stage: str) -> None:
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of the split."""
+        stage = self._split
         keep = not self.trainer.sanity_checking
         found, averages = self._scores.finish(stage, self.objective.share, keep)
         for task, values in found.items():
@@ -371,6 +353,10 @@ class MergeModule(lightning.LightningModule):
             key = f"{stage}/loss" if name == "loss" else f"{stage}/average/{name}"
             # early stopping and checkpoints watch the loss
             self.log(key, value, prog_bar=name in ("loss", self._scores.score.name))
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
 
     @property
     def results(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -418,15 +404,3 @@ class MergeModule(lightning.LightningModule):
         restored = restore(self.merged, saved)
         self.regularisation.restore((saved or {}).get("regularisation", {}))
         self._checked_unused, self._scores.results, self._scores.experts = restored
-
-
-def _warn_of_sources(described: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Warn of tasks that name an unknown source."""
-    known = list(known)
-    for name, task in described.items():
-        if task.source is not None and task.source not in known:
-            lightning.pytorch.utilities.rank_zero_warn(
-                f"task {name}: unknown source {task.source!r} (choose from {', '.join(known)})."
-                f"{nearest(task.source, known)} Its examples still train the merge, but no task "
-                "is scored against its own source."
-            )

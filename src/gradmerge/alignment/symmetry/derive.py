@@ -36,26 +36,12 @@ def to_spec(traced: Traced, binding: Binding) -> PermutationSpec:
         for unit, name in names.items()
     }
     tensors: dict[str, tuple[Axis, ...]] = {}
-    for file_name, module_name in _module_names(binding).items():
+    for file_name, module_name in binding.places.items():
         label = traced.labels.get(module_name, [])
         axes = _axes(module_name, label, traced, names)
         if any(axis.groups for axis in axes):
             tensors[file_name] = axes
     return PermutationSpec(groups, tensors)
-
-
-def file_names(binding: Binding) -> dict[str, str]:
-    """The first name in the module -> a name in the files, of parameters and buffers."""
-    names = _module_names(binding)
-    return {module_name: file_name for file_name, module_name in reversed(names.items())}
-
-
-def _module_names(binding: Binding) -> dict[str, str]:
-    """Name in the files -> the first name in the module."""
-    found = {name: places[0] for name, places in binding.parameters.items()}
-    found.update(binding.buffers)
-    found.update({alias: found[kept] for alias, kept in binding.ties.items()})
-    return found
 
 
 def _name_groups(traced: Traced) -> dict[Unit, str]:

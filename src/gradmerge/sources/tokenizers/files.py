@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gradmerge.common.errors import SourceError
-from gradmerge.sources.files import read_json
+from gradmerge.sources.files import copy_files, read_json, write_json
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 # Files with tokens; without any of them, transformers makes an empty tokenizer.
@@ -122,11 +120,7 @@ def write_tokenizer(
         SourceError: transformers cannot load the first tokenizer.
     """
     if not ordinary and not added:  # copies of the files lose nothing
-        for name in TOKENIZER_FILES:
-            if (first / name).is_file():
-                shutil.copyfile(first / name, target / name)
-        for code in first.glob("*.py"):
-            shutil.copyfile(code, target / code.name)
+        copy_files(first, target, [*TOKENIZER_FILES, "*.py"])
         return
     loaded = load_tokenizer(first, trust_remote_code)
     # in one call, as every call builds the tokenizer again
@@ -141,4 +135,4 @@ def write_template(folder: Path, template: str) -> None:
     path = folder / "tokenizer_config.json"
     settings = read_json(path)
     if settings is not None and settings.pop("chat_template", None) is not None:
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_json(path, settings)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, reduce
@@ -17,12 +14,11 @@ from typing_extensions import override
 
 from gradmerge.common.errors import Problem
 from gradmerge.sources.base import Checkpoint, TensorInfo, View
-from gradmerge.sources.files import read_json
+from gradmerge.sources.files import copy_files, read_json, write_json
 from gradmerge.sources.tokenizers.files import TOKENIZER_FILES
 from gradmerge.sources.tokenizers.ids import with_ids, with_size
 from gradmerge.sources.tokenizers.vocabulary import Alignment, Vocabulary
 
-_COPIED = (".json", ".txt", ".jinja", ".py")
 _PART = 4096
 
 
@@ -75,26 +71,17 @@ class VocabularyView(View):
         number = list(self.alignment.checkpoints).index(self._name)  # a name may have slashes
         folder = self.alignment.folder / str(number)
         folder.mkdir()
-        for file in own.iterdir():
-            small = file.suffix in _COPIED and not file.name.endswith(".index.json")
-            if file.is_file() and small and file.name not in TOKENIZER_FILES:
-                shutil.copyfile(file, folder / file.name)
-        for file in self.alignment.tokenizer_folder.iterdir():
-            if (folder / file.name).exists():  # code
-                continue
-            try:
-                os.link(file, folder / file.name)
-            except OSError:  # a file system without links
-                shutil.copyfile(file, folder / file.name)
+        copy_files(self.alignment.tokenizer_folder, folder, ["*"])
+        copy_files(own, folder, ignored=["*.index.json", *TOKENIZER_FILES])
         if self.config is not None:
-            _write(folder / "config.json", self.config)
+            write_json(folder / "config.json", self.config)
         generation = read_json(own / "generation_config.json")
         if generation is not None:
             found = self.alignment
             theirs = found.checkpoints[found.owner].folder
             owner = (theirs and read_json(theirs / "generation_config.json")) or {}
             changed = with_ids(generation, owner, found.moved(self._name), found.size)
-            _write(folder / "generation_config.json", changed)
+            write_json(folder / "generation_config.json", changed)
         return folder
 
     @property
@@ -153,7 +140,3 @@ def alignment_of(checkpoint: Checkpoint) -> Alignment | None:
     while isinstance(checkpoint, View) and not isinstance(checkpoint, VocabularyView):
         checkpoint = checkpoint.inner  # a view that reorders units
     return checkpoint.alignment if isinstance(checkpoint, VocabularyView) else None
-
-
-def _write(path: Path, fields: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradmerge.common.errors import ConfigError, Problem, SourceError, nearest, require, shorten
 from gradmerge.sources.base import Checkpoint, tensor_bytes
+from gradmerge.sources.files import copy_files
 from gradmerge.sources.skeleton import bind, build_skeleton
 from gradmerge.sources.tokenizers.files import (
     Tokens,
@@ -370,9 +371,7 @@ def vocabulary_axes(
     except ConfigError:  # tensors that are fused on loading, of which none runs over tokens
         names = [n for n in names if size in checkpoint.infos[n].shape]
         binding = bind(small, names)
-    places = {**{n: p[0] for n, p in binding.parameters.items()}, **binding.buffers}
-    places.update({alias: places[kept] for alias, kept in binding.ties.items()})
-    return {name: axes[place] for name, place in places.items() if place in axes}
+    return {name: axes[place] for name, place in binding.places.items() if place in axes}
 
 
 def _with_vocabulary(
@@ -381,7 +380,6 @@ def _with_vocabulary(
     """Return the tensors, without values, of a network with a vocabulary of another size."""
     with tempfile.TemporaryDirectory() as text:
         other = Path(text)
-        for code in folder.glob("*.py"):
-            shutil.copyfile(code, other / code.name)
+        copy_files(folder, other, ["*.py"])
         (other / "config.json").write_text(json.dumps(with_size(config, size)))
         return build_skeleton(other, trust_remote_code).state_dict(keep_vars=True)
