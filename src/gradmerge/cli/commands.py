@@ -127,8 +127,10 @@ def merge(
         opening.align(statistics)
         plan = opening.plan(with_skeleton=False, statistics=statistics)
         on_data = plan.finalisation.repair is not None or _has_batch_norms(plan)
-        state, known = FitState.start(plan), dict[str, Any]()
-        if search is not None or score or (data is not None and on_data):
+        known: dict[str, Any] = {}
+        if search is None and not score and not (data is not None and on_data):
+            state = FitState.start(plan)
+        else:
             state, known = _measured(opening.plan(statistics=statistics), data, search, score)
             plan = state.plan
         for warning in plan.warnings:

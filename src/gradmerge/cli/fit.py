@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning
 import yaml
@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from gradmerge.cli.commands import require_checkpoint
 from gradmerge.cli.configs import later
 from gradmerge.cli.defaults import with_coefficients, with_csv
+from gradmerge.cli.explain import Explained
 from gradmerge.cli.score import NAME, require_scored, scored_recipe
 from gradmerge.common.errors import ConfigError
 from gradmerge.common.version import __version__
@@ -49,10 +50,13 @@ _FREE = (
 )
 
 
+class _Parser(Explained, LightningArgumentParser):
+    pass
+
+
 class MergeCLI(LightningCLI):
     """Command line of `fit`, `validate` and `test`; with a driver, `fit` runs that."""
 
-    stop: Callable[[str, Any], NoReturn]
     job: Job | None = None
     """The driver's job, if there is a driver; model and trainer are None then."""
     driver: AbstractDriver | None = None
@@ -66,15 +70,9 @@ class MergeCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser that exits with a message but without the usage text."""
-        stop = self.stop
-
-        class Parser(LightningArgumentParser):
-            def error(self, message: str, *args: Any, **kwargs: Any) -> Any:
-                stop(message, self)
-
         kwargs.setdefault("dump_header", [f"gradmerge=={__version__}"])
         kwargs["allow_abbrev"] = False  # otherwise typos could pass as abbreviations
-        parser = Parser(**kwargs)
+        parser = _Parser(**kwargs)
         parser.add_argument(
             "-c", "--config", action="config", help="YAML file with any of these options."
         )
@@ -313,17 +311,13 @@ class MergeCLI(LightningCLI):
         return trainer
 
 
-def start(
-    arguments: Sequence[str] | None, run: bool, stop: Callable[[str, Any], NoReturn]
-) -> MergeCLI:
+def start(arguments: Sequence[str] | None, run: bool) -> MergeCLI:
     """Build the CLI object and run its command (see `gradmerge.cli.main.learn`).
 
     Args:
         arguments: arguments as on the command line. Default: those of the process.
         run: run the command that comes first in the arguments.
-        stop: function that exits with a message of the parser.
     """
-    MergeCLI.stop = staticmethod(stop)
     return MergeCLI(
         MergeModule,
         MergeDataModule,
