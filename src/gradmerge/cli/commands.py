@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from json import dumps
 from pathlib import Path
 from pickle import UnpicklingError
@@ -219,9 +220,7 @@ def collect(recipe: Recipe, data: Any, output: str, overwrite: bool = False) -> 
 def _collected(recipe: Recipe, data: Any, target: Path, **options: Any) -> Path:
     from gradmerge.training.collect import collect
 
-    def say(line: str) -> None:
-        print(f"gradmerge: {line}", file=sys.stderr)
-
+    say = partial(print, "gradmerge:", file=sys.stderr)
     return collect(recipe, data, target, report=say, **options)
 
 

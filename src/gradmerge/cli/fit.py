@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from gradmerge.cli.commands import require_checkpoint
 from gradmerge.cli.configs import later
-from gradmerge.cli.defaults import with_coefficients, with_csv
+from gradmerge.cli.defaults import listed, with_coefficients, with_csv
 from gradmerge.cli.explain import Explained
 from gradmerge.cli.score import NAME, require_scored, scored_recipe
 from gradmerge.common.errors import ConfigError
@@ -30,7 +30,6 @@ from gradmerge.engine.recipe import Recipe
 from gradmerge.optimisers import SAM
 from gradmerge.search import AbstractSearch
 from gradmerge.training.callbacks import ExportAtEnd, StepProgress
-from gradmerge.training.data import MergeDataModule
 from gradmerge.training.module import MergeModule
 from gradmerge.training.search import SearchedStart
 
@@ -116,8 +115,8 @@ class MergeCLI(LightningCLI):
             self._score_folder(given)
         if self._get(self.config, "driver"):
             self._require_driven(given)
-        kind = str(getattr(self._get(self.config, "optimizer"), "class_path", ""))
-        if kind.startswith("gradmerge.optimisers.") and kind.endswith(".SAM"):
+        optimiser = self._get(self.config, "optimizer")
+        if getattr(optimiser, "class_path", "") == "gradmerge.optimisers.SAM":
             SAM.require(self._get(self.config, "trainer.accumulate_grad_batches") or 1, False)
         path = str(given or "best")
         # the exceptions: names that Lightning resolves, URLs, and folders of shards
@@ -193,7 +192,7 @@ class MergeCLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         options = dict(self._get(self.config_init, "model").keywords)
         recipe = self.driver.recipe(**options.pop("recipe").keywords)
-        exports = [c for c in _listed(given.get("callbacks")) if isinstance(c, ExportAtEnd)]
+        exports = [c for c in listed(given.get("callbacks")) if isinstance(c, ExportAtEnd)]
         return Job(
             recipe,
             self.datamodule,
@@ -227,7 +226,7 @@ class MergeCLI(LightningCLI):
         self._get(config, "trainer")["default_root_dir"] = str(folder)
         self.config_init = self.parser.instantiate_classes(config)
         given = self._get(self.config_init, "trainer")
-        own = [c for c in _listed(given.get("callbacks")) if not isinstance(c, ExportAtEnd)]
+        own = [c for c in listed(given.get("callbacks")) if not isinstance(c, ExportAtEnd)]
         for callback in own:
             if isinstance(callback, ModelCheckpoint):
                 # one folder per step, and the same on resume, or its best score would be lost
@@ -282,11 +281,9 @@ class MergeCLI(LightningCLI):
         lightning_module: Any, optimizer: Any, lr_scheduler: Any = None
     ) -> Any:
         """Configure schedulers to update per step, because a fit is counted in steps."""
-        if lr_scheduler is None:
-            return optimizer
+        if lr_scheduler is None or isinstance(lr_scheduler, ReduceLROnPlateau):
+            return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
         schedule = {"scheduler": lr_scheduler, "interval": "step"}
-        if isinstance(lr_scheduler, ReduceLROnPlateau):
-            schedule.update(interval="epoch", monitor=lr_scheduler.monitor)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _parse_ckpt_path(self) -> None:
@@ -309,27 +306,3 @@ class MergeCLI(LightningCLI):
         if bar is not None and type(bar) in (TQDMProgressBar, RichProgressBar):
             trainer.callbacks[trainer.callbacks.index(bar)] = StepProgress()
         return trainer
-
-
-def start(arguments: Sequence[str] | None, run: bool) -> MergeCLI:
-    """Build the CLI object and run its command (see `gradmerge.cli.main.learn`).
-
-    Args:
-        arguments: arguments as on the command line. Default: those of the process.
-        run: run the command that comes first in the arguments.
-    """
-    return MergeCLI(
-        MergeModule,
-        MergeDataModule,
-        args=None if arguments is None else list(arguments),
-        run=run,
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={"log_every_n_steps": 1},
-        parser_kwargs={"prog": "gradmerge"},
-    )
-
-
-def _listed(callbacks: Any) -> list[Any]:
-    if isinstance(callbacks, Iterable):
-        return list(callbacks)
-    return [] if callbacks is None else [callbacks]

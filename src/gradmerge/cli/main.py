@@ -90,18 +90,26 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
         The CLI object with `model`, `datamodule` and `trainer`, or with `job` if there is a driver.
     """
     from gradmerge.cli.configs import refuse_mergekit
-    from gradmerge.cli.fit import start
+    from gradmerge.cli.fit import MergeCLI
     from gradmerge.cli.score import with_model_folder
+    from gradmerge.training.data import MergeDataModule
+    from gradmerge.training.module import MergeModule
 
     given = with_model_folder(sys.argv[1:] if arguments is None else arguments)
     refuse_mergekit(given)
     register(given)
     if arguments is None:
         sys.argv[1:] = given  # read by LightningCLI and by the processes of DDP
-    else:
-        arguments = given
     quieten()
-    return start(arguments, run)
+    return MergeCLI(
+        MergeModule,
+        MergeDataModule,
+        args=None if arguments is None else given,
+        run=run,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"log_every_n_steps": 1},
+        parser_kwargs={"prog": "gradmerge"},
+    )
 
 
 def quieten() -> None:
@@ -242,9 +250,5 @@ def _parser(command: str, data: bool = False) -> Any:
 
 def underscored(arguments: Sequence[str]) -> list[str]:
     """Return arguments with `--allow-modules` spelled `--allow_modules`, as the parser expects."""
-    return [
-        re.sub(
-            r"^--[a-z]+(-[a-z]+)+(?==|$)", lambda option: "--" + option[0][2:].replace("-", "_"), a
-        )
-        for a in arguments
-    ]
+    option = re.compile(r"(?<=^--)[a-z-]+(?==|$)")
+    return [option.sub(lambda name: name[0].replace("-", "_"), a) for a in arguments]
