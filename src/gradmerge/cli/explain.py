@@ -42,12 +42,11 @@ def own_message(error: ValueError) -> str:
     return "\n".join(textwrap.dedent(text) for text in own)
 
 
-def component_names(stock: bool = True) -> dict[str, str]:
+def component_names(stock: bool) -> dict[str, str]:
     """Return the classes that a configuration may name: the text to write, by short name.
 
-    Args:
-        stock: include torch's optimisers and schedules and Lightning's callbacks and loggers, with
-            their full paths.
+    `stock` adds the full paths of torch's optimisers and schedules and Lightning's callbacks and
+    loggers.
     """
     modules = [importlib.import_module(f"gradmerge.{name}") for name in COMPONENTS]
     own = [n for m in modules for n in m.__all__ if not n.startswith("Abstract")]

@@ -36,8 +36,6 @@ from gradmerge.training.search import SearchedStart
 # Default length of a fit. It is counted in steps, because coefficients are few.
 DEFAULT_STEPS = 200
 
-COMMANDS = ("fit", "validate", "test")
-
 # Trainer options that do not affect results.
 _FREE = (
     "default_root_dir",
@@ -65,7 +63,7 @@ class MergeCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands of gradmerge with the options that Lightning skips in each."""
         keep = LightningCLI.subcommands()
-        return {name: keep[name] for name in COMMANDS}
+        return {name: keep[name] for name in ("fit", "validate", "test")}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser that exits with a message but without the usage text."""
@@ -141,11 +139,7 @@ class MergeCLI(LightningCLI):
         self.parser.add_instantiator(scored, Recipe, subclasses=False)
 
     def _require_driven(self, ckpt_path: str | None) -> None:
-        """Reject options that do not combine with a driver.
-
-        Raises:
-            ConfigError: the command or an option does not support drivers.
-        """
+        """Reject a command or options that do not combine with a driver."""
         if self.subcommand in ("validate", "test"):
             raise ConfigError(
                 f"driver: `gradmerge {self.subcommand}` scores one merge, but a driver makes "
@@ -287,10 +281,7 @@ class MergeCLI(LightningCLI):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _parse_ckpt_path(self) -> None:
-        """Ignore the hyper-parameters of a checkpoint: the configuration defines the model.
-
-        LightningCLI would parse them as options, but gradmerge stores them as plain data.
-        """
+        """Ignore the hyper-parameters of a checkpoint: they are no options, but plain data."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Build the trainer, with gradmerge's default loggers, length and progress bar."""

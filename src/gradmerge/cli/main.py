@@ -184,12 +184,7 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
 def merge_options(command: str, given: MergeInput, data: bool = False) -> dict[str, Any]:
     """Return the options of `merge` or `collect`.
 
-    Parsing data imports Lightning, so they are parsed only if they are needed.
-
-    Args:
-        command: the command.
-        given: its arguments and their configuration files.
-        data: parse data in any case.
+    Parsing data imports Lightning, so without `data` they are parsed only if they are needed.
     """
     data = data or command == "collect" or given.asks_for_data
     # `collect` accepts the files of `merge` and ignores a search in them

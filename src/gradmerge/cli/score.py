@@ -82,11 +82,7 @@ def _private_of(folder: Path) -> list[str]:
 
 
 def require_scored(command: str, ckpt_path: str | None) -> None:
-    """Reject a command or options that do not combine with a folder to score.
-
-    Raises:
-        ConfigError: the command learns, or a checkpoint is given as well.
-    """
+    """Reject a command or options that do not combine with a folder to score."""
     if command not in COMMANDS:
         raise ConfigError(
             f"model_folder: `gradmerge {command}` learns a merge, but a folder can only be scored; "
