@@ -45,15 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for an error in the options or the input.
     """
-    given = arguments
-    arguments = list(sys.argv[1:] if given is None else given)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    command, *options = list(sys.argv[1:] if arguments is None else arguments) or ["help"]
+    if command in ("-h", "--help", "help"):
         print(USAGE)
         return 0
-    if arguments[0] in ("-V", "--version", "version"):
+    if command in ("-V", "--version", "version"):
         print(__version__)
         return 0
-    command = arguments[0]
     if command not in COMMANDS:
         print(
             f"gradmerge: unknown command {command!r} (choose from {', '.join(COMMANDS)})."
@@ -63,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         if command in LEARNING:
-            learn(given)
+            learn(arguments)
         else:
-            _plain(command, arguments[1:])
+            _plain(command, options)
     except ValueError as error:
         own = own_message(error)
         if not own:
@@ -169,15 +167,10 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
 
     register(arguments)
     arguments = underscored(arguments)
-    if command not in ("merge", "collect"):
-        options = _parsed(_parser(command), arguments)
+    if command in ("merge", "collect"):
+        options = merge_options(command, read_merge_input(arguments))
     else:
-        given = read_merge_input(arguments)
-        options = merge_options(command, given)
-        if command == "merge":
-            options["opened"] = given.opened
-            if given.reading is not None:
-                options["dtype"] = options.get("dtype") or given.reading.dtype
+        options = _parsed(_parser(command), arguments)
     getattr(commands, command)(**options)
 
 
@@ -195,6 +188,10 @@ def merge_options(command: str, given: MergeInput, data: bool = False) -> dict[s
     options = given.complete(_parsed(parser, given.arguments(dropped if data else ("data",))))
     if not data and given.needs_data(options):
         return merge_options(command, given, data=True)
+    if command == "merge":
+        options["opened"] = given.opened
+        if given.reading is not None:
+            options["dtype"] = options.get("dtype") or given.reading.dtype
     return options
 
 
