@@ -67,16 +67,11 @@ def output_options(
     else:
         refuse_existing(target, overwrite)
     require_options(dtype, None, ())
-    if head is not None and form == "mergekit":
-        raise ConfigError(
-            f"head: expected none for a mergekit file, which describes one model, got {head!r}; "
-            "remove it."
-        )
     if head is not None and form != "merged":
-        raise ConfigError(
-            f"head: expected none with outputs {form}, where every task has its own head, got "
-            f"{head!r}; remove it."
-        )
+        place = f"with outputs {form}, where every task has its own head"
+        if form == "mergekit":
+            place = "for a mergekit file, which describes one model"
+        raise ConfigError(f"head: expected none {place}, got {head!r}; remove it.")
     if dtype is not None and form == "compact":
         raise ConfigError(
             f"dtype: expected none with outputs compact, got {dtype!r}; give it to "
