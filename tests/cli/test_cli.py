@@ -409,7 +409,7 @@ def test_the_best_scale_as_a_mergekit_file(world, tmp_path, capsys):
     for model in models[1:]:
         assert model["parameters"]["weight"] == pytest.approx(0.3 * float(best[1]))
     message = fails([*options, "--output", "no", "--outputs", "compact"], capsys)
-    assert "outputs: a search or scores need merged, got compact" in message
+    assert "outputs: a search, scores and a mergekit file need merged, got compact" in message
     options += ["--recipe.preprocess", "[Trim]", "--output", "no.yaml", "--mergekit", "true"]
     message = fails(options, capsys)
     assert "mergekit cannot express this merge:\n  preprocess: the coefficients belong" in message

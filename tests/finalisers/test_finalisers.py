@@ -460,7 +460,7 @@ def test_mergekit_cannot_express_repair(folders, tmp_path):
     plan = open_plan(recipe, with_skeleton=False)
     with pytest.raises(ConfigError, match="finalisers: REPAIR changes a tensor by channels"):
         mergekit_yaml(FitState.start(plan))
-    with pytest.raises(ConfigError, match="finalisers: mergekit has one weight per tensor"):
+    with pytest.raises(ConfigError, match="finalisers: REPAIR changes a tensor by channels"):
         plain_merge(recipe, mergekit=True, output=str(tmp_path / "merged.yaml"))
 
 

@@ -6,7 +6,8 @@ import dataclasses
 import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from json import dumps
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,21 +25,26 @@ from gradmerge.engine.recipe import Recipe, named
 from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import refuse_existing
 from gradmerge.export.emr import export_compact, export_tasks, require_outputs, task_checkpoints
-from gradmerge.export.folder import export_merged, export_state, require_options
+from gradmerge.export.folder import export_state, require_options
 from gradmerge.export.provenance import read_as
-from gradmerge.mergekit.writer import require_file, require_plain, write_mergekit
+from gradmerge.mergekit.writer import require_file, require_sum, write_mergekit
 from gradmerge.search import AbstractSearch
 from gradmerge.sources import Checkpoint, as_source
 from gradmerge.sources.emr import EMRCheckpoint, read_description
 from gradmerge.sources.tokenizers.report import summarise, token_report
 
 Outputs = Literal["merged", "tasks", "compact"]
+Form = Outputs | Literal["mergekit"]
 
 
 def output_options(
-    output: str, dtype: str | None = None, overwrite: bool = False, head: str | None = None
+    output: str,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    head: str | None = None,
+    form: Form = "merged",
 ) -> dict[str, Any]:
-    """Check the options that all commands writing a model folder share.
+    """Check the options that all commands writing a model share, before any work.
 
     The parser resolves a command's `**options` to this signature.
 
@@ -47,15 +53,33 @@ def output_options(
         dtype: float64, float32, bfloat16 or float16. Default: each tensor's stored dtype.
         overwrite: replace an existing folder.
         head: task whose head the model in the folder itself has. Default: the first.
+        form: what is written (set by the command).
 
     Returns:
-        The options as arguments of the export.
+        The options as arguments of the function that writes this form.
 
     Raises:
-        ConfigError: the folder exists.
+        ConfigError: the output exists, or the form does not have an option.
     """
-    refuse_existing(Path(output).expanduser(), overwrite)
-    return {"output": output, "dtype": dtype, "overwrite": overwrite, "head": head}
+    target = Path(output).expanduser()
+    if form == "mergekit":
+        require_file(target, overwrite)
+    else:
+        refuse_existing(target, overwrite)
+    require_options(dtype, None, ())
+    if head is not None and form != "merged":
+        place = f"with outputs {form}, where every task has its own head"
+        if form == "mergekit":
+            place = "for a mergekit file, which describes one model"
+        raise ConfigError(f"head: expected none {place}, got {head!r}; remove it.")
+    if dtype is not None and form == "compact":
+        raise ConfigError(
+            f"dtype: expected none with outputs compact, got {dtype!r}; give it to "
+            "`gradmerge unpack`."
+        )
+    optional = {"dtype": dtype, "head": head}
+    given = {name: value for name, value in optional.items() if value is not None}
+    return {"output": output, "overwrite": overwrite, **given}
 
 
 def merge(
@@ -83,20 +107,14 @@ def merge(
         opened: checkpoints of the recipe that are open already (Python only).
         **options: options of `output_options`.
     """
-    if outputs != "merged" and (search is not None or score):
+    if outputs != "merged" and (search is not None or score or mergekit):
         raise ConfigError(
-            f"outputs: a search or scores need merged, got {outputs}, which has no single model to "
-            "score; remove search and score."
+            f"outputs: a search, scores and a mergekit file need merged, got {outputs}, which has "
+            "no single model; remove search, score and mergekit."
         )
-    checked = merge_options(outputs, mergekit, **options)
-    if mergekit and data is not None:
-        require_plain(recipe)
-    require_form(recipe, outputs, mergekit)
-    if data is None and any(finaliser.needs_data for finaliser in recipe.finalisers):
-        raise ConfigError(
-            "data: expected the tasks' adaptation data for REPAIR, got none; add a configuration "
-            "with `data`, as for `gradmerge fit`, or remove REPAIR from recipe.finalisers."
-        )
+    form: Form = "mergekit" if mergekit else outputs
+    checked = output_options(**options, form=form)
+    _require_mergeable(recipe, form, has_data=data is not None)
     opening = Opening(recipe, opened=opened)
     with tempfile.TemporaryDirectory(prefix="gradmerge-statistics-") as folder:
         statistics = recipe.statistics
@@ -105,21 +123,41 @@ def merge(
         opening.align(statistics)
         plan = opening.plan(with_skeleton=False, statistics=statistics)
         on_data = plan.finalisation.repair is not None or _has_batch_norms(plan)
+        known: dict[str, Any] = {}
         if search is None and not score and not (data is not None and on_data):
-            write_merge(FitState.start(plan), outputs, mergekit, checked)
-            return
-        merged = MergedModel(opening.plan(statistics=statistics))
-        known = _measured(merged, data, search, score)
-        write_merge(merged.state, outputs, mergekit, checked, **known)
+            state = FitState.start(plan)
+        else:
+            state, known = _measured(opening.plan(statistics=statistics), data, search, score)
+            plan = state.plan
+        for warning in plan.warnings:
+            print(f"gradmerge merge: warning {warning}", file=sys.stderr)
+        if plan.tokens is not None and not mergekit:
+            print(summarise(token_report(plan.tokens)))
+        written = _write(state, form, checked, known)
+    done = f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors:"
+    print(f"{'mergekit file written to' if mergekit else done} {written}")
+
+
+def _require_mergeable(recipe: Recipe, form: Form, has_data: bool) -> None:
+    if form == "mergekit":
+        require_sum(recipe)
+    elif form != "merged":
+        require_outputs(recipe, form)
+    if not has_data and any(finaliser.needs_data for finaliser in recipe.finalisers):
+        raise ConfigError(
+            "data: expected the tasks' adaptation data for REPAIR, got none; add a configuration "
+            "with `data`, as for `gradmerge fit`, or remove REPAIR from recipe.finalisers."
+        )
 
 
 def _measured(
-    merged: MergedModel, data: Any, search: AbstractSearch | None, score: bool
-) -> dict[str, Any]:
-    """Run the search, the scores and the recipe's corrections on data; return the results."""
+    plan: Plan, data: Any, search: AbstractSearch | None, score: bool
+) -> tuple[FitState, dict[str, Any]]:
+    """Run the search, the scores and the recipe's corrections on data."""
     from gradmerge.training.module import MergeModule
     from gradmerge.training.search import Scorer
 
+    merged = MergedModel(plan)
     module = MergeModule.around(merged, score_experts=False)
     extra = {}
     if search is not None or score:
@@ -127,19 +165,34 @@ def _measured(
         if search is not None:
             chosen, extra["search"] = selection.search(search)
             module.start_at(chosen)
-            _print_search(selection.trials, chosen)
-        _print_scores(selection.score())
+            for trial in selection.trials:
+                mark = "*" if trial.init == chosen else " "
+                print(f"{mark} {_short(trial.init)}: {_row(trial.average)}")
+        for task, values in selection.score().items():
+            print(f"selection, {task}: {_row(values)}")
     else:
         data.attach(merged)
         data.setup()
         module.take_tasks(data.tasks)
         module.refresh_buffers(data)
-    return {
-        "buffers": merged.network_buffers.values(),
-        "tasks": merged.tasks,
-        "results": module.results,
-        "extra": extra,
-    }
+    return merged.state, _known(module, extra)
+
+
+def _known(module: Any, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a module knows beyond its coefficients, as arguments of `export_state`."""
+    buffers, tasks = module.merged.network_buffers.values(), module.merged.tasks
+    return {"buffers": buffers, "tasks": tasks, "results": module.results, "extra": extra}
+
+
+def _write(state: FitState, form: Form, checked: dict[str, Any], known: Mapping[str, Any]) -> Path:
+    if form == "merged":
+        return export_state(state, **checked, **known)
+    if form == "mergekit":
+        return write_mergekit(state, **checked, buffers=known.get("buffers"))
+    if form == "compact":
+        return export_compact(state.plan, **checked)
+    extra = {"merge": to_plain(state.plan.recipe), **read_as(state.plan)}
+    return export_tasks(task_checkpoints(state.plan), **checked, extra=extra)
 
 
 def collect(recipe: Recipe, data: Any, output: str, overwrite: bool = False) -> None:
@@ -162,9 +215,7 @@ def collect(recipe: Recipe, data: Any, output: str, overwrite: bool = False) -> 
 def _collected(recipe: Recipe, data: Any, target: Path, **options: Any) -> Path:
     from gradmerge.training.collect import collect
 
-    def say(line: str) -> None:
-        print(f"gradmerge: {line}", file=sys.stderr)
-
+    say = partial(print, "gradmerge:", file=sys.stderr)
     return collect(recipe, data, target, report=say, **options)
 
 
@@ -173,96 +224,13 @@ def _has_batch_norms(plan: Plan) -> bool:
     return recomputed and any(name.endswith("running_mean") for name in plan.buffers)
 
 
-def _print_search(trials: Sequence[Any], chosen: Any) -> None:
-    for trial in trials:
-        mark = "*" if trial.init == chosen else " "
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in trial.average.items())
-        print(f"{mark} {_short(trial.init)}: {scores}")
-
-
 def _short(init: Any) -> str:
     name = next((n for n in ("factor", "value", "seed") if hasattr(init, n)), "")
     return f"{type(init).__name__} {getattr(init, name, '')}"
 
 
-def _print_scores(found: Mapping[str, Mapping[str, float]]) -> None:
-    for task, values in found.items():
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        print(f"selection, {task}: {scores}")
-
-
-def merge_options(outputs: Outputs, mergekit: bool, **options: Any) -> dict[str, Any]:
-    """Check the options of a merge before any work.
-
-    Raises:
-        ConfigError: options contradict each other, or the output exists.
-    """
-    if mergekit and outputs != "merged":
-        raise ConfigError(f"outputs: expected merged with mergekit, got {outputs}.")
-    checked = _file_options(**options) if mergekit else output_options(**options)
-    if outputs != "merged" and checked["head"] is not None:
-        raise ConfigError(
-            f"head: expected none with outputs {outputs}, where every task has its own head, got "
-            f"{checked['head']!r}; remove it."
-        )
-    if outputs == "compact" and checked["dtype"] is not None:
-        raise ConfigError(
-            f"dtype: expected none with outputs compact, got {checked['dtype']!r}; give it to "
-            "`gradmerge unpack`."
-        )
-    require_options(checked["dtype"], None, ())
-    return checked
-
-
-def require_form(recipe: Recipe, outputs: Outputs, mergekit: bool) -> None:
-    """Reject recipes whose merges cannot be written in this form, before any work.
-
-    Raises:
-        ConfigError: an option of the recipe has no meaning there.
-    """
-    if outputs != "merged":
-        require_outputs(recipe, outputs)
-    if mergekit and any(finaliser.needs_data for finaliser in recipe.finalisers):
-        raise ConfigError(
-            "finalisers: mergekit has one weight per tensor and cannot express REPAIR, which "
-            "corrects channels; write a folder instead (without `mergekit`)."
-        )
-
-
-def write_merge(
-    state: FitState,
-    outputs: Outputs,
-    mergekit: bool,
-    checked: dict[str, Any],
-    **known: Any,
-) -> None:
-    """Write a merge in the requested form, and print warnings and the place.
-
-    Args:
-        state: the opened recipe with its coefficients.
-        outputs: form of the output, as in `merge`.
-        mergekit: write a mergekit YAML, as in `merge`.
-        checked: options that `merge_options` returned.
-        **known: further arguments of `export_state`: buffers, tasks, results, extra.
-    """
-    plan = state.plan
-    for warning in plan.warnings:
-        print(f"gradmerge merge: warning {warning}", file=sys.stderr)
-    if mergekit:
-        buffers = known.get("buffers")
-        print(f"mergekit file written to {write_mergekit(state, **checked, buffers=buffers)}")
-        return
-    if plan.tokens is not None:
-        print(summarise(token_report(plan.tokens)))
-    if outputs == "merged":
-        folder = export_state(state, **checked, **known)
-    elif outputs == "compact":
-        folder = export_compact(plan, checked["output"], overwrite=checked["overwrite"])
-    else:
-        extra = {"merge": to_plain(plan.recipe), **read_as(plan), **(known.get("extra") or {})}
-        own = {key: value for key, value in checked.items() if key != "head"}
-        folder = export_tasks(task_checkpoints(plan), **own, extra=extra)
-    print(f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors: {folder}")
+def _row(scores: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
 def export(
@@ -280,7 +248,8 @@ def export(
             a list of names. Importing a module runs its code.
         **options: options of `output_options`.
     """
-    checked = _file_options(**options) if mergekit else output_options(**options)
+    form: Form = "mergekit" if mergekit else "merged"
+    checked = output_options(**options, form=form)
     path = require_checkpoint(checkpoint)
     allowed = [allow_modules] if isinstance(allow_modules, str) else allow_modules or ()
 
@@ -289,29 +258,8 @@ def export(
     module = MergeModule.load_from_checkpoint(
         path, map_location="cpu", weights_only=True, allow_modules=allowed
     )
-    if mergekit:
-        merged, buffers = module.merged, module.merged.network_buffers.values()
-        print(
-            f"mergekit file written to {write_mergekit(merged.state, **checked, buffers=buffers)}"
-        )
-        return
-    extra = {"checkpoint": path.name}
-    folder = export_merged(module.merged, **checked, results=module.results, extra=extra)
-    print(f"merged model written to {folder}")
-
-
-def _file_options(
-    output: str, dtype: str | None = None, overwrite: bool = False, head: str | None = None
-) -> dict[str, Any]:
-    """Check the options of a mergekit file before any work."""
-    if head is not None:
-        raise ConfigError(
-            f"head: expected none for a mergekit file, which describes one model, got {head!r}; "
-            "remove it."
-        )
-    require_options(dtype, None, ())
-    require_file(Path(output).expanduser(), overwrite)
-    return {"output": output, "dtype": dtype, "overwrite": overwrite}
+    written = _write(module.merged.state, form, checked, _known(module, {"checkpoint": path.name}))
+    print(f"{'mergekit file' if mergekit else 'merged model'} written to {written}")
 
 
 def unpack(
@@ -332,8 +280,7 @@ def unpack(
         dtype: float64, float32, bfloat16 or float16. Default: the base's stored dtypes.
         overwrite: replace an existing folder.
     """
-    refuse_existing(Path(output).expanduser(), overwrite)
-    require_options(dtype, None, ())
+    checked = output_options(output, dtype, overwrite, form="tasks")
     path = Path(folder).expanduser()
     described = read_description(path)
     for task in tasks or ():
@@ -345,9 +292,7 @@ def unpack(
             )
     opened = as_source(base or described["base"]["from"]).open()
     found = {task: EMRCheckpoint(path, task, opened) for task in tasks or described["scales"]}
-    written = export_tasks(
-        found, output, dtype=dtype, overwrite=overwrite, extra={"unpacked": described}
-    )
+    written = export_tasks(found, **checked, extra={"unpacked": described})
     print(f"{len(found)} tasks: {written}")
 
 
@@ -405,12 +350,12 @@ def inspect(
             (the last part of its path).
     """
     found = inspect_sources(named(sources), base, private or [], allow or [], statistics, tokenizer)
+    problems = found["problems"]
     if json:
-        found["problems"] = [dataclasses.asdict(problem) for problem in found["problems"]]
-        print(dumps(found, indent=2))
+        print(dumps({**found, "problems": [dataclasses.asdict(p) for p in problems]}, indent=2))
     else:
         print(render(found))
     if not found["compatible"]:
-        fatal = sum(1 for p in found["problems"] if (p["fatal"] if json else p.fatal))
-        problems = f"{fatal} problem{'s' if fatal != 1 else ''}"
-        raise CompatibilityError(f"these sources cannot be merged: {problems}, listed above.")
+        fatal = sum(problem.fatal for problem in problems)
+        counted = f"{fatal} problem{'s' if fatal != 1 else ''}"
+        raise CompatibilityError(f"these sources cannot be merged: {counted}, listed above.")

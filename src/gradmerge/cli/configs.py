@@ -48,11 +48,7 @@ class MergeInput:
         return bool(options["search"] or options["score"] or (given and (on_data or missing)))
 
     def arguments(self, dropped: Sequence[str]) -> list[str]:
-        """Return the arguments as the command's parser accepts them.
-
-        Args:
-            dropped: options of the files that are left out.
-        """
+        """Return the arguments as the parser accepts them, without some options of the files."""
         found = list(self.given)
         for at, flag, _ in _configs(self.given):
             file = self.files[at]
@@ -94,7 +90,10 @@ def read_merge_input(arguments: Sequence[str]) -> MergeInput:
         )
     reading = None
     for at, path in theirs.items():
-        reading, files[at] = _read_mergekit(path), {}
+        reading, files[at] = read_mergekit(path), {}
+        print(reading.summary)
+        for warning in reading.warnings:
+            print(f"gradmerge merge: warning {path}: {warning}", file=sys.stderr)
     # as everywhere, later arguments win: what stands before the mergekit file is replaced by it
     start = max(theirs, default=-1) + 1
     options = re.findall(r"^--recipe\.(\w+)", "\n".join(arguments[start:]), re.MULTILINE)
@@ -109,12 +108,8 @@ def later(class_type: type, *args: Any, **kwargs: Any) -> Any:
 
 
 def refuse_mergekit(arguments: Sequence[str]) -> None:
-    """Reject a mergekit file in a command that learns.
-
-    Raises:
-        ConfigError: the arguments name one.
-    """
-    for _, _, path in _configs(["--config" if a == "-c" else a for a in arguments]):
+    """Reject a mergekit file in a command that learns."""
+    for _, _, path in _configs(arguments):
         if is_mergekit(_read(path)):
             raise ConfigError(
                 f"expected a configuration to learn a merge, got the mergekit YAML {path}.\n"
@@ -130,7 +125,7 @@ def _configs(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
     for at, argument in enumerate(arguments):
         if argument.startswith("--config="):
             yield at, "--config=", argument.removeprefix("--config=")
-        elif at and arguments[at - 1] == "--config":
+        elif at and arguments[at - 1] in ("--config", "-c"):
             yield at, "", argument
 
 
@@ -150,17 +145,7 @@ def _recipe(found: dict[str, Any]) -> Any:
 
 
 def _translated(found: dict[str, Any], dropped: Sequence[str]) -> dict[str, Any]:
-    if not isinstance(found.get("model"), dict):
-        return {key: value for key, value in found.items() if key not in dropped}
-    dropped = ("model", *_OF_A_FIT, *dropped)
-    rest = {key: value for key, value in found.items() if key not in dropped}
-    recipe = _recipe(found)
-    return {**rest, **({} if recipe is None else {"recipe": recipe})}
-
-
-def _read_mergekit(path: str) -> Reading:
-    reading = read_mergekit(path)
-    print(reading.summary)
-    for warning in reading.warnings:
-        print(f"gradmerge merge: warning {path}: {warning}", file=sys.stderr)
-    return reading
+    if isinstance(found.get("model"), dict):
+        recipe, dropped = _recipe(found), ("model", *_OF_A_FIT, *dropped)
+        found = found if recipe is None else {**found, "recipe": recipe}
+    return {key: value for key, value in found.items() if key not in dropped}

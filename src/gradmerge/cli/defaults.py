@@ -7,6 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 
+def listed(given: Any) -> list[Any]:
+    """Return callbacks or loggers as a list, from a list, a single one or None."""
+    if isinstance(given, Iterable):
+        return list(given)
+    return [] if given is None else [given]
+
+
 def with_csv(given: Any, folder: str | None) -> Any:
     """Return a configuration's loggers with a CSV logger added, or the defaults if it has none.
 
@@ -18,7 +25,7 @@ def with_csv(given: Any, folder: str | None) -> Any:
         return False
     if given is None or given is True:
         return default_loggers(folder)
-    loggers = list(given) if isinstance(given, Iterable) else [given]
+    loggers = listed(given)
     if not any(isinstance(logger, CSVLogger) for logger in loggers):
         loggers.append(CSVLogger(folder or "outputs", name="logs"))
     return loggers
@@ -28,7 +35,7 @@ def with_coefficients(given: Any) -> list[Any]:
     """Return a configuration's callbacks with a `CoefficientLogger` added."""
     from gradmerge.training.callbacks import CoefficientLogger
 
-    callbacks = list(given) if isinstance(given, Iterable) else [given] if given else []
+    callbacks = listed(given)
     if not any(isinstance(callback, CoefficientLogger) for callback in callbacks):
         # last, so that its picture shows the coefficients that an export has restored
         callbacks.append(CoefficientLogger())

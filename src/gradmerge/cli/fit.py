@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning
 import yaml
@@ -20,7 +20,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from gradmerge.cli.commands import require_checkpoint
 from gradmerge.cli.configs import later
-from gradmerge.cli.defaults import with_coefficients, with_csv
+from gradmerge.cli.defaults import listed, with_coefficients, with_csv
+from gradmerge.cli.explain import Explained
 from gradmerge.cli.score import NAME, require_scored, scored_recipe
 from gradmerge.common.errors import ConfigError
 from gradmerge.common.version import __version__
@@ -29,14 +30,11 @@ from gradmerge.engine.recipe import Recipe
 from gradmerge.optimisers import SAM
 from gradmerge.search import AbstractSearch
 from gradmerge.training.callbacks import ExportAtEnd, StepProgress
-from gradmerge.training.data import MergeDataModule
 from gradmerge.training.module import MergeModule
 from gradmerge.training.search import SearchedStart
 
 # Default length of a fit. It is counted in steps, because coefficients are few.
 DEFAULT_STEPS = 200
-
-COMMANDS = ("fit", "validate", "test")
 
 # Trainer options that do not affect results.
 _FREE = (
@@ -49,10 +47,13 @@ _FREE = (
 )
 
 
+class _Parser(Explained, LightningArgumentParser):
+    pass
+
+
 class MergeCLI(LightningCLI):
     """Command line of `fit`, `validate` and `test`; with a driver, `fit` runs that."""
 
-    stop: Callable[[str, Any], NoReturn]
     job: Job | None = None
     """The driver's job, if there is a driver; model and trainer are None then."""
     driver: AbstractDriver | None = None
@@ -62,19 +63,13 @@ class MergeCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands of gradmerge with the options that Lightning skips in each."""
         keep = LightningCLI.subcommands()
-        return {name: keep[name] for name in COMMANDS}
+        return {name: keep[name] for name in ("fit", "validate", "test")}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser that exits with a message but without the usage text."""
-        stop = self.stop
-
-        class Parser(LightningArgumentParser):
-            def error(self, message: str, *args: Any, **kwargs: Any) -> Any:
-                stop(message, self)
-
         kwargs.setdefault("dump_header", [f"gradmerge=={__version__}"])
         kwargs["allow_abbrev"] = False  # otherwise typos could pass as abbreviations
-        parser = Parser(**kwargs)
+        parser = _Parser(**kwargs)
         parser.add_argument(
             "-c", "--config", action="config", help="YAML file with any of these options."
         )
@@ -118,8 +113,8 @@ class MergeCLI(LightningCLI):
             self._score_folder(given)
         if self._get(self.config, "driver"):
             self._require_driven(given)
-        kind = str(getattr(self._get(self.config, "optimizer"), "class_path", ""))
-        if kind.startswith("gradmerge.optimisers.") and kind.endswith(".SAM"):
+        optimiser = self._get(self.config, "optimizer")
+        if getattr(optimiser, "class_path", "") == "gradmerge.optimisers.SAM":
             SAM.require(self._get(self.config, "trainer.accumulate_grad_batches") or 1, False)
         path = str(given or "best")
         # the exceptions: names that Lightning resolves, URLs, and folders of shards
@@ -144,11 +139,7 @@ class MergeCLI(LightningCLI):
         self.parser.add_instantiator(scored, Recipe, subclasses=False)
 
     def _require_driven(self, ckpt_path: str | None) -> None:
-        """Reject options that do not combine with a driver.
-
-        Raises:
-            ConfigError: the command or an option does not support drivers.
-        """
+        """Reject a command or options that do not combine with a driver."""
         if self.subcommand in ("validate", "test"):
             raise ConfigError(
                 f"driver: `gradmerge {self.subcommand}` scores one merge, but a driver makes "
@@ -195,7 +186,7 @@ class MergeCLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         options = dict(self._get(self.config_init, "model").keywords)
         recipe = self.driver.recipe(**options.pop("recipe").keywords)
-        exports = [c for c in _listed(given.get("callbacks")) if isinstance(c, ExportAtEnd)]
+        exports = [c for c in listed(given.get("callbacks")) if isinstance(c, ExportAtEnd)]
         return Job(
             recipe,
             self.datamodule,
@@ -229,7 +220,7 @@ class MergeCLI(LightningCLI):
         self._get(config, "trainer")["default_root_dir"] = str(folder)
         self.config_init = self.parser.instantiate_classes(config)
         given = self._get(self.config_init, "trainer")
-        own = [c for c in _listed(given.get("callbacks")) if not isinstance(c, ExportAtEnd)]
+        own = [c for c in listed(given.get("callbacks")) if not isinstance(c, ExportAtEnd)]
         for callback in own:
             if isinstance(callback, ModelCheckpoint):
                 # one folder per step, and the same on resume, or its best score would be lost
@@ -284,18 +275,13 @@ class MergeCLI(LightningCLI):
         lightning_module: Any, optimizer: Any, lr_scheduler: Any = None
     ) -> Any:
         """Configure schedulers to update per step, because a fit is counted in steps."""
-        if lr_scheduler is None:
-            return optimizer
+        if lr_scheduler is None or isinstance(lr_scheduler, ReduceLROnPlateau):
+            return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
         schedule = {"scheduler": lr_scheduler, "interval": "step"}
-        if isinstance(lr_scheduler, ReduceLROnPlateau):
-            schedule.update(interval="epoch", monitor=lr_scheduler.monitor)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _parse_ckpt_path(self) -> None:
-        """Ignore the hyper-parameters of a checkpoint: the configuration defines the model.
-
-        LightningCLI would parse them as options, but gradmerge stores them as plain data.
-        """
+        """Ignore the hyper-parameters of a checkpoint: they are no options, but plain data."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Build the trainer, with gradmerge's default loggers, length and progress bar."""
@@ -311,31 +297,3 @@ class MergeCLI(LightningCLI):
         if bar is not None and type(bar) in (TQDMProgressBar, RichProgressBar):
             trainer.callbacks[trainer.callbacks.index(bar)] = StepProgress()
         return trainer
-
-
-def start(
-    arguments: Sequence[str] | None, run: bool, stop: Callable[[str, Any], NoReturn]
-) -> MergeCLI:
-    """Build the CLI object and run its command (see `gradmerge.cli.main.learn`).
-
-    Args:
-        arguments: arguments as on the command line. Default: those of the process.
-        run: run the command that comes first in the arguments.
-        stop: function that exits with a message of the parser.
-    """
-    MergeCLI.stop = staticmethod(stop)
-    return MergeCLI(
-        MergeModule,
-        MergeDataModule,
-        args=None if arguments is None else list(arguments),
-        run=run,
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={"log_every_n_steps": 1},
-        parser_kwargs={"prog": "gradmerge"},
-    )
-
-
-def _listed(callbacks: Any) -> list[Any]:
-    if isinstance(callbacks, Iterable):
-        return list(callbacks)
-    return [] if callbacks is None else [callbacks]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradmerge.common.errors import Problem, report
-from gradmerge.sources import Checkpoint, Vocabulary, as_source
+from gradmerge.sources import AbstractSource, Checkpoint, Vocabulary, as_source
 from gradmerge.sources.compatibility import check, check_private, is_private
 from gradmerge.sources.geometry import direction_statistics
 from gradmerge.sources.tokenizers.report import summarise, token_report
@@ -35,44 +35,45 @@ def inspect_sources(
         `sources` (size, dtypes and architecture by name), `problems`, `compatible`, and, if known,
         `tokenizer` (differences of the vocabularies) and `statistics` (geometry of the directions).
     """
-    vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
-    if vocabulary is not None:
-        vocabulary.require(list(sources), base is not None)
-    base_source = None if base is None else as_source(base)
-    opened = {} if base_source is None else {"base": base_source.open()}
-    opened.update({name: as_source(s, base_source).open() for name, s in sources.items()})
+    if tokenizer is not None:
+        Vocabulary(tokenizer).require(list(sources), base is not None)
+    opened = _open(sources, None if base is None else as_source(base))
     problems: list[Problem] = []
-    if vocabulary is not None:
-        opened, problems = align(vocabulary, opened)
-    problems += check(opened, private, allow)
+    if tokenizer is not None:
+        opened, problems = align(Vocabulary(tokenizer), opened)
     tuned = {name: opened[name] for name in sources}
-    problems += check_private(tuned, private, allow)
-    found: dict[str, Any] = {
-        "sources": {name: _size(checkpoint) for name, checkpoint in opened.items()},
-        "problems": problems,
-        "compatible": not any(problem.fatal for problem in problems),
-    }
+    problems += [*check(opened, private, allow), *check_private(tuned, private, allow)]
+    compatible = not any(problem.fatal for problem in problems)
+    sizes = {name: _size(checkpoint) for name, checkpoint in opened.items()}
+    found: dict[str, Any] = {"sources": sizes, "problems": problems, "compatible": compatible}
     alignment = alignment_of(next(iter(opened.values())))
     if alignment is not None:
         found["tokenizer"] = token_report(alignment)
-    if statistics and found["compatible"] and len(sources) >= 1:
-        checkpoints = [opened[name] for name in sources]
-        names = [
-            name
-            for name, info in checkpoints[0].infos.items()
-            if info.dtype.is_floating_point and not is_private(name, private)
-        ]
-        measured = direction_statistics(
-            checkpoints, opened.get("base"), names, mean_origin=base is None and len(sources) > 1
-        )
-        found["statistics"] = {
-            "origin": "base" if base is not None else "mean of the sources",
-            "origin_norm": measured.origin_squared**0.5,
-            "norm": dict(zip(sources, measured.norms.tolist(), strict=True)),
-            "cosine": measured.cosines.tolist(),
-            "sign_conflict": measured.sign_conflict.tolist(),
-        }
+    if statistics and compatible and tuned:
+        found["statistics"] = _directions(tuned, opened.get("base"), private)
     return found
+
+
+def _open(sources: Mapping[str, Any], base: AbstractSource | None) -> dict[str, Checkpoint]:
+    tuned = {name: as_source(source, base).open() for name, source in sources.items()}
+    return tuned if base is None else {"base": base.open(), **tuned}
+
+
+def _directions(
+    tuned: Mapping[str, Checkpoint], base: Checkpoint | None, private: Sequence[str]
+) -> dict[str, Any]:
+    checkpoints = list(tuned.values())
+    infos = checkpoints[0].infos.items()
+    floats = [name for name, info in infos if info.dtype.is_floating_point]
+    names = [name for name in floats if not is_private(name, private)]
+    found = direction_statistics(checkpoints, base, names, mean_origin=len(tuned) > 1)
+    return {
+        "origin": "mean of the sources" if base is None else "base",
+        "origin_norm": found.origin_squared**0.5,
+        "norm": dict(zip(tuned, found.norms.tolist(), strict=True)),
+        "cosine": found.cosines.tolist(),
+        "sign_conflict": found.sign_conflict.tolist(),
+    }
 
 
 def _size(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -91,46 +92,32 @@ def render(found: Mapping[str, Any]) -> str:
     """Format the report as text tables."""
     rows = [["source", "architecture", "tensors", "parameters", "size", "dtype"]]
     for name, entry in found["sources"].items():
-        rows.append(
-            [
-                name,
-                entry["architecture"],
-                str(entry["tensors"]),
-                f"{entry['parameters']:,}",
-                f"{entry['bytes'] / 1e6:,.1f} MB",
-                "/".join(entry["dtypes"]),
-            ]
-        )
-    parts = [table(rows)]
-    problems = found["problems"]
-    parts.append(
-        "compatible: yes" + ("" if not problems else f", with warnings\n{report(problems)}")
-        if found["compatible"]
-        else f"compatible: no\n{report(problems)}"
-    )
+        sizes = [f"{entry['parameters']:,}", f"{entry['bytes'] / 1e6:,.1f} MB"]
+        dtypes = "/".join(entry["dtypes"])
+        rows.append([name, entry["architecture"], str(entry["tensors"]), *sizes, dtypes])
+    problems = "\n" + report(found["problems"]) if found["problems"] else ""
+    warned = ", with warnings" if problems else ""
+    answer = f"yes{warned}" if found["compatible"] else "no"
+    parts = [table(rows), f"compatible: {answer}{problems}"]
     if "tokenizer" in found:
         parts.append(summarise(found["tokenizer"]))
     measured = found.get("statistics")
     if measured:
-        names = list(measured["norm"])
-        relative = measured["origin_norm"]
-        rows = [["direction", "norm", *(["norm / |base|"] if relative else [])]]
-        for name, norm in measured["norm"].items():
-            rows.append([name, f"{norm:.4g}", *([f"{norm / relative:.4f}"] if relative else [])])
-        parts.append(f"directions from the {measured['origin']}:\n" + table(rows))
-        parts.append("cosine of directions:\n" + _matrix(names, measured["cosine"]))
-        parts.append(
-            "share of commonly changed entries with opposite signs:\n"
-            + _matrix(names, measured["sign_conflict"])
-        )
+        norms, relative = measured["norm"], measured["origin_norm"]
+        rows = [["direction", "norm"], *([name, f"{norm:.4g}"] for name, norm in norms.items())]
+        if relative:
+            ratios = [f"{norm / relative:.4f}" for norm in norms.values()]
+            rows = [[*r, cell] for r, cell in zip(rows, ["norm / |base|", *ratios], strict=True)]
+        parts.append(f"directions from the {measured['origin']}:\n{table(rows)}")
+        for title, key in (
+            ("cosine of directions", "cosine"),
+            ("share of commonly changed entries with opposite signs", "sign_conflict"),
+        ):
+            rows = [["", *norms]]
+            for name, values in zip(norms, measured[key], strict=True):
+                rows.append([name, *(f"{value:.3f}" for value in values)])
+            parts.append(f"{title}:\n{table(rows)}")
     return "\n\n".join(parts)
-
-
-def _matrix(names: Sequence[str], values: Sequence[Sequence[float]]) -> str:
-    rows = [["", *names]]
-    for name, row in zip(names, values, strict=True):
-        rows.append([name, *(f"{value:.3f}" for value in row)])
-    return table(rows)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import re
 import sys
-import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from gradmerge.common.errors import GradmergeError, nearest
+from gradmerge.cli.explain import COMPONENTS, Explained, own_message
+from gradmerge.common.errors import nearest
 from gradmerge.common.version import __version__
 
 if TYPE_CHECKING:
@@ -37,8 +35,6 @@ commands:
 `gradmerge COMMAND --help` lists the options of a command; configs/ holds runnable examples.
 """
 
-# Optional packages that a configuration may need, with the argument of `pip install`.
-OPTIONAL = {"torchao": "gradmerge[eight-bit]", "bitsandbytes": "bitsandbytes"}
 LEARNING = ("fit", "validate", "test")
 COMMANDS = (*LEARNING, "export", "merge", "collect", "unpack", "inspect")
 
@@ -49,15 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for an error in the options or the input.
     """
-    given = arguments
-    arguments = list(sys.argv[1:] if given is None else given)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    command, *options = list(sys.argv[1:] if arguments is None else arguments) or ["help"]
+    if command in ("-h", "--help", "help"):
         print(USAGE)
         return 0
-    if arguments[0] in ("-V", "--version", "version"):
+    if command in ("-V", "--version", "version"):
         print(__version__)
         return 0
-    command = arguments[0]
     if command not in COMMANDS:
         print(
             f"gradmerge: unknown command {command!r} (choose from {', '.join(COMMANDS)})."
@@ -67,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         if command in LEARNING:
-            learn(given)
+            learn(arguments)
         else:
-            _plain(command, arguments[1:])
+            _plain(command, options)
     except ValueError as error:
         own = own_message(error)
         if not own:
@@ -77,20 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gradmerge {command}: {own}", file=sys.stderr)
         return 2
     return 0
-
-
-def own_message(error: ValueError) -> str:
-    """Return the message of an error that gradmerge raised, or an empty string for other errors.
-
-    If a component of an optional option rejects its values, the parser sees one of several types
-    that do not fit, and lists gradmerge's message among those of the other types.
-    """
-    if isinstance(error, GradmergeError):
-        return str(error)
-    listed = str(error).partition("\nErrors:\n")[2].partition("\nGiven value type:")[0]
-    found = re.split(r"(?:^|\n)  - ", listed)[1:]
-    own = [text for text in found if not text.startswith(("Expected a ", "Problem with "))]
-    return "\n".join(textwrap.dedent(text) for text in own)
 
 
 # ---- fit, validate, test ------------------------------------------------------------------------
@@ -108,18 +88,26 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
         The CLI object with `model`, `datamodule` and `trainer`, or with `job` if there is a driver.
     """
     from gradmerge.cli.configs import refuse_mergekit
-    from gradmerge.cli.fit import start
+    from gradmerge.cli.fit import MergeCLI
     from gradmerge.cli.score import with_model_folder
+    from gradmerge.training.data import MergeDataModule
+    from gradmerge.training.module import MergeModule
 
     given = with_model_folder(sys.argv[1:] if arguments is None else arguments)
     refuse_mergekit(given)
     register(given)
     if arguments is None:
         sys.argv[1:] = given  # read by LightningCLI and by the processes of DDP
-    else:
-        arguments = given
     quieten()
-    return start(arguments, run, stop)
+    return MergeCLI(
+        MergeModule,
+        MergeDataModule,
+        args=None if arguments is None else given,
+        run=run,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"log_every_n_steps": 1},
+        parser_kwargs={"prog": "gradmerge"},
+    )
 
 
 def quieten() -> None:
@@ -143,17 +131,8 @@ def register(arguments: Sequence[str] = ("--help",)) -> None:
     """
     import jsonargparse
 
-    import gradmerge.alignment
-    import gradmerge.coefficients
-    import gradmerge.finalisers
-    import gradmerge.mergekit
-    import gradmerge.objectives
-    import gradmerge.operators
-    import gradmerge.optimisers
-    import gradmerge.preprocess
-    import gradmerge.search
-    import gradmerge.sources  # noqa: F401
-
+    for name in (*COMPONENTS, "mergekit", "optimisers"):
+        importlib.import_module(f"gradmerge.{name}")
     read_old_paths()
     asked = any(
         argument in ("-h", "--help") or argument.endswith(".help") or "--print_config" in argument
@@ -179,104 +158,6 @@ def read_old_paths() -> None:
         jsonargparse.set_loader("yaml", load_modernised, (yaml.YAMLError,))
 
 
-def component_names(stock: bool = True) -> dict[str, str]:
-    """Return the classes that a configuration may name: the text to write, by short name.
-
-    Args:
-        stock: include torch's optimisers and schedules and Lightning's callbacks and loggers, with
-            their full paths.
-    """
-    from gradmerge import (
-        alignment,
-        coefficients,
-        finalisers,
-        objectives,
-        operators,
-        preprocess,
-        search,
-        sources,
-    )
-
-    concepts = (alignment, coefficients, finalisers, objectives, operators, preprocess)
-    modules: tuple[Any, ...] = (*concepts, search, sources)
-    own = [n for m in modules for n in m.__all__ if not n.startswith("Abstract")]
-    also = ("CoefficientLogger", "ExportAtEnd", "FromMergekit")
-    known = {name: name for name in (*own, *also)}
-    if stock:
-        from lightning.pytorch import callbacks, loggers
-        from torch import optim
-        from torch.optim import lr_scheduler
-
-        from gradmerge import drivers, optimisers
-
-        bases = {"Callback", "Logger", "LRScheduler", "Optimizer", "ProgressBar"}
-        for module in (optim, optimisers, lr_scheduler, callbacks, loggers):
-            for name in getattr(module, "__all__", dir(module)):
-                found = isinstance(getattr(module, name), type) and name not in bases
-                if found and not name.startswith(("_", "Base")):
-                    known.setdefault(name, f"{module.__name__}.{name}")
-        known.update({name: name for name in drivers.DRIVERS})
-        # torch's own class has no option for the score to monitor
-        known["ReduceLROnPlateau"] = "lightning.pytorch.cli.ReduceLROnPlateau"
-    return known
-
-
-def nearest_class(path: str, known: Mapping[str, str]) -> str:
-    """Return a suggestion for an unknown class, or an empty string."""
-    module, _, name = path.rpartition(".")
-    if module:
-        with suppress(ImportError, ValueError):
-            if hasattr(importlib.import_module(module), name):
-                return ""
-    elif name in known:
-        return ""
-    lower = {short.lower(): full for short, full in known.items()}
-    match = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.7)
-    return f" Did you mean {lower[match[0]]!r}?" if match else ""
-
-
-def stop(message: str, parser: Any) -> NoReturn:
-    """Exit with the message but without the usage text, which is pages long."""
-    prog = parser.prog.replace(" [options]", "")
-    print(
-        f"{prog}: {explain(message, parser)}\n`{prog} --help` lists the options.", file=sys.stderr
-    )
-    raise SystemExit(2)
-
-
-def explain(message: str, parser: Any) -> str:
-    """Return the parser's message, with suggestions for unknown names."""
-    keys = sorted(_keys(parser))
-    hints = []
-    for unknown in re.findall(r"--([\w.]+)", message) if "nrecognized" in message else []:
-        hints.append(nearest(f"--{unknown}", [f"--{key}" for key in keys]))
-    for unknown in re.findall(
-        r"Key '([\w.]+)' is not expected|does not accept.*?'([\w.]+)'", message
-    ):
-        name = next(part for part in unknown if part)
-        hints.append(nearest(name, {*keys, *(key.rsplit(".", 1)[-1] for key in keys)}))
-    missing = [name for name in OPTIONAL if f"No module named '{name}" in message]
-    if missing:
-        name = missing[0]
-        return f"{name} is not installed: pip install '{OPTIONAL[name]}'\n{message}"
-    known = component_names(stock="optimizer" in keys)
-    for parts in re.findall(
-        r"class_path'?:? '([\w.]+)'|import path string: ([\w.]+)|path but ([\w.]+)", message
-    ):
-        hints.append(nearest_class(next(part for part in parts if part), known))
-    return message + "".join(dict.fromkeys(hint for hint in hints if hint))
-
-
-def _keys(parser: Any) -> set[str]:
-    keys = set()
-    for action in parser._actions:
-        if action.dest and action.dest != "help":
-            keys.add(action.dest)
-        for inner in getattr(action, "_name_parser_map", {}).values():
-            keys |= _keys(inner)
-    return keys
-
-
 # ---- export, merge, collect, inspect ------------------------------------------------------------
 
 
@@ -286,27 +167,17 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
 
     register(arguments)
     arguments = underscored(arguments)
-    if command not in ("merge", "collect"):
-        options = _parsed(_parser(command), arguments)
+    if command in ("merge", "collect"):
+        options = merge_options(command, read_merge_input(arguments))
     else:
-        given = read_merge_input(arguments)
-        options = merge_options(command, given)
-        if command == "merge":
-            options["opened"] = given.opened
-            if given.reading is not None:
-                options["dtype"] = options.get("dtype") or given.reading.dtype
+        options = _parsed(_parser(command), arguments)
     getattr(commands, command)(**options)
 
 
 def merge_options(command: str, given: MergeInput, data: bool = False) -> dict[str, Any]:
     """Return the options of `merge` or `collect`.
 
-    Parsing data imports Lightning, so they are parsed only if they are needed.
-
-    Args:
-        command: the command.
-        given: its arguments and their configuration files.
-        data: parse data in any case.
+    Parsing data imports Lightning, so without `data` they are parsed only if they are needed.
     """
     data = data or command == "collect" or given.asks_for_data
     # `collect` accepts the files of `merge` and ignores a search in them
@@ -317,6 +188,10 @@ def merge_options(command: str, given: MergeInput, data: bool = False) -> dict[s
     options = given.complete(_parsed(parser, given.arguments(dropped if data else ("data",))))
     if not data and given.needs_data(options):
         return merge_options(command, given, data=True)
+    if command == "merge":
+        options["opened"] = given.opened
+        if given.reading is not None:
+            options["dtype"] = options.get("dtype") or given.reading.dtype
     return options
 
 
@@ -338,9 +213,8 @@ def _parser(command: str, data: bool = False) -> Any:
 
     function = getattr(commands, command)
 
-    class Parser(jsonargparse.ArgumentParser):
-        def error(self, message: str, *args: Any, **kwargs: Any) -> Any:
-            stop(message, self)
+    class Parser(Explained, jsonargparse.ArgumentParser):
+        pass
 
     parser = Parser(
         prog=f"gradmerge {command}",
@@ -348,38 +222,25 @@ def _parser(command: str, data: bool = False) -> Any:
         description=function.__doc__.split("\n")[0],
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
-    positional = _POSITIONALS.get(command, [])
-    for name in positional:
-        several: dict[str, Any] = {"nargs": "+"} if name == "sources" else {}
-        parser.add_argument(name, type=str, help=_POSITIONAL[name], **several)
+    if command == "inspect":
+        about = "Checkpoints to inspect, as paths or hub ids."
+        parser.add_argument("sources", type=str, nargs="+", help=about)
     if data:
         from gradmerge.training.data import MergeDataModule
 
         quieten()
         parser.add_class_arguments(MergeDataModule, "data")
         parser.set_defaults({"data.tasks": {}})  # as in `MergeCLI.add_arguments_to_parser`
-    parser.add_function_arguments(function, as_group=False, skip={*positional, "data", "opened"})
+    parser.add_function_arguments(
+        function,
+        as_group=False,
+        as_positional=command in ("export", "unpack"),
+        skip={"data", "opened", "sources"},
+    )
     return parser
 
 
 def underscored(arguments: Sequence[str]) -> list[str]:
     """Return arguments with `--allow-modules` spelled `--allow_modules`, as the parser expects."""
-    return [
-        re.sub(
-            r"^--[a-z]+(-[a-z]+)+(?==|$)", lambda option: "--" + option[0][2:].replace("-", "_"), a
-        )
-        for a in arguments
-    ]
-
-
-_POSITIONALS = {
-    "export": ["checkpoint", "output"],
-    "inspect": ["sources"],
-    "unpack": ["folder", "output"],
-}
-_POSITIONAL = {
-    "checkpoint": "Checkpoint of `gradmerge fit`.",
-    "folder": "Folder of `gradmerge merge --outputs compact`.",
-    "output": "Folder to write.",
-    "sources": "Checkpoints to inspect, as paths or hub ids.",
-}
+    option = re.compile(r"(?<=^--)[a-z-]+(?==|$)")
+    return [option.sub(lambda name: name[0].replace("-", "_"), a) for a in arguments]

@@ -29,19 +29,13 @@ def with_model_folder(arguments: Sequence[str]) -> list[str]:
         if flag != "--model":
             continue
         if not equals:
-            value = found[at + 1] if at + 1 < len(found) else ""
-        if _names_a_model(value):
+            value = next(iter(found[at + 1 :]), "")
+        is_config = value.startswith("{") or value.endswith((".yaml", ".yml", ".json"))
+        if value and not is_config and not value.startswith("-") and "\n" not in value:
             sources = f"--model.recipe.sources={json.dumps({NAME: value})}"
             found[at : at + (1 if equals else 2)] = [f"--model_folder={value}", sources]
             break
     return found
-
-
-def _names_a_model(value: str) -> bool:
-    """Return True if a value of `--model` can be a folder, a file of weights or a hub id."""
-    if not value or value.startswith(("{", "-")) or value.endswith((".yaml", ".yml", ".json")):
-        return False
-    return "\n" not in value
 
 
 def scored_recipe(folder: str, tasks: Iterable[str], private: Sequence[str]) -> Recipe:
@@ -88,11 +82,7 @@ def _private_of(folder: Path) -> list[str]:
 
 
 def require_scored(command: str, ckpt_path: str | None) -> None:
-    """Reject a command or options that do not combine with a folder to score.
-
-    Raises:
-        ConfigError: the command learns, or a checkpoint is given as well.
-    """
+    """Reject a command or options that do not combine with a folder to score."""
     if command not in COMMANDS:
         raise ConfigError(
             f"model_folder: `gradmerge {command}` learns a merge, but a folder can only be scored; "

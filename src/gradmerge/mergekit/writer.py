@@ -83,13 +83,13 @@ def require_file(target: Path, overwrite: bool) -> None:
         raise ConfigError(f"{target} exists; give another file, or --overwrite true.")
 
 
-def require_plain(recipe: Recipe) -> None:
-    """Check before data are read that the directions are the sources' own.
+def require_sum(recipe: Recipe) -> None:
+    """Reject a recipe whose merges are no weighted sums of the sources, before any work.
 
     Raises:
-        ConfigError: the recipe has a preprocess.
+        ConfigError: mergekit cannot express its preprocess, operator, finalisers or tokenizer.
     """
-    _refuse(_processed(recipe))
+    _refuse(_of_recipe(recipe))
 
 
 def mergekit_yaml(
@@ -141,18 +141,27 @@ def _refuse(reasons: Sequence[str]) -> None:
         )
 
 
-def _processed(recipe: Recipe) -> list[str]:
+def _of_recipe(recipe: Recipe) -> list[str]:
+    """Return why mergekit cannot express any merge of a recipe, one reason per field."""
     steps = ", ".join(type(step).__name__ for step in recipe.preprocess)
-    why = f"the coefficients belong to directions after {steps}, and mergekit reads the plain ones"
-    return [f"preprocess: {why}"] if steps else []
+    corrects = [type(f).__name__ for f in recipe.finalisers if not isinstance(f, AbstractRescale)]
+    checks: dict[str, Any] = {
+        f"preprocess: the coefficients belong to directions after {steps}, and mergekit reads the "
+        "plain ones": steps,
+        f"operator: coefficients of {type(recipe.operator).__name__} are not weights of a sum": (
+            not isinstance(recipe.operator, Linear)
+        ),
+        f"finalisers: {', '.join(corrects)} changes a tensor by channels, and mergekit has one "
+        "weight per tensor and model": corrects,
+        "tokenizer: mergekit aligns vocabularies by its own rules": recipe.tokenizer is not None,
+    }
+    return [reason for reason, applies in checks.items() if applies]
 
 
 def _reasons(plan: Plan, buffers: Mapping[str, Tensor]) -> list[str]:
-    """Return why mergekit cannot express the merge, one reason per factor."""
-    recipe = plan.recipe
+    """Return why mergekit cannot express the merge."""
     fine = [name for name, slot in plan.layout.slots.items() if slot.kind != "scalar"]
-    granularity = type(innermost(recipe.coefficients)).__name__
-    corrects = [type(f).__name__ for f in recipe.finalisers if not isinstance(f, AbstractRescale)]
+    granularity = type(innermost(plan.recipe.coefficients)).__name__
     changed = [
         name
         for name in _float_buffers(plan)
@@ -161,20 +170,14 @@ def _reasons(plan: Plan, buffers: Mapping[str, Tensor]) -> list[str]:
     checks: dict[str, Any] = {
         f"coefficients: {granularity} has several per tensor ({shorten(fine, 2)}), mergekit has "
         "one weight per tensor and model: learn Model, Group or Tensor": fine,
-        f"operator: coefficients of {type(recipe.operator).__name__} are not weights of a sum": (
-            not isinstance(recipe.operator, Linear)
-        ),
-        f"finalisers: {', '.join(corrects)} changes a tensor by channels, and mergekit has one "
-        "weight per tensor and model": corrects,
         "alignment: the sources' units are in another order than on disk": plan.order is not None,
-        "tokenizer: mergekit aligns vocabularies by its own rules": recipe.tokenizer is not None,
         f"private: each task keeps {shorten(plan.private, 2)}, and mergekit writes one model": (
             plan.private
         ),
         f"buffers: {shorten(sorted(changed), 2)} were recomputed on data, which mergekit does not "
         "have": changed,
     }
-    return [*_processed(recipe), *(reason for reason, applies in checks.items() if applies)]
+    return [*_of_recipe(plan.recipe), *(reason for reason, applies in checks.items() if applies)]
 
 
 def _stored_dtype(plan: Plan, reasons: list[str]) -> str:
