@@ -166,14 +166,14 @@ def test_an_export_holds_a_tensor_at_a_time(tmp_path):
 def test_a_write_that_fails_behind_the_merge_stops_it(tmp_path, monkeypatch, failing):
     """A full disk raises in another thread, after the tensor was computed."""
     calls = iter(range(100))
-    original = writer._write
+    original = writer._Behind._whole
 
-    def write(file, data):
+    def whole(self, view):
         if next(calls) == failing:
             raise OSError(28, "No space left on device")
-        original(file, data)
+        original(self, view)
 
-    monkeypatch.setattr(writer, "_write", write)
+    monkeypatch.setattr(writer._Behind, "_whole", whole)
     entries = [
         writer.Entry(f"t{i}", (3, i), torch.float32, lambda i=i: torch.full((3, i), float(i)))
         for i in range(7)

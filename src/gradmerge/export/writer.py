@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import struct
+import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from gradmerge.sources.base import Checkpoint, tensor_bytes
 from gradmerge.sources.files import DTYPES
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-# Larger tensors are not written while the next one is computed, which would take memory for both.
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE: start writing, do not wait
+# Bytes that may wait to be written while the next tensor is computed.
 _BEHIND = 32 << 20
 
 
@@ -54,7 +57,7 @@ def entries_of(
 def write_safetensors(
     path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file; memory holds one tensor, and one of at most 32 MiB to be written.
+    """Write a safetensors file; memory holds one tensor and at most 32 MiB yet to be written.
 
     The library's own writer needs all tensors at once. The format is a length, a JSON header and
     the bytes in order.
@@ -70,32 +73,61 @@ def write_safetensors(
         offset += entry.num_bytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes, as readers may map them
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        data: bytes | memoryview = struct.pack("<Q", len(text)) + text
+    with path.open("wb", buffering=0) as file, _Behind(file) as behind:
+        behind.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:
-            written = pool.submit(_write, file, data)
-            if len(data) > _BEHIND:
-                written.result()
-            del data  # memory is free for the next tensor once it is written
-            data = _bytes_of(entry)
-            written.result()
-        _write(file, data)
+            behind.wait(_BEHIND)
+            tensor = entry.make().detach().to("cpu", entry.dtype)
+            if tuple(tensor.shape) != entry.shape:
+                raise RuntimeError(
+                    f"{entry.name}: expected shape {entry.shape} as in the header, got "
+                    f"{tuple(tensor.shape)}"
+                )
+            behind.write(tensor_bytes(tensor))
+            del tensor  # memory is free for the next one once it is written
+        behind.wait(0)
         os.fsync(file.fileno())
 
 
-def _bytes_of(entry: Entry) -> memoryview:
-    tensor = entry.make().detach().to("cpu", entry.dtype)
-    if tuple(tensor.shape) != entry.shape:
-        raise RuntimeError(
-            f"{entry.name}: expected shape {entry.shape} as in the header, got "
-            f"{tuple(tensor.shape)}"
-        )
-    return tensor_bytes(tensor)
+class _Behind:
+    """A thread that writes one tensor while the next is computed."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="gradmerge-write")
+        self._pending: deque[tuple[Future[None], int]] = deque()
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # after an error, the rest need not be written
+        self._pool.shutdown(cancel_futures=True)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Queue bytes."""
+        view = memoryview(data).cast("B")
+        self._pending.append((self._pool.submit(self._whole, view), len(view)))
+
+    def wait(self, limit: int) -> None:
+        """Wait until at most `limit` bytes are queued; raise the error of a failed write."""
+        while self._pending and (limit == 0 or sum(size for _, size in self._pending) > limit):
+            self._pending.popleft()[0].result()
+
+    def _whole(self, view: memoryview) -> None:
+        start, done = self._file.tell(), 0
+        while done < len(view):  # a raw write may be partial, and is at most 2 GiB
+            done += self._file.write(view[done:]) or 0
+        _start_writeback(self._file.fileno(), start, done)
 
 
-def _write(file: FileIO, data: bytes | memoryview) -> None:
-    start, done, view = file.tell(), 0, memoryview(data)
-    while done < len(view):  # a raw write may be partial, and is at most 2 GiB
-        done += file.write(view[done:]) or 0
-    with suppress(AttributeError, OSError):  # start writing to the disk, to shorten the `fsync`
-        os.posix_fadvise(file.fileno(), start, done, os.POSIX_FADV_DONTNEED)
+def _start_writeback(descriptor: int, start: int, size: int) -> None:
+    """Start writing these bytes to the disk (Linux), to shorten the `fsync` at the end."""
+    start_range = getattr(_libc(), "sync_file_range", None)
+    if start_range is not None:
+        start_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(size), _WRITE)
+
+
+@cache
+def _libc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
