@@ -15,6 +15,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
+from commands import fails
 from gradmerge.cli import main
 from gradmerge.cli.main import learn
 from gradmerge.coefficients import Scaled
@@ -49,17 +50,6 @@ def three(world, tmp_path_factory):
     found["trainer"] |= {"default_root_dir": "run", "max_steps": 2, "limit_val_batches": 1}
     found["seed_everything"] = 3
     return found
-
-
-def fails(arguments, capsys):
-    """The message of a command that stops with status 2."""
-    try:
-        status = main(arguments)
-    except SystemExit as stopped:
-        status = stopped.code
-    message = capsys.readouterr().err
-    assert status == 2, message
-    return message
 
 
 PAIRWISE = {"driver": {"class_path": "Pairwise"}}

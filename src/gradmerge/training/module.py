@@ -28,6 +28,7 @@ from gradmerge.engine.predict import (
     require_ensemble,
 )
 from gradmerge.engine.recipe import Recipe
+from gradmerge.export.folder import DTYPES
 from gradmerge.objectives import AbstractTerm, CrossEntropy, Objective
 from gradmerge.optimisers import SAM
 from gradmerge.sources.tokenizers.report import summarise, token_report
@@ -37,8 +38,6 @@ from gradmerge.training.logit_scale import LogitScale
 from gradmerge.training.regularisation import Regularisation
 from gradmerge.training.run import start_run
 from gradmerge.training.scores import SplitScores
-
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 class MergeModule(lightning.LightningModule):

@@ -34,12 +34,11 @@ from gradmerge.drivers.layerwise.scores import score
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.state import FitState
-from gradmerge.export.folder import export_state
+from gradmerge.export.folder import DTYPES, export_state
 from gradmerge.export.provenance import mean_coefficients
 from gradmerge.export.writer import Entry
 from gradmerge.training.callbacks import CoefficientLogger
 from gradmerge.training.loaders import StreamLoader, TaskStream, even_batches, sample_batches
-from gradmerge.training.module import DTYPES
 from gradmerge.training.run import describe, describe_data, quiet
 from gradmerge.training.scores import Scores
 
