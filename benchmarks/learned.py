@@ -236,7 +236,7 @@ def searched(cli: Any) -> Any:
 def coefficients_of(folder: Path) -> int:
     from safetensors import safe_open
 
-    with safe_open(folder / "coefficients.safetensors", framework="pt") as file:
+    with safe_open(folder / "coefficients.st", framework="pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 

@@ -46,7 +46,7 @@ def test_fit_then_validate_test_and_export(world, tmp_path, capsys):
     assert main(["export", str(checkpoint), "merged", "--dtype", "bfloat16"]) == 0
     model = transformers.BertForSequenceClassification.from_pretrained("merged")
     assert model.dtype == torch.bfloat16
-    found = load_file("merged/coefficients.safetensors")
+    found = load_file("merged/coefficients.st")
     assert not all(torch.equal(c, torch.full((2,), 0.3)) for c in found.values())
     message = fails(["export", str(checkpoint), "merged"], capsys)
     assert "merged exists; give another folder, or --overwrite true" in message

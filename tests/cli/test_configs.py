@@ -104,7 +104,7 @@ def test_finalisers_are_named_in_a_fit_and_act_on_its_export(world, tmp_path, ca
     came = load_file("merged/model.safetensors")
     provenance = json.loads(Path("merged/provenance.json").read_text())
     assert len(provenance["finalisation"]["corrected"]) == 7
-    learned = load_file("merged/coefficients.safetensors")
+    learned = load_file("merged/coefficients.st")
     base, a, b = (
         load_file(Path(folder) / "model.safetensors")
         for folder in (

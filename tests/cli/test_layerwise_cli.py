@@ -51,7 +51,7 @@ def test_the_shipped_files_learn_block_by_block(files, world, tmp_path, capsys):
     assert block["steps"] == 3
     assert block["first_loss"] == pytest.approx(losses[0], rel=1e-5)
     assert provenance["run"]["yaml"]
-    coefficients = load_file("outputs/merged/coefficients.safetensors")
+    coefficients = load_file("outputs/merged/coefficients.st")
     start = 0.3 if files[0] == "methods/prodistill.yaml" else 0.5
     moved = {name for name, c in coefficients.items() if not torch.allclose(c, torch.tensor(start))}
     assert moved
@@ -80,9 +80,9 @@ def test_a_schedule_may_watch_the_loss_of_each_block(world, tmp_path, capsys):
     """With `mode: max` a loss that falls is no better: the rate is cut after the second pass."""
     watched = [*PLATEAU, "--lr_scheduler.monitor", "layer/loss", "--lr_scheduler.mode", "max"]
     assert layerwise(world, tmp_path, *watched, "--lr_scheduler.factor", "1e-9") == 0
-    cut = load_file("outputs/merged/coefficients.safetensors")
+    cut = load_file("outputs/merged/coefficients.st")
     assert layerwise(world, tmp_path, "--trainer.default_root_dir", "plain") == 0
-    plain = load_file("plain/merged/coefficients.safetensors")
+    plain = load_file("plain/merged/coefficients.st")
     assert any(not torch.equal(cut[name], plain[name]) for name in plain)
     with Path("outputs/logs/version_0/metrics.csv").open() as file:
         assert "layer/loss" not in next(csv.reader(file))

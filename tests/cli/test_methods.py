@@ -308,7 +308,7 @@ def test_draws_search_after_any_static_file(world, tmp_path, capsys, name):
     assert main(["merge", *start, "--output", "again"]) == 0
     first, second = (load_file(f"{folder}/model.safetensors") for folder in ("merged", "again"))
     assert all(torch.equal(first[key], second[key]) for key in first)
-    coefficients = load_file("merged/coefficients.safetensors")
+    coefficients = load_file("merged/coefficients.st")
     ratio = Mixup(**chosen)
     total = next(iter(coefficients.values())).sum()
     assert float(total) == pytest.approx(ratio.scale, abs=1e-6)

@@ -393,7 +393,7 @@ def test_coefficients_are_recorded_as_components_and_read_as_nothing_else(tmp_pa
     plan = open_plan(recipe)
     raw = plan.initial_raw()
     folder = export_state(FitState(plan, raw), tmp_path / "merged")
-    path = str(folder / "coefficients.safetensors")
+    path = str(folder / "coefficients.st")
     with safe_open(path, framework="pt") as file:
         slots = json.loads(file.metadata()["slots"])
         assert slots["body.weight"] == "component"
@@ -407,12 +407,12 @@ def test_coefficients_are_recorded_as_components_and_read_as_nothing_else(tmp_pa
             open_plan(other).initial_raw()
     by_row = FitState.start(open_plan(recipe_of(models, coefficients=Row())))
     rows = export_state(by_row, tmp_path / "rows")
-    wrong = FromFile(str(rows / "coefficients.safetensors"))
+    wrong = FromFile(str(rows / "coefficients.st"))
     with pytest.raises(ConfigError, match="run over axis 0, those of this merge over component"):
         open_plan(replace(recipe, init=wrong)).initial_raw()
     by_tensor = FitState.start(open_plan(recipe_of(models, init=Constant(1.0))))
     coarse = export_state(by_tensor, tmp_path / "coarse")
-    spread = replace(recipe, init=FromFile(str(coarse / "coefficients.safetensors")))
+    spread = replace(recipe, init=FromFile(str(coarse / "coefficients.st")))
     assert (open_plan(spread).initial_raw()["body/weight"] == torch.tensor(0.1)).all()
 
 

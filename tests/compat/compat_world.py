@@ -262,7 +262,7 @@ def differences(
 def exported(folder: Path) -> dict[str, Any]:
     """Summaries of an exported folder: each tensor, and all coefficients together."""
     model = load_file(folder / "model.safetensors")
-    coefficients = sorted(load_file(folder / "coefficients.safetensors").items())
+    coefficients = sorted(load_file(folder / "coefficients.st").items())
     return {
         "model": {name: summary(tensor) for name, tensor in sorted(model.items())},
         "coefficients": summary(torch.cat([c.flatten() for _, c in coefficients])),

@@ -197,9 +197,10 @@ def quiet_machine(folder: Path) -> Iterator[None]:
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a model folder and of its tasks' folders, by file and name."""
+    files = [*folder.rglob("*.safetensors"), *folder.rglob("*.st")]
     return {
-        f"{path.relative_to(folder)}:{name}": tensor
-        for path in sorted(folder.rglob("*.safetensors"))
+        f"{path.relative_to(folder).with_suffix('.safetensors')}:{name}": tensor
+        for path in sorted(files)
         for name, tensor in sorted(load_file(path).items())
     }
 

@@ -307,7 +307,7 @@ def write_export(target: Path) -> None:
     assert main(["fit", *arguments]) == 0
     target.mkdir(parents=True)
     for path in sorted(Path("exported").iterdir()):
-        if path.suffix in (".yaml", ".md", ".safetensors", ".json"):
+        if path.suffix in (".yaml", ".md", ".safetensors", ".st", ".json"):
             shutil.copy(path, target)
     (config,) = Path("run").rglob("config.yaml")
     shutil.copy(config, target / "logged-config.yaml")

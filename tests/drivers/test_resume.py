@@ -42,7 +42,7 @@ from tiny import (
 def uninterrupted(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
     folder = Pairwise(every_n_steps=1).run(job_of(root, relatives(build(), 4), learning_rate=0.3))
-    return tensors(folder), load_file(folder / "coefficients.safetensors")
+    return tensors(folder), load_file(folder / "coefficients.st")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_killed_job_resumes_bitwise(tmp_path, uninterrupted, hook, step):
     folder = driver.run(job_of(tmp_path, models, **options))
     assert files(first) == before, "a finished step is not touched again"
     merged, coefficients = uninterrupted
-    found = load_file(folder / "coefficients.safetensors")
+    found = load_file(folder / "coefficients.st")
     assert all(torch.equal(found[name], value) for name, value in coefficients.items())
     assert all(torch.equal(tensors(folder)[name], value) for name, value in merged.items())
     assert not torch.allclose(coefficients["body.weight"], torch.tensor([2 / 3, 1 / 3]), atol=1e-2)
@@ -109,7 +109,7 @@ def test_every_killed_fold_resumes_bitwise(tmp_path, name):
     found = run("parts")
     for i, content in before.items():
         assert files(steps / f"step-{i}") == content, "a finished step is not touched again"
-    for file in ("coefficients.safetensors", "model.safetensors"):
+    for file in ("coefficients.st", "model.safetensors"):
         assert (found / file).read_bytes() == (whole / file).read_bytes()
     said = [provenance(folder)["steps"] for folder in (whole, found)]
     assert len(said[0]) == count
@@ -203,7 +203,7 @@ def test_a_job_killed_by_a_signal_resumes(tmp_path, uninterrupted):
     assert done.returncode == -signal.SIGKILL, done.stderr
     job = job_of(tmp_path, relatives(build(), 4), learning_rate=0.3)
     folder = Pairwise(every_n_steps=1).run(job)
-    found = load_file(folder / "coefficients.safetensors")
+    found = load_file(folder / "coefficients.st")
     assert all(torch.equal(found[name], value) for name, value in uninterrupted[1].items())
 
 

@@ -97,12 +97,25 @@ def test_both_forms_give_the_tasks_of_the_formula_bit_for_bit(family, tmp_path, 
             assert torch.equal(value, state[key]), key
 
 
+def test_a_compact_folder_of_older_versions_is_read(family, tmp_path):
+    _, _, paths = saved(family, tmp_path)
+    merge(recipe_of(paths), outputs="compact", output=str(tmp_path / "compact"))
+    assert not list((tmp_path / "compact").rglob("*.safetensors"))
+    unpack(str(tmp_path / "compact"), str(tmp_path / "now"))
+    for file in (tmp_path / "compact").rglob("*.st"):
+        file.rename(file.with_suffix(".safetensors"))
+    unpack(str(tmp_path / "compact"), str(tmp_path / "then"))
+    for task in "ab":
+        now, then = (load_file(tmp_path / f / task / "model.safetensors") for f in ("now", "then"))
+        assert all(torch.equal(tensor, then[name]) for name, tensor in now.items())
+
+
 def test_a_mask_takes_one_bit_per_entry(family, tmp_path):
     _, _, paths = saved(family, tmp_path)
     merge(recipe_of(paths), outputs="compact", output=str(tmp_path / "compact"))
-    shared = load_file(tmp_path / "compact" / "unified.safetensors")
+    shared = load_file(tmp_path / "compact" / "unified.st")
     for task in "ab":
-        path = tmp_path / "compact" / "tasks" / task / "masks.safetensors"
+        path = tmp_path / "compact" / "tasks" / task / "masks.st"
         masks = load_file(path)
         assert masks.keys() == shared.keys()
         for name, packed in masks.items():
@@ -148,7 +161,7 @@ def test_heads_stay_with_their_task(family, tmp_path):
     recipe = recipe_of(paths, private=["lm_head"])
     merge(recipe, outputs="compact", output=str(tmp_path / "compact"))
     merge(recipe, outputs="tasks", output=str(tmp_path / "tasks"))
-    assert "lm_head.weight" not in load_file(tmp_path / "compact" / "unified.safetensors")
+    assert "lm_head.weight" not in load_file(tmp_path / "compact" / "unified.st")
     unpack(str(tmp_path / "compact"), str(tmp_path / "out"))
     for task, model in zip("ab", models[1:], strict=True):
         found = load_file(tmp_path / "out" / task / "model.safetensors")

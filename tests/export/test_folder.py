@@ -229,7 +229,7 @@ def test_tokenizer_and_generation_config_are_carried_and_leftovers_are_not(tmp_p
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "README.md",
-        "coefficients.safetensors",
+        "coefficients.st",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -242,7 +242,7 @@ def test_tokenizer_and_generation_config_are_carried_and_leftovers_are_not(tmp_p
 def test_a_single_source_is_exported_too(tmp_path):
     models = relatives(build(Normalised), 2)
     merged = learned(recipe_of(models))
-    found = load_file(write(merged, tmp_path / "merged") / "coefficients.safetensors")
+    found = load_file(write(merged, tmp_path / "merged") / "coefficients.st")
     for name in merged.plan.tensors:
         assert found[name].tolist() == merged.plan.z(name, merged.raw).tolist()
 
@@ -250,7 +250,7 @@ def test_a_single_source_is_exported_too(tmp_path):
 def test_coefficients_are_written_by_tensor_and_start_another_merge(tmp_path, family):
     merged, _ = folders(tmp_path, family, coefficients=Sigmoid(Tensor()), frozen={"norm": 0.25})
     folder = write(merged, tmp_path / "merged")
-    path = folder / "coefficients.safetensors"
+    path = folder / "coefficients.st"
     with safe_open(path, framework="pt") as file:
         assert json.loads(file.metadata()["sources"]) == ["a", "b"]
         assert file.metadata()["origin"] == "base"
@@ -272,10 +272,41 @@ def test_coefficients_are_written_by_tensor_and_start_another_merge(tmp_path, fa
         torch.testing.assert_close(again.raw[key], raw, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("private", [[], ["^classifier"]], ids=["merged head", "private head"])
+def test_only_weights_of_the_model_end_in_safetensors(tmp_path, family, private):
+    """Servers and converters load every file of that name."""
+    merged, _ = folders(tmp_path, family, "bert", private=private)
+    folder = write(merged, tmp_path / "merged")
+    files = [*folder.rglob("*.safetensors")]
+    assert len(files) == (3 if private else 1)
+    names = {name for file in files for name in load_file(file)}
+    assert names == {*merged.plan.tensors, *merged.plan.buffers, *merged.plan.private}
+
+
+@pytest.mark.parametrize(
+    ("path", "stored"),
+    [
+        (".", "coefficients.st"),
+        ("coefficients.st", "coefficients.st"),
+        ("coefficients.safetensors", "coefficients.st"),
+        (".", "coefficients.safetensors"),
+        ("coefficients.safetensors", "coefficients.safetensors"),
+    ],
+)
+def test_coefficients_are_found_under_their_names_of_now_and_before(tmp_path, path, stored):
+    models = relatives(build(Normalised), 2)
+    folder = write(learned(recipe_of(models)), tmp_path / "merged")
+    expected = load_file(folder / "coefficients.st")
+    (folder / "coefficients.st").rename(folder / stored)
+    again = MergedModel(recipe_of(models, init=FromFile(str(folder / path)))).state
+    for name, values in expected.items():
+        torch.testing.assert_close(again.coefficient(name).float(), values)
+
+
 def test_rows_are_not_taken_for_columns(tmp_path, family):
     """On square matrices they have the same shape."""
     merged, _ = folders(tmp_path, family, coefficients=Column())
-    path = write(merged, tmp_path / "merged") / "coefficients.safetensors"
+    path = write(merged, tmp_path / "merged") / "coefficients.st"
     start = {"sources": merged.plan.recipe.sources, "base": merged.plan.recipe.base}
     init = FromFile(str(path))
     with pytest.raises(ConfigError, match=r"run over axis 1, those of this merge over axis 0"):

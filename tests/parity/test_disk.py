@@ -23,8 +23,7 @@ from gradmerge.cli import main
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        if file.name != "coefficients.safetensors":
-            found.update(load_file(file))
+        found.update(load_file(file))
     return found
 
 

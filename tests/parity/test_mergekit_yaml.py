@@ -547,7 +547,7 @@ def test_a_learned_table_runs_in_mergekit_and_starts_another_fit(world, tmp_path
     theirs = by_mergekit(output, tmp_path / "theirs")
     assert ours.keys() == theirs.keys()
     assert different(ours, theirs) == []
-    learned = load_file(tmp_path / "folder" / "coefficients.safetensors")
+    learned = load_file(tmp_path / "folder" / "coefficients.st")
     assert len({tuple(row.tolist()) for row in learned.values()}) > 10  # a table, not one row
     recipe = {
         **world["model"]["recipe"],
@@ -555,6 +555,6 @@ def test_a_learned_table_runs_in_mergekit_and_starts_another_fit(world, tmp_path
     }
     config = write_yaml(tmp_path / "again.yaml", {"recipe": recipe})
     again = by_gradmerge(tmp_path / "again", "--config", config)
-    start = load_file(tmp_path / "again" / "coefficients.safetensors")
+    start = load_file(tmp_path / "again" / "coefficients.st")
     assert different(start, learned) == []
     assert different(again, ours) == []

@@ -158,7 +158,7 @@ def test_the_best_checkpoint_is_exported(tmp_path):
     tensors, provenance = exported(tmp_path / "merged")
     step, _, table = remember.seen[place]
     assert provenance["checkpoint"] == f"best-step={step}.ckpt"
-    found = load_file(tmp_path / "merged" / "coefficients.safetensors")
+    found = load_file(tmp_path / "merged" / "coefficients.st")
     for i, name in enumerate(module.merged.plan.tensors):
         torch.testing.assert_close(found[name], table[i], rtol=1e-6, atol=1e-7)
     models = relatives(build())

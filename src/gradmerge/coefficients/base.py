@@ -54,7 +54,7 @@ class Slot:
 
     @property
     def spread_over(self) -> str:
-        """Description of the compact shape, as stored in `coefficients.safetensors`."""
+        """Description of the compact shape, as stored in `coefficients.st`."""
         detail = {"axis": f" {self.axis}", "partition": f" of seed {self.seed}"}
         return self.kind + detail.get(self.kind, "")
 

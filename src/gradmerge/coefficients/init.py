@@ -190,13 +190,13 @@ class MetaGPT(AbstractInit):
 
 @dataclass(frozen=True)
 class FromFile(AbstractInit):
-    """Coefficients of an earlier merge (its coefficients.safetensors), matched by tensor name.
+    """Coefficients of an earlier merge (its coefficients.st), matched by tensor name.
 
     A coarser file may start a finer granularity: a coefficient per tensor is copied to its columns.
     """
 
     path: str
-    """File coefficients.safetensors of an exported folder."""
+    """An exported folder, or its file coefficients.st (coefficients.safetensors in older ones)."""
 
     @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
@@ -220,12 +220,22 @@ class FromFile(AbstractInit):
             f"{tuple(loaded.shape[1:])}, expected {slot.shape} or one per source."
         )
 
+    def _file(self) -> Path:
+        given = Path(self.path).expanduser()
+        # an older YAML may name the file as it was called then
+        for path in (given, given / "coefficients.st", given / "coefficients.safetensors"):
+            if path.is_file():
+                return path
+        renamed = given.with_suffix(".st")
+        if given.suffix == ".safetensors" and renamed.is_file():
+            return renamed
+        raise ConfigError(f"FromFile: {self.path}: no such file.")
+
     def _read(self, name: str, sources: tuple[str, ...]) -> tuple[Tensor, str | None]:
         """Return stored coefficients in the order of `sources`, and what they run over."""
-        if not Path(self.path).is_file():
-            raise ConfigError(f"FromFile: {self.path}: no such file.")
+        path = self._file()
         try:
-            with safe_open(self.path, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 names = list(file.keys())
                 if name not in names:
                     raise ConfigError(

@@ -57,8 +57,8 @@ def model_card(state: FitState, provenance: Mapping[str, Any], head: str, name: 
         *_tokens(plan),
         "## Recipe",
         f"```json\n{json.dumps(provenance['recipe'], indent=2)}\n```",
-        "`coefficients.safetensors` has all coefficients; `provenance.json` has fingerprints, "
-        "versions, seeds and settings.",
+        "`coefficients.st` (a safetensors file) has all coefficients; `provenance.json` has "
+        "fingerprints, versions, seeds and settings.",
     ]
     labels = [source["from"] for source in sources.values()]
     return render("Merged model", sections, name, architecture, labels, results)

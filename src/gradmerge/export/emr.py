@@ -160,7 +160,7 @@ def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -
         sites = plan.directions
         found = unify.scales(lambda: ((site, before.read(site.name)) for site, _ in sites()))
         scales = dict(zip(plan.sources, found, strict=True))
-        write_safetensors(work / "unified.safetensors", vectors)
+        write_safetensors(work / "unified.st", vectors)
         for k, (task, source) in enumerate(plan.sources.items()):
             folder = work / "tasks" / task
             folder.mkdir(parents=True)
@@ -168,10 +168,10 @@ def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -
                 Entry(n, (-(-math.prod(shape) // 8),), torch.uint8, partial(mask, n, k))
                 for n, shape in shapes.items()
             ]
-            write_safetensors(folder / "masks.safetensors", masks)
+            write_safetensors(folder / "masks.st", masks)
             own = [*private_entries(plan, task), *entries_of(source, plan.buffers)]
             if own:
-                write_safetensors(folder / "own.safetensors", own)
+                write_safetensors(folder / "own.st", own)
             write_config(folder, source.folder, source.config)
         path = Path(base.label).expanduser()  # made absolute, to be found from everywhere
         label = str(path.resolve()) if path.exists() else base.label
@@ -195,7 +195,7 @@ def _task_card(task: str, checkpoint: Checkpoint) -> str:
 
 def _compact_card(tasks: list[str], name: str) -> str:
     sections = [
-        "One shared vector (`unified.safetensors`), and for each task a mask of one bit per entry "
+        "One shared vector (`unified.st`), and for each task a mask of one bit per entry "
         "and a scale (`emr.json`):",
         "\n".join(f"- `{task}`" for task in tasks),
         "The weights of a task are the base's plus its scale times its masked vector. `gradmerge "

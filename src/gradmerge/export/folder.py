@@ -32,6 +32,7 @@ from gradmerge.sources.tokenizers.report import token_report
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 SHARD_SIZE = 5_000_000_000
+COEFFICIENTS = "coefficients.st"  # servers and converters take every *.safetensors for weights
 # About the weights, their training, or one checkpoint.
 _NOT_COPIED = [
     "*.index.json",
@@ -245,4 +246,4 @@ def _write_coefficients(state: FitState, work: Path) -> None:
         # on a square matrix the shape does not distinguish rows from columns
         "slots": json.dumps({name: slot.spread_over for name, slot in plan.layout.slots.items()}),
     }
-    write_safetensors(work / "coefficients.safetensors", entries, metadata)
+    write_safetensors(work / COEFFICIENTS, entries, metadata)

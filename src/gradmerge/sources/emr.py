@@ -1,10 +1,13 @@
 """Tasks of a compact EMR-Merging: computed from base, shared vector, mask and scale.
 
 folder/emr.json                          base, and the scale of each task
-folder/unified.safetensors               u of every merged tensor, float32
-folder/tasks/<task>/masks.safetensors    one bit per entry, eight per byte
-folder/tasks/<task>/own.safetensors      the task's own tensors (head, buffers), if it has any
+folder/unified.st                        u of every merged tensor, float32
+folder/tasks/<task>/masks.st             one bit per entry, eight per byte
+folder/tasks/<task>/own.st               the task's own tensors (head, buffers), if it has any
 folder/tasks/<task>/config.json, ...     config and tokenizer
+
+The three are safetensors files under a suffix that nothing takes for the weights of a model; older
+folders have them as *.safetensors.
 """
 
 from __future__ import annotations
@@ -46,9 +49,11 @@ class EMRCheckpoint(Checkpoint):
         self._base, self._scale = base, float(scales[task])
         self._expected = described["base"]["sha256"]
         own, label = folder / "tasks" / task, f"{folder} task {task}"
-        self._unified = SafetensorsCheckpoint([folder / "unified.safetensors"], label)
-        self._masks = SafetensorsCheckpoint([own / "masks.safetensors"], label)
-        self._own = SafetensorsCheckpoint(list(own.glob("own.safetensors")), label)
+        self._unified = SafetensorsCheckpoint([part_of(folder, "unified")], label)
+        self._masks = SafetensorsCheckpoint([part_of(own, "masks")], label)
+        self._own = SafetensorsCheckpoint(
+            [file for file in (part_of(own, "own"),) if file.is_file()], label
+        )
         self._reject_misfits(label)
         merged = {name: base.infos[name] for name in self._unified.infos}
         super().__init__(label, {**merged, **self._own.infos}, own, read_json(own / "config.json"))
@@ -92,6 +97,12 @@ class EMRCheckpoint(Checkpoint):
         for part in (self._unified, self._masks, self._own):
             digest.update(part.fingerprint().encode())
         return digest.hexdigest()
+
+
+def part_of(folder: Path, name: str) -> Path:
+    """Return a file of a compact folder, under its older name if that exists."""
+    older = folder / f"{name}.safetensors"
+    return older if older.is_file() else folder / f"{name}.st"
 
 
 def read_description(folder: Path) -> dict[str, Any]:

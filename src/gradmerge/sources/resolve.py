@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, SourceError
 from gradmerge.sources.base import AbstractSource, Checkpoint
-from gradmerge.sources.emr import EMRCheckpoint, read_description
+from gradmerge.sources.emr import EMRCheckpoint, part_of, read_description
 from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile, read_json
 from gradmerge.sources.in_memory import InMemory
 from gradmerge.sources.lora import Lora
@@ -25,7 +25,7 @@ def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
     """Return the source that `value` stands for.
 
     A string or path is a Hugging Face folder, the folder of a LoRA adapter (with
-    adapter_config.json) or of a task of a compact EMR-Merging (with masks.safetensors), a
+    adapter_config.json) or of a task of a compact EMR-Merging (with masks.st), a
     `.safetensors`, `.bin`, `.pt` or `.pth` file, or else a hub id (``owner/name`` or
     ``owner/name@revision``). Modules and mappings of tensors are used as they are.
 
@@ -54,7 +54,7 @@ def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
         return TorchFile(str(path))
     if (path / "adapter_config.json").is_file() and not (path / "model.safetensors").is_file():
         return Lora(str(path), base if base is not None else _own_base(path))
-    if (path / "masks.safetensors").is_file() and (path.parent.parent / "emr.json").is_file():
+    if part_of(path, "masks").is_file() and (path.parent.parent / "emr.json").is_file():
         return EMR(str(path.parent.parent), path.name, base)
     if path.is_dir():
         return HuggingFace(str(path))

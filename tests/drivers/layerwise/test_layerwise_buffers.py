@@ -28,7 +28,7 @@ def test_batch_norm_statistics_are_those_of_a_fit_with_the_same_coefficients(tmp
     data = data_of("x", count=9, dtype=torch.float32, batch_size=3)
     job = job_of(tmp_path, recipe_of(models, coefficients=Column()), data, ADAM)
     folder = LayerWise(epochs=2).run(job)
-    init = FromFile(str(folder / "coefficients.safetensors"))
+    init = FromFile(str(folder / "coefficients.st"))
     module = MergeModule(recipe_of(models, coefficients=Column(), init=init))
     fresh = data_of("x", count=9, dtype=torch.float32, batch_size=3)
     fresh.attach(module.merged)

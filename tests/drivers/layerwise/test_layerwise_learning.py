@@ -265,7 +265,7 @@ def test_any_granularity_and_link_starts_as_the_recipe_does_and_lowers_the_loss(
     blocks = json.loads((folder / "provenance.json").read_text())["driver"]["blocks"]
     assert [block["loss"] < block["first_loss"] for block in blocks] == [True, False, True]
     plan = open_plan(recipe)
-    start, found = plan.initial_raw(), load_file(folder / "coefficients.safetensors")
+    start, found = plan.initial_raw(), load_file(folder / "coefficients.st")
     for name in plan.tensors:
         before = FitState(plan, start).coefficient(name)
         same = torch.equal(found[name], before.float())

@@ -37,7 +37,7 @@ def test_the_export_is_the_merged_network_and_says_what_it_is(tmp_path):
     )
     data = data_of(kind)
     folder = LayerWise(steps=3).run(job_of(tmp_path / "run", recipe, data, ADAM))
-    coefficients = load_file(folder / "coefficients.safetensors")
+    coefficients = load_file(folder / "coefficients.st")
     base, *experts = [dict(model.named_parameters()) for model in models]
     theta = {
         name: base[name]
@@ -73,7 +73,7 @@ def test_blocks_may_be_named_and_those_of_a_sequential_network_are_its_members(t
             tmp_path / str(len(kept)), recipe_of(models, coefficients=Element()), data, ADAM
         )
         folder = driver.run(job)
-        coefficients = load_file(folder / "coefficients.safetensors")
+        coefficients = load_file(folder / "coefficients.st")
         still = {name[0] for name, c in coefficients.items() if bool((c == 0.3).all())}
         assert still == kept
 

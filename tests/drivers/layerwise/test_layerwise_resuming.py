@@ -70,7 +70,7 @@ def test_a_stopped_run_resumes_with_the_first_unfinished_block(name, tmp_path, m
     assert before[-1] == last
     assert fitted[len(before) :] == [last], "finished blocks are not learned again"
     assert same(raw_of(job), raw_of(whole))
-    for file in ("coefficients.safetensors", "model.safetensors"):
+    for file in ("coefficients.st", "model.safetensors"):
         assert (found / file).read_bytes() == (expected / file).read_bytes()
     again, _ = run_of(tmp_path / "parts", models, kind)
     assert driver.run(again) == found
@@ -170,5 +170,5 @@ def test_a_killed_merge_of_24_blocks_resumes_to_the_same_coefficients(tmp_path, 
     assert len(coefficients) == 9 * BLOCKS
     assert sum(not bool((z == 0.3).all()) for z in coefficients.values()) > 8 * BLOCKS
     assert same(raw_of(job), coefficients)
-    for file in ("coefficients.safetensors", "model.safetensors"):
+    for file in ("coefficients.st", "model.safetensors"):
         assert (found / file).read_bytes() == (expected / file).read_bytes()

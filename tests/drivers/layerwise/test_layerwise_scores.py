@@ -180,7 +180,7 @@ def test_the_scores_of_a_merge_are_those_of_its_export_and_are_logged_as_a_fit_d
     (path,) = tmp_path.rglob("coefficients.csv")
     head, *rows = table(path)
     assert head == ["step", "tensor", "a", "b"]
-    learned = load_file(folder / "coefficients.safetensors")
+    learned = load_file(folder / "coefficients.st")
     assert [row[1] for row in rows] == plan.learned
     for step, tensor, *values in rows:
         means = learned[tensor].reshape(2, -1).mean(dim=1).tolist()
@@ -323,7 +323,7 @@ def test_a_stopped_and_resumed_run_logs_the_same_as_a_whole_one(tmp_path, monkey
     stop(layers, "score", "in the scores")
     stop(Job, "export", "in the export")
     found = run("parts")
-    for file in ("coefficients.safetensors", "model.safetensors"):
+    for file in ("coefficients.st", "model.safetensors"):
         assert (found / file).read_bytes() == (whole / file).read_bytes()
     said = [json.loads((folder / "provenance.json").read_text()) for folder in (whole, found)]
     assert said[0]["results"] == said[1]["results"] != {}
