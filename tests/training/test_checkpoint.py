@@ -168,7 +168,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["gradmerge"]
     torch.save(checkpoint, path)
-    with pytest.raises(ConfigError, match="holds no gradmerge coefficients"):
+    with pytest.raises(ConfigError, match="one without gradmerge coefficients"):
         MergeModule.load_from_checkpoint(path, recipe=module_of().recipe)
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
 import tempfile
 from collections.abc import Mapping
 from functools import partial
 from json import dumps
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
-import torch
-
 from gradmerge.cli.inspect import inspect_sources, render
+from gradmerge.common.checkpoints import load_checkpoint, local_checkpoint
 from gradmerge.common.errors import CompatibilityError, ConfigError, nearest, shorten
 from gradmerge.common.spec import to_plain
 from gradmerge.engine.merged import MergedModel
@@ -237,6 +234,8 @@ def export(
     checkpoint: str,
     mergekit: bool = False,
     allow_modules: list[str] | str | None = None,
+    trust_remote_code: bool = False,
+    sources: dict[str, str] | None = None,
     **options: Any,
 ) -> None:
     """Write a learned merge as a Hugging Face folder, or its coefficients as a mergekit YAML.
@@ -246,6 +245,10 @@ def export(
         mergekit: write an equivalent mergekit YAML instead of a folder; OUTPUT must end in .yaml.
         allow_modules: modules outside gradmerge whose components the checkpoint may use: a name or
             a list of names. Importing a module runs its code.
+        trust_remote_code: run modelling code that ships with the sources. What the checkpoint says
+            about this does not count.
+        sources: places of sources that have moved, as NAME=PLACE (repeat the option for several;
+            the name of the base is `base`). They must have the same contents.
         **options: options of `output_options`.
     """
     form: Form = "mergekit" if mergekit else "merged"
@@ -256,7 +259,7 @@ def export(
     from gradmerge.training.module import MergeModule
 
     module = MergeModule.load_from_checkpoint(
-        path, map_location="cpu", weights_only=True, allow_modules=allowed
+        path, allow_modules=allowed, trust_remote_code=trust_remote_code, sources=sources
     )
     written = _write(module.merged.state, form, checked, _known(module, {"checkpoint": path.name}))
     print(f"{'mergekit file' if mergekit else 'merged model'} written to {written}")
@@ -300,31 +303,10 @@ def require_checkpoint(checkpoint: str) -> Path:
     """Return the path of a gradmerge checkpoint after a check that does not read tensors.
 
     Raises:
-        ConfigError: the file does not exist, cannot be read, or is not such a checkpoint.
+        ConfigError: it is no local file, cannot be read, or is not such a checkpoint.
     """
-    path = Path(checkpoint).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"{checkpoint}: no such checkpoint.")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
-        # optimisers of other packages may keep their state in classes of their own
-        foreign = re.search(r"Unsupported global: GLOBAL ((?!torch\.|__main__)\S+)", str(error))
-        if foreign:
-            raise ConfigError(
-                f"{checkpoint} holds an object of {foreign[1]}, which is not loaded because "
-                "unpickling can run code.\nIf it belongs to an optimiser, export at the end of the "
-                "fit (ExportAtEnd), or set save_weights_only: true of ModelCheckpoint."
-            ) from error
-        raise ConfigError(
-            f"{checkpoint} cannot be read: expected a checkpoint of `gradmerge fit` (*.ckpt), got "
-            "a truncated file or another format."
-        ) from error
-    if not isinstance(found, dict) or not {"gradmerge", "hyper_parameters"} <= found.keys():
-        raise ConfigError(
-            f"{checkpoint}: expected a checkpoint of `gradmerge fit`, got one without gradmerge "
-            "coefficients."
-        )
+    path = local_checkpoint(checkpoint)
+    load_checkpoint(path, mmap=True)
     return path
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, ReduceLROnPlateau
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from gradmerge.cli.commands import require_checkpoint
 from gradmerge.cli.configs import later
 from gradmerge.cli.defaults import listed, with_coefficients, with_csv
 from gradmerge.cli.explain import Explained
+from gradmerge.cli.resume import NAMES, find_checkpoint, move_sources
 from gradmerge.cli.score import NAME, require_scored, scored_recipe
 from gradmerge.common.errors import ConfigError
 from gradmerge.common.version import __version__
@@ -100,6 +101,13 @@ class MergeCLI(LightningCLI):
             help="validate and test only: score this Hugging Face folder or hub id instead of a "
             "merge. Shorthand: `--model FOLDER`.",
         )
+        parser.add_argument(
+            "--sources",
+            type=dict[str, str] | None,
+            default=None,
+            help="Places of sources that have moved, as NAME=PLACE (repeat it for several; the "
+            "name of the base is `base`). Checkpoints are checked against their contents.",
+        )
 
     def before_instantiate_classes(self) -> None:
         """Reject invalid configurations before anything is opened."""
@@ -116,10 +124,30 @@ class MergeCLI(LightningCLI):
         optimiser = self._get(self.config, "optimizer")
         if getattr(optimiser, "class_path", "") == "gradmerge.optimisers.SAM":
             SAM.require(self._get(self.config, "trainer.accumulate_grad_batches") or 1, False)
-        path = str(given or "best")
-        # the exceptions: names that Lightning resolves, URLs, and folders of shards
-        if path not in ("best", "last", "hpc") and ":" not in path and not os.path.isdir(path):
-            require_checkpoint(path)
+        if self._get(self.config, "weights_only") is False:
+            raise ConfigError(
+                "weights_only: expected true, got false; a checkpoint is never unpickled, because "
+                "that runs code in it. Leave the option out."
+            )
+        if given is not None:
+            self._find_checkpoint(str(given))
+        places = self._get(self.config, "sources")
+        if places:
+            move_sources(self._get(self.config, "model.recipe"), places)
+            self._set("sources", None)
+
+    def _find_checkpoint(self, given: str) -> None:
+        """Replace the name of a checkpoint by its path, and check the file."""
+        if given in NAMES:
+            path = str(find_checkpoint(given, self._get(self.config, "trainer")))
+            say = rank_zero_only(print)
+            say(f"gradmerge {self.subcommand}: ckpt_path {given}: {path}", file=sys.stderr)
+            self._set("ckpt_path", path)
+            given = path
+        require_checkpoint(given)
+
+    def _set(self, option: str, value: Any) -> None:
+        (self.config[self.subcommand] if self.subcommand else self.config)[option] = value
 
     def _score_folder(self, ckpt_path: str | None) -> None:
         """Replace the merge by the model of a folder."""

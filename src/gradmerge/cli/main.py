@@ -89,11 +89,12 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
     """
     from gradmerge.cli.configs import refuse_mergekit
     from gradmerge.cli.fit import MergeCLI
+    from gradmerge.cli.resume import with_sources
     from gradmerge.cli.score import with_model_folder
     from gradmerge.training.data import MergeDataModule
     from gradmerge.training.module import MergeModule
 
-    given = with_model_folder(sys.argv[1:] if arguments is None else arguments)
+    given = with_sources(with_model_folder(sys.argv[1:] if arguments is None else arguments))
     refuse_mergekit(given)
     register(given)
     if arguments is None:
@@ -164,9 +165,12 @@ def read_old_paths() -> None:
 def _plain(command: str, arguments: Sequence[str]) -> None:
     from gradmerge.cli import commands
     from gradmerge.cli.configs import read_merge_input
+    from gradmerge.cli.resume import with_sources
 
     register(arguments)
     arguments = underscored(arguments)
+    if command == "export":
+        arguments = with_sources(arguments)
     if command in ("merge", "collect"):
         options = merge_options(command, read_merge_input(arguments))
     else:
@@ -235,7 +239,7 @@ def _parser(command: str, data: bool = False) -> Any:
         function,
         as_group=False,
         as_positional=command in ("export", "unpack"),
-        skip={"data", "opened", "sources"},
+        skip={"data", "opened", *(["sources"] if command == "inspect" else [])},
     )
     return parser
 

@@ -46,6 +46,8 @@ _OLD_PATHS = {
     "gradmerge.coefficients.from_mergekit.FromMergekit": "gradmerge.mergekit.FromMergekit",
 }
 _IN_MEMORY = "in memory"
+# Fields that only a user sets: plain data come from checkpoints, which may be a stranger's.
+_WITHHELD = ("trust_remote_code", "token")
 
 
 def public_path(kind: type) -> str:
@@ -115,7 +117,10 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(value: Any, allow_modules: Collection[str] = ()) -> Any:
-    """Build the specification that `to_plain` returned.
+    """Build the specification that `to_plain` returned, without the permissions in it.
+
+    Whether code of a model may run is not for the data to say: `trust_remote_code` is false in the
+    result, whatever they state.
 
     Args:
         value: plain data.
@@ -136,7 +141,11 @@ def from_plain(value: Any, allow_modules: Collection[str] = ()) -> Any:
             return {key: from_plain(item, allow_modules) for key, item in value.items()}
         kind = _component(current_path(str(value["class_path"])), allow_modules)
         given = value.get("init_args", {})
-        arguments = {key: from_plain(item, allow_modules) for key, item in given.items()}
+        arguments = {
+            key: from_plain(item, allow_modules)
+            for key, item in given.items()
+            if key not in _WITHHELD
+        }
         for field in dataclasses.fields(kind):
             if str(field.type).startswith("tuple") and field.name in arguments:
                 arguments[field.name] = tuple(arguments[field.name])

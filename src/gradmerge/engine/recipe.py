@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +20,13 @@ from gradmerge.coefficients import (
     Constant,
 )
 from gradmerge.coefficients import Tensor as TensorGranularity
-from gradmerge.common.errors import ConfigError
+from gradmerge.common.errors import ConfigError, nearest
 from gradmerge.common.typing import Origin
 from gradmerge.finalisers import AbstractFinaliser
 from gradmerge.operators import AbstractOperator, Linear
 from gradmerge.preprocess import AbstractPreprocess
 from gradmerge.sources import AbstractSource, Vocabulary
-from gradmerge.sources.resolve import FILE_SUFFIXES
+from gradmerge.sources.resolve import FILE_SUFFIXES, as_source
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,40 @@ class Recipe:
                 f"buffers: {kind} needs recompute or mean, got origin, but the base's statistics "
                 "are not in the order of the aligned units."
             )
+
+    def with_sources(self, given: Mapping[str, str | AbstractSource]) -> Recipe:
+        """Return this recipe with some of its checkpoints at other places.
+
+        Args:
+            given: new places by name of the source or head, or `base`. The other settings of an
+                adapter are kept.
+
+        Raises:
+            ConfigError: the recipe has no such checkpoint.
+        """
+        known = [*self.sources, *self.heads, *([] if self.base is None else ["base"])]
+        for name in given:
+            if name not in known:
+                raise ConfigError(
+                    f"sources: unknown name {name!r} (choose from {', '.join(known)})."
+                    f"{nearest(name, known)}"
+                )
+
+        def moved(name: str, spec: Any) -> Any:
+            new: Any = given.get(name, spec)
+            if not (isinstance(spec, AbstractSource) and hasattr(spec, "base")):
+                return new
+            # an adapter, or a task of a compact merge
+            changes: dict[str, Any] = {}
+            if isinstance(new, str):
+                new, changes = spec, {"path": new}
+            if "base" in given and getattr(new, "base", None) is not None:
+                changes["base"] = as_source(given["base"])
+            return replace(new, **changes)
+
+        sources = {name: moved(name, spec) for name, spec in self.sources.items()}
+        heads = {name: moved(name, spec) for name, spec in self.heads.items()}
+        return replace(self, sources=sources, heads=heads, base=given.get("base", self.base))
 
     @property
     def resolved_origin(self) -> Origin:

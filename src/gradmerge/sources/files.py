@@ -6,7 +6,9 @@ import json
 import pickle
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,36 @@ _CONVERT = (
     "Convert it once, on a machine where you trust the file: "
     "`AutoModel.from_pretrained(folder).save_pretrained(new_folder)` writes safetensors."
 )
+
+
+@dataclass(frozen=True)
+class _Namer:
+    """A file that names sources, what to do, and the hub ids that the user named, too."""
+
+    file: str
+    remedy: str
+    known: frozenset[str]
+
+
+_namer: ContextVar[_Namer | None] = ContextVar("namer", default=None)
+
+
+@contextmanager
+def without_downloads(file: object, remedy: str, known: Iterable[str] = ()) -> Iterator[None]:
+    """Take hub ids from the local cache only within the context.
+
+    Only what the user names is downloaded, never what a file names.
+
+    Args:
+        file: the file that names the sources to be opened.
+        remedy: how the user names them.
+        known: hub ids that the user has named.
+    """
+    token = _namer.set(_Namer(str(file), remedy, frozenset(known)))
+    try:
+        yield
+    finally:
+        _namer.reset(token)
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -301,13 +333,26 @@ class HuggingFace(AbstractSource):
     def _download(self, patterns: list[str]) -> Path:
         import huggingface_hub
 
+        namer = _namer.get()
+        if namer is not None and self.path in namer.known:
+            namer = None
         try:
             return Path(
                 huggingface_hub.snapshot_download(
-                    self.path, revision=self.revision, token=self.token, allow_patterns=patterns
+                    self.path,
+                    revision=self.revision,
+                    token=self.token,
+                    allow_patterns=patterns,
+                    local_files_only=namer is not None,
                 )
             )
         except Exception as error:  # the hub client raises many kinds
+            if namer is not None:
+                raise SourceError(
+                    f"{self.path}: no such local folder, and no snapshot in the local cache "
+                    f"(revision {self.revision or 'main'}). {namer.file} names it, and only what "
+                    f"you name yourself is downloaded. {namer.remedy}"
+                ) from error
             raise SourceError(
                 f"{self.path}: no such local folder, and no snapshot on the hub (revision "
                 f"{self.revision or 'main'}): {type(error).__name__}: {error}. Check the name and "

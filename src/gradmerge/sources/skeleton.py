@@ -85,7 +85,8 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
     except (ValueError, OSError) as error:
         raise SourceError(
             f"{folder}: transformers cannot read its config: {error}. If the model ships its own "
-            "code and you trust it, set trust_remote_code: true."
+            "code and you trust it, set trust_remote_code: true (gradmerge export: "
+            "--trust_remote_code true)."
         ) from error
     model_class = _model_class(config, folder, trust_remote_code)
     with _parameters_on_meta():

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
+from gradmerge.common.checkpoints import load_checkpoint
 from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import refuse_existing
 from gradmerge.export.folder import export_merged, require_options
@@ -290,7 +291,7 @@ def finish_fit(trainer: lightning.Trainer, module: MergeModule) -> dict[str, Any
     callback: Any = trainer.checkpoint_callback
     best = getattr(callback, "best_model_path", "") if getattr(callback, "monitor", None) else ""
     if best:
-        checkpoint = torch.load(best, map_location="cpu", weights_only=True)
+        checkpoint = load_checkpoint(best)
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
     else:

@@ -1,19 +1,98 @@
-"""Plain data in a checkpoint besides coefficients: the sources and state they belong to."""
+"""Loading of checkpoints, and what is in them besides coefficients: sources and state."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
-from gradmerge.common.errors import ConfigError
+from gradmerge.common.checkpoints import load_checkpoint
+from gradmerge.common.errors import ConfigError, GradmergeError
+from gradmerge.common.spec import from_plain
 from gradmerge.common.version import __version__
 from gradmerge.engine.merged import MergedModel
+from gradmerge.engine.recipe import Recipe
 from gradmerge.finalisers import Corrections
+from gradmerge.sources import AbstractSource
+from gradmerge.sources.files import without_downloads
+
+
+def guard_loading(trainer: Any) -> None:
+    """Make a trainer load checkpoints by `load_checkpoint` only, whatever it is asked to load."""
+    strategy = trainer.strategy
+
+    def load(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if type(strategy).load_checkpoint is not Strategy.load_checkpoint:
+            raise ConfigError(
+                f"{checkpoint_path}: {type(strategy).__name__} reads checkpoints in a way that can "
+                "run code in them, so that it cannot resume. Use strategy auto or ddp."
+            )
+        return load_checkpoint(checkpoint_path)
+
+    strategy.load_checkpoint = load
+
+
+# Types of the module's options in a checkpoint.
+_OPTIONS: dict[str, tuple[type, ...]] = {
+    "memory": (str,),
+    "dtype": (str,),
+    "activation_checkpointing": (bool,),
+    "learning_rate": (int, float),
+    "load_sources": (bool,),
+    "score_experts": (bool,),
+    "logit_scale": (int, float, type(None)),
+}
+
+
+@contextmanager
+def damage_named(path: object) -> Iterator[None]:
+    """Turn what unexpected content of a checkpoint raises within the context into one error."""
+    try:
+        yield
+    except (GradmergeError, OSError, ImportError):
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{path} is damaged or was changed, or does not belong to this recipe: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def require_options(saved: Mapping[str, Any]) -> None:
+    """Reject options of another type than the module's."""
+    for name, kinds in _OPTIONS.items():
+        if name in saved and not isinstance(saved[name], kinds):
+            raise TypeError(f"{name} is {saved[name]!r}")
+
+
+def recipe_of(
+    saved: Any,
+    allow_modules: Collection[str],
+    trust_remote_code: bool,
+    sources: Mapping[str, str | AbstractSource] | None,
+) -> Recipe:
+    """Return the recipe in a checkpoint with the user's permissions and places of sources."""
+    recipe = from_plain(saved, allow_modules)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"its recipe is a {type(recipe).__name__}")
+    return replace(recipe, trust_remote_code=trust_remote_code).with_sources(sources or {})
+
+
+def unknown_sources(
+    path: object, sources: Mapping[str, str | AbstractSource] | None
+) -> AbstractContextManager[None]:
+    """Return the context in which the sources that a checkpoint names are opened."""
+    given = (getattr(spec, "path", spec) for spec in (sources or {}).values())
+    known = [spec.partition("@")[0] for spec in given if isinstance(spec, str)]
+    remedy = "Name it yourself: --sources NAME=ID (in Python: sources={...})."
+    return without_downloads(path, remedy, known)
 
 
 @contextmanager
@@ -79,7 +158,9 @@ def restore(
         raise ConfigError("the checkpoint holds no gradmerge coefficients.")
     merged.plan.require_fingerprints(saved["fingerprints"])
     for name, coefficient in saved["fixed"].items():
-        merged.fix([name], coefficient)
+        if name not in merged.plan.tensors or not math.isfinite(coefficient):
+            raise ValueError(f"it fixes {name} at {coefficient}")
+        merged.fix([name], float(coefficient))
     merged.state.run = saved.get("run", {})
     merged.tasks = dict(saved["tasks"])
     merged.network_buffers.set(saved["buffers"])

@@ -213,11 +213,13 @@ class MergeDataModule(lightning.LightningDataModule):
         if self._prepared:
             return
         merged = self._merged()
-        folder = self.processor_path or getattr(getattr(merged, "plan", None), "folder", None)
+        plan = getattr(merged, "plan", None)
+        folder = self.processor_path or getattr(plan, "folder", None)
+        trusted = plan is not None and plan.recipe.trust_remote_code
         for task, data in self.tasks.items():
             splits = self.splits(task)
             if self.processor is None and data.kind != "tensors":
-                self.processor = load_processor(folder, data.kind)
+                self.processor = load_processor(folder, data.kind, trusted)
             self._prepared[task] = {
                 name: prepare(split, data, name, self.processor, f"task {task}, {name}")
                 for name, split in splits.items()

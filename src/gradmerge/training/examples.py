@@ -79,8 +79,10 @@ class TaskData:
             )
 
 
-def load_processor(folder: str | Path | None, kind: Kind) -> Any:
+def load_processor(folder: str | Path | None, kind: Kind, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer or image processor of a model folder.
+
+    Code that ships with it runs only if the recipe trusts it.
 
     Raises:
         ConfigError: no folder is given, or it has none.
@@ -97,7 +99,7 @@ def load_processor(folder: str | Path | None, kind: Kind) -> Any:
         else transformers.AutoTokenizer
     )
     try:
-        return auto.from_pretrained(str(folder))
+        return auto.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{folder}: cannot load its {auto.__name__.removeprefix('Auto').lower()}: "

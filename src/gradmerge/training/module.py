@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import IO, Any, Literal
 
 import lightning
 import torch
@@ -15,6 +18,7 @@ from typing_extensions import override
 
 from gradmerge.calibration.finish import Finishing
 from gradmerge.coefficients import AbstractInit
+from gradmerge.common.checkpoints import load_checkpoint
 from gradmerge.common.errors import ConfigError, nearest
 from gradmerge.common.memory import release_freed_memory
 from gradmerge.common.spec import from_plain, to_plain
@@ -31,8 +35,18 @@ from gradmerge.engine.recipe import Recipe
 from gradmerge.export.folder import DTYPES
 from gradmerge.objectives import AbstractTerm, CrossEntropy, Objective
 from gradmerge.optimisers import SAM
+from gradmerge.sources import AbstractSource
 from gradmerge.sources.tokenizers.report import summarise, token_report
-from gradmerge.training.checkpoint import holding, restore, to_save
+from gradmerge.training.checkpoint import (
+    damage_named,
+    guard_loading,
+    holding,
+    recipe_of,
+    require_options,
+    restore,
+    to_save,
+    unknown_sources,
+)
 from gradmerge.training.loaders import sample_batches
 from gradmerge.training.logit_scale import LogitScale
 from gradmerge.training.regularisation import Regularisation
@@ -118,6 +132,61 @@ class MergeModule(lightning.LightningModule):
         self._assemble(merged, objective or Objective([CrossEntropy()]), options)
 
     @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = "cpu",
+        strict: bool | None = None,
+        *,
+        weights_only: Literal[True] = True,
+        allow_modules: Sequence[str] = (),
+        trust_remote_code: bool = False,
+        sources: Mapping[str, str | AbstractSource] | None = None,
+        **options: Any,
+    ) -> MergeModule:
+        """Build the module of a checkpoint, whose sources are opened again.
+
+        The checkpoint is plain data, and what it states about permissions does not count.
+
+        Args:
+            checkpoint_path: local file.
+            map_location: device of its tensors.
+            strict: whether the parameters must be those of the recipe. Default: yes.
+            weights_only: nothing else is possible; checkpoints are never unpickled.
+            allow_modules: modules outside gradmerge whose classes the checkpoint may name.
+            trust_remote_code: run modelling code that ships with the sources.
+            sources: places of sources that have moved, by name, or `base`. Hub ids that only the
+                checkpoint names are not downloaded, but taken from the local cache.
+            **options: arguments of the module that replace those in the checkpoint.
+
+        Raises:
+            ConfigError: the file is no checkpoint of gradmerge or damaged, or names classes that
+                are not allowed.
+            FingerprintError: the coefficients were learned on other source weights.
+        """
+        found = load_checkpoint(checkpoint_path, map_location)
+        known = set(inspect.signature(cls.__init__).parameters) - {"self", "module"}
+        saved = {k: v for k, v in found["hyper_parameters"].items() if k in known}
+        stranger = (
+            nullcontext() if "recipe" in options else unknown_sources(checkpoint_path, sources)
+        )
+        with damage_named(checkpoint_path):
+            if "recipe" not in options:
+                permitted = (allow_modules, trust_remote_code, sources)
+                options["recipe"] = recipe_of(saved["recipe"], *permitted)
+            require_options(saved)
+        with stranger:
+            module = cls(**{**saved, **options, "allow_modules": allow_modules})
+        module.on_load_checkpoint(found)
+        module.load_state_dict(found["state_dict"], module.strict_loading and strict is not False)
+        return module
+
+    @override
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        with damage_named("the checkpoint"):
+            return super().load_state_dict(*args, **kwargs)
+
+    @classmethod
     def around(cls, merged: MergedModel, score_experts: bool = True) -> MergeModule:
         """Wrap an existing merged model, to score it on data."""
         module = cls.__new__(cls)
@@ -185,7 +254,11 @@ class MergeModule(lightning.LightningModule):
         return tuple(self.merged.tasks)
 
     def setup(self, stage: str) -> None:
-        """Take the tasks and their sources from the trainer's data module."""
+        """Take the tasks and their sources from the trainer's data module.
+
+        It is called before the trainer loads a checkpoint, which from here on is never unpickled.
+        """
+        guard_loading(self.trainer)
         data = getattr(self._trainer, "datamodule", None)
         self.take_tasks(getattr(data, "tasks", None))
         self.objective.require_tasks(self.merged.tasks)
@@ -400,6 +473,7 @@ class MergeModule(lightning.LightningModule):
             ConfigError: the checkpoint was not written by gradmerge.
         """
         saved = checkpoint.get("gradmerge")
-        restored = restore(self.merged, saved)
-        self.regularisation.restore((saved or {}).get("regularisation", {}))
+        with damage_named("the checkpoint"):
+            restored = restore(self.merged, saved)
+            self.regularisation.restore((saved or {}).get("regularisation", {}))
         self._checked_unused, self._scores.results, self._scores.experts = restored
