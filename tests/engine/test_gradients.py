@@ -260,24 +260,6 @@ def test_both_memory_modes_and_accumulate_agree(family, name, granularity):
             torch.testing.assert_close(other[key], grad, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("memory", ["resident", "streamed"])
-@pytest.mark.parametrize("way", ["plain", "accumulate"])
-def test_activation_checkpointing_changes_nothing(family, memory, way):
-    models, inputs = family("llama-tied")
-    merged = build(models, Column(), memory=memory, dtype=torch.float64)
-    merged.train()
-    merged.enable_activation_checkpointing()
-    layers = [m for m in merged.skeleton.modules() if getattr(m, "gradient_checkpointing", False)]
-    assert layers
-    assert all(layer.training for layer in layers)
-    if way == "plain":
-        loss_of(merged(**inputs)).backward()
-    else:
-        merged.accumulate([lambda: loss_of(merged(**inputs))])[0].backward()
-    _, grads, _ = oracle(merged, models, inputs, "base")
-    assert_same(merged.raw, grads, 1e-9)
-
-
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "convolutions"])
 def test_autocast_gives_the_same_in_both_modes(family, name):
     models, inputs = family(name, dtype=torch.float32)

@@ -10,11 +10,13 @@ recomputes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from gradmerge.common.errors import ConfigError
 from gradmerge.sources.skeleton import empty_like_parameter
@@ -22,6 +24,7 @@ from gradmerge.sources.skeleton import empty_like_parameter
 Fetch = Callable[[str, bool], Tensor]
 _SLOT = "_gradmerge_slots"
 _classes: dict[tuple[type, tuple[str, ...]], type] = {}
+_checkpointed: dict[type, type] = {}
 
 # Modules whose weights autocast casts to its low-precision dtype.
 _AUTOCAST = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
@@ -80,19 +83,54 @@ def restamp(skeleton: nn.Module, dtype: torch.dtype, device: torch.device) -> No
 
 
 def checkpoint_blocks(skeleton: nn.Module) -> None:
-    """Make a transformers network recompute each block's activations in backward.
+    """Make a network recompute the activations of transformers' checkpointable layers in backward.
+
+    transformers itself does so only in training mode, which would turn dropout, layer drop and
+    router noise on. Here every module stays in evaluation mode.
 
     Raises:
-        ConfigError: the network does not support gradient checkpointing.
+        ConfigError: the network does not support activation checkpointing.
     """
-    enable: Any = getattr(skeleton, "gradient_checkpointing_enable", None)
-    if enable is None or not getattr(skeleton, "supports_gradient_checkpointing", True):
+    blocks: list[Any] = []
+    if getattr(skeleton, "supports_gradient_checkpointing", True):
+        blocks = [module for module in skeleton.modules() if _is_checkpointable(module)]
+    if not blocks:
         raise ConfigError(
-            "activation_checkpointing: expected a network that supports gradient checkpointing, "
-            f"got {type(skeleton).__name__}.\n"
+            "activation_checkpointing: expected a network of transformers' checkpointable layers, "
+            f"got {type(skeleton).__name__}, which has none.\n"
             "Leave the option off, or wrap the blocks with torch.utils.checkpoint."
         )
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for block in blocks:
+        block.__class__ = _with_checkpoint(type(block))
+    for module in skeleton.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # recomputation would write to the cache again
+
+
+def _is_checkpointable(module: nn.Module) -> bool:
+    try:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+    except ImportError:
+        return False
+    return isinstance(module, GradientCheckpointingLayer)
+
+
+def _with_checkpoint(cls: Any) -> type:
+    if cls in _checkpointed:
+        return _checkpointed[cls]
+    plain = cls.forward
+
+    @wraps(plain)
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        writes = any("Cache" in type(value).__name__ for value in (*args, *kwargs.values()))
+        if writes or not torch.is_grad_enabled():
+            return plain(module, *args, **kwargs)
+        return checkpoint(partial(plain, module), *args, use_reentrant=False, **kwargs)
+
+    names = {"forward": forward, "__module__": cls.__module__}
+    _checkpointed[cls] = type(cls.__name__, (cls,), names)
+    return _checkpointed[cls]
 
 
 def _with_properties(cls: type, names: tuple[str, ...]) -> type:

@@ -159,15 +159,11 @@ class MergedModel(nn.Module):
         super().train(mode)
         self.skeleton.eval()
         self.network_buffers.train(mode)
-        for module in self.skeleton.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                module.training = mode  # transformers checkpoints only modules in training mode
         return self
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute each block's activations in backward (see `checkpoint_blocks`)."""
         checkpoint_blocks(self.skeleton)
-        self.train(self.training)
 
     def build(
         self,
