@@ -112,7 +112,7 @@ def merge(
     form: Form = "mergekit" if mergekit else outputs
     checked = output_options(**options, form=form)
     _require_mergeable(recipe, form, has_data=data is not None)
-    opening = Opening(recipe, opened=opened)
+    opening = Opening(recipe, opened=opened, with_network=search is not None or score)
     with tempfile.TemporaryDirectory(prefix="gradmerge-statistics-") as folder:
         statistics = recipe.statistics
         if data is not None and statistics is None and recipe.needs_statistics:

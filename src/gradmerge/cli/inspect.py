@@ -9,6 +9,7 @@ from gradmerge.common.errors import Problem, report
 from gradmerge.sources import AbstractSource, Checkpoint, Vocabulary, as_source
 from gradmerge.sources.compatibility import check, check_private, is_private
 from gradmerge.sources.geometry import direction_statistics
+from gradmerge.sources.ties import Networks, may_be_tied, settle_ties
 from gradmerge.sources.tokenizers.report import summarise, token_report
 from gradmerge.sources.tokenizers.view import align, alignment_of
 
@@ -39,8 +40,12 @@ def inspect_sources(
         Vocabulary(tokenizer).require(list(sources), base is not None)
     opened = _open(sources, None if base is None else as_source(base))
     problems: list[Problem] = []
+    if may_be_tied(opened, private):
+        settled = settle_ties(opened, Networks({"base": base, **sources}), private)
+        opened, problems = settled.checkpoints, [*settled.notes]
     if tokenizer is not None:
-        opened, problems = align(Vocabulary(tokenizer), opened)
+        opened, warnings = align(Vocabulary(tokenizer), opened)
+        problems += warnings
     tuned = {name: opened[name] for name in sources}
     problems += [*check(opened, private, allow), *check_private(tuned, private, allow)]
     compatible = not any(problem.fatal for problem in problems)

@@ -18,7 +18,8 @@ from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe, innermost
 from gradmerge.sources import Checkpoint, as_source
 from gradmerge.sources.compatibility import check, check_private, require
-from gradmerge.sources.skeleton import Network, build_skeleton, strip_weights
+from gradmerge.sources.skeleton import Network, strip_weights
+from gradmerge.sources.ties import Networks, may_be_tied, settle_ties, untie
 from gradmerge.sources.tokenizers.view import align
 
 
@@ -35,7 +36,7 @@ def open_plan(recipe: Recipe, module: nn.Module | None = None, with_skeleton: bo
         CompatibilityError: the checkpoints do not fit together; the message lists every problem.
         SourceError: a source cannot be opened.
     """
-    opening = Opening(recipe, module)
+    opening = Opening(recipe, module, with_network=with_skeleton)
     opening.align(recipe.statistics)
     return opening.plan(with_skeleton=with_skeleton)
 
@@ -50,6 +51,7 @@ class Opening:
         recipe: the merge to open.
         module: the architecture, if no source has a config. Its weights are not used.
         opened: checkpoints that are open already, by source name or `base`.
+        with_network: whether plans will need the network in any case.
 
     Raises:
         CompatibilityError: the checkpoints do not fit together; the message lists every problem.
@@ -61,6 +63,7 @@ class Opening:
         recipe: Recipe,
         module: nn.Module | None = None,
         opened: Mapping[str, Checkpoint] | None = None,
+        with_network: bool = True,
     ) -> None:
         self.recipe = recipe
         self._module = module
@@ -83,7 +86,31 @@ class Opening:
                 "sources: expected names other than 'base', which is reserved for `base`, got it "
                 "as the name of a source; rename the source."
             )
-        self.problems = self._check()
+        self._apart: tuple[str, ...] | None = None
+        specs = {"base": recipe.base, **recipe.sources, **recipe.heads}
+        self._networks = Networks(specs, module, recipe.trust_remote_code)
+        needed = with_network or self._needs_network(recipe)
+        problems = []
+        if needed or may_be_tied({**self._everything(), **self.heads}, recipe.private):
+            problems = self._settle_ties()
+        self.problems = [*problems, *self._check()]
+
+    @staticmethod
+    def _needs_network(recipe: Recipe) -> bool:
+        aligned = recipe.alignment is not None and not recipe.alignment.is_identity
+        by_axis = isinstance(innermost(recipe.coefficients), (Column, Row))
+        return by_axis or aligned or recipe.needs_statistics
+
+    def _settle_ties(self) -> list[Problem]:
+        """Give all checkpoints the same tensors of each tied group; return what to say of it."""
+        everything = {**self._everything(), **self.heads}
+        found = settle_ties(everything, self._networks, self.recipe.private)
+        if self.base is not None:
+            self.base = found.checkpoints["base"]
+        self.sources = {name: found.checkpoints[name] for name in self.sources}
+        self.heads = {name: found.checkpoints[name] for name in self.heads}
+        self._apart = found.apart
+        return list(found.notes)
 
     def _check(self) -> list[Problem]:
         """Match vocabularies and compare all checkpoints; return the warnings."""
@@ -105,9 +132,12 @@ class Opening:
     @cached_property
     def network(self) -> Network | None:
         """The network without weights, or None if no source defines the architecture."""
+        if self._apart is None:
+            self.problems = [*self._settle_ties(), *self.problems]
         module = self._skeleton()
         if module is None:
             return None
+        untie(module, self._apart or ())
         first = next(iter(self.sources.values()))
         reference = self.base or first
         names = names_of(reference, first, self.recipe.private)
@@ -128,7 +158,7 @@ class Opening:
                 return strip_weights(inner)
         for checkpoint in opened:
             if checkpoint.folder is not None and checkpoint.config is not None:
-                return build_skeleton(checkpoint.folder, recipe.trust_remote_code)
+                return self._networks.build(checkpoint.folder)
         return None
 
     @cached_property

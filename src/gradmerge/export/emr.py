@@ -33,6 +33,7 @@ from gradmerge.preprocess.unify import elect
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.emr import FORMAT
 from gradmerge.sources.files import write_json
+from gradmerge.sources.ties import moved_in
 
 
 class TaskCheckpoint(Checkpoint):
@@ -143,6 +144,12 @@ def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -
     """
     require_outputs(plan.recipe, "compact")
     unify, base = plan.recipe.preprocess[-1], plan.base
+    moved = [] if base is None else moved_in({"base": base})
+    if moved:
+        raise ConfigError(
+            f"outputs compact: expected the base to store all merged tensors, but {moved[0]} is "
+            "stored as the tensor that it is tied to. Use --outputs tasks."
+        )
     assert isinstance(unify, Unify)
     assert base is not None
     before = ProcessedDirections(plan.recipe.preprocess[:-1], plan.directions)

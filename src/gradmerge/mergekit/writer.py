@@ -29,6 +29,7 @@ from gradmerge.mergekit.document import ModelReference
 from gradmerge.operators import Linear
 from gradmerge.sources import AbstractSource, HuggingFace, as_source
 from gradmerge.sources.lora import Lora
+from gradmerge.sources.ties import moved_in, tied_view
 
 # By the form of `Linear`: the method that is this sum, and the parameters under which it is.
 _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -167,7 +168,10 @@ def _reasons(plan: Plan, buffers: Mapping[str, Tensor]) -> list[str]:
         for name in _float_buffers(plan)
         if name in buffers and not torch.equal(buffers[name].cpu(), plan.buffer(name))
     ]
+    moved = moved_in({**({} if plan.base is None else {"base": plan.base}), **plan.sources})
     checks: dict[str, Any] = {
+        f"ties: {shorten(moved, 2)} is stored as the tensor that it is tied to, and mergekit does "
+        "not find it": moved,
         f"coefficients: {granularity} has several per tensor ({shorten(fine, 2)}), mergekit has "
         "one weight per tensor and model: learn Model, Group or Tensor": fine,
         "alignment: the sources' units are in another order than on disk": plan.order is not None,
@@ -266,9 +270,10 @@ def _rows(state: FitState) -> dict[str, dict[str, float]]:
     for name in _float_buffers(plan):
         share = 0.0 if from_base else 1 / len(names)
         rows[name] = {**dict.fromkeys(names, share), "base": float(from_base)}
-    for other, name in plan.binding.ties.items() if plan.binding is not None else ():
+    tied = tied_view(plan.reference)
+    for other, name in tied.copies.items() if tied is not None else ():
         # where a file holds both names of a tied tensor, mergekit asks for each
-        if name in rows and other in plan.reference.infos:
+        if name in rows:
             rows[other] = rows[name]
     return rows
 

@@ -184,7 +184,10 @@ def _head_hint(name: str) -> str:
 def _name_hint(name: str) -> str:
     """Return what the absence of a tensor in one of two checkpoints may mean."""
     if "lm_head" in name:
-        return "One of them ties its embeddings and the other does not; save both alike."
+        return (
+            "One of them has no head, and no config that ties it to the embeddings "
+            "(tie_word_embeddings); save both alike, in folders with their configs."
+        )
     return _head_hint(name) if _looks_like_head(name) else ""
 
 

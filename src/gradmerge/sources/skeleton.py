@@ -176,7 +176,7 @@ def bind(module: nn.Module, names: Sequence[str]) -> Binding:
     Raises:
         ConfigError: transformers splits or fuses a tensor on loading.
     """
-    groups = _tied_groups(module)
+    groups = _groups(module)
     canonical = {alias: aliases[0] for aliases in groups for alias in aliases}
     by_canonical = {aliases[0]: tuple(aliases) for aliases in groups}
     persistent = set(module.state_dict(keep_vars=True))
@@ -204,11 +204,27 @@ def bind(module: nn.Module, names: Sequence[str]) -> Binding:
     return Binding(parameters, buffers, ties, missing, tuple(unused))
 
 
-def _tied_groups(module: nn.Module) -> list[list[str]]:
+def _groups(module: nn.Module) -> list[list[str]]:
     groups: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return list(groups.values())
+
+
+def tied_groups(module: nn.Module) -> list[list[str]]:
+    """Return the names of each tied parameter, the one that transformers loads for all first."""
+    targets = getattr(module, "all_tied_weights_keys", None) or {}
+    groups = (group for group in _groups(module) if len(group) > 1)
+    return [sorted(group, key=targets.__contains__) for group in groups]
+
+
+def renames(module: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Return the name in the module of each name in the files.
+
+    Raises:
+        ConfigError: transformers splits or fuses a tensor on loading.
+    """
+    return _renames(module, names, set(module.state_dict(keep_vars=True)))
 
 
 def _renames(module: nn.Module, names: Sequence[str], known: set[str]) -> dict[str, str]:
