@@ -112,19 +112,19 @@ def test_equal_headers_have_no_problem():
         ),
         (
             {**TENSORS, "layer.weight": ((4, 4), torch.float8_e4m3fn)},
-            "dtype",
+            "quantised",
             "layer.weight",
-            "at least 16 bits per entry",
-            "torch.float8_e4m3fn",
-            "give the unquantised checkpoint",
+            "weights of at least 16 bits per entry",
+            "codes of an unknown quantisation (float8_e4m3fn)",
+            "Give the checkpoint that it was made from",
         ),
         (
             {**TENSORS, "layer.weight": ((4, 4), torch.int8)},
-            "dtype",
+            "quantised",
             "layer.weight",
-            "at least 16 bits per entry",
-            "torch.int8",
-            "give the unquantised checkpoint",
+            "weights of at least 16 bits per entry",
+            "codes of an unknown quantisation (int8)",
+            "Give the checkpoint that it was made from",
         ),
         (
             {**TENSORS, "lm_head.weight": (8, 4)},
@@ -158,8 +158,8 @@ def test_quantised_alike_is_still_refused():
     packed = {**TENSORS, "layer.weight": ((4, 4), torch.uint8)}
     problems = check({"a": Headers("a", packed), "b": Headers("b", packed)})
     assert [(p.kind, p.where) for p in problems] == [
-        ("dtype", "a.safetensors"),
-        ("dtype", "b.safetensors"),
+        ("quantised", "a"),
+        ("quantised", "b"),
     ]
     assert found(Headers("a", packed), private=[r"^layer\."]) == {}
     masks = {**TENSORS, "attention.bias": ((1, 1, 4, 4), torch.bool)}

@@ -1,6 +1,7 @@
 """Sources: lazy checkpoints, their compatibility and fingerprints."""
 
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
+from gradmerge.sources.dequantised import Dequantised
 from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile
 from gradmerge.sources.in_memory import InMemory
 from gradmerge.sources.lora import Lora
@@ -11,6 +12,7 @@ __all__ = [
     "EMR",
     "AbstractSource",
     "Checkpoint",
+    "Dequantised",
     "HuggingFace",
     "InMemory",
     "Lora",

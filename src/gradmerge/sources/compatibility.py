@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from gradmerge.common.errors import (
@@ -18,6 +19,7 @@ from gradmerge.common.errors import (
 )
 from gradmerge.sources.base import Checkpoint, TensorInfo
 from gradmerge.sources.configuration import check_config
+from gradmerge.sources.quantised import check_quantised
 from gradmerge.sources.tokenizers.files import SENTENCEPIECE, read_vocabulary
 
 
@@ -44,10 +46,14 @@ def check(
             )
     reference = next(iter(checkpoints.values()))
     problems: list[Problem] = []
-    for checkpoint in checkpoints.values():
-        problems += _check_precision(checkpoint, private)
+    keeps = partial(is_private, private=private)
+    codes = {name: check_quantised(checkpoint, keeps) for name, checkpoint in checkpoints.items()}
+    problems += [problem for found in codes.values() for problem in found]
+    quantised = any(p.kind == "quantised" for p in next(iter(codes.values())))
+    for name, checkpoint in checkpoints.items():
         if checkpoint is not reference:
-            problems += _check_tensors(reference, checkpoint, private)
+            if not quantised and not any(p.kind == "quantised" for p in codes[name]):
+                problems += _check_tensors(reference, checkpoint, private)
             problems += check_config(reference, checkpoint)
             problems += _check_tokenizer(reference, checkpoint)
     # rare kinds first, so that a shortened report shows every kind
@@ -104,24 +110,6 @@ def require(problems: Sequence[Problem]) -> None:
 def is_private(name: str, private: Sequence[str]) -> bool:
     """Return whether a pattern matches this tensor, so that it stays with its task."""
     return any(re.search(pattern, name) for pattern in private)
-
-
-def _check_precision(checkpoint: Checkpoint, private: Sequence[str]) -> list[Problem]:
-    """Find quantised weights: their numbers are codes, which cannot be averaged."""
-    return [
-        Problem(
-            "dtype",
-            info.file,
-            info.name,
-            "at least 16 bits per entry",
-            str(info.dtype),
-            "A quantised tensor cannot be merged; give the unquantised checkpoint.",
-        )
-        for info in checkpoint.infos.values()
-        if info.dtype.itemsize < 2
-        and (info.dtype.is_floating_point or info.name.endswith("weight"))
-        and not is_private(info.name, private)
-    ]
 
 
 def _check_tensors(

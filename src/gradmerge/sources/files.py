@@ -29,6 +29,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -157,7 +158,8 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         if entry["dtype"] not in DTYPES:
             raise SourceError(
                 f"{path}: tensor {name}: unsupported dtype {entry['dtype']}; convert the "
-                "checkpoint to bfloat16, float16 or float32."
+                "checkpoint to bfloat16, float16 or float32. If it is quantised, give the "
+                "checkpoint that it was made from."
             )
         infos[name] = TensorInfo(name, tuple(entry["shape"]), DTYPES[entry["dtype"]], str(path))
     return infos
@@ -311,6 +313,8 @@ class HuggingFace(AbstractSource):
             hint = ""
             if "adapter_config.json" in names:
                 hint = " This is a LoRA adapter: give it as `class_path: Lora` with its `base`."
+            elif any(name.endswith(".gguf") for name in names):
+                hint = " GGUF is llama.cpp's format: give the checkpoint that it was made from."
             raise SourceError(
                 f"{folder}: expected model.safetensors, model.safetensors.index.json or "
                 f"pytorch_model.bin, got {shorten(names) or 'nothing'}.{hint}"

@@ -18,6 +18,7 @@ from typing_extensions import override
 from gradmerge.common.errors import SourceError, nearest, shorten
 from gradmerge.sources.base import AbstractSource, Checkpoint
 from gradmerge.sources.files import HuggingFace, SafetensorsCheckpoint, read_json
+from gradmerge.sources.quantised import require_dense
 from gradmerge.sources.skeleton import bind, build_skeleton
 from gradmerge.sources.tokenizers.files import has_tokenizer
 
@@ -73,6 +74,7 @@ class LoraCheckpoint(Checkpoint):
     """
 
     def __init__(self, folder: Path, base: Checkpoint) -> None:
+        require_dense(base)
         self._folder_adapter = folder
         self._base = base
         settings = read_json(folder / "adapter_config.json")
@@ -81,6 +83,7 @@ class LoraCheckpoint(Checkpoint):
         self._settings = settings
         self._reject_unsupported()
         self._adapter = SafetensorsCheckpoint([folder / "adapter_model.safetensors"], str(folder))
+        require_dense(self._adapter)
         self._factors: dict[str, _Factors] = {}
         self._replaced: dict[str, str] = {}
         self._index()

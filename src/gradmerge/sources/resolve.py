@@ -16,6 +16,7 @@ from gradmerge.sources.emr import EMRCheckpoint, part_of, read_description
 from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile, read_json
 from gradmerge.sources.in_memory import InMemory
 from gradmerge.sources.lora import Lora
+from gradmerge.sources.quantised import is_gguf
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
@@ -59,6 +60,11 @@ def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
     if path.is_dir():
         return HuggingFace(str(path))
     if path.exists():
+        if path.is_file() and is_gguf(path):
+            raise ConfigError(
+                f"{text}: expected weights that PyTorch can read, got a GGUF file, which llama.cpp "
+                "writes. Give the checkpoint that it was made from."
+            )
         raise ConfigError(
             f"{text}: expected a folder or a file ending in .safetensors, .bin, .pt or .pth."
         )

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gradmerge.common.errors import ConfigError, SourceError, nearest, shorten
+from gradmerge.sources.architecture import model_class_of, read_config, refusal
+from gradmerge.sources.loader import Loader
 
 
 @dataclass(frozen=True)
@@ -74,52 +76,30 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
         trust_remote_code: allow modelling code in the folder to run.
 
     Raises:
-        SourceError: the config names no model class, or an unknown one.
+        UnknownArchitectureError: transformers does not have the model class.
+        SourceError: the config names no model class, or transformers refuses it.
     """
-    import transformers
+    config = read_config(folder, trust_remote_code)
+    model_class = model_class_of(config, folder, trust_remote_code)
+
+    def build(config: Any) -> nn.Module:
+        with _parameters_on_meta():
+            if hasattr(model_class, "_from_config"):
+                # float32 whatever the config says, which would round constants in buffers
+                # (Gemma's embedding scale)
+                return cast("nn.Module", model_class._from_config(config, dtype=torch.float32))
+            return cast(
+                "nn.Module", model_class.from_config(config, trust_remote_code=trust_remote_code)
+            )
 
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (ValueError, OSError) as error:
-        raise SourceError(
-            f"{folder}: transformers cannot read its config: {error}. If the model ships its own "
-            "code and you trust it, set trust_remote_code: true (gradmerge export: "
-            "--trust_remote_code true)."
-        ) from error
-    model_class = _model_class(config, folder, trust_remote_code)
-    with _parameters_on_meta():
-        if hasattr(model_class, "_from_config"):
-            # float32 whatever the config says, which would round constants in buffers (Gemma's
-            # embedding scale)
-            module: nn.Module = model_class._from_config(config, dtype=torch.float32)
-        else:
-            module = model_class.from_config(config, trust_remote_code=trust_remote_code)
+        module = build(config)
+    except Exception as error:  # networks check their config in many ways, or not at all
+        kind, what = type(config), f"cannot build {model_class.__name__} from it"
+        attempt = lambda fields: build(kind.from_dict(fields))  # noqa: E731
+        raise refusal(folder, what, error, attempt) from error
     module.tie_weights()  # type: ignore[operator]
     return module.eval()
-
-
-def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
-    import transformers
-
-    names = getattr(config, "architectures", None) or []
-    if not names:
-        raise SourceError(
-            f"{folder}/config.json: expected `architectures` to name the model class."
-        )
-    if hasattr(transformers, names[0]):
-        return getattr(transformers, names[0])
-    auto_map = getattr(config, "auto_map", None) or {}
-    for auto_name, place in auto_map.items() if trust_remote_code else ():
-        if auto_name.startswith("AutoModel") and place.endswith(names[0]):
-            return getattr(transformers, auto_name)
-    known = [name for name in dir(transformers) if "For" in name or "Model" in name]
-    raise SourceError(
-        f"{folder}/config.json: architecture {names[0]} is not in transformers "
-        f"{transformers.__version__}.{nearest(names[0], known)} Update transformers, or set "
-        "trust_remote_code: true for a model with its own code."
-    )
 
 
 def _old_style(module: nn.Module, name: str) -> str | None:
@@ -184,9 +164,9 @@ def bind(module: nn.Module, names: Sequence[str]) -> Binding:
     buffers: dict[str, str] = {}
     unused = []
     found: dict[str, dict[str, str]] = {}  # tied group -> place in the module -> name in the files
-    renames = _renames(module, names, set(canonical) | module_buffers)
+    targets = renames(module, names)
     for name in names:
-        target = renames[name]
+        target = targets[name]
         if target in canonical:
             found.setdefault(canonical[target], {})[target] = name
         elif target in module_buffers:
@@ -224,47 +204,15 @@ def renames(module: nn.Module, names: Sequence[str]) -> dict[str, str]:
     Raises:
         ConfigError: transformers splits or fuses a tensor on loading.
     """
-    return _renames(module, names, set(module.state_dict(keep_vars=True)))
-
-
-def _renames(module: nn.Module, names: Sequence[str], known: set[str]) -> dict[str, str]:
-    """Return the name in the module of each name in the files."""
-    same = {name: name for name in names}
-    if all(name in known for name in names):
-        return same
-    try:
-        from transformers import PreTrainedModel
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            rename_source_key,
-        )
-    except ImportError:
-        return same
-    if not isinstance(module, PreTrainedModel):
-        return same
-    transforms = get_model_conversion_mapping(module)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    meta = dict.fromkeys(known, torch.empty(0, device="meta"))
-    found = {}
-    fused = []
-    # sorted, as in transformers, whose renamings may depend on the order
-    for name in sorted(names):
-        target, pattern = rename_source_key(
-            name, renamings, converters, module.base_model_prefix, meta
-        )
-        if pattern is not None and name not in known:
-            fused.append(name)
-        found[name] = name if name in known else target
+    places = Loader(module).places(names)
+    fused = sorted(name for name, place in places.items() if place.fused)
     if fused:
         raise ConfigError(
             f"{type(module).__name__}: transformers fuses or splits these tensors when it loads "
             f"them: {shorten(fused)}. Their coefficients have no single place in the module, so "
             "this model can be merged with fixed coefficients (gradmerge merge), but not learned."
         )
-    return found
+    return {name: place.name for name, place in places.items()}
 
 
 @dataclass(frozen=True)
