@@ -360,8 +360,8 @@ def test_models_that_store_several_dtypes_want_one_stated(p, read, tmp_path):
 # ---- the command --------------------------------------------------------------------------------
 
 
-def test_merge_tells_what_it_read_and_warns(p, tmp_path, capsys):
-    weight = [{"filter": "mlp", "value": 1.0}, {"value": 0.4}]
+def test_merge_tells_what_it_read(p, tmp_path, capsys):
+    weight = [{"filter": "head", "value": 1.0}, {"value": 0.4}]
     file = config(p, "task_arithmetic", parameters={"weight": weight}, own=())
     path = tmp_path / "mk.yaml"
     path.write_text(yaml.safe_dump(file))
@@ -369,7 +369,17 @@ def test_merge_tells_what_it_read_and_warns(p, tmp_path, capsys):
     told = capsys.readouterr()
     assert "mergekit task_arithmetic: Linear, origin base" in told.out
     assert "merged 2 sources, 4 tensors" in told.out
-    assert f"warning {path}: the filter 'mlp' matches no tensor" in told.err
+
+
+def test_a_filter_that_matches_nothing_is_refused(p, tmp_path, capsys):
+    weight = [{"filter": "mlp", "value": 1.0}, {"value": 0.4}]
+    path = tmp_path / "mk.yaml"
+    path.write_text(
+        yaml.safe_dump(config(p, "task_arithmetic", parameters={"weight": weight}, own=()))
+    )
+    assert main(["merge", f"--config={path}", "--output", str(tmp_path / "out")]) == 2
+    assert "weight: the filter 'mlp' matches no tensor." in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_merge_refuses_a_file_in_a_list_of_all_that_is_wrong(p, tmp_path, capsys):

@@ -75,7 +75,7 @@ def test_missing_files(sharded, tmp_path):
     (tmp_path / "dir.safetensors").mkdir()
     with pytest.raises(SourceError, match=r"dir\.safetensors: expected a complete"):
         SafetensorsFile(str(tmp_path / "dir.safetensors")).open()
-    with pytest.raises(SourceError, match=r"nowhere: expected a folder, but none exists"):
+    with pytest.raises(SourceError, match=r"nowhere: expected a folder or file, but none exists"):
         as_source(str(tmp_path / "nowhere")).open()
     broken = copied(sharded, tmp_path / "broken")
     lost = sorted(broken.glob("*.safetensors"))[1]

@@ -316,7 +316,7 @@ def test_half_a_pair_is_refused(tmp_path):
 
 def test_missing_files(tmp_path):
     source, _ = make(tmp_path, llama, r=2, target_modules=["q_proj"])
-    with pytest.raises(SourceError, match="expected a folder, but none exists"):
+    with pytest.raises(SourceError, match="expected a folder or file, but none exists"):
         Lora(str(tmp_path / "none"), source.base).open()
     (tmp_path / "adapter1" / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(SourceError, match=r"expected adapter_model.safetensors.*is a pickle"):

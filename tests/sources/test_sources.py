@@ -251,7 +251,7 @@ def test_hub_id_offline_is_a_clear_error():
     source = as_source("owner/name@v1.2")
     assert source == HuggingFace("owner/name", revision="v1.2")
     with pytest.raises(
-        SourceError, match=r"owner/name: no such local folder.*revision v1\.2.*local"
+        SourceError, match=r"owner/name \(revision v1\.2\): no such local folder.*was not asked"
     ):
         source.open()
     with pytest.raises(SourceError, match=r"revision main"):
@@ -265,7 +265,8 @@ def test_hub_snapshot(folders, tmp_path, monkeypatch):
     model, whole, _ = folders
     calls = []
 
-    def download(repository, revision, token, allow_patterns):
+    def download(repository, revision, token, allow_patterns, local_files_only):
+        assert local_files_only  # HF_HUB_OFFLINE
         calls.append((repository, revision, token, allow_patterns))
         return str(whole)
 
@@ -277,7 +278,7 @@ def test_hub_snapshot(folders, tmp_path, monkeypatch):
     assert not any("bin" in pattern for pattern in calls[0][3])
     assert "secret" not in repr(HuggingFace("owner/name", token="secret"))
 
-    def download_bin(repository, revision, token, allow_patterns):
+    def download_bin(repository, revision, token, allow_patterns, local_files_only):
         if "pytorch_model*.bin" in allow_patterns:
             torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
         return str(tmp_path)

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from gradmerge.alignment.symmetry.spec import LinearMap, Maps, PermutationSpec, same_maps
 from gradmerge.common.errors import ConfigError, nearest, require
-from gradmerge.common.spec import require_pattern
+from gradmerge.common.patterns import require_pattern
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.base import tensor_bytes
 

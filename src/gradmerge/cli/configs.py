@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from gradmerge.common.errors import ConfigError
+from gradmerge.common.files import read_yaml
 from gradmerge.engine.recipe import Recipe
 from gradmerge.mergekit import Reading, is_mergekit, read_mergekit
 from gradmerge.sources import Checkpoint
@@ -92,8 +93,6 @@ def read_merge_input(arguments: Sequence[str]) -> MergeInput:
     for at, path in theirs.items():
         reading, files[at] = read_mergekit(path), {}
         print(reading.summary)
-        for warning in reading.warnings:
-            print(f"gradmerge merge: warning {path}: {warning}", file=sys.stderr)
     # as everywhere, later arguments win: what stands before the mergekit file is replaced by it
     start = max(theirs, default=-1) + 1
     options = re.findall(r"^--recipe\.(\w+)", "\n".join(arguments[start:]), re.MULTILINE)
@@ -132,9 +131,8 @@ def _configs(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
 def _read(path: str) -> dict[str, Any] | None:
     """Return a file as plain data, or None if it is invalid, which the parser will report."""
     try:
-        with open(path, encoding="utf-8") as file:
-            found = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        found = read_yaml(Path(path))
+    except ConfigError:
         return None
     return found if isinstance(found, dict) else None
 

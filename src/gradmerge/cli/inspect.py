@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradmerge.common.errors import Problem, report
+from gradmerge.common.patterns import require_matches
 from gradmerge.sources import AbstractSource, Checkpoint, Vocabulary, as_source
 from gradmerge.sources.compatibility import check, check_private, is_private
 from gradmerge.sources.geometry import direction_statistics
@@ -39,6 +40,8 @@ def inspect_sources(
     if tokenizer is not None:
         Vocabulary(tokenizer).require(list(sources), base is not None)
     opened = _open(sources, None if base is None else as_source(base))
+    tensors = (name for checkpoint in opened.values() for name in checkpoint.infos)
+    require_matches({"private": private}, dict.fromkeys(tensors), "tensor of the sources")
     problems: list[Problem] = []
     if may_be_tied(opened, private):
         settled = settle_ties(opened, Networks({"base": base, **sources}), private)

@@ -147,12 +147,17 @@ def read_old_paths() -> None:
     import jsonargparse
     import yaml
 
+    from gradmerge.common.files import require_bounded
     from gradmerge.common.spec import current_path, modernise
 
     load = jsonargparse.get_loader("yaml")
 
     def load_modernised(text: str) -> Any:
-        found = modernise(load(text))
+        require_bounded(text)
+        try:
+            found = modernise(load(text))
+        except ValueError as error:  # a date such as 2020-13-45, or a number of 5,000 digits
+            raise yaml.YAMLError(str(error)) from error
         return current_path(found) if isinstance(found, str) else found
 
     if load.__name__ != load_modernised.__name__:

@@ -9,11 +9,14 @@ from typing import Any
 
 from gradmerge.coefficients import Constant, Model
 from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.common.files import read_json
+from gradmerge.common.schema import require_shape
 from gradmerge.engine.recipe import Recipe
 
 COMMANDS = ("validate", "test")
 NAME = "model"
 """Source name of the scored folder in its recipe."""
+_PROVENANCE = {"recipe?": {"init_args?": {"private?": [str]}}}
 
 
 def with_model_folder(arguments: Sequence[str]) -> list[str]:
@@ -73,12 +76,11 @@ def scored_recipe(folder: str, tasks: Iterable[str], private: Sequence[str]) -> 
 
 
 def _private_of(folder: Path) -> list[str]:
-    """Return the private patterns of the merge that wrote a folder."""
-    try:
-        found: Any = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-        return [str(pattern) for pattern in found["recipe"]["init_args"]["private"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    """Return the private patterns of the merge that wrote a folder, if it was gradmerge."""
+    path = folder / "provenance.json"
+    found: Any = read_json(path, ConfigError) or {}
+    require_shape(path, found, _PROVENANCE, "Restore it, or remove it.", ConfigError)
+    return list(found.get("recipe", {}).get("init_args", {}).get("private", []))
 
 
 def require_scored(command: str, ckpt_path: str | None) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from typing_extensions import override
@@ -20,7 +19,8 @@ from gradmerge.coefficients.base import (
     parameter_key,
 )
 from gradmerge.common.errors import require
-from gradmerge.common.spec import require_pattern
+from gradmerge.common.patterns import matches, require_pattern, search
+from gradmerge.common.spec import PATTERNS
 
 
 class AbstractGranularity(AbstractCoefficients):
@@ -84,7 +84,7 @@ class Group(AbstractGranularity):
     Tensors that match no pattern form one group.
     """
 
-    patterns: tuple[str, ...] = (r"(layers?|h|blocks?)\.\d+\.",)
+    patterns: tuple[str, ...] = field(default=(r"(layers?|h|blocks?)\.\d+\.",), metadata=PATTERNS)
     """Regular expressions of tensor names, tried in order."""
 
     def __post_init__(self) -> None:
@@ -97,9 +97,9 @@ class Group(AbstractGranularity):
         order: dict[str, int] = {}
         columns = {}
         for tensor in tensors:
-            matches = (re.search(pattern, tensor.name) for pattern in self.patterns)
-            found = next((match for match in matches if match), None)
-            group = tensor.name[: found.end()] if found else ""
+            spans = (search(pattern, tensor.name) for pattern in self.patterns)
+            found = next((span for span in spans if span), None)
+            group = tensor.name[: found[1]] if found else ""
             columns[tensor.name] = order.setdefault(group, len(order))
         return _table("group", columns)
 
@@ -177,7 +177,7 @@ class Component(_PerTensor):
     operator `Components`.
     """
 
-    whole: str | None = None
+    whole: str | None = field(default=None, metadata=PATTERNS)
     """Regular expression of tensors that are not decomposed and have one coefficient per source."""
 
     def __post_init__(self) -> None:
@@ -188,7 +188,7 @@ class Component(_PerTensor):
     @override
     def slot(self, tensor: MergeTensor) -> Slot:
         key = parameter_key(tensor.name)
-        whole = self.whole is not None and re.search(self.whole, tensor.name)
+        whole = self.whole is not None and matches([self.whole], tensor.name)
         if whole or len(tensor.shape) < 2 or 0 in tensor.shape:
             return Slot(key, "scalar", ())
         rank = min(tensor.shape[0], math.prod(tensor.shape[1:]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -18,6 +17,8 @@ from typing_extensions import override
 
 from gradmerge.coefficients.base import Layout, MergeTensor, Slot
 from gradmerge.common.errors import ConfigError, nearest, require
+from gradmerge.common.files import parse_json
+from gradmerge.common.schema import require_shape
 from gradmerge.common.spec import Setting, settle
 from gradmerge.common.typing import Origin
 from gradmerge.sources.names import depth_of
@@ -248,8 +249,16 @@ class FromFile(AbstractInit):
             raise ConfigError(
                 f"FromFile: {self.path}: not a readable safetensors file: {error}."
             ) from error
-        stored = json.loads(metadata.get("sources", "null"))
-        spread = json.loads(metadata.get("slots", "{}")).get(name)
+        where, remedy = f"FromFile: {self.path}", "Export the coefficients again."
+        stored, slots = (
+            parse_json(metadata.get(key, "null"), f"{where}: {key}", ConfigError)
+            for key in ("sources", "slots")
+        )
+        shape = {"sources": ([str], None), "slots": ({str: str}, None)}
+        require_shape(where, {"sources": stored, "slots": slots}, shape, remedy, ConfigError)
+        spread = (slots or {}).get(name)
+        if not loaded.isfinite().all() or loaded.dim() < 1:
+            raise ConfigError(f"{where}: expected finite coefficients of {name}, got others.")
         if stored is None and len(loaded) != len(sources):
             raise ConfigError(
                 f"FromFile: {self.path} is for {len(loaded)} sources, this merge has "

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from gradmerge.common.errors import ConfigError, require
+from gradmerge.common.errors import ConfigError, require, shorten
+from gradmerge.common.patterns import matches, require_pattern
 
 CONCEPTS = (
     "sources",
@@ -141,18 +142,64 @@ def from_plain(value: Any, allow_modules: Collection[str] = ()) -> Any:
             return {key: from_plain(item, allow_modules) for key, item in value.items()}
         kind = _component(current_path(str(value["class_path"])), allow_modules)
         given = value.get("init_args", {})
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{public_path(kind)}: expected init_args, got {given!r:.60}.")
         arguments = {
-            key: from_plain(item, allow_modules)
+            str(key): from_plain(item, allow_modules)
             for key, item in given.items()
             if key not in _WITHHELD
         }
-        for field in dataclasses.fields(kind):
-            if str(field.type).startswith("tuple") and field.name in arguments:
-                arguments[field.name] = tuple(arguments[field.name])
-        return kind(**arguments)
+        return _built(kind, arguments)
     if isinstance(value, list):
         return [from_plain(item, allow_modules) for item in value]
     return value
+
+
+def _built(kind: Any, arguments: dict[str, Any]) -> Any:
+    """Return a component with arguments that are all of the right types."""
+    wrong = []
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    hints = _hints(kind)
+    for name, value in arguments.items():
+        if name not in fields:
+            wrong.append(f"{name}: no such field")
+        elif not _has_type(value, hints.get(name, Any)):
+            wrong.append(f"{name}: expected {fields[name].type}, got {value!r:.60}")
+        elif isinstance(value, list) and str(fields[name].type).startswith("tuple"):
+            arguments[name] = tuple(value)
+    missing = dataclasses.MISSING
+    wrong += [
+        f"{name}: missing"
+        for name, field in fields.items()
+        if field.default is missing and field.default_factory is missing and name not in arguments
+    ]
+    if wrong:
+        raise ConfigError(f"{public_path(kind)} as stored does not fit: {shorten(wrong, 3)}.")
+    return kind(**arguments)
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(kind)
+    except Exception:  # a user's own class may name types that exist for type checkers alone
+        return {}
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_has_type(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin is not None and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(_has_type(v, parts[1]) for v in value.values())
+    if origin is not None and issubclass(origin, Collection):
+        inner = parts[0] if parts else Any
+        return isinstance(value, (list, tuple)) and all(_has_type(v, inner) for v in value)
+    if hint in (int, float):
+        kinds = int if hint is int else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _component(path: str, allow_modules: Collection[str]) -> Any:
@@ -225,7 +272,7 @@ def settle(who: str, setting: Setting, tensor: str, sources: Sequence[str]) -> l
         if tensor in setting:
             setting = setting[tensor]
         else:
-            found = next((key for key in setting if re.search(key, tensor)), None)
+            found = next((key for key in setting if matches([key], tensor)), None)
             if found is None:
                 raise ConfigError(
                     f"{who}: no expression matches the tensor {tensor}, got {list(setting)[:5]}. "
@@ -266,13 +313,33 @@ def require_setting(
         require(holds(float(value)), who, expected, value)
 
 
-def require_pattern(who: str, pattern: str) -> None:
-    """Reject an invalid regular expression.
+PATTERNS = {"patterns": True}
+"""Metadata of a field that holds regular expressions of tensors' names."""
 
-    Raises:
-        ConfigError: the pattern does not compile.
+
+def patterns_of(component: Any, prefix: str = "") -> dict[str, list[str]]:
+    """Return the expressions that a specification and its parts hold, by option.
+
+    Expressions are in fields of type `Setting` and in those with the metadata `PATTERNS`. Defaults,
+    which suit many networks, are left out.
     """
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{who}: invalid regular expression {pattern!r}: {error}.") from error
+    found: dict[str, list[str]] = {}
+    if isinstance(component, (list, tuple)):
+        for part in component:
+            found.update(patterns_of(part, f"{type(part).__name__}."))
+    if not dataclasses.is_dataclass(component) or isinstance(component, type):
+        return found
+    for field in dataclasses.fields(component):
+        value = getattr(component, field.name)
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if field.metadata.get("patterns"):
+            if value != default:
+                listed = [value] if isinstance(value, str) else list(value or ())
+                found[prefix + field.name] = listed
+        elif "Setting" in str(field.type) and isinstance(value, dict):
+            found[prefix + field.name] = list(value)
+        else:
+            found.update(patterns_of(value, f"{type(value).__name__}."))
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from abc import ABC, abstractmethod
@@ -15,6 +14,8 @@ from typing import Any
 import lightning
 from lightning.pytorch.utilities import rank_zero_info
 
+from gradmerge.common import files
+from gradmerge.common.errors import SourceError
 from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.drivers.state import (
     JOB,
@@ -110,13 +111,14 @@ class Job:
 
     def _has_written(self, job: str) -> bool:
         try:
-            text = (self.target.folder / "provenance.json").read_text(encoding="utf-8")
-            return bool(json.loads(text)["driver"]["job"] == job)
-        except (OSError, ValueError, LookupError, TypeError):
+            found = files.read_json(self.target.folder / "provenance.json") or {}
+        except SourceError:
             return False  # not the output of a job
+        driver = found.get("driver")
+        return isinstance(driver, dict) and driver.get("job") == job
 
     def _kept(self) -> dict[str, Any] | None:
-        return read_json(self.folder / JOB, job=str, seed=(int, type(None)), content=dict)
+        return read_json(self.folder / JOB, job=str, seed=(int, None), content=dict)
 
     def require_free(self, driver: AbstractDriver) -> dict[str, Any] | None:
         """Return the job to resume, if any, without reading weights or data.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +13,25 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, require, shorten
+from gradmerge.common.files import read_json
+from gradmerge.common.schema import a_name, an_amount, require_shape
 from gradmerge.drivers.base import Job
 from gradmerge.drivers.fold import AbstractFold, Node
 from gradmerge.engine.recipe import Recipe
 from gradmerge.preprocess import Orthogonalise
 from gradmerge.sources import AbstractSource, HuggingFace
 from gradmerge.training.module import MergeModule
+
+# What is read of an earlier merge's provenance.
+_PROVENANCE = {
+    "driver?": {
+        "members?": [str],
+        "sources?": {str: dict},
+        "steps?": [{"lambda?": an_amount}],
+    },
+    "sources?": {str: {"sha256?": str}},
+    "tasks?": {a_name: str},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +66,10 @@ class Continual(AbstractFold):
     def _provenance(self) -> dict[str, Any]:
         if not self._folder.is_dir():
             raise ConfigError(f"earlier: {self.earlier}: expected a model folder, got no folder.")
-        try:
-            found = json.loads((self._folder / "provenance.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = None
-        return found if isinstance(found, dict) else {}
+        path = self._folder / "provenance.json"
+        found = read_json(path, ConfigError) or {}
+        require_shape(path, found, _PROVENANCE, "Restore it, or remove it.", ConfigError)
+        return found
 
     @property
     def _driver(self) -> dict[str, Any]:

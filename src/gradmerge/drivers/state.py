@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from gradmerge.common import files
 from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.common.files import whole_file
+from gradmerge.common.schema import require_shape
 from gradmerge.common.spec import modernise
 from gradmerge.training.data import MergeDataModule
 
@@ -138,29 +140,25 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read_json(path: Path, **fields: type | tuple[type, ...]) -> dict[str, Any] | None:
-    """Return a record that has these fields, or None if there is no such file."""
+def read_json(path: Path, **fields: Any) -> dict[str, Any] | None:
+    """Return a record, or None if there is no such file.
+
+    Args:
+        path: the file.
+        **fields: shape of each field; see `gradmerge.common.schema`.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    remedy = f"It is the record from which a driver resumes: restore it, {_REMEDY}"
     try:
-        found = modernise(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+        found = files.read_json(path, ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"{error}\n{remedy}") from error
+    if found is None:
         return None
-    except (OSError, ValueError) as error:
-        raise _damaged(path, f"something else ({error})") from error
-    if not isinstance(found, dict):
-        raise _damaged(path, type(found).__name__)
-    for name, types in fields.items():
-        if name not in found:
-            raise _damaged(path, f"one without `{name}`")
-        if not isinstance(found[name], types):
-            raise _damaged(path, f"`{name}` of type {type(found[name]).__name__}")
-    return found
-
-
-def _damaged(path: Path, got: str) -> ConfigError:
-    return ConfigError(
-        f"{path}: expected the record from which a driver resumes, got {got}: it was changed or "
-        f"damaged. Restore it, {_REMEDY}"
-    )
+    require_shape(path, found, fields, remedy, ConfigError)
+    return dict(modernise(found))
 
 
 def plain(content: Any) -> Any:

@@ -13,6 +13,8 @@ from gradmerge.alignment import Aligned, PermutationSpec
 from gradmerge.alignment.align import align_sources, find_spec
 from gradmerge.coefficients import Column, Row
 from gradmerge.common.errors import ConfigError, Problem
+from gradmerge.common.patterns import require_matches
+from gradmerge.common.spec import patterns_of
 from gradmerge.engine.inventory import names_of
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe, innermost
@@ -86,6 +88,7 @@ class Opening:
                 "sources: expected names other than 'base', which is reserved for `base`, got it "
                 "as the name of a source; rename the source."
             )
+        self._require_patterns()
         self._apart: tuple[str, ...] | None = None
         specs = {"base": recipe.base, **recipe.sources, **recipe.heads}
         self._networks = Networks(specs, module, recipe.trust_remote_code)
@@ -111,6 +114,12 @@ class Opening:
         self.heads = {name: found.checkpoints[name] for name in self.heads}
         self._apart = found.apart
         return list(found.notes)
+
+    def _require_patterns(self) -> None:
+        """Reject expressions of the recipe that match no tensor of any checkpoint."""
+        opened = [*self._everything().values(), *self.heads.values()]
+        names = dict.fromkeys(name for checkpoint in opened for name in checkpoint.infos)
+        require_matches(patterns_of(self.recipe), names, "tensor of the sources")
 
     def _check(self) -> list[Problem]:
         """Match vocabularies and compare all checkpoints; return the warnings."""

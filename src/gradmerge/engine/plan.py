@@ -7,7 +7,6 @@ finds out are in a `gradmerge.engine.state.FitState`.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property, partial
@@ -19,6 +18,7 @@ from torch import Tensor
 from gradmerge.alignment import Aligned
 from gradmerge.coefficients import AbstractInit, InitContext, Layout, initial_raw
 from gradmerge.common.errors import ConfigError, Problem, shorten
+from gradmerge.common.patterns import matches
 from gradmerge.common.spec import to_plain
 from gradmerge.common.typing import Raw
 from gradmerge.engine import contraction
@@ -97,7 +97,7 @@ class Plan(Shared):
         fixed = {}
         for name in self.tensors:
             for pattern, value in self.recipe.frozen.items():
-                if re.search(pattern, name):
+                if matches([pattern], name):
                     fixed[name] = self._number(value)
                     break
             else:
@@ -222,7 +222,7 @@ class Plan(Shared):
     def directions(self) -> Iterator[tuple[Site, Callable[[], Tensor]]]:
         """Yield the site of each merged tensor, and a call that computes its directions."""
         for name in self.tensors:
-            kept = any(re.search(p, name) for p in self.recipe.frozen) and not self.fixed[name]
+            kept = matches(self.recipe.frozen, name) and not self.fixed[name]
             site = Site(name, self.source_names, self.collected, not kept)
             yield site, partial(self.direction, name)
 

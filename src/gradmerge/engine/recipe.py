@@ -5,7 +5,6 @@ theta_p(z) = A_p + sum_k B_{k,p} (.) link(z_{k, g(p)})
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -21,6 +20,9 @@ from gradmerge.coefficients import (
 )
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.common.errors import ConfigError, nearest
+from gradmerge.common.names import is_name, require_names
+from gradmerge.common.patterns import require_pattern
+from gradmerge.common.spec import PATTERNS
 from gradmerge.common.typing import Origin
 from gradmerge.finalisers import AbstractFinaliser
 from gradmerge.operators import AbstractOperator, Linear
@@ -61,10 +63,10 @@ class Recipe:
     finalisers: list[AbstractFinaliser] = field(default_factory=list)
     """Corrections of the merged weights, in order, in evaluation and export but not while learning
     (REPAIR, SpectralRescale, DepthRescale)."""
-    frozen: dict[str, float | str] = field(default_factory=dict)
+    frozen: dict[str, float | str] = field(default_factory=dict, metadata=PATTERNS)
     """Fixed coefficients of tensors by regular expression: a number, `origin` (0) or `mean` (1/K).
     The first match wins."""
-    private: list[str] = field(default_factory=list)
+    private: list[str] = field(default_factory=list, metadata=PATTERNS)
     """Regular expressions of tensors that are not merged but kept per task, such as heads."""
     unused: Literal["auto", "origin", "mean"] = "auto"
     """Coefficient of tensors that never get a gradient: `origin` (0), `mean` (1/K), or `auto`:
@@ -96,11 +98,11 @@ class Recipe:
             raise ConfigError("sources: expected at least one, got none.")
         if self.origin == "base" and self.base is None:
             raise ConfigError("origin: base needs a base, got none; set `base` or another origin.")
-        for pattern in [*self.frozen, *self.private]:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(f"invalid regular expression {pattern!r}: {error}") from error
+        require_names("sources", self.sources)
+        require_names("heads", self.heads)
+        for option, patterns in (("frozen", self.frozen), ("private", self.private)):
+            for pattern in patterns:
+                require_pattern(option, pattern)
         for pattern, value in self.frozen.items():
             if isinstance(value, str) and value not in ("origin", "mean"):
                 raise ConfigError(
@@ -236,4 +238,5 @@ def _whole_name(source: Any) -> str | None:
     if name in ("", ".."):
         name = Path(str(path)).resolve().name
     stem, dot, suffix = name.rpartition(".")
-    return stem if stem and f"{dot}{suffix}" in FILE_SUFFIXES else name
+    name = stem if stem and f"{dot}{suffix}" in FILE_SUFFIXES else name
+    return name if is_name(name) else None

@@ -114,7 +114,7 @@ def export_tasks(
 
     `extra` are further entries of each provenance.json; other options as in `export_state`.
     """
-    kind = require_options(dtype, None, ())
+    kind = require_options(dtype, None, tasks)
     target = Path(output).expanduser()
     with new_folder(target, overwrite) as work:
         for task, checkpoint in tasks.items():

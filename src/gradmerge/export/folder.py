@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gradmerge.common.errors import ConfigError, nearest, shorten
 from gradmerge.common.memory import release_freed_memory
+from gradmerge.common.names import require_names
 from gradmerge.common.spec import to_plain
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.plan import Plan
@@ -122,7 +123,8 @@ def export_state(
 def require_options(
     dtype: str | None, head: str | None, tasks: Iterable[str]
 ) -> torch.dtype | None:
-    """Reject invalid options before any work; return the dtype."""
+    """Reject invalid options and names of folders before any work; return the dtype."""
+    require_names("tasks", tasks)
     if head is not None and head not in list(tasks):
         known = shorten(list(tasks))
         raise ConfigError(

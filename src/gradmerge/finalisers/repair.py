@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gradmerge.common.errors import ConfigError
-from gradmerge.common.spec import require_pattern
+from gradmerge.common.patterns import require_pattern
+from gradmerge.common.spec import PATTERNS
 from gradmerge.finalisers.base import AbstractFinaliser, FinalSite
 
 
@@ -84,7 +85,7 @@ class REPAIR(AbstractFinaliser):
     normalised to a sum of 1."""
     batches: int = 16
     """Most batches per task, of the adaptation split."""
-    skip: list[str] = field(default_factory=list)
+    skip: list[str] = field(default_factory=list, metadata=PATTERNS)
     """Regular expressions for weights that are left alone."""
 
     def __post_init__(self) -> None:

@@ -11,9 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gradmerge.common.errors import ConfigError, nearest
+from gradmerge.common.files import read_yaml
 from gradmerge.common.typing import Origin
 from gradmerge.mergekit.methods import METHODS, REFUSED, Method, Parameter, Value
 from gradmerge.sources import Vocabulary
@@ -127,10 +126,7 @@ def read_document(path: str | Path) -> Document:
     Raises:
         ConfigError: the file is not YAML, or has problems (all are listed).
     """
-    try:
-        found = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: expected a mergekit YAML, got: {error}") from error
+    found = read_yaml(Path(path).expanduser())
     if not isinstance(found, Mapping):
         raise ConfigError(
             f"{path}: expected a mergekit YAML with merge_method, got {_kind(found)}."

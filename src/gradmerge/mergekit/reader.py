@@ -20,7 +20,7 @@ from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.common.errors import ConfigError
 from gradmerge.engine.recipe import Recipe, named
 from gradmerge.mergekit.document import Document, ModelReference, Problems, read_document
-from gradmerge.mergekit.table import Table, compact, tabulate
+from gradmerge.mergekit.table import Table, check_filters, compact, tabulate
 from gradmerge.operators import AbstractOperator, Linear
 from gradmerge.sources import AbstractSource, Checkpoint, Vocabulary, as_source
 from gradmerge.sources.lora import Lora
@@ -38,7 +38,6 @@ class Reading:
     """dtype of the result; None: as the reference stores each tensor."""
     summary: str
     """The factors and the range of each source's coefficients, as text to print."""
-    warnings: list[str]
 
 
 def read_mergekit(path: str | Path) -> Reading:
@@ -62,6 +61,8 @@ def read_mergekit(path: str | Path) -> Reading:
     reference = next(iter(opened.values()))
     tensors = [name for name, info in reference.infos.items() if info.dtype.is_floating_point]
     table = tabulate(document, tensors, problems)
+    everything = dict.fromkeys(name for checkpoint in opened.values() for name in checkpoint.infos)
+    check_filters(document, everything, problems)
     problems.stop(str(path))
 
     sources = named([specs[model] for model in document.sources])
@@ -86,7 +87,7 @@ def read_mergekit(path: str | Path) -> Reading:
     )
     checkpoints = {name: opened[model] for name, model in models.items()}
     summary = _summary(document, recipe, coefficients, dtype)
-    return Reading(recipe, checkpoints, dtype, summary, table.warnings)
+    return Reading(recipe, checkpoints, dtype, summary)
 
 
 def source_of(model: ModelReference) -> str | AbstractSource:

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gradmerge.common.errors import shorten
+from gradmerge.common.patterns import nearest_part
 from gradmerge.common.spec import Setting
 from gradmerge.mergekit.document import Case, Document, ModelReference, Problems, Settings, Slice
 from gradmerge.mergekit.methods import REQUIRED, Formula, Parameter, Value
@@ -38,7 +39,6 @@ class Table:
     document: Document
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Tensor -> parameter -> value; of parameters per model, a list with one per source."""
-    warnings: list[str] = field(default_factory=list)
 
     def option(self, name: str, problems: Problems) -> Any:
         """Return a parameter as a factor takes it: one value, or a setting by tensor and source."""
@@ -107,7 +107,7 @@ def compact(values: Mapping[str, Sequence[float]]) -> Setting:
 
 def tabulate(document: Document, tensors: Sequence[str], problems: Problems) -> Table:
     """Resolve every parameter for every tensor of a model; note what is missing or does not fit."""
-    table = Table(document, warnings=_idle_filters(document, tensors))
+    table = Table(document)
     sources = document.sources
     missing = defaultdict(list)
     for name, (part, t) in _places(document, tensors, problems).items():
@@ -183,12 +183,12 @@ def evaluate(cases: Sequence[Case], tensor: str, t: float) -> Value | None:
     return (1 - (spot - low)) * values[low] + (spot - low) * values[high]
 
 
-def _idle_filters(document: Document, tensors: Sequence[str]) -> list[str]:
-    """Warn of filters that match nothing: often names of another architecture."""
+def check_filters(document: Document, tensors: Collection[str], problems: Problems) -> None:
+    """Note filters that match no tensor: often names of another architecture."""
     scopes = [scope for part in document.slices for scope in (*part.shared, *part.inputs.values())]
-    cases = [case for scope in scopes for cases in scope.values() for case in cases]
-    return [
-        f"the filter {pattern!r} matches no tensor"
-        for pattern in dict.fromkeys(pattern for pattern, _ in cases)
-        if not any(pattern in name for name in tensors)
-    ]
+    for scope in scopes:
+        for parameter, cases in scope.items():
+            for text, _ in cases:
+                if not any(text in name for name in tensors):
+                    hint = nearest_part(text, tensors)
+                    problems.add(parameter, f"the filter {text!r} matches no tensor.{hint}")

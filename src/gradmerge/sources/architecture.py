@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from gradmerge.common.errors import SourceError, nearest, shorten
-from gradmerge.sources.files import read_json
+from gradmerge.common.files import read_json
 
 
 class UnknownArchitectureError(SourceError):

@@ -7,8 +7,7 @@ weights, and on which data.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,12 +16,58 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gradmerge.common.errors import ConfigError, FingerprintError, shorten
+from gradmerge.common.files import read_json
+from gradmerge.common.names import is_name
+from gradmerge.common.schema import a_count, an_amount, require_shape
 from gradmerge.common.spec import modernise
 from gradmerge.sources.base import Shared
 
 Kind = Literal["gram", "fisher", "kfac", "activations"]
 INDEX = "statistics.json"
 VERSION = 1
+
+
+def _an_axis(value: Any) -> bool:
+    """0 or 1"""  # noqa: D415
+    return type(value) is int and value in (0, 1)
+
+
+def _a_file(value: Any) -> bool:
+    """a safetensors file in the folder"""  # noqa: D403, D415
+    return is_name(value) and value.endswith(".safetensors")
+
+
+def _kind(*parts: str) -> dict[str, Any]:
+    """Return the shape of the record of one kind of statistic, which has these parts."""
+
+    def are_parts(value: Any) -> bool:
+        return value == list(parts)
+
+    are_parts.__doc__ = f"the parts {', '.join(parts) or 'none'}"
+    tensor = {"file": _a_file, "parts": are_parts, "rows": an_amount, "axis": _an_axis}
+    source = {
+        "fingerprint": str,
+        "tasks": [str],
+        "examples": a_count,
+        "norm": an_amount,
+        "tensors": {str: tensor},
+    }
+    needs = {"kind": str, "activations": str, "labels": str, "per": str, "seed": int}
+    return {"needs": needs, "step": dict, "alignment?": (dict, None), "sources": {str: source}}
+
+
+_GROUPS = {
+    "pairs": [[str]],
+    "groups": {str: {"file": _a_file, "rows": a_count, "size": a_count, "places": [dict]}},
+}
+_SHAPE = {
+    "collected": {
+        "gram?": _kind("gram"),
+        "fisher?": _kind("fisher"),
+        "kfac?": _kind("input", "output"),
+        "activations?": {**_kind(), **_GROUPS},
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -77,18 +122,23 @@ class SourceStatistics(Shared):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
+        path = self.folder / INDEX
         try:
-            self.index: dict[str, Any] = modernise(json.loads((self.folder / INDEX).read_text()))
-        except (OSError, ValueError) as error:
+            found = read_json(path, ConfigError)
+        except ConfigError as error:
+            raise ConfigError(f"statistics: {error} Collect again.") from error
+        if found is None:
             raise ConfigError(
-                f"statistics: {folder} holds no readable {INDEX} ({error}); expected a folder that "
-                "`gradmerge collect` wrote."
-            ) from error
+                f"statistics: {folder} holds no {INDEX}; expected a folder that `gradmerge "
+                "collect` wrote."
+            )
+        self.index: dict[str, Any] = modernise(found)
         if self.index.get("version") != VERSION:
             raise ConfigError(
                 f"statistics: {folder} is of version {self.index.get('version')}, expected "
                 f"{VERSION}; collect again."
             )
+        require_shape(f"statistics: {path}", self.index, _SHAPE, "Collect again.", ConfigError)
         self._files: dict[str, Any] = {}
 
     def require(
@@ -174,11 +224,19 @@ class SourceStatistics(Shared):
     def tensor(self, file: str, key: str) -> Tensor:
         """Return a tensor of one of the folder's files by its key."""
         if file not in self._files:
-            try:
-                self._files[file] = safe_open(self.folder / file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise ConfigError(
-                    f"statistics: {self.folder / file} cannot be read ({error}); collect again."
-                ) from error
-        found: Tensor = self._files[file].get_tensor(key)
+            self._files[file] = self._reading(file, lambda path: safe_open(path, framework="pt"))
+        found: Tensor = self._reading(file, lambda _: self._files[file].get_tensor(key))
+        if not found.is_floating_point() or not found.isfinite().all():
+            raise ConfigError(
+                f"statistics: {self.folder / file}: expected finite numbers in {key}, got others; "
+                "collect again."
+            )
         return found
+
+    def _reading(self, file: str, read: Callable[[Path], Any]) -> Any:
+        try:
+            return read(self.folder / file)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"statistics: {self.folder / file} cannot be read ({error}); collect again."
+            ) from error

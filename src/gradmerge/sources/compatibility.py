@@ -17,6 +17,7 @@ from gradmerge.common.errors import (
     report,
     shorten,
 )
+from gradmerge.common.patterns import matches
 from gradmerge.sources.base import Checkpoint, TensorInfo
 from gradmerge.sources.configuration import check_config
 from gradmerge.sources.quantised import check_quantised
@@ -109,7 +110,7 @@ def require(problems: Sequence[Problem]) -> None:
 
 def is_private(name: str, private: Sequence[str]) -> bool:
     """Return whether a pattern matches this tensor, so that it stays with its task."""
-    return any(re.search(pattern, name) for pattern in private)
+    return matches(private, name)
 
 
 def _check_tensors(

@@ -9,10 +9,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, SourceError
+from gradmerge.common.files import read_json
 from gradmerge.common.memory import in_file
 from gradmerge.sources.architecture import model_class_of, read_config
 from gradmerge.sources.base import AbstractSource, Checkpoint, infos_of, without_aliases
-from gradmerge.sources.files import HuggingFace, read_json
+from gradmerge.sources.files import HuggingFace
 from gradmerge.sources.quantised import AFTER_LOADING, SETTINGS, TRANSFORMERS, declaration
 
 

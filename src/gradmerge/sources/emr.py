@@ -23,10 +23,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.common.errors import SourceError, nearest, shorten
+from gradmerge.common.files import read_json
+from gradmerge.common.schema import a_name, an_amount, require_shape
 from gradmerge.sources.base import Checkpoint
-from gradmerge.sources.files import SafetensorsCheckpoint, read_json
+from gradmerge.sources.files import SafetensorsCheckpoint
 
 FORMAT = "gradmerge-emr-1"
+_DESCRIPTION = {"base": {"from": str, "sha256": str}, "scales": {a_name: an_amount}}
 
 
 class EMRCheckpoint(Checkpoint):
@@ -61,10 +64,17 @@ class EMRCheckpoint(Checkpoint):
     def _reject_misfits(self, label: str) -> None:
         wrong = []
         for name, info in self._unified.infos.items():
-            found = [part.infos.get(name) for part in (self._base, self._masks)]
-            base, mask = (other and other.shape for other in found)
-            if base != info.shape or mask != (-(-info.num_elements // 8),):
-                wrong.append(f"{name}: {info.shape}, base {base}, mask {mask}")
+            base, mask = self._base.infos.get(name), self._masks.infos.get(name)
+            if (
+                base is None
+                or mask is None
+                or base.shape != info.shape
+                or mask.shape != (-(-info.num_elements // 8),)
+                or mask.dtype != torch.uint8
+                or not (base.dtype.is_floating_point and info.dtype.is_floating_point)
+            ):
+                forms = [part and (part.shape, part.dtype) for part in (info, base, mask)]
+                wrong.append("{}: {}, base {}, mask {}".format(name, *forms))
         if wrong:
             raise SourceError(
                 f"{label}: the files do not fit the base {self._base.label} or each other: "
@@ -117,4 +127,5 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder}: expected emr.json of format {FORMAT}, which `gradmerge merge --outputs "
             "compact` writes."
         )
+    require_shape(folder / "emr.json", found, _DESCRIPTION, "Copy the folder again.")
     return found

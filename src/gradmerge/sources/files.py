@@ -6,9 +6,7 @@ import json
 import pickle
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.common.errors import SourceError, shorten
+from gradmerge.common.files import parse_json, read_json
+from gradmerge.common.names import require_file
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
+from gradmerge.sources.hub import download, expanded, near, require_hub_id
 from gradmerge.sources.in_memory import MemoryCheckpoint
 
 DTYPES = {
@@ -48,36 +49,6 @@ _CONVERT = (
     "Convert it once, on a machine where you trust the file: "
     "`AutoModel.from_pretrained(folder).save_pretrained(new_folder)` writes safetensors."
 )
-
-
-@dataclass(frozen=True)
-class _Namer:
-    """A file that names sources, what to do, and the hub ids that the user named, too."""
-
-    file: str
-    remedy: str
-    known: frozenset[str]
-
-
-_namer: ContextVar[_Namer | None] = ContextVar("namer", default=None)
-
-
-@contextmanager
-def without_downloads(file: object, remedy: str, known: Iterable[str] = ()) -> Iterator[None]:
-    """Take hub ids from the local cache only within the context.
-
-    Only what the user names is downloaded, never what a file names.
-
-    Args:
-        file: the file that names the sources to be opened.
-        remedy: how the user names them.
-        known: hub ids that the user has named.
-    """
-    token = _namer.set(_Namer(str(file), remedy, frozenset(known)))
-    try:
-        yield
-    finally:
-        _namer.reset(token)
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -141,10 +112,10 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         # Opening checks the header against the size of the file; with "np" it reserves no memory.
         with safe_open(path, framework="np"), path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length), path)
     except FileNotFoundError as error:
         raise SourceError(
-            f"{path}: expected a safetensors file, but no such file exists."
+            f"{path}: expected a safetensors file, but no such file exists.{near(path)}"
         ) from error
     except (SafetensorError, OSError) as error:
         raise SourceError(
@@ -185,7 +156,7 @@ def _config_of(folder: Path | None) -> dict[str, Any] | None:
 
 def _load_without_code(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
-        raise SourceError(f"{file}: expected a torch file, but no such file exists.")
+        raise SourceError(f"{file}: expected a torch file, but no such file exists.{near(file)}")
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -219,6 +190,8 @@ def _weight_files(folder: Path, single: str) -> tuple[list[Path], dict[str, Path
     places = index.get("weight_map")
     if not isinstance(places, dict) or not places:
         raise SourceError(f"{path}: expected a `weight_map` from tensors to shards, got none.")
+    for name in places.values():
+        _require_shard(path, name)
     files = [folder / name for name in sorted(set(places.values()))]
     lost = [file.name for file in files if not file.is_file()]
     if lost:
@@ -227,6 +200,16 @@ def _weight_files(folder: Path, single: str) -> tuple[list[Path], dict[str, Path
             "Copy or download them again."
         )
     return files, {name: folder / file for name, file in places.items()}
+
+
+def _require_shard(index: Path, name: Any) -> None:
+    """Reject a shard that is not in the folder of its index.
+
+    An exported task's folder shares the weights of the folder above `tasks`.
+    """
+    above = "../../" if index.parent.parent.name == "tasks" else ""
+    inner = name.removeprefix(above) if isinstance(name, str) else name
+    require_file(index, inner, SourceError)
 
 
 def copy_files(
@@ -239,23 +222,6 @@ def copy_files(
     for file in source.iterdir():
         if file.is_file() and any(map(file.match, patterns)) and not any(map(file.match, ignored)):
             shutil.copyfile(file, target / file.name)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the file as a dict, or None if it does not exist.
-
-    Raises:
-        SourceError: the file is not JSON.
-    """
-    if not path.is_file():
-        return None
-    try:
-        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SourceError(f"{path}: expected JSON, got: {error}") from error
-    if not isinstance(loaded, dict):
-        raise SourceError(f"{path}: expected a JSON object, got {type(loaded).__name__}.")
-    return loaded
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -272,7 +238,7 @@ class SafetensorsFile(AbstractSource):
 
     @override
     def open(self) -> Checkpoint:
-        return SafetensorsCheckpoint([Path(self.path).expanduser()], self.path)
+        return SafetensorsCheckpoint([expanded(self.path)], self.path)
 
 
 @dataclass(frozen=True)
@@ -284,7 +250,7 @@ class TorchFile(AbstractSource):
 
     @override
     def open(self) -> Checkpoint:
-        return TorchFileCheckpoint([Path(self.path).expanduser()], self.path)
+        return TorchFileCheckpoint([expanded(self.path)], self.path)
 
 
 @dataclass(frozen=True)
@@ -305,7 +271,7 @@ class HuggingFace(AbstractSource):
         files, places = _weight_files(folder, "model.safetensors")
         if files:
             return SafetensorsCheckpoint(files, label, folder, places)
-        if folder != Path(self.path).expanduser():  # a hub snapshot, downloaded without `.bin`
+        if folder != expanded(self.path):  # a hub snapshot, downloaded without `.bin`
             folder = self._download([*SMALL_FILES, "pytorch_model*.bin"])
         files, _ = _weight_files(folder, "pytorch_model.bin")  # its index names tied tensors twice
         if not files:
@@ -327,38 +293,11 @@ class HuggingFace(AbstractSource):
         Raises:
             SourceError: there is no such folder, and no such snapshot could be downloaded.
         """
-        folder = Path(self.path).expanduser()
+        folder = expanded(self.path)
         if folder.is_dir():
             return folder
-        if self.path.startswith((".", "/", "~")) or self.path.count("/") > 1:
-            raise SourceError(f"{self.path}: expected a folder, but none exists.")
+        require_hub_id(self.path, single=True, anywhere=True)
         return self._download([*SMALL_FILES, "model*.safetensors", "adapter_model.safetensors"])
 
     def _download(self, patterns: list[str]) -> Path:
-        import huggingface_hub
-
-        namer = _namer.get()
-        if namer is not None and self.path in namer.known:
-            namer = None
-        try:
-            return Path(
-                huggingface_hub.snapshot_download(
-                    self.path,
-                    revision=self.revision,
-                    token=self.token,
-                    allow_patterns=patterns,
-                    local_files_only=namer is not None,
-                )
-            )
-        except Exception as error:  # the hub client raises many kinds
-            if namer is not None:
-                raise SourceError(
-                    f"{self.path}: no such local folder, and no snapshot in the local cache "
-                    f"(revision {self.revision or 'main'}). {namer.file} names it, and only what "
-                    f"you name yourself is downloaded. {namer.remedy}"
-                ) from error
-            raise SourceError(
-                f"{self.path}: no such local folder, and no snapshot on the hub (revision "
-                f"{self.revision or 'main'}): {type(error).__name__}: {error}. Check the name and "
-                "the network, or give the path of a local folder."
-            ) from error
+        return download(self.path, self.revision, self.token, patterns)

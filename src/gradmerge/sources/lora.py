@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +14,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.common.errors import SourceError, nearest, shorten
+from gradmerge.common.errors import ConfigError, SourceError, nearest, shorten
+from gradmerge.common.files import read_json
+from gradmerge.common.patterns import require_pattern, search
+from gradmerge.common.schema import a_count, require_shape
 from gradmerge.sources.base import AbstractSource, Checkpoint
-from gradmerge.sources.files import HuggingFace, SafetensorsCheckpoint, read_json
+from gradmerge.sources.files import HuggingFace, SafetensorsCheckpoint
 from gradmerge.sources.quantised import require_dense
 from gradmerge.sources.skeleton import bind, build_skeleton
 from gradmerge.sources.tokenizers.files import has_tokenizer
@@ -77,10 +79,7 @@ class LoraCheckpoint(Checkpoint):
         require_dense(base)
         self._folder_adapter = folder
         self._base = base
-        settings = read_json(folder / "adapter_config.json")
-        if settings is None:
-            raise SourceError(f"{folder}: expected adapter_config.json of a PEFT adapter.")
-        self._settings = settings
+        self._settings = read_adapter(folder)
         self._reject_unsupported()
         self._adapter = SafetensorsCheckpoint([folder / "adapter_model.safetensors"], str(folder))
         require_dense(self._adapter)
@@ -149,8 +148,8 @@ class LoraCheckpoint(Checkpoint):
     def _is_own(self, name: str) -> bool:
         """Return whether the adapter adds this module (`modules_to_save`), such as a new head."""
         saved = self._settings.get("modules_to_save") or []
-        module = name.rpartition(".")[0]
-        return any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", module) for part in saved)
+        module = f".{name.rpartition('.')[0]}."
+        return any(f".{part}." in module for part in saved)
 
     def _target(self, name: str) -> str | None:
         """Return the base's name of the tensor that the module calls `name`."""
@@ -180,6 +179,8 @@ class LoraCheckpoint(Checkpoint):
     def _reject_misfits(self) -> None:
         wrong = []
         for name, factors in self._factors.items():
+            self._stated("alpha_pattern", "lora_alpha", factors.module)  # in time
+            rank = self._stated("rank_pattern", "r", factors.module)
             if set(factors.keys) != {"A", "B"}:
                 wrong.append(f"{name}: only {', '.join(factors.keys.values())}")
                 continue
@@ -188,6 +189,9 @@ class LoraCheckpoint(Checkpoint):
                 form = form[::-1]
             if stored != form:
                 wrong.append(f"{name}: factors for {form[0]} x {form[1]}, base {stored}")
+            own = self._adapter.infos[factors.keys["A"]].shape[0]
+            if rank not in (None, own):
+                wrong.append(f"{name}: factors of rank {own}, adapter_config.json {rank}")
         if wrong:
             raise SourceError(
                 f"{self._folder_adapter}: the factors do not fit the base {self._base.label}: "
@@ -227,9 +231,23 @@ class LoraCheckpoint(Checkpoint):
 
     def scale(self, name: str, rank: int) -> float:
         """Return `s` of one adapted tensor."""
-        alpha = _by_pattern(self._settings.get("alpha_pattern"), self._factors[name].module)
-        alpha = self._settings.get("lora_alpha", 8) if alpha is None else alpha
+        alpha = self._stated("alpha_pattern", "lora_alpha", self._factors[name].module)
+        alpha = 8 if alpha is None else alpha
         return float(alpha) / (math.sqrt(rank) if self._settings.get("use_rslora") else rank)
+
+    def _stated(self, patterns: str, option: str, module: str) -> Any:
+        """Return a module's value: of the first pattern for the end of its name (PEFT), or all's.
+
+        Raises:
+            SourceError: a pattern takes too long.
+        """
+        for pattern, value in self._settings.get(patterns, {}).items():
+            try:
+                if search(rf"(.*\.)?({pattern})", module, whole=True):
+                    return value
+            except ConfigError as error:
+                raise SourceError(f"{self._folder_adapter}: {patterns}: {error}") from error
+        return self._settings.get(option)
 
     @override
     def read(self, name: str) -> Tensor:
@@ -260,12 +278,42 @@ class LoraCheckpoint(Checkpoint):
         return digest.hexdigest()
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str) -> Any:
-    """Return the value of the first pattern that matches the end of the module's name (PEFT)."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return None
+# The fields that decide what is computed, with null where PEFT may write it.
+_SETTINGS = {
+    "peft_type?": str,
+    "r?": a_count,
+    "lora_alpha?": float,
+    "use_rslora?": (bool, None),
+    "fan_in_fan_out?": (bool, None),
+    "alpha_pattern?": ({str: float}, None),
+    "rank_pattern?": ({str: a_count}, None),
+    "modules_to_save?": ([str], None),
+    "target_modules?": ([str], str, None),
+    "bias?": str,
+    "init_lora_weights?": (bool, str, None),
+    "base_model_name_or_path?": (str, None),
+    "revision?": (str, None),
+}
+
+
+def read_adapter(folder: Path) -> dict[str, Any]:
+    """Return the settings of an adapter.
+
+    Raises:
+        SourceError: there are none, or they are damaged.
+    """
+    path = folder / "adapter_config.json"
+    settings = read_json(path)
+    if settings is None:
+        raise SourceError(f"{folder}: expected adapter_config.json of a PEFT adapter.")
+    require_shape(path, settings, _SETTINGS, "Save or download the adapter again.")
+    for option in ("alpha_pattern", "rank_pattern"):
+        for pattern in settings.get(option) or {}:
+            try:
+                require_pattern(option, pattern)
+            except ConfigError as error:
+                raise SourceError(f"{path}: {error}") from error
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from gradmerge.common.errors import Problem, SourceError, shorten
+from gradmerge.common.files import read_json
 from gradmerge.sources.base import Checkpoint, TensorInfo
-from gradmerge.sources.files import read_json
 
 # Files beside config.json in which some libraries name their method.
 _SIDE_FILES = {

@@ -10,12 +10,13 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
-from gradmerge.common.errors import ConfigError, SourceError
+from gradmerge.common.errors import ConfigError, GradmergeError, SourceError
 from gradmerge.sources.base import AbstractSource, Checkpoint
 from gradmerge.sources.emr import EMRCheckpoint, part_of, read_description
-from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile, read_json
+from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile
+from gradmerge.sources.hub import expanded, require_hub_id
 from gradmerge.sources.in_memory import InMemory
-from gradmerge.sources.lora import Lora
+from gradmerge.sources.lora import Lora, read_adapter
 from gradmerge.sources.quantised import is_gguf
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
@@ -36,7 +37,8 @@ def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
 
     Raises:
         SourceError: an adapter has no base.
-        ConfigError: `value` has another type, or is a file of another kind.
+        ConfigError: `value` has another type, or is a file of another kind, or a path that does
+            not exist.
     """
     if isinstance(value, AbstractSource):
         return value
@@ -47,16 +49,34 @@ def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
             "expected a path, hub id, module or state dict as a source, got "
             f"{type(value).__name__}."
         )
-    text = str(value)
-    path = Path(text).expanduser()
+    if not str(value):
+        raise ConfigError("expected a path or hub id as a source, got an empty text.")
+    return _located(str(value), base, ())
+
+
+def _located(
+    text: str, base: AbstractSource | None, asked: tuple[Path, ...], own: bool = False
+) -> AbstractSource:
+    """Return the source at a path, or the hub id.
+
+    Args:
+        text: path or hub id.
+        base: the recipe's base, for adapters and tasks.
+        asked: adapters and tasks whose own base is looked for, outermost first.
+        own: the text is the base that a file names, which may be an old hub id without owner.
+    """
+    path = expanded(text)
     if path.suffix == ".safetensors":
         return SafetensorsFile(str(path))
     if path.suffix in TORCH_SUFFIXES:
         return TorchFile(str(path))
     if (path / "adapter_config.json").is_file() and not (path / "model.safetensors").is_file():
-        return Lora(str(path), base if base is not None else _own_base(path))
+        return Lora(str(path), base if base is not None else _own_base(path, asked))
     if part_of(path, "masks").is_file() and (path.parent.parent / "emr.json").is_file():
-        return EMR(str(path.parent.parent), path.name, base)
+        folder = path.parent.parent
+        if base is None and asked:  # else when it is opened
+            base = _base_of(folder, read_description(folder)["base"]["from"], asked)
+        return EMR(str(folder), path.name, base)
     if path.is_dir():
         return HuggingFace(str(path))
     if path.exists():
@@ -69,20 +89,44 @@ def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
             f"{text}: expected a folder or a file ending in .safetensors, .bin, .pt or .pth."
         )
     name, _, revision = text.partition("@")
+    if revision and expanded(name).exists():
+        raise SourceError(
+            f"{text}: {name} exists here, where it has no revision; remove @{revision}."
+        )
+    require_hub_id(name, single=own)
     return HuggingFace(name, revision=revision or None)
 
 
-def _own_base(path: Path) -> AbstractSource:
-    settings = read_json(path / "adapter_config.json") or {}
+def _own_base(path: Path, asked: tuple[Path, ...]) -> AbstractSource:
+    settings = read_adapter(path)
     name = settings.get("base_model_name_or_path")
     if not name:
         raise SourceError(
             f"{path}: adapter_config.json does not name the base that the adapter was trained on. "
             "Give it: `base:` in the recipe, or `class_path: Lora` with `base`."
         )
-    source = as_source(name)
+    source = _base_of(path, name, asked)
     revision = settings.get("revision")
     return replace(source, revision=revision) if isinstance(source, HuggingFace) else source
+
+
+def _base_of(path: Path, name: str, asked: tuple[Path, ...]) -> AbstractSource:
+    """Return the base that a folder names; adapters may stand on adapters, but not in a circle."""
+    place = path.resolve()
+    if place in asked:
+        circle = " -> ".join(map(str, [*asked, place]))
+        raise SourceError(
+            f"{path}: expected a model as its base in the end, got a circle: {circle}. Give the "
+            "base: `base:` in the recipe."
+        )
+    try:
+        return _located(name, None, (*asked, place), own=True)
+    except GradmergeError as error:
+        if asked:
+            raise
+        raise SourceError(
+            f"{path} names {name!r} as its base: {error}\nGive the base: `base:` in the recipe."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -101,6 +145,7 @@ class EMR(AbstractSource):
 
     @override
     def open(self) -> Checkpoint:
-        folder = Path(self.path).expanduser()
-        base = self.base or as_source(read_description(folder)["base"]["from"])
+        folder = expanded(self.path)
+        described = read_description(folder)
+        base = self.base or _base_of(folder, described["base"]["from"], ())
         return EMRCheckpoint(folder, self.task, base.open())

@@ -21,6 +21,7 @@ from torch import nn
 from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, Problem, SourceError, shorten
+from gradmerge.common.patterns import matches
 from gradmerge.sources.base import Checkpoint, View
 from gradmerge.sources.compatibility import is_private
 from gradmerge.sources.skeleton import build_skeleton, renames, tied_groups
@@ -147,7 +148,7 @@ def may_be_tied(checkpoints: Mapping[str, Checkpoint], private: Sequence[str]) -
     settings = [c.config for c in checkpoints.values() if c.config is not None]
     if any(list(_flags(config)) != list(_flags(settings[0])) for config in settings):
         return True
-    if not all(any(re.search(pattern, name) for name in first.infos) for pattern in private):
+    if not all(any(matches([pattern], name) for name in first.infos) for pattern in private):
         return True
     return any(_has_copies(checkpoint) for checkpoint in checkpoints.values())
 

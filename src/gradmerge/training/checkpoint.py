@@ -15,13 +15,14 @@ from torch import Tensor
 
 from gradmerge.common.checkpoints import load_checkpoint
 from gradmerge.common.errors import ConfigError, GradmergeError
+from gradmerge.common.schema import a_count, a_name, a_number, require_shape
 from gradmerge.common.spec import from_plain
 from gradmerge.common.version import __version__
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.recipe import Recipe
 from gradmerge.finalisers import Corrections
 from gradmerge.sources import AbstractSource
-from gradmerge.sources.files import without_downloads
+from gradmerge.sources.hub import without_downloads
 
 
 def guard_loading(trainer: Any) -> None:
@@ -95,6 +96,22 @@ def unknown_sources(
     return without_downloads(path, remedy, known)
 
 
+_CORRECTION = {"scale": Tensor, "axis": a_count, "shift?": Tensor, "groups?": a_count}
+_FINALISATION = {"corrections?": {str: _CORRECTION}, "report?": dict, "coefficients?": [int]}
+_SAVED = {
+    "tasks": {a_name: str},
+    "fingerprints": {str: str},
+    "fixed": {str: float},
+    "checked_unused": bool,
+    "buffers": {str: Tensor},
+    "finalisation?": _FINALISATION,
+    "run?": {"yaml?": str},
+    "results": {str: {str: {str: a_number}}},
+    "experts": {str: {str: {str: a_number}}},
+    "regularisation?": {str: Tensor},
+}
+
+
 @contextmanager
 def holding(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
     """Set the parameters to the given values within the context."""
@@ -156,6 +173,7 @@ def restore(
     """
     if saved is None:
         raise ConfigError("the checkpoint holds no gradmerge coefficients.")
+    require_shape("the checkpoint", saved, _SAVED, "Take another checkpoint.", ConfigError)
     merged.plan.require_fingerprints(saved["fingerprints"])
     for name, coefficient in saved["fixed"].items():
         if name not in merged.plan.tensors or not math.isfinite(coefficient):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.common.names import require_names
 from gradmerge.sources.base import tensor_bytes
 from gradmerge.training.examples import (
     STAGES,
@@ -193,6 +194,7 @@ class MergeDataModule(lightning.LightningDataModule):
         super().__init__()
         if not tasks:
             raise ConfigError("data.tasks: expected at least one task, got none.")
+        require_names("data.tasks", tasks)
         if batch_size < 1:
             raise ConfigError(f"data.batch_size: expected at least 1, got {batch_size}.")
         self.tasks = tasks

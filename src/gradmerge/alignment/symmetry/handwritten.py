@@ -44,6 +44,7 @@ from gradmerge.alignment.symmetry.spec import (
     vector_role,
 )
 from gradmerge.common.errors import ConfigError, nearest, shorten
+from gradmerge.common.files import read_yaml
 
 _FIELDS = {
     "tensors": "{fc1.weight: [hidden, null]}",
@@ -87,12 +88,10 @@ def read_spec(
 def _fields(given: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """Every field, empty where it is left out."""
     if isinstance(given, (str, Path)):
-        import yaml
-
         try:
-            given = yaml.safe_load(Path(given).expanduser().read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"alignment.spec: {given} cannot be read: {error}") from error
+            given = read_yaml(Path(given).expanduser())
+        except ConfigError as error:
+            raise ConfigError(f"alignment.spec: {error}") from error
     if not isinstance(given, Mapping) or not isinstance(given.get("tensors"), Mapping):
         raise ConfigError(
             "alignment.spec: expected a mapping with `tensors`: axes by tensor, e.g. "

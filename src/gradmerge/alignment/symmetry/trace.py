@@ -43,6 +43,7 @@ from gradmerge.alignment.symmetry.rules import (
 )
 from gradmerge.alignment.symmetry.units import Dim, fixed, fresh, pin
 from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.common.patterns import matches, require_matches
 from gradmerge.sources.skeleton import empty_like_parameter
 
 _HINT = (
@@ -99,7 +100,8 @@ def trace(skeleton: nn.Module, example: Mapping[str, Any], unreached: Sequence[s
         pin(*mode.label(leaf))
     found = mode.traced
     lost = [name for name, tensor in tensors.items() if not mode.value(tensor).read]
-    missed = [name for name in lost if not any(re.search(p, name) for p in unreached)]
+    require_matches({"unreached": unreached}, tensors, "parameter of the network")
+    missed = [name for name in lost if not matches(unreached, name)]
     if missed:
         raise ConfigError(
             f"alignment: {type(skeleton).__name__} did not reach {shorten(missed)} on the example."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from gradmerge.calibration.repair.dataflow import Dataflow
 from gradmerge.calibration.repair.layers import UNKNOWN, Layer, joined, layers_of
 from gradmerge.calibration.repair.measure import Channels, Run
 from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.common.patterns import matches
 from gradmerge.engine.merged import MergedModel
 from gradmerge.finalisers import REPAIR
 
@@ -99,7 +99,7 @@ def _reason(
         f"its weight is shared by {shorten(list(places))}": len(places) > 1,
         "no pass calls it": not calls,
         "it is frozen": name in merged.state.fixed,
-        "skip names it": any(re.search(pattern, name) for pattern in repair.skip),
+        "skip names it": matches(repair.skip, name),
         f"it is called {calls} times a pass": calls > 1,
         _NORMALISED: not layer.is_norm and place in flow.normalised,
         _LAST: place not in flow.read,

@@ -9,7 +9,6 @@ itself.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from torch.utils._pytree import (
 )
 
 from gradmerge.common.errors import ConfigError, nearest, shorten
+from gradmerge.common.patterns import search
 from gradmerge.drivers.layerwise.activations import ActivationStore
 from gradmerge.drivers.layerwise.files import with_own_keys
 from gradmerge.engine.merged import MergedModel
@@ -107,12 +107,12 @@ def _default_blocks(skeleton: nn.Module) -> list[str]:
 def _matching(skeleton: nn.Module, patterns: Sequence[str]) -> list[str]:
     modules = [name for name, _ in skeleton.named_modules() if name]
     for pattern in patterns:
-        if not any(re.fullmatch(pattern, name) for name in modules):
+        if not any(search(pattern, name, whole=True) for name in modules):
             raise ConfigError(
                 f"LayerWise: blocks: no module of {type(skeleton).__name__} has a name that "
                 f"matches {pattern!r} as a whole.{nearest(pattern, modules)}"
             )
-    found = [name for name in modules if any(re.fullmatch(p, name) for p in patterns)]
+    found = [name for name in modules if any(search(p, name, whole=True) for p in patterns)]
     for outer, name in product(found, found):
         if name.startswith(f"{outer}."):
             raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Any
 from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, require
-from gradmerge.common.spec import require_pattern
+from gradmerge.common.patterns import require_pattern
 from gradmerge.drivers.base import AbstractDriver, Job
 from gradmerge.drivers.layerwise.block import BLOCK_LOSS
 from gradmerge.drivers.layerwise.job import Layers, require_permuted

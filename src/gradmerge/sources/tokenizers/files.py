@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gradmerge.common.errors import SourceError
-from gradmerge.sources.files import copy_files, read_json, write_json
+from gradmerge.common.files import read_bytes, read_json
+from gradmerge.sources.files import copy_files, write_json
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 # Files with tokens; without any of them, transformers makes an empty tokenizer.
@@ -78,26 +79,42 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
 
     None if there is none. Unlike `read_tokens`, needs no tokenizer of transformers.
     """
-    loaded = read_json(folder / "tokenizer.json")
+    loaded = read_json(folder / "tokenizer.json", last_counts=True)  # as transformers does
     if loaded is not None:
         try:
             vocabulary = (loaded.get("model") or {}).get("vocab") or {}
             if isinstance(vocabulary, list):  # unigram models store [token, score] pairs in order
                 vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
             added = {entry["content"]: entry["id"] for entry in loaded.get("added_tokens") or []}
+            found = {**vocabulary, **added}
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise SourceError(
                 f"{folder}/tokenizer.json: expected a vocabulary and added tokens, got something "
                 f"else ({type(error).__name__}: {error})."
             ) from error
-        return {**vocabulary, **added}
-    plain = read_json(folder / "vocab.json")
+        return _with_ids(folder / "tokenizer.json", found)
+    plain = read_json(folder / "vocab.json", last_counts=True)
     if plain is not None:
-        return plain
-    if (folder / "vocab.txt").is_file():
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        return _with_ids(folder / "vocab.json", plain)
+    path = folder / "vocab.txt"
+    if path.is_file():
+        try:
+            lines = read_bytes(path).decode().splitlines()
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{path}: expected one token per line, got: {error}.") from error
         return {token: index for index, token in enumerate(lines)}
     return None
+
+
+def _with_ids(path: Path, found: dict[Any, Any]) -> dict[str, int]:
+    """Return a vocabulary, in which every token has a number."""
+    for token, number in found.items():
+        if type(token) is not str or type(number) is not int or number < 0:
+            raise SourceError(
+                f"{path}: expected tokens with their ids, got {ascii(token)[:60]}: "
+                f"{ascii(number)[:60]}."
+            )
+    return found
 
 
 def write_tokenizer(

@@ -13,8 +13,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.common.errors import Problem
+from gradmerge.common.files import read_json
 from gradmerge.sources.base import Checkpoint, TensorInfo, View
-from gradmerge.sources.files import copy_files, read_json, write_json
+from gradmerge.sources.files import copy_files, write_json
 from gradmerge.sources.tokenizers.files import TOKENIZER_FILES
 from gradmerge.sources.tokenizers.ids import with_ids, with_size
 from gradmerge.sources.tokenizers.vocabulary import Alignment, Vocabulary
