@@ -169,7 +169,8 @@ def test_scores_always_go_to_a_csv_file_too(world, tmp_path, monkeypatch, given,
     (tmp_path / "memory_logger.py").write_text(MEMORY_LOGGER)
     monkeypatch.syspath_prepend(tmp_path)
     part = {"trainer": {**STEPS, "logger": given}}
-    found = learn(["fit", "--config", write(tmp_path / "c.yaml", world, part)])
+    config = write(tmp_path / "c.yaml", world, part)
+    found = learn(["fit", "--config", config, "--allow_modules", "memory_logger"])
     assert [type(logger).__name__ for logger in found.trainer.loggers] == names
     files = [path.parts[0] for path in Path().rglob("metrics.csv")]
     assert files == ([] if not names else ["own"] if "own" in json.dumps(given) else ["run"])

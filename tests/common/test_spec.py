@@ -142,7 +142,8 @@ def test_a_users_component_in_yaml_checkpoint_and_export(own, tmp_path, monkeypa
     old = {"class_path": "gradmerge.callbacks.ExportAtEnd", "init_args": {"output": "merged"}}
     start["trainer"] = {"max_steps": 1, "callbacks": [old], "logger": False}
     monkeypatch.chdir(tmp_path)
-    assert main(["fit", "--config", write_yaml(tmp_path / "fit.yaml", world, start)]) == 0
+    config = write_yaml(tmp_path / "fit.yaml", world, start)
+    assert main(["fit", "--config", config, "--allow_modules", "own_merges"]) == 0
     (checkpoint,) = tmp_path.glob("**/*.ckpt")
     forget()
     assert main(["export", str(checkpoint), "again"]) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from json import dumps
 from pathlib import Path
@@ -233,7 +233,7 @@ def _row(scores: Mapping[str, float]) -> str:
 def export(
     checkpoint: str,
     mergekit: bool = False,
-    allow_modules: list[str] | str | None = None,
+    allow_modules: Sequence[str] = (),
     trust_remote_code: bool = False,
     sources: dict[str, str] | None = None,
     **options: Any,
@@ -243,8 +243,7 @@ def export(
     Args:
         checkpoint: checkpoint of `gradmerge fit`.
         mergekit: write an equivalent mergekit YAML instead of a folder; OUTPUT must end in .yaml.
-        allow_modules: modules outside gradmerge whose components the checkpoint may use: a name or
-            a list of names. Importing a module runs its code.
+        allow_modules: modules outside gradmerge whose components the checkpoint may use.
         trust_remote_code: run modelling code that ships with the sources. What the checkpoint says
             about this does not count.
         sources: places of sources that have moved, as NAME=PLACE (repeat the option for several;
@@ -254,12 +253,11 @@ def export(
     form: Form = "mergekit" if mergekit else "merged"
     checked = output_options(**options, form=form)
     path = require_checkpoint(checkpoint)
-    allowed = [allow_modules] if isinstance(allow_modules, str) else allow_modules or ()
 
     from gradmerge.training.module import MergeModule
 
     module = MergeModule.load_from_checkpoint(
-        path, allow_modules=allowed, trust_remote_code=trust_remote_code, sources=sources
+        path, allow_modules=allow_modules, trust_remote_code=trust_remote_code, sources=sources
     )
     written = _write(module.merged.state, form, checked, _known(module, {"checkpoint": path.name}))
     print(f"{'mergekit file' if mergekit else 'merged model'} written to {written}")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from gradmerge.cli.imports import REFUSED, may_import
 from gradmerge.common.errors import GradmergeError, nearest
 
 # Optional packages that a configuration may need, with the argument of `pip install`.
@@ -74,6 +75,8 @@ def nearest_class(path: str, known: Mapping[str, str]) -> str:
     """Return a suggestion for an unknown class, or an empty string."""
     module, _, name = path.rpartition(".")
     if module:
+        if not may_import(path):
+            return ""
         with suppress(ImportError, ValueError):
             if hasattr(importlib.import_module(module), name):
                 return ""
@@ -90,8 +93,11 @@ class Explained:
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         """Exit with the message but without the usage text, which is pages long."""
         prog = self.prog.replace(" [options]", "")  # type: ignore[attr-defined]
-        hint = f"`{prog} --help` lists the options."
-        print(f"{prog}: {explain(message, self)}\n{hint}", file=sys.stderr)
+        hint = f"\n`{prog} --help` lists the options."
+        refused = next((line for line in message.split("\n") if REFUSED in line), "")
+        if refused:  # one of several types that do not fit
+            message, hint = refused.strip().removeprefix("- "), ""
+        print(f"{prog}: {explain(message, self)}{hint}", file=sys.stderr)
         raise SystemExit(2)
 
 

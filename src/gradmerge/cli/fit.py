@@ -22,6 +22,7 @@ from gradmerge.cli.commands import require_checkpoint
 from gradmerge.cli.configs import later
 from gradmerge.cli.defaults import listed, with_coefficients, with_csv
 from gradmerge.cli.explain import Explained
+from gradmerge.cli.imports import ALLOW_MODULES, require_allowed
 from gradmerge.cli.resume import NAMES, find_checkpoint, move_sources
 from gradmerge.cli.score import NAME, require_scored, scored_recipe
 from gradmerge.common.errors import ConfigError
@@ -58,6 +59,8 @@ class MergeCLI(LightningCLI):
     job: Job | None = None
     """The driver's job, if there is a driver; model and trainer are None then."""
     driver: AbstractDriver | None = None
+    allowed: tuple[str, ...] = ()
+    """Modules that the command line allows to import."""
     _seeded = True
 
     @staticmethod
@@ -101,6 +104,7 @@ class MergeCLI(LightningCLI):
             help="validate and test only: score this Hugging Face folder or hub id instead of a "
             "merge. Shorthand: `--model FOLDER`.",
         )
+        parser.add_argument("--allow_modules", **ALLOW_MODULES)
         parser.add_argument(
             "--sources",
             type=dict[str, str] | None,
@@ -116,6 +120,9 @@ class MergeCLI(LightningCLI):
                 "data.tasks: expected at least one task, got none; list them in the YAML, or give "
                 "--data.tasks.NAME.path and the task's other options."
             )
+        for option in ("allow_modules", "model.allow_modules"):
+            require_allowed(option, self._get(self.config, option), self.allowed)
+            self._set(option, list(self.allowed))
         given = self._get(self.config, "ckpt_path")
         if self._get(self.config, "model_folder"):
             self._score_folder(given)

@@ -89,26 +89,30 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
     """
     from gradmerge.cli.configs import refuse_mergekit
     from gradmerge.cli.fit import MergeCLI
+    from gradmerge.cli.imports import allowed_modules, only_components
     from gradmerge.cli.resume import with_sources
     from gradmerge.cli.score import with_model_folder
     from gradmerge.training.data import MergeDataModule
     from gradmerge.training.module import MergeModule
 
-    given = with_sources(with_model_folder(sys.argv[1:] if arguments is None else arguments))
+    given = underscored(sys.argv[1:] if arguments is None else arguments)
+    given = with_sources(with_model_folder(given))
     refuse_mergekit(given)
     register(given)
     if arguments is None:
         sys.argv[1:] = given  # read by LightningCLI and by the processes of DDP
     quieten()
-    return MergeCLI(
-        MergeModule,
-        MergeDataModule,
-        args=None if arguments is None else given,
-        run=run,
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={"log_every_n_steps": 1},
-        parser_kwargs={"prog": "gradmerge"},
-    )
+    MergeCLI.allowed = allowed_modules(given)
+    with only_components(MergeCLI.allowed):
+        return MergeCLI(
+            MergeModule,
+            MergeDataModule,
+            args=None if arguments is None else given,
+            run=run,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"log_every_n_steps": 1},
+            parser_kwargs={"prog": "gradmerge"},
+        )
 
 
 def quieten() -> None:
@@ -170,16 +174,22 @@ def read_old_paths() -> None:
 def _plain(command: str, arguments: Sequence[str]) -> None:
     from gradmerge.cli import commands
     from gradmerge.cli.configs import read_merge_input
+    from gradmerge.cli.imports import allowed_modules, only_components, require_allowed
     from gradmerge.cli.resume import with_sources
 
     register(arguments)
     arguments = underscored(arguments)
+    allowed = allowed_modules(arguments)
     if command == "export":
         arguments = with_sources(arguments)
-    if command in ("merge", "collect"):
-        options = merge_options(command, read_merge_input(arguments))
-    else:
-        options = _parsed(_parser(command), arguments)
+    with only_components(allowed):
+        if command in ("merge", "collect"):
+            options = merge_options(command, read_merge_input(arguments))
+        else:
+            options = _parsed(_parser(command), arguments)
+    require_allowed("allow_modules", options.pop("allow_modules"), allowed)
+    if command == "export":
+        options["allow_modules"] = allowed
     getattr(commands, command)(**options)
 
 
@@ -219,6 +229,7 @@ def _parser(command: str, data: bool = False) -> Any:
     import jsonargparse
 
     from gradmerge.cli import commands
+    from gradmerge.cli.imports import ALLOW_MODULES
 
     function = getattr(commands, command)
 
@@ -231,6 +242,7 @@ def _parser(command: str, data: bool = False) -> Any:
         description=function.__doc__.split("\n")[0],
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
+    parser.add_argument("--allow_modules", **ALLOW_MODULES)
     if command == "inspect":
         about = "Checkpoints to inspect, as paths or hub ids."
         parser.add_argument("sources", type=str, nargs="+", help=about)
@@ -244,7 +256,7 @@ def _parser(command: str, data: bool = False) -> Any:
         function,
         as_group=False,
         as_positional=command in ("export", "unpack"),
-        skip={"data", "opened", *(["sources"] if command == "inspect" else [])},
+        skip={"data", "opened", "allow_modules", *(["sources"] if command == "inspect" else [])},
     )
     return parser
 

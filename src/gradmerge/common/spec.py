@@ -234,10 +234,11 @@ def _component(path: str, allow_modules: Collection[str]) -> Any:
 
 def is_component(kind: type) -> bool:
     """Return whether a class derives from an abstract class of a public namespace."""
-    return issubclass(kind, _abstract_classes())
+    return issubclass(kind, abstract_classes())
 
 
-def _abstract_classes() -> tuple[type, ...]:
+def abstract_classes() -> tuple[type, ...]:
+    """Return the abstract classes of the public namespaces."""
     concepts = [importlib.import_module(f"gradmerge.{concept}") for concept in CONCEPTS[:7]]
     found = {getattr(c, n) for c in concepts for n in c.__all__ if n.startswith("Abstract")}
     return tuple(filter(inspect.isabstract, found))

@@ -33,7 +33,7 @@ class TaskData:
     settings are chosen on `selection`, and `test` is for the final scores.
     """
 
-    path: Any
+    path: str | Mapping[str, Any]
     """Hub id, name of a builder (csv, json, parquet, imagefolder, or text: one example per
     non-blank line), or a folder written by `save_to_disk`; from Python also a mapping of the three
     splits to datasets."""
@@ -65,7 +65,12 @@ class TaskData:
     """Revision of a hub dataset."""
 
     def __post_init__(self) -> None:
-        """Check split names and fractions."""
+        """Check the path, split names and fractions."""
+        if isinstance(self.path, Mapping) and not set(STAGES) & self.path.keys():
+            raise ConfigError(
+                f"path: expected text, or from Python a mapping of {', '.join(STAGES)} to "
+                f"datasets, got a mapping of {', '.join(map(str, self.path)) or 'nothing'}."
+            )
         for given in (self.splits, self.limit):
             for key in given or {}:
                 if key not in STAGES:
