@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from gradmerge.common.errors import Problem, report
+from gradmerge.common.errors import report
 from gradmerge.common.patterns import require_matches
 from gradmerge.sources import AbstractSource, Checkpoint, Vocabulary, as_source
 from gradmerge.sources.compatibility import check, check_private, is_private
 from gradmerge.sources.geometry import direction_statistics
+from gradmerge.sources.renaming import unify_names
 from gradmerge.sources.ties import Networks, may_be_tied, settle_ties
 from gradmerge.sources.tokenizers.report import summarise, token_report
 from gradmerge.sources.tokenizers.view import align, alignment_of
@@ -40,12 +42,14 @@ def inspect_sources(
     if tokenizer is not None:
         Vocabulary(tokenizer).require(list(sources), base is not None)
     opened = _open(sources, None if base is None else as_source(base))
+    networks = Networks({"base": base, **sources})
+    order = {name: opened[name] for name in [*sources, *opened]}
+    opened, problems = unify_names(opened, partial(networks.first, order), private)
     tensors = (name for checkpoint in opened.values() for name in checkpoint.infos)
     require_matches({"private": private}, dict.fromkeys(tensors), "tensor of the sources")
-    problems: list[Problem] = []
     if may_be_tied(opened, private):
-        settled = settle_ties(opened, Networks({"base": base, **sources}), private)
-        opened, problems = settled.checkpoints, [*settled.notes]
+        settled = settle_ties(opened, networks, private)
+        opened, problems = settled.checkpoints, [*problems, *settled.notes]
     if tokenizer is not None:
         opened, warnings = align(Vocabulary(tokenizer), opened)
         problems += warnings

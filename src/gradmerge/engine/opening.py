@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from torch import nn
 
@@ -20,6 +20,7 @@ from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe, innermost
 from gradmerge.sources import Checkpoint, as_source
 from gradmerge.sources.compatibility import check, check_private, require
+from gradmerge.sources.renaming import unify_names
 from gradmerge.sources.skeleton import Network, strip_weights
 from gradmerge.sources.ties import Networks, may_be_tied, settle_ties, untie
 from gradmerge.sources.tokenizers.view import align
@@ -93,9 +94,9 @@ class Opening:
         specs = {"base": recipe.base, **recipe.sources, **recipe.heads}
         self._networks = Networks(specs, module, recipe.trust_remote_code)
         needed = with_network or self._needs_network(recipe)
-        problems = []
+        problems = self._unify_names()
         if needed or may_be_tied({**self._everything(), **self.heads}, recipe.private):
-            problems = self._settle_ties()
+            problems += self._settle_ties()
         self.problems = [*problems, *self._check()]
 
     @staticmethod
@@ -104,14 +105,27 @@ class Opening:
         by_axis = isinstance(innermost(recipe.coefficients), (Column, Row))
         return by_axis or aligned or recipe.needs_statistics
 
+    def _unify_names(self) -> list[Problem]:
+        """Read all checkpoints under the same names; return what to say of it."""
+        everything = {**self._everything(), **self.heads}
+        # the sources' own first: a base may have another head, or none
+        order = {**self.sources, **self.heads, **everything}
+        build = partial(self._networks.first, order)
+        found, notes = unify_names(everything, build, self.recipe.private)
+        self._take(found)
+        return notes
+
+    def _take(self, checkpoints: Mapping[str, Checkpoint]) -> None:
+        if self.base is not None:
+            self.base = checkpoints["base"]
+        self.sources = {name: checkpoints[name] for name in self.sources}
+        self.heads = {name: checkpoints[name] for name in self.heads}
+
     def _settle_ties(self) -> list[Problem]:
         """Give all checkpoints the same tensors of each tied group; return what to say of it."""
         everything = {**self._everything(), **self.heads}
         found = settle_ties(everything, self._networks, self.recipe.private)
-        if self.base is not None:
-            self.base = found.checkpoints["base"]
-        self.sources = {name: found.checkpoints[name] for name in self.sources}
-        self.heads = {name: found.checkpoints[name] for name in self.heads}
+        self._take(found.checkpoints)
         self._apart = found.apart
         return list(found.notes)
 

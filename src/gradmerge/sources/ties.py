@@ -56,6 +56,11 @@ class Networks:
         built = self._by_folder.pop(folder, None)
         return build_skeleton(folder, self._trusts) if built is None else built
 
+    def first(self, checkpoints: Mapping[str, Checkpoint]) -> nn.Module | None:
+        """Return the network of the first checkpoint that describes a known one."""
+        networks = (self.tied(name, opened) for name, opened in checkpoints.items())
+        return next((network for network in networks if network is not None), None)
+
     def tied(self, name: str, checkpoint: Checkpoint) -> nn.Module | None:
         """Return a network with the ties of a checkpoint's own config; None if it is unknown."""
         spec = self._specs.get(name)
