@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from gradmerge.common import atomic as files
 from gradmerge.common.errors import ConfigError
 from gradmerge.export import atomic
 from gradmerge.export.atomic import new_folder, refuse_existing
@@ -41,8 +42,8 @@ def put(target: Path, text: str, overwrite: bool = True) -> None:
 
 def content(target: Path) -> str:
     """Return the text of a complete folder."""
-    assert sorted(path.name for path in target.iterdir()) == ["a", "b", "c"]
-    (text,) = {path.read_text() for path in target.iterdir()}
+    assert names(target) == {".gradmerge", *"abc"}
+    (text,) = {(target / name).read_text() for name in "abc"}
     return text
 
 
@@ -178,36 +179,44 @@ def test_half_of_a_removed_folder_never_gets_the_name(tmp_path, monkeypatch):
 
 
 def test_work_of_runs_that_live_and_what_is_not_ours_stays(tmp_path):
-    where = atomic._host()
-    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    dead = 2**22 + 1  # above every process number
-    try:
-        live = f".merged.{where}.{sleeper.pid}.0.partial"
-        kept = {
-            live,
-            f".merged.{where}.{sleeper.pid}.1.old",
-            f".merged.{where}.{os.getpid()}.99.partial",
-            f".merged.{'0' * 8}.{dead}.0.partial",  # another machine's
-            f".merged.large.{where}.{dead}.0.partial",  # of another name
-            f".other.{where}.{dead}.0.partial",
-            f"merged.{where}.{dead}.0.partial",
-            f".merged.{where}.{dead}.0.partial.mine",
-            ".merged.partial",
-            ".merged.old",
-            ".merged.17.partial",
-        }
-        gone = {f".merged.{where}.{dead}.{i}.partial" for i in range(2)}
-        for name in kept | gone:
-            (tmp_path / name).mkdir()
+    here, elsewhere = files.kernel(), "0" * 8
+    kept = {
+        f".merged.{elsewhere}.1.partial",  # of another machine, and less than a day old
+        f".merged.{elsewhere}.17.2.partial",  # as earlier versions named it
+        f".merged.large.{here}.1.partial",  # of another name
+        f".other.{here}.1.partial",
+        f"merged.{here}.1.partial",
+        f".merged.{here}.1.partial.mine",
+        ".merged.partial",
+        ".merged.old",
+        ".merged.17.partial",
+    }
+    live = {f".merged.{here}.{i}.partial" for i in (2, 3)} | {f".merged.{here}.4.old"}
+    gone = {f".merged.{here}.{i}.partial" for i in (5, 6)}
+    for name in kept | live | gone:
+        (tmp_path / name).mkdir()
+    with ExitStack() as stack:
+        assert all(stack.enter_context(files.lock(tmp_path / name)) for name in live)
         refuse_existing(tmp_path / "merged", overwrite=False)
-        assert names(tmp_path) == kept
-    finally:
-        sleeper.kill()
-        sleeper.wait()
+        assert names(tmp_path) == kept | live
     refuse_existing(tmp_path / "merged", overwrite=True)
     # the dead run's old folder is the target again
-    assert names(tmp_path) - kept == {"merged"}
-    assert live not in names(tmp_path)
+    assert names(tmp_path) == kept | {"merged"}
+
+
+def test_what_another_machine_left_goes_after_a_day(tmp_path):
+    other = "0" * 8
+    for name, age in (("1", 25), ("17.2", 25), ("3", 23)):
+        folder = tmp_path / f".merged.{other}.{name}.partial"
+        (folder / "inner").mkdir(parents=True)
+        for path in (folder / "inner", folder):
+            os.utime(path, (time.time() - age * 3600,) * 2)
+    fresh = tmp_path / f".merged.{other}.4.partial"
+    fresh.mkdir()
+    (fresh / "weights").touch()
+    os.utime(fresh, (0, 0))
+    refuse_existing(tmp_path / "merged", overwrite=False)
+    assert names(tmp_path) == {f".merged.{other}.3.partial", fresh.name}
 
 
 @pytest.mark.parametrize("other", ["merged", "merged2"])

@@ -136,7 +136,7 @@ def test_tasks_load_with_transformers_and_are_sources(family, tmp_path):
     models, inputs, paths = saved(family, tmp_path)
     merge(recipe_of(paths), outputs="compact", output=str(tmp_path / "compact"))
     unpack(str(tmp_path / "compact"), str(tmp_path / "out"), tasks=["b"], dtype="float32")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["b"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".gradmerge", "b"]
     expected, _ = by_formula(models)
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "b")
     models[2].load_state_dict(expected[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import json
 import struct
@@ -18,7 +19,7 @@ from torch import nn
 from architectures import logits_of
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Column, Constant, FromFile, Row, Sigmoid, Tensor
-from gradmerge.common.errors import ConfigError
+from gradmerge.common.errors import ConfigError, OutputError
 from gradmerge.engine.state import FitState
 from gradmerge.export.folder import export_state
 from gradmerge.export.writer import Entry, write_safetensors
@@ -228,6 +229,7 @@ def test_tokenizer_and_generation_config_are_carried_and_leftovers_are_not(tmp_p
     assert transformers.GenerationConfig.from_pretrained(folder).temperature == 0.7
     names = {path.name for path in folder.iterdir()}
     assert names == {
+        ".gradmerge",
         "README.md",
         "coefficients.st",
         "config.json",
@@ -347,15 +349,19 @@ def test_provenance_says_where_everything_came_from(tmp_path, family):
 def test_an_existing_folder_is_refused_or_replaced(tmp_path, family):
     merged, inputs = folders(tmp_path, family, tokenizer=False)
     target = tmp_path / "merged"
-    target.mkdir()
-    (target / "mine.txt").write_text("keep")
+    write(merged, target, max_shard_size=3_000)
+    before = sorted(path.name for path in target.iterdir())
     with pytest.raises(
         ConfigError, match=r"merged exists; give another folder, or --overwrite true"
     ):
         write(merged, target)
-    assert [path.name for path in target.iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in target.iterdir()) == before
     write(merged, target, overwrite=True)
-    assert not (target / "mine.txt").exists()
+    assert not list(target.glob("model-*.safetensors"))
+    (target / "mine.txt").write_text("keep")
+    with pytest.raises(ConfigError, match=r"nothing but what gradmerge wrote.*mine\.txt"):
+        write(merged, target, overwrite=True)
+    assert (target / "mine.txt").read_text() == "keep"
     assert torch.isfinite(logits(reload(target), inputs)).all()
     assert {path.name for path in tmp_path.iterdir()} == {"sources", "merged"}
 
@@ -380,17 +386,17 @@ def test_unknown_options_are_refused_before_anything_is_written(tmp_path, family
 
 def test_a_failing_export_leaves_nothing_behind(tmp_path, family, monkeypatch):
     merged, _ = folders(tmp_path, family, tokenizer=False)
-    (tmp_path / "merged").mkdir()
-    (tmp_path / "merged" / "old.txt").write_text("old")
+    before = write(merged, tmp_path / "merged") / "provenance.json"
+    text = before.read_text()
 
     def fail(*_):
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(FitState, "materialise", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(OutputError, match=r"cannot be written: the disk is full .* is as it was"):
         write(merged, tmp_path / "merged", overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"sources", "merged"}
-    assert (tmp_path / "merged" / "old.txt").read_text() == "old"
+    assert before.read_text() == text
 
 
 def test_sources_are_not_written_to(tmp_path, family):

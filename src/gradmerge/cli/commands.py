@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from json import dumps
@@ -12,15 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gradmerge.cli.inspect import inspect_sources, render
+from gradmerge.common.atomic import Scratch
 from gradmerge.common.checkpoints import load_checkpoint, local_checkpoint
 from gradmerge.common.errors import CompatibilityError, ConfigError, nearest, shorten
+from gradmerge.common.output import paths_in
 from gradmerge.common.spec import to_plain
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.opening import Opening
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe, named
 from gradmerge.engine.state import FitState
-from gradmerge.export.atomic import refuse_existing
+from gradmerge.export.atomic import inputs_of, refuse_existing
 from gradmerge.export.emr import export_compact, export_tasks, require_outputs, task_checkpoints
 from gradmerge.export.folder import export_state, require_options
 from gradmerge.export.provenance import read_as
@@ -40,6 +41,7 @@ def output_options(
     overwrite: bool = False,
     head: str | None = None,
     form: Form = "merged",
+    inputs: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Check the options that all commands writing a model share, before any work.
 
@@ -51,6 +53,8 @@ def output_options(
         overwrite: replace an existing folder.
         head: task whose head the model in the folder itself has. Default: the first.
         form: what is written (set by the command).
+        inputs: files and folders that are read, which the output must be apart from (set by the
+            command).
 
     Returns:
         The options as arguments of the function that writes this form.
@@ -60,9 +64,9 @@ def output_options(
     """
     target = Path(output).expanduser()
     if form == "mergekit":
-        require_file(target, overwrite)
+        require_file(target, overwrite, inputs)
     else:
-        refuse_existing(target, overwrite)
+        refuse_existing(target, overwrite, inputs)
     require_options(dtype, None, ())
     if head is not None and form != "merged":
         place = f"with outputs {form}, where every task has its own head"
@@ -76,7 +80,7 @@ def output_options(
         )
     optional = {"dtype": dtype, "head": head}
     given = {name: value for name, value in optional.items() if value is not None}
-    return {"output": output, "overwrite": overwrite, **given}
+    return {"output": output, "overwrite": overwrite, "inputs": inputs, **given}
 
 
 def merge(
@@ -87,6 +91,7 @@ def merge(
     outputs: Outputs = "merged",
     mergekit: bool = False,
     opened: Mapping[str, Checkpoint] | None = None,
+    configs: Sequence[Path] = (),
     **options: Any,
 ) -> None:
     """Merge without training, optionally with statistics, a search or scores on data.
@@ -102,6 +107,7 @@ def merge(
             whose last preprocess step is Unify.
         mergekit: write an equivalent mergekit YAML instead of a folder; OUTPUT must end in .yaml.
         opened: checkpoints of the recipe that are open already (Python only).
+        configs: files that hold the options (Python only).
         **options: options of `output_options`.
     """
     if outputs != "merged" and (search is not None or score or mergekit):
@@ -110,13 +116,14 @@ def merge(
             "no single model; remove search, score and mergekit."
         )
     form: Form = "mergekit" if mergekit else outputs
-    checked = output_options(**options, form=form)
+    inputs = [*configs, *paths_in(to_plain(recipe), to_plain(search)), *_read_by(data)]
+    checked = output_options(**options, form=form, inputs=inputs)
     _require_mergeable(recipe, form, has_data=data is not None)
     opening = Opening(recipe, opened=opened, with_network=search is not None or score)
-    with tempfile.TemporaryDirectory(prefix="gradmerge-statistics-") as folder:
+    with Scratch("statistics") as folder:
         statistics = recipe.statistics
         if data is not None and statistics is None and recipe.needs_statistics:
-            statistics = str(_collected(recipe, data, Path(folder) / "found", opening=opening))
+            statistics = str(_collected(recipe, data, folder / "found", opening=opening))
         opening.align(statistics)
         plan = opening.plan(with_skeleton=False, statistics=statistics)
         on_data = plan.finalisation.repair is not None or _has_batch_norms(plan)
@@ -189,7 +196,8 @@ def _write(state: FitState, form: Form, checked: dict[str, Any], known: Mapping[
     if form == "compact":
         return export_compact(state.plan, **checked)
     extra = {"merge": to_plain(state.plan.recipe), **read_as(state.plan)}
-    return export_tasks(task_checkpoints(state.plan), **checked, extra=extra)
+    inputs = [*checked.pop("inputs"), *inputs_of(state.plan)]
+    return export_tasks(task_checkpoints(state.plan), **checked, inputs=inputs, extra=extra)
 
 
 def collect(recipe: Recipe, data: Any, output: str, overwrite: bool = False) -> None:
@@ -207,6 +215,14 @@ def collect(recipe: Recipe, data: Any, output: str, overwrite: bool = False) -> 
     """
     folder = _collected(recipe, data, Path(output), overwrite=overwrite)
     print(f"statistics written to {folder}")
+
+
+def _read_by(data: Any) -> list[Path]:
+    if data is None:
+        return []
+    from gradmerge.training.run import read_by
+
+    return read_by(data)
 
 
 def _collected(recipe: Recipe, data: Any, target: Path, **options: Any) -> Path:
@@ -251,7 +267,7 @@ def export(
         **options: options of `output_options`.
     """
     form: Form = "mergekit" if mergekit else "merged"
-    checked = output_options(**options, form=form)
+    checked = output_options(**options, form=form, inputs=paths_in(checkpoint))
     path = require_checkpoint(checkpoint)
 
     from gradmerge.training.module import MergeModule
@@ -281,7 +297,8 @@ def unpack(
         dtype: float64, float32, bfloat16 or float16. Default: the base's stored dtypes.
         overwrite: replace an existing folder.
     """
-    checked = output_options(output, dtype, overwrite, form="tasks")
+    inputs = paths_in(folder, base)
+    checked = output_options(output, dtype, overwrite, form="tasks", inputs=inputs)
     path = Path(folder).expanduser()
     described = read_description(path)
     for task in tasks or ():
@@ -292,6 +309,7 @@ def unpack(
                 f"{nearest(task, known)}"
             )
     opened = as_source(base or described["base"]["from"]).open()
+    checked["inputs"] = [*inputs, *paths_in(sorted({i.file for i in opened.infos.values()}))]
     found = {task: EMRCheckpoint(path, task, opened) for task in tasks or described["scales"]}
     written = export_tasks(found, **checked, extra={"unpacked": described})
     print(f"{len(found)} tasks: {written}")

@@ -13,6 +13,7 @@ import yaml
 
 from gradmerge.common.errors import ConfigError
 from gradmerge.common.files import read_yaml
+from gradmerge.common.output import paths_in
 from gradmerge.engine.recipe import Recipe
 from gradmerge.mergekit import Reading, is_mergekit, read_mergekit
 from gradmerge.sources import Checkpoint
@@ -47,6 +48,11 @@ class MergeInput:
         on_data = any(finaliser.needs_data for finaliser in recipe.finalisers)
         missing = recipe.needs_statistics and recipe.statistics is None
         return bool(options["search"] or options["score"] or (given and (on_data or missing)))
+
+    @property
+    def paths(self) -> list[Path]:
+        """The configuration files."""
+        return paths_in([path for _, _, path in _configs(self.given)])
 
     def arguments(self, dropped: Sequence[str]) -> list[str]:
         """Return the arguments as the parser accepts them, without some options of the files."""

@@ -29,10 +29,12 @@ from gradmerge.common.errors import ConfigError
 from gradmerge.common.version import __version__
 from gradmerge.drivers import AbstractDriver, Job
 from gradmerge.engine.recipe import Recipe
+from gradmerge.export.atomic import inputs_of
 from gradmerge.optimisers import SAM
 from gradmerge.search import AbstractSearch
 from gradmerge.training.callbacks import ExportAtEnd, StepProgress
 from gradmerge.training.module import MergeModule
+from gradmerge.training.run import read_by
 from gradmerge.training.search import SearchedStart
 
 # Default length of a fit. It is counted in steps, because coefficients are few.
@@ -283,9 +285,10 @@ class MergeCLI(LightningCLI):
         search = self._get(self.config_init, "search")
         if search is None:
             return
+        inputs = [*inputs_of(self.model.merged.plan), *read_by(self.datamodule)]
         for callback in self.trainer.callbacks:
             if isinstance(callback, ExportAtEnd):  # fail before the trials, not after them
-                callback.require_free()
+                callback.require_free(inputs)
                 callback.require_tasks(self.datamodule.tasks)
         start = SearchedStart(search)
         self.trainer.callbacks.insert(0, start)

@@ -209,6 +209,7 @@ def merge_options(command: str, given: MergeInput, data: bool = False) -> dict[s
         return merge_options(command, given, data=True)
     if command == "merge":
         options["opened"] = given.opened
+        options["configs"] = given.paths
         if given.reading is not None:
             options["dtype"] = options.get("dtype") or given.reading.dtype
     return options
@@ -256,7 +257,13 @@ def _parser(command: str, data: bool = False) -> Any:
         function,
         as_group=False,
         as_positional=command in ("export", "unpack"),
-        skip={"data", "opened", "allow_modules", *(["sources"] if command == "inspect" else [])},
+        skip={
+            "allow_modules",
+            "configs",
+            "data",
+            "opened",
+            *(["sources"] if command == "inspect" else []),
+        },
     )
     return parser
 

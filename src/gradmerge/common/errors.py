@@ -27,6 +27,10 @@ class ConfigError(GradmergeError):
     """An option has an invalid value."""
 
 
+class OutputError(GradmergeError):
+    """Something cannot be written: the disk is full, or the place is read-only or taken."""
+
+
 class FingerprintError(GradmergeError):
     """A coefficient checkpoint was trained on different source weights."""
 

@@ -1,4 +1,4 @@
-"""Files that exist completely or not at all, and readers of JSON and YAML with bounds.
+"""Readers of JSON and YAML with bounds.
 
 JSON and YAML are written by strangers: their size, depth, numbers and references are limited, and
 a key that says two things is an error. All that is read goes through `parse_json` and
@@ -8,9 +8,7 @@ a key that says two things is an error. All that is read goes through `parse_jso
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +22,6 @@ MOST_NODES = 1_000_000
 """Nodes of a YAML document with all aliases expanded."""
 MOST_DIGITS = 100
 """Digits of a whole number."""
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give a hidden path beside `path` to write to, which takes its name once it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield work
-        work.replace(path)
-    finally:
-        work.unlink(missing_ok=True)  # incomplete, as on a full disk
 
 
 def read_bytes(path: Path, kind: type[GradmergeError] = SourceError) -> bytes:

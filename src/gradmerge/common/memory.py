@@ -5,13 +5,18 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import sys
 import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from gradmerge.common.atomic import writing
 
 _M_MMAP_THRESHOLD = -3
 # Sizes shared by fewer tensors (embeddings) recur too rarely to be worth keeping.
@@ -20,6 +25,7 @@ _REPEATED = 3
 _IDLE = 1
 # Below this size the allocator's own reuse is just as good.
 _SMALL = 1 << 16
+_ELSEWHERE = "Temporary files go to TMPDIR; set it to a folder on a larger disk."
 
 
 class BlockPool:
@@ -91,23 +97,35 @@ def in_file(
 ) -> Tensor:
     """Return an uninitialised tensor that is mapped to a temporary file.
 
-    The operating system may write its pages out and evict them from memory. The file is unlinked
-    at once, so its space is released with the tensor or the process.
+    The operating system may write its pages out and evict them from memory. The file has no name,
+    so its space is released with the tensor or the process.
 
     Args:
         shape: its shape.
         dtype: its dtype.
         folder: existing folder of the file; default: `TMPDIR`.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written to.
     """
     size = torch.Size(shape).numel()
     if not size:
         return torch.empty(shape, dtype=dtype)
-    with tempfile.NamedTemporaryFile(prefix="gradmerge-", dir=folder) as file:
+    place = Path(folder or tempfile.gettempdir())
+    with writing(place, _ELSEWHERE), _temporary(place) as file:
         if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash on access
             os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
-        # the mapping stays valid after the file is unlinked
-        flat = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+        opened = f"/proc/self/fd/{file.fileno()}"
+        name = opened if os.path.exists(opened) else file.name
+        # the mapping stays valid after the file is closed
+        flat = torch.from_file(str(name), shared=True, size=size, dtype=dtype)
     return flat.view(*shape)
+
+
+def _temporary(folder: Path) -> Any:
+    """Open a temporary file, without a name where the system can do that (Linux)."""
+    make = tempfile.TemporaryFile if sys.platform == "linux" else tempfile.NamedTemporaryFile
+    return make(prefix="gradmerge-", dir=folder)
 
 
 def trim_heap() -> bool:

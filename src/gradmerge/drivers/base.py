@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from gradmerge.common import files
 from gradmerge.common.errors import SourceError
+from gradmerge.common.output import paths_in
 from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.drivers.state import (
     JOB,
@@ -36,7 +37,7 @@ from gradmerge.sources.base import fingerprints_of
 from gradmerge.training.callbacks import ExportAtEnd
 from gradmerge.training.data import MergeDataModule
 from gradmerge.training.module import MergeModule
-from gradmerge.training.run import describe_data, global_seed
+from gradmerge.training.run import describe_data, global_seed, read_by
 
 MakeTrainer = Callable[[Path, Sequence[lightning.Callback], Mapping[str, Any]], lightning.Trainer]
 """Makes a fresh trainer from its default_root_dir, more callbacks (they come after the configured
@@ -109,6 +110,11 @@ class Job:
         """The output folder if this job has written it already."""
         return self.target.folder if self._has_written(self._job) else None
 
+    @property
+    def inputs(self) -> list[Path]:
+        """Files and folders that the job reads."""
+        return [*paths_in(to_plain(self.recipe)), *read_by(self.data)]
+
     def _has_written(self, job: str) -> bool:
         try:
             found = files.read_json(self.target.folder / "provenance.json") or {}
@@ -130,7 +136,7 @@ class Job:
         self.target.require_tasks(self.data.tasks)
         kept = None if driver.restart else self._kept()
         if kept is None or not self._has_written(kept["job"]):
-            self.target.require_free()
+            self.target.require_free(self.inputs)
         return kept
 
     def begin(self, driver: AbstractDriver, **more: Any) -> None:
@@ -230,7 +236,8 @@ class Job:
         """
         extra = {**options.pop("extra", {}), "driver": {"job": self._job, **said}}
         overwrite = self.target.overwrite or self.exported is not None
-        return self.target.write(export, loggers, overwrite=overwrite, extra=extra, **options)
+        own = {"overwrite": overwrite, "extra": extra, "inputs": self.inputs}
+        return self.target.write(export, loggers, **own, **options)
 
 
 @dataclass(frozen=True, kw_only=True)

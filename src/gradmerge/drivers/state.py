@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from gradmerge.common import files
+from gradmerge.common.atomic import whole_file
 from gradmerge.common.errors import ConfigError, shorten
-from gradmerge.common.files import whole_file
 from gradmerge.common.schema import require_shape
 from gradmerge.common.spec import modernise
 from gradmerge.training.data import MergeDataModule

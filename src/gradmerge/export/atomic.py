@@ -1,6 +1,6 @@
 """Folders that get their name only when complete.
 
-The content is written into a hidden folder beside the target, `.NAME.HOST.PID.ID.partial`. If the
+The content is written into a hidden folder beside the target, `.NAME.KERNEL.ID.partial`. If the
 file system can exchange two names atomically (Linux: `renameat2`), the target is always the old
 folder or the new one. Elsewhere the old one is renamed to `....old` first; if the run is killed
 before the second rename, the next export to that name restores it.
@@ -10,75 +10,97 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import os
-import re
-import shutil
-import socket
-import stat
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
 
-from gradmerge.common.errors import ConfigError
+from gradmerge.common.atomic import (
+    hidden_name,
+    hidden_names,
+    is_left,
+    lock,
+    locked,
+    remove,
+    writing,
+)
+from gradmerge.common.output import paths_in, require_output, write_manifest
+from gradmerge.common.spec import to_plain
+from gradmerge.engine.plan import Plan
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
-def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(target: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     """Yield a hidden folder beside the target, which becomes the target on success.
 
-    On an error it is removed, and the target is as it was before.
+    On an error it is removed, and the target is as it was before. Arguments as in
+    `refuse_existing`.
     """
-    refuse_existing(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = _hidden(target, "partial")
-    work.mkdir()
-    try:
-        yield work
-        _take_name(work, target, overwrite)
-    finally:
-        _put_away(work, target)
+    inputs = list(inputs)
+    refuse_existing(target, overwrite, inputs)
+
+    def make() -> Path:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = hidden_name(target, "partial")
+        work.mkdir()
+        return work
+
+    kept = f"{target} is as it was." if os.path.lexists(target) else "Nothing is left there."
+    with writing(target, f"{kept} Free some space, or give another folder."):
+        stack, work = locked(make)
+        with stack:
+            try:
+                yield work
+                write_manifest(work)
+                _take_name(work, target, overwrite, inputs)
+            finally:
+                _put_away(work, target)
 
 
-def refuse_existing(target: Path, overwrite: bool, remedy: str = "--overwrite true") -> None:
-    """Reject a target that exists, or with `overwrite` is not a folder, before any work.
+def refuse_existing(
+    target: Path,
+    overwrite: bool,
+    inputs: Iterable[Path] = (),
+    remedy: str = "--overwrite true",
+) -> None:
+    """Reject a target that cannot be written or would take something away, before any work.
 
-    First restores or removes what killed runs left: their old folder may be the target. `remedy` is
-    the option that allows to overwrite.
+    First restores or removes what killed runs left: their old folder may be the target. Arguments
+    and errors as in `gradmerge.common.output.require_output`.
     """
-    _recover(target)
-    try:
-        mode = target.stat().st_mode  # once: another export may move it in between
-    except OSError:
-        return
-    if not overwrite:
-        raise ConfigError(f"{target} exists; give another folder, or {remedy}.")
-    if not stat.S_ISDIR(mode):
-        raise ConfigError(f"{target} is a file; give a folder.")
+    with suppress(ValueError):  # a path that is refused below
+        _recover(target)
+    require_output(target, overwrite, inputs, remedy)
 
 
-def _take_name(work: Path, target: Path, overwrite: bool) -> None:
+def inputs_of(plan: Plan) -> list[Path]:
+    """Return the files and folders that a merge reads, of its recipe and of its weights."""
+    opened = [*plan.serving.values(), *([] if plan.base is None else [plan.base])]
+    files = {info.file for checkpoint in opened for info in checkpoint.infos.values()}
+    return paths_in(to_plain(plan.recipe), sorted(files))
+
+
+def _take_name(work: Path, target: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
     """Rename a complete folder to the target, and only then remove an old target."""
     for path in work.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     while not _renamed(work, target):
-        refuse_existing(target, overwrite)
+        refuse_existing(target, overwrite, inputs)
         if _exchanged(work, target):
             return  # `work` is the old target now
-        old = _hidden(target, "old")
-        try:
-            with suppress(FileNotFoundError):  # another export has just moved it
-                target.rename(old)
-            if _renamed(work, target):
-                return
-        finally:
-            _put_away(old, target)
+        old = hidden_name(target, "old")
+        with lock(target):  # or another run would give it its name back
+            try:
+                with suppress(FileNotFoundError):  # another export has just moved it
+                    target.rename(old)
+                if _renamed(work, target):
+                    return
+            finally:
+                _put_away(old, target)
 
 
 def _put_away(path: Path, target: Path) -> None:
@@ -89,45 +111,15 @@ def _put_away(path: Path, target: Path) -> None:
                 return
             # half of a removed folder must never be restored
             path = path.rename(path.with_suffix(".partial"))
-        if path.is_symlink():
-            path.unlink()
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+        remove(path)
 
 
 def _recover(target: Path) -> None:
-    """Put away what killed runs of this machine left; other runs may still be at work."""
-    name = re.escape(target.name)
-    ours = re.compile(rf"\.{name}\.{_host()}\.(?P<pid>\d+)\.[^.]+\.(?:partial|old)")
-    with suppress(OSError):  # no parent folder yet
-        for path in list(target.parent.iterdir()):
-            match = ours.fullmatch(path.name)
-            if match and not _is_alive(int(match["pid"])):
+    """Put away what killed runs left; other runs may still be at work."""
+    for path in hidden_names(target, "partial", "old"):
+        with lock(path) as held:
+            if is_left(path, held) or (held and path.suffix == ".old"):
                 _put_away(path, target)
-
-
-def _hidden(target: Path, state: Literal["partial", "old"]) -> Path:
-    name = f".{target.name}.{_host()}.{os.getpid()}.{uuid.uuid4().hex}.{state}"
-    return target.parent / name
-
-
-def _host() -> str:
-    """Identify the space of process numbers: host, and on Linux the namespace (containers)."""
-    namespace = ""
-    with suppress(OSError):
-        namespace = os.readlink("/proc/self/ns/pid")
-    key = f"{socket.gethostname()} {namespace}".encode()
-    return hashlib.sha1(key, usedforsecurity=False).hexdigest()[:8]
-
-
-def _is_alive(pid: int) -> bool:
-    """Return whether a process of this machine runs; if in doubt, it does."""
-    if os.name == "posix":  # elsewhere signal 0 does something
-        try:
-            os.kill(pid, 0)
-        except (OSError, OverflowError) as error:
-            return not isinstance(error, ProcessLookupError)
-    return True
 
 
 def _renamed(path: Path, target: Path) -> bool:

@@ -7,7 +7,7 @@ mask and a scale per task. Both give exactly the same weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from gradmerge.engine.inventory import take_inventory
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.state import FitState
-from gradmerge.export.atomic import new_folder
+from gradmerge.export.atomic import inputs_of, new_folder
 from gradmerge.export.card import render
 from gradmerge.export.folder import private_entries, require_options, write_config, write_weights
 from gradmerge.export.provenance import provenance_of, stamp
@@ -109,14 +109,16 @@ def export_tasks(
     dtype: str | None = None,
     overwrite: bool = False,
     extra: Mapping[str, Any] | None = None,
+    inputs: Iterable[Path] = (),
 ) -> Path:
     """Write one Hugging Face folder per task, `output/<task>`, each of which loads on its own.
 
-    `extra` are further entries of each provenance.json; other options as in `export_state`.
+    `extra` are further entries of each provenance.json, and `inputs` all files and folders that are
+    read; other options as in `export_state`.
     """
     kind = require_options(dtype, None, tasks)
     target = Path(output).expanduser()
-    with new_folder(target, overwrite) as work:
+    with new_folder(target, overwrite, inputs) as work:
         for task, checkpoint in tasks.items():
             folder = work / task
             folder.mkdir()
@@ -137,7 +139,9 @@ def export_tasks(
     return target
 
 
-def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -> Path:
+def export_compact(
+    plan: Plan, output: str | Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()
+) -> Path:
     """Write the shared vector, and a mask and a scale per task (format: `gradmerge.sources.emr`).
 
     The recipe's last preprocess must be `Unify`.
@@ -163,7 +167,7 @@ def export_compact(plan: Plan, output: str | Path, *, overwrite: bool = False) -
     shapes = {name: tensor.shape for name, tensor in plan.tensors.items()}
     vectors = [Entry(n, shape, torch.float32, partial(vector, n)) for n, shape in shapes.items()]
     target = Path(output).expanduser()
-    with new_folder(target, overwrite) as work:
+    with new_folder(target, overwrite, [*inputs, *inputs_of(plan)]) as work:
         sites = plan.directions
         found = unify.scales(lambda: ((site, before.read(site.name)) for site, _ in sites()))
         scales = dict(zip(plan.sources, found, strict=True))

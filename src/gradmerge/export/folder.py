@@ -24,7 +24,7 @@ from gradmerge.common.spec import to_plain
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.state import FitState
-from gradmerge.export.atomic import new_folder
+from gradmerge.export.atomic import inputs_of, new_folder
 from gradmerge.export.card import model_card
 from gradmerge.export.provenance import provenance_of
 from gradmerge.export.writer import Entry, entries_of, write_safetensors
@@ -52,7 +52,8 @@ def export_merged(merged: MergedModel, output: str | Path, **options: Any) -> Pa
     Args:
         merged: the merged model (`module.merged`).
         output: folder to write; it must not exist unless `overwrite`.
-        **options: dtype, overwrite, head, results, extra and max_shard_size of `export_state`.
+        **options: dtype, overwrite, head, results, extra, max_shard_size and inputs of
+            `export_state`.
 
     Returns:
         The folder.
@@ -73,6 +74,7 @@ def export_state(
     results: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     max_shard_size: int = SHARD_SIZE,
+    inputs: Iterable[Path] = (),
 ) -> Path:
     """Write a merge as a Hugging Face folder.
 
@@ -88,19 +90,21 @@ def export_state(
         results: scores for the model card, by stage, task and metric.
         extra: further entries of provenance.json (seeds, training configuration).
         max_shard_size: bytes per file.
+        inputs: files and folders besides the sources that the output must be apart from.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: the folder exists, or an option is invalid.
+        ConfigError: the folder exists or overlaps with an input, or an option is invalid.
+        OutputError: it cannot be written.
     """
     target = Path(output).expanduser()
     plan = state.plan
     tasks = dict(tasks) if tasks else {name: name for name in plan.sources}
     kind = require_options(dtype, head, tasks)
     head = head or next(iter(tasks))
-    with new_folder(target, overwrite) as work:
+    with new_folder(target, overwrite, [*inputs, *inputs_of(plan)]) as work:
         # sources are hashed while they are merged: both read the same files
         hashing = ThreadPoolExecutor(1)
         hashes = hashing.submit(lambda: plan.fingerprints)

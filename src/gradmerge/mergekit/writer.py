@@ -9,7 +9,7 @@ coefficients, with the same result to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from gradmerge.common.atomic import whole_file
 from gradmerge.common.errors import ConfigError, shorten
-from gradmerge.common.files import whole_file
+from gradmerge.common.output import require_output_file
 from gradmerge.common.version import __version__
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe, innermost
@@ -45,6 +46,7 @@ def write_mergekit(
     dtype: str | None = None,
     overwrite: bool = False,
     buffers: Mapping[str, Tensor] | None = None,
+    inputs: Iterable[Path] = (),
 ) -> Path:
     """Write coefficients as a mergekit YAML.
 
@@ -55,6 +57,7 @@ def write_mergekit(
             tensors.
         overwrite: replace an existing file.
         buffers: values of buffers in the merged network, by name.
+        inputs: files and folders that are read, which the output must be apart from.
 
     Returns:
         The file.
@@ -63,25 +66,24 @@ def write_mergekit(
         ConfigError: the file exists, or mergekit cannot express the merge (all reasons are given).
     """
     target = Path(output).expanduser()
-    require_file(target, overwrite)
+    require_file(target, overwrite, inputs)
     text = mergekit_yaml(state, dtype, buffers)
     with whole_file(target) as work:
         work.write_text(text, encoding="utf-8")
     return target
 
 
-def require_file(target: Path, overwrite: bool) -> None:
+def require_file(target: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
     """Check before any work that the file can be written.
 
     Raises:
-        ConfigError: the file exists without `overwrite`, is a folder, or has another suffix.
+        ConfigError: the file exists without `overwrite`, is a folder, an input or not ours, or has
+            another suffix.
+        OutputError: it cannot be written.
     """
     if target.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{target}: expected a name ending in .yaml or .yml for a mergekit file.")
-    if target.is_dir():
-        raise ConfigError(f"{target} is a folder; give a file.")
-    if target.exists() and not overwrite:
-        raise ConfigError(f"{target} exists; give another file, or --overwrite true.")
+    require_output_file(target, overwrite, inputs)
 
 
 def require_sum(recipe: Recipe) -> None:

@@ -16,10 +16,12 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
 from gradmerge.common.checkpoints import load_checkpoint
+from gradmerge.common.output import paths_in
 from gradmerge.engine.state import FitState
-from gradmerge.export.atomic import refuse_existing
+from gradmerge.export.atomic import inputs_of, refuse_existing
 from gradmerge.export.folder import export_merged, require_options
 from gradmerge.training.module import MergeModule
+from gradmerge.training.run import read_by
 
 
 def heat_map(table: Tensor, names: Sequence[str], sources: Sequence[str], path: Path | None) -> Any:
@@ -231,16 +233,25 @@ class ExportAtEnd(lightning.Callback):
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Reject an existing output folder before training."""
         if stage == "fit":
-            self.require_free()
+            self.require_free(self._inputs(trainer, pl_module))
+
+    @staticmethod
+    def _inputs(trainer: lightning.Trainer, module: Any) -> list[Path]:
+        data = getattr(trainer, "datamodule", None)
+        return [*inputs_of(module.merged.plan), *read_by(data), *paths_in(trainer.ckpt_path)]
 
     @property
     def folder(self) -> Path:
         """The folder to write."""
         return Path(self.output).expanduser()
 
-    def require_free(self) -> None:
-        """Reject an existing output folder unless `overwrite` is set."""
-        refuse_existing(self.folder, self.overwrite, "ExportAtEnd with overwrite: true")
+    def require_free(self, inputs: Iterable[Path] = ()) -> None:
+        """Reject an output folder that cannot be written, overlaps with an input, or exists.
+
+        With `overwrite` it may exist if gradmerge wrote it.
+        """
+        remedy = "ExportAtEnd with overwrite: true"
+        refuse_existing(self.folder, self.overwrite, inputs, remedy)
 
     def require_tasks(self, tasks: Iterable[str]) -> None:
         """Reject an unknown dtype, or a `head` that does not fit the tasks."""
@@ -257,7 +268,8 @@ class ExportAtEnd(lightning.Callback):
         facts = finish_fit(trainer, pl_module)
         if trainer.is_global_zero:
             export = partial(export_merged, pl_module.merged)
-            self.write(export, trainer.loggers, results=pl_module.results, extra=facts)
+            known = {"results": pl_module.results, "extra": facts}
+            self.write(export, trainer.loggers, **known, inputs=self._inputs(trainer, pl_module))
 
     def write(self, export: Callable[..., Path], loggers: Iterable[Any], **options: Any) -> Path:
         """Write the folder, and log it if that is asked for.

@@ -23,6 +23,7 @@ from gradmerge.calibration.fisher import Report
 from gradmerge.calibration.sequential import Stages
 from gradmerge.coefficients import Model, Uniform
 from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.common.output import paths_in
 from gradmerge.common.spec import to_plain
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.opening import Opening
@@ -34,7 +35,7 @@ from gradmerge.preprocess import AbstractPreprocess
 from gradmerge.sources.collected import INDEX, VERSION, Needs
 from gradmerge.training.data import MergeDataModule
 from gradmerge.training.module import MergeModule
-from gradmerge.training.run import describe_data
+from gradmerge.training.run import describe_data, read_by
 
 
 def collect(
@@ -65,10 +66,11 @@ def collect(
     """
     steps = needy(recipe)
     target = Path(output).expanduser()
-    refuse_existing(target, overwrite)
+    inputs = [*paths_in(to_plain(recipe)), *read_by(data)]
+    refuse_existing(target, overwrite, inputs)
     tasks = _tasks_of_sources(recipe, data) if steps else {}  # before anything runs
     opening = opening or Opening(recipe, module)
-    with new_folder(target, overwrite) as work:
+    with new_folder(target, overwrite, inputs) as work:
         index: dict[str, Any] = {
             "version": VERSION,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -7,10 +7,12 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.cli import SaveConfigCallback
 
+from gradmerge.common.output import paths_in
 from gradmerge.common.spec import public_path, to_plain
 from gradmerge.export.provenance import mean_coefficients, versions
 
@@ -93,6 +95,11 @@ def describe_data(data: Any) -> dict[str, Any]:
     if isinstance(tasks, dict):
         found["tasks"] = {str(name): _task(task) for name, task in tasks.items()}
     return found
+
+
+def read_by(data: Any) -> list[Path]:
+    """Return the files and folders that a data module reads."""
+    return [] if data is None else paths_in(describe_data(data), patterns=True)
 
 
 def _task(task: Any) -> Any:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gradmerge.coefficients import Layout
-from gradmerge.common.files import whole_file
+from gradmerge.common.atomic import whole_file
 from gradmerge.engine.plan import Plan
 from gradmerge.export.writer import Entry, write_safetensors
 

@@ -1,13 +1,14 @@
 """Compilation of the C kernels for frozen tensors on a CPU (`merging.c`, `selection.c`).
 
 They are compiled once, in about a second, with the system's C compiler, and cached in the user's
-cache folder. Without a compiler, or with `GRADMERGE_KERNELS=torch`, torch operations do the same
-work in about twice the time.
+cache folder, with a hash of the library in its name. A library that does not match its hash (the
+disk was full), or that another user could have written, is not loaded but built again. Without a
+compiler, or with `GRADMERGE_KERNELS=torch`, torch operations do the same work in about twice the
+time.
 """
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
 import hashlib
@@ -15,15 +16,17 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
-import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
-from gradmerge.common.errors import ConfigError
+from gradmerge.common.atomic import Scratch
+from gradmerge.common.errors import ConfigError, OutputError
 from gradmerge.operators._native.kernels import Kernels
 
 _log = logging.getLogger(__name__)
@@ -67,7 +70,7 @@ def _load(choice: str) -> Kernels | None:
         reason = str(error)
         # a machine without a compiler is fine: no warning
         _log.info("%s; merging with torch operations", reason)
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+    except (OSError, OutputError, subprocess.SubprocessError, AttributeError) as error:
         reason = f"the C kernels could not be built or loaded: {error}"
         if choice == "auto":
             warnings.warn(
@@ -84,13 +87,40 @@ def _load(choice: str) -> Kernels | None:
 
 
 def _open() -> ctypes.CDLL:
-    path = _build()
+    compiler = _compiler()
+    key = _key(compiler)
+    folder = _cache_folder()
+    for path in folder.glob(f"kernels-{key}-*.so") if folder else ():
+        if _is_intact(path):
+            with suppress(OSError):  # a machine where it does not load
+                return ctypes.CDLL(str(path))
+    with Scratch("kernels", folder) as work:
+        path = _compile(compiler, work)
+        if folder:
+            hashed = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+            path = path.replace(folder / f"kernels-{key}-{hashed}.so")
+        return ctypes.CDLL(str(path))  # stays loaded without its file
+
+
+def _is_intact(path: Path) -> bool:
+    """Return whether a library is what we built, and remove it if it is ours but damaged."""
     try:
-        return ctypes.CDLL(str(path))
+        found, content = path.lstat(), path.read_bytes()
     except OSError:
-        # a damaged file (perhaps the disk was full): build it again
-        path.unlink()
-        return ctypes.CDLL(str(_build()))
+        return False
+    if not stat.S_ISREG(found.st_mode) or not _is_ours(found):
+        return False
+    if path.stem.rpartition("-")[2] == hashlib.sha256(content).hexdigest()[:32]:
+        return True
+    path.unlink(missing_ok=True)
+    return False
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    """Return whether nobody but this user may have written a file or folder."""
+    if not hasattr(os, "geteuid"):
+        return True
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 class _NoCompilerError(Exception):
@@ -115,24 +145,21 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.lower().startswith(kinds)}))
 
 
-def _cache_folder() -> Path:
+def _cache_folder() -> Path | None:
+    """Return a cache folder that only this user can write to, or None if there is none."""
     try:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(root) / "gradmerge"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not _is_ours(folder.stat()):
+            folder.chmod(0o700)  # fails if it is another's
     except (OSError, RuntimeError):  # no home folder, or not writable
-        pass
-    else:
-        if os.access(folder, os.W_OK):
-            return folder
-    folder = Path(tempfile.mkdtemp(prefix="gradmerge-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
-def _build() -> Path:
-    """Return the path of the compiled library, building it if necessary."""
-    compiler = _compiler()
+def _key(compiler: str) -> str:
+    """Return a hash of all that determines the library."""
     made_of = [
         *(file.read_text() for file in _FILES),
         compiler,
@@ -140,22 +167,20 @@ def _build() -> Path:
         platform.platform(),
         _processor(),
     ]
-    key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
-    folder = _cache_folder()
-    target = folder / f"kernels-{key}.so"
-    if target.exists():
-        return target
-    # several processes may build at once, each in its own file, which is renamed when complete
-    handle, name = tempfile.mkstemp(suffix=".so", prefix="building-", dir=folder)
-    os.close(handle)
-    try:
-        sources = [str(file) for file in _FILES if file.suffix == ".c"]
-        for options in _OPTIONS:
-            command = [compiler, *options, "-shared", "-fPIC", "-o", name, *sources]
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-            if ran.returncode == 0:
-                os.replace(name, target)
-                return target
-        raise OSError(f"{' '.join(command)}: {ran.stderr.strip()[-500:]}")
-    finally:
-        Path(name).unlink(missing_ok=True)
+    return hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: str, work: Path) -> Path:
+    """Compile the library in a folder, which also takes the compiler's temporary files."""
+    path = work / "kernels.so"
+    sources = [str(file) for file in _FILES if file.suffix == ".c"]
+    environment = {**os.environ, "TMPDIR": str(work)}
+    for options in _OPTIONS:
+        command = [compiler, *options, "-shared", "-fPIC", "-o", str(path), *sources]
+        ran = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, check=False, env=environment
+        )
+        if ran.returncode == 0:
+            path.chmod(0o700)  # whatever the user's mask is
+            return path
+    raise OSError(f"{' '.join(command)}: {ran.stderr.strip()[-500:]}")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradmerge.common.atomic import Scratch
 from gradmerge.common.errors import ConfigError, Problem, SourceError, nearest, require, shorten
 from gradmerge.sources.base import Checkpoint, tensor_bytes
 from gradmerge.sources.files import copy_files
@@ -107,8 +105,8 @@ class Alignment:
         self.axes = self._find_axes()
         self.heights = {name: self._height(name) for name in self.checkpoints}
         self.source_tokens = self._read_tokens()
-        self.folder = Path(tempfile.mkdtemp(prefix="gradmerge-tokenizer-"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self._scratch = Scratch("tokenizer")  # removed with this object
+        self.folder = self._scratch.path
         self.tokenizer_folder = self.folder / "tokenizer"
         self.tokenizer_folder.mkdir()
         self.added = self._write()
@@ -378,8 +376,7 @@ def _with_vocabulary(
     size: int, folder: Path, config: Mapping[str, Any], trust_remote_code: bool
 ) -> dict[str, Any]:
     """Return the tensors, without values, of a network with a vocabulary of another size."""
-    with tempfile.TemporaryDirectory() as text:
-        other = Path(text)
+    with Scratch("network") as other:
         copy_files(folder, other, ["*.py"])
         (other / "config.json").write_text(json.dumps(with_size(config, size)))
         return build_skeleton(other, trust_remote_code).state_dict(keep_vars=True)
