@@ -45,11 +45,11 @@ def inspect_sources(
     networks = Networks({"base": base, **sources})
     order = {name: opened[name] for name in [*sources, *opened]}
     opened, problems = unify_names(opened, partial(networks.first, order), private)
-    tensors = (name for checkpoint in opened.values() for name in checkpoint.infos)
-    require_matches({"private": private}, dict.fromkeys(tensors), "tensor of the sources")
     if may_be_tied(opened, private):
         settled = settle_ties(opened, networks, private)
         opened, problems = settled.checkpoints, [*problems, *settled.notes]
+    tensors = (name for checkpoint in opened.values() for name in checkpoint.infos)
+    require_matches({"private": private}, dict.fromkeys(tensors), "tensor of the sources")
     if tokenizer is not None:
         opened, warnings = align(Vocabulary(tokenizer), opened)
         problems += warnings

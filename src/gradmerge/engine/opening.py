@@ -89,7 +89,6 @@ class Opening:
                 "sources: expected names other than 'base', which is reserved for `base`, got it "
                 "as the name of a source; rename the source."
             )
-        self._require_patterns()
         self._apart: tuple[str, ...] | None = None
         specs = {"base": recipe.base, **recipe.sources, **recipe.heads}
         self._networks = Networks(specs, module, recipe.trust_remote_code)
@@ -97,6 +96,7 @@ class Opening:
         problems = self._unify_names()
         if needed or may_be_tied({**self._everything(), **self.heads}, recipe.private):
             problems += self._settle_ties()
+        self._require_patterns()
         self.problems = [*problems, *self._check()]
 
     @staticmethod

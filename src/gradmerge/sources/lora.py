@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, SourceError, nearest, shorten
 from gradmerge.common.files import read_json
 from gradmerge.common.patterns import require_pattern, search
 from gradmerge.common.schema import a_count, require_shape
+from gradmerge.sources.adapted import AdaptedFolder
 from gradmerge.sources.base import AbstractSource, Checkpoint
 from gradmerge.sources.files import HuggingFace, SafetensorsCheckpoint
+from gradmerge.sources.names import block_of
 from gradmerge.sources.quantised import require_dense
-from gradmerge.sources.skeleton import bind, build_skeleton
+from gradmerge.sources.skeleton import bind, build_skeleton, renames, tied_groups
 from gradmerge.sources.tokenizers.files import has_tokenizer
 
 _PREFIX = "base_model.model."
@@ -86,11 +88,20 @@ class LoraCheckpoint(Checkpoint):
         self._factors: dict[str, _Factors] = {}
         self._replaced: dict[str, str] = {}
         self._index()
+        self._copies = self._copy_tied()
+        copies = {n: replace(base.infos[own], name=n) for n, own in self._copies.items()}
         full = {n: replace(self._adapter.infos[k], name=n) for n, k in self._replaced.items()}
         # adapted tensors have the base's dtype
-        super().__init__(
-            f"{folder} on {base.label}", {**base.infos, **full}, base.folder, base.config
-        )
+        before, infos = {**base.infos, **copies}, {**base.infos, **copies, **full}
+        label = f"{folder} on {base.label}"
+        changed = {n: i for n, i in full.items() if n not in before or before[n].shape != i.shape}
+        if not changed or base.folder is None or base.config is None:
+            super().__init__(label, infos, base.folder, base.config)
+        else:
+            self._adapted = AdaptedFolder(folder, self._settings, base, changed)
+            unused = self._adapted.unused(before)
+            infos = {name: info for name, info in infos.items() if name not in unused}
+            super().__init__(label, infos, self._adapted.path, self._adapted.config)
         self._reject_misfits()
 
     def _reject_unsupported(self) -> None:
@@ -137,8 +148,6 @@ class LoraCheckpoint(Checkpoint):
                 factors.keys[match["side"]] = key
         if unknown:
             hint = "Is this the adapter's own base?"
-            if any("lm_head" in key for key in unknown):
-                hint = "The base ties lm_head to its embeddings; updating one of them unties them."
             raise SourceError(
                 f"{self._folder_adapter}: these tensors belong to no tensor of the base "
                 f"{self._base.label}: {shorten(unknown)}."
@@ -163,18 +172,82 @@ class LoraCheckpoint(Checkpoint):
         if inner in self._base.infos:
             return inner
         outer = [known for known in self._base.infos if known.partition(".")[2] == name]
-        return outer[0] if len(outer) == 1 else None
+        if len(outer) == 1:
+            return outer[0]
+        return name if name in self._tied else None
+
+    @cached_property
+    def _network(self) -> nn.Module | None:
+        if self._base.folder is None or self._base.config is None:
+            return None
+        try:
+            return build_skeleton(self._base.folder)
+        except SourceError:  # custom code or an unknown class: only the names in the files are left
+            return None
 
     @cached_property
     def _places(self) -> dict[str, str]:
         """Names in the module -> names in the base's files, if transformers renames on loading."""
-        if self._base.folder is None or self._base.config is None:
+        if self._network is None:
             return {}
-        try:
-            module = build_skeleton(self._base.folder)
-        except SourceError:  # custom code or an unknown class: only the names in the files are left
+        return bind(self._network, list(self._base.infos)).file_names
+
+    @cached_property
+    def _tied(self) -> dict[str, str]:
+        """Tied parameters that the base does not store -> its tensor that is loaded for them."""
+        if self._network is None:
             return {}
-        return bind(module, list(self._base.infos)).file_names
+        places = renames(self._network, list(self._base.infos))
+        stored = {place: name for name, place in places.items()}
+        found = {}
+        for group in tied_groups(self._network):
+            held = next((stored[place] for place in group if place in stored), None)
+            if held is not None:
+                found.update({place: held for place in group if place not in stored})
+        return found
+
+    def _copy_tied(self) -> dict[str, str]:
+        """Return tensors that the adapter unties: name -> the base's tensor that they were.
+
+        PEFT replaces one module (`modules_to_save`) and leaves those that are tied to it as they
+        are in the base, unless it stores all of them. A low-rank update is added to the tied tensor
+        itself, as PEFT merges it, so those of several names must be the same one.
+        """
+        touched = {*self._factors, *self._replaced}
+        if all(block_of(name) is not None for name in touched):
+            return {}
+        for place, held in self._tied.items():
+            if place in self._factors and not self._is_updated_alike(place, held):
+                keys = list(self._factors[place].keys.values())
+                module = place.rpartition(".")[0]
+                raise SourceError(
+                    f"{self._folder_adapter}: expected the same update of {place} and {held}, got "
+                    f"another one: {shorten(keys)}. The base ties {module} to its embeddings; "
+                    "updating one of them unties them. Train both with ensure_weight_tying."
+                )
+            if place in self._factors:
+                del self._factors[place]
+                self._replaced.pop(place, None)
+        whole = {*self._replaced} - {*self._factors}
+        changed = {held for place, held in self._tied.items() if {place, held} & whole}
+        return {place: held for place, held in self._tied.items() if held in changed}
+
+    def _is_updated_alike(self, place: str, held: str) -> bool:
+        """Return whether two tied tensors have the same factors, so that they stay tied."""
+        both = [self._factors.get(name) for name in (place, held)]
+        first, second = both
+        if first is None or second is None:
+            return False
+        factors = [[self._adapter.read(f.keys[s]) for s in "AB"] for f in (first, second)]
+        if len({"lora_embedding_" in f.keys["A"] for f in (first, second)}) == 2:
+            factors[1] = [factor.T for factor in reversed(factors[1])]  # those of an embedding
+        scales = {self.scale(name, factors[0][0].shape[0]) for name in (place, held)}
+        full = [self._replaced.get(name) for name in (place, held)]
+        if full[0] != full[1]:
+            stored = [self._base.read(held) if k is None else self._adapter.read(k) for k in full]
+            if not torch.equal(*stored):
+                return False
+        return len(scales) == 1 and all(map(torch.equal, *factors))
 
     def _reject_misfits(self) -> None:
         wrong = []
@@ -253,7 +326,8 @@ class LoraCheckpoint(Checkpoint):
     def read(self, name: str) -> Tensor:
         # in float32 or wider: 16 bits would round away most of an update that is small
         key = self._replaced.get(name)
-        stored = self._base.read(name) if key is None else self._adapter.read(key)
+        own = self._copies.get(name, name)
+        stored = self._base.read(own) if key is None else self._adapter.read(key)
         if name not in self._factors:
             return stored
         wide = torch.promote_types(stored.dtype, torch.float32)

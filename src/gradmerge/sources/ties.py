@@ -227,6 +227,11 @@ class _Settling:
             for name, other in modules.items()
             if other is not None and other is not module and _is_untied(other, self.groups)
         }
+        self.lacking = {
+            name: tied - {place for place, _ in other.named_parameters(remove_duplicate=False)}
+            for name, other in modules.items()
+            if other is not None
+        }
         self.stored: dict[str, dict[str, str]] = {}
         for name, checkpoint in checkpoints.items():
             try:
@@ -268,7 +273,7 @@ class _Settling:
             kept = {first: self._effective(name, anchor, others)}
             for place in apart:
                 own = stored.get(place)
-                if own is None and name not in self.loose:
+                if own is None and name not in self.loose and not self._lacks(name, place):
                     own = self._effective(name, anchor, others)
                 kept[self._name_of([place], [place])] = own
             old = {stored[place] for place in group if place in stored}
@@ -303,9 +308,16 @@ class _Settling:
                 holders.append(name)
         if holders:
             return holders
+        tasks = [name for name in self.checkpoints if name != "base"]
+        if all(self._lacks(name, place) for name in tasks):
+            return None  # only the base has such a head
         if self._is_private(place) and not self._is_private(anchor):
             return "it is private, but not what it is tied to"
         return None
+
+    def _lacks(self, name: str, place: str) -> bool:
+        """Return whether a checkpoint's own class has no such parameter."""
+        return place in self.lacking.get(name, ()) and place not in self.stored[name]
 
     def _is_private(self, place: str) -> bool:
         names = {place, *(stored[place] for stored in self.stored.values() if place in stored)}
