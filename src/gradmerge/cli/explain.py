@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from gradmerge.cli.imports import REFUSED, may_import
 from gradmerge.common.errors import GradmergeError, nearest
+from gradmerge.common.secrets import mask_given
 
 # Optional packages that a configuration may need, with the argument of `pip install`.
 OPTIONAL = {"torchao": "gradmerge[eight-bit]", "bitsandbytes": "bitsandbytes"}
@@ -40,7 +41,7 @@ def own_message(error: ValueError) -> str:
     listed = str(error).partition("\nErrors:\n")[2].partition("\nGiven value type:")[0]
     found = re.split(r"(?:^|\n)  - ", listed)[1:]
     own = [text for text in found if not text.startswith(("Expected a ", "Problem with "))]
-    return "\n".join(textwrap.dedent(text) for text in own)
+    return mask_given("\n".join(textwrap.dedent(text) for text in own))
 
 
 def component_names(stock: bool) -> dict[str, str]:
@@ -97,7 +98,7 @@ class Explained:
         refused = next((line for line in message.split("\n") if REFUSED in line), "")
         if refused:  # one of several types that do not fit
             message, hint = refused.strip().removeprefix("- "), ""
-        print(f"{prog}: {explain(message, self)}{hint}", file=sys.stderr)
+        print(f"{prog}: {mask_given(explain(message, self))}{hint}", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -9,13 +9,19 @@ from typing import Any
 
 import lightning
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import (
     Checkpoint,
     ModelCheckpoint,
     RichProgressBar,
     TQDMProgressBar,
 )
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, ReduceLROnPlateau
+from lightning.pytorch.cli import (
+    LightningArgumentParser,
+    LightningCLI,
+    ReduceLROnPlateau,
+    SaveConfigCallback,
+)
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from gradmerge.cli.commands import require_checkpoint
@@ -26,6 +32,7 @@ from gradmerge.cli.imports import ALLOW_MODULES, require_allowed
 from gradmerge.cli.resume import NAMES, find_checkpoint, move_sources
 from gradmerge.cli.score import NAME, require_scored, scored_recipe
 from gradmerge.common.errors import ConfigError
+from gradmerge.common.secrets import masked
 from gradmerge.common.version import __version__
 from gradmerge.drivers import AbstractDriver, Job
 from gradmerge.engine.recipe import Recipe
@@ -49,6 +56,13 @@ _FREE = (
     "logger",
     "profiler",
 )
+
+
+class SaveConfig(SaveConfigCallback):
+    """Save the configuration beside a fit's logs, without secrets."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
+        super().__init__(parser, masked(config), **options)
 
 
 class _Parser(Explained, LightningArgumentParser):
@@ -237,7 +251,7 @@ class MergeCLI(LightningCLI):
 
     def _plain_config(self) -> dict[str, Any]:
         """Return the configuration that results depend on and that the job does not hold."""
-        dumped = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        dumped = yaml.safe_load(self.parser.dump(masked(self.config), skip_none=False))
         found = dumped.get(self.subcommand, dumped)
         trainer = {k: v for k, v in found["trainer"].items() if k not in _FREE}
         kept = {key: found.get(key) for key in ("optimizer", "lr_scheduler")}

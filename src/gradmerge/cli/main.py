@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 import warnings
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradmerge.cli.explain import COMPONENTS, Explained, own_message
 from gradmerge.common.errors import nearest
+from gradmerge.common.secrets import mask_given
 from gradmerge.common.version import __version__
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
         The CLI object with `model`, `datamodule` and `trainer`, or with `job` if there is a driver.
     """
     from gradmerge.cli.configs import refuse_mergekit
-    from gradmerge.cli.fit import MergeCLI
+    from gradmerge.cli.fit import MergeCLI, SaveConfig
     from gradmerge.cli.imports import allowed_modules, only_components
     from gradmerge.cli.resume import with_sources
     from gradmerge.cli.score import with_model_folder
@@ -101,6 +103,8 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
     register(given)
     if arguments is None:
         sys.argv[1:] = given  # read by LightningCLI and by the processes of DDP
+        if [mask_given(argument) for argument in given] != given:
+            os.environ.setdefault("WANDB_X_DISABLE_META", "true")  # it would record them
     quieten()
     MergeCLI.allowed = allowed_modules(given)
     with only_components(MergeCLI.allowed):
@@ -109,6 +113,7 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
             MergeDataModule,
             args=None if arguments is None else given,
             run=run,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"log_every_n_steps": 1},
             parser_kwargs={"prog": "gradmerge"},

@@ -10,9 +10,14 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from gradmerge.common.secrets import mask
+
 
 class GradmergeError(ValueError):
-    """Base class of all errors that gradmerge raises deliberately."""
+    """Base class of all errors that gradmerge raises deliberately; they show no secrets."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(mask(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class SourceError(GradmergeError):

@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gradmerge.common.errors import ConfigError, require, shorten
 from gradmerge.common.patterns import matches, require_pattern
+from gradmerge.common.secrets import hidden, is_secret, mask
 
 CONCEPTS = (
     "sources",
@@ -91,7 +92,7 @@ def modernise(value: Any) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Return a specification as nested dicts, lists and scalars.
+    """Return a specification as nested dicts, lists and scalars, without secrets.
 
     In-memory weights and components that cannot be imported by name are replaced by a marker;
     loading such data asks for the recipe again.
@@ -103,6 +104,7 @@ def to_plain(value: Any) -> Any:
         if not _is_importable(kind):
             return {_IN_MEMORY: kind.__qualname__}
         fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {name: hidden(v, name) if is_secret(name) else v for name, v in fields.items()}
         return {"class_path": public_path(kind), "init_args": fields}
     if isinstance(value, Mapping):
         if all(hasattr(item, "untyped_storage") for item in value.values()) and value:
@@ -110,9 +112,9 @@ def to_plain(value: Any) -> Any:
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, (str, Path)):
+        return mask(str(value))
+    if value is None or isinstance(value, (bool, int, float)):
         return value
     return {_IN_MEMORY: type(value).__qualname__}
 

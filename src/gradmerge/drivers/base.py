@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from gradmerge.common import files
 from gradmerge.common.errors import SourceError
 from gradmerge.common.output import paths_in
+from gradmerge.common.secrets import masked
 from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.drivers.state import (
     JOB,
@@ -161,7 +162,7 @@ class Job:
                 self.say(f"the earlier job's folder is now {aside}")
             kept = self._kept()  # another process may have moved the folder, and begun
         if kept is not None and has_states(self.folder):
-            require_same_job(path, kept["content"], content, self.say)
+            require_same_job(path, masked(kept["content"]), masked(content), self.say)
         elif kept is None or kept["content"] != content:
             # a job that was stopped before its first state has nothing to lose
             number = uuid.uuid4().hex if kept is None else kept["job"]

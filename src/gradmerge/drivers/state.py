@@ -25,6 +25,7 @@ from gradmerge.common import files
 from gradmerge.common.atomic import whole_file
 from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.common.schema import require_shape
+from gradmerge.common.secrets import masked
 from gradmerge.common.spec import modernise
 from gradmerge.training.data import MergeDataModule
 
@@ -229,7 +230,7 @@ class StepRecord:
         found = read_json(self.folder / STEP, step=dict, result=dict)
         if found is None:
             return None
-        require_same(self.folder / STEP, found["step"], self.content)
+        require_same(self.folder / STEP, masked(found["step"]), masked(self.content))
         return dict(found["result"])
 
     def finish(self, result: Mapping[str, Any]) -> None:

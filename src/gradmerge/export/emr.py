@@ -18,6 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.common.secrets import masked
 from gradmerge.engine.inventory import take_inventory
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe
@@ -134,7 +135,7 @@ def export_tasks(
                 "dtype": dtype or "as stored",
                 **(extra or {}),
             }
-            write_json(folder / "provenance.json", provenance)
+            write_json(folder / "provenance.json", masked(provenance))
             (folder / "README.md").write_text(_task_card(task, checkpoint))
     return target
 
@@ -189,7 +190,7 @@ def export_compact(
         described = {"from": label, "sha256": plan.fingerprints["base"]}
         write_json(work / "emr.json", {"format": FORMAT, "base": described, "scales": scales})
         provenance = provenance_of(FitState(plan, {}), None, {t: t for t in scales}, None, None)
-        write_json(work / "provenance.json", provenance)
+        write_json(work / "provenance.json", masked(provenance))
         (work / "README.md").write_text(_compact_card(list(scales), target.name))
     return target
 

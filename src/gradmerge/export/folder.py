@@ -26,7 +26,7 @@ from gradmerge.engine.plan import Plan
 from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import inputs_of, new_folder
 from gradmerge.export.card import model_card
-from gradmerge.export.provenance import provenance_of
+from gradmerge.export.provenance import provenance_of, run_of
 from gradmerge.export.writer import Entry, entries_of, write_safetensors
 from gradmerge.sources.files import copy_files, write_json
 from gradmerge.sources.tokenizers.report import token_report
@@ -117,8 +117,8 @@ def export_state(
         write_json(work / "provenance.json", provenance)
         if plan.tokens is not None:
             write_json(work / "tokens.json", token_report(plan.tokens))
-        if state.run.get("yaml"):
-            (work / "gradmerge.yaml").write_text(state.run["yaml"])
+        if yaml := run_of(state).get("yaml"):
+            (work / "gradmerge.yaml").write_text(yaml)
         card = model_card(state, provenance, head, target.name)
         (work / "README.md").write_text(card, encoding="utf-8")
     return target

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from gradmerge.common.secrets import mask_given, masked
 from gradmerge.common.spec import to_plain
 from gradmerge.common.version import __version__
 from gradmerge.engine.plan import Plan
@@ -72,9 +73,15 @@ def provenance_of(
         **read_as(plan),
         "results": dict(results or {}),
         "finalisation": None if state.corrections is None else state.corrections.report,
-        "run": state.run or None,
+        "run": run_of(state) or None,
     }
-    return {**{key: value for key, value in found.items() if value is not None}, **(extra or {})}
+    return masked({**{k: v for k, v in found.items() if v is not None}, **(extra or {})})
+
+
+def run_of(state: FitState) -> dict[str, Any]:
+    """Return the record of the run without secrets, which one of an earlier version may have."""
+    run = masked(state.run)
+    return {**run, "yaml": mask_given(run["yaml"])} if run.get("yaml") else run
 
 
 def read_as(plan: Plan) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing_extensions import override
 from gradmerge.common.errors import SourceError, shorten
 from gradmerge.common.files import parse_json, read_json
 from gradmerge.common.names import require_file
+from gradmerge.common.secrets import remember
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
 from gradmerge.sources.hub import download, expanded, near, require_hub_id
 from gradmerge.sources.in_memory import MemoryCheckpoint
@@ -262,7 +263,11 @@ class HuggingFace(AbstractSource):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     token: str | None = field(default=None, repr=False)
-    """Hub token; the default is the one you are logged in with."""
+    """Hub token; the default is the one you are logged in with. It is never written anywhere."""
+
+    def __post_init__(self) -> None:
+        """Keep the token out of all texts."""
+        remember(self.token)
 
     @override
     def open(self) -> Checkpoint:
