@@ -92,6 +92,18 @@ SMALL: dict[str, Any] = {
     "vocab_size": 64,
     "word_embed_proj_dim": 16,
 }
+OTHER: dict[str, dict[str, Any]] = {
+    "ConvNextConfig": {"hidden_sizes": [8, 8, 8, 8]},
+    "ConvNextV2Config": {"hidden_sizes": [8, 8, 8, 8]},
+    "EfficientNetConfig": {"width_coefficient": 0.2, "depth_coefficient": 0.2, "hidden_dim": 256},
+    "MobileViTConfig": {"hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8] * 6 + [16]},
+    "MobileViTV2Config": {"hidden_sizes": [16, 16, 16]},
+    "RegNetConfig": {"hidden_sizes": [8, 8, 8, 8], "groups_width": 4},
+    "ResNetConfig": {"hidden_sizes": [8, 8, 8, 8]},
+    "SwinConfig": {"embed_dim": 16, "num_heads": [2, 2, 2, 2], "window_size": 2, "patch_size": 2},
+    "SwiftFormerConfig": {"embed_dims": [8, 8, 8, 8]},
+}
+"""Fields of configs that need sizes of their own."""
 LARGEST = 4_000_000
 
 
@@ -125,7 +137,8 @@ def family_of(name: str) -> nn.Module | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             plain = config_class()
-            config = config_class(**_sizes(plain), **_noise(plain))
+            own = OTHER.get(config_class.__name__, {})
+            config = config_class(**{**_sizes(plain), **_noise(plain), **own})
             for part in vars(config).values():
                 if isinstance(part, transformers.PretrainedConfig):
                     _shrink(part)

@@ -1,4 +1,4 @@
-"""Persistent buffers of the merged network, above all BatchNorm statistics.
+"""Buffers of the merged network, above all BatchNorm statistics.
 
 Buffers are not parameters: they are not learned, and the sources' statistics are of other weights.
 """
@@ -27,28 +27,64 @@ class NetworkBuffers:
         self._skeleton = skeleton
         places = plan.binding.buffers if plan.binding else {}
         self._places = {name: places[name] for name in plan.buffers if name in places}
+        self._private = {name: places[name] for name in plan.private if name in places}
+        self._exact = dict(skeleton.named_buffers(remove_duplicate=False))  # before any cast
+        self._heads: dict[str, dict[str, Tensor]] = {}
+        self._held = False
         self.set({name: plan.buffer(name) for name in self._places})
         names = {module: name for name, module in skeleton.named_modules()}
         for norm in self.batch_norms:
             norm.register_forward_pre_hook(partial(_require_rows, names[norm]), with_kwargs=True)
 
     def values(self) -> dict[str, Tensor]:
-        """Return the current buffers (not copies)."""
-        return {name: self._skeleton.get_buffer(place) for name, place in self._places.items()}
+        """Return the current shared buffers (not copies), before any cast to the compute dtype."""
+        return {name: self._exact[place] for name, place in self._places.items()}
 
     def set(self, values: Mapping[str, Tensor]) -> None:
-        """Write buffers in place."""
-        own = self.values()
+        """Write shared buffers in place."""
         for name, value in values.items():
-            own[name].copy_(value)
+            self._write(self._places[name], value)
+
+    def _write(self, place: str, value: Tensor) -> None:
+        exact, live = self._exact[place], self._skeleton.get_buffer(place)
+        exact.copy_(value)
+        if live is not exact:
+            live.copy_(exact)
+
+    def _install(self, values: Mapping[str, Tensor]) -> None:
+        """Put tensors into the network by place; those before may be part of a graph."""
+        for place, value in values.items():
+            owner, _, name = place.rpartition(".")
+            self._skeleton.get_submodule(owner)._buffers[name] = value
+
+    def _read(self, places: Mapping[str, str], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Return copies of stored buffers by place, as the network has them."""
+        live = self._skeleton.get_buffer
+        return {place: read(n).to(live(place), copy=True) for n, place in places.items()}
+
+    def place(self, dtypes: Mapping[str, torch.dtype], device: torch.device) -> None:
+        """Cast the network's buffers, by place, and move them; exact ones are kept for export."""
+        self._exact = {place: exact.to(device) for place, exact in self._exact.items()}
+        self._install({place: exact.to(dtypes[place]) for place, exact in self._exact.items()})
+        self._heads.clear()
+
+    def serve(self, source: str) -> None:
+        """Use a source's private buffers (those of its head) from now on."""
+        if not self._private or self._held:
+            return
+        if source not in self._heads:
+            with torch.inference_mode(False):
+                self._heads[source] = self._read(self._private, partial(self._plan.read, source))
+        self._install(self._heads[source])
 
     @property
     def batch_norms(self) -> list[nn.modules.batchnorm._BatchNorm]:
-        """The BatchNorm layers that keep running statistics."""
+        """The BatchNorm layers that keep running statistics, other than tasks' own."""
+        own = {place.rpartition(".")[0] for place in self._private.values()}
         return [
             module
-            for module in self._skeleton.modules()
-            if isinstance(module, _BatchNorm) and module.track_running_stats
+            for path, module in self._skeleton.named_modules()
+            if isinstance(module, _BatchNorm) and module.track_running_stats and path not in own
         ]
 
     def train(self, mode: bool) -> None:
@@ -72,13 +108,18 @@ class NetworkBuffers:
     @contextmanager
     def of(self, checkpoint: Checkpoint) -> Iterator[None]:
         """Use a checkpoint's buffers, in evaluation mode, within the context."""
-        kept = {name: value.clone() for name, value in self.values().items()}
+        own = {n: p for n, p in self._private.items() if n in checkpoint.infos}
+        places = {**self._places, **own}
+        kept = {place: self._skeleton.get_buffer(place) for place in places.values()}
+        held = self._held
         with self.evaluating():
             try:
-                self.set({name: checkpoint.read(name) for name in kept})
+                self._install(self._read(places, checkpoint.read))
+                self._held = True
                 yield
             finally:
-                self.set(kept)
+                self._held = held
+                self._install(kept)
 
     @torch.no_grad()
     def recompute(
@@ -109,7 +150,15 @@ class NetworkBuffers:
             for run in runs:
                 run()
         for norm, found in zip(norms, moments, strict=True):
-            found.write(norm)
+            self.write(norm, found)
+
+    def write(self, norm: nn.Module, moments: ChannelMoments) -> None:
+        """Make moments a BatchNorm's running statistics, if there are any rows."""
+        if not moments.rows:
+            return
+        path = next(path for path, module in self._skeleton.named_modules() if module is norm)
+        for name, value in moments.statistics().items():
+            self._write(f"{path}.{name}" if path else name, value)
 
 
 def _require_rows(
@@ -168,9 +217,10 @@ class ChannelMoments:
         """The standard deviation of all rows, of divisor `rows`."""
         return (self.squares / max(1, self.rows)).sqrt()
 
-    def write(self, norm: nn.Module) -> None:
-        """Make them a BatchNorm's running statistics, if there are any rows."""
-        if self.rows:
-            norm.get_buffer("running_mean").copy_(self.mean)
-            norm.get_buffer("running_var").copy_(self.squares / max(1, self.rows - 1))
-            norm.get_buffer("num_batches_tracked").fill_(self.batches)
+    def statistics(self) -> dict[str, Tensor]:
+        """Return the rows' statistics by the names of a BatchNorm's buffers."""
+        return {
+            "running_mean": self.mean,
+            "running_var": self.squares / max(1, self.rows - 1),
+            "num_batches_tracked": torch.tensor(self.batches),
+        }

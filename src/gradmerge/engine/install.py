@@ -34,8 +34,6 @@ def install(
     skeleton: nn.Module,
     parameters: Mapping[str, tuple[str, ...]],
     fetch: Fetch,
-    dtype: torch.dtype,
-    device: torch.device,
 ) -> None:
     """Turn the skeleton's parameters into properties that call `fetch(key, autocast_weight)`.
 
@@ -44,8 +42,6 @@ def install(
         parameters: every parameter name in the skeleton that refers to a key, by key.
         fetch: function that returns the tensor of a key; the flag tells it that autocast would cast
             the tensor for its layer.
-        dtype: dtype of the placeholders that remain in `parameters()`, which take no memory.
-        device: device of the placeholders.
     """
     by_module: dict[str, dict[str, str]] = {}
     for key, places in parameters.items():
@@ -63,23 +59,19 @@ def install(
             # RNNs read their weights from a flat list; refill it before every call.
             module.register_forward_pre_hook(_fill_flat_weights)
         module.__class__ = _with_properties(type(module), tuple(sorted(attributes)))
-    restamp(skeleton, dtype, device)
 
 
-def restamp(skeleton: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Set dtype and device of placeholders and the device of buffers.
+def restamp(skeleton: nn.Module, dtypes: Mapping[str, torch.dtype], device: torch.device) -> None:
+    """Set dtype (by place) and device of the placeholders that remain in `parameters()`.
 
-    Modelling code reads `model.device` and `model.dtype` from them.
+    They take no memory. Modelling code reads `model.device` and `model.dtype` from them.
     """
-    for module in skeleton.modules():
+    for path, module in skeleton.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                kind = dtype if parameter.dtype.is_floating_point else parameter.dtype
+                kind = dtypes[f"{path}.{name}" if path else name]
                 stand_in = empty_like_parameter(parameter, kind, device)
                 module._parameters[name] = nn.Parameter(stand_in, requires_grad=False)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
 
 
 def checkpoint_blocks(skeleton: nn.Module) -> None:

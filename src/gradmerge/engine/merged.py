@@ -29,6 +29,7 @@ from gradmerge.engine.install import LiveTensors, checkpoint_blocks, install, re
 from gradmerge.engine.leaves import Leaves
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.plan import Plan
+from gradmerge.engine.precision import Precision
 from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.state import FitState
 
@@ -109,8 +110,10 @@ class MergedModel(nn.Module):
         self._finished = False
         self._live = LiveTensors()
         self._blocks = BlockPool(torch.Size(t.shape).numel() for t in plan.tensors.values())
-        install(plan.skeleton, plan.binding.parameters, self._fetch, dtype, self.device)
+        self._precision = Precision(plan.skeleton)
+        install(plan.skeleton, plan.binding.parameters, self._fetch)
         self.network_buffers = NetworkBuffers(plan, plan.skeleton)
+        self._place_network()
         self.train(False)
 
     @property
@@ -146,10 +149,22 @@ class MergedModel(nn.Module):
         wide = torch.float64 if probe.dtype == torch.float64 else torch.float32
         super()._apply(lambda tensor: tensor.to(device=probe.device, dtype=wide), recurse)
         self.device, self.dtype = probe.device, probe.dtype
-        restamp(self.skeleton, self.dtype, self.device)
+        self._place_network()
         self._resident.forget(fixed=True)
         self._private.clear()
         return self
+
+    def _place_network(self) -> None:
+        """Give the network's placeholders and buffers the dtype and device of the computation."""
+        dtypes = self._precision.of(self.dtype)
+        restamp(self.skeleton, dtypes, self.device)
+        self.network_buffers.place(dtypes, self.device)
+        places = self.plan.binding.parameters if self.plan.binding else {}
+        self._dtypes = {key: dtypes[aliases[0]] for key, aliases in places.items()}
+
+    def dtype_of(self, key: str) -> torch.dtype:
+        """Return the dtype of a merged or private tensor: mostly that of the computation."""
+        return self._dtypes.get(key, self.dtype)
 
     def train(self, mode: bool = True) -> MergedModel:
         """Set training mode, in which dropout stays off because the sources are frozen.
@@ -205,12 +220,12 @@ class MergedModel(nn.Module):
     def _fetch(self, key: str, casts: bool) -> Tensor:
         given = None if self._given is None else self._given(key)
         if given is not None:
-            return self.place(given)
+            return given.to(device=self.device, dtype=self.dtype_of(key))
         if key not in self.plan.tensors:
             return self._private_tensor(key)
         if self.memory == "resident":
             return self._resident.theta[key]
-        dtype = self.dtype
+        dtype = self.dtype_of(key)
         if casts and torch.is_autocast_enabled(self.device.type):
             # Build in the dtype that autocast would cast to, because autocast's copy would be saved
             # for backward in every layer.
@@ -229,11 +244,18 @@ class MergedModel(nn.Module):
         return tensor.to(device=self.device, dtype=dtype)
 
     def _private_tensor(self, key: str) -> Tensor:
-        source = self.tasks.get(self._task or "", next(iter(self.plan.sources)))
+        source = self.serving
         if (source, key) not in self._private:
             with torch.inference_mode(False):
-                self._private[source, key] = self.place(self.plan.read(source, key)).clone()
+                own = self.plan.read(source, key)
+                kept = own.to(device=self.device, dtype=self.dtype_of(key))
+                self._private[source, key] = kept.clone() if kept is own else kept
         return self._private[source, key]
+
+    @property
+    def serving(self) -> str:
+        """The source whose private tensors are used: that of the task which runs."""
+        return self.tasks.get(self._task or "", next(iter(self.plan.sources)))
 
     def forward(self, *args: Any, task: str | None = None, **kwargs: Any) -> Any:
         """Run the network with merged weights.
@@ -254,6 +276,7 @@ class MergedModel(nn.Module):
                 f"{self.plan.private[0]} of its own; pass `task=`."
             )
         self._task = task
+        self.network_buffers.serve(self.serving)
         if self._given is not None:
             return self.skeleton(*args, **kwargs)
         graph = torch.is_grad_enabled() and self._stepping is None
@@ -433,18 +456,18 @@ class ResidentTensors:
             return
         for key, coefficient in state.fixed.items():
             if key in plan.binding.parameters and key not in self._fixed:  # type: ignore[union-attr]
-                self._fixed[key] = engine.build(key, coefficient, engine.dtype)
+                self._fixed[key] = engine.build(key, coefficient, engine.dtype_of(key))
         # Release the previous tensors first, or two models would live at once.
         self.theta = dict(self._fixed)
         if graph:
             self._storage = {}
             for key in state.learned:
                 z = plan.z(key, engine.raw)
-                self.theta[key] = engine.differentiable(key, z, engine.dtype)
+                self.theta[key] = engine.differentiable(key, z, engine.dtype_of(key))
         else:
             for key in state.learned:
                 # Overwrite in place: newly allocated pages would fault at every step.
-                kept = self._storage.get(key)
-                self._storage[key] = engine.build(key, state.own(key), engine.dtype, kept, finished)
+                kept, dtype = self._storage.get(key), engine.dtype_of(key)
+                self._storage[key] = engine.build(key, state.own(key), dtype, kept, finished)
                 self.theta[key] = self._storage[key]
         self._known, self._has_graph = known, graph

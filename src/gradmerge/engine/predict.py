@@ -52,7 +52,11 @@ def rows_of(
     Raises:
         ConfigError: the network's output has no logits.
     """
-    inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
+    inputs = {
+        key: merged.place(value) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+        if key not in NOT_INPUTS
+    }
     output = merged(task=task, **inputs)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):

@@ -47,11 +47,18 @@ class Entry:
 def entries_of(
     checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtype | None = None
 ) -> list[Entry]:
-    """Return a checkpoint's own tensors, by default in their stored dtypes."""
-    infos = [checkpoint.infos[name] for name in names]
-    return [
-        Entry(i.name, i.shape, dtype or i.dtype, partial(checkpoint.read, i.name)) for i in infos
-    ]
+    """Return a checkpoint's own tensors.
+
+    Args:
+        checkpoint: where they are.
+        names: their names.
+        dtype: dtype of the floating-point ones. Default: as stored.
+    """
+    found = []
+    for info in (checkpoint.infos[name] for name in names):
+        kind = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
+        found.append(Entry(info.name, info.shape, kind, partial(checkpoint.read, info.name)))
+    return found
 
 
 def write_safetensors(

@@ -71,7 +71,8 @@ class MergeModule(lightning.LightningModule):
         objective: the loss to minimise, or a single term of it. Default: cross-entropy.
         memory: `resident` keeps the merged tensors during a step; `streamed` rebuilds them in the
             backward pass and holds about one layer at a time.
-        dtype: dtype of the merged weights during training.
+        dtype: dtype of the merged weights during training, and of floating-point buffers and
+            inputs. Tensors that transformers keeps in float32 when it loads a model stay in it.
         activation_checkpointing: recompute the activations of each block in the backward pass.
         learning_rate: learning rate of Adam, the optimiser unless another is configured.
         load_sources: copy the sources to the training device once instead of reading their

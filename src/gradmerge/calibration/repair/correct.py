@@ -135,7 +135,7 @@ class Renormalisation:
         its statistics first), and return a given output corrected.
         """
         if layer.is_norm and self._merged.plan.recipe.buffers == "recompute":
-            moments.write(layer.module)
+            self._merged.network_buffers.write(layer.module, moments)
         if not layer.weight or not moments.rows:
             return None
         if any(layer.weight not in own for own in self.survey.own.values()):

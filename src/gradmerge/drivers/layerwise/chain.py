@@ -242,10 +242,19 @@ class BlockChain:
         """Hidden states between blocks, and what else blocks are called with."""
         self.gives_logits = False
         """Whether the network's output can be scored."""
-        self.source = ""
-        """Source whose private tensors are used: that of the batch which runs."""
+        self._source = ""
         self._hidden: list[KeyPath] = []  # where the hidden state is in each block's call
         self._forms: list[Any] = []  # outputs of the blocks, without their tensors
+
+    @property
+    def source(self) -> str:
+        """Source whose private tensors are used: that of the batch which runs."""
+        return self._source
+
+    @source.setter
+    def source(self, source: str) -> None:
+        self._source = source
+        self.model.network_buffers.serve(source)
 
     def moved(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return a batch with its tensors in the dtype and on the device of the computation."""
@@ -265,7 +274,7 @@ class BlockChain:
                 f"LayerWise: {name} is used outside of its block, so it cannot be learned with "
                 f"that block alone. {_REMEDY}"
             )
-        return model.build(name, state.own(name), model.dtype, finished=finished)
+        return model.build(name, state.own(name), model.dtype_of(name), finished=finished)
 
     def weights(self, theta: Callable[[str], Tensor]) -> AbstractContextManager[None]:
         """Within the context the network takes the merged tensors that `theta` gives, and private
