@@ -45,7 +45,7 @@ def test_scores_become_the_hub_s_evaluation_results(family, tmp_path):
         ("text-generation", "b", "selection", "accuracy", 0.5),
     ]
     assert "| test | accuracy | loss |" in card.text
-    assert "| a | 0.7500 | nan |" in card.text
+    assert "| a | 0.7500 | n/a |" in card.text
 
 
 @pytest.mark.parametrize(

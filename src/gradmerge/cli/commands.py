@@ -14,6 +14,7 @@ from gradmerge.cli.inspect import inspect_sources, render
 from gradmerge.common.atomic import Scratch
 from gradmerge.common.checkpoints import load_checkpoint, local_checkpoint
 from gradmerge.common.errors import CompatibilityError, ConfigError, nearest, shorten
+from gradmerge.common.finite import as_json
 from gradmerge.common.output import paths_in
 from gradmerge.common.spec import to_plain
 from gradmerge.engine.merged import MergedModel
@@ -350,7 +351,8 @@ def inspect(
     found = inspect_sources(named(sources), base, private or [], allow or [], statistics, tokenizer)
     problems = found["problems"]
     if json:
-        print(dumps({**found, "problems": [dataclasses.asdict(p) for p in problems]}, indent=2))
+        plain = as_json({**found, "problems": [dataclasses.asdict(p) for p in problems]})
+        print(dumps(plain, indent=2, allow_nan=False))
     else:
         print(render(found))
     if not found["compatible"]:

@@ -32,6 +32,7 @@ from gradmerge.cli.imports import ALLOW_MODULES, require_allowed
 from gradmerge.cli.resume import NAMES, find_checkpoint, move_sources
 from gradmerge.cli.score import NAME, require_scored, scored_recipe
 from gradmerge.common.errors import ConfigError
+from gradmerge.common.finite import require_finite_options
 from gradmerge.common.secrets import masked
 from gradmerge.common.version import __version__
 from gradmerge.drivers import AbstractDriver, Job
@@ -131,6 +132,7 @@ class MergeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Reject invalid configurations before anything is opened."""
+        require_finite_options(self.config.as_dict())
         if not self._get(self.config, "data.tasks"):
             raise ConfigError(
                 "data.tasks: expected at least one task, got none; list them in the YAML, or give "

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from gradmerge.common.errors import report
+from gradmerge.common.errors import Problem, report
 from gradmerge.common.patterns import require_matches
+from gradmerge.engine.inventory import take_inventory
 from gradmerge.sources import AbstractSource, Checkpoint, Vocabulary, as_source
+from gradmerge.sources.base import find_flaws
 from gradmerge.sources.compatibility import check, check_private, is_private
 from gradmerge.sources.geometry import direction_statistics
 from gradmerge.sources.renaming import unify_names
@@ -36,8 +38,9 @@ def inspect_sources(
         tokenizer: vocabulary of a merge if tokenizers differ: union, base, or the name of a source.
 
     Returns:
-        `sources` (size, dtypes and architecture by name), `problems`, `compatible`, and, if known,
-        `tokenizer` (differences of the vocabularies) and `statistics` (geometry of the directions).
+        `sources` (size, dtypes and architecture by name), `problems`, `compatible`, `weights_read`
+        (if not, NaN and infinity were not looked for), and, if known, `tokenizer` (differences of
+        the vocabularies) and `statistics` (geometry of the directions).
     """
     if tokenizer is not None:
         Vocabulary(tokenizer).require(list(sources), base is not None)
@@ -55,15 +58,39 @@ def inspect_sources(
         problems += warnings
     tuned = {name: opened[name] for name in sources}
     problems += [*check(opened, private, allow), *check_private(tuned, private, allow)]
+    if statistics:
+        problems += _flaws(opened, private)
     compatible = not any(problem.fatal for problem in problems)
     sizes = {name: _size(checkpoint) for name, checkpoint in opened.items()}
-    found: dict[str, Any] = {"sources": sizes, "problems": problems, "compatible": compatible}
+    found: dict[str, Any] = {
+        "sources": sizes,
+        "problems": problems,
+        "compatible": compatible,
+        "weights_read": statistics,
+    }
     alignment = alignment_of(next(iter(opened.values())))
     if alignment is not None:
         found["tokenizer"] = token_report(alignment)
     if statistics and compatible and tuned:
         found["statistics"] = _directions(tuned, opened.get("base"), private)
     return found
+
+
+def _flaws(opened: Mapping[str, Checkpoint], private: Sequence[str]) -> list[Problem]:
+    """Read all weights and return tensors with NaN or infinity."""
+    first = next(iter(opened.values()))
+    buffers = take_inventory(list(first.infos), first, None, private).buffers
+    return [
+        Problem(
+            "nonfinite",
+            f"{' and '.join(flaw.names)} ({flaw.file})",
+            flaw.tensor,
+            "finite weights",
+            f"NaN or infinity in {flaw.entries}",
+            "Copy or download the checkpoint again, or leave it out.",
+        )
+        for flaw in find_flaws(opened, buffers)[0]
+    ]
 
 
 def _open(sources: Mapping[str, Any], base: AbstractSource | None) -> dict[str, Checkpoint]:
@@ -111,6 +138,8 @@ def render(found: Mapping[str, Any]) -> str:
     warned = ", with warnings" if problems else ""
     answer = f"yes{warned}" if found["compatible"] else "no"
     parts = [table(rows), f"compatible: {answer}{problems}"]
+    if not found["weights_read"]:
+        parts.append("The weights were not read (--statistics false): NaN would go unnoticed.")
     if "tokenizer" in found:
         parts.append(summarise(found["tokenizer"]))
     measured = found.get("statistics")

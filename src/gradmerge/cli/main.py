@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradmerge.cli.explain import COMPONENTS, Explained, own_message
 from gradmerge.common.errors import nearest
+from gradmerge.common.faults import explain_bus_errors
 from gradmerge.common.secrets import mask_given
 from gradmerge.common.version import __version__
 
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    explain_bus_errors()
     try:
         if command in LEARNING:
             learn(arguments)
@@ -223,10 +225,13 @@ def merge_options(command: str, given: MergeInput, data: bool = False) -> dict[s
 def _parsed(parser: Any, arguments: Sequence[str]) -> dict[str, Any]:
     """Return the options of a command, with a recipe as a `functools.partial` call."""
     from gradmerge.cli.configs import later
+    from gradmerge.common.finite import require_finite_options
     from gradmerge.engine.recipe import Recipe
 
     parser.add_instantiator(later, Recipe, subclasses=False)
-    parsed = parser.instantiate_classes(parser.parse_args(list(arguments)))
+    config = parser.parse_args(list(arguments))
+    require_finite_options(config.as_dict())
+    parsed = parser.instantiate_classes(config)
     return {key: value for key, value in vars(parsed).items() if key != "config"}
 
 

@@ -32,6 +32,10 @@ class ConfigError(GradmergeError):
     """An option has an invalid value."""
 
 
+class NonFiniteError(GradmergeError):
+    """A weight, loss, coefficient or option is NaN or infinite."""
+
+
 class OutputError(GradmergeError):
     """Something cannot be written: the disk is full, or the place is read-only or taken."""
 

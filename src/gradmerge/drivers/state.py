@@ -24,6 +24,7 @@ from torch.utils.data import IterableDataset
 from gradmerge.common import files
 from gradmerge.common.atomic import whole_file
 from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.common.finite import as_json
 from gradmerge.common.schema import require_shape
 from gradmerge.common.secrets import masked
 from gradmerge.common.spec import modernise
@@ -136,7 +137,7 @@ def _hash_row(row: Any) -> str:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file atomically."""
     with whole_file(path) as work, work.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
+        file.write(json.dumps(as_json(content), indent=2, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -164,7 +165,7 @@ def read_json(path: Path, **fields: Any) -> dict[str, Any] | None:
 
 def plain(content: Any) -> Any:
     """Return plain data as JSON reads it back: tuples become lists, keys become text."""
-    return json.loads(json.dumps(content))
+    return json.loads(json.dumps(as_json(content)))
 
 
 def require_same(path: Path, kept: Any, got: Any) -> None:

@@ -11,7 +11,10 @@ from gradmerge.sources import Checkpoint
 from gradmerge.sources.compatibility import is_private
 from gradmerge.sources.skeleton import Network, input_axis
 
-_BUFFER_NAME = re.compile(r"(running_mean|running_var|num_batches_tracked|inv_freq|position_ids)$")
+_BUFFER_NAME = re.compile(
+    r"(running_mean|running_var|num_batches_tracked|inv_freq|position_ids"
+    r"|attn_mask|causal_mask|masked_bias)$"
+)
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,8 @@ class MergedModel(nn.Module):
                 f"task: expected one of {', '.join(self.tasks)}, got none, but every task has a "
                 f"{self.plan.private[0]} of its own; pass `task=`."
             )
+        if self._stepping is None:  # `accumulate` has looked
+            self.plan.require_unchanged()
         self._task = task
         self.network_buffers.serve(self.serving)
         if self._given is not None:
@@ -325,6 +327,7 @@ class MergedModel(nn.Module):
             The sum of the losses, whose `backward()` adds the known gradients to `raw`, and the
             individual losses.
         """
+        self.plan.require_unchanged()
         self._stepping = {key: raw.detach().requires_grad_() for key, raw in self.raw.items()}
         try:
             if self.memory == "resident":

@@ -15,10 +15,11 @@ from gradmerge.coefficients import Column, Row
 from gradmerge.common.errors import ConfigError, Problem
 from gradmerge.common.patterns import require_matches
 from gradmerge.common.spec import patterns_of
-from gradmerge.engine.inventory import names_of
+from gradmerge.engine.inventory import names_of, take_inventory
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe, innermost
 from gradmerge.sources import Checkpoint, as_source
+from gradmerge.sources.base import require_finite
 from gradmerge.sources.compatibility import check, check_private, require
 from gradmerge.sources.renaming import unify_names
 from gradmerge.sources.skeleton import Network, strip_weights
@@ -161,10 +162,16 @@ class Opening:
         if module is None:
             return None
         untie(module, self._apart or ())
+        return Network.bound(module, self._names, self._reference.label)
+
+    @property
+    def _reference(self) -> Checkpoint:
+        return self.base or next(iter(self.sources.values()))
+
+    @property
+    def _names(self) -> list[str]:
         first = next(iter(self.sources.values()))
-        reference = self.base or first
-        names = names_of(reference, first, self.recipe.private)
-        return Network.bound(module, names, reference.label)
+        return names_of(self._reference, first, self.recipe.private)
 
     def _skeleton(self) -> nn.Module | None:
         recipe = self.recipe
@@ -199,6 +206,8 @@ class Opening:
         method = self.recipe.alignment
         if method is None or method.is_identity or self.order is not None:
             return
+        found = take_inventory(self._names, self._reference, self.network, self.recipe.private)
+        require_finite({**self._everything(), **self.heads}, found.buffers)
         self.sources, self.order = align_sources(
             method, self.sources, self.spec, self.network, self.recipe.private, statistics
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -28,9 +29,18 @@ from gradmerge.finalisers import Finalisation, FinalSite
 from gradmerge.operators import Linear, Spread, Terms
 from gradmerge.preprocess import ProcessedDirections, Site
 from gradmerge.sources import Checkpoint
-from gradmerge.sources.base import Shared, fingerprints_of, require_same
+from gradmerge.sources.base import (
+    Shared,
+    fingerprints_of,
+    require_finite,
+    require_same,
+    require_same_files,
+    side_hashes,
+    watched_files,
+)
 from gradmerge.sources.collected import SourceStatistics
 from gradmerge.sources.geometry import direction_statistics
+from gradmerge.sources.identity import require_unchanged
 from gradmerge.sources.skeleton import Network
 from gradmerge.sources.tokenizers.view import alignment_of
 from gradmerge.sources.tokenizers.vocabulary import Alignment
@@ -84,6 +94,7 @@ class Plan(Shared):
             )
         self.layout: Layout = recipe.coefficients.layout(learned)
         self.num_rows = recipe.coefficients.num_rows(len(self.sources))
+        self._files = watched_files(self._everything.values())
         self._on_device: dict[tuple[str, str], Tensor] = {}
         self._facts: dict[str, dict[str, Tensor]] = {}
         self._keeps_facts = False  # a static merge reads each tensor once
@@ -168,6 +179,7 @@ class Plan(Shared):
 
     def direction_norms(self) -> Tensor:
         """Return `|B_k|^2` over all merged tensors, `[sources]`, in float64."""
+        self.require_finite()
         if self.recipe.preprocess:
             squares = (self._processed.read(name).double().square() for name in self.tensors)
             return torch.stack([square.flatten(1).sum(dim=1) for square in squares]).sum(dim=0)
@@ -228,6 +240,7 @@ class Plan(Shared):
 
     def direction(self, name: str) -> Tensor:
         """Return `B_k = theta_k - A` before preprocessing, `[sources, *shape]`, in float32."""
+        self.require_finite()
         shape = (len(self.sources), *self.tensors[name].shape)
         directions = torch.empty(shape, dtype=torch.float32)
         for source, direction in zip(self.sources, directions, strict=True):
@@ -259,6 +272,7 @@ class Plan(Shared):
                 f"{type(operator).__name__}, whose coefficients cannot be learned.\n"
                 "Merge with fixed coefficients (`gradmerge merge`), or choose another operator."
             )
+        self.require_finite()
         self._keeps_facts = True
         for checkpoint in (*([self.base] if self.base is not None else []), *self.serving.values()):
             checkpoint.keep()
@@ -360,27 +374,111 @@ class Plan(Shared):
         stacked = torch.stack([source.read(name).double() for source in self.sources.values()])
         return stacked.mean(dim=0).to(reference.dtype)
 
+    @property
+    def _everything(self) -> dict[str, Checkpoint]:
+        return {**({"base": self.base} if self.base is not None else {}), **self.serving}
+
+    @cached_property
+    def infinite_buffers(self) -> frozenset[str]:
+        """Names of buffers that hold infinity in all sources alike, as some masks do.
+
+        The first access reads all weights once, unless they have been hashed.
+
+        Raises:
+            NonFiniteError: other tensors hold infinity, or some hold NaN.
+        """
+        return frozenset(require_finite(self._everything, self.buffers))
+
+    def require_finite(self) -> None:
+        """Reject NaN and infinity in the sources; from the second call on, at no cost.
+
+        Raises:
+            NonFiniteError: the message names tensors, sources and files.
+        """
+        self.infinite_buffers  # noqa: B018
+
+    def require_unchanged(self) -> None:
+        """Reject files that have changed since they were opened; costs microseconds per file.
+
+        Raises:
+            SourceError: a file was written to, replaced, cut off or removed.
+        """
+        require_unchanged(self._files)
+
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Content hashes of checkpoints, matched vocabularies and the alignment of units, by name.
 
-        The first access reads all weights once.
+        The first access reads all weights once, and rejects those that are not finite.
         """
-        everything = {**({"base": self.base} if self.base is not None else {}), **self.serving}
-        found = fingerprints_of(everything)
+        return self.hashed()
+
+    def hashed(self) -> dict[str, str]:
+        """Read all weights and return their `fingerprints` as they are now.
+
+        Raises:
+            NonFiniteError: a source holds NaN or infinity.
+            SourceError: the files have changed since they were opened.
+        """
+        self.require_unchanged()
+        found = fingerprints_of(self._everything)
+        self.require_unchanged()
+        self.require_finite()
         if self.tokens is not None:
             found["(tokens)"] = self.tokens.fingerprint()
         if self.order is not None:
             found["(units)"] = self.order.fingerprint()
         return found
 
-    def require_fingerprints(self, expected: Mapping[str, str]) -> None:
-        """Reject coefficients that were trained on other weights.
+    def require_same_as_before(self) -> None:
+        """Hash all weights now, and reject those that differ from an earlier hash of this plan.
+
+        Raises:
+            FingerprintError: a source's hash differs from the one at an earlier time.
+        """
+        known = self.__dict__.get("fingerprints")
+        if known is None:
+            self.fingerprints  # noqa: B018
+        else:
+            require_same(known, self.hashed())
+
+    @contextmanager
+    def sound(self) -> Iterator[None]:
+        """Explain errors within the context by changes or flaws of the sources, if there are any.
+
+        NaN makes many computations fail, each in its own way.
+
+        Raises:
+            NonFiniteError: something failed, and the sources hold NaN or infinity.
+            SourceError: something failed, and their files have changed.
+        """
+        try:
+            yield
+        except (ArithmeticError, OSError, RuntimeError, ValueError):
+            self.require_unchanged()
+            self.require_finite()
+            raise
+
+    @cached_property
+    def side_hashes(self) -> dict[str, dict[str, str]]:
+        """SHA-256 of configs, tokenizers and adapter settings, by checkpoint and file."""
+        found = {name: side_hashes(checkpoint) for name, checkpoint in self._everything.items()}
+        return {name: files for name, files in found.items() if files}
+
+    def require_fingerprints(
+        self, expected: Mapping[str, str], files: Mapping[str, Mapping[str, str]] | None = None
+    ) -> None:
+        """Reject coefficients that were trained on other weights, or with other settings of them.
+
+        Args:
+            expected: `fingerprints` of the fit.
+            files: `side_hashes` of the fit, if it recorded them.
 
         Raises:
             FingerprintError: a source's hash differs from the expected one.
         """
         require_same(expected, self.fingerprints)
+        require_same_files(files or {}, self.side_hashes)
 
     @property
     def tokens(self) -> Alignment | None:

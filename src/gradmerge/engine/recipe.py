@@ -20,6 +20,7 @@ from gradmerge.coefficients import (
 )
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.common.errors import ConfigError, nearest
+from gradmerge.common.finite import require_finite_options
 from gradmerge.common.names import is_name, require_names
 from gradmerge.common.patterns import require_pattern
 from gradmerge.common.spec import PATTERNS
@@ -92,6 +93,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Check everything that needs no open file."""
+        require_finite_options(self)
         if not isinstance(self.sources, Mapping):
             object.__setattr__(self, "sources", named(self.sources))
         if not self.sources:

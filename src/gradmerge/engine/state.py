@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradmerge.common.errors import NonFiniteError, shorten
+from gradmerge.common.finite import is_finite
 from gradmerge.common.typing import Raw
 from gradmerge.engine.plan import Plan
 from gradmerge.finalisers import Corrections
@@ -86,6 +89,23 @@ class FitState:
         with torch.no_grad():
             theta = self.plan.combine(name, own, wide)
             return out.copy_(self.plan.finalisation(name, theta, self.corrections))
+
+    def require_finite(self) -> None:
+        """Reject coefficients that are NaN or infinite.
+
+        Raises:
+            NonFiniteError: the message names their tensors.
+        """
+        bad = {key for key, raw in self.raw.items() if not is_finite(raw.detach().reshape(-1))}
+        names = [n for n, slot in self.plan.layout.slots.items() if slot.key in bad]
+        names += [name for name, value in self.fixed.items() if not math.isfinite(value)]
+        if names:
+            raise NonFiniteError(
+                f"coefficients: expected finite numbers, got NaN or infinity for {shorten(names)}."
+                "\nEvery weight merged with them would be NaN. Check recipe.init and "
+                "recipe.frozen, or learn them again from the last good checkpoint with a lower "
+                "learning rate."
+            )
 
     @torch.no_grad()
     def materialise(self, name: str, dtype: torch.dtype | None = None) -> Tensor:

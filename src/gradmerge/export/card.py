@@ -105,7 +105,7 @@ def _eval_results(pipeline: str, results: Mapping[str, Any]) -> Iterable[EvalRes
     for stage, tasks in results.items():
         for task, values in tasks.items():
             for metric, value in values.items():
-                if task != "average" and math.isfinite(value):
+                if task != "average" and value is not None and math.isfinite(value):
                     yield EvalResult(pipeline, task, task, metric, value, dataset_split=stage)
 
 
@@ -139,10 +139,15 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> list[str]:
 def _scores(stage: str, tasks: Mapping[str, Mapping[str, float]]) -> str:
     metrics = list(dict.fromkeys(metric for values in tasks.values() for metric in values))
     rows = [
-        [task, *(f"{values[m]:.4f}" if m in values else "" for m in metrics)]
+        [task, *(_number(values[m]) if m in values else "" for m in metrics)]
         for task, values in tasks.items()
     ]
     return _table([stage, *metrics], rows)
+
+
+def _number(value: float | None) -> str:
+    """Return a score as text; those of a record may be null, which stands for NaN."""
+    return f"{value:.4f}" if value is not None and math.isfinite(value) else "n/a"
 
 
 def _coefficients(state: FitState) -> Iterable[str]:

@@ -7,7 +7,7 @@ mask and a scale per task. Both give exactly the same weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.common.errors import ConfigError, NonFiniteError, shorten
+from gradmerge.common.finite import non_finite_numbers
 from gradmerge.common.secrets import masked
 from gradmerge.engine.inventory import take_inventory
 from gradmerge.engine.plan import Plan
@@ -32,6 +33,7 @@ from gradmerge.preprocess import Unify
 from gradmerge.preprocess.processed import ProcessedDirections
 from gradmerge.preprocess.unify import elect
 from gradmerge.sources import Checkpoint
+from gradmerge.sources.base import require_finite
 from gradmerge.sources.emr import FORMAT
 from gradmerge.sources.files import write_json
 from gradmerge.sources.ties import moved_in
@@ -50,6 +52,11 @@ class TaskCheckpoint(Checkpoint):
         infos = {name: plan.reference.infos[name] for name in plan.tensors}
         infos.update({name: own.infos[name] for name in [*plan.private, *plan.buffers]})
         super().__init__(own.label, infos, own.folder, own.config)
+
+    @property
+    @override
+    def parts(self) -> Sequence[Checkpoint]:
+        return self._own.parts
 
     @override
     def read(self, name: str) -> Tensor:
@@ -119,13 +126,17 @@ def export_tasks(
     """
     kind = require_options(dtype, None, tasks)
     target = Path(output).expanduser()
+    first = next(iter(tasks.values()))
+    masks = require_finite(tasks, take_inventory(list(first.infos), first, None, ()).buffers)
     with new_folder(target, overwrite, inputs) as work:
         for task, checkpoint in tasks.items():
             folder = work / task
             folder.mkdir()
             found = take_inventory(list(checkpoint.infos), checkpoint, None, ())
             weights = entries_of(checkpoint, found.tensors, kind)
-            write_weights(folder, [*weights, *entries_of(checkpoint, found.buffers)])
+            write_weights(
+                folder, [*weights, *entries_of(checkpoint, found.buffers, infinite=masks)]
+            )
             write_config(folder, checkpoint.folder, checkpoint.config, kind)
             source = {"from": checkpoint.label, "sha256": checkpoint.fingerprint()}
             provenance = {
@@ -172,6 +183,9 @@ def export_compact(
         sites = plan.directions
         found = unify.scales(lambda: ((site, before.read(site.name)) for site, _ in sites()))
         scales = dict(zip(plan.sources, found, strict=True))
+        if wrong := list(non_finite_numbers(scales)):
+            listed = ", ".join(f"{task}: {value:g}" for task, value in wrong)
+            raise NonFiniteError(f"scales of EMR-Merging: expected finite numbers, got {listed}.")
         write_safetensors(work / "unified.st", vectors)
         for k, (task, source) in enumerate(plan.sources.items()):
             folder = work / "tasks" / task
@@ -181,7 +195,10 @@ def export_compact(
                 for n, shape in shapes.items()
             ]
             write_safetensors(folder / "masks.st", masks)
-            own = [*private_entries(plan, task), *entries_of(source, plan.buffers)]
+            own = [
+                *private_entries(plan, task),
+                *entries_of(source, plan.buffers, infinite=plan.infinite_buffers),
+            ]
             if own:
                 write_safetensors(folder / "own.st", own)
             write_config(folder, source.folder, source.config)

@@ -104,14 +104,16 @@ def export_state(
     tasks = dict(tasks) if tasks else {name: name for name in plan.sources}
     kind = require_options(dtype, head, tasks)
     head = head or next(iter(tasks))
+    state.require_finite()
     with new_folder(target, overwrite, [*inputs, *inputs_of(plan)]) as work:
         # sources are hashed while they are merged: both read the same files
         hashing = ThreadPoolExecutor(1)
-        hashes = hashing.submit(lambda: plan.fingerprints)
+        hashes = hashing.submit(plan.require_same_as_before)
         hashing.shutdown(wait=False)  # its thread ends with this work
         release_freed_memory()  # fragmented heap could otherwise hold every written tensor
-        _write_model(state, buffers or {}, tasks, head, kind, work, max_shard_size)
-        _write_coefficients(state, work)
+        with plan.sound():
+            _write_coefficients(state, work)
+            _write_model(state, buffers or {}, tasks, head, kind, work, max_shard_size)
         hashes.result()
         provenance = provenance_of(state, dtype, tasks, results, extra)
         write_json(work / "provenance.json", provenance)
@@ -171,10 +173,19 @@ def _merged_entries(
     infos = plan.reference.infos
     for name in plan.tensors:
         kind = dtype or infos[name].dtype
-        yield Entry(name, infos[name].shape, kind, partial(state.materialise, name, kind))
+        make = partial(_materialise, state, name)
+        wide = torch.promote_types(kind, torch.float32)
+        yield Entry(name, infos[name].shape, kind, partial(make, kind), partial(make, wide))
     for name in plan.buffers:
         read = partial(buffers.__getitem__, name) if name in buffers else partial(plan.buffer, name)
-        yield Entry(name, infos[name].shape, infos[name].dtype, read)
+        # those of sources are compared with each other where the sources are hashed
+        infinite = name not in buffers or name in plan.infinite_buffers
+        yield Entry(name, infos[name].shape, infos[name].dtype, read, infinite=infinite)
+
+
+def _materialise(state: FitState, name: str, dtype: torch.dtype) -> Tensor:
+    state.plan.require_unchanged()  # before each tensor, for writing may take long
+    return state.materialise(name, dtype)
 
 
 def private_entries(plan: Plan, source: str, dtype: torch.dtype | None = None) -> list[Entry]:
@@ -235,7 +246,7 @@ def write_config(
     if dtype is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")
         config.pop("torch_dtype", None)
-    write_json(work / "config.json", config)
+    write_json(work / "config.json", config, spelled=True)
 
 
 def _write_coefficients(state: FitState, work: Path) -> None:

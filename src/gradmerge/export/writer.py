@@ -8,7 +8,7 @@ import os
 import struct
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -19,8 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmerge.sources.base import Checkpoint, tensor_bytes
+from gradmerge.common.errors import NonFiniteError
+from gradmerge.common.finite import is_finite, non_finite
+from gradmerge.sources.base import Checkpoint, tensor_bytes, watched_files
 from gradmerge.sources.files import DTYPES
+from gradmerge.sources.identity import require_unchanged
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: start writing, do not wait
@@ -37,6 +40,10 @@ class Entry:
     dtype: torch.dtype
     make: Callable[[], Tensor] = field(repr=False)
     """Values of this shape, on any device; the writer converts their dtype."""
+    exact: Callable[[], Tensor] | None = field(default=None, repr=False)
+    """The values in a wider dtype, to explain those that `dtype` cannot hold. Default: `make`."""
+    infinite: bool = False
+    """Whether infinity is allowed, as in the masks of some models."""
 
     @property
     def num_bytes(self) -> int:
@@ -45,7 +52,10 @@ class Entry:
 
 
 def entries_of(
-    checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtype | None = None
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    dtype: torch.dtype | None = None,
+    infinite: Collection[str] = (),
 ) -> list[Entry]:
     """Return a checkpoint's own tensors.
 
@@ -53,11 +63,18 @@ def entries_of(
         checkpoint: where they are.
         names: their names.
         dtype: dtype of the floating-point ones. Default: as stored.
+        infinite: names of those that may hold infinity.
     """
-    found = []
+    files, found = watched_files([checkpoint]), []
+
+    def read(name: str) -> Tensor:
+        require_unchanged(files)  # before each tensor, for writing may take long
+        return checkpoint.read(name)
+
     for info in (checkpoint.infos[name] for name in names):
         kind = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
-        found.append(Entry(info.name, info.shape, kind, partial(checkpoint.read, info.name)))
+        make, may_be = partial(read, info.name), info.name in infinite
+        found.append(Entry(info.name, info.shape, kind, make, infinite=may_be))
     return found
 
 
@@ -90,10 +107,38 @@ def write_safetensors(
                     f"{entry.name}: expected shape {entry.shape} as in the header, got "
                     f"{tuple(tensor.shape)}"
                 )
+            _require_finite(entry, tensor)
             behind.write(tensor_bytes(tensor))
             del tensor  # memory is free for the next one once it is written
         behind.wait(0)
         os.fsync(file.fileno())
+
+
+def _require_finite(entry: Entry, tensor: Tensor) -> None:
+    """Reject a tensor with NaN or infinity, also if only its dtype makes it so.
+
+    Raises:
+        NonFiniteError: the message names the tensor and what to do.
+    """
+    if is_finite(tensor.reshape(-1)):
+        return
+    flaw = non_finite(tensor)
+    if flaw is None or (entry.infinite and flaw.infinite):
+        return
+    kind = str(entry.dtype).removeprefix("torch.")
+    exact = (entry.exact or entry.make)().detach()
+    if non_finite(exact) is None:
+        largest, limit = float(exact.abs().max()), torch.finfo(entry.dtype).max
+        raise NonFiniteError(
+            f"{entry.name}: expected values that {kind} can hold, up to {limit:g}, got {largest:g} "
+            f"({flaw.count} of {flaw.total} entries are too large). Nothing was written.\n"
+            "Choose a dtype of wider range: `--dtype bfloat16` or float32."
+        )
+    raise NonFiniteError(
+        f"{entry.name}: expected finite values, got NaN or infinity in {flaw}. Nothing was "
+        "written.\nThe sources or the coefficients make them; `gradmerge inspect` checks the "
+        "sources."
+    )
 
 
 class _Behind:

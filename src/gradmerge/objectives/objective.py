@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradmerge.common.errors import ConfigError, nearest, shorten
+from gradmerge.common.finite import require_finite_options
 from gradmerge.objectives.base import (
     UNLABELLED,
     AbstractRegulariser,
@@ -37,6 +38,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         """Validate the weights and fill in the default term."""
+        require_finite_options(self)
         if not self.terms:
             # a default that is an instance could not be written to YAML
             object.__setattr__(self, "terms", [CrossEntropy()])

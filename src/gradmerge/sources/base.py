@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.common.errors import FingerprintError, shorten
+from gradmerge.common.errors import FingerprintError, NonFiniteError, shorten
+from gradmerge.common.finite import NonFinite, non_finite, scan
 from gradmerge.common.memory import in_file
+from gradmerge.sources.identity import FileState, hashes_of
 
 Self = TypeVar("Self", bound="Shared")
 
@@ -63,6 +65,7 @@ class Checkpoint(Shared, ABC):
 
     _folder: Path | None = None
     _config: Mapping[str, Any] | None = None
+    _flaws: dict[str, NonFinite] | None = None
 
     def __init__(
         self,
@@ -109,17 +112,46 @@ class Checkpoint(Shared, ABC):
     def keep(self) -> None:
         """Prepare for repeated reading, if tensors are computed on every read."""
 
+    @property
+    def parts(self) -> Sequence[Checkpoint]:
+        """The stored checkpoints that this one is computed from, without repetition: itself."""
+        return (self,)
+
+    @property
+    def watched(self) -> Sequence[FileState]:
+        """The files of a stored checkpoint as they were when it was opened."""
+        return ()
+
+    @property
+    def side_files(self) -> Sequence[Path]:
+        """Config, tokenizer and adapter settings beside the weights of a stored checkpoint."""
+        return ()
+
+    @property
+    def flaws(self) -> Mapping[str, NonFinite]:
+        """Entries of the stored tensors that are NaN or infinite, by name.
+
+        The first access reads the weights once, unless `fingerprint` has read them.
+        """
+        if self._flaws is None:
+            found = ((name, non_finite(self.read(name))) for name in self.infos)
+            self._flaws = {name: flaw for name, flaw in found if flaw is not None}
+        return self._flaws
+
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes of all tensors, in order of name.
 
         Reads one tensor at a time; the same weights give the same fingerprint however they are
-        sharded.
+        sharded. The pass finds the `flaws`, too.
         """
-        digest = hashlib.sha256()
+        digest, flaws = hashlib.sha256(), {}
         for name in sorted(self.infos):
-            info = self.infos[name]
+            info, tensor = self.infos[name], self.read(name)
             digest.update(f"{name}|{info.dtype}|{info.shape}|".encode())
-            digest.update(tensor_bytes(self.read(name)))
+            flaw = scan(tensor, tensor_bytes(tensor), digest.update)
+            if flaw is not None:
+                flaws[name] = flaw
+        self._flaws = flaws
         return digest.hexdigest()
 
 
@@ -153,6 +185,11 @@ class View(Checkpoint):
     @override
     def tokenizer_folder(self) -> Path | None:
         return self.inner.tokenizer_folder
+
+    @property
+    @override
+    def parts(self) -> Sequence[Checkpoint]:
+        return self.inner.parts
 
     @abstractmethod
     def changes(self, name: str) -> bool:
@@ -223,6 +260,127 @@ def fingerprints_of(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing releases the GIL
         hashes = pool.map(lambda checkpoint: checkpoint.fingerprint(), checkpoints.values())
         return dict(zip(checkpoints, hashes, strict=True))
+
+
+def watched_files(checkpoints: Iterable[Checkpoint]) -> tuple[FileState, ...]:
+    """Return all files of the checkpoints as they were when they were opened."""
+    states = (
+        state for checkpoint in checkpoints for part in checkpoint.parts for state in part.watched
+    )
+    return tuple(dict.fromkeys(states))
+
+
+def side_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the SHA-256 of the config, tokenizer and adapter settings of a checkpoint, by name."""
+    return hashes_of(part.side_files for part in checkpoint.parts)
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """A stored tensor with NaN or infinity."""
+
+    tensor: str
+    file: str
+    names: tuple[str, ...]
+    """The checkpoints that it belongs to."""
+    entries: NonFinite
+
+
+def find_flaws(
+    checkpoints: Mapping[str, Checkpoint], buffers: Collection[str]
+) -> tuple[list[Flaw], list[str]]:
+    """Return the stored tensors with NaN or infinity; reads all weights unless they were read.
+
+    Buffers, as the masks of some models, may be infinite where all checkpoints that have them
+    agree.
+
+    Args:
+        checkpoints: by name.
+        buffers: names of tensors that are not learned.
+
+    Returns:
+        The flaws, and the names of infinite buffers, which are none.
+    """
+    found = [(name, part) for name, checkpoint in checkpoints.items() for part in checkpoint.parts]
+    _read_once([part for _, part in found])
+    places: dict[tuple[str, str], Flaw] = {}
+    for name, part in found:
+        for tensor, entries in part.flaws.items():
+            file = part.infos[tensor].file
+            known = places.get((tensor, file))
+            names = (*(known.names if known else ()), name)
+            places[tensor, file] = Flaw(tensor, file, names, entries)
+    masks = {
+        tensor
+        for tensor in {tensor for tensor, _ in places}.intersection(buffers)
+        if all(flaw.entries.infinite for flaw in places.values() if flaw.tensor == tensor)
+        and _agree(tensor, checkpoints.values())
+    }
+    return [flaw for flaw in places.values() if flaw.tensor not in masks], sorted(masks)
+
+
+def require_finite(checkpoints: Mapping[str, Checkpoint], buffers: Collection[str]) -> list[str]:
+    """Reject checkpoints with flaws (see `find_flaws`), and return the names of infinite buffers.
+
+    Raises:
+        NonFiniteError: the message names tensors, sources and files.
+    """
+    flaws, masks = find_flaws(checkpoints, buffers)
+    if flaws:
+        lines = [f"{' and '.join(f.names)} ({f.file}): {f.tensor}: {f.entries}" for f in flaws]
+        raise NonFiniteError(
+            f"sources: expected finite weights, got NaN or infinity in {len(flaws)} "
+            f"tensor{'s' if len(flaws) > 1 else ''}. {shorten(lines)}.\n"
+            "A merge spreads them to all that depends on them. Copy or download the checkpoint "
+            "again, or leave it out."
+        )
+    return masks
+
+
+def _read_once(parts: Iterable[Checkpoint]) -> None:
+    """Find the flaws of stored checkpoints in parallel; the same files are read once."""
+    groups: dict[Any, list[Checkpoint]] = {}
+    for part in parts:
+        groups.setdefault(tuple(part.watched) or id(part), []).append(part)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for flaws, group in zip(
+            pool.map(lambda group: group[0].flaws, groups.values()), groups.values(), strict=True
+        ):
+            for part in group[1:]:
+                part._flaws = dict(flaws)
+
+
+def _agree(tensor: str, checkpoints: Iterable[Checkpoint]) -> bool:
+    """Return whether a tensor is the same in all checkpoints that have it."""
+    first, *others = (c.read(tensor) for c in checkpoints if tensor in c.infos)
+    return all(torch.equal(first, other.to(first.device)) for other in others)
+
+
+def require_same_files(
+    expected: Mapping[str, Mapping[str, str]], got: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Reject coefficients that were trained with other configs, tokenizers or adapter settings.
+
+    Args:
+        expected: SHA-256 of each source's files by name, when the coefficients were trained.
+            Sources that are missing are not compared.
+        got: the same now.
+
+    Raises:
+        FingerprintError: some differ; the message names them.
+    """
+    wrong = [
+        f"{source}: {file}"
+        for source, files in expected.items()
+        for file in {**files, **got.get(source, {})}
+        if files.get(file) != got.get(source, {}).get(file)
+    ]
+    if wrong:
+        raise FingerprintError(
+            "the coefficients were trained with other configs, tokenizers or adapter settings: "
+            f"{shorten(wrong)} differ from those of the fit. Give the files they were trained "
+            "with, or train again."
+        )
 
 
 def require_same(expected: Mapping[str, str], got: Mapping[str, str]) -> None:

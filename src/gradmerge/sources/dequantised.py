@@ -13,11 +13,11 @@ from gradmerge.common.files import read_json
 from gradmerge.common.memory import in_file
 from gradmerge.sources.architecture import model_class_of, read_config
 from gradmerge.sources.base import AbstractSource, Checkpoint, infos_of, without_aliases
-from gradmerge.sources.files import HuggingFace
+from gradmerge.sources.files import FileCheckpoint, HuggingFace
 from gradmerge.sources.quantised import AFTER_LOADING, SETTINGS, TRANSFORMERS, declaration
 
 
-class DequantisedCheckpoint(Checkpoint):
+class DequantisedCheckpoint(FileCheckpoint):
     """The weights that transformers computes from a quantised checkpoint, in temporary files.
 
     The model is in memory once while it is opened; then its tensors are mapped from files without
@@ -33,12 +33,14 @@ class DequantisedCheckpoint(Checkpoint):
     """
 
     def __init__(self, folder: Path, label: str) -> None:
+        FileCheckpoint.__init__(self, sorted(folder.glob("*.safetensors")), folder)
         config = read_json(folder / "config.json") or {}
         self._tensors = {
             name: in_file(tensor.shape, tensor.dtype).copy_(tensor)
             for name, tensor in _dequantised(folder, label).items()
         }
-        super().__init__(
+        Checkpoint.__init__(
+            self,
             f"{label} (dequantised)",
             infos_of(self._tensors, label),
             folder,

@@ -13,6 +13,7 @@ folders have them as *.safetensors.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,10 @@ class EMRCheckpoint(Checkpoint):
         self._base, self._scale = base, float(scales[task])
         self._expected = described["base"]["sha256"]
         own, label = folder / "tasks" / task, f"{folder} task {task}"
-        self._unified = SafetensorsCheckpoint([part_of(folder, "unified")], label)
+        self._unified = SafetensorsCheckpoint([part_of(folder, "unified")], label, side=folder)
         self._masks = SafetensorsCheckpoint([part_of(own, "masks")], label)
         self._own = SafetensorsCheckpoint(
-            [file for file in (part_of(own, "own"),) if file.is_file()], label
+            [file for file in (part_of(own, "own"),) if file.is_file()], label, side=own
         )
         self._reject_misfits(label)
         merged = {name: base.infos[name] for name in self._unified.infos}
@@ -80,6 +81,11 @@ class EMRCheckpoint(Checkpoint):
                 f"{label}: the files do not fit the base {self._base.label} or each other: "
                 f"{shorten(wrong)}. Is this the base that the sources were fine-tuned from?"
             )
+
+    @property
+    @override
+    def parts(self) -> Sequence[Checkpoint]:
+        return (*self._base.parts, self._unified, self._masks, self._own)
 
     @cached_property
     def _base_hash(self) -> str:

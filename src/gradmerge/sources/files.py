@@ -18,10 +18,18 @@ from typing_extensions import override
 
 from gradmerge.common.errors import SourceError, shorten
 from gradmerge.common.files import parse_json, read_json
+from gradmerge.common.finite import as_json
 from gradmerge.common.names import require_file
 from gradmerge.common.secrets import remember
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
 from gradmerge.sources.hub import download, expanded, near, require_hub_id
+from gradmerge.sources.identity import (
+    SMALL_FILES,
+    FileState,
+    require_unchanged,
+    side_files,
+    states_of,
+)
 from gradmerge.sources.in_memory import MemoryCheckpoint
 
 DTYPES = {
@@ -43,16 +51,36 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-# Modelling code (`*.py`) is downloaded, but never run unless the recipe trusts it.
-SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-
 _CONVERT = (
     "Convert it once, on a machine where you trust the file: "
     "`AutoModel.from_pretrained(folder).save_pretrained(new_folder)` writes safetensors."
 )
 
 
-class SafetensorsCheckpoint(Checkpoint):
+class FileCheckpoint(Checkpoint):
+    """A checkpoint in files, which are watched from before the first of them is read.
+
+    Args:
+        files: the weights.
+        folder: folder of their config and tokenizer.
+    """
+
+    def __init__(self, files: Sequence[Path], folder: Path | None) -> None:
+        self._side = () if folder is None else tuple(side_files(folder))
+        self._watched = states_of([*files, *self._side])
+
+    @property
+    @override
+    def watched(self) -> Sequence[FileState]:
+        return self._watched
+
+    @property
+    @override
+    def side_files(self) -> Sequence[Path]:
+        return self._side
+
+
+class SafetensorsCheckpoint(FileCheckpoint):
     """Tensors mapped from one or more safetensors files.
 
     Args:
@@ -61,6 +89,7 @@ class SafetensorsCheckpoint(Checkpoint):
         folder: Hugging Face folder that they belong to.
         places: file of each tensor by the folder's index. An exported task's folder replaces heads
             of the shared weights in the folder above by its own.
+        side: folder of other settings that belong to them. Default: `folder`.
     """
 
     def __init__(
@@ -69,7 +98,9 @@ class SafetensorsCheckpoint(Checkpoint):
         label: str,
         folder: Path | None = None,
         places: Mapping[str, Path] | None = None,
+        side: Path | None = None,
     ) -> None:
+        FileCheckpoint.__init__(self, files, side or folder)
         infos: dict[str, TensorInfo] = {}
         self._handles: dict[str, Any] = {}
         self._mapped: dict[str, Tensor] = {}
@@ -90,7 +121,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 f"{folder}: its index names tensors that its shards do not hold: {shorten(lost)}. "
                 "Index and shards are from different saves; copy or download them again."
             )
-        super().__init__(label, infos, folder, _config_of(folder))
+        Checkpoint.__init__(self, label, infos, folder, _config_of(folder))
 
     @override
     def read(self, name: str) -> Tensor:
@@ -98,7 +129,10 @@ class SafetensorsCheckpoint(Checkpoint):
         if name not in self._mapped:
             file = self._infos[name].file
             if file not in self._handles:
-                self._handles[file] = safe_open(file, framework="pt")
+                require_unchanged(self._watched)  # since its header was read
+                opened = safe_open(file, framework="pt")
+                require_unchanged(self._watched)
+                self._handles[file] = opened
             self._mapped[name] = self._handles[file].get_tensor(name)
         return self._mapped[name]
 
@@ -137,18 +171,19 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-class TorchFileCheckpoint(Checkpoint):
+class TorchFileCheckpoint(FileCheckpoint):
     """A `.bin`/`.pt` state dict, loaded without running any code and memory-mapped."""
 
     def __init__(self, files: list[Path], label: str, folder: Path | None = None) -> None:
+        FileCheckpoint.__init__(self, files, folder)
         parts = [MemoryCheckpoint(_load_without_code(file), str(file)) for file in files]
-        self._parts = {name: part for part in parts for name in part.infos}
-        infos = {name: part.infos[name] for name, part in self._parts.items()}
-        super().__init__(label, infos, folder, _config_of(folder))
+        self._files = {name: part for part in parts for name in part.infos}
+        infos = {name: part.infos[name] for name, part in self._files.items()}
+        Checkpoint.__init__(self, label, infos, folder, _config_of(folder))
 
     @override
     def read(self, name: str) -> Tensor:
-        return self._parts[name].read(name)
+        return self._files[name].read(name)
 
 
 def _config_of(folder: Path | None) -> dict[str, Any] | None:
@@ -225,9 +260,11 @@ def copy_files(
             shutil.copyfile(file, target / file.name)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write plain data as indented JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(path: Path, value: Any, spelled: bool = False) -> None:
+    """Write plain data as indented JSON; for `spelled` see `as_json`."""
+    plain = as_json(value, spelled)
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -83,7 +84,9 @@ class LoraCheckpoint(Checkpoint):
         self._base = base
         self._settings = read_adapter(folder)
         self._reject_unsupported()
-        self._adapter = SafetensorsCheckpoint([folder / "adapter_model.safetensors"], str(folder))
+        self._adapter = SafetensorsCheckpoint(
+            [folder / "adapter_model.safetensors"], str(folder), side=folder
+        )
         require_dense(self._adapter)
         self._factors: dict[str, _Factors] = {}
         self._replaced: dict[str, str] = {}
@@ -295,6 +298,11 @@ class LoraCheckpoint(Checkpoint):
         if (self._base.config or {}).get("model_type") in _MIXED_LAYOUT:
             return self._factors[name].module.rpartition(".")[-1] in _TRANSPOSED
         return bool(self._settings.get("fan_in_fan_out"))
+
+    @property
+    @override
+    def parts(self) -> Sequence[Checkpoint]:
+        return (*self._base.parts, self._adapter)
 
     @property
     @override

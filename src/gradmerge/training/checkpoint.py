@@ -101,6 +101,7 @@ _FINALISATION = {"corrections?": {str: _CORRECTION}, "report?": dict, "coefficie
 _SAVED = {
     "tasks": {a_name: str},
     "fingerprints": {str: str},
+    "files?": {str: {str: str}},
     "fixed": {str: float},
     "checked_unused": bool,
     "buffers": {str: Tensor},
@@ -150,6 +151,7 @@ def to_save(
         "sources": list(plan.source_names),
         "tasks": dict(merged.tasks),
         "fingerprints": plan.fingerprints,
+        "files": plan.side_hashes,
         "fixed": dict(state.fixed),
         "checked_unused": checked_unused,
         "buffers": {
@@ -174,7 +176,7 @@ def restore(
     if saved is None:
         raise ConfigError("the checkpoint holds no gradmerge coefficients.")
     require_shape("the checkpoint", saved, _SAVED, "Take another checkpoint.", ConfigError)
-    merged.plan.require_fingerprints(saved["fingerprints"])
+    merged.plan.require_fingerprints(saved["fingerprints"], saved.get("files"))
     for name, coefficient in saved["fixed"].items():
         if name not in merged.plan.tensors or not math.isfinite(coefficient):
             raise ValueError(f"it fixes {name} at {coefficient}")

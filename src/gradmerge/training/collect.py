@@ -8,7 +8,6 @@ because the steps' are of aligned sources.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -33,6 +32,7 @@ from gradmerge.export.provenance import versions
 from gradmerge.operators import Linear
 from gradmerge.preprocess import AbstractPreprocess
 from gradmerge.sources.collected import INDEX, VERSION, Needs
+from gradmerge.sources.files import write_json
 from gradmerge.training.data import MergeDataModule
 from gradmerge.training.module import MergeModule
 from gradmerge.training.run import describe_data, read_by
@@ -81,7 +81,7 @@ def collect(
         def add(needs: Needs, found: Mapping[str, Any]) -> None:
             index["collected"][needs.kind] = found
             index["data"] = describe_data(data)
-            (work / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+            write_json(work / INDEX, index)
 
         if recipe.aligns_on_data:
             add(ACTIVATIONS, _of_units(opening, data, work, report))

@@ -20,6 +20,7 @@ from gradmerge.calibration.finish import Finishing
 from gradmerge.coefficients import AbstractInit
 from gradmerge.common.checkpoints import load_checkpoint
 from gradmerge.common.errors import ConfigError, nearest
+from gradmerge.common.finite import require_finite_options
 from gradmerge.common.memory import release_freed_memory
 from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.engine.merged import Memory, MergedModel
@@ -47,6 +48,7 @@ from gradmerge.training.checkpoint import (
     to_save,
     unknown_sources,
 )
+from gradmerge.training.finite import FiniteModule
 from gradmerge.training.loaders import sample_batches
 from gradmerge.training.logit_scale import LogitScale
 from gradmerge.training.regularisation import Regularisation
@@ -54,7 +56,7 @@ from gradmerge.training.run import start_run
 from gradmerge.training.scores import SplitScores
 
 
-class MergeModule(lightning.LightningModule):
+class MergeModule(FiniteModule):
     """Learn the coefficients of a merge with `trainer.fit`.
 
     The sources stay frozen. Only the raw coefficients (and `logit_scale`, if set) are parameters,
@@ -118,6 +120,7 @@ class MergeModule(lightning.LightningModule):
             objective = Objective([objective])
         if dtype not in DTYPES:
             raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
+        require_finite_options({"learning_rate": learning_rate, "logit_scale": logit_scale})
         merged = MergedModel(recipe, module, memory, DTYPES[dtype])
         if activation_checkpointing:
             merged.enable_activation_checkpointing()
@@ -300,6 +303,7 @@ class MergeModule(lightning.LightningModule):
         if self.logit_scale is not None:
             self.logit_scale.begin()
         loss, values = self.merged.accumulate(self._runs(batches), self._inner_scale())
+        self.require_finite_losses(dict(zip(batches, values, strict=True)))
         if self.logit_scale is not None:
             loss = loss + self.logit_scale.deferred(self._inner_scale())
             self.log("train/logit_scale", self.logit_scale.value, batch_size=1)
@@ -310,6 +314,7 @@ class MergeModule(lightning.LightningModule):
         if self.objective.regularisers:
             penalty = self.regularisation.penalty()
             self.log("train/penalty", penalty.detach(), batch_size=1)
+            self.require_finite_losses({"regularisers": penalty})
             loss = loss + penalty
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
         for task, value in zip(batches, values, strict=True):
@@ -459,7 +464,9 @@ class MergeModule(lightning.LightningModule):
         callback saves averaged weights.
         """
         own = dict(self.named_parameters())
+        self.merged.plan.require_unchanged()
         with holding(own, checkpoint.get("state_dict", {})):
+            self.merged.state.require_finite()
             self.refresh_buffers()
             self._note_logit_scale()
             known = (self._checked_unused, self.results, self._scores.experts)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
@@ -20,6 +19,7 @@ from gradmerge.drivers.layerwise.chain import BlockChain
 from gradmerge.engine.autograd import known_loss
 from gradmerge.engine.leaves import Leaves
 from gradmerge.optimisers import SAM
+from gradmerge.training.finite import FiniteModule
 
 BLOCK_LOSS = "layer/loss"
 """Name of the loss that a schedule watches, whatever the block: that of the last step of a pass."""
@@ -40,7 +40,7 @@ def mean_square(got: Tensor, expected: Tensor, mask: Tensor | None) -> Tensor:
     return (got.to(wide) - expected.to(wide)).square().mean()
 
 
-class BlockModule(lightning.LightningModule):
+class BlockModule(FiniteModule):
     """Learns the coefficients of one block with `trainer.fit`; a batch names a batch per task.
 
     Merged tensors live for a step. Their gradients are contracted, and freed, as the last backward
@@ -88,6 +88,8 @@ class BlockModule(lightning.LightningModule):
             # the trainer does so only after the losses, when the new gradients are there, too
             self.zero_grad(set_to_none=True)
         loss, values = self._accumulated(batch)
+        block = self._chain.blocks[self.number].name
+        self.require_finite_losses({f"{task} at {block}": v for task, v in values.items()})
         self.losses = [*self.losses[:1], float(loss.detach())]
         prefix = f"layer/{self.number}"
         options: dict[str, Any] = {"batch_size": 1}

@@ -75,7 +75,7 @@ class VocabularyView(View):
         copy_files(self.alignment.tokenizer_folder, folder, ["*"])
         copy_files(own, folder, ignored=["*.index.json", *TOKENIZER_FILES])
         if self.config is not None:
-            write_json(folder / "config.json", self.config)
+            write_json(folder / "config.json", self.config, spelled=True)
         generation = read_json(own / "generation_config.json")
         if generation is not None:
             found = self.alignment
