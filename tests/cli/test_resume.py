@@ -158,11 +158,11 @@ def test_sources_become_one_option():
 
 
 def test_an_adapter_that_moved_keeps_its_base():
-    old, new = HuggingFace("old"), HuggingFace("new")
+    old, new = HuggingFace("own/old"), HuggingFace("own/new")
     recipe = Recipe({"a": Lora("x", old), "b": "y"}, old, heads={"c": Lora("z", old)})
-    moved = recipe.with_sources({"a": "w", "base": "new"})
+    moved = recipe.with_sources({"a": "w", "base": "own/new"})
     assert moved.sources == {"a": Lora("w", new), "b": "y"}
-    assert moved.base == "new"
+    assert moved.base == "own/new"
     assert moved.heads == {"c": Lora("z", new)}
     assert recipe.with_sources({}) == recipe
     with pytest.raises(ConfigError, match=r"unknown name 'bas'.*Did you mean 'base'"):
@@ -234,6 +234,8 @@ def test_what_a_checkpoint_names_is_not_downloaded(here, monkeypatch):
         return str(Path("models") / name.rpartition("/")[2])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
     state = torch.load("outputs/logs/version_1/checkpoints/last.ckpt", weights_only=True)
     fields = state["hyper_parameters"]["recipe"]["init_args"]
     fields["base"] = {
@@ -242,7 +244,9 @@ def test_what_a_checkpoint_names_is_not_downloaded(here, monkeypatch):
     }
     fields["sources"] = {"a": "own/a", "b": "own/b@v1"}
     torch.save(state, "hub.ckpt")
-    with pytest.raises(SourceError, match=r"hub.ckpt names it, and only what you name yourself"):
+    with pytest.raises(
+        SourceError, match=r"only what you name yourself is downloaded; hub\.ckpt names it"
+    ):
         MergeModule.load_from_checkpoint("hub.ckpt")
     assert asked == [("own/base", True)]
     asked.clear()

@@ -337,7 +337,13 @@ def test_folder_is_recognised_and_names_its_base(tmp_path):
     assert_reads(found.open(), merged)
     assert as_source(source.path, InMemory({})).base == InMemory({})
     edited(source, tmp_path, base_model_name_or_path="owner/name", revision="v2")
-    assert as_source(source.path).base == HuggingFace("owner/name", revision="v2")
+    base = as_source(source.path).base
+    assert isinstance(base, HuggingFace)
+    assert (base.path, base.revision) == ("owner/name", "v2")
+    with pytest.raises(
+        SourceError, match=r"only what you name yourself is downloaded; .* names it"
+    ):
+        base.open()
     edited(source, tmp_path, base_model_name_or_path=None)
     with pytest.raises(SourceError, match="does not name the base that the adapter was trained on"):
         as_source(source.path)

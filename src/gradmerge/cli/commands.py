@@ -30,6 +30,7 @@ from gradmerge.mergekit.writer import require_file, require_sum, write_mergekit
 from gradmerge.search import AbstractSearch
 from gradmerge.sources import Checkpoint, as_source
 from gradmerge.sources.emr import EMRCheckpoint, read_description
+from gradmerge.sources.resolve import base_of_compact
 from gradmerge.sources.tokenizers.report import summarise, token_report
 
 Outputs = Literal["merged", "tasks", "compact"]
@@ -309,7 +310,7 @@ def unpack(
                 f"tasks: unknown task {task!r} (choose from {shorten(list(known))})."
                 f"{nearest(task, known)}"
             )
-    opened = as_source(base or described["base"]["from"]).open()
+    opened = (as_source(base) if base else base_of_compact(path)).open()
     checked["inputs"] = [*inputs, *paths_in(sorted({i.file for i in opened.infos.values()}))]
     found = {task: EMRCheckpoint(path, task, opened) for task in tasks or described["scales"]}
     written = export_tasks(found, **checked, extra={"unpacked": described})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from gradmerge.common.errors import ConfigError, GradmergeError, SourceError
 from gradmerge.sources.base import AbstractSource, Checkpoint
 from gradmerge.sources.emr import EMRCheckpoint, part_of, read_description
 from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile
-from gradmerge.sources.hub import expanded, require_hub_id
+from gradmerge.sources.hub import expanded, require_hub_id, without_downloads
 from gradmerge.sources.in_memory import InMemory
 from gradmerge.sources.lora import Lora, read_adapter
 from gradmerge.sources.quantised import is_gguf
@@ -105,12 +105,29 @@ def _own_base(path: Path, asked: tuple[Path, ...]) -> AbstractSource:
             f"{path}: adapter_config.json does not name the base that the adapter was trained on. "
             "Give it: `base:` in the recipe, or `class_path: Lora` with `base`."
         )
-    source = _base_of(path, name, asked)
-    revision = settings.get("revision")
-    return replace(source, revision=revision) if isinstance(source, HuggingFace) else source
+    return _base_of(path, name, asked, settings.get("revision"))
 
 
-def _base_of(path: Path, name: str, asked: tuple[Path, ...]) -> AbstractSource:
+def base_of_compact(folder: Path) -> AbstractSource:
+    """Return the base that a compact EMR-Merging was made on, as its emr.json names it."""
+    return _base_of(folder, read_description(folder)["base"]["from"], ())
+
+
+@dataclass(frozen=True)
+class _NamedByFile(HuggingFace):
+    """A hub id that a file names, and not the user: it is taken from the local cache."""
+
+    file: str = ""
+
+    @override
+    def _download(self, patterns: list[str]) -> Path:
+        with without_downloads(self.file, "Name it: `base:` in the recipe, or `--base`."):
+            return super()._download(patterns)
+
+
+def _base_of(
+    path: Path, name: str, asked: tuple[Path, ...], revision: str | None = None
+) -> AbstractSource:
     """Return the base that a folder names; adapters may stand on adapters, but not in a circle."""
     place = path.resolve()
     if place in asked:
@@ -120,13 +137,16 @@ def _base_of(path: Path, name: str, asked: tuple[Path, ...]) -> AbstractSource:
             "base: `base:` in the recipe."
         )
     try:
-        return _located(name, None, (*asked, place), own=True)
+        source = _located(name, None, (*asked, place), own=True)
     except GradmergeError as error:
         if asked:
             raise
         raise SourceError(
             f"{path} names {name!r} as its base: {error}\nGive the base: `base:` in the recipe."
         ) from error
+    if isinstance(source, HuggingFace) and not expanded(source.path).is_dir():
+        source = _NamedByFile(source.path, revision or source.revision, file=str(path))
+    return source
 
 
 @dataclass(frozen=True)
@@ -146,6 +166,5 @@ class EMR(AbstractSource):
     @override
     def open(self) -> Checkpoint:
         folder = expanded(self.path)
-        described = read_description(folder)
-        base = self.base or _base_of(folder, described["base"]["from"], ())
+        base = self.base or base_of_compact(folder)
         return EMRCheckpoint(folder, self.task, base.open())
