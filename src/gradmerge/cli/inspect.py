@@ -10,6 +10,7 @@ from gradmerge.common.errors import Problem, report
 from gradmerge.common.patterns import require_matches
 from gradmerge.engine.inventory import take_inventory
 from gradmerge.sources import AbstractSource, Checkpoint, Vocabulary, as_source
+from gradmerge.sources.agreement import check_agreement
 from gradmerge.sources.base import find_flaws
 from gradmerge.sources.compatibility import check, check_private, is_private
 from gradmerge.sources.geometry import direction_statistics
@@ -58,6 +59,8 @@ def inspect_sources(
         problems += warnings
     tuned = {name: opened[name] for name in sources}
     problems += [*check(opened, private, allow), *check_private(tuned, private, allow)]
+    if not any(problem.fatal for problem in problems):
+        problems += check_agreement(opened, list(sources), networks.look, private)
     if statistics:
         problems += _flaws(opened, private)
     compatible = not any(problem.fatal for problem in problems)

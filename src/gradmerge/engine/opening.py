@@ -19,6 +19,7 @@ from gradmerge.engine.inventory import names_of, take_inventory
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe, innermost
 from gradmerge.sources import Checkpoint, as_source
+from gradmerge.sources.agreement import check_agreement
 from gradmerge.sources.base import require_finite
 from gradmerge.sources.compatibility import check, check_private, require
 from gradmerge.sources.renaming import unify_names
@@ -93,9 +94,9 @@ class Opening:
         self._apart: tuple[str, ...] | None = None
         specs = {"base": recipe.base, **recipe.sources, **recipe.heads}
         self._networks = Networks(specs, module, recipe.trust_remote_code)
-        needed = with_network or self._needs_network(recipe)
+        self._needed = with_network or self._needs_network(recipe)
         problems = self._unify_names()
-        if needed or may_be_tied({**self._everything(), **self.heads}, recipe.private):
+        if self._needed or may_be_tied({**self._everything(), **self.heads}, recipe.private):
             problems += self._settle_ties()
         self._require_patterns()
         self.problems = [*problems, *self._check()]
@@ -148,6 +149,17 @@ class Opening:
         problems += check({**everything, **self.heads}, recipe.private, recipe.allow)
         problems += check_private({**self.sources, **self.heads}, recipe.private, recipe.allow)
         require(problems)
+        if self._module is None:
+            serving = {**self.sources, **self.heads}
+            require(
+                check_agreement(
+                    {**everything, **self.heads},
+                    list(serving),
+                    self._networks.look,
+                    recipe.private,
+                    sure=self._needed,
+                )
+            )
         return problems
 
     def _everything(self) -> dict[str, Checkpoint]:

@@ -52,14 +52,14 @@ def model_class_of(config: Any, folder: Path, trust_remote_code: bool = False) -
     """Return the class that `architectures` names.
 
     Raises:
-        UnknownArchitectureError: there is no such class.
-        SourceError: `architectures` is missing, or names something else.
+        UnknownArchitectureError: there is no such class, or `architectures` is missing.
+        SourceError: `architectures` names something else.
     """
     import transformers
 
     names = getattr(config, "architectures", None) or []
     if not names:
-        raise SourceError(
+        raise UnknownArchitectureError(
             f"{folder}/config.json: expected `architectures` to name the model class."
         )
     if not isinstance(names, (list, tuple)) or not isinstance(names[0], str):

@@ -20,6 +20,7 @@ from gradmerge.common.errors import (
 from gradmerge.common.patterns import matches
 from gradmerge.sources.base import Checkpoint, TensorInfo
 from gradmerge.sources.configuration import check_config
+from gradmerge.sources.labels import check_labels
 from gradmerge.sources.quantised import check_quantised
 from gradmerge.sources.tokenizers.files import SENTENCEPIECE, read_vocabulary
 
@@ -57,6 +58,7 @@ def check(
                 problems += _check_tensors(reference, checkpoint, private)
             problems += check_config(reference, checkpoint)
             problems += _check_tokenizer(reference, checkpoint)
+    problems += check_labels(checkpoints, keeps)
     # rare kinds first, so that a shortened report shows every kind
     counts = Counter(problem.kind for problem in problems)
     problems.sort(key=lambda problem: counts[problem.kind])

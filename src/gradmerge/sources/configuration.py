@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -45,18 +45,12 @@ def check_config(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
         return []
     first, second = _Fields(reference.config), _Fields(other.config)
     problems = []
-    for key in sorted(set(first.written) | set(second.written)):
+    for key in _differing(first, second):
         field = key.rsplit(".", 1)[-1]
-        if _HARMLESS.match(field) or first.written.get(key) == second.written.get(key):
-            continue
-        absent = key not in first.written or key not in second.written
-        fatal = changes = bool(_FUNCTION.match(field))
-        if absent and not changes:
-            continue
-        if changes and key in first.complete and key in second.complete:
-            if first.complete[key] == second.complete[key]:
+        fatal = bool(_FUNCTION.match(field))
+        if not first.states(key) or not second.states(key):
+            if not fatal:
                 continue
-        elif absent:
             # the class of the config, and so the default, is unknown
             fatal = False
         problems.append(
@@ -76,12 +70,46 @@ def check_config(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
     return problems
 
 
+def _differing(first: _Fields, second: _Fields) -> list[str]:
+    """Return the fields that differ in meaning, as far as their classes are known."""
+    keys = sorted(set(first.written) | set(second.written))
+    unequal = [
+        key
+        for key in keys
+        if not _HARMLESS.match(key.rsplit(".", 1)[-1])
+        and not key.startswith("quantization_config.")
+        and first.written.get(key) != second.written.get(key)
+    ]
+    if not unequal or not (first.complete and second.complete):
+        return unequal
+    found = []
+    consumed = False
+    for key in unequal:
+        if key in first.complete and key in second.complete:
+            if first.complete[key] != second.complete[key]:
+                found.append(key)
+        elif key in first.complete or key in second.complete:
+            found.append(key)
+        else:  # an older spelling, which the class reads into another field
+            consumed = True
+    if consumed:
+        found += [
+            key
+            for key in first.complete.keys() & second.complete.keys()
+            if key not in keys
+            and key not in first.aliases
+            and first.complete[key] != second.complete[key]
+        ]
+    return sorted(found)
+
+
 class _Fields:
     """The fields of a config.json, as written and as completed by transformers."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
         self.written = _flatten(config)
+        self.aliases: dict[str, str] = {}
 
     @cached_property
     def complete(self) -> dict[str, Any]:
@@ -96,16 +124,29 @@ class _Fields:
         # files of other versions raise various errors; the fields as written are left
         except Exception:
             return {}
-        for alias, name in config.attribute_map.items():
+        self.aliases = dict(_aliases(config))
+        for alias, name in self.aliases.items():
             if name in fields:
                 fields.setdefault(alias, fields[name])
         return fields
+
+    def states(self, key: str) -> bool:
+        """Return whether the value of a field is known, written or by default."""
+        return key in self.written or key in self.complete
 
     def show(self, key: str) -> str:
         """Format a value for a message."""
         if key in self.written:
             return repr(self.written[key])
         return f"{self.complete[key]!r} (the default)" if key in self.complete else "'the default'"
+
+
+def _aliases(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for alias, name in config.attribute_map.items():
+        yield prefix + alias, prefix + name
+    for part in config.sub_configs:
+        if hasattr(getattr(config, part, None), "sub_configs"):
+            yield from _aliases(getattr(config, part), f"{prefix}{part}.")
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -115,9 +156,24 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping) and key.endswith("_config"):
             flat.update(_flatten(value, f"{prefix}{key}."))
         elif key == "rope_parameters" and isinstance(value, Mapping) and "rope_theta" in value:
-            rest = {k: v for k, v in value.items() if k != "rope_theta"}
             flat[f"{prefix}rope_theta"] = value["rope_theta"]
-            flat[f"{prefix}rope_scaling"] = None if rest == {"rope_type": "default"} else rest
+            flat[f"{prefix}rope_scaling"] = _rotary(value)
         else:
-            flat[prefix + key] = value
+            flat[prefix + key] = _rotary(value) if key == "rope_scaling" else _plain(value)
     return flat
+
+
+def _rotary(value: Any) -> Any:
+    """Return rotary settings with one name for their type; None for the default ones."""
+    if not isinstance(value, Mapping):
+        return value
+    rest = {k: _plain(v) for k, v in value.items() if k not in ("type", "rope_type", "rope_theta")}
+    kind = value.get("rope_type", value.get("type", "default"))
+    return {"rope_type": kind, **rest} if rest or kind != "default" else None
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON reads it, in which a tuple is a list."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value

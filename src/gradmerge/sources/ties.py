@@ -56,6 +56,12 @@ class Networks:
         built = self._by_folder.pop(folder, None)
         return build_skeleton(folder, self._trusts) if built is None else built
 
+    def look(self, folder: Path) -> nn.Module:
+        """Return the network of a folder without weights, which nobody may change."""
+        if folder not in self._by_folder:
+            self._by_folder[folder] = build_skeleton(folder, self._trusts)
+        return self._by_folder[folder]
+
     def first(self, checkpoints: Mapping[str, Checkpoint]) -> nn.Module | None:
         """Return the network of the first checkpoint that describes a known one."""
         networks = (self.tied(name, opened) for name, opened in checkpoints.items())

@@ -1,0 +1,303 @@
+"""Check that a config describes the tensors beside it, however many sources agree on both."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gradmerge.common.errors import Problem, nearest, shorten
+from gradmerge.sources.architecture import UnknownArchitectureError
+from gradmerge.sources.base import Checkpoint, TensorInfo
+from gradmerge.sources.loader import Loader
+from gradmerge.sources.skeleton import Binding, bind
+
+# Sizes that weights show, in the spelling of most models.
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
+_INNER = (
+    *("vocab_size", "type_vocab_size", "intermediate_size", "d_ff", "n_inner", "ffn_dim"),
+    *("encoder_ffn_dim", "decoder_ffn_dim"),
+)
+_DEPTHS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"),
+    *("encoder_layers", "decoder_layers"),
+)
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def disagreements(
+    module: nn.Module,
+    binding: Binding,
+    infos: Mapping[str, TensorInfo],
+    label: str,
+    config: Mapping[str, Any] | None = None,
+) -> list[Problem]:
+    """Compare the network that a config describes with the tensors that it should get.
+
+    Args:
+        module: the network, without weights.
+        binding: the places of the tensors in it.
+        infos: headers of the tensors by name.
+        label: label of the checkpoint.
+        config: its `config.json`, if the network was built from it.
+
+    Returns:
+        Every difference in shape, parameters without tensors, and layers without a place.
+    """
+    where = label if config is None else f"{label}/config.json"
+    kind = type(module).__name__
+    return [
+        *_wrong_shapes(module, binding, infos, where, config),
+        *_missing(module, binding, infos, where, config, kind),
+        *_surplus(module, binding, where, config, kind),
+    ]
+
+
+def _wrong_shapes(
+    module: nn.Module,
+    binding: Binding,
+    infos: Mapping[str, TensorInfo],
+    where: str,
+    config: Mapping[str, Any] | None,
+) -> Iterator[Problem]:
+    wanted = {
+        name: tuple(tensor.shape)
+        for tensors in (module.named_parameters(remove_duplicate=False), module.named_buffers())
+        for name, tensor in tensors
+    }
+    by_size: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for name, place in binding.places.items():
+        if name in infos and infos[name].shape != wanted[place]:
+            by_size[_changed(wanted[place], infos[name].shape)].append(name)
+    for sizes, names in by_size.items():
+        place, info = binding.places[names[0]], infos[names[0]]
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        yield Problem(
+            "config",
+            where,
+            _fields(config, sizes) or names[0],
+            f"the sizes of the tensors: {info.shape} for {info.name} in {info.file}{more}",
+            f"{wanted[place]}",
+            "transformers would refuse the merge, or give it random values. Correct the config, or "
+            "give the weights that belong to it.",
+        )
+
+
+def _missing(
+    module: nn.Module,
+    binding: Binding,
+    infos: Mapping[str, TensorInfo],
+    where: str,
+    config: Mapping[str, Any] | None,
+    kind: str,
+) -> Iterator[Problem]:
+    found = set(binding.places.values())
+    statistics = [
+        name
+        for name, _ in module.named_buffers()
+        if name.endswith(("running_mean", "running_var")) and name not in found
+    ]
+    lost = [*binding.missing, *statistics]
+    if lost:
+        depths = [depth for name in lost for depth in _lengths(module, name)]
+        yield Problem(
+            "config",
+            where,
+            _fields(config, depths) or "parameters",
+            f"a tensor for every parameter of {kind}",
+            f"{len(lost)} that have no tensor: {shorten(lost)}",
+            f"They would have random values.{nearest(lost[0], binding.unused)} Correct the config, "
+            "or give the weights that belong to it.",
+        )
+
+
+def _surplus(
+    module: nn.Module,
+    binding: Binding,
+    where: str,
+    config: Mapping[str, Any] | None,
+    kind: str,
+) -> Iterator[Problem]:
+    """Find layers beyond those of the network: names that differ from known ones by a number."""
+    if not binding.unused:
+        return
+    loader = Loader(module)
+    known = {_NUMBER.sub("*", place) for place in loader.known}
+    places = loader.places(list(binding.unused))
+    extra = [
+        name
+        for name, place in places.items()
+        if _NUMBER.sub("*", place.name) in known and not loader.ignores(place.name)
+    ]
+    if extra:
+        depths = [depth for name in extra for depth in _lengths(module, places[name].name)]
+        yield Problem(
+            "config",
+            where,
+            _fields(config, depths) or "layers",
+            f"a place in {kind} for every layer in the files",
+            f"none for {len(extra)} tensors: {shorten(extra)}",
+            "transformers would drop these layers. Correct the config, or give the weights that "
+            "belong to it.",
+        )
+
+
+def _changed(wanted: tuple[int, ...], stored: tuple[int, ...]) -> tuple[int, ...]:
+    if len(wanted) != len(stored):
+        return ()
+    return tuple(w for w, s in zip(wanted, stored, strict=True) if w != s)
+
+
+def _lengths(module: nn.Module, name: str) -> Iterator[int]:
+    """Yield how many modules the network has in each list that a name goes through."""
+    for match in _NUMBER.finditer(name):
+        parent: Any = module
+        for part in name[: match.start() - 1].split("."):
+            parent = getattr(parent, part, None)
+        if isinstance(parent, (nn.ModuleList, nn.Sequential)):
+            yield len(parent)
+
+
+def _fields(config: Mapping[str, Any] | None, values: Iterable[int]) -> str:
+    """Return the fields of a config that have one of these values, as `name (got value)`."""
+    wanted = set(values)
+    found = {
+        key: value
+        for key, value in _numbers(config or {})
+        if value in wanted and not re.search("token|_id$|dropout", key)
+    }
+    if not found and config and len(wanted) == 1 and "num_labels" not in config:
+        labels = config.get("id2label")
+        if isinstance(labels, Mapping) and len(labels) in wanted:
+            return f"id2label (got {len(labels)} labels)"
+    return " or ".join(f"{key} (got {value})" for key, value in found.items())
+
+
+def _numbers(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, int]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key.endswith("_config"):
+            yield from _numbers(value, f"{above}{key}.")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield f"{above}{key}", value
+
+
+def check_agreement(
+    checkpoints: Mapping[str, Checkpoint],
+    sources: Sequence[str],
+    build: Callable[[Path], nn.Module],
+    private: Sequence[str] = (),
+    sure: bool = True,
+) -> list[Problem]:
+    """Compare configs with the tensors beside them; those of all sources may be wrong alike.
+
+    Args:
+        checkpoints: opened checkpoints by name; the first is the reference.
+        sources: names of the checkpoints that may serve a task.
+        build: returns the network of a folder without weights, which is not changed.
+        private: regular expressions of tensors that stay with their task.
+        sure: build the network of every checkpoint, not only of those that look wrong.
+    """
+    reference, serving = next(iter(checkpoints.values())), [checkpoints[n] for n in sources]
+    # tasks run the sources' network if they have heads of their own
+    alike = {reference.label: reference}
+    if private:
+        alike = {checkpoint.label: checkpoint for checkpoint in serving}
+    problems: list[Problem] = []
+    seen: list[Any] = []
+    for checkpoint in alike.values():
+        what = (_sizes(checkpoint.config), [checkpoint.infos[n].shape for n in checkpoint.infos])
+        if checkpoint.folder is None or not checkpoint.config or what in seen:
+            continue
+        seen.append(what)
+        if sure or looks_wrong(checkpoint):
+            with suppress(UnknownArchitectureError):  # its own code, which need not run
+                problems += _of(checkpoint, build(checkpoint.folder))
+    return problems
+
+
+def _of(checkpoint: Checkpoint, module: nn.Module) -> list[Problem]:
+    names = list(checkpoint.infos)
+    fused = {name for name, place in Loader(module).places(names).items() if place.fused}
+    binding = bind(module, [name for name in names if name not in fused])
+    if fused:  # what they become is only known to the loader
+        binding = replace(binding, missing=())
+    return disagreements(module, binding, checkpoint.infos, checkpoint.label, checkpoint.config)
+
+
+def _sizes(config: Mapping[str, Any] | None) -> Any:
+    """Return what sets the sizes of a network: all of its config but the names of labels."""
+    fields = {k: v for k, v in (config or {}).items() if k not in ("id2label", "label2id")}
+    return fields, len((config or {}).get("id2label") or ())
+
+
+def looks_wrong(checkpoint: Checkpoint) -> bool:
+    """Return whether a config may not describe the tensors, judged by its plainest numbers.
+
+    It takes the network to know (`disagreements`), but transformers takes longer to import than a
+    small merge. Sizes in the config must occur together in the shape of a tensor, every number of
+    layers as the length of a list.
+    """
+    config = checkpoint.config
+    if not config or not checkpoint.infos:
+        return False
+    lists: dict[str, set[str]] = defaultdict(set)
+    for name in checkpoint.infos:
+        match = _NUMBER.search(name)
+        if match is not None:
+            lists[name[: match.start()]].add(match.group())
+    lengths = {len(numbers) for numbers in lists.values()}
+    return any(_is_suspect(part, checkpoint.infos, lengths) for part in _parts(config))
+
+
+def _is_suspect(
+    config: Mapping[str, Any], infos: Mapping[str, TensorInfo], lengths: set[int]
+) -> bool:
+    numbers = {key: value for key, value in config.items() if type(value) is int and value > 0}
+    shapes = {info.shape for info in infos.values()}
+    hidden = {numbers[key] for key in _HIDDEN if key in numbers}
+    # some files store two or three matrices as one
+    fused = any(re.search(r"gate_up|\.Wi\.|w12|qkv", name) for name in infos)
+    for key in _INNER:
+        value = numbers.get(key)
+        wanted = () if not value else (value, 2 * value) if fused else (value,)
+        if value and not any(_holds(shape, wanted, hidden) for shape in shapes):
+            return True
+    if lengths and any(numbers[key] not in lengths for key in _DEPTHS if key in numbers):
+        return True
+    heads = numbers.get("num_attention_heads")
+    if heads and "hidden_size" in numbers:
+        groups = numbers.get("num_key_value_heads", heads)
+        width = groups * (numbers.get("head_dim") or numbers["hidden_size"] // heads)
+        keys = {info.shape[0] for name, info in infos.items() if name.endswith("k_proj.weight")}
+        if keys and width not in keys:
+            return True
+    labels = config.get("id2label")
+    if not isinstance(labels, Mapping) or not _is_classifier(config):
+        return False
+    return not any(len(labels) in shape for shape in shapes)
+
+
+def _holds(shape: tuple[int, ...], inner: tuple[int, ...], hidden: set[int]) -> bool:
+    """Return whether a tensor has one of the inner sizes, and next to it the hidden size."""
+    return any(
+        size in inner and (not hidden or hidden.intersection((*shape[:i], *shape[i + 1 :])))
+        for i, size in enumerate(shape)
+    )
+
+
+def _is_classifier(config: Mapping[str, Any]) -> bool:
+    named = str(config.get("architectures"))
+    return bool(re.search(r"For(Sequence|Token|Image|Audio)\w*Classification", named))
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield config
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key.endswith("_config"):
+            yield from _parts(value)
