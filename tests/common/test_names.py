@@ -72,7 +72,7 @@ def test_nothing_that_names_a_folder_takes_them(name, tmp_path):
     with pytest.raises(ConfigError, match="heads: expected a name"):
         Recipe({"b": layer}, heads={name: layer})
     with pytest.raises(ConfigError, match=r"data\.tasks: expected a name"):
-        MergeDataModule({name: TaskData({})})
+        MergeDataModule({name: TaskData("json")})
     merged = MergedModel(Recipe({"a": layer, "b": layer}))
     merged.tasks = {name: "a"}
     for write in (

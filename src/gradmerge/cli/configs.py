@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -135,11 +136,12 @@ def _configs(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
 
 
 def _read(path: str) -> dict[str, Any] | None:
-    """Return a file as plain data, or None if it is invalid, which the parser will report."""
-    try:
-        found = read_yaml(Path(path))
-    except ConfigError:
-        return None
+    """Return a file as plain data, or None if it is none, which the parser will report.
+
+    Raises:
+        ConfigError: it is not YAML, is ambiguous or exceeds a limit.
+    """
+    found = read_yaml(Path(path)) if os.path.isfile(path) else None
     return found if isinstance(found, dict) else None
 
 

@@ -259,10 +259,9 @@ class FromFile(AbstractInit):
         spread = (slots or {}).get(name)
         if not loaded.isfinite().all() or loaded.dim() < 1:
             raise ConfigError(f"{where}: expected finite coefficients of {name}, got others.")
-        if stored is None and len(loaded) != len(sources):
+        if len(loaded) != len(sources if stored is None else stored):
             raise ConfigError(
-                f"FromFile: {self.path} is for {len(loaded)} sources, this merge has "
-                f"{len(sources)}."
+                f"{where} is for {len(loaded)} sources, this merge has {len(sources)}."
             )
         if stored is None:
             return loaded, spread

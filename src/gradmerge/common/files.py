@@ -181,6 +181,8 @@ def require_bounded(text: str) -> None:
                 raise _marked(event, f"the alias *{anchor} within what it stands for")
             size, anchor = known, None
         elif isinstance(event, yaml.ScalarEvent):
+            if len(event.value) > MOST_DIGITS and event.value.lstrip("+-").isdecimal():
+                raise _marked(event, f"a number of {len(event.value)} digits")
             if level.at_key and event.value in level.keys and event.value != "<<":
                 raise _marked(event, f"the key {event.value!r} twice in one mapping")
             if level.at_key:

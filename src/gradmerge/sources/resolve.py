@@ -49,8 +49,6 @@ def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
             "expected a path, hub id, module or state dict as a source, got "
             f"{type(value).__name__}."
         )
-    if not str(value):
-        raise ConfigError("expected a path or hub id as a source, got an empty text.")
     return _located(str(value), base, ())
 
 
@@ -65,6 +63,8 @@ def _located(
         asked: adapters and tasks whose own base is looked for, outermost first.
         own: the text is the base that a file names, which may be an old hub id without owner.
     """
+    if not text:
+        raise ConfigError("expected a path or hub id as a source, got an empty text.")
     path = expanded(text)
     if path.suffix == ".safetensors":
         return SafetensorsFile(str(path))

@@ -96,8 +96,13 @@ def unknown_sources(
     return without_downloads(path, remedy, known)
 
 
+def is_empty(value: Any) -> bool:
+    """nothing"""  # noqa: D403, D415
+    return value == {}
+
+
 _CORRECTION = {"scale": Tensor, "axis": a_count, "shift?": Tensor, "groups?": a_count}
-_FINALISATION = {"corrections?": {str: _CORRECTION}, "report?": dict, "coefficients?": [int]}
+_FINALISATION = {"corrections": {str: _CORRECTION}, "report?": dict, "coefficients?": [int]}
 _SAVED = {
     "tasks": {a_name: str},
     "fingerprints": {str: str},
@@ -105,7 +110,7 @@ _SAVED = {
     "fixed": {str: float},
     "checked_unused": bool,
     "buffers": {str: Tensor},
-    "finalisation?": _FINALISATION,
+    "finalisation?": (_FINALISATION, is_empty),
     "run?": {"yaml?": str},
     "results": {str: {str: {str: a_number}}},
     "experts": {str: {str: {str: a_number}}},
