@@ -19,14 +19,16 @@ def with_csv(given: Any, folder: str | None) -> Any:
 
     False turns logging off.
     """
-    from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch import loggers as lightning_loggers
+
+    from gradmerge.training.saving import CSVLogger
 
     if given is False:
         return False
     if given is None or given is True:
         return default_loggers(folder)
     loggers = listed(given)
-    if not any(isinstance(logger, CSVLogger) for logger in loggers):
+    if not any(isinstance(logger, lightning_loggers.CSVLogger) for logger in loggers):
         loggers.append(CSVLogger(folder or "outputs", name="logs"))
     return loggers
 
@@ -44,7 +46,9 @@ def with_coefficients(given: Any) -> list[Any]:
 
 def default_loggers(folder: str | None) -> list[Any]:
     """Return a CSV and a W&B logger; W&B runs offline without a key, so that it never prompts."""
-    from lightning.pytorch.loggers import CSVLogger, WandbLogger
+    from lightning.pytorch.loggers import WandbLogger
+
+    from gradmerge.training.saving import CSVLogger
 
     root = folder or "outputs"
     csv = CSVLogger(root, name="logs")

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from gradmerge.cli.ending import ended_by_signal, watch_parent
 from gradmerge.cli.explain import COMPONENTS, Explained, own_message
 from gradmerge.common.errors import nearest
 from gradmerge.common.faults import explain_bus_errors
@@ -64,10 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     explain_bus_errors()
     try:
-        if command in LEARNING:
-            learn(arguments)
-        else:
-            _plain(command, options)
+        with ended_by_signal(command):
+            if command in LEARNING:
+                watch_parent()
+                learn(arguments)
+            else:
+                _plain(command, options)
     except ValueError as error:
         own = own_message(error)
         if not own:

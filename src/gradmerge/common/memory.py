@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmerge.common.atomic import writing
+from gradmerge.common.atomic import require_space, writing
 
 _M_MMAP_THRESHOLD = -3
 # Sizes shared by fewer tensors (embeddings) recur too rarely to be worth keeping.
@@ -120,6 +120,15 @@ def in_file(
         # the mapping stays valid after the file is closed
         flat = torch.from_file(str(name), shared=True, size=size, dtype=dtype)
     return flat.view(*shape)
+
+
+def require_temporary_space(size: int, what: str) -> None:
+    """Reject a `TMPDIR` with less free space than the tensors that will be mapped to files there.
+
+    Raises:
+        OutputError: there is less.
+    """
+    require_space(Path(tempfile.gettempdir()), size, what, _ELSEWHERE)
 
 
 def _temporary(folder: Path) -> Any:

@@ -7,6 +7,7 @@ finds out are in a `gradmerge.engine.state.FitState`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from torch import Tensor
 from gradmerge.alignment import Aligned
 from gradmerge.coefficients import AbstractInit, InitContext, Layout, initial_raw
 from gradmerge.common.errors import ConfigError, Problem, shorten
+from gradmerge.common.memory import require_temporary_space
 from gradmerge.common.patterns import matches
 from gradmerge.common.spec import to_plain
 from gradmerge.common.typing import Raw
@@ -276,6 +278,9 @@ class Plan(Shared):
         self._keeps_facts = True
         for checkpoint in (*([self.base] if self.base is not None else []), *self.serving.values()):
             checkpoint.keep()
+        if self.recipe.preprocess:
+            entries = sum(math.prod(info.shape) for info in self.tensors.values())
+            require_temporary_space(4 * entries * len(self.sources), "the preprocessed directions")
         self._processed.keep()
 
     def terms(self, name: str, processed: bool = True) -> Terms:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import torch
 
 from gradmerge.common.atomic import (
     hidden_name,
@@ -22,6 +25,7 @@ from gradmerge.common.atomic import (
     lock,
     locked,
     remove,
+    require_space,
     writing,
 )
 from gradmerge.common.output import paths_in, require_output, write_manifest
@@ -80,6 +84,20 @@ def inputs_of(plan: Plan) -> list[Path]:
     opened = [*plan.serving.values(), *([] if plan.base is None else [plan.base])]
     files = {info.file for checkpoint in opened for info in checkpoint.infos.values()}
     return paths_in(to_plain(plan.recipe), sorted(files))
+
+
+def require_room(target: Path, plan: Plan, dtype: torch.dtype | None = None) -> None:
+    """Reject a place without space for a merged model, estimated from the headers of its tensors.
+
+    Raises:
+        OutputError: there is too little.
+    """
+    infos = [plan.reference.infos[name] for name in plan.tensors]
+    size = sum(math.prod(i.shape) * (dtype or i.dtype).itemsize for i in infos)
+    heads = plan.serving.values() if plan.private else ()
+    own = [head.infos[name] for head in heads for name in plan.private if name in head.infos]
+    size += sum(math.prod(i.shape) * (dtype or i.dtype).itemsize for i in own)
+    require_space(target, size, "the merged model")
 
 
 def _take_name(work: Path, target: Path, overwrite: bool, inputs: Iterable[Path]) -> None:

@@ -24,7 +24,7 @@ from gradmerge.common.spec import to_plain
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.state import FitState
-from gradmerge.export.atomic import inputs_of, new_folder
+from gradmerge.export.atomic import inputs_of, new_folder, require_room
 from gradmerge.export.card import model_card
 from gradmerge.export.provenance import provenance_of, run_of
 from gradmerge.export.writer import Entry, entries_of, write_safetensors
@@ -104,6 +104,7 @@ def export_state(
     tasks = dict(tasks) if tasks else {name: name for name in plan.sources}
     kind = require_options(dtype, head, tasks)
     head = head or next(iter(tasks))
+    require_room(target, plan, kind)
     state.require_finite()
     with new_folder(target, overwrite, [*inputs, *inputs_of(plan)]) as work:
         # sources are hashed while they are merged: both read the same files

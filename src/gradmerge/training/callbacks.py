@@ -15,13 +15,16 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
+from gradmerge.common.atomic import writing
 from gradmerge.common.checkpoints import load_checkpoint
 from gradmerge.common.output import paths_in
 from gradmerge.engine.state import FitState
-from gradmerge.export.atomic import inputs_of, refuse_existing
+from gradmerge.export.atomic import inputs_of, refuse_existing, require_room
 from gradmerge.export.folder import export_merged, require_options
 from gradmerge.training.module import MergeModule
 from gradmerge.training.run import read_by
+
+_KEPT = "The checkpoints of the fit are kept."
 
 
 def heat_map(table: Tensor, names: Sequence[str], sources: Sequence[str], path: Path | None) -> Any:
@@ -108,7 +111,9 @@ class CoefficientLogger(lightning.Callback):
     def draw(self, folder: str, state: FitState) -> None:
         """Save the heat map of the given coefficients."""
         names, table = coefficient_table(state)
-        heat_map(table, names, state.plan.source_names, Path(folder) / "coefficients.png")
+        path = Path(folder) / "coefficients.png"
+        with writing(path, _KEPT):
+            heat_map(table, names, state.plan.source_names, path)
 
     def write(self, loggers: Iterable[Any], folder: str | None, state: FitState, step: int) -> None:
         """Log the given coefficients to `coefficients.csv` and to W&B."""
@@ -118,7 +123,7 @@ class CoefficientLogger(lightning.Callback):
             path = Path(folder) / "coefficients.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
             new = not path.exists()
-            with path.open("a", newline="") as file:
+            with writing(path, _KEPT), path.open("a", newline="") as file:
                 writer = csv.writer(file)
                 if new:
                     writer.writerow(["step", "tensor", *sources])
@@ -234,6 +239,8 @@ class ExportAtEnd(lightning.Callback):
         """Reject an existing output folder before training."""
         if stage == "fit":
             self.require_free(self._inputs(trainer, pl_module))
+            kind = require_options(self.dtype, None, ())
+            require_room(self.folder, pl_module.merged.plan, kind)
 
     @staticmethod
     def _inputs(trainer: lightning.Trainer, module: Any) -> list[Path]:

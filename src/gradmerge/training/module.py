@@ -53,6 +53,7 @@ from gradmerge.training.loaders import sample_batches
 from gradmerge.training.logit_scale import LogitScale
 from gradmerge.training.regularisation import Regularisation
 from gradmerge.training.run import start_run
+from gradmerge.training.saving import Saver
 from gradmerge.training.scores import SplitScores
 
 
@@ -256,6 +257,12 @@ class MergeModule(FiniteModule):
     def tasks(self) -> tuple[str, ...]:
         """Task names, in the order of the evaluation loaders."""
         return tuple(self.merged.tasks)
+
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        """Return a callback that saves the state of a fit which is told to end."""
+        trainer: Any = self.trainer
+        saves = trainer.state.fn != "fit" or any(isinstance(c, Saver) for c in trainer.callbacks)
+        return [] if saves else [Saver()]
 
     def setup(self, stage: str) -> None:
         """Take the tasks and their sources from the trainer's data module.
