@@ -199,7 +199,9 @@ def _write(state: FitState, form: Form, checked: dict[str, Any], known: Mapping[
         return export_compact(state.plan, **checked)
     extra = {"merge": to_plain(state.plan.recipe), **read_as(state.plan)}
     inputs = [*checked.pop("inputs"), *inputs_of(state.plan)]
-    return export_tasks(task_checkpoints(state.plan), **checked, inputs=inputs, extra=extra)
+    trusted = state.plan.recipe.trust_remote_code
+    more: dict[str, Any] = {"inputs": inputs, "extra": extra, "trust_remote_code": trusted}
+    return export_tasks(task_checkpoints(state.plan), **checked, **more)
 
 
 def collect(recipe: Recipe, data: Any, output: str, overwrite: bool = False) -> None:

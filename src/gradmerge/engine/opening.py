@@ -22,6 +22,7 @@ from gradmerge.sources import Checkpoint, as_source
 from gradmerge.sources.agreement import check_agreement
 from gradmerge.sources.base import require_finite
 from gradmerge.sources.compatibility import check, check_private, require
+from gradmerge.sources.modules import check_modules
 from gradmerge.sources.renaming import unify_names
 from gradmerge.sources.skeleton import Network, strip_weights
 from gradmerge.sources.ties import Networks, may_be_tied, settle_ties, untie
@@ -148,6 +149,7 @@ class Opening:
             self.sources = {name: everything[name] for name in self.sources}
         problems += check({**everything, **self.heads}, recipe.private, recipe.allow)
         problems += check_private({**self.sources, **self.heads}, recipe.private, recipe.allow)
+        problems += check_modules([*everything.values()])
         require(problems)
         if self._module is None:
             serving = {**self.sources, **self.heads}

@@ -27,6 +27,7 @@ from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import inputs_of, new_folder
 from gradmerge.export.card import render
 from gradmerge.export.folder import private_entries, require_options, write_config, write_weights
+from gradmerge.export.opened import folder_like, require_opens
 from gradmerge.export.provenance import provenance_of, stamp
 from gradmerge.export.writer import Entry, entries_of, write_safetensors
 from gradmerge.preprocess import Unify
@@ -118,11 +119,13 @@ def export_tasks(
     overwrite: bool = False,
     extra: Mapping[str, Any] | None = None,
     inputs: Iterable[Path] = (),
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write one Hugging Face folder per task, `output/<task>`, each of which loads on its own.
 
     `extra` are further entries of each provenance.json, and `inputs` all files and folders that are
-    read; other options as in `export_state`.
+    read; `trust_remote_code` lets modelling code run when the folders are opened once; other
+    options as in `export_state`.
     """
     kind = require_options(dtype, None, tasks)
     target = Path(output).expanduser()
@@ -138,12 +141,15 @@ def export_tasks(
                 folder, [*weights, *entries_of(checkpoint, found.buffers, infinite=masks)]
             )
             write_config(folder, checkpoint.folder, checkpoint.config, kind)
+            like = folder_like(checkpoint)
+            check = require_opens(folder, target / task, like, trust_remote_code)
             source = {"from": checkpoint.label, "sha256": checkpoint.fingerprint()}
             provenance = {
                 **stamp(),
                 "sources": {task: source},
                 "tasks": {task: task},
                 "dtype": dtype or "as stored",
+                "check": check,
                 **(extra or {}),
             }
             write_json(folder / "provenance.json", masked(provenance))

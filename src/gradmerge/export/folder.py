@@ -26,9 +26,12 @@ from gradmerge.engine.plan import Plan
 from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import inputs_of, new_folder, require_room
 from gradmerge.export.card import model_card
+from gradmerge.export.opened import folder_like, load_class, require_opens
 from gradmerge.export.provenance import provenance_of, run_of
 from gradmerge.export.writer import Entry, entries_of, write_safetensors
 from gradmerge.sources.files import copy_files, write_json
+from gradmerge.sources.modules import copy_modules, module_owner
+from gradmerge.sources.tokenizers.files import TOKENIZER_FILES
 from gradmerge.sources.tokenizers.report import token_report
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
@@ -108,15 +111,19 @@ def export_state(
     state.require_finite()
     with new_folder(target, overwrite, [*inputs, *inputs_of(plan)]) as work:
         # sources are hashed while they are merged: both read the same files
-        hashing = ThreadPoolExecutor(1)
-        hashes = hashing.submit(plan.require_same_as_before)
-        hashing.shutdown(wait=False)  # its thread ends with this work
+        behind = ThreadPoolExecutor(2)
+        hashes = behind.submit(plan.require_same_as_before)
+        loaded = behind.submit(load_class, plan.reference.config)
+        behind.shutdown(wait=False)  # its threads end with this work
         release_freed_memory()  # fragmented heap could otherwise hold every written tensor
         with plan.sound():
             _write_coefficients(state, work)
             _write_model(state, buffers or {}, tasks, head, kind, work, max_shard_size)
         hashes.result()
-        provenance = provenance_of(state, dtype, tasks, results, extra)
+        loaded.result()  # a module that is being imported must not be used
+        check = _require_opens(plan, work, target, tasks, head)
+        found = provenance_of(state, dtype, tasks, results, extra)
+        provenance = {**found, "check": check}
         write_json(work / "provenance.json", provenance)
         if plan.tokens is not None:
             write_json(work / "tokens.json", token_report(plan.tokens))
@@ -125,6 +132,21 @@ def export_state(
         card = model_card(state, provenance, head, target.name)
         (work / "README.md").write_text(card, encoding="utf-8")
     return target
+
+
+def _require_opens(
+    plan: Plan, work: Path, target: Path, tasks: Mapping[str, str], head: str
+) -> str:
+    """Open the folder, and those of its tasks, as `require_opens`; return what was found."""
+    trusted = plan.recipe.trust_remote_code
+
+    def opens(part: str, task: str) -> str:
+        like = folder_like(plan.serving[tasks[task]] if plan.private else plan.reference)
+        return require_opens(work / part, target / part, like, trusted)
+
+    for task in tasks if plan.private else ():
+        opens(f"tasks/{task}", task)
+    return opens("", head)
 
 
 def require_options(
@@ -225,6 +247,12 @@ def _write_config_for(plan: Plan, work: Path, source: str, dtype: torch.dtype | 
     candidates = [first, plan.reference, *plan.sources.values()]
     config = next((c.config for c in candidates if c.config is not None), None)
     write_config(work, plan.folder, config, dtype, plan.skeleton)
+    tokenizer = plan.reference.tokenizer_folder
+    if tokenizer not in (None, plan.folder):  # an adapter's own
+        copy_files(tokenizer, work, TOKENIZER_FILES)
+    owner = module_owner([plan.reference, *plan.sources.values()])
+    if owner not in (None, plan.folder):
+        copy_modules(owner, work)
 
 
 def write_config(
@@ -237,6 +265,7 @@ def write_config(
     """Write `config`; copy all but the weights from `folder`, or take it from a model in memory."""
     if folder is not None:
         copy_files(folder, work, ignored=_NOT_COPIED)
+        copy_modules(folder, work)
     elif hasattr(getattr(network, "generation_config", None), "save_pretrained"):
         network.generation_config.save_pretrained(work)
     if config is None:

@@ -1,0 +1,118 @@
+"""Modules around a network, as sentence-transformers stores them: `modules.json` and folders."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from gradmerge.common.errors import Problem, SourceError, shorten
+from gradmerge.common.files import parse_json, read_bytes
+from gradmerge.common.names import require_file
+from gradmerge.sources.base import Checkpoint
+
+# Files in the folder itself that belong to its modules.
+_SETTINGS = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npy", ".npz")
+
+
+def modules_of(folder: Path | None) -> dict[str, str] | None:
+    """Return the type of each module in a folder of its own, by folder; None without modules.
+
+    Raises:
+        SourceError: modules.json is damaged, or names a folder elsewhere or one that is missing.
+    """
+    path = None if folder is None else folder / "modules.json"
+    if folder is None or path is None or not path.is_file():
+        return None
+    listed = parse_json(read_bytes(path), path)
+    try:
+        found = {str(entry["path"]): str(entry["type"]) for entry in listed}
+    except (KeyError, TypeError) as error:
+        raise SourceError(
+            f"{path}: expected a list of modules with `path` and `type`, got another form."
+        ) from error
+    found.pop("", None)  # the network itself
+    for name in found:
+        require_file(path, name, SourceError)
+    lost = [name for name in found if not (folder / name).is_dir()]
+    if lost:
+        raise SourceError(
+            f"{path}: its modules {shorten(lost)} have no folders; copy or download them again."
+        )
+    return found
+
+
+def module_owner(checkpoints: Iterable[Checkpoint]) -> Path | None:
+    """Return the folder whose modules a merge gets: the first that has any."""
+    folders = (checkpoint.folder for checkpoint in checkpoints)
+    return next((folder for folder in folders if modules_of(folder) is not None), None)
+
+
+def check_modules(checkpoints: Sequence[Checkpoint]) -> list[Problem]:
+    """Compare the modules around the networks, which are copied to the output.
+
+    Modules with weights that differ are fatal: these weights would not be merged.
+    """
+    owner = module_owner(checkpoints)
+    problems = []
+    for checkpoint in checkpoints:
+        folder = checkpoint.folder
+        if owner is None or folder is None or folder == owner or modules_of(folder) is None:
+            continue
+        different = _differences(owner, folder)
+        weights = [name for name in different if name.endswith(_WEIGHTS)]
+        if different:
+            todo = "Those weights are not merged: use sources that share them."
+            problems.append(
+                Problem(
+                    "modules",
+                    checkpoint.label,
+                    "modules.json",
+                    f"the modules around the network of {owner}",
+                    f"others: {shorten(weights or different)}",
+                    todo if weights else f"The merge gets those of {owner}.",
+                    fatal=bool(weights),
+                )
+            )
+    return problems
+
+
+def _differences(first: Path, second: Path) -> list[str]:
+    """Return the files of modules that differ between two folders."""
+    found = []
+    for name in sorted(_files(first) | _files(second)):
+        pair = first / name, second / name
+        if not all(path.is_file() for path in pair):
+            found.append(name)
+        elif name.endswith(".json"):
+            values = [parse_json(read_bytes(path), path) for path in pair]
+            if json.dumps(values[0], sort_keys=True) != json.dumps(values[1], sort_keys=True):
+                found.append(name)
+        elif not filecmp.cmp(*pair, shallow=False):
+            found.append(name)
+    return found
+
+
+def _files(folder: Path) -> set[str]:
+    """Return the files in the folders of modules, relative to the model's folder."""
+    return {
+        path.relative_to(folder).as_posix()
+        for name in modules_of(folder) or {}
+        for path in (folder / name).rglob("*")
+        if path.is_file()
+    }
+
+
+def copy_modules(owner: Path, target: Path) -> None:
+    """Copy the modules around a network, and their settings, if there are any."""
+    if modules_of(owner) is None:
+        return
+    for pattern in _SETTINGS:
+        for path in owner.glob(pattern):
+            shutil.copyfile(path, target / path.name)
+    for name in _files(owner):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(owner / name, target / name)
