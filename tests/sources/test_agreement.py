@@ -60,7 +60,7 @@ LABELS = {"id2label": {str(i): f"l{i}" for i in range(5)}, "label2id": None}
     ("build", "fields", "told"),
     [
         (llama, {"vocab_size": 99}, r"vocab_size \(got 99\)\n.*\(32, 16\) for .*\(and 1 more\)"),
-        (llama, {"hidden_size": 24}, r"hidden_size \(got 24\)"),
+        (llama, {"hidden_size": 40}, r"hidden_size \(got 40\)"),
         (llama, {"intermediate_size": 48}, r"intermediate_size \(got 48\)\n.*\(16, 24\)"),
         (llama, {"num_key_value_heads": 4}, r"\(8, 16\) for model\.layers\.0\.self_attn\.k_proj"),
         (llama, {"num_hidden_layers": 4}, r"num_hidden_layers \(got 4\)\n.*18 that have no tensor"),

@@ -67,6 +67,8 @@ UNSURE = [("config.id2label", "b/config.json", False)]
         (labels(NLI), labels(["LABEL_0", "LABEL_1", "LABEL_2"], NLI), []),
         # a list, or rows that are no numbers: transformers has its say later
         (labels(NLI), {"id2label": NLI, "num_labels": 3}, UNSURE),
+        (labels(NLI), {"label2id": {"x": [0], "y": [1], "z": [2]}}, UNSURE),
+        (labels(NLI), {"label2id": {name: str(i) for i, name in enumerate(NLI)}}, []),
         (labels(NLI), {"id2label": {"x": "1", "y": "2", "z": "3"}}, UNSURE),
     ],
 )

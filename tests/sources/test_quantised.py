@@ -117,6 +117,7 @@ def test_a_config_that_announces_codes_which_the_files_do_not_hold():
         "a/config.json",
         "none: its weights are stored unquantised",
     )
+    assert problems({"weight": HALF}, {"quantization_config": "gptq"})[0][0] == told[0][0]
     sources = {name: Headers(name, {"weight": HALF}, config) for name in "ab"}
     allowed = check(sources, allow=["config.quantization_config"])
     assert [problem.fatal for problem in allowed] == [False, False]

@@ -81,7 +81,7 @@ def _wrong_shapes(
         yield Problem(
             "config",
             where,
-            _fields(config, sizes) or names[0],
+            _fields(config, sizes, infos) or names[0],
             f"the sizes of the tensors: {info.shape} for {info.name} in {info.file}{more}",
             f"{wanted[place]}",
             "transformers would refuse the merge, or give it random values. Correct the config, or "
@@ -109,7 +109,7 @@ def _missing(
         yield Problem(
             "config",
             where,
-            _fields(config, depths) or "parameters",
+            _depths(config, depths) or "parameters",
             f"a tensor for every parameter of {kind}",
             f"{len(lost)} that have no tensor: {shorten(lost)}",
             f"They would have random values.{nearest(lost[0], binding.unused)} Correct the config, "
@@ -140,7 +140,7 @@ def _surplus(
         yield Problem(
             "config",
             where,
-            _fields(config, depths) or "layers",
+            _depths(config, depths) or "layers",
             f"a place in {kind} for every layer in the files",
             f"none for {len(extra)} tensors: {shorten(extra)}",
             "transformers would drop these layers. Correct the config, or give the weights that "
@@ -164,19 +164,28 @@ def _lengths(module: nn.Module, name: str) -> Iterator[int]:
             yield len(parent)
 
 
-def _fields(config: Mapping[str, Any] | None, values: Iterable[int]) -> str:
-    """Return the fields of a config that have one of these values, as `name (got value)`."""
-    wanted = set(values)
+def _fields(
+    config: Mapping[str, Any] | None, values: Iterable[int], infos: Mapping[str, TensorInfo]
+) -> str:
+    """Return the fields to blame for sizes that no tensor has, as `name (got value)`."""
+    stored = {size for info in infos.values() for size in info.shape}
+    wanted = set(values) - stored
     found = {
         key: value
         for key, value in _numbers(config or {})
         if value in wanted and not re.search("token|_id$|dropout", key)
     }
-    if not found and config and len(wanted) == 1 and "num_labels" not in config:
-        labels = config.get("id2label")
-        if isinstance(labels, Mapping) and len(labels) in wanted:
-            return f"id2label (got {len(labels)} labels)"
+    labels = (config or {}).get("id2label")
+    if not found and isinstance(labels, Mapping) and len(labels) in wanted:
+        return f"id2label (got {len(labels)} labels)"
     return " or ".join(f"{key} (got {value})" for key, value in found.items())
+
+
+def _depths(config: Mapping[str, Any] | None, values: Iterable[int]) -> str:
+    """Return the fields to blame for a number of layers."""
+    wanted = set(values)
+    numbers = [(k, v) for k, v in _numbers(config or {}) if v in wanted and "layer" in k]
+    return " or ".join(f"{key} (got {value})" for key, value in numbers)
 
 
 def _numbers(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, int]]:
@@ -241,7 +250,8 @@ def looks_wrong(checkpoint: Checkpoint) -> bool:
 
     It takes the network to know (`disagreements`), but transformers takes longer to import than a
     small merge. Sizes in the config must occur together in the shape of a tensor, every number of
-    layers as the length of a list.
+    layers as the length of a list. What escapes is found when the merge is opened, before it gets
+    its name.
     """
     config = checkpoint.config
     if not config or not checkpoint.infos:
@@ -259,6 +269,8 @@ def _is_suspect(
     config: Mapping[str, Any], infos: Mapping[str, TensorInfo], lengths: set[int]
 ) -> bool:
     numbers = {key: value for key, value in config.items() if type(value) is int and value > 0}
+    if any(type(config.get(key, 0)) not in (int, type(None)) for key in (*_INNER, *_DEPTHS)):
+        return True
     shapes = {info.shape for info in infos.values()}
     hidden = {numbers[key] for key in _HIDDEN if key in numbers}
     # some files store two or three matrices as one

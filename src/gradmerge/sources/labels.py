@@ -47,7 +47,7 @@ def labels_of(config: Mapping[str, Any]) -> Labels | None:
 
     Names are taken from `id2label`, or else from `label2id`.
     """
-    for found in (_by_row(config.get("id2label")), _by_row(_inverse(config.get("label2id")))):
+    for found in (_by_row(config.get("id2label")), _by_label(config.get("label2id"))):
         if found and not all(_GENERIC.match(name.casefold()) for name in found):
             return found
     return None
@@ -61,8 +61,11 @@ def _by_row(names: Any) -> Labels | None:
     return tuple(rows[row] for row in sorted(rows))
 
 
-def _inverse(rows: Any) -> Any:
-    return {row: name for name, row in rows.items()} if isinstance(rows, Mapping) else None
+def _by_label(rows: Any) -> Labels | None:
+    pairs = list(rows.items()) if isinstance(rows, Mapping) else [("", None)]
+    if not all(type(row) is int or str(row).isdecimal() for _, row in pairs):
+        return None
+    return _by_row({row: name for name, row in pairs})
 
 
 def _plain(labels: Labels) -> Labels:
@@ -117,7 +120,7 @@ def _check_itself(checkpoint: Checkpoint) -> list[Problem]:
     """Compare `label2id` with `id2label` of one config."""
     config = checkpoint.config or {}
     first = _by_row(config.get("id2label"))
-    second = _by_row(_inverse(config.get("label2id")))
+    second = _by_label(config.get("label2id"))
     if first is None or second is None or first == second:
         return []
     if all(_GENERIC.match(name.casefold()) for name in first) or len(second) != len(first):

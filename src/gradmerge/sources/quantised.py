@@ -142,6 +142,8 @@ def declaration(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         own = config.get(key)
         if isinstance(own, Mapping) and own:
             return own
+        if own and key == SETTINGS[0]:
+            return {"quant_method": own}
     for key, part in config.items():
         found = declaration(part) if key.endswith("_config") and isinstance(part, Mapping) else None
         if found is not None:
