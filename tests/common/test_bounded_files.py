@@ -66,7 +66,10 @@ def test_json_that_is_read(found, tmp_path):
 
 def test_a_key_that_says_the_same_twice_is_no_harm():
     assert parse_json('{"a": [1], "a": [1]}', "x") == {"a": [1]}
-    assert parse_json('{"a": 1, "a": 2}', "x", last_counts=True) == {"a": 2}
+    assert parse_json('{"a": 1, "a": 2}', "x", plain=True) == {"a": 2}
+    for text in ("[" * 200_000, "9" * 5000, '"\\ud800"'):
+        with pytest.raises(SourceError, match="x: expected JSON, got"):
+            parse_json(text, "x", plain=True)
 
 
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):

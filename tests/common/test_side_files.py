@@ -16,6 +16,7 @@ from gradmerge.alignment import PermutationSpec
 from gradmerge.alignment.moments import CollectedActivations
 from gradmerge.cli.score import _private_of
 from gradmerge.coefficients import FromFile, InitContext, MergeTensor, Slot
+from gradmerge.common import patterns
 from gradmerge.common.errors import ConfigError, GradmergeError, SourceError
 from gradmerge.common.schema import a_count, a_name, require_shape
 from gradmerge.drivers import Continual
@@ -102,7 +103,8 @@ def test_a_shape_names_every_field():
 @pytest.fixture
 def adapter(tmp_path):
     torch.manual_seed(0)
-    weights = {f"layers.{i}.q.weight": torch.randn(4, 6) for i in range(2)}
+    deep = "deep" * 12
+    weights = {f"{deep}.layers.{i}.q.weight": torch.randn(4, 6) for i in range(2)}
     save_file(weights, tmp_path / "base.safetensors")
     factors = {}
     for name in weights:
@@ -398,3 +400,13 @@ def test_damaged_checkpoints():
             (refused if str(error).startswith(named) else other).append(f"{label}: {error}")
     assert len(refused) > 150
     assert not other
+
+
+def test_patterns_of_an_adapter_that_never_end(adapter, monkeypatch):
+    path, settings, use = adapter
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
+    for option in ("alpha_pattern", "rank_pattern"):
+        never = {option: {"([a-z0-9.]|[a-z0-9.]{2})+X?Y?[^a-z]": 2}}
+        path.write_text(json.dumps({**settings, **never}))
+        with pytest.raises(SourceError, match=rf"ad: {option}: the regular expression .* takes"):
+            use()

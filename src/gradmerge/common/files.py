@@ -44,21 +44,22 @@ def read_bytes(path: Path, kind: type[GradmergeError] = SourceError) -> bytes:
 
 
 def read_json(
-    path: Path, kind: type[GradmergeError] = SourceError, last_counts: bool = False
+    path: Path, kind: type[GradmergeError] = SourceError, plain: bool = False
 ) -> dict[str, Any] | None:
     """Return a JSON file as a dict, or None if it does not exist.
 
     Args:
         path: the file.
         kind: class of the error.
-        last_counts: of a key with several values take the last, as most readers do.
+        plain: take the last of several values of a key, as most readers do, and any depth: for
+            vocabularies, which are large, and of which one level is read.
 
     Raises:
         GradmergeError: the file cannot be read, or holds something else.
     """
     if not path.is_file():
         return None
-    found = parse_json(read_bytes(path, kind), path, kind, last_counts)
+    found = parse_json(read_bytes(path, kind), path, kind, plain)
     if not isinstance(found, dict):
         raise kind(f"{path}: expected a JSON object, got {type(found).__name__}.")
     return found
@@ -68,7 +69,7 @@ def parse_json(
     content: bytes | str,
     where: object,
     kind: type[GradmergeError] = SourceError,
-    last_counts: bool = False,
+    plain: bool = False,
 ) -> Any:
     """Return JSON as plain data.
 
@@ -76,17 +77,18 @@ def parse_json(
         content: the text, as UTF-8 if it is bytes.
         where: file, for error messages.
         kind: class of the error.
-        last_counts: of a key with several values take the last.
+        plain: see `read_json`.
 
     Raises:
         GradmergeError: it is not JSON, exceeds a limit, or has a key with two values.
     """
     try:
         text = content if isinstance(content, str) else content.decode()
-        found = json.loads(
-            text, parse_int=_whole, object_pairs_hook=None if last_counts else _unambiguous
-        )
-        _require_depth(found)
+        if plain:
+            found = json.loads(text)
+        else:
+            found = json.loads(text, parse_int=_whole, object_pairs_hook=_unambiguous)
+            _require_depth(found)
         if "\\ud" in text or "\\uD" in text:  # halves of surrogate pairs cannot be written again
             json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

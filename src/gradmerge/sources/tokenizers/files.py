@@ -79,7 +79,7 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
 
     None if there is none. Unlike `read_tokens`, needs no tokenizer of transformers.
     """
-    loaded = read_json(folder / "tokenizer.json", last_counts=True)  # as transformers does
+    loaded = read_json(folder / "tokenizer.json", plain=True)
     if loaded is not None:
         try:
             vocabulary = (loaded.get("model") or {}).get("vocab") or {}
@@ -93,7 +93,7 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
                 f"else ({type(error).__name__}: {error})."
             ) from error
         return _with_ids(folder / "tokenizer.json", found)
-    plain = read_json(folder / "vocab.json", last_counts=True)
+    plain = read_json(folder / "vocab.json", plain=True)
     if plain is not None:
         return _with_ids(folder / "vocab.json", plain)
     path = folder / "vocab.txt"
@@ -109,7 +109,7 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
 def _with_ids(path: Path, found: dict[Any, Any]) -> dict[str, int]:
     """Return a vocabulary, in which every token has a number."""
     for token, number in found.items():
-        if type(token) is not str or type(number) is not int or number < 0:
+        if type(token) is not str or type(number) is not int or not 0 <= number < 1 << 31:
             raise SourceError(
                 f"{path}: expected tokens with their ids, got {ascii(token)[:60]}: "
                 f"{ascii(number)[:60]}."
