@@ -137,15 +137,15 @@ def test_configs_and_tokenizers_have_hashes_of_their_own(tmp_path):
     kept = {"a": side_hashes(as_source(one).open())}
     assert list(kept["a"]) == ["config.json", "modeling_own.py", "tokenizer.json"]
     (two / "README.md").write_text("other")
-    require_same_files(kept, {"a": side_hashes(as_source(two).open())})
-    require_same_files({}, kept)  # checkpoints of earlier versions have none
+    require_same_files("it was made", kept, {"a": side_hashes(as_source(two).open())})
+    require_same_files("it was made", {}, kept)  # checkpoints of earlier versions have none
     assert as_source(one).open().fingerprint() == as_source(two).open().fingerprint()
     (two / "tokenizer.json").write_text('{"a": 1}')
     with pytest.raises(FingerprintError, match=r"a: tokenizer.json differ"):
-        require_same_files(kept, {"a": side_hashes(as_source(two).open())})
+        require_same_files("it was made", kept, {"a": side_hashes(as_source(two).open())})
     (two / "special_tokens_map.json").write_text("{}")
     with pytest.raises(FingerprintError, match=r"a: tokenizer.json, a: special_tokens_map.json"):
-        require_same_files(kept, {"a": side_hashes(as_source(two).open())})
+        require_same_files("it was made", kept, {"a": side_hashes(as_source(two).open())})
 
 
 def test_settings_of_an_adapter_are_watched(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 
@@ -14,12 +15,14 @@ from torch import nn
 from gradmerge import MergedModel, Recipe, merge
 from gradmerge.cli.inspect import inspect_sources, render
 from gradmerge.coefficients import Constant
+from gradmerge.common import finite
 from gradmerge.common.errors import NonFiniteError
-from gradmerge.common.finite import CHUNK, is_finite, non_finite
+from gradmerge.common.finite import CHUNK, is_finite, non_finite, scan
 from gradmerge.engine.opening import open_plan
+from gradmerge.operators._native import native_kernels
 from gradmerge.preprocess import Trim
 from gradmerge.sources import as_source
-from gradmerge.sources.base import find_flaws, fingerprints_of, require_finite
+from gradmerge.sources.base import find_flaws, fingerprints_of, require_finite, tensor_bytes
 from tiny import Normalised, Perceptron, build, recipe_of, relatives
 
 FLOATS = [
@@ -33,6 +36,17 @@ FLOATS = [
 ]
 
 
+@pytest.fixture(params=["torch", "native"])
+def kernel(request, monkeypatch):
+    """Each way of looking at tensors."""
+    kernels = native_kernels()
+    if request.param == "native" and kernels is None:
+        pytest.skip("no compiler")
+    test = kernels.finite_test if request.param == "native" else None
+    monkeypatch.setattr(finite, "_fast", test)
+
+
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("value", [math.nan, -math.inf], ids=["nan", "inf"])
 def test_every_dtype(dtype, value):
@@ -47,11 +61,15 @@ def test_every_dtype(dtype, value):
     assert flaw.infinite == (math.isinf(value) and dtype != torch.float8_e4m3fn)
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("at", [0, CHUNK - 1, CHUNK, 2 * CHUNK + 5])
 def test_every_place(at):
     tensor = torch.ones(2 * CHUNK + 6)
     tensor[at] = math.nan
     assert non_finite(tensor).first == (at,)
+    digest = hashlib.sha256()
+    assert scan(tensor, tensor_bytes(tensor), digest.update).first == (at,)
+    assert digest.digest() == hashlib.sha256(tensor.numpy().tobytes()).digest()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

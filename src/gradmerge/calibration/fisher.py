@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from gradmerge.alignment import AbstractAlignment
 from gradmerge.calibration.observers import Enough, Grams, LinearLayer, mask_of
-from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.common.errors import ConfigError, NonFiniteError, shorten
+from gradmerge.common.finite import non_finite
 from gradmerge.common.spec import to_plain
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.predict import Batch, rows_of
@@ -181,13 +182,24 @@ class Passes:
         """Write tensors to the next file, and return its name."""
         file = f"{self.needs.kind}-{next(self._numbers)}.safetensors"
         kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        for key, tensor in kept.items():
+            if (flaw := non_finite(tensor)) is not None:
+                raise NonFiniteError(
+                    f"statistics of {key}: expected finite numbers, got NaN or infinity in {flaw}. "
+                    "The source overflows on its data: collect in float32, or look for extreme "
+                    "examples."
+                )
         save_file(kept, self.folder / file)
         return file
 
     def record(self, step: AbstractPreprocess | AbstractAlignment) -> dict[str, Any]:
         """Return what was collected for a step, of which weights, as plain data."""
         sources = {
-            name: {"fingerprint": self.plan.fingerprints[name], **asdict(found)}
+            name: {
+                "fingerprint": self.plan.fingerprints[name],
+                "files": self.plan.side_hashes.get(name, {}),
+                **asdict(found),
+            }
             for name, found in self.found.items()
         }
         return {"needs": asdict(self.needs), "step": to_plain(step), "sources": sources}

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from gradmerge.common.errors import ConfigError, shorten
 
-CHUNK = 1 << 18
-"""Entries that are looked at together: few enough to stay in a core's cache."""
-
+CHUNK = 1 << 14
+"""Entries that are summed together: so few that torch uses one thread, as others are at work."""
+_PIECE = 1 << 19  # bytes
+Test = Callable[[int, int], bool]
+_fast: Callable[[Tensor], Test | None] | None = None
 _SUMMED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -37,6 +39,17 @@ class NonFinite:
         return f"{self.count} of {self.total} entries, first {list(self.first)} = {self.value:g}"
 
 
+def use(kernel: Callable[[Tensor], Test | None]) -> None:
+    """Look for NaN and infinity by a compiled kernel from now on.
+
+    Args:
+        kernel: returns for a tensor a test whether its bytes from start to end are finite numbers,
+            or None if it cannot look at it.
+    """
+    global _fast
+    _fast = kernel
+
+
 def has_numbers(dtype: torch.dtype) -> bool:
     """Return whether a dtype has NaN or infinity."""
     return dtype.is_floating_point or dtype.is_complex
@@ -49,6 +62,9 @@ def is_finite(flat: Tensor) -> bool:
     """
     if not has_numbers(flat.dtype):
         return True
+    test = None if _fast is None else _fast(flat)
+    if test is not None:
+        return test(0, flat.numel() * flat.element_size())
     for part in flat.split(CHUNK) if flat.device.type == "cpu" else [flat]:
         real = torch.view_as_real(part.resolve_conj()) if part.is_complex() else part
         if real.dtype not in _SUMMED:  # eight bits
@@ -88,11 +104,16 @@ def scan(
     if not has_numbers(tensor.dtype) or tensor.device.type != "cpu":
         read(data)
         return non_finite(tensor)
-    flat = tensor.detach().reshape(-1)
-    step, finite = CHUNK * flat.element_size(), True
-    for at, part in enumerate(flat.split(CHUNK)):
-        read(data[at * step : (at + 1) * step])
-        finite = finite and is_finite(part)
+    flat, finite = tensor.detach().reshape(-1), True
+    test = None if _fast is None else _fast(flat)
+    for start in range(0, len(data), _PIECE):
+        end = min(start + _PIECE, len(data))
+        read(data[start:end])  # then it is in the cache
+        if test is not None:
+            finite = test(start, end) and finite
+        else:
+            size = flat.element_size()
+            finite = is_finite(flat[start // size : end // size]) and finite
     return None if finite else non_finite(flat.view(tensor.shape))
 
 

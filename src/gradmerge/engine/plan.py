@@ -140,7 +140,12 @@ class Plan(Shared):
         found = SourceStatistics(folder)
         wanted = [(step.needs, to_plain(step)) for step in steps if step.needs is not None]
         order = None if alignment is None or alignment.is_identity else to_plain(alignment)
-        found.require(wanted, {name: self.fingerprints[name] for name in self.sources}, order)
+        found.require(
+            wanted,
+            {name: self.fingerprints[name] for name in self.sources},
+            order,
+            {name: self.side_hashes.get(name, {}) for name in self.sources},
+        )
         return found
 
     @property
@@ -483,7 +488,7 @@ class Plan(Shared):
             FingerprintError: a source's hash differs from the expected one.
         """
         require_same(expected, self.fingerprints)
-        require_same_files(files or {}, self.side_hashes)
+        require_same_files("the coefficients were trained", files or {}, self.side_hashes)
 
     @property
     def tokens(self) -> Alignment | None:

@@ -61,7 +61,11 @@ def provenance_of(
     found = {
         **stamp(),
         "sources": {
-            name: {"from": checkpoint.label, "sha256": plan.fingerprints[name]}
+            name: {
+                "from": checkpoint.label,
+                "sha256": plan.fingerprints[name],
+                **({"files": files} if (files := plan.side_hashes.get(name)) else {}),
+            }
             for name, checkpoint in checkpoints.items()
         },
         "heads": {n: label for n, label in labels.items() if n not in plan.sources} or None,

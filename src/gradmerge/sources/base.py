@@ -357,13 +357,14 @@ def _agree(tensor: str, checkpoints: Iterable[Checkpoint]) -> bool:
 
 
 def require_same_files(
-    expected: Mapping[str, Mapping[str, str]], got: Mapping[str, Mapping[str, str]]
+    what: str, expected: Mapping[str, Mapping[str, str]], got: Mapping[str, Mapping[str, str]]
 ) -> None:
-    """Reject coefficients that were trained with other configs, tokenizers or adapter settings.
+    """Reject what was made with other configs, tokenizers or adapter settings.
 
     Args:
-        expected: SHA-256 of each source's files by name, when the coefficients were trained.
-            Sources that are missing are not compared.
+        what: what was made, for the message.
+        expected: SHA-256 of each source's files by name, at that time. Sources that are missing,
+            as in files of earlier versions, are not compared.
         got: the same now.
 
     Raises:
@@ -377,9 +378,8 @@ def require_same_files(
     ]
     if wrong:
         raise FingerprintError(
-            "the coefficients were trained with other configs, tokenizers or adapter settings: "
-            f"{shorten(wrong)} differ from those of the fit. Give the files they were trained "
-            "with, or train again."
+            f"{what} with other configs, tokenizers or adapter settings: {shorten(wrong)} differ "
+            "from those of that time. Give the files of that time, or start again with these."
         )
 
 

@@ -20,7 +20,7 @@ from gradmerge.common.files import read_json
 from gradmerge.common.names import is_name
 from gradmerge.common.schema import a_count, an_amount, require_shape
 from gradmerge.common.spec import modernise
-from gradmerge.sources.base import Shared
+from gradmerge.sources.base import Shared, require_same_files
 
 Kind = Literal["gram", "fisher", "kfac", "activations"]
 INDEX = "statistics.json"
@@ -47,6 +47,7 @@ def _kind(*parts: str) -> dict[str, Any]:
     tensor = {"file": _a_file, "parts": are_parts, "rows": an_amount, "axis": _an_axis}
     source = {
         "fingerprint": str,
+        "files?": {str: str},
         "tasks": [str],
         "examples": a_count,
         "norm": an_amount,
@@ -146,6 +147,7 @@ class SourceStatistics(Shared):
         needs: Sequence[tuple[Needs, Any]],
         fingerprints: Mapping[str, str],
         alignment: Any = None,
+        files: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         """Reject statistics of other weights, or collected in another way.
 
@@ -153,6 +155,8 @@ class SourceStatistics(Shared):
             needs: what each step needs, and the step as plain data.
             fingerprints: content hash of every source, by name.
             alignment: as plain data; it determines the order of the sources' units.
+            files: SHA-256 of each source's config, tokenizer and adapter settings, by file; they
+                are compared if the statistics recorded them.
 
         Raises:
             ConfigError: something is missing, or was collected in another way.
@@ -172,6 +176,8 @@ class SourceStatistics(Shared):
                     f"statistics: {self.folder} is of other weights of {shorten(wrong)}; collect "
                     "again with these."
                 )
+            kept = {n: sources[n]["files"] for n in files or () if "files" in sources[n]}
+            require_same_files(f"statistics: {self.folder} was collected", kept, files or {})
 
     def _difference(
         self, found: Any, wanted: Needs, step: Any, sources: Iterable[str], alignment: Any

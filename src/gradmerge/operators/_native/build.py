@@ -1,4 +1,4 @@
-"""Compilation of the C kernels for frozen tensors on a CPU (`merging.c`, `selection.c`).
+"""Compilation of the C kernels for frozen tensors on a CPU (`*.c` in this folder).
 
 They are compiled once, in about a second, with the system's C compiler, and cached in the user's
 cache folder, with a hash of the library in its name. A library that does not match its hash (the
@@ -25,13 +25,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gradmerge.common import finite
 from gradmerge.common.atomic import Scratch
 from gradmerge.common.errors import ConfigError, OutputError
 from gradmerge.operators._native.kernels import Kernels
 
 _log = logging.getLogger(__name__)
 
-_FILES = [Path(__file__).with_name(name) for name in ("common.h", "merging.c", "selection.c")]
+_NAMES = ("common.h", "finite.c", "merging.c", "selection.c")
+_FILES = [Path(__file__).with_name(name) for name in _NAMES]
 _CHOICES = ("auto", "native", "torch")
 # Options in order of preference; plain -O3 is about 25% slower.
 _OPTIONS = (["-O3", "-march=native"], ["-O3", "-mcpu=native"], ["-O3"])
@@ -65,7 +67,9 @@ def _load(choice: str) -> Kernels | None:
         return None
     try:
         library = _open()
-        return Kernels(library, bool(library.gradmerge_has_float16()))
+        kernels = Kernels(library, bool(library.gradmerge_has_float16()))
+        finite.use(kernels.finite_test)
+        return kernels
     except _NoCompilerError as error:
         reason = str(error)
         # a machine without a compiler is fine: no warning

@@ -15,6 +15,17 @@ import torch
 from torch import Tensor
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Bytes of a real number, and the bits that are all set in NaN and infinity.
+_EXPONENTS = {
+    torch.float64: (8, 0x7FF << 52),
+    torch.float32: (4, 0x7F800000),
+    torch.float16: (2, 0x7C00),
+    torch.bfloat16: (2, 0x7F80),
+    torch.float8_e5m2: (1, 0x7C),
+    torch.float8_e4m3fn: (1, 0x7F),
+    torch.complex64: (4, 0x7F800000),
+    torch.complex128: (8, 0x7FF << 52),
+}
 # Minimum number of entries per thread.
 _ENTRIES_PER_THREAD = 1 << 17
 
@@ -39,6 +50,19 @@ class Kernels:
             and tensor.data_ptr() % tensor.element_size() == 0
             for tensor in tensors
         )
+
+    def finite_test(self, flat: Tensor) -> Callable[[int, int], bool] | None:
+        """Return a test whether the bytes from start to end are finite numbers (see `finite.c`).
+
+        Returns None for tensors that it cannot look at.
+        """
+        width, mask = _EXPONENTS.get(flat.dtype, (0, 0))
+        place, test = flat.data_ptr(), self.library.gradmerge_finite
+        if not width or place % width or not flat.is_contiguous() or flat.device.type != "cpu":
+            return None
+        # converted faster than by wrapping each argument: this runs for each piece of a hash
+        test.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint64)
+        return lambda start, end: test(place + start, (end - start) // width, width, mask) != 0
 
     def merge(
         self,
