@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import gradmerge
-from gradmerge import MergeModule
+from gradmerge import MergeDataModule, MergeModule
 from gradmerge.cli import main
 from gradmerge.common.checkpoints import load_checkpoint
 from gradmerge.common.errors import ConfigError
@@ -155,6 +155,20 @@ def test_a_strategy_that_reads_checkpoints_by_itself_is_refused(tmp_path):
     trainer = trainer_of(tmp_path, strategy=Own(), accelerator="auto")
     with pytest.raises(ConfigError, match="Own reads checkpoints in a way that can run code"):
         trainer.fit(module_of(), datamodule=vectors(), ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_checkpoints_are_not_saved_where_they_cannot_be_loaded(tmp_path):
+    remote = ModelCheckpoint("memory://kept", monitor="selection/loss")
+    with pytest.raises(ConfigError, match=r"dirpath: expected a local folder, got memory://kept"):
+        trainer_of(tmp_path, callbacks=[remote]).fit(module_of(), datamodule=vectors())
+
+
+def test_data_modules_are_not_loaded_at_all(hostile, server, tmp_path):
+    for where in (str(hostile), f"{server[0]}/x.ckpt"):
+        with pytest.raises(ConfigError, match="a checkpoint of a fit holds no data"):
+            MergeDataModule.load_from_checkpoint(where, weights_only=False)
+    assert not (tmp_path / "ran").exists()
+    assert server[1] == []
 
 
 # ---- damaged ones -------------------------------------------------------------------------------

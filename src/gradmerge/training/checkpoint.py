@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
-from gradmerge.common.checkpoints import load_checkpoint
+from gradmerge.common.checkpoints import is_address, load_checkpoint
 from gradmerge.common.errors import ConfigError, GradmergeError
 from gradmerge.common.schema import a_count, a_name, a_number, require_shape
 from gradmerge.common.spec import from_plain
@@ -26,8 +26,19 @@ from gradmerge.sources.hub import without_downloads
 
 
 def guard_loading(trainer: Any) -> None:
-    """Make a trainer load checkpoints by `load_checkpoint` only, whatever it is asked to load."""
+    """Make a trainer load checkpoints by `load_checkpoint` only, whatever it is asked to load.
+
+    Raises:
+        ConfigError: it would save checkpoints at an address, from where they are not loaded.
+    """
     strategy = trainer.strategy
+    for callback in trainer.checkpoint_callbacks:
+        place = getattr(callback, "dirpath", None)
+        if place is not None and is_address(place):
+            raise ConfigError(
+                f"{type(callback).__name__}.dirpath: expected a local folder, got {place}; "
+                "checkpoints are loaded from local files only. Save them here, and copy them."
+            )
 
     def load(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         if type(strategy).load_checkpoint is not Strategy.load_checkpoint:

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning
 from lightning.pytorch.utilities import rank_zero_info
@@ -209,6 +209,18 @@ class MergeDataModule(lightning.LightningDataModule):
         self._loaded: dict[str, tuple[TaskData, dict[Stage, Any]]] = {}
         self._prepared: dict[str, dict[Stage, Any]] = {}
         self._pad = 0
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **options: Any) -> NoReturn:
+        """Refuse: a checkpoint of a fit holds no data.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"{cls.__name__}.load_from_checkpoint: a checkpoint of a fit holds no data. Make the "
+            "data module from its tasks, as for the fit."
+        )
 
     def setup(self, stage: str | None = None) -> None:
         """Load, prepare and check all splits once."""
