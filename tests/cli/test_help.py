@@ -142,7 +142,7 @@ def test_wrong_commands_and_options_suggest_the_nearest(capsys, arguments, messa
             ["gradmerge fit: WeightMatching.unreached: invalid regular expression '('"],
         ),
         ({"data": {"tasks": {"a": {"kind": "text_clasification"}}}}, ["text_clasification"]),
-        ({"data": {"batch_size": 0}}, ["batch_size: expected at least 1"]),
+        ({"data": {"batch_size": 0}}, ["batch_size: expected 1 to"]),
         ({"model": {"recipe": {"sources": {"a": "absent-folder"}}}}, ["absent-folder"]),
     ],
 )

@@ -305,7 +305,7 @@ from tiny import build, recipe_of, relatives, trainer_of, vectors
 
 folder = Path(sys.argv[2])
 loggers = default_loggers(str(folder))
-assert [type(logger).__name__ for logger in loggers] == ["CSVLogger", "WandbLogger"]
+assert [type(logger).__name__ for logger in loggers] == ["CSVLogger", "LastingWandbLogger"]
 logged = []
 run = loggers[1].experiment
 original = run.log

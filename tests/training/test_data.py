@@ -164,11 +164,13 @@ def test_options_of_a_task_are_checked():
         TaskData("json", splits={"adaption": "train"})
     with pytest.raises(ConfigError, match=r"unknown split 'train'"):
         TaskData("json", limit={"train": 3})
-    with pytest.raises(ConfigError, match=r"three shares that sum to 1, got \(0\.5, 0\.5, 0\.5\)"):
+    with pytest.raises(
+        ConfigError, match=r"three positive shares that sum to 1, got \(0\.5, 0\.5, 0\.5\)"
+    ):
         TaskData("json", fractions=(0.5, 0.5, 0.5))
     with pytest.raises(ConfigError, match="at least one task, got none"):
         MergeDataModule({})
-    with pytest.raises(ConfigError, match=r"batch_size: expected at least 1, got 0"):
+    with pytest.raises(ConfigError, match=r"batch_size: expected 1 to 1048576, got 0"):
         MergeDataModule({"t": TaskData("json")}, batch_size=0)
 
 
@@ -280,7 +282,7 @@ def test_a_task_without_the_label_column_is_unlabelled(tokenizer):
 
 def test_labels_in_words_and_missing_columns_are_refused(tokenizer):
     rows = {s: [{**row, "label": "cat"} for row in own] for s, own in ROWS.items()}
-    with pytest.raises(ConfigError, match=r"task t, adaptation: .*'label', .* got text \('cat'\)"):
+    with pytest.raises(ConfigError, match=r"adaptation: .*'label', .* got 'cat' \(row 0\)"):
         prepared(tokenizer, rows)
     with pytest.raises(ConfigError, match=r"expected a column 'texts', got text, label.*'text'"):
         prepared(tokenizer, text="texts")

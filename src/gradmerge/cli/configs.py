@@ -126,6 +126,25 @@ def refuse_mergekit(arguments: Sequence[str]) -> None:
             )
 
 
+def require_text(arguments: Sequence[str]) -> None:
+    """Reject a configuration file that is not text in UTF-8, which the parser does not report.
+
+    Raises:
+        ConfigError: a file is in another encoding, or binary.
+    """
+    for _, _, path in _configs(arguments):
+        try:
+            with open(path, encoding="utf-8") as file:
+                file.read()
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{path}: expected YAML in UTF-8, got byte {error.object[error.start]:#04x} at "
+                f"position {error.start}. Save the file as UTF-8."
+            ) from error
+        except (OSError, ValueError):  # the parser reports what cannot be opened
+            continue
+
+
 def _configs(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
     """Yield position, flag and path of every configuration file among the arguments."""
     for at, argument in enumerate(arguments):

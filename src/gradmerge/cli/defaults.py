@@ -27,7 +27,7 @@ def with_csv(given: Any, folder: str | None) -> Any:
         return False
     if given is None or given is True:
         return default_loggers(folder)
-    loggers = listed(given)
+    loggers = [lasting(logger) for logger in listed(given)]
     if not any(isinstance(logger, lightning_loggers.CSVLogger) for logger in loggers):
         loggers.append(CSVLogger(folder or "outputs", name="logs"))
     return loggers
@@ -44,28 +44,24 @@ def with_coefficients(given: Any) -> list[Any]:
     return callbacks
 
 
-def default_loggers(folder: str | None) -> list[Any]:
-    """Return a CSV and a W&B logger; W&B runs offline without a key, so that it never prompts."""
+def lasting(logger: Any) -> Any:
+    """Return a stock W&B logger as one that never stops a fit, and any other as it is."""
     from lightning.pytorch.loggers import WandbLogger
 
+    from gradmerge.training.wandb import LastingWandbLogger
+
+    return LastingWandbLogger.of(logger) if type(logger) is WandbLogger else logger
+
+
+def default_loggers(folder: str | None) -> list[Any]:
+    """Return a CSV and a W&B logger; W&B runs offline without a key, so that it never prompts."""
     from gradmerge.training.saving import CSVLogger
+    from gradmerge.training.wandb import LastingWandbLogger
 
     root = folder or "outputs"
     csv = CSVLogger(root, name="logs")
     if os.environ.get("WANDB_MODE") == "disabled":
         return [csv]
-    offline = not has_wandb_key() or os.environ.get("WANDB_MODE") == "offline"
+    offline = os.environ.get("WANDB_MODE") == "offline"
     os.makedirs(root, exist_ok=True)
-    return [csv, WandbLogger(project="gradmerge", save_dir=root, offline=offline)]
-
-
-def has_wandb_key() -> bool:
-    """Return True if W&B can log in without a prompt."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    path = os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))
-    try:
-        with open(path, encoding="utf-8") as file:
-            return "api.wandb.ai" in file.read()
-    except OSError:
-        return False
+    return [csv, LastingWandbLogger(project="gradmerge", save_dir=root, offline=offline)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from gradmerge.cli.commands import require_checkpoint
 from gradmerge.cli.configs import later
 from gradmerge.cli.defaults import listed, with_coefficients, with_csv
+from gradmerge.cli.early import require_monitors, require_options, require_seed
 from gradmerge.cli.explain import Explained
 from gradmerge.cli.imports import ALLOW_MODULES, require_allowed
 from gradmerge.cli.resume import NAMES, find_checkpoint, move_sources
 from gradmerge.cli.score import NAME, require_scored, scored_recipe
 from gradmerge.common.errors import ConfigError
+from gradmerge.common.failures import reading
 from gradmerge.common.finite import require_finite_options
 from gradmerge.common.secrets import masked
 from gradmerge.common.version import __version__
@@ -141,6 +144,7 @@ class MergeCLI(LightningCLI):
         for option in ("allow_modules", "model.allow_modules"):
             require_allowed(option, self._get(self.config, option), self.allowed)
             self._set(option, list(self.allowed))
+        require_options(partial(self._get, self.config), self.subcommand in (None, "fit"))
         given = self._get(self.config, "ckpt_path")
         if self._get(self.config, "model_folder"):
             self._score_folder(given)
@@ -217,20 +221,27 @@ class MergeCLI(LightningCLI):
             )
 
     def _set_seed(self) -> None:
-        self._seeded = self._get(self.config, "seed_everything") is not True
+        seed = self._get(self.config, "seed_everything")
+        require_seed(seed)
+        self._seeded = seed is not True
         super()._set_seed()
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer, or only the job of a driver, without opening sources."""
-        if not self._get(self.config, "driver"):
-            super().instantiate_classes()
-            return
-        for kind in (MergeModule, Recipe):
+        driven = self._get(self.config, "driver")
+        for kind in (MergeModule, Recipe) if driven else (MergeModule,):
             self.parser.add_instantiator(later, kind, subclasses=False)
         self.config_init = self.parser.instantiate_classes(self.config)
-        self.model: Any = None
-        self.trainer: Any = None
         self.datamodule = self._get(self.config_init, "data")
+        # before the sources are opened, so that what it refuses is said at once
+        self.trainer: Any = self.instantiate_trainer()
+        if not driven:
+            self.model: Any = self._get(self.config_init, "model")()
+            if self.subcommand in (None, "fit"):
+                require_monitors(partial(self._get, self.config), self.model.causal)
+            self._add_configure_optimizers_method_to_model(self.subcommand)
+            return
+        self.model = self.trainer = None
         self.driver = self._get(self.config_init, "driver")
         self.job = self._job()
 
@@ -346,7 +357,8 @@ class MergeCLI(LightningCLI):
         limits = [given.get(key) for key in ("max_epochs", "max_time")]
         if limits == [None, None] and given.get("max_steps") in (None, -1):
             kwargs["max_steps"] = DEFAULT_STEPS
-        trainer: Any = super().instantiate_trainer(**kwargs)
+        with reading("trainer", "it cannot be set up", kind=ConfigError):
+            trainer: Any = super().instantiate_trainer(**kwargs)
         bar = trainer.progress_bar_callback
         if bar is not None and type(bar) in (TQDMProgressBar, RichProgressBar):
             trainer.callbacks[trainer.callbacks.index(bar)] = StepProgress()

@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gradmerge.cli.ending import ended_by_signal, watch_parent
 from gradmerge.cli.explain import COMPONENTS, Explained, own_message
 from gradmerge.common.errors import nearest
+from gradmerge.common.failures import expected
 from gradmerge.common.faults import explain_bus_errors
 from gradmerge.common.secrets import mask_given
 from gradmerge.common.version import __version__
@@ -47,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0, or 2 for an error in the options or the input.
+        The exit status: 0; 2 for an error in the options or the input, or of the machine; 1 for a
+        fault of gradmerge, after its traceback; 130 after an interrupt.
     """
     command, *options = list(sys.argv[1:] if arguments is None else arguments) or ["help"]
     if command in ("-h", "--help", "help"):
@@ -71,13 +74,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 learn(arguments)
             else:
                 _plain(command, options)
-    except ValueError as error:
-        own = own_message(error)
-        if not own:
-            raise
-        print(f"gradmerge {command}: {own}", file=sys.stderr)
-        return 2
+        sys.stdout.flush()  # a full disk or a closed pipe is found here, not at the exit
+    except KeyboardInterrupt:
+        return _interrupted(command)
+    except SystemExit as stopped:
+        # the trainer ends the process after an interrupt, with a status of its own
+        if isinstance(stopped.__context__, KeyboardInterrupt):
+            return _interrupted(command)
+        raise
+    except Exception as error:
+        return _failed(command, error)
     return 0
+
+
+def _interrupted(command: str) -> int:
+    print(f"gradmerge {command}: interrupted", file=sys.stderr)
+    return 130
+
+
+def _failed(command: str, error: Exception) -> int:
+    """Report what stopped a command, and return its exit status."""
+    if isinstance(error, BrokenPipeError) and _is_hung_up():
+        return 141  # that of a process which SIGPIPE ends
+    text = expected(error) or (own_message(error) if isinstance(error, ValueError) else "")
+    if text:
+        print(f"gradmerge {command}: {text}", file=sys.stderr)
+        return 2
+    traceback.print_exception(error)
+    print(
+        f"gradmerge {command}: an unexpected error, which is a fault of gradmerge {__version__} "
+        "unless the lines above end in code of your own. Please report it with these lines, the "
+        "command and its configuration.",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _is_hung_up() -> bool:
+    """Return True if nobody reads the output any more, and drop what is still to be written."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return True
+    return False
 
 
 # ---- fit, validate, test ------------------------------------------------------------------------
@@ -146,6 +186,9 @@ def register(arguments: Sequence[str] = ("--help",)) -> None:
     """
     import jsonargparse
 
+    from gradmerge.cli.configs import require_text
+
+    require_text(arguments)
     for name in (*COMPONENTS, "mergekit", "optimisers"):
         importlib.import_module(f"gradmerge.{name}")
     read_old_paths()

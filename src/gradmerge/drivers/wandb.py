@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
@@ -53,7 +54,8 @@ def finish_wandb_run() -> None:
     """
     run = _open_run()
     if run is not None and any(logger._experiment is run for logger in _opening):
-        run.finish()
+        with suppress(Exception):  # its service may have died
+            run.finish()
     _opening.clear()
 
 

@@ -108,9 +108,14 @@ def predict(
         ensemble = [expert_rows(merged, task, batch, name) for name in merged.plan.sources]
     logits, labels, _ = rows_of(merged, task, batch)
     if labels is None and objective.needs_labels:
-        terms = [type(term).__name__ for term in objective.terms if term.needs_labels]
-        raise ConfigError(
-            f"task {task} has no labels, but {', '.join(terms)} needs them; name its label column, "
-            "or use Entropy or KLToSource."
-        )
+        raise no_labels(task, objective)
     return Predictions(logits, labels, teacher, shared, ensemble)
+
+
+def no_labels(task: str, objective: Objective) -> ConfigError:
+    """Return the error of a task without the labels that an objective needs."""
+    terms = [type(term).__name__ for term in objective.terms if term.needs_labels]
+    return ConfigError(
+        f"task {task} has no labels, but {', '.join(terms)} needs them; name its label column, or "
+        "use Entropy or KLToSource."
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from gradmerge.common.errors import require
+from gradmerge.common.errors import ConfigError, require
 from gradmerge.objectives.base import UNLABELLED, AbstractTerm, Predictions
 from gradmerge.objectives.regularisers import log_mean_over_rows, mean_over_rows
 
@@ -46,13 +46,25 @@ class CrossEntropy(AbstractTerm):
     def loss(self, predictions: Predictions) -> Tensor:
         logits, labels = predictions.logits, predictions.labels
         assert labels is not None
-        total = functional.cross_entropy(
-            logits,
-            labels,
-            ignore_index=UNLABELLED,
-            label_smoothing=self.label_smoothing,
-            reduction="sum",
-        )
+        if labels.is_floating_point():
+            raise ConfigError(
+                "CrossEntropy: expected class numbers as labels, got numbers of type "
+                f"{str(labels.dtype).removeprefix('torch.')}. Give integers, or another objective."
+            )
+        try:
+            total = functional.cross_entropy(
+                logits,
+                labels,
+                ignore_index=UNLABELLED,
+                label_smoothing=self.label_smoothing,
+                reduction="sum",
+            )
+        except IndexError as error:  # on a CPU
+            classes = logits.shape[-1]
+            raise ConfigError(
+                f"CrossEntropy: expected class numbers from 0 to {classes - 1} as labels, or "
+                f"{UNLABELLED}, got {int(labels.min())} to {int(labels.max())}. {error}"
+            ) from error
         return mean_over_rows(total, (labels != UNLABELLED).sum(), predictions.shared)
 
 

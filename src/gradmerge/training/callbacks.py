@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gradmerge.common.atomic import writing
 from gradmerge.common.checkpoints import load_checkpoint
+from gradmerge.common.errors import require
 from gradmerge.common.output import paths_in
 from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import inputs_of, refuse_existing, require_room
@@ -88,6 +89,8 @@ class CoefficientLogger(lightning.Callback):
     """
 
     def __init__(self, every_n_validations: int = 1) -> None:
+        own = "CoefficientLogger.every_n_validations"
+        require(every_n_validations >= 1, own, "at least 1", every_n_validations)
         self.every_n_validations = every_n_validations
         self._count = 0
 
@@ -142,7 +145,7 @@ class CoefficientLogger(lightning.Callback):
         logged: dict[str, Any] = {"coefficients/heat_map": wandb.Image(figure)}
         for source, values in zip(sources, table.T, strict=True):
             logged[f"coefficients/{source}"] = wandb.Histogram(values.numpy())
-        logger.experiment.log({**logged, "trainer/global_step": step})
+        logger.log_metrics(logged, step)
 
 
 class StepProgress(TQDMProgressBar):
@@ -295,7 +298,8 @@ class ExportAtEnd(lightning.Callback):
 
                 artifact = wandb.Artifact("merged-model", type="model")
                 artifact.add_dir(str(folder))
-                logger.experiment.log_artifact(artifact)
+                attempt = getattr(logger, "attempt", lambda action: action())
+                attempt(partial(logger.experiment.log_artifact, artifact))
         return folder
 
 

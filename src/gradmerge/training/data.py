@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.common.errors import ConfigError, require, shorten
+from gradmerge.common.failures import is_out_of_memory
 from gradmerge.common.names import require_names
 from gradmerge.sources.base import tensor_bytes
 from gradmerge.training.examples import (
@@ -25,10 +27,20 @@ from gradmerge.training.examples import (
     load_processor,
     padding_id,
     prepare,
+    row_of,
     rows_used,
 )
+from gradmerge.training.fitting import (
+    classes_of,
+    require_examples,
+    require_kind,
+)
+from gradmerge.training.labels import Labels, read_tensors
 from gradmerge.training.loaders import ShareLoader, StreamLoader, TaskStream, collate
+from gradmerge.training.unread import explain_unread
 
+_LARGEST = 2**31 - 1
+_BATCH = 2**20
 _ALIASES = {"adaptation": "train", "selection": "validation", "test": "test"}
 
 
@@ -49,11 +61,10 @@ def load_splits(task: str, data: TaskData, seed: int) -> dict[Stage, Any]:
 
     try:
         loaded = _read(data)
-    except (FileNotFoundError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise ConfigError(
-            f"task {task}: cannot read {data.path} (files {data.data_files}, splits "
-            f"{data.splits}): {error}"
-        ) from error
+    except Exception as error:  # every format raises its own
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(f"task {task}: {explain_unread(data, error)}") from error
     if isinstance(loaded, datasets.Dataset):
         return _cut(task, _without_repetitions(task, loaded, data), data.fractions, seed)
     for names in ({s: s for s in STAGES}, _ALIASES):
@@ -140,7 +151,7 @@ def require_disjoint(task: str, splits: Mapping[Stage, Any], columns: Sequence[s
     shared: dict[tuple[Stage, Stage], list[str]] = {}
     for stage, dataset in splits.items():
         for i in range(len(dataset)):
-            example = dataset[i]
+            example = row_of(dataset, i, f"task {task}, {stage}")
             if not isinstance(example, Mapping):
                 return
             inputs = [name for name in columns if name in example][:1]
@@ -194,9 +205,13 @@ class MergeDataModule(lightning.LightningDataModule):
         super().__init__()
         if not tasks:
             raise ConfigError("data.tasks: expected at least one task, got none.")
+        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            fits = size is None or 1 <= size <= _BATCH
+            require(fits, f"data.{name}", f"1 to {_BATCH}", size)
+        most = max(64, 4 * (os.cpu_count() or 1))
+        require(0 <= num_workers <= most, "data.num_workers", f"0 to {most}", num_workers)
+        require(0 <= seed <= _LARGEST, "data.seed", f"0 to {_LARGEST}", seed)
         require_names("data.tasks", tasks)
-        if batch_size < 1:
-            raise ConfigError(f"data.batch_size: expected at least 1, got {batch_size}.")
         self.tasks = tasks
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or 2 * batch_size
@@ -208,6 +223,8 @@ class MergeDataModule(lightning.LightningDataModule):
         self._network: Any = None
         self._loaded: dict[str, tuple[TaskData, dict[Stage, Any]]] = {}
         self._prepared: dict[str, dict[Stage, Any]] = {}
+        self._labels: dict[str, dict[Stage, Labels | None]] = {}
+        self._classes: dict[str, int] = {}
         self._pad = 0
 
     @classmethod
@@ -227,27 +244,80 @@ class MergeDataModule(lightning.LightningDataModule):
         if self._prepared:
             return
         merged = self._merged()
-        plan = getattr(merged, "plan", None)
-        folder = self.processor_path or getattr(plan, "folder", None)
-        trusted = plan is not None and plan.recipe.trust_remote_code
+        network = getattr(merged, "skeleton", None)
         for task, data in self.tasks.items():
-            splits = self.splits(task)
-            if self.processor is None and data.kind != "tensors":
-                self.processor = load_processor(folder, data.kind, trusted)
-            self._prepared[task] = {
-                name: prepare(split, data, name, self.processor, f"task {task}, {name}")
-                for name, split in splits.items()
-            }
-            if self.check_disjoint:
-                used = {
-                    name: first_rows(split, rows_used(self._prepared[task][name]))
-                    for name, split in splits.items()
-                }
-                require_disjoint(task, used, (data.text, data.image, "input_ids", "pixel_values"))
+            require_kind(network, data.kind, f"task {task}")
+        prepared = {task: self._prepare(task, merged) for task in self.tasks}
         classifies = any(data.kind == "text_classification" for data in self.tasks.values())
         several = max(self.batch_size, self.eval_batch_size) > 1
-        network = getattr(merged, "skeleton", None)
         self._pad = padding_id(self.processor, network, classifies and several)
+        self._prepared = prepared  # all of it is checked
+        if stage == "fit":
+            self._require_interval()
+
+    def _require_interval(self) -> None:
+        """Reject a number of steps between validations that no epoch has."""
+        trainer = self.trainer
+        if trainer is None or not trainer.enable_validation:
+            return
+        interval, limit = trainer.val_check_interval, trainer.limit_train_batches
+        steps = len(self.train_dataloader())
+        steps = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
+        if trainer.check_val_every_n_epoch is not None and isinstance(interval, int):
+            require(
+                interval <= steps,
+                "trainer.val_check_interval",
+                f"at most {steps}, the steps of an epoch (to count over all epochs: "
+                "check_val_every_n_epoch: null)",
+                interval,
+            )
+
+    def _prepare(self, task: str, merged: Any) -> dict[Stage, Any]:
+        """Load, prepare and check the splits of a task."""
+        data, splits = self.tasks[task], self.splits(task)
+        if self.processor is None and data.kind != "tensors":
+            plan = getattr(merged, "plan", None)
+            folder = self.processor_path or getattr(plan, "folder", None)
+            trusted = plan is not None and plan.recipe.trust_remote_code
+            self.processor = load_processor(folder, data.kind, trusted)
+        names = {stage: f"task {task}, {stage}" for stage in splits}
+        prepared = {
+            stage: prepare(split, data, stage, self.processor, names[stage])
+            for stage, split in splits.items()
+        }
+        if self.check_disjoint:
+            used = {
+                stage: first_rows(split, rows_used(prepared[stage]))
+                for stage, split in splits.items()
+            }
+            require_disjoint(task, used, (data.text, data.image, "input_ids", "pixel_values"))
+        network = getattr(merged, "skeleton", None)
+        for stage, rows in prepared.items():
+            labels = require_examples(rows, data, self.processor, network, names[stage])
+            # a dataset of one's own may take long to read, and is read anyway if it is compared
+            if data.kind == "tensors" and (self.check_disjoint or type(rows) in (list, tuple)):
+                labels = read_tensors(rows, names[stage])
+            self._labels.setdefault(task, {})[stage] = labels
+        if network is not None:
+            self.require_classes(task, classes_of(merged, task, data))
+        return prepared
+
+    def require_classes(self, task: str, classes: int | None) -> None:
+        """Reject labels of any split of a task that the network has no class for.
+
+        Raises:
+            ConfigError: a label is too large.
+        """
+        if classes is not None and self._classes.get(task) != classes:
+            for labels in self._labels.get(task, {}).values():
+                if labels is not None:
+                    labels.require_below(classes)
+            self._classes[task] = classes
+
+    def lacks_labels(self, task: str, stage: Stage) -> bool:
+        """Return True if a split of texts or images to classify has no column of labels."""
+        classifies = self.tasks[task].kind.endswith("_classification")
+        return classifies and self._labels.get(task, {}).get(stage) is None
 
     def splits(self, task: str) -> dict[Stage, Any]:
         """Return the three raw splits of a task, loaded once.
@@ -268,7 +338,7 @@ class MergeDataModule(lightning.LightningDataModule):
         """Return a copy with only the given tasks, for a trainer of its own."""
         own = copy.copy(self)
         own.tasks = {name: task for name, task in self.tasks.items() if name in tasks}
-        own._prepared, own.trainer = {}, None
+        own._prepared, own._labels, own._classes, own.trainer = {}, {}, {}, None
         return own
 
     def _merged(self) -> Any:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from gradmerge.common.errors import ConfigError, nearest
+from gradmerge.common.errors import ConfigError, nearest, require
+from gradmerge.common.failures import reading
+from gradmerge.training.labels import Labels, column_of
 
 Kind = Literal["causal_lm", "text_classification", "image_classification", "tensors"]
 Stage = Literal["adaptation", "selection", "test"]
@@ -23,6 +25,7 @@ STAGES: tuple[Stage, ...] = ("adaptation", "selection", "test")
 
 # Up to this many bytes of prepared examples per split are kept in memory.
 _KEEP_BYTES = 1 << 30
+_LONGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,12 @@ class TaskData:
     """Revision of a hub dataset."""
 
     def __post_init__(self) -> None:
-        """Check the path, split names and fractions."""
+        """Check the options that need no data."""
+        if not isinstance(self.path, (str, Path, Mapping)):
+            raise ConfigError(
+                "path: expected the name of a data set or of a builder (json, csv, imagefolder, "
+                f"...) as text, got {self.path!r}."
+            )
         if isinstance(self.path, Mapping) and not set(STAGES) & self.path.keys():
             raise ConfigError(
                 f"path: expected text, or from Python a mapping of {', '.join(STAGES)} to "
@@ -78,10 +86,16 @@ class TaskData:
                         f"unknown split {key!r} (choose from {', '.join(STAGES)})."
                         f"{nearest(key, STAGES)}"
                     )
-        if len(self.fractions) != 3 or not math.isclose(sum(self.fractions), 1, abs_tol=1e-6):
+        one = math.isclose(sum(self.fractions), 1, abs_tol=1e-6)
+        if len(self.fractions) != 3 or not one or min(self.fractions) <= 0:
             raise ConfigError(
-                f"fractions: expected three shares that sum to 1, got {self.fractions}."
+                f"fractions: expected three positive shares that sum to 1, got {self.fractions}."
             )
+        least = 2 if self.kind == "causal_lm" else 1  # a token, and the next one to predict
+        allowed = least <= self.max_length <= _LONGEST
+        require(allowed, "max_length", f"{least} to {_LONGEST} tokens", self.max_length)
+        for stage, count in (self.limit or {}).items():
+            require(count >= 1, f"limit.{stage}", "at least 1 example", count)
 
 
 def load_processor(folder: str | Path | None, kind: Kind, trust_remote_code: bool = False) -> Any:
@@ -103,13 +117,9 @@ def load_processor(folder: str | Path | None, kind: Kind, trust_remote_code: boo
         if kind == "image_classification"
         else transformers.AutoTokenizer
     )
-    try:
+    what = f"cannot load its {auto.__name__.removeprefix('Auto').lower()}"
+    with reading(folder, what, "Set data.processor to a folder that has one.", ConfigError):
         return auto.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{folder}: cannot load its {auto.__name__.removeprefix('Auto').lower()}: "
-            f"{str(error).rstrip('.')}. Set data.processor to a folder that has one."
-        ) from error
 
 
 def padding_id(tokenizer: Any, network: Any, classifies: bool) -> int:
@@ -165,36 +175,73 @@ def prepare(split: Any, data: TaskData, stage: Stage, processor: Any, where: str
     Raises:
         ConfigError: a column is missing, labels are text, or no example is left.
     """
-    limit = (data.limit or {}).get(stage)
-    if data.kind == "tensors":
-        return first_rows(split, limit)
-    column = data.image if data.kind == "image_classification" else data.text
     if len(split) == 0:
         raise ConfigError(f"{where}: expected at least one example, got none.")
-    names = list(split[0])
+    rows = first_rows(split, (data.limit or {}).get(stage))
+    if data.kind == "tensors":
+        return rows
+    column = data.image if data.kind == "image_classification" else data.text
+    names = columns(split, where)
     if column not in names:
         raise ConfigError(
             f"{where}: expected a column {column!r}, got {', '.join(names)}."
             f"{nearest(column, names)}"
         )
     if data.kind == "causal_lm":
+        limit = (data.limit or {}).get(stage)
         return _windows(split, processor, column, data.max_length, limit, where)
-    label = data.label if data.label in names else None
-    if label is not None and isinstance(split[0][label], str):
-        raise ConfigError(
-            f"{where}: expected class numbers in column {label!r}, in the order of the source's "
-            f"id2label, got text ({split[0][label]!r}). Map the labels to numbers first."
-        )
+    labels = Labels.read(rows, data.label, where) if data.label in names else None
     if data.kind == "image_classification":
         convert: Convert = partial(_pixels, processor, column)
     else:
+        for index, text in enumerate(column_of(rows, column)):
+            require_text(text, column, f"{where}, row {index}")
         convert = partial(_tokens, processor, column, data.max_length)
-    return _Classified(first_rows(split, limit), convert, label)
+    return Classified(rows, convert, labels, where)
+
+
+def columns(split: Any, where: str) -> list[str]:
+    """Return the names of the columns of a split.
+
+    Raises:
+        ConfigError: its rows are not mappings.
+    """
+    known = getattr(split, "column_names", None)
+    if isinstance(known, list):
+        return known
+    first = row_of(split, 0, where)
+    if not isinstance(first, Mapping):
+        kind = type(first).__name__
+        raise ConfigError(f"{where}: expected rows that map columns to values, got {kind}.")
+    return list(first)
+
+
+def row_of(rows: Any, index: int, where: str) -> Any:
+    """Return a row of a split.
+
+    Raises:
+        ConfigError: it cannot be read, such as a damaged image.
+    """
+    with reading(f"{where}, row {index}", "cannot be read", "Repair or remove it.", ConfigError):
+        return rows[index]
+
+
+def require_text(value: Any, column: str, where: str) -> None:
+    """Reject a value that is not a text.
+
+    Raises:
+        ConfigError: it is missing, or of another type.
+    """
+    if not isinstance(value, str):
+        raise ConfigError(
+            f"{where}: expected a text in column {column!r}, got {value!r:.40}. Remove the row, or "
+            "choose another column (`text`)."
+        )
 
 
 def rows_used(prepared: Any) -> int:
     """Return the number of leading rows of a split that its prepared examples use."""
-    return prepared.documents if isinstance(prepared, _Windows) else len(prepared)
+    return prepared.documents if isinstance(prepared, Windows) else len(prepared)
 
 
 def first_rows(rows: Any, limit: int | None) -> Any:
@@ -202,11 +249,11 @@ def first_rows(rows: Any, limit: int | None) -> Any:
     return rows if limit is None else Subset(rows, range(min(limit, len(rows))))
 
 
-class _Classified(Dataset[dict[str, Any]]):
+class Classified(Dataset[dict[str, Any]]):
     """Texts or images with labels, prepared on first access and cached up to a size limit."""
 
-    def __init__(self, rows: Any, convert: Convert, label: str | None) -> None:
-        self.rows, self.convert, self.label = rows, convert, label
+    def __init__(self, rows: Any, convert: Convert, labels: Labels | None, where: str) -> None:
+        self.rows, self.convert, self.labels, self.where = rows, convert, labels, where
         self._kept: dict[int, dict[str, Any]] = {}
         self._bytes = 0
 
@@ -216,10 +263,16 @@ class _Classified(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index in self._kept:
             return self._kept[index]
-        row = self.rows[index]
-        example = self.convert(row)
-        if self.label is not None:
-            example["labels"] = torch.tensor(int(row[self.label]))
+        if index >= len(self):
+            raise IndexError("index out of range")  # by which iteration ends
+        row = row_of(self.rows, index, self.where)
+        todo = "Repair or remove it."
+        with reading(f"{self.where}, row {index}", "cannot be prepared", todo, ConfigError):
+            example = self.convert(row)
+        if not all(value.numel() for value in example.values()):
+            raise ConfigError(f"{self.where}, row {index}: expected a text with tokens, got none.")
+        if self.labels is not None:
+            example["labels"] = torch.tensor(self.labels.values[index])
         self._bytes += sum(value.nbytes for value in example.values())
         if self._bytes < _KEEP_BYTES:
             self._kept[index] = example
@@ -237,7 +290,7 @@ def _tokens(tokenizer: Any, column: str, length: int, row: Mapping[str, Any]) ->
     return {key: value[0] for key, value in found.items()}
 
 
-class _Windows(Dataset[dict[str, Any]]):
+class Windows(Dataset[dict[str, Any]]):
     """Windows of equal length over the concatenation of the first `documents` documents."""
 
     def __init__(self, tokens: Tensor, bytes_per_token: float, documents: int) -> None:
@@ -253,12 +306,13 @@ class _Windows(Dataset[dict[str, Any]]):
 
 def _windows(
     split: Any, tokenizer: Any, column: str, length: int, limit: int | None, where: str
-) -> _Windows:
+) -> Windows:
     ids: list[int] = []
     num_bytes = documents = 0
     wanted = None if limit is None else limit * length
     for i in range(len(split)):
-        text = split[i][column]
+        text = row_of(split, i, where)[column]
+        require_text(text, column, f"{where}, row {i}")
         ids += tokenizer(text, add_special_tokens=False)["input_ids"]
         num_bytes += len(text.encode())
         documents += 1
@@ -274,4 +328,4 @@ def _windows(
         )
     kept = count if limit is None else min(count, limit)
     tokens = torch.tensor(ids[: kept * length]).view(kept, length)
-    return _Windows(tokens, num_bytes / len(ids), documents)
+    return Windows(tokens, num_bytes / len(ids), documents)

@@ -19,7 +19,7 @@ from typing_extensions import override
 from gradmerge.calibration.finish import Finishing
 from gradmerge.coefficients import AbstractInit
 from gradmerge.common.checkpoints import load_checkpoint
-from gradmerge.common.errors import ConfigError, nearest
+from gradmerge.common.errors import ConfigError, nearest, require
 from gradmerge.common.finite import require_finite_options
 from gradmerge.common.memory import release_freed_memory
 from gradmerge.common.spec import from_plain, to_plain
@@ -29,12 +29,13 @@ from gradmerge.engine.predict import (
     by_task,
     expert_rows,
     is_causal,
+    no_labels,
     predict,
     require_ensemble,
 )
 from gradmerge.engine.recipe import Recipe
 from gradmerge.export.folder import DTYPES
-from gradmerge.objectives import AbstractTerm, CrossEntropy, Objective
+from gradmerge.objectives import AbstractTerm, CrossEntropy, Objective, Predictions
 from gradmerge.optimisers import SAM
 from gradmerge.sources import AbstractSource
 from gradmerge.sources.tokenizers.report import summarise, token_report
@@ -48,6 +49,8 @@ from gradmerge.training.checkpoint import (
     to_save,
     unknown_sources,
 )
+from gradmerge.training.data import MergeDataModule
+from gradmerge.training.examples import Stage
 from gradmerge.training.finite import FiniteModule
 from gradmerge.training.loaders import sample_batches
 from gradmerge.training.logit_scale import LogitScale
@@ -122,6 +125,7 @@ class MergeModule(FiniteModule):
         if dtype not in DTYPES:
             raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
         require_finite_options({"learning_rate": learning_rate, "logit_scale": logit_scale})
+        require(learning_rate >= 0, "learning_rate", "at least 0", learning_rate)
         merged = MergedModel(recipe, module, memory, DTYPES[dtype])
         if activation_checkpointing:
             merged.enable_activation_checkpointing()
@@ -273,6 +277,20 @@ class MergeModule(FiniteModule):
         data = getattr(self._trainer, "datamodule", None)
         self.take_tasks(getattr(data, "tasks", None))
         self.objective.require_tasks(self.merged.tasks)
+        if isinstance(data, MergeDataModule):
+            self._require_labels(data, stage)
+
+    def _require_labels(self, data: MergeDataModule, stage: str) -> None:
+        """Reject tasks without labels if a term of the objective needs them."""
+        splits: list[Stage] = ["adaptation"] if stage == "fit" else []
+        if stage == "test":
+            splits.append("test")
+        elif self.trainer.enable_validation:
+            splits.append("selection")
+        for split in splits if self.objective.needs_labels else ():
+            for task in data.tasks:
+                if data.lacks_labels(task, split):
+                    raise no_labels(f"{task}, {split},", self.objective)
 
     def take_tasks(self, described: Mapping[str, Any] | None) -> None:
         """Set the tasks and their sources from the `tasks` of a data module.
@@ -336,10 +354,18 @@ class MergeModule(FiniteModule):
 
     def _task_loss(self, task: str, batch: Batch, tasks: Sequence[str]) -> Tensor:
         shared = self.trainer.world_size > 1
-        predictions = predict(self.merged, self.objective, task, batch, shared)
+        predictions = self._predict(task, batch, shared)
         if self.logit_scale is not None:
             predictions = replace(predictions, logits=self.logit_scale.scaled(predictions.logits))
         return self.objective.share(task, tasks) * self.objective.loss(predictions)
+
+    def _predict(self, task: str, batch: Batch, shared: bool) -> Predictions:
+        predictions = predict(self.merged, self.objective, task, batch, shared)
+        data = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, MergeDataModule) and not self.causal:
+            # a network of one's own shows its number of classes only now
+            data.require_classes(task, predictions.logits.shape[-1])
+        return predictions
 
     def _inner_scale(self) -> float:
         """Return the scale of a float16 gradient scaler; inner backward passes need it too."""
@@ -420,7 +446,7 @@ class MergeModule(FiniteModule):
         if not batch:  # padding step: another process has one more batch
             return
         task = self.tasks[dataloader_idx]
-        predictions = predict(self.merged, self.objective, task, batch, shared=False)
+        predictions = self._predict(task, batch, shared=False)
         known = self.trainer.sanity_checking or self._split in self._scores.experts
         scored = self.score_experts and not known
         expert = partial(expert_rows, self.merged, task, batch) if scored else None

@@ -1,0 +1,161 @@
+"""Checks of a fit's options before anything is opened, loaded or learned."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import instantiate_class
+
+from gradmerge.cli.defaults import listed
+from gradmerge.common.errors import ConfigError, require
+from gradmerge.common.failures import reading
+from gradmerge.training.monitors import require_monitor, score_names
+
+Get = Callable[[str], Any]
+"""Returns an option by its dotted name, or None."""
+
+_SEEDS = 2**32 - 1
+# Numbers that the trainer would take and then misread, with their least value.
+_LEAST = {
+    "max_steps": -1,
+    "max_epochs": -1,
+    "min_steps": 0,
+    "min_epochs": 0,
+    "gradient_clip_val": 0,
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "log_every_n_steps": 0,
+    "num_sanity_val_steps": -1,
+    "reload_dataloaders_every_n_epochs": 0,
+    "num_nodes": 1,
+}
+# Steps of a schedule that are tried.
+_TRIED = 10_000
+# Whose classes do in a trial what they do in a fit.
+_KNOWN = ("torch.optim", "lightning.pytorch", "gradmerge")
+
+
+def require_seed(seed: Any) -> None:
+    """Reject a seed that numpy does not take.
+
+    Raises:
+        ConfigError: it is out of range.
+    """
+    if not isinstance(seed, bool) and seed is not None:
+        require(0 <= seed <= _SEEDS, "seed_everything", f"0 to {_SEEDS}, true or false", seed)
+
+
+def require_options(get: Get, fits: bool) -> None:
+    """Reject options of which a fit would fail only after it was opened.
+
+    Args:
+        get: returns an option by its dotted name, or None.
+        fits: True for `fit`; the other commands have no optimiser and no monitors.
+
+    Raises:
+        ConfigError: an option has an invalid value.
+    """
+    for name, least in _LEAST.items():
+        value = get(f"trainer.{name}")
+        if value is not None:
+            sound = math.isfinite(value) and value >= least
+            require(sound, f"trainer.{name}", f"a number of at least {least}", value)
+    most = max(16, 2 * (os.cpu_count() or 1))
+    devices = get("trainer.devices")
+    if str(devices).isdigit() and get("trainer.accelerator") == "cpu":
+        require(int(devices) <= most, "trainer.devices", f"at most {most} processes", devices)
+    if not fits:
+        return
+    interval = get("trainer.val_check_interval")
+    if isinstance(interval, (int, float)):
+        sound = interval >= 1 if isinstance(interval, int) else 0 < interval <= 1
+        expected = "a number of steps, or a share of an epoch above 0"
+        require(sound, "trainer.val_check_interval", expected, interval)
+    if get("trainer.limit_train_batches") == 0:
+        raise ConfigError(
+            "trainer.limit_train_batches: expected at least one batch, got 0, so nothing would be "
+            "learned. To score without learning: `gradmerge validate`."
+        )
+    _require_optimiser(get)
+    require_monitors(get)
+
+
+def require_monitors(get: Get, causal: bool | None = None) -> None:
+    """Reject callbacks and schedules that watch a score which the fit does not log.
+
+    Args:
+        get: returns an option by its dotted name, or None.
+        causal: True if the network predicts the next token; None if that is not known yet.
+
+    Raises:
+        ConfigError: a score is unknown.
+    """
+    if any(map(_is_foreign, listed(get("trainer.callbacks")))):
+        return  # it may log what the others watch
+    known = score_names(get("data.tasks") or {}, causal, several=bool(get("driver")))
+    for owner, monitor in _monitors(get):
+        require_monitor(owner, monitor, known)
+
+
+def _require_optimiser(get: Get) -> None:
+    """Try the optimiser and its schedule on a parameter of no importance."""
+    optimiser, schedule = get("optimizer"), get("lr_scheduler")
+    if optimiser is None:
+        if schedule is not None:
+            raise ConfigError(
+                f"lr_scheduler: expected an `optimizer` beside it, got only {_name(schedule)}, "
+                "which would not be used. Configure both."
+            )
+        return
+    if _is_foreign(optimiser):
+        return
+    rate = (optimiser.get("init_args") or {}).get("lr")
+    if isinstance(rate, float):
+        require(math.isfinite(rate), "optimizer: lr", "a finite number", rate)
+    todo = "Correct its init_args."
+    with reading("optimizer", f"{_name(optimiser)} rejects its options", todo, ConfigError):
+        tried = instantiate_class([torch.nn.Parameter(torch.zeros(2, 2))], _plain(optimiser))
+    if schedule is None or _is_foreign(schedule):
+        return
+    # a schedule may end before a fit does, if nothing else ends the fit
+    ends = (get("trainer.max_epochs"), get("trainer.max_time"), get("driver"))
+    steps = get("trainer.max_steps") if not any(ends) else None
+    with reading("lr_scheduler", f"{_name(schedule)} rejects its options", todo, ConfigError):
+        tried = instantiate_class(tried, _plain(schedule))
+        if not isinstance(tried, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            _take_steps(tried, max(1, min(steps or 1, _TRIED)))
+
+
+def _take_steps(schedule: Any, steps: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it would miss the optimiser's steps
+        for _ in range(steps):
+            schedule.step()
+
+
+def _plain(given: Any) -> dict[str, Any]:
+    return {"class_path": given["class_path"], "init_args": dict(given.get("init_args") or {})}
+
+
+def _name(given: Any) -> str:
+    return str(given["class_path"]).rpartition(".")[2]
+
+
+def _is_foreign(given: Any) -> bool:
+    return not str(given.get("class_path", "")).startswith(_KNOWN)
+
+
+def _monitors(get: Get) -> Iterator[tuple[str, str]]:
+    """Yield what watches a score, and the score."""
+    watchers: Iterable[Any] = [*listed(get("trainer.callbacks")), get("lr_scheduler")]
+    if get("driver") and _name(get("driver")) == "LayerWise":
+        return  # it uses none of them, and checks its schedule itself
+    for watcher in watchers:
+        monitor = ((watcher or {}).get("init_args") or {}).get("monitor")
+        if isinstance(monitor, str):
+            yield _name(watcher), monitor
