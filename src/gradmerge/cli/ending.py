@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from gradmerge.common.errors import ProcessError
+
+_LOST = re.compile(r"gloo|NCCL|Dist\w*Error|Connection (closed|reset|refused)|Broken pipe")
 TERMINATED = 128 + 15
 """Exit status of a command that SIGTERM has ended."""
 
@@ -38,6 +42,66 @@ def ended_by_signal(command: str) -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def named_loss() -> Iterator[None]:
+    """Name the error of a process that communicated with one which has ended.
+
+    Raises:
+        ProcessError: it has.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).partition("\n")[0]
+        if "LOCAL_RANK" not in os.environ or not _LOST.search(f"{type(error).__name__} {first}"):
+            raise
+        raise ProcessError(
+            "another process of this fit has ended, and this one was waiting for it; its own "
+            f"message, if it had time for one, is above ({first[-160:]}).\nIf it was killed, free "
+            "memory or use fewer devices. Resume with --ckpt_path last."
+        ) from error
+
+
+def watch_children(processes: Sequence[Any], patience: float = 20) -> None:
+    """End this process and those that it started soon after one of them has failed.
+
+    If they were communicating, an error of that comes first.
+
+    Args:
+        processes: the started processes.
+        patience: seconds for that error to come.
+    """
+
+    def watch() -> None:
+        while not any(process.poll() for process in processes):
+            if all(process.poll() == 0 for process in processes):
+                return
+            time.sleep(1)
+        time.sleep(patience)
+        with suppress(OSError):
+            failed = next(process for process in processes if process.poll())
+            print(
+                f"gradmerge: process {failed.pid} of this fit has ended with status "
+                f"{failed.returncode}",
+                file=sys.stderr,
+                flush=True,
+            )
+        for process in processes:
+            process.kill()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="gradmerge-children").start()
+
+
+def watch_processes() -> None:
+    """Make the processes of a fit on several devices end together, each with a named error."""
+    from lightning.pytorch.strategies.launchers import subprocess_script
+
+    # Lightning's own would kill this process before it can say why
+    subprocess_script._launch_process_observer = watch_children  # type: ignore[assignment, attr-defined]
+    watch_parent()
 
 
 def watch_parent(patience: float = 20) -> None:

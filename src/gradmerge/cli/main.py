@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gradmerge.cli.ending import ended_by_signal, watch_parent
+from gradmerge.cli.ending import ended_by_signal, named_loss, watch_processes
 from gradmerge.cli.explain import COMPONENTS, Explained, own_message
 from gradmerge.common.errors import nearest
 from gradmerge.common.failures import expected
@@ -70,8 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with ended_by_signal(command):
             if command in LEARNING:
-                watch_parent()
-                learn(arguments)
+                watch_processes()
+                with named_loss():
+                    learn(arguments)
             else:
                 _plain(command, options)
         sys.stdout.flush()  # a full disk or a closed pipe is found here, not at the exit

@@ -40,6 +40,10 @@ class OutputError(GradmergeError):
     """Something cannot be written: the disk is full, or the place is read-only or taken."""
 
 
+class ProcessError(GradmergeError):
+    """Another process of a fit on several devices has ended."""
+
+
 class FingerprintError(GradmergeError):
     """A coefficient checkpoint was trained on different source weights."""
 
