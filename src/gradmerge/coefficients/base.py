@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradmerge.common.typing import Raw, SpreadKind
 
@@ -123,6 +123,10 @@ class AbstractCoefficients(ABC):
         """
 
 
+_RESERVED = frozenset(dir(nn.ParameterDict()))
+
+
 def parameter_key(name: str) -> str:
-    """Return a tensor name as a key of `nn.ParameterDict`, which forbids dots."""
-    return name.replace(".", "/")
+    """Return a tensor name as a key of `nn.ParameterDict`: no dots, no attribute of its own."""
+    key = name.replace("/", "//").replace(".", "/")
+    return f"{key}/" if key in _RESERVED else key

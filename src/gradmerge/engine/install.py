@@ -1,5 +1,8 @@
 """Installation of merged tensors in any architecture, without changes to its code.
 
+What a parameter leaves behind in `parameters()` is a stand-in that has no numbers, so that nothing
+computes with it unnoticed.
+
 Every parameter of the skeleton becomes a property of its module that fetches the tensor from the
 engine at each access. Modelling code, tied weights, access to other modules' weights, autocast and
 activation checkpointing (recomputation fetches again, inside backward) work unchanged.
@@ -9,13 +12,14 @@ recomputes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from gradmerge.common.errors import ConfigError
@@ -28,6 +32,66 @@ _checkpointed: dict[type, type] = {}
 
 # Modules whose weights autocast casts to its low-precision dtype.
 _AUTOCAST = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
+
+
+# What may be asked of a stand-in: everything but numbers.
+_HARMLESS = {
+    *("shape", "size", "dim", "ndim", "numel", "nelement", "__len__", "stride", "storage_offset"),
+    *("is_contiguous", "dtype", "type", "itemsize", "element_size", "nbytes", "device"),
+    *("get_device", "layout", "names", "is_floating_point", "is_complex", "is_quantized"),
+    *("is_sparse", "is_nested", "is_mkldnn", "is_meta", "is_cpu", "is_cuda", "is_mps", "is_xpu"),
+    *("is_leaf", "is_inference", "requires_grad", "requires_grad_", "grad", "grad_fn", "_version"),
+}
+
+
+class StandIn(nn.Parameter):
+    """The rest of a replaced parameter in `parameters()`: its shape, dtype and device.
+
+    Raises:
+        ConfigError: something reads or writes its numbers.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Answer questions about the tensor; reject the rest by its name."""
+        name = getattr(func, "__name__", str(func))
+        if name in ("__get__", "__set__"):
+            name = func.__self__.__name__
+        if name in _HARMLESS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        found = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, StandIn))
+        raise ConfigError(
+            f"{found.place}: expected the network's forward to read it as an attribute of its "
+            f"module, got `{name}` of what `parameters()`, `state_dict()` or `_parameters` holds.\n"
+            "A merge gives each module its merged weights as attributes; change the network's "
+            "code to read `module.weight` there."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StandIn:
+        """Return itself, for it never changes."""
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Name it."""
+        return f"StandIn({self.place})"
+
+    @classmethod
+    def of(cls, place: str, parameter: Tensor, dtype: torch.dtype, device: torch.device) -> StandIn:
+        """Make the stand-in of a parameter."""
+        with torch._C.DisableTorchFunctionSubclass():
+            found = cls(empty_like_parameter(parameter, dtype, device), requires_grad=False)
+        found.place = place
+        return found
+
+    place: str
+    """Name of the parameter in the network."""
 
 
 def install(
@@ -62,16 +126,15 @@ def install(
 
 
 def restamp(skeleton: nn.Module, dtypes: Mapping[str, torch.dtype], device: torch.device) -> None:
-    """Set dtype (by place) and device of the placeholders that remain in `parameters()`.
+    """Replace what remains in `parameters()` by stand-ins of a dtype (by place) and a device.
 
     They take no memory. Modelling code reads `model.device` and `model.dtype` from them.
     """
     for path, module in skeleton.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                kind = dtypes[f"{path}.{name}" if path else name]
-                stand_in = empty_like_parameter(parameter, kind, device)
-                module._parameters[name] = nn.Parameter(stand_in, requires_grad=False)
+                place = f"{path}.{name}" if path else name
+                module._parameters[name] = StandIn.of(place, parameter, dtypes[place], device)
 
 
 def checkpoint_blocks(skeleton: nn.Module) -> None:
@@ -127,7 +190,9 @@ def _with_checkpoint(cls: Any) -> type:
 
 def _with_properties(cls: type, names: tuple[str, ...]) -> type:
     if (cls, names) not in _classes:
-        namespace: dict[str, Any] = {name: property(_getter(name)) for name in names}
+        namespace: dict[str, Any] = {
+            name: property(_getter(name), partial(_refuse_assignment, name)) for name in names
+        }
         namespace["__module__"] = cls.__module__
         _classes[cls, names] = type(cls.__name__, (cls,), namespace)
     return _classes[cls, names]
@@ -135,6 +200,9 @@ def _with_properties(cls: type, names: tuple[str, ...]) -> type:
 
 def _getter(name: str) -> Callable[[nn.Module], Tensor]:
     def get(module: nn.Module) -> Tensor:
+        own = module.__dict__["_parameters"].get(name)
+        if type(own) is not StandIn and own is not None:
+            return own  # put there by the network's own code (`functional_call`)
         fetch, key, casts = module.__dict__[_SLOT][name]
         try:
             return fetch(key, casts)
@@ -143,6 +211,26 @@ def _getter(name: str) -> Callable[[nn.Module], Tensor]:
             raise RuntimeError(f"{name} of {type(module).__name__}: {error}") from error
 
     return get
+
+
+def _refuse_assignment(name: str, module: nn.Module, _: object) -> None:
+    raise ConfigError(
+        f"{type(module).__name__}: expected a forward that leaves its weights as they are, got "
+        f"one that assigns to {name}, which a merge provides.\n"
+        "Compute with a variable of its own there instead."
+    )
+
+
+def require_stand_ins(skeleton: nn.Module) -> None:
+    """Reject a network whose forward has put parameters of its own in the place of merged ones.
+
+    Raises:
+        ConfigError: a parameter was replaced.
+    """
+    for path, module in skeleton.named_modules():
+        for name in module.__dict__.get(_SLOT, ()):
+            if type(module._parameters.get(name)) is not StandIn:
+                _refuse_assignment(f"{path}.{name}" if path else name, module, None)
 
 
 def _fill_flat_weights(module: nn.Module, _: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gradmerge.coefficients import MergeTensor
+from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.compatibility import is_private
 from gradmerge.sources.skeleton import Network, input_axis
@@ -51,11 +52,24 @@ def take_inventory(
         names.sort(key=_module_order(network))
     kept = [name for name in names if is_private(name, private)]
     shared = [name for name in names if name not in set(kept)]
+    _require_real(shared, reference, network)
     buffers = [name for name in shared if _is_buffer(name, reference, network)]
     tensors = {
         name: _describe(name, reference, network) for name in shared if name not in set(buffers)
     }
     return Inventory(kept, buffers, tensors)
+
+
+def _require_real(names: Sequence[str], reference: Checkpoint, network: Network | None) -> None:
+    learnable = names if network is None else network.binding.parameters
+    found = [n for n in names if n in learnable and reference.infos[n].dtype.is_complex]
+    if found:
+        raise ConfigError(
+            f"{reference.label}: expected real weights, got complex ones: {shorten(found)}. They "
+            "are not merged.\n"
+            "Store real and imaginary parts (torch.view_as_real) in every source, or leave them to "
+            "their tasks with `private`."
+        )
 
 
 def _is_buffer(name: str, reference: Checkpoint, network: Network | None) -> bool:

@@ -11,6 +11,7 @@ Memory modes:
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,13 +26,20 @@ from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.common.memory import BlockPool
 from gradmerge.engine.autograd import Combine, backward_of, checksums, known_loss
 from gradmerge.engine.buffers import NetworkBuffers
-from gradmerge.engine.install import LiveTensors, checkpoint_blocks, install, restamp
+from gradmerge.engine.install import (
+    LiveTensors,
+    checkpoint_blocks,
+    install,
+    require_stand_ins,
+    restamp,
+)
 from gradmerge.engine.leaves import Leaves
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.precision import Precision
 from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.state import FitState
+from gradmerge.engine.watch import Watch
 
 Memory = Literal["resident", "streamed"]
 
@@ -108,6 +116,8 @@ class MergedModel(nn.Module):
         self._private: dict[tuple[str, str], Tensor] = {}
         self._resident = ResidentTensors()
         self._finished = False
+        self._watch: Watch | None = None
+        self._watched: set[tuple[bool, ...]] = set()
         self._live = LiveTensors()
         self._blocks = BlockPool(torch.Size(t.shape).numel() for t in plan.tensors.values())
         self._precision = Precision(plan.skeleton)
@@ -218,6 +228,12 @@ class MergedModel(nn.Module):
         return self.state.contract(key, grad, raw)
 
     def _fetch(self, key: str, casts: bool) -> Tensor:
+        if self._watch is None:
+            return self._tensor(key, casts)
+        with self._watch.paused():
+            return self._watch.add(key, self._tensor(key, casts))
+
+    def _tensor(self, key: str, casts: bool) -> Tensor:
         given = None if self._given is None else self._given(key)
         if given is not None:
             return given.to(device=self.device, dtype=self.dtype_of(key))
@@ -244,10 +260,11 @@ class MergedModel(nn.Module):
         return tensor.to(device=self.device, dtype=dtype)
 
     def _private_tensor(self, key: str) -> Tensor:
-        source = self.serving
+        shared = key in self.plan.buffers  # an integer parameter
+        source = "" if shared else self.serving
         if (source, key) not in self._private:
             with torch.inference_mode(False):
-                own = self.plan.read(source, key)
+                own = self.plan.buffer(key) if shared else self.plan.read(source, key)
                 kept = own.to(device=self.device, dtype=self.dtype_of(key))
                 self._private[source, key] = kept.clone() if kept is own else kept
         return self._private[source, key]
@@ -280,25 +297,62 @@ class MergedModel(nn.Module):
         self._task = task
         self.network_buffers.serve(self.serving)
         if self._given is not None:
-            return self.skeleton(*args, **kwargs)
+            return self.run(*args, **kwargs)
         graph = torch.is_grad_enabled() and self._stepping is None
         evaluates = not (self.training or torch.is_grad_enabled() or self._stepping is not None)
         self._finished = evaluates and self.plan.finalisation.active
         try:
             if self.memory == "resident":
                 self._resident.refresh(self, graph, self._finished)
-                return self.skeleton(*args, **kwargs)
+                return self.run(*args, **kwargs)
             self._live.purge()
             keep = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
             with keep if torch.is_grad_enabled() else nullcontext():
-                return self.skeleton(*args, **kwargs)
+                return self.run(*args, **kwargs)
         finally:
             self._finished = False
 
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network with the weights that are set; the first passes of a kind are watched.
+
+        Raises:
+            ConfigError: the network writes to its weights, or reads them in a way that does not see
+                merged ones.
+        """
+        kind = (self._given is None, self.training, torch.is_grad_enabled())
+        if kind in self._watched or self._watch is not None:
+            return self.skeleton(*args, **kwargs)
+        self._watch = Watch()
+        try:
+            with self._watch:
+                output = self.skeleton(*args, **kwargs)
+            self._watch.check()
+        finally:
+            self._watch = None
+        require_stand_ins(self.skeleton)
+        self._watched.add(kind)
+        return output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MergedModel:
+        """Copy, unless it is a part of the network that copies itself in its forward.
+
+        Raises:
+            ConfigError: the network runs.
+        """
+        if self._watch is not None:
+            raise ConfigError(
+                f"{type(self.skeleton).__name__}: expected a forward that uses its modules, got "
+                "one that copies a module, whose merged weights a copy would not follow.\n"
+                "Call the module itself, or use `copy.copy` of it in the network's code."
+            )
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return other
+
     def _pack(self, tensor: Tensor) -> Any:
         tag = self._live.find(tensor)
-        if tag is None:
-            return tensor
+        if tag is None or tensor.dtype != tag[1] or tensor.is_conj() or tensor.is_neg():
+            return tensor  # a view as another dtype cannot be rebuilt by its strides
         view = (tensor.size(), tensor.stride(), tensor.storage_offset())
         return (*tag, *view, self.version)
 

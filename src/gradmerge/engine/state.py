@@ -72,6 +72,8 @@ class FitState:
 
     def contract(self, name: str, grad: Tensor, z: Tensor) -> Tensor:
         """Return `dL/dz` of a tensor for `grad = dL/dtheta`."""
+        if grad.is_sparse:
+            grad = grad.to_dense()  # of `nn.Embedding(sparse=True)`
         found, slope = self.plan.contract(name, grad, z, self.slopes is not None)
         if self.slopes is not None and slope is not None:
             before = self.slopes.get(name)

@@ -263,7 +263,7 @@ class BlockChain:
 
     def run_network(self, batch: Mapping[str, Any]) -> Any:
         """Return the network's output for a placed batch, with the weights that are set."""
-        return self.model.skeleton(**{k: v for k, v in batch.items() if k not in NOT_INPUTS})
+        return self.model.run(**{k: v for k, v in batch.items() if k not in NOT_INPUTS})
 
     @torch.no_grad()
     def theta(self, name: str, finished: bool = False) -> Tensor:
