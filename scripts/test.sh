@@ -11,6 +11,6 @@ $bin/ruff format --check src benchmarks scripts tests
 $bin/ruff check src benchmarks scripts tests
 $bin/mypy
 $bin/lint-imports
-$bin/codespell src benchmarks scripts tests configs docs README.md CHANGELOG.md CONTRIBUTING.md
+$bin/codespell src benchmarks scripts tests configs docs README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 bash scripts/docs.sh --quiet
 $bin/python -m pytest -n "${TEST_PROCESSES:-2}" -q "$@"

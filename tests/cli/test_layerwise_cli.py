@@ -89,8 +89,8 @@ def test_a_schedule_may_watch_the_loss_of_each_block(world, tmp_path, capsys):
 
 
 def test_a_schedule_that_watches_scores_is_refused_before_anything_is_read(world, tmp_path, capsys):
-    options = [*PLATEAU, "--lr_scheduler.monitor", "selection/loss"]
-    assert layerwise(world, tmp_path, *options) == 2
+    watched = ["--lr_scheduler.monitor", "selection/loss", "--lr_scheduler.factor", "0.5"]
+    assert layerwise(world, tmp_path, *PLATEAU, *watched) == 2
     message = capsys.readouterr().err
     assert "lr_scheduler watches selection/loss, and a block has a loss alone" in message
     assert "--lr_scheduler.monitor layer/loss" in message

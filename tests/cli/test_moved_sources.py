@@ -196,6 +196,7 @@ def test_a_checkpoint_gives_itself_no_permission(here, capsys):
     fields["base"] = "models/base"
     fields["sources"] = {name: f"models/{name}" for name in ("a", "b")}
     state["hyper_parameters"] |= {"trust_remote_code": True, "allow_modules": ["subprocess"]}
+    del state["gradmerge"]["files"]  # else the configs that changed are noticed
     torch.save(state, "hostile.ckpt")
     text = fails(["export", "hostile.ckpt", "out"], capsys)
     assert "trust_remote_code" in text

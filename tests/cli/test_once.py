@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from gradmerge.alignment import ActivationMatching
 from gradmerge.cli import main
 from gradmerge.engine import opening
-from gradmerge.sources import HuggingFace, skeleton
+from gradmerge.sources import HuggingFace, skeleton, ties
 from tiny import write_yaml as write
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -38,7 +38,7 @@ def counted(monkeypatch):
     watch(HuggingFace, "open", lambda source: Path(source.path).name)
     watch(ActivationMatching, "align", lambda *_: "solved")
     watch(opening, "find_spec", lambda *_: "traced")
-    watch(opening, "build_skeleton", lambda *_: "built")
+    watch(ties, "build_skeleton", lambda *_: "built")
     watch(skeleton, "bind", lambda *_: "bound")
     return counts
 

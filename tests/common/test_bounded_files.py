@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import yaml
@@ -74,10 +75,7 @@ def test_a_key_that_says_the_same_twice_is_no_harm():
 
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     assert read_json(tmp_path / "none.json") is None
-    os.mkfifo(tmp_path / "pipe.json")
-    assert read_json(tmp_path / "pipe.json") is None  # nothing waits for a writer
     (tmp_path / "folder.json").mkdir()
-    assert read_json(tmp_path / "folder.json") is None
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: No such file"):
         read_yaml(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match=r"folder\.json: cannot be read: Is a directory"):
@@ -147,3 +145,10 @@ def test_yaml_that_is_read(text, tmp_path):
     path.write_text(text)
     require_bounded(text)
     assert read_yaml(path) == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path)])
+def test_what_is_no_file_is_not_taken_for_a_missing_one(tmp_path, make):
+    make(tmp_path / "config.json")
+    with pytest.raises(SourceError, match=r"config\.json: expected a file, got a folder, a pipe"):
+        read_json(tmp_path / "config.json")

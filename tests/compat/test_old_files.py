@@ -50,8 +50,9 @@ CONCEPTS = {
     "search": search,
     "sources": sources,
 }
-IN_NO_CHECKPOINT = {("sources", "InMemory")}
-"""Weights in memory: a checkpoint says that they were, and the recipe must be given again."""
+IN_NO_CHECKPOINT = {("sources", "InMemory"), ("sources", "Dequantised")}
+"""Weights in memory: a checkpoint says that they were, and the recipe must be given again. And what
+the version that wrote these checkpoints did not have."""
 
 MIXED = ("cca", "optimal-transport")
 """Alignments whose maps are fingerprinted as floating-point numbers, to the last bit."""
@@ -252,7 +253,9 @@ def test_the_checkpoint_of_an_old_fit_exports_the_same_folder(own_world):
         for tensor, value in now.items():
             torch.testing.assert_close(value, then[tensor], rtol=1e-4, atol=1e-6)
     old, new = (json.loads(Path(f, "provenance.json").read_text()) for f in (export, "again"))
+    files = {name: source.pop("files") for name, source in new["sources"].items()}
     assert new["sources"] == old["sources"]
+    assert all("config.json" in recorded for recorded in files.values())
 
 
 def test_an_old_export_is_the_start_of_a_continual_merge(own_world):

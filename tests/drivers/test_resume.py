@@ -247,12 +247,16 @@ def test_another_job_in_the_folder_is_rejected_with_the_differences(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("job.json", "{}", "got one without `job`"),
-        ("job.json", "[]", "got list"),
-        ("job.json", '{"job": "x", "seed": 0', r"got something else \(Expecting"),
-        ("job.json", '{"job": "x", "seed": 0, "content": null}', "got `content` of type NoneType"),
-        ("steps/step-1/step.json", "{}", "got one without `step`"),
-        ("steps/step-1/step.json", '{"step": {}}', "got one without `result`"),
+        ("job.json", "{}", "job: expected text, got none"),
+        ("job.json", "[]", "expected a JSON object, got list"),
+        ("job.json", '{"job": "x", "seed": 0', "expected JSON, got: Expecting"),
+        (
+            "job.json",
+            '{"job": "x", "seed": 0, "content": null}',
+            "content: expected a mapping, got None",
+        ),
+        ("steps/step-1/step.json", "{}", "step: expected a mapping, got none"),
+        ("steps/step-1/step.json", '{"step": {}}', "result: expected a mapping, got none"),
     ],
 )
 def test_a_damaged_record_is_rejected_by_name(tmp_path, name, content, message):
@@ -261,7 +265,7 @@ def test_a_damaged_record_is_rejected_by_name(tmp_path, name, content, message):
     folder.rename(tmp_path / "elsewhere")
     path = tmp_path / "driver" / name
     path.write_text(content)
-    with pytest.raises(ConfigError, match=rf"{name}: expected the record .*{message}.*restart"):
+    with pytest.raises(ConfigError, match=rf"(?s){name}.*{message}.*record from which.*restart"):
         Pairwise().run(job_of(tmp_path, models))
     assert path.read_text() == content
     assert Pairwise(restart=True).run(job_of(tmp_path, models)) == folder

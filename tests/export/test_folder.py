@@ -325,6 +325,9 @@ def test_provenance_says_where_everything_came_from(tmp_path, family):
     results = {"test": {"a": {"accuracy": 0.75}, "average": {"accuracy": 0.75}}}
     folder = write(merged, tmp_path / "merged", results=results, extra={"steps": 12})
     found = json.loads((folder / "provenance.json").read_text())
+    files = {name: source.pop("files") for name, source in found["sources"].items()}
+    config = (tmp_path / "sources/a/config.json").read_bytes()
+    assert files["a"]["config.json"] == hashlib.sha256(config).hexdigest()
     assert found["sources"] == {
         name: {"from": str(tmp_path / "sources" / name), "sha256": merged.plan.fingerprints[name]}
         for name in ("base", "a", "b")

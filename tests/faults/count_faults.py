@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "helpers")]
 
 from fault_kinds import KINDS  # noqa: E402
-from fault_runner import ACCEPTED, Kind, Outcome, run_kind  # noqa: E402
+from fault_runner import ACCEPTED, Kind, Outcome, run_kind, start_server  # noqa: E402
 from fault_world import build_world  # noqa: E402
 
 CLASSES = ("clear", "right", "late", "vague", "raw", "silent", "hang", "elsewhere")
@@ -34,6 +34,7 @@ def main() -> None:
     chosen = [kind for kind in KINDS if re.search(given.only, kind.name)]
     with tempfile.TemporaryDirectory() as folder:
         world = build_world(Path(folder, "world"))
+        start_server()
 
         def run(numbered: tuple[int, Kind]) -> tuple[Kind, Outcome]:
             number, kind = numbered

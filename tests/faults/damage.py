@@ -50,7 +50,7 @@ def _set(content: dict[str, Any], changes: dict[str, Any]) -> None:
         *parents, last = key.split("__")
         inner = content
         for parent in parents:
-            inner = inner[parent]
+            inner = inner.setdefault(parent, {})
         if value is DROP:
             inner.pop(last, None)
         else:

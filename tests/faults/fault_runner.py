@@ -21,7 +21,7 @@ from typing import Any
 
 TIMEOUT = 90.0
 STEPPED, LOG, DONE = ".stepped", ".log", ".done"
-OUTPUTS = ("out", "outputs", "lightning_logs", "wandb", "checkpoints")
+OUTPUTS = ("config.yaml", "out", "outputs", "lightning_logs", "wandb", "checkpoints")
 ACCEPTED = ("clear", "right")
 
 
@@ -53,6 +53,13 @@ class Outcome:
     """clear, right, late, vague, raw, silent, hang or elsewhere."""
     status: int | None
     printed: str
+
+
+def start_server() -> None:
+    """Start the server that processes are forked from, which takes as long as all imports."""
+    process = _context().Process(target=int)
+    process.start()
+    process.join()
 
 
 def run_kind(kind: Kind, world: Path, folder: Path) -> Outcome:
@@ -97,14 +104,14 @@ def _classified(kind: Kind, status: int | None, printed: str, stepped: bool, wor
     found = re.search(r"gradmerge[ \w]*: (.*)", printed, re.DOTALL)
     if status != 2 or found is None:
         return "raw"
-    if not kind.message or not re.search(kind.message, found[1], re.IGNORECASE | re.DOTALL):
+    if not kind.message or not re.search(kind.message, printed, re.IGNORECASE | re.DOTALL):
         return "vague"
     return "late" if stepped and not kind.late else "clear"
 
 
 def child(arguments: list[str], work: str, environment: dict[str, str]) -> None:
     """Run a command in its folder; its output goes to a file beside it."""
-    os.setsid()
+    os.setpgrp()
     faulthandler.disable()
     os.chdir(work)
     folder = Path(work).parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import warnings
@@ -33,3 +34,7 @@ for name in (
 ):
     with contextlib.suppress(ImportError), warnings.catch_warnings():
         importlib.import_module(name)
+
+# Collections in a forked process would touch, and so copy, all of these objects.
+gc.collect()
+gc.freeze()

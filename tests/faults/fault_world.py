@@ -208,6 +208,7 @@ def _runs() -> None:
         shutil.rmtree(f"kept_{name}")
     _run(main, "collect", "--config", "fisher.yaml", "--output", "statistics")
     _run(main, "merge", "--config", "emr.yaml", "--outputs", "compact", "--output", "compact")
+    Path("config.yaml").unlink(missing_ok=True)
     for left in ("outputs", "lightning_logs"):
         shutil.rmtree(left, ignore_errors=True)
 

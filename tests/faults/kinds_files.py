@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def _checkpoints() -> list[Kind]:
             "fit.ckpt", lambda c, w: {k: v for k, v in c.items() if k != "gradmerge"}
         ),
         "no-hyper-parameters": checkpoint("fit.ckpt", lambda c, w: c.update(hyper_parameters={})),
-        "no-state": checkpoint("fit.ckpt", lambda c, w: c.pop("state_dict") and None),
+        "no-state": checkpoint("fit.ckpt", lambda c, w: c.pop("state_dict") is None or None),
         "empty-state": checkpoint("fit.ckpt", lambda c, w: c.update(state_dict={})),
         "shapes": checkpoint(
             "fit.ckpt",
@@ -218,6 +219,16 @@ def _json_fields(file: str, area: str, command: str, keys: list[str], about: str
     return kinds
 
 
+def _of_stem(stem: str, make: Callable[[str], Damage]) -> Damage:
+    """Damage the file with this stem, whose suffix has changed between versions."""
+
+    def damage(work: Path) -> None:
+        (found,) = (path for path in (work / stem).parent.glob(f"{Path(stem).name}.*"))
+        make(str(found.relative_to(work)))(work)
+
+    return damage
+
+
 def _side_files() -> list[Kind]:
     about = "statistics"
     kinds = [
@@ -293,21 +304,22 @@ def _side_files() -> list[Kind]:
             "127|emr",
         )
     )
-    for file in ("compact/unified.safetensors", "compact/tasks/a/masks.safetensors"):
-        name = Path(file).stem
-        for label, damage in {
-            "cut-off": cut(file, -8),
-            "missing": remove(file),
-            "empty": write(file, b""),
-            "shape": tensors(file, lambda s: {k: v.reshape(-1)[:1] for k, v in s.items()}),
-            "no-tensors": tensors(file, lambda s: {"x": next(iter(s.values()))}),
+    for stem in ("compact/unified", "compact/tasks/a/masks"):
+        name = Path(stem).name
+        for label, make in {
+            "cut-off": lambda f: cut(f, -8),
+            "missing": remove,
+            "empty": lambda f: write(f, b""),
+            "shape": lambda f: tensors(f, lambda s: {k: v.reshape(-1)[:1] for k, v in s.items()}),
+            "no-tensors": lambda f: tensors(f, lambda s: {"x": next(iter(s.values()))}),
         }.items():
+            damage = _of_stem(stem, make)
             kinds.append(Kind(f"compact/{name}-{label}", UNPACK, damage, rf"{name}|compact"))
     kinds.append(
         Kind(
             "compact/unified-nan",
             UNPACK,
-            entry("compact/unified.safetensors", "model.norm.weight", NAN),
+            _of_stem("compact/unified", lambda f: entry(f, "model.norm.weight", NAN)),
             "unified|finite",
         )
     )

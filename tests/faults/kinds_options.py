@@ -146,7 +146,7 @@ def _numbers_of_fits() -> list[Kind]:
     for key, values in wrong.items():
         for value in values:
             field = key.split("__")[-1]
-            about = rf"{field}|{key.split('__')[0]}"
+            about = rf"{field}|{key.split('__')[0]}|component"
             name = f"fit-option/{key.replace('__', '.')}-{json.dumps(value)[:40]}"
             kinds.append(Kind(name, FIT, options("fit.yaml", **{key: value}), about))
     monitor = {"class_path": "lightning.pytorch.callbacks.EarlyStopping"}
@@ -319,20 +319,22 @@ def _callables() -> list[Kind]:
         }
         for place, given in places.items():
             change = options("fit.yaml", **{place: given})
-            about = place.split("__")[-1] + "|sources|class|task|config"
+            about = place.split("__")[-1] + "|sources|class|task|config|component"
             kinds.append(Kind(f"code/{name}-in-{place.replace('__', '.')}", FIT, change, about))
         lambdas = {
             "class_path": "torch.optim.lr_scheduler.LambdaLR",
             "init_args": {"lr_lambda": value},
         }
         change = options("fit.yaml", lr_scheduler=lambdas, optimizer=adam)
-        kinds.append(Kind(f"code/{name}-in-LambdaLR", FIT, change, "lr_"))
+        kinds.append(Kind(f"code/{name}-in-LambdaLR", FIT, change, "lr_|component"))
         callback = {
             "class_path": "lightning.pytorch.callbacks.LambdaCallback",
             "init_args": {"on_fit_start": value},
         }
         change = options("fit.yaml", trainer__callbacks=[callback])
-        kinds.append(Kind(f"code/{name}-in-LambdaCallback", FIT, change, "callbacks|on_fit_start"))
+        kinds.append(
+            Kind(f"code/{name}-in-LambdaCallback", FIT, change, "callbacks|on_fit_start|component")
+        )
     script = "import os\nos.system('touch ../PWNED')\nclass Foreign: pass\n"
     for place in ("optimizer", "trainer__logger", "model__recipe__init", "driver"):
         change = both(

@@ -255,7 +255,7 @@ def _weights() -> list[Kind]:
         kinds.append(Kind(f"weights/file-{name}-merge", MERGE, damage, r"\ba\b"))
         kinds.append(Kind(f"weights/file-{name}-inspect", INSPECT, damage, r"\ba\b"))
     changed: dict[str, Damage] = {
-        "missing-tensor": tensors(FILE, lambda s: s.pop(UP) and None),
+        "missing-tensor": tensors(FILE, lambda s: s.pop(UP) is None or None),
         "extra-tensor": tensors(FILE, lambda s: s.update(more=torch.zeros(3))),
         "renamed": tensors(FILE, _renamed),
         "transposed": tensors(FILE, lambda s: s.update({UP: s[UP].T})),
@@ -474,7 +474,7 @@ def _adapters() -> list[Kind]:
     ]
     changed: dict[str, Damage] = {
         "no-factors": tensors(FACTORS, lambda s: {"x": torch.zeros(1)}),
-        "one-factor": tensors(FACTORS, lambda s: s.pop(f"{FACTOR}A.weight") and None),
+        "one-factor": tensors(FACTORS, lambda s: s.pop(f"{FACTOR}A.weight") is None or None),
         "rank": tensors(FACTORS, lambda s: s.update({f"{FACTOR}A.weight": torch.zeros(3, 16)})),
         "shape": tensors(FACTORS, lambda s: s.update({f"{FACTOR}A.weight": torch.zeros(2, 15)})),
         "module": tensors(

@@ -215,7 +215,7 @@ def battery(commands: dict[str, Any], command: str, root: Path, kills: int) -> i
         else:  # complete: any export to that name tidies up
             finish(commands["overwrite"], folder)
         assert left(root / str(number)) == [], f"kill {number}"
-    cached = list((root / "cache" / "gradmerge").iterdir())
+    cached = (root / "cache" / "gradmerge").glob("*")  # none if kernels were loaded before
     assert all(path.name.startswith("kernels-") for path in cached)
     return at_work
 

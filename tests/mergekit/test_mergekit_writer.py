@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from architectures import ARCHITECTURES
 from gradmerge.cli import main
 from gradmerge.coefficients import Column, Constant, Element, Group, Model, Partition, Row, Sigmoid
-from gradmerge.common.errors import ConfigError
+from gradmerge.common.errors import ConfigError, GradmergeError
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.state import FitState
@@ -266,17 +266,18 @@ def test_the_file_s_name_and_place(p, tmp_path):
 
 def test_a_failed_write_leaves_nothing(p, tmp_path, monkeypatch):
     plan = open_plan(recipe(p), with_skeleton=False)
-    (tmp_path / "old.yaml").write_text("kept")
+    write_mergekit(FitState.start(plan), tmp_path / "old.yaml")
+    kept = (tmp_path / "old.yaml").read_text()
 
     def full(self, *args, **kwargs):
         self.touch()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(tmp_path), "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(GradmergeError, match=r"old\.yaml: cannot be written: the disk is full"):
         write_mergekit(FitState.start(plan), tmp_path / "old.yaml", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["old.yaml"]
-    assert (tmp_path / "old.yaml").read_text() == "kept"
+    assert (tmp_path / "old.yaml").read_text() == kept
 
 
 def test_the_command_refuses_before_any_work(tmp_path, capsys):

@@ -98,7 +98,7 @@ def test_a_checkpoint_rebuilds_the_module_from_its_folders(tmp_path, family):
         paths["base"],
         coefficients=Clamp(Group((r"layer\.\d+\.", "embeddings"))),
         init=Mixup(scale=0.7, seed=3),
-        frozen={"pooler": "mean", "norm": 0.25},
+        frozen={"pooler": "mean", "LayerNorm": 0.25},
         private=["classifier"],
     )
     module = MergeModule(recipe, objective, memory="streamed", learning_rate=0.5)

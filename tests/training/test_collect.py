@@ -442,7 +442,7 @@ def test_statistics_say_what_they_are_of_and_are_refused_for_anything_else(tmp_p
         open_plan(replace(kept, sources=other))
     with pytest.raises(ConfigError, match="has none of c"):
         open_plan(replace(kept, sources={**kept.sources, "c": models[0]}))
-    with pytest.raises(ConfigError, match=r"holds no readable statistics\.json"):
+    with pytest.raises(ConfigError, match=r"holds no statistics\.json"):
         open_plan(replace(kept, statistics=str(tmp_path / "absent")))
     (folder / "gram-1.safetensors").write_bytes(b"cut")
     plan = open_plan(kept)

@@ -162,7 +162,8 @@ def test_configured_loggers_never_stop_a_fit_either(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     stock = WandbLogger(project="mine", name="one", save_dir=tmp_path, offline=True)
     found, csv = with_csv([stock], str(tmp_path))
-    assert (type(found), type(csv)) == (LastingWandbLogger, CSVLogger)
+    assert type(found) is LastingWandbLogger
+    assert isinstance(csv, CSVLogger)
     assert (found.name, found._wandb_init["name"], found._offline) == ("mine", "one", True)
     csv, found = default_loggers(str(tmp_path))
     assert (type(found), found.name) == (LastingWandbLogger, "gradmerge")

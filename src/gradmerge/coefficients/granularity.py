@@ -177,7 +177,7 @@ class Component(_PerTensor):
     operator `Components`.
     """
 
-    whole: str | None = field(default=None, metadata=PATTERNS)
+    whole: str | None = None
     """Regular expression of tensors that are not decomposed and have one coefficient per source."""
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ a key that says two things is an error. All that is read goes through `parse_jso
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def read_json(
         GradmergeError: the file cannot be read, or holds something else.
     """
     if not path.is_file():
+        if os.path.lexists(path):
+            raise kind(f"{path}: expected a file, got a folder, a pipe or a link to nothing.")
         return None
     found = parse_json(read_bytes(path, kind), path, kind, plain)
     if not isinstance(found, dict):
@@ -146,8 +149,13 @@ def read_yaml(path: Path, kind: type[GradmergeError] = ConfigError) -> Any:
         text = read_bytes(path, kind).decode()
         require_bounded(text)
         return yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise kind(
+            f"{path}: expected YAML in UTF-8, got byte {error.object[error.start]:#04x} at "
+            f"position {error.start}. Save the file as UTF-8."
+        ) from error
     # ValueError: dates such as 2020-13-45, and numbers
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, kind):
             raise
         raise kind(f"{path}: expected YAML, got: {error}") from error

@@ -75,7 +75,7 @@ def require_output(
     _require_name(target)
     require_apart(target, inputs)
     try:
-        mode = target.stat().st_mode  # once: another export may move it in between
+        entry = target.stat()  # once: another export may move it in between
     except FileNotFoundError:
         if target.is_symlink():
             raise ConfigError(f"{target} is a link to nothing; give another folder.") from None
@@ -84,9 +84,14 @@ def require_output(
     else:
         if not overwrite:
             raise ConfigError(f"{target} exists; give another folder, or {remedy}.")
-        if not stat.S_ISDIR(mode):
+        if not stat.S_ISDIR(entry.st_mode):
             raise ConfigError(f"{target} is a file; give a folder.")
-        _require_own(target)
+        try:
+            _require_own(target)
+        except ConfigError:
+            # another export replaces it just now, and has the last word
+            if target.exists() and target.stat().st_ino == entry.st_ino:
+                raise
     require_writable(target)
 
 

@@ -7,11 +7,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gradmerge.common.errors import OutputError, shorten
+from gradmerge.common.errors import OutputError, SourceError, shorten
 from gradmerge.common.files import read_json
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.architecture import UnknownArchitectureError, model_class_of, read_config
 from gradmerge.sources.base import View
+from gradmerge.sources.skeleton import build_skeleton
 
 _KINDS = {
     "missing_keys": "not in the files, so they would be random",
@@ -39,14 +40,15 @@ def require_opens(
     Args:
         folder: the complete folder.
         target: the name that it will get, for messages.
-        like: folder of a source. What is wrong with it in the same way is not this folder's fault.
+        like: folder of a source. Tensors that are wrong in it, too, are not this folder's fault.
         trust_remote_code: allow modelling code in the folder to run.
 
     Returns:
         What was found, in a few words.
 
     Raises:
-        OutputError: tensors are missing, left over or of other shapes.
+        OutputError: transformers refuses the config, or tensors are missing, left over or of other
+            shapes.
     """
     config = read_json(folder / "config.json") or {}
     if not config.get("architectures"):
@@ -56,12 +58,19 @@ def require_opens(
     except (UnknownArchitectureError, ImportError) as error:
         return f"not opened: {error}"
     except Exception as error:  # networks and their configs fail in many ways
-        found = {"error_msgs": {f"{type(error).__name__}: {error}"[:400]}}
-    if found and like is not None:
+        reason = f"{type(error).__name__}: {error}"
         try:
+            build_skeleton(folder, trust_remote_code)
+        except SourceError as refused:  # names the field of the config
+            reason = str(refused).replace(str(folder), str(target))
+        raise OutputError(
+            f"{target}: expected a merge that transformers opens; it was not written. "
+            f"{reason[:600]}"
+        ) from error
+    if found and like is not None:
+        before: dict[str, set[str]] = {}
+        with suppress(Exception):  # what transformers cannot open is no measure
             before = _problems(like, trust_remote_code)
-        except Exception:  # of any kind, as above
-            return f"not opened: transformers does not open {like} either"
         if (read_json(like / "config.json") or {}).get("architectures") == config["architectures"]:
             before.pop("mismatched_keys", None)  # transformers refuses to load those
             found = {kind: found[kind] - before.get(kind, set()) for kind in found}

@@ -133,7 +133,8 @@ def _surplus(
     extra = [
         name
         for name, place in places.items()
-        if _NUMBER.sub("*", place.name) in known and not loader.ignores(place.name)
+        if (_NUMBER.sub("*", place.name) in known or 0 in _lengths(module, place.name))
+        and not loader.ignores(place.name)
     ]
     if extra:
         depths = [depth for name in extra for depth in _lengths(module, places[name].name)]

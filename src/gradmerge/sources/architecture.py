@@ -69,6 +69,13 @@ def model_class_of(config: Any, folder: Path, trust_remote_code: bool = False) -
         )
     found = getattr(transformers, names[0], None)
     if isinstance(found, type) and (issubclass(found, nn.Module) or hasattr(found, "from_config")):
+        wanted: Any = getattr(found, "config_class", None)
+        if isinstance(wanted, type) and not isinstance(config, wanted):
+            expected = getattr(wanted, "model_type", "another")
+            raise SourceError(
+                f"{folder}/config.json: expected the model_type of {names[0]}, which is "
+                f"{expected}, got {config.model_type}; correct `architectures` or `model_type`."
+            )
         return found
     if found is not None:
         raise SourceError(
