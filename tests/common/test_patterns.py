@@ -183,11 +183,10 @@ def test_expressions_of_all_parts_of_a_recipe_are_found():
     assert patterns_of(recipe) == {
         "frozen": ["body"],
         "private": ["head"],
-        "Component.whole": ["bias"],
         "Constant.value": ["fc", ".*"],
         "Trim.density": ["body", ".*"],
         "REPAIR.skip": ["norm"],
     }
-    # a default suits many networks, and need not match in this one
+    # tensors to leave out, and defaults, suit many networks and need not match in this one
     assert patterns_of(Group()) == {}
     assert patterns_of(Group(("fc",))) == {"patterns": ["fc"]}
