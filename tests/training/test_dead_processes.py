@@ -42,6 +42,7 @@ def is_alive(number: int) -> bool:
     return "Z" not in Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[:1]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("rank", ["1", "0"])
 def test_the_other_process_ends_too(world, tmp_path, rank):
     options = {"devices": 2, "strategy": "ddp", "max_steps": 1000, "logger": False}
