@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from architectures import ARCHITECTURES
+from processes import disk as disk
 from programs import bench as bench
 from tiny import close_wandb_run
 

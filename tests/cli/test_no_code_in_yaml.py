@@ -157,13 +157,13 @@ def test_the_error_says_what_may_be_named(world, here, command, capsys):
 
 def test_help_imports_nothing(here, capsys):
     for form in (["--optimizer.help", "stranger.Own"], ["--model.recipe.init.help=stranger.Own"]):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match=r"^2$"):
             main(["fit", *form])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main(["merge", "--recipe.init.help", "stranger.Own"])
     assert "stranger" not in sys.modules
     assert not Path("ran").exists()
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["fit", "--optimizer.help", "torch.optim.SGD"])
     assert "momentum" in capsys.readouterr().out
 
@@ -208,7 +208,7 @@ def test_the_command_line_allows_modules(world, here, capsys):
         assert found.config["optimizer"]["class_path"] == "stranger.Own"
     assert Path("ran").exists()
     del sys.modules["stranger"]
-    with pytest.raises(SystemExit):  # the permission is that of one call
+    with pytest.raises(SystemExit, match=r"^2$"):  # the permission is that of one call
         learn(["--config", config], run=False)
 
 
@@ -235,7 +235,7 @@ def test_allowing_a_module_does_not_allow_what_it_imports(world, here):
             )
         }
         config = write(here / "c.yaml", world, part)
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match=r"^2$"):
             learn(["--config", config, "--allow_modules", "stranger"], run=False)
     assert not Path("ran").exists()
 

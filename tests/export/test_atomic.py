@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from gradmerge.common import atomic as files
 from gradmerge.common.errors import ConfigError
 from gradmerge.export import atomic
 from gradmerge.export.atomic import new_folder, refuse_existing
+from processes import dies
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -49,17 +49,6 @@ def content(target: Path) -> str:
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
-
-
-def dies(function: Callable[[], None]) -> None:
-    """Run in a process that must end by `os._exit(9)`, as if it was killed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            function()
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
 def kill(*_: object, **__: object) -> None:

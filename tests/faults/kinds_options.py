@@ -219,7 +219,7 @@ def _recipes() -> list[Kind]:
         "nope",
         "http://127.0.0.1:9/x",
         "s3://bucket/x",
-        "file:///tmp/x",
+        "file:///nowhere/x",
         "nope/nope@main",
         "a@main",
         "a.safetensors",

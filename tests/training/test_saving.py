@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -105,18 +104,6 @@ def test_a_driver_that_was_told_to_end_resumes_bitwise(tmp_path, place):
 
 
 # ---- disks ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A disk of 32 kB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=32k", "none", str(place)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def fill(disk: Path) -> None:

@@ -89,9 +89,9 @@ def require_output(
         try:
             _require_own(target)
         except ConfigError:
-            # another export replaces it just now, and has the last word
-            if target.exists() and target.stat().st_ino == entry.st_ino:
-                raise
+            with suppress(FileNotFoundError):  # another export replaces it just now
+                if target.stat().st_ino == entry.st_ino:
+                    raise
     require_writable(target)
 
 

@@ -16,7 +16,7 @@ from gradmerge.common.finite import is_finite
 # A float16 gradient scaler halves its scale at each overflow; below this nothing is left to halve.
 _SMALLEST_SCALE = 2.0**-24
 
-_TODO = (
+_REMEDY = (
     "The fit stops, and its checkpoints stay as they were. Lower the learning rate, start nearer "
     "to the sources (recipe.init), or look for empty or extreme examples in the data."
 )
@@ -74,4 +74,4 @@ class FiniteModule(lightning.LightningModule):
         return [n for n, t in found if t is not None and not is_finite(t.detach().reshape(-1))]
 
     def _stop(self, problem: str) -> None:
-        raise NonFiniteError(f"step {self.global_step + 1}: {problem}.\n{_TODO}")
+        raise NonFiniteError(f"step {self.global_step + 1}: {problem}.\n{_REMEDY}")
