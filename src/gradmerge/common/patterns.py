@@ -34,16 +34,18 @@ class _Expression:
     def find(self, text: str, whole: bool) -> tuple[int, int] | None:
         start = time.thread_time()
         match = self._compiled.fullmatch if whole else self._compiled.search
+        found = None
         try:
             found = match(text, timeout=max(self._left, 1e-3))
-        except TimeoutError as error:
+        except TimeoutError:
+            self._left = 0.0
+        self._left -= time.thread_time() - start
+        if self._left <= 0:  # the engine itself does not notice what many short matches take
             raise ConfigError(
                 f"the regular expression {self._pattern!r} takes more than {SECONDS:g} s to match "
                 f"{text!r}.\nA repetition within a repetition, such as (a+)+, tries every way to "
                 "divide a name; write it with one of the two."
-            ) from error
-        finally:
-            self._left -= time.thread_time() - start
+            )
         return None if found is None else found.span()
 
 
