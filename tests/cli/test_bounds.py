@@ -53,6 +53,18 @@ CONFIGS = {
         "{boddy: 0.1, '.*': 0.5}}}]",
         "Trim.density: 'boddy' matches no tensor of the sources. Did you mean 'body'",
     ),
+    "null": (
+        RECIPE % "init: {class_path: Constant, init_args: {value: null}}",
+        r"Constant: value: expected float \| list.*, got null",
+    ),
+    "null in a list": (
+        RECIPE % "preprocess: [{class_path: Trim, init_args: {density: null}}]",
+        r"Trim: density: expected float .*, got null",
+    ),
+    "no such option": (
+        RECIPE % "preprocess: [{class_path: Trim, init_args: {densty: 1}}]",
+        r"Trim.*'?densty'? is not accepted",
+    ),
     "a name": ("recipe: {sources: {../x: a.safetensors}}", r"sources: expected a name.*'\.\./x'"),
     "a path": ("recipe: {sources: {a: models/x}}", "models/x: expected .*models is a folder here"),
 }

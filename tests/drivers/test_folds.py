@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from folds import (
@@ -33,7 +35,7 @@ from gradmerge.coefficients import (
     Uniform,
 )
 from gradmerge.coefficients import Tensor as TensorGranularity
-from gradmerge.common.errors import CompatibilityError, ConfigError, FingerprintError
+from gradmerge.common.errors import CompatibilityError, ConfigError, FingerprintError, SourceError
 from gradmerge.drivers import Pairwise, Tree
 from gradmerge.drivers.fold import FoldedRecipe
 from gradmerge.engine.opening import open_plan
@@ -349,3 +351,20 @@ def test_a_step_whose_tasks_have_no_weight_is_rejected_before_the_first(tmp_path
     with pytest.raises(ConfigError, match=r"every task here has weight 0 \(a, b\)"):
         driver.run(job)
     assert not job.folder.exists()
+
+
+def test_a_source_that_changes_between_two_steps_is_named(tmp_path):
+    paths = [str(tmp_path / f"{name}.safetensors") for name in ("base", *"abc")]
+    for path, model in zip(paths, relatives(build(), 4), strict=True):
+        save_file(model.state_dict(), path)
+    recipe = FoldedRecipe(dict(zip("abc", paths[1:], strict=True)), base=paths[0])
+    job = job_of(tmp_path / "job", [], recipe=recipe)
+    job.begin(Pairwise())
+    job.step("step-1", {})
+    os.replace(shutil.copy(paths[3], tmp_path / "copy"), paths[3])
+    changed = r"c.safetensors: another file has taken its place"
+    for attempt in (lambda: job.step("step-2", {}), lambda: job.trainer(tmp_path / "job")):
+        with pytest.raises(SourceError, match=changed):
+            attempt()
+    with pytest.raises(SourceError, match=changed):
+        job.export(lambda *_, **__: tmp_path, {}, [])

@@ -23,6 +23,7 @@ from gradmerge.engine.state import FitState
 from gradmerge.export.folder import export_state
 from gradmerge.export.atomic import _exchanged
 
+torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
 root = Path(sys.argv[1])
 (root / "x").mkdir(), (root / "y").mkdir()
 exchanges = _exchanged(root / "x", root / "y")

@@ -18,9 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 TIMEOUT = 90.0
-STEPPED, LOG, DONE = ".stepped", ".log", ".done"
+STEPPED, LOG, DONE, HOME = ".stepped", ".log", ".done", "home"
 OUTPUTS = ("config.yaml", "out", "outputs", "lightning_logs", "wandb", "checkpoints")
 ACCEPTED = ("clear", "right")
 
@@ -57,9 +58,11 @@ class Outcome:
 
 def start_server() -> None:
     """Start the server that processes are forked from, which takes as long as all imports."""
-    process = _context().Process(target=int)
-    process.start()
-    process.join()
+    # before Python 3.12.3 the server does not get `sys.path`, and then loads nothing
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        process = _context().Process(target=int)
+        process.start()
+        process.join()
 
 
 def run_kind(kind: Kind, world: Path, folder: Path) -> Outcome:
@@ -68,6 +71,8 @@ def run_kind(kind: Kind, world: Path, folder: Path) -> Outcome:
     shutil.copytree(world, work, symlinks=True)
     if kind.damage is not None:
         kind.damage(work)
+    (folder / HOME).mkdir()
+    (folder / HOME / "notes.txt").write_text("nobody may take this away")
     before = _state(folder)
     process = _context().Process(
         target=child, args=(shlex.split(kind.command), str(work), dict(kind.environment))
@@ -80,8 +85,9 @@ def run_kind(kind: Kind, world: Path, folder: Path) -> Outcome:
         process.join()
     log = folder / LOG
     printed = log.read_text(errors="replace") if log.exists() else ""
-    done = (folder / DONE).exists()
-    status = process.exitcode
+    done = folder / DONE
+    # the fork server may lose the exit status of a process and say 255
+    status = int(done.read_text()) if done.exists() else process.exitcode
     stepped = (folder / STEPPED).exists()
     lost = _changed(before, _state(folder), kind.changes)
     if hung:
@@ -89,7 +95,7 @@ def run_kind(kind: Kind, world: Path, folder: Path) -> Outcome:
     elif (folder / "PWNED").exists() or lost:
         found = "elsewhere"
         printed += f"\nchanged: {lost}"
-    elif not done or (status is not None and status < 0):
+    elif not done.exists():
         found = "hang"  # a crash: no message can follow
     else:
         found = _classified(kind, status, printed, stepped, work)
@@ -122,7 +128,11 @@ def child(arguments: list[str], work: str, environment: dict[str, str]) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     temporary = folder / "tmp"
     temporary.mkdir()
-    os.environ.update({"TMPDIR": str(temporary), "HF_HOME": str(temporary / "hf"), **environment})
+    # a version that writes or removes what it must not shall find nobody's own files
+    cache = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    own = {"HOME": folder / HOME, "XDG_CACHE_HOME": cache}
+    own |= {"TMPDIR": temporary, "HF_HOME": temporary / "hf", **environment}
+    os.environ.update({name: str(value) for name, value in own.items()})
     sys.argv = ["gradmerge", *arguments]
     import tempfile
 
@@ -141,7 +151,7 @@ def child(arguments: list[str], work: str, environment: dict[str, str]) -> None:
         status = stopped.code if isinstance(stopped.code, int) else 0 if not stopped.code else 1
     except BaseException:
         traceback.print_exc()
-    (folder / DONE).touch()
+    (folder / DONE).write_text(str(status))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -236,7 +236,7 @@ def _side_files() -> list[Kind]:
         for n, d in damaged_json("statistics/statistics.json").items()
     ]
     kinds += _json_fields(
-        "statistics/statistics.json", "statistics", STATISTICS, ["version", "sources"], about
+        "statistics/statistics.json", "statistics", STATISTICS, ["version", "collected"], about
     )
     kinds += [
         Kind("statistics/folder-missing", STATISTICS, remove("statistics"), about),
@@ -367,7 +367,8 @@ def _mergekit() -> list[Kind]:
     for name, change in changes.items():
         text = json.dumps({**whole, **change}).replace("NaN", ".nan")
         about = (
-            r"merge_method|model|weight|dtype|key|parameters|tokenizer|base|slices|nope|mk|filter"
+            "merge_method|model|weight|dtype|key|parameters|tokenizer|base|slices|nope|mk|filter"
+            "|nothing"
         )
         kinds.append(
             Kind(

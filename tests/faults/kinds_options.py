@@ -146,9 +146,11 @@ def _numbers_of_fits() -> list[Kind]:
     for key, values in wrong.items():
         for value in values:
             field = key.split("__")[-1]
-            about = rf"{field}|{key.split('__')[0]}|component"
+            about = rf"{field}|{key.split('__')[0]}|component|Scales|ExportAtEnd"
+            # no terms: the default one
+            right = (lambda w: True) if value == [] else None
             name = f"fit-option/{key.replace('__', '.')}-{json.dumps(value)[:40]}"
-            kinds.append(Kind(name, FIT, options("fit.yaml", **{key: value}), about))
+            kinds.append(Kind(name, FIT, options("fit.yaml", **{key: value}), about, right))
     monitor = {"class_path": "lightning.pytorch.callbacks.EarlyStopping"}
     keeper = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
     kinds += [
@@ -204,8 +206,9 @@ def _recipes() -> list[Kind]:
             right = (
                 loads if (key, value) in (("base", "base/"), ("statistics", "nothing")) else None
             )
-            about = rf"{key}|{str(value)[-12:-2] or 'x'}|nothing|nobody"
-            kinds.append(Kind(name, MERGE, change, about.replace("(", r"\("), right))
+            part = re.escape(str(value)[-12:-2]) or "x"
+            about = rf"{key}|{part}|nothing|nobody|Vocabulary: Option 'nope'"
+            kinds.append(Kind(name, MERGE, change, about, right))
     for name in ("..", ".", "", "a/b", "../x", "/abs", "a\\b", "x" * 300, "a\0b", "a\nb", "base"):
         change = options("merge.yaml", recipe__sources={name: "a", "b": "b"})
         kinds.append(Kind(f"name/source-{name[:10]!r}", MERGE, change, "source|name"))
@@ -392,7 +395,7 @@ def _outputs() -> list[Kind]:
     }
     for name, place in places.items():
         damage = both(foreign, link("linked", "a"))
-        about = r"output|exists|folder|name|file|writ|source|base"
+        about = r"output|exists|folder|name|file|writ|source|base|place apart"
         for command, words in (("merge", merge), ("export", export)):
             right = (lambda w: True) if name == "nearly-long" else None
             where = {"changes": ("x" * 245,)} if name == "nearly-long" else {}
@@ -427,11 +430,11 @@ def _outputs() -> list[Kind]:
                         f"output/{name}-{place}",
                         f"{command} {place} {force}",
                         foreign,
-                        "output|exists|folder|file|writ|source|base",
+                        "output|exists|folder|file|writ|source|base|place apart",
                     )
                 )
     kinds += [
-        Kind("output/exists", f"{merge} a", None, "exists"),
+        Kind("output/exists", f"{merge} compact", None, "exists"),
         Kind("output/empty-name", f"{merge} ''", None, "output"),
         Kind(
             "output/nul",
@@ -444,7 +447,7 @@ def _outputs() -> list[Kind]:
             "output/fit-into-a-source",
             FIT,
             options("fit.yaml", trainer__default_root_dir="a/runs"),
-            "source|default_root_dir",
+            "a/runs: expected a place apart",
         ),
         Kind(
             "output/mergekit-over-config",
@@ -490,7 +493,7 @@ def _commands() -> list[Kind]:
         "test-of-a-file": "test --config fit.yaml --model merge.yaml",
         "validate-with-driver": "validate --config fit.yaml --driver Pairwise",
     }
-    right = ("merge-of-a-fit-yaml",)
+    right = ("merge-of-a-fit-yaml", "test-of-a-file")
     return [
         Kind(f"command/{name}", words, None, ".", (lambda w: True) if name in right else None)
         for name, words in commands.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from damage import (
     text,
     write,
 )
-from fault_runner import Kind
+from fault_runner import LOG, Kind
 
 MERGE = "merge --config merge.yaml --output out"
 FIT = "fit --config fit.yaml"
@@ -48,6 +49,11 @@ def loads(work: Path) -> bool:
     return not any(found.values())
 
 
+def noted(text: str) -> Callable[[Path], bool]:
+    """The command has said so."""
+    return lambda work: text in (work.parent / LOG).read_text()
+
+
 def averages(work: Path) -> bool:
     """The output is the average of the sources as transformers loads them."""
     import torch
@@ -64,7 +70,7 @@ _SIZES: dict[str, list[Any]] = {
     "vocab_size": [99, 0, -1, "x"],
     "hidden_size": [24, 0, "sixteen"],
     "intermediate_size": [99, -1],
-    "num_hidden_layers": [4, 1, 0, "two"],
+    "num_hidden_layers": [4, 1, 0, "two", 10**9],
     "num_attention_heads": [0, 3, "four"],
     "num_key_value_heads": [3, 4, 0],
     "head_dim": [7],
@@ -87,7 +93,10 @@ def _of_all() -> list[Kind]:
             change = fields(ALL, **{key: value})
             name = f"config/all-{key}-{json.dumps(value)}"
             about = f"{key}|config"
-            kinds.append(Kind(f"{name}-merge", MERGE, change, about))
+            # a newer transformers may know it
+            unknown = (key, value) == ("model_type", "nope")
+            right = noted("not opened with transformers") if unknown else None
+            kinds.append(Kind(f"{name}-merge", MERGE, change, about, right))
             kinds.append(Kind(f"{name}-fit", FIT, change, about))
     return kinds
 
@@ -118,7 +127,13 @@ _SAME: dict[str, Any] = {
 
 def _of_one() -> list[Kind]:
     kinds = [
-        Kind(f"config/one-{key}", MERGE, fields("a/config.json", **{key: value}), "config|tensor")
+        Kind(
+            f"config/one-{key}",
+            MERGE,
+            fields("a/config.json", **{key: value}),
+            "config|tensor",
+            noted("as transformers loads them") if key == "tie_word_embeddings" else None,
+        )
         for key, value in _DIFFER.items()
     ]
     kinds += [
@@ -468,6 +483,7 @@ def _adapters() -> list[Kind]:
             ADAPTERS,
             fields(SETTINGS, **{key: value}),
             f"{key}|l_a",
+            (lambda w: True) if value == {HANG: 8} else None,  # it matches nothing, as in PEFT
         )
         for key, some in values.items()
         for value in some

@@ -87,14 +87,32 @@ def test_an_export_notices(recipe, tmp_path, kind, early):
     assert not (tmp_path / "out").exists()
 
 
-def test_other_bytes_behind_the_same_identity_are_noticed_by_their_hash(recipe, tmp_path):
-    plan = open_plan(recipe, with_skeleton=False)
-    state = FitState.start(plan)
-    assert plan.fingerprints
-    file = recipe.sources["a"]
+def rewrite_unseen(file):
+    """Write other values, and set the time of the change back."""
     before = os.stat(file)
     rewrite(file)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_time_that_is_set_back_hides_no_other_beginning(recipe):
+    states = watched_files([as_source(recipe.sources["a"]).open()])
+    os.chmod(recipe.sources["a"], 0o400)
+    os.link(recipe.sources["a"], f"{recipe.sources['a']}.link")
+    require_unchanged(states)
+    os.chmod(recipe.sources["a"], 0o600)
+    rewrite_unseen(recipe.sources["a"])
+    with pytest.raises(SourceError, match=r"a.safetensors: it was written to"):
+        require_unchanged(states)
+
+
+def test_other_bytes_behind_the_same_identity_are_noticed_by_their_hash(
+    recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(identity, "_HEAD", 8)  # the files are small
+    plan = open_plan(recipe, with_skeleton=False)
+    state = FitState.start(plan)
+    assert plan.fingerprints
+    rewrite_unseen(recipe.sources["a"])
     with pytest.raises(FingerprintError, match="other weights of: a"):
         export_state(state, tmp_path / "out")
 

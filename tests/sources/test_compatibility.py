@@ -396,6 +396,24 @@ def test_sentencepiece_files_are_compared_as_files(tmp_path, name):
     assert not allowed.fatal
 
 
+def test_tokens_without_a_row_are_reported_unless_they_are_added(tmp_path):
+    folder = tokenizer(tmp_path / "a", ["x", "y", "z"])
+    one, fits = (Headers("a", folder=folder, config={"vocab_size": n}) for n in (2, 3))
+    assert found(fits, fits) == {}
+    (problem,) = found(one, one).values()
+    assert problem.fatal
+    assert problem.expected.startswith("ids 0 to 1, the rows of the embeddings")
+    assert problem.got == "1 beyond ('z')"
+    (allowed,) = found(one, one, allow=["tokenizer"]).values()
+    assert not allowed.fatal
+    inner = Headers("a", folder=folder, config={"text_config": {"vocab_size": 2}})
+    assert ("tokenizer", "vocabulary") in found(inner)
+    # Gemma 3 has the token of an image beyond the rows of its text models
+    vocabulary = {"model": {"vocab": {"x": 0, "y": 1}}, "added_tokens": [{"content": "z", "id": 2}]}
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    assert found(one, one) == {}
+
+
 def test_no_tokenizer_is_no_difference(tmp_path):
     one = Headers("a", folder=tokenizer(tmp_path / "a", ["x"]))
     (tmp_path / "b").mkdir()

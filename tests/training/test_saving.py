@@ -124,13 +124,15 @@ class Fills(lightning.Callback):
             fill(self.disk)
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(disk, tmp_path):
+def test_a_full_disk_keeps_the_last_good_checkpoint(disk, tmp_path, caplog):
     keep = ModelCheckpoint(
         disk, filename="last", every_n_train_steps=1, enable_version_counter=False
     )
     full = r"last\.ckpt: cannot be written: the disk is full.* The earlier last\.ckpt is as it was"
-    with pytest.raises(OutputError, match=full):
+    said = caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    with said, pytest.raises(OutputError, match=full):
         fit(tmp_path, callbacks=[Fills(disk, 2), keep])
+    assert f"kept: {disk / 'last.ckpt'}; resume with --ckpt_path" in caplog.text
     assert {path.name for path in disk.iterdir()} == {"filler", "last.ckpt"}
     assert torch.load(disk / "last.ckpt", weights_only=True)["global_step"] == 2
 

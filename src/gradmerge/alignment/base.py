@@ -16,7 +16,6 @@ from operator import itemgetter
 from typing import Any, Literal, Protocol
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -254,5 +253,7 @@ def assign(gain: Tensor) -> tuple[Tensor, float]:
             "alignment: weights or activations are not finite, so units cannot be matched. Check "
             "the sources for NaN and infinity."
         )
+    from scipy.optimize import linear_sum_assignment  # takes as long to import as a small merge
+
     rows, columns = linear_sum_assignment(gain.numpy(), maximize=True)
     return torch.from_numpy(columns).to(torch.int64), float(gain[rows, columns].sum())

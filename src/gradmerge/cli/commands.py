@@ -118,7 +118,7 @@ def merge(
             "no single model; remove search, score and mergekit."
         )
     form: Form = "mergekit" if mergekit else outputs
-    inputs = [*configs, *paths_in(to_plain(recipe), to_plain(search)), *_read_by(data)]
+    inputs = [*configs, *recipe.inputs, *paths_in(to_plain(search)), *_read_by(data)]
     checked = output_options(**options, form=form, inputs=inputs)
     _require_mergeable(recipe, form, has_data=data is not None)
     opening = Opening(recipe, opened=opened, with_network=search is not None or score)

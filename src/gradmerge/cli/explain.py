@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from gradmerge.cli.imports import REFUSED, may_import
 from gradmerge.common.errors import GradmergeError, nearest
@@ -91,6 +91,43 @@ def nearest_class(path: str, known: Mapping[str, str]) -> str:
 class Explained:
     """Mix-in for parsers that stop with an explained message instead of the usage text."""
 
+    _described = ""
+
+    def add_class_arguments(
+        self, theclass: Any, nested_key: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Add the options of a class, and remember its name for messages about them."""
+        if nested_key is None:
+            self._described = f"{theclass.__name__}: "
+        return super().add_class_arguments(  # type: ignore[misc]
+            theclass, nested_key, *args, **kwargs
+        )
+
+    def validate(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        """Check parsed options; errors name the class that they are of.
+
+        Raises:
+            TypeError: an option has a wrong value, or is missing, or has no such name.
+        """
+        self._require_values(cfg)
+        try:
+            super().validate(cfg, *args, **kwargs)  # type: ignore[misc]
+        except (KeyError, TypeError) as error:
+            text = str(error.args[0] if error.args else error)
+            if not self._described or self._described in text:
+                raise
+            raise TypeError(f"{self._described}{text}") from error
+
+    def _require_values(self, cfg: Any) -> None:
+        """Reject null for an option that needs a value; the parser takes it for all of them."""
+        for action in self._actions:  # type: ignore[attr-defined]
+            kinds = getattr(action, "_typehint", None)
+            given = kinds is not None and action.dest in cfg and cfg[action.dest] is None
+            if given and action.default is not None and not _takes_none(kinds):
+                raise TypeError(
+                    f"{self._described}{action.dest}: expected {_type_name(kinds)}, got null"
+                )
+
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         """Exit with the message but without the usage text, which is pages long."""
         prog = self.prog.replace(" [options]", "")  # type: ignore[attr-defined]
@@ -100,6 +137,14 @@ class Explained:
             message, hint = refused.strip().removeprefix("- "), ""
         print(f"{prog}: {mask_given(explain(message, self))}{hint}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def _takes_none(kind: Any) -> bool:
+    return kind in (Any, None, type(None)) or any(map(_takes_none, get_args(kind)))
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
 def explain(message: str, parser: Any) -> str:

@@ -46,6 +46,7 @@ from gradmerge.search import AbstractSearch
 from gradmerge.training.callbacks import ExportAtEnd, StepProgress
 from gradmerge.training.module import MergeModule
 from gradmerge.training.run import read_by
+from gradmerge.training.saving import require_places
 from gradmerge.training.search import SearchedStart
 
 # Default length of a fit. It is counted in steps, because coefficients are few.
@@ -67,6 +68,11 @@ class SaveConfig(SaveConfigCallback):
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
         super().__init__(parser, masked(config), **options)
+
+    def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
+        """Save it, unless its place is one that must not be written to."""
+        require_places(trainer, pl_module)
+        super().setup(trainer, pl_module, stage)
 
 
 class _Parser(Explained, LightningArgumentParser):

@@ -85,6 +85,11 @@ def expected(error: BaseException) -> str | None:
         if package != "gradmerge":
             return f"{package} is not installed, and an option needs it: {cause(error)}."
     file = Path(raised_in(error)).as_posix()
+    if isinstance(error, ValueError) and "/transformers/models/" in file:
+        return (
+            f"the network refuses its inputs: {cause(error)}.\nThe data, or the tokenizer or image "
+            "processor (data.processor), do not belong to these models."
+        )
     for folder, option in _CHECKED.items():
         if f"/{folder}/" in file:
             return f"{option}: {cause(error)}."

@@ -178,7 +178,10 @@ def require_apart(target: Path, inputs: Iterable[Path], replaced: bool = True) -
     for place in ("current", "home") if own is not None and replaced else ():
         with suppress(OSError, RuntimeError):  # there is none
             if own in _identities(Path.home() if place == "home" else Path.cwd()):
-                raise ConfigError(f"{target} is the {place} folder, or holds it; give another.")
+                raise ConfigError(
+                    f"output: expected a folder of its own, got {str(target)!r}, which is the "
+                    f"{place} folder, or holds it; give another."
+                )
     for path in inputs:
         theirs = _identities(path)
         if not theirs:

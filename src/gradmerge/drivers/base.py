@@ -16,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from gradmerge.common import files
 from gradmerge.common.errors import SourceError
-from gradmerge.common.output import paths_in
 from gradmerge.common.secrets import masked
 from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.drivers.state import (
@@ -34,7 +33,8 @@ from gradmerge.drivers.wandb import finish_wandb_run, name_wandb_runs
 from gradmerge.engine.recipe import Recipe
 from gradmerge.objectives import AbstractTerm, Objective
 from gradmerge.sources import as_source
-from gradmerge.sources.base import fingerprints_of
+from gradmerge.sources.base import fingerprints_of, watched_files
+from gradmerge.sources.identity import FileState, require_unchanged
 from gradmerge.training.callbacks import ExportAtEnd
 from gradmerge.training.data import MergeDataModule
 from gradmerge.training.module import MergeModule
@@ -72,6 +72,7 @@ class Job:
     """Prints a line for the user."""
     _job: str = field(default="", init=False)
     _seed: int | None = field(default=None, init=False)
+    _watched: tuple[FileState, ...] = field(default=(), init=False)
 
     @property
     def folder(self) -> Path:
@@ -90,6 +91,7 @@ class Job:
         specs = {} if base is None else {"base": base}
         specs |= {name: as_source(spec, base) for name, spec in self.recipe.sources.items()}
         opened = {name: spec.open() for name, spec in specs.items()}
+        self._watched = watched_files(opened.values())
         hashes = fingerprints_of(opened)
         return {name: {"from": c.label, "sha256": hashes[name]} for name, c in opened.items()}
 
@@ -114,7 +116,7 @@ class Job:
     @property
     def inputs(self) -> list[Path]:
         """Files and folders that the job reads."""
-        return [*paths_in(to_plain(self.recipe)), *read_by(self.data)]
+        return [*self.recipe.inputs, *read_by(self.data)]
 
     def _has_written(self, job: str) -> bool:
         try:
@@ -186,13 +188,19 @@ class Job:
         }
 
     def step(self, name: str, content: Mapping[str, Any]) -> StepRecord:
-        """Return the record of a step, given its definition as plain data."""
+        """Return the record of a step, given its definition as plain data.
+
+        Raises:
+            SourceError: a file of a source has changed since the job began.
+        """
+        require_unchanged(self._watched)
         return StepRecord(self.folder / "steps" / name, plain(content))
 
     def trainer(
         self, folder: Path, callbacks: Sequence[lightning.Callback] = (), **overrides: Any
     ) -> lightning.Trainer:
         """Return a fresh trainer as configured, without its ExportAtEnd (see `MakeTrainer`)."""
+        require_unchanged(self._watched)
         has_loggers = "logger" not in overrides  # else it logs to those of an earlier trainer
         if has_loggers:
             finish_wandb_run()
@@ -235,6 +243,7 @@ class Job:
             loggers: loggers to log the folder to, if the output asks for that.
             **options: more arguments of `export`, or others than the output's.
         """
+        require_unchanged(self._watched)
         extra = {**options.pop("extra", {}), "driver": {"job": self._job, **said}}
         overwrite = self.target.overwrite or self.exported is not None
         own = {"overwrite": overwrite, "extra": extra, "inputs": self.inputs}

@@ -22,8 +22,9 @@ from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.common.errors import ConfigError, nearest
 from gradmerge.common.finite import require_finite_options
 from gradmerge.common.names import is_name, require_names
+from gradmerge.common.output import paths_in
 from gradmerge.common.patterns import require_pattern
-from gradmerge.common.spec import PATTERNS
+from gradmerge.common.spec import PATTERNS, to_plain
 from gradmerge.common.typing import Origin
 from gradmerge.finalisers import AbstractFinaliser
 from gradmerge.operators import AbstractOperator, Linear
@@ -126,6 +127,13 @@ class Recipe:
                 f"{', '.join(both)}; rename or remove it."
             )
         self._require_number()
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Files and folders that the recipe names."""
+        named = to_plain(self)["init_args"]
+        # expressions and kinds of problems are no paths, though one may look like it
+        return paths_in([v for k, v in named.items() if k not in ("private", "frozen", "allow")])
 
     def _require_number(self) -> None:
         """Reject a number of sources that coefficients or operator do not support."""

@@ -29,7 +29,6 @@ from gradmerge.common.atomic import (
     writing,
 )
 from gradmerge.common.output import paths_in, require_output, write_manifest
-from gradmerge.common.spec import to_plain
 from gradmerge.engine.plan import Plan
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -83,7 +82,7 @@ def inputs_of(plan: Plan) -> list[Path]:
     """Return the files and folders that a merge reads, of its recipe and of its weights."""
     opened = [*plan.serving.values(), *([] if plan.base is None else [plan.base])]
     files = {info.file for checkpoint in opened for info in checkpoint.infos.values()}
-    return paths_in(to_plain(plan.recipe), sorted(files))
+    return [*plan.recipe.inputs, *paths_in(sorted(files))]
 
 
 def require_room(target: Path, plan: Plan, dtype: torch.dtype | None = None) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from gradmerge.common.output import paths_in
-from gradmerge.common.spec import to_plain
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.state import FitState
@@ -52,7 +50,7 @@ def merge(
         ...     (merged / "model.safetensors").is_file()
         True
     """
-    refuse_existing(Path(output).expanduser(), overwrite, paths_in(to_plain(recipe)))
+    refuse_existing(Path(output).expanduser(), overwrite, recipe.inputs)
     require_options(dtype, None, ())
     plan = open_plan(recipe, with_skeleton=False)
     for warning in plan.warnings:

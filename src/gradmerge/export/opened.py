@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,7 +41,7 @@ def require_opens(
     Args:
         folder: the complete folder.
         target: the name that it will get, for messages.
-        like: folder of a source. Tensors that are wrong in it, too, are not this folder's fault.
+        like: folder of a source. Tensors that it has, too, may be left over.
         trust_remote_code: allow modelling code in the folder to run.
 
     Returns:
@@ -56,6 +57,7 @@ def require_opens(
     try:
         found = _problems(folder, trust_remote_code)
     except (UnknownArchitectureError, ImportError) as error:
+        warnings.warn(f"{target}: not opened with transformers to check it: {error}", stacklevel=2)
         return f"not opened: {error}"
     except Exception as error:  # networks and their configs fail in many ways
         reason = f"{type(error).__name__}: {error}"
@@ -67,13 +69,11 @@ def require_opens(
             f"{target}: expected a merge that transformers opens; it was not written. "
             f"{reason[:600]}"
         ) from error
-    if found and like is not None:
-        before: dict[str, set[str]] = {}
+    left = "unexpected_keys"
+    same = like and read_json(like / "config.json")
+    if found.get(left) and like and same and same.get("architectures") == config["architectures"]:
         with suppress(Exception):  # what transformers cannot open is no measure
-            before = _problems(like, trust_remote_code)
-        if (read_json(like / "config.json") or {}).get("architectures") == config["architectures"]:
-            before.pop("mismatched_keys", None)  # transformers refuses to load those
-            found = {kind: found[kind] - before.get(kind, set()) for kind in found}
+            found[left] -= _problems(like, trust_remote_code).get(left, set())
     listed = [
         f"{shorten(sorted(names))} ({_KINDS[kind]})" for kind, names in found.items() if names
     ]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from scipy.sparse.linalg import svds
 from torch import Tensor
 from typing_extensions import override
 
@@ -82,6 +81,8 @@ def spectral_norm(matrix: Tensor) -> float:
     if not matrix.any():
         return 0.0
     start = torch.randn(side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    from scipy.sparse.linalg import svds  # takes as long to import as a small merge
+
     # to the square of the tolerance, as the eigenvalue of a product with the transpose
     found = svds(matrix.numpy(), k=1, v0=start.numpy(), tol=1e-6, return_singular_vectors=False)
     return float(found[0])

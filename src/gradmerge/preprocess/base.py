@@ -30,11 +30,15 @@ class Site:
     takes_part: bool = True
     """False if the recipe freezes the tensor at the origin."""
 
-    def statistics(self, kind: str) -> list[Statistic] | None:
+    def statistics(self, kind: str, shape: Sequence[int]) -> list[Statistic] | None:
         """Return the statistics of all sources at this tensor; None if any source has none.
 
+        Args:
+            kind: of statistic.
+            shape: of the tensor.
+
         Raises:
-            ConfigError: the merge was given no statistics at all.
+            ConfigError: the merge was given no statistics at all, or those of another shape.
         """
         if self.collected is None:
             raise ConfigError(
@@ -42,6 +46,8 @@ class Site:
             )
         found = [self.collected.read(kind, source, self.name) for source in self.sources]
         known = [statistic for statistic in found if statistic is not None]
+        for statistic in known:
+            statistic.require_shape(self.name, shape)
         return known if len(known) == len(found) else None
 
     def generator(self, seed: int, source: str) -> torch.Generator:

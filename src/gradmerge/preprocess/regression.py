@@ -71,7 +71,7 @@ class FisherScale(AbstractPreprocess):
 
     @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        found = site.statistics("fisher")
+        found = site.statistics("fisher", directions.shape[1:])
         weights = settle("FisherScale.weights", self.weights, site.name, site.sources)
         if found is None:
             return _averaged(directions, weights)
@@ -132,7 +132,7 @@ class RegMean(AbstractPreprocess):
 
     @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        found = site.statistics("gram")
+        found = site.statistics("gram", directions.shape[1:])
         weights = settle("RegMean.weights", self.weights, site.name, site.sources)
         if found is None:
             return _averaged(directions, weights)
@@ -200,7 +200,7 @@ class MaTS(AbstractPreprocess):
 
     @override
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
-        found = site.statistics(self.statistic)
+        found = site.statistics(self.statistic, directions.shape[1:])
         weights = settle("MaTS.weights", self.weights, site.name, site.sources)
         if found is None:
             return _averaged(directions, weights)

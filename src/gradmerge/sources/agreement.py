@@ -243,7 +243,8 @@ def _of(checkpoint: Checkpoint, module: nn.Module) -> list[Problem]:
 def _sizes(config: Mapping[str, Any] | None) -> Any:
     """Return what sets the sizes of a network: all of its config but the names of labels."""
     fields = {k: v for k, v in (config or {}).items() if k not in ("id2label", "label2id")}
-    return fields, len((config or {}).get("id2label") or ())
+    labels = (config or {}).get("id2label")
+    return fields, len(labels) if isinstance(labels, Mapping) else labels
 
 
 def looks_wrong(checkpoint: Checkpoint) -> bool:
@@ -257,6 +258,9 @@ def looks_wrong(checkpoint: Checkpoint) -> bool:
     config = checkpoint.config
     if not config or not checkpoint.infos:
         return False
+    classes, kind = config.get("architectures"), config.get("model_type", "")
+    if not isinstance(classes, (list, type(None))) or not isinstance(kind, str):
+        return True
     lists: dict[str, set[str]] = defaultdict(set)
     for name in checkpoint.infos:
         match = _NUMBER.search(name)
@@ -272,6 +276,9 @@ def _is_suspect(
     numbers = {key: value for key, value in config.items() if type(value) is int and value > 0}
     if any(type(config.get(key, 0)) not in (int, type(None)) for key in (*_INNER, *_DEPTHS)):
         return True
+    biases = any(key.endswith("bias") and value is True for key, value in config.items())
+    if biases and not any(name.endswith("bias") for name in infos):
+        return True
     shapes = {info.shape for info in infos.values()}
     hidden = {numbers[key] for key in _HIDDEN if key in numbers}
     # some files store two or three matrices as one
@@ -281,7 +288,8 @@ def _is_suspect(
         wanted = () if not value else (value, 2 * value) if fused else (value,)
         if value and not any(_holds(shape, wanted, hidden) for shape in shapes):
             return True
-    if lengths and any(numbers[key] not in lengths for key in _DEPTHS if key in numbers):
+    depths = [config[key] for key in _DEPTHS if config.get(key) is not None]
+    if lengths and any(depth not in lengths for depth in depths):
         return True
     heads = numbers.get("num_attention_heads")
     if heads and "hidden_size" in numbers:
@@ -292,7 +300,7 @@ def _is_suspect(
             return True
     labels = config.get("id2label")
     if not isinstance(labels, Mapping) or not _is_classifier(config):
-        return False
+        return labels is not None and not isinstance(labels, Mapping)
     return not any(len(labels) in shape for shape in shapes)
 
 

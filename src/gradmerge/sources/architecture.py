@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,9 @@ from torch import nn
 
 from gradmerge.common.errors import SourceError, nearest, shorten
 from gradmerge.common.files import read_json
+
+_DEPTH = re.compile(r"(^|_)(n_?)?(layers?|experts)$|_depth$")
+_DEEPEST = 10_000
 
 
 class UnknownArchitectureError(SourceError):
@@ -23,16 +27,22 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
     Raises:
         UnknownArchitectureError: transformers has no class for it.
-        SourceError: transformers refuses the file.
+        SourceError: transformers refuses the file, or it asks for a network without end.
     """
     import transformers
 
+    _require_bounded(folder / "config.json")
     try:
         return transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:  # classes check their fields in many ways
-        known = (read_json(folder / "config.json") or {}).get("model_type")
+        known = (read_json(folder / "config.json") or {}).get("model_type", "")
+        if not isinstance(known, str):
+            raise SourceError(
+                f"{folder}/config.json: expected `model_type` to be a text, got {known!r}; correct "
+                "that field, or download the file again."
+            ) from error
         if known in transformers.CONFIG_MAPPING:
             raise refusal(folder, "cannot read it", error, _from_dict) from error
         raise UnknownArchitectureError(
@@ -40,6 +50,20 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
             "code and you trust it, set trust_remote_code: true (gradmerge export: "
             "--trust_remote_code true)."
         ) from error
+
+
+def _require_bounded(path: Path) -> None:
+    """Reject numbers of layers that would take days to build, and more memory than there is."""
+    fields = read_json(path) or {}
+    for keys in _leaves(fields):
+        value: Any = fields
+        for key in keys:
+            value = value[key]
+        if _DEPTH.search(keys[-1]) and isinstance(value, int) and value > _DEEPEST:
+            raise SourceError(
+                f"{path}: expected at most {_DEEPEST} layers or experts, got "
+                f"{'.'.join(keys)}: {value}. Correct the file, or download it again."
+            )
 
 
 def _from_dict(fields: dict[str, Any]) -> Any:
@@ -57,12 +81,12 @@ def model_class_of(config: Any, folder: Path, trust_remote_code: bool = False) -
     """
     import transformers
 
-    names = getattr(config, "architectures", None) or []
-    if not names:
+    names = getattr(config, "architectures", None)
+    if names is None or names == []:
         raise UnknownArchitectureError(
             f"{folder}/config.json: expected `architectures` to name the model class."
         )
-    if not isinstance(names, (list, tuple)) or not isinstance(names[0], str):
+    if not isinstance(names, (list, tuple)) or not isinstance(next(iter(names)), str):
         raise SourceError(
             f"{folder}/config.json: expected `architectures` to be a list with the name of the "
             f"model class, got {names!r}; correct that field, or download the file again."

@@ -7,6 +7,7 @@ weights, and on which data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,6 +103,23 @@ class Statistic:
     """The tensor's axis of inputs: 1, or 0 if it is stored `[in, out]`."""
     norm: float
     """L2 norm of the source's statistic over all tensors (fisher)."""
+
+    def require_shape(self, tensor: str, shape: Sequence[int]) -> None:
+        """Reject values that do not belong to a tensor of a shape.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        size = math.prod(shape)
+        for part, values in self.values.items():
+            found = tuple(values.shape)
+            # `[groups, n, n]`: the tensor's entries are rows or columns of n in each group
+            square = len(found) == 3 and found[1] == found[2] > 0 == size % (found[0] * found[1])
+            if found != tuple(shape) if part == "fisher" else not square:
+                raise ConfigError(
+                    f"statistics: expected {part} for {tensor} of shape {tuple(shape)}, got shape "
+                    f"{found}; collect again."
+                )
 
 
 class Readable(Protocol):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from gradmerge.common.errors import (
@@ -22,7 +22,9 @@ from gradmerge.sources.base import Checkpoint, TensorInfo
 from gradmerge.sources.configuration import check_config
 from gradmerge.sources.labels import check_labels
 from gradmerge.sources.quantised import check_quantised
-from gradmerge.sources.tokenizers.files import SENTENCEPIECE, read_vocabulary
+from gradmerge.sources.tokenizers.files import SENTENCEPIECE, added_tokens, read_vocabulary
+
+Read = Callable[[Path], dict[str, int] | None]
 
 
 def check(
@@ -49,6 +51,7 @@ def check(
     reference = next(iter(checkpoints.values()))
     problems: list[Problem] = []
     keeps = partial(is_private, private=private)
+    read: Read = cache(read_vocabulary)
     codes = {name: check_quantised(checkpoint, keeps) for name, checkpoint in checkpoints.items()}
     problems += [problem for found in codes.values() for problem in found]
     quantised = any(p.kind == "quantised" for p in next(iter(codes.values())))
@@ -57,7 +60,8 @@ def check(
             if not quantised and not any(p.kind == "quantised" for p in codes[name]):
                 problems += _check_tensors(reference, checkpoint, private)
             problems += check_config(reference, checkpoint)
-            problems += _check_tokenizer(reference, checkpoint)
+            problems += _check_tokenizer(reference, checkpoint, read)
+    problems += _check_rows(reference, read)
     problems += check_labels(checkpoints, keeps)
     # rare kinds first, so that a shortened report shows every kind
     counts = Counter(problem.kind for problem in problems)
@@ -193,12 +197,40 @@ def _shape_hint(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> s
     return "These are different architectures or sizes."
 
 
-def _check_tokenizer(reference: Checkpoint, other: Checkpoint) -> list[Problem]:
+def _check_rows(reference: Checkpoint, read: Read) -> list[Problem]:
+    """Find tokens of the tokenizer of the merge that have no row in the embeddings.
+
+    Some models have added tokens beyond, which only others of their family use.
+    """
+    folder, config = reference.tokenizer_folder, reference.config or {}
+    inner = config.get("text_config")
+    inner = inner if isinstance(inner, Mapping) else {}
+    rows = config.get("vocab_size", inner.get("vocab_size"))
+    found = None if folder is None or type(rows) is not int else read(folder)
+    if folder is None or not found or max(found.values()) < rows:
+        return []
+    added = added_tokens(folder)
+    lost = sorted(token for token, row in found.items() if row >= rows and token not in added)
+    return [
+        Problem(
+            "tokenizer",
+            str(folder),
+            "vocabulary",
+            f"ids 0 to {rows - 1}, the rows of the embeddings (vocab_size in config.json)",
+            f"{len(lost)} beyond ({shorten([repr(token) for token in lost], 3)})",
+            "Texts with these tokens would end in an error. Give the tokenizer that belongs to "
+            "these weights, or accept that with allow: [tokenizer].",
+        )
+        for _ in lost[:1]
+    ]
+
+
+def _check_tokenizer(reference: Checkpoint, other: Checkpoint, read: Read) -> list[Problem]:
     if reference.tokenizer_folder == other.tokenizer_folder:
         return []
     if reference.folder is None or other.folder is None or reference.folder == other.folder:
         return []
-    first, second = read_vocabulary(reference.folder), read_vocabulary(other.folder)
+    first, second = read(reference.folder), read(other.folder)
     if first is None or second is None:
         return _check_sentencepiece(reference.folder, other.folder, reference.label)
     if first == second:

@@ -134,4 +134,9 @@ def read_description(folder: Path) -> dict[str, Any]:
             "compact` writes."
         )
     require_shape(folder / "emr.json", found, _DESCRIPTION, "Copy the folder again.")
+    if not found["scales"]:
+        raise SourceError(
+            f"{folder / 'emr.json'}: expected the scale of each task in `scales`, got none. Copy "
+            "the folder again."
+        )
     return found

@@ -209,6 +209,13 @@ def _load_without_code(file: Path) -> dict[str, Tensor]:
         raise SourceError(
             f"{file}: expected a dict of tensors, got {type(loaded).__name__}. {_CONVERT}"
         )
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise SourceError(f"{file}: expected names of tensors, got {name!r}. {_CONVERT}")
+        if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+            raise SourceError(
+                f"{file}: expected dense tensors, got {name} as {tensor.layout}. {_CONVERT}"
+            )
     return state
 
 

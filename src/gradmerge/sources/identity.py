@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,9 @@ _ABOUT = (
 )
 
 
+_HEAD = 1 << 16
+
+
 @dataclass(frozen=True)
 class FileState:
     """A file as it was when it was opened; a mapping of it shows what it holds now."""
@@ -33,28 +37,41 @@ class FileState:
     changed: int
     """Time of the last change, in nanoseconds."""
     inode: int
+    touched: int
+    """Time of the last change of the file or of its permissions and links, which cannot be set."""
+    head: str
+    """SHA-256 of its first bytes, in which a safetensors file describes its tensors."""
 
     @classmethod
     def of(cls, path: Path) -> FileState | None:
-        """Return the present state of a file; None if there is none."""
+        """Return the present state of a file; None if there is none, or it cannot be read."""
         try:
-            found = os.stat(path)
+            now = os.stat(path)
+            head = _head(path)
         except OSError:
             return None
-        return cls(path, found.st_size, found.st_mtime_ns, found.st_ino)
+        return cls(path, now.st_size, now.st_mtime_ns, now.st_ino, now.st_ctime_ns, head)
 
     def difference(self) -> str | None:
-        """Return in words how the file differs from what it was, or None."""
-        now = FileState.of(self.path)
-        if now == self:
-            return None
-        if now is None:
+        """Return in words how the file differs from what it was, or None; takes microseconds."""
+        try:
+            now = os.stat(self.path)
+            if now.st_size != self.size:
+                return f"its size was {self.size} bytes and is {now.st_size}"
+            if now.st_ino != self.inode:
+                return "another file has taken its place"
+            written = now.st_mtime_ns != self.changed
+            # another link or permission is no difference
+            if written or (now.st_ctime_ns != self.touched and _head(self.path) != self.head):
+                return "it was written to"
+        except OSError:
             return "it is gone"
-        if now.size != self.size:
-            return f"its size was {self.size} bytes and is {now.size}"
-        if now.inode != self.inode:
-            return "another file has taken its place"
-        return "it was written to"
+        return None
+
+
+def _head(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(_HEAD)).hexdigest()
 
 
 _opened: dict[Path, FileState] = {}  # the latest state of each file, to explain a crash
@@ -71,9 +88,9 @@ def _cut_off() -> str:
     """Return in words which opened files have become shorter."""
     found = []
     for state in _opened.values():
-        now = FileState.of(state.path)
-        if now is not None and now.size < state.size:
-            found.append(f"{state.path}: {state.difference()}")
+        with suppress(OSError):
+            if os.stat(state.path).st_size < state.size:
+                found.append(f"{state.path}: {state.difference()}")
     return "; ".join(found[:5])
 
 
@@ -98,12 +115,19 @@ def require_unchanged(states: Iterable[FileState]) -> None:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Return the config, tokenizer and adapter settings of a folder, and its modelling code."""
-    return [
-        file
-        for file in sorted(folder.iterdir())
-        if any(map(file.match, SMALL_FILES)) and not any(map(file.match, _ABOUT)) and file.is_file()
-    ]
+    """Return the config, tokenizer and adapter settings of a folder, and its modelling code.
+
+    Raises:
+        SourceError: a folder, a pipe or a link to nothing has the name of one.
+    """
+    found = [file for file in sorted(folder.iterdir()) if any(map(file.match, SMALL_FILES))]
+    for file in found:
+        if not file.is_file():
+            raise SourceError(
+                f"{file}: expected a file, got a folder, a pipe or a link to nothing. It would be "
+                "taken for missing; remove it, or copy or download the file again."
+            )
+    return [file for file in found if not any(map(file.match, _ABOUT))]
 
 
 def hashes_of(groups: Iterable[Sequence[Path]]) -> dict[str, str]:

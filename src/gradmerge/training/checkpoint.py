@@ -198,6 +198,12 @@ def restore(
             raise ValueError(f"it fixes {name} at {coefficient}")
         merged.fix([name], float(coefficient))
     merged.state.run = saved.get("run", {})
+    lost = [f"{t} -> {s}" for t, s in saved["tasks"].items() if s not in merged.plan.serving]
+    if lost or not saved["tasks"]:
+        raise ValueError(
+            f"its tasks are {', '.join(lost) or 'none'}, and its sources "
+            f"{', '.join(merged.plan.serving)}"
+        )
     merged.tasks = dict(saved["tasks"])
     merged.network_buffers.set(saved["buffers"])
     merged.state.corrections = Corrections.restore(saved.get("finalisation", {}))

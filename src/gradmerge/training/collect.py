@@ -22,7 +22,6 @@ from gradmerge.calibration.fisher import Report
 from gradmerge.calibration.sequential import Stages
 from gradmerge.coefficients import Model, Uniform
 from gradmerge.common.errors import ConfigError, shorten
-from gradmerge.common.output import paths_in
 from gradmerge.common.spec import to_plain
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.opening import Opening
@@ -66,7 +65,7 @@ def collect(
     """
     steps = needy(recipe)
     target = Path(output).expanduser()
-    inputs = [*paths_in(to_plain(recipe)), *read_by(data)]
+    inputs = [*recipe.inputs, *read_by(data)]
     refuse_existing(target, overwrite, inputs)
     tasks = _tasks_of_sources(recipe, data) if steps else {}  # before anything runs
     opening = opening or Opening(recipe, module)

@@ -79,11 +79,11 @@ class TaskData:
                 f"path: expected text, or from Python a mapping of {', '.join(STAGES)} to "
                 f"datasets, got a mapping of {', '.join(map(str, self.path)) or 'nothing'}."
             )
-        for given in (self.splits, self.limit):
+        for option, given in (("splits", self.splits), ("limit", self.limit)):
             for key in given or {}:
                 if key not in STAGES:
                     raise ConfigError(
-                        f"unknown split {key!r} (choose from {', '.join(STAGES)})."
+                        f"{option}: unknown split {key!r} (choose from {', '.join(STAGES)})."
                         f"{nearest(key, STAGES)}"
                     )
         one = math.isclose(sum(self.fractions), 1, abs_tol=1e-6)

@@ -110,6 +110,13 @@ def read_tensors(examples: Any, where: str) -> Labels | None:
                 f"{where}: expected the same inputs in every row, got {shorten(sorted(keys))} in "
                 f"row 0 and {shorten(sorted(example))} in row {at}."
             )
+        for key, value in example.items():
+            if value is None or isinstance(value, (str, bytes)):
+                raise ConfigError(
+                    f"{where}: expected tensors or numbers as model inputs (kind: tensors), got "
+                    f"{type(value).__name__} as {key} in row {at}. Choose another `kind`, or "
+                    "remove that column."
+                )
         label = example.get("labels")
         if isinstance(label, Tensor) and label.numel() and not label.is_floating_point():
             least = int(label.min())

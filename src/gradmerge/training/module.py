@@ -296,14 +296,21 @@ class MergeModule(FiniteModule):
         """Set the tasks and their sources from the `tasks` of a data module.
 
         Raises:
-            ConfigError: a task names an unknown source, and the objective or private tensors need
-                one.
+            ConfigError: a task names an unknown source; or has none, and the objective or private
+                tensors need one.
         """
         if not described:
             return
         plan = self.merged.plan
         known = ", ".join(plan.serving)
         tasks = {name: task.source or name for name, task in described.items()}
+        for name, task in described.items():
+            if task.source is not None and task.source not in plan.serving:
+                raise ConfigError(
+                    f"task {name}: unknown source {task.source!r} (choose from {known})."
+                    f"{nearest(task.source, plan.serving)} Correct `source`, or leave it out for a "
+                    "task without a source of its own."
+                )
         lost = [f"{task} -> {s}" for task, s in tasks.items() if s not in plan.serving]
         if lost and (self.objective.needs_teacher or plan.private):
             raise ConfigError(
@@ -314,13 +321,6 @@ class MergeModule(FiniteModule):
             self.score_experts = False
         first = next(iter(plan.sources))
         self.merged.tasks = {n: s if s in plan.serving else first for n, s in tasks.items()}
-        for name, task in described.items():
-            if task.source is not None and task.source not in plan.serving:
-                lightning.pytorch.utilities.rank_zero_warn(
-                    f"task {name}: unknown source {task.source!r} (choose from {known})."
-                    f"{nearest(task.source, plan.serving)} Its examples still train the merge, but "
-                    "no task is scored against its own source."
-                )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Merge once, run one backward pass per task, and contract the gradients once."""

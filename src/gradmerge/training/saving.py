@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def save_whole(trainer: Any) -> None:
         trainer.strategy.checkpoint_io = WholeFiles()
 
 
-def require_places(trainer: Any, inputs: Iterable[Path]) -> None:
+def require_places(trainer: Any, module: Any) -> None:
     """Reject folders of logs and checkpoints that cannot be written, or lie within an input.
 
     Raises:
@@ -60,7 +59,9 @@ def require_places(trainer: Any, inputs: Iterable[Path]) -> None:
     """
     places = [logger.save_dir for logger in trainer.loggers] or [trainer.default_root_dir]
     places += [getattr(callback, "dirpath", None) for callback in trainer.callbacks]
-    inputs = list(inputs)
+    merged = getattr(module, "merged", None)
+    inputs = read_by(getattr(trainer, "datamodule", None))
+    inputs = inputs if merged is None else [*inputs_of(merged.plan), *inputs]
     for place in dict.fromkeys(str(place) for place in places if place is not None):
         if "://" not in place:
             require_apart(Path(place), inputs, replaced=False)
@@ -99,9 +100,7 @@ class Saver(lightning.Callback):
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Check where the fit writes, and make its checkpoints whole."""
         if stage == "fit":
-            merged = getattr(pl_module, "merged", None)
-            data = read_by(getattr(trainer, "datamodule", None))
-            require_places(trainer, data if merged is None else [*inputs_of(merged.plan), *data])
+            require_places(trainer, pl_module)
             save_whole(trainer)
 
     # ---- the signal
@@ -130,9 +129,22 @@ class Saver(lightning.Callback):
         self._stop(trainer)
         self._give_back()
 
-    def on_exception(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Give the signal back."""
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException
+    ) -> None:
+        """Give the signal back, and say which checkpoint is kept."""
         self._give_back()
+        saved = [] if isinstance(exception, SIGTERMException) else self._kept(trainer)
+        if saved:
+            last = max(saved, key=lambda path: path.stat().st_mtime_ns)
+            rank_zero_info(f"kept: {last}; resume with --ckpt_path {last}")
+
+    def _kept(self, trainer: lightning.Trainer) -> list[Path]:
+        """Return the checkpoints that this fit has written."""
+        folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+        found = [self.path] if self.path is not None else []
+        found += [path for folder in folders if folder for path in Path(folder).glob("*.ckpt")]
+        return [path for path in found if path.is_file()] if trainer.global_step else []
 
     def _give_back(self) -> None:
         if self._before is not None:

@@ -106,6 +106,13 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
     return None
 
 
+def added_tokens(folder: Path) -> set[str]:
+    """Return the added tokens in tokenizer.json and added_tokens.json."""
+    whole = read_json(folder / "tokenizer.json", plain=True) or {}
+    listed = read_json(folder / "added_tokens.json", plain=True) or {}
+    return {entry["content"] for entry in whole.get("added_tokens") or []} | listed.keys()
+
+
 def _with_ids(path: Path, found: dict[Any, Any]) -> dict[str, int]:
     """Return a vocabulary, in which every token has a number."""
     for token, number in found.items():
