@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,103 +50,86 @@ def disagreements(
     Returns:
         Every difference in shape, parameters without tensors, and layers without a place.
     """
-    where = label if config is None else f"{label}/config.json"
-    kind = type(module).__name__
-    return [
-        *_wrong_shapes(module, binding, infos, where, config),
-        *_missing(module, binding, infos, where, config, kind),
-        *_surplus(module, binding, where, config, kind),
-    ]
+    compared = _Compared(module, binding, infos, label, config)
+    return [*compared.wrong_shapes(), *compared.missing(), *compared.surplus()]
 
 
-def _wrong_shapes(
-    module: nn.Module,
-    binding: Binding,
-    infos: Mapping[str, TensorInfo],
-    where: str,
-    config: Mapping[str, Any] | None,
-) -> Iterator[Problem]:
-    wanted = {
-        name: tuple(tensor.shape)
-        for tensors in (module.named_parameters(remove_duplicate=False), module.named_buffers())
-        for name, tensor in tensors
-    }
-    by_size: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    for name, place in binding.places.items():
-        if name in infos and infos[name].shape != wanted[place]:
-            by_size[_changed(wanted[place], infos[name].shape)].append(name)
-    for sizes, names in by_size.items():
-        place, info = binding.places[names[0]], infos[names[0]]
-        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        yield Problem(
-            "config",
-            where,
-            _fields(config, sizes, infos) or names[0],
-            f"the sizes of the tensors: {info.shape} for {info.name} in {info.file}{more}",
-            f"{wanted[place]}",
-            "transformers would refuse the merge, or give it random values. Correct the config, or "
-            "give the weights that belong to it.",
-        )
+@dataclass(frozen=True)
+class _Compared:
+    """A network and the tensors that it should get (see `disagreements`)."""
 
+    module: nn.Module
+    binding: Binding
+    infos: Mapping[str, TensorInfo]
+    label: str
+    config: Mapping[str, Any] | None
 
-def _missing(
-    module: nn.Module,
-    binding: Binding,
-    infos: Mapping[str, TensorInfo],
-    where: str,
-    config: Mapping[str, Any] | None,
-    kind: str,
-) -> Iterator[Problem]:
-    found = set(binding.places.values())
-    statistics = [
-        name
-        for name, _ in module.named_buffers()
-        if name.endswith(("running_mean", "running_var")) and name not in found
-    ]
-    lost = [*binding.missing, *statistics]
-    if lost:
-        depths = [depth for name in lost for depth in _lengths(module, name)]
-        yield Problem(
-            "config",
-            where,
-            _depths(config, depths) or "parameters",
-            f"a tensor for every parameter of {kind}",
-            f"{len(lost)} that have no tensor: {shorten(lost)}",
-            f"They would have random values.{nearest(lost[0], binding.unused)} Correct the config, "
-            "or give the weights that belong to it.",
-        )
+    def wrong_shapes(self) -> Iterator[Problem]:
+        """Yield tensors of other shapes, once for each size that differs."""
+        module, infos = self.module, self.infos
+        wanted = {
+            name: tuple(tensor.shape)
+            for tensors in (module.named_parameters(remove_duplicate=False), module.named_buffers())
+            for name, tensor in tensors
+        }
+        by_size: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        for name, place in self.binding.places.items():
+            if name in infos and infos[name].shape != wanted[place]:
+                by_size[_changed(wanted[place], infos[name].shape)].append(name)
+        for sizes, names in by_size.items():
+            place, info = self.binding.places[names[0]], infos[names[0]]
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            yield self._problem(
+                _fields(self.config, sizes, infos) or names[0],
+                f"the sizes of the tensors: {info.shape} for {info.name} in {info.file}{more}",
+                f"{wanted[place]}",
+                "transformers would refuse the merge, or give it random values.",
+            )
 
+    def missing(self) -> Iterator[Problem]:
+        """Yield the parameters and BatchNorm statistics without a tensor."""
+        found = set(self.binding.places.values())
+        statistics = [
+            name
+            for name, _ in self.module.named_buffers()
+            if name.endswith(("running_mean", "running_var")) and name not in found
+        ]
+        lost = [*self.binding.missing, *statistics]
+        if lost:
+            depths = [depth for name in lost for depth in _lengths(self.module, name)]
+            yield self._problem(
+                _depths(self.config, depths) or "parameters",
+                f"a tensor for every parameter of {type(self.module).__name__}",
+                f"{len(lost)} that have no tensor: {shorten(lost)}",
+                f"They would have random values.{nearest(lost[0], self.binding.unused)}",
+            )
 
-def _surplus(
-    module: nn.Module,
-    binding: Binding,
-    where: str,
-    config: Mapping[str, Any] | None,
-    kind: str,
-) -> Iterator[Problem]:
-    """Find layers beyond those of the network: names that differ from known ones by a number."""
-    if not binding.unused:
-        return
-    loader = Loader(module)
-    known = {_NUMBER.sub("*", place) for place in loader.known}
-    places = loader.places(list(binding.unused))
-    extra = [
-        name
-        for name, place in places.items()
-        if (_NUMBER.sub("*", place.name) in known or 0 in _lengths(module, place.name))
-        and not loader.ignores(place.name)
-    ]
-    if extra:
-        depths = [depth for name in extra for depth in _lengths(module, places[name].name)]
-        yield Problem(
-            "config",
-            where,
-            _depths(config, depths) or "layers",
-            f"a place in {kind} for every layer in the files",
-            f"none for {len(extra)} tensors: {shorten(extra)}",
-            "transformers would drop these layers. Correct the config, or give the weights that "
-            "belong to it.",
-        )
+    def surplus(self) -> Iterator[Problem]:
+        """Yield layers beyond those of the network: known names but for a number."""
+        if not self.binding.unused:
+            return
+        loader = Loader(self.module)
+        known = {_NUMBER.sub("*", place) for place in loader.known}
+        places = loader.places(list(self.binding.unused))
+        extra = [
+            name
+            for name, place in places.items()
+            if (_NUMBER.sub("*", place.name) in known or 0 in _lengths(self.module, place.name))
+            and not loader.ignores(place.name)
+        ]
+        if extra:
+            depths = [d for name in extra for d in _lengths(self.module, places[name].name)]
+            yield self._problem(
+                _depths(self.config, depths) or "layers",
+                f"a place in {type(self.module).__name__} for every layer in the files",
+                f"none for {len(extra)} tensors: {shorten(extra)}",
+                "transformers would drop these layers.",
+            )
+
+    def _problem(self, what: str, expected: str, got: str, why: str) -> Problem:
+        where = self.label if self.config is None else f"{self.label}/config.json"
+        todo = "Correct the config, or give the weights that belong to it."
+        return Problem("config", where, what, expected, got, f"{why} {todo}")
 
 
 def _changed(wanted: tuple[int, ...], stored: tuple[int, ...]) -> tuple[int, ...]:
