@@ -121,11 +121,14 @@ class Explained:
     def _require_values(self, cfg: Any) -> None:
         """Reject null for an option that needs a value; the parser takes it for all of them."""
         for action in self._actions:  # type: ignore[attr-defined]
-            kinds = getattr(action, "_typehint", None)
-            given = kinds is not None and action.dest in cfg and cfg[action.dest] is None
-            if given and action.default is not None and not _takes_none(kinds):
+            kinds, option = getattr(action, "_typehint", None), action.dest
+            if kinds is None or option not in cfg or cfg[option] is not None:
+                continue
+            # null is no seed, as false
+            takes_none = action.default is None or _takes_none(kinds) or option == "seed_everything"
+            if not takes_none:
                 raise TypeError(
-                    f"{self._described}{action.dest}: expected {_type_name(kinds)}, got null"
+                    f"{self._described}{option}: expected {_type_name(kinds)}, got null"
                 )
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
