@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from gradmerge import Recipe, merge
 from gradmerge.coefficients import Constant
 from gradmerge.common.errors import CompatibilityError, OutputError, SourceError
-from gradmerge.export.opened import require_opens
+from gradmerge.export.opened import OPENED, _problems, load_class, require_opens
 from gradmerge.sources import HuggingFace, Lora
 from tiny import save_family, word_tokenizer
 
@@ -80,7 +80,44 @@ def test_a_config_that_transformers_refuses_is_refused(tmp_path, llamas, field, 
         require_opens(Path(llamas["a"]), tmp_path / "out", Path(llamas["b"]))
 
 
+def test_a_folder_like_one_that_was_opened_is_not_opened_again(tmp_path, llamas, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    opened = []
+
+    def problems(folder, trusted):
+        opened.append(folder.name)
+        return _problems(folder, trusted)
+
+    monkeypatch.setattr("gradmerge.export.opened._problems", problems)
+
+    def opens(name, trusted=False):
+        opened.clear()
+        require_opens(Path(llamas[name]), tmp_path / "out", None, trusted)
+        return bool(opened)
+
+    load_class({"architectures": ["LlamaForCausalLM"]})
+    assert [opens("a"), opens("a"), opens("b")] == [True, False, False]  # alike but for values
+    assert opens("a", trusted=True)  # code in the folder may be another
+    settings(llamas["a"], rope_theta=3.0)
+    assert [opens("a"), opens("a")] == [True, False]
+    Path(llamas["b"], "generation_config.json").write_text("{}")
+    assert [opens("b"), opens("b")] == [True, False]
+    change(llamas["b"], **{"model.norm.weight": torch.zeros(3)})
+    for _ in range(2):  # what is refused is not remembered
+        with pytest.raises(OutputError, match="of other shapes in the files"):
+            opens("b")
+        assert opened
+
+
+def test_without_a_cache_every_folder_is_opened(tmp_path, llamas, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        assert require_opens(Path(llamas["a"]), tmp_path / "out") == OPENED
+
+
 def test_what_cannot_be_opened_is_said(tmp_path, llamas, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = Path(llamas["a"])
     with monkeypatch.context() as patch:
         patch.setattr(transformers.utils, "is_accelerate_available", lambda: False)

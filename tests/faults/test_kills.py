@@ -216,7 +216,7 @@ def battery(commands: dict[str, Any], command: str, root: Path, kills: int) -> i
             finish(commands["overwrite"], folder)
         assert left(root / str(number)) == [], f"kill {number}"
     cached = (root / "cache" / "gradmerge").glob("*")  # none if kernels were loaded before
-    assert all(path.name.startswith("kernels-") for path in cached)
+    assert all(path.name.startswith(("kernels-", "opened")) for path in cached)
     return at_work
 
 

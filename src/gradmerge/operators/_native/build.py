@@ -27,6 +27,7 @@ from torch import Tensor
 
 from gradmerge.common import finite
 from gradmerge.common.atomic import Scratch
+from gradmerge.common.cache import cache_folder, is_ours
 from gradmerge.common.errors import ConfigError, OutputError
 from gradmerge.operators._native.kernels import Kernels
 
@@ -93,7 +94,7 @@ def _load(choice: str) -> Kernels | None:
 def _open() -> ctypes.CDLL:
     compiler = _compiler()
     key = _key(compiler)
-    folder = _cache_folder()
+    folder = cache_folder()
     for path in folder.glob(f"kernels-{key}-*.so") if folder else ():
         if _is_intact(path):
             with suppress(OSError):  # a machine where it does not load
@@ -112,19 +113,12 @@ def _is_intact(path: Path) -> bool:
         found, content = path.lstat(), path.read_bytes()
     except OSError:
         return False
-    if not stat.S_ISREG(found.st_mode) or not _is_ours(found):
+    if not stat.S_ISREG(found.st_mode) or not is_ours(found):
         return False
     if path.stem.rpartition("-")[2] == hashlib.sha256(content).hexdigest()[:32]:
         return True
     path.unlink(missing_ok=True)
     return False
-
-
-def _is_ours(found: os.stat_result) -> bool:
-    """Return whether nobody but this user may have written a file or folder."""
-    if not hasattr(os, "geteuid"):
-        return True
-    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 class _NoCompilerError(Exception):
@@ -147,19 +141,6 @@ def _processor() -> str:
         return platform.processor()
     kinds = ("model name", "flags", "features", "cpu part")
     return "\n".join(sorted({line for line in lines if line.lower().startswith(kinds)}))
-
-
-def _cache_folder() -> Path | None:
-    """Return a cache folder that only this user can write to, or None if there is none."""
-    try:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(root) / "gradmerge"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not _is_ours(folder.stat()):
-            folder.chmod(0o700)  # fails if it is another's
-    except (OSError, RuntimeError):  # no home folder, or not writable
-        return None
-    return folder if os.access(folder, os.W_OK) else None
 
 
 def _key(compiler: str) -> str:
