@@ -26,6 +26,7 @@ RANDOM_IN_TRAINING = {
     "SwitchTransformersForConditionalGeneration": "SEQ_TO_SEQ_CAUSAL_LM",
     "T5ForConditionalGeneration": "SEQ_TO_SEQ_CAUSAL_LM",
     "BertForSequenceClassification": "SEQUENCE_CLASSIFICATION",
+    "SwinForImageClassification": "IMAGE_CLASSIFICATION",  # layers within layers
 }
 
 

@@ -89,12 +89,13 @@ def test_logits_of_every_family(tmp_path):
 
 
 def loads(network, batch, path):
-    """Whether plain transformers loads and runs a network in bfloat16."""
+    """Whether plain transformers loads a network in bfloat16, runs it and has its gradients."""
     try:
         network.save_pretrained(path)
         low = type(network).from_pretrained(path, dtype=torch.bfloat16)
         cast = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()}
         logits = [logits_of(network, batch), logits_of(low.eval(), cast)]
+        low(**cast).logits.float().square().mean().backward()
     except Exception:
         return False
     return all(isinstance(found, torch.Tensor) and found.isfinite().all() for found in logits)

@@ -398,16 +398,20 @@ def test_sentencepiece_files_are_compared_as_files(tmp_path, name):
 
 def test_tokens_without_a_row_are_reported_unless_they_are_added(tmp_path):
     folder = tokenizer(tmp_path / "a", ["x", "y", "z"])
-    one, fits = (Headers("a", folder=folder, config={"vocab_size": n}) for n in (2, 3))
+
+    def rows(count, **config):
+        return Headers("a", {**TENSORS, "embed.weight": (count, 4)}, config, folder)
+
+    one, fits, wrong = rows(2, vocab_size=2), rows(3, vocab_size=3), rows(3, vocab_size=1)
     assert found(fits, fits) == {}
+    assert found(wrong, wrong) == {}  # the config is at fault
     (problem,) = found(one, one).values()
     assert problem.fatal
     assert problem.expected.startswith("ids 0 to 1, the rows of the embeddings")
     assert problem.got == "1 beyond ('z')"
     (allowed,) = found(one, one, allow=["tokenizer"]).values()
     assert not allowed.fatal
-    inner = Headers("a", folder=folder, config={"text_config": {"vocab_size": 2}})
-    assert ("tokenizer", "vocabulary") in found(inner)
+    assert ("tokenizer", "vocabulary") in found(rows(2, text_config={"vocab_size": 2}))
     # Gemma 3 has the token of an image beyond the rows of its text models
     vocabulary = {"model": {"vocab": {"x": 0, "y": 1}}, "added_tokens": [{"content": "z", "id": 2}]}
     (folder / "tokenizer.json").write_text(json.dumps(vocabulary))

@@ -12,7 +12,7 @@ recomputes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any
 
@@ -149,6 +149,8 @@ def checkpoint_blocks(skeleton: nn.Module) -> None:
     blocks: list[Any] = []
     if getattr(skeleton, "supports_gradient_checkpointing", True):
         blocks = [module for module in skeleton.modules() if _is_checkpointable(module)]
+        # the stages of some networks are layers of layers, whose insides would run three times
+        blocks = [block for block in blocks if not any(map(_is_checkpointable, _below(block)))]
     if not blocks:
         raise ConfigError(
             "activation_checkpointing: expected a network of transformers' checkpointable layers, "
@@ -161,6 +163,10 @@ def checkpoint_blocks(skeleton: nn.Module) -> None:
         config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False  # recomputation would write to the cache again
+
+
+def _below(module: nn.Module) -> Iterator[nn.Module]:
+    return (inner for inner in module.modules() if inner is not module)
 
 
 def _is_checkpointable(module: nn.Module) -> bool:
