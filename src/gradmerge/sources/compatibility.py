@@ -213,6 +213,8 @@ def _check_rows(reference: Checkpoint, read: Read) -> list[Problem]:
         return []
     added = added_tokens(folder)
     lost = sorted(token for token, row in found.items() if row >= rows and token not in added)
+    if not lost:
+        return []
     return [
         Problem(
             "tokenizer",
@@ -223,7 +225,6 @@ def _check_rows(reference: Checkpoint, read: Read) -> list[Problem]:
             "Texts with these tokens would end in an error. Give the tokenizer that belongs to "
             "these weights, or accept that with allow: [tokenizer].",
         )
-        for _ in lost[:1]
     ]
 
 
