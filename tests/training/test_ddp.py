@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -225,24 +226,62 @@ torch.save(found, folder / f"found{trainer.global_rank}.pt")
 """
 
 
-def arguments(folder, devices, option, script=RUN):
+# Two processes run all scripts in turn: to start them takes longer than the scripts do.
+GROUP = """
+import json, runpy, sys
+for given in json.loads(sys.argv[1]):
+    sys.argv = given
+    runpy.run_path(given[0])
+"""
+
+
+def arguments(folder, devices, option, script):
     """The script, written to `folder`, and what it is called with."""
     folder.mkdir()
-    path = folder / "run.py"  # a launcher starts its other processes by the file's name
+    path = folder / "run.py"
     path.write_text(script)
     return [str(path), str(Path(tiny.__file__).parent), str(folder), str(devices), option]
 
 
-def run_in_two(arguments):
-    """Run a script that starts a second process."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        timeout=180,
+def run_in_two(tmp_path, scripts):
+    """Run scripts in a group of two processes."""
+    path = tmp_path / "group.py"
+    path.write_text(GROUP)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    group |= {"NODE_RANK": "0", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    command = [sys.executable, str(path), json.dumps(scripts)]
+    wait_for(
+        subprocess.Popen(
+            command,
+            env={**os.environ, **group, "LOCAL_RANK": str(rank), "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def wait_for(processes):
+    for process in list(processes):
+        _, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors[-3000:]
+
+
+def compare(tmp_path, monkeypatch, script, options):
+    """Run a script with each option in one process and in two; yield option and both folders."""
+    given = {
+        option: [arguments(tmp_path / f"{option}-{n}", n, option, script) for n in (1, 2)]
+        for option in options
+    }
+    for alone, _ in given.values():
+        monkeypatch.setattr(sys, "argv", alone)
+        runpy.run_path(alone[0])
+    run_in_two(tmp_path, [both for _, both in given.values()])
+    for option in options:
+        yield option, tmp_path / f"{option}-1", tmp_path / f"{option}-2"
 
 
 def results(folder, devices):
@@ -254,105 +293,90 @@ def results(folder, devices):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", ["resident", "streamed"])
-def test_two_processes_learn_what_one_does(tmp_path, memory, monkeypatch):
-    monkeypatch.setattr(sys, "argv", arguments(tmp_path / "one", 1, memory))
-    runpy.run_path(sys.argv[0])
-    ((alone, found),) = results(tmp_path / "one", 1)
-    assert (alone - 0.3).abs().max() > 1e-2
-    run_in_two(arguments(tmp_path / "two", 2, memory))
-    both = results(tmp_path / "two", 2)
-    for raw, other in both:
-        torch.testing.assert_close(raw, alone, rtol=0, atol=1e-6)
-        assert other["fixed"] == found["fixed"] == {"extra.weight": 0.0, "extra.bias": 0.0}
-        for name in ("best", "loss", "accuracy"):
-            assert other[name] == pytest.approx(found[name], rel=1e-5), name
-    assert torch.equal(both[0][0], both[1][0])
-    assert (tmp_path / "two" / "merged" / "model.safetensors").is_file()
-    assert (tmp_path / "two" / "logs" / "version_0" / "coefficients.png").is_file()
+def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
+    for memory, one, two in compare(tmp_path, monkeypatch, RUN, ("resident", "streamed")):
+        ((alone, found),) = results(one, 1)
+        assert (alone - 0.3).abs().max() > 1e-2, memory
+        both = results(two, 2)
+        for raw, other in both:
+            torch.testing.assert_close(raw, alone, rtol=0, atol=1e-6, msg=memory)
+            assert other["fixed"] == found["fixed"] == {"extra.weight": 0.0, "extra.bias": 0.0}
+            for name in ("best", "loss", "accuracy"):
+                assert other[name] == pytest.approx(found[name], rel=1e-5), (memory, name)
+        assert torch.equal(both[0][0], both[1][0]), memory
+        assert (two / "merged" / "model.safetensors").is_file()
+        assert (two / "logs" / "version_0" / "coefficients.png").is_file()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "option", ["resident-CrossEntropy", "resident-Entropy", "streamed-Entropy"]
-)
-def test_two_processes_take_means_over_the_rows_of_both(tmp_path, option, monkeypatch):
-    monkeypatch.setattr(sys, "argv", arguments(tmp_path / "one", 1, option, MEANS))
-    runpy.run_path(sys.argv[0])
-    run_in_two(arguments(tmp_path / "two", 2, option, MEANS))
-    alone = torch.load(tmp_path / "one" / "found0.pt")
-    assert (alone["raw"] - 0.3).abs().max() > 1e-2
-    for rank in range(2):
-        found = torch.load(tmp_path / "two" / f"found{rank}.pt")
-        torch.testing.assert_close(found["raw"], alone["raw"], rtol=0, atol=1e-6)
-        torch.testing.assert_close(found["losses"], alone["losses"], rtol=1e-5, atol=1e-6)
+def test_two_processes_take_means_over_the_rows_of_both(tmp_path, monkeypatch):
+    options = ("resident-CrossEntropy", "resident-Entropy", "streamed-Entropy")
+    for option, one, two in compare(tmp_path, monkeypatch, MEANS, options):
+        alone = torch.load(one / "found0.pt")
+        assert (alone["raw"] - 0.3).abs().max() > 1e-2, option
+        for rank in range(2):
+            found = torch.load(two / f"found{rank}.pt")
+            for name, tolerances in (("raw", (0, 1e-6)), ("losses", (1e-5, 1e-6))):
+                rtol, atol = tolerances
+                torch.testing.assert_close(
+                    found[name], alone[name], rtol=rtol, atol=atol, msg=option
+                )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", ["resident", "streamed"])
-def test_sharp_steps_priors_and_scales_of_two_processes_are_those_of_one(
-    tmp_path, memory, monkeypatch
-):
-    monkeypatch.setattr(sys, "argv", arguments(tmp_path / "one", 1, memory, SHARP))
-    runpy.run_path(sys.argv[0])
-    run_in_two(arguments(tmp_path / "two", 2, memory, SHARP))
-    alone = torch.load(tmp_path / "one" / "found0.pt")
-    assert (alone["raw"] - 0.3).abs().max() > 1e-2
-    both = [torch.load(tmp_path / "two" / f"found{rank}.pt") for rank in range(2)]
-    for found in both:
-        for name, value in alone.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-6, msg=name)
-    assert all(torch.equal(both[0][name], both[1][name]) for name in alone)
+def test_sharp_steps_priors_and_scales_of_two_processes_are_those_of_one(tmp_path, monkeypatch):
+    for memory, one, two in compare(tmp_path, monkeypatch, SHARP, ("resident", "streamed")):
+        alone = torch.load(one / "found0.pt")
+        assert (alone["raw"] - 0.3).abs().max() > 1e-2, memory
+        both = [torch.load(two / f"found{rank}.pt") for rank in range(2)]
+        for found in both:
+            for name, value in alone.items():
+                torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-6, msg=name)
+        assert all(torch.equal(both[0][name], both[1][name]) for name in alone), memory
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["component", "aligned"])
-def test_two_processes_learn_masks_of_components_and_aligned_weights(tmp_path, option, monkeypatch):
-    monkeypatch.setattr(sys, "argv", arguments(tmp_path / "one", 1, option, FACTORS))
-    runpy.run_path(sys.argv[0])
-    run_in_two(arguments(tmp_path / "two", 2, option, FACTORS))
-    alone = torch.load(tmp_path / "one" / "found0.pt")
-    start, raw = alone["start"], alone["raw"]
-    assert max((raw[key] - start[key]).abs().max() for key in raw) > 0.1
-    if option == "component":
-        assert (raw["body/weight"] < 0).sum() == 4  # all start at 0.1
-    else:
-        (order,) = alone["maps"].values()
-        assert not torch.equal(order, torch.arange(8))
-    both = [torch.load(tmp_path / "two" / f"found{rank}.pt") for rank in range(2)]
-    for found in both:
-        for key, value in raw.items():
-            torch.testing.assert_close(found["raw"][key], value, rtol=1e-5, atol=2e-6, msg=key)
-        for key, order in alone["maps"].items():
-            assert torch.equal(found["maps"][key], order)
-    assert all(torch.equal(both[0]["raw"][key], both[1]["raw"][key]) for key in raw)
+def test_two_processes_learn_masks_of_components_and_aligned_weights(tmp_path, monkeypatch):
+    for option, one, two in compare(tmp_path, monkeypatch, FACTORS, ("component", "aligned")):
+        alone = torch.load(one / "found0.pt")
+        start, raw = alone["start"], alone["raw"]
+        assert max((raw[key] - start[key]).abs().max() for key in raw) > 0.1, option
+        if option == "component":
+            assert (raw["body/weight"] < 0).sum() == 4  # all start at 0.1
+        else:
+            (order,) = alone["maps"].values()
+            assert not torch.equal(order, torch.arange(8))
+        both = [torch.load(two / f"found{rank}.pt") for rank in range(2)]
+        for found in both:
+            for key, value in raw.items():
+                torch.testing.assert_close(found["raw"][key], value, rtol=1e-5, atol=2e-6, msg=key)
+            for key, order in alone["maps"].items():
+                assert torch.equal(found["maps"][key], order)
+        assert all(torch.equal(both[0]["raw"][key], both[1]["raw"][key]) for key in raw), option
 
 
 @pytest.mark.slow
 def test_terms_of_two_processes_are_those_of_all_their_rows(tmp_path):
     command = [sys.executable, *arguments(tmp_path / "both", 2, "", TERMS)]
-    both = []
-    for rank in range(2):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank)}
-        both.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in both:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-3000:]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    wait_for(
+        subprocess.Popen(
+            command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    )
     assert all((tmp_path / "both" / f"passed{rank}").is_file() for rank in range(2))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("term", ["CrossEntropy", "Entropy"])
-def test_every_evaluation_example_counts_once_in_two_processes(tmp_path, term, monkeypatch):
-    monkeypatch.setattr(sys, "argv", arguments(tmp_path / "one", 1, term, SCORES))
-    runpy.run_path(sys.argv[0])
-    run_in_two(arguments(tmp_path / "two", 2, term, SCORES))
-    alone = json.loads((tmp_path / "one" / "found0.json").read_text())
-    assert list(alone) == ["fit", "selection", "test"]
-    assert all(set(found) == {"a", "b", "c", "average"} for found in alone.values())
-    for rank in range(2):
-        found = json.loads((tmp_path / "two" / f"found{rank}.json").read_text())
-        for split, tasks in alone.items():
-            for task, values in tasks.items():
-                came = found[split][task]
-                assert came == pytest.approx(values, rel=1e-4, nan_ok=True), (split, task)
+def test_every_evaluation_example_counts_once_in_two_processes(tmp_path, monkeypatch):
+    for _, one, two in compare(tmp_path, monkeypatch, SCORES, ("CrossEntropy", "Entropy")):
+        alone = json.loads((one / "found0.json").read_text())
+        assert list(alone) == ["fit", "selection", "test"]
+        assert all(set(found) == {"a", "b", "c", "average"} for found in alone.values())
+        for rank in range(2):
+            found = json.loads((two / f"found{rank}.json").read_text())
+            for split, tasks in alone.items():
+                for task, values in tasks.items():
+                    own = found[split][task]
+                    assert own == pytest.approx(values, rel=1e-4, nan_ok=True), (split, task)
