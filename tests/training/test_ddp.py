@@ -152,8 +152,7 @@ for term in [*terms, KLToSource(), KLToEnsemble()]:
             leaf.grad / world, whole.grad[own], rtol=1e-11, atol=1e-15, msg=case
         )
 (folder / f"passed{rank}").touch()
-# else the group's threads end in whatever order the two processes do, now and then in an abort
-distributed.barrier()
+distributed.barrier()  # as below
 distributed.destroy_process_group()
 """
 
@@ -229,9 +228,13 @@ torch.save(found, folder / f"found{trainer.global_rank}.pt")
 # Two processes run all scripts in turn: to start them takes longer than the scripts do.
 GROUP = """
 import json, runpy, sys
+from torch import distributed
 for given in json.loads(sys.argv[1]):
     sys.argv = given
     runpy.run_path(given[0])
+# else the group's threads end in whatever order the two processes do, now and then in an abort
+distributed.barrier()
+distributed.destroy_process_group()
 """
 
 
