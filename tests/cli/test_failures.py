@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -106,6 +107,28 @@ def test_a_closed_pipe_is_quiet(monkeypatch, capsys):
     assert main(["inspect", "a"]) == 141
     monkeypatch.undo()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_fault_and_no_place_for_files(closed, tmp_path):
+    """The first file would get the number of a closed stream, and with it what is printed."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import os, sys\n"
+        "from gradmerge.cli import main\n"
+        "status = main(['--version'])\n"
+        "number = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)\n"
+        "os.system('echo from a child; echo and its errors >&2; cat')\n"
+        "sys.exit(status + 10 * number)\n"
+    )
+    command = ["sh", "-c", f'exec "$0" "$@" {closed}', sys.executable, str(script)]
+    done = subprocess.run(
+        [*command, str(tmp_path / "file")], input=b"", capture_output=True, check=False
+    )
+    assert done.returncode >= 30, done.stderr
+    assert done.returncode % 10 == 0, done.stderr
+    assert (tmp_path / "file").read_bytes() == b""
+    assert b"Bad file descriptor" not in done.stderr
 
 
 def test_reading_names_the_file_and_keeps_our_own_errors():

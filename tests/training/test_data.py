@@ -114,6 +114,15 @@ def test_what_cannot_be_read_is_said_with_its_task(tmp_path):
         load_splits("t", data, seed=0)
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    files = write(tmp_path, "json", ROWS)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+    found = r"task t: the cache of datasets, .*file/cache, cannot be written: .*Not a directory"
+    with pytest.raises(ConfigError, match=found):
+        load_splits("t", TaskData("json", data_files=files), seed=0)
+
+
 # ---- splits ---------------------------------------------------------------------------------
 
 

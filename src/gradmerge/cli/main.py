@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0; 2 for an error in the options or the input, or of the machine; 1 for a
         fault of gradmerge, after its traceback; 130 after an interrupt.
     """
+    _open_streams()
     command, *options = list(sys.argv[1:] if arguments is None else arguments) or ["help"]
     if command in ("-h", "--help", "help"):
         print(USAGE)
@@ -86,6 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _failed(command, error)
     return 0
+
+
+def _open_streams() -> None:
+    """Open standard streams that are closed, or the next file would get what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def _interrupted(command: str) -> int:

@@ -23,6 +23,12 @@ def explain_unread(data: Any, error: BaseException) -> str:
     generic = datasets.exceptions.DatasetGenerationError
     while type(error) is generic and error.__cause__ is not None:
         error = error.__cause__
+    cache, place = str(datasets.config.HF_DATASETS_CACHE), str(getattr(error, "filename", None))
+    if place.startswith("/") and (cache.startswith(place) or place.startswith(cache)):
+        return (
+            f"the cache of datasets, {cache}, cannot be written: {cause(error)}. Set HF_HOME or "
+            "HF_DATASETS_CACHE to a folder that can."
+        )
     kinds: dict[str, Any] = {}
     for split, path in _files(data):
         found = _fault_of(str(data.path), path)
