@@ -53,6 +53,7 @@ CONFIGS = {
         "{boddy: 0.1, '.*': 0.5}}}]",
         "Trim.density: 'boddy' matches no tensor of the sources. Did you mean 'body'",
     ),
+    "empty": ("", "expected options in the configuration, got an empty file"),
     "null": (
         RECIPE % "init: {class_path: Constant, init_args: {value: null}}",
         r"Constant: value: expected float \| list.*, got null",

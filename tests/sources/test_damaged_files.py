@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from architectures import ARCHITECTURES
 from gradmerge.common.errors import SourceError
-from gradmerge.sources import SafetensorsFile, as_source
+from gradmerge.sources import HuggingFace, SafetensorsFile, as_source
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +110,11 @@ def test_tensor_in_two_shards(sharded, tmp_path):
     second.write_bytes(first.read_bytes())
     with pytest.raises(SourceError, match=r"is in both .* remove the stale shard"):
         as_source(broken).open()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_device_in_place_of_weights_is_named(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).symlink_to(os.devnull)
+    with pytest.raises(SourceError, match=rf"{name}: expected a file, got .* a device"):
+        HuggingFace(str(tmp_path)).open()

@@ -152,6 +152,8 @@ def _type_name(kind: Any) -> str:
 
 def explain(message: str, parser: Any) -> str:
     """Return the parser's message, with suggestions for unknown names."""
+    if message.strip() == "Unexpected config:":
+        return "expected options in the configuration, got an empty file."
     keys = sorted(_keys(parser))
     options = re.findall(r"--[\w.]+", message) if "nrecognized" in message else []
     hints = [nearest(option, [f"--{key}" for key in keys]) for option in options]

@@ -26,6 +26,7 @@ from gradmerge.sources.hub import download, expanded, near, require_hub_id
 from gradmerge.sources.identity import (
     SMALL_FILES,
     FileState,
+    require_files,
     require_unchanged,
     side_files,
     states_of,
@@ -224,6 +225,7 @@ def _weight_files(folder: Path, single: str) -> tuple[list[Path], dict[str, Path
 
     As in transformers, a single file takes precedence over the shards of an index.
     """
+    require_files([folder / single, folder / f"{single}.index.json"])
     if (folder / single).is_file():
         return [folder / single], {}
     path = folder / f"{single}.index.json"

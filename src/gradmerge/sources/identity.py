@@ -118,16 +118,25 @@ def side_files(folder: Path) -> list[Path]:
     """Return the config, tokenizer and adapter settings of a folder, and its modelling code.
 
     Raises:
-        SourceError: a folder, a pipe or a link to nothing has the name of one.
+        SourceError: something else has the name of one.
     """
     found = [file for file in sorted(folder.iterdir()) if any(map(file.match, SMALL_FILES))]
-    for file in found:
-        if not file.is_file():
-            raise SourceError(
-                f"{file}: expected a file, got a folder, a pipe or a link to nothing. It would be "
-                "taken for missing; remove it, or copy or download the file again."
-            )
+    require_files(found)
     return [file for file in found if not any(map(file.match, _ABOUT))]
+
+
+def require_files(paths: Iterable[Path]) -> None:
+    """Reject anything but a file in the place of one.
+
+    Raises:
+        SourceError: it is a folder, a pipe, a device or a link to nothing.
+    """
+    for path in paths:
+        if os.path.lexists(path) and not path.is_file():
+            raise SourceError(
+                f"{path}: expected a file, got a folder, a pipe, a device or a link to nothing. It "
+                "would be taken for missing; remove it, or copy or download the file again."
+            )
 
 
 def hashes_of(groups: Iterable[Sequence[Path]]) -> dict[str, str]:
