@@ -12,10 +12,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from gradmerge import Recipe, merge
+from gradmerge import MergedModel, Recipe, export_merged, merge
 from gradmerge.coefficients import Constant
 from gradmerge.common.errors import CompatibilityError, OutputError, SourceError
 from gradmerge.export.opened import OPENED, _problems, load_class, require_opens
+from gradmerge.export.provenance import mean_coefficients
+from gradmerge.operators import DisjointMean
+from gradmerge.preprocess import ElectSign, Trim
 from gradmerge.sources import HuggingFace, Lora
 from tiny import save_family, word_tokenizer
 
@@ -187,12 +190,70 @@ def test_modules_that_differ_are_reported(tmp_path, llamas):
     assert json.loads((folder / "1_Pooling/config.json").read_text()) == {"mode": "cls"}
 
 
-def test_modules_whose_weights_differ_are_refused(tmp_path, llamas):
+def test_weights_of_modules_are_merged_as_the_network_is(tmp_path, llamas):
+    """`base + sum_k c_k (source_k - base)` with each source's mean coefficient."""
+    values = {"base": 1.0, "a": 2.0, "b": 5.0}
+    for name, value in values.items():
+        with_modules(llamas[name], dense=torch.full((2, 3), value))
+    recipe = Recipe({"a": llamas["a"], "b": llamas["b"]}, llamas["base"], init=Constant([0.5, 0.2]))
+    folder = merge(recipe, tmp_path / "out")
+    found = load_file(folder / "2_Dense/model.safetensors")
+    torch.testing.assert_close(found, {"linear.weight": torch.full((2, 3), 1 + 0.5 * 1 + 0.2 * 4)})
+    hashes = json.loads((folder / "provenance.json").read_text())["modules"]
+    assert {len(set(v.values())) for v in hashes.values()} == {3}
+    merged = MergedModel(recipe)
+    with torch.no_grad():
+        for raw in merged.raw.values():
+            raw[0] += torch.linspace(0, 0.2, raw[0].numel()).view_as(raw[0])
+    export_merged(merged, tmp_path / "learned")
+    shares = mean_coefficients(merged.state)
+    wanted = torch.full((2, 3), 1 + shares["a"] + 4 * shares["b"])
+    assert shares["a"] > 0.5
+    found = load_file(tmp_path / "learned/2_Dense/model.safetensors")["linear.weight"]
+    torch.testing.assert_close(found, wanted)
+
+
+def test_weights_of_modules_follow_operator_and_preprocess(tmp_path, llamas):
+    """A TIES merge of the folder is a TIES merge of its modules; `.bin` becomes safetensors."""
+    dense = {name: torch.randn(4, 4, generator=generator(i)) for i, name in enumerate(NAMES)}
+    for name in NAMES:
+        with_modules(llamas[name], dense=dense[name])
+        path = Path(llamas[name], "2_Dense/model.safetensors")
+        torch.save(load_file(path), path.with_name("pytorch_model.bin"))
+        path.unlink()
+    steps = {
+        "preprocess": [Trim(0.5), ElectSign()],
+        "operator": DisjointMean(),
+        "init": Constant(1),
+    }
+    recipe = Recipe({"a": llamas["a"], "b": llamas["b"]}, llamas["base"], **steps)
+    folder = merge(recipe, tmp_path / "out")
+    assert not (folder / "2_Dense/pytorch_model.bin").exists()
+    plain = Recipe(
+        {n: {"linear.weight": dense[n]} for n in "ab"}, {"linear.weight": dense["base"]}, **steps
+    )
+    expected = load_file(merge(plain, tmp_path / "plain") / "model.safetensors")
+    found = load_file(folder / "2_Dense/model.safetensors")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("problem", ["shape", "lacking", "numpy"])
+def test_modules_whose_weights_cannot_be_merged_are_refused(tmp_path, llamas, problem):
     recipe = Recipe({"a": llamas["a"], "b": llamas["b"]}, llamas["base"])
     with_modules(llamas["a"], dense=torch.ones(2, 2))
-    with_modules(llamas["b"], dense=torch.zeros(2, 2))
-    with pytest.raises(CompatibilityError, match=r"2_Dense/model\.safetensors"):
+    with_modules(llamas["b"], dense=torch.zeros(2, 3 if problem == "shape" else 2))
+    if problem != "lacking":
+        with_modules(llamas["base"], dense=torch.zeros(2, 2))
+    if problem == "numpy":
+        for name, size in zip(NAMES, range(3), strict=True):
+            Path(llamas[name], "2_Dense", "table.npy").write_bytes(b"0" * size)
+    kind = SourceError if problem == "numpy" else CompatibilityError
+    with pytest.raises(kind, match=r"2_Dense/(model\.safetensors|table\.npy)"):
         merge(recipe, tmp_path / "out")
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("path", ["../b", "/etc", "1_Pooling/../../b", "c:x", "nowhere", 5])

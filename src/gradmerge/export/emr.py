@@ -26,9 +26,10 @@ from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import inputs_of, new_folder
 from gradmerge.export.card import render
-from gradmerge.export.folder import private_entries, require_options, write_config, write_weights
+from gradmerge.export.folder import require_options, write_config
 from gradmerge.export.opened import folder_like, require_opens
 from gradmerge.export.provenance import provenance_of, stamp
+from gradmerge.export.weights import private_entries, write_weights
 from gradmerge.export.writer import Entry, entries_of, write_safetensors
 from gradmerge.preprocess import Unify
 from gradmerge.preprocess.processed import ProcessedDirections

@@ -7,14 +7,14 @@ only when complete: a kill at any moment leaves the old folder or the new one, n
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from gradmerge.common.errors import ConfigError, nearest, shorten
@@ -26,27 +26,25 @@ from gradmerge.engine.plan import Plan
 from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import inputs_of, new_folder, require_room
 from gradmerge.export.card import model_card
+from gradmerge.export.modules import write_modules
 from gradmerge.export.opened import folder_like, load_class, require_opens
 from gradmerge.export.provenance import provenance_of, run_of
-from gradmerge.export.writer import Entry, entries_of, write_safetensors
-from gradmerge.sources.files import copy_files, write_json
+from gradmerge.export.weights import (
+    SHARD_SIZE,
+    merged_entries,
+    private_entries,
+    write_index,
+    write_weights,
+)
+from gradmerge.export.writer import Entry, write_safetensors
+from gradmerge.sources.files import write_json
 from gradmerge.sources.modules import copy_modules, module_owner
+from gradmerge.sources.side_files import copy_files
 from gradmerge.sources.tokenizers.files import TOKENIZER_FILES
 from gradmerge.sources.tokenizers.report import token_report
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
-SHARD_SIZE = 5_000_000_000
 COEFFICIENTS = "coefficients.st"  # servers and converters take every *.safetensors for weights
-# About the weights, their training, or one checkpoint.
-_NOT_COPIED = [
-    "*.index.json",
-    "*_results.json",
-    "adapter_config.json",
-    "config.json",
-    "provenance.json",
-    "tokens.json",
-    "trainer_state.json",
-]
 
 
 def export_merged(merged: MergedModel, output: str | Path, **options: Any) -> Path:
@@ -118,12 +116,12 @@ def export_state(
         release_freed_memory()  # fragmented heap could otherwise hold every written tensor
         with plan.sound():
             _write_coefficients(state, work)
-            _write_model(state, buffers or {}, tasks, head, kind, work, max_shard_size)
+            modules = _write_model(state, buffers or {}, tasks, head, kind, work, max_shard_size)
         hashes.result()
         loaded.result()  # a module that is being imported must not be used
         check = _require_opens(plan, work, target, tasks, head)
         found = provenance_of(state, dtype, tasks, results, extra)
-        provenance = {**found, "check": check}
+        provenance = {**found, "check": check, **({"modules": modules} if modules else {})}
         write_json(work / "provenance.json", provenance)
         if plan.tokens is not None:
             write_json(work / "tokens.json", token_report(plan.tokens))
@@ -172,73 +170,28 @@ def _write_model(
     dtype: torch.dtype | None,
     work: Path,
     max_shard_size: int,
-) -> None:
-    """Write weights and configs; a task's folder has its head and an index of all weights."""
+) -> dict[str, dict[str, str]]:
+    """Write weights and configs; a task's folder has its head and an index of all weights.
+
+    Returns what `write_modules` returns.
+    """
     plan = state.plan
-    merged = list(_merged_entries(state, buffers, dtype))
+    merged = list(merged_entries(state, buffers, dtype))
     heads = {task: private_entries(plan, source, dtype) for task, source in tasks.items()}
     files = write_weights(work, [*merged, *heads[head]], max_shard_size)
     _write_config_for(plan, work, tasks[head], dtype)
+    modules = write_modules(state, work, dtype)
     for task, own in heads.items() if plan.private else ():
         folder = work / "tasks" / task
         folder.mkdir(parents=True)
         write_safetensors(folder / "head.safetensors", own)
         places = {entry.name: f"../../{files[entry.name]}" for entry in merged}
-        _write_index(folder, {**places, **{entry.name: "head.safetensors" for entry in own}}, 0)
+        write_index(folder, {**places, **{entry.name: "head.safetensors" for entry in own}}, 0)
         _write_config_for(plan, folder, tasks[task], dtype)
-
-
-def _merged_entries(
-    state: FitState, buffers: Mapping[str, Tensor], dtype: torch.dtype | None
-) -> Iterator[Entry]:
-    plan = state.plan
-    state = state.at({key: value.detach().cpu() for key, value in state.raw.items()})
-    infos = plan.reference.infos
-    for name in plan.tensors:
-        kind = dtype or infos[name].dtype
-        make = partial(_materialise, state, name)
-        wide = torch.promote_types(kind, torch.float32)
-        yield Entry(name, infos[name].shape, kind, partial(make, kind), partial(make, wide))
-    for name in plan.buffers:
-        read = partial(buffers.__getitem__, name) if name in buffers else partial(plan.buffer, name)
-        # those of sources are compared with each other where the sources are hashed
-        infinite = name not in buffers or name in plan.infinite_buffers
-        yield Entry(name, infos[name].shape, infos[name].dtype, read, infinite=infinite)
-
-
-def _materialise(state: FitState, name: str, dtype: torch.dtype) -> Tensor:
-    state.plan.require_unchanged()  # before each tensor, for writing may take long
-    return state.materialise(name, dtype)
-
-
-def private_entries(plan: Plan, source: str, dtype: torch.dtype | None = None) -> list[Entry]:
-    """Return the private tensors (head) of a source, which must have them."""
-    plan.require_private(source)
-    return entries_of(plan.serving[source], plan.private, dtype)
-
-
-def write_weights(
-    folder: Path, entries: Sequence[Entry], max_shard_size: int = SHARD_SIZE
-) -> dict[str, str]:
-    """Write one file, or shards with an index; return the file of each tensor."""
-    by_name = {entry.name: entry for entry in entries}
-    split = split_state_dict_into_shards_factory(
-        by_name,
-        get_storage_size=lambda entry: entry.num_bytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    for file, names in split.filename_to_tensors.items():
-        write_safetensors(folder / file, [by_name[name] for name in names])
-    if split.is_sharded:
-        files = {name: split.tensor_to_filename[name] for name in by_name}
-        _write_index(folder, files, sum(entry.num_bytes for entry in entries))
-    return split.tensor_to_filename
-
-
-def _write_index(folder: Path, files: Mapping[str, str], total: int) -> None:
-    index = {"metadata": {"total_size": total}, "weight_map": dict(files)}
-    write_json(folder / "model.safetensors.index.json", index)
+        for name in modules:
+            shutil.rmtree((folder / name).parent)
+            shutil.copytree((work / name).parent, (folder / name).parent)
+    return modules
 
 
 def _write_config_for(plan: Plan, work: Path, source: str, dtype: torch.dtype | None) -> None:
@@ -264,7 +217,7 @@ def write_config(
 ) -> None:
     """Write `config`; copy all but the weights from `folder`, or take it from a model in memory."""
     if folder is not None:
-        copy_files(folder, work, ignored=_NOT_COPIED)
+        copy_files(folder, work, ignored=["config.json"])
         copy_modules(folder, work)
     elif hasattr(getattr(network, "generation_config", None), "save_pretrained"):
         network.generation_config.save_pretrained(work)

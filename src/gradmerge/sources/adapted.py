@@ -14,7 +14,9 @@ from torch import nn
 from gradmerge.common.errors import SourceError
 from gradmerge.common.files import read_json
 from gradmerge.sources.base import Checkpoint, TensorInfo
-from gradmerge.sources.files import copy_files, write_json
+from gradmerge.sources.files import write_json
+from gradmerge.sources.modules import copy_modules
+from gradmerge.sources.side_files import copy_files
 from gradmerge.sources.skeleton import build_skeleton, renames
 from gradmerge.sources.tokenizers.ids import with_size
 
@@ -51,7 +53,8 @@ class AdaptedFolder:
         assert base.config is not None
         self.path = Path(tempfile.mkdtemp(prefix="gradmerge-adapter-"))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-        copy_files(base.folder, self.path, ignored=["*.index.json", "config.json"])
+        copy_files(base.folder, self.path, ignored=["config.json"])
+        copy_modules(base.folder, self.path)
         self._names = list(base.infos)
         config = _with_rows(base, changed)
         name = _class_of(settings, config)

@@ -18,6 +18,7 @@ from gradmerge.common.errors import FingerprintError, NonFiniteError, shorten
 from gradmerge.common.finite import NonFinite, non_finite, scan
 from gradmerge.common.memory import in_file
 from gradmerge.sources.identity import FileState, hashes_of
+from gradmerge.sources.side_files import is_compared
 
 Self = TypeVar("Self", bound="Shared")
 
@@ -374,7 +375,7 @@ def require_same_files(
         f"{source}: {file}"
         for source, files in expected.items()
         for file in {**files, **got.get(source, {})}
-        if files.get(file) != got.get(source, {}).get(file)
+        if is_compared(file, file in files) and files.get(file) != got.get(source, {}).get(file)
     ]
     if wrong:
         raise FingerprintError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,15 +22,9 @@ from gradmerge.common.names import require_file
 from gradmerge.common.secrets import remember
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
 from gradmerge.sources.hub import download, expanded, near, require_hub_id
-from gradmerge.sources.identity import (
-    SMALL_FILES,
-    FileState,
-    require_files,
-    require_unchanged,
-    side_files,
-    states_of,
-)
+from gradmerge.sources.identity import FileState, require_files, require_unchanged, states_of
 from gradmerge.sources.in_memory import MemoryCheckpoint
+from gradmerge.sources.side_files import DOWNLOADED, side_files
 
 DTYPES = {
     "F64": torch.float64,
@@ -257,18 +250,6 @@ def _require_shard(index: Path, name: Any) -> None:
     require_file(index, inner, SourceError)
 
 
-def copy_files(
-    source: Path,
-    target: Path,
-    patterns: Sequence[str] = SMALL_FILES,
-    ignored: Sequence[str] = ("*.index.json",),
-) -> None:
-    """Copy the files of a folder that match a pattern, by default all but the weights."""
-    for file in source.iterdir():
-        if file.is_file() and any(map(file.match, patterns)) and not any(map(file.match, ignored)):
-            shutil.copyfile(file, target / file.name)
-
-
 def write_json(path: Path, value: Any, spelled: bool = False) -> None:
     """Write plain data as indented JSON; for `spelled` see `as_json`."""
     plain = as_json(value, spelled)
@@ -323,7 +304,7 @@ class HuggingFace(AbstractSource):
         if files:
             return SafetensorsCheckpoint(files, label, folder, places)
         if folder != expanded(self.path):  # a hub snapshot, downloaded without `.bin`
-            folder = self._download([*SMALL_FILES, "pytorch_model*.bin"])
+            folder = self._download([*DOWNLOADED, "pytorch_model*.bin"])
         files, _ = _weight_files(folder, "pytorch_model.bin")  # its index names tied tensors twice
         if not files:
             names = sorted(file.name for file in folder.iterdir())
@@ -348,7 +329,7 @@ class HuggingFace(AbstractSource):
         if folder.is_dir():
             return folder
         require_hub_id(self.path, single=True, anywhere=True)
-        return self._download([*SMALL_FILES, "model*.safetensors", "adapter_model.safetensors"])
+        return self._download([*DOWNLOADED, "model*.safetensors", "adapter_model.safetensors"])
 
     def _download(self, patterns: list[str]) -> Path:
         return download(self.path, self.revision, self.token, patterns)

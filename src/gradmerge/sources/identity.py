@@ -12,19 +12,6 @@ from pathlib import Path
 from gradmerge.common.errors import SourceError
 from gradmerge.common.faults import add_reason
 
-# Modelling code (`*.py`) is downloaded, but never run unless the recipe trusts it.
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
-# About sampling, the weights, their training, or one checkpoint: nothing that coefficients are of.
-_ABOUT = (
-    "*.index.json",
-    "*_results.json",
-    "generation_config.json",
-    "provenance.json",
-    "tokens.json",
-    "trainer_state.json",
-)
-
-
 _HEAD = 1 << 16
 
 
@@ -112,17 +99,6 @@ def require_unchanged(states: Iterable[FileState]) -> None:
             "on; checkpoints of before the change stay.\n"
             "Restore the files and resume, or start again with the new ones."
         )
-
-
-def side_files(folder: Path) -> list[Path]:
-    """Return the config, tokenizer and adapter settings of a folder, and its modelling code.
-
-    Raises:
-        SourceError: something else has the name of one.
-    """
-    found = [file for file in sorted(folder.iterdir()) if any(map(file.match, SMALL_FILES))]
-    require_files(found)
-    return [file for file in found if not any(map(file.match, _ABOUT))]
 
 
 def require_files(paths: Iterable[Path]) -> None:

@@ -12,6 +12,7 @@ from gradmerge.common.errors import Problem, SourceError, shorten
 from gradmerge.common.files import parse_json, read_bytes
 from gradmerge.common.names import require_file
 from gradmerge.sources.base import Checkpoint
+from gradmerge.sources.files import SafetensorsFile, TorchFile
 
 # Files in the folder itself that belong to its modules.
 _SETTINGS = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json")
@@ -52,32 +53,72 @@ def module_owner(checkpoints: Iterable[Checkpoint]) -> Path | None:
 
 
 def check_modules(checkpoints: Sequence[Checkpoint]) -> list[Problem]:
-    """Compare the modules around the networks, which are copied to the output.
+    """Compare the modules around the networks.
 
-    Modules with weights that differ are fatal: these weights would not be merged.
+    Weights that differ are merged like those of the networks, so all checkpoints must have them in
+    the same files, with the same tensors; the settings are those of the first checkpoint.
     """
     owner = module_owner(checkpoints)
+    if owner is None:
+        return []
     problems = []
+    merged = differing_weights(checkpoints)
     for checkpoint in checkpoints:
         folder = checkpoint.folder
-        if owner is None or folder is None or folder == owner or modules_of(folder) is None:
-            continue
-        different = _differences(owner, folder)
-        weights = [name for name in different if name.endswith(_WEIGHTS)]
-        if different:
-            todo = "Those weights are not merged: use sources that share them."
-            problems.append(
-                Problem(
-                    "modules",
-                    checkpoint.label,
-                    "modules.json",
-                    f"the modules around the network of {owner}",
-                    f"others: {shorten(weights or different)}",
-                    todo if weights else f"The merge gets those of {owner}.",
-                    fatal=bool(weights),
+        if folder is None or modules_of(folder) is None:
+            lost = merged
+            different = []
+        else:
+            lost = [name for name in merged if not _same_tensors(owner / name, folder / name)]
+            different = [n for n in _differences(owner, folder) if not n.endswith(_WEIGHTS)]
+        for names, todo in (
+            (lost, "Their weights are merged, for which all checkpoints must have them alike."),
+            (different, f"The merge gets those of {owner}."),
+        ):
+            if names:
+                problems.append(
+                    Problem(
+                        "modules",
+                        checkpoint.label,
+                        "modules.json",
+                        f"the modules around the network of {owner}",
+                        f"others: {shorten(names)}",
+                        todo,
+                        fatal=names is lost,
+                    )
                 )
-            )
     return problems
+
+
+def differing_weights(checkpoints: Iterable[Checkpoint]) -> list[str]:
+    """Return the weight files of modules that are not the same in all folders that have modules."""
+    folders = dict.fromkeys(c.folder for c in checkpoints if modules_of(c.folder) is not None)
+    first, *others = [folder for folder in folders if folder is not None] or [Path()]
+    found = (name for other in others for name in _differences(first, other))
+    return sorted({name for name in found if name.endswith(_WEIGHTS)})
+
+
+def open_weights(path: Path) -> Checkpoint:
+    """Open a weight file of a module.
+
+    Raises:
+        SourceError: it is missing, damaged, or of a kind that is not read.
+    """
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(str(path)).open()
+    if path.suffix in (".bin", ".pt", ".pth"):
+        return TorchFile(str(path)).open()
+    raise SourceError(
+        f"{path}: expected weights of a module as .safetensors or .bin, which can be merged, got "
+        f"{path.suffix}. Use sources that share them."
+    )
+
+
+def _same_tensors(first: Path, second: Path) -> bool:
+    if not (first.is_file() and second.is_file()):
+        return False
+    one, two = (open_weights(path).infos for path in (first, second))
+    return {n: i.shape for n, i in one.items()} == {n: i.shape for n, i in two.items()}
 
 
 def _differences(first: Path, second: Path) -> list[str]:

@@ -9,13 +9,18 @@ from typing import Any
 
 from gradmerge.common.errors import SourceError
 from gradmerge.common.files import read_bytes, read_json
-from gradmerge.sources.files import copy_files, write_json
+from gradmerge.sources.files import write_json
+from gradmerge.sources.side_files import CODE, copy_files
 
-SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+SENTENCEPIECE = (
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("source.spm", "target.spm", "spm.model"),
+)
 # Files with tokens; without any of them, transformers makes an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", *SENTENCEPIECE)
 TOKENIZER_FILES = (
     *_VOCABULARIES,
+    *("*.spm", "*.tiktoken", "*.bpe", "*.vocab"),
     "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -144,7 +149,7 @@ def write_tokenizer(
         SourceError: transformers cannot load the first tokenizer.
     """
     if not ordinary and not added:  # copies of the files lose nothing
-        copy_files(first, target, [*TOKENIZER_FILES, "*.py"])
+        copy_files(first, target, [*TOKENIZER_FILES, CODE])
         return
     loaded = load_tokenizer(first, trust_remote_code)
     # in one call, as every call builds the tokenizer again

@@ -15,7 +15,9 @@ from typing_extensions import override
 from gradmerge.common.errors import Problem
 from gradmerge.common.files import read_json
 from gradmerge.sources.base import Checkpoint, TensorInfo, View
-from gradmerge.sources.files import copy_files, write_json
+from gradmerge.sources.files import write_json
+from gradmerge.sources.modules import copy_modules
+from gradmerge.sources.side_files import copy_files
 from gradmerge.sources.tokenizers.files import TOKENIZER_FILES
 from gradmerge.sources.tokenizers.ids import with_ids, with_size
 from gradmerge.sources.tokenizers.vocabulary import Alignment, Vocabulary
@@ -73,7 +75,8 @@ class VocabularyView(View):
         folder = self.alignment.folder / str(number)
         folder.mkdir()
         copy_files(self.alignment.tokenizer_folder, folder, ["*"])
-        copy_files(own, folder, ignored=["*.index.json", *TOKENIZER_FILES])
+        copy_files(own, folder, ignored=TOKENIZER_FILES)
+        copy_modules(own, folder)
         if self.config is not None:
             write_json(folder / "config.json", self.config, spelled=True)
         generation = read_json(own / "generation_config.json")

@@ -16,7 +16,7 @@ from torch import Tensor
 from gradmerge.common.atomic import Scratch
 from gradmerge.common.errors import ConfigError, Problem, SourceError, nearest, require, shorten
 from gradmerge.sources.base import Checkpoint, tensor_bytes
-from gradmerge.sources.files import copy_files
+from gradmerge.sources.side_files import CODE, copy_files
 from gradmerge.sources.skeleton import bind, build_skeleton
 from gradmerge.sources.tokenizers.files import (
     Tokens,
@@ -377,6 +377,6 @@ def _with_vocabulary(
 ) -> dict[str, Any]:
     """Return the tensors, without values, of a network with a vocabulary of another size."""
     with Scratch("network") as other:
-        copy_files(folder, other, ["*.py"])
+        copy_files(folder, other, [CODE])
         (other / "config.json").write_text(json.dumps(with_size(config, size)))
         return build_skeleton(other, trust_remote_code).state_dict(keep_vars=True)
