@@ -133,7 +133,8 @@ class Recipe:
         """Files and folders that the recipe names."""
         named = to_plain(self)["init_args"]
         # expressions and kinds of problems are no paths, though one may look like it
-        return paths_in([v for k, v in named.items() if k not in ("private", "frozen", "allow")])
+        given = [v for k, v in named.items() if k not in ("private", "frozen", "allow")]
+        return paths_in(given, patterns=True)
 
     def _require_number(self) -> None:
         """Reject a number of sources that coefficients or operator do not support."""
@@ -244,7 +245,10 @@ def _whole_name(source: Any) -> str | None:
     path = source if isinstance(source, (str, Path)) else getattr(source, "path", None)
     if not path:
         return None
-    name = Path(str(path)).name
+    path = Path(str(path))
+    while "*" in path.name:  # of a run, whose folder has a name
+        path = path.parent
+    name = path.name
     if name in ("", ".."):
         name = Path(str(path)).resolve().name
     stem, dot, suffix = name.rpartition(".")

@@ -81,7 +81,8 @@ def refuse_existing(
 def inputs_of(plan: Plan) -> list[Path]:
     """Return the files and folders that a merge reads, of its recipe and of its weights."""
     opened = [*plan.serving.values(), *([] if plan.base is None else [plan.base])]
-    files = {info.file for checkpoint in opened for info in checkpoint.infos.values()}
+    parts = [part for checkpoint in opened for part in checkpoint.parts]
+    files = {info.file for part in parts for info in part.infos.values()}
     return [*plan.recipe.inputs, *paths_in(sorted(files))]
 
 

@@ -2,10 +2,11 @@
 
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
 from gradmerge.sources.dequantised import Dequantised
+from gradmerge.sources.distributed import Distributed
 from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile
 from gradmerge.sources.in_memory import InMemory
 from gradmerge.sources.lora import Lora
-from gradmerge.sources.resolve import EMR, as_source
+from gradmerge.sources.resolve import EMR, RunAverage, as_source
 from gradmerge.sources.tokenizers.vocabulary import Vocabulary
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "AbstractSource",
     "Checkpoint",
     "Dequantised",
+    "Distributed",
     "HuggingFace",
     "InMemory",
     "Lora",
+    "RunAverage",
     "SafetensorsFile",
     "TensorInfo",
     "TorchFile",

@@ -240,6 +240,12 @@ def _weight_files(folder: Path, single: str) -> tuple[list[Path], dict[str, Path
     return files, {name: folder / file for name, file in places.items()}
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder has weights under the names that transformers gives them."""
+    files = ("model.safetensors", "pytorch_model.bin")
+    return any((folder / f"{n}{end}").is_file() for n in files for end in ("", ".index.json"))
+
+
 def _require_shard(index: Path, name: Any) -> None:
     """Reject a shard that is not in the folder of its index.
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, GradmergeError, SourceError
+from gradmerge.sources.averaged import (
+    AveragedCheckpoint,
+    is_pattern,
+    matching,
+    require_window,
+    shares,
+)
 from gradmerge.sources.base import AbstractSource, Checkpoint
+from gradmerge.sources.distributed import Distributed, find_metadata
 from gradmerge.sources.emr import EMRCheckpoint, part_of, read_description
-from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile
+from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile, has_weights
 from gradmerge.sources.hub import expanded, require_hub_id, without_downloads
 from gradmerge.sources.in_memory import InMemory
 from gradmerge.sources.lora import Lora, read_adapter
@@ -26,10 +34,11 @@ FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:
     """Return the source that `value` stands for.
 
-    A string or path is a Hugging Face folder, the folder of a LoRA adapter (with
-    adapter_config.json) or of a task of a compact EMR-Merging (with masks.st), a
-    `.safetensors`, `.bin`, `.pt` or `.pth` file, or else a hub id (``owner/name`` or
-    ``owner/name@revision``). Modules and mappings of tensors are used as they are.
+    A string or path is a Hugging Face folder, a folder of torch.distributed.checkpoint (with
+    .metadata), the folder of a LoRA adapter (with adapter_config.json) or of a task of a compact
+    EMR-Merging (with masks.st), a `.safetensors`, `.bin`, `.pt` or `.pth` file, or else a hub id
+    (``owner/name`` or ``owner/name@revision``). Modules and mappings of tensors are used as they
+    are. A path with `*` stands for the average of all checkpoints that match (`RunAverage`).
 
     Args:
         value: path, hub id, module, state dict or source.
@@ -65,6 +74,8 @@ def _located(
     """
     if not text:
         raise ConfigError("expected a path or hub id as a source, got an empty text.")
+    if is_pattern(text):
+        return RunAverage(text, base=base)
     path = expanded(text)
     if path.suffix == ".safetensors":
         return SafetensorsFile(str(path))
@@ -78,7 +89,7 @@ def _located(
             base = _base_of(folder, read_description(folder)["base"]["from"], asked)
         return EMR(str(folder), path.name, base)
     if path.is_dir():
-        return HuggingFace(str(path))
+        return _of_folder(path)
     if path.exists():
         if path.is_file() and is_gguf(path):
             raise ConfigError(
@@ -95,6 +106,13 @@ def _located(
         )
     require_hub_id(name, single=own)
     return HuggingFace(name, revision=revision or None)
+
+
+def _of_folder(path: Path) -> AbstractSource:
+    """Return the source of a folder: weights of Hugging Face, else a distributed checkpoint."""
+    if find_metadata(path) is not None and not has_weights(path):
+        return Distributed(str(path))
+    return HuggingFace(str(path))
 
 
 def _own_base(path: Path, asked: tuple[Path, ...]) -> AbstractSource:
@@ -168,3 +186,41 @@ class EMR(AbstractSource):
         folder = expanded(self.path)
         base = self.base or base_of_compact(folder)
         return EMRCheckpoint(folder, self.task, base.open())
+
+
+@dataclass(frozen=True)
+class RunAverage(AbstractSource):
+    """A weighted average of the last checkpoints of one training run.
+
+    `theta = sum_i w_i theta_i` over the last `n` checkpoints, from the oldest (`i = 1`) to the
+    newest (`i = n`), with weights that sum to 1:
+
+    - `average`: `w_i = 1 / n`. Of checkpoints at a constant learning rate, it stands for a linear
+      decay of that rate (WSM, arXiv 2507.17634; earlier LAWA, arXiv 2209.14981);
+    - `linear`: `w_i ~ i`, falling linearly with age;
+    - `cosine`: `w_i ~ (1 - cos(pi i / n)) / 2`, falling slowly at first, then faster.
+
+    It is read one tensor at a time, and takes any place that another source takes. Config,
+    tokenizer and other files are those of the newest checkpoint.
+    """
+
+    path: str
+    """Pattern of the checkpoints, such as run/checkpoint-*; they are ordered by the numbers in
+    their names. Each may be anything that a source's path may be."""
+    last: int | None = None
+    """Number of checkpoints, counted from the newest. Default: all that match."""
+    weights: Literal["average", "linear", "cosine"] | list[float] = "average"
+    """Schedule of the weights, or one number per checkpoint, oldest first, scaled to sum to 1."""
+    base: AbstractSource | None = None
+    """Base of the checkpoints if they are adapters. Default: as each adapter names it."""
+
+    def __post_init__(self) -> None:
+        """Check everything that needs no open file."""
+        require_window(self.path, self.last, self.weights)
+
+    @override
+    def open(self) -> Checkpoint:
+        places = matching(self.path, self.last, FILE_SUFFIXES)
+        weights = shares(self.weights, len(places))
+        opened = {str(place): as_source(place, self.base).open() for place in places}
+        return AveragedCheckpoint(self.path, opened, weights)
