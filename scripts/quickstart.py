@@ -133,13 +133,14 @@ class Run:
     def finish(self, module: Any) -> None:
         """Export the best learned merge, draw its coefficients, show a sample."""
         from gradmerge import export_merged
-        from gradmerge.training.callbacks import coefficient_table, heat_map
+        from gradmerge.export.plots import CoefficientTable, heat_map
 
         merged, folder = module.merged, self.output / f"merged-seed{self.seed}"
         about = {"seed": self.seed, "suite": self.name}
-        export_merged(merged, folder, overwrite=True, results=module.results, extra=about)
-        names, values = coefficient_table(merged.state)
-        heat_map(values, names, merged.plan.source_names, self.output / "coefficients.png")
+        known = {"results": module.results, "history": module.history, "extra": about}
+        export_merged(merged, folder, overwrite=True, **known)
+        figure = heat_map(CoefficientTable.of(merged.state))
+        figure.savefig(self.output / "coefficients.png", dpi=130)
         if self.name == "lm":
             sample(folder)
 

@@ -37,12 +37,12 @@ from gradmerge.drivers.layerwise.files import Starts
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
 from gradmerge.export.folder import export_state
+from gradmerge.export.plots import CoefficientTable
 from gradmerge.export.provenance import mean_coefficients
 from gradmerge.mergekit.writer import write_mergekit
 from gradmerge.objectives import CrossEntropy, FisherToInit, Objective
 from gradmerge.operators import Components, DisjointMean, Linear, Spread, Terms
 from gradmerge.preprocess import Trim
-from gradmerge.training.callbacks import coefficient_table
 from tiny import build, fit, module_of, raws, recipe_of, relatives
 
 MASKED = {"coefficients": HardMask(Component()), "operator": Components(0.3)}
@@ -426,8 +426,8 @@ def test_tables_and_means_are_over_components(tmp_path):
     module, _ = fit(tmp_path, module_of(init=Constant(1.0)), max_steps=1)
     recipe = recipe_of(relatives(build()), **MASKED, init=LeadingComponents(0.5))
     merged = MergedModel(recipe)
-    names, table = coefficient_table(merged.state)
-    found = dict(zip(names, table.tolist(), strict=True))
+    table = CoefficientTable.of(merged.state)
+    found = dict(zip(table.names, table.mean.tolist(), strict=True))
     assert found["body.weight"] == [0.5, 0.5]
     assert found["head.weight"] == pytest.approx([1 / 3, 1 / 3])  # 1 of 3
     assert found["body.bias"] == [1.0, 1.0]

@@ -236,6 +236,7 @@ def test_tokenizer_and_generation_config_are_carried_and_leftovers_are_not(tmp_p
         "generation_config.json",
         "model.safetensors",
         "provenance.json",
+        "report.html",
         "tokenizer.json",
         "tokenizer_config.json",
     }

@@ -23,8 +23,9 @@ from gradmerge.coefficients import Column, Mixup, Sigmoid
 from gradmerge.common.errors import ConfigError
 from gradmerge.common.spec import to_plain
 from gradmerge.export.folder import export_merged
+from gradmerge.export.plots import CoefficientTable
 from gradmerge.export.provenance import mean_coefficients
-from gradmerge.training.callbacks import CoefficientLogger, ExportAtEnd, coefficient_table, heat_map
+from gradmerge.training.callbacks import CoefficientLogger, ExportAtEnd
 from tiny import (
     Normalised,
     Perceptron,
@@ -57,8 +58,8 @@ class Remember(lightning.Callback):
 
     def on_validation_end(self, trainer, pl_module):
         if not trainer.sanity_checking:
-            table = coefficient_table(pl_module.merged.state)
-            self.seen.append((trainer.global_step, *table))
+            table = CoefficientTable.of(pl_module.merged.state)
+            self.seen.append((trainer.global_step, table.names, table.mean))
 
 
 # ---- coefficients ---------------------------------------------------------------------------
@@ -69,8 +70,9 @@ def test_the_table_is_the_mean_coefficient_of_each_tensor_and_source():
     with torch.no_grad():
         for raw in module.merged.raw.values():
             raw.add_(torch.randn(raw.shape, generator=torch.Generator().manual_seed(1)))
-    names, table = coefficient_table(module.merged.state)
-    assert names == ["body.weight", "body.bias", "head.weight", "head.bias"]
+    found = CoefficientTable.of(module.merged.state)
+    table = found.mean
+    assert found.names == ["body.weight", "body.bias", "head.weight", "head.bias"]
     expected = [
         raws(module)[f"body/{n}"].sigmoid().reshape(2, -1).mean(1) for n in ("weight", "bias")
     ]
@@ -119,18 +121,6 @@ def test_a_plain_validation_logs_no_coefficients(tmp_path):
     trainer = trainer_of(tmp_path, callbacks=[CoefficientLogger()], enable_checkpointing=False)
     trainer.validate(module_of(), datamodule=vectors(), verbose=False)
     assert not list(tmp_path.rglob("coefficients.csv"))
-
-
-def test_heat_maps_of_many_tensors_leave_out_their_names(tmp_path):
-    table = torch.linspace(-1, 1, 400).view(200, 2)
-    figure = heat_map(table, [f"t{i}" for i in range(200)], ["a", "b"], tmp_path / "many.png")
-    axes = figure.axes[0]
-    assert "200 tensors" in axes.get_ylabel()
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
-    assert axes.images[0].get_clim() == (-1, 1)
-    assert (axes.images[0].get_array() == table.numpy()).all()
-    few = heat_map(table[:3], ["x", "y", "z"], ["a", "b"], None).axes[0]
-    assert [label.get_text() for label in few.get_yticklabels()] == ["x", "y", "z"]
 
 
 # ---- export at the end ----------------------------------------------------------------------

@@ -187,7 +187,8 @@ def _measured(
 def _known(module: Any, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a module knows beyond its coefficients, as arguments of `export_state`."""
     buffers, tasks = module.merged.network_buffers.values(), module.merged.tasks
-    return {"buffers": buffers, "tasks": tasks, "results": module.results, "extra": extra}
+    measured = {"results": module.results, "history": module.history}
+    return {"buffers": buffers, "tasks": tasks, "extra": extra, **measured}
 
 
 def _write(state: FitState, form: Form, checked: dict[str, Any], known: Mapping[str, Any]) -> Path:

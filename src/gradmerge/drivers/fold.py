@@ -313,6 +313,7 @@ class _Step(Node):
             buffers=module.merged.network_buffers.values(),
             tasks={**module.merged.tasks, **self._tasks_without_data(module)},
             results=module.results,
+            history=module.history,
         )
         stored = _stored_dtype(self.job.recipe)
         if self.is_last:

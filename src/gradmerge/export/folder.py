@@ -26,9 +26,11 @@ from gradmerge.engine.plan import Plan
 from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import inputs_of, new_folder, require_room
 from gradmerge.export.card import model_card
+from gradmerge.export.history import History
 from gradmerge.export.modules import write_modules
 from gradmerge.export.opened import folder_like, load_class, require_opens
 from gradmerge.export.provenance import provenance_of, run_of
+from gradmerge.export.report import write_report
 from gradmerge.export.weights import (
     SHARD_SIZE,
     merged_entries,
@@ -53,7 +55,7 @@ def export_merged(merged: MergedModel, output: str | Path, **options: Any) -> Pa
     Args:
         merged: the merged model (`module.merged`).
         output: folder to write; it must not exist unless `overwrite`.
-        **options: dtype, overwrite, head, results, extra, max_shard_size and inputs of
+        **options: dtype, overwrite, head, results, extra, max_shard_size, inputs and history of
             `export_state`.
 
     Returns:
@@ -76,6 +78,7 @@ def export_state(
     extra: Mapping[str, Any] | None = None,
     max_shard_size: int = SHARD_SIZE,
     inputs: Iterable[Path] = (),
+    history: History | None = None,
 ) -> Path:
     """Write a merge as a Hugging Face folder.
 
@@ -92,6 +95,7 @@ def export_state(
         extra: further entries of provenance.json (seeds, training configuration).
         max_shard_size: bytes per file.
         inputs: files and folders besides the sources that the output must be apart from.
+        history: what a fit has measured, for the learning curves in `report.html`.
 
     Returns:
         The folder.
@@ -129,6 +133,7 @@ def export_state(
             (work / "gradmerge.yaml").write_text(yaml)
         card = model_card(state, provenance, head, target.name)
         (work / "README.md").write_text(card, encoding="utf-8")
+        write_report(work, state, provenance["results"], history, target.name)
     return target
 
 

@@ -16,6 +16,11 @@ def block_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def is_embedding(name: str) -> bool:
+    """Return True if a tensor comes before the first block: an embedding or a stem, by its name."""
+    return _EMBEDDING.search(name) is not None
+
+
 def depth_of(name: str, names: Iterable[str]) -> float:
     """Return the depth of a tensor between 0 (embeddings) and 1 (the head).
 
@@ -36,5 +41,5 @@ def depth_of(name: str, names: Iterable[str]) -> float:
     if block is not None:
         depth = numbers.index(block)
     else:
-        depth = -1 if _EMBEDDING.search(name) else len(numbers)
+        depth = -1 if is_embedding(name) else len(numbers)
     return (depth + 1) / (len(numbers) + 1)

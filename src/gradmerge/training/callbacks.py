@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from torch import Tensor
+from lightning.pytorch.loggers import WandbLogger
 
 from gradmerge.common.atomic import writing
 from gradmerge.common.checkpoints import load_checkpoint
@@ -22,67 +21,24 @@ from gradmerge.common.output import paths_in
 from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import inputs_of, refuse_existing, require_room
 from gradmerge.export.folder import export_merged, require_options
+from gradmerge.export.history import History
+from gradmerge.export.plots import CoefficientTable, heat_map
+from gradmerge.export.report import REPORT, report
 from gradmerge.training.module import MergeModule
 from gradmerge.training.run import read_by
 
 _KEPT = "The checkpoints of the fit are kept."
 
 
-def heat_map(table: Tensor, names: Sequence[str], sources: Sequence[str], path: Path | None) -> Any:
-    """Draw the mean coefficient of each tensor (rows) and source (columns).
-
-    Args:
-        table: mean coefficients, `[tensors, sources]`.
-        names: names of the tensors, in order of depth.
-        sources: names of the sources.
-        path: PNG file to write; None writes no file.
-
-    Returns:
-        The matplotlib figure, with a diverging colour scale centred on zero.
-    """
-    from matplotlib.figure import Figure
-
-    height = min(24.0, max(3.0, 0.17 * len(names) + 1.4))
-    figure = Figure(figsize=(3.6 + 0.7 * len(sources), height), layout="constrained")
-    axes = figure.subplots()
-    limit = max(float(table.abs().max()), 1e-6)
-    image = axes.imshow(
-        table.numpy(),
-        aspect="auto",
-        cmap="RdBu_r",
-        vmin=-limit,
-        vmax=limit,
-        interpolation="nearest",
-    )
-    axes.set_xticks(range(len(sources)), list(sources), rotation=30, ha="right")
-    if len(names) <= 120:
-        axes.set_yticks(range(len(names)), list(names), fontsize=6)
-    else:
-        axes.set_ylabel(f"{len(names)} tensors, first to last")
-    axes.set_title("mean coefficient of each tensor and source", fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.6)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
-    return figure
-
-
-def coefficient_table(state: FitState) -> tuple[list[str], Tensor]:
-    """Return the names of the merged tensors and their mean coefficients, `[tensors, sources]`."""
-    rows = []
-    for name in state.plan.tensors:
-        coefficient = state.coefficient(name).detach().float().cpu()
-        rows.append(coefficient.reshape(len(coefficient), -1).mean(dim=1))
-    return list(state.plan.tensors), torch.stack(rows)
-
-
 class CoefficientLogger(lightning.Callback):
     """Log the mean coefficient of each tensor and source after every validation of a fit.
 
     Writes to the run's folder, without any logging service: `coefficients.csv`, with one row per
-    validation and tensor and one column per source, and a heat map of the final coefficients,
-    `coefficients.png`. With a `WandbLogger` it also logs a histogram per source and the heat map to
-    W&B. The command line adds this callback, unless the configuration has one or turns logging off.
+    validation and tensor and one column per source; at the end `coefficients.png`, a heat map by
+    layer and component, and `report.html`, a page with scores, learning curves and coefficients.
+    With a `WandbLogger` it also logs the heat map, a histogram of learned coefficients per source
+    and the report to W&B. The command line adds this callback, unless the configuration has one or
+    turns logging off.
 
     Args:
         every_n_validations: log after every n-th validation.
@@ -106,22 +62,40 @@ class CoefficientLogger(lightning.Callback):
             self.write(trainer.loggers, folder, pl_module.merged.state, trainer.global_step)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Save the heat map of the final coefficients."""
+        """Save the heat map and the report of the final coefficients."""
         folder = trainer.log_dir
-        if trainer.is_global_zero and folder and hasattr(pl_module, "merged"):
-            self.draw(folder, pl_module.merged.state)
+        if trainer.is_global_zero and hasattr(pl_module, "merged"):
+            known = (pl_module.merged.state, pl_module.results, pl_module.history)
+            self.finish(trainer.loggers, folder, trainer.global_step, *known)
 
-    def draw(self, folder: str, state: FitState) -> None:
-        """Save the heat map of the given coefficients."""
-        names, table = coefficient_table(state)
-        path = Path(folder) / "coefficients.png"
-        with writing(path, _KEPT):
-            heat_map(table, names, state.plan.source_names, path)
+    def finish(
+        self,
+        loggers: Iterable[Any],
+        folder: str | None,
+        step: int,
+        state: FitState,
+        results: Mapping[str, Any],
+        history: History | None = None,
+    ) -> None:
+        """Save the heat map and the report of a finished fit, and log the report to W&B."""
+        runs = [logger for logger in loggers if isinstance(logger, WandbLogger)]
+        if not folder and not runs:
+            return
+        page = report(state, results, history, Path(folder).name if folder else "")
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            image = Path(folder) / "coefficients.png"
+            with writing(image, _KEPT):
+                heat_map(CoefficientTable.of(state)).savefig(image, dpi=130)
+                image.with_name(REPORT).write_text(page, encoding="utf-8")
+        for logger in runs:
+            import wandb
+
+            logger.log_metrics({"report": wandb.Html(page, inject=False)}, step)
 
     def write(self, loggers: Iterable[Any], folder: str | None, state: FitState, step: int) -> None:
         """Log the given coefficients to `coefficients.csv` and to W&B."""
-        names, table = coefficient_table(state)
-        sources = state.plan.source_names
+        table = CoefficientTable.of(state)
         if folder:
             path = Path(folder) / "coefficients.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,22 +103,20 @@ class CoefficientLogger(lightning.Callback):
             with writing(path, _KEPT), path.open("a", newline="") as file:
                 writer = csv.writer(file)
                 if new:
-                    writer.writerow(["step", "tensor", *sources])
-                for name, row in zip(names, table.tolist(), strict=True):
+                    writer.writerow(["step", "tensor", *table.sources])
+                for name, row in zip(table.names, table.mean.tolist(), strict=True):
                     writer.writerow([step, name, *(f"{value:.6g}" for value in row)])
         for logger in loggers:
-            if isinstance(logger, lightning.pytorch.loggers.WandbLogger):
-                self._to_wandb(logger, sources, table, names, step)
+            if isinstance(logger, WandbLogger):
+                self._to_wandb(logger, table, step)
 
-    def _to_wandb(
-        self, logger: Any, sources: Sequence[str], table: Tensor, names: list[str], step: int
-    ) -> None:
+    def _to_wandb(self, logger: Any, table: CoefficientTable, step: int) -> None:
         import wandb
 
-        figure = heat_map(table, names, sources, None)
-        logged: dict[str, Any] = {"coefficients/heat_map": wandb.Image(figure)}
-        for source, values in zip(sources, table.T, strict=True):
-            logged[f"coefficients/{source}"] = wandb.Histogram(values.numpy())
+        logged: dict[str, Any] = {"coefficients/heat_map": wandb.Image(heat_map(table))}
+        if table.learned.any():
+            for source, values in zip(table.sources, table.mean[table.learned].T, strict=True):
+                logged[f"coefficients/{source}"] = wandb.Histogram(values.numpy())
         logger.log_metrics(logged, step)
 
 
@@ -278,7 +250,7 @@ class ExportAtEnd(lightning.Callback):
         facts = finish_fit(trainer, pl_module)
         if trainer.is_global_zero:
             export = partial(export_merged, pl_module.merged)
-            known = {"results": pl_module.results, "extra": facts}
+            known = {"results": pl_module.results, "history": pl_module.history, "extra": facts}
             self.write(export, trainer.loggers, **known, inputs=self._inputs(trainer, pl_module))
 
     def write(self, export: Callable[..., Path], loggers: Iterable[Any], **options: Any) -> Path:
@@ -293,7 +265,7 @@ class ExportAtEnd(lightning.Callback):
         folder = export(self.output, **{**own, **options})
         lightning.pytorch.utilities.rank_zero_info(f"merged model written to {folder}")
         for logger in loggers if self.log_artifact else ():
-            if isinstance(logger, lightning.pytorch.loggers.WandbLogger):
+            if isinstance(logger, WandbLogger):
                 import wandb
 
                 artifact = wandb.Artifact("merged-model", type="model")
@@ -314,9 +286,11 @@ def finish_fit(trainer: lightning.Trainer, module: MergeModule) -> dict[str, Any
     callback: Any = trainer.checkpoint_callback
     best = getattr(callback, "best_model_path", "") if getattr(callback, "monitor", None) else ""
     if best:
-        checkpoint = load_checkpoint(best)
+        checkpoint, history = load_checkpoint(best), module.history
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
+        module.history = history  # with what followed
+        history.step = int(checkpoint["global_step"])
     else:
         module.refresh_buffers()
     return {"checkpoint": Path(best).name if best else "last state", "steps": trainer.global_step}

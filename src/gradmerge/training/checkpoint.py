@@ -20,6 +20,7 @@ from gradmerge.common.spec import from_plain
 from gradmerge.common.version import __version__
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.recipe import Recipe
+from gradmerge.export.history import SAVED as SAVED_HISTORY
 from gradmerge.finalisers import Corrections
 from gradmerge.sources import AbstractSource
 from gradmerge.sources.hub import without_downloads
@@ -59,6 +60,7 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
     "learning_rate": (int, float),
     "load_sources": (bool,),
     "score_experts": (bool,),
+    "score_start": (bool,),
     "logit_scale": (int, float, type(None)),
 }
 
@@ -126,6 +128,7 @@ _SAVED = {
     "results": {str: {str: {str: a_number}}},
     "experts": {str: {str: {str: a_number}}},
     "regularisation?": {str: Tensor},
+    "history?": SAVED_HISTORY,
 }
 
 

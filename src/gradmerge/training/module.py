@@ -35,6 +35,7 @@ from gradmerge.engine.predict import (
 )
 from gradmerge.engine.recipe import Recipe
 from gradmerge.export.folder import DTYPES
+from gradmerge.export.history import History
 from gradmerge.objectives import AbstractTerm, CrossEntropy, Objective, Predictions
 from gradmerge.optimisers import SAM
 from gradmerge.sources import AbstractSource
@@ -57,7 +58,8 @@ from gradmerge.training.logit_scale import LogitScale
 from gradmerge.training.regularisation import Regularisation
 from gradmerge.training.run import start_run
 from gradmerge.training.saving import Saver
-from gradmerge.training.scores import SplitScores
+from gradmerge.training.scores import SplitScores, logged
+from gradmerge.training.start import score_start
 
 
 class MergeModule(FiniteModule):
@@ -85,6 +87,8 @@ class MergeModule(FiniteModule):
             memory-mapped files at every step; faster on a GPU, if they fit.
         score_experts: also score each task's own source, once per evaluation split, to report
             normalised scores.
+        score_start: also score the selection split before the first step, if it is scored during
+            the fit.
         logit_scale: initial value of a learned positive factor on the merged logits (learned
             soup). It is used in training only, not in evaluation or export. Default: no factor.
         module: the network architecture; required if no source has a config (Python only).
@@ -110,6 +114,7 @@ class MergeModule(FiniteModule):
         learning_rate: float = 1e-2,
         load_sources: bool = False,
         score_experts: bool = True,
+        score_start: bool = True,
         logit_scale: float | None = None,
         module: nn.Module | None = None,
         allow_modules: Sequence[str] = (),
@@ -136,6 +141,7 @@ class MergeModule(FiniteModule):
             "learning_rate": learning_rate,
             "load_sources": load_sources,
             "score_experts": score_experts,
+            "score_start": score_start,
             "logit_scale": logit_scale,
         }
         self._assemble(merged, objective or Objective([CrossEntropy()]), options)
@@ -208,6 +214,7 @@ class MergeModule(FiniteModule):
             "learning_rate": 1e-2,
             "load_sources": False,
             "score_experts": score_experts,
+            "score_start": True,
             "logit_scale": None,
         }
         module._assemble(merged, Objective([CrossEntropy()]), options)
@@ -222,6 +229,7 @@ class MergeModule(FiniteModule):
         self.learning_rate: float = options["learning_rate"]
         self.load_sources: bool = options["load_sources"]
         self.score_experts: bool = options["score_experts"]
+        self.score_start: bool = options["score_start"]
         require_ensemble(self.merged, self.objective)
         self.regularisation = Regularisation(self.objective, self.merged)
         start = options["logit_scale"]
@@ -229,6 +237,7 @@ class MergeModule(FiniteModule):
         self._checked_unused = False
         self._finishing = Finishing(lightning.pytorch.utilities.rank_zero_warn)
         self._scores = SplitScores()
+        self.history = History()
         for warning in self.merged.plan.warnings:
             lightning.pytorch.utilities.rank_zero_warn(str(warning))
         if self.merged.plan.tokens is not None:
@@ -342,6 +351,7 @@ class MergeModule(FiniteModule):
             self.require_finite_losses({"regularisers": penalty})
             loss = loss + penalty
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        self.history.add("train/loss", self.trainer.global_step, loss.detach())
         for task, value in zip(batches, values, strict=True):
             share = self.objective.share(task, tuple(batches))
             if share:
@@ -389,7 +399,7 @@ class MergeModule(FiniteModule):
             self.merged.plan.load(self.device)
 
     def on_train_start(self) -> None:
-        """Check the optimisers against the trainer, and measure coefficient importance if needed.
+        """Check the optimisers against the trainer, and measure what is known before a step.
 
         Raises:
             ConfigError: SAM with gradient accumulation or a gradient scaler, or no coefficient has
@@ -399,6 +409,8 @@ class MergeModule(FiniteModule):
             if isinstance(optimizer, SAM):
                 scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
                 optimizer.require(self.trainer.accumulate_grad_batches, scaled)
+        if self.score_start:
+            score_start(self.trainer, self)
         if not self.regularisation.wants_batches:
             return
         data = getattr(self._trainer, "datamodule", None)
@@ -457,13 +469,20 @@ class MergeModule(FiniteModule):
         stage = self._split
         keep = not self.trainer.sanity_checking
         found, averages = self._scores.finish(stage, self.objective.share, keep)
-        for task, values in found.items():
-            for name, value in values.items():
-                self.log(f"{stage}/{task}/{name}", value, rank_zero_only=True)
-        for name, value in averages.items():
-            key = f"{stage}/loss" if name == "loss" else f"{stage}/average/{name}"
-            # early stopping and checkpoints watch the loss
-            self.log(key, value, prog_bar=name in ("loss", self._scores.score.name))
+        if keep and self.trainer.state.fn == "fit":
+            self._scores.record(self.history, self.trainer.global_step, found, averages)
+        shown = f"{stage}/loss", f"{stage}/average/{self._scores.score.name}"
+        for name, value in logged(stage, found, averages).items():
+            # early stopping and checkpoints watch the averages
+            is_own = name.split("/")[1] in found
+            self.log(name, value, prog_bar=name in shown, rank_zero_only=is_own)
+
+    def finish_start(self) -> dict[str, float]:
+        """Return the scores of the start by name, after a pass over the selection split."""
+        found, averages = self._scores.finish("selection", self.objective.share, keep=True)
+        del self.results["selection"]  # of other coefficients than those that will be learned
+        self._scores.record(self.history, 0, found, averages)
+        return logged("selection", found, averages)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -504,6 +523,7 @@ class MergeModule(FiniteModule):
             self._note_logit_scale()
             known = (self._checked_unused, self.results, self._scores.experts)
             checkpoint["gradmerge"] = to_save(self.merged, *known)
+        checkpoint["gradmerge"]["history"] = self.history.to_save()
         checkpoint["gradmerge"]["regularisation"] = self.regularisation.to_save()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -517,4 +537,5 @@ class MergeModule(FiniteModule):
         with damage_named("the checkpoint"):
             restored = restore(self.merged, saved)
             self.regularisation.restore((saved or {}).get("regularisation", {}))
+            self.history = History.restore((saved or {}).get("history", {}))
         self._checked_unused, self._scores.results, self._scores.experts = restored

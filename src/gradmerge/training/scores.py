@@ -17,6 +17,7 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
+from gradmerge.export.history import History
 from gradmerge.objectives import Objective, Predictions
 from gradmerge.objectives.base import UNLABELLED
 
@@ -245,3 +246,25 @@ class SplitScores:
         if keep:
             self.results[stage] = {**found, "average": averages}
         return found, averages
+
+    def record(
+        self, history: History, step: int, found: Scores, averages: Mapping[str, float]
+    ) -> None:
+        """Add the selection scores of a step, and those of the experts, to a history."""
+        score, experts = self.score, self.experts.get("selection", {})
+        history.score, history.higher_is_better = score.name, score.higher_is_better
+        for name, value in logged("selection", found, averages).items():
+            if name == "selection/loss" or name.endswith(f"/{score.name}"):
+                history.add(name, step, value)
+        own = {task: v[score.name] for task, v in experts.items() if score.name in v}
+        history.experts = own
+        if len(own) > 1 and own.keys() == found.keys():
+            history.experts = {**own, "average": sum(own.values()) / len(own)}
+
+
+def logged(split: str, found: Scores, averages: Mapping[str, float]) -> dict[str, float]:
+    """Return scores by the names under which a fit logs them."""
+    values = {f"{split}/{task}/{n}": v for task, scores in found.items() for n, v in scores.items()}
+    for name, value in averages.items():
+        values[f"{split}/loss" if name == "loss" else f"{split}/average/{name}"] = value
+    return values

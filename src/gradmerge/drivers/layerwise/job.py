@@ -406,8 +406,8 @@ class Layers:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, CoefficientLogger):
                 callback.write(trainer.loggers, folder, self._state, step)
-                if folder:
-                    callback.draw(folder, self._state)
+                results = {"selection": found} if found else {}
+                callback.finish(trainer.loggers, folder, step, self._state, results)
         for logger in trainer.loggers:
             if logged:
                 logger.log_metrics(logged, step=step)
