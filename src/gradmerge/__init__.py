@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gradmerge.common.version import __version__
 
 _PLACES = {
+    "Generation": "training.generation.Generation",
     "GradmergeError": "common.errors.GradmergeError",
     "MergeDataModule": "training.data.MergeDataModule",
     "MergeModule": "training.module.MergeModule",
@@ -25,6 +26,7 @@ _PLACES = {
 }
 
 __all__ = [
+    "Generation",
     "GradmergeError",
     "MergeDataModule",
     "MergeModule",
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from gradmerge.training.collect import collect
     from gradmerge.training.data import MergeDataModule
     from gradmerge.training.examples import TaskData
+    from gradmerge.training.generation import Generation
     from gradmerge.training.module import MergeModule
 
 

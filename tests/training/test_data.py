@@ -348,7 +348,7 @@ def test_collating_pads_tokens_masks_and_labels_on_the_right():
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
-    assert batch["bytes_per_token"] == 4.0
+    assert batch["bytes_per_token"] == (3 * 3.0 + 1 * 5.0) / 4
     rows = [{"input_ids": ids, "token_type_ids": ids} for ids in (long, short)]
     padded = collate(rows, pad=9)
     assert padded["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -85,19 +85,20 @@ def require_options(get: Get, fits: bool) -> None:
     require_monitors(get)
 
 
-def require_monitors(get: Get, causal: bool | None = None) -> None:
+def require_monitors(get: Get, scores: Collection[str] | None = None) -> None:
     """Reject callbacks and schedules that watch a score which the fit does not log.
 
     Args:
         get: returns an option by its dotted name, or None.
-        causal: True if the network predicts the next token; None if that is not known yet.
+        scores: names of the scores that the network's predictions may have; None if that is not
+            known yet.
 
     Raises:
         ConfigError: a score is unknown.
     """
     if any(map(_is_foreign, listed(get("trainer.callbacks")))):
         return  # it may log what the others watch
-    known = score_names(get("data.tasks") or {}, causal, several=bool(get("driver")))
+    known = score_names(get("data.tasks") or {}, scores, several=bool(get("driver")))
     for owner, monitor in _monitors(get):
         require_monitor(owner, monitor, known)
 

@@ -244,7 +244,7 @@ class MergeCLI(LightningCLI):
         if not driven:
             self.model: Any = self._get(self.config_init, "model")()
             if self.subcommand in (None, "fit"):
-                require_monitors(partial(self._get, self.config), self.model.causal)
+                require_monitors(partial(self._get, self.config), self.model.possible_scores)
             self._add_configure_optimizers_method_to_model(self.subcommand)
             return
         self.model = self.trainer = None

@@ -50,8 +50,8 @@ def describe_contents(data: MergeDataModule) -> dict[str, dict[str, str]]:
 
     A `datasets.Dataset` is hashed whole, as stored (nothing is decoded or transformed), with the
     files that it names; neither paths nor times of change count. Of any other dataset with more
-    than 4096 rows a fixed sample is hashed. Rows beyond a task's `limit` do not count (except for
-    `causal_lm`, whose limit counts windows). A dataset that draws its examples anew each time is
+    than 4096 rows a fixed sample is hashed. Rows beyond a task's `limit` do not count (except
+    where it counts windows). A dataset that draws its examples anew each time is
     known by its length alone.
 
     Raises:
@@ -59,7 +59,7 @@ def describe_contents(data: MergeDataModule) -> dict[str, dict[str, str]]:
     """
     found: dict[str, dict[str, str]] = {}
     for name, task in data.tasks.items():
-        limits = {} if task.kind == "causal_lm" else task.limit or {}
+        limits = (task.limit or {}) if task.limits_rows else {}
         found[name] = {
             stage: _describe_split(f"task {name}, {stage}", split, limits.get(stage))
             for stage, split in data.splits(name).items()

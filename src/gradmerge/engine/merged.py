@@ -285,6 +285,16 @@ class MergedModel(nn.Module):
             task: the task whose private tensors (head) are used, if the recipe has any.
             **kwargs: keyword arguments of the network.
         """
+        with self.prepared(task):
+            return self.run(*args, **kwargs)
+
+    @contextmanager
+    def prepared(self, task: str | None = None) -> Iterator[None]:
+        """Give the network (`skeleton`) merged weights inside the context, merged once.
+
+        Args:
+            task: the task whose private tensors (head) are used, if the recipe has any.
+        """
         if task is not None and task not in self.tasks:
             raise ConfigError(f"unknown task {task!r} (choose from {', '.join(self.tasks)}).")
         if self.plan.private and task is None and self._given is None and len(self.tasks) > 1:
@@ -297,18 +307,20 @@ class MergedModel(nn.Module):
         self._task = task
         self.network_buffers.serve(self.serving)
         if self._given is not None:
-            return self.run(*args, **kwargs)
+            yield
+            return
         graph = torch.is_grad_enabled() and self._stepping is None
         evaluates = not (self.training or torch.is_grad_enabled() or self._stepping is not None)
         self._finished = evaluates and self.plan.finalisation.active
         try:
             if self.memory == "resident":
                 self._resident.refresh(self, graph, self._finished)
-                return self.run(*args, **kwargs)
+                yield
+                return
             self._live.purge()
             keep = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
             with keep if torch.is_grad_enabled() else nullcontext():
-                return self.run(*args, **kwargs)
+                yield
         finally:
             self._finished = False
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gradmerge.common.errors import ConfigError
 from gradmerge.engine.merged import MergedModel
-from gradmerge.objectives import Objective, Predictions, next_token_rows
+from gradmerge.engine.reading import NEXT_TOKEN, NOT_INPUTS, reading_of
+from gradmerge.objectives import Objective, Predictions
 
 Batch = Mapping[str, Any]
-NOT_INPUTS = frozenset({"labels", "bytes_per_token"})
 
 
 def is_causal(network: nn.Module) -> bool:
     """Return True if a network predicts the next token."""
-    return type(network).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return reading_of(network) is NEXT_TOKEN
 
 
 def by_task(merged: MergedModel, batch: Batch) -> dict[str, Batch]:
@@ -47,10 +46,10 @@ def by_task(merged: MergedModel, batch: Batch) -> dict[str, Batch]:
 def rows_of(
     merged: MergedModel, task: str, batch: Batch
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return logits of a task's batch as rows, labels, and the rows kept (see `next_token_rows`).
+    """Return logits of a task's batch as rows, labels, and the rows kept (see `AbstractReading`).
 
     Raises:
-        ConfigError: the network's output has no logits.
+        ConfigError: the network's output is of another kind than the batch needs.
     """
     inputs = {
         key: merged.place(value) if isinstance(value, Tensor) else value
@@ -58,18 +57,7 @@ def rows_of(
         if key not in NOT_INPUTS
     }
     output = merged(task=task, **inputs)
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor):
-        raise ConfigError(
-            f"{type(merged.skeleton).__name__}: expected a tensor of logits or an output with "
-            f"`logits`, got {type(output).__name__}."
-        )
-    config = getattr(merged.skeleton, "config", None)
-    decodes = getattr(config, "is_encoder_decoder", False)
-    mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
-    causal = is_causal(merged.skeleton)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return next_token_rows(wide, batch.get("labels"), mask, causal)
+    return reading_of(merged.skeleton, batch).rows(output, batch, merged.skeleton)
 
 
 def expert_rows(merged: MergedModel, task: str, batch: Batch, source: str | None = None) -> Tensor:

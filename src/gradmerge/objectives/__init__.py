@@ -15,7 +15,13 @@ from gradmerge.objectives.regularisers import (
     Overlap,
     Similarity,
 )
-from gradmerge.objectives.terms import CrossEntropy, Entropy, KLToEnsemble, KLToSource
+from gradmerge.objectives.terms import (
+    CrossEntropy,
+    Entropy,
+    KLToEnsemble,
+    KLToSource,
+    SquaredError,
+)
 
 __all__ = [
     "L1",
@@ -32,5 +38,6 @@ __all__ = [
     "Overlap",
     "Predictions",
     "Similarity",
+    "SquaredError",
     "next_token_rows",
 ]

@@ -49,7 +49,7 @@ class CrossEntropy(AbstractTerm):
         if labels.is_floating_point():
             raise ConfigError(
                 "CrossEntropy: expected class numbers as labels, got numbers of type "
-                f"{str(labels.dtype).removeprefix('torch.')}. Give integers, or another objective."
+                f"{str(labels.dtype).removeprefix('torch.')}. Give integers, or use SquaredError."
             )
         try:
             total = functional.cross_entropy(
@@ -66,6 +66,39 @@ class CrossEntropy(AbstractTerm):
                 f"{UNLABELLED}, got {int(labels.min())} to {int(labels.max())}. {error}"
             ) from error
         return mean_over_rows(total, (labels != UNLABELLED).sum(), predictions.shared)
+
+
+@dataclass(frozen=True)
+class SquaredError(AbstractTerm):
+    """Squared difference of a predicted number and its label, for similarities and regression.
+
+        sum over labelled rows of (prediction - label)^2 / max(1, labelled rows)
+
+    Rows with label -100 are ignored. A batch without labelled rows gives zero, with zero gradient.
+    """
+
+    weight: float = 1.0
+    """Weight in the objective."""
+
+    @property
+    @override
+    def needs_labels(self) -> bool:
+        return True
+
+    @override
+    def loss(self, predictions: Predictions) -> Tensor:
+        logits, labels = predictions.logits, predictions.labels
+        assert labels is not None
+        if logits.shape[-1] != 1 or labels.dim() != 1:
+            raise ConfigError(
+                "SquaredError: expected one number per row, got predictions "
+                f"{tuple(logits.shape)} and labels {tuple(labels.shape)}. Use CrossEntropy for "
+                "classes; pairs of texts need a column of scores."
+            )
+        labelled = labels != UNLABELLED
+        errors = (logits[:, 0] - labels.to(logits)).square()
+        total = torch.where(labelled, errors, 0.0).sum()
+        return mean_over_rows(total, labelled.sum(), predictions.shared)
 
 
 @dataclass(frozen=True)
@@ -90,6 +123,7 @@ class Entropy(AbstractTerm):
 
     @override
     def loss(self, predictions: Predictions) -> Tensor:
+        _require_distributions(self, predictions)
         log_p = functional.log_softmax(predictions.logits, dim=-1)
         classes = predictions.logits.shape[-1]
         scale = 1 / math.log(classes) if classes > 1 else 1.0
@@ -99,6 +133,16 @@ class Entropy(AbstractTerm):
             if log_mean is not None:
                 loss = loss - self.marginal * _entropy(log_mean)
         return loss * scale
+
+
+def _require_distributions(term: AbstractTerm, predictions: Predictions) -> None:
+    """Reject rows that are one number each, whose softmax is 1 whatever it is."""
+    labels = predictions.labels
+    if labels is not None and labels.is_floating_point() and predictions.logits.shape[-1] == 1:
+        raise ConfigError(
+            f"{type(term).__name__}: expected a distribution per row, got one number (a similarity "
+            "or another quantity), whose gradient would be 0. Use SquaredError."
+        )
 
 
 def _entropy(log_p: Tensor) -> Tensor:
@@ -121,6 +165,7 @@ class _Distillation(AbstractTerm):
 
     def _divergence(self, teacher: Tensor, predictions: Predictions) -> Tensor:
         """Return the mean of `T^2 KL(teacher || merged)`, given the teacher's log-probabilities."""
+        _require_distributions(self, predictions)
         t = self.temperature
         student = functional.log_softmax(predictions.logits / t, dim=-1)
         divergence = functional.kl_div(student, teacher, reduction="sum", log_target=True)

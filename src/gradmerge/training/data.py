@@ -21,20 +21,22 @@ from gradmerge.common.names import require_names
 from gradmerge.sources.base import tensor_bytes
 from gradmerge.training.examples import (
     STAGES,
+    Processor,
     Stage,
     TaskData,
     first_rows,
     load_processor,
     padding_id,
-    prepare,
     row_of,
-    rows_used,
 )
 from gradmerge.training.fitting import (
     classes_of,
     require_examples,
     require_kind,
 )
+from gradmerge.training.generation import Question
+from gradmerge.training.kinds import KINDS
+from gradmerge.training.kinds.base import Tally, questions, split_of
 from gradmerge.training.labels import Labels, read_tensors
 from gradmerge.training.loaders import ShareLoader, StreamLoader, TaskStream, collate
 from gradmerge.training.unread import explain_unread
@@ -108,7 +110,7 @@ def _read(data: TaskData) -> Any:
 
 def _without_repetitions(task: str, whole: Any, data: TaskData) -> Any:
     """Drop repeated texts, which could end up in several splits."""
-    if data.kind not in ("causal_lm", "text_classification"):
+    if not KINDS[data.kind].deduplicated:
         return whole
     firsts: dict[str, int] = {}
     for i in range(len(whole)):
@@ -154,7 +156,7 @@ def require_disjoint(task: str, splits: Mapping[Stage, Any], columns: Sequence[s
             example = row_of(dataset, i, f"task {task}, {stage}")
             if not isinstance(example, Mapping):
                 return
-            inputs = [name for name in columns if name in example][:1]
+            inputs = [name for name in columns if name in example]
             inputs = inputs or [name for name in example if name not in ("label", "labels")]
             key = "".join(_digest(example[name]) for name in inputs)
             first = seen.setdefault(key, (stage, i))
@@ -220,10 +222,14 @@ class MergeDataModule(lightning.LightningDataModule):
         self.processor_path = processor
         self.check_disjoint = check_disjoint
         self.processor: Any = None
+        self._processors: dict[Processor, Any] = {}
         self._network: Any = None
         self._loaded: dict[str, tuple[TaskData, dict[Stage, Any]]] = {}
         self._prepared: dict[str, dict[Stage, Any]] = {}
         self._labels: dict[str, dict[Stage, Labels | None]] = {}
+        self._questions: dict[str, dict[Stage, list[Question]]] = {}
+        self.tallies: dict[str, dict[Stage, Tally]] = {}
+        """Numbers of examples and tokens of the prepared splits, by task."""
         self._classes: dict[str, int] = {}
         self._pad = 0
 
@@ -248,7 +254,8 @@ class MergeDataModule(lightning.LightningDataModule):
         for task, data in self.tasks.items():
             require_kind(network, data.kind, f"task {task}")
         prepared = {task: self._prepare(task, merged) for task in self.tasks}
-        classifies = any(data.kind == "text_classification" for data in self.tasks.values())
+        kinds = {data.kind for data in self.tasks.values()}
+        classifies = "text_classification" in kinds
         several = max(self.batch_size, self.eval_batch_size) > 1
         self._pad = padding_id(self.processor, network, classifies and several)
         self._prepared = prepared  # all of it is checked
@@ -275,25 +282,30 @@ class MergeDataModule(lightning.LightningDataModule):
     def _prepare(self, task: str, merged: Any) -> dict[Stage, Any]:
         """Load, prepare and check the splits of a task."""
         data, splits = self.tasks[task], self.splits(task)
-        if self.processor is None and data.kind != "tensors":
-            plan = getattr(merged, "plan", None)
-            folder = self.processor_path or getattr(plan, "folder", None)
-            trusted = plan is not None and plan.recipe.trust_remote_code
-            self.processor = load_processor(folder, data.kind, trusted)
+        kind, network = KINDS[data.kind], getattr(merged, "skeleton", None)
         names = {stage: f"task {task}, {stage}" for stage in splits}
-        prepared = {
-            stage: prepare(split, data, stage, self.processor, names[stage])
-            for stage, split in splits.items()
+        for stage, rows in splits.items():
+            if len(rows) == 0:
+                raise ConfigError(f"{names[stage]}: expected at least one example, got none.")
+        processor = None if kind.processor is None else self._processor(kind.processor, merged)
+        cuts = {
+            stage: split_of(rows, kind, data, stage, processor, network, self.seed, names[stage])
+            for stage, rows in splits.items()
         }
+        prepared = {stage: kind.prepare(cut) for stage, cut in cuts.items()}
         if self.check_disjoint:
             used = {
-                stage: first_rows(split, rows_used(prepared[stage]))
-                for stage, split in splits.items()
+                stage: first_rows(splits[stage], getattr(rows, "rows_used", len(rows)))
+                for stage, rows in prepared.items()
             }
-            require_disjoint(task, used, (data.text, data.image, "input_ids", "pixel_values"))
-        network = getattr(merged, "skeleton", None)
+            require_disjoint(task, used, kind.compared(cuts["adaptation"].columns))
+        if data.generation is not None:
+            self._questions[task] = {
+                stage: questions(cuts[stage], kind) for stage in STAGES if stage != "adaptation"
+            }
+        self._report(task, cuts["adaptation"].columns, prepared)
         for stage, rows in prepared.items():
-            labels = require_examples(rows, data, self.processor, network, names[stage])
+            labels = require_examples(rows, data, processor, network, names[stage])
             # a dataset of one's own may take long to read, and is read anyway if it is compared
             if data.kind == "tensors" and (self.check_disjoint or type(rows) in (list, tuple)):
                 labels = read_tensors(rows, names[stage])
@@ -301,6 +313,25 @@ class MergeDataModule(lightning.LightningDataModule):
         if network is not None:
             self.require_classes(task, classes_of(merged, task, data))
         return prepared
+
+    def _processor(self, kind: Processor, merged: Any) -> Any:
+        """Return the tokenizer or image processor, loaded once."""
+        if kind not in self._processors:
+            plan = getattr(merged, "plan", None)
+            folder = self.processor_path or getattr(plan, "folder", None)
+            trusted = plan is not None and plan.recipe.trust_remote_code
+            self._processors[kind] = load_processor(folder, kind, trusted)
+            self.processor = self.processor or self._processors[kind]
+        return self._processors[kind]
+
+    def _report(self, task: str, columns: Mapping[str, str], prepared: Mapping[Stage, Any]) -> None:
+        """Keep the numbers of tokens, and say which columns were read and what they hold."""
+        tallies = {s: rows.tally for s, rows in prepared.items() if hasattr(rows, "tally")}
+        if tallies:
+            self.tallies[task] = tallies
+            read = ", ".join(f"{role} = {name}" for role, name in columns.items())
+            held = "; ".join(f"{stage}: {tally}" for stage, tally in tallies.items())
+            rank_zero_info(f"task {task} ({self.tasks[task].kind}; {read}): {held}.")
 
     def require_classes(self, task: str, classes: int | None) -> None:
         """Reject labels of any split of a task that the network has no class for.
@@ -315,9 +346,12 @@ class MergeDataModule(lightning.LightningDataModule):
             self._classes[task] = classes
 
     def lacks_labels(self, task: str, stage: Stage) -> bool:
-        """Return True if a split of texts or images to classify has no column of labels."""
-        classifies = self.tasks[task].kind.endswith("_classification")
-        return classifies and self._labels.get(task, {}).get(stage) is None
+        """Return True if a split of another kind than tensors has no column of labels."""
+        return not getattr(self._prepared.get(task, {}).get(stage), "labelled", True)
+
+    def questions(self, task: str, stage: Stage) -> list[Question]:
+        """Return what texts are generated for, to be scored; empty unless the task asks for it."""
+        return self._questions.get(task, {}).get(stage, [])
 
     def splits(self, task: str) -> dict[Stage, Any]:
         """Return the three raw splits of a task, loaded once.
@@ -339,6 +373,7 @@ class MergeDataModule(lightning.LightningDataModule):
         own = copy.copy(self)
         own.tasks = {name: task for name, task in self.tasks.items() if name in tasks}
         own._prepared, own._labels, own._classes, own.trainer = {}, {}, {}, None
+        own._questions, own.tallies = {}, {}
         return own
 
     def _merged(self) -> Any:

@@ -1,30 +1,39 @@
-"""Description of a task's data, and conversion of its rows to tokens, pixels and labels."""
+"""Description of a task's data, its rows, and what converts them to tokens and pixels."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from gradmerge.common.errors import ConfigError, nearest, require
 from gradmerge.common.failures import reading
-from gradmerge.training.labels import Labels, column_of
+from gradmerge.training.generation import Generation
 
-Kind = Literal["causal_lm", "text_classification", "image_classification", "tensors"]
+Kind = Literal[
+    "causal_lm",
+    "chat",
+    "completion",
+    "instruction",
+    "seq2seq",
+    "text_classification",
+    "token_classification",
+    "question_answering",
+    "masked_lm",
+    "embeddings",
+    "image_classification",
+    "zero_shot_image_classification",
+    "tensors",
+]
 Stage = Literal["adaptation", "selection", "test"]
-Convert = Callable[[Mapping[str, Any]], dict[str, Any]]
 STAGES: tuple[Stage, ...] = ("adaptation", "selection", "test")
 
-# Up to this many bytes of prepared examples per split are kept in memory.
-_KEEP_BYTES = 1 << 30
+_CAUSAL: tuple[Kind, ...] = ("causal_lm", "chat", "completion", "instruction")
 _LONGEST = 2**31 - 1
 
 
@@ -41,8 +50,8 @@ class TaskData:
     non-blank line), or a folder written by `save_to_disk`; from Python also a mapping of the three
     splits to datasets."""
     kind: Kind = "causal_lm"
-    """Kind of examples: causal_lm, text_classification, image_classification, or tensors (examples
-    that are already mappings of model inputs)."""
+    """Kind of examples, by which their columns are read (see the guide on data); tensors are
+    mappings of model inputs already."""
     name: str | None = None
     """Configuration of a hub dataset."""
     data_files: str | list[str] | dict[str, str | list[str]] | None = None
@@ -53,19 +62,45 @@ class TaskData:
     fractions: tuple[float, float, float] = (0.5, 0.2, 0.3)
     """Shares of adaptation, selection and test in a single split, cut after a seeded shuffle."""
     text: str = "text"
-    """Text column."""
+    """Text column. Default: `text`, else `content` or `sentence`."""
     image: str = "image"
     """Image column."""
     label: str = "label"
     """Label column (class numbers); a dataset without it is unlabelled."""
     max_length: int = 512
-    """Maximum tokens per text; for causal_lm, tokens per window of the concatenated documents."""
+    """Maximum tokens per text, or tokens per window of packed texts."""
     limit: dict[str, int] | None = None
-    """Maximum number of examples (causal_lm: windows) by split, e.g. `{test: 1000}`."""
+    """Maximum number of examples (packed causal_lm: windows) by split, e.g. `{test: 1000}`."""
     source: str | None = None
     """Source that provides the task's head and teacher. Default: the source named like the task."""
     revision: str | None = None
     """Revision of a hub dataset."""
+    columns: dict[str, str] | None = None
+    """Column of each role of the kind, e.g. `{prompt: question, completion: answer}`. Default: the
+    first of the role's usual names that the data have."""
+    packing: bool | None = None
+    """Fill windows of `max_length` tokens with several texts, instead of padding each. causal_lm
+    cuts the concatenated documents, other kinds of language models pack whole examples. Default:
+    true for causal_lm, false for the others."""
+    truncation: Literal["right", "left"] = "right"
+    """Side on which texts of more than `max_length` tokens are cut."""
+    turns: Literal["all", "last"] = "all"
+    """Turns of the assistant in a chat that have a loss."""
+    masked: float = 0.15
+    """Share of the tokens that masked_lm hides."""
+    class_names: list[str] | None = None
+    """Names of the classes of zero_shot_image_classification, in the order of the class numbers.
+    Default: those of the label column."""
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
+    """Texts that describe a class by its name; several are averaged."""
+    pooling: Literal["mean", "cls", "last", "max"] | None = None
+    """How the tokens of a text become its embedding. Default: that of the folder's
+    `1_Pooling/config.json`, else the mean."""
+    similarity_scale: float = 20.0
+    """Factor on the cosine similarities of embeddings of which the cross-entropy is taken."""
+    generation: Generation | None = None
+    """Also score generated texts, of kinds with an answer: chat, completion, instruction,
+    seq2seq."""
 
     def __post_init__(self) -> None:
         """Check the options that need no data."""
@@ -91,15 +126,35 @@ class TaskData:
             raise ConfigError(
                 f"fractions: expected three positive shares that sum to 1, got {self.fractions}."
             )
-        least = 2 if self.kind == "causal_lm" else 1  # a token, and the next one to predict
+        least = 2 if self.kind in _CAUSAL else 1  # a token, and the next one to predict
         allowed = least <= self.max_length <= _LONGEST
         require(allowed, "max_length", f"{least} to {_LONGEST} tokens", self.max_length)
         for stage, count in (self.limit or {}).items():
             require(count >= 1, f"limit.{stage}", "at least 1 example", count)
+        require(0 < self.masked < 1, "masked", "a share between 0 and 1", self.masked)
+        scale = self.similarity_scale
+        require(0 < scale < math.inf, "similarity_scale", "a positive number", scale)
+        wrong = [text for text in self.templates if "{}" not in text]
+        require(bool(self.templates) and not wrong, "templates", "texts with {}", self.templates)
+
+    @property
+    def packs(self) -> bool:
+        """True if windows hold several texts."""
+        return self.kind == "causal_lm" if self.packing is None else self.packing
+
+    @property
+    def limits_rows(self) -> bool:
+        """True if `limit` counts rows, false if it counts windows."""
+        return not (self.kind == "causal_lm" and self.packs)
 
 
-def load_processor(folder: str | Path | None, kind: Kind, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer or image processor of a model folder.
+Processor = Literal["tokenizer", "image_processor", "both"]
+
+
+def load_processor(
+    folder: str | Path | None, kind: Processor, trust_remote_code: bool = False
+) -> Any:
+    """Load the tokenizer or image processor of a model folder, or a processor of both.
 
     Code that ships with it runs only if the recipe trusts it.
 
@@ -112,11 +167,11 @@ def load_processor(folder: str | Path | None, kind: Kind, trust_remote_code: boo
         raise ConfigError(
             "expected a source folder with a tokenizer, got none. Set data.processor."
         )
-    auto = (
-        transformers.AutoImageProcessor
-        if kind == "image_classification"
-        else transformers.AutoTokenizer
-    )
+    auto = {
+        "tokenizer": transformers.AutoTokenizer,
+        "image_processor": transformers.AutoImageProcessor,
+        "both": transformers.AutoProcessor,
+    }[kind]
     what = f"cannot load its {auto.__name__.removeprefix('Auto').lower()}"
     with reading(folder, what, "Set data.processor to a folder that has one.", ConfigError):
         return auto.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
@@ -162,45 +217,7 @@ def _looks_for_padding(network: Any) -> bool:
     return kind.__name__.endswith("ForSequenceClassification") and "pad_token_id" in names
 
 
-def prepare(split: Any, data: TaskData, stage: Stage, processor: Any, where: str) -> Any:
-    """Convert a split to an indexable dataset of mappings of tensors.
-
-    Args:
-        split: rows by index.
-        data: description of the task.
-        stage: name of the split.
-        processor: tokenizer or image processor.
-        where: task and split, for error messages.
-
-    Raises:
-        ConfigError: a column is missing, labels are text, or no example is left.
-    """
-    if len(split) == 0:
-        raise ConfigError(f"{where}: expected at least one example, got none.")
-    rows = first_rows(split, (data.limit or {}).get(stage))
-    if data.kind == "tensors":
-        return rows
-    column = data.image if data.kind == "image_classification" else data.text
-    names = columns(split, where)
-    if column not in names:
-        raise ConfigError(
-            f"{where}: expected a column {column!r}, got {', '.join(names)}."
-            f"{nearest(column, names)}"
-        )
-    if data.kind == "causal_lm":
-        limit = (data.limit or {}).get(stage)
-        return _windows(split, processor, column, data.max_length, limit, where)
-    labels = Labels.read(rows, data.label, where) if data.label in names else None
-    if data.kind == "image_classification":
-        convert: Convert = partial(_pixels, processor, column)
-    else:
-        for index, text in enumerate(column_of(rows, column)):
-            require_text(text, column, f"{where}, row {index}")
-        convert = partial(_tokens, processor, column, data.max_length)
-    return Classified(rows, convert, labels, where)
-
-
-def columns(split: Any, where: str) -> list[str]:
+def columns_of(split: Any, where: str) -> list[str]:
     """Return the names of the columns of a split.
 
     Raises:
@@ -226,106 +243,6 @@ def row_of(rows: Any, index: int, where: str) -> Any:
         return rows[index]
 
 
-def require_text(value: Any, column: str, where: str) -> None:
-    """Reject a value that is not a text.
-
-    Raises:
-        ConfigError: it is missing, or of another type.
-    """
-    if not isinstance(value, str):
-        raise ConfigError(
-            f"{where}: expected a text in column {column!r}, got {value!r:.40}. Remove the row, or "
-            "choose another column (`text`)."
-        )
-
-
-def rows_used(prepared: Any) -> int:
-    """Return the number of leading rows of a split that its prepared examples use."""
-    return prepared.documents if isinstance(prepared, Windows) else len(prepared)
-
-
 def first_rows(rows: Any, limit: int | None) -> Any:
     """Return the first rows of a split, or all without a limit."""
     return rows if limit is None else Subset(rows, range(min(limit, len(rows))))
-
-
-class Classified(Dataset[dict[str, Any]]):
-    """Texts or images with labels, prepared on first access and cached up to a size limit."""
-
-    def __init__(self, rows: Any, convert: Convert, labels: Labels | None, where: str) -> None:
-        self.rows, self.convert, self.labels, self.where = rows, convert, labels, where
-        self._kept: dict[int, dict[str, Any]] = {}
-        self._bytes = 0
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if index in self._kept:
-            return self._kept[index]
-        if index >= len(self):
-            raise IndexError("index out of range")  # by which iteration ends
-        row = row_of(self.rows, index, self.where)
-        todo = "Repair or remove it."
-        with reading(f"{self.where}, row {index}", "cannot be prepared", todo, ConfigError):
-            example = self.convert(row)
-        if not all(value.numel() for value in example.values()):
-            raise ConfigError(f"{self.where}, row {index}: expected a text with tokens, got none.")
-        if self.labels is not None:
-            example["labels"] = torch.tensor(self.labels.values[index])
-        self._bytes += sum(value.nbytes for value in example.values())
-        if self._bytes < _KEEP_BYTES:
-            self._kept[index] = example
-        return example
-
-
-def _pixels(processor: Any, column: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    image = row[column]
-    image = image.convert("RGB") if getattr(image, "mode", "RGB") != "RGB" else image
-    return {"pixel_values": processor(image, return_tensors="pt")["pixel_values"][0]}
-
-
-def _tokens(tokenizer: Any, column: str, length: int, row: Mapping[str, Any]) -> dict[str, Any]:
-    found = tokenizer(row[column], truncation=True, max_length=length, return_tensors="pt")
-    return {key: value[0] for key, value in found.items()}
-
-
-class Windows(Dataset[dict[str, Any]]):
-    """Windows of equal length over the concatenation of the first `documents` documents."""
-
-    def __init__(self, tokens: Tensor, bytes_per_token: float, documents: int) -> None:
-        self.tokens, self.bytes_per_token, self.documents = tokens, bytes_per_token, documents
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        window = self.tokens[index]
-        return {"input_ids": window, "labels": window, "bytes_per_token": self.bytes_per_token}
-
-
-def _windows(
-    split: Any, tokenizer: Any, column: str, length: int, limit: int | None, where: str
-) -> Windows:
-    ids: list[int] = []
-    num_bytes = documents = 0
-    wanted = None if limit is None else limit * length
-    for i in range(len(split)):
-        text = row_of(split, i, where)[column]
-        require_text(text, column, f"{where}, row {i}")
-        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
-        num_bytes += len(text.encode())
-        documents += 1
-        if tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        if wanted is not None and len(ids) >= wanted:
-            break
-    count = len(ids) // length
-    if count == 0:
-        raise ConfigError(
-            f"{where}: expected at least one window of {length} tokens (max_length), got "
-            f"{len(ids)} tokens in all. Reduce max_length or add text."
-        )
-    kept = count if limit is None else min(count, limit)
-    tokens = torch.tensor(ids[: kept * length]).view(kept, length)
-    return Windows(tokens, num_bytes / len(ids), documents)

@@ -9,36 +9,35 @@ from torch import nn
 
 from gradmerge.common.errors import ConfigError
 from gradmerge.engine.predict import is_causal
-from gradmerge.training.examples import Classified, Kind, TaskData, Windows
+from gradmerge.engine.reading import CLASSES, TOKENS, reading_of
+from gradmerge.training.examples import Kind, TaskData
+from gradmerge.training.kinds import KINDS
+from gradmerge.training.kinds.causal import Windows
 from gradmerge.training.labels import Labels
-
-_INPUTS = {
-    "causal_lm": "input_ids",
-    "text_classification": "input_ids",
-    "image_classification": "pixel_values",
-}
 
 
 def require_kind(network: nn.Module | None, kind: Kind, where: str) -> None:
     """Reject a kind of examples that the network does not take.
 
     Raises:
-        ConfigError: it lacks the input, or predicts tokens instead of classes or the reverse.
+        ConfigError: it lacks the input, or predicts something else.
     """
-    needed = _INPUTS.get(kind)
-    if network is None or needed is None:
+    wanted = KINDS[kind]
+    if network is None or not wanted.predicts:
         return
     names = inspect.signature(network.forward).parameters
     # all of transformers' take further keywords, and ignore them
     takes_any = any(p.kind is p.VAR_KEYWORD for p in names.values())
-    name = type(network).__name__
+    name, needed = type(network).__name__, wanted.input
     if needed not in names and (hasattr(network, "config") or not takes_any):
         raise ConfigError(
             f"{where}: expected a kind of examples that {name} takes, got {kind}, whose input is "
             f"{needed}; its inputs are {', '.join(list(names)[:5])}."
         )
-    if is_causal(network) != (kind == "causal_lm"):
-        predicts = "the next token" if is_causal(network) else "classes"
+    predicts = reading_of(network).predicts
+    # a network of one's own may predict anything but the next token, which its name tells
+    unknown = not hasattr(network, "config") and "the next token" not in wanted.predicts
+    if predicts not in wanted.predicts and not (unknown and not is_causal(network)):
         raise ConfigError(
             f"{where}: expected a kind of examples that fits {name}, which predicts {predicts}, "
             f"got {kind}.\nSet `kind` of the task, or merge models for that kind."
@@ -48,7 +47,8 @@ def require_kind(network: nn.Module | None, kind: Kind, where: str) -> None:
 def classes_of(merged: Any, task: str, data: TaskData) -> int | None:
     """Return the number of classes of a task's head if a config of transformers states it."""
     network = merged.skeleton
-    if data.kind == "causal_lm" or is_causal(network) or not hasattr(network, "config"):
+    reading = reading_of(network)
+    if reading not in (CLASSES, TOKENS) or not hasattr(network, "config"):
         return None
     plan = merged.plan
     source = plan.serving.get(data.source or task) if plan.private else None
@@ -68,8 +68,8 @@ def require_examples(
     Raises:
         ConfigError: an example has too many tokens, or one that the network does not know.
     """
-    labels = prepared.labels if isinstance(prepared, Classified) else None
-    if data.kind in ("image_classification", "tensors") or network is None:
+    labels = getattr(prepared, "labels", None)
+    if KINDS[data.kind].input != "input_ids" or data.kind == "tensors" or network is None:
         return labels
     tokens, positions = tokens_of(network), positions_of(network)
     if isinstance(prepared, Windows):
@@ -78,9 +78,14 @@ def require_examples(
     too_long = positions is not None and data.max_length > positions
     if too_long or (tokens is not None and len(processor) > tokens):
         for index in range(len(prepared)):
-            ids = prepared[index]["input_ids"]
-            _require_tokens(ids, tokens, positions, where, f", row {index}")
+            for ids in listed(prepared[index]["input_ids"]):
+                _require_tokens(ids, tokens, positions, where, f", row {index}")
     return labels
+
+
+def listed(value: Any) -> list[Any]:
+    """Return the sequences of an example: itself, or several."""
+    return value if isinstance(value, list) else [value]
 
 
 def _require_tokens(

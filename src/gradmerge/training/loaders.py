@@ -173,22 +173,44 @@ def even_batches(order: Sequence[int], size: int) -> list[list[int]]:
     return [list(order[a:b]) for a, b in itertools.pairwise(edges)]
 
 
+class Shared:
+    """A value that is the same for all examples and stands in a batch as it is."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
 def collate(examples: Sequence[Mapping[str, Any]], pad: int = 0) -> dict[str, Any]:
     """Stack examples into a batch.
 
-    Sequences of different length are padded on the right: `input_ids` with `pad`, `labels` with
-    -100, the rest with 0. Scalars become tensors, and `bytes_per_token` is averaged.
+    Sequences of different length are padded on the right: tokens with `pad`, `labels` with -100,
+    the rest with 0. A list of sequences is as many rows of the batch, and `Shared` values are not
+    stacked. Scalars become tensors, and `bytes_per_token` is averaged over the tokens with labels.
     """
     batch: dict[str, Any] = {}
     for key in examples[0]:
         values = [example[key] for example in examples]
+        first = values[0]
+        if isinstance(first, Shared):
+            batch[key] = first.value
+            continue
+        if isinstance(first, list) and all(isinstance(each, Tensor) for each in first):
+            values = [each for several in values for each in several]
         if key == "bytes_per_token":
-            batch[key] = float(sum(values) / len(values))
+            counts = [_labelled(example.get("labels")) for example in examples]
+            counts = counts if sum(counts) else [1] * len(counts)
+            total = sum(n * value for n, value in zip(counts, values, strict=True))
+            batch[key] = float(total / sum(counts))
         elif not isinstance(values[0], Tensor):
             batch[key] = torch.tensor(values)
         elif len({value.shape for value in values}) == 1:
             batch[key] = torch.stack(values)
         else:
-            fill = {"input_ids": pad, "labels": -100}.get(key, 0)
+            fill = -100 if key == "labels" else pad if key.endswith("input_ids") else 0
             batch[key] = torch.nn.utils.rnn.pad_sequence(values, True, fill)
     return batch
+
+
+def _labelled(labels: Any) -> int:
+    """Return the number of labelled tokens of an example, 1 if its labels are not tokens."""
+    return int((labels != -100).sum()) if isinstance(labels, Tensor) and labels.dim() else 1

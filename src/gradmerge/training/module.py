@@ -33,6 +33,7 @@ from gradmerge.engine.predict import (
     predict,
     require_ensemble,
 )
+from gradmerge.engine.reading import reading_of
 from gradmerge.engine.recipe import Recipe
 from gradmerge.export.folder import DTYPES
 from gradmerge.export.history import History
@@ -55,10 +56,12 @@ from gradmerge.training.examples import Stage
 from gradmerge.training.finite import FiniteModule
 from gradmerge.training.loaders import sample_batches
 from gradmerge.training.logit_scale import LogitScale
+from gradmerge.training.measures import Score
+from gradmerge.training.monitors import scores_of
 from gradmerge.training.regularisation import Regularisation
 from gradmerge.training.run import start_run
 from gradmerge.training.saving import Saver
-from gradmerge.training.scores import SplitScores, logged
+from gradmerge.training.scores import Scores, SplitScores, generated_scores, logged
 from gradmerge.training.start import score_start
 
 
@@ -267,6 +270,16 @@ class MergeModule(FiniteModule):
         return is_causal(self.merged.skeleton)
 
     @property
+    def possible_scores(self) -> tuple[str, ...]:
+        """Names of the scores that the network's predictions may have."""
+        return scores_of(reading_of(self.merged.skeleton).measures)
+
+    @property
+    def score(self) -> Score:
+        """Score by which the tasks of the last evaluation are judged."""
+        return self._scores.score
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """Task names, in the order of the evaluation loaders."""
         return tuple(self.merged.tasks)
@@ -445,13 +458,13 @@ class MergeModule(FiniteModule):
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
     @property
-    def _split(self) -> str:
+    def _split(self) -> Stage:
         return "test" if self.trainer.testing else "selection"
 
     @override
     def on_validation_epoch_start(self) -> None:
         self.refresh_buffers()
-        self._scores.begin(self.causal, self.device)
+        self._scores.begin(self.merged.skeleton, self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a batch of one task of the selection or test split."""
@@ -468,7 +481,7 @@ class MergeModule(FiniteModule):
         """Log the scores of the split."""
         stage = self._split
         keep = not self.trainer.sanity_checking
-        found, averages = self._scores.finish(stage, self.objective.share, keep)
+        found, averages = self._finish(stage, keep)
         if keep and self.trainer.state.fn == "fit":
             self._scores.record(self.history, self.trainer.global_step, found, averages)
         shown = f"{stage}/loss", f"{stage}/average/{self._scores.score.name}"
@@ -479,10 +492,27 @@ class MergeModule(FiniteModule):
 
     def finish_start(self) -> dict[str, float]:
         """Return the scores of the start by name, after a pass over the selection split."""
-        found, averages = self._scores.finish("selection", self.objective.share, keep=True)
+        found, averages = self._finish("selection", keep=True)
         del self.results["selection"]  # of other coefficients than those that will be learned
         self._scores.record(self.history, 0, found, averages)
         return logged("selection", found, averages)
+
+    def _finish(self, stage: Stage, keep: bool) -> tuple[Scores, dict[str, float]]:
+        """Return the scores by task, with those of generated texts, and their averages."""
+        generated = self._generated(stage) if keep else {}
+        return self._scores.finish(stage, self.objective.share, keep, generated)
+
+    def _generated(self, stage: Stage) -> dict[str, dict[str, float]]:
+        """Return the scores of generated texts, of the tasks that ask for them."""
+        data = getattr(self._trainer, "datamodule", None)
+        if not isinstance(data, MergeDataModule):
+            return {}
+        place = self.trainer.global_rank, self.trainer.world_size
+        return {
+            task: generated_scores(self.merged, task, data, stage, place)
+            for task in data.tasks
+            if data.questions(task, stage)
+        }
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

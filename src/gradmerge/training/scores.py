@@ -1,102 +1,46 @@
-"""Scores per task: accuracy, macro-F1 and calibration error, or perplexity and bits per byte."""
+"""Scores per task over an evaluation, and results of finished splits."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
-from torch.nn import functional
-from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassCalibrationError,
-    MulticlassF1Score,
-)
+from torch import Tensor, distributed, nn
+from torchmetrics import MeanMetric, MetricCollection
 
+from gradmerge.engine.merged import MergedModel
+from gradmerge.engine.reading import Measure, reading_of
 from gradmerge.export.history import History
 from gradmerge.objectives import Objective, Predictions
 from gradmerge.objectives.base import UNLABELLED
-
-
-@dataclass(frozen=True)
-class Score:
-    """Metric by which a task is judged."""
-
-    name: str
-    higher_is_better: bool
-
-
-ACCURACY = Score("accuracy", True)
-BITS_PER_BYTE = Score("bits_per_byte", False)
-
-
-def build_metrics(causal: bool, num_classes: int) -> tuple[MetricCollection, Score]:
-    """Return the metrics of a task and the score by which it is judged."""
-    if causal:
-        return MetricCollection({"language": _Language()}), BITS_PER_BYTE
-    collection = MetricCollection(
-        {
-            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-            "macro_f1": MulticlassF1Score(num_classes, average="macro"),
-            "calibration_error": _CalibrationError(num_classes, n_bins=15),
-        },
-        compute_groups=False,
-    )
-    return collection, ACCURACY
-
-
-class _CalibrationError(MulticlassCalibrationError):
-    """Calibration error of logits: torchmetrics mistakes logits within [0, 1] for probabilities."""
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add logits `[rows, classes]` and labels `[rows]`."""
-        super().update(preds.softmax(dim=-1), target)
-
-
-class _Language(Metric):
-    """Perplexity per token, and bits per byte, which is comparable between tokenizers."""
-
-    full_state_update = False
-    nats: Tensor
-    tokens: Tensor
-    bytes: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("nats", "tokens", "bytes"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, labels: Tensor, bytes_per_token: float = 1.0) -> None:
-        """Add logits `[rows, vocab]` and labels `[rows]`."""
-        self.nats += functional.cross_entropy(logits, labels, reduction="sum").double()
-        self.tokens += len(labels)
-        self.bytes += len(labels) * bytes_per_token
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return perplexity and bits per byte."""
-        return {
-            "perplexity": (self.nats / self.tokens).exp(),
-            "bits_per_byte": self.nats / math.log(2) / self.bytes,
-        }
+from gradmerge.training.data import MergeDataModule
+from gradmerge.training.examples import Stage
+from gradmerge.training.generation import answers
+from gradmerge.training.measures import SCORES, Score, build_metrics
 
 
 class TaskScores:
     """Metrics of several tasks over one evaluation, built at the first batch of each task."""
 
-    def __init__(self, causal: bool, device: torch.device | None = None) -> None:
-        self._causal = causal
+    def __init__(self, device: torch.device | None = None) -> None:
         self._device = device
-        self._classes: dict[str, int] = {}
+        self._kinds: dict[str, tuple[Measure, int]] = {}
         self._metrics: dict[str, MetricCollection] = {}
         self._losses: dict[str, MeanMetric] = {}
-        self.score = BITS_PER_BYTE if causal else ACCURACY
+
+    def score(self, task: str) -> Score | None:
+        """Return the score by which a task is judged, once it has labelled rows."""
+        return SCORES[self._kinds[task][0]] if task in self._kinds else None
 
     def update(
-        self, task: str, logits: Tensor, labels: Tensor, bytes_per_token: float = 1.0
+        self,
+        task: str,
+        logits: Tensor,
+        labels: Tensor,
+        measure: Measure = "classes",
+        bytes_per_token: float = 1.0,
     ) -> None:
         """Add a batch of logits and labels; unlabelled rows do not count."""
         labelled = labels != UNLABELLED
@@ -105,7 +49,7 @@ class TaskScores:
         if len(labels) == 0:
             return
         if task not in self._metrics:
-            self._build(task, logits.shape[-1], logits.device)
+            self._build(task, measure, logits.shape[-1], logits.device)
         # a metric gets those of the keyword arguments that it takes
         self._metrics[task].update(logits, labels, bytes_per_token=bytes_per_token)
 
@@ -127,10 +71,11 @@ class TaskScores:
             found[task]["loss"] = float(loss.compute())
         return found
 
-    def _build(self, task: str, classes: int, device: torch.device | None) -> None:
-        metrics, _ = build_metrics(self._causal, classes)
-        self._metrics[task] = metrics.to(device)
-        self._classes[task] = classes
+    def _build(
+        self, task: str, measure: Measure, classes: int, device: torch.device | None
+    ) -> None:
+        self._metrics[task] = build_metrics(measure, classes).to(device)
+        self._kinds[task] = measure, classes
 
     def _agree(self) -> None:
         """Give every process the same metrics in the same order.
@@ -141,10 +86,11 @@ class TaskScores:
         if not (distributed.is_available() and distributed.is_initialized()):
             return
         every: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(every, (self._classes, list(self._losses)))
-        classes = {task: count for own, _ in every for task, count in own.items()}
-        for task in classes.keys() - self._metrics.keys():
-            self._build(task, classes[task], self._device)
+        distributed.all_gather_object(every, (self._kinds, list(self._losses)))
+        kinds = {task: kind for own, _ in every for task, kind in own.items()}
+        for task in kinds.keys() - self._metrics.keys():
+            measure, classes = kinds[task]
+            self._build(task, measure, classes, self._device)
         for task in {task for _, own in every for task in own} - self._losses.keys():
             self._losses[task] = MeanMetric().to(self._device)
         self._metrics = {task: self._metrics[task] for task in sorted(self._metrics)}
@@ -167,6 +113,29 @@ def mean_scores(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return means
 
 
+def generated_scores(
+    merged: MergedModel, task: str, data: MergeDataModule, stage: Stage, place: tuple[int, int]
+) -> dict[str, float]:
+    """Return the mean scores of the texts that a task generates, over all processes.
+
+    Args:
+        merged: the merged model.
+        task: the task, which has `generation`.
+        data: gives the questions.
+        stage: the split.
+        place: rank of this process and number of processes, which share the questions.
+    """
+    options = data.tasks[task].generation
+    assert options is not None
+    rank, world = place
+    own = data.questions(task, stage)[rank::world]
+    means = {name: MeanMetric().to(merged.device) for name in options.names}
+    for question, text in answers(merged, task, own, data.processor, options, data.eval_batch_size):
+        for name, value in options.scores(text, question.wanted, question.row).items():
+            means[name].update(value)
+    return {name: float(mean.compute()) for name, mean in means.items()}
+
+
 Scores = dict[str, dict[str, float]]
 
 
@@ -181,16 +150,16 @@ class SplitScores:
         """`{split: {task or "average": {metric: value}}}` of the merged model."""
         self.experts: dict[str, Scores] = {}
         """`{split: {task: {metric: value}}}` of the tasks' own sources."""
+        self.score = SCORES["classes"]
+        """Score by which the tasks are judged: that of the first which has labels."""
         self._running: dict[str, TaskScores] = {}
+        self._network: nn.Module | None = None
 
-    def begin(self, causal: bool, device: torch.device) -> None:
+    def begin(self, network: nn.Module, device: torch.device) -> None:
         """Start a pass over a split."""
-        self._running = {who: TaskScores(causal, device) for who in ("merged", "expert")}
-
-    @property
-    def score(self) -> Any:
-        """Score by which tasks are judged."""
-        return self._running["merged"].score
+        self._running = {who: TaskScores(device) for who in ("merged", "expert")}
+        self._network = network
+        self.score = SCORES[reading_of(network).measure(None)]
 
     def add(
         self,
@@ -215,14 +184,20 @@ class SplitScores:
             merged.update_loss(task, objective.loss(predictions), rows)
         if labels is None:
             return
+        assert self._network is not None
+        measure = reading_of(self._network, batch).measure(labels)
         size = float(batch.get("bytes_per_token", 1.0))
-        merged.update(task, predictions.logits, labels, size)
+        merged.update(task, predictions.logits, labels, measure, size)
         if expert is not None:
             logits = predictions.teacher if predictions.teacher is not None else expert()
-            self._running["expert"].update(task, logits, labels, size)
+            self._running["expert"].update(task, logits, labels, measure, size)
 
     def finish(
-        self, stage: str, share: Callable[[str, tuple[str, ...]], float], keep: bool
+        self,
+        stage: str,
+        share: Callable[[str, tuple[str, ...]], float],
+        keep: bool,
+        more: Mapping[str, Mapping[str, float]] | None = None,
     ) -> tuple[Scores, dict[str, float]]:
         """Return the scores by task and their averages; the loss is weighted as in training.
 
@@ -230,15 +205,21 @@ class SplitScores:
             stage: the split.
             share: returns a task's share of the objective, given all tasks.
             keep: store the results; false after a partial pass.
+            more: further scores by task, such as those of generated texts.
         """
         found = self._running["merged"].compute()
+        for task, values in (more or {}).items():
+            found.setdefault(task, {}).update(values)
         if keep and stage not in self.experts:
             self.experts[stage] = self._running["expert"].compute()
+        judged = {task: self._running["merged"].score(task) for task in found}
+        self.score = next((score for score in judged.values() if score), self.score)
         for task, values in found.items():
-            expert = self.experts.get(stage, {}).get(task, {}).get(self.score.name)
-            own = values.get(self.score.name)
+            score = judged[task] or self.score
+            expert = self.experts.get(stage, {}).get(task, {}).get(score.name)
+            own = values.get(score.name)
             if expert is not None and own is not None:
-                values["normalised"] = normalised(self.score, own, expert)
+                values["normalised"] = normalised(score, own, expert)
         averages = mean_scores(found)
         if "loss" in averages:
             shares = {task: share(task, tuple(found)) for task in found}

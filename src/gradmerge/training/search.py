@@ -23,7 +23,6 @@ from gradmerge.search import AbstractSearch
 from gradmerge.training.data import MergeDataModule
 from gradmerge.training.module import MergeModule
 from gradmerge.training.run import quiet
-from gradmerge.training.scores import ACCURACY, BITS_PER_BYTE
 
 
 def set_coefficients(merged: MergedModel, init: AbstractInit) -> None:
@@ -84,7 +83,7 @@ class Scorer:
         set_coefficients(self.module.merged, init)
         average = self.score()["average"]
         self.trials.append(Trial(init, dict(average)))
-        score = BITS_PER_BYTE if self.module.causal else ACCURACY
+        score = self.module.score
         name = "loss" if metric == "loss" else score.name
         if name not in average:
             raise ConfigError(

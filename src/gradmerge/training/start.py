@@ -26,8 +26,8 @@ def score_start(trainer: Any, module: Any) -> None:
         with torch.no_grad(), trainer.precision_plugin.val_step_context():
             for number, batch in _batches(trainer):
                 module.validation_step(batch, 0, number)
-        module.train()
         values = module.finish_start()
+        module.train()
     for logger in trainer.loggers:
         logger.log_metrics(values, step=0)
 

@@ -31,7 +31,7 @@ from gradmerge.export.provenance import mean_coefficients
 from gradmerge.finalisers import DepthRescale
 from gradmerge.objectives import KLToEnsemble, KLToSource
 from gradmerge.training.callbacks import CoefficientLogger
-from gradmerge.training.scores import ACCURACY, BITS_PER_BYTE
+from gradmerge.training.measures import ACCURACY, BITS_PER_BYTE
 from layerwise_jobs import ADAM, Batched, batched, data_of, job_of, network_of
 from tiny import recipe_of, relatives
 

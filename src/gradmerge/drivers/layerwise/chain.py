@@ -35,7 +35,7 @@ from gradmerge.drivers.layerwise.activations import ActivationStore
 from gradmerge.drivers.layerwise.files import with_own_keys
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.plan import Plan
-from gradmerge.engine.predict import NOT_INPUTS
+from gradmerge.engine.reading import NOT_INPUTS
 
 _REMEDY = "Name other `blocks`, or learn end to end: leave `driver` out."
 

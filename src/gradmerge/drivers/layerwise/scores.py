@@ -8,7 +8,8 @@ from functools import cache, partial
 import torch
 
 from gradmerge.drivers.layerwise.chain import BlockChain, Passing
-from gradmerge.engine.predict import Batch, expert_rows, is_causal, rows_of
+from gradmerge.engine.predict import Batch, expert_rows, rows_of
+from gradmerge.engine.reading import Pairs
 from gradmerge.objectives import Objective, Predictions
 from gradmerge.training.scores import Scores, SplitScores
 
@@ -34,14 +35,15 @@ def score(
 
     def scored() -> Iterator[tuple[str, Batch, bool]]:
         for task, batch in batches():
-            lacks_labels = batch.get("labels") is None
+            pairs = isinstance(batch.get("reading"), Pairs)
+            lacks_labels = batch.get("labels") is None and not pairs
             lacks_ensemble = objective.needs_ensemble and bool(chain.plan.private)
             has_loss = not ((lacks_labels and objective.needs_labels) or lacks_ensemble)
             if batch and (has_loss or not lacks_labels):
                 yield task, batch, has_loss
 
     scores = SplitScores()
-    scores.begin(is_causal(chain.model.skeleton), chain.model.device)
+    scores.begin(chain.model.skeleton, chain.model.device)
     theta = cache(partial(chain.theta, finished=True))
     with chain.weights(theta):
         passing = [
