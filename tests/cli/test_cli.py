@@ -91,6 +91,7 @@ def test_fit_exports_by_callback_and_takes_optimiser_and_schedule_from_yaml(worl
 
 
 def test_an_exported_folder_holds_the_whole_configuration_and_the_seeds(world, tmp_path):
+    options = {"output": "merged", "provenance_paths": True}
     part = {
         "seed_everything": 17,
         "data": {"seed": 6},
@@ -101,13 +102,13 @@ def test_an_exported_folder_holds_the_whole_configuration_and_the_seeds(world, t
         },
         "trainer": {
             "default_root_dir": "run",
-            "callbacks": [{"class_path": "ExportAtEnd", "init_args": {"output": "merged"}}],
+            "callbacks": [{"class_path": "ExportAtEnd", "init_args": options}],
         },
     }
     assert main(["fit", "--config", write(tmp_path / "c.yaml", world, part)]) == 0
     (checkpoint,) = Path("run").rglob("*.ckpt")
     (saved,) = Path("run").rglob("config.yaml")
-    assert main(["export", str(checkpoint), "again"]) == 0
+    assert main(["export", str(checkpoint), "again", "--provenance_paths", "true"]) == 0
     for folder in ("merged", "again"):
         run = json.loads(Path(folder, "provenance.json").read_text())["run"]
         assert run["seed"] == 17

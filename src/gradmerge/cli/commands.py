@@ -42,6 +42,7 @@ def output_options(
     dtype: str | None = None,
     overwrite: bool = False,
     head: str | None = None,
+    provenance_paths: bool = False,
     form: Form = "merged",
     inputs: Sequence[Path] = (),
 ) -> dict[str, Any]:
@@ -54,6 +55,8 @@ def output_options(
         dtype: float64, float32, bfloat16 or float16. Default: each tensor's stored dtype.
         overwrite: replace an existing folder.
         head: task whose head the model in the folder itself has. Default: the first.
+        provenance_paths: keep the local paths of sources and data in provenance.json, README.md and
+            gradmerge.yaml. Default: names and hub ids only.
         form: what is written (set by the command).
         inputs: files and folders that are read, which the output must be apart from (set by the
             command).
@@ -81,7 +84,14 @@ def output_options(
             "`gradmerge unpack`."
         )
     optional = {"dtype": dtype, "head": head}
-    given = {name: value for name, value in optional.items() if value is not None}
+    given: dict[str, Any] = {name: v for name, v in optional.items() if v is not None}
+    if form == "mergekit":
+        if provenance_paths:
+            raise ConfigError(
+                "provenance_paths: expected none for a mergekit file, which always has the paths."
+            )
+    else:
+        given["provenance_paths"] = provenance_paths
     return {"output": output, "overwrite": overwrite, "inputs": inputs, **given}
 
 

@@ -7,7 +7,9 @@ mask and a scale per task. Both give exactly the same weights.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +21,6 @@ from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, NonFiniteError, shorten
 from gradmerge.common.finite import non_finite_numbers
-from gradmerge.common.secrets import masked
 from gradmerge.engine.inventory import take_inventory
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe
@@ -28,7 +29,7 @@ from gradmerge.export.atomic import inputs_of, new_folder
 from gradmerge.export.card import render
 from gradmerge.export.folder import require_options, write_config
 from gradmerge.export.opened import folder_like, require_opens
-from gradmerge.export.provenance import provenance_of, stamp
+from gradmerge.export.provenance import provenance_of, published, stamp, strip_settings
 from gradmerge.export.weights import private_entries, write_weights
 from gradmerge.export.writer import Entry, entries_of, write_safetensors
 from gradmerge.preprocess import Unify
@@ -39,6 +40,9 @@ from gradmerge.sources.base import require_finite
 from gradmerge.sources.emr import FORMAT
 from gradmerge.sources.files import write_json
 from gradmerge.sources.ties import moved_in
+
+_NEAR = 3
+"""Levels that a relative path may climb, and still say nothing of the machine."""
 
 
 class TaskCheckpoint(Checkpoint):
@@ -121,6 +125,7 @@ def export_tasks(
     extra: Mapping[str, Any] | None = None,
     inputs: Iterable[Path] = (),
     trust_remote_code: bool = False,
+    provenance_paths: bool = False,
 ) -> Path:
     """Write one Hugging Face folder per task, `output/<task>`, each of which loads on its own.
 
@@ -153,13 +158,19 @@ def export_tasks(
                 "check": check,
                 **(extra or {}),
             }
-            write_json(folder / "provenance.json", masked(provenance))
+            strip_settings(folder)
+            write_json(folder / "provenance.json", published(provenance, provenance_paths))
             (folder / "README.md").write_text(_task_card(task, checkpoint))
     return target
 
 
 def export_compact(
-    plan: Plan, output: str | Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()
+    plan: Plan,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    inputs: Iterable[Path] = (),
+    provenance_paths: bool = False,
 ) -> Path:
     """Write the shared vector, and a mask and a scale per task (format: `gradmerge.sources.emr`).
 
@@ -209,14 +220,32 @@ def export_compact(
             if own:
                 write_safetensors(folder / "own.st", own)
             write_config(folder, source.folder, source.config)
-        path = Path(base.label).expanduser()  # made absolute, to be found from everywhere
-        label = str(path.resolve()) if path.exists() else base.label
+        label = _place_of(base.label, target, provenance_paths)
         described = {"from": label, "sha256": plan.fingerprints["base"]}
         write_json(work / "emr.json", {"format": FORMAT, "base": described, "scales": scales})
-        provenance = provenance_of(FitState(plan, {}), None, {t: t for t in scales}, None, None)
-        write_json(work / "provenance.json", masked(provenance))
+        serving = {task: task for task in scales}
+        state = FitState(plan, {})
+        provenance = provenance_of(state, None, serving, None, None, provenance_paths)
+        write_json(work / "provenance.json", provenance)
+        strip_settings(work)
         (work / "README.md").write_text(_compact_card(list(scales), target.name))
     return target
+
+
+def _place_of(label: str, target: Path, paths: bool) -> str:
+    """Return where a compact folder finds its base: relative to it, if that tells nothing more."""
+    path = Path(label).expanduser()
+    if not path.exists():
+        return label
+    place = path.resolve()
+    if paths:
+        return str(place)
+    with suppress(ValueError):  # on another drive
+        way = Path(os.path.relpath(place, target.resolve()))
+        shared = Path(os.path.commonpath([place, target.resolve()]))
+        if way.parts.count("..") <= _NEAR and shared not in Path.home().parents:
+            return way.as_posix()
+    return place.name
 
 
 def _task_card(task: str, checkpoint: Checkpoint) -> str:

@@ -29,7 +29,7 @@ from gradmerge.export.card import model_card
 from gradmerge.export.history import History
 from gradmerge.export.modules import write_modules
 from gradmerge.export.opened import folder_like, load_class, require_opens
-from gradmerge.export.provenance import provenance_of, run_of
+from gradmerge.export.provenance import provenance_of, strip_settings
 from gradmerge.export.report import write_report
 from gradmerge.export.weights import (
     SHARD_SIZE,
@@ -55,8 +55,8 @@ def export_merged(merged: MergedModel, output: str | Path, **options: Any) -> Pa
     Args:
         merged: the merged model (`module.merged`).
         output: folder to write; it must not exist unless `overwrite`.
-        **options: dtype, overwrite, head, results, extra, max_shard_size, inputs and history of
-            `export_state`.
+        **options: dtype, overwrite, head, results, extra, max_shard_size, inputs, history and
+            provenance_paths of `export_state`.
 
     Returns:
         The folder.
@@ -79,6 +79,7 @@ def export_state(
     max_shard_size: int = SHARD_SIZE,
     inputs: Iterable[Path] = (),
     history: History | None = None,
+    provenance_paths: bool = False,
 ) -> Path:
     """Write a merge as a Hugging Face folder.
 
@@ -96,6 +97,8 @@ def export_state(
         max_shard_size: bytes per file.
         inputs: files and folders besides the sources that the output must be apart from.
         history: what a fit has measured, for the learning curves in `report.html`.
+        provenance_paths: keep local paths in the records. Default: only the last part of each, and
+            ids of models on the hub.
 
     Returns:
         The folder.
@@ -124,12 +127,13 @@ def export_state(
         hashes.result()
         loaded.result()  # a module that is being imported must not be used
         check = _require_opens(plan, work, target, tasks, head)
-        found = provenance_of(state, dtype, tasks, results, extra)
-        provenance = {**found, "check": check, **({"modules": modules} if modules else {})}
+        more = {**(extra or {}), "check": check, **({"modules": modules} if modules else {})}
+        provenance = provenance_of(state, dtype, tasks, results, more, provenance_paths)
+        strip_settings(work)
         write_json(work / "provenance.json", provenance)
         if plan.tokens is not None:
             write_json(work / "tokens.json", token_report(plan.tokens))
-        if yaml := run_of(state).get("yaml"):
+        if yaml := provenance.get("run", {}).get("yaml"):
             (work / "gradmerge.yaml").write_text(yaml)
         card = model_card(state, provenance, head, target.name)
         (work / "README.md").write_text(card, encoding="utf-8")

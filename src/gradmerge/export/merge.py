@@ -19,6 +19,7 @@ def merge(
     dtype: str | None = None,
     overwrite: bool = False,
     head: str | None = None,
+    provenance_paths: bool = False,
 ) -> Path:
     """Merge with the coefficients of a recipe's `init` and write a Hugging Face folder.
 
@@ -31,6 +32,7 @@ def merge(
         dtype: float64, float32, bfloat16 or float16. Default: each tensor's stored dtype.
         overwrite: replace an existing folder, once the new one is complete.
         head: task whose head the model in the folder itself has. Default: the first.
+        provenance_paths: keep local paths in the folder's records. Default: names and hub ids only.
 
     Returns:
         The folder.
@@ -56,4 +58,11 @@ def merge(
     for warning in plan.warnings:
         warnings.warn(str(warning), stacklevel=2)
     state = FitState.start(plan)
-    return export_state(state, output, dtype=dtype, overwrite=overwrite, head=head)
+    return export_state(
+        state,
+        output,
+        dtype=dtype,
+        overwrite=overwrite,
+        head=head,
+        provenance_paths=provenance_paths,
+    )

@@ -8,15 +8,19 @@ import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from gradmerge.common.files import read_json
+from gradmerge.common.local_paths import without_places, yaml_without_places
 from gradmerge.common.secrets import mask_given, masked
 from gradmerge.common.spec import to_plain
 from gradmerge.common.version import __version__
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.state import FitState
+from gradmerge.sources.files import write_json
 from gradmerge.sources.tokenizers.report import token_report
 
 _PACKAGES = ("lightning", "transformers", "datasets", "safetensors")
@@ -52,11 +56,12 @@ def provenance_of(
     tasks: Mapping[str, str],
     results: Mapping[str, Any] | None,
     extra: Mapping[str, Any] | None,
+    paths: bool = False,
 ) -> dict[str, Any]:
     """Return the content of provenance.json: what was merged, and how (see `export_state`)."""
     plan = state.plan
     checkpoints = {**({} if plan.base is None else {"base": plan.base}), **plan.sources}
-    recipe = to_plain(plan.recipe)
+    recipe = to_plain(plan.recipe) if paths else without_places(to_plain(plan.recipe))
     labels = {name: checkpoint.label for name, checkpoint in plan.serving.items()}
     found = {
         **stamp(),
@@ -77,15 +82,28 @@ def provenance_of(
         **read_as(plan),
         "results": dict(results or {}),
         "finalisation": None if state.corrections is None else state.corrections.report,
-        "run": run_of(state) or None,
+        "run": state.run or None,
     }
-    return masked({**{k: v for k, v in found.items() if v is not None}, **(extra or {})})
+    return published({**{k: v for k, v in found.items() if v is not None}, **(extra or {})}, paths)
 
 
-def run_of(state: FitState) -> dict[str, Any]:
-    """Return the record of the run without secrets, which one of an earlier version may have."""
-    run = masked(state.run)
-    return {**run, "yaml": mask_given(run["yaml"])} if run.get("yaml") else run
+def published(record: Mapping[str, Any], paths: bool = False) -> dict[str, Any]:
+    """Return a record of an export without secrets and, unless `paths`, without local paths."""
+    found = masked(record)
+    run = found.get("run") or {}
+    if run.get("yaml"):
+        text = mask_given(run["yaml"])  # one of an earlier version may have secrets
+        found["run"] = {**run, "yaml": text if paths else yaml_without_places(text)}
+    return found if paths else without_places(found)
+
+
+def strip_settings(folder: Path) -> None:
+    """Put names in place of the local paths that copied configs hold, as those of older tools."""
+    for path in folder.rglob("*config*.json"):
+        settings = read_json(path)
+        stripped = without_places(settings)
+        if stripped != settings:
+            write_json(path, stripped, spelled=True)
 
 
 def read_as(plan: Plan) -> dict[str, Any]:

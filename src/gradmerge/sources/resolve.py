@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def _located(
     if part_of(path, "masks").is_file() and (path.parent.parent / "emr.json").is_file():
         folder = path.parent.parent
         if base is None and asked:  # else when it is opened
-            base = _base_of(folder, read_description(folder)["base"]["from"], asked)
+            base = _base_of(folder, _place_of_base(folder), asked)
         return EMR(str(folder), path.name, base)
     if path.is_dir():
         return _of_folder(path)
@@ -128,7 +129,13 @@ def _own_base(path: Path, asked: tuple[Path, ...]) -> AbstractSource:
 
 def base_of_compact(folder: Path) -> AbstractSource:
     """Return the base that a compact EMR-Merging was made on, as its emr.json names it."""
-    return _base_of(folder, read_description(folder)["base"]["from"], ())
+    return _base_of(folder, _place_of_base(folder), ())
+
+
+def _place_of_base(folder: Path) -> str:
+    """Return the base of a compact folder: a place relative to it, another path, or a hub id."""
+    place = str(read_description(folder)["base"]["from"])
+    return os.path.normpath(folder / place) if place.startswith("../") else place
 
 
 @dataclass(frozen=True)

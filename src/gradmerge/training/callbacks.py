@@ -194,6 +194,8 @@ class ExportAtEnd(lightning.Callback):
         overwrite: replace an existing folder.
         head: task whose head is stored in the folder's own model.
         log_artifact: also log the folder to W&B as an artifact.
+        provenance_paths: keep the local paths of sources and data in the folder's records. Default:
+            names and hub ids only.
     """
 
     def __init__(
@@ -203,12 +205,14 @@ class ExportAtEnd(lightning.Callback):
         overwrite: bool = False,
         head: str | None = None,
         log_artifact: bool = False,
+        provenance_paths: bool = False,
     ) -> None:
         self.output = output
         self.dtype = dtype
         self.overwrite = overwrite
         self.head = head
         self.log_artifact = log_artifact
+        self.provenance_paths = provenance_paths
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Reject an existing output folder before training."""
@@ -261,7 +265,8 @@ class ExportAtEnd(lightning.Callback):
             loggers: loggers of the fit.
             **options: more arguments of `export`, or others than this callback's.
         """
-        own = {"dtype": self.dtype, "overwrite": self.overwrite, "head": self.head}
+        names = ("dtype", "overwrite", "head", "provenance_paths")
+        own = {name: getattr(self, name) for name in names}
         folder = export(self.output, **{**own, **options})
         lightning.pytorch.utilities.rank_zero_info(f"merged model written to {folder}")
         for logger in loggers if self.log_artifact else ():
