@@ -185,18 +185,19 @@ def test_binding_is_by_name_not_by_position(saved):
     assert all(places == (name,) for name, places in forward.parameters.items())
 
 
-def test_fused_experts_are_refused_by_name(tmp_path):
+def test_experts_that_are_stored_apart_are_parts_of_one_parameter(tmp_path):
     config = transformers.MixtralConfig(
         vocab_size=32, num_local_experts=2, num_key_value_heads=1, **SMALL
     )
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
     checkpoint = HuggingFace(str(tmp_path)).open()
-    message = (
-        "MixtralForCausalLM: transformers fuses or splits.*"
-        r"layers\.0\.block_sparse_moe\.experts\.0\.w1\.weight.*fixed coefficients"
-    )
-    with pytest.raises(ConfigError, match=message):
-        bind(build_skeleton(tmp_path), list(checkpoint.infos))
+    shapes = {name: info.shape for name, info in checkpoint.infos.items()}
+    binding = bind(build_skeleton(tmp_path), list(shapes), shapes)
+    assert not any((binding.missing, binding.unused, binding.failed, binding.split))
+    fused = binding.fused["model.layers.0.mlp.experts.gate_up_proj"].parts
+    experts = "model.layers.0.block_sparse_moe.experts"
+    assert set(fused) == {f"{experts}.{e}.{w}.weight" for e in (0, 1) for w in ("w1", "w3")}
+    assert {name: window.shape for name, window in fused.items()} == {n: shapes[n] for n in fused}
 
 
 def test_parameter_without_a_tensor_is_refused(saved):

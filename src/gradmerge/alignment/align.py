@@ -71,6 +71,13 @@ def find_spec(
         shapes = {name: info.shape for name, info in first.infos.items()}
         written = read_spec(given, shapes, None if network is None else network.module)
     if network is not None:
+        made = [*network.binding.fused, *network.binding.split]
+        if made:
+            raise ConfigError(
+                f"alignment: {type(network.module).__name__} fuses or splits {len(made)} tensors "
+                f"when it loads them ({shorten(made)}), whose units cannot be matched yet.\n"
+                "Leave `alignment` out; fine-tuned models of one base rarely need it."
+            )
         example, unreached = getattr(method, "example", None), getattr(method, "unreached", ())
         return traced_spec(network, example, unreached, written)
     if written is not None:

@@ -100,7 +100,7 @@ class Passes:
     def fisher(self) -> None:
         """Collect means over examples of each merged tensor's squared gradient."""
         assert self.plan.binding is not None
-        names = [name for name in self.plan.tensors if name in self.plan.binding.parameters]
+        names = [name for name in self.plan.tensors if name in self.plan.binding.owners]
         for source, found in self.found.items():
             stored = {name: self.plan.read(source, name).to(self.merged.dtype) for name in names}
             leaves = {name: tensor.clone().requires_grad_() for name, tensor in stored.items()}

@@ -88,7 +88,7 @@ class Stages(Passes):
         assert self.plan.binding is not None
         return {
             name
-            for name, places in self.plan.binding.parameters.items()
+            for name, places in self.plan.binding.owners.items()
             if any(place.startswith(f"{block}.") for place in places)
         }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,20 @@ class MergeTensor:
     name: str
     shape: tuple[int, ...]
     input_axis: int = 1
-    """Axis along which the inputs of the layer run."""
+    """Axis along which the inputs of the layer run; of one expert, if they are stacked."""
+    stacked: bool = False
+    """True if the first axis counts experts, each with a weight or bias of its own."""
 
     @property
     def is_bias(self) -> bool:
         """True for a 1-D bias, whose entries belong to outputs, not to inputs."""
         # `bias_ih_l0` of recurrent layers and `in_proj_bias` of attention are biases too
         return len(self.shape) == 1 and "bias" in self.name.rpartition(".")[-1]
+
+    @property
+    def expert(self) -> MergeTensor:
+        """The weight or bias of one expert; the tensor itself if it is not a stack."""
+        return replace(self, shape=self.shape[1:], stacked=False) if self.stacked else self
 
 
 @dataclass(frozen=True)
@@ -47,16 +54,20 @@ class Slot:
     kind: SpreadKind
     shape: tuple[int, ...]
     """Compact shape: `()` for a scalar, `(d,)` along `axis`, `(parts,)`, `(components,)`, or the
-    shape of the tensor."""
+    shape of the tensor. With `experts` it is `(experts * d,)`."""
     index: int | None = None
     axis: int = 0
     seed: int = 0
+    experts: int = 0
+    """Number of stacked experts, each of which has coefficients along `axis` of its own; 0 if the
+    tensor is not a stack."""
 
     @property
     def spread_over(self) -> str:
         """Description of the compact shape, as stored in `coefficients.st`."""
         detail = {"axis": f" {self.axis}", "partition": f" of seed {self.seed}"}
-        return self.kind + detail.get(self.kind, "")
+        stack = f" of {self.experts} experts" if self.experts else ""
+        return self.kind + detail.get(self.kind, "") + stack
 
     def read(self, raw: Raw) -> Tensor:
         """Return `z` of this tensor, `[rows, *slot]`, as a view of the parameters."""

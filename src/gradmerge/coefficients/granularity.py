@@ -6,7 +6,7 @@ import math
 import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from typing_extensions import override
@@ -118,29 +118,42 @@ class Column(_PerTensor):
     """One coefficient per source and input column of a weight matrix (DAM, arXiv 2410.08371).
 
     Convolutions have one per input channel, 1-D gains one per entry, and 1-D biases, which belong
-    to outputs, one per tensor.
+    to outputs, one per tensor. Stacked experts `[experts, out, in]` have those of each expert.
     """
 
     @override
     def slot(self, tensor: MergeTensor) -> Slot:
-        key = parameter_key(tensor.name)
-        if len(tensor.shape) == 0 or tensor.is_bias:
-            return Slot(key, "scalar", ())
-        axis = tensor.input_axis if len(tensor.shape) > 1 else 0
-        return Slot(key, "axis", (tensor.shape[axis],), axis=axis)
+        key, one = parameter_key(tensor.name), tensor.expert
+        if len(one.shape) == 0 or one.is_bias:
+            return _of_experts(Slot(key, "scalar", ()), tensor)
+        axis = one.input_axis if len(one.shape) > 1 else 0
+        return _of_experts(Slot(key, "axis", (one.shape[axis],), axis=axis), tensor)
 
 
 @dataclass(frozen=True)
 class Row(_PerTensor):
-    """One coefficient per source and output row of a weight matrix (1-D tensors: one per entry)."""
+    """One coefficient per source and output row of a weight matrix (1-D tensors: one per entry).
+
+    Stacked experts `[experts, out, in]` have those of each expert.
+    """
 
     @override
     def slot(self, tensor: MergeTensor) -> Slot:
-        key = parameter_key(tensor.name)
-        if len(tensor.shape) == 0:
-            return Slot(key, "scalar", ())
-        axis = 1 - tensor.input_axis if len(tensor.shape) > 1 else 0
-        return Slot(key, "axis", (tensor.shape[axis],), axis=axis)
+        key, one = parameter_key(tensor.name), tensor.expert
+        if len(one.shape) == 0:
+            return _of_experts(Slot(key, "scalar", ()), tensor)
+        axis = 1 - one.input_axis if len(one.shape) > 1 else 0
+        return _of_experts(Slot(key, "axis", (one.shape[axis],), axis=axis), tensor)
+
+
+def _of_experts(slot: Slot, tensor: MergeTensor) -> Slot:
+    """Give each expert of a stack the coefficients of one."""
+    if not tensor.stacked:
+        return slot
+    count = tensor.shape[0]
+    if slot.kind == "scalar":
+        return replace(slot, kind="axis", shape=(count,), axis=0)
+    return replace(slot, shape=(count * slot.shape[0],), experts=count)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gradmerge.common.errors import ConfigError
+from gradmerge.common.typing import Raw
+from gradmerge.sources.windows import Window
 
 
 class Combine(torch.autograd.Function):
@@ -18,19 +20,42 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        raw: Tensor,
-        build: Callable[[Tensor], Tensor],
-        contract: Callable[[Tensor, Tensor], Tensor],
+        build: Callable[[Raw], Tensor],
+        contract: Callable[[Tensor, Raw], dict[str, Tensor]],
+        keys: Sequence[str],
+        *raws: Tensor,
     ) -> Tensor:
-        """Return `theta = build(raw)`; in backward, `dL/dz = contract(dL/dtheta, raw)`."""
-        ctx.raw, ctx.contract = raw, contract
-        return build(raw)
+        """Return `theta = build(raw)`; in backward, `dL/draw = contract(dL/dtheta, raw)`."""
+        ctx.raw, ctx.contract = dict(zip(keys, raws, strict=True)), contract
+        return build(ctx.raw)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """Return `dL/dz`, the gradient of the raw coefficients."""
-        return ctx.contract(grads[0], ctx.raw), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the raw parameters."""
+        found = ctx.contract(grads[0], ctx.raw)
+        return (None, None, None, *(found.get(key) for key in ctx.raw))
+
+
+class Assemble(torch.autograd.Function):
+    """Put given tensors together to one parameter, by their windows on it."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, windows: Sequence[Window], *parts: Tensor) -> Tensor:
+        """Write the parts into a contiguous tensor and return it."""
+        ctx.windows, ctx.needs = windows, [part.requires_grad for part in parts]
+        for window, part in zip(windows, parts, strict=True):
+            window.write(whole, lambda out, part=part: out.copy_(part))  # type: ignore[misc]
+        ctx.mark_dirty(whole)
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of each part."""
+        whole = grads[0].contiguous()
+        pairs = zip(ctx.windows, ctx.needs, strict=True)
+        return (None, None, *(window.of(whole) if needed else None for window, needed in pairs))
 
 
 class Deferred(torch.autograd.Function):

@@ -4,6 +4,9 @@ With one coefficient per weight, the raw coefficients, the coefficients and the 
 are each as large as all sources together. If link and operator treat every entry independently,
 such a tensor is merged and contracted in parts that fit into the processor's cache: no temporary
 grows with the tensor, and each stored byte is read once per pass. Results are bitwise equal.
+
+Experts that are stacked in one tensor, each with coefficients along an axis, are merged one by one,
+as experts that are stored apart.
 """
 
 from __future__ import annotations
@@ -33,6 +36,11 @@ def combine(
     """Write `combine(terms, link(raw))` into `out` without recording a gradient."""
     with torch.no_grad():
         raw = raw.detach()
+        if spread.experts:
+            linked = coefficients.link(raw)
+            for one, own, part in _experts(terms, linked, spread):
+                operator.combine(part, own, replace(spread, experts=0), out[one])
+            return out
         if not _goes_by_parts(coefficients, operator, spread, out):
             return operator.combine(terms, coefficients.link(raw), spread, out)
         flat = out.view(-1)
@@ -75,11 +83,36 @@ def _contract(
         leaf = raw.detach().requires_grad_()
         coefficient = coefficients.link(leaf)
     with torch.no_grad():
-        slope = operator.contract(terms, grad, coefficient.detach(), spread)
+        fixed = coefficient.detach()
+        if spread.experts:
+            slope, plain = torch.empty_like(fixed), replace(spread, experts=0)
+            for one, own, part in _experts(terms, fixed, spread):
+                found = operator.contract(part, grad[one], own, plain)
+                slope.view(len(slope), spread.experts, -1)[:, one] = found
+        else:
+            slope = operator.contract(terms, grad, fixed, spread)
     if coefficient is leaf:
         return slope.to(raw.dtype), slope
     (found,) = torch.autograd.grad(coefficient, leaf, slope.to(coefficient.dtype))
     return found, slope
+
+
+def _experts(
+    terms: Terms, coefficient: Tensor, spread: Spread
+) -> Iterator[tuple[int, Tensor, Terms]]:
+    """Yield each expert's number, coefficients `[sources, slot]` and terms."""
+    shape = terms.shape
+    masks = terms.masks
+    by_expert = coefficient.view(len(coefficient), spread.experts, -1)
+    for i in range(spread.experts):
+        own = replace(
+            terms,
+            sources=[source[i] for source in terms.sources],
+            origin=None if terms.origin is None else terms.origin[i],
+            masks=masks and [None if m is None else m.view(shape)[i].reshape(-1) for m in masks],
+            facts={},
+        )
+        yield i, by_expert[:, i], own
 
 
 def _length(tensor: Tensor) -> int:

@@ -27,6 +27,7 @@ from gradmerge.sources.skeleton import empty_like_parameter
 
 Fetch = Callable[[str, bool], Tensor]
 _SLOT = "_gradmerge_slots"
+_HELD = "_gradmerge_held"
 _classes: dict[tuple[type, tuple[str, ...]], type] = {}
 _checkpointed: dict[type, type] = {}
 
@@ -119,10 +120,27 @@ def install(
             name: (fetch, key, casts and name in ("weight", "bias"))
             for name, key in attributes.items()
         }
+        if reads_often(module):
+            module.register_forward_pre_hook(_hold)
+            module.register_forward_hook(_release, always_call=True)
         if isinstance(module, nn.RNNBase):
             # RNNs read their weights from a flat list; refill it before every call.
             module.register_forward_pre_hook(_fill_flat_weights)
         module.__class__ = _with_properties(type(module), tuple(sorted(attributes)))
+
+
+def reads_often(module: nn.Module) -> bool:
+    """Return whether a module may read a weight once for each of the experts stacked in it."""
+    own = [parameter.dim() for parameter in module.parameters(recurse=False)]
+    return max(own, default=0) > 2 and not type(module).__module__.startswith("torch.")
+
+
+def _hold(module: nn.Module, _: Any) -> None:
+    module.__dict__[_HELD] = {}
+
+
+def _release(module: nn.Module, *_: Any) -> None:
+    module.__dict__.pop(_HELD, None)
 
 
 def restamp(skeleton: nn.Module, dtypes: Mapping[str, torch.dtype], device: torch.device) -> None:
@@ -210,8 +228,12 @@ def _getter(name: str) -> Callable[[nn.Module], Tensor]:
         if type(own) is not StandIn and own is not None:
             return own  # put there by the network's own code (`functional_call`)
         fetch, key, casts = module.__dict__[_SLOT][name]
+        held = module.__dict__.get(_HELD, {})
+        if name in held:
+            return held[name]
         try:
-            return fetch(key, casts)
+            held[name] = fetch(key, casts)
+            return held[name]
         except AttributeError as error:
             # nn.Module.__getattr__ would swallow this and report a missing parameter instead
             raise RuntimeError(f"{name} of {type(module).__name__}: {error}") from error

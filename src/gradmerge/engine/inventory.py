@@ -10,7 +10,7 @@ from gradmerge.coefficients import MergeTensor
 from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.compatibility import is_private
-from gradmerge.sources.skeleton import Network, input_axis
+from gradmerge.sources.skeleton import Network
 
 _BUFFER_NAME = re.compile(
     r"(running_mean|running_var|num_batches_tracked|inv_freq|position_ids"
@@ -61,7 +61,7 @@ def take_inventory(
 
 
 def _require_real(names: Sequence[str], reference: Checkpoint, network: Network | None) -> None:
-    learnable = names if network is None else network.binding.parameters
+    learnable = names if network is None else network.binding.owners
     found = [n for n in names if n in learnable and reference.infos[n].dtype.is_complex]
     if found:
         raise ConfigError(
@@ -81,14 +81,16 @@ def _is_buffer(name: str, reference: Checkpoint, network: Network | None) -> boo
 
 
 def _describe(name: str, reference: Checkpoint, network: Network | None) -> MergeTensor:
-    places = () if network is None else network.binding.parameters.get(name, ())
-    axis = input_axis(network.module, places[0]) if network is not None and places else 1
-    return MergeTensor(name, reference.infos[name].shape, axis)
+    shape = reference.infos[name].shape
+    if network is None or name not in network.binding.owners:
+        return MergeTensor(name, shape)
+    axis, stacked = network.input_axis(name, shape)
+    return MergeTensor(name, shape, axis, stacked)
 
 
 def _module_order(network: Network) -> Callable[[str], int]:
     """Sort key: the order of the network's parameters (files are often sorted by name)."""
     names = [name for name, _ in network.module.named_parameters(remove_duplicate=False)]
     place = {name: i for i, name in enumerate(names)}
-    first = {key: place[places[0]] for key, places in network.binding.parameters.items()}
+    first = {key: place[places[0]] for key, places in network.binding.owners.items()}
     return lambda name: first.get(name, len(place))

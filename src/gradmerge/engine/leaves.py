@@ -1,4 +1,4 @@
-"""Merged tensors as the leaves of a step's backward passes."""
+"""Merged parameters as the leaves of a step's backward passes."""
 
 from __future__ import annotations
 
@@ -6,34 +6,35 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gradmerge.engine.autograd import backward_of
-from gradmerge.engine.state import FitState
+
+Contract = Callable[[dict[str, Tensor], str, Tensor], Collection[str]]
+"""Add the contraction of a parameter's gradient to gradients by key; return what it reached."""
 
 
 class Leaves(dict[str, Tensor]):
-    """Merged tensors of one step by name, made when they are first read.
+    """Merged parameters of one step by key, made when they are first read.
 
-    Learned tensors are leaves: the gradient of each is contracted once it is complete, and freed
+    Learned ones are leaves: the gradient of each is contracted once it is complete, and freed
     together with the leaf.
 
     Args:
-        state: the coefficients.
-        learned: names of the learned tensors.
-        build: returns the merged tensor of a name.
+        learned: keys of the learned parameters.
+        build: returns the merged parameter of a key.
+        contract: contracts a gradient; it is given the gradients so far, the key and the gradient.
     """
 
     def __init__(
-        self, state: FitState, learned: Collection[str], build: Callable[[str], Tensor]
+        self, learned: Collection[str], build: Callable[[str], Tensor], contract: Contract
     ) -> None:
         super().__init__()
         self.grads: dict[str, Tensor] = {}
         """`dL/dz` by key of the raw parameter; a missing one is zero."""
         self.touched: set[str] = set()
         """Tensors that a backward pass has reached."""
-        self._state, self._learned, self._build = state, learned, build
+        self._learned, self._build, self._into = learned, build, contract
         self._is_last = False
         self._hooks: list[Any] = []
 
@@ -83,13 +84,4 @@ class Leaves(dict[str, Tensor]):
         grad, leaf.grad = leaf.grad, None
         if grad is None:
             return
-        self.touched.add(name)
-        state, grads = self._state, self.grads
-        slot = state.plan.layout.slots[name]
-        found = state.contract(name, grad, slot.read(state.raw))
-        if slot.key not in grads and slot.index is not None:
-            grads[slot.key] = torch.zeros_like(state.raw[slot.key])
-        if slot.key in grads:
-            slot.read(grads).add_(found)
-        else:
-            grads[slot.key] = found  # not copied: it may be as large as the sources
+        self.touched.update(self._into(self.grads, name, grad))

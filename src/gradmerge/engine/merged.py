@@ -24,20 +24,24 @@ from torch import Tensor, nn
 from gradmerge.alignment.views import original_of
 from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.common.memory import BlockPool
-from gradmerge.engine.autograd import Combine, backward_of, checksums, known_loss
+from gradmerge.common.typing import Raw
+from gradmerge.engine.autograd import Assemble, Combine, backward_of, checksums, known_loss
 from gradmerge.engine.buffers import NetworkBuffers
 from gradmerge.engine.install import (
     LiveTensors,
     checkpoint_blocks,
     install,
+    reads_often,
     require_stand_ins,
     restamp,
 )
 from gradmerge.engine.leaves import Leaves
 from gradmerge.engine.opening import open_plan
+from gradmerge.engine.parameters import Parameters
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.precision import Precision
 from gradmerge.engine.recipe import Recipe
+from gradmerge.engine.resident import Building, ResidentTensors
 from gradmerge.engine.state import FitState
 from gradmerge.engine.watch import Watch
 
@@ -119,9 +123,12 @@ class MergedModel(nn.Module):
         self._watch: Watch | None = None
         self._watched: set[tuple[bool, ...]] = set()
         self._live = LiveTensors()
-        self._blocks = BlockPool(torch.Size(t.shape).numel() for t in plan.tensors.values())
+        self._unpacked: tuple[object, dict[str, Tensor]] = None, {}
+        self.parameters_made = Parameters(plan.binding, plan.skeleton)
+        shapes = [*(t.shape for t in plan.tensors.values()), *self.parameters_made.shapes.values()]
+        self._blocks = BlockPool(torch.Size(shape).numel() for shape in shapes)
         self._precision = Precision(plan.skeleton)
-        install(plan.skeleton, plan.binding.parameters, self._fetch)
+        install(plan.skeleton, self.parameters_made.places, self._fetch)
         self.network_buffers = NetworkBuffers(plan, plan.skeleton)
         self._place_network()
         self.train(False)
@@ -168,9 +175,12 @@ class MergedModel(nn.Module):
         """Give the network's placeholders and buffers the dtype and device of the computation."""
         dtypes = self._precision.of(self.dtype)
         restamp(self.skeleton, dtypes, self.device)
+        network: Any = self.skeleton
+        if self.dtype == torch.float64 and hasattr(network, "set_experts_implementation"):
+            network.set_experts_implementation("eager")  # others have no float64 kernels
         self.network_buffers.place(dtypes, self.device)
-        places = self.plan.binding.parameters if self.plan.binding else {}
-        self._dtypes = {key: dtypes[aliases[0]] for key, aliases in places.items()}
+        places = self.parameters_made.first_places
+        self._dtypes = {key: dtypes[place] for key, place in places.items()}
 
     def dtype_of(self, key: str) -> torch.dtype:
         """Return the dtype of a merged or private tensor: mostly that of the computation."""
@@ -204,28 +214,60 @@ class MergedModel(nn.Module):
         """
         # Trainers evaluate in inference mode, and tensors made there cannot be trained with later.
         with torch.inference_mode(False):
-            if out is None:
-                shape = self.plan.tensors[key].shape
-                if self.memory == "streamed" and self.device.type == "cpu":
-                    out = self._blocks.empty(shape, dtype)
-                else:
-                    out = torch.empty(shape, dtype=dtype, device=self.device)
+            out = self._empty(self.plan.tensors[key].shape, dtype) if out is None else out
             write = self.state.finish if finished else self.plan.combine
             return write(key, own, out)
 
-    def differentiable(self, key: str, raw: Tensor, dtype: torch.dtype) -> Tensor:
-        """Build `theta` of one tensor whose backward contracts its gradient to `dL/dz`."""
+    def make(
+        self,
+        key: str,
+        raw: Raw | None = None,
+        dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+        finished: bool = False,
+    ) -> Tensor:
+        """Build a parameter (or a split tensor) of the stored tensors that it is made of.
 
-        def build(raw: Tensor) -> Tensor:
-            return self.build(key, raw, dtype)
+        Args:
+            key: key of the parameter (see `Parameters`).
+            raw: raw coefficients. Default: the model's own.
+            dtype: dtype of the result. Default: that of the computation.
+            out: tensor to write to.
+            finished: apply the recipe's finalisers.
+        """
+        state = self.state if raw is None else self.state.at(raw)
+        dtype = self.dtype_of(key) if dtype is None else dtype
+        parts = self.parameters_made.parts(key)
+        if parts is None:
+            return self.build(key, state.own(key), dtype, out, finished)
+        with torch.inference_mode(False):
+            out = self._empty(self.parameters_made.shapes[key], dtype) if out is None else out
+            for name, window in parts.items():
+                if name in self.plan.tensors:
+                    fill = partial(self.build, name, state.own(name), dtype, finished=finished)
+                else:
+                    fill = partial(_copy_to, self._private_tensor(name))
+                window.write(out, lambda part, fill=fill: fill(out=part))  # type: ignore[misc]
+        return out
 
-        theta: Tensor = Combine.apply(raw, build, partial(self._contract, key, self.version))
+    def differentiable(self, key: str, raws: Raw, dtype: torch.dtype) -> Tensor:
+        """Build a parameter whose backward contracts its gradient to those of raw parameters."""
+        slots = self.plan.layout.slots
+        learned = self.parameters_made.learned(key, self.state)
+        keys = list(dict.fromkeys(slots[name].key for name in learned))
+
+        def build(raw: Raw) -> Tensor:
+            return self.make(key, raw, dtype)
+
+        def contract(grad: Tensor, raw: Raw, version: int = self.version) -> dict[str, Tensor]:
+            self.require_version(version)
+            grads: dict[str, Tensor] = {}
+            own = self.state.at(raw)
+            self.touched.update(self.parameters_made.contract(own, grads, key, grad))
+            return grads
+
+        theta: Tensor = Combine.apply(build, contract, keys, *(raws[k] for k in keys))
         return theta
-
-    def _contract(self, key: str, version: int, grad: Tensor, raw: Tensor) -> Tensor:
-        self.require_version(version)
-        self.touched.add(key)
-        return self.state.contract(key, grad, raw)
 
     def _fetch(self, key: str, casts: bool) -> Tensor:
         if self._watch is None:
@@ -234,11 +276,14 @@ class MergedModel(nn.Module):
             return self._watch.add(key, self._tensor(key, casts))
 
     def _tensor(self, key: str, casts: bool) -> Tensor:
-        given = None if self._given is None else self._given(key)
-        if given is not None:
-            return given.to(device=self.device, dtype=self.dtype_of(key))
-        if key not in self.plan.tensors:
-            return self._private_tensor(key)
+        cut = self.parameters_made.cuts.get(key)
+        if cut is not None:
+            name, window = cut
+            return window.of(self._tensor(name, casts))
+        if self._given is not None:
+            return self._given_tensor(key, self._given)
+        if not self.plan.tensors.keys() & self.parameters_made.names(key):
+            return self._private_parameter(key)
         if self.memory == "resident":
             return self._resident.theta[key]
         dtype = self.dtype_of(key)
@@ -246,13 +291,57 @@ class MergedModel(nn.Module):
             # Build in the dtype that autocast would cast to, because autocast's copy would be saved
             # for backward in every layer.
             dtype = torch.get_autocast_dtype(self.device.type)
-        if key in self.state.fixed or self._finished:
-            theta = self.build(key, self.state.own(key), dtype, finished=self._finished)
+        if self._finished or not self.parameters_made.learned(key, self.state):
+            theta = self.make(key, dtype=dtype, finished=self._finished)
         else:
-            raws = self.raw if self._stepping is None else self._stepping
-            theta = self.differentiable(key, self.plan.z(key, raws), dtype)
+            theta = self.differentiable(key, self._stepping or self.raw, dtype)
         self._live.add(theta, (key, dtype))
         return theta
+
+    def _given_tensor(self, key: str, read: Callable[[str], Tensor | None]) -> Tensor:
+        def one(name: str) -> Tensor:
+            given = read(name)
+            if given is None:
+                return self._private_tensor(name)
+            return given.to(device=self.device, dtype=self.dtype_of(name))
+
+        parts = self.parameters_made.parts(key)
+        if parts is None:
+            return one(key)
+        with torch.inference_mode(False):
+            whole = self._empty(self.parameters_made.shapes[key], self.dtype_of(key))
+        found: Tensor = Assemble.apply(whole, list(parts.values()), *map(one, parts))
+        return found
+
+    def _private_parameter(self, key: str) -> Tensor:
+        """Return a parameter none of whose tensors is merged."""
+        if self.parameters_made.parts(key) is None:
+            return self._private_tensor(key)
+        return self.make(key)
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if self.memory == "streamed" and self.device.type == "cpu":
+            return self._blocks.empty(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def _refresh(self, graph: bool) -> None:
+        """Bring the parameters of resident memory up to date with the coefficients."""
+        finished, made = self._finished, self.parameters_made
+        corrections = self.state.corrections if finished else None
+        known = finished, self.version, checksums(self.raw.values()), corrections
+
+        def building() -> Building:
+            tensors = self.plan.tensors.keys()
+            merged = [key for key in made.built if not tensors.isdisjoint(made.names(key))]
+            learned = {key for key in merged if made.learned(key, self.state)}
+            return Building(
+                [key for key in merged if key in learned],
+                [key for key in merged if key not in learned],
+                lambda key, out: self.make(key, out=out, finished=finished and key in learned),
+                lambda key: self.differentiable(key, self.raw, self.dtype_of(key)),
+            )
+
+        self._resident.refresh(known, graph, building)
 
     def place(self, tensor: Tensor) -> Tensor:
         """Return a tensor on the model's device, and in its dtype if it is floating-point."""
@@ -314,10 +403,11 @@ class MergedModel(nn.Module):
         self._finished = evaluates and self.plan.finalisation.active
         try:
             if self.memory == "resident":
-                self._resident.refresh(self, graph, self._finished)
+                self._refresh(graph)
                 yield
                 return
             self._live.purge()
+            self._unpacked = None, {}
             keep = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
             with keep if torch.is_grad_enabled() else nullcontext():
                 yield
@@ -373,7 +463,15 @@ class MergedModel(nn.Module):
             return packed
         key, dtype, size, stride, offset, version = packed
         self.require_version(version)
-        return self.build(key, self.state.own(key), dtype).as_strided(size, stride, offset)
+        owner = self.parameters_made.first_places[key].rpartition(".")[0]
+        if not reads_often(self.skeleton.get_submodule(owner)):
+            return self.make(key, dtype=dtype).as_strided(size, stride, offset)
+        if self._unpacked[0] != (owner, dtype, version):
+            self._unpacked = (owner, dtype, version), {}  # frees those of another module first
+        kept = self._unpacked[1]
+        if key not in kept:
+            kept[key] = self.make(key, dtype=dtype)
+        return kept[key].as_strided(size, stride, offset)
 
     def accumulate(
         self, losses: Sequence[Callable[[], Tensor]], scale: float = 1.0
@@ -400,6 +498,7 @@ class MergedModel(nn.Module):
                 grads, values = self._accumulate_resident(losses, scale)
             else:
                 values = [backward_of(run, scale) for run in losses]
+                self._unpacked = None, {}
                 found = {key: proxy.grad for key, proxy in self._stepping.items()}
                 grads = {key: grad for key, grad in found.items() if grad is not None}
         finally:
@@ -410,9 +509,11 @@ class MergedModel(nn.Module):
         self, losses: Sequence[Callable[[], Tensor]], scale: float
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Return gradients by key, and the losses."""
-        self._resident.refresh(self, graph=False, finished=False)
+        self._refresh(graph=False)
         merged = self._resident.theta
-        leaves = Leaves(self.state, self.state.learned, merged.__getitem__)
+        made = self.parameters_made
+        learned = {key for key in made.built if made.learned(key, self.state)}
+        leaves = Leaves(learned, merged.__getitem__, partial(made.contract, self.state))
         self._resident.theta = leaves
         try:
             values = leaves.accumulate(losses, scale)
@@ -488,55 +589,5 @@ class MergedModel(nn.Module):
         return {key: self.state.coefficient(key) for key in self.state.learned}
 
 
-class ResidentTensors:
-    """The merged tensors of resident memory."""
-
-    def __init__(self) -> None:
-        self.theta: dict[str, Tensor] = {}
-        """Current `theta` of every tensor, by name; `accumulate` replaces them by leaves."""
-        self._storage: dict[str, Tensor] = {}
-        self._fixed: dict[str, Tensor] = {}
-        self._known: object = None
-        self._has_graph = False
-
-    def __reduce__(self) -> tuple[type[ResidentTensors], tuple[()]]:
-        """Copy as empty: the tensors belong to the original's coefficients and graph."""
-        return ResidentTensors, ()
-
-    def forget(self, fixed: bool = False) -> None:
-        """Discard learned tensors, and with `fixed` also the fixed ones."""
-        self.theta, self._storage = {}, {}
-        self._known, self._has_graph = None, False
-        if fixed:
-            self._fixed.clear()
-
-    def refresh(self, engine: MergedModel, graph: bool, finished: bool) -> None:
-        """Merge all tensors, unless they are up to date with the coefficients.
-
-        Args:
-            engine: the model that owns the tensors.
-            graph: record a gradient.
-            finished: apply the recipe's finalisers.
-        """
-        plan, state = engine.plan, engine.state
-        corrections = state.corrections if finished else None
-        known = finished, engine.version, checksums(engine.raw.values()), corrections
-        if self._known == known and (self._has_graph or not graph):
-            return
-        for key, coefficient in state.fixed.items():
-            if key in plan.binding.parameters and key not in self._fixed:  # type: ignore[union-attr]
-                self._fixed[key] = engine.build(key, coefficient, engine.dtype_of(key))
-        # Release the previous tensors first, or two models would live at once.
-        self.theta = dict(self._fixed)
-        if graph:
-            self._storage = {}
-            for key in state.learned:
-                z = plan.z(key, engine.raw)
-                self.theta[key] = engine.differentiable(key, z, engine.dtype_of(key))
-        else:
-            for key in state.learned:
-                # Overwrite in place: newly allocated pages would fault at every step.
-                kept, dtype = self._storage.get(key), engine.dtype_of(key)
-                self._storage[key] = engine.build(key, state.own(key), dtype, kept, finished)
-                self.theta[key] = self._storage[key]
-        self._known, self._has_graph = known, graph
+def _copy_to(tensor: Tensor, out: Tensor) -> Tensor:
+    return out.copy_(tensor)

@@ -176,7 +176,10 @@ class Opening:
         if module is None:
             return None
         untie(module, self._apart or ())
-        return Network.bound(module, self._names, self._reference.label)
+        first = next(iter(self.sources.values()))
+        infos = {**first.infos, **self._reference.infos}
+        shapes = {name: infos[name].shape for name in self._names}
+        return Network.bound(module, self._names, self._reference.label, shapes)
 
     @property
     def _reference(self) -> Checkpoint:

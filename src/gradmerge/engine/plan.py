@@ -114,7 +114,7 @@ class Plan(Shared):
                     fixed[name] = self._number(value)
                     break
             else:
-                if self.binding is not None and name not in self.binding.parameters:
+                if self.binding is not None and name not in self.binding.owners:
                     fixed[name] = self.unused_coefficient
         return fixed
 
@@ -320,7 +320,7 @@ class Plan(Shared):
         slot = self.layout.slots[name]
         size = torch.Size(self.tensors[name].shape).numel()
         parts = slot.parts(size, device) if slot.kind == "partition" else None
-        return Spread(slot.kind, slot.axis, parts)
+        return Spread(slot.kind, slot.axis, parts, slot.experts)
 
     def combine(self, name: str, own: Tensor | float, out: Tensor) -> Tensor:
         """Write `theta_p(z)` into `out`.

@@ -80,6 +80,23 @@ class FitState:
             self.slopes[name] = slope if before is None else before + slope
         return found
 
+    def contract_into(self, grads: dict[str, Tensor], name: str, grad: Tensor) -> None:
+        """Add `dL/draw` of a tensor for `grad = dL/dtheta` to gradients by key.
+
+        Args:
+            grads: gradients of raw parameters; a missing one is zero.
+            name: the tensor.
+            grad: its gradient.
+        """
+        slot = self.plan.layout.slots[name]
+        found = self.contract(name, grad, slot.read(self.raw))
+        if slot.key not in grads and slot.index is not None:
+            grads[slot.key] = torch.zeros_like(self.raw[slot.key])
+        if slot.key in grads:
+            slot.read(grads).add_(found)
+        else:
+            grads[slot.key] = found  # not copied: it may be as large as the sources
+
     def finish(self, name: str, own: Tensor | float, out: Tensor) -> Tensor:
         """Write `theta_p(z)` after the recipe's finalisers into `out`; see `Plan.combine`.
 

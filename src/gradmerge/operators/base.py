@@ -74,6 +74,9 @@ class Spread:
     """Axis along which coefficients run (axis only)."""
     parts: Tensor | None = None
     """Part of each entry (partition only), `[entries]`."""
+    experts: int = 0
+    """If the first axis counts experts, their number: each is a tensor with coefficients of its own
+    (axis only), `[sources, experts * slot]`."""
 
 
 @dataclass(frozen=True)

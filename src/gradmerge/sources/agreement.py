@@ -6,13 +6,13 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from gradmerge.common.errors import Problem, nearest, shorten
+from gradmerge.common.errors import Problem, SourceError, nearest, shorten
 from gradmerge.sources.architecture import UnknownArchitectureError
 from gradmerge.sources.base import Checkpoint, TensorInfo
 from gradmerge.sources.loader import Loader
@@ -72,22 +72,32 @@ class _Compared:
             for tensors in (module.named_parameters(remove_duplicate=False), module.named_buffers())
             for name, tensor in tensors
         }
+        shapes = {name: wanted[place] for name, place in self.binding.places.items()}
+        for fused in self.binding.fused.values():
+            shapes.update({name: window.shape for name, window in fused.parts.items()})
+        shapes.update({name: split.shape for name, split in self.binding.split.items()})
         by_size: dict[tuple[int, ...], list[str]] = defaultdict(list)
-        for name, place in self.binding.places.items():
-            if name in infos and infos[name].shape != wanted[place]:
-                by_size[_changed(wanted[place], infos[name].shape)].append(name)
+        for name, shape in shapes.items():
+            if name in infos and infos[name].shape != shape:
+                by_size[_changed(shape, infos[name].shape)].append(name)
         for sizes, names in by_size.items():
-            place, info = self.binding.places[names[0]], infos[names[0]]
+            info = infos[names[0]]
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             yield self._problem(
                 _fields(self.config, sizes, infos) or names[0],
                 f"the sizes of the tensors: {info.shape} for {info.name} in {info.file}{more}",
-                f"{wanted[place]}",
+                f"{shapes[names[0]]}",
                 "transformers would refuse the merge, or give it random values.",
             )
 
     def missing(self) -> Iterator[Problem]:
-        """Yield the parameters and BatchNorm statistics without a tensor."""
+        """Yield the parameters and BatchNorm statistics without a tensor, or with too few."""
+        for place, reason in self.binding.failed.items():
+            if isinstance(reason, SourceError):
+                expected, got = str(reason).split(", got ")
+                why = "transformers makes one parameter of all of them."
+                yield self._problem(place, expected.removeprefix("expected "), got, why)
+                return
         found = set(self.binding.places.values())
         statistics = [
             name
@@ -215,11 +225,8 @@ def check_agreement(
 
 
 def _of(checkpoint: Checkpoint, module: nn.Module) -> list[Problem]:
-    names = list(checkpoint.infos)
-    fused = {name for name, place in Loader(module).places(names).items() if place.fused}
-    binding = bind(module, [name for name in names if name not in fused])
-    if fused:  # what they become is only known to the loader
-        binding = replace(binding, missing=())
+    shapes = {name: info.shape for name, info in checkpoint.infos.items()}
+    binding = bind(module, list(shapes), shapes)
     return disagreements(module, binding, checkpoint.infos, checkpoint.label, checkpoint.config)
 
 

@@ -1,15 +1,21 @@
-"""Names of tensors as transformers' loader has them: renamed, with or without the base's prefix."""
+"""Places of tensors as transformers' loader finds them: renamed, with or without the base's prefix,
+fused with others or split.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
+
+from gradmerge.common.errors import SourceError
+from gradmerge.sources.windows import Traced, Window
 
 
 @dataclass(frozen=True)
@@ -18,8 +24,42 @@ class Place:
 
     name: str
     """Its name in the module, or what the name would be before it is fused or split."""
-    fused: bool = False
-    """Whether the loader fuses it with others or splits it (experts of some mixtures)."""
+    conversion: Conversion | None = None
+    """How the loader fuses it with others or splits it (experts of some mixtures)."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A rule by which the loader makes parameters of stored tensors of other shapes."""
+
+    converter: Any
+    """The library's `WeightConverter`."""
+    target: str
+    """Name of the first parameter that it makes."""
+    pattern: str
+    """The pattern of stored names, of those of the converter, that the tensor belongs to."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A parameter that is made of stored tensors, each of which lies in it as a whole."""
+
+    place: str
+    """Name of the parameter."""
+    parts: Mapping[str, Window]
+    """Place of each stored tensor in the parameter, by its name in the files."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A stored tensor of which several parameters are made."""
+
+    name: str
+    """Its name in the files."""
+    shape: tuple[int, ...]
+    """The shape that it must have."""
+    parts: Mapping[str, Window]
+    """Each parameter as a part of the tensor, by its name in the module."""
 
 
 class Loader:
@@ -77,8 +117,45 @@ class Loader:
                 plain = f"{prefix}.{plain}"
             elif target != converted:
                 plain = plain.removeprefix(f"{prefix}.")
-            places[name] = Place(plain, fused=True)
+            rule = next(c for c in converters if pattern in c.source_patterns)
+            places[name] = Place(plain, Conversion(rule, target, pattern))
         return places
+
+    def conversions(
+        self, places: Mapping[str, Place], shapes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[list[Fused | Split], dict[str, Exception]]:
+        """Return how parameters are made of stored tensors, where they are not just renamed.
+
+        The library's own conversions are followed, without values.
+
+        Args:
+            places: place of each stored tensor (see `places`).
+            shapes: shapes of stored tensors, as far as they are known.
+
+        Returns:
+            The parameters and tensors, and the error for each parameter (by name) whose conversion
+            cannot be followed, or, as a `SourceError`, lacks tensors.
+        """
+        if all(place.conversion is None for place in places.values()):
+            return [], {}
+        from transformers.core_model_loading import dot_natural_key
+
+        groups: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+        for name in sorted(places, key=dot_natural_key):
+            rule = places[name].conversion
+            if rule is not None:
+                _, stored = groups.setdefault(rule.target, (rule.converter, defaultdict(list)))
+                stored[rule.pattern].append(name)
+        found: list[Fused | Split] = []
+        failed: dict[str, Exception] = {}
+        for target, (converter, stored) in groups.items():
+            if target not in self.known:
+                continue  # a layer that the network does not have
+            try:
+                found += _Converting(self._module, converter, target).run(stored, shapes)
+            except Exception as error:  # the library's rules raise whatever they like
+                failed[target] = error
+        return found, failed
 
     def saved(self, places: Sequence[str]) -> dict[str, str]:
         """Return the name under which `save_pretrained` writes what belongs to each place."""
@@ -121,3 +198,87 @@ class Loader:
             if any(name.endswith(end) for name in buffers):
                 patterns.append(pattern)
         return re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
+
+
+class _Converting:
+    """One use of a conversion: for the parameters of one module."""
+
+    def __init__(self, module: Any, converter: Any, target: str) -> None:
+        self.module, self.converter, self.target = module, converter, target
+        self.back = converter.reverse_transform()
+        self.targets = [target]
+        if len(converter.target_patterns) > 1:
+            before, first, after = target.partition(converter.target_patterns[0])
+            if not first:
+                raise NotImplementedError(f"{target} is not named by {converter}")
+            self.targets = [f"{before}{name}{after}" for name in converter.target_patterns]
+
+    def run(
+        self, stored: Mapping[str, Sequence[str]], shapes: Mapping[str, tuple[int, ...]]
+    ) -> Iterator[Fused | Split]:
+        """Yield the parameters that are fused, and the tensors that are split."""
+        sizes = [tuple(self.module.get_parameter(name).shape) for name in self.targets]
+        patterns = self.converter.source_patterns
+        if len(patterns) > 1 or "*" in patterns[0]:
+            yield from self._fused(stored, sizes)
+            return
+        (name,) = stored[patterns[0]]
+        wholes = [torch.empty(size, device="meta") for size in sizes]
+        ((_, stacked),) = self._apply(self.back, wholes).items()
+        expected = given = tuple(stacked.shape)
+        if torch.Size(shapes.get(name, ())).numel() == torch.Size(expected).numel():
+            given = shapes.get(name, expected)
+        made = self._apply(self.converter, [Traced(Window.over(name, given))])
+        parts = {self._named(key): tensor.window for key, tensor in made.items()}
+        if [part.shape for part in parts.values()] != sizes or list(parts) != self.targets:
+            yield Split(name, expected, parts)  # its shape is wrong, which is reported as such
+            return
+        whole = parts[self.target].inverse(self.target, given)
+        if len(parts) == 1 and whole is not None:
+            yield Fused(self.target, {name: whole})
+        else:
+            yield Split(name, given, parts)
+
+    def _fused(
+        self, stored: Mapping[str, Sequence[str]], sizes: Sequence[tuple[int, ...]]
+    ) -> Iterator[Fused]:
+        wholes = [Traced(Window.over(n, s)) for n, s in zip(self.targets, sizes, strict=True)]
+        made = self._apply(self.back, wholes)
+        windows: dict[str, dict[str, Window]] = {target: {} for target in self.targets}
+        pairs = zip(self.converter.source_patterns, self.back.target_patterns, strict=True)
+        taken = 0
+        for pattern, key in pairs:
+            names = stored.get(pattern, [])
+            numbers = [key.replace("*", str(i)) for i in range(len(names))]
+            if any(number not in made for number in numbers):
+                break
+            taken += len(set(numbers))
+            for name, number in zip(names, numbers, strict=True):
+                windows[made[number].window.whole][name] = made[number].window
+        if taken != len(made):
+            got = sum(map(len, stored.values()))
+            raise SourceError(f"expected {len(made)} tensors in the files, got {got}")
+        for target, parts in windows.items():
+            yield Fused(target, parts)
+
+    def _apply(self, rule: Any, tensors: Sequence[Any]) -> dict[str, Any]:
+        """Run a rule's operations on one tensor per source pattern."""
+        made: dict[str, Any] = {
+            pattern: [tensor] for pattern, tensor in zip(rule.source_patterns, tensors, strict=True)
+        }
+        for operation in rule.operations:
+            made = operation.convert(
+                made,
+                source_patterns=rule.source_patterns,
+                target_patterns=rule.target_patterns,
+                full_layer_name=self.target,
+                model=self.module,
+                config=self.module.config,
+                missing_keys=None,
+            )
+        return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+    def _named(self, key: str) -> str:
+        """Return the name of the parameter that an operation calls by its pattern."""
+        patterns = self.converter.target_patterns
+        return self.targets[patterns.index(key)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from gradmerge.common.errors import ConfigError, SourceError, nearest, shorten
 from gradmerge.sources.architecture import model_class_of, read_config, refusal
-from gradmerge.sources.loader import Loader
+from gradmerge.sources.loader import Fused, Loader, Split
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,25 @@ class Binding:
     """Parameters of the module that are not in the files."""
     unused: tuple[str, ...]
     """Tensors in the files that are not in the module."""
+    fused: Mapping[str, Fused] = field(default_factory=dict)
+    """Parameters that are made of several tensors of the files, or of one in another order, by the
+    first of their names in the module."""
+    split: Mapping[str, Split] = field(default_factory=dict)
+    """Tensors that several parameters are made of, by name in the files."""
+    failed: Mapping[str, Exception] = field(default_factory=dict)
+    """Why a parameter cannot be made of the tensors in the files, by its name in the module."""
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """All (tied) names of fused parameters and of parts of split tensors, by the first."""
+
+    @cached_property
+    def owners(self) -> dict[str, tuple[str, ...]]:
+        """Name in the files, of merged tensors -> names of the parameters that they are in."""
+        found = dict(self.parameters)
+        for place, fused in self.fused.items():
+            found.update(dict.fromkeys(fused.parts, self.aliases[place]))
+        for name, split in self.split.items():
+            found[name] = tuple(alias for place in split.parts for alias in self.aliases[place])
+        return found
 
     @property
     def places(self) -> dict[str, str]:
@@ -148,13 +168,21 @@ def strip_weights(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo).eval()
 
 
-def bind(module: nn.Module, names: Sequence[str]) -> Binding:
+def bind(
+    module: nn.Module,
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Binding:
     """Match the tensor names of a checkpoint with the parameters and buffers of a module.
 
-    Equal names match; other names are renamed as transformers does when it loads the class.
+    Equal names match; other names are renamed, and their tensors fused or split, as transformers
+    does when it loads the class.
 
-    Raises:
-        ConfigError: transformers splits or fuses a tensor on loading.
+    Args:
+        module: the network.
+        names: names of the tensors in the files.
+        shapes: their shapes, which tell in which of two orders some checkpoints store experts.
+            Default: as the library saves them.
     """
     groups = _groups(module)
     canonical = {alias: aliases[0] for aliases in groups for alias in aliases}
@@ -164,10 +192,19 @@ def bind(module: nn.Module, names: Sequence[str]) -> Binding:
     buffers: dict[str, str] = {}
     unused = []
     found: dict[str, dict[str, str]] = {}  # tied group -> place in the module -> name in the files
-    targets = renames(module, names)
+    loader = Loader(module)
+    placed = loader.places(names)
+    converted, failed = loader.conversions(placed, shapes or {})
+    fused = {canonical[c.place]: c for c in converted if isinstance(c, Fused)}
+    split = {c.name: c for c in converted if isinstance(c, Split)}
+    made = [*fused, *(place for c in split.values() for place in c.parts)]
+    inside = {name for c in fused.values() for name in c.parts} | split.keys()
     for name in names:
-        target = targets[name]
-        if target in canonical:
+        target, rule = placed[name].name, placed[name].conversion
+        if rule is not None:
+            if name not in inside and rule.target not in failed:
+                unused.append(name)
+        elif target in canonical:
             found.setdefault(canonical[target], {})[target] = name
         elif target in module_buffers:
             buffers[name] = target
@@ -180,8 +217,10 @@ def bind(module: nn.Module, names: Sequence[str]) -> Binding:
         kept = places.get(key) or next(iter(places.values()))
         parameters[kept] = by_canonical[key]
         ties.update({name: kept for name in places.values() if name != kept})
-    missing = tuple(key for key in by_canonical if key not in found)
-    return Binding(parameters, buffers, ties, missing, tuple(unused))
+    there = {*found, *(canonical[place] for place in made), *failed}
+    missing = tuple(key for key in by_canonical if key not in there)
+    aliases = {place: by_canonical[canonical[place]] for place in made}
+    return Binding(parameters, buffers, ties, missing, tuple(unused), fused, split, failed, aliases)
 
 
 def _groups(module: nn.Module) -> list[list[str]]:
@@ -201,18 +240,9 @@ def tied_groups(module: nn.Module) -> list[list[str]]:
 def renames(module: nn.Module, names: Sequence[str]) -> dict[str, str]:
     """Return the name in the module of each name in the files.
 
-    Raises:
-        ConfigError: transformers splits or fuses a tensor on loading.
+    Tensors that are fused or split get the name that they would have without that.
     """
-    places = Loader(module).places(names)
-    fused = sorted(name for name, place in places.items() if place.fused)
-    if fused:
-        raise ConfigError(
-            f"{type(module).__name__}: transformers fuses or splits these tensors when it loads "
-            f"them: {shorten(fused)}. Their coefficients have no single place in the module, so "
-            "this model can be merged with fixed coefficients (gradmerge merge), but not learned."
-        )
-    return {name: place.name for name, place in places.items()}
+    return {name: place.name for name, place in Loader(module).places(names).items()}
 
 
 @dataclass(frozen=True)
@@ -223,18 +253,34 @@ class Network:
     binding: Binding
 
     @classmethod
-    def bound(cls, module: nn.Module, names: Sequence[str], label: str = "the model") -> Network:
+    def bound(
+        cls,
+        module: nn.Module,
+        names: Sequence[str],
+        label: str = "the model",
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> Network:
         """Bind a network to a checkpoint that has a tensor for every parameter of it.
 
         Args:
             module: the network.
             names: names of the tensors in the files.
             label: label of the checkpoint, for the message.
+            shapes: shapes of the tensors (see `bind`).
 
         Raises:
             SourceError: parameters of the module are missing in the checkpoint.
+            ConfigError: the way in which transformers makes a parameter of tensors is not known.
         """
-        binding = bind(module, names)
+        binding = bind(module, names, shapes)
+        if binding.failed:
+            place, reason = next(iter(binding.failed.items()))
+            raise ConfigError(
+                f"{label}: {type(module).__name__} makes {len(binding.failed)} parameters of "
+                f"tensors of other shapes in a way that cannot be followed ({place}: "
+                f"{reason or type(reason).__name__}), so it cannot be "
+                "learned.\nMerge it with fixed coefficients (`gradmerge merge`)."
+            )
         if binding.missing:
             raise SourceError(
                 f"{label}: {len(binding.missing)} parameters of {type(module).__name__} "
@@ -243,13 +289,48 @@ class Network:
             )
         return cls(module, binding)
 
+    def input_axis(self, name: str, shape: Sequence[int]) -> tuple[int, bool]:
+        """Return the axis of a tensor in the files that runs over the layer's inputs.
+
+        Args:
+            name: the tensor.
+            shape: its shape.
+
+        Returns:
+            The axis, of one expert if experts are stacked, and whether they are.
+        """
+        place = self.binding.owners[name][0]
+        axis, stacked = input_axis(self.module, place), has_experts(self.module, place)
+        fused = self.binding.fused.get(place)
+        if fused is None:
+            return axis, stacked
+        whole, window = self.module.get_parameter(place).shape, fused.parts[name]
+        own = window.axis_of(whole, axis + 1 if stacked else axis)
+        if stacked and len(shape) == len(whole):  # stacked in the files, too, in another order
+            return (axis if own is None else own - 1), True
+        return (axis if own is None else own), False
+
+
+def has_experts(module: nn.Module, name: str) -> bool:
+    """Return whether the first axis of parameter `name` counts experts, as transformers has them.
+
+    Their weights are `[experts, out, in]` or `[experts, in, out]`, and biases `[experts, out]`.
+    """
+    owner = type(module.get_submodule(name.rpartition(".")[0])).__name__
+    bias = "bias" in name.rpartition(".")[-1]
+    return "Experts" in owner and module.get_parameter(name).dim() == (2 if bias else 3)
+
 
 def input_axis(module: nn.Module, name: str) -> int:
     """Return the axis of parameter `name` that runs over the layer's inputs (its columns).
 
     1 for `[out, in, ...]` layers; 0 for layers that store `[in, out, ...]` (transposed
-    convolutions and GPT-2's Conv1D).
+    convolutions, GPT-2's Conv1D, and some stacked experts, of which it is the axis of one).
     """
+    if has_experts(module, name):
+        experts = module.get_submodule(name.rpartition(".")[0])
+        turned = getattr(experts, "is_transposed", type(experts).__name__ == "Llama4TextExperts")
+        return 0 if turned else 1
     owner = module.get_submodule(name.rpartition(".")[0])
     kind = f"{type(owner).__module__}.{type(owner).__name__}"
     convolutions = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

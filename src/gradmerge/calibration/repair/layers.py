@@ -74,7 +74,7 @@ def layers_of(merged: MergedModel) -> tuple[dict[str, Layer], dict[str, str]]:
     layers: dict[str, Layer] = {}
     others: dict[str, str] = {}
     for place, module in skeleton.named_modules():
-        own = {key: names[joined(place, key)] for key in _weights(module)}
+        own = {key: names.get(joined(place, key), "") for key in _weights(module)}
         own = {key: name for key, name in own.items() if name in plan.tensors}
         if module in merged.network_buffers.batch_norms:
             layers[place] = Layer(place, module, own.get("weight", ""))

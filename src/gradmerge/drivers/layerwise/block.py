@@ -109,7 +109,11 @@ class BlockModule(FiniteModule):
         def build(name: str) -> Tensor:
             return (chain.theta if name in learned else self._others)(name)
 
-        leaves = Leaves(state, learned, build)
+        def contract(grads: dict[str, Tensor], name: str, grad: Tensor) -> tuple[str]:
+            state.contract_into(grads, name, grad)
+            return (name,)
+
+        leaves = Leaves(learned, build, contract)
         with chain.weights(leaves.__getitem__):
             values = leaves.accumulate([partial(self._loss, number) for number in batch.values()])
         if self.unused is None:

@@ -127,7 +127,7 @@ def _owners(plan: Plan, names: Sequence[str]) -> dict[str, str]:
     owners: dict[str, str] = {}
     first: dict[str, str] = {}
     for tensor in plan.learned:
-        places = plan.binding.parameters[tensor]
+        places = plan.binding.owners[tensor]
         found = {next((b for b in names if p.startswith(f"{b}.")), ""): p for p in places}
         if len(found) > 1:
             uses = " and ".join(f"{place} (of {b or 'no block'})" for b, place in found.items())

@@ -363,12 +363,7 @@ def vocabulary_axes(
                 "vocabularies agree before the merge."
             )
         axes[place] = changed[0]
-    names = list(checkpoint.infos)
-    try:
-        binding = bind(small, names)
-    except ConfigError:  # tensors that are fused on loading, of which none runs over tokens
-        names = [n for n in names if size in checkpoint.infos[n].shape]
-        binding = bind(small, names)
+    binding = bind(small, list(checkpoint.infos))
     return {name: axes[place] for name, place in binding.places.items() if place in axes}
 
 
