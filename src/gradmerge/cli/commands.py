@@ -25,6 +25,7 @@ from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import inputs_of, refuse_existing
 from gradmerge.export.emr import export_compact, export_tasks, require_outputs, task_checkpoints
 from gradmerge.export.folder import export_state, require_options
+from gradmerge.export.license import license_note
 from gradmerge.export.provenance import read_as
 from gradmerge.mergekit.writer import require_file, require_sum, write_mergekit
 from gradmerge.search import AbstractSearch
@@ -150,6 +151,7 @@ def merge(
         if plan.tokens is not None and not mergekit:
             print(summarise(token_report(plan.tokens)))
         written = _write(state, form, checked, known)
+    _warn_of_license(written, form)
     done = f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors:"
     print(f"{'mergekit file written to' if mergekit else done} {written}")
 
@@ -291,7 +293,14 @@ def export(
         path, allow_modules=allow_modules, trust_remote_code=trust_remote_code, sources=sources
     )
     written = _write(module.merged.state, form, checked, _known(module, {"checkpoint": path.name}))
+    _warn_of_license(written, form)
     print(f"{'mergekit file' if mergekit else 'merged model'} written to {written}")
+
+
+def _warn_of_license(written: Path, form: Form) -> None:
+    note = license_note(written) if form == "merged" else None
+    if note:
+        print(f"gradmerge: warning {note}", file=sys.stderr)
 
 
 def unpack(

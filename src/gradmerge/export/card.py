@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.state import FitState
+from gradmerge.export.license import License, Terms
+from gradmerge.sources.modules import modules_of
 from gradmerge.sources.tokenizers.report import summarise, token_report
 
 # Tasks on the Hugging Face Hub, by the last part of a model class's name.
@@ -30,10 +32,17 @@ _PIPELINES = {
     "ForObjectDetection": "object-detection",
     "ForAudioClassification": "audio-classification",
     "ForCTC": "automatic-speech-recognition",
+    "ForSpeechSeq2Seq": "automatic-speech-recognition",
+    "WhisperForConditionalGeneration": "automatic-speech-recognition",
+    "CLIPModel": "zero-shot-image-classification",
+    "SiglipModel": "zero-shot-image-classification",
+    "ForMultipleChoice": "multiple-choice",
 }
 
 
-def model_card(state: FitState, provenance: Mapping[str, Any], head: str, name: str) -> str:
+def model_card(
+    state: FitState, provenance: Mapping[str, Any], head: str, name: str, terms: Terms
+) -> str:
     """Return the card of a merge: what was merged, how, its scores, and how to load it."""
     plan, driver, results = state.plan, provenance.get("driver", {}), provenance["results"]
     architecture = ((plan.reference.config or {}).get("architectures") or [None])[0]
@@ -55,13 +64,18 @@ def model_card(state: FitState, provenance: Mapping[str, Any], head: str, name: 
         "## Coefficients",
         *_coefficients(state),
         *_tokens(plan),
+        "## License",
+        _license_text(terms),
         "## Recipe",
         f"```json\n{json.dumps(provenance['recipe'], indent=2)}\n```",
         "`coefficients.st` (a safetensors file) has all coefficients; `provenance.json` has "
         "fingerprints, versions, seeds and settings.",
     ]
     labels = [source["from"] for source in sources.values()]
-    return render("Merged model", sections, name, architecture, labels, results)
+    modules = modules_of(plan.folder) is not None
+    return render(
+        "Merged model", sections, name, architecture, labels, results, terms.license, modules
+    )
 
 
 def render(
@@ -71,26 +85,47 @@ def render(
     architecture: str | None = None,
     sources: Iterable[str] = (),
     results: Mapping[str, Any] | None = None,
+    license: License | None = None,
+    modules: bool = False,
 ) -> str:
     """Return a Markdown page with the metadata of the Hugging Face Hub.
 
-    `architecture` is the model class if transformers loads the folder. Of the `sources`, paths and
-    hub ids, the metadata names only hub ids; `results` are scores by stage, task and metric.
+    `architecture` is the model class if transformers loads the folder, and `modules` says whether
+    it has modules of sentence-transformers. Of the `sources`, paths and hub ids, the metadata names
+    only hub ids; `results` are scores by stage, task and metric.
     """
-    models = [name for name in (s.partition("@")[0] for s in sources) if _is_hub_id(name)]
+    places = [place.partition("@")[0] for label in sources for place in label.split(" on ")]
+    models = list(dict.fromkeys(filter(_is_hub_id, places)))
     names = (end for end in _PIPELINES if (architecture or "").endswith(end))
-    task = _PIPELINES.get(next(names, ""))
+    task = "sentence-similarity" if modules else _PIPELINES.get(next(names, ""))
     found = list(_eval_results(task, results or {})) if task else []
+    library = "sentence-transformers" if modules else "transformers"
     data = ModelCardData(
         base_model=models or None,
         base_model_relation="merge" if models else None,
-        library_name="transformers" if architecture else None,
+        library_name=library if architecture else None,
+        license=license and license.id,
+        license_name=license and license.name,
+        license_link=license and license.link,
         pipeline_tag=task,
         tags=["merge", "gradmerge"],
         model_name=name if found else None,
         eval_results=found or None,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join([f"# {title}", *sections]) + "\n"
+    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join([f"# {title}", *sections]) + "\n"
+    return str(ModelCard(text))
+
+
+def _license_text(terms: Terms) -> str:
+    rows = [[name, str(own or "not stated")] for name, own in terms.found.items()]
+    if terms.license is not None:
+        text = f"`{terms.license}`, the strictest of the sources' licenses."
+    else:
+        text = (
+            f"**Not settled**: {terms.warning}. A merge is a derivative of every source: choose a "
+            "license that all of them allow before you publish it."
+        )
+    return f"{text}\n\n{_table(['source', 'license'], rows)}"
 
 
 def _is_hub_id(name: str) -> bool:

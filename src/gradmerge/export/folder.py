@@ -27,6 +27,7 @@ from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import inputs_of, new_folder, require_room
 from gradmerge.export.card import model_card
 from gradmerge.export.history import History
+from gradmerge.export.license import terms_of
 from gradmerge.export.modules import write_modules
 from gradmerge.export.opened import folder_like, load_class, require_opens
 from gradmerge.export.provenance import provenance_of, strip_settings
@@ -127,7 +128,10 @@ def export_state(
         hashes.result()
         loaded.result()  # a module that is being imported must not be used
         check = _require_opens(plan, work, target, tasks, head)
-        more = {**(extra or {}), "check": check, **({"modules": modules} if modules else {})}
+        terms = terms_of(plan)
+        settled = {"id": str(terms.license)} if terms.license else {"warning": terms.warning}
+        more = {**(extra or {}), "check": check, "license": settled}
+        more = {**more, **({"modules": modules} if modules else {})}
         provenance = provenance_of(state, dtype, tasks, results, more, provenance_paths)
         strip_settings(work)
         write_json(work / "provenance.json", provenance)
@@ -135,7 +139,7 @@ def export_state(
             write_json(work / "tokens.json", token_report(plan.tokens))
         if yaml := provenance.get("run", {}).get("yaml"):
             (work / "gradmerge.yaml").write_text(yaml)
-        card = model_card(state, provenance, head, target.name)
+        card = model_card(state, provenance, head, target.name, terms)
         (work / "README.md").write_text(card, encoding="utf-8")
         write_report(work, state, provenance["results"], history, target.name)
     return target

@@ -22,6 +22,7 @@ from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import inputs_of, refuse_existing, require_room
 from gradmerge.export.folder import export_merged, require_options
 from gradmerge.export.history import History
+from gradmerge.export.license import license_note
 from gradmerge.export.plots import CoefficientTable, heat_map
 from gradmerge.export.report import REPORT, report
 from gradmerge.training.module import MergeModule
@@ -269,6 +270,8 @@ class ExportAtEnd(lightning.Callback):
         own = {name: getattr(self, name) for name in names}
         folder = export(self.output, **{**own, **options})
         lightning.pytorch.utilities.rank_zero_info(f"merged model written to {folder}")
+        if note := license_note(folder):
+            lightning.pytorch.utilities.rank_zero_info(note)
         for logger in loggers if self.log_artifact else ():
             if isinstance(logger, WandbLogger):
                 import wandb
