@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
 from gradmerge.coefficients import Constant
 from gradmerge.coefficients import Tensor as TensorGranularity
 from networks import seeded
-from tiny import SPLITS, relatives, save_family, sentences, word_tokenizer
+from tiny import SPLITS, WORDS, relatives, save_family, sentences, word_tokenizer
 
 TURN = "{{ '<s> ' + m['role'] + ' ' }}"
 PLAIN = (
@@ -50,7 +50,8 @@ class Case:
     """A kind with a network and rows for it."""
 
     kind: str
-    network: Callable[[], Any]
+    network: Callable[..., Any]
+    """Makes the network; takes `vocab_size`."""
     row: Callable[[list[str]], dict[str, Any]]
     """Makes a row from four sentences of different lengths."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -72,8 +73,13 @@ def _squad(s: list[str]) -> dict[str, Any]:
     }
 
 
-def _clip() -> Any:
-    text = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+def _llama(**options: Any) -> Any:
+    return seeded(transformers.LlamaForCausalLM, **{**_LLAMA, **options})
+
+
+def _clip(vocab_size: int = 32) -> Any:
+    text = {"vocab_size": vocab_size, "hidden_size": 8, "intermediate_size": 8}
+    text["num_hidden_layers"] = 1
     text |= {"num_attention_heads": 2, "max_position_embeddings": 16, "eos_token_id": 2}
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
@@ -89,60 +95,72 @@ def picture(s: list[str]) -> dict[str, Any]:
 
 
 CASES = {
-    "chat": Case("chat", lambda: seeded(transformers.LlamaForCausalLM, **_LLAMA), _chat),
+    "chat": Case("chat", _llama, _chat),
     "packed chat": Case(
         "chat",
-        lambda: seeded(transformers.LlamaForCausalLM, **_LLAMA),
+        _llama,
         _chat,
         {"packing": True, "max_length": 80},
     ),
     "completion": Case(
         "completion",
-        lambda: seeded(transformers.LlamaForCausalLM, **_LLAMA),
+        _llama,
         lambda s: {"prompt": s[0] + " ", "completion": s[1]},
     ),
     "instruction": Case(
         "instruction",
-        lambda: seeded(transformers.LlamaForCausalLM, **_LLAMA),
+        _llama,
         lambda s: {"instruction": s[0], "input": s[2] if len(s[2]) % 2 else "", "output": s[1]},
     ),
     "text per row": Case(
         "causal_lm",
-        lambda: seeded(transformers.LlamaForCausalLM, **_LLAMA),
+        _llama,
         lambda s: {"text": s[3]},
         {"packing": False},
     ),
     "seq2seq": Case(
         "seq2seq",
-        lambda: seeded(transformers.T5ForConditionalGeneration, **_T5),
+        lambda **o: seeded(transformers.T5ForConditionalGeneration, **{**_T5, **o}),
         lambda s: {"source": s[0], "target": s[1]},
     ),
     "token_classification": Case(
         "token_classification",
-        lambda: seeded(transformers.BertForTokenClassification, num_labels=3, **_BERT),
+        lambda **o: seeded(transformers.BertForTokenClassification, **{**_BERT, **o}, num_labels=3),
         lambda s: {"tokens": s[0].split(), "ner_tags": [len(w) % 3 for w in s[0].split()]},
     ),
     "question_answering": Case(
         "question_answering",
-        lambda: seeded(transformers.BertForQuestionAnswering, **_BERT),
+        lambda **o: seeded(transformers.BertForQuestionAnswering, **{**_BERT, **o}),
         _squad,
     ),
     "masked_lm": Case(
         "masked_lm",
-        lambda: seeded(transformers.BertForMaskedLM, **_BERT),
+        lambda **o: seeded(transformers.BertForMaskedLM, **{**_BERT, **o}),
         lambda s: {"text": s[3]},
         {"masked": 0.4},
         {"mask_token": "w28"},
     ),
     "embeddings": Case(
         "embeddings",
-        lambda: seeded(transformers.BertModel, **_BERT),
+        lambda **o: seeded(transformers.BertModel, **{**_BERT, **o}),
         lambda s: {"anchor": s[0], "positive": s[1]},
     ),
     "scored embeddings": Case(
         "embeddings",
-        lambda: seeded(transformers.BertModel, **_BERT),
+        lambda **o: seeded(transformers.BertModel, **{**_BERT, **o}),
         lambda s: {"sentence1": s[0], "sentence2": s[1], "score": len(s[0]) / 100},
+    ),
+    "text_classification": Case(
+        "text_classification",
+        lambda **o: seeded(
+            transformers.BertForSequenceClassification, **{**_BERT, **o}, num_labels=3
+        ),
+        lambda s: {"text": s[0], "label": len(s[0]) % 3},
+    ),
+    "image_classification": Case(
+        "image_classification",
+        lambda **_: seeded(transformers.ViTForImageClassification, num_labels=3),
+        picture,
     ),
     "zero_shot_image_classification": Case(
         "zero_shot_image_classification",
@@ -161,9 +179,11 @@ def rows(case: Case, seed: int, count: int = 6) -> list[dict[str, Any]]:
     return [case.row(texts[4 * i : 4 * i + 4]) for i in range(count)]
 
 
-def tokenizer(folder: Path, template: str = PLAIN, **settings: Any) -> Any:
+def tokenizer(
+    folder: Path, template: str | None = PLAIN, words: Sequence[str] = WORDS, **settings: Any
+) -> Any:
     """A tokenizer of words with a chat template."""
-    word_tokenizer(folder)
+    word_tokenizer(folder, words)
     found = transformers.AutoTokenizer.from_pretrained(folder)
     found.chat_template = template
     found.model_max_length = 16 if "clip" in settings else 10**6
@@ -174,17 +194,20 @@ def tokenizer(folder: Path, template: str = PLAIN, **settings: Any) -> Any:
     return found
 
 
-def folders(root: Path, case: Case, scale: float = 0.2) -> dict[str, str]:
+def folders(root: Path, case: Case, words: Sequence[str] = WORDS) -> dict[str, str]:
     """Folders of a base and the sources a and b."""
-    paths = save_family(root, relatives(case.network(), scale=scale), tokenizer=False)
+    network = case.network(vocab_size=len(words) + 3)
+    paths = save_family(root, relatives(network, scale=0.2), tokenizer=False)
     for path in paths.values():
-        if case.kind.startswith("zero_shot"):
-            size = {"height": 8, "width": 8}
+        size = {"height": 8, "width": 8}
+        if case.kind == "image_classification":
+            transformers.ViTImageProcessor(size=size).save_pretrained(path)
+        elif case.kind.startswith("zero_shot"):
             images = transformers.CLIPImageProcessor(size=size, crop_size=size)
-            words = tokenizer(Path(path), clip=True)
-            transformers.CLIPProcessor(images, words).save_pretrained(path)
+            own = tokenizer(Path(path), words=words, clip=True)
+            transformers.CLIPProcessor(images, own).save_pretrained(path)
         else:
-            tokenizer(Path(path), **case.tokenizer)
+            tokenizer(Path(path), words=words, **case.tokenizer)
     return paths
 
 

@@ -154,12 +154,12 @@ def raws(module: MergeModule) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in module.merged.raw.items()}
 
 
-def word_tokenizer(folder: Path) -> Path:
-    """A tokenizer of 32 words, saved as transformers saves one."""
+def word_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> Path:
+    """A tokenizer of these words and three special tokens, saved as transformers saves one."""
     import tokenizers
     import transformers
 
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *words])}
     model = tokenizers.models.WordLevel(vocabulary, unk_token="<pad>")
     inner = tokenizers.Tokenizer(model)
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

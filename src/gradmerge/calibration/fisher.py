@@ -87,6 +87,11 @@ class Passes:
     def _log_likelihood(self, task: str, batch: Batch, draws: torch.Generator) -> Tensor:
         """Return `log p(y | x)` summed over the batch's decisions, with y as the step wants it."""
         logits, labels, _ = rows_of(self.merged, task, batch)
+        if labels is not None and labels.is_floating_point():
+            raise ConfigError(
+                f"task {task}: expected class numbers as labels, whose likelihood has a gradient "
+                "to collect, got numbers of another kind. Collect from another task."
+            )
         if self.needs.labels == "model":
             chances = logits.detach().softmax(dim=-1)
             labels = torch.multinomial(chances, 1, generator=draws).squeeze(1)

@@ -33,6 +33,7 @@ from gradmerge.training.fitting import (
     classes_of,
     require_examples,
     require_kind,
+    require_room,
 )
 from gradmerge.training.generation import Question
 from gradmerge.training.kinds import KINDS
@@ -303,6 +304,7 @@ class MergeDataModule(lightning.LightningDataModule):
             self._questions[task] = {
                 stage: questions(cuts[stage], kind) for stage in STAGES if stage != "adaptation"
             }
+            require_room(task, data, self._questions[task], network)
         self._report(task, cuts["adaptation"].columns, prepared)
         for stage, rows in prepared.items():
             labels = require_examples(rows, data, processor, network, names[stage])

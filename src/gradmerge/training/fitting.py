@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gradmerge.common.errors import ConfigError
-from gradmerge.engine.predict import is_causal
-from gradmerge.engine.reading import CLASSES, TOKENS, reading_of
-from gradmerge.training.examples import Kind, TaskData
+from gradmerge.engine.merged import MergedModel
+from gradmerge.engine.predict import is_causal, rows_of
+from gradmerge.engine.reading import CLASSES, TARGET, TOKENS, reading_of
+from gradmerge.training.examples import Kind, Stage, TaskData
+from gradmerge.training.generation import Question
 from gradmerge.training.kinds import KINDS
 from gradmerge.training.kinds.causal import Windows
 from gradmerge.training.labels import Labels
@@ -103,6 +107,73 @@ def _require_tokens(
             f"{where}{row}: expected tokens 0 to {tokens - 1}, which the network has embeddings "
             f"of, got {largest}.\nThe tokenizer does not belong to these models: set "
             "data.processor to the folder of the one that does."
+        )
+
+
+def require_room(
+    task: str,
+    data: TaskData,
+    asked: Mapping[Stage, Sequence[Question]],
+    network: nn.Module | None,
+) -> None:
+    """Reject texts to generate that have more tokens than the network has positions.
+
+    Raises:
+        ConfigError: prompt and new tokens together do not fit.
+    """
+    # the decoder of an encoder-decoder has positions of its own
+    if network is None or data.generation is None or reading_of(network) is TARGET:
+        return
+    positions = positions_of(network)
+    if positions is None:
+        return
+    longest = max((len(q.ids) for questions in asked.values() for q in questions), default=0)
+    new = data.generation.max_new_tokens
+    if longest + new > positions:
+        raise ConfigError(
+            f"task {task}: expected at most {positions} tokens, the positions of the network, got "
+            f"prompts of {longest} and generation.max_new_tokens: {new}. Reduce one of them "
+            "(max_length cuts prompts)."
+        )
+
+
+# Share of the spread of the logits: what one network in one precision computes differs by less.
+_TOLERANCE = 1e-3
+
+
+@torch.no_grad()
+def require_apart(merged: MergedModel, task: str, batch: Mapping[str, Any]) -> None:
+    """Reject packed windows if an example sees those before it, which depends on the network.
+
+    Where transformers builds the attention mask from positions, it does not; recurrent states and
+    older attention do. So the network is asked: other tokens in the first example of a window must
+    not change the logits of the others.
+
+    Raises:
+        ConfigError: they do.
+    """
+    starts = (batch["position_ids"] == 0).int()
+    several = (starts.sum(dim=1) > 1).nonzero().flatten().tolist()
+    if not several:
+        return
+    row = slice(several[0], several[0] + 1)
+    second = int(starts[row].nonzero()[1, 1])
+    window = {
+        key: value[row] if isinstance(value, Tensor) and value.dim() > 1 else value
+        for key, value in batch.items()
+        if key != "labels"
+    }
+    ids = window["input_ids"]
+    other = ids.clone()
+    other[:, :second] = (ids[:, :second] - 1).abs()
+    before, after = (
+        rows_of(merged, task, {**window, "input_ids": given})[0][second:] for given in (ids, other)
+    )
+    if (before - after).abs().max() > _TOLERANCE * before.std():
+        raise ConfigError(
+            f"task {task}: expected a network in which the examples of a window do not see one "
+            f"another, got {type(merged.skeleton).__name__}, whose predictions change with the "
+            "examples before. Set packing: false."
         )
 
 

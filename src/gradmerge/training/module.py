@@ -54,6 +54,7 @@ from gradmerge.training.checkpoint import (
 from gradmerge.training.data import MergeDataModule
 from gradmerge.training.examples import Stage
 from gradmerge.training.finite import FiniteModule
+from gradmerge.training.fitting import require_apart
 from gradmerge.training.loaders import sample_batches
 from gradmerge.training.logit_scale import LogitScale
 from gradmerge.training.measures import Score
@@ -238,6 +239,7 @@ class MergeModule(FiniteModule):
         start = options["logit_scale"]
         self.logit_scale = None if start is None else LogitScale(start, self.objective.terms)
         self._checked_unused = False
+        self._apart: set[str] = set()
         self._finishing = Finishing(lightning.pytorch.utilities.rank_zero_warn)
         self._scores = SplitScores()
         self.history = History()
@@ -383,6 +385,9 @@ class MergeModule(FiniteModule):
         return self.objective.share(task, tasks) * self.objective.loss(predictions)
 
     def _predict(self, task: str, batch: Batch, shared: bool) -> Predictions:
+        if task not in self._apart and "position_ids" in batch and batch.get("use_cache") is False:
+            self._apart.add(task)
+            require_apart(self.merged, task, batch)
         predictions = predict(self.merged, self.objective, task, batch, shared)
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, MergeDataModule) and not self.causal:

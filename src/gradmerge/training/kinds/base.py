@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -67,10 +67,10 @@ class Split:
         """
         value, name = self.get(row, role), self.columns[role]
         if not isinstance(value, str):
+            option = "text" if role == "text" else "columns"
             raise ConfigError(
                 f"{self.where}, row {index}: expected a text in column {name!r}, got "
-                f"{value!r:.40}. Remove the row, or choose another column "
-                f"(`{role if hasattr(self.data, role) else 'columns'}`)."
+                f"{value!r:.40}. Remove the row, or choose another column (`{option}`)."
             )
         return value
 
@@ -158,7 +158,7 @@ class Classified(Dataset[Example]):
         self.rows_used = len(self.rows)
         self.tally = Tally(len(self.rows))
         self._shared = shared or {}
-        self._preparing = split.preparing
+        self._preparing = replace(split, network=None).preparing  # other processes get a copy
         self._kept: dict[int, Example] = {}
         self._bytes = 0
 

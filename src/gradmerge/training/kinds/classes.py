@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -42,7 +43,8 @@ class TextClassification(AbstractKind):
         column = split.columns["text"]
         for index, text in enumerate(column_of(split.rows, column)):
             split.text({column: text}, "text", index)
-        return Classified(split, partial(self._tokens, split, column), labels_of(split))
+        convert = partial(self._tokens, replace(split, network=None), column)
+        return Classified(split, convert, labels_of(split))
 
     @staticmethod
     def _tokens(split: Split, column: str, row: Mapping[str, Any]) -> Example:
