@@ -26,6 +26,10 @@ class AbstractSearch(ABC):
 
     metric: Literal["score", "loss"]
 
+    def count(self, num_sources: int) -> int:
+        """Return the number of scores that it takes, for progress; 0 if that is not known."""
+        return 0
+
     @abstractmethod
     def run(self, start: AbstractInit, sources: Sequence[str], score: Evaluate) -> AbstractInit:
         """Return the coefficients to merge with.
@@ -49,6 +53,10 @@ class GreedySoup(AbstractSearch):
 
     metric: Literal["score", "loss"] = "score"
     """Criterion: the mean over tasks of their score (accuracy or bits per byte), or the loss."""
+
+    @override
+    def count(self, num_sources: int) -> int:
+        return 2 * num_sources - 1
 
     @override
     def run(self, start: AbstractInit, sources: Sequence[str], score: Evaluate) -> AbstractInit:
@@ -81,6 +89,10 @@ class Scales(AbstractSearch):
         """Check that there is a factor to try."""
         if not self.values:
             raise ConfigError("Scales: expected at least one value, got none.")
+
+    @override
+    def count(self, num_sources: int) -> int:
+        return len(self.values)
 
     @override
     def run(self, start: AbstractInit, sources: Sequence[str], score: Evaluate) -> AbstractInit:
@@ -123,6 +135,10 @@ class Draws(AbstractSearch):
         if self.num_draws < 1:
             raise ConfigError(f"Draws: num_draws must be at least 1, got {self.num_draws}.")
         require_alpha("Draws", self.alpha)
+
+    @override
+    def count(self, num_sources: int) -> int:
+        return self.num_draws
 
     @override
     def run(self, start: AbstractInit, sources: Sequence[str], score: Evaluate) -> AbstractInit:

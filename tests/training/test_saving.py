@@ -18,7 +18,7 @@ from gradmerge.common.errors import ConfigError, OutputError
 from gradmerge.drivers import Pairwise
 from gradmerge.preprocess import Trim
 from gradmerge.training import ExportAtEnd
-from gradmerge.training.saving import CSVLogger
+from gradmerge.training.logs import CSVLogger
 from tiny import build, fit, module_of, raws, recipe_of, relatives, save_family, trainer_of, vectors
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs signals")

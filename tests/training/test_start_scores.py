@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gradmerge.common.checkpoints import load_checkpoint
 from gradmerge.training.callbacks import ExportAtEnd
-from gradmerge.training.saving import CSVLogger
+from gradmerge.training.logs import CSVLogger
 from tiny import fit, module_of, raws, trainer_of, validate, vectors
 
 

@@ -287,11 +287,13 @@ def export(
     checked = output_options(**options, form=form, inputs=paths_in(checkpoint))
     path = require_checkpoint(checkpoint)
 
+    from gradmerge.training.checkpoint import kept_scores
     from gradmerge.training.module import MergeModule
 
     module = MergeModule.load_from_checkpoint(
         path, allow_modules=allow_modules, trust_remote_code=trust_remote_code, sources=sources
     )
+    module.results.update(kept_scores(path))
     written = _write(module.merged.state, form, checked, _known(module, {"checkpoint": path.name}))
     _warn_of_license(written, form)
     print(f"{'mergekit file' if mergekit else 'merged model'} written to {written}")

@@ -21,7 +21,7 @@ def with_csv(given: Any, folder: str | None) -> Any:
     """
     from lightning.pytorch import loggers as lightning_loggers
 
-    from gradmerge.training.saving import CSVLogger
+    from gradmerge.training.logs import CSVLogger
 
     if given is False:
         return False
@@ -55,7 +55,7 @@ def lasting(logger: Any) -> Any:
 
 def default_loggers(folder: str | None) -> list[Any]:
     """Return a CSV and a W&B logger; W&B runs offline without a key, so that it never prompts."""
-    from gradmerge.training.saving import CSVLogger
+    from gradmerge.training.logs import CSVLogger
     from gradmerge.training.wandb import LastingWandbLogger
 
     root = folder or "outputs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from gradmerge.cli.score import NAME, require_scored, scored_recipe
 from gradmerge.common.errors import ConfigError
 from gradmerge.common.failures import reading
 from gradmerge.common.finite import require_finite_options
+from gradmerge.common.progress import show_progress
 from gradmerge.common.secrets import masked
 from gradmerge.common.version import __version__
 from gradmerge.drivers import AbstractDriver, Job
@@ -44,10 +46,13 @@ from gradmerge.export.atomic import inputs_of
 from gradmerge.optimisers import SAM
 from gradmerge.search import AbstractSearch
 from gradmerge.training.callbacks import ExportAtEnd, StepProgress
+from gradmerge.training.checkpoint import keep_scores
+from gradmerge.training.logs import continue_logs, remove_refused
 from gradmerge.training.module import MergeModule
 from gradmerge.training.run import read_by
 from gradmerge.training.saving import require_places
 from gradmerge.training.search import SearchedStart
+from gradmerge.training.summary import fit_table, score_table
 
 # Default length of a fit. It is counted in steps, because coefficients are few.
 DEFAULT_STEPS = 200
@@ -88,6 +93,8 @@ class MergeCLI(LightningCLI):
     allowed: tuple[str, ...] = ()
     """Modules that the command line allows to import."""
     _seeded = True
+    _verbose = True
+    _began = 0.0
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -166,6 +173,9 @@ class MergeCLI(LightningCLI):
             )
         if given is not None:
             self._find_checkpoint(str(given))
+        if self.subcommand in ("validate", "test"):  # the trainer would print a table per task
+            self._verbose = bool(self._get(self.config, "verbose"))
+            self._set("verbose", False)
         places = self._get(self.config, "sources")
         if places:
             move_sources(self._get(self.config, "model.recipe"), places)
@@ -311,7 +321,34 @@ class MergeCLI(LightningCLI):
         if self.driver is not None and self.job is not None:
             self.driver.run(self.job)
             return
-        super()._run_subcommand(subcommand)
+        self._began = time.monotonic()
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception:
+            if not self.trainer.global_step:
+                remove_refused(self.trainer.loggers)
+            raise
+
+    def after_fit(self) -> None:
+        """Print what the fit has reached, taken and written."""
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            print(f"\n{fit_table(self.trainer, self.model, time.monotonic() - self._began)}")
+
+    def after_validate(self) -> None:
+        """Print the scores as one table."""
+        self._print_scores("selection")
+
+    def after_test(self) -> None:
+        """Print the scores as one table, and keep them beside the checkpoint for its export."""
+        self._print_scores("test")
+        checkpoint = self._get(self.config, "ckpt_path")
+        if checkpoint is not None and self.trainer.is_global_zero:
+            keep_scores(Path(checkpoint), self.model.results["test"])
+
+    def _print_scores(self, split: str) -> None:
+        results, experts = self.model.results.get(split, {}), self.model.experts.get(split, {})
+        if self._verbose and self.trainer.is_global_zero:
+            print(score_table(split, results, experts))
 
     def before_fit(self) -> None:
         """Search for initial coefficients, unless a checkpoint provides them."""
@@ -358,6 +395,9 @@ class MergeCLI(LightningCLI):
         """Build the trainer, with gradmerge's default loggers, length and progress bar."""
         given = self._get(self.config_init, "trainer") or {}
         kwargs["logger"] = loggers = with_csv(given.get("logger"), given.get("default_root_dir"))
+        checkpoint = self._get(self.config, "ckpt_path")
+        if loggers and checkpoint:
+            continue_logs(loggers, Path(checkpoint), self.subcommand in (None, "fit"))
         if loggers:
             kwargs["callbacks"] = with_coefficients(given.get("callbacks"))
         limits = [given.get(key) for key in ("max_epochs", "max_time")]
@@ -368,4 +408,5 @@ class MergeCLI(LightningCLI):
         bar = trainer.progress_bar_callback
         if bar is not None and type(bar) in (TQDMProgressBar, RichProgressBar):
             trainer.callbacks[trainer.callbacks.index(bar)] = StepProgress()
+        show_progress(bar is not None and trainer.is_global_zero)
         return trainer

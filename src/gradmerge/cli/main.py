@@ -242,7 +242,9 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
     from gradmerge.cli.configs import read_merge_input
     from gradmerge.cli.imports import allowed_modules, only_components, require_allowed
     from gradmerge.cli.resume import with_sources
+    from gradmerge.common.progress import show_progress
 
+    show_progress(True)
     register(arguments)
     arguments = underscored(arguments)
     allowed = allowed_modules(arguments)

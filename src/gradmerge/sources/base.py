@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,13 @@ from typing_extensions import override
 from gradmerge.common.errors import FingerprintError, NonFiniteError, shorten
 from gradmerge.common.finite import NonFinite, non_finite, scan
 from gradmerge.common.memory import in_file
+from gradmerge.common.progress import Progress
 from gradmerge.sources.identity import FileState, hashes_of
 from gradmerge.sources.side_files import is_compared
 
 Self = TypeVar("Self", bound="Shared")
+_hashing = threading.local()
+"""The progress of the hashing that a thread takes part in."""
 
 
 class Shared:
@@ -146,10 +150,13 @@ class Checkpoint(Shared, ABC):
         sharded. The pass finds the `flaws`, too.
         """
         digest, flaws = hashlib.sha256(), {}
+        progress: Progress | None = getattr(_hashing, "progress", None)
         for name in sorted(self.infos):
             info, tensor = self.infos[name], self.read(name)
             digest.update(f"{name}|{info.dtype}|{info.shape}|".encode())
             flaw = scan(tensor, tensor_bytes(tensor), digest.update)
+            if progress is not None:
+                progress.advance(tensor.nbytes)
             if flaw is not None:
                 flaws[name] = flaw
         self._flaws = flaws
@@ -258,7 +265,17 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def fingerprints_of(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
     """Return the fingerprint of each checkpoint; reads all weights once, in parallel."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing releases the GIL
+    infos = [i for c in checkpoints.values() for part in c.parts for i in part.infos.values()]
+    size = sum(info.num_bytes for info in infos)
+
+    def count_in(progress: Progress) -> None:
+        _hashing.progress = progress
+
+    with (
+        Progress("hashing the sources", size, "GB", 1e9) as progress,
+        # hashing releases the GIL
+        ThreadPoolExecutor(torch.get_num_threads(), "hash", count_in, (progress,)) as pool,
+    ):
         hashes = pool.map(lambda checkpoint: checkpoint.fingerprint(), checkpoints.values())
         return dict(zip(checkpoints, hashes, strict=True))
 

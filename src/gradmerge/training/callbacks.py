@@ -27,6 +27,7 @@ from gradmerge.export.plots import CoefficientTable, heat_map
 from gradmerge.export.report import REPORT, report
 from gradmerge.training.module import MergeModule
 from gradmerge.training.run import read_by
+from gradmerge.training.start import score_test
 
 _KEPT = "The checkpoints of the fit are kept."
 
@@ -197,6 +198,8 @@ class ExportAtEnd(lightning.Callback):
         log_artifact: also log the folder to W&B as an artifact.
         provenance_paths: keep the local paths of sources and data in the folder's records. Default:
             names and hub ids only.
+        score_test: also score the test split with the exported coefficients; its scores go to the
+            model card, the provenance and the logs. Leave it off while options are still chosen.
     """
 
     def __init__(
@@ -207,6 +210,7 @@ class ExportAtEnd(lightning.Callback):
         head: str | None = None,
         log_artifact: bool = False,
         provenance_paths: bool = False,
+        score_test: bool = False,
     ) -> None:
         self.output = output
         self.dtype = dtype
@@ -214,6 +218,7 @@ class ExportAtEnd(lightning.Callback):
         self.head = head
         self.log_artifact = log_artifact
         self.provenance_paths = provenance_paths
+        self.score_test = score_test
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Reject an existing output folder before training."""
@@ -253,6 +258,8 @@ class ExportAtEnd(lightning.Callback):
         if getattr(trainer, "fast_dev_run", False) or trainer.interrupted:
             return
         facts = finish_fit(trainer, pl_module)
+        if self.score_test:
+            score_test(trainer, pl_module)
         if trainer.is_global_zero:
             export = partial(export_merged, pl_module.merged)
             known = {"results": pl_module.results, "history": pl_module.history, "extra": facts}

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
+from gradmerge.common.atomic import whole_file
 from gradmerge.common.checkpoints import is_address, load_checkpoint
-from gradmerge.common.errors import ConfigError, GradmergeError
+from gradmerge.common.errors import ConfigError, GradmergeError, OutputError
+from gradmerge.common.files import read_json
 from gradmerge.common.schema import a_count, a_name, a_number, require_shape
 from gradmerge.common.spec import from_plain
 from gradmerge.common.version import __version__
@@ -24,6 +29,8 @@ from gradmerge.export.history import SAVED as SAVED_HISTORY
 from gradmerge.finalisers import Corrections
 from gradmerge.sources import AbstractSource
 from gradmerge.sources.hub import without_downloads
+
+_SCORES = ".test.json"
 
 
 def guard_loading(trainer: Any) -> None:
@@ -211,3 +218,32 @@ def restore(
     merged.network_buffers.set(saved["buffers"])
     merged.state.corrections = Corrections.restore(saved.get("finalisation", {}))
     return saved["checked_unused"], saved["results"], saved["experts"]
+
+
+def keep_scores(checkpoint: Path, results: Mapping[str, Any]) -> None:
+    """Keep the test scores of a checkpoint beside it (`NAME.test.json`), for its export.
+
+    A folder that cannot be written is left as it is: the scores have been printed.
+    """
+    found = {"checkpoint_sha256": _sha256(checkpoint), "test": dict(results)}
+    with suppress(OSError, OutputError), whole_file(checkpoint.with_suffix(_SCORES)) as work:
+        work.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def kept_scores(checkpoint: Path) -> dict[str, Any]:
+    """Return `{"test": scores}` of a checkpoint if they were kept, and it is the same since.
+
+    Raises:
+        ConfigError: their file is damaged.
+    """
+    path = checkpoint.with_suffix(_SCORES)
+    if not path.is_file():
+        return {}
+    found: Any = read_json(path, ConfigError)
+    shape = {"checkpoint_sha256": str, "test": {str: {str: a_number}}}
+    require_shape(path, found, shape, "Remove it, or run `gradmerge test` again.", ConfigError)
+    return {"test": found["test"]} if found["checkpoint_sha256"] == _sha256(checkpoint) else {}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

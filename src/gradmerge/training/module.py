@@ -22,6 +22,7 @@ from gradmerge.common.checkpoints import load_checkpoint
 from gradmerge.common.errors import ConfigError, nearest, require
 from gradmerge.common.finite import require_finite_options
 from gradmerge.common.memory import release_freed_memory
+from gradmerge.common.progress import show_progress
 from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.engine.merged import Memory, MergedModel
 from gradmerge.engine.predict import (
@@ -64,6 +65,7 @@ from gradmerge.training.run import start_run
 from gradmerge.training.saving import Saver
 from gradmerge.training.scores import Scores, SplitScores, generated_scores, logged
 from gradmerge.training.start import score_start
+from gradmerge.training.summary import kept_step, to_wandb, wandb_summary
 
 
 class MergeModule(FiniteModule):
@@ -410,6 +412,8 @@ class MergeModule(FiniteModule):
     def on_fit_start(self) -> None:
         """Enter training mode, record the run, and load the sources if asked to."""
         self.train()
+        bar = self.trainer.progress_bar_callback
+        show_progress(bar is not None and self.trainer.is_global_zero)
         start_run(self.trainer, self)
         if self.merged.memory == "streamed":
             release_freed_memory()
@@ -455,8 +459,10 @@ class MergeModule(FiniteModule):
         self.train(self.trainer.state.fn == "fit")
 
     def on_fit_end(self) -> None:
-        """Switch to evaluation mode."""
+        """Switch to evaluation mode, and sum up the fit in its W&B run."""
         self.eval()
+        step = self.history.step if self.history.step is not None else kept_step(self.trainer)
+        to_wandb(self.trainer.loggers, wandb_summary(self, step))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam with `learning_rate`; `optimizer` on the command line replaces it."""
@@ -502,6 +508,10 @@ class MergeModule(FiniteModule):
         self._scores.record(self.history, 0, found, averages)
         return logged("selection", found, averages)
 
+    def finish_test(self) -> dict[str, float]:
+        """Return the scores of the test split by name, after a pass over it."""
+        return logged("test", *self._finish("test", keep=True))
+
     def _finish(self, stage: Stage, keep: bool) -> tuple[Scores, dict[str, float]]:
         """Return the scores by task, with those of generated texts, and their averages."""
         generated = self._generated(stage) if keep else {}
@@ -527,6 +537,11 @@ class MergeModule(FiniteModule):
     def results(self) -> dict[str, dict[str, dict[str, float]]]:
         """Scores of the evaluated splits: `{split: {task or "average": {metric: value}}}`."""
         return self._scores.results
+
+    @property
+    def experts(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Scores of the tasks' own sources: `{split: {task: {metric: value}}}`."""
+        return self._scores.experts
 
     def refresh_buffers(self, data: Any = None) -> None:
         """Recompute BatchNorm statistics and finaliser corrections, as the recipe asks for.

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 
 from gradmerge.common.output import paths_in
+from gradmerge.common.secrets import masked
 from gradmerge.common.spec import public_path, to_plain
 from gradmerge.export.provenance import mean_coefficients, versions
+from gradmerge.training.logs import wandb_run
 
 _LIMITS = ("max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "precision")
 
@@ -43,6 +47,11 @@ def start_run(trainer: Any, module: Any) -> None:
     state.run = {**describe(trainer, module), "initial_coefficients": start}
     if before:
         state.run["before"] = before
+    if run := wandb_run(trainer.loggers):
+        state.run["wandb"] = run
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_hyperparams(whole_config(state.run))
     for logger in trainer.loggers:
         logger.log_metrics({f"init/{source}": value for source, value in start.items()}, step=0)
 
@@ -65,8 +74,20 @@ def describe(trainer: Any, module: Any) -> dict[str, Any]:
     data = getattr(trainer, "datamodule", None)
     if data is not None:
         run["data"] = describe_data(data)
-    yaml = _yaml(trainer.callbacks)
-    return {**run, "yaml": yaml} if yaml else run
+    text = _yaml(trainer.callbacks)
+    return {**run, "yaml": text} if text else run
+
+
+def whole_config(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything that a run depends on as plain data without secrets, for a logger.
+
+    From the command line it is the whole configuration: recipe, objective, data, optimiser,
+    schedule, trainer and seed; from Python what `describe` found.
+    """
+    left = ("yaml", "before", "initial_coefficients", "search", "wandb")
+    given = yaml.safe_load(run["yaml"]) if run.get("yaml") else {}
+    described = {name: value for name, value in run.items() if name not in left}
+    return masked({**described, **(given if isinstance(given, dict) else {})})
 
 
 def global_seed() -> int | None:

@@ -16,13 +16,12 @@ import lightning
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch import loggers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from gradmerge.common.atomic import whole_file, writing
+from gradmerge.common.atomic import whole_file
 from gradmerge.common.output import require_apart, require_writable
 from gradmerge.export.atomic import inputs_of
 from gradmerge.training.run import read_by
@@ -66,15 +65,6 @@ def require_places(trainer: Any, module: Any) -> None:
         if "://" not in place:
             require_apart(Path(place), inputs, replaced=False)
             require_writable(Path(place) / "version_0")
-
-
-class CSVLogger(loggers.CSVLogger):
-    """Lightning's logger, which names the file that it cannot write."""
-
-    @override
-    def save(self) -> None:
-        with writing(Path(self.log_dir), "The checkpoints of the fit are kept."):
-            super().save()
 
 
 class Saver(lightning.Callback):

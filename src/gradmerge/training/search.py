@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from gradmerge.coefficients import AbstractInit
 from gradmerge.common.errors import ConfigError
+from gradmerge.common.progress import Progress
 from gradmerge.common.spec import from_plain, modernise, to_plain
 from gradmerge.engine.merged import MergedModel
 from gradmerge.search import AbstractSearch
@@ -99,16 +100,20 @@ class Scorer:
         """Run a search and set its choice; return that, and all trials as plain data."""
         recipe = self.module.recipe
         sources = self.module.merged.plan.source_names
-        scores = []
+        scores: list[float] = []
+        name = type(search).__name__
 
-        def score(init: AbstractInit) -> float:
-            scores.append(self.try_out(init, search.metric))
-            return scores[-1]
+        with Progress(f"search, {name}", search.count(len(sources)), "merges") as progress:
 
-        chosen = search.run(recipe.init, sources, score)
+            def score(init: AbstractInit) -> float:
+                scores.append(self.try_out(init, search.metric))
+                progress.advance(note=f"best {abs(max(scores)):.4f}")
+                return scores[-1]
+
+            chosen = search.run(recipe.init, sources, score)
         if scores and max(scores) == -math.inf:
             raise ConfigError(
-                f"{type(search).__name__}: none of {len(scores)} merges has a score, all are NaN "
+                f"{name}: none of {len(scores)} merges has a score, all are NaN "
                 "on the selection split. Look for NaN in the sources, or use smaller coefficients."
             )
         set_coefficients(self.module.merged, chosen)
