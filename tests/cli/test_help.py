@@ -77,7 +77,7 @@ def test_the_help_of_fit_describes_our_options(capsys):
     ("arguments", "message"),
     [
         (["fitt"], "unknown command 'fitt' (choose from fit, validate, "),
-        (["exprt", "a", "b"], "inspect). Did you mean 'export'?"),
+        (["exprt", "a", "b"], "push). Did you mean 'export'?"),
         (["fit", "--modle.memory", "streamed"], "Did you mean '--model.memory'?"),
         (["fit", "--trainer.max_stepss", "3"], "Did you mean '--trainer.max_steps'?"),
         (["merge", "--outptu", "x"], "Did you mean '--output'?"),

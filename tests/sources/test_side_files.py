@@ -59,8 +59,8 @@ def test_a_folder_gets_what_its_model_needs_and_nothing_of_a_training_run(family
     recipe = Recipe({"a": family["a"], "b": family["b"]}, family["base"])
     merged = merge(recipe, tmp_path / "merged")
     own = {
-        "config.json", "model.safetensors", "coefficients.st", "provenance.json", "README.md",
-        ".gradmerge",
+        "config.json", "model.safetensors", "coefficients.st", "provenance.json", "report.html",
+        ".gradmerge", "README.md",
     }  # fmt: skip
     assert files_in(merged) == {*MODEL, *own}
     for name in set(MODEL) - own:

@@ -27,6 +27,8 @@ from gradmerge.export.emr import export_compact, export_tasks, require_outputs, 
 from gradmerge.export.folder import export_state, require_options
 from gradmerge.export.license import license_note
 from gradmerge.export.provenance import read_as
+from gradmerge.export.push import contents, require_repo, table
+from gradmerge.export.push import push as upload
 from gradmerge.mergekit.writer import require_file, require_sum, write_mergekit
 from gradmerge.search import AbstractSearch
 from gradmerge.sources import Checkpoint, as_source
@@ -339,6 +341,31 @@ def unpack(
     found = {task: EMRCheckpoint(path, task, opened) for task in tasks or described["scales"]}
     written = export_tasks(found, **checked, extra={"unpacked": described})
     print(f"{len(found)} tasks: {written}")
+
+
+def push(folder: str, repo: str, private: bool = True, dry_run: bool = False) -> None:
+    """Upload an exported folder to the Hugging Face Hub.
+
+    Log in first (`hf auth login`, or HF_TOKEN). Files that do not belong to the model, and records
+    that name places on this machine, are refused.
+
+    Args:
+        folder: the exported folder.
+        repo: owner/name of the repository, which is made if it does not exist.
+        private: only you see the repository.
+        dry_run: print what would be uploaded, and end without asking the hub.
+    """
+    require_repo(repo)
+    place = Path(folder).expanduser()
+    files = contents(place)
+    seen = "private" if private else "public"
+    print(table(files))
+    if note := license_note(place):
+        print(f"gradmerge push: warning {note}", file=sys.stderr)
+    if dry_run:
+        print(f"would go to https://huggingface.co/{repo} ({seen}); nothing was uploaded")
+        return
+    print(f"uploaded to {upload(place, repo, private, list(files))} ({seen})")
 
 
 def require_checkpoint(checkpoint: str) -> Path:

@@ -37,12 +37,13 @@ commands:
   collect   collect statistics on data    gradmerge collect --config merge.yaml --output FOLDER
   unpack    expand a compact EMR merge    gradmerge unpack COMPACT FOLDER
   inspect   check and compare sources     gradmerge inspect A B --base BASE
+  push      upload a folder to the hub    gradmerge push FOLDER owner/name --dry-run true
 
 `gradmerge COMMAND --help` lists the options of a command; configs/ holds runnable examples.
 """
 
 LEARNING = ("fit", "validate", "test")
-COMMANDS = (*LEARNING, "export", "merge", "collect", "unpack", "inspect")
+COMMANDS = (*LEARNING, "export", "merge", "collect", "unpack", "inspect", "push")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -327,7 +328,7 @@ def _parser(command: str, data: bool = False) -> Any:
     parser.add_function_arguments(
         function,
         as_group=False,
-        as_positional=command in ("export", "unpack"),
+        as_positional=command in ("export", "unpack", "push"),
         skip={
             "allow_modules",
             "configs",

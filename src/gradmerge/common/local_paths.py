@@ -15,26 +15,34 @@ from pathlib import Path
 from typing import Any
 
 # `/a/b`, `~/a`, `C:\a`, `\\host\a`; not `https://a/b`, fractions and expressions such as `a/b`.
-_ABSOLUTE = re.compile(r"(?:~[\w.-]*)?/[^/\s]+/|~[\w.-]*/|[A-Za-z]:[\\/]|\\\\\w")
+_ABSOLUTE = re.compile(r"(?:~[\w.-]*)?/[^/\s]+/|~[\w.-]*/|[A-Za-z]:[\\/]\w[^\\/\s]*[\\/]|\\\\\w")
 _TOKEN = re.compile(r"[^\s'\"`,;()\[\]{}<>=|]+")
 
 
-def without_places(value: Any) -> Any:
-    """Return nested plain data with names in place of local paths, also within texts.
+def without_places(value: Any, within: bool = True) -> Any:
+    """Return nested plain data with names in place of local paths.
 
     A path is what is absolute, or names a file or folder below another from here; a name alone
     stays as it is.
+
+    Args:
+        value: mappings, lists and scalars.
+        within: also within texts. Settings of models hold templates, which must not change.
 
     Examples:
         >>> without_places({"base": "/home/me/models/base", "at": ["https://a.org/b", "x/y@main"]})
         {'base': 'base', 'at': ['https://a.org/b', 'x/y@main']}
     """
     if isinstance(value, str):
+        if not within:
+            return _last(value) if is_place(value) else value
         return value if "://" in value and " " not in value else _named(value)
     if isinstance(value, Mapping):
-        return {without_places(key): without_places(item) for key, item in value.items()}
+        return {
+            without_places(key, within): without_places(item, within) for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return [without_places(item) for item in value]
+        return [without_places(item, within) for item in value]
     return value
 
 
@@ -52,6 +60,12 @@ def _of_token(text: str) -> str:
     if "://" in end or not is_place(end):
         return text
     return _last(end) + text[len(end) :]
+
+
+def absolute_places(text: str) -> list[str]:
+    """Return the absolute paths within a text, without repetition."""
+    tokens = (token.rstrip(".:") for token in _TOKEN.findall(text))
+    return list(dict.fromkeys(token for token in tokens if _ABSOLUTE.match(token)))
 
 
 def is_place(text: str) -> bool:

@@ -215,11 +215,11 @@ def _identities(path: Path) -> list[tuple[int, int]]:
 
 def write_manifest(folder: Path) -> None:
     """Record the names of all files of a folder that gradmerge wrote."""
-    text = json.dumps({"files": _files(folder)}, ensure_ascii=True, indent=1)
+    text = json.dumps({"files": files_of(folder)}, ensure_ascii=True, indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def _files(folder: Path) -> list[str]:
+def files_of(folder: Path) -> list[str]:
     """Return the names of all files and links in a folder and below, without the manifest."""
     names = []
     for place, folders, files in os.walk(folder):
@@ -232,8 +232,8 @@ def _require_own(target: Path) -> None:
     """Reject a folder that gradmerge did not write, or that holds files of others."""
     if os.path.ismount(target):
         raise ConfigError(f"{target} is a mount point, which cannot be replaced; give one in it.")
-    files = _files(target)
-    listed = _manifest(target)
+    files = files_of(target)
+    listed = listed_files(target)
     if listed is None and files and not _is_described(target):
         raise ConfigError(
             f"{target}: expected a folder that gradmerge wrote, which alone is overwritten, got "
@@ -247,7 +247,8 @@ def _require_own(target: Path) -> None:
         )
 
 
-def _manifest(folder: Path) -> set[str] | None:
+def listed_files(folder: Path) -> set[str] | None:
+    """Return the names of the files that gradmerge wrote into a folder; None without a manifest."""
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         return set(map(str, json.loads((folder / MANIFEST).read_bytes())["files"]))
     return None

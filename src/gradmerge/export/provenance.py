@@ -101,7 +101,7 @@ def strip_settings(folder: Path) -> None:
     """Put names in place of the local paths that copied configs hold, as those of older tools."""
     for path in folder.rglob("*config*.json"):
         settings = read_json(path)
-        stripped = without_places(settings)
+        stripped = without_places(settings, within=False)
         if stripped != settings:
             write_json(path, stripped, spelled=True)
 

@@ -32,14 +32,14 @@ license, and the folders of sentence-transformers."""
 
 # Written anew by every export, or about these weights alone.
 _OF_WEIGHTS = ("*.index.json", "adapter_config.json", "emr.json", "provenance.json", "tokens.json")
-_OF_TRAINING = (
+OF_TRAINING = (
     *("args.json", "*_args.json", "train*.json", "hyperparameters*.json", "*_state.json"),
     *("log.json", "logs.json", "log_history.json", "*_log.json", "*_logs.json"),
     *("results*.json", "*_results.json", "eval*.json", "metrics*.json", "all_results*"),
     *("log*.txt", "*_log.txt", "train*.txt", "*_results.txt", "requirements*.txt"),
     "zero_to_fp32.py",
 )
-STAYS = (*_OF_WEIGHTS, *_OF_TRAINING)
+STAYS = (*_OF_WEIGHTS, *OF_TRAINING)
 # Coefficients do not depend on them.
 _UNRELATED = ("generation_config.json", *LICENSES)
 _CONFIGS = (
