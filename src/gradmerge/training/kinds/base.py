@@ -200,8 +200,6 @@ class AbstractKind(ABC):
     """Main input of these networks."""
     processor: ClassVar[Processor | None] = "tokenizer"
     """What converts the rows."""
-    generates: ClassVar[bool] = False
-    """True if texts can be generated and compared with those in the data."""
     deduplicated: ClassVar[bool] = True
     """True if repeated rows are dropped before a single split is cut."""
 
@@ -214,8 +212,12 @@ class AbstractKind(ABC):
         """
 
     def question(self, split: Split, index: int, row: Mapping[str, Any]) -> tuple[list[int], str]:
-        """Return the tokens that ask for a text, and that text; for kinds that generate."""
-        raise NotImplementedError(f"{type(self).__name__} does not generate")
+        """Return the tokens that ask for a text, and that text.
+
+        Raises:
+            ConfigError: the kind has no texts to generate, or the row has none.
+        """
+        raise _no_texts(split)
 
     def compared(self, columns: Mapping[str, str]) -> Names:
         """Return the columns by which examples of two splits are compared."""
@@ -286,6 +288,14 @@ def split_of(
     return Split(limited, data, stage, columns, processor, network, seed, where)
 
 
+def _no_texts(split: Split) -> ConfigError:
+    return ConfigError(
+        f"{split.where}: expected a task with texts to generate (kind chat, completion, "
+        f"instruction or seq2seq, and a network that generates) for `generation`, got kind "
+        f"{split.data.kind}. Remove `generation`."
+    )
+
+
 def questions(split: Split, kind: AbstractKind) -> list[Question]:
     """Return what texts are generated for, of the first rows of a split.
 
@@ -296,12 +306,8 @@ def questions(split: Split, kind: AbstractKind) -> list[Question]:
     """
     options, network = split.data.generation, split.network
     assert options is not None
-    if not kind.generates or not getattr(network, "can_generate", lambda: True)():
-        raise ConfigError(
-            f"{split.where}: expected a task with texts to generate (kind chat, completion, "
-            f"instruction or seq2seq, and a network that generates) for `generation`, got kind "
-            f"{split.data.kind}. Remove `generation`."
-        )
+    if not getattr(network, "can_generate", lambda: True)():
+        raise _no_texts(split)
     found = []
     for index, row in split:
         if options.limit is not None and index >= options.limit:

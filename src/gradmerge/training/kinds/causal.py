@@ -214,7 +214,6 @@ class Completion(AbstractCausal):
         "prompt": ("prompt", "question", "query", "input"),
         "completion": ("completion", "answer", "response", "output"),
     }
-    generates = True
 
     @override
     def marked(self, split: Split, index: int, row: Mapping[str, Any]) -> Marked:

@@ -32,7 +32,6 @@ class Chat(AbstractCausal):
 
     roles: ClassVar = {"messages": ("messages", "conversations", "conversation")}
     optional: ClassVar = {"tools": ("tools",)}
-    generates = True
 
     @override
     def marked(self, split: Split, index: int, row: Mapping[str, Any]) -> Marked:
@@ -78,7 +77,6 @@ class Instruction(AbstractCausal):
 
     roles: ClassVar = {"instruction": ("instruction",), "output": ("output", "response")}
     optional: ClassVar = {"input": ("input", "context")}
-    generates = True
 
     @override
     def marked(self, split: Split, index: int, row: Mapping[str, Any]) -> Marked:

@@ -46,7 +46,6 @@ class Seq2Seq(AbstractKind):
         "target": ("target", "output", "summary", "highlights", "answer"),
     }
     predicts = ("a target text",)
-    generates = True
 
     @override
     def prepare(self, split: Split) -> Any:
