@@ -52,6 +52,14 @@ class AbstractTerm(ABC):
         """True if all sources must run on the same batch."""
         return False
 
+    @property
+    def adds_over_rows(self) -> bool:
+        """True if the loss of a batch is the mean of its rows' own losses, without other inputs.
+
+        Evaluation may then give it some rows at a time.
+        """
+        return False
+
     @abstractmethod
     def loss(self, predictions: Predictions) -> Tensor:
         """Return the mean over rows, a scalar, before `weight`; zero, not NaN, without rows.

@@ -61,6 +61,11 @@ class Objective:
         """True if any term needs all sources."""
         return any(term.needs_ensemble for term in self.terms)
 
+    @property
+    def adds_over_rows(self) -> bool:
+        """True if every term has a loss per row, of which it is the mean."""
+        return all(term.adds_over_rows for term in self.terms)
+
     def require_tasks(self, tasks: Iterable[str]) -> None:
         """Reject weights of unknown tasks, and weights of 0 for all tasks.
 

@@ -42,6 +42,11 @@ class CrossEntropy(AbstractTerm):
     def needs_labels(self) -> bool:
         return True
 
+    @property
+    @override
+    def adds_over_rows(self) -> bool:
+        return True
+
     @override
     def loss(self, predictions: Predictions) -> Tensor:
         logits, labels = predictions.logits, predictions.labels
@@ -120,6 +125,11 @@ class Entropy(AbstractTerm):
     """Weight in the objective."""
     marginal: float = 0.0
     """Weight of the entropy of the mean prediction of a batch."""
+
+    @property
+    @override
+    def adds_over_rows(self) -> bool:
+        return self.marginal == 0
 
     @override
     def loss(self, predictions: Predictions) -> Tensor:

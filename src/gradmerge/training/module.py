@@ -387,15 +387,18 @@ class MergeModule(FiniteModule):
         return self.objective.share(task, tasks) * self.objective.loss(predictions)
 
     def _predict(self, task: str, batch: Batch, shared: bool) -> Predictions:
-        if task not in self._apart and "position_ids" in batch and batch.get("use_cache") is False:
-            self._apart.add(task)
-            require_apart(self.merged, task, batch)
+        self._require_apart(task, batch)
         predictions = predict(self.merged, self.objective, task, batch, shared)
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, MergeDataModule) and not self.causal:
             # a network of one's own shows its number of classes only now
             data.require_classes(task, predictions.logits.shape[-1])
         return predictions
+
+    def _require_apart(self, task: str, batch: Batch) -> None:
+        if task not in self._apart and "position_ids" in batch and batch.get("use_cache") is False:
+            self._apart.add(task)
+            require_apart(self.merged, task, batch)
 
     def _inner_scale(self) -> float:
         """Return the scale of a float16 gradient scaler; inner backward passes need it too."""
@@ -482,9 +485,13 @@ class MergeModule(FiniteModule):
         if not batch:  # padding step: another process has one more batch
             return
         task = self.tasks[dataloader_idx]
-        predictions = self._predict(task, batch, shared=False)
         known = self.trainer.sanity_checking or self._split in self._scores.experts
         scored = self.score_experts and not known
+        self._require_apart(task, batch)
+        source = self.merged.tasks[task] if scored else None
+        if self._scores.add_in_parts(self.merged, task, batch, self.objective, source):
+            return
+        predictions = self._predict(task, batch, shared=False)
         expert = partial(expert_rows, self.merged, task, batch) if scored else None
         self._scores.add(task, batch, predictions, self.objective, expert)
 

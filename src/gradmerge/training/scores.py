@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from gradmerge.engine.merged import MergedModel
+from gradmerge.engine.parts import in_parts
 from gradmerge.engine.reading import Measure, reading_of
 from gradmerge.export.history import History
 from gradmerge.objectives import Objective, Predictions
@@ -191,6 +192,41 @@ class SplitScores:
         if expert is not None:
             logits = predictions.teacher if predictions.teacher is not None else expert()
             self._running["expert"].update(task, logits, labels, measure, size)
+
+    def add_in_parts(
+        self,
+        merged: MergedModel,
+        task: str,
+        batch: Mapping[str, Any],
+        objective: Objective,
+        source: str | None,
+    ) -> bool:
+        """Add the predictions on a batch whose logits are large, some at a time (see `in_parts`).
+
+        Args:
+            merged: the model.
+            task: the task.
+            batch: the batch.
+            objective: gives the loss.
+            source: the task's own source, if it is scored, too.
+
+        Returns:
+            False if nothing was added, because all logits are needed at once, or are small.
+        """
+        if batch.get("labels") is None or not objective.adds_over_rows:
+            return False
+        parts = in_parts(merged, task, batch)
+        if parts is None:
+            return False
+        for logits, labels in parts:
+            self.add(task, batch, Predictions(logits, labels), objective, None)
+        if source is not None:
+            size = float(batch.get("bytes_per_token", 1.0))
+            with merged.as_source(source, own=True):
+                for logits, labels in in_parts(merged, task, batch) or ():
+                    assert labels is not None
+                    self._running["expert"].update(task, logits, labels, "language", size)
+        return True
 
     def finish(
         self,
