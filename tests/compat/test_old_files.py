@@ -50,7 +50,10 @@ CONCEPTS = {
     "search": search,
     "sources": sources,
 }
-IN_NO_CHECKPOINT = {("sources", "InMemory"), ("sources", "Dequantised")}
+IN_NO_CHECKPOINT = {
+    *(("sources", name) for name in ("InMemory", "Dequantised", "Distributed", "RunAverage")),
+    ("objectives", "SquaredError"),
+}
 """Weights in memory: a checkpoint says that they were, and the recipe must be given again. And what
 the version that wrote these checkpoints did not have."""
 
