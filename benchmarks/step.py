@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import statistics
 import tempfile
@@ -26,6 +27,7 @@ from unittest.mock import patch
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import harness
@@ -59,11 +61,14 @@ class Case:
     tasks: int = 1
     elements: bool = False
     """One coefficient per weight; the reference, too, has an optimiser of all weights."""
+    adapters: bool = False
+    """The sources are LoRA adapters of rank 16 on the base."""
 
     @property
     def name(self) -> str:
         parts = [self.model, self.dtype, f"K={self.sources}", self.memory]
         parts += [f"{self.tasks} tasks"] if self.tasks > 1 else []
+        parts += ["LoRA adapters"] if self.adapters else []
         return ", ".join([*parts, "one coefficient per weight"] if self.elements else parts)
 
     @property
@@ -110,9 +115,37 @@ def batch_of(model: str, generator: torch.Generator) -> dict[str, Tensor]:
 def recipe_of(case: Case, folder: Path) -> Recipe:
     root = folder / case.model / case.dtype
     sources = {f"source{k}": str(root / f"source{k}") for k in range(1, case.sources + 1)}
+    if case.adapters:
+        return Recipe({n: f"{path}-adapter" for n, path in sources.items()}, str(root / "base"))
     if case.elements:
         return Recipe(sources, coefficients=Complement(Sigmoid(Element())), init=Uniform())
     return Recipe(sources, base=str(root / "base"))
+
+
+def make_adapters(root: Path, names: Sequence[str], rank: int = 16) -> None:
+    """Write LoRA adapters, in PEFT's format, of all matrices in the blocks of a base."""
+    shapes = {
+        name: tensor.shape
+        for name, tensor in load_file(root / "base" / "model.safetensors").items()
+        if tensor.dim() == 2 and ".layers." in name
+    }
+    for seed, name in enumerate(names):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for weight, (rows, columns) in shapes.items():
+            module = f"base_model.model.{weight.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = torch.randn(rank, columns, generator=generator)
+            tensors[f"{module}.lora_B.weight"] = 1e-3 * torch.randn(rows, rank, generator=generator)
+        folder = root / f"{name}-adapter"
+        folder.mkdir()
+        save_file(tensors, folder / "adapter_model.safetensors")
+        settings = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": rank,
+            "target_modules": "all-linear",
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
 def step_of(case: Case, folder: Path) -> Callable[[], None]:
@@ -168,7 +201,7 @@ def time_group(cases: Sequence[Case], folder: Path, repeats: int) -> Iterator[di
     floor = min(map(min, plain.values()))
     for case, times in ours.items():
         ratios = [own / beside for own, beside in zip(times, plain[case], strict=True)]
-        common = case.tasks == 1 and not case.elements
+        common = case.tasks == 1 and not case.elements and not case.adapters
         targets = TARGETS.get((case.model, case.memory), {}) if common else {}
         paired, target = statistics.median(ratios), targets.get(case.sources)
         yield record(case, "CPU time", "s", min(times), floor, target, paired)
@@ -224,8 +257,8 @@ def memory_group(cases: Sequence[Case], folder: Path, malloc: str) -> Iterator[d
 
     for case in cases:
         beside = peak(case.reference)
-        target = None if case.elements else 1.0
-        if target and case.memory == "streamed":
+        target = None if case.elements else 1.1 if case.adapters else 1.0
+        if target and case.memory == "streamed" and not case.adapters:
             weights, layer = weight_mb(case.model)
             target = (beside - weights + 2 * layer) / beside
         quantity = f"peak anonymous memory, malloc {malloc}"
@@ -285,6 +318,15 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             if "tasks" in parts and once:
                 several = [Case(model, dtype, max(counts), tasks=8)]
                 measure(several, max(1, repeats // 2), ("time", "memory"))
+            if "adapters" in parts and model in LLAMAS:
+                make_adapters(made, names)
+                pairs = [
+                    Case(model, dtype, k, memory, adapters=adapters)
+                    for k in counts
+                    for memory in options.modes
+                    for adapters in (True, False)
+                ]
+                measure(pairs, repeats, ("time", "memory"))
             if "elements" in parts and once:
                 pairs = [Case(model, dtype, 2, memory, elements=True) for memory in options.modes]
                 measure(pairs, repeats, ("time", "memory"))
@@ -298,7 +340,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--sources", nargs="+", type=int, default=[2, 4, 8], help="how many")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
-    parts = ["time", "memory", "tasks", "kernels", "elements"]
+    parts = ["time", "memory", "tasks", "kernels", "elements", "adapters"]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(

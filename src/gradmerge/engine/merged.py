@@ -214,6 +214,10 @@ class MergedModel(nn.Module):
         """
         # Trainers evaluate in inference mode, and tensors made there cannot be trained with later.
         with torch.inference_mode(False):
+            if out is None and not isinstance(own, Tensor) and own == 0.0:
+                base = self.plan.base_as(key, dtype, self.device)
+                if base is not None:
+                    return base
             out = self._empty(self.plan.tensors[key].shape, dtype) if out is None else out
             write = self.state.finish if finished else self.plan.combine
             return write(key, own, out)

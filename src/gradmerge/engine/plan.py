@@ -20,6 +20,7 @@ from torch import Tensor
 from gradmerge.alignment import Aligned
 from gradmerge.coefficients import AbstractInit, InitContext, Layout, initial_raw
 from gradmerge.common.errors import ConfigError, Problem, shorten
+from gradmerge.common.low_rank import LowRank
 from gradmerge.common.memory import require_temporary_space
 from gradmerge.common.patterns import matches
 from gradmerge.common.spec import to_plain
@@ -89,6 +90,11 @@ class Plan(Shared):
         self.fixed: Mapping[str, float] = self._fixed()
         """Coefficients of frozen tensors, by name."""
         learned = [tensor for name, tensor in self.tensors.items() if name not in self.fixed]
+        if not learned and all(map(self._is_base, self.tensors)):
+            raise ConfigError(
+                f"sources: expected weights that differ from the base {self.reference.label}, got "
+                "the very same tensors from every source, so there is nothing to merge."
+            )
         if not learned:
             raise ConfigError(
                 "frozen: expected at least one tensor with free coefficients, got none: the "
@@ -109,6 +115,9 @@ class Plan(Shared):
     def _fixed(self) -> dict[str, float]:
         fixed = {}
         for name in self.tensors:
+            if self._is_base(name):  # adapters leave most tensors alone
+                fixed[name] = 0.0
+                continue
             for pattern, value in self.recipe.frozen.items():
                 if matches([pattern], name):
                     fixed[name] = self._number(value)
@@ -117,6 +126,34 @@ class Plan(Shared):
                 if self.binding is not None and name not in self.binding.owners:
                     fixed[name] = self.unused_coefficient
         return fixed
+
+    def _is_base(self, name: str) -> bool:
+        """Return whether all sources have the base's own tensor, so that none has a direction."""
+        if self.base is None or self.recipe.resolved_origin != "base":
+            return False
+        stored = self.base.stored_as(name)
+        return stored is not None and all(
+            source.stored_as(name) == stored for source in self.sources.values()
+        )
+
+    def _updates(self, name: str) -> list[LowRank | None] | None:
+        """Return the directions of a tensor from the base, None for a zero one.
+
+        Returns None if one is not of low rank, or if they are not merged linearly as they are.
+        """
+        recipe = self.recipe
+        plain = isinstance(recipe.operator, Linear) and recipe.operator.form == "weights"
+        if self.base is None or recipe.resolved_origin != "base" or recipe.preprocess or not plain:
+            return None
+        stored = self.base.stored_as(name)
+        found: list[LowRank | None] = []
+        for source in self.sources.values():
+            update = source.update(name)
+            same = source.stored_as(name) if update is None else update.stored
+            if stored is None or same != stored:
+                return None
+            found.append(update)
+        return found
 
     def _number(self, value: float | str) -> float:
         if value == "origin":
@@ -216,6 +253,13 @@ class Plan(Shared):
             self.require_private(source)
         return checkpoint.read(name)
 
+    def base_as(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Return the origin as it is in its file, if it is a base with this dtype and device."""
+        if self.recipe.resolved_origin != "base":
+            return None
+        base = self.read("base", name)
+        return base if base.dtype == dtype and base.device == device else None
+
     def require_private(self, source: str) -> None:
         """Reject a source that lacks the private tensors (head) of a task.
 
@@ -235,7 +279,8 @@ class Plan(Shared):
         owners = [*self.sources, *(["base"] if self.recipe.resolved_origin == "base" else [])]
         for owner in owners:
             for name in self.tensors:
-                self._on_device[owner, name] = self.read(owner, name).to(device)
+                if owner == "base" or self._updates(name) is None:
+                    self._on_device[owner, name] = self.read(owner, name).to(device)
         self._facts.clear()
 
     def directions(self) -> Iterator[tuple[Site, Callable[[], Tensor]]]:
@@ -315,6 +360,14 @@ class Plan(Shared):
             facts=facts,
         )
 
+    def _spread_terms(self, name: str, spread: Spread) -> Terms:
+        """Return the terms of a tensor, with directions of low rank where those are merged."""
+        by_factors = spread.kind in ("scalar", "axis") and not spread.experts
+        updates = self._updates(name) if by_factors else None
+        if updates is None:
+            return self.terms(name)
+        return Terms([], self.read("base", name), updates=updates)
+
     def _spread(self, name: str, device: torch.device) -> Spread:
         """Return the mapping of the coefficients of `name` to its entries."""
         slot = self.layout.slots[name]
@@ -338,7 +391,7 @@ class Plan(Shared):
         recipe, operator = self.recipe, self.recipe.operator
         if isinstance(own, Tensor):
             spread = self._spread(name, out.device)
-            terms = self.terms(name)
+            terms = self._spread_terms(name, spread)
             return contraction.combine(recipe.coefficients, operator, terms, own, spread, out)
         with torch.no_grad():
             terms = self.terms(name, processed=own != 0)
@@ -366,7 +419,7 @@ class Plan(Shared):
         coefficients, operator = self.recipe.coefficients, self.recipe.operator
         spread = self._spread(name, grad.device)
         return contraction.contract(
-            coefficients, operator, self.terms(name), z, spread, grad, slopes
+            coefficients, operator, self._spread_terms(name, spread), z, spread, grad, slopes
         )
 
     def _final_site(self, name: str) -> FinalSite:

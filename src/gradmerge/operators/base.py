@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradmerge.common.errors import ConfigError
+from gradmerge.common.low_rank import LowRank
 from gradmerge.common.typing import Origin, SpreadKind
 
 
@@ -24,6 +25,8 @@ class Terms:
     """True if the origin is the mean of the sources."""
     directions: bool = False
     """True if `sources` holds directions, with the origin already subtracted."""
+    updates: list[LowRank | None] | None = None
+    """The directions as products of two small matrices, None for a zero one; `sources` is empty."""
     masks: list[Tensor | None] | None = None
     """Mask of each direction, flat, one byte per entry: where it is 0, the direction is zero."""
     factors: list[float] | None = None
@@ -35,7 +38,7 @@ class Terms:
     @property
     def shape(self) -> torch.Size:
         """Shape of the merged tensor."""
-        return self.sources[0].shape
+        return (self.sources or self.stored)[0].shape
 
     @property
     def stored(self) -> list[Tensor]:

@@ -12,7 +12,8 @@ difference of two long inner products would lose the digits that carry the gradi
 
 Sums run over cache-sized blocks: each pass reads every stored byte once, no temporary grows with
 the tensor, and 16-bit sources are widened one block at a time. On a CPU compiled kernels do this
-(`_native`); elsewhere, and without a compiler, torch operations (`chunks`).
+(`_native`); elsewhere, and without a compiler, torch operations (`chunks`). Directions of low rank
+(LoRA) are not formed (`low_rank`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, require
 from gradmerge.common.typing import Origin
-from gradmerge.operators import chunks
+from gradmerge.operators import chunks, low_rank
 from gradmerge.operators._native import (
     FROM_BASE,
     FROM_DIRECTIONS,
@@ -94,6 +95,9 @@ class Linear(AbstractOperator):
     def combine(self, terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
         if not out.numel():
             return out
+        if terms.updates is not None:
+            rows = coefficient.detach().view(len(terms.updates), -1)
+            return low_rank.combine(terms, rows, spread, out)
         if self.form == "directions" and spread.kind == "scalar":
             return combine_directions(terms.dense(), coefficient.detach().view(-1), out)
         coefficient = coefficient.detach().view(len(terms.sources), -1)
@@ -120,6 +124,8 @@ class Linear(AbstractOperator):
     def contract(self, terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
         if not grad.numel():
             return torch.zeros_like(coefficient)
+        if terms.updates is not None:
+            return low_rank.contract(terms, grad, coefficient, spread)
         terms = terms.dense()
         kernels = kernels_for([*terms.stored, grad])
         if kernels is None:

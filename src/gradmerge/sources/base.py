@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from gradmerge.common.errors import FingerprintError, NonFiniteError, shorten
 from gradmerge.common.finite import NonFinite, non_finite, scan
+from gradmerge.common.low_rank import LowRank
 from gradmerge.common.memory import in_file
 from gradmerge.common.progress import Progress
 from gradmerge.sources.identity import FileState, hashes_of
@@ -117,6 +118,17 @@ class Checkpoint(Shared, ABC):
     def keep(self) -> None:
         """Prepare for repeated reading, if tensors are computed on every read."""
 
+    def stored_as(self, name: str) -> Hashable | None:
+        """Return what tells the place of a tensor from all others; None if it is computed.
+
+        Tensors of two checkpoints with the same place are the same.
+        """
+        return None
+
+    def update(self, name: str) -> LowRank | None:
+        """Return how a tensor differs from a stored one, if by a product of small matrices."""
+        return None
+
     @property
     def parts(self) -> Sequence[Checkpoint]:
         """The stored checkpoints that this one is computed from, without repetition: itself."""
@@ -207,11 +219,23 @@ class View(Checkpoint):
     def form(self, name: str) -> Tensor:
         """Compute a tensor that changes."""
 
+    def own_name(self, name: str) -> str:
+        """Return the name in `inner` of a tensor that does not change."""
+        return name
+
+    @override
+    def stored_as(self, name: str) -> Hashable | None:
+        return None if self.changes(name) else self.inner.stored_as(self.own_name(name))
+
+    @override
+    def update(self, name: str) -> LowRank | None:
+        return None if self.changes(name) else self.inner.update(self.own_name(name))
+
     @override
     def read(self, name: str) -> Tensor:
         if name in self._kept:
             return self._kept[name]
-        return self.form(name) if self.changes(name) else self.inner.read(name)
+        return self.form(name) if self.changes(name) else self.inner.read(self.own_name(name))
 
     @override
     def keep(self) -> None:

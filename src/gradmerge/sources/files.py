@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,10 @@ class SafetensorsCheckpoint(FileCheckpoint):
                 self._handles[file] = opened
             self._mapped[name] = self._handles[file].get_tensor(name)
         return self._mapped[name]
+
+    @override
+    def stored_as(self, name: str) -> Hashable | None:
+        return os.path.realpath(self._infos[name].file), name
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,11 @@ class MemoryCheckpoint(Checkpoint):
     @override
     def read(self, name: str) -> Tensor:
         return self._tensors[name].contiguous()
+
+    @override
+    def stored_as(self, name: str) -> Hashable | None:
+        tensor = self._tensors[name]
+        return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 @dataclass(frozen=True)

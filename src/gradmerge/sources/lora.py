@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, SourceError, nearest, shorten
 from gradmerge.common.files import read_json
+from gradmerge.common.low_rank import LowRank
 from gradmerge.common.patterns import require_pattern, search
 from gradmerge.common.schema import a_count, require_shape
 from gradmerge.sources.adapted import AdaptedFolder
@@ -90,6 +91,7 @@ class LoraCheckpoint(Checkpoint):
         require_dense(self._adapter)
         self._factors: dict[str, _Factors] = {}
         self._replaced: dict[str, str] = {}
+        self._updates: dict[str, LowRank] = {}
         self._index()
         self._copies = self._copy_tied()
         copies = {n: replace(base.infos[own], name=n) for n, own in self._copies.items()}
@@ -343,13 +345,37 @@ class LoraCheckpoint(Checkpoint):
 
     def delta(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return `s * B @ A` in the orientation and shape of the base tensor."""
+        left, right = self._product(name, dtype)
+        return (left @ right).reshape(self._infos[name].shape)
+
+    def _product(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the factors of an update in the orientation of the base tensor, with the scale."""
         keys = self._factors[name].keys
         first, second = (self._adapter.read(keys[side]).to(dtype) for side in "AB")
         rank = first.shape[0]
-        product = self.scale(name, rank) * (second.reshape(-1, rank) @ first.reshape(rank, -1))
-        if self._is_transposed(name):
-            product = product.T
-        return product.reshape(self._infos[name].shape)
+        left, right = second.reshape(-1, rank) * self.scale(name, rank), first.reshape(rank, -1)
+        return (right.T, left.T) if self._is_transposed(name) else (left, right)
+
+    @override
+    def stored_as(self, name: str) -> Hashable | None:
+        if name in self._factors:
+            return None
+        key = self._replaced.get(name)
+        if key is not None:
+            return self._adapter.stored_as(key)
+        return self._base.stored_as(self._copies.get(name, name))
+
+    @override
+    def update(self, name: str) -> LowRank | None:
+        own = self._copies.get(name, name)
+        stored = None if name in self._replaced else self._base.stored_as(own)
+        if name not in self._factors or stored is None:
+            return None
+        if name not in self._updates:
+            wide = torch.promote_types(self._base.infos[own].dtype, torch.float32)
+            left, right = self._product(name, wide)
+            self._updates[name] = LowRank(left.contiguous(), right.contiguous(), stored)
+        return self._updates[name]
 
     @override
     def fingerprint(self) -> str:

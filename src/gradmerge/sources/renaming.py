@@ -33,12 +33,12 @@ class RenamedView(View):
         return False
 
     @override
-    def form(self, name: str) -> Tensor:
-        return self.read(name)
+    def own_name(self, name: str) -> str:
+        return self._names[name]
 
     @override
-    def read(self, name: str) -> Tensor:
-        return self.inner.read(self._names[name])
+    def form(self, name: str) -> Tensor:
+        return self.read(name)
 
 
 def unify_names(

@@ -115,12 +115,12 @@ class TiedView(View):
         return False
 
     @override
-    def form(self, name: str) -> torch.Tensor:
-        return self.read(name)
+    def own_name(self, name: str) -> str:
+        return self._names[name]
 
     @override
-    def read(self, name: str) -> torch.Tensor:
-        return self.inner.read(self._names[name])
+    def form(self, name: str) -> torch.Tensor:
+        return self.read(name)
 
 
 def tied_view(checkpoint: Checkpoint) -> TiedView | None:
