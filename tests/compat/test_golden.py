@@ -96,7 +96,8 @@ def sources(make: Any, tasks: str = "ab") -> dict[str, Any]:
 
 def fitted(recipe: Recipe, kind: str, objective: Any = None, **options: Any) -> dict[str, Any]:
     kept: dict[str, list[str]] = {}
-    module = MergeModule(recipe, objective, learning_rate=0.1, **options)
+    options = {"learning_rate": 0.1, "score_start": False, **options}
+    module = MergeModule(recipe, objective, **options)
     trainer_of(Path("run"), kept).fit(module, datamodule=data_of(kind, "".join(recipe.sources)))
     return {"curves": kept, "folders": [export_merged(module.merged, "out")]}
 
@@ -109,7 +110,7 @@ def driven(driver: Any, recipe: Recipe, kind: str = "text_classification") -> di
         return trainer_of(folder, kept, **given)
 
     data = data_of(kind, "".join(recipe.sources))
-    job = Job(recipe, data, Path("run"), make_trainer, {"learning_rate": 0.1})
+    job = Job(recipe, data, Path("run"), make_trainer, {"learning_rate": 0.1, "score_start": False})
     return {"curves": kept, "folders": [driver.run(job)]}
 
 

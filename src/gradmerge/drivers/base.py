@@ -40,6 +40,9 @@ from gradmerge.training.data import MergeDataModule
 from gradmerge.training.module import MergeModule
 from gradmerge.training.run import describe_data, global_seed, read_by
 
+_FREE = ("allow_modules", "score_start")
+"""Options that results do not depend on."""
+
 MakeTrainer = Callable[[Path, Sequence[lightning.Callback], Mapping[str, Any]], lightning.Trainer]
 """Makes a fresh trainer from its default_root_dir, more callbacks (they come after the configured
 ones) and arguments that replace configured ones."""
@@ -180,7 +183,7 @@ class Job:
         return {
             "driver": described,
             "recipe": to_plain(self.recipe),
-            "options": to_plain({k: v for k, v in self.options.items() if k != "allow_modules"}),
+            "options": to_plain({k: v for k, v in self.options.items() if k not in _FREE}),
             "data": describe_data(self.data),
             "examples": describe_contents(self.data),
             "config": dict(self.config),
