@@ -56,15 +56,15 @@ CONFIGS = {
     "empty": ("", "expected options in the configuration, got an empty file"),
     "null": (
         RECIPE % "init: {class_path: Constant, init_args: {value: null}}",
-        r"Constant: value: expected float \| list.*, got null",
+        r"recipe\.init\.init_args\.value: expected a number or a list of numbers.*, got null",
     ),
     "null in a list": (
         RECIPE % "preprocess: [{class_path: Trim, init_args: {density: null}}]",
-        r"Trim: density: expected float .*, got null",
+        r"preprocess\[0\]\.init_args\.density: expected a number.*, got null",
     ),
     "no such option": (
         RECIPE % "preprocess: [{class_path: Trim, init_args: {densty: 1}}]",
-        r"Trim.*'?densty'? is not accepted",
+        r"no such option of Trim\. Did you mean 'recipe\.preprocess\[0\]\.init_args\.density'",
     ),
     "a name": ("recipe: {sources: {../x: a.safetensors}}", r"sources: expected a name.*'\.\./x'"),
     "a path": ("recipe: {sources: {a: models/x}}", "models/x: expected .*models is a folder here"),

@@ -211,7 +211,7 @@ def test_a_fit_without_tasks_is_refused_before_the_model_is_opened(world, tmp_pa
     sources = {"model": {"recipe": {"sources": {"a": "absent"}}}}
     config = write(tmp_path / "c.yaml", sources, {"trainer": world["trainer"]})
     text = fails(["fit", "--config", config], capsys)
-    assert "data.tasks: expected at least one task, got none; list them in the YAML" in text
+    assert "data.tasks: required, but not given (the tasks by name)." in text
 
 
 def test_fit_resumes_from_a_checkpoint(world, tmp_path):

@@ -200,7 +200,7 @@ def test_what_a_driver_has_no_use_for_is_refused(three, tmp_path, capsys, comman
 
 def test_help_names_drivers_and_searches(capsys):
     with pytest.raises(SystemExit, match="0"):
-        main(["fit", "--help"])
+        main(["fit", "--help-all"])
     text = " ".join(capsys.readouterr().out.split())
     assert "Run several fits instead of one of all sources" in text
     assert "Choose the initial coefficients of the fit" in text

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import inspect
 import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
+import yaml
 
 from commands import fails
-from gradmerge.cli import main
+from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
+from gradmerge.cli import catalogue, main
+from gradmerge.cli.check import mistakes
+from gradmerge.cli.help import places_of
 from gradmerge.cli.main import COMMANDS
+from gradmerge.cli.options import options_of
+from gradmerge.common.spec import public_path
+from gradmerge.objectives import Objective
 from tiny import write_yaml as write
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -20,7 +30,10 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 HEAVY = "torch", "lightning", "transformers", "datasets", "wandb", "matplotlib"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["fitt"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["fitt"], ["fit", "--help"], ["merge", "-h"], ["help", "Column"]],
+)
 def test_help_imports_nothing_heavy(arguments):
     script = (
         "import sys; from gradmerge.cli import main; status = main(sys.argv[1:]);"
@@ -33,44 +46,136 @@ def test_help_imports_nothing_heavy(arguments):
     assert done.stdout.splitlines()[-1] == "loaded []"
 
 
+def printed(arguments, capsys):
+    """What a command prints that ends well."""
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
 def test_help_lists_every_command(capsys):
-    assert main(["--help"]) == 0
-    text = capsys.readouterr().out
+    text = printed(["--help"], capsys)
     assert all(f"\n  {command} " in text for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(capsys, command):
-    with pytest.raises(SystemExit, match="0"):
-        main([command, "--help"])
-    text = capsys.readouterr().out
-    assert "--config" in text
-    assert len(text) > 300
+def test_the_help_of_a_command_is_one_screen(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = printed([command, "--help"], capsys)
+    assert text == printed(["help", command], capsys)
+    assert f"usage: gradmerge {command} " in text
+    assert "\n  config " in text
+    assert len(text.splitlines()) < 120
+    assert max(map(len, text.splitlines())) < 100
 
 
 @pytest.mark.parametrize("command", ["merge", "export"])
 def test_commands_that_write_a_folder_share_their_options(capsys, command):
-    with pytest.raises(SystemExit, match="0"):
-        main([command, "--help"])
-    text = " ".join(capsys.readouterr().out.split())
+    text = printed([command, "--help"], capsys)
     for part in (
-        "--dtype DTYPE float64, float32, bfloat16 or float16.",
-        "--overwrite {true,false} replace an existing folder. (type: bool, default: False)",
-        "--head HEAD task whose head the model in the folder itself has.",
+        "\n  output                         (required) Folder to write.\n",
+        "\n  dtype                          float64, float32, bfloat16 or float16.\n",
+        "\n  overwrite = false              Replace an existing folder.\n",
+        "\n  head                           Task whose head the model in the folder itself has.\n",
     ):
+        assert part in text.replace("Float64", "float64"), part
+
+
+def test_the_help_of_fit_names_every_option_of_ours_before_the_trainer(capsys):
+    text = printed(["fit", "--help"], capsys)
+    ours = text.partition("\ntrainer\n")[0]
+    for kind in (Recipe, TaskData, Objective):
+        assert [f.name for f in dataclasses.fields(kind) if f"\n  {f.name} " not in ours] == []
+    for kind in (MergeModule, MergeDataModule):
+        names = set(inspect.signature(kind.__init__).parameters)
+        names -= {"self", "recipe", "objective", "tasks", "module", "allow_modules"}
+        assert [name for name in names if f"\n  {name} " not in ours] == []
+    assert "accumulate_grad_batches" not in text
+    assert "coefficients = Tensor " in text
+    assert "Initial coefficients; the final ones of a merge without training." in text
+
+
+def test_the_whole_help_has_the_options_of_the_trainer(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--help-all"])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("--trainer.accumulate_grad_batches", "--model.memory", "--driver"):
         assert part in text, part
 
 
-def test_the_help_of_fit_describes_our_options(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["fit", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    for part in (
-        "Initial coefficients; the final ones of a merge without training",
-        "examples per task, step and process",
-        "--model.memory",
-    ):
+# ---- components ---------------------------------------------------------------------------------
+
+
+PUBLIC = [
+    kind
+    for concept, kinds in catalogue.components().items()
+    for kind in kinds
+    if concept != "training" and places_of(kind)
+]
+
+
+def test_all_components_are_found_in_their_source():
+    """The catalogue, which imports nothing, against the classes themselves."""
+    assert len(PUBLIC) > 60
+    for kind in PUBLIC:
+        real = getattr(importlib.import_module(kind.home.name), kind.name)
+        assert public_path(real) == kind.path
+        if dataclasses.is_dataclass(real):
+            fields = {f.name: f for f in dataclasses.fields(real) if f.init}
+            assert list(kind.fields) == list(fields)
+            needed = [
+                name
+                for name, f in fields.items()
+                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            ]
+            assert [f.name for f in kind.fields.values() if f.default is None] == needed
+
+
+@pytest.mark.parametrize("kind", PUBLIC, ids=lambda kind: kind.name)
+def test_a_component_is_explained_with_a_line_that_a_yaml_takes(kind, capsys):
+    text = printed(["help", kind.name], capsys)
+    assert kind.path in text
+    assert kind.doc.partition("\n")[0] in text
+    assert all(f"\n  {name}: " in text for name in kind.fields)
+    sample = text.rpartition("YAML\n")[2].replace("...", "x")
+    given = yaml.safe_load(textwrap.dedent(sample))
+    if "recipe" in given:
+        given = {"model": given}
+    unknown = [m for m in mistakes(given, catalogue.Instance(options_of("fit"))) if m.of]
+    assert not unknown, sample
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("Column", ["Used in recipe.coefficients.", "{class_path: Column}", "arXiv 2410.08371"]),
+        ("KLToSource", ["Used in model.objective.terms."]),
+        ("AdamW", ["torch.optim.AdamW", "weight_decay: a number (default 0.01)"]),
+        ("CosineAnnealingLR", ["lr_scheduler: {class_path: torch.optim.lr_scheduler."]),
+        ("gradmerge.preprocess.Trim", ["density: a number or a list of numbers or a mapping"]),
+        ("operators", ["\n  Linear ", "\n  Slerp ", "`gradmerge help NAME`"]),
+        ("Recipe", ["\n  sources: a mapping from names to ", "(required)"]),
+        ("TaskData", ["Used in data.tasks.", "max_length: a whole number (default 512)"]),
+        ("text_classification", ["kind: text_classification}", "\n  label = label "]),
+    ],
+)
+def test_components_groups_and_kinds_of_data_are_explained(name, parts, capsys):
+    text = printed(["help", name], capsys)
+    assert len(text) > 200
+    for part in parts:
         assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("Coluum", "Column"), ("slerpp", "Slerp"), ("operator", "operators"), ("adamw", "AdamW")],
+)
+def test_the_nearest_component_is_named(name, meant, capsys):
+    text = fails(["help", name], capsys)
+    assert text.startswith(f"gradmerge help: unknown component {name!r}. Did you mean {meant!r}?")
+    assert "list a group: sources, " in text
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -126,7 +231,7 @@ def test_wrong_commands_and_options_suggest_the_nearest(capsys, arguments, messa
                     }
                 }
             },
-            ["gradmerge fit: Lp.p: expected at least 1, got 0.5."],
+            ["gradmerge fit: model.objective.regularisers[0]: Lp.p: expected at least 1, got 0.5."],
         ),
         (
             {
@@ -139,7 +244,7 @@ def test_wrong_commands_and_options_suggest_the_nearest(capsys, arguments, messa
                     }
                 }
             },
-            ["gradmerge fit: WeightMatching.unreached: invalid regular expression '('"],
+            ["gradmerge fit: model.recipe.alignment: WeightMatching.unreached: invalid regular"],
         ),
         ({"data": {"tasks": {"a": {"kind": "text_clasification"}}}}, ["text_clasification"]),
         ({"data": {"batch_size": 0}}, ["batch_size: expected 1 to"]),

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from commands import fails
 from gradmerge import MergeModule
 from gradmerge.cli import main
-from gradmerge.cli.resume import find_checkpoint, with_sources
+from gradmerge.cli.arguments import with_sources
+from gradmerge.cli.resume import find_checkpoint
 from gradmerge.common.errors import ConfigError, SourceError
 from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.engine.recipe import Recipe

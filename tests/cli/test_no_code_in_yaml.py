@@ -230,9 +230,10 @@ def test_allowing_a_module_does_not_allow_what_it_imports(world, here):
     (here / "stranger.py").write_text("import os\nfrom subprocess import Popen\n")
     for path in ("stranger.os.mkdir", "stranger.Popen"):
         part = {
+            "optimizer": spec("torch.optim.SGD", lr=0.1),
             "lr_scheduler": spec(
                 LAMBDA, lr_lambda={"class_path": path, "init_args": {"path": "ran"}}
-            )
+            ),
         }
         config = write(here / "c.yaml", world, part)
         with pytest.raises(SystemExit, match=r"^2$"):

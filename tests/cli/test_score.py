@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from gradmerge.cli import main
-from gradmerge.cli.score import with_model_folder
+from gradmerge.cli.arguments import with_model_folder
 from tiny import write_yaml as write
 
 pytestmark = pytest.mark.usefixtures("own_folder")

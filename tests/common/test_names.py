@@ -8,8 +8,7 @@ from torch import nn
 
 from gradmerge import MergeDataModule, MergedModel, Recipe, TaskData
 from gradmerge.common.errors import ConfigError, SourceError
-from gradmerge.common.names import LONGEST, is_name, require_file, require_names
-from gradmerge.engine.recipe import named
+from gradmerge.common.names import LONGEST, is_name, named, require_file, require_names
 from gradmerge.export.emr import export_tasks
 from gradmerge.export.folder import export_merged
 
@@ -86,7 +85,7 @@ def test_nothing_that_names_a_folder_takes_them(name, tmp_path):
 
 def test_sources_without_names_get_valid_ones():
     found = named(
-        ["models/a", "models/.hidden", "x/" + "n" * 300, "b*.safetensors", "c.safetensors"]
+        ["models/a", "models/.hidden", "x/" + "n" * 300, "b?.safetensors", "c.safetensors"]
     )
     assert list(found) == ["a", "source1", "source2", "source3", "c"]
     assert list(named([nn.Linear(1, 1), torch.nn.Linear(1, 1)])) == ["source0", "source1"]

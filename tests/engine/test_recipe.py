@@ -12,8 +12,8 @@ from torch import nn
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Clamp, Complement, Constant, Model, Softmax, Tensor, Uniform
 from gradmerge.common.errors import CompatibilityError, ConfigError, FingerprintError
+from gradmerge.common.names import named
 from gradmerge.engine.opening import open_plan
-from gradmerge.engine.recipe import named
 from gradmerge.engine.state import FitState
 from gradmerge.sources import HuggingFace, InMemory
 

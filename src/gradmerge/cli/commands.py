@@ -15,12 +15,13 @@ from gradmerge.common.atomic import Scratch
 from gradmerge.common.checkpoints import load_checkpoint, local_checkpoint
 from gradmerge.common.errors import CompatibilityError, ConfigError, nearest, shorten
 from gradmerge.common.finite import as_json
+from gradmerge.common.names import named
 from gradmerge.common.output import paths_in
 from gradmerge.common.spec import to_plain
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.opening import Opening
 from gradmerge.engine.plan import Plan
-from gradmerge.engine.recipe import Recipe, named
+from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import inputs_of, refuse_existing
 from gradmerge.export.emr import export_compact, export_tasks, require_outputs, task_checkpoints

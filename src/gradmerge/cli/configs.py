@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,15 +12,14 @@ from typing import Any
 
 import yaml
 
+from gradmerge.cli.arguments import configs_in
+from gradmerge.cli.given import without_fit
 from gradmerge.common.errors import ConfigError
 from gradmerge.common.files import read_yaml
 from gradmerge.common.output import paths_in
 from gradmerge.engine.recipe import Recipe
 from gradmerge.mergekit import Reading, is_mergekit, read_mergekit
 from gradmerge.sources import Checkpoint
-
-# Options of `gradmerge fit` that a merge without training ignores.
-_OF_A_FIT = ("seed_everything", "trainer", "optimizer", "lr_scheduler", "ckpt_path", "driver")
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class MergeInput:
     """The mergekit file, if there is one; options may replace fields of its recipe."""
     replaced: tuple[str, ...] = ()
     """Fields of the recipe that options and other files set."""
+    paths: Sequence[Path] = ()
+    """The configuration files."""
 
     @property
     def asks_for_data(self) -> bool:
@@ -50,19 +51,15 @@ class MergeInput:
         missing = recipe.needs_statistics and recipe.statistics is None
         return bool(options["search"] or options["score"] or (given and (on_data or missing)))
 
-    @property
-    def paths(self) -> list[Path]:
-        """The configuration files."""
-        return paths_in([path for _, _, path in _configs(self.given)])
-
     def arguments(self, dropped: Sequence[str]) -> list[str]:
         """Return the arguments as the parser accepts them, without some options of the files."""
         found = list(self.given)
-        for at, flag, _ in _configs(self.given):
+        for at, flag, _ in configs_in(self.given):
             file = self.files[at]
-            if file is not None and (not file or {"model", *dropped} & file.keys()):
+            own = None if file is None else without_fit(file, dropped)
+            if own is not None and (not own or own != file):
                 # the parser accepts the content of a configuration in place of its path
-                found[at] = flag + yaml.safe_dump(_translated(file, dropped), sort_keys=False)
+                found[at] = flag + yaml.safe_dump(own, sort_keys=False)
         return found
 
     def complete(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -81,17 +78,21 @@ class MergeInput:
         return self.reading.opened
 
 
-def read_merge_input(arguments: Sequence[str]) -> MergeInput:
+def read_merge_input(arguments: Sequence[str], paths: Sequence[str] = ()) -> MergeInput:
     """Read the configuration files among the arguments of `merge` or `collect`.
 
     A file for `fit` is reduced to its recipe and data, so that one suite and one method file serve
     both commands. A mergekit YAML becomes a recipe, and its summary is printed.
 
+    Args:
+        arguments: the arguments; a file may be given by its content.
+        paths: the files, if their contents are given.
+
     Raises:
         ConfigError: a mergekit file cannot be read, or there are several.
     """
-    files = {at: _read(path) for at, _, path in _configs(arguments)}
-    theirs = {at: path for at, _, path in _configs(arguments) if is_mergekit(files[at])}
+    files = {at: _read(path) for at, _, path in configs_in(arguments)}
+    theirs = {at: path for at, _, path in configs_in(arguments) if is_mergekit(files[at])}
     if len(theirs) > 1:
         raise ConfigError(
             "--config: expected at most one mergekit YAML, got " + ", ".join(theirs.values())
@@ -105,7 +106,7 @@ def read_merge_input(arguments: Sequence[str]) -> MergeInput:
     options = re.findall(r"^--recipe\.(\w+)", "\n".join(arguments[start:]), re.MULTILINE)
     stated = [_recipe(file) for at, file in files.items() if file is not None and at >= start]
     named = [*options, *(name for own in stated if isinstance(own, dict) for name in own)]
-    return MergeInput(arguments, files, reading, tuple(dict.fromkeys(named)))
+    return MergeInput(arguments, files, reading, tuple(dict.fromkeys(named)), paths_in(paths))
 
 
 def later(class_type: type, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +116,7 @@ def later(class_type: type, *args: Any, **kwargs: Any) -> Any:
 
 def refuse_mergekit(arguments: Sequence[str]) -> None:
     """Reject a mergekit file in a command that learns."""
-    for _, _, path in _configs(arguments):
+    for _, _, path in configs_in(arguments):
         if is_mergekit(_read(path)):
             raise ConfigError(
                 f"expected a configuration to learn a merge, got the mergekit YAML {path}.\n"
@@ -132,7 +133,7 @@ def require_text(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: a file is in another encoding, or binary.
     """
-    for _, _, path in _configs(arguments):
+    for _, _, path in configs_in(arguments):
         try:
             with open(path, encoding="utf-8") as file:
                 file.read()
@@ -145,32 +146,19 @@ def require_text(arguments: Sequence[str]) -> None:
             continue
 
 
-def _configs(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
-    """Yield position, flag and path of every configuration file among the arguments."""
-    for at, argument in enumerate(arguments):
-        if argument.startswith("--config="):
-            yield at, "--config=", argument.removeprefix("--config=")
-        elif at and arguments[at - 1] in ("--config", "-c"):
-            yield at, "", argument
-
-
 def _read(path: str) -> dict[str, Any] | None:
     """Return a file as plain data, or None if it is none, which the parser will report.
 
     Raises:
         ConfigError: it is not YAML, is ambiguous or exceeds a limit.
     """
-    found = read_yaml(Path(path)) if os.path.isfile(path) else None
+    if "\n" in path:  # the content of a file that was rewritten
+        found = yaml.safe_load(path)
+    else:
+        found = read_yaml(Path(path)) if os.path.isfile(path) else None
     return found if isinstance(found, dict) else None
 
 
 def _recipe(found: dict[str, Any]) -> Any:
     model = found.get("model")
     return model.get("recipe") if isinstance(model, dict) else found.get("recipe")
-
-
-def _translated(found: dict[str, Any], dropped: Sequence[str]) -> dict[str, Any]:
-    if isinstance(found.get("model"), dict):
-        recipe, dropped = _recipe(found), ("model", *_OF_A_FIT, *dropped)
-        found = found if recipe is None else {**found, "recipe": recipe}
-    return {key: value for key, value in found.items() if key not in dropped}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
-
-import torch
-from lightning.pytorch.cli import instantiate_class
 
 from gradmerge.cli.defaults import listed
 from gradmerge.common.errors import ConfigError, require
@@ -60,6 +58,14 @@ def require_options(get: Get, fits: bool) -> None:
     Raises:
         ConfigError: an option has an invalid value.
     """
+    require_numbers(get, fits)
+    if fits:
+        require_optimiser(get)
+        require_monitors(get)
+
+
+def require_numbers(get: Get, fits: bool) -> None:
+    """Reject numbers that the trainer would misread (see `require_options`)."""
     for name, least in _LEAST.items():
         value = get(f"trainer.{name}")
         if value is not None:
@@ -81,8 +87,6 @@ def require_options(get: Get, fits: bool) -> None:
             "trainer.limit_train_batches: expected at least one batch, got 0, so nothing would be "
             "learned. To score without learning: `gradmerge validate`."
         )
-    _require_optimiser(get)
-    require_monitors(get)
 
 
 def require_monitors(get: Get, scores: Collection[str] | None = None) -> None:
@@ -103,8 +107,10 @@ def require_monitors(get: Get, scores: Collection[str] | None = None) -> None:
         require_monitor(owner, monitor, known)
 
 
-def _require_optimiser(get: Get) -> None:
+def require_optimiser(get: Get) -> None:
     """Try the optimiser and its schedule on a parameter of no importance."""
+    import torch
+
     optimiser, schedule = get("optimizer"), get("lr_scheduler")
     if optimiser is None:
         if schedule is not None:
@@ -120,14 +126,14 @@ def _require_optimiser(get: Get) -> None:
         require(math.isfinite(rate), "optimizer: lr", "a finite number", rate)
     todo = "Correct its init_args."
     with reading("optimizer", f"{_name(optimiser)} rejects its options", todo, ConfigError):
-        tried = instantiate_class([torch.nn.Parameter(torch.zeros(2, 2))], _plain(optimiser))
+        tried = _made(optimiser, [torch.nn.Parameter(torch.zeros(2, 2))])
     if schedule is None or _is_foreign(schedule):
         return
     # a schedule may end before a fit does, if nothing else ends the fit
     ends = (get("trainer.max_epochs"), get("trainer.max_time"), get("driver"))
     steps = get("trainer.max_steps") if not any(ends) else None
     with reading("lr_scheduler", f"{_name(schedule)} rejects its options", todo, ConfigError):
-        tried = instantiate_class(tried, _plain(schedule))
+        tried = _made(schedule, tried)
         if not isinstance(tried, torch.optim.lr_scheduler.ReduceLROnPlateau):
             _take_steps(tried, max(1, min(steps or 1, _TRIED)))
 
@@ -139,8 +145,11 @@ def _take_steps(schedule: Any, steps: int) -> None:
             schedule.step()
 
 
-def _plain(given: Any) -> dict[str, Any]:
-    return {"class_path": given["class_path"], "init_args": dict(given.get("init_args") or {})}
+def _made(given: Any, first: Any) -> Any:
+    """Return an instance of a configured class of torch, Lightning or gradmerge."""
+    module, _, name = given["class_path"].rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    return kind(first, **dict(given.get("init_args") or {}))
 
 
 def _name(given: Any) -> str:

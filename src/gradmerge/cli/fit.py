@@ -26,14 +26,16 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from gradmerge.cli.arguments import MODEL
 from gradmerge.cli.commands import require_checkpoint
 from gradmerge.cli.configs import later
 from gradmerge.cli.defaults import listed, with_coefficients, with_csv
 from gradmerge.cli.early import require_monitors, require_options, require_seed
 from gradmerge.cli.explain import Explained
 from gradmerge.cli.imports import ALLOW_MODULES, require_allowed
+from gradmerge.cli.options import ABOUT
 from gradmerge.cli.resume import NAMES, find_checkpoint, move_sources
-from gradmerge.cli.score import NAME, require_scored, scored_recipe
+from gradmerge.cli.score import require_scored, scored_recipe
 from gradmerge.common.errors import ConfigError
 from gradmerge.common.failures import reading
 from gradmerge.common.finite import require_finite_options
@@ -120,30 +122,26 @@ class MergeCLI(LightningCLI):
             "--driver",
             type=AbstractDriver | None,
             default=None,
-            help="Run several fits instead of one of all sources (Pairwise, Tree, Continual, "
-            "LayerWise). Repeat the command to resume an interrupted job.",
+            help=ABOUT["driver"],
         )
         parser.add_argument(
             "--search",
             type=AbstractSearch | None,
             default=None,
-            help="Choose the initial coefficients of the fit by scores on the selection split "
-            "(GreedySoup, Scales, Draws).",
+            help=ABOUT["search"],
         )
         parser.add_argument(
             "--model_folder",
             type=str | None,
             default=None,
-            help="validate and test only: score this Hugging Face folder or hub id instead of a "
-            "merge. Shorthand: `--model FOLDER`.",
+            help=ABOUT["model_folder"],
         )
         parser.add_argument("--allow_modules", **ALLOW_MODULES)
         parser.add_argument(
             "--sources",
             type=dict[str, str] | None,
             default=None,
-            help="Places of sources that have moved, as NAME=PLACE (repeat it for several; the "
-            "name of the base is `base`). Checkpoints are checked against their contents.",
+            help=ABOUT["sources"],
         )
 
     def before_instantiate_classes(self) -> None:
@@ -201,7 +199,7 @@ class MergeCLI(LightningCLI):
         tasks, private = config["data"]["tasks"], config["model"]["recipe"].get("private")
         recipe = scored_recipe(config["model_folder"], tasks, private or [])
         for name, task in tasks.items():
-            task["source"] = name if recipe.heads else NAME
+            task["source"] = name if recipe.heads else MODEL
         config["driver"] = config["search"] = None
         for option, value in (("objective", None), ("score_experts", False), ("logit_scale", None)):
             config["model"][option] = value

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from gradmerge.cli.options import ABOUT
 from gradmerge.common.errors import ConfigError
 
 PACKAGES = (
@@ -32,8 +33,7 @@ _OPTION = "--allow_modules"
 ALLOW_MODULES: dict[str, Any] = {
     "type": list[str] | str | None,
     "default": None,
-    "help": "Modules outside gradmerge whose components configurations and checkpoints may name; "
-    "importing a module runs its code. Only on the command line, never in a YAML.",
+    "help": ABOUT["allow_modules"],
 }
 """Arguments of the parser for the option."""
 REFUSED = "expected a component of gradmerge or a part of a trainer"

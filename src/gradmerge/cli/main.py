@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
-import re
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from gradmerge.cli.arguments import (
+    configs_in,
+    underscored,
+    with_model_folder,
+    with_sources,
+)
 from gradmerge.cli.ending import ended_by_signal, named_loss, watch_processes
 from gradmerge.cli.explain import COMPONENTS, Explained, own_message
+from gradmerge.cli.help import explain_component, screen
+from gradmerge.cli.options import LEARNING, MERGING
+from gradmerge.cli.precheck import prechecked
 from gradmerge.common.errors import nearest
 from gradmerge.common.failures import expected
 from gradmerge.common.faults import explain_bus_errors
 from gradmerge.common.secrets import mask_given
+from gradmerge.common.spec import CONCEPTS
 from gradmerge.common.version import __version__
 
 if TYPE_CHECKING:
@@ -38,11 +48,12 @@ commands:
   unpack    expand a compact EMR merge    gradmerge unpack COMPACT FOLDER
   inspect   check and compare sources     gradmerge inspect A B --base BASE
   push      upload a folder to the hub    gradmerge push FOLDER owner/name --dry-run true
+  help      explain a component           gradmerge help Column; gradmerge help operators
 
-`gradmerge COMMAND --help` lists the options of a command; configs/ holds runnable examples.
+`gradmerge COMMAND --help` lists the options of a command on a screen, `--help-all` all of them.
+configs/ holds runnable examples.
 """
 
-LEARNING = ("fit", "validate", "test")
 COMMANDS = (*LEARNING, "export", "merge", "collect", "unpack", "inspect", "push")
 
 
@@ -55,13 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     _open_streams()
     command, *options = list(sys.argv[1:] if arguments is None else arguments) or ["help"]
-    if command in ("-h", "--help", "help"):
-        print(USAGE)
-        return 0
     if command in ("-V", "--version", "version"):
         print(__version__)
         return 0
-    if command not in COMMANDS:
+    helps = command in ("-h", "--help", "help")
+    if not helps and command not in COMMANDS:
         print(
             f"gradmerge: unknown command {command!r} (choose from {', '.join(COMMANDS)})."
             f"{nearest(command, COMMANDS)}",
@@ -69,10 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     explain_bus_errors()
+    status = 0
     try:
         with ended_by_signal(command):
-            if command in LEARNING:
-                watch_processes()
+            if helps or {"-h", "--help"} & set(options):
+                status = _help(options if helps else [command])
+            elif command in LEARNING:
                 with named_loss():
                     learn(arguments)
             else:
@@ -87,6 +98,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
     except Exception as error:
         return _failed(command, error)
+    return status
+
+
+def _help(names: Sequence[str]) -> int:
+    """Print the commands, or what components are, and return the exit status."""
+    if not names:
+        print(USAGE)
+    for name in names:
+        try:
+            print(screen(name) if name in COMMANDS else explain_component(name), end="")
+        except KeyError as error:
+            groups = ", ".join(name for name in CONCEPTS if name not in ("mergekit", "training"))
+            print(
+                f"gradmerge help: unknown component {name!r}.{error.args[0]}\n"
+                f"Choose from the commands ({', '.join(COMMANDS)}), or list a group: {groups}.",
+                file=sys.stderr,
+            )
+            return 2
     return 0
 
 
@@ -148,16 +177,21 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
     Returns:
         The CLI object with `model`, `datamodule` and `trainer`, or with `job` if there is a driver.
     """
+    given = underscored(sys.argv[1:] if arguments is None else arguments)
+    given = with_sources(with_model_folder(given))
+    # `given` starts with the command, unless it is only parsed
+    count = 1 if given and given[0] in LEARNING else 0
+    command = given[0] if count else "fit"
+    given = [*given[:count], *prechecked(command, given[count:])]
+
     from gradmerge.cli.configs import refuse_mergekit
     from gradmerge.cli.fit import MergeCLI, SaveConfig
     from gradmerge.cli.imports import allowed_modules, only_components
-    from gradmerge.cli.resume import with_sources
-    from gradmerge.cli.score import with_model_folder
     from gradmerge.training.data import MergeDataModule
     from gradmerge.training.module import MergeModule
 
-    given = underscored(sys.argv[1:] if arguments is None else arguments)
-    given = with_sources(with_model_folder(given))
+    if run:
+        watch_processes()
     refuse_mergekit(given)
     register(given)
     if arguments is None:
@@ -174,13 +208,16 @@ def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
             run=run,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"log_every_n_steps": 1},
+            # its table shows a module without parameters other than coefficients
+            trainer_defaults={"log_every_n_steps": 1, "enable_model_summary": False},
             parser_kwargs={"prog": "gradmerge"},
         )
 
 
 def quieten() -> None:
-    """Silence Lightning's advice that does not apply to merges."""
+    """Silence Lightning's advertisements, and its advice that does not apply to merges."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning_utilities.core.rank_zero"):
+        logging.getLogger(name).addFilter(_is_no_tip)
     for pattern in (
         ".*in eval mode at the start of training.*",  # sources are frozen, so dropout stays off
         ".*does not have many workers.*",  # batches are prepared once and cached
@@ -189,6 +226,10 @@ def quieten() -> None:
         ".*will be overridden by .*configure_optimizers.*",
     ):
         warnings.filterwarnings("ignore", pattern)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless" not in str(record.msg)
 
 
 def register(arguments: Sequence[str] = ("--help",)) -> None:
@@ -239,21 +280,24 @@ def read_old_paths() -> None:
 
 
 def _plain(command: str, arguments: Sequence[str]) -> None:
+    arguments = underscored(arguments)
+    files = [path for _, _, path in configs_in(arguments)]
+    if command in MERGING:
+        arguments = prechecked(command, arguments)
+
     from gradmerge.cli import commands
     from gradmerge.cli.configs import read_merge_input
     from gradmerge.cli.imports import allowed_modules, only_components, require_allowed
-    from gradmerge.cli.resume import with_sources
     from gradmerge.common.progress import show_progress
 
     show_progress(True)
     register(arguments)
-    arguments = underscored(arguments)
     allowed = allowed_modules(arguments)
     if command == "export":
         arguments = with_sources(arguments)
     with only_components(allowed):
         if command in ("merge", "collect"):
-            options = merge_options(command, read_merge_input(arguments))
+            options = merge_options(command, read_merge_input(arguments, files))
         else:
             options = _parsed(_parser(command), arguments)
     require_allowed("allow_modules", options.pop("allow_modules"), allowed)
@@ -338,9 +382,3 @@ def _parser(command: str, data: bool = False) -> Any:
         },
     )
     return parser
-
-
-def underscored(arguments: Sequence[str]) -> list[str]:
-    """Return arguments with `--allow-modules` spelled `--allow_modules`, as the parser expects."""
-    option = re.compile(r"(?<=^--)[a-z-]+(?==|$)")
-    return [option.sub(lambda name: name[0].replace("-", "_"), a) for a in arguments]

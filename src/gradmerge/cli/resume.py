@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,37 +77,6 @@ def _best(last: Path) -> Path:
         f"ckpt_path best: the fit that wrote {last} {got}. Give the path of a checkpoint, or "
         "`last`; a ModelCheckpoint with `monitor` keeps the best one."
     )
-
-
-def with_sources(arguments: Sequence[str]) -> list[str]:
-    """Return arguments with all `--sources NAME=PLACE` as one option, a mapping.
-
-    The option may be repeated, and may have several values.
-
-    Raises:
-        ConfigError: a value is not of this form.
-    """
-    found: dict[str, str] = {}
-    kept: list[str] = []
-    waiting = list(arguments)
-    while waiting:
-        argument = waiting.pop(0)
-        flag, equals, value = argument.partition("=")
-        if flag != "--sources":
-            kept.append(argument)
-            continue
-        values = [value] if equals else waiting[:1]
-        waiting = waiting if equals else waiting[1:]
-        while waiting and re.match(r"[^-=/][^=/]*=", waiting[0]):
-            values.append(waiting.pop(0))
-        if values and values[0].lstrip().startswith("{"):
-            return list(arguments)  # a mapping already, which the parser checks
-        for given in values:
-            name, equals, place = given.partition("=")
-            if not (name and equals and place):
-                raise ConfigError(f"sources: expected NAME=PLACE, e.g. a=models/a, got {given!r}.")
-            found[name] = place
-    return [*kept, f"--sources={json.dumps(found)}"] if found else kept
 
 
 def move_sources(recipe: Any, places: Mapping[str, str]) -> None:

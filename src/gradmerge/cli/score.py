@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradmerge.cli.arguments import MODEL, SCORING
 from gradmerge.coefficients import Constant, Model
 from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.common.files import read_json
 from gradmerge.common.schema import require_shape
 from gradmerge.engine.recipe import Recipe
 
-COMMANDS = ("validate", "test")
-NAME = "model"
-"""Source name of the scored folder in its recipe."""
 _PROVENANCE = {"recipe?": {"init_args?": {"private?": [str]}}}
-
-
-def with_model_folder(arguments: Sequence[str]) -> list[str]:
-    """Return arguments with `--model FOLDER` rewritten to `--model_folder` and a recipe.
-
-    LightningCLI's own `--model` takes a configuration of the model, which stays possible.
-    """
-    found = list(arguments)
-    if not found or found[0] not in COMMANDS:
-        return found
-    for at, argument in enumerate(found):
-        flag, equals, value = argument.partition("=")
-        if flag != "--model":
-            continue
-        if not equals:
-            value = next(iter(found[at + 1 :]), "")
-        is_config = value.startswith("{") or value.endswith((".yaml", ".yml", ".json"))
-        if value and not is_config and not value.startswith("-") and "\n" not in value:
-            sources = f"--model.recipe.sources={json.dumps({NAME: value})}"
-            found[at : at + (1 if equals else 2)] = [f"--model_folder={value}", sources]
-            break
-    return found
 
 
 def scored_recipe(folder: str, tasks: Iterable[str], private: Sequence[str]) -> Recipe:
@@ -65,7 +40,7 @@ def scored_recipe(folder: str, tasks: Iterable[str], private: Sequence[str]) -> 
             )
         private = _private_of(path) or private
     return Recipe(
-        sources={NAME: folder},
+        sources={MODEL: folder},
         origin="zero",
         coefficients=Model(),
         init=Constant(1.0),
@@ -85,7 +60,7 @@ def _private_of(folder: Path) -> list[str]:
 
 def require_scored(command: str, ckpt_path: str | None) -> None:
     """Reject a command or options that do not combine with a folder to score."""
-    if command not in COMMANDS:
+    if command not in SCORING:
         raise ConfigError(
             f"model_folder: `gradmerge {command}` learns a merge, but a folder can only be scored; "
             "use `gradmerge test --model FOLDER` or `gradmerge validate --model FOLDER`."

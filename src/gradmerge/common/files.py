@@ -7,6 +7,7 @@ a key that says two things is an error. All that is read goes through `parse_jso
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Sequence
@@ -39,6 +40,17 @@ def read_bytes(path: Path, kind: type[GradmergeError] = SourceError) -> bytes:
     if len(content) > LARGEST:
         raise kind(f"{path}: expected at most {LARGEST >> 20} MiB, got a larger file.")
     return content
+
+
+def near(missing: str | Path) -> str:
+    """Return a hint at an existing path that is close to one that does not exist."""
+    path = Path(missing).expanduser()
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return f" Its parent {path.parent} does not exist, either."
+    match = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f" Did you mean {path.parent / match[0]}?" if match else ""
 
 
 # ---- JSON ----------------------------------------------------------------------------------------

@@ -6,13 +6,18 @@ is one folder or file on every system, in the folder that it is joined to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 from gradmerge.common.errors import ConfigError, GradmergeError, shorten
 
 LONGEST = 120
 """Bytes of a name; files are written under it with a prefix and a suffix."""
+FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+"""Endings of files of weights, which are no part of their names."""
+_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(1, 10))}
 _RULE = (
     f'a name of at most {LONGEST} bytes for a file or folder: without / \\ : * ? " < > | and '
@@ -73,3 +78,47 @@ def require_file(where: object, file: object, kind: type[GradmergeError]) -> str
             "outside of the folder is read. Write or download the folder again."
         )
     return file
+
+
+def named(sources: Any) -> dict[str, Any]:
+    """Name sources given as a list by the last part of their path, or source0, source1...
+
+    The first of several with the same name keeps it; the others get a free number appended.
+    """
+    sources = list(sources)
+    whole = [_whole_name(source) or f"source{i}" for i, source in enumerate(sources)]
+    named: dict[str, Any] = {}
+    for i, (source, name) in enumerate(zip(sources, whole, strict=True)):
+        if name in named or name == "base":
+            dash = "-" if name[-1].isdigit() else ""  # llama-3.2-1, not llama-3.21
+            free = (f"{name}{dash}{number}" for number in count(i))
+            name = next(n for n in free if n not in named and n not in whole)
+        named[name] = source
+    return named
+
+
+def _whole_name(source: Any) -> str | None:
+    if isinstance(source, Mapping):  # a component in a configuration
+        source = (source.get("init_args") or {}).get("path")
+    path = source if isinstance(source, (str, Path)) else getattr(source, "path", None)
+    if not path:
+        return None
+    path = Path(str(path))
+    while "*" in path.name:  # of a run, whose folder has a name
+        path = path.parent
+    name = path.name
+    if name in ("", ".."):
+        name = Path(str(path)).resolve().name
+    stem, dot, suffix = name.rpartition(".")
+    name = stem if stem and f"{dot}{suffix}" in FILE_SUFFIXES else name
+    return name if is_name(name) else None
+
+
+def dtype_name(given: str) -> str:
+    """Return the name of a dtype, of which fp32, fp16 and bf16 are short forms.
+
+    Examples:
+        >>> dtype_name("bf16")
+        'bfloat16'
+    """
+    return _DTYPES.get(given, given)

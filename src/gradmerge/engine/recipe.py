@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from gradmerge.coefficients import (
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.common.errors import ConfigError, nearest
 from gradmerge.common.finite import require_finite_options
-from gradmerge.common.names import is_name, require_names
+from gradmerge.common.names import named, require_names
 from gradmerge.common.output import paths_in
 from gradmerge.common.patterns import require_pattern
 from gradmerge.common.spec import PATTERNS, to_plain
@@ -30,7 +29,7 @@ from gradmerge.finalisers import AbstractFinaliser
 from gradmerge.operators import AbstractOperator, Linear
 from gradmerge.preprocess import AbstractPreprocess
 from gradmerge.sources import AbstractSource, Vocabulary
-from gradmerge.sources.resolve import FILE_SUFFIXES, as_source
+from gradmerge.sources.resolve import as_source
 
 
 @dataclass(frozen=True)
@@ -222,35 +221,3 @@ def innermost(coefficients: AbstractCoefficients) -> Any:
     while hasattr(inner, "inner"):
         inner = inner.inner
     return inner
-
-
-def named(sources: Any) -> dict[str, Any]:
-    """Name sources given as a list by the last part of their path, or source0, source1...
-
-    The first of several with the same name keeps it; the others get a free number appended.
-    """
-    sources = list(sources)
-    whole = [_whole_name(source) or f"source{i}" for i, source in enumerate(sources)]
-    named: dict[str, Any] = {}
-    for i, (source, name) in enumerate(zip(sources, whole, strict=True)):
-        if name in named or name == "base":
-            dash = "-" if name[-1].isdigit() else ""  # llama-3.2-1, not llama-3.21
-            free = (f"{name}{dash}{number}" for number in count(i))
-            name = next(n for n in free if n not in named and n not in whole)
-        named[name] = source
-    return named
-
-
-def _whole_name(source: Any) -> str | None:
-    path = source if isinstance(source, (str, Path)) else getattr(source, "path", None)
-    if not path:
-        return None
-    path = Path(str(path))
-    while "*" in path.name:  # of a run, whose folder has a name
-        path = path.parent
-    name = path.name
-    if name in ("", ".."):
-        name = Path(str(path)).resolve().name
-    stem, dot, suffix = name.rpartition(".")
-    name = stem if stem and f"{dot}{suffix}" in FILE_SUFFIXES else name
-    return name if is_name(name) else None

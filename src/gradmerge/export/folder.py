@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gradmerge.common.errors import ConfigError, nearest, shorten
 from gradmerge.common.memory import release_freed_memory
-from gradmerge.common.names import require_names
+from gradmerge.common.names import dtype_name, require_names
 from gradmerge.common.spec import to_plain
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.plan import Plan
@@ -170,6 +170,7 @@ def require_options(
         raise ConfigError(
             f"head: unknown task {head!r} (choose from {known}).{nearest(head, tasks)}"
         )
+    dtype = None if dtype is None else dtype_name(dtype)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
     return None if dtype is None else DTYPES[dtype]

@@ -18,7 +18,8 @@ import torch
 from gradmerge.coefficients import Constant, Model
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.common.errors import ConfigError
-from gradmerge.engine.recipe import Recipe, named
+from gradmerge.common.names import named
+from gradmerge.engine.recipe import Recipe
 from gradmerge.mergekit.document import Document, ModelReference, Problems, read_document
 from gradmerge.mergekit.table import Table, check_filters, compact, tabulate
 from gradmerge.operators import AbstractOperator, Linear

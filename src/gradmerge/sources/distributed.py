@@ -22,12 +22,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, GradmergeError, SourceError, shorten
-from gradmerge.common.files import read_bytes, read_json
+from gradmerge.common.files import near, read_bytes, read_json
 from gradmerge.common.memory import in_file
 from gradmerge.common.names import require_file
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
 from gradmerge.sources.files import FileCheckpoint, HuggingFace
-from gradmerge.sources.hub import expanded, near
+from gradmerge.sources.hub import expanded
 from gradmerge.sources.skeleton import build_skeleton
 
 METADATA = ".metadata"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradmerge.common.errors import ConfigError, SourceError
+from gradmerge.common.files import near
 from gradmerge.common.names import is_name
 
 
@@ -96,17 +96,6 @@ def require_hub_id(text: str, single: bool = False, anywhere: bool = False) -> N
             f"{_shown(text)}: expected a folder or file, but none exists.{near(text)}"
             + ("" if plain else f"\nIt was not looked up on the hub, because {why}: {_HOW}")
         )
-
-
-def near(missing: str | Path) -> str:
-    """Return a hint at an existing path that is close to one that does not exist."""
-    path = Path(missing).expanduser()
-    try:
-        names = [entry.name for entry in path.parent.iterdir()]
-    except OSError:
-        return f" Its parent {path.parent} does not exist, either."
-    match = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
-    return f" Did you mean {path.parent / match[0]}?" if match else ""
 
 
 def _is_cached(repo: str) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, GradmergeError, SourceError
+from gradmerge.common.names import FILE_SUFFIXES
 from gradmerge.sources.averaged import (
     AveragedCheckpoint,
     is_pattern,
@@ -28,8 +29,7 @@ from gradmerge.sources.in_memory import InMemory
 from gradmerge.sources.lora import Lora, read_adapter
 from gradmerge.sources.quantised import is_gguf
 
-TORCH_SUFFIXES = (".bin", ".pt", ".pth")
-FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+TORCH_SUFFIXES = FILE_SUFFIXES[1:]
 
 
 def as_source(value: Any, base: AbstractSource | None = None) -> AbstractSource:

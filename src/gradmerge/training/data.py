@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,11 +38,10 @@ from gradmerge.training.generation import Question
 from gradmerge.training.kinds import KINDS
 from gradmerge.training.kinds.base import Tally, questions, split_of
 from gradmerge.training.labels import Labels, read_tensors
+from gradmerge.training.limits import require_batches
 from gradmerge.training.loaders import ShareLoader, StreamLoader, TaskStream, collate
 from gradmerge.training.unread import explain_unread
 
-_LARGEST = 2**31 - 1
-_BATCH = 2**20
 _ALIASES = {"adaptation": "train", "selection": "validation", "test": "test"}
 
 
@@ -208,12 +206,7 @@ class MergeDataModule(lightning.LightningDataModule):
         super().__init__()
         if not tasks:
             raise ConfigError("data.tasks: expected at least one task, got none.")
-        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            fits = size is None or 1 <= size <= _BATCH
-            require(fits, f"data.{name}", f"1 to {_BATCH}", size)
-        most = max(64, 4 * (os.cpu_count() or 1))
-        require(0 <= num_workers <= most, "data.num_workers", f"0 to {most}", num_workers)
-        require(0 <= seed <= _LARGEST, "data.seed", f"0 to {_LARGEST}", seed)
+        require_batches(batch_size, eval_batch_size, num_workers, seed)
         require_names("data.tasks", tasks)
         self.tasks = tasks
         self.batch_size = batch_size

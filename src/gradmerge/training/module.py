@@ -19,9 +19,9 @@ from typing_extensions import override
 from gradmerge.calibration.finish import Finishing
 from gradmerge.coefficients import AbstractInit
 from gradmerge.common.checkpoints import load_checkpoint
-from gradmerge.common.errors import ConfigError, nearest, require
-from gradmerge.common.finite import require_finite_options
+from gradmerge.common.errors import ConfigError, nearest
 from gradmerge.common.memory import release_freed_memory
+from gradmerge.common.names import dtype_name
 from gradmerge.common.progress import show_progress
 from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.engine.merged import Memory, MergedModel
@@ -56,6 +56,7 @@ from gradmerge.training.data import MergeDataModule
 from gradmerge.training.examples import Stage
 from gradmerge.training.finite import FiniteModule
 from gradmerge.training.fitting import require_apart
+from gradmerge.training.limits import require_learning
 from gradmerge.training.loaders import sample_batches
 from gradmerge.training.logit_scale import LogitScale
 from gradmerge.training.measures import Score
@@ -133,10 +134,10 @@ class MergeModule(FiniteModule):
             objective = from_plain(objective, allow_modules)
         if isinstance(objective, AbstractTerm):
             objective = Objective([objective])
+        dtype = dtype_name(dtype)  # type: ignore[assignment]
         if dtype not in DTYPES:
             raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
-        require_finite_options({"learning_rate": learning_rate, "logit_scale": logit_scale})
-        require(learning_rate >= 0, "learning_rate", "at least 0", learning_rate)
+        require_learning(learning_rate, logit_scale)
         merged = MergedModel(recipe, module, memory, DTYPES[dtype])
         if activation_checkpointing:
             merged.enable_activation_checkpointing()

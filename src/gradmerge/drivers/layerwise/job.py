@@ -24,6 +24,7 @@ from gradmerge.alignment.views import original_of
 from gradmerge.calibration.finish import NORM_BATCHES
 from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.common.memory import release_freed_memory, trim_heap
+from gradmerge.common.names import dtype_name
 from gradmerge.common.spec import to_plain
 from gradmerge.drivers.base import Job
 from gradmerge.drivers.layerwise.activations import ActivationStore
@@ -70,7 +71,7 @@ class Layers:
             )
         self._trainer = trainer
         release_freed_memory()
-        dtype = DTYPES[job.options.get("dtype") or "float32"]
+        dtype = DTYPES[dtype_name(job.options.get("dtype") or "float32")]
         plan = open_plan(job.recipe, job.options.get("module"))
         require_permuted(job.recipe.alignment, plan)
         for warning in plan.warnings:

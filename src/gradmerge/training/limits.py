@@ -1,0 +1,36 @@
+"""Ranges of the numbers that a fit takes, checked before anything is opened."""
+
+from __future__ import annotations
+
+import os
+
+from gradmerge.common.errors import require
+from gradmerge.common.finite import require_finite_options
+
+_LARGEST = 2**31 - 1
+_BATCH = 2**20
+
+
+def require_batches(
+    batch_size: int = 1, eval_batch_size: int | None = None, num_workers: int = 0, seed: int = 0
+) -> None:
+    """Reject sizes of batches, numbers of workers and seeds out of range.
+
+    Raises:
+        ConfigError: one is.
+    """
+    for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+        require(size is None or 1 <= size <= _BATCH, f"data.{name}", f"1 to {_BATCH}", size)
+    most = max(64, 4 * (os.cpu_count() or 1))
+    require(0 <= num_workers <= most, "data.num_workers", f"0 to {most}", num_workers)
+    require(0 <= seed <= _LARGEST, "data.seed", f"0 to {_LARGEST}", seed)
+
+
+def require_learning(learning_rate: float = 0.0, logit_scale: float | None = None) -> None:
+    """Reject a learning rate or a first scale of logits that is negative, NaN or infinite.
+
+    Raises:
+        ConfigError: one is.
+    """
+    require_finite_options({"learning_rate": learning_rate, "logit_scale": logit_scale})
+    require(learning_rate >= 0, "learning_rate", "at least 0", learning_rate)
