@@ -63,7 +63,7 @@ def test_the_help_of_a_command_is_one_screen(command, capsys, monkeypatch):
     text = printed([command, "--help"], capsys)
     assert text == printed(["help", command], capsys)
     assert f"usage: gradmerge {command} " in text
-    assert "\n  config " in text
+    assert "\n  config " in text or command == "learn"  # which writes a configuration
     assert len(text.splitlines()) < 120
     assert max(map(len, text.splitlines())) < 100
 
@@ -181,7 +181,7 @@ def test_the_nearest_component_is_named(name, meant, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fitt"], "unknown command 'fitt' (choose from fit, validate, "),
+        (["fitt"], "unknown command 'fitt' (choose from learn, fit, validate, "),
         (["exprt", "a", "b"], "push). Did you mean 'export'?"),
         (["fit", "--modle.memory", "streamed"], "Did you mean '--model.memory'?"),
         (["fit", "--trainer.max_stepss", "3"], "Did you mean '--trainer.max_steps'?"),

@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import yaml
 from example_folders import make_example_folders
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,19 +44,12 @@ def test_python_example(model_folders):
     assert model(**tokenizer("w1 w2", return_tensors="pt")).logits.shape[-1] == model.vocab_size
 
 
-def test_yaml_example(model_folders):
-    (example,) = blocks("yaml")
-    config = yaml.safe_load(example)
-    config["trainer"]["max_steps"] = 2
-    Path("learn.yaml").write_text(yaml.safe_dump(config))
-    assert main(["fit", "--config", "learn.yaml"]) == 0
-    assert AutoModelForCausalLM.from_pretrained("merged-learned").num_parameters() > 0
-
-
-def test_the_command_for_two_checkpoints(model_folders):
+@pytest.mark.parametrize("command", ["learn", "merge"])
+def test_the_commands_for_two_checkpoints(model_folders, command):
     commands = [line for block in blocks("bash") for line in block.splitlines()]
-    (command,) = [line for line in commands if line.startswith("gradmerge ")]
-    assert main(shlex.split(command)[1:]) == 0
+    (line,) = [line for line in commands if line.startswith(f"gradmerge {command} ")]
+    quick = ["--steps", "2", "--max_length", "16"] if command == "learn" else []
+    assert main([*shlex.split(line)[1:], *quick]) == 0
     assert AutoModelForCausalLM.from_pretrained("merged").num_parameters() > 0
 
 

@@ -38,6 +38,7 @@ Merge fine-tuned checkpoints of one architecture, with learned or fixed coeffici
 Version {__version__}.
 
 commands:
+  learn     learn a merge without a YAML  gradmerge learn A B --base BASE --data A=a.jsonl
   fit       learn a merge                 gradmerge fit --config merge.yaml
   validate  score on the selection split  gradmerge validate --config merge.yaml --ckpt_path X.ckpt
   test      score on the test split       gradmerge test --config merge.yaml --ckpt_path X.ckpt
@@ -54,7 +55,7 @@ commands:
 configs/ holds runnable examples.
 """
 
-COMMANDS = (*LEARNING, "export", "merge", "collect", "unpack", "inspect", "push")
+COMMANDS = ("learn", *LEARNING, "export", "merge", "collect", "unpack", "inspect", "push")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,8 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = 0
     try:
         with ended_by_signal(command):
-            if helps or {"-h", "--help"} & set(options):
+            asks = {"-h", "--help", *(["--help-all"] if command == "learn" else [])}
+            if helps or asks & set(options):
                 status = _help(options if helps else [command])
+            elif command == "learn":
+                _quick(options, arguments)
             elif command in LEARNING:
                 with named_loss():
                     learn(arguments)
@@ -101,13 +105,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+def _quick(options: Sequence[str], arguments: Sequence[str] | None) -> None:
+    """Run `learn`: write its YAML, and fit that unless the run is dry."""
+    from gradmerge.cli.quick import learn_command
+
+    chosen = learn_command(underscored(options))
+    if arguments is None:
+        sys.argv[1:] = chosen  # read by LightningCLI and by the processes of DDP
+    if chosen:
+        with named_loss():
+            learn(None if arguments is None else chosen)
+
+
 def _help(names: Sequence[str]) -> int:
     """Print the commands, or what components are, and return the exit status."""
     if not names:
         print(USAGE)
     for name in names:
         try:
-            print(screen(name) if name in COMMANDS else explain_component(name), end="")
+            if name == "learn":
+                from gradmerge.cli.quick import parser
+
+                text = parser().format_help()
+            else:
+                text = screen(name) if name in COMMANDS else explain_component(name)
+            print(text, end="")
         except KeyError as error:
             groups = ", ".join(name for name in CONCEPTS if name not in ("mergekit", "training"))
             print(

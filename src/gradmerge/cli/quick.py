@@ -1,0 +1,432 @@
+"""`gradmerge learn`: a learned merge without a YAML, which it leaves behind."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from typing_extensions import override
+
+from gradmerge.common.atomic import whole_file
+from gradmerge.common.errors import ConfigError, GradmergeError, nearest, shorten
+from gradmerge.common.names import is_name, require_names
+from gradmerge.common.output import require_output
+
+GRANULARITIES = ("Model", "Group", "Tensor", "Column", "Row", "Element")
+_BUILDERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+_TEXTS = ("input_ids",)
+# What a CPU core multiplies and adds per second in a network, and how long a fit may then take.
+_FLOPS, _SECONDS = 2e10, 600
+_ABOUT = """
+Learn a merge of models with sensible defaults: kinds and columns of the data are detected, sizes
+follow from the model and the machine, and everything that was chosen is printed and written to
+OUTPUT.yaml, which `gradmerge fit --config OUTPUT.yaml` runs again as it is or as you change it.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}.\n`gradmerge learn --help` lists the options.")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
+    made = _Parser(
+        prog="gradmerge learn",
+        description=textwrap.dedent(_ABOUT),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="example:\n  gradmerge learn ./code ./chat --base ./base --data code=code.jsonl "
+        "--data chat=chat.jsonl",
+    )
+    add = made.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="folder, hub id or adapter; or NAME=SOURCE")
+    add("--base", help="the model that the sources were fine-tuned from; needed by adapters")
+    add(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME=PLACE",
+        help="data of a source's task, once per task: a .jsonl, .csv, .parquet or .txt file, a "
+        "folder, or a hub id",
+    )
+    add(
+        "--kind",
+        action="append",
+        default=[],
+        metavar="NAME=KIND",
+        help="kind of a task's data, if the columns do not tell (see the guide on data)",
+    )
+    add("--output", default="merged", help="folder of the merged model (default: merged)")
+    add("--granularity", default="Tensor", metavar="NAME", help=", ".join(GRANULARITIES))
+    add(
+        "--steps", type=int, help="optimiser steps (default: up to 100, about ten minutes on a CPU)"
+    )
+    add("--batch_size", type=int, help="examples per task and step")
+    add("--max_length", type=int, help="tokens per text")
+    add("--memory", choices=("resident", "streamed"), help="default: by the memory of the machine")
+    add("--dtype", help="dtype of the computation (default: float32; bfloat16 on a GPU)")
+    add("--seed", type=int, default=0)
+    for name, text in (
+        ("--overwrite", "replace an existing output"),
+        ("--dry_run", "write the YAML and stop"),
+        ("--trust_remote_code", "run modelling code in the folders"),
+    ):
+        add(name, nargs="?", const=True, default=False, type=_flag, metavar="true", help=text)
+    return made
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def learn_command(arguments: Sequence[str]) -> list[str]:
+    """Choose what the options leave open, write the YAML, and return the arguments of `fit`.
+
+    Returns:
+        Arguments for `gradmerge fit`; an empty list after a dry run.
+
+    Raises:
+        ConfigError: options, sources or data cannot be used; all problems at once.
+    """
+    given = parser().parse_args(list(arguments))
+    output = Path(given.output).expanduser()
+    target = output.with_name(f"{output.name}.yaml")
+    chosen = Choice(given)
+    if target.exists() and not given.overwrite:
+        raise ConfigError(
+            f"output: expected a new name, got {given.output}, whose configuration {target} exists."
+            "\nRun that with `gradmerge fit --config`, choose another --output, or give "
+            "--overwrite true."
+        )
+    require_output(output, given.overwrite, chosen.inputs)
+    config = chosen.config()
+    head = f"# Written by `gradmerge learn`. Again: gradmerge fit --config {target}\n"
+    text = head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    with whole_file(target) as path:
+        path.write_text(text, encoding="utf-8")
+    print(chosen.summary(target), flush=True)
+    return [] if given.dry_run else ["fit", "--config", str(target)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data of one task."""
+
+    name: str
+    place: str
+    kind: str
+    columns: Mapping[str, str]
+    labelled: bool
+    entry: dict[str, Any]
+    """Its `TaskData` in the YAML."""
+
+
+class Choice:
+    """The choices of `gradmerge learn` for the given options.
+
+    Args:
+        given: the parsed options.
+
+    Raises:
+        ConfigError: options, sources or data cannot be used.
+    """
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        self.problems: list[str] = []
+        self.sources = self._sources()
+        self.data = self._named("data", given.data, list(self.sources))
+        self.kinds = self._named("kind", given.kind, list(self.data))
+        self._require_places()
+        if given.granularity not in GRANULARITIES:
+            self.problems.append(
+                f"granularity: expected one of {', '.join(GRANULARITIES)}, got "
+                f"{given.granularity!r}.{nearest(given.granularity, GRANULARITIES)}"
+            )
+        for name in ("steps", "batch_size", "max_length"):
+            value = getattr(given, name)
+            if value is not None and value < 1:
+                self.problems.append(f"{name}: expected at least 1, got {value}.")
+        if self.problems:
+            raise ConfigError("\n".join(self.problems))
+        self._open()
+        self.tasks = [self._task(name, place) for name, place in self.data.items()]
+        self._choose_sizes()
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Files and folders that are read."""
+        places = [*self.sources.values(), *self.data.values(), *filter(None, [self.given.base])]
+        return [path for path in map(Path, places) if path.exists()]
+
+    def _sources(self) -> dict[str, str]:
+        """Return the sources by name: a given one, else that of their folder."""
+        found: dict[str, str] = {}
+        for text in self.given.sources:
+            name, equals, place = text.partition("=")
+            if not equals or not is_name(name):
+                name, place = Path(text.partition("@")[0]).name or "source", text
+            own, count = name, 2
+            while own in found:
+                own, count = f"{name}-{count}", count + 1
+            found[own] = place
+        if len(found) < 2:
+            self.problems.append(f"sources: expected two or more, got {len(found)}.")
+        require_names("sources", found)
+        return found
+
+    def _named(self, option: str, texts: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for text in texts:
+            name, equals, place = text.partition("=")
+            if not equals and len(names) == 1:
+                name, place = names[0], text
+            if not place:
+                self.problems.append(f"--{option}: expected NAME=..., got {text!r}.")
+            elif name not in names:
+                self.problems.append(
+                    f"--{option}: unknown name {name!r} (choose from {', '.join(names)})."
+                    f"{nearest(name, names)}"
+                )
+            elif name in found:
+                self.problems.append(f"--{option}: expected {name} once, got it twice.")
+            found[name] = place
+        if option == "data" and not texts:
+            self.problems.append(
+                "--data: expected NAME=PLACE for at least one source, got none. A merge without "
+                "data is `gradmerge merge`."
+            )
+        return found
+
+    def _require_places(self) -> None:
+        """Note all places that look like paths and do not exist, at once."""
+        places = {f"source {name}": place for name, place in self.sources.items()}
+        places |= {f"data of {name}": place for name, place in self.data.items()}
+        places |= {"base": self.given.base} if self.given.base else {}
+        for what, place in places.items():
+            path = Path(place).expanduser()
+            local = place.startswith((".", "/", "~")) or place.count("/") != 1 or path.suffix
+            if local and "*" not in place and not path.exists():
+                near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+                self.problems.append(f"{what}: {place} does not exist.{nearest(str(path), near)}")
+
+    def _open(self) -> None:
+        """Read the headers of base and sources, and build the network without weights."""
+        from gradmerge.engine.reading import reading_of
+        from gradmerge.sources import as_source
+        from gradmerge.sources.skeleton import build_skeleton
+
+        base = None if self.given.base is None else as_source(self.given.base)
+        opened, problems = {}, []
+        for name, place in self.sources.items():
+            try:
+                opened[name] = as_source(place, base).open()
+            except GradmergeError as error:
+                problems.append(f"source {name}: {error}")
+        if problems:
+            raise ConfigError("\n".join(problems))
+        first = next(iter(opened.values()))
+        self.parameters = sum(info.num_elements for info in first.infos.values())
+        self.low_precision = all(i.dtype.itemsize <= 2 for i in first.infos.values() if i.shape)
+        if first.folder is None:
+            raise ConfigError(
+                f"source {next(iter(opened))}: expected a folder with config.json, got none, so "
+                "the network is unknown. Give a Hugging Face folder."
+            )
+        network: Any = build_skeleton(first.folder, self.given.trust_remote_code)
+        self.network = type(network).__name__
+        self.predicts = reading_of(network).predicts
+        self.config_of = network.config
+        self.private = self._heads(network, opened)
+
+    def _heads(self, network: Any, opened: Mapping[str, Any]) -> list[str]:
+        """Return expressions of the heads, if the sources' have other shapes or classes."""
+        prefix = getattr(network, "base_model_prefix", "")
+        checkpoints = list(opened.values())
+        first = checkpoints[0]
+        labels = [(c.config or {}).get("id2label") for c in checkpoints]
+        names = {
+            name
+            for checkpoint in checkpoints
+            for name, info in checkpoint.infos.items()
+            if name not in first.infos or first.infos[name].shape != info.shape
+        }
+        other = any(label != labels[0] for label in labels)
+        if not names and not (other and "Classification" in self.network):
+            return []
+        outside = {n for n in first.infos if not n.startswith(f"{prefix}.")} if prefix else set()
+        return sorted({f"^{name.partition('.')[0]}\\." for name in names | outside})
+
+    def _task(self, name: str, place: str) -> Task:
+        """Detect the kind and the columns of a task's data."""
+        from gradmerge.training.data import load_splits
+        from gradmerge.training.examples import TaskData, columns_of
+        from gradmerge.training.kinds import KINDS, detect_kind
+
+        path = Path(place).expanduser()
+        suffix = path.suffix.lower()
+        entry: dict[str, Any] = {"path": place}
+        if path.is_file():
+            if suffix not in _BUILDERS:
+                raise ConfigError(
+                    f"--data {name}: expected a file that ends in {', '.join(_BUILDERS)}, got "
+                    f"{place}."
+                )
+            entry = {"path": _BUILDERS[suffix], "data_files": place}
+        elif path.is_dir() and not any(
+            (path / file).is_file() for file in ("dataset_dict.json", "state.json")
+        ):
+            files = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in _BUILDERS)
+            if files:
+                entry = {"path": _BUILDERS[Path(files[0]).suffix.lower()], "data_files": files}
+            else:
+                entry = {"path": "imagefolder", "data_files": f"{place}/**"}
+        splits = load_splits(name, TaskData(**entry), self.given.seed)
+        columns = columns_of(splits["adaptation"], f"task {name}")
+        kind = self.kinds.get(name) or detect_kind(columns, self.predicts)
+        if kind is None or kind not in KINDS:
+            known = [k for k, v in KINDS.items() if self.predicts in v.predicts]
+            what = "columns of a known kind" if kind is None else f"a kind, got {kind!r}"
+            raise ConfigError(
+                f"task {name}: expected {what} for {self.network}, which predicts {self.predicts}; "
+                f"the columns are {shorten(columns, 8)}.\n"
+                f"Give --kind {name}=KIND (choose from {', '.join(known)}) or rename columns."
+            )
+        entry["kind"] = kind
+        data = TaskData(**entry)
+        chosen = KINDS[data.kind].columns(data, columns)
+        labelled = set(KINDS[data.kind].optional) <= {"tools", "input", "score", *chosen}
+        return Task(name, place, kind, chosen, labelled, entry)
+
+    def _choose_sizes(self) -> None:
+        """Choose lengths, batches, steps, memory mode and dtype by model and machine."""
+        import torch
+
+        given, device = self.given, torch.cuda.is_available()
+        longest = getattr(self.config_of, "max_position_embeddings", None) or 512
+        small = self.parameters < 50_000_000
+        self.max_length = given.max_length or min(512 if device or small else 256, longest)
+        self.batch_size = given.batch_size or (16 if small else 8 if self.parameters < 1e9 else 4)
+        tokens = self.max_length if any(_has_tokens(task) for task in self.tasks) else 197
+        work = 6.0 * self.parameters * self.batch_size * tokens * len(self.tasks)
+        speed = _FLOPS * (os.cpu_count() or 1)
+        affordable = 100 if device else int(_SECONDS * speed / work)
+        self.steps = given.steps or min(100, max(20, affordable))
+        if device:
+            free = torch.cuda.mem_get_info()[0]
+        else:
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        self.dtype = given.dtype or ("bfloat16" if device and self.low_precision else "float32")
+        width = 2 if self.dtype == "bfloat16" else 4
+        # merged weights and their gradients, beside the activations
+        fits = 2 * width * self.parameters < free / 2
+        self.memory = given.memory or ("resident" if fits else "streamed")
+        self.scored = {"selection": 128, "test": 256}
+        if not device and not small:
+            self.scored = {"selection": 32, "test": 64}
+
+    def config(self) -> dict[str, Any]:
+        """Return the configuration of the fit."""
+        given = self.given
+        recipe: dict[str, Any] = {"base": given.base} if given.base else {}
+        recipe |= {
+            "sources": self.sources,
+            "coefficients": {"class_path": given.granularity},
+            "init": {"class_path": "Uniform"},
+        }
+        if self.private:
+            recipe["private"] = self.private
+        if given.trust_remote_code:
+            recipe["trust_remote_code"] = True
+        labelled = all(task.labelled for task in self.tasks)
+        tasks = {}
+        for task in self.tasks:
+            entry = dict(task.entry)
+            if _has_tokens(task):
+                entry["max_length"] = self.max_length
+            tasks[task.name] = {**entry, "limit": dict(self.scored)}
+        best = "lightning.pytorch.callbacks.ModelCheckpoint"
+        export = {"output": given.output, "score_test": True, "overwrite": given.overwrite}
+        cosine = "torch.optim.lr_scheduler.CosineAnnealingLR"
+        return {
+            "seed_everything": given.seed,
+            "model": {
+                "recipe": recipe,
+                "objective": {"terms": [{"class_path": self._term(labelled)}]},
+                "memory": self.memory,
+                "dtype": self.dtype,
+            },
+            "data": {"batch_size": self.batch_size, "seed": given.seed, "tasks": tasks},
+            "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.05}},
+            "lr_scheduler": {
+                "class_path": cosine,
+                "init_args": {"T_max": self.steps, "eta_min": 0.003},
+            },
+            "trainer": {
+                "max_steps": self.steps,
+                "val_check_interval": max(1, self.steps // 5),
+                "check_val_every_n_epoch": None,
+                "num_sanity_val_steps": 0,
+                "callbacks": [
+                    {
+                        "class_path": best,
+                        "init_args": {
+                            "monitor": "selection/loss",
+                            "mode": "min",
+                            "filename": "best",
+                        },
+                    },
+                    {"class_path": "ExportAtEnd", "init_args": export},
+                ],
+            },
+        }
+
+    @staticmethod
+    def _term(labelled: bool) -> str:
+        return "CrossEntropy" if labelled else "KLToSource"
+
+    def summary(self, target: Path) -> str:
+        """Return what was chosen, in words."""
+        tensors = ", with heads of their own" if self.private else ""
+        labelled = all(task.labelled for task in self.tasks)
+        goal = "cross-entropy" if labelled else "distillation from each task's source (no labels)"
+        lines = [
+            f"network    {self.network}, {self.parameters / 1e6:,.1f}M parameters",
+            f"sources    {', '.join(self.sources)}{tensors}"
+            + (f", on {self.given.base}" if self.given.base else ", no base"),
+        ]
+        for task in self.tasks:
+            columns = ", ".join(f"{role} = {column}" for role, column in task.columns.items())
+            lines.append(f"task       {task.name}: {task.kind} ({columns or 'no columns'})")
+        lines += [
+            f"learned    one coefficient per source and {self.given.granularity.lower()}, from the "
+            f"average, by {goal}",
+            f"sizes      {self.steps} steps of {self.batch_size} examples per task, up to "
+            f"{self.max_length} tokens; scored on {self.scored['selection']} and "
+            f"{self.scored['test']} examples",
+            f"computed   in {self.dtype}, memory {self.memory}",
+            f"again      gradmerge fit --config {target}",
+        ]
+        return "\n".join(lines)
+
+
+def _has_tokens(task: Task) -> bool:
+    from gradmerge.training.kinds import KINDS
+
+    return KINDS[task.kind].input in _TEXTS  # type: ignore[index]

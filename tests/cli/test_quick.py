@@ -1,0 +1,135 @@
+"""`gradmerge learn`: from sources and files to a merge and its YAML."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+import yaml
+
+from commands import fails
+from gradmerge.cli import main
+from tiny import relatives, save_family, seeded, sentences
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+def rows(path: Path, entries) -> str:
+    path.write_text("\n".join(map(json.dumps, entries)))
+    return str(path)
+
+
+@pytest.fixture
+def classifiers(world, tmp_path):
+    """Sources and base of the text classifiers, with a single file per task."""
+    recipe = world["model"]["recipe"]
+    files = {}
+    for i, task in enumerate("ab"):
+        texts = sentences(40 + i, 24)
+        files[task] = [{"text": text, "label": k % 3} for k, text in enumerate(texts)]
+        files[task] = rows(tmp_path / f"{task}.jsonl", files[task])
+    return recipe, files
+
+
+def options(recipe, files, *more):
+    sources = [f"{name}={path}" for name, path in recipe["sources"].items()]
+    data = [part for name, path in files.items() for part in ("--data", f"{name}={path}")]
+    return ["learn", *sources, "--base", recipe["base"], *data, *more]
+
+
+def test_a_merge_is_learned_and_scored_and_its_yaml_repeats_it(classifiers, capsys):
+    recipe, files = classifiers
+    sizes = ("--steps", "3", "--batch-size", "2", "--max_length", "12")
+    assert main(options(recipe, files, *sizes)) == 0
+    out = capsys.readouterr().out
+    for line in (
+        "network    BertForSequenceClassification",
+        "task       a: text_classification (text = text, label = label)",
+        "learned    one coefficient per source and tensor",
+        "sizes      3 steps of 2 examples per task, up to 12 tokens",
+        "again      gradmerge fit --config merged.yaml",
+    ):
+        assert line in out
+    first = json.loads(Path("merged/provenance.json").read_text())
+    assert set(first["results"]["test"]) >= {"a", "b", "average"}
+    transformers.AutoModelForSequenceClassification.from_pretrained("merged")
+    config = yaml.safe_load(Path("merged.yaml").read_text())
+    assert config["trainer"]["max_steps"] == 3
+    again = "trainer.callbacks.output=again"
+    assert main(["fit", "--config", "merged.yaml", f"--{again}"]) == 0
+    second = json.loads(Path("again/provenance.json").read_text())
+    assert second["results"]["test"] == first["results"]["test"]
+
+
+def test_a_dry_run_only_writes_the_yaml(classifiers, capsys):
+    recipe, files = classifiers
+    assert main(options(recipe, files, "--dry-run", "true", "--granularity", "Column")) == 0
+    config = yaml.safe_load(Path("merged.yaml").read_text())
+    assert config["model"]["recipe"]["coefficients"] == {"class_path": "Column"}
+    assert config["model"]["objective"]["terms"] == [{"class_path": "CrossEntropy"}]
+    assert not Path("merged").exists()
+    assert "merged.yaml exists" in fails(options(recipe, files), capsys)
+
+
+def test_tasks_without_labels_are_distilled(classifiers, tmp_path):
+    recipe, files = classifiers
+    texts = [{"text": text} for text in sentences(50, 24)]
+    files = {"a": rows(tmp_path / "plain.jsonl", texts)}
+    kind = ("--kind", "a=text_classification")
+    assert main(options(recipe, files, *kind, "--dry-run", "true")) == 0
+    config = yaml.safe_load(Path("merged.yaml").read_text())
+    assert config["model"]["objective"]["terms"] == [{"class_path": "KLToSource"}]
+
+
+def test_sources_with_other_classes_keep_their_heads(tmp_path):
+    sizes = {"intermediate_size": 8, "num_hidden_layers": 1, "max_position_embeddings": 16}
+    model = seeded(transformers.BertForSequenceClassification, num_labels=3, **sizes)
+    paths = save_family(tmp_path / "family", relatives(model, scale=0.2))
+    config = json.loads((Path(paths["b"]) / "config.json").read_text())
+    config["id2label"] = {str(i): name for i, name in enumerate(("x", "y", "z"))}
+    (Path(paths["b"]) / "config.json").write_text(json.dumps(config))
+    entries = [{"text": t, "label": k % 3} for k, t in enumerate(sentences(3, 24))]
+    file = rows(tmp_path / "rows.jsonl", entries)
+    recipe = {"base": paths["base"], "sources": {k: paths[k] for k in "ab"}}
+    assert main(options(recipe, {"a": file}, "--dry-run", "true")) == 0
+    chosen = yaml.safe_load(Path("merged.yaml").read_text())
+    assert chosen["model"]["recipe"]["private"] == ["^classifier\\."]
+
+
+def test_all_problems_are_named_at_once(classifiers, capsys):
+    recipe, _ = classifiers
+    given = options(recipe, {"a": "nowhere.jsonl", "c": "x.jsonl"}, "--steps", "0")
+    message = fails([*given, "--granularity", "tensor"], capsys)
+    for part in (
+        "data of a: nowhere.jsonl does not exist",
+        "--data: unknown name 'c' (choose from a, b)",
+        "expected one of Model, Group, Tensor, Column, Row, Element, got 'tensor'. Did you mean",
+        "steps: expected at least 1, got 0",
+    ):
+        assert part in message
+    assert not Path("merged.yaml").exists()
+
+
+def test_columns_of_no_kind_are_listed(classifiers, tmp_path, capsys):
+    recipe, _ = classifiers
+    file = rows(tmp_path / "odd.jsonl", [{"foo": str(i), "bar": i} for i in range(24)])
+    message = fails(options(recipe, {"a": file}), capsys)
+    assert "task a: expected columns of a known kind" in message
+    assert "foo, bar" in message
+    assert "--kind a=KIND (choose from text_classification" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["learn", "a"], "expected NAME=PLACE for at least one source"),
+        (["learn", "--bas", "x", "a", "b"], "unrecognized arguments: --bas"),
+        (["learn"], "the following arguments are required: SOURCE"),
+    ],
+)
+def test_mistakes_in_options_are_short(given, expected, capsys):
+    message = fails(given, capsys)
+    assert expected in message
+    assert len(message.splitlines()) <= 4
