@@ -91,6 +91,26 @@ def modernise(value: Any) -> Any:
     return value
 
 
+def completed(value: Any) -> Any:
+    """Give components of gradmerge in plain data the defaults of options that they do not state.
+
+    Records of earlier versions lack the options that were added since.
+    """
+    if isinstance(value, Mapping):
+        found = {key: completed(item) for key, item in value.items()}
+        path, given = found.get("class_path"), found.get("init_args")
+        if isinstance(path, str) and path.startswith("gradmerge.") and isinstance(given, dict):
+            module, _, name = path.rpartition(".")
+            kind = getattr(importlib.import_module(module), name, None)
+            for field in dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ():
+                if field.name not in given and field.default is not dataclasses.MISSING:
+                    given[field.name] = to_plain(field.default)
+                elif field.name not in given and callable(field.default_factory):
+                    given[field.name] = to_plain(field.default_factory())
+        return found
+    return [completed(item) for item in value] if isinstance(value, list) else value
+
+
 def to_plain(value: Any) -> Any:
     """Return a specification as nested dicts, lists and scalars, without secrets.
 

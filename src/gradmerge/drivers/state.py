@@ -27,7 +27,7 @@ from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.common.finite import as_json
 from gradmerge.common.schema import require_shape
 from gradmerge.common.secrets import masked
-from gradmerge.common.spec import modernise
+from gradmerge.common.spec import completed, modernise
 from gradmerge.training.data import MergeDataModule
 
 JOB, STEP, STATE = "job.json", "step.json", "last.ckpt"
@@ -170,7 +170,7 @@ def plain(content: Any) -> Any:
 
 def require_same(path: Path, kept: Any, got: Any) -> None:
     """Reject plain data that differ from those on record; the error lists the differences."""
-    found = list(_differences(kept, got))
+    found = list(_differences(completed(kept), completed(got)))
     if found:
         raise ConfigError(
             f"{path.parent} holds another job, which cannot be resumed with these settings: "
