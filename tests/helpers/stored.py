@@ -49,17 +49,22 @@ class Suite:
         self.kind: Any = type(network)
         self.base = root / "base"
         self.dtype = next(network.parameters()).dtype
+        self.computed = set(network._keys_to_ignore_on_save or ())
+        """Parameters that transformers computes when it loads the network."""
         network.save_pretrained(self.base)
         generator = torch.Generator().manual_seed(1)
-        self.sources = {}
+        self.sources, states = {}, {}
         for name in names:
             other = copy.deepcopy(network)
             with torch.no_grad():
-                for p in other.parameters():
+                for place, p in other.named_parameters():
+                    if place in self.computed:
+                        continue
                     noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
                     p.add_((0.1 * noise).to(p.dtype))
             other.save_pretrained(root / name)
             self.sources[name] = root / name
+            states[name] = other.state_dict()
         self.names = list(stored(self.base))
         marks = root / "marks"
         shutil.copytree(self.base, marks)
@@ -67,6 +72,12 @@ class Suite:
         rewrite(marks, lambda n, t: torch.full_like(t, number[n]) if t.is_floating_point() else t)
         self.loaded = {name: self.load(path) for name, path in self.sources.items()}
         self.network = self.load(self.base)
+        self.faithful = all(
+            torch.equal(tensor, states[name][place].to(tensor.dtype))
+            for name, model in self.loaded.items()
+            for place, tensor in model.state_dict().items()
+        )
+        """Whether transformers loads what it has saved, up to float32."""
         self.marks = dict(self.load(marks).named_parameters())
 
     def load(self, folder: Path) -> Any:
@@ -89,7 +100,7 @@ class Suite:
         table = torch.stack(known, dim=1)
         thetas = {}
         for place, parameter in self.network.named_parameters():
-            if not parameter.is_floating_point():
+            if place in self.computed or not parameter.is_floating_point():
                 continue
             chosen = table[:, self.marks[place].detach().round().long()]
             base = parameter.detach()

@@ -13,6 +13,7 @@ from gradmerge.sources import AbstractSource, Checkpoint, Vocabulary, as_source
 from gradmerge.sources.agreement import check_agreement
 from gradmerge.sources.base import find_flaws
 from gradmerge.sources.compatibility import check, check_private, is_private
+from gradmerge.sources.composite import complete
 from gradmerge.sources.geometry import direction_statistics
 from gradmerge.sources.renaming import unify_names
 from gradmerge.sources.ties import Networks, may_be_tied, settle_ties
@@ -47,8 +48,12 @@ def inspect_sources(
         Vocabulary(tokenizer).require(list(sources), base is not None)
     opened = _open(sources, None if base is None else as_source(base))
     networks = Networks({"base": base, **sources})
+    tuned = {name: opened[name] for name in sources}
+    whole, notes = complete(tuned, opened.get("base"), networks.look)
+    opened = {**opened, **whole}
     order = {name: opened[name] for name in [*sources, *opened]}
     opened, problems = unify_names(opened, partial(networks.first, order), private)
+    problems = [*notes, *problems]
     if may_be_tied(opened, private):
         settled = settle_ties(opened, networks, private)
         opened, problems = settled.checkpoints, [*problems, *settled.notes]

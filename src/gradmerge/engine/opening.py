@@ -22,6 +22,7 @@ from gradmerge.sources import Checkpoint, as_source
 from gradmerge.sources.agreement import check_agreement
 from gradmerge.sources.base import require_finite
 from gradmerge.sources.compatibility import check, check_private, require
+from gradmerge.sources.composite import complete
 from gradmerge.sources.modules import check_modules
 from gradmerge.sources.renaming import unify_names
 from gradmerge.sources.skeleton import Network, strip_weights
@@ -96,7 +97,8 @@ class Opening:
         specs = {"base": recipe.base, **recipe.sources, **recipe.heads}
         self._networks = Networks(specs, module, recipe.trust_remote_code)
         self._needed = with_network or self._needs_network(recipe)
-        problems = self._unify_names()
+        self.sources, problems = complete(self.sources, self.base, self._networks.look)
+        problems += self._unify_names()
         if self._needed or may_be_tied({**self._everything(), **self.heads}, recipe.private):
             problems += self._settle_ties()
         self._require_patterns()

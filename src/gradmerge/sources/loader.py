@@ -71,8 +71,8 @@ class Loader:
 
     def __init__(self, module: nn.Module) -> None:
         self._module: Any = module
-        self.known = set(module.state_dict(keep_vars=True))
-        """Names of the parameters and persistent buffers of the module."""
+        self.known = {n: tuple(t.shape) for n, t in module.state_dict(keep_vars=True).items()}
+        """Shapes of the parameters and persistent buffers of the module by name."""
 
     @cached_property
     def _is_of_transformers(self) -> bool:
@@ -83,10 +83,19 @@ class Loader:
             return False
         return isinstance(self._module, PreTrainedModel)
 
-    def places(self, names: Sequence[str]) -> dict[str, Place]:
-        """Return the place of each name, in the order of `names`."""
+    def places(
+        self, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> dict[str, Place]:
+        """Return the place of each name, in the order of `names`.
+
+        Args:
+            names: names in the files.
+            shapes: their shapes, as far as they are known.
+        """
+        given = {**self.known, **(shapes or {})}
         places = {name: Place(name) for name in names}
-        if self.known.issuperset(names) or not self._is_of_transformers:
+        fitting = {name for name in names if name in self.known and given[name] == self.known[name]}
+        if fitting.issuperset(names) or not self._is_of_transformers:
             return places
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -108,7 +117,7 @@ class Loader:
             target, pattern = rename_source_key(name, renamings, converters, prefix, meta)
             if target not in meta and name in meta:
                 target, pattern = rename_source_key(name, [], [], prefix, meta)
-            if pattern is None:
+            if pattern is None or (target == name and name in fitting):
                 places[name] = Place(target)
                 continue
             plain = apply_renamings(name, renamings)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
 from typing_extensions import override
 
 from gradmerge.common.errors import Problem, shorten
+from gradmerge.common.low_rank import LowRank
 from gradmerge.sources.base import Checkpoint, View
 from gradmerge.sources.compatibility import is_private
-from gradmerge.sources.loader import Loader
+from gradmerge.sources.loader import Fused, Loader, Split
+from gradmerge.sources.windows import Window
 
 
 class RenamedView(View):
@@ -41,6 +43,57 @@ class RenamedView(View):
         return self.read(name)
 
 
+class PartedView(View):
+    """A checkpoint of which some tensors are read as several.
+
+    Args:
+        inner: the checkpoint.
+        parts: for each such tensor, the name of each part and its place in the tensor.
+    """
+
+    def __init__(self, inner: Checkpoint, parts: Mapping[str, Mapping[str, Window]]) -> None:
+        super().__init__(inner)
+        self._parts = {
+            name: (own, window)
+            for own, windows in parts.items()
+            for name, window in windows.items()
+        }
+        self._infos = {}
+        for own, info in inner.infos.items():
+            windows = parts.get(own)
+            if windows is None:
+                self._infos[own] = info
+            else:
+                for name, window in windows.items():
+                    self._infos[name] = replace(info, name=name, shape=window.shape)
+
+    @override
+    def changes(self, name: str) -> bool:
+        return name in self._parts and not self._parts[name][1].is_run
+
+    @override
+    def stored_as(self, name: str) -> Hashable | None:
+        if name not in self._parts:
+            return super().stored_as(name)
+        own, window = self._parts[name]
+        whole = self.inner.stored_as(own)
+        return None if whole is None else (whole, window)
+
+    @override
+    def update(self, name: str) -> LowRank | None:
+        return None if name in self._parts else super().update(name)
+
+    @override
+    def form(self, name: str) -> Tensor:
+        own, window = self._parts[name]
+        return window.of(self.inner.read(own)).contiguous()
+
+    @override
+    def read(self, name: str) -> Tensor:
+        kept = name in self._kept or name not in self._parts
+        return super().read(name) if kept else self.form(name)
+
+
 def unify_names(
     checkpoints: Mapping[str, Checkpoint],
     build: Callable[[], nn.Module | None],
@@ -50,7 +103,9 @@ def unify_names(
 
     Names that agree stay as they are. Where they do not, tensors get the names under which
     transformers saves them, and those that it passes over on loading (position ids, masks and
-    rotary frequencies of older versions) are left out.
+    rotary frequencies of older versions) are left out. Where some store apart what others store
+    as one tensor (experts, as transformers saves them since version 5 or before), all are read
+    apart.
 
     Args:
         checkpoints: opened checkpoints by name.
@@ -67,8 +122,33 @@ def unify_names(
     module = None if all(names == shared[0] for names in shared) else build()
     if module is None:
         return dict(checkpoints), []
-    unifying = _Unifying(checkpoints, Loader(module))
+    loader = Loader(module)
+    unifying = _Unifying(_read_apart(checkpoints, loader), loader)
     return unifying.run(), unifying.notes
+
+
+def _read_apart(checkpoints: Mapping[str, Checkpoint], loader: Loader) -> dict[str, Checkpoint]:
+    """Read tensors as their parts where other checkpoints store these apart."""
+    plain: set[str] = set()  # parameters that a checkpoint stores as they are
+    wholes: dict[str, Mapping[str, Window]] = {}  # those that one stores in parts
+    places, split = {}, {}
+    for name, checkpoint in checkpoints.items():
+        shapes = {own: tuple(info.shape) for own, info in checkpoint.infos.items()}
+        found = loader.places(list(shapes), shapes)
+        converted, _ = loader.conversions(found, shapes)
+        places[name] = {own: place.name for own, place in found.items() if not place.conversion}
+        plain.update(places[name].values())
+        wholes.update({c.place: c.parts for c in converted if isinstance(c, Fused)})
+        split[name] = {c.name: c.parts for c in converted if isinstance(c, Split)}
+    views: dict[str, Checkpoint] = {}
+    for name, checkpoint in checkpoints.items():
+        parts = {own: p for own, p in split[name].items() if not plain.isdisjoint(p)}
+        for own, place in places[name].items():
+            windows = wholes.get(place)
+            if windows and loader.known[place] == tuple(checkpoint.infos[own].shape):
+                parts[own] = windows
+        views[name] = PartedView(checkpoint, parts) if parts else checkpoint
+    return views
 
 
 class _Unifying:

@@ -119,7 +119,50 @@ def build_skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
         attempt = lambda fields: build(kind.from_dict(fields))  # noqa: E731
         raise refusal(folder, what, error, attempt) from error
     module.tie_weights()  # type: ignore[operator]
+    _fill_buffers(module)
+    _compute_unsaved(module)
     return module.eval()
+
+
+def _compute_unsaved(module: nn.Module) -> None:
+    """Turn parameters that transformers computes and never saves (positions) into buffers."""
+    unsaved = set(getattr(module, "_keys_to_ignore_on_save", None) or ())
+    for place in unsaved.intersection(name for name, _ in module.named_parameters()):
+        owner, _, name = place.rpartition(".")
+        layer = module.get_submodule(owner)
+        shape = layer.get_parameter(name).shape
+        drawn = []
+        for seed in range(2):
+            layer._parameters[name] = nn.Parameter(torch.zeros(shape), requires_grad=False)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                module._init_weights(layer)  # type: ignore[operator]
+            drawn.append(layer.get_parameter(name).detach())
+        if torch.equal(*drawn):  # else it is a weight, which a file must have
+            del layer._parameters[name]
+            layer.register_buffer(name, drawn[0])
+        else:
+            layer._parameters[name] = nn.Parameter(drawn[0].to("meta"), requires_grad=False)
+
+
+def _fill_buffers(module: nn.Module) -> None:
+    """Give buffers that were made like a parameter, and so without values, those of an empty file.
+
+    Raises:
+        ConfigError: no file has the values.
+    """
+    stored = module.state_dict(keep_vars=True)
+    for place, buffer in list(module.named_buffers()):
+        if not buffer.is_meta:
+            continue
+        owner, _, name = place.rpartition(".")
+        if place not in stored:
+            raise ConfigError(
+                f"{type(module).__name__}: expected buffers that do not depend on parameters, got "
+                f"{place}, which is computed from some and is not in the files.\n"
+                "Merge it with fixed coefficients (`gradmerge merge`)."
+            )
+        module.get_submodule(owner)._buffers[name] = torch.zeros_like(buffer, device="cpu")
 
 
 def _old_style(module: nn.Module, name: str) -> str | None:
@@ -193,7 +236,7 @@ def bind(
     unused = []
     found: dict[str, dict[str, str]] = {}  # tied group -> place in the module -> name in the files
     loader = Loader(module)
-    placed = loader.places(names)
+    placed = loader.places(names, shapes)
     converted, failed = loader.conversions(placed, shapes or {})
     fused = {canonical[c.place]: c for c in converted if isinstance(c, Fused)}
     split = {c.name: c for c in converted if isinstance(c, Split)}
