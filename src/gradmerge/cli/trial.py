@@ -6,9 +6,12 @@ Lightning nor transformers, and opens no file.
 
 from __future__ import annotations
 
+import copy
 import glob
 import importlib
 import inspect
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,13 @@ def trial(command: str, tree: Mapping[str, Any]) -> list[Mistake]:
         command: name of the command.
         tree: its options as plain data.
     """
+    if not all(map(math.isfinite, _numbers_in(tree))):
+        from gradmerge.common.finite import require_finite_options
+
+        try:
+            require_finite_options(_with_infinite(tree))
+        except GradmergeError as error:
+            return [Mistake("", str(error))]
     found = list(_places(command, tree))
     if command in LEARNING:
         found += _numbers(command, tree)
@@ -59,6 +69,26 @@ def trial(command: str, tree: Mapping[str, Any]) -> list[Mistake]:
     if not found and command in LEARNING:
         found += _learning(command, tree)
     return found
+
+
+def _with_infinite(value: Any) -> Any:
+    """Return plain data with texts such as 1e400, which a parser takes for numbers, as numbers."""
+    if isinstance(value, Mapping):
+        return {key: _with_infinite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_infinite(item) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE]\+?\d+", value):
+        return float(value) if math.isinf(float(value)) else value
+    return value
+
+
+def _numbers_in(value: Any) -> Iterator[float]:
+    given = _with_infinite(value)
+    if isinstance(given, float):
+        yield given
+    elif isinstance(given, (Mapping, list)):
+        for item in given.values() if isinstance(given, Mapping) else given:
+            yield from _numbers_in(item)
 
 
 # ---- components ----------------------------------------------------------------------------------
@@ -277,20 +307,22 @@ def _outputs(command: str, tree: Mapping[str, Any]) -> list[Mistake]:
 
 def _sources(command: str, tree: Mapping[str, Any]) -> Iterator[Mistake]:
     """Yield the sources that are no places, all of them."""
+    from gradmerge.cli.resume import move_sources
     from gradmerge.sources import as_source
 
-    recipe, moved = _recipe(command, tree), tree.get("sources") or {}
+    recipe = copy.deepcopy(dict(_recipe(command, tree)))
+    moved = tree.get("sources")
+    if isinstance(moved, Mapping) and recipe:
+        try:
+            move_sources(recipe, moved)
+        except GradmergeError as error:
+            yield Mistake("", str(error))
+            return
     prefix = "model.recipe" if command in LEARNING else "recipe"
-    base = moved.get("base", recipe.get("base")) if isinstance(moved, Mapping) else None
     opened: Any = None
-    given = {
-        "base": base,
-        **{
-            f"{part}.{name}": moved.get(name, source)
-            for part in ("sources", "heads")
-            for name, source in (recipe.get(part) or {}).items()
-        },
-    }
+    given = {"base": recipe.get("base")}
+    for part in ("sources", "heads"):
+        given.update({f"{part}.{n}": source for n, source in (recipe.get(part) or {}).items()})
     for option, source in given.items():
         if not isinstance(source, str):
             continue
