@@ -63,7 +63,8 @@ def test_the_help_of_a_command_is_one_screen(command, capsys, monkeypatch):
     text = printed([command, "--help"], capsys)
     assert text == printed(["help", command], capsys)
     assert f"usage: gradmerge {command} " in text
-    assert "\n  config " in text or command == "learn"  # which writes a configuration
+    # `learn` writes a configuration; task files of `evaluate` can run code, so that none names them
+    assert ("\n  config " in text) == (command not in ("learn", "evaluate"))
     assert len(text.splitlines()) < 120
     assert max(map(len, text.splitlines())) < 100
 

@@ -23,6 +23,7 @@ from gradmerge.engine.opening import Opening
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.state import FitState
+from gradmerge.export import evaluated
 from gradmerge.export.atomic import inputs_of, refuse_existing
 from gradmerge.export.emr import export_compact, export_tasks, require_outputs, task_checkpoints
 from gradmerge.export.folder import export_state, require_options
@@ -342,6 +343,90 @@ def unpack(
     found = {task: EMRCheckpoint(path, task, opened) for task in tasks or described["scales"]}
     written = export_tasks(found, **checked, extra={"unpacked": described})
     print(f"{len(found)} tasks: {written}")
+
+
+def evaluate(
+    path: str,
+    dtype: str | None = None,
+    device: str | None = None,
+    head: str | None = None,
+    record: bool = True,
+    wandb: str | None = None,
+    allow_modules: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    sources: dict[str, str] | None = None,
+    **options: Any,
+) -> None:
+    """Run benchmarks of lm-evaluation-harness on a folder, or on a checkpoint without exporting it.
+
+    The scores go into the card and the provenance of a folder that gradmerge wrote; those of a
+    checkpoint are kept beside it, for its export.
+
+    Args:
+        path: model folder, hub id, or checkpoint of `gradmerge fit` (*.ckpt).
+        dtype: float64, float32, bfloat16 or float16. Default: that in which transformers opens the
+            folder.
+        device: device. Default: a GPU if there is one.
+        head: task whose head is used, if a checkpoint has several. Default: the first.
+        record: write the scores into the folder, or beside the checkpoint.
+        wandb: W&B project to log the scores to; a checkpoint's run in it is continued.
+        allow_modules: modules outside gradmerge whose components the checkpoint may use.
+        trust_remote_code: run modelling code that ships with the model or the sources.
+        sources: places of a checkpoint's sources that have moved, as NAME=PLACE (repeat the option
+            for several; the name of the base is `base`). They must have the same contents.
+        **options: options of `gradmerge.training.harness.Harness`.
+    """
+    from gradmerge.training.checkpoint import keep_scores
+    from gradmerge.training.harness import (
+        Harness,
+        log_to_wandb,
+        open_folder,
+        require_folder,
+        require_installed,
+    )
+    from gradmerge.training.summary import score_table
+
+    require_installed()
+    harness = Harness(**options)
+    require_options(dtype, None, ())
+    local = Path(path).expanduser()
+    is_checkpoint = local.is_file() or local.suffix == ".ckpt"
+    if is_checkpoint:
+        require_checkpoint(path)
+    elif head is not None or sources:
+        raise ConfigError(
+            f"{path}: expected a checkpoint for `head` and `sources`, got a folder or hub id, "
+            "which has one head and no sources. Remove them; heads are in FOLDER/tasks/TASK."
+        )
+    else:
+        path = require_folder(path, trust_remote_code)
+    _ = harness.loaded  # unknown tasks are found before the weights are opened
+    if is_checkpoint:
+        from gradmerge.training.harness_model import MergedLM
+
+        network: Any = MergedLM(
+            local,
+            head,
+            dtype,
+            device,
+            trust_remote_code,
+            allow_modules,
+            sources,
+            batch_size=harness.batch_size,
+        )
+    else:
+        network = open_folder(path, dtype, device, trust_remote_code, harness.batch_size)
+    found = harness.run(network)
+    print(score_table(found.stage, found.scores, {}))
+    if wandb is not None:
+        log_to_wandb(wandb, local.name, found, local if is_checkpoint else None)
+    if not record:
+        return
+    if is_checkpoint:
+        keep_scores(local, {found.stage: found.scores})
+    elif evaluated.is_recorded(local):
+        evaluated.record(local, found.stage, found.scores, found.settings)
+        print(f"scores added to the card and provenance of {local}")
 
 
 def push(folder: str, repo: str, private: bool = True, dry_run: bool = False) -> None:

@@ -100,10 +100,14 @@ def require_monitors(get: Get, scores: Collection[str] | None = None) -> None:
     Raises:
         ConfigError: a score is unknown.
     """
-    if any(map(_is_foreign, listed(get("trainer.callbacks")))):
+    callbacks = listed(get("trainer.callbacks"))
+    if any(map(_is_foreign, callbacks)):
         return  # it may log what the others watch
+    evaluates = any(_name(callback) == "EvaluateEvery" for callback in callbacks)
     known = score_names(get("data.tasks") or {}, scores, several=bool(get("driver")))
     for owner, monitor in _monitors(get):
+        if evaluates and str(monitor).startswith("eval/"):
+            continue  # the metrics of a benchmark are known to lm-eval
         require_monitor(owner, monitor, known)
 
 

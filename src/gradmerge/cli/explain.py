@@ -17,6 +17,7 @@ from gradmerge.common.secrets import mask_given
 
 # Optional packages that a configuration may need, with the argument of `pip install`.
 OPTIONAL = {"torchao": "gradmerge[eight-bit]", "bitsandbytes": "bitsandbytes"}
+CALLBACKS = ("CoefficientLogger", "EvaluateEvery", "ExportAtEnd")
 # Modules of gradmerge whose classes a configuration names without a path.
 COMPONENTS = (
     "alignment",
@@ -52,7 +53,7 @@ def component_names(stock: bool) -> dict[str, str]:
     """
     modules = [importlib.import_module(f"gradmerge.{name}") for name in COMPONENTS]
     own = [n for m in modules for n in m.__all__ if not n.startswith("Abstract")]
-    known = {name: name for name in (*own, "CoefficientLogger", "ExportAtEnd", "FromMergekit")}
+    known = {name: name for name in (*own, *CALLBACKS, "FromMergekit")}
     if stock:
         from lightning.pytorch import callbacks, loggers
         from torch import optim

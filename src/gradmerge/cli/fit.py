@@ -47,6 +47,7 @@ from gradmerge.engine.recipe import Recipe
 from gradmerge.export.atomic import inputs_of
 from gradmerge.optimisers import SAM
 from gradmerge.search import AbstractSearch
+from gradmerge.training.benchmarks import EvaluateEvery
 from gradmerge.training.callbacks import ExportAtEnd, StepProgress
 from gradmerge.training.checkpoint import keep_scores
 from gradmerge.training.logs import continue_logs, remove_refused
@@ -68,6 +69,17 @@ _FREE = (
     "logger",
     "profiler",
 )
+
+
+def require_trusted_tasks(callbacks: Sequence[Any], allowed: Sequence[str]) -> None:
+    """Reject task files of a configuration that the command line does not trust."""
+    ours = [callback.harness for callback in callbacks if isinstance(callback, EvaluateEvery)]
+    files = [file for harness in ours for file in harness.own_files]
+    if files and "lm_eval" not in allowed:
+        raise ConfigError(
+            f"EvaluateEvery: expected tasks of lm-eval, got {', '.join(files)} in a configuration; "
+            "task files can run code. If you trust them, add --allow_modules lm_eval."
+        )
 
 
 class SaveConfig(SaveConfigCallback):
@@ -341,7 +353,7 @@ class MergeCLI(LightningCLI):
         self._print_scores("test")
         checkpoint = self._get(self.config, "ckpt_path")
         if checkpoint is not None and self.trainer.is_global_zero:
-            keep_scores(Path(checkpoint), self.model.results["test"])
+            keep_scores(Path(checkpoint), {"test": self.model.results["test"]})
 
     def _print_scores(self, split: str) -> None:
         results, experts = self.model.results.get(split, {}), self.model.experts.get(split, {})
@@ -396,6 +408,7 @@ class MergeCLI(LightningCLI):
         checkpoint = self._get(self.config, "ckpt_path")
         if loggers and checkpoint:
             continue_logs(loggers, Path(checkpoint), self.subcommand in (None, "fit"))
+        require_trusted_tasks(listed(given.get("callbacks")), self.allowed)
         if loggers:
             kwargs["callbacks"] = with_coefficients(given.get("callbacks"))
         limits = [given.get(key) for key in ("max_epochs", "max_time")]

@@ -51,6 +51,7 @@ _SYNOPSIS = {
     "collect": ("--config merge.yaml --output FOLDER [options]", ""),
     "export": ("CHECKPOINT OUTPUT [options]", ""),
     "unpack": ("FOLDER OUTPUT [options]", ""),
+    "evaluate": ("FOLDER_OR_CHECKPOINT --tasks NAMES [options]", ""),
     "push": ("FOLDER OWNER/NAME [options]", ""),
     "inspect": ("SOURCE SOURCE... [options]", ""),
 }

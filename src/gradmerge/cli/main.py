@@ -48,6 +48,7 @@ commands:
   collect   collect statistics on data    gradmerge collect --config merge.yaml --output FOLDER
   unpack    expand a compact EMR merge    gradmerge unpack COMPACT FOLDER
   inspect   check and compare sources     gradmerge inspect A B --base BASE
+  evaluate  run benchmarks (lm-eval)      gradmerge evaluate FOLDER_OR_CKPT --tasks arc_easy,piqa
   push      upload a folder to the hub    gradmerge push FOLDER owner/name --dry-run true
   help      explain a component           gradmerge help Column; gradmerge help operators
 
@@ -55,7 +56,17 @@ commands:
 configs/ holds runnable examples.
 """
 
-COMMANDS = ("learn", *LEARNING, "export", "merge", "collect", "unpack", "inspect", "push")
+COMMANDS = (
+    "learn",
+    *LEARNING,
+    "export",
+    "merge",
+    "collect",
+    "unpack",
+    "inspect",
+    "evaluate",
+    "push",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -315,7 +326,7 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
     show_progress(True)
     register(arguments)
     allowed = allowed_modules(arguments)
-    if command == "export":
+    if command in ("export", "evaluate"):
         arguments = with_sources(arguments)
     with only_components(allowed):
         if command in ("merge", "collect"):
@@ -323,7 +334,7 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
         else:
             options = _parsed(_parser(command), arguments)
     require_allowed("allow_modules", options.pop("allow_modules"), allowed)
-    if command == "export":
+    if command in ("export", "evaluate"):
         options["allow_modules"] = allowed
     getattr(commands, command)(**options)
 
@@ -380,11 +391,16 @@ def _parser(command: str, data: bool = False) -> Any:
         allow_abbrev=False,
         description=function.__doc__.split("\n")[0],
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of these options.")
+    if command != "evaluate":  # its task files can run code, so a stranger's YAML names none
+        about = "YAML file with any of these options."
+        parser.add_argument("--config", action="config", help=about)
     parser.add_argument("--allow_modules", **ALLOW_MODULES)
     if command == "inspect":
         about = "Checkpoints to inspect, as paths or hub ids."
         parser.add_argument("sources", type=str, nargs="+", help=about)
+    if command == "evaluate":
+        about = "Model folder, hub id, or checkpoint of `gradmerge fit` (*.ckpt)."
+        parser.add_argument("path", type=str, help=about)
     if data:
         from gradmerge.training.data import MergeDataModule
 
@@ -400,7 +416,7 @@ def _parser(command: str, data: bool = False) -> Any:
             "configs",
             "data",
             "opened",
-            *(["sources"] if command == "inspect" else []),
+            *{"inspect": ["sources"], "evaluate": ["path"]}.get(command, []),
         },
     )
     return parser

@@ -34,6 +34,7 @@ ABOUT = {
 }
 """Help of the options that the command line adds."""
 RECIPE, TASK = "gradmerge.engine.recipe.Recipe", "gradmerge.training.examples.TaskData"
+_HARNESS = "gradmerge.training.harness.Harness"
 _NULL = Scalar(type(None))
 # Arguments that a command sets itself, or that only Python has.
 _PYTHON = {
@@ -52,7 +53,9 @@ def options_of(command: str) -> Options:
     names = Field(
         "allow_modules", Either((Listing(Scalar(str)), _NULL)), "null", ABOUT["allow_modules"]
     )
-    own = {"config": config, **fields, "allow_modules": names}
+    # task files of benchmarks can run code, so that no YAML names them
+    own = {**({} if command == "evaluate" else {"config": config}), **fields}
+    own["allow_modules"] = names
     return Options(command, own, doc="" if function is None else function.doc)
 
 
@@ -93,10 +96,10 @@ def _or_null(kind: Type) -> Either:
 
 
 def _function(function: Class) -> dict[str, Field]:
-    shared = described("gradmerge.cli.commands.output_options")
+    shared = _HARNESS if function.name == "evaluate" else "gradmerge.cli.commands.output_options"
     own = fields_of(function)
     if function.is_open:  # `**options`
-        own.update(fields_of(shared))
+        own.update(fields_of(described(shared)))
     if "data" in own:
         data = own["data"]
         kind = _part("gradmerge.training.data.MergeDataModule")

@@ -59,8 +59,7 @@ def model_card(
         ),
         *_steps([step for step in driver.get("steps", ()) if "merged" in step]),
         "## Scores",
-        *(_scores(stage, tasks) for stage, tasks in results.items()),
-        *([] if results else ["None measured."]),
+        *score_sections(results),
         "## Coefficients",
         *_coefficients(state),
         *_tokens(plan),
@@ -98,7 +97,7 @@ def render(
     models = list(dict.fromkeys(filter(_is_hub_id, places)))
     names = (end for end in _PIPELINES if (architecture or "").endswith(end))
     task = "sentence-similarity" if modules else _PIPELINES.get(next(names, ""))
-    found = list(_eval_results(task, results or {})) if task else []
+    found = list(eval_results(task, results or {})) if task else []
     library = "sentence-transformers" if modules else "transformers"
     data = ModelCardData(
         base_model=models or None,
@@ -136,7 +135,8 @@ def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not Path(name).exists()
 
 
-def _eval_results(pipeline: str, results: Mapping[str, Any]) -> Iterable[EvalResult]:
+def eval_results(pipeline: str, results: Mapping[str, Any]) -> Iterable[EvalResult]:
+    """Yield the scores of single tasks as the metadata of the hub has them."""
     for stage, tasks in results.items():
         for task, values in tasks.items():
             for metric, value in values.items():
@@ -169,6 +169,11 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> list[str]:
         rows.append(f"{number}. {names} (mean coefficients {shares})")
     note = "Coefficients and recipe below are those of the last step."
     return ["## Steps", note, "\n".join(rows)] if rows else []
+
+
+def score_sections(results: Mapping[str, Any]) -> list[str]:
+    """Return a table per split or other measurement, of scores by task and metric."""
+    return [_scores(*each) for each in results.items()] or ["None measured."]
 
 
 def _scores(stage: str, tasks: Mapping[str, Mapping[str, float]]) -> str:

@@ -107,7 +107,8 @@ def _scores(results: Mapping[str, Any], history: History) -> Iterator[str]:
     if not results:
         yield "<p>None measured.</p>"
     start = {name: history.points(name)[:1] for name in history.curves}
-    own = [name.split("/")[1] for name in start if name.endswith(f"/{history.score}")]
+    splits = [name.split("/") for name in start if name.startswith("selection/")]
+    own = [task for _, task, *score in splits if score == [history.score]]
     rows = []
     for task in own:
         first = start[f"selection/{task}/{history.score}"]

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradmerge.training.benchmarks import EvaluateEvery
     from gradmerge.training.callbacks import CoefficientLogger, ExportAtEnd
     from gradmerge.training.data import MergeDataModule
     from gradmerge.training.examples import TaskData
@@ -16,13 +17,21 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "CoefficientLogger": "callbacks",
+    "EvaluateEvery": "benchmarks",
     "ExportAtEnd": "callbacks",
     "MergeDataModule": "data",
     "MergeModule": "module",
     "TaskData": "examples",
 }
 
-__all__ = ["CoefficientLogger", "ExportAtEnd", "MergeDataModule", "MergeModule", "TaskData"]
+__all__ = [
+    "CoefficientLogger",
+    "EvaluateEvery",
+    "ExportAtEnd",
+    "MergeDataModule",
+    "MergeModule",
+    "TaskData",
+]
 
 
 def __getattr__(name: str) -> Any:

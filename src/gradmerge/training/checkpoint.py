@@ -30,7 +30,7 @@ from gradmerge.finalisers import Corrections
 from gradmerge.sources import AbstractSource
 from gradmerge.sources.hub import without_downloads
 
-_SCORES = ".test.json"
+_SCORES = ".scores.json"
 
 
 def guard_loading(trainer: Any) -> None:
@@ -221,17 +221,22 @@ def restore(
 
 
 def keep_scores(checkpoint: Path, results: Mapping[str, Any]) -> None:
-    """Keep the test scores of a checkpoint beside it (`NAME.test.json`), for its export.
+    """Keep scores of a checkpoint beside it (`NAME.scores.json`), for its export.
 
     A folder that cannot be written is left as it is: the scores have been printed.
+
+    Args:
+        checkpoint: the checkpoint.
+        results: scores by split (or other measurement), task and metric, added to those before.
     """
-    found = {"checkpoint_sha256": _sha256(checkpoint), "test": dict(results)}
     with suppress(OSError, OutputError), whole_file(checkpoint.with_suffix(_SCORES)) as work:
+        kept = {**kept_scores(checkpoint), **results}
+        found = {"checkpoint_sha256": _sha256(checkpoint), "scores": kept}
         work.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def kept_scores(checkpoint: Path) -> dict[str, Any]:
-    """Return `{"test": scores}` of a checkpoint if they were kept, and it is the same since.
+    """Return the scores of a checkpoint that were kept, if it is the same since.
 
     Raises:
         ConfigError: their file is damaged.
@@ -240,9 +245,9 @@ def kept_scores(checkpoint: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     found: Any = read_json(path, ConfigError)
-    shape = {"checkpoint_sha256": str, "test": {str: {str: a_number}}}
-    require_shape(path, found, shape, "Remove it, or run `gradmerge test` again.", ConfigError)
-    return {"test": found["test"]} if found["checkpoint_sha256"] == _sha256(checkpoint) else {}
+    shape = {"checkpoint_sha256": str, "scores": {str: {str: {str: a_number}}}}
+    require_shape(path, found, shape, "Remove it, or score the checkpoint again.", ConfigError)
+    return dict(found["scores"]) if found["checkpoint_sha256"] == _sha256(checkpoint) else {}
 
 
 def _sha256(path: Path) -> str:

@@ -118,9 +118,7 @@ def greedy(network: Any, folder: str | Path | None, tokenizer: Any, max_new_toke
     """Return the settings of greedy decoding, with the special tokens that the folder states."""
     from transformers import GenerationConfig
 
-    stated = network.generation_config
-    if folder is not None and (Path(folder) / "generation_config.json").is_file():
-        stated = GenerationConfig.from_pretrained(folder)
+    stated = stated_generation(network, folder)
     end = stated.eos_token_id if stated.eos_token_id is not None else tokenizer.eos_token_id
     first = end[0] if isinstance(end, list) else end
     options = (tokenizer.pad_token_id, stated.pad_token_id, first, 0)
@@ -134,3 +132,12 @@ def greedy(network: Any, folder: str | Path | None, tokenizer: Any, max_new_toke
         decoder_start_token_id=stated.decoder_start_token_id,
         forced_bos_token_id=stated.forced_bos_token_id,
     )
+
+
+def stated_generation(network: Any, folder: str | Path | None) -> Any:
+    """Return the settings of generation that the folder states, or else those of the network."""
+    from transformers import GenerationConfig
+
+    if folder is not None and (Path(folder) / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return network.generation_config

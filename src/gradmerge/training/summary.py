@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from gradmerge.common.checkpoints import load_checkpoint
 from gradmerge.common.progress import duration
+from gradmerge.export.evaluated import STAGE
 from gradmerge.export.history import History
 from gradmerge.training.measures import SCORES
 
@@ -24,14 +25,15 @@ def score_table(split: str, results: Mapping[str, Any], experts: Mapping[str, An
     """Return the scores of a split: one row per task, and those of each task's own source.
 
     Args:
-        split: the split.
+        split: the split, or another measurement.
         results: scores of the merge by task, or `average`, and metric.
         experts: the scores of the tasks' own sources in the same form.
     """
     metrics = list(dict.fromkeys(m for values in results.values() for m in values))
     theirs = [m for m in metrics if any(m in values for values in experts.values())]
     theirs = [m for m in theirs if m in _JUDGED] or theirs[:1]
-    header = [f"{split} split", *metrics, *(f"{metric} of its source" for metric in theirs)]
+    title = split if split.startswith(STAGE) else f"{split} split"
+    header = [title, *metrics, *(f"{metric} of its source" for metric in theirs)]
     rows = [
         [
             task,
