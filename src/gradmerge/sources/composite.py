@@ -1,4 +1,4 @@
-"""Text models as sources of a merge whose base is a model of images (or sound) and text."""
+"""Text models and vision towers as sources of a merge whose base has them as parts."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _PARTS = ("text_config", "vision_config", "audio_config")
 
 
 class WholeView(View):
-    """A text model inside a larger one, of which all other tensors are those of the base.
+    """A part of a larger model, of which all other tensors are those of the base.
 
     Args:
-        inner: the text model.
+        inner: the part.
         base: the larger model.
         names: name in `inner` of each tensor that it has.
         fused: for each tensor that the base has in one, the places of those of `inner` in it.
@@ -87,10 +87,10 @@ def complete(
     base: Checkpoint | None,
     look: Callable[[Path], nn.Module],
 ) -> tuple[dict[str, Checkpoint], list[Problem]]:
-    """Put text models into the base, if that is a model of which they are a part.
+    """Put text models and vision towers into the base, if that has them as parts.
 
-    The part of the base that has the parameters of the text model is found by their names; its
-    head is the base's tensor of the same name. Everything else (vision tower, projector) is the
+    The part of the base that has the parameters of the source is found by their names; its head
+    is the base's tensor of the same name. Everything else (another tower, a projector) is the
     base's in such a source, so it has no direction there.
 
     Args:
@@ -102,7 +102,7 @@ def complete(
         The sources, and notes on what is the base's.
 
     Raises:
-        CompatibilityError: the base has no part with the parameters of a text model.
+        CompatibilityError: the base has no part with the parameters of a source.
     """
     found, notes = dict(sources), []
     for name, source in sources.items():
@@ -124,11 +124,11 @@ def _is_part(source: Checkpoint, base: Checkpoint) -> bool:
 
 
 def _whole(
-    source: Checkpoint, base: Checkpoint, text: nn.Module, network: nn.Module
+    source: Checkpoint, base: Checkpoint, given: nn.Module, network: nn.Module
 ) -> tuple[Checkpoint, Problem]:
-    prefix = getattr(text, "base_model_prefix", "")
-    inner = getattr(text, prefix, text) if prefix else text
-    before = "" if inner is text else f"{prefix}."
+    prefix = getattr(given, "base_model_prefix", "")
+    inner = getattr(given, prefix, given) if prefix else given
+    before = "" if inner is given else f"{prefix}."
     wanted = set(inner.state_dict(keep_vars=True))
     path = next(
         (p for p, part in network.named_modules() if set(part.state_dict()) == wanted), None
@@ -136,7 +136,7 @@ def _whole(
     if not path:
         raise CompatibilityError(
             f"{source.label}: expected a model like the base {base.label} ("
-            f"{type(network).__name__}) or its text model, got {type(text).__name__}, whose "
+            f"{type(network).__name__}) or a part of it, got {type(given).__name__}, whose "
             "parameters no part of the base has.\nMerge it with its own base instead."
         )
 
@@ -144,11 +144,11 @@ def _whole(
         return f"{path}.{place.removeprefix(before)}" if place.startswith(before) else place
 
     shapes = _shapes(source)
-    loader = Loader(text)
-    given = loader.places(list(shapes), shapes)
-    converted, _ = loader.conversions(given, shapes)
-    inside = {placed(place.name): own for own, place in given.items()}
-    for group in tied_groups(text):
+    loader = Loader(given)
+    found = loader.places(list(shapes), shapes)
+    converted, _ = loader.conversions(found, shapes)
+    inside = {placed(place.name): own for own, place in found.items()}
+    for group in tied_groups(given):
         kept = next((inside[p] for p in map(placed, group) if p in inside), None)
         if kept is not None:
             inside = {**dict.fromkeys(map(placed, group), kept), **inside}
@@ -170,7 +170,7 @@ def _whole(
         source.label,
         f"{len(rest)} tensors outside {path}",
         f"a tensor for each in {type(network).__name__}",
-        f"the text model {type(text).__name__}",
+        f"its part {type(given).__name__}",
         "they are the base's in this source; those that no source has are not learned.",
         fatal=False,
     )
