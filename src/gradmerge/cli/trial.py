@@ -64,6 +64,8 @@ def trial(command: str, tree: Mapping[str, Any]) -> list[Mistake]:
     if found:
         return found
     _part(tree, Instance(options_of(command)), "", found)
+    if tree.get("driver"):  # the recipe is that of each of its steps, not of all sources at once
+        found = [mistake for mistake in found if mistake.at != "model.recipe"]
     if not found:
         found += _outputs(command, tree) or _sources(command, tree)
     if not found and command in LEARNING:
