@@ -379,8 +379,8 @@ def test_a_file_in_the_way_is_refused_even_with_overwrite(tmp_path, family):
 
 def test_unknown_options_are_refused_before_anything_is_written(tmp_path, family):
     merged, _ = folders(tmp_path, family, tokenizer=False)
-    with pytest.raises(ConfigError, match=r"dtype: expected one of .*bfloat16.*, got 'bf16'"):
-        write(merged, tmp_path / "merged", dtype="bf16")
+    with pytest.raises(ConfigError, match=r"dtype: expected one of .*bfloat16.*, got 'int8'"):
+        write(merged, tmp_path / "merged", dtype="int8")
     with pytest.raises(
         ConfigError, match=r"unknown task 'aa' \(choose from a, b\)\. Did you mean 'a'\?"
     ):

@@ -346,6 +346,7 @@ def test_the_option_in_yaml(
     assert main([*command, "--recipe.tokenizer.source=base"]) == 0
     assert vocabulary_of("plain") == vocabulary_of(paths["base"])
 
+    Path("x.json").write_text('{"text": "a"}')
     task = {"path": "json", "data_files": "x.json"}
     fit = {"model": {"recipe": recipe}, "data": {"tasks": {"a": task}}}
     options = ["--trainer.logger=false", "--trainer.accelerator=cpu"]

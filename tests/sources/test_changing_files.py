@@ -153,7 +153,10 @@ def folder(path, config="{}"):
 def test_configs_and_tokenizers_have_hashes_of_their_own(tmp_path):
     one, two = folder(tmp_path / "one"), folder(tmp_path / "two")
     kept = {"a": side_hashes(as_source(one).open())}
-    assert list(kept["a"]) == ["config.json", "modeling_own.py", "tokenizer.json"]
+    assert list(kept["a"]) == ["config.json", "tokenizer.json"]
+    code = folder(tmp_path / "code", '{"auto_map": {}}')
+    found = list(side_hashes(as_source(code).open()))
+    assert found == ["config.json", "modeling_own.py", "tokenizer.json"]
     (two / "README.md").write_text("other")
     require_same_files("it was made", kept, {"a": side_hashes(as_source(two).open())})
     require_same_files("it was made", {}, kept)  # checkpoints of earlier versions have none

@@ -31,6 +31,7 @@ from gradmerge.cli.early import require_monitors, require_numbers, require_optim
 from gradmerge.cli.options import LEARNING, TASK, fields_of, options_of
 from gradmerge.common.errors import GradmergeError, shorten
 from gradmerge.common.files import near
+from gradmerge.common.output import paths_in
 
 # Builders of datasets that read local files.
 _BUILDERS = ("csv", "json", "parquet", "text", "arrow", "xml", "imagefolder", "audiofolder")
@@ -300,8 +301,11 @@ def _outputs(command: str, tree: Mapping[str, Any]) -> list[Mistake]:
         return []
     from gradmerge.export.atomic import refuse_existing
 
+    recipe = _recipe(command, tree)
+    read = [recipe.get(option) for option in ("base", "sources", "heads")]
+    inputs = paths_in(read, patterns=True)
     try:
-        refuse_existing(Path(output).expanduser(), bool(tree.get("overwrite")))
+        refuse_existing(Path(output).expanduser(), bool(tree.get("overwrite")), inputs)
     except GradmergeError as error:
         return [Mistake("", str(error))]
     return []

@@ -39,7 +39,8 @@ def report(
         history: what the fit has measured, if there was one.
         name: name of the merge, for the title.
     """
-    table, history = CoefficientTable.of(state), history or History()
+    table, learned = CoefficientTable.of(state), history is not None or bool(state.run)
+    history = history or History()
     body = [
         _method(state),
         "<h2>Scores</h2>",
@@ -48,10 +49,10 @@ def report(
         "<h2>Coefficients</h2>",
         _summary(table),
     ]
-    if table.varies:
+    if table.varies and learned:  # drawing takes longer than many a merge without training
         body += _figure(heat_map(table), "By layer and component", _HEAT_MAP)
         body += _figure(depth_lines(table), "By depth", _DEPTH)
-    else:
+    elif not table.varies:
         body.append(f"<p>All coefficients are {float(table.mean.flatten()[0]):.6g}.</p>")
     title = html.escape(f"Merge {name}".strip())
     return (
