@@ -56,6 +56,9 @@ metric_list:
   - metric: exact_match
     aggregation: mean
     higher_is_better: true
+  - metric: chrf
+    aggregation: chrf
+    higher_is_better: true
 """
     )
     (folder / "text.yaml").write_text(

@@ -90,6 +90,7 @@ def test_a_checkpoint_scores_as_the_folder_exported_from_it(fit_and_export, task
     assert found["results"]["lm-eval"] == kept
     assert kept.keys() == set(TASKS.split(","))
     assert 0 < kept["tiny_choice"]["acc"] < 1
+    assert 0 < kept["tiny_words"]["chrf"] < 100  # of the letters of generated words
     described = found["evaluation"]["lm-eval"]
     assert described["tasks"]["tiny_choice"]["version"] == 2.0
     assert described["tasks"]["tiny_choice"]["examples"] == 12
