@@ -281,7 +281,9 @@ def test_a_failed_write_leaves_nothing(p, tmp_path, monkeypatch):
 
 
 def test_the_command_refuses_before_any_work(tmp_path, capsys):
-    config = write_yaml(tmp_path / "c.yaml", {"recipe": {"sources": {"a": "/nowhere"}}})
+    (tmp_path / "a").mkdir()
+    recipe = {"sources": {"a": str(tmp_path / "a")}}
+    config = write_yaml(tmp_path / "c.yaml", {"recipe": recipe})
     for options, message in [
         (["--output", "folder"], "expected a name ending in .yaml"),
         (["--output", "x.yaml", "--dtype", "int8"], "dtype: expected one of"),

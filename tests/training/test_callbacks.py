@@ -200,7 +200,7 @@ def test_an_existing_output_below_the_home_folder_is_refused_before_training(tmp
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
-    [("dtype", "bf16", "dtype: expected one of"), ("head", "c", "head: unknown task 'c'")],
+    [("dtype", "int8", "dtype: expected one of"), ("head", "c", "head: unknown task 'c'")],
 )
 def test_options_that_the_export_would_refuse_are_refused_before_training(
     tmp_path, option, value, message

@@ -183,6 +183,7 @@ def test_scores_are_logged_to_wandb(fit_and_export, tasks, tmp_path, monkeypatch
         lambda self, values: (summaries.append(values), update(self, values))[1],
     )
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
     _, folder = fit_and_export
     assert evaluate(folder, tasks, "--wandb", "mine", "--record", "false") == 0
     (logged,) = summaries

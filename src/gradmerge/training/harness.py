@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -170,6 +171,8 @@ class Harness:
         from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.evaluator import evaluate
 
+        # its processes for standard errors would be forks of one with threads, which may hang
+        os.environ["DISABLE_MULTIPROC"] = "1"
         loaded = self.loaded
         with isolate_rng(), _quiet(), reading("tasks", "lm-eval stopped", kind=ConfigError):
             random.seed(DEFAULT_RANDOM_SEED)
