@@ -73,6 +73,7 @@ def marked(folder=Path()):
 
 def test_nothing_that_a_fit_and_an_export_write_holds_a_secret(secret, monkeypatch, capfd):
     inputs, content = secret
+    monkeypatch.setenv("WANDB_MODE", "offline")
     options = ["--config", write(inputs / "c.yaml", content), "--allow_modules", "uploading"]
     # W&B records the arguments of the process
     token = f"--model.recipe.sources.a.init_args.token=hf_{MARK}ARGUMENT"

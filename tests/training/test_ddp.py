@@ -326,7 +326,7 @@ def test_two_processes_take_means_over_the_rows_of_both(tmp_path, monkeypatch):
                 )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_sharp_steps_priors_and_scales_of_two_processes_are_those_of_one(tmp_path, monkeypatch):
     for memory, one, two in compare(tmp_path, monkeypatch, SHARP, ("resident", "streamed")):
         alone = torch.load(one / "found0.pt")
@@ -338,7 +338,7 @@ def test_sharp_steps_priors_and_scales_of_two_processes_are_those_of_one(tmp_pat
         assert all(torch.equal(both[0][name], both[1][name]) for name in alone), memory
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_learn_masks_of_components_and_aligned_weights(tmp_path, monkeypatch):
     for option, one, two in compare(tmp_path, monkeypatch, FACTORS, ("component", "aligned")):
         alone = torch.load(one / "found0.pt")

@@ -146,6 +146,7 @@ with t.frozen():
 """
 
 
+@pytest.mark.nightly
 def test_a_killed_merge_of_24_blocks_resumes_to_the_same_coefficients(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the job is the same by the same paths
     small = {"hidden_size": 8, "intermediate_size": 8}
