@@ -219,7 +219,7 @@ class _Converting:
         if len(converter.target_patterns) > 1:
             before, first, after = target.partition(converter.target_patterns[0])
             if not first:
-                raise NotImplementedError(f"{target} is not named by {converter}")
+                raise ValueError(f"{target} is not named by {converter}")
             self.targets = [f"{before}{name}{after}" for name in converter.target_patterns]
 
     def run(

@@ -124,11 +124,11 @@ def _reshaped(window: Window, shape: Sequence[int]) -> Window:
             length, stride = line.pop(0)
             if length > missing:
                 if length % missing:
-                    raise NotImplementedError(f"a view of {window.shape} as {tuple(shape)}")
+                    raise ValueError(f"a view of {window.shape} as {tuple(shape)}")
                 line.insert(0, (length // missing, stride))
                 length, stride = missing, stride * (length // missing)
             elif missing % length:
-                raise NotImplementedError(f"a view of {window.shape} as {tuple(shape)}")
+                raise ValueError(f"a view of {window.shape} as {tuple(shape)}")
             dim.append((length, stride))
         dims.append(tuple(dim) or ((1, 1),))
     return Window(window.whole, tuple(dims), window.offset)
@@ -138,7 +138,7 @@ class Traced(Tensor):
     """A tensor without values that follows its window on a whole through views and copies.
 
     Functions that only move entries run on it as on any tensor; all others raise
-    `NotImplementedError`.
+    `ValueError`.
     """
 
     window: Window
@@ -158,7 +158,7 @@ class Traced(Tensor):
         """Follow one operation."""
         rule = _RULES.get(func.overloadpacket.__name__)
         if rule is None or not isinstance(args[0], Traced):
-            raise NotImplementedError(f"{func} moves more than the entries of one tensor")
+            raise ValueError(f"{func} moves more than the entries of one tensor")
         found = rule(args[0].window, *args[1:], **(kwargs or {}))
         return [Traced(w) for w in found] if isinstance(found, list) else Traced(found)
 
@@ -189,7 +189,7 @@ def _narrow(window: Window, dim: int, start: int, length: int) -> Window:
         return window
     inner = math.prod(n for n, _ in axes[1:])
     if start % inner or length % inner:
-        raise NotImplementedError(f"entries {start} to {start + length} of {axes}")
+        raise ValueError(f"entries {start} to {start + length} of {axes}")
     (_, stride), rest = axes[0], axes[1:]
     dims = list(window.dims)
     dims[dim] = ((length // inner, stride), *rest)
@@ -200,7 +200,7 @@ def _slice(
     window: Window, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Window:
     if step != 1:
-        raise NotImplementedError(f"a slice with step {step}")
+        raise ValueError(f"a slice with step {step}")
     first, last, _ = slice(start, end).indices(window.shape[dim])
     return _narrow(window, dim, first, last - first)
 

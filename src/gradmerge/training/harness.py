@@ -171,10 +171,13 @@ class Harness:
         from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.evaluator import evaluate
 
-        # its processes for standard errors would be forks of one with threads, which may hang
-        os.environ["DISABLE_MULTIPROC"] = "1"
         loaded = self.loaded
-        with isolate_rng(), _quiet(), reading("tasks", "lm-eval stopped", kind=ConfigError):
+        with (
+            isolate_rng(),
+            _quiet(),
+            _one_process(),
+            reading("tasks", "lm-eval stopped", kind=ConfigError),
+        ):
             random.seed(DEFAULT_RANDOM_SEED)
             np.random.seed(DEFAULT_OTHER_SEED)
             torch.manual_seed(DEFAULT_OTHER_SEED)
@@ -215,6 +218,21 @@ class Harness:
         }
         settings = {"lm_eval": version("lm-eval"), "tasks": described}
         return Evaluation(self.stage, scores, errors, settings)
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Keep lm-eval from forking this process, whose threads (W&B's, torch's) may then hang."""
+    name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager
