@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -110,6 +110,7 @@ class MergedModel(nn.Module):
         self.raw = nn.ParameterDict({k: nn.Parameter(value.to(wide)) for k, value in raw.items()})
         self.state = FitState(plan, self.raw)
         self.touched: set[str] = set()
+        self.heads: dict[Hashable, Any] = {}  # see `rows_by_head`
         self.device = torch.device("cpu")
         # The tuple hides it from nn.Module: its placeholders stay out of parameters() and
         # checkpoints.

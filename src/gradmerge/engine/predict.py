@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradmerge.common.errors import ConfigError
+from gradmerge.engine.heads import rows_by_head
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.reading import NEXT_TOKEN, NOT_INPUTS, reading_of
 from gradmerge.objectives import Objective, Predictions
@@ -62,8 +63,10 @@ def rows_of(
 
 def expert_rows(merged: MergedModel, task: str, batch: Batch, source: str | None = None) -> Tensor:
     """Logits of a source, without one the task's own, run by the same network, without gradient."""
-    with merged.as_source(source or merged.tasks[task], own=True):
-        return rows_of(merged, task, batch)[0].detach()
+    source = source or merged.tasks[task]
+    with merged.as_source(source, own=True):
+        rows = rows_by_head(merged, task, batch, source) or rows_of(merged, task, batch)
+    return rows[0].detach()
 
 
 def require_ensemble(merged: MergedModel, objective: Objective) -> None:
@@ -94,7 +97,7 @@ def predict(
     ensemble = None
     if objective.needs_ensemble:
         ensemble = [expert_rows(merged, task, batch, name) for name in merged.plan.sources]
-    logits, labels, _ = rows_of(merged, task, batch)
+    logits, labels, _ = rows_by_head(merged, task, batch) or rows_of(merged, task, batch)
     if labels is None and objective.needs_labels:
         raise no_labels(task, objective)
     return Predictions(logits, labels, teacher, shared, ensemble)

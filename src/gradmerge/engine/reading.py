@@ -162,7 +162,14 @@ class ZeroShot(AbstractReading):
     """
 
     templates: int = 1
+    texts: str = ""
+    """Digest of the texts: batches with the same may share the embeddings of the classes."""
     predicts: str = "the similarity of images and texts"
+
+    def centres(self, embedded: Tensor) -> Tensor:
+        """Return an embedding per class, `[classes, width]`, of normalised ones per text."""
+        mean = embedded.unflatten(0, (-1, self.templates)).mean(dim=1)
+        return functional.normalize(mean, dim=-1)
 
     @override
     def rows(self, output: Any, batch: Mapping[str, Any], network: nn.Module) -> Rows:

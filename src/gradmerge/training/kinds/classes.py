@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -100,7 +101,8 @@ class ZeroShotImageClassification(AbstractKind):
             texts, padding=padding, truncation=True, return_tensors="pt"
         )
         shared = {key: Shared(value) for key, value in tokens.items()}
-        shared["reading"] = Shared(ZeroShot(len(split.data.templates)))
+        digest = hashlib.sha256(tokens["input_ids"].numpy().tobytes()).hexdigest()
+        shared["reading"] = Shared(ZeroShot(len(split.data.templates), digest))
         convert = partial(_pixels, split.processor.image_processor, split.columns["image"])
         return Classified(split, convert, labels, shared)
 
