@@ -86,7 +86,11 @@ def test_outputs_per_task_and_compact_name_no_place(world, capsys):
         allowed = {("emr.json", "private/")} if form == "compact" else set()
         assert traces(form) == allowed
     assert main(["unpack", "compact", "unpacked"]) == 0
-    assert traces("unpacked") <= {(f"{task}/provenance.json", "private/") for task in "ab"}
+    assert traces("unpacked") == set()
+    assert main(["unpack", "compact", "whole", "--provenance_paths", "true"]) == 0
+    for task in "ab":
+        record = json.loads(Path(f"whole/{task}/provenance.json").read_text())
+        assert Path(record["unpacked"]["base"]["from"]).samefile(paths["base"])
     command = ["merge", "--config", "e.yaml", "--outputs", "compact", "--provenance-paths", "true"]
     assert main([*command, "--output", "kept"]) == 0
     assert json.loads(Path("kept/emr.json").read_text())["base"]["from"] == paths["base"]

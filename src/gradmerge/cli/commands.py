@@ -316,6 +316,7 @@ def unpack(
     tasks: list[str] | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
+    provenance_paths: bool = False,
 ) -> None:
     """Write one Hugging Face folder per task from the compact form of EMR-Merging.
 
@@ -326,9 +327,12 @@ def unpack(
         tasks: tasks to write. Default: all.
         dtype: float64, float32, bfloat16 or float16. Default: the base's stored dtypes.
         overwrite: replace an existing folder.
+        provenance_paths: keep local paths in the folders' records. Default: names and hub ids only.
     """
     inputs = paths_in(folder, base)
-    checked = output_options(output, dtype, overwrite, form="tasks", inputs=inputs)
+    checked = output_options(
+        output, dtype, overwrite, None, provenance_paths, form="tasks", inputs=inputs
+    )
     path = Path(folder).expanduser()
     described = read_description(path)
     for task in tasks or ():
@@ -341,7 +345,9 @@ def unpack(
     opened = (as_source(base) if base else base_of_compact(path)).open()
     checked["inputs"] = [*inputs, *paths_in(sorted({i.file for i in opened.infos.values()}))]
     found = {task: EMRCheckpoint(path, task, opened) for task in tasks or described["scales"]}
-    written = export_tasks(found, **checked, extra={"unpacked": described})
+    # where the base was, for `described` may name it relative to the compact folder
+    used = {**described, "base": {**described["base"], "from": opened.label}}
+    written = export_tasks(found, **checked, extra={"unpacked": used})
     print(f"{len(found)} tasks: {written}")
 
 
