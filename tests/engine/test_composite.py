@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
+import peft
 import pytest
 import torch
 import transformers
@@ -12,7 +14,7 @@ from torch.func import functional_call
 from families import family_of
 from gradmerge import MergedModel, Recipe, inspect
 from gradmerge.coefficients import Constant
-from gradmerge.common.errors import CompatibilityError
+from gradmerge.common.errors import CompatibilityError, SourceError
 from gradmerge.engine.opening import Opening
 from gradmerge.export.folder import export_merged
 from stored import eager, loss_of
@@ -25,6 +27,9 @@ PAIRS = {
     "Qwen3VLMoeForConditionalGeneration": "Qwen3MoeForCausalLM",
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
 }
+# two ways of storing the backbone, of which the second has the names of the network
+ADAPTED = ("LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration")
+ADAPTED += ("Qwen3VLForConditionalGeneration",)
 
 
 def text_model_of(network, name):
@@ -113,4 +118,68 @@ def test_another_text_model_is_refused(suites, tmp_path):
     family_of("GPT2LMHeadModel").save_pretrained(tmp_path / "other")
     wrong = Recipe(sources={"a": str(tmp_path / "other")}, base=recipe.base)
     with pytest.raises(CompatibilityError, match=r"got GPT2LMHeadModel, whose\s+par"):
+        MergedModel(wrong)
+
+
+# ---- adapters of text models ---------------------------------------------------------------------
+
+
+def adapter_of(text, folder, seed, targets=("q_proj", "down_proj"), **options):
+    """Save an adapter of PEFT with random factors; return the text model with it merged in."""
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=list(targets), **options)
+    model = peft.get_peft_model(copy.deepcopy(text), config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data = parameter.data + 0.2 * noise
+    model.save_pretrained(folder)
+    return model.merge_and_unload()
+
+
+@pytest.mark.parametrize("headless", [False, True], ids=["with head", "without"])
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_of_the_text_model_are_those_of_the_backbone(suites, tmp_path, name, headless):
+    network, _, recipe = suites(name)
+    text = text_model_of(network, PAIRS[name])
+    text, before = (text.model, "") if headless else (text, "model.")
+    saved = {} if headless else {"modules_to_save": ["embed_tokens"]}
+    tuned = {s: adapter_of(text, tmp_path / s, i, **saved) for i, s in enumerate("ab")}
+    sources = {source: str(tmp_path / source) for source in tuned}
+    merged = MergedModel(dataclasses.replace(recipe, sources=sources), dtype=torch.float64)
+    c = torch.full((2,), 0.25, dtype=torch.float64, requires_grad=True)
+    thetas = {}
+    for place, base in network.named_parameters():
+        theta, own = base.detach(), place.replace("model.language_model.", before)
+        if own != place:
+            others = (m.get_parameter(own).detach() - base.detach() for m in tuned.values())
+            theta = theta + sum(x * d for x, d in zip(c, others, strict=True))
+        thetas[place] = theta
+    expected = loss_of(functional_call(network, thetas, (), BATCH).logits)
+    expected.backward()
+    loss = loss_of(merged(**BATCH).logits)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-7, atol=0)
+    found = merged.raw["tensor"].grad.sum(1)
+    assert (found - c.grad).abs().max() <= 1e-6 * c.grad.abs().max()
+    changed = 2 * network.config.get_text_config().num_hidden_layers + (not headless)
+    assert len(merged.plan.layout.slots) == changed
+
+
+def test_an_adapter_of_another_text_model_is_refused(suites, tmp_path):
+    _, _, recipe = suites("LlavaForConditionalGeneration")
+    adapter_of(family_of("GPT2LMHeadModel").double(), tmp_path / "other", 0, ["c_attn"])
+    wrong = dataclasses.replace(recipe, sources={"a": str(tmp_path / "other")})
+    with pytest.raises(SourceError, match=r"belong to no tensor of the base.*Is this the adapter"):
+        MergedModel(wrong)
+
+
+def test_an_adapter_of_larger_layers_is_refused(suites, tmp_path):
+    network, _, recipe = suites("Qwen3VLForConditionalGeneration")
+    text = text_model_of(network, "Qwen3ForCausalLM")
+    for layer in text.model.layers:
+        layer.mlp.down_proj = torch.nn.Linear(48, 16, bias=False).double()
+    adapter_of(text, tmp_path / "other", 0, ["down_proj"])
+    wrong = dataclasses.replace(recipe, sources={"a": str(tmp_path / "other")})
+    with pytest.raises(SourceError, match=r"factors do not fit the base.*down_proj"):
         MergedModel(wrong)

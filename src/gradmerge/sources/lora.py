@@ -179,6 +179,11 @@ class LoraCheckpoint(Checkpoint):
         outer = [known for known in self._base.infos if known.partition(".")[2] == name]
         if len(outer) == 1:
             return outer[0]
+        if self._text_model is not None:
+            for own in (name, inner):  # saved with a head, or without
+                place = self._places.get(f"{self._text_model}.{own}")
+                if place is not None:
+                    return place
         return name if name in self._tied else None
 
     @cached_property
@@ -196,6 +201,15 @@ class LoraCheckpoint(Checkpoint):
         if self._network is None:
             return {}
         return bind(self._network, list(self._base.infos)).file_names
+
+    @cached_property
+    def _text_model(self) -> str | None:
+        """Path of the text model in the network of a base that also sees or hears."""
+        network: Any = self._network
+        if getattr(getattr(network, "config", None), "text_config", None) is None:
+            return None
+        text = network.get_decoder()
+        return next((path for path, part in network.named_modules() if part is text), None)
 
     @cached_property
     def _tied(self) -> dict[str, str]:
