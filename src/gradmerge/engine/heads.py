@@ -148,9 +148,9 @@ def _owner(merged: MergedModel, tower: tuple[str, ...], source: str | None) -> H
     """Name the text tower, so that what shares that of the base shares its heads."""
     plan = merged.plan
     if source is None:
-        at_base = plan.recipe.resolved_origin == "base"
-        at_base = at_base and not any(merged.state.fixed.get(name, 0.0) for name in tower)
-        return "base" if at_base else "merged"
+        values = tuple(merged.state.fixed.get(name, 0.0) for name in tower)
+        at_base = plan.recipe.resolved_origin == "base" and not any(values)
+        return "base" if at_base else values
     if plan.base is None:
         return ("source", source)
     itself = original_of(plan.serving[source])

@@ -23,7 +23,7 @@ from gradmerge.sources.agreement import check_agreement
 from gradmerge.sources.base import require_finite
 from gradmerge.sources.compatibility import check, check_private, require
 from gradmerge.sources.composite import complete
-from gradmerge.sources.modules import check_modules
+from gradmerge.sources.module_weights import check_modules
 from gradmerge.sources.renaming import unify_names
 from gradmerge.sources.skeleton import Network, strip_weights
 from gradmerge.sources.ties import Networks, may_be_tied, settle_ties, untie

@@ -16,7 +16,7 @@ from gradmerge.export.provenance import mean_coefficients
 from gradmerge.export.weights import merged_entries, write_weights
 from gradmerge.operators import Linear
 from gradmerge.sources import Checkpoint, SafetensorsFile, TorchFile
-from gradmerge.sources.modules import differing_weights
+from gradmerge.sources.module_weights import differing_weights
 
 
 def write_modules(

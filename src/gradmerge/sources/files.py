@@ -25,6 +25,7 @@ from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
 from gradmerge.sources.hub import download, expanded, require_hub_id
 from gradmerge.sources.identity import FileState, require_files, require_unchanged, states_of
 from gradmerge.sources.in_memory import MemoryCheckpoint
+from gradmerge.sources.modules import FlatFolder, network_module
 from gradmerge.sources.side_files import DOWNLOADED, side_files
 
 DTYPES = {
@@ -59,6 +60,9 @@ class FileCheckpoint(Checkpoint):
         files: the weights.
         folder: folder of their config and tokenizer.
     """
+
+    needs: FlatFolder | None = None
+    """The temporary folder that `folder` is, which must exist as long as this checkpoint."""
 
     def __init__(self, files: Sequence[Path], folder: Path | None) -> None:
         self._side = () if folder is None else tuple(side_files(folder))
@@ -173,8 +177,10 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 class TorchFileCheckpoint(FileCheckpoint):
     """A `.bin`/`.pt` state dict, loaded without running any code and memory-mapped."""
 
-    def __init__(self, files: list[Path], label: str, folder: Path | None = None) -> None:
-        FileCheckpoint.__init__(self, files, folder)
+    def __init__(
+        self, files: list[Path], label: str, folder: Path | None = None, side: Path | None = None
+    ) -> None:
+        FileCheckpoint.__init__(self, files, side or folder)
         parts = [MemoryCheckpoint(_load_without_code(file), str(file)) for file in files]
         self._files = {name: part for part in parts for name in part.infos}
         infos = {name: part.infos[name] for name, part in self._files.items()}
@@ -311,24 +317,34 @@ class HuggingFace(AbstractSource):
     def open(self) -> Checkpoint:
         folder = self.local_folder()
         label = self.path if self.revision is None else f"{self.path}@{self.revision}"
-        files, places = _weight_files(folder, "model.safetensors")
+        network = None if has_weights(folder) else network_module(folder)
+        if network is not None:
+            flat = FlatFolder(folder, network)
+            opened = self._opened(folder / network, label, flat.path)
+            opened.needs = flat
+            return opened
+        return self._opened(folder, label)
+
+    def _opened(self, at: Path, label: str, folder: Path | None = None) -> FileCheckpoint:
+        """Open the weights in a folder, with its other files or those of another one."""
+        files, places = _weight_files(at, "model.safetensors")
         if files:
-            return SafetensorsCheckpoint(files, label, folder, places)
-        if folder != expanded(self.path):  # a hub snapshot, downloaded without `.bin`
-            folder = self._download([*DOWNLOADED, "pytorch_model*.bin"])
-        files, _ = _weight_files(folder, "pytorch_model.bin")  # its index names tied tensors twice
+            return SafetensorsCheckpoint(files, label, folder or at, places, side=at)
+        if folder is None and at != expanded(self.path):  # a hub snapshot, downloaded without them
+            at = self._download([*DOWNLOADED, "pytorch_model*.bin"])
+        files, _ = _weight_files(at, "pytorch_model.bin")  # its index names tied tensors twice
         if not files:
-            names = sorted(file.name for file in folder.iterdir())
+            names = sorted(file.name for file in at.iterdir())
             hint = ""
             if "adapter_config.json" in names:
                 hint = " This is a LoRA adapter: give it as `class_path: Lora` with its `base`."
             elif any(name.endswith(".gguf") for name in names):
                 hint = " GGUF is llama.cpp's format: give the checkpoint that it was made from."
             raise SourceError(
-                f"{folder}: expected model.safetensors, model.safetensors.index.json or "
+                f"{at}: expected model.safetensors, model.safetensors.index.json or "
                 f"pytorch_model.bin, got {shorten(names) or 'nothing'}.{hint}"
             )
-        return TorchFileCheckpoint(files, label, folder)
+        return TorchFileCheckpoint(files, label, folder or at, side=at)
 
     def local_folder(self) -> Path:
         """Return the folder, or the hub snapshot in the local cache (downloaded if missing).

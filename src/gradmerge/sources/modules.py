@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+import tempfile
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
-from gradmerge.common.errors import Problem, SourceError, shorten
-from gradmerge.common.files import parse_json, read_bytes
+from gradmerge.common.errors import SourceError, shorten
+from gradmerge.common.files import parse_json, read_bytes, read_json
 from gradmerge.common.names import require_file
 from gradmerge.sources.base import Checkpoint
-from gradmerge.sources.files import SafetensorsFile, TorchFile
+from gradmerge.sources.side_files import copy_files
 
 # Files in the folder itself that belong to its modules.
 _SETTINGS = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npy", ".npz")
 
 
 def modules_of(folder: Path | None) -> dict[str, str] | None:
@@ -52,92 +52,7 @@ def module_owner(checkpoints: Iterable[Checkpoint]) -> Path | None:
     return next((folder for folder in folders if modules_of(folder) is not None), None)
 
 
-def check_modules(checkpoints: Sequence[Checkpoint]) -> list[Problem]:
-    """Compare the modules around the networks.
-
-    Weights that differ are merged like those of the networks, so all checkpoints must have them in
-    the same files, with the same tensors; the settings are those of the first checkpoint.
-    """
-    owner = module_owner(checkpoints)
-    if owner is None:
-        return []
-    problems = []
-    merged = differing_weights(checkpoints)
-    for checkpoint in checkpoints:
-        folder = checkpoint.folder
-        if folder is None or modules_of(folder) is None:
-            lost = merged
-            different = []
-        else:
-            lost = [name for name in merged if not _same_tensors(owner / name, folder / name)]
-            different = [n for n in _differences(owner, folder) if not n.endswith(_WEIGHTS)]
-        for names, todo in (
-            (lost, "Their weights are merged, for which all checkpoints must have them alike."),
-            (different, f"The merge gets those of {owner}."),
-        ):
-            if names:
-                problems.append(
-                    Problem(
-                        "modules",
-                        checkpoint.label,
-                        "modules.json",
-                        f"the modules around the network of {owner}",
-                        f"others: {shorten(names)}",
-                        todo,
-                        fatal=names is lost,
-                    )
-                )
-    return problems
-
-
-def differing_weights(checkpoints: Iterable[Checkpoint]) -> list[str]:
-    """Return the weight files of modules that are not the same in all folders that have modules."""
-    folders = dict.fromkeys(c.folder for c in checkpoints if modules_of(c.folder) is not None)
-    first, *others = [folder for folder in folders if folder is not None] or [Path()]
-    found = (name for other in others for name in _differences(first, other))
-    return sorted({name for name in found if name.endswith(_WEIGHTS)})
-
-
-def open_weights(path: Path) -> Checkpoint:
-    """Open a weight file of a module.
-
-    Raises:
-        SourceError: it is missing, damaged, or of a kind that is not read.
-    """
-    if path.suffix == ".safetensors":
-        return SafetensorsFile(str(path)).open()
-    if path.suffix in (".bin", ".pt", ".pth"):
-        return TorchFile(str(path)).open()
-    raise SourceError(
-        f"{path}: expected weights of a module as .safetensors or .bin, which can be merged, got "
-        f"{path.suffix}. Use sources that share them."
-    )
-
-
-def _same_tensors(first: Path, second: Path) -> bool:
-    if not (first.is_file() and second.is_file()):
-        return False
-    one, two = (open_weights(path).infos for path in (first, second))
-    return {n: i.shape for n, i in one.items()} == {n: i.shape for n, i in two.items()}
-
-
-def _differences(first: Path, second: Path) -> list[str]:
-    """Return the files of modules that differ between two folders."""
-    found = []
-    for name in sorted(_files(first) | _files(second)):
-        pair = first / name, second / name
-        if not all(path.is_file() for path in pair):
-            found.append(name)
-        elif name.endswith(".json"):
-            values = [parse_json(read_bytes(path), path) for path in pair]
-            if json.dumps(values[0], sort_keys=True) != json.dumps(values[1], sort_keys=True):
-                found.append(name)
-        elif not filecmp.cmp(*pair, shallow=False):
-            found.append(name)
-    return found
-
-
-def _files(folder: Path) -> set[str]:
+def files_of_modules(folder: Path) -> set[str]:
     """Return the files in the folders of modules, relative to the model's folder."""
     return {
         path.relative_to(folder).as_posix()
@@ -154,6 +69,54 @@ def copy_modules(owner: Path, target: Path) -> None:
     for pattern in _SETTINGS:
         for path in owner.glob(pattern):
             shutil.copyfile(path, target / path.name)
-    for name in _files(owner):
+    for name in files_of_modules(owner):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(owner / name, target / name)
+
+
+class FlatFolder:
+    """A temporary folder for a model of sentence-transformers whose network is a module of its own.
+
+    Older versions stored the network in `0_Transformer`, newer ones store it in the folder itself.
+    The temporary folder has the newer layout, which both read, and all files but the weights of
+    the network. It exists as long as this object.
+
+    Args:
+        folder: the model's folder.
+        network: name of the folder of the network in it.
+    """
+
+    def __init__(self, folder: Path, network: str) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="gradmerge-modules-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        copy_files(folder, self.path)
+        if (folder / "README.md").is_file():  # states the license
+            shutil.copyfile(folder / "README.md", self.path / "README.md")
+        copy_files(folder / network, self.path)
+        listed = parse_json(read_bytes(folder / "modules.json"), folder / "modules.json")
+        listed = [{**entry, "path": ""} if entry["path"] == network else entry for entry in listed]
+        (self.path / "modules.json").write_text(json.dumps(listed, indent=2), encoding="utf-8")
+        for name in files_of_modules(folder):
+            if not name.startswith(f"{network}/"):
+                (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / name, self.path / name)
+
+
+def network_module(folder: Path) -> str | None:
+    """Return the folder of the network among the modules; None if it is the model's folder itself.
+
+    Raises:
+        SourceError: no module is a network of transformers, or several are.
+    """
+    modules = modules_of(folder)
+    if modules is None or (folder / "config.json").exists():
+        return None
+    settings = {name: read_json(folder / name / "config.json") or {} for name in modules}
+    found = [name for name, config in settings.items() if "model_type" in config]
+    if len(found) != 1:
+        what = f"several: {shorten(found)}" if found else f"others: {shorten([*modules.values()])}"
+        raise SourceError(
+            f"{folder}/modules.json: expected one module with a network of transformers (its "
+            f"config.json has a model_type), got {what}.\nGive the folder of one network itself."
+        )
+    return found[0]
