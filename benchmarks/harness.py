@@ -47,6 +47,7 @@ class Suite:
 SUITES = {
     "lm": Suite("bits_per_byte", False, "bits per byte (lower is better)", 60),
     "vision": Suite("accuracy", True, "accuracy (higher is better)", 100),
+    "chat": Suite("exact_match", True, "exact match of answers (higher is better)", 30),
 }
 
 

@@ -2,6 +2,7 @@
 
     python scripts/quickstart.py lm            four text domains, a byte-level Llama
     python scripts/quickstart.py vision        four image tasks, labelled and unlabelled
+    python scripts/quickstart.py chat          three tasks in chat, SmolLM2-135M-Instruct with LoRA
 
 For each seed the suite is built (or found in the cache), baselines and learned merges are scored on
 the test split, and a table, `results.json`, a heat map and the exported folder of the best learned
@@ -11,6 +12,7 @@ merge's step) is made on the selection split.
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import sys
@@ -35,6 +37,7 @@ METHODS = {
         ("learned, Column, labels", "column", 0.05),
         ("learned, Tensor, no labels", "entropy", 0.02),
     ),
+    "chat": (("learned, Tensor", "tensor", 0.05), ("learned, Column", "column", 0.05)),
 }
 
 
@@ -89,7 +92,7 @@ class Run:
 
         cli = self.learn("tensor", run=False)
         recipe = replace(cli.model.recipe, coefficients=Model(), init=Constant(1.0))
-        module = MergeModule(recipe, score_experts=False)
+        module = MergeModule(recipe, score_experts=False, dtype=cli.model.hparams["dtype"])
         sources = list(recipe.sources)
 
         def test(*coefficients: float) -> dict[str, float]:
@@ -143,6 +146,25 @@ class Run:
         figure.savefig(self.output / "coefficients.png", dpi=130)
         if self.name == "lm":
             sample(folder)
+        elif self.name == "chat":
+            answer(folder, self.cache / f"chat-seed{self.seed}")
+
+
+def answer(folder: Path, suite: Path) -> None:
+    """Answer a question of each task with the exported folder, by plain transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    print(f"\nanswers of {folder.name}, by transformers alone:")
+    for path in sorted(suite.glob("data/*/test.jsonl")):
+        asked, wanted = json.loads(path.read_text(encoding="utf-8").splitlines()[0])["messages"]
+        inputs = tokenizer.apply_chat_template(
+            [asked], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        new = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        print(f"{asked['content']}\n-> {new} (expected {wanted['content']})\n")
 
 
 def sample(folder: Path) -> None:

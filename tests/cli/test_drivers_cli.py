@@ -369,5 +369,5 @@ def test_a_job_that_was_stopped_before_its_first_state_is_begun_differently(
 
 def test_a_misspelt_source_of_a_task_is_refused(three, tmp_path, capsys):
     config = write(tmp_path / "c.yaml", three)
-    found = "task c: unknown source 'cc' (choose from a, b, c). Did you mean 'c'?"
+    found = "data.tasks.c.source: unknown source 'cc' (choose from a, b, c). Did you mean 'c'?"
     assert found in fails(["fit", "--config", config, "--data.tasks.c.source", "cc"], capsys)

@@ -49,6 +49,7 @@ FORM = [
     ("model.recipe.init", {"class_path": "Constant", "value": 1}, r"init_args: \{value: \.\.\.\}"),
     ("model.recipe.source", {}, r"Did you mean 'model\.recipe\.sources'"),
     ("model.recipe.tokenizer", "union", "tokenizer: expected a mapping with source, pad_to"),
+    ("data.tasks.a.source", "bb", r"tasks\.a\.source: unknown source 'bb' \(choose from a, b\)"),
     ("tasks", {}, r"tasks: no such option.* Did you mean 'data\.tasks'"),
     ("optimizer", {"class_path": "AdamW", "init_args": {"learning_rate": 1}}, "Choose from lr, "),
     ("trainer.max_stps", 3, r"Did you mean 'trainer\.max_steps'"),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 import yaml
 
@@ -133,3 +134,92 @@ def test_mistakes_in_options_are_short(given, expected, capsys):
     message = fails(given, capsys)
     assert expected in message
     assert len(message.splitlines()) <= 4
+
+
+# ---- what is found before anything is opened -----------------------------------------------------
+
+
+def test_kinds_and_outputs_are_checked_before_sources_are_read(classifiers, monkeypatch, capsys):
+    recipe, files = classifiers
+    monkeypatch.setattr("gradmerge.cli.quick.Choice._open", lambda self: pytest.fail("opened"))
+    message = fails(options(recipe, files, "--kind", "a=text_clasification"), capsys)
+    assert "--kind a: expected one of causal_lm, " in message
+    assert "Did you mean 'text_classification'?" in message
+    Path("merged.yaml").touch()
+    assert "merged.yaml exists" in fails(options(recipe, files), capsys)
+
+
+def test_a_fault_of_several_sources_is_told_once(classifiers, tmp_path, capsys):
+    """Adapters on a base of another width, which their own files name."""
+    peft = pytest.importorskip("peft")
+    _, files = classifiers
+    sizes = {"intermediate_size": 8, "num_hidden_layers": 1, "max_position_embeddings": 16}
+    model = seeded(transformers.BertForSequenceClassification, num_labels=3, **sizes)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"]))
+    for name in "ab":
+        adapted.save_pretrained(tmp_path / name)
+    sizes["hidden_size"] = 2 * model.config.hidden_size
+    seeded(transformers.BertForSequenceClassification, **sizes).save_pretrained(tmp_path / "other")
+    given = {"base": str(tmp_path / "other"), "sources": {k: str(tmp_path / k) for k in "ab"}}
+    message = fails(options(given, files), capsys)
+    assert "sources a, b: the factors do not fit the base" in message
+    assert message.count("do not fit") == 1
+
+
+# ---- what is chosen ------------------------------------------------------------------------------
+
+
+def test_files_that_are_named_after_splits_are_the_splits(classifiers, tmp_path):
+    recipe, _ = classifiers
+    (tmp_path / "folder").mkdir()
+    sizes = {"train": 9, "validation": 5, "test": 6, "more": 4}
+    for seed, (name, count) in enumerate(sizes.items()):
+        entries = [{"text": t, "label": 0} for t in sentences(60 + seed, count)]
+        rows(tmp_path / "folder" / f"{name}.jsonl", entries)
+    assert main(options(recipe, {"a": str(tmp_path / "folder")}, "--dry-run", "true")) == 0
+    task = yaml.safe_load(Path("merged.yaml").read_text())["data"]["tasks"]["a"]
+    assert task["path"] == "json"
+    assert {name: Path(file).name for name, file in task["data_files"].items()} == {
+        name: f"{name}.jsonl" for name in ("train", "validation", "test")
+    }
+
+
+@pytest.mark.parametrize(
+    ("instructions", "small", "stored", "expected"),
+    [
+        (True, False, "bfloat16", "bfloat16"),
+        (True, True, "bfloat16", "float32"),
+        (True, False, "float32", "float32"),
+        (False, False, "bfloat16", "float32"),
+    ],
+)
+def test_bfloat16_is_chosen_where_it_is_faster(
+    classifiers, tmp_path, monkeypatch, instructions, small, stored, expected
+):
+    """Of files in 16 bits, on a CPU that multiplies in them, if the network is not small."""
+    _, files = classifiers
+    sizes = {"intermediate_size": 8, "num_hidden_layers": 1, "max_position_embeddings": 16}
+    model = seeded(transformers.BertForSequenceClassification, num_labels=3, **sizes)
+    model = model.to(getattr(torch, stored))
+    paths = save_family(tmp_path / "family", relatives(model, scale=0.2))
+    monkeypatch.setattr("gradmerge.cli.quick._multiplies_bfloat16", lambda: instructions)
+    monkeypatch.setattr("gradmerge.cli.quick._SMALL", 10**9 if small else 1)
+    recipe = {"base": paths["base"], "sources": {k: paths[k] for k in "ab"}}
+    assert main(options(recipe, files, "--dry-run", "true")) == 0
+    config = yaml.safe_load(Path("merged.yaml").read_text())
+    assert config["model"]["dtype"] == expected
+
+
+def test_short_texts_leave_time_for_more_steps(classifiers, tmp_path, monkeypatch):
+    """Steps follow from the length of the texts, not only from the longest that is allowed."""
+    recipe, files = classifiers
+    monkeypatch.setattr("gradmerge.cli.quick._FLOPS", {"float32": 6e5})
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    long = [{"text": t * 40, "label": 0} for t in sentences(70, 24)]
+    long_files = {k: rows(tmp_path / f"long-{k}.jsonl", long) for k in "ab"}
+    steps = []
+    for output, given in (("short", files), ("long", long_files)):
+        more = ("--dry-run", "true", "--output", output, "--max_length", "512")
+        assert main(options(recipe, given, *more)) == 0
+        steps.append(yaml.safe_load(Path(f"{output}.yaml").read_text())["trainer"]["max_steps"])
+    assert 20 == steps[1] < steps[0] < 100

@@ -301,6 +301,22 @@ def test_adapter_of_another_base_is_refused(tmp_path):
         Lora(source.path, InMemory(gpt2())).open()
 
 
+def test_another_adapter_on_the_same_base_is_no_base(tmp_path):
+    """It would fit: all shapes are those of the base. An adapter trained on the other one is."""
+    options = {"r": 2, "target_modules": ["q_proj"]}
+    first, _ = make(tmp_path, llama, seed=1, **options)
+    second, _ = make(tmp_path, llama, seed=2, **options)
+    edited(first, tmp_path, base_model_name_or_path="the/base")
+    settings = tmp_path / "adapter2" / "adapter_config.json"
+    given = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**given, "base_model_name_or_path": "the/base"}))
+    wrong = r"expected the base .*names the/base\), got .*adapter1, another adapter"
+    with pytest.raises(SourceError, match=wrong):
+        Lora(second.path, first).open()
+    settings.write_text(json.dumps({**given, "base_model_name_or_path": first.path}))
+    assert Lora(second.path, first).open().infos
+
+
 def test_half_a_pair_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 

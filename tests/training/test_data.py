@@ -15,8 +15,9 @@ from PIL import Image
 
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
 from gradmerge.common.errors import ConfigError
-from gradmerge.training.data import STAGES, load_splits, require_disjoint
+from gradmerge.training.examples import STAGES
 from gradmerge.training.loaders import collate
+from gradmerge.training.splits import load_splits, require_disjoint
 from tiny import relatives, sentences, word_tokenizer
 
 ROWS = {

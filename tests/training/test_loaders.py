@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from gradmerge import MergeDataModule, TaskData
-from gradmerge.training.data import STAGES
+from gradmerge.training.examples import STAGES
 from gradmerge.training.loaders import (
     ShareLoader,
     StreamLoader,

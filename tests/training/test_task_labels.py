@@ -19,9 +19,9 @@ from torch.utils.data import Subset
 from gradmerge import MergeDataModule, TaskData
 from gradmerge.common.errors import ConfigError
 from gradmerge.objectives import CrossEntropy, Predictions
-from gradmerge.training.data import load_splits
 from gradmerge.training.fitting import positions_of, require_kind, tokens_of
 from gradmerge.training.labels import Labels
+from gradmerge.training.splits import load_splits
 from networks import seeded
 from tiny import SPLITS, build, fit, module_of, sentences, vectors, word_tokenizer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from gradmerge.cli.catalogue import (
+    Choice,
     Class,
     Either,
     Field,
@@ -111,3 +112,10 @@ def fields_of(kind: Class | Options) -> dict[str, Field]:
     """Return the options that a configuration may set."""
     skipped = _PYTHON.get(kind.name, ()) if isinstance(kind, Class) else ()
     return {name: field for name, field in kind.fields.items() if name not in skipped}
+
+
+def kinds_of_data() -> tuple[str, ...]:
+    """Return the kinds of task data that a configuration may name."""
+    kind = fields_of(described(TASK))["kind"].kind
+    assert isinstance(kind, Choice)
+    return tuple(map(str, kind.values))

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import yaml
 from typing_extensions import override
 
+from gradmerge.cli.options import kinds_of_data
 from gradmerge.common.atomic import whole_file
 from gradmerge.common.errors import ConfigError, GradmergeError, nearest, shorten
 from gradmerge.common.names import is_name, require_names
@@ -27,8 +28,13 @@ _BUILDERS = {
     ".txt": "text",
 }
 _TEXTS = ("input_ids",)
-# What a CPU core multiplies and adds per second in a network, and how long a fit may then take.
-_FLOPS, _SECONDS = 2e10, 600
+# What a CPU core multiplies and adds per second in a network, by dtype, and how long a fit may
+# then take.
+_FLOPS, _SECONDS = {"float32": 2e10, "bfloat16": 8e10}, 600
+_SMALL = 50_000_000  # parameters; products of smaller networks gain nothing by bfloat16
+# Rows by which the length of a task's texts is estimated, and bytes per token of English text.
+_ROWS, _BYTES = 64, 4
+_BFLOAT16 = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
 _ABOUT = """
 Learn a merge of models with sensible defaults: kinds and columns of the data are detected, sizes
 follow from the model and the machine, and everything that was chosen is printed and written to
@@ -105,17 +111,8 @@ def learn_command(arguments: Sequence[str]) -> list[str]:
         ConfigError: options, sources or data cannot be used; all problems at once.
     """
     given = parser().parse_args(list(arguments))
-    output = Path(given.output).expanduser()
-    target = output.with_name(f"{output.name}.yaml")
     chosen = Choice(given)
-    if target.exists() and not given.overwrite:
-        raise ConfigError(
-            f"output: expected a new name, got {given.output}, whose configuration {target} exists."
-            "\nRun that with `gradmerge fit --config`, choose another --output, or give "
-            "--overwrite true."
-        )
-    require_output(output, given.overwrite, chosen.inputs)
-    config = chosen.config()
+    target, config = chosen.target, chosen.config()
     head = f"# Written by `gradmerge learn`. Again: gradmerge fit --config {target}\n"
     text = head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     with whole_file(target) as path:
@@ -135,6 +132,8 @@ class Task:
     labelled: bool
     entry: dict[str, Any]
     """Its `TaskData` in the YAML."""
+    length: float
+    """Mean bytes of text per row, about."""
 
 
 class Choice:
@@ -154,6 +153,7 @@ class Choice:
         self.data = self._named("data", given.data, list(self.sources))
         self.kinds = self._named("kind", given.kind, list(self.data))
         self._require_places()
+        self._require_kinds()
         if given.granularity not in GRANULARITIES:
             self.problems.append(
                 f"granularity: expected one of {', '.join(GRANULARITIES)}, got "
@@ -165,6 +165,9 @@ class Choice:
                 self.problems.append(f"{name}: expected at least 1, got {value}.")
         if self.problems:
             raise ConfigError("\n".join(self.problems))
+        output = Path(given.output).expanduser()
+        self.target = output.with_name(f"{output.name}.yaml")
+        self._require_output(output)
         self._open()
         self.tasks = [self._task(name, place) for name, place in self.data.items()]
         self._choose_sizes()
@@ -226,6 +229,25 @@ class Choice:
                 near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
                 self.problems.append(f"{what}: {place} does not exist.{nearest(str(path), near)}")
 
+    def _require_kinds(self) -> None:
+        """Note unknown kinds, whose names are read from the source text: no import of torch."""
+        known = kinds_of_data() if self.kinds else ()
+        for name, kind in self.kinds.items():
+            if kind not in known:
+                self.problems.append(
+                    f"--kind {name}: expected one of {', '.join(known)}, got {kind!r}."
+                    f"{nearest(kind, known)}"
+                )
+
+    def _require_output(self, output: Path) -> None:
+        if self.target.exists() and not self.given.overwrite:
+            raise ConfigError(
+                f"output: expected a new name, got {self.given.output}, whose configuration "
+                f"{self.target} exists.\nRun that with `gradmerge fit --config`, choose another "
+                "--output, or give --overwrite true."
+            )
+        require_output(output, self.given.overwrite, self.inputs)
+
     def _open(self) -> None:
         """Read the headers of base and sources, and build the network without weights."""
         from gradmerge.engine.reading import reading_of
@@ -233,14 +255,21 @@ class Choice:
         from gradmerge.sources.skeleton import build_skeleton
 
         base = None if self.given.base is None else as_source(self.given.base)
-        opened, problems = {}, []
+        opened: dict[str, Any] = {}
+        problems: dict[str, list[str]] = {}
         for name, place in self.sources.items():
             try:
                 opened[name] = as_source(place, base).open()
             except GradmergeError as error:
-                problems.append(f"source {name}: {error}")
+                # the same fault of several sources, such as a wrong base, is told once
+                problems.setdefault(str(error).removeprefix(f"{place}: "), []).append(name)
         if problems:
-            raise ConfigError("\n".join(problems))
+            raise ConfigError(
+                "\n".join(
+                    f"source{'s' * (len(names) > 1)} {', '.join(names)}: {text}"
+                    for text, names in problems.items()
+                )
+            )
         first = next(iter(opened.values()))
         self.parameters = sum(info.num_elements for info in first.infos.values())
         self.low_precision = all(i.dtype.itemsize <= 2 for i in first.infos.values() if i.shape)
@@ -275,9 +304,9 @@ class Choice:
 
     def _task(self, name: str, place: str) -> Task:
         """Detect the kind and the columns of a task's data."""
-        from gradmerge.training.data import load_splits
         from gradmerge.training.examples import TaskData, columns_of
         from gradmerge.training.kinds import KINDS, detect_kind
+        from gradmerge.training.splits import load_splits
 
         path = Path(place).expanduser()
         suffix = path.suffix.lower()
@@ -294,25 +323,27 @@ class Choice:
         ):
             files = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in _BUILDERS)
             if files:
-                entry = {"path": _BUILDERS[Path(files[0]).suffix.lower()], "data_files": files}
+                builder = _BUILDERS[Path(files[0]).suffix.lower()]
+                entry = {"path": builder, "data_files": _splits_in(files) or files}
             else:
                 entry = {"path": "imagefolder", "data_files": f"{place}/**"}
         splits = load_splits(name, TaskData(**entry), self.given.seed)
         columns = columns_of(splits["adaptation"], f"task {name}")
         kind = self.kinds.get(name) or detect_kind(columns, self.predicts)
-        if kind is None or kind not in KINDS:
+        if kind is None:
             known = [k for k, v in KINDS.items() if self.predicts in v.predicts]
-            what = "columns of a known kind" if kind is None else f"a kind, got {kind!r}"
             raise ConfigError(
-                f"task {name}: expected {what} for {self.network}, which predicts {self.predicts}; "
-                f"the columns are {shorten(columns, 8)}.\n"
+                f"task {name}: expected columns of a known kind for {self.network}, which predicts "
+                f"{self.predicts}; got {shorten(columns, 8)}.\n"
                 f"Give --kind {name}=KIND (choose from {', '.join(known)}) or rename columns."
             )
         entry["kind"] = kind
         data = TaskData(**entry)
         chosen = KINDS[data.kind].columns(data, columns)
         labelled = set(KINDS[data.kind].optional) <= {"tools", "input", "score", *chosen}
-        return Task(name, place, kind, chosen, labelled, entry)
+        texts = KINDS[data.kind].input in _TEXTS
+        length = _text_per_row(splits["adaptation"]) if texts else 0.0
+        return Task(name, place, kind, chosen, labelled, entry, length)
 
     def _choose_sizes(self) -> None:
         """Choose lengths, batches, steps, memory mode and dtype by model and machine."""
@@ -320,19 +351,20 @@ class Choice:
 
         given, device = self.given, torch.cuda.is_available()
         longest = getattr(self.config_of, "max_position_embeddings", None) or 512
-        small = self.parameters < 50_000_000
+        small = self.parameters < _SMALL
         self.max_length = given.max_length or min(512 if device or small else 256, longest)
         self.batch_size = given.batch_size or (16 if small else 8 if self.parameters < 1e9 else 4)
-        tokens = self.max_length if any(_has_tokens(task) for task in self.tasks) else 197
-        work = 6.0 * self.parameters * self.batch_size * tokens * len(self.tasks)
-        speed = _FLOPS * (os.cpu_count() or 1)
+        halved = self.low_precision and (device or (not small and _multiplies_bfloat16()))
+        self.dtype = given.dtype or ("bfloat16" if halved else "float32")
+        tokens = sum(map(self._tokens, self.tasks))
+        work = 6.0 * self.parameters * self.batch_size * tokens
+        speed = _FLOPS.get(self.dtype, _FLOPS["float32"]) * (os.cpu_count() or 1)
         affordable = 100 if device else int(_SECONDS * speed / work)
         self.steps = given.steps or min(100, max(20, affordable))
         if device:
             free = torch.cuda.mem_get_info()[0]
         else:
             free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        self.dtype = given.dtype or ("bfloat16" if device and self.low_precision else "float32")
         width = 2 if self.dtype == "bfloat16" else 4
         # merged weights and their gradients, beside the activations
         fits = 2 * width * self.parameters < free / 2
@@ -340,6 +372,13 @@ class Choice:
         self.scored = {"selection": 128, "test": 256}
         if not device and not small:
             self.scored = {"selection": 32, "test": 64}
+
+    def _tokens(self, task: Task) -> float:
+        """Return the tokens, or image patches, of one of a task's examples, about."""
+        if not _has_tokens(task):
+            return 197.0
+        whole = task.kind == "causal_lm"  # packed into full windows
+        return self.max_length if whole else min(self.max_length, 32 + task.length / _BYTES)
 
     def config(self) -> dict[str, Any]:
         """Return the configuration of the fit."""
@@ -430,3 +469,34 @@ def _has_tokens(task: Task) -> bool:
     from gradmerge.training.kinds import KINDS
 
     return KINDS[task.kind].input in _TEXTS  # type: ignore[index]
+
+
+def _splits_in(files: Sequence[str]) -> dict[str, str]:
+    """Return the files that are named after the three splits, by split; none if one lacks."""
+    named = {Path(file).stem: file for file in files}
+    for names in (("adaptation", "selection", "test"), ("train", "validation", "test")):
+        if all(name in named for name in names):
+            return {name: named[name] for name in names}
+    return {}
+
+
+def _multiplies_bfloat16() -> bool:
+    """Return whether the CPU has instructions for products of matrices in bfloat16."""
+    import torch
+
+    found = (getattr(torch.cpu, name, None) for name in _BFLOAT16)
+    return any(supported() for supported in found if supported is not None)
+
+
+def _text_per_row(rows: Any) -> float:
+    """Return the mean number of bytes of text in a row, by its first rows."""
+
+    def size(value: Any) -> int:
+        if isinstance(value, str):
+            return len(value.encode())
+        if isinstance(value, Mapping):
+            return sum(map(size, value.values()))
+        return sum(map(size, value)) if isinstance(value, (list, tuple)) else 0
+
+    count = min(_ROWS, len(rows))
+    return sum(size(rows[i]) for i in range(count)) / max(1, count)

@@ -29,7 +29,7 @@ from gradmerge.cli.catalogue import (
 from gradmerge.cli.check import Mistake, class_of, fitting
 from gradmerge.cli.early import require_monitors, require_numbers, require_optimiser, require_seed
 from gradmerge.cli.options import LEARNING, TASK, fields_of, options_of
-from gradmerge.common.errors import GradmergeError, shorten
+from gradmerge.common.errors import GradmergeError, nearest, shorten
 from gradmerge.common.files import near
 from gradmerge.common.output import paths_in
 
@@ -59,7 +59,7 @@ def trial(command: str, tree: Mapping[str, Any]) -> list[Mistake]:
             require_finite_options(_with_infinite(tree))
         except GradmergeError as error:
             return [Mistake("", str(error))]
-    found = list(_places(command, tree))
+    found = [*_places(command, tree), *_owners(command, tree)]
     if command in LEARNING:
         found += _numbers(command, tree)
     if found:
@@ -262,6 +262,21 @@ def _places(command: str, tree: Mapping[str, Any]) -> Iterator[Mistake]:
         where = "model.recipe" if command in LEARNING else "recipe"
         text = f"expected a folder of `gradmerge collect`, but {folder} does not exist."
         yield Mistake(f"{where}.statistics", f"{text}{near(folder)}")
+
+
+def _owners(command: str, tree: Mapping[str, Any]) -> Iterator[Mistake]:
+    """Yield the tasks whose `source` is none of the recipe's."""
+    recipe, tasks = _recipe(command, tree), (tree.get("data") or {}).get("tasks")
+    given = [recipe.get(part) or {} for part in ("sources", "heads")]
+    if tree.get("driver") or not all(isinstance(part, Mapping) for part in (*given, tasks or {})):
+        return  # a driver's earlier merges are sources, too
+    known = [name for part in given for name in part]
+    for name, task in (tasks or {}).items() if known else ():
+        source = task.get("source") if isinstance(task, Mapping) else None
+        if source is not None and source not in known:
+            choice = f"choose from {', '.join(known)}"
+            text = f"unknown source {source!r} ({choice}).{nearest(str(source), known)}"
+            yield Mistake(f"data.tasks.{name}.source", text)
 
 
 def _files(at: str, task: Mapping[str, Any]) -> Iterator[Mistake]:

@@ -113,6 +113,12 @@ class LoraCheckpoint(Checkpoint):
         settings = self._settings
         kind = settings.get("peft_type", "LORA")
         problems = []
+        if isinstance(self._base, LoraCheckpoint) and self._shares_base(self._base):
+            raise SourceError(
+                f"{self._folder_adapter}: expected the base that the adapter was trained on"
+                f"{self._named_base()}, got {self._base._folder_adapter}, another adapter on that "
+                "base. Give the base itself."
+            )
         if kind != "LORA":
             problems.append(f"peft_type is {kind}, expected LORA")
         for option, why in _OTHER_UPDATES.items():
@@ -287,8 +293,19 @@ class LoraCheckpoint(Checkpoint):
         if wrong:
             raise SourceError(
                 f"{self._folder_adapter}: the factors do not fit the base {self._base.label}: "
-                f"{shorten(wrong)}. Is this the adapter's own base?"
+                f"{shorten(wrong, 2)}. Give the base that the adapter was trained on"
+                f"{self._named_base()}."
             )
+
+    def _shares_base(self, other: LoraCheckpoint) -> bool:
+        """Return whether two adapters name the same base."""
+        names = [x._settings.get("base_model_name_or_path") for x in (self, other)]
+        return bool(names[0]) and names[0] == names[1]
+
+    def _named_base(self) -> str:
+        """Return the base that adapter_config.json names, in brackets, or an empty text."""
+        name = self._settings.get("base_model_name_or_path")
+        return f" (adapter_config.json names {name})" if name else ""
 
     def _stored_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of an adapted tensor as a matrix, `[out, in * kernel]`."""
