@@ -151,6 +151,24 @@ OTHER: dict[str, dict[str, Any]] = {
             "mrope_section": [2, 1, 1],
         }
     },
+    **{
+        name: {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 1, 1],
+            }
+        }
+        for name in (
+            "Glm4vTextConfig",
+            "GlmOcrTextConfig",
+            "PaddleOCRTextConfig",
+            "Qwen2_5OmniTextConfig",
+            "Qwen2_5_VLTextConfig",
+        )
+    },
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
+    "Mamba2Config": {"num_heads": 4, "head_dim": 8, "n_groups": 2},
     "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"]},
     "JambaConfig": {
         "attn_layer_period": 2,
@@ -190,7 +208,25 @@ OTHER: dict[str, dict[str, Any]] = {
         "global_head_dim": 8,
         "hidden_size_per_layer_input": 8,
         "vocab_size_per_layer_input": 64,
+        "per_layer_config": {},
     },
+    "Gemma4UnifiedTextConfig": {"head_dim": 8, "global_head_dim": 8, "per_layer_config": {}},
+    "Gemma3nTextConfig": {
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "altup_num_inputs": 2,
+        "hidden_size_per_layer_input": 8,
+        "intermediate_size": [24, 24],
+        "laurel_rank": 4,
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": 64,
+    },
+    "Llama4TextConfig": {"intermediate_size_mlp": 24},
+    "Llama4VisionConfig": {
+        "projector_input_dim": 16,
+        "projector_output_dim": 16,
+        "vision_output_dim": 16,
+    },
+    "BitConfig": {"num_groups": 4},
     "ConvNextConfig": {"hidden_sizes": [8, 8, 8, 8]},
     "ConvNextV2Config": {"hidden_sizes": [8, 8, 8, 8]},
     "EfficientNetConfig": {"width_coefficient": 0.2, "depth_coefficient": 0.2, "hidden_dim": 256},
@@ -198,11 +234,14 @@ OTHER: dict[str, dict[str, Any]] = {
     "MobileViTV2Config": {"hidden_sizes": [16, 16, 16]},
     "RegNetConfig": {"hidden_sizes": [8, 8, 8, 8], "groups_width": 4},
     "ResNetConfig": {"hidden_sizes": [8, 8, 8, 8]},
-    "SwinConfig": {"embed_dim": 16, "num_heads": [2, 2, 2, 2], "window_size": 2, "patch_size": 2},
+    **{
+        name: {"embed_dim": 16, "num_heads": [2, 2, 2, 2], "window_size": 2, "patch_size": 2}
+        for name in ("DonutSwinConfig", "SwinConfig", "Swinv2Config")
+    },
     "SwiftFormerConfig": {"embed_dims": [8, 8, 8, 8]},
 }
 """Fields of configs that need sizes of their own."""
-LARGEST = 4_000_000
+LARGEST = 8_000_000
 
 
 def count_runs(network: nn.Module) -> list[nn.Module]:
@@ -227,31 +266,34 @@ def families() -> Iterator[tuple[str, str]]:
 
 def family_of(name: str) -> nn.Module | None:
     """A small network of a class of transformers with seeded weights; None if it does not build."""
+    try:
+        return build_family(name)
+    except Exception:
+        return None
+
+
+def build_family(name: str) -> nn.Module:
+    """The same, or an error that says why not."""
     kind = getattr(transformers, name, None)
     config_class = getattr(kind, "config_class", None)
     if kind is None or config_class is None or getattr(kind, "__module__", "") is None:
-        return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            plain = config_class()
-            own = OTHER.get(config_class.__name__, {})
-            config = config_class(**{**_sizes(plain), **_noise(plain), **_layers(plain), **own})
-            parts = [
-                p for p in vars(config).values() if isinstance(p, transformers.PretrainedConfig)
-            ]
-            for part in parts:
-                _shrink(part)
-            if parts:
-                config = config_class.from_dict(config.to_dict())  # as it will be loaded
-            with torch.device("meta"):
-                size = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
-            if size > LARGEST:
-                return None
-            torch.manual_seed(0)
-            network: nn.Module = kind(config).eval()
-    except Exception:
-        return None
+        raise ValueError("not in transformers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = config_class()
+        own = OTHER.get(config_class.__name__, {})
+        config = config_class(**{**_sizes(plain), **_noise(plain), **_layers(plain), **own})
+        parts = [p for p in vars(config).values() if isinstance(p, transformers.PretrainedConfig)]
+        for part in parts:
+            _shrink(part)
+        if parts:
+            config = config_class.from_dict(config.to_dict())  # as it will be loaded
+        with torch.device("meta"):
+            size = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
+        if size > LARGEST:
+            raise ValueError(f"{size:,} parameters, too many to try")
+        torch.manual_seed(0)
+        network: nn.Module = kind(config).eval()
     return network
 
 

@@ -1,12 +1,13 @@
 """Try every family of transformers: `python tests/sweep/sweep_architectures.py [--only REGEX]`.
 
 Without `--only` the table is written to docs/reference/architectures.md. Families that plain
-transformers does not build, run, save or load with a tiny config are left out.
+transformers does not build, run, save or load with a tiny config are listed with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import html
 import re
 import sys
 import tempfile
@@ -25,7 +26,7 @@ import transformers  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 
-from families import batch_of, families, family_of  # noqa: E402
+from families import batch_of, build_family, families  # noqa: E402
 from gradmerge import MergedModel, Recipe  # noqa: E402
 from gradmerge.coefficients import Constant  # noqa: E402
 from gradmerge.common.errors import GradmergeError  # noqa: E402
@@ -35,6 +36,9 @@ from stored import Suite, eager, loss_of  # noqa: E402
 PAGE = HERE.parents[1] / "docs/reference/architectures.md"
 TOLERANCE = {True: 1e-9, False: 1e-6}
 """Largest relative error of gradients and exported weights, by whether all is in float64."""
+
+LONGEST = 120
+"""Characters of a message on the page."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,10 @@ def all_families() -> Iterator[tuple[str, str]]:
 
 def measure(name: str, kind: str, folder: Path) -> Row | str:
     """Merge two relatives of a tiny network; return why not if transformers alone cannot."""
-    network = family_of(name)
-    if network is None:
-        return "does not build"
-    network = eager(network.double())
+    try:
+        network = eager(build_family(name).double())
+    except Exception as error:
+        return _why("does not build", error)
     batch = batch_of(network, kind)
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     try:
@@ -91,13 +95,22 @@ def measure(name: str, kind: str, folder: Path) -> Row | str:
         if not all(gradient.isfinite().all() for gradient in gradients):
             return "no finite gradients"
     except Exception as error:
-        return f"does not run: {str(error).splitlines()[:1]}"
+        return _why("does not run, save or load", error)
     try:
         # drawn figures would take most of the time
         with patch("gradmerge.export.folder.write_report"):
             return _compare(name, suite, batch, folder)
     except GradmergeError as error:
         return Row(name, refused=str(error))
+
+
+def _why(what: str, error: Exception) -> str:
+    """Say why transformers alone fails, without what differs from run to run."""
+    line = " ".join(str(error).split())
+    line = re.sub(r"^Class validation error for validator '\w+': ", "", line)
+    line = re.sub(r"\s*(at |in )?['\"]?/[\w./-]+['\"]?|0x[0-9a-f]+", "", line)
+    line = line if len(line) <= LONGEST else f"{line[:LONGEST].rpartition(' ')[0]} ..."
+    return f"{what}: {type(error).__name__}{': ' if line else ''}{line}"
 
 
 def _logits(network: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -215,14 +228,27 @@ right{refused}. {converted} of them have tensors that transformers fuses or spli
 - **bfloat16**: the logits of the merge that computes in bfloat16 equal, bit for bit, those of the
   exported folder in transformers, which does not run some classes in bfloat16.
 
-Classes of which transformers itself does not build, run, save and load a tiny network are left out.
+The [classes left out](#left-out) are those of which transformers itself does not build, run, save
+and load a tiny network, whose sizes are set by rule. It says nothing about their checkpoints.
 
 | class | fused | split | gradient | export | bfloat16 |
 |---|---:|---:|---:|---:|---|
 """
 
 
-def page(rows: list[Row]) -> str:
+LEFT_OUT = """
+## Left out
+
+{count} classes were not tried: transformers alone fails with the tiny config, before gradmerge is
+called, so there is nothing to compare with. Their real checkpoints may well be merged; what a merge
+cannot follow, it refuses by name.
+
+| class | transformers with a tiny config |
+|---|---|
+"""
+
+
+def page(rows: list[Row], untried: dict[str, str]) -> str:
     """Write the page of the documentation."""
     refused = sum(bool(row.refused) for row in rows)
     text = INTRODUCTION.format(
@@ -240,6 +266,10 @@ def page(rows: list[Row]) -> str:
         sizes = f"{row.fused or ''} | {row.split or ''}"
         name = f"`{row.name}`" + ("" if row.exact else " *")
         text += f"| {name} | {sizes} | {row.gradient:.0e} | {row.export:.0e} | {equal} |\n"
+    text += LEFT_OUT.format(count=len(untried))
+    for name in sorted(untried, key=str.lower):
+        reason = html.escape(untried[name], quote=False).replace("|", "\\|")
+        text += f"| `{name}` | {reason} |\n"
     return text
 
 
@@ -251,12 +281,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
-    rows, _ = sweep(given.only)
+    rows, untried = sweep(given.only)
     wrong = [row.name for row in rows if not row.right]
     if wrong:
         sys.exit(f"wrong: {', '.join(wrong)}")
     if not given.only:
-        PAGE.write_text(page(rows))
+        PAGE.write_text(page(rows, untried))
 
 
 if __name__ == "__main__":

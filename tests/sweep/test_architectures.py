@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from sweep_architectures import PAGE, Row, all_families, measure
+from sweep_architectures import PAGE, Row, all_families, measure, page
 
 SHARE = {
     "Qwen3MoeForCausalLM": "CAUSAL_LM",  # experts stacked, gates and inputs joined
@@ -46,8 +47,28 @@ def test_every_family_is_right_or_refused_by_name(tmp_path):
     rows = [measure(name, kind, tmp_path / name) for name, kind in all_families()]
     tried = [row for row in rows if isinstance(row, Row)]
     assert not [row for row in tried if not row.right]
-    assert len(tried) >= 300
+    assert len(tried) >= 400
     assert sum(bool(row.fused or row.split) for row in tried) >= 60
+
+
+def test_every_class_is_on_the_page_with_its_numbers_or_a_reason():
+    text = PAGE.read_text()
+    version = re.search(r"transformers ([\d.]+);", text).group(1)
+    if version != transformers.__version__:
+        pytest.skip(f"the page is of transformers {version}")
+    table, left = text.split("## Left out")
+    tried, untried = (re.findall(r"^\| `(\w+)`", part, re.MULTILINE) for part in (table, left))
+    assert sorted(tried + untried) == sorted(name for name, _ in all_families())
+    reasons = re.findall(r"^\| `\w+` \| (\S.*) \|$", left, re.MULTILINE)
+    assert len(reasons) == len(untried)
+    assert f"\n{len(tried)} model classes" in text
+    assert f"\n{len(untried)} classes were not tried" in left
+
+
+def test_reasons_are_written_as_a_row():
+    text = page([Row("A")], {"B": "does not build: ValueError: a|b <c>"})
+    assert text.endswith("| `B` | does not build: ValueError: a\\|b &lt;c&gt; |\n")
+    assert "1 classes were not tried" in text
 
 
 def test_a_row_that_is_wrong_does_not_pass():
