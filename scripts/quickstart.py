@@ -136,14 +136,14 @@ class Run:
     def finish(self, module: Any) -> None:
         """Export the best learned merge, draw its coefficients, show a sample."""
         from gradmerge import export_merged
-        from gradmerge.export.plots import CoefficientTable, heat_map
+        from gradmerge.export.plots import CoefficientTable, heat_map, png
 
         merged, folder = module.merged, self.output / f"merged-seed{self.seed}"
         about = {"seed": self.seed, "suite": self.name}
         known = {"results": module.results, "history": module.history, "extra": about}
         export_merged(merged, folder, overwrite=True, **known)
-        figure = heat_map(CoefficientTable.of(merged.state))
-        figure.savefig(self.output / "coefficients.png", dpi=130)
+        if drawn := png(heat_map, CoefficientTable.of(merged.state)):
+            (self.output / "coefficients.png").write_bytes(drawn)
         if self.name == "lm":
             sample(folder)
         elif self.name == "chat":

@@ -11,6 +11,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ["GRADMERGE_FIGURES"] = "off"  # drawing takes longer than most fits here
 
 import pytest
 import torch
@@ -66,6 +67,12 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["gradmerge"])
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn, as they are for users."""
+    monkeypatch.delenv("GRADMERGE_FIGURES")
 
 
 @pytest.fixture(autouse=True)

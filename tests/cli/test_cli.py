@@ -67,6 +67,7 @@ def test_validate_scores_the_checkpoint_and_not_the_start(world, tmp_path):
     assert torch.equal(trained.model.merged.raw["tensor"].detach(), raw)
 
 
+@pytest.mark.usefixtures("figures")
 def test_fit_exports_by_callback_and_takes_optimiser_and_schedule_from_yaml(world, tmp_path):
     part = {
         "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5, "momentum": 0.9}},
@@ -134,6 +135,7 @@ def test_an_exported_folder_holds_the_whole_configuration_and_the_seeds(world, t
 STEPS = {"val_check_interval": 2, "check_val_every_n_epoch": None, "default_root_dir": "run"}
 
 
+@pytest.mark.usefixtures("figures")
 def test_a_fit_logs_its_coefficients_unasked(world, tmp_path):
     found = learn(["fit", "--config", write(tmp_path / "c.yaml", world, {"trainer": STEPS})])
     folder = Path(found.trainer.log_dir)

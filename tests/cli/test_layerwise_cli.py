@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
+@pytest.mark.usefixtures("figures")
 @pytest.mark.parametrize(
     "files",
     [["methods/prodistill.yaml"], ["methods/column.yaml", "drivers/layerwise.yaml"]],

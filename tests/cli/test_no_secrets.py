@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
 
 from commands import fails
 from gradmerge.cli import main
@@ -36,7 +37,7 @@ def secret(world, tmp_path, monkeypatch):
     outputs.mkdir()
     monkeypatch.chdir(outputs)
     monkeypatch.setattr(secrets, "_known", set())
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # its process writes below the folder where another test started it
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("HF_TOKEN", f"hf_{MARK}FROMENVIRONMENT")
     (inputs / "uploading.py").write_text(UPLOADER)

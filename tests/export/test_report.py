@@ -17,6 +17,7 @@ from PIL import Image
 from gradmerge.coefficients import Constant
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
+from gradmerge.export import plots
 from gradmerge.export.history import History
 from gradmerge.export.plots import CoefficientTable, depth_lines, heat_map, learning_curves
 from gradmerge.export.report import report
@@ -178,6 +179,7 @@ def test_a_long_history_is_thinned_evenly_and_is_plain_data():
     assert History.restore({}) == History()
 
 
+@pytest.mark.usefixtures("figures")
 def test_the_page_stands_alone_and_says_the_scores():
     models = relatives(build())
     state = FitState.start(open_plan(recipe_of(models, init=Constant(0.3))))
@@ -200,6 +202,26 @@ def test_the_page_stands_alone_and_says_the_scores():
             assert min(found.size) > 200
 
 
+def test_a_figure_is_drawn_once_unless_figures_are_off(monkeypatch):
+    drawn = []
+
+    def draw(subject):
+        drawn.append(subject)
+        return learning_curves(subject)
+
+    assert plots.png(draw, history_of()) is None
+    assert "Without figures" in report(FitState.start(open_plan(recipe_of(relatives(build())))), {})
+    monkeypatch.delenv("GRADMERGE_FIGURES")
+    image, again = (plots.png(draw, history_of()) for _ in range(2))
+    assert image is again
+    assert image.startswith(b"\x89PNG")
+    longer = history_of()
+    longer.add("train/loss", 99, 1.0)
+    assert plots.png(draw, longer) not in (None, image)
+    assert drawn == [history_of(), longer]
+
+
+@pytest.mark.usefixtures("figures")
 def test_equal_coefficients_are_said_and_not_drawn():
     state = FitState.start(open_plan(recipe_of(relatives(build()), init=Constant(0.25))))
     page = report(state, {})

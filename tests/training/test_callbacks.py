@@ -80,6 +80,7 @@ def test_the_table_is_the_mean_coefficient_of_each_tensor_and_source():
     assert table[3].tolist() == pytest.approx([0.2, 0.2])
 
 
+@pytest.mark.usefixtures("figures")
 def test_each_validation_adds_its_coefficients_to_a_csv_file(tmp_path):
     remember = Remember()
     trainer = fit(
@@ -308,6 +309,7 @@ print({k: v for k, v in kinds.items() if k.startswith("coefficients/")})
 """
 
 
+@pytest.mark.usefixtures("figures")
 def test_an_offline_run_of_wandb_neither_asks_nor_waits(tmp_path):
     """No key, no network, no terminal: it must go on by itself."""
     hidden = ("WANDB_MODE", "WANDB_API_KEY", "NETRC")

@@ -295,6 +295,7 @@ def results(folder, devices):
     ]
 
 
+@pytest.mark.usefixtures("figures")
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
     for memory, one, two in compare(tmp_path, monkeypatch, RUN, ("resident", "streamed")):

@@ -79,6 +79,7 @@ def test_a_resumed_fit_continues_its_history_and_has_one_start(tmp_path):
     assert module.history.points("train/loss") == resumed.history.points("train/loss")[:6]
 
 
+@pytest.mark.usefixtures("figures")
 def test_the_export_of_the_best_checkpoint_keeps_the_curves_of_the_whole_fit(tmp_path):
     module = module_of(learning_rate=3.0)
     best = ModelCheckpoint(tmp_path / "checkpoints", "best-{step}", monitor="selection/loss")

@@ -14,6 +14,7 @@ from gradmerge.cli.inspect import inspect_sources, render
 from gradmerge.common.atomic import Scratch
 from gradmerge.common.checkpoints import load_checkpoint, local_checkpoint
 from gradmerge.common.errors import CompatibilityError, ConfigError, nearest, shorten
+from gradmerge.common.files import read_json
 from gradmerge.common.finite import as_json
 from gradmerge.common.names import named
 from gradmerge.common.output import paths_in
@@ -24,6 +25,7 @@ from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.state import FitState
 from gradmerge.export import evaluated
+from gradmerge.export.adapter import export_adapter, require_adapter
 from gradmerge.export.atomic import inputs_of, refuse_existing
 from gradmerge.export.emr import export_compact, export_tasks, require_outputs, task_checkpoints
 from gradmerge.export.folder import export_state, require_options
@@ -38,7 +40,7 @@ from gradmerge.sources.emr import EMRCheckpoint, read_description
 from gradmerge.sources.resolve import base_of_compact
 from gradmerge.sources.tokenizers.report import summarise, token_report
 
-Outputs = Literal["merged", "tasks", "compact"]
+Outputs = Literal["merged", "tasks", "compact", "adapter"]
 Form = Outputs | Literal["mergekit"]
 
 
@@ -80,8 +82,8 @@ def output_options(
     require_options(dtype, None, ())
     if head is not None and form != "merged":
         place = f"with outputs {form}, where every task has its own head"
-        if form == "mergekit":
-            place = "for a mergekit file, which describes one model"
+        if form in ("mergekit", "adapter"):
+            place = f"for {'a mergekit file' if form == 'mergekit' else 'an adapter'} of one model"
         raise ConfigError(f"head: expected none {place}, got {head!r}; remove it.")
     if dtype is not None and form == "compact":
         raise ConfigError(
@@ -106,6 +108,7 @@ def merge(
     search: AbstractSearch | None = None,
     score: bool = False,
     outputs: Outputs = "merged",
+    rank: int | None = None,
     mergekit: bool = False,
     opened: Mapping[str, Checkpoint] | None = None,
     configs: Sequence[Path] = (),
@@ -121,31 +124,38 @@ def merge(
         score: print the merge's scores on the selection split.
         outputs: `merged`: one model; `tasks`: one model folder per task, from the task's direction
             alone (EMR-Merging); `compact`: one vector with a mask and a scale per task, for recipes
-            whose last preprocess step is Unify.
+            whose last preprocess step is Unify; `adapter`: a LoRA adapter of the base.
+        rank: largest rank of an adapter (`outputs: adapter`). Default: the sum of the sources'
+            ranks, which is exact.
         mergekit: write an equivalent mergekit YAML instead of a folder; OUTPUT must end in .yaml.
         opened: checkpoints of the recipe that are open already (Python only).
         configs: files that hold the options (Python only).
         **options: options of `output_options`.
     """
-    if outputs != "merged" and (search is not None or score or mergekit):
+    if outputs in ("tasks", "compact") and (search is not None or score or mergekit):
         raise ConfigError(
             f"outputs: a search, scores and a mergekit file need merged, got {outputs}, which has "
             "no single model; remove search, score and mergekit."
         )
-    form: Form = "mergekit" if mergekit else outputs
+    form = _form(outputs, mergekit, rank)
     inputs = [*configs, *recipe.inputs, *paths_in(to_plain(search)), *_read_by(data)]
     checked = output_options(**options, form=form, inputs=inputs)
     _require_mergeable(recipe, form, has_data=data is not None)
-    opening = Opening(recipe, opened=opened, with_network=search is not None or score)
+    by_module = form == "adapter"
+    if by_module:
+        require_adapter(recipe, rank)
+        checked["rank"] = rank
+    measured = search is not None or score
+    opening = Opening(recipe, opened=opened, with_network=measured or by_module)
     with Scratch("statistics") as folder:
         statistics = recipe.statistics
         if data is not None and statistics is None and recipe.needs_statistics:
             statistics = str(_collected(recipe, data, folder / "found", opening=opening))
         opening.align(statistics)
-        plan = opening.plan(with_skeleton=False, statistics=statistics)
+        plan = opening.plan(with_skeleton=by_module, statistics=statistics)
         on_data = plan.finalisation.repair is not None or _has_batch_norms(plan)
         known: dict[str, Any] = {}
-        if search is None and not score and not (data is not None and on_data):
+        if not measured and not (data is not None and on_data):
             state = FitState.start(plan)
         else:
             state, known = _measured(opening.plan(statistics=statistics), data, search, score)
@@ -157,13 +167,29 @@ def merge(
         written = _write(state, form, checked, known)
     _warn_of_license(written, form)
     done = f"merged {len(plan.sources)} sources, {len(plan.tensors)} tensors:"
-    print(f"{'mergekit file written to' if mergekit else done} {written}")
+    print(f"{'mergekit file written to' if mergekit else done} {written}{_error_of(written, form)}")
+
+
+def _form(outputs: Outputs, mergekit: bool, rank: int | None) -> Form:
+    """Return what is written.
+
+    Raises:
+        ConfigError: options of different forms are given together.
+    """
+    if mergekit and outputs != "merged":
+        raise ConfigError(f"outputs: expected merged for a mergekit file, got {outputs}.")
+    if rank is not None and outputs != "adapter":
+        raise ConfigError(
+            f"rank: expected none with outputs {outputs}, got {rank}; it is the largest rank of an "
+            "adapter (outputs: adapter)."
+        )
+    return "mergekit" if mergekit else outputs
 
 
 def _require_mergeable(recipe: Recipe, form: Form, has_data: bool) -> None:
     if form == "mergekit":
         require_sum(recipe)
-    elif form != "merged":
+    elif form in ("tasks", "compact"):
         require_outputs(recipe, form)
     if not has_data and any(finaliser.needs_data for finaliser in recipe.finalisers):
         raise ConfigError(
@@ -212,6 +238,8 @@ def _write(state: FitState, form: Form, checked: dict[str, Any], known: Mapping[
         return export_state(state, **checked, **known)
     if form == "mergekit":
         return write_mergekit(state, **checked, buffers=known.get("buffers"))
+    if form == "adapter":
+        return export_adapter(state, **checked, **known)
     if form == "compact":
         return export_compact(state.plan, **checked)
     extra = {"merge": to_plain(state.plan.recipe), **read_as(state.plan)}
@@ -269,16 +297,21 @@ def _row(scores: Mapping[str, float]) -> str:
 
 def export(
     checkpoint: str,
+    outputs: Literal["merged", "adapter"] = "merged",
+    rank: int | None = None,
     mergekit: bool = False,
     allow_modules: Sequence[str] = (),
     trust_remote_code: bool = False,
     sources: dict[str, str] | None = None,
     **options: Any,
 ) -> None:
-    """Write a learned merge as a Hugging Face folder, or its coefficients as a mergekit YAML.
+    """Write a learned merge as a Hugging Face folder, an adapter, or a mergekit YAML.
 
     Args:
         checkpoint: checkpoint of `gradmerge fit`.
+        outputs: `merged`: one model; `adapter`: a LoRA adapter of the base.
+        rank: largest rank of an adapter (`outputs: adapter`). Default: the sum of the sources'
+            ranks, which is exact.
         mergekit: write an equivalent mergekit YAML instead of a folder; OUTPUT must end in .yaml.
         allow_modules: modules outside gradmerge whose components the checkpoint may use.
         trust_remote_code: run modelling code that ships with the sources. What the checkpoint says
@@ -287,8 +320,10 @@ def export(
             the name of the base is `base`). They must have the same contents.
         **options: options of `output_options`.
     """
-    form: Form = "mergekit" if mergekit else "merged"
+    form = _form(outputs, mergekit, rank)
     checked = output_options(**options, form=form, inputs=paths_in(checkpoint))
+    if form == "adapter":
+        checked["rank"] = rank
     path = require_checkpoint(checkpoint)
 
     from gradmerge.training.checkpoint import kept_scores
@@ -300,7 +335,14 @@ def export(
     module.results.update(kept_scores(path))
     written = _write(module.merged.state, form, checked, _known(module, {"checkpoint": path.name}))
     _warn_of_license(written, form)
-    print(f"{'mergekit file' if mergekit else 'merged model'} written to {written}")
+    name = {"mergekit": "mergekit file", "adapter": "adapter"}.get(form, "merged model")
+    print(f"{name} written to {written}{_error_of(written, form)}")
+
+
+def _error_of(written: Path, form: Form) -> str:
+    """Return how near a written adapter is to its merge."""
+    record = read_json(written / "provenance.json") if form == "adapter" else None
+    return f": {record['adapter']['summary']}" if record else ""
 
 
 def _warn_of_license(written: Path, form: Form) -> None:

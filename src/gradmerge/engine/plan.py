@@ -29,7 +29,7 @@ from gradmerge.engine import contraction
 from gradmerge.engine.inventory import names_of, take_inventory
 from gradmerge.engine.recipe import Recipe
 from gradmerge.finalisers import Finalisation, FinalSite
-from gradmerge.operators import Linear, Spread, Terms
+from gradmerge.operators import Linear, Spread, Terms, low_rank
 from gradmerge.preprocess import ProcessedDirections, Site
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.base import (
@@ -47,6 +47,8 @@ from gradmerge.sources.identity import require_unchanged
 from gradmerge.sources.skeleton import Network
 from gradmerge.sources.tokenizers.view import alignment_of
 from gradmerge.sources.tokenizers.vocabulary import Alignment
+
+CPU = torch.device("cpu")
 
 
 class Plan(Shared):
@@ -397,6 +399,22 @@ class Plan(Shared):
             terms = self.terms(name, processed=own != 0)
             operator = operator if own else Linear()
             return operator.combine(terms, self.coefficient(own), Spread("scalar"), out)
+
+    @torch.no_grad()
+    def factors(self, name: str, own: Tensor | float) -> tuple[Tensor, Tensor] | None:
+        """Return `theta_p(z) - A` as a product of two matrices, on the CPU.
+
+        Their rank is the sum of the sources' ranks. None if not all directions are of low rank, or
+        if they are not merged linearly as they are.
+        """
+        spread = Spread("scalar")
+        if isinstance(own, Tensor):
+            spread = self._spread(name, own.device)
+        terms = self._spread_terms(name, spread)
+        if terms.updates is None:
+            return None
+        rows = self.coefficient(own).view(len(terms.updates), -1)
+        return low_rank.merged_factors(terms, rows, spread, terms.accumulate_dtype, CPU)
 
     def z(self, name: str, raw: Raw) -> Tensor:
         """Return z of a tensor, `[rows, *slot]`, as a view of the raw parameters."""

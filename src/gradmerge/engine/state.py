@@ -109,6 +109,15 @@ class FitState:
             theta = self.plan.combine(name, own, wide)
             return out.copy_(self.plan.finalisation(name, theta, self.corrections))
 
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Return `theta - A` of a tensor as a product of two matrices; see `Plan.factors`."""
+        own = self.own(name)
+        if isinstance(own, Tensor):
+            if self.plan.finalisation.active:
+                return None
+            own = own.detach().cpu()
+        return self.plan.factors(name, own)
+
     def require_finite(self) -> None:
         """Reject coefficients that are NaN or infinite.
 

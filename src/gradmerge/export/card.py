@@ -45,13 +45,14 @@ def model_card(
 ) -> str:
     """Return the card of a merge: what was merged, how, its scores, and how to load it."""
     plan, driver, results = state.plan, provenance.get("driver", {}), provenance["results"]
+    adapter = provenance.get("adapter")
     architecture = ((plan.reference.config or {}).get("architectures") or [None])[0]
     # the last step of a merge in steps has only some of the sources
     sources = driver.get("sources") or provenance["sources"]
     sections = [
         f"A merge of {len(sources.keys() - {'base'})} checkpoints of one architecture, made by "
         f"gradmerge {provenance['versions']['gradmerge']}.",
-        _loading(plan, architecture, head),
+        _loading(plan, architecture, head) if adapter is None else _attaching(plan, adapter),
         "## Sources",
         _table(
             ["name", "from", "sha256 of the weights"],
@@ -72,9 +73,10 @@ def model_card(
     ]
     labels = [source["from"] for source in sources.values()]
     modules = modules_of(plan.folder) is not None
-    return render(
-        "Merged model", sections, name, architecture, labels, results, terms.license, modules
-    )
+    title, library = "Merged model", "sentence-transformers" if modules else None
+    if adapter is not None:
+        title, library, labels = "Merged adapter", "peft", labels[:1]
+    return render(title, sections, name, architecture, labels, results, terms.license, library)
 
 
 def render(
@@ -85,24 +87,26 @@ def render(
     sources: Iterable[str] = (),
     results: Mapping[str, Any] | None = None,
     license: License | None = None,
-    modules: bool = False,
+    library: str | None = None,
 ) -> str:
     """Return a Markdown page with the metadata of the Hugging Face Hub.
 
-    `architecture` is the model class if transformers loads the folder, and `modules` says whether
-    it has modules of sentence-transformers. Of the `sources`, paths and hub ids, the metadata names
+    `architecture` is the model class if transformers loads the folder, alone or through another
+    `library` (sentence-transformers, peft). Of the `sources`, paths and hub ids, the metadata names
     only hub ids; `results` are scores by stage, task and metric.
     """
     places = [place.partition("@")[0] for label in sources for place in label.split(" on ")]
     models = list(dict.fromkeys(filter(_is_hub_id, places)))
     names = (end for end in _PIPELINES if (architecture or "").endswith(end))
-    task = "sentence-similarity" if modules else _PIPELINES.get(next(names, ""))
+    task = _PIPELINES.get(next(names, ""))
+    if library == "sentence-transformers":
+        task = "sentence-similarity"
     found = list(eval_results(task, results or {})) if task else []
-    library = "sentence-transformers" if modules else "transformers"
+    relation = "adapter" if library == "peft" else "merge"
     data = ModelCardData(
         base_model=models or None,
-        base_model_relation="merge" if models else None,
-        library_name=library if architecture else None,
+        base_model_relation=relation if models else None,
+        library_name=(library or "transformers") if architecture else None,
         license=license and license.id,
         license_name=license and license.name,
         license_link=license and license.link,
@@ -158,6 +162,18 @@ def _loading(plan: Plan, architecture: str | None, head: str) -> str:
             '(`from_pretrained("this-folder/tasks/<task>")`) has its own head on the same weights.'
         )
     return text
+
+
+def _attaching(plan: Plan, adapter: Mapping[str, Any]) -> str:
+    """Return how an adapter is loaded, and how near it is to the merge."""
+    architecture = adapter["architecture"]
+    return (
+        "It is a LoRA adapter that PEFT loads on the base:\n\n"
+        f"```python\nfrom peft import PeftModel\nfrom transformers import {architecture}\n\n"
+        f'base = {architecture}.from_pretrained("the-base")\n'
+        'model = PeftModel.from_pretrained(base, "this-folder")\n```\n\n'
+        f"As an adapter of this merge it has {adapter['summary']}."
+    )
 
 
 def _steps(steps: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -123,26 +123,39 @@ def export_state(
         behind.shutdown(wait=False)  # its threads end with this work
         release_freed_memory()  # fragmented heap could otherwise hold every written tensor
         with plan.sound():
-            _write_coefficients(state, work)
+            write_coefficients(state, work)
             modules = _write_model(state, buffers or {}, tasks, head, kind, work, max_shard_size)
         hashes.result()
         loaded.result()  # a module that is being imported must not be used
         check = _require_opens(plan, work, target, tasks, head)
-        terms = terms_of(plan)
-        settled = {"id": str(terms.license)} if terms.license else {"warning": terms.warning}
-        more = {**(extra or {}), "check": check, "license": settled}
-        more = {**more, **({"modules": modules} if modules else {})}
-        provenance = provenance_of(state, dtype, tasks, results, more, provenance_paths)
-        strip_settings(work)
-        write_json(work / "provenance.json", provenance)
-        if plan.tokens is not None:
-            write_json(work / "tokens.json", token_report(plan.tokens))
-        if yaml := provenance.get("run", {}).get("yaml"):
-            (work / "gradmerge.yaml").write_text(yaml)
-        card = model_card(state, provenance, head, target.name, terms)
-        (work / "README.md").write_text(card, encoding="utf-8")
-        write_report(work, state, provenance["results"], history, target.name)
+        more = {**(extra or {}), "check": check, **({"modules": modules} if modules else {})}
+        provenance = partial(provenance_of, state, dtype, tasks, results, paths=provenance_paths)
+        write_records(work, state, provenance, more, head, target.name, history)
     return target
+
+
+def write_records(
+    work: Path,
+    state: FitState,
+    provenance: Callable[..., dict[str, Any]],
+    extra: Mapping[str, Any],
+    head: str,
+    name: str,
+    history: History | None,
+) -> None:
+    """Write what is known about a merge beside its weights: provenance, card, report, YAML."""
+    plan, terms = state.plan, terms_of(state.plan)
+    settled = {"id": str(terms.license)} if terms.license else {"warning": terms.warning}
+    record = provenance(extra={**extra, "license": settled})
+    strip_settings(work)
+    write_json(work / "provenance.json", record)
+    if plan.tokens is not None:
+        write_json(work / "tokens.json", token_report(plan.tokens))
+    if yaml := record.get("run", {}).get("yaml"):
+        (work / "gradmerge.yaml").write_text(yaml)
+    card = model_card(state, record, head, name, terms)
+    (work / "README.md").write_text(card, encoding="utf-8")
+    write_report(work, state, record["results"], history, name)
 
 
 def _require_opens(
@@ -246,7 +259,7 @@ def write_config(
     write_json(work / "config.json", config, spelled=True)
 
 
-def _write_coefficients(state: FitState, work: Path) -> None:
+def write_coefficients(state: FitState, work: Path) -> None:
     """Write `c` of every merged tensor, `[sources, *slot]`, float32."""
     plan, entries = state.plan, []
     for name in plan.tensors:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +32,33 @@ _TALLEST = 16.0
 _LONGEST = 28
 """Characters of a label."""
 _PANELS = 4
+_DPI = 130
+_MOST_KEPT = 8
+_kept: dict[tuple[str, str], bytes | None] = {}
+
+
+def figures_are_on() -> bool:
+    """Return whether figures are drawn: always, unless `GRADMERGE_FIGURES` is `off`."""
+    return os.environ.get("GRADMERGE_FIGURES") != "off"
+
+
+def png(draw: Callable[[Any], Figure | None], subject: CoefficientTable | History) -> bytes | None:
+    """Return a figure of a table or a history as a PNG; None if nothing is to be drawn.
+
+    The last ones are kept, because the logs, the report and the export of a fit show the same
+    figures, and drawing one takes longer than many a merge.
+    """
+    if not figures_are_on():
+        return None
+    key = draw.__name__, repr(subject.to_save())
+    if key not in _kept:
+        figure, buffer = draw(subject), io.BytesIO()
+        if figure is not None:
+            figure.savefig(buffer, format="png", dpi=_DPI)
+        while len(_kept) >= _MOST_KEPT:
+            del _kept[next(iter(_kept))]
+        _kept[key] = buffer.getvalue() or None
+    return _kept[key]
 
 
 @dataclass(frozen=True)
@@ -63,6 +92,11 @@ class CoefficientTable:
             torch.tensor([float(math.prod(shape)) for shape in shapes]),
             torch.tensor([name not in state.fixed for name in names]),
         )
+
+    def to_save(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in own.items()}
 
     @property
     def centre(self) -> float | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import html
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,14 @@ from typing import Any
 from gradmerge.common.version import __version__
 from gradmerge.engine.state import FitState
 from gradmerge.export.history import History
-from gradmerge.export.plots import CoefficientTable, depth_lines, heat_map, learning_curves
+from gradmerge.export.plots import (
+    CoefficientTable,
+    depth_lines,
+    figures_are_on,
+    heat_map,
+    learning_curves,
+    png,
+)
 
 REPORT = "report.html"
 _STYLE = """
@@ -25,7 +31,6 @@ th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; height: auto; }
 p.note { color: #555; }
 """
-_DPI = 130
 
 
 def report(
@@ -45,15 +50,17 @@ def report(
         _method(state),
         "<h2>Scores</h2>",
         *_scores(results, history),
-        *_figure(learning_curves(history), "Learning curves", "Learning curves"),
+        *_figure(png(learning_curves, history), "Learning curves", "Learning curves"),
         "<h2>Coefficients</h2>",
         _summary(table),
     ]
     if table.varies and learned:  # drawing takes longer than many a merge without training
-        body += _figure(heat_map(table), "By layer and component", _HEAT_MAP)
-        body += _figure(depth_lines(table), "By depth", _DEPTH)
+        body += _figure(png(heat_map, table), "By layer and component", _HEAT_MAP)
+        body += _figure(png(depth_lines, table), "By depth", _DEPTH)
     elif not table.varies:
         body.append(f"<p>All coefficients are {float(table.mean.flatten()[0]):.6g}.</p>")
+    if not figures_are_on():
+        body.append('<p class="note">Without figures (GRADMERGE_FIGURES is off).</p>')
     title = html.escape(f"Merge {name}".strip())
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}'
@@ -144,12 +151,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "<table>\n" + "\n".join(cells) + "\n</table>"
 
 
-def _figure(figure: Any, title: str, note: str) -> Iterator[str]:
-    if figure is None:
+def _figure(image: bytes | None, title: str, note: str) -> Iterator[str]:
+    if image is None:
         return
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(image).decode()
     yield f'<h3>{title}</h3>\n<img alt="{title}" src="data:image/png;base64,{data}">'
     if note != title:
         yield f'<p class="note">{note}</p>'

@@ -26,8 +26,23 @@ def combine(terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> T
     """Merge as `AbstractOperator.combine` does; `coefficient` is `[sources, slot]`."""
     assert terms.origin is not None
     dtype = torch.promote_types(terms.accumulate_dtype, out.dtype)
+    left, right = merged_factors(terms, coefficient, spread, dtype, out.device)
+    matrix, origin = out.view(len(left), -1), terms.origin.reshape(len(left), -1)
+    for rows in _blocks(matrix, whole=out.dtype == dtype):
+        if out.dtype == dtype:
+            matrix[rows].copy_(origin[rows]).addmm_(left[rows], right)
+        else:
+            wide = origin[rows].to(out.device, dtype, copy=True)
+            matrix[rows].copy_(wide.addmm_(left[rows], right))
+    return out
+
+
+def merged_factors(
+    terms: Terms, coefficient: Tensor, spread: Spread, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return `[c_1 L_1, ..., c_K L_K]`, `[rows, K r]`, and `[R_1; ...; R_K]`, `[K r, rest]`."""
     lefts, rights = [], []
-    for (left, right), c in zip(_factors(terms, dtype, out.device), coefficient, strict=True):
+    for (left, right), c in zip(_factors(terms, dtype, device), coefficient, strict=True):
         along = c.to(left)
         if spread.kind == "scalar":
             lefts.append(left * along)
@@ -38,15 +53,7 @@ def combine(terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> T
         else:
             lefts.append(left)
             rights.append((_by_axis(right, terms, spread) * along[:, None]).view(right.shape))
-    left, right = torch.cat(lefts, dim=1), torch.cat(rights)
-    matrix, origin = out.view(len(left), -1), terms.origin.reshape(len(left), -1)
-    for rows in _blocks(matrix, whole=out.dtype == dtype):
-        if out.dtype == dtype:
-            matrix[rows].copy_(origin[rows]).addmm_(left[rows], right)
-        else:
-            wide = origin[rows].to(out.device, dtype, copy=True)
-            matrix[rows].copy_(wide.addmm_(left[rows], right))
-    return out
+    return torch.cat(lefts, dim=1), torch.cat(rights)
 
 
 def contract(terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:

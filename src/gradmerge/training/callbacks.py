@@ -23,7 +23,7 @@ from gradmerge.export.atomic import inputs_of, refuse_existing, require_room
 from gradmerge.export.folder import export_merged, require_options
 from gradmerge.export.history import History
 from gradmerge.export.license import license_note
-from gradmerge.export.plots import CoefficientTable, heat_map
+from gradmerge.export.plots import CoefficientTable, figures_are_on, heat_map, png
 from gradmerge.export.report import REPORT, report
 from gradmerge.training.module import MergeModule
 from gradmerge.training.run import read_by
@@ -88,7 +88,8 @@ class CoefficientLogger(lightning.Callback):
             Path(folder).mkdir(parents=True, exist_ok=True)
             image = Path(folder) / "coefficients.png"
             with writing(image, _KEPT):
-                heat_map(CoefficientTable.of(state)).savefig(image, dpi=130)
+                if drawn := png(heat_map, CoefficientTable.of(state)):
+                    image.write_bytes(drawn)
                 image.with_name(REPORT).write_text(page, encoding="utf-8")
         for logger in runs:
             import wandb
@@ -115,11 +116,14 @@ class CoefficientLogger(lightning.Callback):
     def _to_wandb(self, logger: Any, table: CoefficientTable, step: int) -> None:
         import wandb
 
-        logged: dict[str, Any] = {"coefficients/heat_map": wandb.Image(heat_map(table))}
+        logged: dict[str, Any] = {}
+        if figures_are_on():
+            logged["coefficients/heat_map"] = wandb.Image(heat_map(table))
         if table.learned.any():
             for source, values in zip(table.sources, table.mean[table.learned].T, strict=True):
                 logged[f"coefficients/{source}"] = wandb.Histogram(values.numpy())
-        logger.log_metrics(logged, step)
+        if logged:
+            logger.log_metrics(logged, step)
 
 
 class StepProgress(TQDMProgressBar):

@@ -133,6 +133,7 @@ CASES = {
 }
 
 
+@pytest.mark.usefixtures("figures")
 @pytest.mark.parametrize("name", CASES)
 def test_the_scores_of_a_merge_are_those_of_its_export_and_are_logged_as_a_fit_does(name, tmp_path):
     if name == "batched":
