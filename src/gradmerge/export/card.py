@@ -172,7 +172,7 @@ def _attaching(plan: Plan, adapter: Mapping[str, Any]) -> str:
         f"```python\nfrom peft import PeftModel\nfrom transformers import {architecture}\n\n"
         f'base = {architecture}.from_pretrained("the-base")\n'
         'model = PeftModel.from_pretrained(base, "this-folder")\n```\n\n'
-        f"As an adapter of this merge it has {adapter['summary']}."
+        f"The adapter and the merge: {adapter['summary']}."
     )
 
 
