@@ -160,6 +160,7 @@ def scoring(folder: Path, batches: int, tokens: int) -> dict[str, float]:
     from gradmerge.drivers.layerwise.files import Starts
     from gradmerge.drivers.layerwise.scores import score
     from gradmerge.engine.opening import open_plan
+    from gradmerge.export.history import History
     from gradmerge.objectives import Objective
 
     plan = open_plan(recipe_of(folder))
@@ -179,7 +180,7 @@ def scoring(folder: Path, batches: int, tokens: int) -> dict[str, float]:
                 chain.run_network(batch)
 
     def by_blocks() -> None:
-        score(chain, Objective(), lambda: asked, experts=False)
+        score(chain, Objective(), lambda: asked, False, History(), 0)
 
     taken: dict[str, list[float]] = {"whole": [], "by blocks": []}
     with torch.no_grad():

@@ -6,6 +6,7 @@ import csv
 import functools
 import json
 import logging
+import re
 from pathlib import Path
 
 import lightning
@@ -51,6 +52,11 @@ def three(world, tmp_path_factory):
     found["trainer"] |= {"default_root_dir": "run", "max_steps": 2, "limit_val_batches": 1}
     found["seed_everything"] = 3
     return found
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 PAIRWISE = {"driver": {"class_path": "Pairwise"}}
@@ -131,7 +137,8 @@ def test_a_fold_of_three_by_a_link_for_two_ends_in_a_model_folder(
 
 
 def test_the_same_command_goes_on_with_a_killed_job(three, tmp_path, monkeypatch, capsys):
-    config = write(tmp_path / "c.yaml", three, OPTIMISER)
+    validating = {"trainer": {"val_check_interval": 1}}
+    config = write(tmp_path / "c.yaml", three, OPTIMISER, validating)
     driver = ["--driver", "Pairwise", "--driver.every_n_steps", "1"]
     root = ["--trainer.default_root_dir"]
     assert main(["fit", "--config", config, *driver, *root, "whole"]) == 0
@@ -153,10 +160,54 @@ def test_the_same_command_goes_on_with_a_killed_job(three, tmp_path, monkeypatch
     assert "--driver.restart true" in message
     # bars and the number of workers change no result
     more = ["--data.num_workers", "0", "--trainer.enable_model_summary", "true"]
+    capsys.readouterr()
     assert main(["fit", "--config", config, *driver, *root, "run", *more]) == 0
     assert len(steps) == 5
+    # logs go on where they stopped, in the same folder
+    logs = [f"{root}/driver/steps/step-2/logs" for root in ("whole", "run")]
+    assert [path.name for path in Path(logs[1]).iterdir()] == ["version_0"]
+    whole, resumed = (
+        [row for row in rows_of(f"{place}/version_0/metrics.csv") if row["train/loss"]]
+        for place in logs
+    )
+    assert [row["step"] for row in whole] == ["0", "1"]
+    assert [(row["step"], row["train/loss"]) for row in resumed] == [
+        (row["step"], row["train/loss"]) for row in whole
+    ]
+    # one table in the end, with the scores of both steps as they are on record
+    out = capsys.readouterr().out
+    for step in json.loads(Path("run/merged/provenance.json").read_text())["driver"]["steps"]:
+        merged = " with ".join("+".join(names) for names in step["merged"])
+        end = step["results"]["selection"]["average"]["accuracy"]
+        assert re.search(
+            rf"^{step['step']} +{re.escape(merged)} +{step['start']:.4f} +{end:.4f}$", out, re.M
+        )
+    for line in (r"start +\d", "each task's source ", r"time .*, 4 steps$", "model +run/merged$"):
+        assert len(re.findall(f"^{line}", out, re.M)) == 1, line
     first, second = (load_file(f"{r}/merged/coefficients.st") for r in ("whole", "run"))
     assert all(torch.equal(first[name], value) for name, value in second.items())
+
+
+@pytest.mark.parametrize(
+    ("driver", "options", "message"),
+    [
+        ("Pairwise", ["--data.tasks.a.label", "no_such_column"], "has no labels"),
+        ("LayerWise", ["--driver.blocks", "[nothing]"], "'nothing'"),
+    ],
+)
+def test_a_refused_job_leaves_nothing(driver, options, message, three, tmp_path, capsys):
+    config = write(tmp_path / "c.yaml", three)
+    text = fails(["fit", "--config", config, "--driver", driver, *options], capsys)
+    assert message in text
+    assert not Path("run").exists()
+
+
+def test_two_jobs_do_not_run_in_one_folder(three, tmp_path, capsys):
+    config = write(tmp_path / "c.yaml", three, PAIRWISE)
+    with learn(["--config", config], run=False).job.alone():
+        text = fails(["fit", "--config", config], capsys)
+    assert "run: expected no other job at work in this folder, but another process" in text
+    assert not Path("run").exists()
 
 
 def test_a_random_seed_stays_the_one_that_a_job_began_with(three, tmp_path):
@@ -344,6 +395,10 @@ def test_an_output_that_exists_is_refused_before_anything_is_read(
     assert not Path("run").exists()
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def test_a_job_that_was_stopped_before_its_first_state_is_begun_differently(
     three, tmp_path, capsys, monkeypatch
 ):
@@ -352,9 +407,9 @@ def test_a_job_that_was_stopped_before_its_first_state_is_begun_differently(
     watching = ["--trainer.callbacks", "lightning.pytorch.callbacks.EarlyStopping"]
     watching += ["--trainer.callbacks.monitor", "train/loss"]
     with monkeypatch.context() as patch:
-        patch.setattr(MergeModule, "training_step", lambda *_: 1 // 0)
-        assert main(["fit", "--config", config, *watching]) == 1
-    assert "ZeroDivisionError" in capsys.readouterr().err
+        patch.setattr(MergeModule, "training_step", interrupted)
+        assert main(["fit", "--config", config, *watching]) == 130
+    capsys.readouterr()
     record = json.loads(Path("run/driver/job.json").read_text())
     watching[-1] = "selection/loss"
     assert main(["fit", "--config", config, *watching]) == 0

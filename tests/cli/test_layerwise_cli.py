@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from gradmerge.cli import main
+from gradmerge.drivers.layerwise.scores import score
 from tiny import write_yaml
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -30,7 +32,7 @@ def test_the_shipped_files_learn_block_by_block(files, world, tmp_path, capsys):
     options = [option for file in files for option in ("--config", str(CONFIGS / file))]
     command = ["fit", "--config", suite, *options, "--driver.steps", "3"]
     assert main(command) == 0
-    logs = Path("outputs/logs/version_0")
+    logs = Path("outputs/driver/logs/version_0")
     with (logs / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     losses = [float(row["layer/0/loss"]) for row in rows if row["layer/0/loss"]]
@@ -85,7 +87,7 @@ def test_a_schedule_may_watch_the_loss_of_each_block(world, tmp_path, capsys):
     assert layerwise(world, tmp_path, "--trainer.default_root_dir", "plain") == 0
     plain = load_file("plain/merged/coefficients.st")
     assert any(not torch.equal(cut[name], plain[name]) for name in plain)
-    with Path("outputs/logs/version_0/metrics.csv").open() as file:
+    with Path("outputs/driver/logs/version_0/metrics.csv").open() as file:
         assert "layer/loss" not in next(csv.reader(file))
 
 
@@ -125,3 +127,38 @@ def test_passes_are_passes_with_accumulated_batches(world, tmp_path):
         steps.append(block["steps"])
     assert steps[0] % 3 == 0
     assert steps[1] == 3 * -(-(steps[0] // 3) // 2)
+
+
+def test_a_killed_job_goes_on_in_its_logs_and_ends_with_a_table(
+    world, tmp_path, monkeypatch, capsys
+):
+    calls = []
+
+    def killed(*given):
+        calls.append(given)
+        if len(calls) == 2:  # the first scores the start
+            raise KeyError("killed")
+        return score(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gradmerge.drivers.layerwise.job.score", killed)
+        assert layerwise(world, tmp_path) == 1
+    capsys.readouterr()
+    assert layerwise(world, tmp_path) == 0
+    (folder,) = Path("outputs/driver/logs").iterdir()
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    steps = [int(row["step"]) for row in rows if row["layer/0/loss"]]
+    assert steps == list(range(len(steps)))
+    scored = [row for row in rows if row["selection/loss"]]
+    assert [int(row["step"]) for row in scored] == [0, len(steps)]
+    out = capsys.readouterr().out
+    for label, row in zip(["start", f"last, step {len(steps)}"], scored, strict=True):
+        shown = [float(text) for text in re.search(rf"^{label} +(.*)$", out, re.M)[1].split()]
+        names = [f"selection/{task}/accuracy" for task in ("a", "b", "average")]
+        expected = [float(row[name]) for name in (*names, "selection/loss")]
+        assert shown == pytest.approx(expected, abs=1e-4)
+    assert re.search(rf"^time .*, {len(steps)} steps$", out, re.M)
+    assert re.search(r"^model +outputs/merged$", out, re.M)
+    provenance = json.loads(Path("outputs/merged/provenance.json").read_text())
+    assert "history" not in provenance["driver"]["blocks"][0]

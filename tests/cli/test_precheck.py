@@ -36,6 +36,11 @@ def changed(world, *settings, removed=()):
     return found
 
 
+def driver(name, **options):
+    return {"class_path": name, "init_args": options}
+
+
+KEEP = driver("lightning.pytorch.callbacks.ModelCheckpoint", save_top_k=-3)
 TRIM = {"class_path": "Trim", "init_args": {"density": 1.5}}
 # Option, value, and the words of the message; those of the first list need no torch.
 FORM = [
@@ -56,11 +61,25 @@ FORM = [
     ("trainer.max_steps", -5, r"trainer\.max_steps: expected a number of at least -1, got -5"),
     ("trainer.num_nodes", "two", r"trainer\.num_nodes: expected a whole number"),
     ("model.recipe.statistics", "absent", r"statistics: .*absent does not exist"),
+    ("model.recipe.sources", {"a": "x/a", "b": "y/b/c"}, r"sources\.b: y/b/c: expected a folder"),
+    (
+        "driver",
+        driver("LayerWise", epochs=0),
+        r"init_args\.epochs: .*at least 1, got 0",
+    ),
+    ("driver", driver("Tree", every_n_steps=0), r"driver\.init_args\.every_n_steps: .*got 0\."),
+    ("driver", driver("Continual", earlier="x", alpha=1.5), r"alpha: .*from 0 to 1, got 1\.5"),
+    (
+        "driver",
+        driver("Continual", earlier="no/x"),
+        r"init_args\.earlier: expected a model folder",
+    ),
+    ("trainer.callbacks", [KEEP], r"callbacks\[0\]\.init_args\.save_top_k: .*at least -1, got -3"),
+    ("trainer.limit_val_batches", 1.5, r"trainer\.limit_val_batches: .*a share of them.*got 1\.5"),
 ]
 VALUES = [
     ("model.recipe.preprocess", [TRIM], r"preprocess\[0\]: Trim\.density: expected a share"),
     ("model.recipe.origin", "zero", None),
-    ("model.recipe.sources", {"a": "x/a", "b": "y/b/c"}, r"sources\.b: y/b/c: expected a folder"),
     ("data.tasks.a.fractions", [1, 2, 3], r"data\.tasks\.a: fractions: expected three positive"),
     ("data.batch_size", 0, r"data\.batch_size: expected 1 to"),
     ("model.learning_rate", -1, r"model\.learning_rate: expected at least 0"),
@@ -68,21 +87,51 @@ VALUES = [
 ]
 
 
+# Arguments of commands without a recipe, and the words of the message; none needs torch.
+OTHERS = [
+    ("export absent.ckpt out", r"absent\.ckpt: no such checkpoint"),
+    ("export x.ckpt out --dtyp bf16", r"--dtyp: no such option\. Did you mean '--dtype'\?"),
+    ("export x.ckpt out --dtype bf61", r"--dtype: expected one of float64, .*got 'bf61'\. Did you"),
+    ("export x.ckpt there --dtype bf16", r"there exists; give another folder, or --overwrite"),
+    ("export x.ckpt", r"output: required, but not given \(folder to write\)"),
+    ("export x.ckpt out more", r"expected CHECKPOINT and OUTPUT, got also 'more'"),
+    ("export x.ckpt out --sources a=no/a/a b=no/b/b", r"2 mistakes:\n.*\.a: no/.*\n.*\.b: no/"),
+    ("unpack absent out --dtype int3", r"--dtype: expected one of .*, got 'int3'"),
+    ("unpack there2 out", r"there2: expected an exported folder, .* Did you mean there\?"),
+    ("inspect no/a/x no/b/y --base no/c/z", r"3 mistakes:\n  base: no/c.*\n.*\[0\].*\n.*\[1\]"),
+    (
+        "inspect there there --statistics maybe",
+        r"--statistics: expected true or false, got",
+    ),
+    ("push absent owner/name --dry-run true", r"absent: expected an exported folder"),
+    ("push there name", r"repo: expected owner/name, got 'name'"),
+    ("push there owner/name --privat false", r"Did you mean '--private'\?"),
+    ("evaluate no/model/x --tasks piqa", r"no/model/x: expected a folder or file"),
+    ("evaluate there --tasks piqa --limit 0", r"limit: expected a number of at least 1, got 0"),
+    ("evaluate there --tasks piqa --head a", r"expected a checkpoint for `head` and `sources`"),
+    ("evaluate there --tasks piqa --include_path away", r"include_path: expected a folder of task"),
+    ("evaluate there --config x.yaml", r"--config: no such option"),
+]
+
+
 def test_mistakes_are_found_before_anything_heavy_is_imported(world, tmp_path):
     """All of them in one process, in which nothing that they import may be heavy."""
-    cases = []
+    Path("there").mkdir()
+    Path("there/kept").touch()
+    Path("x.ckpt").touch()
+    cases = [[given.split(), message, True] for given, message in OTHERS]
     for i, (path, value, message) in enumerate([*FORM, *VALUES]):
         file = write(tmp_path / f"{i}.yaml", changed(world, (path, value)))
         if message is not None:
-            cases.append([file, message, i < len(FORM)])
+            cases.append([["fit", "--config", file], message, i < len(FORM)])
     script = tmp_path / "run.py"
     script.write_text(
         "import contextlib, io, json, re, sys\n"
         "from gradmerge.cli import main\n"
-        "for file, message, is_form in json.loads(sys.argv[1]):\n"
+        "for given, message, is_form in json.loads(sys.argv[1]):\n"
         "    with contextlib.redirect_stderr(io.StringIO()) as printed:\n"
         "        try:\n"
-        "            status = main(['fit', '--config', file])\n"
+        "            status = main(given)\n"
         "        except SystemExit as stopped:\n"
         "            status = stopped.code\n"
         "    text = printed.getvalue()\n"
@@ -155,7 +204,7 @@ def test_every_shipped_configuration_passes(tmp_path, monkeypatch):
         Path(place).touch()
     for place in set(re.findall(r"[\w./-]*\.cache/[\w./-]*(?:base|experts/\w+)\b", text)):
         Path(place).mkdir(parents=True, exist_ok=True)
-    for place in re.findall(r"statistics: ([\w./-]+)", text):
+    for place in re.findall(r"(?:statistics|earlier): ([\w./-]+)", text):
         Path(place).mkdir(parents=True, exist_ok=True)
     checked = 0
     for path in sorted((ROOT / "configs").rglob("*.yaml")):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from gradmerge.cli import main
 from gradmerge.cli.arguments import with_model_folder
@@ -47,6 +49,18 @@ def test_a_folder_scores_as_the_checkpoint_that_it_was_exported_from(world, tmp_
     assert len(names) >= 4
     for name in names:
         assert alone[name] == again[name] == pytest.approx(expected[name], abs=1e-6)
+    # they are in the records of the folder, as those of its fit are
+    records = json.loads(Path("merged/provenance.json").read_text())
+    kept = records["results"]["test"]
+    for name in names:
+        _, task, metric = name.split("/")
+        assert kept[task][metric] == pytest.approx(again[name], abs=1e-6)
+    assert "selection" in records["results"]
+    assert records["evaluation"]["test"]["versions"]["gradmerge"]
+    card = ModelCard.load("merged/README.md")
+    listed = {(r.dataset_split, r.dataset_name, r.metric_type) for r in card.data.eval_results}
+    assert {("test", "a", "accuracy"), ("test", "b", "accuracy")} <= listed
+    assert f"| a | {kept['a']['accuracy']:.4f} |" in card.text.partition("| test |")[2]
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_the_engine_is_the_only_one():
         "cli/explain.py",  # a constant of its own
         "common/atomic.py",  # an escaped name
         "engine/precision.py",  # names that classes of transformers state
-        "sources/hub.py",  # a constant within a constant
+        "common/hub.py",  # a constant within a constant
         "sources/loader.py",  # names that classes of transformers ignore
         "sources/quantised.py",  # constants of its own
     }

@@ -10,7 +10,10 @@ from tiny import relatives, sentences, word_tokenizer
 
 
 def make_example_folders(root: Path) -> None:
-    """Write models/{base,code,plays}, run/checkpoint-{1..5} and data/{code,plays}.jsonl."""
+    """Write models/{base,code,plays}, run/checkpoint-{1..5}, data/{code,plays}.jsonl, and an empty
+    folder for an earlier merge.
+    """
+    (root / "merged-earlier").mkdir()
     models = relatives(ARCHITECTURES["llama"][0](), 3, scale=0.05)
     for name, model in zip(("base", "code", "plays"), models, strict=True):
         folder = root / "models" / name

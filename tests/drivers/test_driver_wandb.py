@@ -69,11 +69,12 @@ def test_runs_of_one_job_are_one_group_of_w_and_b(tmp_path, monkeypatch, wandb_a
     assert [run[1:] for run in look.seen] == [(f"{start}step-1", group), (f"{start}step-2", group)]
 
 
-@pytest.mark.parametrize("given", ["environment", "logger"])
+@pytest.mark.parametrize("given", ["environment", "logger", "nothing"])
 def test_each_step_has_a_w_and_b_id_of_its_own_and_keeps_it(
     tmp_path, monkeypatch, wandb_anew, given
 ):
-    env, options = ({"RUN_ID": "abc"}, {}) if given == "environment" else ({}, {"id": "abc"})
+    env = {"RUN_ID": "abc"} if given == "environment" else {}
+    options = {"id": "abc"} if given == "logger" else {}
     look = LookAtRun()
     job = wandb_job(tmp_path / "one", look, monkeypatch, env, **options)
     make = job.make_trainer
@@ -84,11 +85,13 @@ def test_each_step_has_a_w_and_b_id_of_its_own_and_keeps_it(
     job.make_trainer = killed
     with pytest.raises(RuntimeError, match="killed"):
         Pairwise().run(job)
-    assert wandb.run.id == "abc-step-1"
+    number = json.loads((job.folder / "job.json").read_text())["job"]
+    own = number[:8] if given == "nothing" else "abc"
+    assert wandb.run.id == f"{own}-step-1"
     job.make_trainer = make
     Pairwise().run(job)
     finish_wandb_run()
-    assert [run[0] for run in look.seen] == ["abc-step-1", "abc-step-1", "abc-step-2"]
+    assert [run[0] for run in look.seen] == [f"{own}-step-1", f"{own}-step-1", f"{own}-step-2"]
 
 
 def test_a_job_in_a_sweep_is_the_one_run_of_its_agent(tmp_path, monkeypatch, wandb_anew):

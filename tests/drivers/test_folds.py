@@ -231,7 +231,7 @@ def test_options_that_a_fold_cannot_use_are_rejected(tmp_path):
         assert not (tmp_path / "driver").exists()
 
     refused(Pairwise(order=["a", "b"]), "order: expected each of a, b, c once, got a, b")
-    with pytest.raises(ConfigError, match="every_n_steps: must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="every_n_steps: expected a number of at least 1, got 0"):
         Tree(every_n_steps=0)
     refused(Tree(order=["a", "b", "cc"]), r"order: unknown source 'cc' \(choose from a, b, c\)")
     refused(Pairwise(), "expected at least two models to merge .*, got a", models=models[:2])

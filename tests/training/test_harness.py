@@ -223,9 +223,9 @@ def test_a_fit_is_evaluated_every_n_validations_and_learns_the_same(tmp_path, ta
     ("options", "words"),
     [
         ({"tasks": ""}, "tasks: expected names of tasks, got none"),
-        ({"limit": 0}, "limit: expected at least 1 example, got 0"),
-        ({"num_fewshot": -1}, "num_fewshot: expected at least 0, got -1"),
-        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"limit": 0}, "limit: expected a number of at least 1, got 0"),
+        ({"num_fewshot": -1}, "num_fewshot: expected a number of at least 0, got -1"),
+        ({"batch_size": 0}, "batch_size: expected a number of at least 1, got 0"),
         ({"include_path": "nowhere"}, "include_path: expected a folder of task files, got nowhere"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from gradmerge.cli.catalogue import (
@@ -24,6 +25,7 @@ from gradmerge.cli.catalogue import (
 )
 from gradmerge.cli.options import fields_of
 from gradmerge.common.errors import nearest, shorten
+from gradmerge.common.ranges import out_of_range
 
 _SHOWN = 12
 _SPEC = ("class_path", "init_args", "dict_kwargs")
@@ -291,45 +293,69 @@ def _fields(value: Any, of: Class | Options, at: str) -> Iterator[Mistake]:
             yield Mistake(_joined(at, key), "no such option.", of=of)
 
 
-def missing(value: Any, kind: Type, at: str = "") -> Iterator[Mistake]:
+# ---- the whole ---------------------------------------------------------------------------------
+
+
+def missing(value: Any, kind: Type) -> Iterator[Mistake]:
     """Yield the required options that plain data lack, wherever a component is given in full."""
+    for at, of, given in _groups(value, kind):
+        for name, field in fields_of(of).items():
+            if name not in given and field.default is None and not _is_group(field.kind):
+                about = field.doc.replace("\n", " ").partition(". ")[0].rstrip(".")
+                yield Mistake(_joined(at, name), f"required, but not given ({about}).")
+
+
+def misranged(value: Any, kind: Type) -> Iterator[Mistake]:
+    """Yield the numbers in plain data that are out of the range of their options."""
+    for at, of, given in _groups(value, kind):
+        names = [base.name for base in of.lineage[0]] if isinstance(of, Class) else [of.name]
+        for name, expected, got in out_of_range(names, given):
+            if isfinite(got):  # else it is named with all others that are not
+                yield Mistake(_joined(at, name), f"expected {expected}, got {got}.")
+
+
+Group = tuple[str, Class | Options, Mapping[str, Any]]
+
+
+def _groups(value: Any, kind: Type, at: str = "") -> Iterator[Group]:
+    """Yield path, class and options of each component and group of options in plain data."""
     match kind:
         case Either():
             fits = fitting(value, kind)
             if fits is not None:
-                yield from missing(value, fits, at)
+                yield from _groups(value, fits, at)
         case Listing(inner=inner) if isinstance(value, Sequence) and not isinstance(value, str):
             for i, item in enumerate(value):
-                yield from missing(item, inner, f"{at}[{i}]")
+                yield from _groups(item, inner, f"{at}[{i}]")
         case Table(inner=inner) if isinstance(value, Mapping):
             for key, item in value.items():
-                yield from missing(item, inner, _joined(at, key))
+                yield from _groups(item, inner, _joined(at, key))
         case Instance(of=of):
-            yield from _missing_fields(value, of, at)
+            group = _group(value, of, at)
+            if group is None:
+                return
+            yield group
+            at, of, given = group
+            for name, field in fields_of(of).items():
+                required = field.default is None and _is_group(field.kind)
+                inner = given.get(name, {} if required else None)
+                yield from _groups(inner, field.kind, _joined(at, name))
 
 
-def _missing_fields(value: Any, of: Class | Options, at: str) -> Iterator[Mistake]:
+def _is_group(kind: Type) -> bool:
+    return isinstance(kind, Instance) and not kind.of.is_abstract
+
+
+def _group(value: Any, of: Class | Options, at: str) -> Group | None:
+    """Return a component as it is given in full, or None."""
     if isinstance(value, str) and isinstance(of, Class) and of.is_abstract:
         value = {"class_path": value}
     if not isinstance(value, Mapping):
-        return
+        return None
     if isinstance(of, Class) and "class_path" in value:
         found = class_of(str(value["class_path"]), of) if of.is_abstract else of
         if not isinstance(found, Class):
-            return
-        of, value = found, value.get("init_args") or {}
-        at = _joined(at, "init_args")
-    elif isinstance(of, Class) and of.is_abstract:
-        return
-    if not isinstance(value, Mapping):
-        return
-    for name, field in fields_of(of).items():
-        if name in value:
-            yield from missing(value[name], field.kind, _joined(at, name))
-        elif field.default is not None:
-            continue
-        elif isinstance(field.kind, Instance) and not field.kind.of.is_abstract:
-            yield from missing({}, field.kind, _joined(at, name))
-        else:
-            about = field.doc.replace("\n", " ").partition(". ")[0].rstrip(".")
-            yield Mistake(_joined(at, name), f"required, but not given ({about}).")
+            return None
+        given = value.get("init_args") or {}
+        return (_joined(at, "init_args"), found, given) if isinstance(given, Mapping) else None
+    return None if isinstance(of, Class) and of.is_abstract else (at, of, value)

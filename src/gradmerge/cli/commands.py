@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gradmerge.cli.inspect import inspect_sources, render
+from gradmerge.cli.places import is_checkpoint
 from gradmerge.common.atomic import Scratch
 from gradmerge.common.checkpoints import load_checkpoint, local_checkpoint
-from gradmerge.common.errors import CompatibilityError, ConfigError, nearest, shorten
+from gradmerge.common.errors import CompatibilityError, ConfigError
 from gradmerge.common.files import read_json
 from gradmerge.common.finite import as_json
-from gradmerge.common.names import named
+from gradmerge.common.hub import require_repo
+from gradmerge.common.names import Dtype, named
 from gradmerge.common.output import paths_in
 from gradmerge.common.spec import to_plain
 from gradmerge.engine.merged import MergedModel
@@ -31,12 +33,12 @@ from gradmerge.export.emr import export_compact, export_tasks, require_outputs, 
 from gradmerge.export.folder import export_state, require_options
 from gradmerge.export.license import license_note
 from gradmerge.export.provenance import read_as
-from gradmerge.export.push import contents, require_repo, table
+from gradmerge.export.push import contents, table
 from gradmerge.export.push import push as upload
 from gradmerge.mergekit.writer import require_file, require_sum, write_mergekit
 from gradmerge.search import AbstractSearch
 from gradmerge.sources import Checkpoint, as_source
-from gradmerge.sources.emr import EMRCheckpoint, read_description
+from gradmerge.sources.emr import EMRCheckpoint, require_tasks
 from gradmerge.sources.resolve import base_of_compact
 from gradmerge.sources.tokenizers.report import summarise, token_report
 
@@ -46,7 +48,7 @@ Form = Outputs | Literal["mergekit"]
 
 def output_options(
     output: str,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     overwrite: bool = False,
     head: str | None = None,
     provenance_paths: bool = False,
@@ -59,7 +61,7 @@ def output_options(
 
     Args:
         output: folder to write.
-        dtype: float64, float32, bfloat16 or float16. Default: each tensor's stored dtype.
+        dtype: dtype of the weights. Default: each tensor's stored dtype.
         overwrite: replace an existing folder.
         head: task whose head the model in the folder itself has. Default: the first.
         provenance_paths: keep the local paths of sources and data in provenance.json, README.md and
@@ -356,7 +358,7 @@ def unpack(
     output: str,
     base: str | None = None,
     tasks: list[str] | None = None,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     overwrite: bool = False,
     provenance_paths: bool = False,
 ) -> None:
@@ -367,7 +369,7 @@ def unpack(
         output: folder to write, with one folder per task in it.
         base: path or hub id of the base. Default: its place at the time of the merge.
         tasks: tasks to write. Default: all.
-        dtype: float64, float32, bfloat16 or float16. Default: the base's stored dtypes.
+        dtype: dtype of the weights. Default: the base's stored dtypes.
         overwrite: replace an existing folder.
         provenance_paths: keep local paths in the folders' records. Default: names and hub ids only.
     """
@@ -376,14 +378,7 @@ def unpack(
         output, dtype, overwrite, None, provenance_paths, form="tasks", inputs=inputs
     )
     path = Path(folder).expanduser()
-    described = read_description(path)
-    for task in tasks or ():
-        if task not in described["scales"]:
-            known = described["scales"]
-            raise ConfigError(
-                f"tasks: unknown task {task!r} (choose from {shorten(list(known))})."
-                f"{nearest(task, known)}"
-            )
+    described = require_tasks(path, tasks or ())
     opened = (as_source(base) if base else base_of_compact(path)).open()
     checked["inputs"] = [*inputs, *paths_in(sorted({i.file for i in opened.infos.values()}))]
     found = {task: EMRCheckpoint(path, task, opened) for task in tasks or described["scales"]}
@@ -395,7 +390,7 @@ def unpack(
 
 def evaluate(
     path: str,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     device: str | None = None,
     head: str | None = None,
     record: bool = True,
@@ -412,8 +407,7 @@ def evaluate(
 
     Args:
         path: model folder, hub id, or checkpoint of `gradmerge fit` (*.ckpt).
-        dtype: float64, float32, bfloat16 or float16. Default: that in which transformers opens the
-            folder.
+        dtype: dtype of the weights. Default: that in which transformers opens the folder.
         device: device. Default: a GPU if there is one.
         head: task whose head is used, if a checkpoint has several. Default: the first.
         record: write the scores into the folder, or beside the checkpoint.
@@ -437,19 +431,13 @@ def evaluate(
     require_installed()
     harness = Harness(**options)
     require_options(dtype, None, ())
-    local = Path(path).expanduser()
-    is_checkpoint = local.is_file() or local.suffix == ".ckpt"
-    if is_checkpoint:
+    of_fit, local = is_checkpoint(path, head, sources), Path(path).expanduser()
+    if of_fit:
         require_checkpoint(path)
-    elif head is not None or sources:
-        raise ConfigError(
-            f"{path}: expected a checkpoint for `head` and `sources`, got a folder or hub id, "
-            "which has one head and no sources. Remove them; heads are in FOLDER/tasks/TASK."
-        )
     else:
         path = require_folder(path, trust_remote_code)
     _ = harness.loaded  # unknown tasks are found before the weights are opened
-    if is_checkpoint:
+    if of_fit:
         from gradmerge.training.harness_model import MergedLM
 
         network: Any = MergedLM(
@@ -467,10 +455,10 @@ def evaluate(
     found = harness.run(network)
     print(score_table(found.stage, found.scores, {}))
     if wandb is not None:
-        log_to_wandb(wandb, local.name, found, local if is_checkpoint else None)
+        log_to_wandb(wandb, local.name, found, local if of_fit else None)
     if not record:
         return
-    if is_checkpoint:
+    if of_fit:
         keep_scores(local, {found.stage: found.scores})
     elif evaluated.is_recorded(local):
         evaluated.record(local, found.stage, found.scores, found.settings)

@@ -12,26 +12,15 @@ from typing import Any
 from gradmerge.cli.defaults import listed
 from gradmerge.common.errors import ConfigError, require
 from gradmerge.common.failures import reading
+from gradmerge.common.ranges import RANGES, require_ranges
 from gradmerge.training.monitors import require_monitor, score_names
 
 Get = Callable[[str], Any]
 """Returns an option by its dotted name, or None."""
 
 _SEEDS = 2**32 - 1
-# Numbers that the trainer would take and then misread, with their least value.
-_LEAST = {
-    "max_steps": -1,
-    "max_epochs": -1,
-    "min_steps": 0,
-    "min_epochs": 0,
-    "gradient_clip_val": 0,
-    "accumulate_grad_batches": 1,
-    "check_val_every_n_epoch": 1,
-    "log_every_n_steps": 0,
-    "num_sanity_val_steps": -1,
-    "reload_dataloaders_every_n_epochs": 0,
-    "num_nodes": 1,
-}
+# Options of the trainer that are a number of batches, or a share of them.
+_PARTS = tuple(f"limit_{part}_batches" for part in ("train", "val", "test", "predict"))
 # Steps of a schedule that are tried.
 _TRIED = 10_000
 # Whose classes do in a trial what they do in a fit.
@@ -66,11 +55,14 @@ def require_options(get: Get, fits: bool) -> None:
 
 def require_numbers(get: Get, fits: bool) -> None:
     """Reject numbers that the trainer would misread (see `require_options`)."""
-    for name, least in _LEAST.items():
+    given = {name: get(f"trainer.{name}") for name in RANGES["Trainer"]}
+    require_ranges("Trainer", given, "trainer.")
+    for name in _PARTS:
         value = get(f"trainer.{name}")
-        if value is not None:
-            sound = math.isfinite(value) and value >= least
-            require(sound, f"trainer.{name}", f"a number of at least {least}", value)
+        if isinstance(value, (int, float)):
+            sound = value >= 0 if isinstance(value, int) else 0 <= value <= 1
+            expected = "a number of batches, or a share of them from 0.0 to 1.0"
+            require(sound, f"trainer.{name}", expected, value)
     most = max(16, 2 * (os.cpu_count() or 1))
     devices = get("trainer.devices")
     if str(devices).isdigit() and get("trainer.accelerator") == "cpu":

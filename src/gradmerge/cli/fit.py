@@ -34,8 +34,9 @@ from gradmerge.cli.early import require_monitors, require_options, require_seed
 from gradmerge.cli.explain import Explained
 from gradmerge.cli.imports import ALLOW_MODULES, require_allowed
 from gradmerge.cli.options import ABOUT
+from gradmerge.cli.places import require_scored
 from gradmerge.cli.resume import NAMES, find_checkpoint, move_sources
-from gradmerge.cli.score import require_scored, scored_recipe
+from gradmerge.cli.score import keep_in_folder, run_of, scored_recipe
 from gradmerge.common.errors import ConfigError
 from gradmerge.common.failures import reading
 from gradmerge.common.finite import require_finite_options
@@ -50,7 +51,7 @@ from gradmerge.search import AbstractSearch
 from gradmerge.training.benchmarks import EvaluateEvery
 from gradmerge.training.callbacks import ExportAtEnd, StepProgress
 from gradmerge.training.checkpoint import keep_scores
-from gradmerge.training.logs import continue_logs, remove_refused
+from gradmerge.training.logs import continue_logs, continue_run, remove_refused
 from gradmerge.training.module import MergeModule
 from gradmerge.training.run import read_by
 from gradmerge.training.saving import require_places
@@ -330,6 +331,8 @@ class MergeCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if self.driver is not None and self.job is not None:
             self.driver.run(self.job)
+            if self.job.table:
+                print(f"\n{self.job.table}")
             return
         self._began = time.monotonic()
         try:
@@ -349,11 +352,19 @@ class MergeCLI(LightningCLI):
         self._print_scores("selection")
 
     def after_test(self) -> None:
-        """Print the scores as one table, and keep them beside the checkpoint for its export."""
+        """Print the scores as one table, and keep them.
+
+        Those of a checkpoint are kept beside it for its export, those of a folder in its records.
+        """
         self._print_scores("test")
+        if not self.trainer.is_global_zero:
+            return
+        found, folder = self.model.results["test"], self._get(self.config, "model_folder")
         checkpoint = self._get(self.config, "ckpt_path")
-        if checkpoint is not None and self.trainer.is_global_zero:
-            keep_scores(Path(checkpoint), {"test": self.model.results["test"]})
+        if checkpoint is not None:
+            keep_scores(Path(checkpoint), {"test": found})
+        if folder and (done := keep_in_folder(folder, "test", found)) and self._verbose:
+            print(done)
 
     def _print_scores(self, split: str) -> None:
         results, experts = self.model.results.get(split, {}), self.model.experts.get(split, {})
@@ -408,6 +419,8 @@ class MergeCLI(LightningCLI):
         checkpoint = self._get(self.config, "ckpt_path")
         if loggers and checkpoint:
             continue_logs(loggers, Path(checkpoint), self.subcommand in (None, "fit"))
+        elif loggers and self._get(self.config, "model_folder"):
+            continue_run(loggers, run_of(self._get(self.config, "model_folder")))
         require_trusted_tasks(listed(given.get("callbacks")), self.allowed)
         if loggers:
             kwargs["callbacks"] = with_coefficients(given.get("callbacks"))

@@ -30,7 +30,7 @@ from gradmerge.cli.catalogue import (
     options_within,
 )
 from gradmerge.cli.check import class_of
-from gradmerge.cli.options import LEARNING, MERGING, fields_of, options_of
+from gradmerge.cli.options import LEARNING, MERGING, POSITIONAL, fields_of, options_of
 from gradmerge.common.errors import ConfigError
 from gradmerge.common.files import near, read_yaml, require_bounded
 from gradmerge.common.spec import modernise
@@ -48,7 +48,7 @@ class Part:
     count: int
     """Number of its arguments."""
     flag: str
-    """As given, e.g. `--data.batch_size`."""
+    """As given, e.g. `--data.batch_size`; empty for what is given without a name."""
     path: tuple[str, ...]
     """Where its value belongs."""
     value: Any
@@ -61,6 +61,8 @@ class Part:
     @property
     def arguments(self) -> list[str]:
         """As the parser accepts it."""
+        if not self.flag:
+            return [str(self.value)]
         if self.file:
             return [self.flag, yaml.safe_dump(self.value, sort_keys=False)]
         text = self.value if isinstance(self.value, str) else json.dumps(self.value)
@@ -84,7 +86,7 @@ def read_parts(command: str, arguments: Sequence[str]) -> list[Part]:
     Raises:
         ConfigError: a file does not exist, is not YAML, or holds something else than options.
     """
-    parts = list(_parts(arguments))
+    parts = list(_parts(command, arguments))
     dropped: list[str] = ["search", "score"] if command == "collect" else []
     if command == "merge" and not any(map(_asks_for_data, parts)):
         dropped.append("data")
@@ -98,8 +100,13 @@ def _asks_for_data(part: Part) -> bool:
     return bool(part.value.get("search") or part.value.get("score"))
 
 
-def _parts(arguments: Sequence[str]) -> Iterator[Part]:
+def _parts(command: str, arguments: Sequence[str]) -> Iterator[Part]:
     at, files = 0, {at: (flag, path) for at, flag, path in configs_in(arguments)}
+    if "config" not in options_of(command).fields:
+        files = {}
+    unnamed = POSITIONAL.get(command, ())
+    most = 1 if unnamed else len(arguments)  # values of an option
+    bare: list[int] = []
     while at < len(arguments):
         argument, start = arguments[at], at
         at += 1
@@ -112,6 +119,8 @@ def _parts(arguments: Sequence[str]) -> Iterator[Part]:
         elif re.match(r"--\w", argument):
             values = [text] if equals else []
             while not equals and at < len(arguments) and not arguments[at].startswith("--"):
+                if len(values) == most:
+                    break
                 values.append(arguments[at])
                 at += 1
             path = tuple(name[2:].rstrip("+").split("."))
@@ -120,6 +129,30 @@ def _parts(arguments: Sequence[str]) -> Iterator[Part]:
                 found = [_plain(value) for value in values]
                 value = found[0] if len(found) == 1 else found
                 yield Part(start, at - start, name, path, value, value, adds=name.endswith("+"))
+        elif unnamed:
+            bare.append(start)
+    yield from _unnamed(command, [(at, arguments[at]) for at in bare])
+
+
+def _unnamed(command: str, given: Sequence[tuple[int, str]]) -> Iterator[Part]:
+    """Yield what is given without a name.
+
+    Raises:
+        ConfigError: there is more than the command takes.
+    """
+    names = POSITIONAL.get(command, ())
+    if command == "inspect":
+        for at, text in given:
+            yield Part(at, 1, "", names, text, text, adds=True)
+        return
+    if len(given) > len(names):
+        more = ", ".join(repr(text) for _, text in given[len(names) :])
+        raise ConfigError(
+            f"expected {' and '.join(map(str.upper, names))}, got also {more}. Options are given "
+            "by name (--dtype bfloat16)."
+        )
+    for name, (at, text) in zip(names, given, strict=False):
+        yield Part(at, 1, "", (name,), text, text)
 
 
 def _file(at: int, count: int, flag: str, path: str) -> Part:

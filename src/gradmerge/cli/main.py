@@ -20,7 +20,7 @@ from gradmerge.cli.arguments import (
 from gradmerge.cli.ending import ended_by_signal, named_loss, watch_processes
 from gradmerge.cli.explain import COMPONENTS, Explained, own_message
 from gradmerge.cli.help import explain_component, screen
-from gradmerge.cli.options import LEARNING, MERGING
+from gradmerge.cli.options import LEARNING, POSITIONAL
 from gradmerge.cli.precheck import prechecked
 from gradmerge.common.errors import nearest
 from gradmerge.common.failures import expected
@@ -315,8 +315,9 @@ def read_old_paths() -> None:
 def _plain(command: str, arguments: Sequence[str]) -> None:
     arguments = underscored(arguments)
     files = [path for _, _, path in configs_in(arguments)]
-    if command in MERGING:
-        arguments = prechecked(command, arguments)
+    if command in ("export", "evaluate"):
+        arguments = with_sources(arguments)
+    arguments = prechecked(command, arguments)
 
     from gradmerge.cli import commands
     from gradmerge.cli.configs import read_merge_input
@@ -326,8 +327,6 @@ def _plain(command: str, arguments: Sequence[str]) -> None:
     show_progress(True)
     register(arguments)
     allowed = allowed_modules(arguments)
-    if command in ("export", "evaluate"):
-        arguments = with_sources(arguments)
     with only_components(allowed):
         if command in ("merge", "collect"):
             options = merge_options(command, read_merge_input(arguments, files))
@@ -410,7 +409,7 @@ def _parser(command: str, data: bool = False) -> Any:
     parser.add_function_arguments(
         function,
         as_group=False,
-        as_positional=command in ("export", "unpack", "push"),
+        as_positional=command in POSITIONAL and command not in ("inspect", "evaluate"),
         skip={
             "allow_modules",
             "configs",

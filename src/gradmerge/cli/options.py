@@ -21,6 +21,14 @@ from gradmerge.cli.catalogue import (
 
 LEARNING = ("fit", "validate", "test")
 MERGING = ("merge", "collect")
+POSITIONAL = {
+    "export": ("checkpoint", "output"),
+    "unpack": ("folder", "output"),
+    "inspect": ("sources",),
+    "evaluate": ("path",),
+    "push": ("folder", "repo"),
+}
+"""Options that are given without their names, in this order."""
 ABOUT = {
     "driver": "Run several fits instead of one of all sources (Pairwise, Tree, Continual, "
     "LayerWise). Repeat the command to resume an interrupted job.",

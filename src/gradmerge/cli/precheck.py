@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from gradmerge.cli.catalogue import Class, Instance, Listing, Type, options_within
-from gradmerge.cli.check import Mistake, missing, mistakes
+from gradmerge.cli.check import Mistake, misranged, missing, mistakes
 from gradmerge.cli.forms import accepted
 from gradmerge.cli.given import Part, is_foreign, read_parts, spelled, tree_of, type_at
 from gradmerge.cli.imports import allowed_modules
 from gradmerge.cli.options import fields_of, options_of
-from gradmerge.cli.trial import trial
+from gradmerge.cli.places import lost
+from gradmerge.cli.trial import infinite, trial
 from gradmerge.common.errors import ConfigError, nearest, shorten
 from gradmerge.common.secrets import mask_given
 
@@ -43,7 +45,9 @@ def prechecked(command: str, arguments: Sequence[str]) -> list[str]:
         checked.append(new)
     if not found and not any(map(is_foreign, parts)):
         tree = tree_of(command, checked)
-        found = list(missing(tree, Instance(options_of(command)))) or trial(command, tree)
+        whole = Instance(options_of(command))
+        found = [*missing(tree, whole), *infinite(tree), *misranged(tree, whole)]
+        found = [*found, *lost(command, tree)] or trial(command, tree)
     if found:
         raise ConfigError(_report([mask_given(str(mistake)) for mistake in found]))
     for part in reversed([part for part in checked if part.value != part.original]):
@@ -61,10 +65,16 @@ def _report(found: Sequence[str]) -> str:
     found = list(dict.fromkeys(found))
     if len(found) == 1:
         return found[0]
-    lines = [f"  {text}" for text in found[:_MOST]]
+    # what several say alike is said once, in the end
+    notes = Counter(text.partition("\n")[2] for text in found)
+    shared = [note for note, count in notes.items() if note and count > 1]
+    lines = []
+    for text in found[:_MOST]:
+        first, _, note = text.partition("\n")
+        lines.append(f"  {first if note in shared else text}")
     if len(found) > _MOST:
         lines.append(f"  ... and {len(found) - _MOST} more")
-    return "\n".join([f"{len(found)} mistakes:", *lines])
+    return "\n".join([f"{len(found)} mistakes:", *lines, *shared])
 
 
 def _checked(command: str, part: Part, tree: Any) -> tuple[Part, list[Mistake]]:
@@ -72,7 +82,7 @@ def _checked(command: str, part: Part, tree: Any) -> tuple[Part, list[Mistake]]:
     if is_foreign(part):
         return part, []
     kind, at, group = type_at(command, part.path, tree)
-    prefix = f"{part.file}: " if part.file else "--"
+    prefix = f"{part.file}: " if part.file else "--" if part.flag else ""
     if kind is None:
         rest = part.path[len(at.split(".")) :]
         wrong = [_unknown(command, Mistake(at, ""), group, "--", rest)]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradmerge.cli.arguments import MODEL, SCORING
+from gradmerge.cli.arguments import MODEL
 from gradmerge.coefficients import Constant, Model
 from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.common.files import read_json
 from gradmerge.common.schema import require_shape
 from gradmerge.engine.recipe import Recipe
+from gradmerge.export.evaluated import is_recorded, record
 
-_PROVENANCE = {"recipe?": {"init_args?": {"private?": [str]}}}
+_PROVENANCE = {
+    "recipe?": {"init_args?": {"private?": [str]}},
+    "run?": {"wandb?": {"id": str, "project": str}},
+}
 
 
 def scored_recipe(folder: str, tasks: Iterable[str], private: Sequence[str]) -> Recipe:
@@ -52,21 +56,30 @@ def scored_recipe(folder: str, tasks: Iterable[str], private: Sequence[str]) -> 
 
 def _private_of(folder: Path) -> list[str]:
     """Return the private patterns of the merge that wrote a folder, if it was gradmerge."""
-    path = folder / "provenance.json"
-    found: Any = read_json(path, ConfigError) or {}
-    require_shape(path, found, _PROVENANCE, "Restore it, or remove it.", ConfigError)
+    found = _provenance(folder)
     return list(found.get("recipe", {}).get("init_args", {}).get("private", []))
 
 
-def require_scored(command: str, ckpt_path: str | None) -> None:
-    """Reject a command or options that do not combine with a folder to score."""
-    if command not in SCORING:
-        raise ConfigError(
-            f"model_folder: `gradmerge {command}` learns a merge, but a folder can only be scored; "
-            "use `gradmerge test --model FOLDER` or `gradmerge validate --model FOLDER`."
-        )
-    if ckpt_path is not None:
-        raise ConfigError(
-            f"--model and --ckpt_path {ckpt_path}: expected one of them, got both; a folder holds "
-            "weights, a checkpoint coefficients of a merge. Remove one."
-        )
+def run_of(folder: str) -> dict[str, Any]:
+    """Return what is known of the fit that made the model of a folder, empty if nothing is."""
+    return dict(_provenance(Path(folder).expanduser()).get("run", {}))
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    path = folder / "provenance.json"
+    found: dict[str, Any] = read_json(path, ConfigError) or {}
+    require_shape(path, found, _PROVENANCE, "Restore it, or remove it.", ConfigError)
+    return found
+
+
+def keep_in_folder(folder: str, split: str, scores: Mapping[str, Any]) -> str:
+    """Add scores to card and provenance of a folder that gradmerge wrote.
+
+    Returns:
+        What was done in words; empty for another folder or a hub id.
+    """
+    local = Path(folder).expanduser()
+    if not is_recorded(local):
+        return ""
+    record(local, split, scores, {})
+    return f"scores added to the card and provenance of {local}"

@@ -6,14 +6,11 @@ Lightning nor transformers, and opens no file.
 
 from __future__ import annotations
 
-import copy
-import glob
 import importlib
 import inspect
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from gradmerge.cli.catalogue import (
@@ -29,13 +26,9 @@ from gradmerge.cli.catalogue import (
 from gradmerge.cli.check import Mistake, class_of, fitting
 from gradmerge.cli.early import require_monitors, require_numbers, require_optimiser, require_seed
 from gradmerge.cli.options import LEARNING, TASK, fields_of, options_of
-from gradmerge.common.errors import GradmergeError, nearest, shorten
-from gradmerge.common.files import near
-from gradmerge.common.output import paths_in
+from gradmerge.cli.places import unreadable
+from gradmerge.common.errors import GradmergeError
 
-# Builders of datasets that read local files.
-_BUILDERS = ("csv", "json", "parquet", "text", "arrow", "xml", "imagefolder", "audiofolder")
-_DATA = (".csv", ".json", ".jsonl", ".parquet", ".txt", ".arrow")
 # Modules whose classes are made with Lightning.
 _HEAVY = ("gradmerge.drivers", "gradmerge.training", "gradmerge.cli", "lightning", "torch")
 _TASKS = TASK.rpartition(".")[0]
@@ -52,26 +45,28 @@ def trial(command: str, tree: Mapping[str, Any]) -> list[Mistake]:
         command: name of the command.
         tree: its options as plain data.
     """
-    if not all(map(math.isfinite, _numbers_in(tree))):
-        from gradmerge.common.finite import require_finite_options
-
-        try:
-            require_finite_options(_with_infinite(tree))
-        except GradmergeError as error:
-            return [Mistake("", str(error))]
-    found = [*_places(command, tree), *_owners(command, tree)]
-    if command in LEARNING:
-        found += _numbers(command, tree)
+    found = list(_numbers(command, tree)) if command in LEARNING else []
     if found:
         return found
     _part(tree, Instance(options_of(command)), "", found)
     if tree.get("driver"):  # the recipe is that of each of its steps, not of all sources at once
         found = [mistake for mistake in found if mistake.at != "model.recipe"]
     if not found:
-        found += _outputs(command, tree) or _sources(command, tree)
+        found += unreadable(command, tree)
     if not found and command in LEARNING:
         found += _learning(command, tree)
     return found
+
+
+def infinite(tree: Mapping[str, Any]) -> Iterator[Mistake]:
+    """Yield one mistake for all numbers that are NaN or infinite."""
+    if not all(map(math.isfinite, _numbers_in(tree))):
+        from gradmerge.common.finite import require_finite_options
+
+        try:
+            require_finite_options(_with_infinite(tree))
+        except GradmergeError as error:
+            yield Mistake("", str(error))
 
 
 def _with_infinite(value: Any) -> Any:
@@ -245,110 +240,3 @@ def _learning(command: str, tree: Mapping[str, Any]) -> Iterator[Mistake]:
             yield Mistake("", str(error))
         except Exception:
             pass
-
-
-# ---- places --------------------------------------------------------------------------------------
-
-
-def _places(command: str, tree: Mapping[str, Any]) -> Iterator[Mistake]:
-    """Yield the files and folders that do not exist."""
-    data = tree.get("data") or {}
-    for name, task in (data.get("tasks") or {}).items():
-        if isinstance(task, Mapping):
-            yield from _files(f"data.tasks.{name}", task)
-    recipe = _recipe(command, tree)
-    folder = recipe.get("statistics")
-    if isinstance(folder, str) and command != "collect" and not Path(folder).expanduser().exists():
-        where = "model.recipe" if command in LEARNING else "recipe"
-        text = f"expected a folder of `gradmerge collect`, but {folder} does not exist."
-        yield Mistake(f"{where}.statistics", f"{text}{near(folder)}")
-
-
-def _owners(command: str, tree: Mapping[str, Any]) -> Iterator[Mistake]:
-    """Yield the tasks whose `source` is none of the recipe's."""
-    recipe, tasks = _recipe(command, tree), (tree.get("data") or {}).get("tasks")
-    given = [recipe.get(part) or {} for part in ("sources", "heads")]
-    if tree.get("driver") or not all(isinstance(part, Mapping) for part in (*given, tasks or {})):
-        return  # a driver's earlier merges are sources, too
-    known = [name for part in given for name in part]
-    for name, task in (tasks or {}).items() if known else ():
-        source = task.get("source") if isinstance(task, Mapping) else None
-        if source is not None and source not in known:
-            choice = f"choose from {', '.join(known)}"
-            text = f"unknown source {source!r} ({choice}).{nearest(str(source), known)}"
-            yield Mistake(f"data.tasks.{name}.source", text)
-
-
-def _files(at: str, task: Mapping[str, Any]) -> Iterator[Mistake]:
-    path, files = task.get("path"), task.get("data_files")
-    if not isinstance(path, str):
-        return
-    if path not in _BUILDERS:
-        local = path.startswith((".", "/", "~")) or path.endswith(_DATA)
-        if local and not _exists(path):
-            yield Mistake(
-                f"{at}.path", f"expected a data set, but {path} does not exist.{near(path)}"
-            )
-        return
-    listed = list(files.values()) if isinstance(files, Mapping) else [files]
-    flat = [file for part in listed for file in (part if isinstance(part, list) else [part])]
-    lost = [file for file in flat if isinstance(file, str) and not _exists(file)]
-    if lost:
-        one = len(lost) == 1
-        text = f"expected files, but {shorten(lost)} do{'es' if one else ''} not exist."
-        yield Mistake(f"{at}.data_files", f"{text}{near(lost[0])}")
-
-
-def _exists(file: str) -> bool:
-    return "://" in file or bool(glob.glob(str(Path(file).expanduser()), recursive=True))
-
-
-def _recipe(command: str, tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    holder = (tree.get("model") or {}) if command in LEARNING else tree
-    found = holder.get("recipe")
-    return found if isinstance(found, Mapping) and not tree.get("model_folder") else {}
-
-
-def _outputs(command: str, tree: Mapping[str, Any]) -> list[Mistake]:
-    """Return what forbids to write the output of `merge` or `collect`."""
-    output = tree.get("output")
-    if command in LEARNING or not isinstance(output, str) or tree.get("mergekit"):
-        return []
-    from gradmerge.export.atomic import refuse_existing
-
-    recipe = _recipe(command, tree)
-    read = [recipe.get(option) for option in ("base", "sources", "heads")]
-    inputs = paths_in(read, patterns=True)
-    try:
-        refuse_existing(Path(output).expanduser(), bool(tree.get("overwrite")), inputs)
-    except GradmergeError as error:
-        return [Mistake("", str(error))]
-    return []
-
-
-def _sources(command: str, tree: Mapping[str, Any]) -> Iterator[Mistake]:
-    """Yield the sources that are no places, all of them."""
-    from gradmerge.cli.resume import move_sources
-    from gradmerge.sources import as_source
-
-    recipe = copy.deepcopy(dict(_recipe(command, tree)))
-    moved = tree.get("sources")
-    if isinstance(moved, Mapping) and recipe:
-        try:
-            move_sources(recipe, moved)
-        except GradmergeError as error:
-            yield Mistake("", str(error))
-            return
-    prefix = "model.recipe" if command in LEARNING else "recipe"
-    opened: Any = None
-    given = {"base": recipe.get("base")}
-    for part in ("sources", "heads"):
-        given.update({f"{part}.{n}": source for n, source in (recipe.get(part) or {}).items()})
-    for option, source in given.items():
-        if not isinstance(source, str):
-            continue
-        try:
-            found = as_source(source, opened)
-            opened = found if option == "base" else opened
-        except GradmergeError as error:
-            yield Mistake(f"{prefix}.{option}", str(error))

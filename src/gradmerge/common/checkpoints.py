@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from gradmerge.common.errors import ConfigError
 
 # What a checkpoint of a fit holds, by the types that gradmerge and Lightning rely on.
@@ -73,6 +71,8 @@ def load_checkpoint(
             objects other than plain data and tensors.
     """
     file = path if hasattr(path, "read") else local_checkpoint(path)
+    import torch  # not to say that there is no such file
+
     try:
         found = torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
     except OSError as error:

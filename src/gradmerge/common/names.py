@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gradmerge.common.errors import ConfigError, GradmergeError, shorten
 
@@ -17,6 +17,8 @@ LONGEST = 120
 """Bytes of a name; files are written under it with a prefix and a suffix."""
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 """Endings of files of weights, which are no part of their names."""
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+"""Names of dtypes of weights."""
 _DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(1, 10))}
 _RULE = (

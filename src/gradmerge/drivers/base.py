@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+import time
 import uuid
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +19,8 @@ import lightning
 from lightning.pytorch.utilities import rank_zero_info
 
 from gradmerge.common import files
-from gradmerge.common.errors import SourceError
+from gradmerge.common.atomic import lock, writing
+from gradmerge.common.errors import ConfigError, SourceError
 from gradmerge.common.secrets import masked
 from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.drivers.state import (
@@ -37,6 +42,7 @@ from gradmerge.sources.base import fingerprints_of, watched_files
 from gradmerge.sources.identity import FileState, require_unchanged
 from gradmerge.training.callbacks import ExportAtEnd
 from gradmerge.training.data import MergeDataModule
+from gradmerge.training.logs import keep_folder, remove_refused
 from gradmerge.training.module import MergeModule
 from gradmerge.training.run import describe_data, global_seed, read_by
 
@@ -73,9 +79,14 @@ class Job:
     """The rest of the configuration as plain data, as far as results depend on it."""
     say: Callable[[str], None] = rank_zero_info
     """Prints a line for the user."""
+    table: str = field(default="", init=False)
+    """What the job has reached, taken and written, once a run has ended it."""
     _job: str = field(default="", init=False)
     _seed: int | None = field(default=None, init=False)
     _watched: tuple[FileState, ...] = field(default=(), init=False)
+    _began: float = field(default_factory=time.monotonic, init=False)
+    _latest: Callable[[], Any] | None = field(default=None, init=False)
+    """Returns the latest trainer, while it is alive."""
 
     @property
     def folder(self) -> Path:
@@ -121,6 +132,47 @@ class Job:
         """Files and folders that the job reads."""
         return [*self.recipe.inputs, *read_by(self.data)]
 
+    @property
+    def seconds(self) -> float:
+        """Time since the job, or this run of it, began."""
+        return time.monotonic() - self._began
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from running a job in this root, and leave nothing of a refused one.
+
+        Raises:
+            ConfigError: another process runs one.
+        """
+        if not _is_first():
+            yield
+            return
+        new = [place for place in (self.root, *self.root.parents) if not place.exists()]
+        is_new = not self.folder.exists()
+        with writing(self.root, "Set trainer.default_root_dir to another folder."):
+            self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            with lock(self.root) as held:
+                if held is False:
+                    raise ConfigError(
+                        f"{self.root}: expected no other job at work in this folder, but another "
+                        "process runs one. Wait for it, or give another folder "
+                        "(--trainer.default_root_dir)."
+                    )
+                try:
+                    yield
+                except Exception:
+                    trainer = self._latest() if self._latest is not None else None
+                    if not (has_states(self.folder) or (trainer and trainer.global_step)):
+                        remove_refused(trainer.loggers if trainer else ())
+                        if is_new:
+                            shutil.rmtree(self.folder, ignore_errors=True)
+                    raise
+        finally:
+            with suppress(OSError):  # it is not empty
+                for place in new:
+                    place.rmdir()
+
     def _has_written(self, job: str) -> bool:
         try:
             found = files.read_json(self.target.folder / "provenance.json") or {}
@@ -143,6 +195,7 @@ class Job:
         kept = None if driver.restart else self._kept()
         if kept is None or not self._has_written(kept["job"]):
             self.target.require_free(self.inputs)
+        self._job = uuid.uuid4().hex if kept is None else str(kept["job"])
         return kept
 
     def begin(self, driver: AbstractDriver, **more: Any) -> None:
@@ -159,8 +212,7 @@ class Job:
         kept = self.require_free(driver)
         content = plain({**self._content(driver), **more})
         path = self.folder / JOB
-        # one process writes shared files; the others have their ranks set
-        is_first = all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK"))
+        is_first = _is_first()
         if driver.restart:
             aside = set_aside(self.folder) if is_first else None
             if aside is not None:
@@ -170,7 +222,7 @@ class Job:
             require_same_job(path, masked(kept["content"]), masked(content), self.say)
         elif kept is None or kept["content"] != content:
             # a job that was stopped before its first state has nothing to lose
-            number = uuid.uuid4().hex if kept is None else kept["job"]
+            number = self._job if kept is None else kept["job"]
             kept = {"job": number, "seed": global_seed(), "content": content}
             if is_first:
                 write_json(path, kept)
@@ -200,19 +252,34 @@ class Job:
         return StepRecord(self.folder / "steps" / name, plain(content))
 
     def trainer(
-        self, folder: Path, callbacks: Sequence[lightning.Callback] = (), **overrides: Any
+        self,
+        folder: Path,
+        callbacks: Sequence[lightning.Callback] = (),
+        resumed_at: int | None = None,
+        **overrides: Any,
     ) -> lightning.Trainer:
-        """Return a fresh trainer as configured, without its ExportAtEnd (see `MakeTrainer`)."""
+        """Return a fresh trainer as configured, without its ExportAtEnd (see `MakeTrainer`).
+
+        Args:
+            folder: its default_root_dir: the job's folder, or that of a step.
+            callbacks: more callbacks.
+            resumed_at: steps that are kept of an earlier run in this folder, whose logs and W&B run
+                go on; None if there was none.
+            **overrides: arguments that replace configured ones.
+        """
         require_unchanged(self._watched)
         has_loggers = "logger" not in overrides  # else it logs to those of an earlier trainer
         if has_loggers:
             finish_wandb_run()
         folder.mkdir(parents=True, exist_ok=True)
         trainer = self.make_trainer(folder, callbacks, overrides)
+        self._latest = weakref.ref(trainer)
         if has_loggers:
-            group = f"{self.root.name}-{self._job[:8]}" if self._job else self.root.name
-            step = None if folder == self.root else folder.name
-            name_wandb_runs(trainer.loggers, group, step, self.root.name)
+            keep_folder(trainer.loggers, folder, resumed_at)
+            step = None if folder == self.folder else folder.name
+            name_wandb_runs(
+                trainer.loggers, self.root.name, self._job[:8], step, resumed_at is not None
+            )
         return trainer
 
     def module(self, recipe: Recipe, **changes: Any) -> MergeModule:
@@ -253,6 +320,12 @@ class Job:
         return self.target.write(export, loggers, **own, **options)
 
 
+def _is_first() -> bool:
+    """Return whether this process writes what several share; the others have their ranks set."""
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in ranks)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AbstractDriver(ABC):
     """A way to learn a merge that is not one fit of all sources."""
@@ -264,6 +337,15 @@ class AbstractDriver(ABC):
         """Return a job's recipe from its fields; drivers differ in the sources that they allow."""
         return Recipe(**given)
 
-    @abstractmethod
     def run(self, job: Job) -> Path:
-        """Learn the merge and return its folder; a killed job resumes where it stopped."""
+        """Learn the merge and return its folder; a killed job resumes where it stopped.
+
+        Raises:
+            ConfigError: another process runs a job in the same root, or the driver rejects the job.
+        """
+        with job.alone():
+            return self.learn(job)
+
+    @abstractmethod
+    def learn(self, job: Job) -> Path:
+        """Learn the merge and return its folder, as `run` does, which alone calls it."""

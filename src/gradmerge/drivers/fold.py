@@ -21,11 +21,14 @@ from torch import nn
 from typing_extensions import override
 
 from gradmerge.coefficients import Constant
+from gradmerge.common.checkpoints import load_checkpoint
 from gradmerge.common.errors import ConfigError, nearest, require, shorten
+from gradmerge.common.ranges import require_ranges
 from gradmerge.common.spec import to_plain
 from gradmerge.drivers.base import AbstractDriver, Job
 from gradmerge.drivers.state import STATE, StepRecord
 from gradmerge.drivers.steps import Finish, KeepLast
+from gradmerge.drivers.summary import fold_table, start_and_end
 from gradmerge.engine.recipe import Recipe
 from gradmerge.export.folder import DTYPES, export_state
 from gradmerge.export.provenance import mean_coefficients
@@ -77,9 +80,8 @@ class AbstractFold(AbstractDriver):
     """Names of all sources of the recipe in the order that they join. Default: as listed."""
 
     def __post_init__(self) -> None:
-        """Check the number of steps."""
-        if self.every_n_steps < 1:
-            raise ConfigError(f"every_n_steps: must be at least 1, got {self.every_n_steps}.")
+        """Check the numbers."""
+        require_ranges(type(self), vars(self))
 
     # ---- what a driver may change
 
@@ -123,7 +125,7 @@ class AbstractFold(AbstractDriver):
         return FoldedRecipe(**given)
 
     @override
-    def run(self, job: Job) -> Path:
+    def learn(self, job: Job) -> Path:
         kind = type(self).__name__
         _require_foldable(job.recipe)
         steps = self._steps(job)
@@ -284,15 +286,21 @@ class _Step(Node):
         network = self.job.options.get("module") or _architecture(self.job.recipe)
         self.job.seed()
         module = self.job.module(self.recipe, objective=self.objective, module=network)
-        state = self.record.folder / STATE
+        folder = self.record.folder
+        state = folder / STATE
         callbacks = [Finish(self._write), KeepLast(state, self.fold.every_n_steps)]
-        trainer = self.job.trainer(self.record.folder, callbacks)
         last = state if state.is_file() else None
+        resumed_at = 0 if folder.is_dir() else None
         if last is not None:
             self.job.say(f"resuming from {last}")
+            resumed_at = int(load_checkpoint(last, mmap=True)["global_step"])
+        trainer = self.job.trainer(folder, callbacks, resumed_at)
         trainer.fit(module, datamodule=self.job.data.restricted(self.tasks), ckpt_path=last)
         if trainer.interrupted:
             raise KeyboardInterrupt
+        result = self.record.result
+        if self.is_last and trainer.is_global_zero and result is not None:
+            self.job.table = fold_table(self.job, [*self.history, result], trainer, module)
 
     def _write(self, module: MergeModule, fit: dict[str, Any]) -> None:
         """Write the step's model folder (for the last step, the job's output) and its record."""
@@ -305,6 +313,7 @@ class _Step(Node):
             "fingerprints": state.plan.fingerprints,
             **fit,
             "results": module.results,
+            **start_and_end(module.history, module.results),
             **self.fold.found(module, self.before),
         }
         export = partial(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
@@ -22,6 +22,8 @@ class KeepLast(Saver, Checkpoint):
         path: of the checkpoint, which is written atomically.
         every_n_steps: optimiser steps between two saves.
     """
+
+    remedy: ClassVar = "run the same command again to resume the job"
 
     def __init__(self, path: Path, every_n_steps: int) -> None:
         super().__init__(path, every_n_steps)

@@ -14,8 +14,10 @@ from lightning.pytorch.loggers import WandbLogger
 _opening: list[WandbLogger] = []
 
 
-def name_wandb_runs(loggers: Iterable[Any], group: str, step: str | None, job: str) -> None:
-    """Name the runs that a trainer's loggers will open.
+def name_wandb_runs(
+    loggers: Iterable[Any], root: str, job: str, step: str | None, resumes: bool
+) -> None:
+    """Name the runs that a trainer's loggers will open, and go on in those of an earlier process.
 
     The user's settings, in a logger or in the environment, are kept: a step's name and id begin
     with theirs (`WANDB_NAME`, `WANDB_RUN_ID`), and their group (`WANDB_RUN_GROUP`) is used. A step
@@ -24,9 +26,10 @@ def name_wandb_runs(loggers: Iterable[Any], group: str, step: str | None, job: s
 
     Args:
         loggers: loggers of a trainer that has not started.
-        group: group of the job's runs if the user has set none.
+        root: name of the job's root, which names job and group if the user does not.
+        job: identifier of the job, or a part of it.
         step: name of the step; None if the whole job is one run.
-        job: name of the job if the user has set none.
+        resumes: an earlier process has begun the step.
     """
     # a sweep (or a launch) allows only the id of its agent, which has set the run of this process
     is_one_run = any(os.environ.get(f"WANDB_{name}") for name in ("SWEEP_ID", "LAUNCH"))
@@ -38,11 +41,15 @@ def name_wandb_runs(loggers: Iterable[Any], group: str, step: str | None, job: s
             continue
         options = logger._wandb_init
         name = options.get("name") or os.environ.get("WANDB_NAME")
-        options["name"] = (name or job) if step is None else f"{name}-{step}" if name else step
-        options["group"] = options.get("group") or os.environ.get("WANDB_RUN_GROUP") or group
-        own = options.get("id") or os.environ.get("WANDB_RUN_ID")
-        if own and step is not None:
-            options["id"] = logger._id = f"{own}-{step}"
+        options["name"] = (name or root) if step is None else f"{name}-{step}" if name else step
+        group = options.get("group") or os.environ.get("WANDB_RUN_GROUP")
+        options["group"] = group or f"{root}-{job}".rstrip("-")
+        given = options.get("id") or os.environ.get("WANDB_RUN_ID")
+        if (given or job) and not is_one_run and (step is not None or not given):
+            own = "-".join(part for part in (given or job, step) if part)
+            options["id"] = logger._id = own
+        if resumes and options.get("id"):
+            options["resume"] = "allow"
         if is_ours:
             _opening.append(logger)
 

@@ -1,4 +1,4 @@
-"""Benchmark scores in the records of an exported folder: provenance and model card."""
+"""Later scores in the records of an exported folder: provenance and model card."""
 
 from __future__ import annotations
 
@@ -36,9 +36,11 @@ def record(
 ) -> None:
     """Add scores to provenance and model card of a folder; those of the same tasks are replaced.
 
+    Scores of a split replace all of that split, because their average is of all its tasks.
+
     Args:
         folder: the exported folder.
-        stage: how they were measured.
+        stage: how they were measured: a split, or a benchmark (see `STAGE`).
         scores: by task and metric.
         settings: versions and settings, for the provenance.
 
@@ -50,10 +52,11 @@ def record(
     found: dict[str, Any] = read_json(path, ConfigError) or {}
     require_shape(path, found, _SHAPE, "Export the merge again.", ConfigError)
     results = found.setdefault("results", {})
-    results[stage] = {**results.get(stage, {}), **scores}
-    before = found.setdefault("evaluation", {}).get(stage, {})
-    tasks = {**before.get("tasks", {}), **settings.get("tasks", {})}
-    found["evaluation"][stage] = {**stamp(), **settings, "tasks": tasks}
+    before = results.get(stage, {}) if stage.startswith(STAGE) else {}
+    results[stage] = {**before, **scores}
+    known = found.setdefault("evaluation", {}).get(stage, {}).get("tasks", {})
+    tasks = {**known, **settings.get("tasks", {})}
+    found["evaluation"][stage] = {**stamp(), **settings, **({"tasks": tasks} if tasks else {})}
     card = _with_scores(folder, results)
     with whole_file(path) as work:
         write_json(work, found)

@@ -135,24 +135,6 @@ def _explained(repo: str) -> Iterator[None]:
         ) from error
 
 
-def require_repo(repo: str) -> None:
-    """Reject what is no name of a repository.
-
-    Raises:
-        ConfigError: it is not owner/name.
-    """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-        sound = repo.count("/") == 1
-    except HFValidationError:
-        sound = False
-    if not sound:
-        raise ConfigError(f"repo: expected owner/name, got {ascii(repo)[:200]}.")
-
-
 def table(files: dict[str, int]) -> str:
     """Return the files and their sizes, one per line, with the sum."""
     rows = [(_size(size), name) for name, size in files.items()]

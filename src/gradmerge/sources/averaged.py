@@ -15,10 +15,10 @@ from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, SourceError, require, shorten
 from gradmerge.common.files import near
+from gradmerge.common.hub import expanded
 from gradmerge.sources.base import Checkpoint, View
 from gradmerge.sources.compatibility import check
 from gradmerge.sources.compatibility import require as require_compatible
-from gradmerge.sources.hub import expanded
 
 SCHEDULES = ("average", "linear", "cosine")
 

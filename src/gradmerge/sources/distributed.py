@@ -23,11 +23,11 @@ from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, GradmergeError, SourceError, shorten
 from gradmerge.common.files import near, read_bytes, read_json
+from gradmerge.common.hub import expanded
 from gradmerge.common.memory import in_file
 from gradmerge.common.names import require_file
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
 from gradmerge.sources.files import FileCheckpoint, HuggingFace
-from gradmerge.sources.hub import expanded
 from gradmerge.sources.skeleton import build_skeleton
 
 METADATA = ".metadata"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gradmerge.common.errors import SourceError, nearest, shorten
+from gradmerge.common.errors import ConfigError, SourceError, nearest, shorten
 from gradmerge.common.files import read_json
 from gradmerge.common.schema import a_name, an_amount, require_shape
 from gradmerge.sources.base import Checkpoint
@@ -139,4 +139,21 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder / 'emr.json'}: expected the scale of each task in `scales`, got none. Copy "
             "the folder again."
         )
+    return found
+
+
+def require_tasks(folder: Path, tasks: Sequence[str]) -> dict[str, Any]:
+    """Return the content of `emr.json` if a compact folder has these tasks.
+
+    Raises:
+        ConfigError: it lacks a task.
+        SourceError: as for `read_description`.
+    """
+    found = read_description(folder)
+    for task in tasks:
+        if task not in found["scales"]:
+            raise ConfigError(
+                f"tasks: unknown task {task!r} (choose from {shorten(list(found['scales']))})."
+                f"{nearest(task, found['scales'])}"
+            )
     return found

@@ -19,10 +19,10 @@ from typing_extensions import override
 from gradmerge.common.errors import SourceError, shorten
 from gradmerge.common.files import near, parse_json, read_json
 from gradmerge.common.finite import as_json
+from gradmerge.common.hub import download, expanded, require_hub_id
 from gradmerge.common.names import require_file
 from gradmerge.common.secrets import remember
 from gradmerge.sources.base import AbstractSource, Checkpoint, TensorInfo
-from gradmerge.sources.hub import download, expanded, require_hub_id
 from gradmerge.sources.identity import FileState, require_files, require_unchanged, states_of
 from gradmerge.sources.in_memory import MemoryCheckpoint
 from gradmerge.sources.modules import FlatFolder, network_module

@@ -12,6 +12,7 @@ from torch import nn
 from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, GradmergeError, SourceError
+from gradmerge.common.hub import expanded, require_hub_id, without_downloads
 from gradmerge.common.names import FILE_SUFFIXES
 from gradmerge.sources.averaged import (
     AveragedCheckpoint,
@@ -24,7 +25,6 @@ from gradmerge.sources.base import AbstractSource, Checkpoint
 from gradmerge.sources.distributed import Distributed, find_metadata
 from gradmerge.sources.emr import EMRCheckpoint, part_of, read_description
 from gradmerge.sources.files import HuggingFace, SafetensorsFile, TorchFile, has_weights
-from gradmerge.sources.hub import expanded, require_hub_id, without_downloads
 from gradmerge.sources.in_memory import InMemory
 from gradmerge.sources.lora import Lora, read_adapter
 from gradmerge.sources.quantised import is_gguf

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning
 
-from gradmerge.common.errors import require
+from gradmerge.common.ranges import require_ranges
 from gradmerge.training.harness import (
     Evaluation,
     Harness,
@@ -46,8 +46,7 @@ class EvaluateEvery(lightning.Callback):
         apply_chat_template: bool = False,
         head: str | None = None,
     ) -> None:
-        own = "EvaluateEvery.every_n_validations"
-        require(every_n_validations >= 1, own, "at least 1", every_n_validations)
+        require_ranges(EvaluateEvery, {"every_n_validations": every_n_validations})
         self.harness = Harness(
             tasks, include_path, num_fewshot, limit, batch_size, apply_chat_template
         )

@@ -16,8 +16,9 @@ from lightning.pytorch.loggers import WandbLogger
 
 from gradmerge.common.atomic import writing
 from gradmerge.common.checkpoints import load_checkpoint
-from gradmerge.common.errors import require
+from gradmerge.common.names import Dtype
 from gradmerge.common.output import paths_in
+from gradmerge.common.ranges import require_ranges
 from gradmerge.engine.state import FitState
 from gradmerge.export.atomic import inputs_of, refuse_existing, require_room
 from gradmerge.export.folder import export_merged, require_options
@@ -47,8 +48,7 @@ class CoefficientLogger(lightning.Callback):
     """
 
     def __init__(self, every_n_validations: int = 1) -> None:
-        own = "CoefficientLogger.every_n_validations"
-        require(every_n_validations >= 1, own, "at least 1", every_n_validations)
+        require_ranges(CoefficientLogger, {"every_n_validations": every_n_validations})
         self.every_n_validations = every_n_validations
         self._count = 0
 
@@ -209,7 +209,7 @@ class ExportAtEnd(lightning.Callback):
     def __init__(
         self,
         output: str,
-        dtype: str | None = None,
+        dtype: Dtype | None = None,
         overwrite: bool = False,
         head: str | None = None,
         log_artifact: bool = False,

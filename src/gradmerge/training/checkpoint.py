@@ -20,6 +20,7 @@ from gradmerge.common.atomic import whole_file
 from gradmerge.common.checkpoints import is_address, load_checkpoint
 from gradmerge.common.errors import ConfigError, GradmergeError, OutputError
 from gradmerge.common.files import read_json
+from gradmerge.common.hub import without_downloads
 from gradmerge.common.schema import a_count, a_name, a_number, require_shape
 from gradmerge.common.spec import from_plain
 from gradmerge.common.version import __version__
@@ -28,7 +29,6 @@ from gradmerge.engine.recipe import Recipe
 from gradmerge.export.history import SAVED as SAVED_HISTORY
 from gradmerge.finalisers import Corrections
 from gradmerge.sources import AbstractSource
-from gradmerge.sources.hub import without_downloads
 
 _SCORES = ".scores.json"
 

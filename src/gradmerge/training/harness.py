@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from gradmerge.common.errors import ConfigError, nearest, require
 from gradmerge.common.failures import reading
+from gradmerge.common.ranges import require_ranges
 from gradmerge.export.evaluated import STAGE
 from gradmerge.training.summary import to_wandb
 
@@ -78,10 +79,7 @@ class Harness:
     def __post_init__(self) -> None:
         """Check the options."""
         require(bool(self.names), "tasks", "names of tasks", "none")
-        shots, limit = self.num_fewshot, self.limit
-        require(shots is None or shots >= 0, "num_fewshot", "at least 0", shots)
-        require(limit is None or limit >= 1, "limit", "at least 1 example", limit)
-        require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        require_ranges(Harness, vars(self), "")
         if self.include_path is not None and not Path(self.include_path).expanduser().is_dir():
             raise ConfigError(
                 f"include_path: expected a folder of task files, got {self.include_path}, which "

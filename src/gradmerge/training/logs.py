@@ -6,7 +6,7 @@ import csv
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def _number(text: str | None) -> float:
         return float("inf")
 
 
-def continue_logs(given: Iterable[Any], checkpoint: Path, fits: bool) -> None:
+def continue_logs(given: Sequence[Any], checkpoint: Path, fits: bool) -> None:
     """Make loggers go on where a checkpoint's fit stopped: in its folder, and in its W&B run.
 
     The folder is continued if it is one that the logger could choose (`ROOT/logs/version_N`); a fit
@@ -123,12 +123,38 @@ def continue_logs(given: Iterable[Any], checkpoint: Path, fits: bool) -> None:
             number = folder.name.removeprefix("version_")
             if folder.parent == Path(logger.root_dir).resolve() and number.isdecimal():
                 logger._version, logger.resumed_at = int(number), int(found.get("global_step", 0))
-        known = run.get("wandb") if isinstance(run, dict) else None
-        if isinstance(logger, loggers.WandbLogger) and isinstance(known, dict):
+    continue_run(given, run)
+
+
+def continue_run(given: Iterable[Any], run: Any) -> None:
+    """Make W&B loggers that have not begun go on in the run that the record of a fit names."""
+    known = run.get("wandb") if isinstance(run, dict) else None
+    if not isinstance(known, dict):
+        return
+    for logger in given:
+        if isinstance(logger, loggers.WandbLogger):
             own = logger._wandb_init.get("id") or os.environ.get("WANDB_RUN_ID")
             if not own and logger._wandb_init.get("project") == known.get("project"):
-                logger._wandb_init.update(id=str(known["id"]), resume="allow")
-                logger._id = str(known["id"])
+                resume(logger, str(known["id"]))
+
+
+def resume(logger: loggers.WandbLogger, identity: str) -> None:
+    """Give a W&B logger that has not begun the id of its run, which goes on if it exists."""
+    logger._wandb_init.update(id=identity, resume="allow")
+    logger._id = identity
+
+
+def keep_folder(given: Iterable[Any], folder: Path, resumed_at: int | None) -> None:
+    """Give loggers a folder that belongs to them alone (`FOLDER/logs/version_0`), and go on in it.
+
+    Args:
+        given: loggers that have not begun; those with another place of their own keep that.
+        folder: the folder of one fit of a job.
+        resumed_at: optimiser steps that are kept of an earlier run; None if there was none.
+    """
+    for logger in given:
+        if isinstance(logger, CSVLogger) and Path(logger.root_dir).parent == folder:
+            logger._version, logger.resumed_at = 0, resumed_at
 
 
 def wandb_run(given: Iterable[Any]) -> dict[str, str] | None:

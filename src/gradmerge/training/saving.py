@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
 import torch
@@ -79,6 +79,9 @@ class Saver(lightning.Callback):
             Default: saves only when the process is told to end.
     """
 
+    remedy: ClassVar = "resume with --ckpt_path {}"
+    """How the fit is resumed, in words."""
+
     def __init__(self, path: Path | None = None, every_n_steps: int | None = None) -> None:
         self.path = path
         self.every_n_steps = every_n_steps
@@ -127,7 +130,7 @@ class Saver(lightning.Callback):
         saved = [] if isinstance(exception, SIGTERMException) else self._kept(trainer)
         if saved:
             last = max(saved, key=lambda path: path.stat().st_mtime_ns)
-            rank_zero_info(f"kept: {last}; resume with --ckpt_path {last}")
+            rank_zero_info(f"kept: {last}; {self.remedy.format(last)}")
 
     def _kept(self, trainer: lightning.Trainer) -> list[Path]:
         """Return the checkpoints that this fit has written."""
@@ -170,7 +173,7 @@ class Saver(lightning.Callback):
             return
         path = self.save(trainer)
         if path is not None:
-            rank_zero_info(f"the state of the fit is in {path}; resume with --ckpt_path {path}")
+            rank_zero_info(f"the state of the fit is in {path}; {self.remedy.format(path)}")
         # a launcher kills the first process as soon as another ends with an error
         raise SIGTERMException(TERMINATED if trainer.is_global_zero else 0)
 

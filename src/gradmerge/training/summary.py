@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,31 +47,52 @@ def score_table(split: str, results: Mapping[str, Any], experts: Mapping[str, An
 
 def fit_table(trainer: Any, module: Any, seconds: float) -> str:
     """Return what a fit has reached, taken and written, as a table and a few lines."""
-    found: History = module.history
-    step = kept_step(trainer)
-    tasks = [name for name in module.tasks if found.points(f"selection/{name}/{found.score}")]
-    shown = [*(tasks if len(tasks) <= _MOST_TASKS else ()), "average"]
+    facts = facts_table(seconds, trainer.global_step, places(trainer))
+    return "\n\n".join([*fit_scores(trainer, module), facts])
+
+
+def fit_scores(trainer: Any, module: Any) -> list[str]:
+    """Return tables of the scores of a fit: those of the selection split, then all others."""
+    tables = history_table(module.history, module.tasks, kept_step(trainer))
+    for split in module.results.keys() - {"selection"}:
+        tables.append(score_table(split, module.results[split], module.experts.get(split, {})))
+    return tables
+
+
+def history_table(found: History, tasks: Iterable[str], step: int | None) -> list[str]:
+    """Return a table of the selection scores of a fit's start, of its end, and of the sources.
+
+    Args:
+        found: the scores by step.
+        tasks: names of the tasks.
+        step: the step that was kept; None for the last.
+
+    Returns:
+        The table, or nothing if there are no scores.
+    """
+    known = [name for name in tasks if found.points(f"selection/{name}/{found.score}")]
+    shown = [*(known if len(known) <= _MOST_TASKS else ()), "average"]
     names = [f"selection/{name}/{found.score}" for name in shown] + ["selection/loss"]
     curves = [dict(found.points(name)) for name in names]
-    lines = []
-    if any(curves):
-        steps = sorted({at for curve in curves for at in curve})
-        best = step if step in steps else steps[-1]
-        label = f"kept, step {best}" if step in steps else f"last, step {best}"
-        rows = [["start", *(number(curve.get(0)) for curve in curves)]] if 0 in steps else []
-        rows.append([label, *(number(curve.get(best)) for curve in curves)])
-        if found.experts:
-            theirs = (number(found.experts.get(name)) for name in shown)
-            rows.append(["each task's source", *theirs, ""])
-        better = "higher" if found.higher_is_better else "lower"
-        title = f"selection: {found.score} ({better} is better)" if found.score else "selection"
-        lines.append(aligned([[title, *shown, "loss"], *rows]))
-    for split in module.results.keys() - {"selection"}:
-        lines.append(score_table(split, module.results[split], module.experts.get(split, {})))
-    steps_made = f"{trainer.global_step} steps"
-    facts = [["time", f"{duration(seconds)}, {steps_made}"], ["peak memory", peak_memory()]]
-    facts += [[what, str(where)] for what, where in places(trainer) if where]
-    return "\n\n".join([*lines, aligned(facts)])
+    if not any(curves):
+        return []
+    steps = sorted({at for curve in curves for at in curve})
+    best = step if step in steps else steps[-1]
+    label = f"kept, step {best}" if step in steps else f"last, step {best}"
+    rows = [["start", *(number(curve.get(0)) for curve in curves)]] if 0 in steps else []
+    rows.append([label, *(number(curve.get(best)) for curve in curves)])
+    if found.experts:
+        theirs = (number(found.experts.get(name)) for name in shown)
+        rows.append(["each task's source", *theirs, ""])
+    better = "higher" if found.higher_is_better else "lower"
+    title = f"selection: {found.score} ({better} is better)" if found.score else "selection"
+    return [aligned([[title, *shown, "loss"], *rows])]
+
+
+def facts_table(seconds: float, steps: int, where: Iterable[tuple[str, Any]]) -> str:
+    """Return time, steps, memory and places as a table."""
+    facts = [["time", f"{duration(seconds)}, {steps} steps"], ["peak memory", peak_memory()]]
+    return aligned([*facts, *([what, str(place)] for what, place in where if place)])
 
 
 def kept_step(trainer: Any) -> int | None:

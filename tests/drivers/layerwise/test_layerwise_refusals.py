@@ -161,9 +161,9 @@ def test_other_refusals(tmp_path):
     with pytest.raises(ConfigError, match="REPAIR takes passes of the whole merged network"):
         LayerWise().run(job)
     assert not (tmp_path / "r").exists() or not list((tmp_path / "r").rglob("job.json"))
-    with pytest.raises(ConfigError, match="steps: expected at least 1, got 0"):
+    with pytest.raises(ConfigError, match=r"LayerWise\.steps: expected a number of at least 1"):
         LayerWise(steps=0)
-    with pytest.raises(ConfigError, match="activation_memory: expected GiB"):
+    with pytest.raises(ConfigError, match="activation_memory: expected a number of at least 0"):
         LayerWise(activation_memory=-1)
     recipe = recipe_of(models)
     job = job_of(tmp_path / "a", recipe, data_of(kind), activation_checkpointing=True)

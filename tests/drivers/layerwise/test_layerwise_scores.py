@@ -13,11 +13,10 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from gradmerge import Recipe
+from gradmerge import Recipe, merge
 from gradmerge.alignment import CCA, ActivationMatching, OptimalTransport, WeightMatching
 from gradmerge.coefficients import Column, Element, Mixup, Tensor, Uniform
 from gradmerge.common.errors import ConfigError
@@ -31,6 +30,7 @@ from gradmerge.export.provenance import mean_coefficients
 from gradmerge.finalisers import DepthRescale
 from gradmerge.objectives import KLToEnsemble, KLToSource
 from gradmerge.training.callbacks import CoefficientLogger
+from gradmerge.training.logs import CSVLogger
 from gradmerge.training.measures import ACCURACY, BITS_PER_BYTE
 from layerwise_jobs import ADAM, Batched, batched, data_of, job_of, network_of
 from tiny import recipe_of, relatives
@@ -164,12 +164,23 @@ def test_the_scores_of_a_merge_are_those_of_its_export_and_are_logged_as_a_fit_d
     assert "selection" in (folder / "README.md").read_text()
 
     got = logs(tmp_path)
+    # that of the start, which a merge without learning has
+    if name != "batched":
+        merge(recipe, tmp_path / "start")
+        for task in "ab":
+            logits = logits_of(of_export(tmp_path / "start", models[0], task), data, task)
+            for score, value in scores_of(*logits, causal).items():
+                assert got[f"selection/{task}/{score}"][0] == (0, pytest.approx(value, rel=1e-5))
     last = 2 * len(provenance["driver"]["blocks"])
     for task in "ab":
         for score, value in found[task].items():
-            ((step, given),) = got[f"selection/{task}/{score}"]
+            *starts, (step, given) = got[f"selection/{task}/{score}"]
+            assert len(starts) <= (name != "batched")
             assert (step, given) == (last, pytest.approx(value, rel=1e-5, nan_ok=True))
-    assert got["selection/loss"] == [(last, pytest.approx(found["average"]["loss"], rel=1e-5))]
+    end = last, pytest.approx(found["average"]["loss"], rel=1e-5)
+    assert got["selection/loss"][-1] == end
+    steps = [step for step, _ in got["selection/loss"]]
+    assert steps == [last] if name == "batched" else [0, last]
     plan = open_plan(recipe)
     start = mean_coefficients(FitState.start(plan))
     if name == "bert":
@@ -273,7 +284,7 @@ def test_scoring_merges_each_block_once_and_holds_no_more_than_one(tmp_path, mon
 
     monkeypatch.setattr(BlockChain, "theta", watched)
     recipe = recipe_of(models, coefficients=Element())
-    folder = LayerWise(steps=1).run(logged_job(tmp_path, recipe, data))
+    folder = LayerWise(steps=1).run(logged_job(tmp_path, recipe, data, score_start=False))
     tensors = open_plan(recipe).tensors
     blocks = [[n for n in tensors if n.startswith(f"{block}.")] for block in names]
     within = [name for block in blocks for name in block]
@@ -330,17 +341,11 @@ def test_a_stopped_and_resumed_run_logs_the_same_as_a_whole_one(tmp_path, monkey
     assert said[0]["results"] == said[1]["results"] != {}
     starts = [of["run"]["initial_coefficients"] for of in said]
     assert starts[0] == starts[1]
-    # the third run scored, and the fourth had nothing left but to export
-    runs = sorted((tmp_path / "parts/logs").iterdir())
-    assert [path.name for path in runs] == [f"version_{i}" for i in range(len(runs))]
-    scored = [path for path in runs if (path / "coefficients.csv").is_file()]
-    assert len(scored) == 1
-    expected, got = logs(tmp_path / "whole"), logs(scored[0])
-    for name, value in expected.items():
-        if name.startswith(("init/", "selection/")):
-            assert got[name] == value, name
+    # all in one folder: each line once, although the third run scored and the fourth exported
+    (folder,) = (tmp_path / "parts/driver/logs").iterdir()
+    assert logs(tmp_path / "parts") == logs(tmp_path / "whole")
     (path,) = (tmp_path / "whole").rglob("coefficients.csv")
-    assert table(path) == table(scored[0] / "coefficients.csv")
+    assert table(path) == table(folder / "coefficients.csv")
 
 
 def test_coefficients_are_written_once_where_all_runs_share_a_folder(tmp_path, monkeypatch):
@@ -355,9 +360,9 @@ def test_coefficients_are_written_once_where_all_runs_share_a_folder(tmp_path, m
         patch.setattr(Job, "export", stopped)
         with pytest.raises(KeyError, match="in the export"):
             LayerWise(steps=1).run(logged_job(tmp_path, recipe, data(), logger=False))
-    before = table(tmp_path / "coefficients.csv")
+    before = table(tmp_path / "driver/coefficients.csv")
     LayerWise(steps=1).run(logged_job(tmp_path, recipe, data(), logger=False))
-    assert table(tmp_path / "coefficients.csv") == before
+    assert table(tmp_path / "driver/coefficients.csv") == before
     assert len(before) == 1 + len(open_plan(recipe).tensors)
 
 

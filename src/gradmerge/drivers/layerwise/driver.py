@@ -8,11 +8,12 @@ from typing import Any
 
 from typing_extensions import override
 
-from gradmerge.common.errors import ConfigError, require
+from gradmerge.common.errors import ConfigError
 from gradmerge.common.patterns import require_pattern
+from gradmerge.common.ranges import require_ranges
 from gradmerge.drivers.base import AbstractDriver, Job
 from gradmerge.drivers.layerwise.block import BLOCK_LOSS
-from gradmerge.drivers.layerwise.job import Layers, require_permuted
+from gradmerge.drivers.layerwise.job import Layers, require_permuted, steps_of
 from gradmerge.objectives import Objective
 
 _OF_A_FIT = ("max_steps", "max_epochs", "max_time", "limit_train_batches", "precision")
@@ -34,8 +35,9 @@ class LayerWise(AbstractDriver):
     used, as a message says; regularisers, task weights and a logit scale are rejected, and so are
     alignments that mix units (CCA, OptimalTransport): a mapped source is not the expert.
 
-    In the end the merge is scored on the selection split, as a fit is, with one merged block in
-    memory at a time (`trainer.limit_val_batches: 0` leaves that out).
+    Start and end of the merge are scored on the selection split, as those of a fit are, with one
+    merged block in memory at a time (`trainer.limit_val_batches: 0` leaves that out, and
+    `model.score_start: false` the start).
 
     Each block has its own optimiser and schedule. A schedule that watches a loss watches
     `layer/loss` after each pass. Trainer settings of a whole fit (its length, precision, early
@@ -60,16 +62,12 @@ class LayerWise(AbstractDriver):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        for name in ("epochs", "steps", "batch_size"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"LayerWise: {name}", "at least 1", value)
+        require_ranges(type(self), vars(self))
         for pattern in self.blocks or ():
             require_pattern("LayerWise.blocks", pattern)
-        memory = self.activation_memory
-        require(memory >= 0, "LayerWise: activation_memory", "GiB, at least 0", memory)
 
     @override
-    def run(self, job: Job) -> Path:
+    def learn(self, job: Job) -> Path:
         if job.options.get("activation_checkpointing"):
             raise ConfigError(
                 "LayerWise: activation_checkpointing recomputes blocks within a pass of the whole "
@@ -82,7 +80,8 @@ class LayerWise(AbstractDriver):
         _say_unused(job)
         job.require_free(self)
         # everything that would be rejected is found before the job is on record
-        layers = Layers(job, self.blocks, self.batch_size, self.activation_memory)
+        resumed_at = None if self.restart else steps_of(job.folder)
+        layers = Layers(job, self.blocks, self.batch_size, self.activation_memory, resumed_at)
         job.begin(self)
         done = job.exported
         if done is not None:

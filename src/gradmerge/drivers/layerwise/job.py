@@ -32,10 +32,13 @@ from gradmerge.drivers.layerwise.block import BlockModule, mean_square
 from gradmerge.drivers.layerwise.chain import BlockChain, Passing
 from gradmerge.drivers.layerwise.files import Starts, read_mapped, write_whole
 from gradmerge.drivers.layerwise.scores import score
+from gradmerge.drivers.state import STEP, read_json
+from gradmerge.drivers.summary import layers_table
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.state import FitState
 from gradmerge.export.folder import DTYPES, export_state
+from gradmerge.export.history import History
 from gradmerge.export.provenance import mean_coefficients
 from gradmerge.export.writer import Entry
 from gradmerge.training.callbacks import CoefficientLogger
@@ -44,6 +47,7 @@ from gradmerge.training.run import describe, describe_data, quiet
 from gradmerge.training.scores import Scores
 
 _FILE, _BUFFER = "raw.safetensors", "buffer:"
+_OWN = ("run", "history")  # parts of a block's result that are of the whole job
 
 
 class Layers:
@@ -54,16 +58,23 @@ class Layers:
         blocks: regular expressions of the blocks' names.
         batch_size: examples per task and step.
         memory: GiB of activations in memory.
+        resumed_at: steps of the blocks that an earlier run has finished; None if there was none.
     """
 
     def __init__(
-        self, job: Job, blocks: Sequence[str] | None, batch_size: int | None, memory: float
+        self,
+        job: Job,
+        blocks: Sequence[str] | None,
+        batch_size: int | None,
+        memory: float,
+        resumed_at: int | None,
     ) -> None:
         self.job = job
         self._size = batch_size or job.data.batch_size
         with quiet():
             # not fitted; the dtype of the computation is model.dtype
-            trainer = job.trainer(job.root, precision="32-true", max_epochs=1, max_time=None)
+            whole = {"precision": "32-true", "max_epochs": 1, "max_time": None}
+            trainer = job.trainer(job.folder, (), resumed_at, **whole)
         if trainer.world_size != 1:
             raise ConfigError(
                 f"LayerWise: expected one process, got {trainer.world_size}: a block is small, "
@@ -90,6 +101,9 @@ class Layers:
         if job.options.get("load_sources"):
             self.plan.load(device)
         self._starts = Starts(plan, torch.float64 if dtype == torch.float64 else torch.float32)
+        self._resumed_at = resumed_at
+        self._history = History()
+        """Scores of the start and of the end."""
         self._passing: list[tuple[str, Passing, Passing]] = []
         """Task of each batch, and the batch on its way through the expert and through the merge."""
 
@@ -141,8 +155,9 @@ class Layers:
             f"their starting coefficients{': ' if outside else ''}{shorten(outside)}"
         )
         start = mean_coefficients(FitState(self.plan, self._starts))
-        for logger in loggers:
+        for logger in () if self._resumed_at else loggers:
             logger.log_metrics({f"init/{source}": c for source, c in start.items()}, step=0)
+        self._score_start()
         results = self._learn(outside)
         run: dict[str, Any] = next((result["run"] for result in results if result["run"]), {})
         self._state.run = {**run, "initial_coefficients": start}
@@ -152,14 +167,16 @@ class Layers:
             "kept_at_start": outside,
             "deviation": self.deviation,
             "blocks": [
-                {"name": block.name, **{k: v for k, v in result.items() if k != "run"}}
+                {"name": block.name, **{k: v for k, v in result.items() if k not in _OWN}}
                 for block, result in zip(blocks, results, strict=True)
             ],
         }
         write = partial(export_state, self._state)
         buffers = self.chain.model.network_buffers.values()
-        known = {"buffers": buffers, "tasks": self.tasks, "results": scores}
-        return self.job.export(write, extra, loggers, **known)
+        known: dict[str, Any] = {"buffers": buffers, "tasks": self.tasks, "results": scores}
+        folder = self.job.export(write, extra, loggers, history=self._history, **known)
+        self.job.table = layers_table(self.job, self._history, self.tasks, results, self._trainer)
+        return folder
 
     def _learn(self, outside: Sequence[str]) -> list[dict[str, Any]]:
         """Learn block after block, take up all coefficients and return the blocks' results."""
@@ -223,6 +240,8 @@ class Layers:
         loss = self._pass_merged(number) if passes else math.nan
         if result is None:
             found = {"first_loss": loss, **found, "loss": loss}
+            if number == 0:
+                found["history"] = self._history.to_save()
             record.finish(found)
             self.job.say(
                 f"block {number + 1} of {num}, {name}: loss {found['first_loss']:.3g} in the first "
@@ -381,37 +400,66 @@ class Layers:
     def _score(self, step: int) -> dict[str, Any]:
         """Score the selection split once, and log the scores with the coefficients."""
         record = self.job.step("scores", {"scores": "selection"})
-        if record.result is not None:
-            return record.result
+        kept = record.result
+        if kept is not None:
+            self._history = History.restore(kept.get("history", {}))
+            return dict(kept.get("results", kept))  # earlier versions kept the results alone
         found: Scores = {}
         if self.chain.gives_logits:
             self.job.say("scoring the merge on the selection split, block by block")
-            experts = bool(self.job.options.get("score_experts", True))
-            found = score(self.chain, self.job.objective, self._selection, experts)
-            self.chain.store.clear()
+            found = self._scored(bool(self.job.options.get("score_experts", True)), step)
         else:
             self.job.say("not scored: the network gives no logits")
         self._log_scores(found, step)
         results = {"selection": found} if found else {}
-        record.finish(results)
+        record.finish({"results": results, "history": self._history.to_save()})
         trim_heap()
         return results
 
-    def _log_scores(self, found: Scores, step: int) -> None:
+    def _scored(self, experts: bool, step: int) -> Scores:
+        given = (self.chain, self.job.objective, self._selection, experts, self._history, step)
+        found = score(*given)
+        self.chain.store.clear()
+        return found
+
+    def _score_start(self) -> None:
+        """Score the merge before the first block is learned, unless an earlier run has done that.
+
+        Networks with BatchNorm, whose statistics are recomputed block by block, have no such score.
+        """
+        first = self.job.step("block-000", {"block": self.chain.blocks[0].name, "number": 0})
+        if first.result is not None:
+            self._history = History.restore(first.result.get("history", {}))
+            return
+        norms = self.chain.model.network_buffers.batch_norms
+        recomputes = self.plan.recipe.buffers == "recompute" and bool(norms)
+        wanted = self.job.options.get("score_start", True) and self.chain.gives_logits
+        if not wanted or recomputes or not self._trainer.limit_val_batches:
+            return
+        self.job.say("scoring the start on the selection split, block by block")
+        self._state.raw = self._starts
+        self._log(self._scored(False, 0), 0)
+        trim_heap()
+
+    def _log(self, found: Scores, step: int) -> None:
+        """Log scores under the names that a fit logs them by."""
         logged = {}
         for task, values in found.items():
             for name, value in values.items():
                 key = f"{task}/{name}" if (task, name) != ("average", "loss") else "loss"
                 logged[f"selection/{key}"] = torch.tensor(value).item()  # float32, as trainers log
+        for logger in self._trainer.loggers if logged else ():
+            logger.log_metrics(logged, step=step)
+
+    def _log_scores(self, found: Scores, step: int) -> None:
         trainer, folder = self._trainer, self._trainer.log_dir
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, CoefficientLogger):
                 callback.write(trainer.loggers, folder, self._state, step)
                 results = {"selection": found} if found else {}
-                callback.finish(trainer.loggers, folder, step, self._state, results)
+                callback.finish(trainer.loggers, folder, step, self._state, results, self._history)
+        self._log(found, step)
         for logger in trainer.loggers:
-            if logged:
-                logger.log_metrics(logged, step=step)
             logger.save()
 
     def _selection(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -424,6 +472,20 @@ class Layers:
             share = max(int(limit * len(loader)), int(limit > 0))
             for batch in islice(loader, limit if isinstance(limit, int) else share):
                 yield task, self.chain.moved(batch)
+
+
+def steps_of(folder: Path) -> int | None:
+    """Return the steps whose logs of an earlier run of a job are kept; None if there was no run.
+
+    Args:
+        folder: the job's folder.
+    """
+    if not (folder / "logs").is_dir():
+        return None
+    records = [read_json(path, result=dict) for path in folder.glob(f"steps/block-*/{STEP}")]
+    steps = [int(record["result"].get("steps", 0)) for record in records if record]
+    is_scored = (folder / "steps" / "scores" / STEP).is_file()  # after the last step
+    return len(steps) * max(steps, default=0) + is_scored
 
 
 def require_permuted(alignment: AbstractAlignment | None, plan: Plan | None = None) -> None:

@@ -10,6 +10,7 @@ import torch
 from gradmerge.drivers.layerwise.chain import BlockChain, Passing
 from gradmerge.engine.predict import Batch, expert_rows, rows_of
 from gradmerge.engine.reading import Pairs
+from gradmerge.export.history import History
 from gradmerge.objectives import Objective, Predictions
 from gradmerge.training.scores import Scores, SplitScores
 
@@ -20,6 +21,8 @@ def score(
     objective: Objective,
     batches: Callable[[], Iterable[tuple[str, Batch]]],
     experts: bool,
+    history: History,
+    step: int,
 ) -> Scores:
     """Score a merge with one of its blocks in memory at a time, merged once for all batches.
 
@@ -28,6 +31,8 @@ def score(
         objective: the configured one, which gives the loss where the data have what it needs.
         batches: gives the same placed batches at each call, with their tasks.
         experts: also score each task's own source, for normalised scores.
+        history: takes the scores.
+        step: number of steps behind them.
 
     Returns:
         Scores by task and their `average`; empty if there is nothing to score.
@@ -60,6 +65,7 @@ def score(
         expert = partial(expert_rows, chain.model, task, batch) if experts else None
         scores.add(task, batch, _predictions(chain, own, task, batch, passed), own, expert)
     found, averages = scores.finish("selection", objective.share, True)
+    scores.record(history, step, found, averages)
     return {**found, "average": averages} if found else {}
 
 

@@ -147,3 +147,21 @@ def download(repo: str, revision: str | None, token: str | None, patterns: Seque
             f"{repo} (revision {revision or 'main'}): no such local folder, not complete in the "
             f"cache ({constants.HF_HUB_CACHE}), and {tried}{why}.\n{remedy}"
         ) from error
+
+
+def require_repo(repo: str) -> None:
+    """Reject what is no name of a repository.
+
+    Raises:
+        ConfigError: it is not owner/name.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+        sound = repo.count("/") == 1
+    except HFValidationError:
+        sound = False
+    if not sound:
+        raise ConfigError(f"repo: expected owner/name, got {ascii(repo)[:200]}.")
