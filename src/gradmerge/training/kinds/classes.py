@@ -53,15 +53,20 @@ class TextClassification(AbstractKind):
         return {key: value[0] for key, value in found.items()}
 
 
-class ImageClassification(AbstractKind):
+class AbstractImages(AbstractKind):
+    """Images and their class numbers."""
+
+    roles: ClassVar = {"image": ("image", "img")}
+    optional: ClassVar = {"label": ("label",)}
+    input = "pixel_values"
+    deduplicated = False
+
+
+class ImageClassification(AbstractImages):
     """An image and its class number."""
 
-    roles: ClassVar = {"image": ("image",)}
-    optional: ClassVar = {"label": ("label",)}
     predicts = ("classes",)
-    input = "pixel_values"
     processor = "image_processor"
-    deduplicated = False
 
     @override
     def prepare(self, split: Split) -> Any:
@@ -75,18 +80,14 @@ def _pixels(processor: Any, column: str, row: Mapping[str, Any]) -> Example:
     return {"pixel_values": processor(image, return_tensors="pt")["pixel_values"][0]}
 
 
-class ZeroShotImageClassification(AbstractKind):
+class ZeroShotImageClassification(AbstractImages):
     """An image and its class number; classes are described by texts (CLIP, arXiv 2103.00020).
 
     The texts are `templates` filled with `class_names`, by default those of the label column.
     """
 
-    roles: ClassVar = {"image": ("image", "img")}
-    optional: ClassVar = {"label": ("label",)}
     predicts = ("the similarity of images and texts",)
-    input = "pixel_values"
     processor = "both"
-    deduplicated = False
 
     @override
     def prepare(self, split: Split) -> Any:
