@@ -136,21 +136,20 @@ def mistakes(folder: Path) -> dict[str, list[str]]:
         path = folder / f"{name.replace(' ', '-')}.yaml"
         path.write_text(yaml.safe_dump(edited, sort_keys=False))
         fits[name] = ["fit", "--config", path.name]
-    return {
+    absent = ["learn", "news", "review", "tweets", *learn(base="bases")[4:]]
+    absent = [word.replace("reviews", "review") for word in absent]
+    found = {
         "a misspelt option": learn("--max_lenght", "128"),
         "a misspelt kind": learn("--kind", "news=chatt"),
-        "folders and a file that do not exist": [
-            word.replace("reviews", "review").replace("base", "bases") for word in learn()
-        ],
-        "no base, although the sources are adapters": ["learn", *TASKS, *learn()[6:]],
+        "folders and a file that do not exist": absent,
         "an adapter as the base": learn(base="news"),
-        "the base of another size": learn(base="smaller-model"),
+        "a base of another size": learn(base="smaller-model"),
         "a base without a chat template": learn(base="base-without-template"),
         "a file without conversations": learn(data={"news": "headlines.jsonl"}),
         "a file that is cut in the middle of a line": learn(data={"news": "broken.jsonl"}),
-        "an output that exists": learn(),
-        **fits,
     }
+    found = {name: [*words, "--output", "second"] for name, words in found.items()}
+    return {**found, "an output that exists": learn(), **fits}
 
 
 def misspelt_term(config: dict[str, Any]) -> None:

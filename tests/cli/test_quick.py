@@ -10,6 +10,7 @@ import torch
 import transformers
 import yaml
 
+import kinds
 from commands import fails
 from gradmerge.cli import main
 from tiny import relatives, save_family, seeded, sentences
@@ -126,7 +127,7 @@ def test_columns_of_no_kind_are_listed(classifiers, tmp_path, capsys):
     ("given", "expected"),
     [
         (["learn", "a"], "expected NAME=PLACE for at least one source"),
-        (["learn", "--bas", "x", "a", "b"], "unrecognized arguments: --bas"),
+        (["learn", "--bas", "x", "a"], "unrecognized arguments: --bas. Did you mean '--base'?"),
         (["learn"], "the following arguments are required: SOURCE"),
     ],
 )
@@ -223,3 +224,21 @@ def test_short_texts_leave_time_for_more_steps(classifiers, tmp_path, monkeypatc
         assert main(options(recipe, given, *more)) == 0
         steps.append(yaml.safe_load(Path(f"{output}.yaml").read_text())["trainer"]["max_steps"])
     assert 20 == steps[1] < steps[0] < 100
+
+
+def test_chats_take_the_template_of_a_source_if_the_base_has_none(tmp_path, capsys):
+    case = kinds.CASES["chat"]
+    places = kinds.folders(tmp_path / "chats", case)
+    sources = {"base": places["base"], "sources": {k: places[k] for k in "ab"}}
+    files = {k: rows(tmp_path / f"chat-{k}.jsonl", kinds.rows(case, i)) for i, k in enumerate("ab")}
+    for name in ("base", "a", "b"):
+        (Path(places[name]) / "chat_template.jinja").unlink()
+    message = fails(options(sources, files, "--dry-run", "true"), capsys)
+    assert "data of a, b: expected a base or source whose tokenizer has a chat template" in message
+    assert not Path("merged.yaml").exists()
+    kinds.tokenizer(Path(places["b"]))
+    assert main(options(sources, files, "--dry-run", "true")) == 0
+    assert yaml.safe_load(Path("merged.yaml").read_text())["data"]["processor"] == places["b"]
+    kinds.tokenizer(Path(places["base"]))
+    assert main(options(sources, files, "--dry-run", "true", "--output", "other")) == 0
+    assert "processor" not in yaml.safe_load(Path("other.yaml").read_text())["data"]

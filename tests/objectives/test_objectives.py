@@ -8,8 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradmerge.common.errors import ConfigError
+from gradmerge.engine.reading import NEXT_TOKEN
 from gradmerge.objectives import (
     L1,
     CrossEntropy,
@@ -123,6 +126,36 @@ def test_padding_is_left_out_without_labels_too():
     rows, labels, _ = next_token_rows(logits, None, mask, shift=False)
     assert labels is None
     assert torch.equal(rows, torch.cat([logits[0], logits[1, :2]]))
+
+
+def test_only_rows_that_are_kept_are_copied():
+    """A vocabulary is large: neither logits nor their gradient are widened or copied as a whole."""
+
+    made = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            places = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in places:
+                made.append(out.untyped_storage().nbytes())
+            return out
+
+    logits = draw(2, 50, 64).to(torch.bfloat16).requires_grad_()
+    ids = torch.full((2, 50), -100)
+    ids[:, -2:] = 3
+    whole = logits.untyped_storage().nbytes()
+    with Sizes():
+        rows, labels, _ = NEXT_TOKEN.rows(logits, {"labels": ids}, torch.nn.Identity())
+        loss = CrossEntropy().loss(Predictions(rows, labels))
+        assert max(made) < whole // 4
+        (gradient,) = torch.autograd.grad(loss, logits)
+    assert max(made) == whole
+    assert rows.dtype == torch.float32
+    expected = torch.zeros(2, 50, 64)
+    wide = logits.detach().float()[:, -3:-1]
+    expected[:, -3:-1] = (wide.softmax(-1) - functional.one_hot(ids[:, -2:], 64)) / 4
+    torch.testing.assert_close(gradient, expected.bfloat16(), rtol=1e-2, atol=1e-4)
 
 
 def test_causal_cross_entropy_equals_the_reference_network_s_own_loss(family):

@@ -45,7 +45,9 @@ OUTPUT.yaml, which `gradmerge fit --config OUTPUT.yaml` runs again as it is or a
 class _Parser(argparse.ArgumentParser):
     @override
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}.\n`gradmerge learn --help` lists the options.")
+        wrong = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
+        near = nearest(wrong, self._option_string_actions) if wrong.startswith("--") else ""
+        raise ConfigError(f"{message}.{near}\n`gradmerge learn --help` lists the options.")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -170,6 +172,7 @@ class Choice:
         self._require_output(output)
         self._open()
         self.tasks = [self._task(name, place) for name, place in self.data.items()]
+        self.processor = self._chosen_processor()
         self._choose_sizes()
 
     @property
@@ -278,6 +281,9 @@ class Choice:
                 f"source {next(iter(opened))}: expected a folder with config.json, got none, so "
                 "the network is unknown. Give a Hugging Face folder."
             )
+        reference = first if base is None else base.open()
+        self.folders = [reference.folder or first.folder]
+        self.folders += [c.tokenizer_folder for c in opened.values() if c.tokenizer_folder]
         network: Any = build_skeleton(first.folder, self.given.trust_remote_code)
         self.network = type(network).__name__
         self.predicts = reading_of(network).predicts
@@ -345,6 +351,26 @@ class Choice:
         length = _text_per_row(splits["adaptation"]) if texts else 0.0
         return Task(name, place, kind, chosen, labelled, entry, length)
 
+    def _chosen_processor(self) -> str | None:
+        """Return the first source whose tokenizer has a chat template, if the base's has none.
+
+        Raises:
+            ConfigError: there are chats, and none has one.
+        """
+        from gradmerge.training.examples import load_processor
+
+        chats = [task.name for task in self.tasks if task.kind == "chat"]
+        for folder in dict.fromkeys(map(str, self.folders)) if chats else ():
+            if load_processor(folder, "tokenizer", self.given.trust_remote_code).chat_template:
+                return None if folder == str(self.folders[0]) else folder
+        if chats:
+            raise ConfigError(
+                f"data of {', '.join(chats)}: expected a base or source whose tokenizer has a chat "
+                "template, got none. Copy chat_template.jinja of the instruct model into the "
+                "base's folder."
+            )
+        return None
+
     def _choose_sizes(self) -> None:
         """Choose lengths, batches, steps, memory mode and dtype by model and machine."""
         import torch
@@ -411,7 +437,12 @@ class Choice:
                 "memory": self.memory,
                 "dtype": self.dtype,
             },
-            "data": {"batch_size": self.batch_size, "seed": given.seed, "tasks": tasks},
+            "data": {
+                "batch_size": self.batch_size,
+                "seed": given.seed,
+                **({"processor": self.processor} if self.processor else {}),
+                "tasks": tasks,
+            },
             "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.05}},
             "lr_scheduler": {
                 "class_path": cosine,
@@ -453,6 +484,8 @@ class Choice:
         for task in self.tasks:
             columns = ", ".join(f"{role} = {column}" for role, column in task.columns.items())
             lines.append(f"task       {task.name}: {task.kind} ({columns or 'no columns'})")
+        if self.processor:
+            lines.append(f"template   of chats: {self.processor}, since the base has none")
         lines += [
             f"learned    one coefficient per source and {self.given.granularity.lower()}, from the "
             f"average, by {goal}",

@@ -74,7 +74,10 @@ class Logits(AbstractReading):
                 f"{type(network).__name__}: expected a tensor of logits or an output with "
                 f"`logits`, got {type(output).__name__}."
             )
-        return next_token_rows(wide(logits), batch.get("labels"), batch.get(self.mask), self.shift)
+        mask = batch.get(self.mask)
+        rows, labels, keep = next_token_rows(logits, batch.get("labels"), mask, self.shift)
+        # only now, since a vocabulary is large and the answers of a chat are few of its tokens
+        return wide(rows), labels, keep
 
     @property
     @override

@@ -110,16 +110,19 @@ def next_token_rows(
             f"{tuple(logits.shape)}."
         )
     if shift:
-        logits = logits[:, :-1]
         labels = None if labels is None else labels[:, 1:]
         mask = None if mask is None else mask[:, 1:]
-    flat = logits.reshape(-1, logits.shape[-1])
     keep = None if mask is None or bool(mask.all()) else mask.reshape(-1) != 0
     if labels is not None:
         labels = labels.reshape(-1)
         labelled = labels != UNLABELLED
         if not bool(labelled.all()):
             keep = labelled if keep is None else keep & labelled
+    length = logits.shape[1] - shift
     if keep is None:
-        return flat, labels, None
-    return flat[keep], None if labels is None else labels[keep], keep
+        return logits[:, :length].flatten(0, 1), labels, None
+    # The rows are taken from the whole tensor, of which no shifted copy is made.
+    index = keep.nonzero()[:, 0]
+    index = index + index // length * (logits.shape[1] - length)
+    rows = logits.flatten(0, 1).index_select(0, index.to(logits.device))
+    return rows, None if labels is None else labels[keep], keep
