@@ -11,8 +11,9 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
+from gradmerge.common import hub
 from gradmerge.common.errors import ConfigError, GradmergeError, SourceError
-from gradmerge.sources import HuggingFace, SafetensorsFile, TorchFile, as_source, hub
+from gradmerge.sources import HuggingFace, SafetensorsFile, TorchFile, as_source
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from wandb.sdk.lib.module import unset_globals
 
 from gradmerge.cli.defaults import default_loggers, with_csv
 from gradmerge.training.callbacks import CoefficientLogger
+from gradmerge.training.summary import fit_table
 from gradmerge.training.wandb import LastingWandbLogger, unreachable
 from tiny import close_wandb_run, fit, module_of
 
@@ -103,6 +104,19 @@ def test_a_fit_without_a_network_is_logged_offline_after_one_line(tmp_path, onli
     assert line.startswith("W&B: 127.0.0.1 cannot be reached (")
     assert line.endswith("); the run is kept offline (later: `wandb sync`)")
     assert len(list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))) == 1
+
+
+def test_an_offline_run_starts_and_is_listed_without_warnings_of_wandb(
+    tmp_path, online, monkeypatch, capfd
+):
+    online("http://127.0.0.1:9")
+    monkeypatch.delenv("WANDB_SILENT")
+    logger = LastingWandbLogger(project="p", save_dir=tmp_path, offline=True)
+    _, trainer = fit(tmp_path, logger=logger)
+    assert f"W&B           {tmp_path}" in fit_table(trainer, trainer.lightning_module, 1.0)
+    said = capfd.readouterr().err
+    assert "offline" in said
+    assert "WARNING" not in said
 
 
 def test_a_rejected_key_and_a_missing_one_keep_the_run_offline(

@@ -113,14 +113,22 @@ def places(trainer: Any) -> list[tuple[str, Any]]:
     exports = [c.folder for c in trainer.callbacks if hasattr(c, "require_free")]
     found = [("checkpoint", checkpoint)]
     found += [("model", folder) for folder in exports if folder.is_dir()]
-    found.append(("logs, report", trainer.log_dir))
+    found.append(("logs, report", _log_dir(trainer)))
     for logger in trainer.loggers:
         run = getattr(logger, "_experiment", None) if isinstance(logger, WandbLogger) else None
         if run is not None:
-            # what failed to open has neither
-            place = getattr(run, "url", None) or getattr(run, "dir", None)
+            # what failed to open has neither; W&B warns who asks an offline run for its URL
+            url = None if getattr(run, "offline", True) else run.url
+            place = url or getattr(run, "dir", None)
             found.append(("W&B", place.removesuffix("/files") if place else None))
     return found
+
+
+def _log_dir(trainer: Any) -> str | None:
+    """Return the trainer's `log_dir`, a call that would wait for all other processes."""
+    for logger in trainer.loggers[:1]:
+        return getattr(logger, "log_dir", None) or logger.save_dir
+    return str(trainer.default_root_dir)
 
 
 def peak_memory() -> str:

@@ -63,6 +63,8 @@ class LastingWandbLogger(WandbLogger):
         import wandb
 
         given = dict(self._wandb_init)
+        if given.get("anonymous") is None:
+            given.pop("anonymous", None)  # W&B warns even of none
         found = wandb.setup().settings
         mode = "offline" if self._offline else given.get("mode") or found.mode
         if mode in ("online", "shared", None):
@@ -84,10 +86,14 @@ class LastingWandbLogger(WandbLogger):
     def _started(self, given: dict[str, Any]) -> str:
         """Open a run, and return why that failed, or an empty string."""
         self._wandb_init = given
+        # `given` has the mode; Lightning would also set WANDB_MODE, of which W&B warns by now
+        offline, self._offline = self._offline, False
         try:
             WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
         except Exception as error:  # the client raises many kinds
             return cause(error)
+        finally:
+            self._offline = offline
         return ""
 
     def attempt(self, action: Callable[[], Any]) -> None:
