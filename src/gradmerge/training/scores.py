@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torchmetrics import MeanMetric, MetricCollection
 
+from gradmerge.common.memory import trim_heap
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.parts import in_parts
 from gradmerge.engine.reading import Measure, reading_of
@@ -243,6 +244,7 @@ class SplitScores:
             keep: store the results; false after a partial pass.
             more: further scores by task, such as those of generated texts.
         """
+        trim_heap()  # or what the passes have freed would lie beside the memory of later steps
         found = self._running["merged"].compute()
         for task, values in (more or {}).items():
             found.setdefault(task, {}).update(values)
