@@ -22,6 +22,7 @@ from gradmerge.engine.state import FitState
 from gradmerge.export import adapter
 from gradmerge.export.adapter import export_adapter
 from gradmerge.export.folder import export_state
+from gradmerge.export.push import contents
 from gradmerge.preprocess import Trim
 from gradmerge.sources import HuggingFace, Lora
 from tiny import write_yaml
@@ -296,6 +297,7 @@ def test_the_command_writes_an_adapter_with_a_card_and_no_local_path(suites, tmp
         torch.float32
     }
     assert json.loads((out / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+    assert "adapter_model.safetensors" in contents(out)  # it may be pushed
     card = ModelCard((out / "README.md").read_text())
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
     written = "".join(path.read_text() for path in out.glob("*.[jmhy]*") if path.is_file())

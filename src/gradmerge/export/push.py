@@ -31,7 +31,8 @@ def contents(folder: Path) -> dict[str, int]:
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: expected an exported folder, got none there.")
-    if not (has_weights(folder) or (folder / "emr.json").is_file()):
+    others = ("emr.json", "adapter_config.json")
+    if not (has_weights(folder) or any((folder / name).is_file() for name in others)):
         raise ConfigError(
             f"{folder}: expected a folder that gradmerge wrote, with model.safetensors, got one "
             f"with {shorten(files_of(folder)) or 'nothing'}."
