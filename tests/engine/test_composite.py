@@ -70,6 +70,17 @@ def suites(tmp_path_factory):
     return make
 
 
+def assert_learns_as(merged, network, thetas, c):
+    """Loss and gradient are those of the network at weights that depend on c."""
+    expected = loss_of(functional_call(network, thetas, (), BATCH).logits)
+    expected.backward()
+    loss = loss_of(merged(**BATCH).logits)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-7, atol=0)
+    found = merged.raw["tensor"].grad.sum(1)
+    assert (found - c.grad).abs().max() <= 1e-6 * c.grad.abs().max()
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_backbone_is_learned_and_the_rest_is_the_bases(suites, tmp_path, name):
     network, models, recipe = suites(name)
@@ -81,13 +92,7 @@ def test_the_backbone_is_learned_and_the_rest_is_the_bases(suites, tmp_path, nam
         inside = own != place or place == "lm_head.weight"
         others = [m.get_parameter(own).detach() - base.detach() for m in models.values() if inside]
         thetas[place] = base.detach() + sum(x * d for x, d in zip(c, others, strict=False))
-    expected = loss_of(functional_call(network, thetas, (), BATCH).logits)
-    expected.backward()
-    loss = loss_of(merged(**BATCH).logits)
-    loss.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-7, atol=0)
-    found = merged.raw["tensor"].grad.sum(1)
-    assert (found - c.grad).abs().max() <= 1e-6 * c.grad.abs().max()
+    assert_learns_as(merged, network, thetas, c)
     places = {
         place for key in merged.plan.layout.slots for place in merged.plan.binding.owners[key]
     }
@@ -155,13 +160,7 @@ def test_adapters_of_the_text_model_are_those_of_the_backbone(suites, tmp_path, 
             others = (m.get_parameter(own).detach() - base.detach() for m in tuned.values())
             theta = theta + sum(x * d for x, d in zip(c, others, strict=True))
         thetas[place] = theta
-    expected = loss_of(functional_call(network, thetas, (), BATCH).logits)
-    expected.backward()
-    loss = loss_of(merged(**BATCH).logits)
-    loss.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-7, atol=0)
-    found = merged.raw["tensor"].grad.sum(1)
-    assert (found - c.grad).abs().max() <= 1e-6 * c.grad.abs().max()
+    assert_learns_as(merged, network, thetas, c)
     changed = 2 * network.config.get_text_config().num_hidden_layers + (not headless)
     assert len(merged.plan.layout.slots) == changed
 

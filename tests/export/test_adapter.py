@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import nn
 
-from gradmerge import Recipe
+from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData, export_merged
 from gradmerge.cli import main
 from gradmerge.coefficients import Column, Constant, Model, Row, Tensor
 from gradmerge.common.errors import ConfigError
@@ -25,7 +25,7 @@ from gradmerge.export.folder import export_state
 from gradmerge.export.push import contents
 from gradmerge.preprocess import Trim
 from gradmerge.sources import HuggingFace, Lora
-from tiny import write_yaml
+from tiny import SPLITS, trainer_of, write_yaml
 
 peft = pytest.importorskip("peft")
 
@@ -280,6 +280,46 @@ def test_tensors_of_several_modules_are_refused_by_name(tmp_path):
         shaken(copy.deepcopy(base), seed).save_pretrained(tmp_path / name)
     with pytest.raises(ConfigError, match=r"wte\.weight \(tied: .*lm_head\.weight"):
         export_adapter(state_of_folders(tmp_path), tmp_path / "out", rank=4)
+
+
+def test_a_fit_is_exported_as_an_adapter_of_its_coefficients(suites, tmp_path, capsys):
+    root, rows = suites("llama"), [{"input_ids": row, "labels": row} for row in inputs(None)]
+    state = state_of(root)
+    module = MergeModule(state.plan.recipe, learning_rate=0.1)
+    task = TaskData(dict.fromkeys(SPLITS, rows), kind="tensors")
+    data = MergeDataModule({"a": task}, batch_size=2, check_disjoint=False)
+    trainer = trainer_of(tmp_path, max_steps=1)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "fit.ckpt")
+    places = [str(tmp_path / name) for name in ("fit.ckpt", "out")]
+    assert main(["export", *places, "--outputs", "adapter", "--dtype", "float64"]) == 0
+    assert "adapter written to" in capsys.readouterr().out
+    whole = loaded(export_merged(module.merged, tmp_path / "whole", dtype="float64"))
+    found = logits(attached(root, tmp_path / "out"), inputs(whole))
+    torch.testing.assert_close(found, logits(whole, inputs(whole)), rtol=1e-9, atol=1e-11)
+
+
+def test_a_change_without_a_matrix_is_no_adapter(tmp_path):
+    torch.manual_seed(0)
+    base, _ = llama()
+    base.save_pretrained(tmp_path / "base")
+    for seed, name in enumerate("ab"):
+        tuned = copy.deepcopy(base)
+        for own, parameter in tuned.named_parameters():
+            parameter.requires_grad_("norm" in own)
+        shaken(tuned, seed).save_pretrained(tmp_path / name)
+    with pytest.raises(ConfigError, match="no matrix differs from the base's"):
+        export_adapter(state_of_folders(tmp_path), tmp_path / "out", rank=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_base_is_named_as_peft_does(tmp_path):
+    place = tmp_path / "me@work"
+    place.mkdir()
+    found = [adapter._place_of(label) for label in ("owner/name@v1", "owner/name", str(place))]
+    assert [tuple(each.values()) for each in found] == [
+        ("owner/name", "v1"), ("owner/name", None), (str(place), None),
+    ]  # fmt: skip
 
 
 def test_the_command_writes_an_adapter_with_a_card_and_no_local_path(suites, tmp_path, capsys):

@@ -364,11 +364,13 @@ class Plan(Shared):
 
     def _spread_terms(self, name: str, spread: Spread) -> Terms:
         """Return the terms of a tensor, with directions of low rank where those are merged."""
+        return self._low_rank_terms(name, spread) or self.terms(name)
+
+    def _low_rank_terms(self, name: str, spread: Spread) -> Terms | None:
+        """Return the terms of a tensor whose directions are merged from their factors."""
         by_factors = spread.kind in ("scalar", "axis") and not spread.experts
         updates = self._updates(name) if by_factors else None
-        if updates is None:
-            return self.terms(name)
-        return Terms([], self.read("base", name), updates=updates)
+        return None if updates is None else Terms([], self.read("base", name), updates=updates)
 
     def _spread(self, name: str, device: torch.device) -> Spread:
         """Return the mapping of the coefficients of `name` to its entries."""
@@ -410,10 +412,10 @@ class Plan(Shared):
         spread = Spread("scalar")
         if isinstance(own, Tensor):
             spread = self._spread(name, own.device)
-        terms = self._spread_terms(name, spread)
-        if terms.updates is None:
+        terms = self._low_rank_terms(name, spread)
+        if terms is None:
             return None
-        rows = self.coefficient(own).view(len(terms.updates), -1)
+        rows = self.coefficient(own).view(len(self.sources), -1)
         return low_rank.merged_factors(terms, rows, spread, terms.accumulate_dtype, CPU)
 
     def z(self, name: str, raw: Raw) -> Tensor:

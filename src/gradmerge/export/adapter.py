@@ -6,7 +6,7 @@ adapter whose ranks are the sums of the sources' ranks is exact. A smaller rank,
 is not a product, takes the largest singular values of D; no other matrix of that rank is nearer
 (Eckart and Young 1936). Those of large matrices are found by subspace iteration from random vectors
 (Halko et al. 2011, arXiv 0909.4061); the error that is stated is that of what is written. Modules
-without an adapter of their own kind (norms, biases, new heads) are stored whole, as PEFT's
+without an adapter of their own kind (norms, layers with a changed bias) are stored whole, as PEFT's
 `modules_to_save`.
 """
 
@@ -137,20 +137,15 @@ def export_adapter(
         with plan.sound():
             write_coefficients(state, work)
             updates = {name: parts.update(name, rank) for name in parts.low_rank}
-        named = {parts.modules[name]: update for name, update in updates.items() if update.rank}
-        entries = [
-            *(
-                entry
-                for name, own in updates.items()
-                if own.rank
-                for entry in parts.pair(name, own, kind)
-            ),
-            *parts.whole_entries(kind),
-        ]
+        updates = {name: update for name, update in updates.items() if update.rank}
+        if not updates:
+            raise ConfigError(f"outputs adapter: no matrix differs from the base's.\n{_REMEDY}")
+        entries = [entry for name in updates for entry in parts.pair(name, updates[name], kind)]
+        entries += parts.whole_entries(kind)
         write_safetensors(work / "adapter_model.safetensors", entries, {"format": "pt"})
-        settings = parts.settings({module: update.rank for module, update in named.items()})
-        place = {"base_model_name_or_path": plan.base.label.partition("@")[0]}
-        write_json(work / "adapter_config.json", {**settings, **published(place, provenance_paths)})
+        settings = parts.settings({parts.modules[n]: own.rank for n, own in updates.items()})
+        base = published(_place_of(plan.base.label), provenance_paths)
+        write_json(work / "adapter_config.json", {**settings, **base})
         LoraCheckpoint(work, plan.base)  # read as every other adapter
         facts = {"rank": settings["r"], **_errors(updates)}
         name = type(plan.skeleton).__name__
@@ -228,8 +223,6 @@ class _Parts:
                 "outputs adapter: expected tensors that each belong to one linear layer, "
                 f"embedding, convolution or norm, got {shorten(refused)}.\n{_REMEDY}"
             )
-        if not changed:
-            raise ConfigError("outputs adapter: no tensor differs from the base's.")
         files = {aliases[0]: name for name, aliases in binding.parameters.items()}
         inside = {
             module: [
@@ -299,7 +292,7 @@ class _Parts:
         """Return adapter_config.json for the rank of each module."""
         network: Any = self.state.plan.skeleton
         name = type(network).__name__
-        largest = max(ranks.values(), default=1)
+        largest = max(ranks.values())
         others = {f"^{re.escape(m)}": rank for m, rank in ranks.items() if rank != largest}
         kinds = {self.low_rank[name] for name in self.low_rank}
         task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
@@ -321,6 +314,14 @@ class _Parts:
             "use_dora": False,
             "inference_mode": True,
         }
+
+
+def _place_of(label: str) -> dict[str, str | None]:
+    """Return what adapter_config.json says of the base: its path, or its id and revision."""
+    name, _, revision = label.partition("@")
+    if Path(label).expanduser().exists():
+        name, revision = label, ""
+    return {"base_model_name_or_path": name, "revision": revision or None}
 
 
 def _summary(facts: Mapping[str, Any]) -> str:
