@@ -97,7 +97,7 @@ def test_a_copy_of_a_used_model_has_blocks_and_references_of_its_own(memory):
     merged = MergedModel(layers(), memory=memory)
     inputs = torch.ones(1, 256)
     expected = merged(inputs).detach()
-    for other in (copy.deepcopy(merged._live), copy.deepcopy(merged._blocks)):
+    for other in (copy.deepcopy(merged._saved._live), copy.deepcopy(merged._blocks)):
         assert not vars(other).get("_entries", None)
         assert not vars(other).get("_idle", None)
     again = pickle.loads(pickle.dumps(merged._blocks))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -27,14 +27,7 @@ from gradmerge.common.memory import BlockPool
 from gradmerge.common.typing import Raw
 from gradmerge.engine.autograd import Assemble, Combine, backward_of, checksums, known_loss
 from gradmerge.engine.buffers import NetworkBuffers
-from gradmerge.engine.install import (
-    LiveTensors,
-    checkpoint_blocks,
-    install,
-    reads_often,
-    require_stand_ins,
-    restamp,
-)
+from gradmerge.engine.install import checkpoint_blocks, install, require_stand_ins, restamp
 from gradmerge.engine.leaves import Leaves
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.parameters import Parameters
@@ -42,6 +35,7 @@ from gradmerge.engine.plan import Plan
 from gradmerge.engine.precision import Precision
 from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.resident import Building, ResidentTensors
+from gradmerge.engine.saved import SavedTensors
 from gradmerge.engine.state import FitState
 from gradmerge.engine.watch import Watch
 
@@ -123,9 +117,8 @@ class MergedModel(nn.Module):
         self._finished = False
         self._watch: Watch | None = None
         self._watched: set[tuple[bool, ...]] = set()
-        self._live = LiveTensors()
-        self._unpacked: tuple[object, dict[str, Tensor]] = None, {}
         self.parameters_made = Parameters(plan.binding, plan.skeleton)
+        self._saved = SavedTensors(plan.skeleton, self.parameters_made.first_places)
         shapes = [*(t.shape for t in plan.tensors.values()), *self.parameters_made.shapes.values()]
         self._blocks = BlockPool(torch.Size(shape).numel() for shape in shapes)
         self._precision = Precision(plan.skeleton)
@@ -300,8 +293,11 @@ class MergedModel(nn.Module):
             theta = self.make(key, dtype=dtype, finished=self._finished)
         else:
             theta = self.differentiable(key, self._stepping or self.raw, dtype)
-        self._live.add(theta, (key, dtype))
+        self._saved.add(theta, key)
         return theta
+
+    def _make_as(self, key: str, dtype: torch.dtype) -> Tensor:
+        return self.make(key, dtype=dtype)
 
     def _given_tensor(self, key: str, read: Callable[[str], Tensor | None]) -> Tensor:
         def one(name: str) -> Tensor:
@@ -411,10 +407,7 @@ class MergedModel(nn.Module):
                 self._refresh(graph)
                 yield
                 return
-            self._live.purge()
-            self._unpacked = None, {}
-            keep = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-            with keep if torch.is_grad_enabled() else nullcontext():
+            with self._saved.hooks(self._make_as, lambda: self.version, self.require_version):
                 yield
         finally:
             self._finished = False
@@ -456,28 +449,6 @@ class MergedModel(nn.Module):
         other.__setstate__(copy.deepcopy(self.__dict__, memo))
         return other
 
-    def _pack(self, tensor: Tensor) -> Any:
-        tag = self._live.find(tensor)
-        if tag is None or tensor.dtype != tag[1] or tensor.is_conj() or tensor.is_neg():
-            return tensor  # a view as another dtype cannot be rebuilt by its strides
-        view = (tensor.size(), tensor.stride(), tensor.storage_offset())
-        return (*tag, *view, self.version)
-
-    def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        key, dtype, size, stride, offset, version = packed
-        self.require_version(version)
-        owner = self.parameters_made.first_places[key].rpartition(".")[0]
-        if not reads_often(self.skeleton.get_submodule(owner)):
-            return self.make(key, dtype=dtype).as_strided(size, stride, offset)
-        if self._unpacked[0] != (owner, dtype, version):
-            self._unpacked = (owner, dtype, version), {}  # frees those of another module first
-        kept = self._unpacked[1]
-        if key not in kept:
-            kept[key] = self.make(key, dtype=dtype)
-        return kept[key].as_strided(size, stride, offset)
-
     def accumulate(
         self, losses: Sequence[Callable[[], Tensor]], scale: float = 1.0
     ) -> tuple[Tensor, list[Tensor]]:
@@ -503,7 +474,7 @@ class MergedModel(nn.Module):
                 grads, values = self._accumulate_resident(losses, scale)
             else:
                 values = [backward_of(run, scale) for run in losses]
-                self._unpacked = None, {}
+                self._saved.forget()
                 found = {key: proxy.grad for key, proxy in self._stepping.items()}
                 grads = {key: grad for key, grad in found.items() if grad is not None}
         finally:

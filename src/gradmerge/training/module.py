@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -28,17 +28,13 @@ from gradmerge.engine.merged import Memory, MergedModel
 from gradmerge.engine.predict import (
     Batch,
     by_task,
-    expert_rows,
-    is_causal,
     no_labels,
-    predict,
     require_ensemble,
 )
-from gradmerge.engine.reading import reading_of
 from gradmerge.engine.recipe import Recipe
 from gradmerge.export.folder import DTYPES
 from gradmerge.export.history import History
-from gradmerge.objectives import AbstractTerm, CrossEntropy, Objective, Predictions
+from gradmerge.objectives import AbstractTerm, CrossEntropy, Objective
 from gradmerge.optimisers import SAM
 from gradmerge.sources import AbstractSource
 from gradmerge.sources.tokenizers.report import summarise, token_report
@@ -53,23 +49,19 @@ from gradmerge.training.checkpoint import (
     unknown_sources,
 )
 from gradmerge.training.data import MergeDataModule
+from gradmerge.training.evaluation import EvaluatingModule
 from gradmerge.training.examples import Stage
-from gradmerge.training.finite import FiniteModule
-from gradmerge.training.fitting import require_apart
 from gradmerge.training.limits import require_learning
-from gradmerge.training.loaders import sample_batches
 from gradmerge.training.logit_scale import LogitScale
-from gradmerge.training.measures import Score
-from gradmerge.training.monitors import scores_of
 from gradmerge.training.regularisation import Regularisation
 from gradmerge.training.run import start_run
 from gradmerge.training.saving import Saver
-from gradmerge.training.scores import Scores, SplitScores, generated_scores, logged
+from gradmerge.training.scores import SplitScores
 from gradmerge.training.start import score_start
 from gradmerge.training.summary import kept_step, to_wandb, wandb_summary
 
 
-class MergeModule(FiniteModule):
+class MergeModule(EvaluatingModule):
     """Learn the coefficients of a merge with `trainer.fit`.
 
     The sources stay frozen. Only the raw coefficients (and `logit_scale`, if set) are parameters,
@@ -269,26 +261,6 @@ class MergeModule(FiniteModule):
         own = self.merged.raw
         self.regularisation.start_at({key: value.to(own[key]) for key, value in raw.items()})
 
-    @property
-    def causal(self) -> bool:
-        """True if the network predicts the next token."""
-        return is_causal(self.merged.skeleton)
-
-    @property
-    def possible_scores(self) -> tuple[str, ...]:
-        """Names of the scores that the network's predictions may have."""
-        return scores_of(reading_of(self.merged.skeleton).measures)
-
-    @property
-    def score(self) -> Score:
-        """Score by which the tasks of the last evaluation are judged."""
-        return self._scores.score
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Task names, in the order of the evaluation loaders."""
-        return tuple(self.merged.tasks)
-
     def configure_callbacks(self) -> list[lightning.Callback]:
         """Return a callback that saves the state of a fit which is told to end."""
         trainer: Any = self.trainer
@@ -387,20 +359,6 @@ class MergeModule(FiniteModule):
             predictions = replace(predictions, logits=self.logit_scale.scaled(predictions.logits))
         return self.objective.share(task, tasks) * self.objective.loss(predictions)
 
-    def _predict(self, task: str, batch: Batch, shared: bool) -> Predictions:
-        self._require_apart(task, batch)
-        predictions = predict(self.merged, self.objective, task, batch, shared)
-        data = getattr(self._trainer, "datamodule", None)
-        if isinstance(data, MergeDataModule) and not self.causal:
-            # a network of one's own shows its number of classes only now
-            data.require_classes(task, predictions.logits.shape[-1])
-        return predictions
-
-    def _require_apart(self, task: str, batch: Batch) -> None:
-        if task not in self._apart and "position_ids" in batch and batch.get("use_cache") is False:
-            self._apart.add(task)
-            require_apart(self.merged, task, batch)
-
     def _inner_scale(self) -> float:
         """Return the scale of a float16 gradient scaler; inner backward passes need it too."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -471,101 +429,6 @@ class MergeModule(FiniteModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam with `learning_rate`; `optimizer` on the command line replaces it."""
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
-
-    @property
-    def _split(self) -> Stage:
-        return "test" if self.trainer.testing else "selection"
-
-    @override
-    def on_validation_epoch_start(self) -> None:
-        self.refresh_buffers()
-        self._scores.begin(self.merged.skeleton, self.device)
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score a batch of one task of the selection or test split."""
-        if not batch:  # padding step: another process has one more batch
-            return
-        task = self.tasks[dataloader_idx]
-        known = self.trainer.sanity_checking or self._split in self._scores.experts
-        scored = self.score_experts and not known
-        self._require_apart(task, batch)
-        source = self.merged.tasks[task] if scored else None
-        if self._scores.add_in_parts(self.merged, task, batch, self.objective, source):
-            return
-        predictions = self._predict(task, batch, shared=False)
-        expert = partial(expert_rows, self.merged, task, batch) if scored else None
-        self._scores.add(task, batch, predictions, self.objective, expert)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores of the split."""
-        stage = self._split
-        keep = not self.trainer.sanity_checking
-        found, averages = self._finish(stage, keep)
-        if keep and self.trainer.state.fn == "fit":
-            self._scores.record(self.history, self.trainer.global_step, found, averages)
-        shown = f"{stage}/loss", f"{stage}/average/{self._scores.score.name}"
-        for name, value in logged(stage, found, averages).items():
-            # early stopping and checkpoints watch the averages
-            is_own = name.split("/")[1] in found
-            self.log(name, value, prog_bar=name in shown, rank_zero_only=is_own)
-
-    def finish_start(self) -> dict[str, float]:
-        """Return the scores of the start by name, after a pass over the selection split."""
-        found, averages = self._finish("selection", keep=True)
-        del self.results["selection"]  # of other coefficients than those that will be learned
-        self._scores.record(self.history, 0, found, averages)
-        return logged("selection", found, averages)
-
-    def finish_test(self) -> dict[str, float]:
-        """Return the scores of the test split by name, after a pass over it."""
-        return logged("test", *self._finish("test", keep=True))
-
-    def _finish(self, stage: Stage, keep: bool) -> tuple[Scores, dict[str, float]]:
-        """Return the scores by task, with those of generated texts, and their averages."""
-        generated = self._generated(stage) if keep else {}
-        return self._scores.finish(stage, self.objective.share, keep, generated)
-
-    def _generated(self, stage: Stage) -> dict[str, dict[str, float]]:
-        """Return the scores of generated texts, of the tasks that ask for them."""
-        data = getattr(self._trainer, "datamodule", None)
-        if not isinstance(data, MergeDataModule):
-            return {}
-        place = self.trainer.global_rank, self.trainer.world_size
-        return {
-            task: generated_scores(self.merged, task, data, stage, place)
-            for task in data.tasks
-            if data.questions(task, stage)
-        }
-
-    on_test_epoch_start = on_validation_epoch_start
-    test_step = validation_step
-    on_test_epoch_end = on_validation_epoch_end
-
-    @property
-    def results(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Scores of the evaluated splits: `{split: {task or "average": {metric: value}}}`."""
-        return self._scores.results
-
-    @property
-    def experts(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Scores of the tasks' own sources: `{split: {task: {metric: value}}}`."""
-        return self._scores.experts
-
-    def refresh_buffers(self, data: Any = None) -> None:
-        """Recompute BatchNorm statistics and finaliser corrections, as the recipe asks for.
-
-        Args:
-            data: data module with the adaptation data. Default: the trainer's.
-        """
-        data = data or getattr(self._trainer, "datamodule", None)
-        sample = partial(self._sample, data) if hasattr(data, "evaluation_loaders") else None
-        self._finishing.refresh(self.merged, data, sample)
-
-    def _sample(self, data: Any, batches: int) -> Iterator[tuple[str, Batch]]:
-        """Yield sampled batches of each task's adaptation split, on the module's device."""
-        for task, loader in zip(self.tasks, data.evaluation_loaders("adaptation"), strict=True):
-            for batch in sample_batches(loader, batches):
-                yield task, self.transfer_batch_to_device(batch, self.device, 0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add fingerprints, fixed tensors, buffers, corrections and scores to the checkpoint.
