@@ -175,8 +175,7 @@ def options_of(job: Job, suite: Path) -> list[str]:
     if method.uses("methods"):
         options += [
             *("--trainer.max_steps", str(steps), f"--optimizer.init_args.lr={job.rate}"),
-            *("--lr_scheduler", "torch.optim.lr_scheduler.CosineAnnealingLR"),
-            *(f"--lr_scheduler.T_max={steps}", f"--lr_scheduler.eta_min={0.06 * job.rate}"),
+            *("--lr_scheduler", "gradmerge.optimisers.CosineDecay"),
             *_QUIET,
         ]
     if method.uses("drivers"):

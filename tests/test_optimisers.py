@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from gradmerge import MergedModel
 from gradmerge.coefficients import Column, Element, Mixup, Tensor
 from gradmerge.common.errors import ConfigError
-from gradmerge.optimisers import SAM, MoFO
+from gradmerge.optimisers import SAM, CosineDecay, MoFO
 from tiny import build, fit, module_of, raws, recipe_of, relatives, trainer_of, vectors
 
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
@@ -278,3 +278,31 @@ def test_mofo_learns(tmp_path, coefficients):
     trainer = trainer_of(tmp_path, max_steps=30)
     trainer.fit(module, datamodule=vectors(batch_size=12))
     assert float(trainer.callback_metrics["train/loss"]) < 0.9 * first
+
+
+def test_a_cosine_takes_its_length_from_the_fit_and_a_longer_one_when_it_resumes():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+
+    def rates(schedule, optimiser, steps):
+        found = []
+        for _ in range(steps):
+            found.append(optimiser.param_groups[0]["lr"])
+            optimiser.step()
+            schedule.step()
+        return [*found, optimiser.param_groups[0]["lr"]]
+
+    optimiser = torch.optim.SGD([parameter], lr=0.5)
+    schedule = CosineDecay(optimiser, end=0.1)
+    schedule.follow(8)
+    expected = [0.5 * (0.1 + 0.45 * (1 + math.cos(math.pi * t / 8))) for t in range(9)]
+    assert rates(schedule, optimiser, 8) == pytest.approx(expected, abs=1e-12)
+
+    again = torch.optim.SGD([parameter], lr=0.5)
+    longer = CosineDecay(again, end=0.1)
+    longer.follow(16)
+    longer.load_state_dict(schedule.state_dict())
+    again.load_state_dict(optimiser.state_dict())
+    end = [0.5 * (0.1 + 0.45 * (1 + math.cos(math.pi * t / 16))) for t in range(9, 17)]
+    assert rates(longer, again, 8)[1:] == pytest.approx(end, abs=1e-12)
+    with pytest.raises(ConfigError, match=r"CosineDecay\.end: expected a share in"):
+        CosineDecay(again, end=2.0)

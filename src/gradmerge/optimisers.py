@@ -1,4 +1,4 @@
-"""Optimisers used by published merging methods and missing from torch."""
+"""Optimisers used by published merging methods and missing from torch, and a schedule."""
 
 from __future__ import annotations
 
@@ -10,11 +10,57 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import ParamsT
 
 from gradmerge.common.errors import ConfigError, require
 
-__all__ = ["SAM", "MoFO"]
+__all__ = ["SAM", "CosineDecay", "MoFO"]
+
+
+class CosineDecay(LRScheduler):
+    """Cosine from the optimiser's learning rate to a share of it, over exactly the steps of a fit.
+
+        lr_t = lr (end + (1 - end) (1 + cos(pi t / T)) / 2),   t = 0..T
+
+    The number of steps T is the trainer's (`max_steps`, or epochs times their steps), so it is
+    stated once; a fit that is resumed with another length follows the new one.
+
+    Args:
+        optimizer: optimiser whose learning rates are set.
+        end: share of the learning rate at the last step, in [0, 1].
+        steps: T. Default: the steps of the fit, which its trainer sets; without a trainer the rate
+            is constant until it is set.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, end: float = 0.06, steps: int | None = None
+    ) -> None:
+        require(0 <= end <= 1, "CosineDecay.end", "a share in [0, 1]", end)
+        require(steps is None or steps >= 1, "CosineDecay.steps", "at least 1", steps)
+        self.end = end
+        self.steps = steps
+        super().__init__(optimizer)
+
+    def follow(self, steps: float) -> None:
+        """Take the number of steps of the fit, unless one was given."""
+        if self.steps is None and 0 < steps < math.inf:
+            self.steps = int(steps)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the learning rates of the current step."""
+        if self.steps is None:
+            return list(self.base_lrs)
+        done = min(self.last_epoch, self.steps) / self.steps
+        share = self.end + (1 - self.end) * (1 + math.cos(math.pi * done)) / 2
+        return [rate * share for rate in self.base_lrs]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the position; the length belongs to the fit that continues."""
+        super().load_state_dict({**state_dict, "steps": self.steps})
 
 
 class MoFO(torch.optim.Optimizer):

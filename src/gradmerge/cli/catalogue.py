@@ -23,7 +23,7 @@ _SCALARS = {"str": str, "int": int, "float": float, "bool": bool, "None": type(N
 _LISTS = ("list", "List", "Sequence", "Iterable", "Collection", "tuple", "Tuple")
 _STOCK = {
     "Optimizer": ("torch.optim", "gradmerge.optimisers"),
-    "LRScheduler": ("torch.optim.lr_scheduler", "lightning.pytorch.cli"),
+    "LRScheduler": ("torch.optim.lr_scheduler", "lightning.pytorch.cli", "gradmerge.optimisers"),
     "Callback": ("lightning.pytorch.callbacks", "gradmerge.training"),
     "Logger": ("lightning.pytorch.loggers",),
 }

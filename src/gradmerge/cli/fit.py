@@ -46,7 +46,7 @@ from gradmerge.common.version import __version__
 from gradmerge.drivers import AbstractDriver, Job
 from gradmerge.engine.recipe import Recipe
 from gradmerge.export.atomic import inputs_of
-from gradmerge.optimisers import SAM
+from gradmerge.optimisers import SAM, CosineDecay
 from gradmerge.search import AbstractSearch
 from gradmerge.training.benchmarks import EvaluateEvery
 from gradmerge.training.callbacks import ExportAtEnd, StepProgress
@@ -406,6 +406,8 @@ class MergeCLI(LightningCLI):
         """Configure schedulers to update per step, because a fit is counted in steps."""
         if lr_scheduler is None or isinstance(lr_scheduler, ReduceLROnPlateau):
             return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
+        if isinstance(lr_scheduler, CosineDecay):
+            lr_scheduler.follow(lightning_module.trainer.estimated_stepping_batches)
         schedule = {"scheduler": lr_scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 

@@ -428,7 +428,7 @@ class Choice:
             tasks[task.name] = {**entry, "limit": dict(self.scored)}
         best = "lightning.pytorch.callbacks.ModelCheckpoint"
         export = {"output": given.output, "score_test": True, "overwrite": given.overwrite}
-        cosine = "torch.optim.lr_scheduler.CosineAnnealingLR"
+        cosine = "gradmerge.optimisers.CosineDecay"
         return {
             "seed_everything": given.seed,
             "model": {
@@ -444,10 +444,7 @@ class Choice:
                 "tasks": tasks,
             },
             "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.05}},
-            "lr_scheduler": {
-                "class_path": cosine,
-                "init_args": {"T_max": self.steps, "eta_min": 0.003},
-            },
+            "lr_scheduler": {"class_path": cosine},
             "trainer": {
                 "max_steps": self.steps,
                 "val_check_interval": max(1, self.steps // 5),
