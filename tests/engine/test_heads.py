@@ -11,7 +11,8 @@ from torch import nn
 
 from gradmerge import MergedModel, MergeModule
 from gradmerge.coefficients import Constant
-from gradmerge.engine.predict import expert_rows, rows_of
+from gradmerge.engine.outputs import rows_of
+from gradmerge.engine.predict import expert_rows
 from gradmerge.export.folder import export_merged
 from tiny import build, recipe_of, relatives, trainer_of, vectors
 

@@ -10,7 +10,7 @@ from gradmerge import MergeModule, Recipe
 from gradmerge.coefficients import Constant
 from gradmerge.engine import parts
 from gradmerge.engine.merged import MergedModel
-from gradmerge.engine.predict import rows_of
+from gradmerge.engine.outputs import rows_of
 from gradmerge.objectives import CrossEntropy, Entropy, KLToSource, Objective
 from gradmerge.training.scores import SplitScores
 from tiny import trainer_of

@@ -10,7 +10,7 @@ import transformers
 
 from families import batch_of, families, family_of
 from gradmerge import MergedModel, MergeModule
-from gradmerge.engine.predict import rows_of
+from gradmerge.engine.outputs import rows_of
 from tiny import Normalised, build, examples, recipe_of, relatives, trainer_of, vectors
 
 # Batch statistics, a table of positions in a buffer, a router in float32, and rotary frequencies.

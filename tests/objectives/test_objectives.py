@@ -18,6 +18,7 @@ from gradmerge.objectives import (
     CrossEntropy,
     Entropy,
     FisherToInit,
+    HardLabels,
     KLToEnsemble,
     KLToSource,
     L2ToInit,
@@ -67,7 +68,15 @@ def test_rows_without_a_label_leave_cross_entropy_as_if_they_were_not_there(smoo
 
 @pytest.mark.parametrize("rows", [0, 4])
 @pytest.mark.parametrize(
-    "term", [CrossEntropy(), CrossEntropy(label_smoothing=0.3), Entropy(marginal=0.5), KLToSource()]
+    "term",
+    [
+        CrossEntropy(),
+        CrossEntropy(label_smoothing=0.3),
+        Entropy(marginal=0.5),
+        KLToSource(),
+        KLToSource(top_k=2),
+        HardLabels(),
+    ],
 )
 def test_a_batch_with_nothing_to_predict_gives_zero_with_zero_gradient(term, rows):
     """Rows of a classifier keep their -100; those of a language model are cut out."""

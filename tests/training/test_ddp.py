@@ -123,7 +123,8 @@ import os, sys
 from pathlib import Path
 import torch
 from torch import distributed
-from gradmerge.objectives import CrossEntropy, Entropy, KLToEnsemble, KLToSource, Predictions
+from gradmerge.objectives import CrossEntropy, Entropy, HardLabels, HiddenStates, KLToEnsemble
+from gradmerge.objectives import KLToSource, Predictions
 
 folder, world, rank = Path(sys.argv[2]), 2, int(os.environ["RANK"])
 distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
@@ -132,12 +133,14 @@ logits, teacher = (3 * torch.randn(7, 5, generator=generator).double() for _ in 
 logits[:, 4] -= 900  # a class whose probability is zero in float64
 labels = torch.tensor([0, -100, 2, -100, -100, 3, 1])
 terms = [CrossEntropy(), CrossEntropy(label_smoothing=0.3), Entropy(), Entropy(marginal=1.0)]
-for term in [*terms, KLToSource(), KLToEnsemble()]:
+terms += [KLToSource(), KLToSource(top_k=2), KLToEnsemble(), HardLabels()]
+for term in [*terms, HiddenStates(layers=("x",)), HiddenStates(layers=("x",), reduce="sum")]:
     for cut, stop in ((4, 7), (5, 7), (7, 7), (0, 7), (1, 5), (0, 0)):
         def predictions(rows, shared):
             leaf = logits[rows].clone().requires_grad_()
             each = torch.stack([teacher, -teacher, logits])[:, rows]
-            return leaf, Predictions(leaf, labels[rows], teacher[rows], shared, each)
+            states = {"hidden": {"x": leaf}, "teacher_hidden": {"x": teacher[rows]}}
+            return leaf, Predictions(leaf, labels[rows], teacher[rows], shared, each, **states)
         whole, alone = predictions(slice(0, stop), False)
         expected = term.loss(alone)
         expected.backward()

@@ -16,7 +16,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
 from gradmerge.coefficients import Column, Element, Softmax, Tensor, Uniform
 from gradmerge.common.errors import ConfigError
-from gradmerge.engine.predict import predict, rows_of
+from gradmerge.engine.outputs import rows_of
+from gradmerge.engine.predict import predict
 from gradmerge.objectives import L1, CrossEntropy, KLToEnsemble, KLToSource, L2ToInit, Objective
 from tiny import (
     SPLITS,

@@ -22,7 +22,7 @@ from gradmerge.alignment.symmetry.spec import Place, UnitGroup
 from gradmerge.calibration.fisher import Passes
 from gradmerge.calibration.observers import Observer, mask_of, without_padding
 from gradmerge.common.errors import ConfigError, shorten
-from gradmerge.engine.predict import Batch, rows_of
+from gradmerge.engine.outputs import Batch, rows_of
 
 MEMORY = 4 << 30
 """Bytes of moments that one reading of the data may sum up; more groups take more readings."""

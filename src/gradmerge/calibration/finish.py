@@ -15,7 +15,7 @@ from gradmerge.calibration.repair.measure import Run
 from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.engine.autograd import checksums
 from gradmerge.engine.merged import MergedModel
-from gradmerge.engine.predict import Batch, rows_of
+from gradmerge.engine.outputs import Batch, rows_of
 from gradmerge.finalisers import REPAIR
 
 Sample = Callable[[int], Iterable[tuple[str, Batch]]]

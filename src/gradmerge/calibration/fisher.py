@@ -22,7 +22,7 @@ from gradmerge.common.errors import ConfigError, NonFiniteError, shorten
 from gradmerge.common.finite import non_finite
 from gradmerge.common.spec import to_plain
 from gradmerge.engine.merged import MergedModel
-from gradmerge.engine.predict import Batch, rows_of
+from gradmerge.engine.outputs import Batch, rows_of
 from gradmerge.objectives.base import UNLABELLED
 from gradmerge.preprocess import AbstractPreprocess
 from gradmerge.sources.collected import Needs, Statistic

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from gradmerge.calibration.fisher import Passes
 from gradmerge.calibration.observers import LinearLayer, Observer, linear_layers
-from gradmerge.engine.predict import rows_of
+from gradmerge.engine.outputs import rows_of
 from gradmerge.preprocess import AbstractPreprocess, Site
 from gradmerge.sources.collected import Statistic
 

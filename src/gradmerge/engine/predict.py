@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from gradmerge.common.errors import ConfigError
-from gradmerge.engine.heads import rows_by_head
 from gradmerge.engine.merged import MergedModel
-from gradmerge.engine.reading import NEXT_TOKEN, NOT_INPUTS, reading_of
+from gradmerge.engine.outputs import Batch, outputs_of
+from gradmerge.engine.reading import NEXT_TOKEN, reading_of
+from gradmerge.engine.teacher import Teacher
 from gradmerge.objectives import Objective, Predictions
-
-Batch = Mapping[str, Any]
 
 
 def is_causal(network: nn.Module) -> bool:
@@ -44,29 +42,11 @@ def by_task(merged: MergedModel, batch: Batch) -> dict[str, Batch]:
     return {tasks[0]: batch}
 
 
-def rows_of(
-    merged: MergedModel, task: str, batch: Batch
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return logits of a task's batch as rows, labels, and the rows kept (see `AbstractReading`).
-
-    Raises:
-        ConfigError: the network's output is of another kind than the batch needs.
-    """
-    inputs = {
-        key: merged.place(value) if isinstance(value, Tensor) else value
-        for key, value in batch.items()
-        if key not in NOT_INPUTS
-    }
-    output = merged(task=task, **inputs)
-    return reading_of(merged.skeleton, batch).rows(output, batch, merged.skeleton)
-
-
 def expert_rows(merged: MergedModel, task: str, batch: Batch, source: str | None = None) -> Tensor:
     """Logits of a source, without one the task's own, run by the same network, without gradient."""
     source = source or merged.tasks[task]
     with merged.as_source(source, own=True):
-        rows = rows_by_head(merged, task, batch, source) or rows_of(merged, task, batch)
-    return rows[0].detach()
+        return outputs_of(merged, task, batch, source=source).logits.values.detach()
 
 
 def require_ensemble(merged: MergedModel, objective: Objective) -> None:
@@ -86,21 +66,39 @@ def require_ensemble(merged: MergedModel, objective: Objective) -> None:
 
 
 def predict(
-    merged: MergedModel, objective: Objective, task: str, batch: Batch, shared: bool
+    merged: MergedModel,
+    objective: Objective,
+    task: str,
+    batch: Batch,
+    shared: bool,
+    teacher: Teacher | None = None,
 ) -> Predictions:
     """Return the predictions that an objective needs for a task's batch.
+
+    Args:
+        merged: the model.
+        objective: its terms decide what else runs on the batch.
+        task: the task.
+        batch: its batch.
+        shared: True if every process holds rows of one global batch.
+        teacher: the task's own source. Default: it runs on the batch.
 
     Raises:
         ConfigError: a term needs labels and the task has none.
     """
-    teacher = expert_rows(merged, task, batch) if objective.needs_teacher else None
+    teacher = teacher or Teacher(merged, objective)
+    taught = teacher(task, batch)
     ensemble = None
     if objective.needs_ensemble:
         ensemble = [expert_rows(merged, task, batch, name) for name in merged.plan.sources]
-    logits, labels, _ = rows_by_head(merged, task, batch) or rows_of(merged, task, batch)
-    if labels is None and objective.needs_labels:
+    own = outputs_of(merged, task, batch, teacher.layers)
+    if own.labels is None and objective.needs_labels:
         raise no_labels(task, objective)
-    return Predictions(logits, labels, teacher, shared, ensemble)
+    hidden = {name: rows.values for name, rows in own.hidden.items()}
+    logits = own.logits.values
+    return Predictions(
+        logits, own.labels, shared=shared, ensemble=ensemble, hidden=hidden, **taught
+    )
 
 
 def no_labels(task: str, objective: Objective) -> ConfigError:

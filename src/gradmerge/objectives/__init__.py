@@ -3,13 +3,22 @@
 from gradmerge.objectives.base import (
     AbstractRegulariser,
     AbstractTerm,
+    Leading,
     Predictions,
+    Wanted,
     next_token_rows,
+)
+from gradmerge.objectives.distillation import (
+    HardLabels,
+    HiddenStates,
+    KLToEnsemble,
+    KLToSource,
 )
 from gradmerge.objectives.objective import Objective
 from gradmerge.objectives.regularisers import (
     L1,
     FisherToInit,
+    L1ToInit,
     L2ToInit,
     Lp,
     Overlap,
@@ -18,8 +27,6 @@ from gradmerge.objectives.regularisers import (
 from gradmerge.objectives.terms import (
     CrossEntropy,
     Entropy,
-    KLToEnsemble,
-    KLToSource,
     SquaredError,
 )
 
@@ -30,14 +37,19 @@ __all__ = [
     "CrossEntropy",
     "Entropy",
     "FisherToInit",
+    "HardLabels",
+    "HiddenStates",
     "KLToEnsemble",
     "KLToSource",
+    "L1ToInit",
     "L2ToInit",
+    "Leading",
     "Lp",
     "Objective",
     "Overlap",
     "Predictions",
     "Similarity",
     "SquaredError",
+    "Wanted",
     "next_token_rows",
 ]

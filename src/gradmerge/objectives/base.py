@@ -3,15 +3,66 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gradmerge.common.errors import ConfigError
+from gradmerge.common.patterns import matches
 
 # Label of a position without a label, the convention of torch and transformers.
 UNLABELLED = -100
+
+
+@dataclass(frozen=True)
+class Leading:
+    """The most probable classes of each row of a model, and the rest of its distribution."""
+
+    log_p: Tensor
+    """Log-probabilities `[rows, k]`, in descending order."""
+    classes: Tensor
+    """Their classes, `[rows, k]`."""
+    log_rest: Tensor
+    """Log-probability of all other classes together, `[rows]`; -inf if there are none."""
+
+    @classmethod
+    def of(cls, logits: Tensor, count: int, temperature: float = 1.0) -> Leading:
+        """Return the `count` most probable classes of logits `[rows, classes]`, or all classes."""
+        every = functional.log_softmax(logits / temperature, dim=-1)
+        log_p, classes = every.topk(min(count, every.shape[-1]), dim=-1)
+        return cls(log_p, classes, log_rest(every, classes))
+
+
+def log_rest(log_p: Tensor, classes: Tensor) -> Tensor:
+    """Return the log-probability of all but the given classes together, `[rows]`.
+
+    Args:
+        log_p: log-probabilities `[rows, classes]`.
+        classes: classes to leave out, `[rows, k]`.
+    """
+    if classes.shape[-1] == log_p.shape[-1]:  # nothing is left, and has no gradient
+        return log_p.new_full(log_p.shape[:-1], -torch.inf)
+    return log_p.scatter(-1, classes, -torch.inf).logsumexp(dim=-1)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Outputs of the task's own source that terms compare with."""
+
+    logits: bool = False
+    """All logits."""
+    leading: frozenset[tuple[int, float]] = frozenset()
+    """The k most probable classes at temperature T, for each (k, T)."""
+    layers: tuple[str, ...] = ()
+    """Outputs of the modules whose names these regular expressions match."""
+
+    def __or__(self, other: Wanted) -> Wanted:
+        """Return what either wants."""
+        layers = tuple(dict.fromkeys((*self.layers, *other.layers)))
+        return Wanted(self.logits or other.logits, self.leading | other.leading, layers)
 
 
 @dataclass(frozen=True)
@@ -30,6 +81,41 @@ class Predictions:
     rows."""
     ensemble: Sequence[Tensor] | None = None
     """Logits of each source on the same rows, if a term needs them."""
+    leading: Mapping[tuple[int, float], Leading] = field(default_factory=dict)
+    """Most probable classes of the task's own source by (k, T), if its logits are not kept."""
+    hidden: Mapping[str, Tensor] = field(default_factory=dict)
+    """Outputs of modules by name, `[tokens, width]` without padding, if a term needs them."""
+    teacher_hidden: Mapping[str, Tensor] = field(default_factory=dict)
+    """The same of the task's own source."""
+
+    def leading_of_teacher(self, count: int, temperature: float) -> Leading:
+        """Return the most probable classes of the task's own source."""
+        found = self.leading.get((count, temperature))
+        if found is not None:
+            return found
+        assert self.teacher is not None
+        return Leading.of(self.teacher, count, temperature)
+
+
+def outermost(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    r"""Return the names that an expression matches, without those below another of its matches.
+
+    Args:
+        patterns: regular expressions.
+        names: names of modules, in the order of the network.
+
+    Examples:
+        >>> outermost([r"layer\.\d"], ["layer.0", "layer.0.norm", "layer.1", "head"])
+        ['layer.0', 'layer.1']
+    """
+    found: dict[str, None] = {}
+    names = list(names)
+    for pattern in patterns:
+        matching = [name for name in names if matches([pattern], name)]
+        for name in matching:
+            if not any(name.startswith(f"{other}.") for other in matching):
+                found[name] = None
+    return [name for name in names if name in found]
 
 
 class AbstractTerm(ABC):
@@ -46,6 +132,11 @@ class AbstractTerm(ABC):
     def needs_teacher(self) -> bool:
         """True if the task's own source must run on the same batch."""
         return False
+
+    @property
+    def wanted(self) -> Wanted:
+        """The outputs of the task's own source that the term reads; by default, its logits."""
+        return Wanted(logits=self.needs_teacher)
 
     @property
     def needs_ensemble(self) -> bool:

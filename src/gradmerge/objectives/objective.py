@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from gradmerge.objectives.base import (
     AbstractRegulariser,
     AbstractTerm,
     Predictions,
+    Wanted,
 )
 from gradmerge.objectives.regularisers import FisherToInit
 from gradmerge.objectives.terms import CrossEntropy
@@ -55,6 +58,11 @@ class Objective:
     def needs_teacher(self) -> bool:
         """True if any term needs the task's own source."""
         return any(term.needs_teacher for term in self.terms)
+
+    @property
+    def wanted(self) -> Wanted:
+        """The outputs of the task's own source that the terms read."""
+        return reduce(or_, (term.wanted for term in self.terms), Wanted())
 
     @property
     def needs_ensemble(self) -> bool:

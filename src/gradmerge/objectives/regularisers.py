@@ -140,6 +140,23 @@ class Lp(_Reduced):
 
 
 @dataclass(frozen=True)
+class L1ToInit(_Reduced):
+    """Distance from the start: `mean |c - c_start|` (Expert Merging, arXiv 2509.25712).
+
+    Unlike `L2ToInit` it holds coefficients at the start unless the gradient there is
+    larger than the penalty's.
+    """
+
+    weight: float = 0.1
+    """Weight in the objective."""
+
+    @override
+    def penalty(self, coefficients: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
+        moved = [(c - start[name].to(c)).abs().flatten() for name, c in coefficients.items()]
+        return self._reduced(torch.cat(moved))
+
+
+@dataclass(frozen=True)
 class L2ToInit(_Reduced):
     """Squared distance from the start: `mean (c - c_start)^2` (the prior of NP Merge, arXiv
     2412.15467).

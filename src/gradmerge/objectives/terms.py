@@ -15,7 +15,7 @@ from gradmerge.objectives.base import UNLABELLED, AbstractTerm, Predictions
 from gradmerge.objectives.regularisers import log_mean_over_rows, mean_over_rows
 
 # Lower bound of log p: where log p is -inf, p log p would be NaN instead of 0.
-_LEAST = -1e4
+LEAST = -1e4
 
 
 @dataclass(frozen=True)
@@ -133,19 +133,19 @@ class Entropy(AbstractTerm):
 
     @override
     def loss(self, predictions: Predictions) -> Tensor:
-        _require_distributions(self, predictions)
+        require_distributions(self, predictions)
         log_p = functional.log_softmax(predictions.logits, dim=-1)
         classes = predictions.logits.shape[-1]
         scale = 1 / math.log(classes) if classes > 1 else 1.0
         loss = mean_over_rows(_entropy(log_p).sum(), len(log_p), predictions.shared)
         if self.marginal:
-            log_mean = log_mean_over_rows(log_p.clamp_min(_LEAST), predictions.shared)
+            log_mean = log_mean_over_rows(log_p.clamp_min(LEAST), predictions.shared)
             if log_mean is not None:
                 loss = loss - self.marginal * _entropy(log_mean)
         return loss * scale
 
 
-def _require_distributions(term: AbstractTerm, predictions: Predictions) -> None:
+def require_distributions(term: AbstractTerm, predictions: Predictions) -> None:
     """Reject rows that are one number each, whose softmax is 1 whatever it is."""
     labels = predictions.labels
     if labels is not None and labels.is_floating_point() and predictions.logits.shape[-1] == 1:
@@ -156,80 +156,4 @@ def _require_distributions(term: AbstractTerm, predictions: Predictions) -> None
 
 
 def _entropy(log_p: Tensor) -> Tensor:
-    return -(log_p.exp() * log_p.clamp_min(_LEAST)).sum(dim=-1)
-
-
-@dataclass(frozen=True)
-class _Distillation(AbstractTerm):
-    """Base class of distillation terms."""
-
-    weight: float = 1.0
-    """Weight in the objective."""
-    temperature: float = 2.0
-    """Temperature T that divides the logits."""
-
-    def __post_init__(self) -> None:
-        """Validate the temperature."""
-        option = f"{type(self).__name__}.temperature"
-        require(self.temperature > 0, option, "a positive number", self.temperature)
-
-    def _divergence(self, teacher: Tensor, predictions: Predictions) -> Tensor:
-        """Return the mean of `T^2 KL(teacher || merged)`, given the teacher's log-probabilities."""
-        _require_distributions(self, predictions)
-        t = self.temperature
-        student = functional.log_softmax(predictions.logits / t, dim=-1)
-        divergence = functional.kl_div(student, teacher, reduction="sum", log_target=True)
-        return t * t * mean_over_rows(divergence, len(student), predictions.shared)
-
-
-@dataclass(frozen=True)
-class KLToSource(_Distillation):
-    """Distillation from the task's own source (DAM, arXiv 2410.08371).
-
-        T^2 KL( softmax(teacher / T) || softmax(merged / T) )
-
-    The teacher is the source of the task. It runs on the same batch, in the same network with its
-    own weights, so no second model is held in memory. A batch without rows gives zero.
-    """
-
-    @property
-    @override
-    def needs_teacher(self) -> bool:
-        return True
-
-    @override
-    def loss(self, predictions: Predictions) -> Tensor:
-        assert predictions.teacher is not None
-        teacher = functional.log_softmax(predictions.teacher / self.temperature, dim=-1)
-        return self._divergence(teacher, predictions)
-
-
-@dataclass(frozen=True)
-class KLToEnsemble(_Distillation):
-    """Distillation from the ensemble of all sources (Hinton et al., arXiv 1503.02531).
-
-        T^2 KL( mean_k softmax(source_k / T) || softmax(merged / T) )
-
-    Use it for sources that all know the task, such as networks trained on the same data from
-    different seeds, whose ensemble is better than each of them. If each source knows only some of
-    the tasks, use `KLToSource`. All sources run on the same batch, one after another in the same
-    network: no second model is held in memory, only the logits of each; a step costs one more
-    forward pass per source. A batch without rows gives zero.
-
-    The gradient equals that of the mean of `T^2 KL(source_k || merged)` over the sources.
-    """
-
-    @property
-    @override
-    def needs_ensemble(self) -> bool:
-        return True
-
-    @override
-    def loss(self, predictions: Predictions) -> Tensor:
-        assert predictions.ensemble is not None
-        first, *others = predictions.ensemble
-        total = functional.log_softmax(first / self.temperature, dim=-1)
-        for logits in others:  # one at a time: logits of a language model are large
-            own = functional.log_softmax(logits / self.temperature, dim=-1)
-            total = torch.logaddexp(total, own)
-        return self._divergence(total - math.log(1 + len(others)), predictions)
+    return -(log_p.exp() * log_p.clamp_min(LEAST)).sum(dim=-1)

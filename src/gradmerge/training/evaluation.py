@@ -10,8 +10,10 @@ from typing_extensions import override
 
 from gradmerge.calibration.finish import Finishing
 from gradmerge.engine.merged import MergedModel
-from gradmerge.engine.predict import Batch, expert_rows, is_causal, predict
+from gradmerge.engine.outputs import Batch
+from gradmerge.engine.predict import expert_rows, is_causal, predict
 from gradmerge.engine.reading import reading_of
+from gradmerge.engine.teacher import Teacher
 from gradmerge.export.history import History
 from gradmerge.objectives import Objective, Predictions
 from gradmerge.training.data import MergeDataModule
@@ -29,6 +31,7 @@ class EvaluatingModule(FiniteModule):
 
     merged: MergedModel
     objective: Objective
+    teacher: Teacher
     history: History
     score_experts: bool
     _scores: SplitScores
@@ -57,7 +60,7 @@ class EvaluatingModule(FiniteModule):
 
     def _predict(self, task: str, batch: Batch, shared: bool) -> Predictions:
         self._require_apart(task, batch)
-        predictions = predict(self.merged, self.objective, task, batch, shared)
+        predictions = predict(self.merged, self.objective, task, batch, shared, self.teacher)
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, MergeDataModule) and not self.causal:
             # a network of one's own shows its number of classes only now

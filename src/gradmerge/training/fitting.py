@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gradmerge.common.errors import ConfigError
 from gradmerge.engine.merged import MergedModel
-from gradmerge.engine.predict import is_causal, rows_of
+from gradmerge.engine.outputs import rows_of
+from gradmerge.engine.predict import is_causal
 from gradmerge.engine.reading import CLASSES, TARGET, TOKENS, reading_of
 from gradmerge.training.examples import Kind, Stage, TaskData
 from gradmerge.training.generation import Question

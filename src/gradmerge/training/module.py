@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,19 +20,17 @@ from typing_extensions import override
 from gradmerge.calibration.finish import Finishing
 from gradmerge.coefficients import AbstractInit
 from gradmerge.common.checkpoints import load_checkpoint
-from gradmerge.common.errors import ConfigError, nearest
+from gradmerge.common.errors import ConfigError, nearest, require
 from gradmerge.common.memory import release_freed_memory
 from gradmerge.common.names import dtype_name
 from gradmerge.common.progress import show_progress
 from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.engine.merged import Memory, MergedModel
-from gradmerge.engine.predict import (
-    Batch,
-    by_task,
-    no_labels,
-    require_ensemble,
-)
+from gradmerge.engine.outputs import Batch
+from gradmerge.engine.predict import by_task, no_labels, require_ensemble
 from gradmerge.engine.recipe import Recipe
+from gradmerge.engine.teacher import Teacher
+from gradmerge.engine.teacher_store import TeacherStore
 from gradmerge.export.folder import DTYPES
 from gradmerge.export.history import History
 from gradmerge.objectives import AbstractTerm, CrossEntropy, Objective
@@ -90,6 +89,14 @@ class MergeModule(EvaluatingModule):
             the fit.
         logit_scale: initial value of a learned positive factor on the merged logits (learned
             soup). It is used in training only, not in evaluation or export. Default: no factor.
+        teacher_cache: gigabytes of disk for what the tasks' own sources return on examples, if
+            the objective compares with it (`KLToSource`, `HardLabels`, `HiddenStates`): each
+            example then runs through its source once, in training and selection. Once full, further
+            examples run through it every time. Predictions that depend on the whole batch (pairs
+            of texts, spans of padded texts) are not kept. Default: no cache.
+        teacher_cache_folder: local folder of the cache, which processes and later fits share.
+            Entries are found by weights of the source and content of the example. Default: a
+            temporary folder per process, removed at its end.
         module: the network architecture; required if no source has a config (Python only).
         allow_modules: modules outside gradmerge whose classes a checkpoint may name (your own
             granularity, operator, ...); they are imported when the checkpoint is loaded.
@@ -115,6 +122,8 @@ class MergeModule(EvaluatingModule):
         score_experts: bool = True,
         score_start: bool = True,
         logit_scale: float | None = None,
+        teacher_cache: float = 0.0,
+        teacher_cache_folder: str | None = None,
         module: nn.Module | None = None,
         allow_modules: Sequence[str] = (),
     ) -> None:
@@ -130,6 +139,9 @@ class MergeModule(EvaluatingModule):
         if dtype not in DTYPES:
             raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
         require_learning(learning_rate, logit_scale)
+        finite = 0 <= teacher_cache < math.inf
+        require(finite, "teacher_cache", "a number of gigabytes", teacher_cache)
+        self._store = TeacherStore(teacher_cache, teacher_cache_folder) if teacher_cache else None
         merged = MergedModel(recipe, module, memory, DTYPES[dtype])
         if activation_checkpointing:
             merged.enable_activation_checkpointing()
@@ -179,7 +191,8 @@ class MergeModule(EvaluatingModule):
             FingerprintError: the coefficients were learned on other source weights.
         """
         found = load_checkpoint(checkpoint_path, map_location)
-        known = set(inspect.signature(cls.__init__).parameters) - {"self", "module"}
+        own = {"self", "module", "teacher_cache", "teacher_cache_folder"}  # a stranger's folder
+        known = set(inspect.signature(cls.__init__).parameters) - own
         saved = {k: v for k, v in found["hyper_parameters"].items() if k in known}
         stranger = (
             nullcontext() if "recipe" in options else unknown_sources(checkpoint_path, sources)
@@ -205,7 +218,7 @@ class MergeModule(EvaluatingModule):
         """Wrap an existing merged model, to score it on data."""
         module = cls.__new__(cls)
         lightning.LightningModule.__init__(module)
-        module.allow_modules = ()
+        module.allow_modules, module._store = (), None
         options = {
             "memory": merged.memory,
             "dtype": str(merged.dtype).removeprefix("torch."),
@@ -230,6 +243,7 @@ class MergeModule(EvaluatingModule):
         self.score_experts: bool = options["score_experts"]
         self.score_start: bool = options["score_start"]
         require_ensemble(self.merged, self.objective)
+        self.teacher = Teacher(merged, objective, self._store)
         self.regularisation = Regularisation(self.objective, self.merged)
         start = options["logit_scale"]
         self.logit_scale = None if start is None else LogitScale(start, self.objective.terms)

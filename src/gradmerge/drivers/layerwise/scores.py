@@ -8,7 +8,8 @@ from functools import cache, partial
 import torch
 
 from gradmerge.drivers.layerwise.chain import BlockChain, Passing
-from gradmerge.engine.predict import Batch, expert_rows, rows_of
+from gradmerge.engine.outputs import Batch, rows_of
+from gradmerge.engine.predict import expert_rows
 from gradmerge.engine.reading import Pairs
 from gradmerge.export.history import History
 from gradmerge.objectives import Objective, Predictions
@@ -43,7 +44,9 @@ def score(
             pairs = isinstance(batch.get("reading"), Pairs)
             lacks_labels = batch.get("labels") is None and not pairs
             lacks_ensemble = objective.needs_ensemble and bool(chain.plan.private)
-            has_loss = not ((lacks_labels and objective.needs_labels) or lacks_ensemble)
+            lacks = (lacks_labels and objective.needs_labels) or lacks_ensemble
+            # hidden states are those of one pass through the whole network
+            has_loss = not (lacks or objective.wanted.layers)
             if batch and (has_loss or not lacks_labels):
                 yield task, batch, has_loss
 
