@@ -32,7 +32,14 @@ HEAVY = "torch", "lightning", "transformers", "datasets", "wandb", "matplotlib"
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["fitt"], ["fit", "--help"], ["merge", "-h"], ["help", "Column"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["fitt"],
+        ["compare", "--help"],
+        ["merge", "-h"],
+        ["help", "Column"],
+    ],
 )
 def test_help_imports_nothing_heavy(arguments):
     script = (
@@ -63,8 +70,8 @@ def test_the_help_of_a_command_is_one_screen(command, capsys, monkeypatch):
     text = printed([command, "--help"], capsys)
     assert text == printed(["help", command], capsys)
     assert f"usage: gradmerge {command} " in text
-    # `learn` writes a configuration; task files of `evaluate` can run code, so that none names them
-    assert ("\n  config " in text) == (command not in ("learn", "evaluate"))
+    # `learn` writes a configuration, `compare` takes several; task files of `evaluate` can run code
+    assert ("\n  config " in text) == (command not in ("learn", "compare", "evaluate"))
     assert len(text.splitlines()) < 120
     assert max(map(len, text.splitlines())) < 100
 

@@ -67,7 +67,7 @@ def small_parts(monkeypatch):
 
 def joined(found):
     """Logits and labels of all parts, sorted by label and logits as rows have no order."""
-    logits, labels = (torch.cat(part) for part in zip(*found, strict=True))
+    logits, labels, _ = (torch.cat(part) for part in zip(*found, strict=True))
     return logits, labels
 
 
@@ -102,6 +102,9 @@ def test_parts_are_the_rows_of_all_logits(name, memory):
     assert max(widest) <= 61 * 3 * 2  # never more than one part
     got, own = in_order(batch, *joined(found))
     assert torch.equal(own, labels)
+    texts, _ = in_order(batch, torch.cat([part[2] for part in found]), own)
+    kept = batch["labels"][:, 1:] != -100
+    assert torch.equal(texts, kept.nonzero()[:, 0])
     # float32: products of other sizes add up in another order
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     # the network is as before

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
-from gradmerge.common.errors import ConfigError
+from typing_extensions import override
+
+from gradmerge.common.errors import ConfigError, nearest
 
 SCORING = ("validate", "test")
 MODEL = "model"
 """Source name of a scored folder in its recipe."""
+
+
+class PlainParser(argparse.ArgumentParser):
+    """A parser of options that are no fields of components; its errors are `ConfigError`s."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        wrong = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
+        near = nearest(wrong, self._option_string_actions) if wrong.startswith("--") else ""
+        raise ConfigError(f"{message}.{near}\n`{self.prog} --help` lists the options.")
+
+
+def flag(text: str) -> bool:
+    """Return whether a text is true.
+
+    Raises:
+        ArgumentTypeError: it is neither true nor false.
+    """
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
 
 
 def underscored(arguments: Sequence[str]) -> list[str]:

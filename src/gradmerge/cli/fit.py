@@ -107,6 +107,8 @@ class MergeCLI(LightningCLI):
     driver: AbstractDriver | None = None
     allowed: tuple[str, ...] = ()
     """Modules that the command line allows to import."""
+    opens = True
+    """False to make only recipe, data and search: `model` is then a call that opens the sources."""
     _seeded = True
     _verbose = True
     _began = 0.0
@@ -260,10 +262,14 @@ class MergeCLI(LightningCLI):
             self.parser.add_instantiator(later, kind, subclasses=False)
         self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule = self._get(self.config_init, "data")
+        self.model: Any = self._get(self.config_init, "model")
+        self.trainer: Any = None
+        if not self.opens:
+            return
         # before the sources are opened, so that what it refuses is said at once
-        self.trainer: Any = self.instantiate_trainer()
+        self.trainer = self.instantiate_trainer()
         if not driven:
-            self.model: Any = self._get(self.config_init, "model")()
+            self.model = self.model()
             if self.subcommand in (None, "fit"):
                 require_monitors(partial(self._get, self.config), self.model.possible_scores)
             self._add_configure_optimizers_method_to_model(self.subcommand)

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradmerge.cli.arguments import (
     configs_in,
     underscored,
-    with_model_folder,
     with_sources,
 )
-from gradmerge.cli.ending import ended_by_signal, named_loss, watch_processes
-from gradmerge.cli.explain import COMPONENTS, Explained, own_message
+from gradmerge.cli.ending import ended_by_signal, named_loss
+from gradmerge.cli.explain import Explained, own_message
 from gradmerge.cli.help import explain_component, screen
+from gradmerge.cli.learning import learn, quieten, register
 from gradmerge.cli.options import LEARNING, POSITIONAL
 from gradmerge.cli.precheck import prechecked
 from gradmerge.common.errors import nearest
 from gradmerge.common.failures import expected
 from gradmerge.common.faults import explain_bus_errors
-from gradmerge.common.secrets import mask_given
 from gradmerge.common.spec import CONCEPTS
 from gradmerge.common.version import __version__
 
@@ -48,6 +45,7 @@ commands:
   collect   collect statistics on data    gradmerge collect --config merge.yaml --output FOLDER
   unpack    expand a compact EMR merge    gradmerge unpack COMPACT FOLDER
   inspect   check and compare sources     gradmerge inspect A B --base BASE
+  compare   tune and compare methods      gradmerge compare SUITE METHOD... --output FOLDER
   evaluate  run benchmarks (lm-eval)      gradmerge evaluate FOLDER_OR_CKPT --tasks arc_easy,piqa
   push      upload a folder to the hub    gradmerge push FOLDER owner/name --dry-run true
   help      explain a component           gradmerge help Column; gradmerge help operators
@@ -64,9 +62,13 @@ COMMANDS = (
     "collect",
     "unpack",
     "inspect",
+    "compare",
     "evaluate",
     "push",
 )
+
+OWN_PARSERS = {"learn": "gradmerge.cli.quick", "compare": "gradmerge.cli.compare.command"}
+"""Commands whose options are no fields of components, with the modules of their parsers."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,11 +95,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = 0
     try:
         with ended_by_signal(command):
-            asks = {"-h", "--help", *(["--help-all"] if command == "learn" else [])}
+            asks = {"-h", "--help", *(["--help-all"] if command in OWN_PARSERS else [])}
             if helps or asks & set(options):
                 status = _help(options if helps else [command])
             elif command == "learn":
                 _quick(options, arguments)
+            elif command == "compare":
+                from gradmerge.cli.compare.command import compare_command
+
+                status = compare_command(underscored(options))
             elif command in LEARNING:
                 with named_loss():
                     learn(arguments)
@@ -134,10 +140,8 @@ def _help(names: Sequence[str]) -> int:
         print(USAGE)
     for name in names:
         try:
-            if name == "learn":
-                from gradmerge.cli.quick import parser
-
-                text = parser().format_help()
+            if name in OWN_PARSERS:
+                text = importlib.import_module(OWN_PARSERS[name]).parser().format_help()
             else:
                 text = screen(name) if name in COMMANDS else explain_component(name)
             print(text, end="")
@@ -194,119 +198,6 @@ def _is_hung_up() -> bool:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return True
     return False
-
-
-# ---- fit, validate, test ------------------------------------------------------------------------
-
-
-def learn(arguments: Sequence[str] | None, run: bool = True) -> Any:
-    """Run `fit`, `validate` or `test` through LightningCLI.
-
-    Args:
-        arguments: arguments as on the command line. Default: those of the process.
-        run: run the command that comes first in the arguments. Otherwise they hold only options,
-            and model, data and trainer are built without running anything.
-
-    Returns:
-        The CLI object with `model`, `datamodule` and `trainer`, or with `job` if there is a driver.
-    """
-    given = underscored(sys.argv[1:] if arguments is None else arguments)
-    given = with_sources(with_model_folder(given))
-    # `given` starts with the command, unless it is only parsed
-    count = 1 if given and given[0] in LEARNING else 0
-    command = given[0] if count else "fit"
-    given = [*given[:count], *prechecked(command, given[count:])]
-
-    from gradmerge.cli.configs import refuse_mergekit
-    from gradmerge.cli.fit import MergeCLI, SaveConfig
-    from gradmerge.cli.imports import allowed_modules, only_components
-    from gradmerge.training.data import MergeDataModule
-    from gradmerge.training.module import MergeModule
-
-    if run:
-        watch_processes()
-    refuse_mergekit(given)
-    register(given)
-    if arguments is None:
-        sys.argv[1:] = given  # read by LightningCLI and by the processes of DDP
-        if [mask_given(argument) for argument in given] != given:
-            os.environ.setdefault("WANDB_X_DISABLE_META", "true")  # it would record them
-    quieten()
-    MergeCLI.allowed = allowed_modules(given)
-    with only_components(MergeCLI.allowed):
-        return MergeCLI(
-            MergeModule,
-            MergeDataModule,
-            args=None if arguments is None else given,
-            run=run,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            # its table shows a module without parameters other than coefficients
-            trainer_defaults={"log_every_n_steps": 1, "enable_model_summary": False},
-            parser_kwargs={"prog": "gradmerge"},
-        )
-
-
-def quieten() -> None:
-    """Silence Lightning's advertisements, and its advice that does not apply to merges."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning_utilities.core.rank_zero"):
-        logging.getLogger(name).addFilter(_is_no_tip)
-    for pattern in (
-        ".*in eval mode at the start of training.*",  # sources are frozen, so dropout stays off
-        ".*does not have many workers.*",  # batches are prepared once and cached
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*Trying to infer the `batch_size`.*",
-        ".*will be overridden by .*configure_optimizers.*",
-    ):
-        warnings.filterwarnings("ignore", pattern)
-
-
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless" not in str(record.msg)
-
-
-def register(arguments: Sequence[str] = ("--help",)) -> None:
-    """Register the short names of components, and docstrings as help texts.
-
-    Args:
-        arguments: arguments as on the command line. Docstrings are parsed only if these ask for
-            help, because parsing takes most of the start-up time.
-    """
-    import jsonargparse
-
-    from gradmerge.cli.configs import require_text
-
-    require_text(arguments)
-    for name in (*COMPONENTS, "mergekit", "optimisers"):
-        importlib.import_module(f"gradmerge.{name}")
-    read_old_paths()
-    asked = any(
-        argument in ("-h", "--help") or argument.endswith(".help") or "--print_config" in argument
-        for argument in arguments
-    )
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=asked)
-
-
-def read_old_paths() -> None:
-    """Make the parser translate class paths of earlier versions in configurations."""
-    import jsonargparse
-    import yaml
-
-    from gradmerge.common.files import require_bounded
-    from gradmerge.common.spec import current_path, modernise
-
-    load = jsonargparse.get_loader("yaml")
-
-    def load_modernised(text: str) -> Any:
-        require_bounded(text)
-        try:
-            found = modernise(load(text))
-        except ValueError as error:  # a date such as 2020-13-45, or a number of 5,000 digits
-            raise yaml.YAMLError(str(error)) from error
-        return current_path(found) if isinstance(found, str) else found
-
-    if load.__name__ != load_modernised.__name__:
-        jsonargparse.set_loader("yaml", load_modernised, (yaml.YAMLError,))
 
 
 # ---- export, merge, collect, inspect ------------------------------------------------------------

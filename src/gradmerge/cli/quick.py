@@ -8,11 +8,11 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
-from typing_extensions import override
 
+from gradmerge.cli.arguments import PlainParser, flag
 from gradmerge.cli.options import kinds_of_data
 from gradmerge.common.atomic import whole_file
 from gradmerge.common.errors import ConfigError, GradmergeError, nearest, shorten
@@ -42,17 +42,9 @@ OUTPUT.yaml, which `gradmerge fit --config OUTPUT.yaml` runs again as it is or a
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    @override
-    def error(self, message: str) -> NoReturn:
-        wrong = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
-        near = nearest(wrong, self._option_string_actions) if wrong.startswith("--") else ""
-        raise ConfigError(f"{message}.{near}\n`gradmerge learn --help` lists the options.")
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    made = _Parser(
+    made = PlainParser(
         prog="gradmerge learn",
         description=textwrap.dedent(_ABOUT),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -93,14 +85,8 @@ def parser() -> argparse.ArgumentParser:
         ("--dry_run", "write the YAML and stop"),
         ("--trust_remote_code", "run modelling code in the folders"),
     ):
-        add(name, nargs="?", const=True, default=False, type=_flag, metavar="true", help=text)
+        add(name, nargs="?", const=True, default=False, type=flag, metavar="true", help=text)
     return made
-
-
-def _flag(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-    return text.lower() == "true"
 
 
 def learn_command(arguments: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,25 @@ def trim_heap() -> bool:
     except (AttributeError, OSError):
         return False
     return True
+
+
+def reset_peak_memory() -> None:
+    """Forget the peak of this process's memory, where the system can do that (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Return the largest resident memory of this process in bytes, since it began or was reset.
+
+    0 where the system does not tell.
+    """
+    with suppress(OSError, StopIteration), Path("/proc/self/status").open() as file:
+        line = next(line for line in file if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -20,11 +20,13 @@ PART = 64 << 20
 _MOST = 8
 """Parts at most: where weights are streamed, each part merges the head again."""
 _KEEP = "logits_to_keep"
-Part = tuple[Tensor, "Tensor | None"]
+Part = tuple[Tensor, "Tensor | None", Tensor]
 
 
 def in_parts(merged: MergedModel, task: str, batch: Mapping[str, Any]) -> Iterator[Part] | None:
-    """Return logits `[rows, vocabulary]` and labels `[rows]` of some positions at a time.
+    """Return logits `[rows, vocabulary]`, labels `[rows]` and texts of some positions at a time.
+
+    The third are the numbers within the batch of the texts that the rows belong to, `[rows]`.
 
     The body of the network runs once. For each part the network's own forward runs on the body's
     output with transformers' `logits_to_keep`, so whatever it does to logits (a bias, a scale, soft
@@ -115,4 +117,7 @@ class _Found:
     def _rows(self, logits: Tensor, positions: Tensor) -> Part:
         given = (self._batch.get(key) for key in ("labels", "attention_mask"))
         labels, mask = (None if v is None else v[:, positions.to(v.device) + 1] for v in given)
-        return next_token_rows(wide(logits), labels, mask, shift=False)[:2]
+        size = logits.shape[:2]
+        rows, labels, keep = next_token_rows(wide(logits), labels, mask, shift=False)
+        texts = torch.arange(size[0])[:, None].expand(size).flatten()
+        return rows, labels, texts if keep is None else texts[keep.cpu()]

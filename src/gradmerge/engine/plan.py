@@ -29,7 +29,7 @@ from gradmerge.engine import contraction
 from gradmerge.engine.inventory import names_of, take_inventory
 from gradmerge.engine.recipe import Recipe
 from gradmerge.finalisers import Finalisation, FinalSite
-from gradmerge.operators import Linear, Spread, Terms, low_rank
+from gradmerge.operators import AbstractOperator, Linear, Spread, Terms, low_rank
 from gradmerge.preprocess import ProcessedDirections, Site
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.base import (
@@ -243,6 +243,12 @@ class Plan(Shared):
         """Return the same plan with another init in its recipe."""
         other = copy.copy(self)
         other.recipe = replace(self.recipe, init=init)
+        return other
+
+    def with_operator(self, operator: AbstractOperator) -> Plan:
+        """Return the same plan with another operator of the same kind in its recipe."""
+        other = copy.copy(self)
+        other.recipe = replace(self.recipe, operator=operator)
         return other
 
     def read(self, source: str, name: str) -> Tensor:

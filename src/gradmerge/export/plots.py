@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which readers with any colour vision can tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-_MARKERS = "osD^vP*X"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = "osD^vP*X"
 _DIVERGING = "RdBu_r"
 _FIXED = "#b5b5b5"
 _ROW, _COLUMN = 0.19, 0.27
@@ -32,7 +32,7 @@ _TALLEST = 16.0
 _LONGEST = 28
 """Characters of a label."""
 _PANELS = 4
-_DPI = 130
+DPI = 130
 _MOST_KEPT = 8
 _kept: dict[tuple[str, str], bytes | None] = {}
 
@@ -54,7 +54,7 @@ def png(draw: Callable[[Any], Figure | None], subject: CoefficientTable | Histor
     if key not in _kept:
         figure, buffer = draw(subject), io.BytesIO()
         if figure is not None:
-            figure.savefig(buffer, format="png", dpi=_DPI)
+            figure.savefig(buffer, format="png", dpi=DPI)
         while len(_kept) >= _MOST_KEPT:
             del _kept[next(iter(_kept))]
         _kept[key] = buffer.getvalue() or None
@@ -179,7 +179,7 @@ def heat_map(table: CoefficientTable) -> Figure:
     bands = -(-len(table.sources) // panels)
     body = min(rows * _ROW, _TALLEST)
     width = max(1.5, columns * _COLUMN)
-    figure = _figure(1.9 + panels * (width + 0.25) + 0.9, bands * (max(0.9, body) + 1.4) + 0.2)
+    figure = new_figure(1.9 + panels * (width + 0.25) + 0.9, bands * (max(0.9, body) + 1.4) + 0.2)
     every = figure.subplots(bands, panels, sharey=True, squeeze=False).flatten()
     used = every[: len(table.sources)]
     image: Any = None
@@ -190,8 +190,10 @@ def heat_map(table: CoefficientTable) -> Figure:
         drawn = {"aspect": "auto", "interpolation": "nearest"}
         image = axes.imshow(shown.cells[number].numpy(), cmap=_DIVERGING, **scale, **drawn)
         axes.imshow(grey, cmap=ListedColormap([_FIXED]), **drawn)
-        axes.set_title(_short(source), fontsize=9)
-        axes.set_xticks(range(columns), map(_short, shown.grid.columns), rotation=90, fontsize=7)
+        axes.set_title(short_label(source), fontsize=9)
+        axes.set_xticks(
+            range(columns), map(short_label, shown.grid.columns), rotation=90, fontsize=7
+        )
         axes.tick_params(length=2)
         if number % panels == 0:
             _label_rows(axes, shown.grid, body)
@@ -213,7 +215,7 @@ def _label_rows(axes: Any, grid: Grid, height: float) -> None:
         if all(abs(at - other) * room >= _LINE for other in kept):
             kept.append(at)
     places = sorted(kept)
-    axes.set_yticks(places, [_short(grid.rows[at]) for at in places], fontsize=6.5)
+    axes.set_yticks(places, [short_label(grid.rows[at]) for at in places], fontsize=6.5)
     if layers:
         axes.set_ylabel("layer", fontsize=8)
 
@@ -231,7 +233,7 @@ def depth_lines(table: CoefficientTable) -> Figure | None:
     layers = _layers(shown.grid)
     if len(layers) < 2:
         return None
-    figure = _figure(min(14.0, max(5.5, 0.16 * len(layers) + 3.0)), 3.4)
+    figure = new_figure(min(14.0, max(5.5, 0.16 * len(layers) + 3.0)), 3.4)
     axes = figure.subplots()
     cells = shown.cells[:, layers]
     stacks = [shown.grid.stacks[at] for at in layers]
@@ -243,17 +245,17 @@ def depth_lines(table: CoefficientTable) -> Figure | None:
             mean = part.nanmean(dim=1)
             low = torch.where(part.isnan(), torch.inf, part).amin(dim=1)
             high = torch.where(part.isnan(), -torch.inf, part).amax(dim=1)
-            label = _short(source) if stack == stacks[0] else None
+            label = short_label(source) if stack == stacks[0] else None
             axes.plot(own, mean.numpy(), label=label, markersize=3, linewidth=1.2, **style)
             axes.fill_between(own, low, high, color=style["color"], alpha=0.12, linewidth=0)
     axes.axhline(shown.centre, color="#555555", linewidth=0.8, linestyle="--")
     step = _step(len(layers), figure.get_figwidth() / 0.22)
-    names = [_short(shown.grid.rows[layers[at]]) for at in range(0, len(layers), step)]
+    names = [short_label(shown.grid.rows[layers[at]]) for at in range(0, len(layers), step)]
     turn = 90 if max(map(len, names)) > 3 else 0
     axes.set_xticks(range(0, len(layers), step), names, fontsize=7, rotation=turn)
     axes.set_xlabel("layer", fontsize=8)
     axes.set_ylabel(shown.label.replace("white", "dashed"), fontsize=7)
-    _legend(axes)
+    outside_legend(axes)
     return figure
 
 
@@ -271,7 +273,7 @@ def learning_curves(history: History) -> Figure | None:
     panels = [p for p in (losses, scores) if any(p.values())]
     if not panels:
         return None
-    figure = _figure(1.0 + 4.9 * len(panels), 3.3)
+    figure = new_figure(1.0 + 4.9 * len(panels), 3.3)
     for axes, curves in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, (name, points) in enumerate(c for c in curves.items() if c[1]):
             bold = name in ("average", "selection/loss")
@@ -282,7 +284,7 @@ def learning_curves(history: History) -> Figure | None:
             axes.plot(
                 steps,
                 values,
-                label=_short(name),
+                label=short_label(name),
                 linewidth=2.0 if bold else 1.0,
                 markersize=3,
                 **style,
@@ -294,7 +296,7 @@ def learning_curves(history: History) -> Figure | None:
                     color=style["color"],
                     linewidth=0.9,
                     linestyle=":",
-                    label=f"{_short(name)}: its expert",
+                    label=f"{short_label(name)}: its expert",
                 )
         if history.step is not None:
             axes.axvline(history.step, color="#777777", linewidth=0.8, linestyle="--", label="kept")
@@ -304,17 +306,19 @@ def learning_curves(history: History) -> Figure | None:
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _legend(axes)
+        outside_legend(axes)
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of a size in inches, whose parts make room for one another."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _legend(axes: Any) -> None:
+def outside_legend(axes: Any) -> None:
+    """Add a grid, and a legend on the right of the axes."""
     axes.grid(alpha=0.25)
     axes.tick_params(labelsize=7)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
@@ -322,9 +326,9 @@ def _legend(axes: Any) -> None:
 
 def _style(number: int) -> dict[str, Any]:
     return {
-        "color": _COLOURS[number % len(_COLOURS)],
-        "marker": _MARKERS[number % len(_MARKERS)],
-        "linestyle": ("-", "--", "-.")[number // len(_COLOURS) % 3],
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": ("-", "--", "-.")[number // len(COLOURS) % 3],
     }
 
 
@@ -335,7 +339,8 @@ def _step(count: int, room: float) -> int:
     )
 
 
-def _short(label: str) -> str:
+def short_label(label: str) -> str:
+    """Return a label without its middle, if it is long."""
     if len(label) <= _LONGEST:
         return label
     half = (_LONGEST - 1) // 2

@@ -44,24 +44,41 @@ def report(
         history: what the fit has measured, if there was one.
         name: name of the merge, for the title.
     """
-    table, learned = CoefficientTable.of(state), history is not None or bool(state.run)
+    learned = history is not None or bool(state.run)
     history = history or History()
     body = [
         _method(state),
         "<h2>Scores</h2>",
         *_scores(results, history),
-        *_figure(png(learning_curves, history), "Learning curves", "Learning curves"),
+        *figure(png(learning_curves, history), "Learning curves", "Learning curves"),
         "<h2>Coefficients</h2>",
-        _summary(table),
+        # drawing takes longer than many a merge without training
+        *coefficient_figures(state, draws=learned),
     ]
-    if table.varies and learned:  # drawing takes longer than many a merge without training
-        body += _figure(png(heat_map, table), "By layer and component", _HEAT_MAP)
-        body += _figure(png(depth_lines, table), "By depth", _DEPTH)
-    elif not table.varies:
-        body.append(f"<p>All coefficients are {float(table.mean.flatten()[0]):.6g}.</p>")
     if not figures_are_on():
         body.append('<p class="note">Without figures (GRADMERGE_FIGURES is off).</p>')
-    title = html.escape(f"Merge {name}".strip())
+    return document(f"Merge {name}".strip(), body)
+
+
+def coefficient_figures(state: FitState, draws: bool = True) -> Iterator[str]:
+    """Yield the parts of a page that show the coefficients of a merge.
+
+    Args:
+        state: the merge.
+        draws: draw the coefficients, if they are not all the same.
+    """
+    found = CoefficientTable.of(state)
+    yield _summary(found)
+    if not found.varies:
+        yield f"<p>All coefficients are {float(found.mean.flatten()[0]):.6g}.</p>"
+    elif draws:
+        yield from figure(png(heat_map, found), "By layer and component", _HEAT_MAP)
+        yield from figure(png(depth_lines, found), "By depth", _DEPTH)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """Return a page of a title and parts in HTML."""
+    title = html.escape(title)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}'
         f"</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
@@ -87,7 +104,7 @@ def _method(state: FitState) -> str:
         "start": _numbers(recipe.init),
         "tensors": f"{len(state.plan.tensors)} merged, {len(state.learned)} with own coefficients",
     }
-    return _table(["", ""], [[key, value] for key, value in parts.items()])
+    return table(["", ""], [[key, value] for key, value in parts.items()])
 
 
 def _words(link: Any) -> str:
@@ -111,7 +128,7 @@ def _scores(results: Mapping[str, Any], history: History) -> Iterator[str]:
             [task, *(_number(values.get(metric)) for metric in metrics)]
             for task, values in tasks.items()
         ]
-        yield _table([split, *(metric.replace("_", " ") for metric in metrics)], rows)
+        yield table([split, *(metric.replace("_", " ") for metric in metrics)], rows)
     if not results:
         yield "<p>None measured.</p>"
     start = {name: history.points(name)[:1] for name in history.curves}
@@ -124,7 +141,7 @@ def _scores(results: Mapping[str, Any], history: History) -> Iterator[str]:
         rows.append([task, _number(at_start), _number(history.experts.get(task))])
     if any(cell for _, *cells in rows for cell in cells):
         score = str(history.score).replace("_", " ")
-        yield _table([f"selection {score}", "start", "the task's own source"], rows)
+        yield table([f"selection {score}", "start", "the task's own source"], rows)
 
 
 def _number(value: float | None) -> str:
@@ -133,15 +150,16 @@ def _number(value: float | None) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "n/a"
 
 
-def _summary(table: CoefficientTable) -> str:
+def _summary(found: CoefficientTable) -> str:
     rows = [
         [source, *(f"{value:.4f}" for value in (start.mean(), mean.mean(), mean.min(), mean.max()))]
-        for source, start, mean in zip(table.sources, table.start.T, table.mean.T, strict=True)
+        for source, start, mean in zip(found.sources, found.start.T, found.mean.T, strict=True)
     ]
-    return _table(["source", "start", "mean", "smallest tensor", "largest tensor"], rows)
+    return table(["source", "start", "mean", "smallest tensor", "largest tensor"], rows)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in HTML."""
     lines = [("th", header)] if any(header) else []
     lines += [("td", row) for row in rows]
     cells = (
@@ -151,7 +169,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "<table>\n" + "\n".join(cells) + "\n</table>"
 
 
-def _figure(image: bytes | None, title: str, note: str) -> Iterator[str]:
+def figure(image: bytes | None, title: str, note: str) -> Iterator[str]:
+    """Yield a PNG with its title and a note; nothing without one."""
     if image is None:
         return
     data = base64.b64encode(image).decode()

@@ -235,6 +235,16 @@ class MergeDataModule(lightning.LightningDataModule):
         own._questions, own.tallies = {}, {}
         return own
 
+    def limited(self, stage: Stage, count: int) -> MergeDataModule:
+        """Return a copy with the first `count` prepared examples of each task in a split."""
+        own = copy.copy(self)
+        own._prepared, own.trainer = {}, None
+        for task, splits in self._prepared.items():
+            rows = first_rows(splits[stage], count)
+            rows.labelled = getattr(splits[stage], "labelled", True)
+            own._prepared[task] = {**splits, stage: rows}
+        return own
+
     def _merged(self) -> Any:
         module = None if self.trainer is None else self.trainer.lightning_module
         return getattr(module, "merged", self._network)

@@ -23,6 +23,7 @@ from gradmerge.training.fitting import require_apart
 from gradmerge.training.loaders import sample_batches
 from gradmerge.training.measures import Score
 from gradmerge.training.monitors import scores_of
+from gradmerge.training.per_example import AbstractExamples, ExampleScores
 from gradmerge.training.scores import Scores, SplitScores, generated_scores, logged
 
 
@@ -132,7 +133,7 @@ class EvaluatingModule(FiniteModule):
             return {}
         place = self.trainer.global_rank, self.trainer.world_size
         return {
-            task: generated_scores(self.merged, task, data, stage, place)
+            task: generated_scores(self.merged, task, data, stage, place, self._scores.kept)
             for task in data.tasks
             if data.questions(task, stage)
         }
@@ -150,6 +151,18 @@ class EvaluatingModule(FiniteModule):
     def experts(self) -> dict[str, dict[str, dict[str, float]]]:
         """Scores of the tasks' own sources: `{split: {task: {metric: value}}}`."""
         return self._scores.experts
+
+    @property
+    def examples(self) -> dict[str, dict[str, AbstractExamples]]:
+        """Scores of the last evaluated split example by example: `{task: {metric: ...}}`.
+
+        They are those that can be resampled, after `keep_examples`, of this process.
+        """
+        return {} if self._scores.kept is None else self._scores.kept.compute()
+
+    def keep_examples(self) -> None:
+        """Keep the scores of single examples in later evaluations."""
+        self._scores.kept = ExampleScores()
 
     def refresh_buffers(self, data: Any = None) -> None:
         """Recompute BatchNorm statistics and finaliser corrections, as the recipe asks for.

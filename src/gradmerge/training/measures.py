@@ -143,18 +143,29 @@ class _Spans(_Sums):
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add logits `[2 * examples, positions]`, of starts and ends in turn, and labels."""
-        found, wanted = logits.argmax(dim=-1).view(-1, 2), labels.view(-1, 2)
-        first = torch.maximum(found[:, 0], wanted[:, 0])
-        last = torch.minimum(found[:, 1], wanted[:, 1])
-        both = (last - first + 1).clamp_min(0)
-        sizes = sum((span[:, 1] - span[:, 0] + 1).clamp_min(0) for span in (found, wanted))
-        self.exact += (found == wanted).all(dim=1).sum()
-        self.overlap += (2 * both / sizes).double().sum()
-        self.count += len(found)
+        exact, overlap = span_overlap(logits, labels)
+        self.exact += exact.sum()
+        self.overlap += overlap.sum()
+        self.count += len(exact)
 
     def compute(self) -> dict[str, Tensor]:
         """Return both means."""
         return {"span_f1": self.overlap / self.count, "exact_match": self.exact / self.count}
+
+
+def span_overlap(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whether each answer is found exactly, and F1 of its tokens, both `[examples]`.
+
+    Args:
+        logits: `[2 * examples, positions]`, of starts and ends in turn.
+        labels: `[2 * examples]`.
+    """
+    found, wanted = logits.argmax(dim=-1).view(-1, 2), labels.view(-1, 2)
+    first = torch.maximum(found[:, 0], wanted[:, 0])
+    last = torch.minimum(found[:, 1], wanted[:, 1])
+    both = (last - first + 1).clamp_min(0)
+    sizes = sum((span[:, 1] - span[:, 0] + 1).clamp_min(0) for span in (found, wanted))
+    return (found == wanted).all(dim=1), (2 * both / sizes).double()
 
 
 class _Nearest(_Sums):

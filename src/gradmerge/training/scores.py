@@ -21,6 +21,7 @@ from gradmerge.training.data import MergeDataModule
 from gradmerge.training.examples import Stage
 from gradmerge.training.generation import answers
 from gradmerge.training.measures import SCORES, Score, build_metrics
+from gradmerge.training.per_example import ExampleScores, owners_of
 
 
 class TaskScores:
@@ -116,7 +117,12 @@ def mean_scores(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def generated_scores(
-    merged: MergedModel, task: str, data: MergeDataModule, stage: Stage, place: tuple[int, int]
+    merged: MergedModel,
+    task: str,
+    data: MergeDataModule,
+    stage: Stage,
+    place: tuple[int, int],
+    kept: ExampleScores | None = None,
 ) -> dict[str, float]:
     """Return the mean scores of the texts that a task generates, over all processes.
 
@@ -126,6 +132,7 @@ def generated_scores(
         data: gives the questions.
         stage: the split.
         place: rank of this process and number of processes, which share the questions.
+        kept: also gets the scores of each text.
     """
     options = data.tasks[task].generation
     assert options is not None
@@ -133,8 +140,11 @@ def generated_scores(
     own = data.questions(task, stage)[rank::world]
     means = {name: MeanMetric().to(merged.device) for name in options.names}
     for question, text in answers(merged, task, own, data.processor, options, data.eval_batch_size):
-        for name, value in options.scores(text, question.wanted, question.row).items():
+        found = options.scores(text, question.wanted, question.row)
+        for name, value in found.items():
             means[name].update(value)
+        if kept is not None:
+            kept.add_generated(task, found)
     return {name: float(mean.compute()) for name, mean in means.items()}
 
 
@@ -154,12 +164,15 @@ class SplitScores:
         """`{split: {task: {metric: value}}}` of the tasks' own sources."""
         self.score = SCORES["classes"]
         """Score by which the tasks are judged: that of the first which has labels."""
+        self.kept: ExampleScores | None = None
+        """The last pass example by example, if that is asked for."""
         self._running: dict[str, TaskScores] = {}
         self._network: nn.Module | None = None
 
     def begin(self, network: nn.Module, device: torch.device) -> None:
         """Start a pass over a split."""
         self._running = {who: TaskScores(device) for who in ("merged", "expert")}
+        self.kept = None if self.kept is None else ExampleScores()
         self._network = network
         self.score = SCORES[reading_of(network).measure(None)]
 
@@ -170,6 +183,7 @@ class SplitScores:
         predictions: Predictions,
         objective: Objective | None,
         expert: Callable[[], Tensor] | None,
+        owners: Tensor | None = None,
     ) -> None:
         """Add the merged model's predictions on a batch.
 
@@ -179,6 +193,8 @@ class SplitScores:
             predictions: the predictions on it.
             objective: gives the loss; None if the data lack what it needs.
             expert: gives the logits of the task's own source, if they are scored, too.
+            owners: numbers of the rows' examples within the batch, if the predictions are a part
+                of those on the batch.
         """
         merged, labels = self._running["merged"], predictions.labels
         rows = objective.rows(predictions) if objective else 0
@@ -190,6 +206,12 @@ class SplitScores:
         measure = reading_of(self._network, batch).measure(labels)
         size = float(batch.get("bytes_per_token", 1.0))
         merged.update(task, predictions.logits, labels, measure, size)
+        if self.kept is not None:
+            count = 0
+            if owners is None:
+                owners, count = owners_of(self._network, batch, len(labels))
+            self.kept.add(task, predictions.logits, labels, owners, measure, size)
+            self.kept.close_batch(task, count)
         if expert is not None:
             logits = predictions.teacher if predictions.teacher is not None else expert()
             self._running["expert"].update(task, logits, labels, measure, size)
@@ -219,12 +241,14 @@ class SplitScores:
         parts = in_parts(merged, task, batch)
         if parts is None:
             return False
-        for logits, labels in parts:
-            self.add(task, batch, Predictions(logits, labels), objective, None)
+        for logits, labels, texts in parts:
+            self.add(task, batch, Predictions(logits, labels), objective, None, texts)
+        if self.kept is not None:
+            self.kept.close_batch(task, len(batch["labels"]))
         if source is not None:
             size = float(batch.get("bytes_per_token", 1.0))
             with merged.as_source(source, own=True):
-                for logits, labels in in_parts(merged, task, batch) or ():
+                for logits, labels, _ in in_parts(merged, task, batch) or ():
                     assert labels is not None
                     self._running["expert"].update(task, logits, labels, "language", size)
         return True

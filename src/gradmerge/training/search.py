@@ -48,7 +48,7 @@ class Trial:
 
 @dataclass
 class Scorer:
-    """Scores of the selection split as a function of coefficients; the test split is not read.
+    """Scores of the selection split as a function of coefficients; `test` alone reads the other.
 
     Examples are prepared once, and one merged model takes all coefficients in turn.
     """
@@ -57,23 +57,26 @@ class Scorer:
     data: MergeDataModule
     trials: list[Trial] = field(default_factory=list)
     """All trials, in order."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the trainer, such as `accelerator` (default: cpu)."""
 
     def __post_init__(self) -> None:
         """Create a silent trainer."""
+        off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        silent: dict[str, Any] = dict.fromkeys(off, False)
         with quiet(logging.ERROR):
-            self._trainer = lightning.Trainer(
-                accelerator="cpu",
-                devices=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
+            own = {"accelerator": "cpu", **self.options, "devices": 1, **silent}
+            self._trainer = lightning.Trainer(**own)
 
     def score(self) -> dict[str, dict[str, float]]:
         """Return all scores of the current coefficients: by task, and `average`."""
         self._trainer.validate(self.module, datamodule=self.data, verbose=False)
         return self.module.results["selection"]
+
+    def test(self) -> dict[str, dict[str, float]]:
+        """Return the scores of the current coefficients on the test split, which others leave."""
+        self._trainer.test(self.module, datamodule=self.data, verbose=False)
+        return self.module.results["test"]
 
     def try_out(self, init: AbstractInit, metric: str) -> float:
         """Set coefficients and return their score, with the sign that makes higher better.

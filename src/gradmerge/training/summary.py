@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.loggers import WandbLogger
 
+from gradmerge.common import memory
 from gradmerge.common.checkpoints import load_checkpoint
 from gradmerge.common.progress import duration
 from gradmerge.export.evaluated import STAGE
@@ -133,15 +133,8 @@ def _log_dir(trainer: Any) -> str | None:
 
 def peak_memory() -> str:
     """Return the most memory that this process has taken, in words."""
-    parts = []
-    try:
-        import resource
-    except ImportError:  # Windows
-        pass
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        parts.append(f"{size / 1e9:.2f} GB")
+    size = memory.peak_memory()
+    parts = [f"{size / 1e9:.2f} GB"] if size else []
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         parts.append(f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU")
     return ", ".join(parts) or "unknown"

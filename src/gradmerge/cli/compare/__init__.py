@@ -1,0 +1,1 @@
+"""`gradmerge compare`: methods tuned alike and scored once on the test split."""

@@ -1,0 +1,116 @@
+"""The rows that every comparison has: base, each expert on all tasks, average, and ensemble."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gradmerge.cli.compare.methods import Method
+from gradmerge.cli.compare.work import MissingError, Say, Work, write_final
+from gradmerge.common.memory import peak_memory, reset_peak_memory
+
+BASELINES = Method(
+    "baselines",
+    (),
+    inline=yaml.safe_dump(
+        {
+            "model": {
+                "recipe": {
+                    "coefficients": {"class_path": "Model"},
+                    "init": {"class_path": "Uniform"},
+                    "operator": {"class_path": "Linear"},
+                    "preprocess": [],
+                    "finalisers": [],
+                }
+            }
+        }
+    ),
+)
+
+
+class Baselines:
+    """Scores the built-in rows of a seed on the test split.
+
+    Args:
+        work: the seed.
+        say: called after each row.
+        known_only: only read records; what they lack raises `MissingError`.
+    """
+
+    def __init__(self, work: Work, say: Say, known_only: bool = False) -> None:
+        self.work, self._say, self._known_only = work, say, known_only
+        self._found: Any = None
+
+    def run(self) -> list[str]:
+        """Score all rows, and return the names of their records."""
+        given = self.work.method.tree(self.work.suite)["model"]["recipe"]
+        sources = list(given.get("sources") or {})
+        count = len(sources)
+        uniform = [1 / count] * count
+        rows: list[tuple[str, str, Any]] = []
+        if given.get("base") is not None and given.get("origin") in (None, "base"):
+            rows.append(("base", "base", [0.0] * count))
+        for at, source in enumerate(sources):
+            rows.append((f"expert {source}", "expert", [float(i == at) for i in range(count)]))
+        rows.append(("uniform average", "average", uniform))
+        if self.work.ensemble:
+            rows.append(("ensemble", "ensemble", None))
+        return [self._row(*row) for row in rows]
+
+    def _row(self, name: str, kind: str, coefficients: Any) -> str:
+        key = self.work.key(name, None)
+        path: Path = self.work.place / f"final-{key}.json"
+        if path.is_file() and path.with_suffix(".npz").is_file():
+            json.loads(path.read_text(encoding="utf-8"))
+            return path.name
+        if self._known_only:
+            raise MissingError
+        reset_peak_memory()
+        self._open()
+        began = time.perf_counter()
+        test, examples = self._score(kind, coefficients)
+        seconds = time.perf_counter() - began
+        told = {"row": name, "kind": kind, "test": test, "memory": peak_memory(), "trials": 0}
+        told |= {"score": self.score.name, "higher_is_better": self.score.higher_is_better}
+        write_final(path, {**told, "source": name.removeprefix("expert ")}, examples)
+        value = test["average"].get(self.score.name, float("nan"))
+        self._say(f"{name}: test {self.score.name.replace('_', ' ')} {value:.4f}", seconds)
+        return path.name
+
+    def _open(self) -> None:
+        from gradmerge.cli.compare.opened import module_of, parse, recipe_of, shared_data
+
+        if self._found is not None:
+            return
+        self._found = parse(self.work.options(None))
+        recipe = recipe_of(self._found)
+        self.data = shared_data(self._found.datamodule, recipe)
+        self.module = module_of(self._found, recipe)
+        # base and experts are as they are, whatever the suite fixes in merges
+        plain = replace(recipe, frozen={})
+        self.whole = module_of(self._found, plain) if recipe.frozen else self.module
+
+    def _score(self, kind: str, coefficients: Any) -> tuple[dict[str, Any], Any]:
+        from gradmerge.cli.compare.opened import scorer_of
+        from gradmerge.coefficients import Constant
+        from gradmerge.training.ensemble import ensemble_scores
+        from gradmerge.training.search import set_coefficients
+
+        if kind == "ensemble":
+            self.data.attach(self.whole.merged)
+            self.data.setup()
+            self.whole.take_tasks(self.data.tasks)
+            found, examples, self.score = ensemble_scores(self.whole, self.data)
+            return found, examples
+        module = self.module if kind == "average" else self.whole
+        set_coefficients(module.merged, Constant(coefficients))
+        module.keep_examples()
+        tree = self.work.method.tree(self.work.suite)
+        found = scorer_of(module, self.data, tree).test()
+        self.score = module.score
+        return found, module.examples

@@ -1,0 +1,147 @@
+"""Trials of one method on one seed, tuned and scored, with records of what is done."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from gradmerge.cli.compare.learned import LearnedRunner
+from gradmerge.cli.compare.methods import SCALE, Axis
+from gradmerge.cli.compare.static import StaticRunner
+from gradmerge.cli.compare.work import (
+    MissingError,
+    Say,
+    Trial,
+    Work,
+    records_in,
+    write_final,
+    write_record,
+)
+from gradmerge.common.errors import ConfigError, NonFiniteError
+from gradmerge.common.memory import peak_memory, reset_peak_memory
+
+_MOST_WIDER = 3
+"""Trials beyond the budget, for a method whose best value is at the edge of its grid."""
+
+
+class Bench:
+    """Runs trials of a method on its seed; what finished is read from the records.
+
+    Args:
+        work: the method and its seed.
+        say: called after each trial.
+        known_only: only read records; what they lack raises `MissingError`.
+    """
+
+    def __init__(self, work: Work, say: Say, known_only: bool = False) -> None:
+        self.work, self._say, self._known_only = work, say, known_only
+        self._runner: Any = None
+
+    @property
+    def runner(self) -> Any:
+        """The runner of trials, made when the first is needed."""
+        if self._runner is None:
+            self._runner = (LearnedRunner if self.work.method.learns else StaticRunner)(self.work)
+        return self._runner
+
+    def run(self) -> list[str]:
+        """Tune, score the choice on the test split, and then the learning curve.
+
+        Returns:
+            The names of the final records.
+
+        Raises:
+            ConfigError: no trial has a score.
+        """
+        reset_peak_memory()
+        work, axis = self.work, self.work.axis
+        if axis is not None and axis.option == SCALE and not self._is_scalable():
+            axis = None
+        if axis is None or work.fixed is not None:
+            best = self._trial(axis, None if work.fixed is None else work.fixed["value"])
+            tried, extra, edge = [best], 0, False
+        else:
+            tried, best, extra, edge = self._tuned(axis)
+        if best.rank(work.select) == -math.inf:
+            reason = best.error or "no score on the selection split; do the tasks have labels?"
+            raise ConfigError(f"none of {len(tried)} trials has a score. The last: {reason}")
+        seconds = sum(trial.seconds for trial in tried)
+        count = sum(trial.tried for trial in tried)
+        told = {"trials": count, "wider": extra, "edge": edge, "tuning": seconds}
+        names = [self._final(best, told)]
+        for size in work.sizes if work.method.learns else ():
+            short = self._trial(axis, best.value, size)
+            if not short.error:
+                alone = {"trials": 1, "wider": 0, "edge": False, "tuning": 0.0}
+                names.append(self._final(short, alone))
+        return names
+
+    def _tuned(self, axis: Axis) -> tuple[list[Trial], Trial, int, bool]:
+        """Return all trials, the best, how many were beyond the grid, and if that is its edge."""
+
+        def best() -> Trial:
+            # of equally good values the one nearest to the file's, else the first
+            return max(tried, key=lambda t: (t.rank(self.work.select), -axis.distance(t.value)))
+
+        tried = [self._trial(axis, value) for value in axis.values]
+        extra = 0
+        while extra < _MOST_WIDER:
+            new = axis.beyond(best().value)
+            if new is None:
+                break
+            extra += 1
+            axis = axis.with_value(new)
+            tried.append(self._trial(axis, new))
+        return tried, best(), extra, axis.is_edge(best().value)
+
+    def _is_scalable(self) -> bool:
+        """Return whether a factor on the coefficients changes the merge; kept on disk."""
+        path = self.work.place / f"scalable-{self.work.key(None, None)}.json"
+        kept = next((found for at, found in records_in(self.work.place) if at == path), None)
+        if kept is None:
+            self._require_allowed_to_run()
+            kept = {"scalable": bool(self.runner.is_scalable())}
+            write_record(path, kept)
+        return bool(kept["scalable"])
+
+    def _trial(self, axis: Axis | None, value: Any, examples: int | None = None) -> Trial:
+        key = self.work.key(value, examples)
+        path = self.work.place / f"trial-{key}.json"
+        for at, found in records_in(self.work.place):
+            if at == path:
+                return Trial(**found)
+        self._require_allowed_to_run()
+        label = axis.shown(value) if axis is not None and value is not None else ""
+        trial = Trial(value, label, key, examples)
+        self.runner.prepare(value)
+        began = time.perf_counter()
+        try:
+            self.runner.run(trial)
+        except NonFiniteError as error:  # the learning rate is too high, which is a result
+            trial.error = str(error)
+        trial.seconds, trial.memory = time.perf_counter() - began, peak_memory()
+        write_record(path, vars(trial))
+        part = f" with {examples} examples per task" if examples is not None else ""
+        self._say(f"{trial.label}{part}: {trial.found}".lstrip(": "), trial.seconds)
+        return trial
+
+    def _final(self, trial: Trial, told: Mapping[str, Any]) -> str:
+        """Score a trial on the test split, unless that was done; return the record's name."""
+        path = self.work.place / f"final-{trial.key}.json"
+        if path.is_file() and path.with_suffix(".npz").is_file():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            if {key: known.get(key) for key in told} != dict(told):
+                write_record(path, {**known, **told})
+            return path.name
+        self._require_allowed_to_run()
+        test, examples = self.runner.test(trial)
+        kept = {"row": self.work.method.name, "kind": "method", "learns": self.work.method.learns}
+        write_final(path, {**vars(trial), **kept, **told, "test": test}, examples)
+        return path.name
+
+    def _require_allowed_to_run(self) -> None:
+        if self._known_only:
+            raise MissingError

@@ -1,0 +1,218 @@
+"""Fits with several learning rates, each kept at its best step on the selection split."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Checkpoint
+
+from gradmerge.cli.arguments import MODEL
+from gradmerge.cli.compare.opened import (
+    parse,
+    recipe_of,
+    scorer_of,
+    shared_data,
+    statistics_of,
+)
+from gradmerge.cli.compare.work import Select, Trial, Work
+from gradmerge.cli.score import scored_recipe
+from gradmerge.engine.merged import MergedModel
+from gradmerge.engine.recipe import Recipe
+from gradmerge.training.callbacks import CoefficientLogger, ExportAtEnd
+from gradmerge.training.module import MergeModule
+
+_QUIET = (
+    "--trainer.devices=1",
+    "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--model.score_experts=false",
+)
+
+
+class KeepBest(Checkpoint):
+    """Keeps the step whose selection score is best; 0 is the start.
+
+    Args:
+        path: checkpoint of that step.
+        select: the score by which tasks are judged, or the loss.
+    """
+
+    def __init__(self, path: Path, select: Select) -> None:
+        self.path, self._select = path, select
+        self.step: int | None = None
+        self.rank = -math.inf
+        self.averages: dict[str, float] = {}
+        self._start: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Remember the start, which may stay the best."""
+        self._start = {k: v.detach().clone() for k, v in pl_module.state_dict().items()}
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Save the state if its score is the best so far."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        averages = dict(pl_module.results["selection"]["average"])
+        if self._takes(trainer.global_step, averages, pl_module):
+            trainer.save_checkpoint(self.path)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Save the start if no step was better, and the end if nothing was scored."""
+        history = pl_module.history
+        scores = {"loss": "selection/loss", history.score: f"selection/average/{history.score}"}
+        found = {name: dict(history.points(at)).get(0) for name, at in scores.items() if name}
+        start = {name: value for name, value in found.items() if value is not None}
+        if start and self._takes(0, start, pl_module):
+            pl_module.load_state_dict(self._start)
+            trainer.save_checkpoint(self.path)
+        if self.step is None:
+            trainer.save_checkpoint(self.path)
+
+    def _takes(self, step: int, averages: dict[str, float], module: Any) -> bool:
+        score = module.score
+        name = "loss" if self._select == "loss" else score.name
+        value = averages.get(name, math.nan)
+        rank = value if name != "loss" and score.higher_is_better else -value
+        if math.isnan(rank) or (self.step is not None and rank <= self.rank and step):
+            return False
+        if not step and self.step is not None and rank < self.rank:
+            return False
+        self.step, self.rank, self.averages = step, rank, averages
+        return True
+
+
+class LearnedRunner:
+    """Trials of a method that learns, by `trainer.fit` or by a driver.
+
+    Args:
+        work: the method and its seed.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._tree = work.method.tree(work.suite)
+        self._known: tuple[Recipe, Any] | None = None
+
+    def prepare(self, value: Any) -> None:
+        """Do nothing: a fit opens its sources itself."""
+
+    def run(self, trial: Trial) -> None:
+        """Fit, and score what is kept on the selection split."""
+        from gradmerge.cli.learning import learn
+
+        work = self._work
+        folder = work.place / f"fit-{trial.key}"
+        shutil.rmtree(folder, ignore_errors=True)
+        options = work.options(trial.value)
+        given = (self._tree.get("model") or {}).get("recipe") or {}
+        statistics = None
+        if given.get("preprocess") or given.get("alignment"):  # which may need some
+            statistics, trial.opening = statistics_of(work, *self._shared())
+        if statistics is not None:
+            options.append(f"--model.recipe.statistics={statistics}")
+        cli = learn([*options, *_QUIET, f"--trainer.default_root_dir={folder}"], run=False)
+        if cli.driver is not None:
+            self._drive(cli, trial, self._shared(cli.job.recipe, cli.datamodule)[1], folder)
+            return
+        _, data = self._shared(cli.model.recipe, cli.datamodule)
+        if trial.examples is not None:
+            data.attach(cli.model.merged)
+            data.setup()
+            data = data.limited("adaptation", trial.examples)
+        cli.datamodule = data
+        kept = KeepBest(work.place / f"fit-{trial.key}.ckpt", work.select)
+        dropped = (Checkpoint, CoefficientLogger, ExportAtEnd)
+        own = [c for c in cli.trainer.callbacks if not isinstance(c, dropped)]
+        cli.trainer.callbacks[:] = own
+        cli.before_fit()  # a search for the start
+        cli.trainer.callbacks.append(kept)
+        cli.trainer.fit(cli.model, datamodule=data)
+        trial.checkpoint, trial.step = kept.path.name, kept.step
+        trial.selection = kept.averages
+        if kept.step is None:
+            trial.selection = dict(scorer_of(cli.model, data, self._tree).score()["average"])
+        score = cli.model.score
+        trial.score, trial.higher_is_better = score.name, score.higher_is_better
+        trial.trainable = sum(p.numel() for p in cli.model.parameters() if p.requires_grad)
+        trial.labels = cli.model.objective.needs_labels
+        drawn = cli.trainer.global_step * cli.trainer.accumulate_grad_batches * data.batch_size
+        trial.adaptation = _drawn(data, drawn)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _shared(self, *opened: Any) -> tuple[Recipe, Any]:
+        """Return the recipe and the prepared data of the method; parsed unless they are given."""
+        if self._known is None:
+            if not opened:
+                found = parse(self._work.options(None))
+                opened = recipe_of(found), found.datamodule
+            recipe, data = opened
+            self._known = recipe, shared_data(data, recipe)
+        return self._known
+
+    def _drive(self, cli: Any, trial: Trial, data: Any, folder: Path) -> None:
+        """Run a driver, which writes its merge to a folder."""
+        cli.job.data = data
+        merged: Path = cli.driver.run(cli.job)
+        target = self._work.place / f"fit-{trial.key}.merged"
+        shutil.rmtree(target, ignore_errors=True)
+        merged.rename(target)
+        shutil.rmtree(folder, ignore_errors=True)
+        trial.checkpoint = target.name
+        module, own = self._of_folder(target, data)
+        trial.selection = dict(scorer_of(module, own, self._tree).score()["average"])
+        trial.score, trial.higher_is_better = module.score.name, module.score.higher_is_better
+        trial.trainable = coefficients_in(target)
+        trial.adaptation = _drawn(data, None)
+        trial.labels = cli.job.objective.needs_labels
+
+    def _of_folder(self, folder: Path, data: Any) -> tuple[MergeModule, Any]:
+        """Return a module of a written merge, and data whose tasks are its."""
+        given = (self._tree.get("model") or {}).get("recipe") or {}
+        recipe = scored_recipe(str(folder), data.tasks, given.get("private") or [])
+        module = MergeModule.around(MergedModel(recipe), score_experts=False)
+        own = copy.copy(data)
+        heads = bool(recipe.heads)
+        own.tasks = {
+            name: replace(task, source=name if heads else MODEL)
+            for name, task in data.tasks.items()
+        }
+        return module, own
+
+    def test(self, trial: Trial) -> tuple[dict[str, Any], Any]:
+        """Return the scores of what was kept on the test split, and those of each example."""
+        work, place = self._work, self._work.place / trial.checkpoint
+        recipe, data = self._shared()
+        if place.is_dir():
+            module, data = self._of_folder(place, data)
+        else:
+            module = MergeModule.load_from_checkpoint(
+                place,
+                allow_modules=work.allow_modules,
+                trust_remote_code=recipe.trust_remote_code,
+            )
+        module.keep_examples()
+        return scorer_of(module, data, self._tree).test(), module.examples
+
+
+def _drawn(data: Any, drawn: int | None) -> int:
+    """Return the number of different adaptation examples of all tasks that a fit has seen."""
+    sizes = [len(rows) for rows in data.examples("adaptation").values()]
+    return sum(size if drawn is None else min(size, drawn) for size in sizes)
+
+
+def coefficients_in(folder: Path) -> int:
+    """Return the number of coefficients that are stored with a merge."""
+    from safetensors import safe_open
+
+    if not (folder / "coefficients.st").is_file():
+        return 0
+    with safe_open(folder / "coefficients.st", framework="pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    return sum(math.prod(shape) for shape in shapes)

@@ -1,0 +1,273 @@
+"""The order of a comparison's work, its progress, and its results on disk."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from gradmerge.cli.compare.baselines import BASELINES
+from gradmerge.cli.compare.opened import parse, recipe_of, shared_data
+from gradmerge.cli.compare.plan import Plan, say
+from gradmerge.cli.compare.work import Work
+from gradmerge.cli.compare.workers import Ended, attempt, known, prepare, run_in_processes
+from gradmerge.common.atomic import whole_file
+from gradmerge.common.errors import GradmergeError
+from gradmerge.common.progress import duration
+from gradmerge.comparison.page import write_page
+from gradmerge.comparison.results import BOUND, Comparison, Outcome, Row
+from gradmerge.comparison.tables import as_csv, as_plain, markdown
+from gradmerge.drivers.state import describe_contents, write_json
+from gradmerge.engine.merged import MergedModel
+from gradmerge.engine.recipe import Recipe
+from gradmerge.sources import as_source
+from gradmerge.sources.base import fingerprints_of
+
+FAILED = 3
+"""Exit status of a comparison with a method that has failed."""
+
+
+class Run:
+    """One run of a comparison; what earlier runs have finished is kept.
+
+    Args:
+        plan: what is compared.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.given = plan, plan.given
+        self.ended: list[Ended] = []
+        self._began = time.monotonic()
+        prepare()
+        self._suites: dict[int, Any] = {}
+        self._contents = {seed: self._describe(seed) for seed in plan.seeds}
+
+    # ---- work ------------------------------------------------------------------------------------
+
+    def _describe(self, seed: int) -> dict[str, Any]:
+        """Return fingerprints of the sources and of the splits of a seed."""
+        found = self._parsed(seed)
+        recipe, data = recipe_of(found), found.datamodule
+        base = None if recipe.base is None else as_source(recipe.base)
+        specs = {} if base is None else {"base": base}
+        specs |= {name: as_source(spec, base) for name, spec in recipe.sources.items()}
+        opened = {name: spec.open() for name, spec in specs.items()}
+        return {"sources": fingerprints_of(opened), "data": describe_contents(data)}
+
+    def _parsed(self, seed: int) -> Any:
+        if seed in self._suites:
+            return self._suites[seed]
+        allowed = [w for name in self.given.allow_modules for w in ("--allow_modules+", name)]
+        self._suites[seed] = parse(["--config", str(self.plan.suite_file(seed)), *allowed])
+        return self._suites[seed]
+
+    def _works(self, seed: int) -> Iterator[Work]:
+        for method in [BASELINES, *self.plan.methods]:
+            yield Work(
+                seed,
+                method,
+                str(self.plan.suite_file(seed)),
+                self._contents[seed],
+                str(self.plan.folder),
+                self.given.trials,
+                self.given.select,
+                sizes=tuple(sorted(set(self.given.examples))),
+                ensemble=self.given.ensemble,
+                allow_modules=tuple(self.given.allow_modules),
+            )
+
+    def all(self) -> int:
+        """Run what is missing, write the results, and return the exit status."""
+        first, *others = self.plan.seeds
+        later = [work for seed in others for work in self._works(seed)]
+        if self.given.tune_seeds == "first":
+            self._run([*self._works(first), *(w for w in later if w.method is BASELINES)])
+            chosen = {work.method.name: self._choice(work, names) for work, names, _ in self.ended}
+            tuned = [work for work in later if work.method is not BASELINES]
+            self._run([replace(w, fixed=chosen[w.method.name]) for w in tuned])
+        else:
+            self._run([*self._works(first), *later])
+        found = self.results()
+        self.write(found)
+        print(f"\n{markdown(found)}")
+        print(f"table.md, table.csv, results.json, report.html and figures: {self.plan.folder}")
+        print(f"took {duration(time.monotonic() - self._began)}")
+        return FAILED if found.failed else 0
+
+    def _choice(self, work: Work, names: list[str] | None) -> dict[str, Any] | None:
+        """Return what the first seed has chosen; None to tune again where it has failed."""
+        if not names or work.method is BASELINES:
+            return None
+        record = json.loads((work.place / names[0]).read_text(encoding="utf-8"))
+        return {"value": record.get("value")}
+
+    def _run(self, works: Sequence[Work]) -> None:
+        missing = []
+        for work in works:
+            names = known(work)
+            if names is None:
+                missing.append(work)
+            else:
+                self.ended.append((work, names, ""))
+        if len(missing) < len(works):
+            say(f"{len(works) - len(missing)} of {len(works)} methods and seeds are on record")
+        if not missing:
+            return
+        self._require_data(missing)
+        progress = _Progress(missing, max(1, self.given.workers))
+        if self.given.workers:
+            for ended in run_in_processes(missing, self.given.workers, progress.trial):
+                self._end(ended, progress)
+            return
+        for work in missing:
+            names, reason = attempt(work, lambda *told, w=work: progress.trial(w, *told))
+            self._end((work, names, reason), progress)
+
+    def _end(self, ended: Ended, progress: _Progress) -> None:
+        self.ended.append(ended)
+        progress.end(*ended)
+
+    def _require_data(self, works: Iterable[Work]) -> None:
+        """Prepare the data of all seeds once, so that their mistakes are found before any work.
+
+        Raises:
+            GradmergeError: splits overlap, a row cannot be read, or sources and data do not fit.
+        """
+        for seed in dict.fromkeys(work.seed for work in works):
+            found = self._parsed(seed)
+            recipe = recipe_of(found)
+            data = shared_data(found.datamodule, recipe)
+            try:
+                data.attach(
+                    MergedModel(Recipe(recipe.sources, recipe.base, private=recipe.private))
+                )
+                data.setup()
+            except GradmergeError as error:
+                raise type(error)(f"seed {seed}: {error}") from error
+
+    # ---- results ---------------------------------------------------------------------------------
+
+    def results(self) -> Comparison:
+        """Return the comparison of everything that has ended."""
+        rows: dict[str, Row] = {}
+        curves: dict[str, dict[int, Row]] = {}
+        for work, names, reason in self.ended:
+            if names is None:
+                row = rows.setdefault(work.method.name, Row(work.method.name, "method"))
+                row.errors[work.seed] = reason
+            for name in names or ():
+                place = work.place / name
+                record = json.loads(place.read_text(encoding="utf-8"))
+                outcome = Outcome(work.seed, record, place)
+                own, kind, size = record["row"], record["kind"], record.get("examples")
+                if size is None:
+                    rows.setdefault(own, Row(own, kind)).outcomes[work.seed] = outcome
+                else:
+                    curve = curves.setdefault(own, {})
+                    curve.setdefault(size, Row(own, kind)).outcomes[work.seed] = outcome
+        tasks = self.plan.suite.tasks
+        bound = self._bound(rows)
+        if bound.outcomes:
+            rows[BOUND] = bound
+        judged = next((o.record["score"] for r in rows.values() for o in r.outcomes.values()), "")
+        splits = {
+            seed: {task: splits["test"] for task, splits in found["data"].items()}
+            for seed, found in self._contents.items()
+        }
+        metric = self.given.metric or judged
+        found = Comparison(
+            list(rows.values()), tasks, metric, self.plan.reference, splits, curves, self._about()
+        )
+        found.compare(self.given.resamples)
+        return found
+
+    def _bound(self, rows: dict[str, Row]) -> Row:
+        """Return the row of each expert on its own task, made of those of the experts."""
+        bound = Row(BOUND, "bound")
+        described = (self.plan.suite.tree.get("data") or {}).get("tasks") or {}
+        for seed in self.plan.seeds:
+            only = {}
+            for task, data in described.items():
+                source = (data or {}).get("source") or task
+                row = rows.get(f"expert {source}")
+                if row is not None and seed in row.outcomes:
+                    only[task] = row.outcomes[seed]
+            if len(only) < len(described):
+                continue
+            test = {task: dict(one.test[task]) for task, one in only.items()}
+            names = [n for n in next(iter(test.values())) if all(n in t for t in test.values())]
+            mean = {n: sum(scores[n] for scores in test.values()) / len(test) for n in names}
+            record = {"test": {**test, "average": mean}}
+            record["score"] = next(iter(only.values())).record["score"]
+            bound.outcomes[seed] = Outcome(seed, record, None, only)
+        return bound
+
+    def _about(self) -> list[str]:
+        given = self.given
+        seeds = "on every seed" if given.tune_seeds == "all" else f"on seed {self.plan.seeds[0]}"
+        lines = [
+            f"Each method had {given.trials} trials on the selection split, {seeds}: learning "
+            "rates or scales around the file's, or what `--tune` names; of a fit its best step "
+            f"is kept, by the {'loss' if given.select == 'loss' else 'score'}. The test split is "
+            "read once for each choice.",
+            f"Differences are to {self.plan.reference}, with 95% intervals of a paired bootstrap "
+            f"({given.resamples:,} resamples of the test examples within each task, pooled over "
+            "seeds); they tell how much a difference owes to the test examples, not to the seed.",
+        ]
+        if given.examples:
+            lines.append(
+                "Learning curves use the learning rate that was chosen with all adaptation "
+                "examples, and choose the step anew."
+            )
+        return lines
+
+    def write(self, found: Comparison) -> None:
+        """Write tables, figures and the page."""
+        folder = self.plan.folder
+        texts = {"table.md": markdown(found), "table.csv": as_csv(found)}
+        for name, text in texts.items():
+            with whole_file(folder / name) as path:
+                path.write_text(text, encoding="utf-8")
+        write_json(folder / "results.json", as_plain(found))
+        write_page(folder, found)
+
+
+class _Progress:
+    """Lines about finished trials, with the time that is left."""
+
+    def __init__(self, works: Sequence[Work], workers: int) -> None:
+        self._left = {self._name(work): work.planned for work in works}
+        self._learns = {self._name(work): work.method.learns for work in works}
+        self._total, self._done, self._workers = sum(self._left.values()), 0, workers
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}
+        self._began = time.monotonic()
+
+    @staticmethod
+    def _name(work: Work) -> tuple[int, str]:
+        return work.seed, work.method.name
+
+    def trial(self, work: Work, text: str, seconds: float) -> None:
+        """Report a finished trial."""
+        name = self._name(work)
+        self._done += 1
+        self._left[name] = max(0, self._left[name] - 1)
+        self._seconds[work.method.learns].append(seconds)
+        self._total = self._done + sum(self._left.values())
+        where = f"[{self._done}/{self._total}] seed {work.seed}, {work.method.name}"
+        say(f"{where}, {text} ({duration(seconds)}; {self._remaining()})")
+
+    def end(self, work: Work, names: list[str] | None, reason: str) -> None:
+        """Forget what is left of a method, and say it if it has failed."""
+        self._left[self._name(work)] = 0
+        if names is None:
+            say(f"seed {work.seed}, {work.method.name} has failed: {reason}")
+
+    def _remaining(self) -> str:
+        seconds = 0.0
+        every = [s for own in self._seconds.values() for s in own]
+        for name, count in self._left.items():
+            own = self._seconds[self._learns[name]] or every
+            seconds += count * sum(own) / len(own)
+        return f"about {duration(seconds / self._workers)} left"
