@@ -149,6 +149,9 @@ class SAM(torch.optim.Optimizer):
         e = rho g / |g|,  g = dL/dz over all parameters
         z is updated by `base` with the gradient at z + e
 
+    With `adaptive` the perturbation is relative to each number (ASAM, arXiv 2102.11600):
+    `e = rho z^2 g / | |z| g |`; it is zero where z is.
+
     Each step evaluates the loss twice on the same batch, so it needs a closure that clears the
     gradients, computes the loss and calls backward, as Lightning's trainer passes. If the trainer
     clips gradients, both gradients are clipped; clipping by norm does not change e. With several
@@ -160,6 +163,7 @@ class SAM(torch.optim.Optimizer):
         params: raw coefficients.
         lr: learning rate of the base optimiser.
         rho: norm of the perturbation over all parameters together.
+        adaptive: scale the perturbation of each number by its square.
         base: base optimiser: a class path, or `{class_path: ..., init_args: {...}}`.
 
     Raises:
@@ -172,6 +176,7 @@ class SAM(torch.optim.Optimizer):
         lr: float = 1e-3,
         rho: float = 0.05,
         base: str | dict[str, Any] = "torch.optim.Adam",
+        adaptive: bool = False,
     ) -> None:
         require(rho >= 0, "SAM.rho", "at least 0", rho)
         kind, options = _read(base)
@@ -181,8 +186,9 @@ class SAM(torch.optim.Optimizer):
             self.base: torch.optim.Optimizer = kind(self.param_groups, **{"lr": lr, **options})
         except (TypeError, ValueError) as error:
             raise ConfigError(f"SAM: cannot create {name} with {options}: {error}") from error
-        self.rho = rho
-        self.defaults = {**self.base.defaults, "rho": rho, "base": name}
+        self.rho, self.adaptive = rho, adaptive
+        own = {"rho": rho, "base": name, "adaptive": adaptive}
+        self.defaults = {**self.base.defaults, **own}
         self._share()
 
     def _share(self) -> None:
@@ -246,13 +252,15 @@ class SAM(torch.optim.Optimizer):
         moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not moved:
             return []
-        lengths = [torch.linalg.vector_norm(p.grad.double()).to(moved[0].device) for p in moved]
+        scaled = [p.abs() * p.grad if self.adaptive else p.grad for p in moved]
+        lengths = [torch.linalg.vector_norm(g.double()).to(moved[0].device) for g in scaled]
         length = float(torch.linalg.vector_norm(torch.stack(lengths)))
         if not length > 0:
             return []
         kept = [(p, p.detach().clone()) for p in moved]
-        for parameter in moved:
-            parameter.add_(parameter.grad, alpha=self.rho / length)
+        for parameter, grad in zip(moved, scaled, strict=True):
+            climb = parameter.abs() * grad if self.adaptive else grad
+            parameter.add_(climb, alpha=self.rho / length)
         return kept
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,7 +26,17 @@ from tiny import write_yaml
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-GRANULARITIES = ["Model", "Group", "Tensor", "Column", "Row", "Partition", "Component", "Element"]
+GRANULARITIES = [
+    "Model",
+    "Group",
+    "Tensor",
+    "Column",
+    "Row",
+    "Partition",
+    "Chunks",
+    "Component",
+    "Element",
+]
 LINKS = ["none", "Clamp", "Sigmoid", "Tanh", "Softmax", "Complement", "Complement-Sigmoid"]
 INITS = ["Constant", "Uniform", "Mixup", "DepthRamp", "MetaGPT"]
 SUMS = ["Uniform", "Mixup", "MetaGPT"]  # what a link that sums to one can start from

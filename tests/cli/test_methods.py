@@ -229,7 +229,7 @@ def test_sam_takes_a_schedule_and_options_of_its_base(fit, tmp_path):
     assert (group["momentum"], group["lr"]) == (0.9, 0.1)
     (described,) = found.model.merged.state.run["optimizers"]
     assert described["class_path"] == "gradmerge.optimisers.SAM"
-    assert described["init_args"]["rho"] == 0.05
+    assert described["init_args"]["rho"] == 0.07
     assert described["init_args"]["base"] == "torch.optim.sgd.SGD"
 
 

@@ -80,9 +80,11 @@ def test_tasks_without_labels_are_distilled(classifiers, tmp_path):
     texts = [{"text": text} for text in sentences(50, 24)]
     files = {"a": rows(tmp_path / "plain.jsonl", texts)}
     kind = ("--kind", "a=text_classification")
-    assert main(options(recipe, files, *kind, "--dry-run", "true")) == 0
+    assert main(options(recipe, files, *kind, "--steps", "2")) == 0
     config = yaml.safe_load(Path("merged.yaml").read_text())
     assert config["model"]["objective"]["terms"] == [{"class_path": "KLToSource"}]
+    assert config["model"]["teacher_cache"] == 2.0
+    assert Path("merged/model.safetensors").is_file()
 
 
 def test_sources_with_other_classes_keep_their_heads(tmp_path):

@@ -19,7 +19,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from torch import nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, layer_norm
 
 from gradmerge import MergeModule, Recipe
 from gradmerge.cli.fit import MergeCLI
@@ -166,7 +166,7 @@ def distilled(model, theta, batches, sources, t):
     return total / len(batches)
 
 
-def descend(start, loss, optimiser, clip=None, rates=(1.0, 1.0), rho=None):
+def descend(start, loss, optimiser, clip=None, rates=(1.0, 1.0), rho=None, size=torch.ones_like):
     """Two steps from `start`.
 
     Args:
@@ -175,7 +175,8 @@ def descend(start, loss, optimiser, clip=None, rates=(1.0, 1.0), rho=None):
         optimiser: of a list of leaves.
         clip: largest norm of all gradients together.
         rates: factors on the learning rate, step by step.
-        rho: of a sharpness-aware step: the gradient is taken at `z + rho g / |g|`.
+        rho: of a sharpness-aware step: the gradient is taken at `z + rho s^2 g / |s g|`.
+        size: gives s of a leaf.
     """
     z = {name: value.clone().requires_grad_() for name, value in start.items()}
     leaves = list(z.values())
@@ -188,10 +189,11 @@ def descend(start, loss, optimiser, clip=None, rates=(1.0, 1.0), rho=None):
         batches = next(stream)
         grads = torch.autograd.grad(loss(z, batches), leaves)
         if rho is not None:
-            length = sum((g * g).sum() for g in grads).sqrt()
+            sizes = [size(leaf.detach()) for leaf in leaves]
+            length = sum((s * g).square().sum() for s, g in zip(sizes, grads, strict=True)).sqrt()
             up = {
-                name: (leaf.detach() + rho * g / length).requires_grad_()
-                for (name, leaf), g in zip(z.items(), grads, strict=True)
+                name: (leaf.detach() + rho * s**2 * g / max(length, 1e-99)).requires_grad_()
+                for (name, leaf), s, g in zip(z.items(), sizes, grads, strict=True)
             }
             grads = torch.autograd.grad(loss(up, batches), list(up.values()))
         if clip is not None:
@@ -255,8 +257,8 @@ def by_tensor(origin, directions, link=lambda z: z):
 
 
 def cosine(step):
-    """The factor on aTLAS's rate 1e-3, which falls to 1e-4 in 500 steps."""
-    return 0.1 + 0.9 * (1 + math.cos(math.pi * step / 500)) / 2
+    """The factor on aTLAS's rate 1e-3, which falls to 1e-4 over the steps of a fit."""
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * step / STEPS)) / 2
 
 
 @pytest.mark.parametrize("p", [None, 1, 2])
@@ -335,17 +337,60 @@ def test_adamerging(models, tmp_path, name):
 
 
 def test_samerging(models, tmp_path):
+    """From 0 the first step has nothing to perturb; the second is perturbed by what it moved."""
     module, start = learned(shipped("samerging"), tmp_path, models[1:], models[0])
-    assert_starts(start, 0.3)
+    assert_starts(start, 0.0)
     merge = by_tensor(weights(models[0]), task_vectors(models))
 
     def loss(z, batches):
-        return distilled(models[0], merge(z), batches, models[1:], 1.0)
+        return distilled(models[0], merge(z), batches, models[1:], 2.0)
 
-    adam = partial(torch.optim.Adam, lr=0.03)
-    expected = descend(start, loss, adam, rho=0.05)
+    adam = partial(torch.optim.Adam, lr=1e-3, weight_decay=5e-4)
+    expected = descend(start, loss, adam, rho=0.07, size=torch.abs)
     assert_updated(module, start, expected)
-    assert furthest(descend(start, loss, adam), expected) > 1e-6
+    assert furthest(descend(start, loss, adam), expected) > 1e-9
+
+
+@pytest.mark.parametrize("name", ["expert_merging", "expert_merging_pp"])
+def test_expert_merging(models, tmp_path, name):
+    """The network has no blocks: the outputs of two of its layers take their place."""
+    terms = yaml.safe_load((METHODS / f"{name}.yaml").read_text())["model"]["objective"]["terms"]
+    terms[1]["init_args"]["layers"] = ["^body$", "^norm$"]
+    parts = shipped(name, {"model/objective/terms": terms})
+    module, start = learned(parts, tmp_path, models[1:], models[0])
+    assert_starts(start, 0.1)
+    directions = task_vectors(models)
+    if name == "expert_merging_pp":
+        sizes = {n: float(d.abs().sum()) for n, d in directions.items()}
+        counts = {n: max(1, int(1.2 * 6 * s / sum(sizes.values()))) for n, s in sizes.items()}
+        assert {n: raw.shape[1] if raw.dim() > 1 else 1 for n, raw in start.items()} == counts
+        assert sorted(counts.values())[-1] == 3
+    origin = weights(models[0])
+
+    def merge(z):
+        found = {}
+        for n in NAMES:
+            entries = directions[n].flatten(1)
+            place = [j * z[n][0].numel() // entries.shape[1] for j in range(entries.shape[1])]
+            each = z[n].reshape(2, -1)[:, place]
+            found[n] = origin[n] + (each * entries).sum(0).view_as(origin[n])
+        return found
+
+    def hidden(theta, x):
+        body = x @ theta["body.weight"].T + theta["body.bias"]
+        return [body, layer_norm(body, (10,), theta["norm.weight"], theta["norm.bias"])]
+
+    def loss(z, batches):
+        theta, total = merge(z), 0.0
+        for source, batch in zip(models[1:], batches.values(), strict=True):
+            pairs = zip(hidden(theta, batch["x"]), hidden(weights(source), batch["x"]), strict=True)
+            total = total + 0.1 * sum((a - b).square().mean() for a, b in pairs) / 2 / 2
+        every = torch.cat([(value - start[n]).abs().flatten() for n, value in z.items()])
+        return total + distilled(models[0], theta, batches, models[1:], 1.0) + 0.4 * every.mean()
+
+    rates = [1.0, 1.0]
+    expected = descend(start, loss, partial(torch.optim.Adam, lr=0.01), parts.clip, rates)
+    assert_updated(module, start, expected)
 
 
 def test_learned_soup(models, tmp_path):

@@ -34,6 +34,7 @@ _FLOPS, _SECONDS = {"float32": 2e10, "bfloat16": 8e10}, 600
 _SMALL = 50_000_000  # parameters; products of smaller networks gain nothing by bfloat16
 # Rows by which the length of a task's texts is estimated, and bytes per token of English text.
 _ROWS, _BYTES = 64, 4
+_CACHE = 2.0  # gigabytes of disk for what the sources return on examples
 _BFLOAT16 = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
 _ABOUT = """
 Learn a merge of models with sensible defaults: kinds and columns of the data are detected, sizes
@@ -419,7 +420,7 @@ class Choice:
             "seed_everything": given.seed,
             "model": {
                 "recipe": recipe,
-                "objective": {"terms": [{"class_path": self._term(labelled)}]},
+                **self._objective(labelled),
                 "memory": self.memory,
                 "dtype": self.dtype,
             },
@@ -450,9 +451,13 @@ class Choice:
             },
         }
 
-    @staticmethod
-    def _term(labelled: bool) -> str:
-        return "CrossEntropy" if labelled else "KLToSource"
+    def _objective(self, labelled: bool) -> dict[str, Any]:
+        """Return the objective: labels where all tasks have them, else each task's own source."""
+        if labelled:
+            return {"objective": {"terms": [{"class_path": "CrossEntropy"}]}}
+        # sources never change: each example runs through its own once
+        term = {"class_path": "KLToSource"}
+        return {"objective": {"terms": [term]}, "teacher_cache": _CACHE}
 
     def summary(self, target: Path) -> str:
         """Return what was chosen, in words."""

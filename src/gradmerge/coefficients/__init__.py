@@ -3,6 +3,7 @@
 from gradmerge.coefficients.base import AbstractCoefficients, Layout, MergeTensor, Slot
 from gradmerge.coefficients.granularity import (
     AbstractGranularity,
+    Chunks,
     Column,
     Component,
     Element,
@@ -41,6 +42,7 @@ __all__ = [
     "AbstractGranularity",
     "AbstractInit",
     "AbstractLink",
+    "Chunks",
     "Clamp",
     "Column",
     "Complement",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ class MergeTensor:
     """Axis along which the inputs of the layer run; of one expert, if they are stacked."""
     stacked: bool = False
     """True if the first axis counts experts, each with a weight or bias of its own."""
+    norms: Mapping[str, float] = field(default_factory=dict)
+    """`sum |B_k|` over the entries of each source's direction by source, if the coefficients need
+    them."""
 
     @property
     def is_bias(self) -> bool:
@@ -61,10 +64,14 @@ class Slot:
     experts: int = 0
     """Number of stacked experts, each of which has coefficients along `axis` of its own; 0 if the
     tensor is not a stack."""
+    contiguous: bool = False
+    """True if the parts of a partition are runs of entries, in order; else they are random."""
 
     @property
     def spread_over(self) -> str:
         """Description of the compact shape, as stored in `coefficients.st`."""
+        if self.contiguous:
+            return f"contiguous {self.kind}"
         detail = {"axis": f" {self.axis}", "partition": f" of seed {self.seed}"}
         stack = f" of {self.experts} experts" if self.experts else ""
         return self.kind + detail.get(self.kind, "") + stack
@@ -79,8 +86,10 @@ class Slot:
 
         Parts are equal in size to within one entry. In large tensors, for which a permutation per
         step is too expensive, parts are drawn independently and equal only in expectation (to
-        within 2% for ten parts).
+        within 2% for ten parts). Contiguous parts are always equal.
         """
+        if self.contiguous:
+            return torch.arange(num_elements, device=device) * self.shape[0] // num_elements
         generator = torch.Generator().manual_seed(self.seed)
         if num_elements <= _PERMUTED:
             parts = torch.randperm(num_elements, generator=generator) % self.shape[0]
@@ -107,6 +116,11 @@ class AbstractCoefficients(ABC):
         """True if `link` acts on each entry of a slot separately (over all rows), so that a slot
         may be processed in parts.
         """
+        return False
+
+    @property
+    def needs_norms(self) -> bool:
+        """True if `layout` reads `MergeTensor.norms`, for which all weights are read once."""
         return False
 
     @abstractmethod

@@ -201,7 +201,7 @@ class FromFile(AbstractInit):
 
     @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
-        loaded, spread = self._read(tensor.name, context.sources)
+        loaded, spread = self.read(tensor.name, context.sources)
         # entries that share a coefficient can be averaged; components cannot
         other = spread not in (None, "scalar", slot.spread_over)
         if other and (slot.shape != () or spread == "component"):
@@ -232,23 +232,33 @@ class FromFile(AbstractInit):
             return renamed
         raise ConfigError(f"FromFile: {self.path}: no such file.")
 
-    def _read(self, name: str, sources: tuple[str, ...]) -> tuple[Tensor, str | None]:
-        """Return stored coefficients in the order of `sources`, and what they run over."""
-        path = self._file()
+    def names(self) -> list[str]:
+        """Return the names of the tensors that have coefficients in the file."""
+        return self._load("")[0]
+
+    def _load(self, name: str) -> tuple[list[str], Tensor | None, dict[str, str]]:
+        """Return all names, the numbers of one tensor if there are some, and the metadata."""
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(self._file(), framework="pt") as file:
                 names = list(file.keys())
-                if name not in names:
-                    raise ConfigError(
-                        f"FromFile: {self.path} contains no coefficients for {name}."
-                        f"{nearest(name, names)}"
-                    )
-                loaded: Tensor = file.get_tensor(name).double()
-                metadata = file.metadata() or {}
+                loaded = file.get_tensor(name).double() if name in names else None
+                return names, loaded, file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise ConfigError(
                 f"FromFile: {self.path}: not a readable safetensors file: {error}."
             ) from error
+
+    def read(self, name: str, sources: tuple[str, ...]) -> tuple[Tensor, str | None]:
+        """Return stored coefficients in the order of `sources`, and what they run over.
+
+        Raises:
+            ConfigError: the file has none of this tensor, or others than of these sources.
+        """
+        names, loaded, metadata = self._load(name)
+        if loaded is None:
+            raise ConfigError(
+                f"FromFile: {self.path} contains no coefficients for {name}.{nearest(name, names)}"
+            )
         where, remedy = f"FromFile: {self.path}", "Export the coefficients again."
         stored, slots = (
             parse_json(metadata.get(key, "null"), f"{where}: {key}", ConfigError)

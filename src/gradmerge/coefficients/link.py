@@ -26,6 +26,11 @@ class AbstractLink(AbstractCoefficients):
     inner: AbstractCoefficients = field(default_factory=TensorGranularity)
     """Granularity (or link) to wrap."""
 
+    @property
+    @override
+    def needs_norms(self) -> bool:
+        return self.inner.needs_norms
+
     @override
     def layout(self, tensors: Sequence[MergeTensor]) -> Layout:
         return self.inner.layout(tensors)

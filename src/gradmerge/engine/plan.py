@@ -102,12 +102,14 @@ class Plan(Shared):
                 "frozen: expected at least one tensor with free coefficients, got none: the "
                 "patterns match all tensors; narrow them."
             )
-        self.layout: Layout = recipe.coefficients.layout(learned)
         self.num_rows = recipe.coefficients.num_rows(len(self.sources))
         self._files = watched_files(self._everything.values())
         self._on_device: dict[tuple[str, str], Tensor] = {}
         self._facts: dict[str, dict[str, Tensor]] = {}
         self._keeps_facts = False  # a static merge reads each tensor once
+        if recipe.coefficients.needs_norms:
+            learned = [replace(tensor, norms=self._norms(tensor.name)) for tensor in learned]
+        self.layout: Layout = recipe.coefficients.layout(learned)
         self.collected = self._statistics(statistics or recipe.statistics)
         """The sources' statistics on data, if alignment or preprocess needs them."""
         self._processed = ProcessedDirections(recipe.preprocess, self.directions)
@@ -238,6 +240,12 @@ class Plan(Shared):
             signs=False,
         )
         return statistics.gram.diagonal()
+
+    def _norms(self, name: str) -> dict[str, float]:
+        """Return `sum |B_k|` over the entries of a tensor before preprocessing, by source."""
+        directions = self.direction(name).view(len(self.sources), -1)
+        sizes = directions.abs().sum(dim=1, dtype=torch.float64)
+        return dict(zip(self.sources, sizes.tolist(), strict=True))
 
     def with_init(self, init: AbstractInit) -> Plan:
         """Return the same plan with another init in its recipe."""
