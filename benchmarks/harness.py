@@ -77,6 +77,14 @@ def suite_file(suite: str, seed: int, cache: Path, folder: Path) -> Path:
     return path
 
 
+def seeded_suite(suite: str, seeds: Sequence[int], cache: Path, folder: Path) -> Path:
+    """Build a suite for each seed, and write its configuration, as `gradmerge compare` takes it."""
+    for seed in seeds:
+        build_suite(suite, seed, cache, quiet=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    return suite_file(suite, seeds[0], cache, folder)
+
+
 # ---- Lightning ----------------------------------------------------------------------------------
 
 

@@ -1,43 +1,46 @@
-"""The tuning of the benchmark of static methods, on a tiny network."""
+"""The benchmark of static methods: which files it compares, and by which command."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from pathlib import Path
 from types import ModuleType
 
-from gradmerge import MergeModule, Recipe
-from gradmerge.coefficients import Model, Uniform
-from gradmerge.operators import DisjointMean
-from gradmerge.search import Scales
-from gradmerge.training.search import Scorer
-from tiny import build, relatives, vectors
+import pytest
+
+import gradmerge.cli
+from gradmerge.cli.compare.command import parser
+from gradmerge.cli.compare.methods import read_methods
 
 PROGRAM = "methods"
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "static.md"
 
 
-def test_an_operators_scale_is_tuned_on_selection(bench: ModuleType) -> None:
-    """The factor is the best of all, each scored by a merge of its own."""
-    base, *sources = relatives(build(), 3, scale=1.0)
-    models = dict(zip("ab", sources, strict=True))
-    options = {"base": base, "coefficients": Model(), "init": Uniform()}
-    recipe = Recipe(models, operator=DisjointMean(), **options)
-    selection = Scorer(MergeModule(recipe, score_experts=False), vectors(count=40))
-    best, chosen = bench.tuned(selection, recipe, None)
-    accuracies = {}
-    for factor in bench.FACTORS:
-        scaled = replace(recipe, operator=DisjointMean(scale=factor))
-        own = Scorer(MergeModule(scaled, score_experts=False), vectors(count=40))
-        accuracies[factor] = own.score()["average"]["accuracy"]
-    assert len(set(accuracies.values())) > 2
-    assert accuracies[chosen] == max(accuracies.values())
-    assert best.score()["average"]["accuracy"] == accuracies[chosen]
+@pytest.fixture
+def commands(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """The commands that the program runs; nothing is built or compared."""
+    given: list[list[str]] = []
+    monkeypatch.setattr(bench.harness, "build_suite", lambda *_, **__: None)
+    monkeypatch.setattr(gradmerge.cli, "main", lambda arguments: given.append(arguments) or 0)
+    output = ["--output", str(tmp_path / "out"), "--seeds", "3", "4"]
+    monkeypatch.setattr("sys.argv", ["methods.py", "vision", *output])
+    assert bench.main() == 0
+    return given
 
 
-def test_suite_and_method_are_read_together(bench: ModuleType) -> None:
-    """Sources keep their order: sums, folds and greedy choices depend on it."""
-    bench.register()
-    suite = bench.harness.CONFIGS / "suites" / "lm.yaml"
-    recipe, data, search = bench.load(suite, bench.STATIC / "task_arithmetic_tuned.yaml")
-    assert list(recipe.sources) == ["code", "plays", "reviews", "newsgroups"]
-    assert list(data.tasks) == list(recipe.sources)
-    assert isinstance(search, Scales)
+def test_every_static_method_of_the_page_is_compared_with_twelve_scales(
+    commands: list[list[str]],
+) -> None:
+    ((name, *arguments),) = commands
+    assert name == "compare"
+    given = parser().parse_args(arguments)
+    assert (given.seeds, given.trials, given.metric) == ([3, 4], 12, "accuracy")
+    assert "vision-seed3/base" in Path(given.suite).read_text()
+    methods, problems = read_methods(given.methods)
+    assert not problems
+    names = {method.name for method in methods}
+    table = PAGE.read_text().partition("## Scores")[2].partition("\nFor comparison")[0]
+    listed = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+    assert len(listed) > 30
+    assert listed <= names
+    assert not names & {"rebasin", "last_checkpoints", "m3_draws", "task_arithmetic_tuned"}

@@ -19,10 +19,9 @@ from gradmerge import MergedModel, Recipe, export_merged
 from gradmerge.cli import main
 from gradmerge.cli.compare import workers
 from gradmerge.cli.compare.learned import LearnedRunner
-from gradmerge.cli.compare.methods import SCALE, Axis, Method, Suite
+from gradmerge.cli.compare.methods import BOUND, SCALE, Axis, Method, Suite
 from gradmerge.cli.compare.static import StaticRunner
 from gradmerge.coefficients import Model, Uniform
-from gradmerge.comparison.results import BOUND
 from gradmerge.operators import DisjointMean
 from gradmerge.preprocess import Trim
 from tiny import write_yaml as write
@@ -51,7 +50,8 @@ def compared(world, tmp_path_factory):
     before = Path.cwd()
     os.chdir(root)
     try:
-        more = [TENSOR, TIES, REGMEAN, GREEDY, "--examples", "3", "--ensemble", *OPTIONS]
+        folder = f"mine={world['model']['recipe']['sources']['b']}"
+        more = [TENSOR, TIES, REGMEAN, GREEDY, folder, "--examples", "3", "--ensemble", *OPTIONS]
         assert main(["compare", suite, *more, "--output", "out"]) == 0
     finally:
         os.chdir(before)
@@ -69,7 +69,7 @@ def record(found, name):
 def test_every_row_is_there_and_in_every_file(compared):
     folder, _, found = compared
     names = ["base", "expert a", "expert b", "uniform average", "ensemble"]
-    methods = {"task_arithmetic", "tensor", "ties", "regmean", "greedy_soup"}
+    methods = {"task_arithmetic", "tensor", "ties", "regmean", "greedy_soup", "mine"}
     listed = [row["name"] for row in found["rows"]]
     assert listed[:5] == names
     assert set(listed[5:-1]) == methods
@@ -103,6 +103,7 @@ def test_built_in_rows_score_as_transformers_scores_them(compared, world, tmp_pa
     for task in "ab":
         expected = accuracy(sources[1:], world, task)
         assert score_of(found, "ensemble", task) == pytest.approx(expected)
+    assert record(found, "mine")["test"] == record(found, "expert b")["test"]
     own = record(found, BOUND)["test"]
     assert own["a"] == record(found, "expert a")["test"]["a"]
     assert own["b"] == record(found, "expert b")["test"]["b"]
@@ -287,7 +288,16 @@ def test_ladders_grow_at_their_edges_alone():
     assert axis.beyond(0.05) is None
     assert axis.beyond(0.5) == pytest.approx(1.6)
     assert axis.beyond(0.005) == pytest.approx(0.0016)
-    assert Axis.around(SCALE, 1.0, 3).values == (0.71, 1.0, 1.4)
+    assert Axis.around("model.learning_rate", 1e-3, 2).values == (0.00032, 0.001)
+    assert Axis.around(SCALE, 1.0, 5).values == (0.12, 0.25, 0.5, 1.0, 2.0)
+    assert Axis.around(SCALE, 1.0, 3).values == (0.5, 1.0, 2.0)
+    assert Axis.around(SCALE, 1.0, 2).values == (0.5, 1.0)
+    assert Axis.around(SCALE, 1.0, 1).values == (1.0,)
+    dense = Axis.around(SCALE, 1.0, 12).values
+    assert len(dense) == 12
+    assert dense[0] < 0.14
+    assert dense[-1] > 2
+    assert 1.0 in dense
     assert Axis("recipe.rank", (2, 4, 8)).beyond(8) == 16
     assert Axis("recipe.rank", (2, 4, 8)).beyond(2) == 1
     assert Axis("model.recipe.init", ("Uniform", "Constant")).beyond("Constant") is None
@@ -321,6 +331,9 @@ def test_seeds_are_in_all_paths_of_a_suite(tmp_path):
 def test_a_process_that_dies_fails_its_own_method_alone(monkeypatch):
     class Process:
         exitcode = -9
+
+        def is_alive(self):
+            return False
 
         def join(self, *_):
             pass

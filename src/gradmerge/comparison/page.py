@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from gradmerge.common.atomic import whole_file
+from gradmerge.common.errors import GradmergeError
 from gradmerge.comparison.figures import FIGURES
 from gradmerge.comparison.results import Comparison, Outcome, Row
 from gradmerge.comparison.tables import curve_rows, head_and_rows, notes
@@ -42,22 +44,23 @@ def draw(found: Comparison) -> dict[str, bytes]:
     return images
 
 
-def write_page(folder: Path, found: Comparison) -> None:
-    """Write the figures and the page into a folder."""
+def write_page(folder: Path, found: Comparison, **options: Any) -> None:
+    """Write the figures and the page into a folder; options as of `page`."""
     images = draw(found)
     for name, image in images.items():
         with whole_file(folder / f"{name}.png") as path:
             path.write_bytes(image)
     with whole_file(folder / REPORT) as path:
-        path.write_text(page(found, images), encoding="utf-8")
+        path.write_text(page(found, images, **options), encoding="utf-8")
 
 
-def page(found: Comparison, images: dict[str, bytes]) -> str:
+def page(found: Comparison, images: Mapping[str, bytes], **options: Any) -> str:
     """Return the page: table, figures, and the coefficients of the best learned merge.
 
     Args:
         found: the comparison.
         images: its figures as PNG, by name.
+        **options: options of `MergeModule.load_from_checkpoint`, such as `allow_modules`.
     """
     body = [table(*head_and_rows(found))]
     if found.curves:
@@ -67,7 +70,7 @@ def page(found: Comparison, images: dict[str, bytes]) -> str:
     for name, image in images.items():
         body += figure(image, _TITLES[name], _ABOUT[name])
     if images:
-        body += _learned(found)
+        body += _learned(found, options)
     return document("Comparison of merges", body)
 
 
@@ -87,14 +90,17 @@ def checkpoint_of(outcome: Outcome) -> Path | None:
     return outcome.place.parent / str(name) if name and outcome.place is not None else None
 
 
-def _learned(found: Comparison) -> Iterator[str]:
+def _learned(found: Comparison, options: Mapping[str, Any]) -> Iterator[str]:
     best = best_learned(found)
     if best is None:
         return
     row, outcome = best
     path = checkpoint_of(outcome)
     assert path is not None
-    state: FitState = MergeModule.load_from_checkpoint(path).merged.state
-    name = html.escape(row.name)
-    yield f"<h2>What {name} has learned (seed {outcome.seed})</h2>"
+    yield f"<h2>What {html.escape(row.name)} has learned (seed {outcome.seed})</h2>"
+    try:
+        state: FitState = MergeModule.load_from_checkpoint(path, **options).merged.state
+    except GradmergeError as error:
+        yield f'<p class="note">The checkpoint cannot be opened: {html.escape(str(error))}</p>'
+        return
     yield from coefficient_figures(state)

@@ -16,8 +16,6 @@ from gradmerge.comparison.intervals import Examples, Interval, paired_intervals
 from gradmerge.training.measures import SCORES
 from gradmerge.training.per_example import from_arrays
 
-BOUND = "each expert on its own task"
-"""Name of the row that is an upper bound."""
 _HIGHER = {score.name: score.higher_is_better for score in SCORES.values()}
 _LOWER_IS_BETTER = ("loss", "perplexity", "calibration_error", "squared_error")
 

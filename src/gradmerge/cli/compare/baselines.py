@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import yaml
 
 from gradmerge.cli.compare.methods import Method
-from gradmerge.cli.compare.work import MissingError, Say, Work, write_final
+from gradmerge.cli.compare.work import MissingError, Say, Work, read_final, write_final
 from gradmerge.common.memory import peak_memory, reset_peak_memory
 
 BASELINES = Method(
@@ -33,6 +32,20 @@ BASELINES = Method(
 )
 
 
+def rows_of(work: Work) -> list[tuple[str, str, Any]]:
+    """Return name, kind and coefficients of each built-in row."""
+    given = work.method.tree(work.suite)["model"]["recipe"]
+    sources = list(given.get("sources") or {})
+    count = len(sources)
+    rows: list[tuple[str, str, Any]] = []
+    if given.get("base") is not None and given.get("origin") in (None, "base"):
+        rows.append(("base", "base", [0.0] * count))
+    for at, source in enumerate(sources):
+        rows.append((f"expert {source}", "expert", [float(i == at) for i in range(count)]))
+    rows.append(("uniform average", "average", [1 / count] * count))
+    return [*rows, *([("ensemble", "ensemble", None)] if work.ensemble else [])]
+
+
 class Baselines:
     """Scores the built-in rows of a seed on the test split.
 
@@ -48,25 +61,12 @@ class Baselines:
 
     def run(self) -> list[str]:
         """Score all rows, and return the names of their records."""
-        given = self.work.method.tree(self.work.suite)["model"]["recipe"]
-        sources = list(given.get("sources") or {})
-        count = len(sources)
-        uniform = [1 / count] * count
-        rows: list[tuple[str, str, Any]] = []
-        if given.get("base") is not None and given.get("origin") in (None, "base"):
-            rows.append(("base", "base", [0.0] * count))
-        for at, source in enumerate(sources):
-            rows.append((f"expert {source}", "expert", [float(i == at) for i in range(count)]))
-        rows.append(("uniform average", "average", uniform))
-        if self.work.ensemble:
-            rows.append(("ensemble", "ensemble", None))
-        return [self._row(*row) for row in rows]
+        return [self._row(*row) for row in rows_of(self.work)]
 
     def _row(self, name: str, kind: str, coefficients: Any) -> str:
         key = self.work.key(name, None)
         path: Path = self.work.place / f"final-{key}.json"
-        if path.is_file() and path.with_suffix(".npz").is_file():
-            json.loads(path.read_text(encoding="utf-8"))
+        if read_final(path) is not None:
             return path.name
         if self._known_only:
             raise MissingError

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from gradmerge.cli.compare.folder import FolderRunner
 from gradmerge.cli.compare.learned import LearnedRunner
 from gradmerge.cli.compare.methods import SCALE, Axis
 from gradmerge.cli.compare.static import StaticRunner
@@ -16,7 +16,8 @@ from gradmerge.cli.compare.work import (
     Say,
     Trial,
     Work,
-    records_in,
+    read_final,
+    read_record,
     write_final,
     write_record,
 )
@@ -44,7 +45,9 @@ class Bench:
     def runner(self) -> Any:
         """The runner of trials, made when the first is needed."""
         if self._runner is None:
-            self._runner = (LearnedRunner if self.work.method.learns else StaticRunner)(self.work)
+            method = self.work.method
+            own = LearnedRunner if method.learns else StaticRunner
+            self._runner = (FolderRunner if method.folder else own)(self.work)
         return self._runner
 
     def run(self) -> list[str]:
@@ -100,7 +103,7 @@ class Bench:
     def _is_scalable(self) -> bool:
         """Return whether a factor on the coefficients changes the merge; kept on disk."""
         path = self.work.place / f"scalable-{self.work.key(None, None)}.json"
-        kept = next((found for at, found in records_in(self.work.place) if at == path), None)
+        kept = read_record(path)
         if kept is None:
             self._require_allowed_to_run()
             kept = {"scalable": bool(self.runner.is_scalable())}
@@ -110,9 +113,8 @@ class Bench:
     def _trial(self, axis: Axis | None, value: Any, examples: int | None = None) -> Trial:
         key = self.work.key(value, examples)
         path = self.work.place / f"trial-{key}.json"
-        for at, found in records_in(self.work.place):
-            if at == path:
-                return Trial(**found)
+        if (found := read_record(path)) is not None:
+            return Trial(**found)
         self._require_allowed_to_run()
         label = axis.shown(value) if axis is not None and value is not None else ""
         trial = Trial(value, label, key, examples)
@@ -131,8 +133,7 @@ class Bench:
     def _final(self, trial: Trial, told: Mapping[str, Any]) -> str:
         """Score a trial on the test split, unless that was done; return the record's name."""
         path = self.work.place / f"final-{trial.key}.json"
-        if path.is_file() and path.with_suffix(".npz").is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
+        if (known := read_final(path)) is not None:
             if {key: known.get(key) for key in told} != dict(told):
                 write_record(path, {**known, **told})
             return path.name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import shutil
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Checkpoint
 
-from gradmerge.cli.arguments import MODEL
+from gradmerge.cli.compare.folder import opened_folder
 from gradmerge.cli.compare.opened import (
     parse,
     recipe_of,
@@ -21,8 +20,6 @@ from gradmerge.cli.compare.opened import (
     statistics_of,
 )
 from gradmerge.cli.compare.work import Select, Trial, Work
-from gradmerge.cli.score import scored_recipe
-from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.recipe import Recipe
 from gradmerge.training.callbacks import CoefficientLogger, ExportAtEnd
 from gradmerge.training.module import MergeModule
@@ -158,6 +155,12 @@ class LearnedRunner:
 
     def _drive(self, cli: Any, trial: Trial, data: Any, folder: Path) -> None:
         """Run a driver, which writes its merge to a folder."""
+        if trial.examples is not None:  # a driver prepares its data by itself
+            data = data.restricted(list(data.tasks))
+            data.tasks = {
+                name: replace(task, limit={**(task.limit or {}), "adaptation": trial.examples})
+                for name, task in data.tasks.items()
+            }
         cli.job.data = data
         merged: Path = cli.driver.run(cli.job)
         target = self._work.place / f"fit-{trial.key}.merged"
@@ -165,32 +168,20 @@ class LearnedRunner:
         merged.rename(target)
         shutil.rmtree(folder, ignore_errors=True)
         trial.checkpoint = target.name
-        module, own = self._of_folder(target, data)
+        module, own = opened_folder(target, data, self._tree)
         trial.selection = dict(scorer_of(module, own, self._tree).score()["average"])
         trial.score, trial.higher_is_better = module.score.name, module.score.higher_is_better
         trial.trainable = coefficients_in(target)
-        trial.adaptation = _drawn(data, None)
+        own.attach(module.merged)
+        trial.adaptation = _drawn(own, None)
         trial.labels = cli.job.objective.needs_labels
-
-    def _of_folder(self, folder: Path, data: Any) -> tuple[MergeModule, Any]:
-        """Return a module of a written merge, and data whose tasks are its."""
-        given = (self._tree.get("model") or {}).get("recipe") or {}
-        recipe = scored_recipe(str(folder), data.tasks, given.get("private") or [])
-        module = MergeModule.around(MergedModel(recipe), score_experts=False)
-        own = copy.copy(data)
-        heads = bool(recipe.heads)
-        own.tasks = {
-            name: replace(task, source=name if heads else MODEL)
-            for name, task in data.tasks.items()
-        }
-        return module, own
 
     def test(self, trial: Trial) -> tuple[dict[str, Any], Any]:
         """Return the scores of what was kept on the test split, and those of each example."""
         work, place = self._work, self._work.place / trial.checkpoint
         recipe, data = self._shared()
         if place.is_dir():
-            module, data = self._of_folder(place, data)
+            module, data = opened_folder(place, data, self._tree)
         else:
             module = MergeModule.load_from_checkpoint(
                 place,

@@ -20,10 +20,12 @@ from gradmerge.common.files import near, read_yaml
 SCALE = "scale"
 """Axis of factors on the coefficients of a static merge."""
 RATE = "optimizer.init_args.lr"
+BOUND = "each expert on its own task"
+"""Name of the row that is an upper bound."""
 REFERENCE = "task_arithmetic"
 """Name of the method that others are compared with by default."""
 _LOWEST_RATE = "lr_scheduler.init_args.eta_min"
-_HALF_STEPS = {RATE: math.sqrt(10), "model.learning_rate": math.sqrt(10), SCALE: math.sqrt(2)}
+_RATES = (RATE, "model.learning_rate")
 # What a file states that makes its method a learned one.
 _LEARNS = ("optimizer", "objective", "driver", "learning_rate")
 
@@ -44,10 +46,18 @@ class Axis:
 
     @classmethod
     def around(cls, option: str, centre: float, count: int) -> Axis:
-        """Return a ladder of values around one: of rates by half powers of ten, of scales of 2."""
-        step = _HALF_STEPS[option]
-        exponents = range(-(count // 2), count - count // 2)
-        return cls(option, tuple(_rounded(centre * step**k) for k in exponents), centre)
+        """Return a geometric ladder of values around one, which is among them.
+
+        Five rates are x 0.1, 0.32, 1, 3.2 and 10; five scales are x 1/8, 1/4, 1/2, 1 and 2, because
+        sums of more task vectors want smaller ones. More values are denser, fewer span less.
+        """
+        steps = max(4, count - 1)
+        if option in _RATES:
+            step, above = 10 ** (2 / steps), (count - 1) // 2
+        else:
+            step, above = 2 ** (4 / steps), round(steps / 4) if count > 2 else 0
+        values = (_rounded(centre * step**k) for k in range(above - count + 1, above + 1))
+        return cls(option, tuple(values), centre)
 
     def beyond(self, value: Any) -> Any:
         """Return the next value outside of the grid if the given one is at its edge, else None."""
@@ -99,12 +109,14 @@ class Method:
     """The option that the user wants to be tuned. Default: rate or scale."""
     inline: str = ""
     """YAML in place of files."""
+    folder: str = ""
+    """A finished model, whatever made it, in place of a method."""
     stated: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The content of the files."""
 
     @classmethod
     def read(cls, text: str) -> Method:
-        """Return the method of `[NAME=]FILE[+FILE...]`.
+        """Return the method of `[NAME=]FILE[+FILE...]`, or of a model folder.
 
         Raises:
             ConfigError: a file does not exist, or holds no options.
@@ -112,6 +124,8 @@ class Method:
         name, equals, rest = text.partition("=")
         if not equals or "/" in name or "." in name:
             name, rest = "", text
+        if Path(rest).expanduser().is_dir():
+            return cls(name or Path(rest).name, (), folder=rest)
         files = split_files(rest)
         for file in files:
             if not Path(file).expanduser().is_file():
@@ -135,7 +149,10 @@ class Method:
         found = [word for file in given for word in ("--config", file)]
         # statistics of data belong to one seed, so that they are collected here
         owned = "statistics" in (self.stated.get("recipe") or {})
-        return [*found, *(["--model.recipe.statistics=null"] if owned else [])]
+        dropped = ["--model.recipe.statistics=null"] if owned else []
+        # of the methods that learn: a schedule is refused where there is no optimiser
+        unused = [] if self.learns else ["--optimizer=null", "--lr_scheduler=null"]
+        return [*found, *dropped, *unused]
 
     def tree(self, suite: str) -> dict[str, Any]:
         """Return suite and method as one tree of plain data."""
@@ -143,7 +160,7 @@ class Method:
 
     def tuned_by(self, suite: str, trials: int) -> Axis | None:
         """Return what is tuned; None for a search, which tunes by itself."""
-        if self.axis is not None:
+        if self.axis is not None or self.folder:
             return self.axis
         tree = self.tree(suite)
         if not self.learns:
@@ -170,6 +187,8 @@ class Method:
         return found
 
 
+SUITE = Method("suite", ())
+"""The suite alone."""
 TASK_ARITHMETIC = Method(
     REFERENCE,
     (),
@@ -215,7 +234,7 @@ class Suite:
 
         Texts that contain `seedN`, where N is the suite's own seed, get the other number.
         """
-        own = re.compile(rf"seed{self.seed}(?!\d)")
+        own = self._own
         tree = copy.deepcopy(dict(self.tree))
 
         def replaced(value: Any) -> Any:
@@ -229,6 +248,14 @@ class Suite:
         found["seed_everything"] = seed
         found["data"] = {**(found.get("data") or {}), "seed": seed}
         return found
+
+    def at_seed(self, method: Method, seed: int) -> Method:
+        """Return a method with the model folder of a seed."""
+        return replace(method, folder=self._own.sub(f"seed{seed}", method.folder))
+
+    @property
+    def _own(self) -> re.Pattern[str]:
+        return re.compile(rf"seed{self.seed}(?!\d)")
 
     @property
     def tasks(self) -> list[str]:
@@ -272,6 +299,9 @@ def with_axes(methods: Sequence[Method], texts: Sequence[str]) -> tuple[list[Met
         if name not in names:
             hint, choice = nearest(name, names), f"choose from {', '.join(names)}"
             problems.append(f"--tune: unknown method {name!r} ({choice}).{hint}")
+    for method in methods:
+        if method.folder and method.name in axes:
+            problems.append(f"--tune: {method.name} is a finished model, which has no options.")
     return [replace(m, axis=axes.get(m.name, m.axis)) for m in methods], problems
 
 
@@ -299,10 +329,9 @@ def _axis(name: str, option: str, values: Any) -> tuple[str, Axis]:
 def problems_of(method: Method, suite: str, axis: Axis | None, more: Sequence[str]) -> str:
     """Return what is wrong with a method on a suite; empty if nothing is."""
     try:
-        arguments = method.arguments(suite)
-        values = axis.values[:1] if axis is not None else ()
-        options = method.options(suite, axis, values[0]) if values else []
-        prechecked("fit", [*arguments, *options, *more])
+        arguments = [*method.arguments(suite), *more]
+        for value in (None,) if axis is None else axis.values:
+            prechecked("fit", [*arguments, *method.options(suite, axis, value)])
     except GradmergeError as error:
         return str(error)
     return ""

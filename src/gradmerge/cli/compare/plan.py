@@ -12,7 +12,9 @@ from typing import Any
 import yaml
 
 from gradmerge.cli.compare.methods import (
+    BOUND,
     REFERENCE,
+    SUITE,
     TASK_ARITHMETIC,
     Axis,
     Method,
@@ -94,9 +96,12 @@ class Plan:
             yield f"--reference: unknown row {self.reference!r} (choose from {choice}).{hint}"
         if not self.suite.tasks:
             yield f"{self.given.suite}: expected data.tasks, got none."
+        built_in = ["baselines", "base", "uniform average", "ensemble", BOUND]
+        for name in [m.name for m in self.methods if m.name in built_in]:
+            yield f"{name}: is the name of a built-in row; name the method: NAME=FILE."
         wrong = [m.name for m in self.methods if "/" in m.name or m.name.startswith(".")]
         if wrong:
-            yield f"methods: expected names without '/' or a leading '.', got {', '.join(wrong)}."
+            yield f"METHOD: expected names without '/' or a leading '.', got {', '.join(wrong)}."
 
     def _place(self, recipe: Any) -> Iterator[str]:
         try:
@@ -116,14 +121,16 @@ class Plan:
     def _parsed(self) -> Iterator[str]:
         """Yield what is wrong with the suite on any seed, and with the methods on it."""
         allowed = [word for name in self.given.allow_modules for word in ("--allow_modules+", name)]
-        plain = Method("suite", ())
         for seed in self.seeds:
             text = self.suite_text(seed)
-            if wrong := problems_of(plain, text, None, allowed):
+            if wrong := problems_of(SUITE, text, None, allowed):
                 yield f"{self.given.suite}, seed {seed}: {wrong}"
                 return
         text = self.suite_text(self.seeds[0])
         for method in self.methods:
+            places = [self.suite.at_seed(method, seed).folder for seed in self.seeds]
+            lost = [place for place in places if place and not Path(place).expanduser().is_dir()]
+            yield from (f"{method.name}: expected a model folder, got none at {p}" for p in lost)
             axis: Axis | None = None
             wrong = problems_of(method, text, None, allowed)
             if not wrong:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from gradmerge.cli.compare.baselines import BASELINES
+from gradmerge.cli.compare.baselines import BASELINES, rows_of
+from gradmerge.cli.compare.methods import BOUND, SUITE
 from gradmerge.cli.compare.opened import parse, recipe_of, shared_data
 from gradmerge.cli.compare.plan import Plan, say
 from gradmerge.cli.compare.work import Work
@@ -17,7 +18,7 @@ from gradmerge.common.atomic import whole_file
 from gradmerge.common.errors import GradmergeError
 from gradmerge.common.progress import duration
 from gradmerge.comparison.page import write_page
-from gradmerge.comparison.results import BOUND, Comparison, Outcome, Row
+from gradmerge.comparison.results import Comparison, Outcome, Row
 from gradmerge.comparison.tables import as_csv, as_plain, markdown
 from gradmerge.drivers.state import describe_contents, write_json
 from gradmerge.engine.merged import MergedModel
@@ -60,16 +61,20 @@ class Run:
         if seed in self._suites:
             return self._suites[seed]
         allowed = [w for name in self.given.allow_modules for w in ("--allow_modules+", name)]
-        self._suites[seed] = parse(["--config", str(self.plan.suite_file(seed)), *allowed])
+        self._suites[seed] = parse([*SUITE.arguments(str(self.plan.suite_file(seed))), *allowed])
         return self._suites[seed]
 
     def _works(self, seed: int) -> Iterator[Work]:
-        for method in [BASELINES, *self.plan.methods]:
+        for given in [BASELINES, *self.plan.methods]:
+            method, contents = self.plan.suite.at_seed(given, seed), self._contents[seed]
+            if method.folder:
+                model = {method.name: as_source(method.folder).open()}
+                contents = {**contents, "model": fingerprints_of(model)}
             yield Work(
                 seed,
                 method,
                 str(self.plan.suite_file(seed)),
-                self._contents[seed],
+                contents,
                 str(self.plan.folder),
                 self.given.trials,
                 self.given.select,
@@ -83,9 +88,9 @@ class Run:
         first, *others = self.plan.seeds
         later = [work for seed in others for work in self._works(seed)]
         if self.given.tune_seeds == "first":
-            self._run([*self._works(first), *(w for w in later if w.method is BASELINES)])
+            self._run([*self._works(first), *(w for w in later if w.method.name == BASELINES.name)])
             chosen = {work.method.name: self._choice(work, names) for work, names, _ in self.ended}
-            tuned = [work for work in later if work.method is not BASELINES]
+            tuned = [work for work in later if work.method.name != BASELINES.name]
             self._run([replace(w, fixed=chosen[w.method.name]) for w in tuned])
         else:
             self._run([*self._works(first), *later])
@@ -98,7 +103,7 @@ class Run:
 
     def _choice(self, work: Work, names: list[str] | None) -> dict[str, Any] | None:
         """Return what the first seed has chosen; None to tune again where it has failed."""
-        if not names or work.method is BASELINES:
+        if not names or work.method.name == BASELINES.name:
             return None
         record = json.loads((work.place / names[0]).read_text(encoding="utf-8"))
         return {"value": record.get("value")}
@@ -231,14 +236,22 @@ class Run:
             with whole_file(folder / name) as path:
                 path.write_text(text, encoding="utf-8")
         write_json(folder / "results.json", as_plain(found))
-        write_page(folder, found)
+        given = (self.plan.suite.tree.get("model") or {}).get("recipe") or {}
+        trusted = bool(given.get("trust_remote_code"))
+        allowed = tuple(self.given.allow_modules)
+        write_page(folder, found, allow_modules=allowed, trust_remote_code=trusted)
 
 
 class _Progress:
     """Lines about finished trials, with the time that is left."""
 
     def __init__(self, works: Sequence[Work], workers: int) -> None:
-        self._left = {self._name(work): work.planned for work in works}
+        self._left = {
+            self._name(work): (
+                len(rows_of(work)) if work.method.name == BASELINES.name else work.planned
+            )
+            for work in works
+        }
         self._learns = {self._name(work): work.method.learns for work in works}
         self._total, self._done, self._workers = sum(self._left.values()), 0, workers
         self._seconds: dict[bool, list[float]] = {True: [], False: []}

@@ -87,11 +87,11 @@ class StaticRunner:
             operator: Any = recipe.operator
             scale = operator.scale * trial.value
             merged.state.plan = merged.plan.with_operator(replace(operator, scale=scale))
-            trial.label = f"scale {scale:g}"
+            trial.label = f"scale {scale:.3g}"
             return
         set_coefficients(merged, Scaled(recipe.init, trial.value))
         if isinstance(recipe.init, Constant) and isinstance(recipe.init.value, (int, float)):
-            trial.label = f"scale {recipe.init.value * trial.value:g}"
+            trial.label = f"scale {recipe.init.value * trial.value:.3g}"
 
     def is_scalable(self) -> bool:
         """Return whether a factor changes the merge: that of its coefficients or its operator."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -141,13 +141,17 @@ class Trial:
         return f"selection {self.score.replace('_', ' ')} {value:.4f}"
 
 
-def records_in(place: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield the records of a folder; damaged ones count as missing, since a job can be repeated."""
-    for path in sorted(place.glob("*.json")):
-        with suppress(OSError, ValueError):
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(found, dict):
-                yield path, found
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Return a record; None if there is none, or a damaged one, since a job can be repeated."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def read_final(path: Path) -> dict[str, Any] | None:
+    """Return the record of a final score; None if it or its examples are missing."""
+    return read_record(path) if path.with_suffix(".npz").is_file() else None
 
 
 def write_record(path: Path, content: Mapping[str, Any]) -> None:

@@ -112,6 +112,8 @@ def run_in_processes(
                 worker.process.terminate()
         for worker in workers:
             worker.process.join(10)
+            if worker.process.is_alive():
+                worker.process.kill()
 
 
 def _start(threads: int) -> _Worker:
