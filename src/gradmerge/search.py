@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from typing_extensions import override
@@ -17,6 +20,9 @@ __all__ = ["AbstractSearch", "Draws", "GreedySoup", "Scales"]
 
 Evaluate = Callable[[AbstractInit], float]
 
+_WIDER = 4
+"""Most factors that are tried beyond an edge."""
+
 
 class AbstractSearch(ABC):
     """A choice among coefficients by their scores.
@@ -27,7 +33,7 @@ class AbstractSearch(ABC):
     metric: Literal["score", "loss"]
 
     def count(self, num_sources: int) -> int:
-        """Return the number of scores that it takes, for progress; 0 if that is not known."""
+        """Return the number of scores that it takes at most, for progress; 0 if not known."""
         return 0
 
     @abstractmethod
@@ -75,7 +81,10 @@ class Scales(AbstractSearch):
     """The best of the given factors on all of the recipe's coefficients.
 
     This tunes the scale of task arithmetic (arXiv 2212.04089) for any static merge: with `init`
-    Constant 1 the factors are the coefficients. It takes one score per factor.
+    Constant 1 the factors are the coefficients. It takes one score per factor, and up to four more
+    if the best one is the smallest or the largest: then the grid goes on beyond it while scores
+    improve, by its own ratio if that is constant, else by its last step. Factors stay positive:
+    where a step down would reach zero, they are halved.
     """
 
     values: list[float] = field(
@@ -84,6 +93,8 @@ class Scales(AbstractSearch):
     """Factors to try; among equally good ones the first is chosen."""
     metric: Literal["score", "loss"] = "score"
     """Criterion: the mean over tasks of their score (accuracy or bits per byte), or the loss."""
+    widen: bool = True
+    """Try more factors beyond the smallest or largest one if that is the best."""
 
     def __post_init__(self) -> None:
         """Check that there is a factor to try."""
@@ -92,12 +103,11 @@ class Scales(AbstractSearch):
 
     @override
     def count(self, num_sources: int) -> int:
-        return len(self.values)
+        return len(self.values) + (_WIDER if self.widen else 0)
 
     @override
     def run(self, start: AbstractInit, sources: Sequence[str], score: Evaluate) -> AbstractInit:
-        scaled = [Scaled(start, value) for value in self.values]
-        scores = [score(init) for init in scaled]
+        scores = [score(Scaled(start, value)) for value in self.values]
         if len(set(scores)) == 1 and len(set(self.values)) > 1:
             raise ConfigError(
                 f"Scales: the factors {self.values} all have the same score: this merge depends "
@@ -105,7 +115,56 @@ class Scales(AbstractSearch):
                 "spherical means do). Tune another number, e.g. --recipe.operator.scale of "
                 "DisjointMean."
             )
-        return scaled[scores.index(max(scores))]
+        best = self.values[scores.index(max(scores))]
+        if max(scores) > -math.inf and best in self._edges():
+            best = self._beyond(best, max(scores), lambda value: score(Scaled(start, value)))
+        return Scaled(start, best)
+
+    def _edges(self) -> list[float]:
+        """Return the smallest and the largest factor, as far as others lie beyond."""
+        grid = sorted(set(self.values))
+        return [] if len(grid) == 1 else [*(grid[:1] if grid[0] > 0 else []), grid[-1]]
+
+    def _beyond(self, edge: float, reached: float, score: Callable[[float], float]) -> float:
+        """Return the best factor from an edge of the grid outwards, and say what was tried."""
+        grid = sorted(set(self.values), reverse=edge == min(self.values))
+        best, tried = edge, list[float]()
+        for value in _onwards(grid) if self.widen else ():
+            try:
+                got = score(value)
+            except ConfigError:  # outside the range of the coefficients' link
+                break
+            tried.append(value)
+            if not got > reached:
+                break
+            best, reached = value, got
+        which = "smallest" if edge == min(self.values) else "largest"
+        if tried:
+            end = "did not improve" if best == edge else f"were tried, and {best:g} is the best"
+            more = f"{', '.join(f'{value:g}' for value in tried)} beyond it {end}"
+            if best == tried[-1]:
+                more += ", again the last one; give such `values` to look further"
+        else:
+            more = "none beyond it was tried" + ("" if self.widen else " (widen: true tries some)")
+        warnings.warn(
+            f"Scales: the best factor of the grid is the {which}, {edge:g}; {more}.", stacklevel=3
+        )
+        return best
+
+
+def _onwards(grid: Sequence[float]) -> list[float]:
+    """Return the next factors after the last of a grid, in its direction, all positive."""
+    last, step = grid[-1], grid[-1] - grid[-2]
+    ratios = [b / a for a, b in pairwise(grid)] if min(grid) > 0 else []
+    ratio = ratios[-1] if len(ratios) > 1 and max(ratios) - min(ratios) < 1e-3 else None
+    found = []
+    for _ in range(_WIDER):
+        if ratio is not None:
+            last *= ratio
+        else:
+            last = last + step if last + step > 1e-9 else last / 2
+        found.append(float(f"{last:.10g}"))
+    return found
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from commands import fails
 from gradmerge.cli import main
 from gradmerge.common.checkpoints import load_checkpoint
 from gradmerge.training.logs import CSVLogger
+from gradmerge.training.summary import places
+from tiny import trainer_of
 from tiny import write_yaml as write
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -54,9 +56,17 @@ def test_a_fit_ends_with_one_table_of_start_end_sources_and_places(world, tmp_pa
     tested = provenance["results"]["test"]["average"]["accuracy"]
     assert f"{tested:.4f}" in re.search(r"^test split(.*)", out, re.M | re.S)[1]
     assert "| test |" in Path("merged/README.md").read_text()
-    places = [r"time +\d+\.\d s, 4 steps", r"peak memory +\d+\.\d\d GB", r"model +merged"]
-    places += [rf"checkpoint +.*{folder.name}/checkpoints/best.ckpt", rf"logs, report +{folder}"]
-    assert not [place for place in places if not re.search(f"^{place}$", out, re.M)]
+    wanted = [r"time +\d+\.\d s, 4 steps", r"peak memory +\d+\.\d\d GB", r"model +merged"]
+    wanted += [rf"checkpoint +.*{folder.name}/checkpoints/best.ckpt", rf"logs +{folder}"]
+    wanted.append(rf"report +{folder}/report.html")
+    assert not [place for place in wanted if not re.search(f"^{place}$", out, re.M)]
+
+
+def test_a_figure_is_among_the_places(tmp_path):
+    trainer = trainer_of(tmp_path)
+    assert "figure" not in dict(places(trainer))
+    (tmp_path / "coefficients.png").touch()
+    assert dict(places(trainer))["figure"] == tmp_path / "coefficients.png"
 
 
 def test_scores_are_one_table_and_are_kept_for_the_export(world, tmp_path, capsys):
@@ -65,7 +75,9 @@ def test_scores_are_one_table_and_are_kept_for_the_export(world, tmp_path, capsy
     assert "start " not in capsys.readouterr().out
     (checkpoint,) = Path("outputs").rglob("*.ckpt")
     assert main(["test", "--config", config, "--ckpt_path", str(checkpoint)]) == 0
-    header, *rows = capsys.readouterr().out.strip().splitlines()
+    header, *rows, where = capsys.readouterr().out.strip().splitlines()
+    assert where == f"scores kept in {checkpoint.with_suffix('.scores.json')}"
+    assert Path(where.removeprefix("scores kept in ")).is_file()
     assert header.split()[:2] == ["test", "split"]
     assert header.endswith("accuracy of its source")
     assert [row.split()[0] for row in rows] == [*world["data"]["tasks"], "average"]

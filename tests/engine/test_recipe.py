@@ -34,10 +34,12 @@ class Net(nn.Module):
 
 @pytest.fixture
 def nets():
-    """A base and two sources, statistics included."""
+    """A base and two sources, all of whose tensors differ, statistics included."""
     torch.manual_seed(0)
     models = [Net() for _ in range(3)]
     for model in models:
+        torch.nn.init.uniform_(model.norm.weight, 0.5, 2)
+        torch.nn.init.normal_(model.norm.bias)
         model.norm.running_mean.normal_()
         model.norm.running_var.uniform_(0.5, 2)
     return models

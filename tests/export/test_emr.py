@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +96,53 @@ def test_both_forms_give_the_tasks_of_the_formula_bit_for_bit(family, tmp_path, 
             assert value.dtype == state[key].dtype, key
             assert torch.equal(value, again[key]), key
             assert torch.equal(value, state[key]), key
+
+
+def parts_of(models, names):
+    """The models' tensors of these names alone, as networks for `by_formula`."""
+
+    class Part:
+        def __init__(self, model):
+            self.tensors = {name: model.get_parameter(name).detach() for name in names}
+
+        def state_dict(self):
+            return dict(self.tensors)
+
+        def named_parameters(self):
+            return self.tensors.items()
+
+    return [Part(model) for model in models]
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_frozen_tensors_are_the_same_in_all_tasks(family, tmp_path):
+    models, _ = family("llama")
+    same = "model.layers.0.mlp.up_proj.weight"
+    for model in models[1:]:
+        model.get_parameter(same).data = models[0].get_parameter(same).detach().clone()
+    paths = save_family(tmp_path, models)
+    at_origin, moved = {"norm": "origin"}, {"q_proj": "mean", "v_proj": 0.7}
+    merge(recipe_of(paths, frozen={**at_origin, **moved}), outputs="tasks", output="tasks")
+    merge(recipe_of(paths, frozen=at_origin), outputs="tasks", output="origin")
+    merge(recipe_of(paths, frozen=at_origin), outputs="compact", output="compact")
+    unpack("compact", "unpacked")
+    names = [name for name, _ in models[0].named_parameters()]
+    for folder, patterns in (("tasks", ("norm", "q_proj", "v_proj")), ("origin", ("norm",))):
+        free = [name for name in names if not any(p in name for p in patterns)]
+        expected, _ = by_formula(parts_of(models[:3], free))
+        for task, state in zip("ab", expected, strict=True):
+            found = load_file(f"{folder}/{task}/model.safetensors")
+            for name in names:
+                base, *others = (model.get_parameter(name).detach() for model in models[:3])
+                factor = 0.5 if "q_proj" in name else 0.7 if "v_proj" in name else 0.0
+                theta = state.get(name, base + factor * sum(other - base for other in others))
+                torch.testing.assert_close(found[name], theta, rtol=0, atol=1e-6)
+    kept = {name for name in names if "norm" in name} | {same}
+    assert set(json.loads(Path("compact/emr.json").read_text())["unchanged"]) == kept
+    assert load_file("compact/unified.st").keys() == set(names) - kept
+    for task in "ab":
+        pair = [load_file(f"{f}/{task}/model.safetensors") for f in ("origin", "unpacked")]
+        assert all(torch.equal(tensor, pair[1][name]) for name, tensor in pair[0].items())
 
 
 def test_a_compact_folder_of_older_versions_is_read(family, tmp_path):
@@ -236,11 +284,11 @@ def test_what_has_no_such_form_is_refused(family, tmp_path):
         merge(recipe_of(paths, preprocess=[Trim()]), outputs="compact", output=out)
     with pytest.raises(ConfigError, match="expected a preprocess"):
         merge(recipe_of(paths, preprocess=[]), outputs="tasks", output=out)
+    with pytest.raises(ConfigError, match=r"frozen at the origin.*got norm, frozen elsewhere"):
+        merge(recipe_of(paths, frozen={"norm": "mean"}), outputs="compact", output=out)
     with pytest.raises(ConfigError, match="expected origin base"):
         merge(recipe_of(paths, origin="mean"), outputs="compact", output=out)
     for outputs in ("tasks", "compact"):
-        with pytest.raises(ConfigError, match="expected nothing frozen"):
-            merge(recipe_of(paths, frozen={"norm": 0.0}), outputs=outputs, output=out)
         with pytest.raises(ConfigError, match="head: expected none with outputs"):
             merge(recipe_of(paths), outputs=outputs, output=out, head="a")
     with pytest.raises(ConfigError, match="dtype: expected none with outputs compact, got"):

@@ -69,6 +69,58 @@ def test_scales_choose_the_best_factor_and_the_first_among_equals():
         Scales([])
 
 
+@pytest.mark.parametrize(
+    ("values", "peak", "tried", "chosen"),
+    [
+        ([0.2, 0.4, 0.6], 0.85, [0.8, 1.0], 0.8),  # by the step
+        ([0.25, 0.5, 1.0], 5.0, [2.0, 4.0, 8.0], 4.0),  # by the ratio
+        ([0.25, 0.5, 1.0], 0.06, [0.125, 0.0625, 0.03125], 0.0625),
+        ([0.3, 0.1, 0.2], 0.05, [0.05, 0.025], 0.05),  # halved, as a step would reach 0
+        ([0.2, 0.4, 0.6], 9.0, [0.8, 1.0, 1.2, 1.4], 1.4),
+        ([0.2, 0.4, 0.6], 0.4, [], 0.4),
+        ([0.0, 0.4, 0.6], -1.0, [], 0.0),
+        ([0.4], 9.0, [], 0.4),
+    ],
+)
+def test_a_grid_goes_on_where_its_edge_is_the_best(values, peak, tried, chosen):
+    asked = []
+
+    def score(init):
+        asked.append(init.factor)
+        return -abs(init.factor - peak)
+
+    search = Scales(values)
+    if tried:
+        with pytest.warns(UserWarning, match=rf"best factor of the grid is .*, and {chosen:g} is"):
+            found = search.run(Constant(), NAMES, score)
+    else:
+        found = search.run(Constant(), NAMES, score)
+    assert found == Scaled(Constant(), chosen)
+    assert asked == pytest.approx([*values, *tried])
+    assert len(asked) <= search.count(len(NAMES))
+
+
+def test_a_grid_does_not_go_on_if_told_so_and_says_where_it_ends():
+    search = Scales([0.2, 0.4], widen=False)
+    assert search.count(len(NAMES)) == 2
+    with pytest.warns(UserWarning, match=r"is the largest, 0.4; none .*\(widen: true"):
+        found = search.run(Constant(), NAMES, lambda init: init.factor)
+    assert found == Scaled(Constant(), 0.4)
+    with pytest.warns(UserWarning, match="again the last one; give such"):
+        Scales([0.2, 0.4]).run(Constant(), NAMES, lambda init: init.factor)
+
+
+def test_a_grid_does_not_go_on_beyond_a_link():
+    models, data = relatives(build()), sealed("ab")
+    recipe = recipe_of(models, coefficients=Clamp(Model(), 0, 1), init=Constant(1.0))
+    selection = Scorer(MergeModule(recipe, score_experts=False), data)
+    selection.score = lambda: {"average": {"loss": -float(selection.module.merged.raw["model"][0])}}
+    with pytest.warns(UserWarning, match=r"is the largest, 1; none beyond it was tried\."):
+        chosen, found = selection.search(Scales([0.5, 1.0], "loss"))
+    assert chosen.factor == 1
+    assert len(found["trials"]) == 2
+
+
 def test_scaled_coefficients_are_the_inner_ones_times_the_factor():
     models = relatives(build())
     for coefficients in (Model(), Tensor(), Clamp(Tensor(), 0, 1)):
@@ -137,7 +189,7 @@ def test_a_search_uses_only_the_selection_split(metric, memory):
     recipe = recipe_of(models, coefficients=Model(), init=Constant(1.0))
     selection = Scorer(MergeModule(recipe, memory=memory, score_experts=False), data)
     values = [0.1, 0.3, 0.5, 1.0]
-    chosen, found = selection.search(Scales(values, metric))
+    chosen, found = selection.search(Scales(values, metric, widen=False))
     known = [accuracy_and_loss(merged_network(models, [v] * 3), data) for v in values]
     for trial, (accuracy, loss) in zip(selection.trials, known, strict=True):
         assert trial.average["accuracy"] == pytest.approx(accuracy, abs=1e-6)

@@ -164,6 +164,8 @@ def merge(
             plan = state.plan
         for warning in plan.warnings:
             print(f"gradmerge merge: warning {warning}", file=sys.stderr)
+        if plan.unchanged_note:
+            print(f"{plan.unchanged_note}, and stay as they are")
         if plan.tokens is not None and not mergekit:
             print(summarise(token_report(plan.tokens)))
         written = _write(state, form, checked, known)
@@ -385,7 +387,7 @@ def unpack(
     # where the base was, for `described` may name it relative to the compact folder
     used = {**described, "base": {**described["base"], "from": opened.label}}
     written = export_tasks(found, **checked, extra={"unpacked": used})
-    print(f"{len(found)} tasks: {written}")
+    print(f"{len(found)} tasks written to {written}")
 
 
 def evaluate(
@@ -459,7 +461,8 @@ def evaluate(
     if not record:
         return
     if of_fit:
-        keep_scores(local, {found.stage: found.scores})
+        if written := keep_scores(local, {found.stage: found.scores}):
+            print(f"scores kept in {written}")
     elif evaluated.is_recorded(local):
         evaluated.record(local, found.stage, found.scores, found.settings)
         print(f"scores added to the card and provenance of {local}")

@@ -368,7 +368,9 @@ class MergeCLI(LightningCLI):
         found, folder = self.model.results["test"], self._get(self.config, "model_folder")
         checkpoint = self._get(self.config, "ckpt_path")
         if checkpoint is not None:
-            keep_scores(Path(checkpoint), {"test": found})
+            written = keep_scores(Path(checkpoint), {"test": found})
+            if written is not None and self._verbose:
+                print(f"scores kept in {written}")
         if folder and (done := keep_in_folder(folder, "test", found)) and self._verbose:
             print(done)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from gradmerge.common.errors import Problem, report
+from gradmerge.common.errors import Problem, report, shorten
 from gradmerge.common.patterns import require_matches
 from gradmerge.engine.inventory import take_inventory
 from gradmerge.sources import AbstractSource, Checkpoint, Vocabulary, as_source
@@ -16,6 +16,7 @@ from gradmerge.sources.compatibility import check, check_private, is_private
 from gradmerge.sources.composite import complete
 from gradmerge.sources.geometry import direction_statistics
 from gradmerge.sources.renaming import unify_names
+from gradmerge.sources.sharing import share_of, shared_tensors
 from gradmerge.sources.ties import Networks, may_be_tied, settle_ties
 from gradmerge.sources.tokenizers.report import summarise, token_report
 from gradmerge.sources.tokenizers.view import align, alignment_of
@@ -42,7 +43,8 @@ def inspect_sources(
     Returns:
         `sources` (size, dtypes and architecture by name), `problems`, `compatible`, `weights_read`
         (if not, NaN and infinity were not looked for), and, if known, `tokenizer` (differences of
-        the vocabularies) and `statistics` (geometry of the directions).
+        the vocabularies), `statistics` (geometry of the directions) and `unchanged` (tensors that
+        are the same in all checkpoints).
     """
     if tokenizer is not None:
         Vocabulary(tokenizer).require(list(sources), base is not None)
@@ -81,6 +83,7 @@ def inspect_sources(
         found["tokenizer"] = token_report(alignment)
     if statistics and compatible and tuned:
         found["statistics"] = _directions(tuned, opened.get("base"), private)
+        found["unchanged"] = _unchanged(opened, private)
     return found
 
 
@@ -123,6 +126,18 @@ def _directions(
     }
 
 
+def _unchanged(opened: Mapping[str, Checkpoint], private: Sequence[str]) -> dict[str, Any]:
+    """Return the tensors with the same values in all checkpoints, and how much they are in words.
+
+    A single checkpoint shares nothing.
+    """
+    first, *others = opened.values()
+    tensors = take_inventory(list(first.infos), first, None, private).tensors
+    names = shared_tensors(tensors, [first, *others]) if others else []
+    share = share_of(names, {name: first.infos[name].num_elements for name in tensors})
+    return {"tensors": names, "share": share}
+
+
 def _size(checkpoint: Checkpoint) -> dict[str, Any]:
     infos = checkpoint.infos.values()
     return {
@@ -150,6 +165,10 @@ def render(found: Mapping[str, Any]) -> str:
         parts.append("The weights were not read (--statistics false): NaN would go unnoticed.")
     if "tokenizer" in found:
         parts.append(summarise(found["tokenizer"]))
+    if found.get("unchanged", {}).get("tensors"):
+        where = "all sources and the base" if "base" in found["sources"] else "all sources"
+        same = found["unchanged"]
+        parts.append(f"the same in {where}: {same['share']}: {shorten(same['tensors'])}")
     measured = found.get("statistics")
     if measured:
         norms, relative = measured["norm"], measured["origin_norm"]

@@ -172,7 +172,7 @@ class DepthRamp(AbstractInit):
 
     @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
-        share = depth_of(tensor.name, context.tensors)
+        share = depth_of(tensor.name, context.names or context.tensors)
         value = self.first + (self.last - self.first) * share
         return torch.full((len(context.sources), *slot.shape), value, dtype=torch.float64)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from gradmerge.coefficients import MergeTensor
 from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.engine.recipe import Recipe
+from gradmerge.finalisers import AbstractRescale
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.compatibility import is_private
+from gradmerge.sources.sharing import same_place, shared_tensors
 from gradmerge.sources.skeleton import Network
 
 _BUFFER_NAME = re.compile(
@@ -58,6 +61,22 @@ def take_inventory(
         name: _describe(name, reference, network) for name in shared if name not in set(buffers)
     }
     return Inventory(kept, buffers, tensors)
+
+
+def find_unchanged(
+    recipe: Recipe,
+    base: Checkpoint | None,
+    sources: Mapping[str, Checkpoint],
+    names: Collection[str],
+) -> frozenset[str]:
+    """Return the tensors that are the base's in all sources, if directions start at the base."""
+    if base is None or recipe.resolved_origin != "base":
+        return frozenset()
+    checkpoints = [base, *sources.values()]
+    if all(isinstance(finaliser, AbstractRescale) for finaliser in recipe.finalisers):
+        return frozenset(shared_tensors(names, checkpoints))
+    # REPAIR changes channels whose tensors are the same: it leaves alone what is frozen
+    return frozenset(name for name in names if same_place(name, checkpoints))
 
 
 def _require_real(names: Sequence[str], reference: Checkpoint, network: Network | None) -> None:

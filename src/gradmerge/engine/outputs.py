@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradmerge.common.patterns import require_matches
@@ -15,7 +16,7 @@ from gradmerge.engine.heads import rows_by_head
 from gradmerge.engine.merged import MergedModel
 from gradmerge.engine.reading import NOT_INPUTS, reading_of
 from gradmerge.objectives import Objective
-from gradmerge.objectives.base import outermost
+from gradmerge.objectives.base import HIDDEN, UNLABELLED, outermost
 
 Batch = Mapping[str, Any]
 
@@ -88,7 +89,10 @@ def rows_of(
         if key not in NOT_INPUTS
     }
     output = merged(task=task, **inputs)
-    return reading_of(merged.skeleton, batch).rows(output, batch, merged.skeleton)
+    logits, labels, kept = reading_of(merged.skeleton, batch).rows(output, batch, merged.skeleton)
+    if labels is not None and "labels" in batch:
+        labels = torch.where(labels == HIDDEN, UNLABELLED, labels)
+    return logits, labels, kept
 
 
 def layers_of(merged: MergedModel, objective: Objective) -> list[str]:

@@ -26,7 +26,7 @@ from gradmerge.common.patterns import matches
 from gradmerge.common.spec import to_plain
 from gradmerge.common.typing import Raw
 from gradmerge.engine import contraction
-from gradmerge.engine.inventory import names_of, take_inventory
+from gradmerge.engine.inventory import find_unchanged, names_of, take_inventory
 from gradmerge.engine.recipe import Recipe
 from gradmerge.finalisers import Finalisation, FinalSite
 from gradmerge.operators import AbstractOperator, Linear, Spread, Terms, low_rank
@@ -44,6 +44,7 @@ from gradmerge.sources.base import (
 from gradmerge.sources.collected import SourceStatistics
 from gradmerge.sources.geometry import direction_statistics
 from gradmerge.sources.identity import require_unchanged
+from gradmerge.sources.sharing import share_of
 from gradmerge.sources.skeleton import Network
 from gradmerge.sources.tokenizers.view import alignment_of
 from gradmerge.sources.tokenizers.vocabulary import Alignment
@@ -89,10 +90,12 @@ class Plan(Shared):
                 "private: expected at least one tensor to merge, got none: all are private or "
                 "buffers; narrow the patterns."
             )
+        self.unchanged = find_unchanged(recipe, base, self.sources, self.tensors)
+        """Tensors that are the base's in all sources, so that none has a direction."""
         self.fixed: Mapping[str, float] = self._fixed()
         """Coefficients of frozen tensors, by name."""
         learned = [tensor for name, tensor in self.tensors.items() if name not in self.fixed]
-        if not learned and all(map(self._is_base, self.tensors)):
+        if not learned and len(self.unchanged) == len(self.tensors):
             raise ConfigError(
                 f"sources: expected weights that differ from the base {self.reference.label}, got "
                 "the very same tensors from every source, so there is nothing to merge."
@@ -119,26 +122,24 @@ class Plan(Shared):
     def _fixed(self) -> dict[str, float]:
         fixed = {}
         for name in self.tensors:
-            if self._is_base(name):  # adapters leave most tensors alone
-                fixed[name] = 0.0
-                continue
             for pattern, value in self.recipe.frozen.items():
                 if matches([pattern], name):
                     fixed[name] = self._number(value)
                     break
             else:
-                if self.binding is not None and name not in self.binding.owners:
+                if name in self.unchanged:
+                    fixed[name] = 0.0
+                elif self.binding is not None and name not in self.binding.owners:
                     fixed[name] = self.unused_coefficient
         return fixed
 
-    def _is_base(self, name: str) -> bool:
-        """Return whether all sources have the base's own tensor, so that none has a direction."""
-        if self.base is None or self.recipe.resolved_origin != "base":
-            return False
-        stored = self.base.stored_as(name)
-        return stored is not None and all(
-            source.stored_as(name) == stored for source in self.sources.values()
-        )
+    @property
+    def unchanged_note(self) -> str:
+        """Number and share of the tensors that no source changes, in words; empty if none."""
+        if not self.unchanged:
+            return ""
+        sizes = {name: math.prod(tensor.shape) for name, tensor in self.tensors.items()}
+        return f"{share_of(self.unchanged, sizes)} are the same in all sources and the base"
 
     def _updates(self, name: str) -> list[LowRank | None] | None:
         """Return the directions of a tensor from the base, None for a zero one.
@@ -257,6 +258,13 @@ class Plan(Shared):
         """Return the same plan with another operator of the same kind in its recipe."""
         other = copy.copy(self)
         other.recipe = replace(self.recipe, operator=operator)
+        return other
+
+    def without_frozen(self) -> Plan:
+        """Return the same plan, in whose preprocess no frozen tensor takes part."""
+        other = copy.copy(self)
+        other.fixed = dict.fromkeys(self.fixed, 0.0)
+        other._processed = ProcessedDirections(self.recipe.preprocess, other.directions)
         return other
 
     def read(self, source: str, name: str) -> Tensor:

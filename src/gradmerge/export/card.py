@@ -208,7 +208,7 @@ def _number(value: float | None) -> str:
 
 def _coefficients(state: FitState) -> Iterable[str]:
     plan, found = state.plan, []
-    for name in plan.tensors:
+    for name in (name for name in plan.tensors if name not in plan.unchanged):
         values = state.coefficient(name).detach().float().reshape(len(plan.sources), -1)
         found.append(torch.stack([values.mean(dim=1), *values.aminmax(dim=1)]))
     mean, low, high = torch.stack(found, dim=2)  # each `[sources, tensors]`
@@ -218,8 +218,10 @@ def _coefficients(state: FitState) -> Iterable[str]:
         for source, values in zip(plan.sources, summary.tolist(), strict=True)
     ]
     yield _table(["source", "mean", "smallest", "largest"], rows)
-    if state.fixed:
-        yield f"{len(state.fixed)} tensors are fixed."
+    if plan.unchanged_note:
+        yield f"{plan.unchanged_note}."
+    if others := state.fixed.keys() - plan.unchanged:
+        yield f"{len(others)} tensors are fixed."
     if plan.finalisation.active:
         names = ", ".join(type(finaliser).__name__ for finaliser in plan.recipe.finalisers)
         yield f"The weights are those of the merge after {names} (`finalisers`)."

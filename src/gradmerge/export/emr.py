@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, NonFiniteError, shorten
 from gradmerge.common.finite import non_finite_numbers
+from gradmerge.common.patterns import matches
 from gradmerge.engine.inventory import take_inventory
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe
@@ -32,6 +33,7 @@ from gradmerge.export.opened import folder_like, require_opens
 from gradmerge.export.provenance import provenance_of, published, stamp, strip_settings
 from gradmerge.export.weights import private_entries, write_weights
 from gradmerge.export.writer import Entry, entries_of, write_safetensors
+from gradmerge.operators import Linear, Spread
 from gradmerge.preprocess import Unify
 from gradmerge.preprocess.processed import ProcessedDirections
 from gradmerge.preprocess.unify import elect
@@ -48,12 +50,14 @@ _NEAR = 3
 class TaskCheckpoint(Checkpoint):
     """A task's model by a recipe: `A + B'_k` for merged tensors, the source's own for others.
 
-    The fingerprint is that of the source.
+    Tensors that are frozen at v are `A + v sum_j B_j` in every task, without preprocess. The
+    fingerprint is that of the source.
     """
 
     def __init__(self, plan: Plan, source: str) -> None:
         own = plan.sources[source]
-        self._plan, self._own, self._index = plan, own, plan.source_names.index(source)
+        self._own, self._index = own, plan.source_names.index(source)
+        self._plan, self._frozen = plan.without_frozen(), _frozen(plan)
         plan.require_private(source)
         infos = {name: plan.reference.infos[name] for name in plan.tensors}
         infos.update({name: own.infos[name] for name in [*plan.private, *plan.buffers]})
@@ -68,6 +72,8 @@ class TaskCheckpoint(Checkpoint):
     def read(self, name: str) -> Tensor:
         if name not in self._plan.tensors:
             return self._own.read(name)
+        if name in self._frozen:
+            return _frozen_at(self._plan, name, self._frozen[name])
         terms = self._plan.terms(name).dense()
         direction = terms.sources[self._index]
         if terms.origin is None:
@@ -79,15 +85,30 @@ class TaskCheckpoint(Checkpoint):
         return self._own.fingerprint()
 
 
+def _frozen(plan: Plan) -> dict[str, float]:
+    """Return the coefficients of tensors that the recipe freezes or that no source changes."""
+    patterns = plan.recipe.frozen
+    kept = (n for n in plan.fixed if n in plan.unchanged or matches(patterns, n))
+    return {name: plan.fixed[name] for name in kept}
+
+
+def _frozen_at(plan: Plan, name: str, value: float) -> Tensor:
+    """Return `A + v sum_j B_j` in float32 or wider; `A` as it is stored if it is the base's."""
+    if not value and plan.recipe.resolved_origin == "base":
+        return plan.read("base", name)
+    terms = plan.terms(name, processed=False)
+    out = torch.empty(plan.tensors[name].shape, dtype=terms.accumulate_dtype)
+    return Linear().combine(terms, plan.coefficient(value), Spread("scalar"), out)
+
+
 def require_outputs(recipe: Recipe, outputs: Literal["tasks", "compact"]) -> None:
     """Reject recipes that do not have a folder per task or a compact form, before any work."""
     compact, origin = outputs == "compact", recipe.resolved_origin
     last = recipe.preprocess[-1] if recipe.preprocess else None
     finalisers = ", ".join(type(finaliser).__name__ for finaliser in recipe.finalisers)
-    frozen = shorten(list(recipe.frozen))
+    moved = [pattern for pattern, value in recipe.frozen.items() if value not in ("origin", 0)]
     for is_wrong, problem in (
         (finalisers, f"expected no finalisers, got {finalisers}; each task has a model of its own"),
-        (frozen, f"expected nothing frozen, got {frozen}; each task has its whole direction"),
         (
             not compact and last is None,
             "expected a preprocess (Unify, for EMR-Merging), got none; tasks would be sources",
@@ -99,6 +120,11 @@ def require_outputs(recipe: Recipe, outputs: Literal["tasks", "compact"]) -> Non
         (
             compact and origin != "base",
             f"expected origin base, to which each task's vector is added, got {origin}",
+        ),
+        (
+            compact and moved,
+            f"expected tensors that are frozen at the origin, which the base has, got "
+            f"{shorten(moved)}, frozen elsewhere. Use --outputs tasks",
         ),
         (
             compact and recipe.tokenizer is not None,
@@ -194,7 +220,8 @@ def export_compact(
     def mask(name: str, k: int) -> Tensor:
         return torch.from_numpy(np.packbits(elect(before.read(name))[1][k].numpy()))
 
-    shapes = {name: tensor.shape for name, tensor in plan.tensors.items()}
+    kept = _frozen(plan)
+    shapes = {name: tensor.shape for name, tensor in plan.tensors.items() if name not in kept}
     vectors = [Entry(n, shape, torch.float32, partial(vector, n)) for n, shape in shapes.items()]
     target = Path(output).expanduser()
     with new_folder(target, overwrite, [*inputs, *inputs_of(plan)]) as work:
@@ -222,7 +249,8 @@ def export_compact(
             write_config(folder, source.folder, source.config)
         label = _place_of(base.label, target, provenance_paths)
         described = {"from": label, "sha256": plan.fingerprints["base"]}
-        write_json(work / "emr.json", {"format": FORMAT, "base": described, "scales": scales})
+        content = {"format": FORMAT, "base": described, "scales": scales, "unchanged": [*kept]}
+        write_json(work / "emr.json", content)
         serving = {task: task for task in scales}
         state = FitState(plan, {})
         provenance = provenance_of(state, None, serving, None, None, provenance_paths)

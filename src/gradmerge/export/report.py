@@ -22,7 +22,7 @@ from gradmerge.export.plots import (
     png,
 )
 
-REPORT = "report.html"
+REPORT, COEFFICIENTS = "report.html", "coefficients.png"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; }

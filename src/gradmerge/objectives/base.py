@@ -16,6 +16,10 @@ from gradmerge.common.patterns import matches
 # Label of a position without a label, the convention of torch and transformers.
 UNLABELLED = -100
 
+# Label in a batch of a position that is predicted, but whose label a budget has taken away: its row
+# is kept, with the label -100.
+HIDDEN = -200
+
 
 @dataclass(frozen=True)
 class Leading:

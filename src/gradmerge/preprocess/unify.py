@@ -18,7 +18,7 @@ class Unify(AbstractPreprocess):
 
         s    = sign(sum_j B_j), - where it is 0
         u    = s max_k |B_k| over the sources with sign(B_k) = s, 0 if there are none
-        M_k  = [B_k u > 0],  r_k = sum |B_k| / sum |M_k (.) u|  over the whole model
+        M_k  = [B_k u > 0],  r_k = sum |B_k| / sum |M_k (.) u|  over all tensors that are not frozen
         B'_k = r_k M_k (.) u
 
     EMR-Merging runs each task with its own model `A + B'_k`: `gradmerge merge --outputs tasks`
@@ -27,7 +27,7 @@ class Unify(AbstractPreprocess):
     """
 
     rescale: Literal["sums", "means"] = "sums"
-    """Sums over the whole model (the paper), or over the means of all tensors (the authors' code),
+    """Sums over all entries (the paper), or over the means of all tensors (the authors' code),
     in which a bias counts as much as a weight matrix."""
 
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
@@ -50,10 +50,10 @@ class Unify(AbstractPreprocess):
         """Return `r_k` of each source; 1 if its mask is empty."""
         own: list[float] = []
         left: list[float] = []
-        for _, directions in passes():
+        for site, directions in passes():
             own = own or [0.0] * len(directions)
             left = left or [0.0] * len(directions)
-            if not directions.numel():
+            if not directions.numel() or not site.takes_part:
                 continue
             size = 1 if self.rescale == "sums" else directions[0].numel()
             unified, masks = elect(directions)

@@ -1,6 +1,6 @@
 """Tasks of a compact EMR-Merging: computed from base, shared vector, mask and scale.
 
-folder/emr.json                          base, and the scale of each task
+folder/emr.json                          base, scale of each task, names of the base's own tensors
 folder/unified.st                        u of every merged tensor, float32
 folder/tasks/<task>/masks.st             one bit per entry, eight per byte
 folder/tasks/<task>/own.st               the task's own tensors (head, buffers), if it has any
@@ -30,11 +30,16 @@ from gradmerge.sources.base import Checkpoint
 from gradmerge.sources.files import SafetensorsCheckpoint
 
 FORMAT = "gradmerge-emr-1"
-_DESCRIPTION = {"base": {"from": str, "sha256": str}, "scales": {a_name: an_amount}}
+_DESCRIPTION = {
+    "base": {"from": str, "sha256": str},
+    "scales": {a_name: an_amount},
+    "unchanged?": [str],
+}
 
 
 class EMRCheckpoint(Checkpoint):
-    """`theta_k = A + r_k M_k (.) u` for merged tensors, the task's own tensor for all others.
+    """`theta_k = A + r_k M_k (.) u` for merged tensors, `A` for those that no task changes, the
+    task's own tensor for all others.
 
     Args:
         folder: the compact folder.
@@ -52,6 +57,7 @@ class EMRCheckpoint(Checkpoint):
             )
         self._base, self._scale = base, float(scales[task])
         self._expected = described["base"]["sha256"]
+        self._unchanged = frozenset(described.get("unchanged", ()))
         own, label = folder / "tasks" / task, f"{folder} task {task}"
         self._unified = SafetensorsCheckpoint([part_of(folder, "unified")], label, side=folder)
         self._masks = SafetensorsCheckpoint([part_of(own, "masks")], label)
@@ -59,11 +65,11 @@ class EMRCheckpoint(Checkpoint):
             [file for file in (part_of(own, "own"),) if file.is_file()], label, side=own
         )
         self._reject_misfits(label)
-        merged = {name: base.infos[name] for name in self._unified.infos}
+        merged = {name: base.infos[name] for name in (*self._unified.infos, *self._unchanged)}
         super().__init__(label, {**merged, **self._own.infos}, own, read_json(own / "config.json"))
 
     def _reject_misfits(self, label: str) -> None:
-        wrong = []
+        wrong = [f"{name}: missing" for name in self._unchanged if name not in self._base.infos]
         for name, info in self._unified.infos.items():
             base, mask = self._base.infos.get(name), self._masks.infos.get(name)
             if (
@@ -100,6 +106,8 @@ class EMRCheckpoint(Checkpoint):
                 f"{self._label}: expected a base with fingerprint {self._expected[:12]}, got "
                 f"{self._base.label} with {self._base_hash[:12]}. Give the base that was merged on."
             )
+        if name in self._unchanged:
+            return self._base.read(name)
         unified = self._unified.read(name)
         bits = np.unpackbits(self._masks.read(name).numpy(), count=unified.numel())
         mask = torch.from_numpy(bits).view(unified.shape).bool()

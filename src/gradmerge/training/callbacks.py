@@ -25,7 +25,7 @@ from gradmerge.export.folder import export_merged, require_options
 from gradmerge.export.history import History
 from gradmerge.export.license import license_note
 from gradmerge.export.plots import CoefficientTable, figures_are_on, heat_map, png
-from gradmerge.export.report import REPORT, report
+from gradmerge.export.report import COEFFICIENTS, REPORT, report
 from gradmerge.training.module import MergeModule
 from gradmerge.training.run import read_by
 from gradmerge.training.start import score_test
@@ -86,7 +86,7 @@ class CoefficientLogger(lightning.Callback):
         page = report(state, results, history, Path(folder).name if folder else "")
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            image = Path(folder) / "coefficients.png"
+            image = Path(folder) / COEFFICIENTS
             with writing(image, _KEPT):
                 if drawn := png(heat_map, CoefficientTable.of(state)):
                     image.write_bytes(drawn)

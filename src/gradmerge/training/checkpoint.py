@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from gradmerge.common.atomic import whole_file
 from gradmerge.common.checkpoints import is_address, load_checkpoint
-from gradmerge.common.errors import ConfigError, GradmergeError, OutputError
+from gradmerge.common.errors import ConfigError, GradmergeError, OutputError, shorten
 from gradmerge.common.files import read_json
 from gradmerge.common.hub import without_downloads
 from gradmerge.common.schema import a_count, a_name, a_number, require_shape
 from gradmerge.common.spec import from_plain
 from gradmerge.common.version import __version__
 from gradmerge.engine.merged import MergedModel
+from gradmerge.engine.plan import Plan
 from gradmerge.engine.recipe import Recipe
 from gradmerge.export.history import SAVED as SAVED_HISTORY
 from gradmerge.finalisers import Corrections
@@ -191,14 +193,18 @@ def to_save(
 
 
 def restore(
-    merged: MergedModel, saved: Mapping[str, Any] | None
+    merged: MergedModel, checkpoint: dict[str, Any]
 ) -> tuple[bool, dict[str, Any], dict[str, Any]]:
     """Restore the result of `to_save`, and return its arguments other than the model.
+
+    Coefficients that an earlier version gave to tensors that no source changes are taken out of
+    the checkpoint.
 
     Raises:
         FingerprintError: the checkpoint was trained on other source weights.
         ConfigError: the checkpoint was not written by gradmerge.
     """
+    saved = checkpoint.get("gradmerge")
     if saved is None:
         raise ConfigError("the checkpoint holds no gradmerge coefficients.")
     require_shape("the checkpoint", saved, _SAVED, "Take another checkpoint.", ConfigError)
@@ -217,10 +223,50 @@ def restore(
     merged.tasks = dict(saved["tasks"])
     merged.network_buffers.set(saved["buffers"])
     merged.state.corrections = Corrections.restore(saved.get("finalisation", {}))
+    _leave_out_unchanged(merged.plan, checkpoint, saved)
     return saved["checked_unused"], saved["results"], saved["experts"]
 
 
-def keep_scores(checkpoint: Path, results: Mapping[str, Any]) -> None:
+def _leave_out_unchanged(plan: Plan, checkpoint: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Take coefficients of tensors that no source changes out of a checkpoint in place."""
+    stale = [
+        name
+        for name in plan.tensors
+        if name in plan.unchanged and name not in saved["fixed"] and plan.fixed[name] == 0
+    ]
+    if not stale:
+        return
+    names = {*plan.layout.slots, *stale}
+    older = plan.recipe.coefficients.layout([t for n, t in plan.tensors.items() if n in names])
+
+    def kept(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        columns: dict[str, dict[int, int]] = {}
+        found = {}
+        for name, slot in plan.layout.slots.items():
+            if slot.index is None:
+                found[slot.key] = values[slot.key]
+            else:
+                columns.setdefault(slot.key, {})[slot.index] = older.slots[name].index or 0
+        for key, of in columns.items():
+            found[key] = values[key][:, [of[index] for index in sorted(of)]]
+        return found
+
+    state, start = checkpoint["state_dict"], "merged.raw."
+    raw = {key.removeprefix(start): state.pop(key) for key in [*state] if key.startswith(start)}
+    state.update({f"{start}{key}": value for key, value in kept(raw).items()})
+    if saved.get("regularisation"):
+        saved["regularisation"] = kept(saved["regularisation"])
+    if checkpoint.get("optimizer_states"):
+        checkpoint["optimizer_states"] = []  # a fit that resumes has a new one
+    warnings.warn(
+        f"the checkpoint has coefficients of {len(stale)} tensors that are the same in all sources "
+        f"and the base ({shorten(stale, 2)}), and that no coefficient changes. They are left out; "
+        "a fit that resumes from it starts with a new state of its optimiser.",
+        stacklevel=2,
+    )
+
+
+def keep_scores(checkpoint: Path, results: Mapping[str, Any]) -> Path | None:
     """Keep scores of a checkpoint beside it (`NAME.scores.json`), for its export.
 
     A folder that cannot be written is left as it is: the scores have been printed.
@@ -228,11 +274,17 @@ def keep_scores(checkpoint: Path, results: Mapping[str, Any]) -> None:
     Args:
         checkpoint: the checkpoint.
         results: scores by split (or other measurement), task and metric, added to those before.
+
+    Returns:
+        The file, if it could be written.
     """
-    with suppress(OSError, OutputError), whole_file(checkpoint.with_suffix(_SCORES)) as work:
+    target = checkpoint.with_suffix(_SCORES)
+    with suppress(OSError, OutputError), whole_file(target) as work:
         kept = {**kept_scores(checkpoint), **results}
         found = {"checkpoint_sha256": _sha256(checkpoint), "scores": kept}
         work.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        return target
+    return None
 
 
 def kept_scores(checkpoint: Path) -> dict[str, Any]:

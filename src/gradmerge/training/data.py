@@ -11,8 +11,9 @@ import lightning
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from gradmerge.common.errors import ConfigError, require
+from gradmerge.common.errors import ConfigError, nearest, require
 from gradmerge.common.names import require_names
+from gradmerge.training.budget import LabelBudget, within_budget
 from gradmerge.training.examples import (
     STAGES,
     Processor,
@@ -55,6 +56,11 @@ class MergeDataModule(lightning.LightningDataModule):
             base or the first source.
         check_disjoint: reject splits of a task that share examples. Only the examples in use are
             compared.
+        labels_per_task: number of adaptation examples (packed: windows) per task, or by task name,
+            that keep their labels, in equal numbers per class. The others stay, without labels, for
+            terms that need none. Default: all.
+        labelled_share: with `labels_per_task`, least share of labelled examples in a step; they
+            repeat more often than the others. 0: as many as in the split.
     """
 
     def __init__(
@@ -66,12 +72,23 @@ class MergeDataModule(lightning.LightningDataModule):
         seed: int = 0,
         processor: str | None = None,
         check_disjoint: bool = True,
+        labels_per_task: int | dict[str, int] | None = None,
+        labelled_share: float = 0.25,
     ) -> None:
         super().__init__()
         if not tasks:
             raise ConfigError("data.tasks: expected at least one task, got none.")
-        require_batches(batch_size, eval_batch_size, num_workers, seed)
+        budget = labels_per_task, labelled_share
+        require_batches(batch_size, eval_batch_size, num_workers, seed, *budget)
         require_names("data.tasks", tasks)
+        for name in labels_per_task if isinstance(labels_per_task, Mapping) else ():
+            if name not in tasks:
+                raise ConfigError(
+                    f"data.labels_per_task: unknown task {name!r} (choose from "
+                    f"{', '.join(tasks)}).{nearest(name, tasks)}"
+                )
+        self.labels_per_task = labels_per_task
+        self.labelled_share = labelled_share
         self.tasks = tasks
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or 2 * batch_size
@@ -162,13 +179,16 @@ class MergeDataModule(lightning.LightningDataModule):
                 stage: questions(cuts[stage], kind) for stage in STAGES if stage != "adaptation"
             }
             require_room(task, data, self._questions[task], network)
-        self._report(task, cuts["adaptation"].columns, prepared)
         for stage, rows in prepared.items():
             labels = require_examples(rows, data, processor, network, names[stage])
             # a dataset of one's own may take long to read, and is read anyway if it is compared
             if data.kind == "tensors" and (self.check_disjoint or type(rows) in (list, tuple)):
                 labels = read_tensors(rows, names[stage])
             self._labels.setdefault(task, {})[stage] = labels
+        known, whole = self._labels[task]["adaptation"], prepared["adaptation"]
+        limited = within_budget(self.labels_per_task, task, whole, known, self.seed)
+        self._report(task, cuts["adaptation"].columns, prepared, limited)
+        prepared["adaptation"] = limited
         if network is not None:
             self.require_classes(task, classes_of(merged, task, data))
         return prepared
@@ -183,7 +203,9 @@ class MergeDataModule(lightning.LightningDataModule):
             self.processor = self.processor or self._processors[kind]
         return self._processors[kind]
 
-    def _report(self, task: str, columns: Mapping[str, str], prepared: Mapping[Stage, Any]) -> None:
+    def _report(
+        self, task: str, columns: Mapping[str, str], prepared: Mapping[Stage, Any], limited: Any
+    ) -> None:
         """Keep the numbers of tokens, and say which columns were read and what they hold."""
         tallies = {s: rows.tally for s, rows in prepared.items() if hasattr(rows, "tally")}
         if tallies:
@@ -191,6 +213,8 @@ class MergeDataModule(lightning.LightningDataModule):
             read = ", ".join(f"{role} = {name}" for role, name in columns.items())
             held = "; ".join(f"{stage}: {tally}" for stage, tally in tallies.items())
             rank_zero_info(f"task {task} ({self.tasks[task].kind}; {read}): {held}.")
+        if isinstance(limited, LabelBudget):
+            rank_zero_info(f"task {task}: {limited} for adaptation.")
 
     def require_classes(self, task: str, classes: int | None) -> None:
         """Reject labels of any split of a task that the network has no class for.
@@ -256,7 +280,8 @@ class MergeDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> StreamLoader:
         """Return the stream of training steps over the adaptation splits."""
         pads = partial(collate, pad=self._pad)
-        stream = TaskStream(self.examples("adaptation"), pads, self.batch_size, self.seed)
+        examples, share = self.examples("adaptation"), self.labelled_share
+        stream = TaskStream(examples, pads, self.batch_size, self.seed, share)
         if self.trainer is not None:
             stream.rank, stream.world = self.trainer.global_rank, self.trainer.world_size
         return StreamLoader(stream, self.num_workers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from gradmerge.common.errors import require
 from gradmerge.common.finite import require_finite_options
@@ -12,9 +13,14 @@ _BATCH = 2**20
 
 
 def require_batches(
-    batch_size: int = 1, eval_batch_size: int | None = None, num_workers: int = 0, seed: int = 0
+    batch_size: int = 1,
+    eval_batch_size: int | None = None,
+    num_workers: int = 0,
+    seed: int = 0,
+    labels_per_task: int | Mapping[str, int] | None = None,
+    labelled_share: float = 0.0,
 ) -> None:
-    """Reject sizes of batches, numbers of workers and seeds out of range.
+    """Reject sizes of batches, numbers of workers and labels, shares and seeds out of range.
 
     Raises:
         ConfigError: one is.
@@ -24,6 +30,11 @@ def require_batches(
     most = max(64, 4 * (os.cpu_count() or 1))
     require(0 <= num_workers <= most, "data.num_workers", f"0 to {most}", num_workers)
     require(0 <= seed <= _LARGEST, "data.seed", f"0 to {_LARGEST}", seed)
+    by_task = labels_per_task if isinstance(labels_per_task, Mapping) else {"": labels_per_task}
+    for task, count in by_task.items():
+        option = f"data.labels_per_task{f'.{task}' if task else ''}"
+        require(count is None or count >= 0, option, "0 labels or more", count)
+    require(0 <= labelled_share <= 1, "data.labelled_share", "a share from 0 to 1", labelled_share)
 
 
 def require_learning(learning_rate: float = 0.0, logit_scale: float | None = None) -> None:

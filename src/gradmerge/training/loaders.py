@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
+from gradmerge.training.budget import LabelBudget, mixed
+
 
 class TaskStream(IterableDataset[dict[str, dict[str, Tensor]]]):
     """Stream of the training steps `start` to `stop`, counted over all epochs.
@@ -26,12 +28,18 @@ class TaskStream(IterableDataset[dict[str, dict[str, Tensor]]]):
     """
 
     def __init__(
-        self, examples: Mapping[str, Dataset[Any]], collate: Any, batch_size: int, seed: int
+        self,
+        examples: Mapping[str, Dataset[Any]],
+        collate: Any,
+        batch_size: int,
+        seed: int,
+        labelled_share: float = 0.0,
     ) -> None:
         self.examples = examples
         self.collate = collate
         self.batch_size = batch_size
         self.seed = seed
+        self.labelled_share = labelled_share
         self.start = self.stop = 0
         self.rank, self.world = 0, 1
         self._orders: dict[str, tuple[tuple[int, int], list[int]]] = {}
@@ -47,7 +55,14 @@ class TaskStream(IterableDataset[dict[str, dict[str, Tensor]]]):
         length = len(self.examples[task])  # type: ignore[arg-type]
         size = self.batch_size * self.world
         wanted = range(within * size, (within + 1) * size)[self.rank :: self.world]
-        return [self._order(task, epoch, at // length, length)[at % length] for at in wanted]
+
+        def drawn(key: str, at: int, length: int) -> int:
+            return self._order(key, epoch, at // length, length)[at % length]
+
+        examples = self.examples[task]
+        if isinstance(examples, LabelBudget):
+            return [mixed(examples, self.labelled_share, task, at, drawn) for at in wanted]
+        return [drawn(task, at, length) for at in wanted]
 
     def _order(self, task: str, epoch: int, lap: int, length: int) -> list[int]:
         """Return the seeded order of the examples, a new one for every lap over the task."""

@@ -470,7 +470,7 @@ class MergeModule(EvaluatingModule):
         """
         saved = checkpoint.get("gradmerge")
         with damage_named("the checkpoint"):
-            restored = restore(self.merged, saved)
+            restored = restore(self.merged, checkpoint)
             self.regularisation.restore((saved or {}).get("regularisation", {}))
             self.history = History.restore((saved or {}).get("history", {}))
         self._checked_unused, self._scores.results, self._scores.experts = restored

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 from gradmerge.common.output import paths_in
 from gradmerge.common.secrets import masked
@@ -47,6 +48,9 @@ def start_run(trainer: Any, module: Any) -> None:
     state.run = {**describe(trainer, module), "initial_coefficients": start}
     if before:
         state.run["before"] = before
+    if note := state.plan.unchanged_note:
+        state.run["unchanged"] = note
+        rank_zero_info(f"{note}, and stay as they are")
     if run := wandb_run(trainer.loggers):
         state.run["wandb"] = run
     for logger in trainer.loggers:
@@ -109,7 +113,9 @@ def _scheduler(config: Any) -> dict[str, Any]:
 
 def describe_data(data: Any) -> dict[str, Any]:
     """Return the seed, batch sizes and tasks of a data module, if it has them, without examples."""
-    names = ("seed", "batch_size", "eval_batch_size", "processor_path")
+    names = ["seed", "batch_size", "eval_batch_size", "processor_path"]
+    if getattr(data, "labels_per_task", None) is not None:
+        names += ["labels_per_task", "labelled_share"]
     found = {name: to_plain(getattr(data, name)) for name in names if hasattr(data, name)}
     found["class_path"] = public_path(type(data))
     tasks = getattr(data, "tasks", None)

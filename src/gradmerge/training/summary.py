@@ -15,6 +15,7 @@ from gradmerge.common.checkpoints import load_checkpoint
 from gradmerge.common.progress import duration
 from gradmerge.export.evaluated import STAGE
 from gradmerge.export.history import History
+from gradmerge.export.report import COEFFICIENTS, REPORT
 from gradmerge.training.measures import SCORES
 
 _MOST_TASKS = 8
@@ -47,7 +48,8 @@ def score_table(split: str, results: Mapping[str, Any], experts: Mapping[str, An
 
 def fit_table(trainer: Any, module: Any, seconds: float) -> str:
     """Return what a fit has reached, taken and written, as a table and a few lines."""
-    facts = facts_table(seconds, trainer.global_step, places(trainer))
+    unchanged = [("unchanged", module.merged.plan.unchanged_note)]
+    facts = facts_table(seconds, trainer.global_step, [*unchanged, *places(trainer)])
     return "\n\n".join([*fit_scores(trainer, module), facts])
 
 
@@ -89,10 +91,10 @@ def history_table(found: History, tasks: Iterable[str], step: int | None) -> lis
     return [aligned([[title, *shown, "loss"], *rows])]
 
 
-def facts_table(seconds: float, steps: int, where: Iterable[tuple[str, Any]]) -> str:
-    """Return time, steps, memory and places as a table."""
+def facts_table(seconds: float, steps: int, more: Iterable[tuple[str, Any]]) -> str:
+    """Return time, steps, memory and more facts, as places, as a table."""
     facts = [["time", f"{duration(seconds)}, {steps} steps"], ["peak memory", peak_memory()]]
-    return aligned([*facts, *([what, str(place)] for what, place in where if place)])
+    return aligned([*facts, *([what, str(place)] for what, place in more if place)])
 
 
 def kept_step(trainer: Any) -> int | None:
@@ -113,7 +115,11 @@ def places(trainer: Any) -> list[tuple[str, Any]]:
     exports = [c.folder for c in trainer.callbacks if hasattr(c, "require_free")]
     found = [("checkpoint", checkpoint)]
     found += [("model", folder) for folder in exports if folder.is_dir()]
-    found.append(("logs, report", _log_dir(trainer)))
+    folder = _log_dir(trainer)
+    found.append(("logs", folder))
+    for what, name in (("report", REPORT), ("figure", COEFFICIENTS)):
+        if folder and (path := Path(folder) / name).is_file():
+            found.append((what, path))
     for logger in trainer.loggers:
         run = getattr(logger, "_experiment", None) if isinstance(logger, WandbLogger) else None
         if run is not None:
