@@ -107,12 +107,6 @@ def quiet_trainer(**options: Any) -> Any:
     return lightning.Trainer(**settings | options)
 
 
-def tested(module: Any, data: Any) -> dict[str, dict[str, float]]:
-    """Return the scores of a merge on the test split, by task, and `average`."""
-    quiet_trainer().test(module, datamodule=data, verbose=False)
-    return module.results["test"]
-
-
 def compare(
     suite: str,
     methods: Sequence[str],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -18,10 +19,13 @@ from commands import fails
 from gradmerge import MergedModel, Recipe, export_merged
 from gradmerge.cli import main
 from gradmerge.cli.compare import workers
+from gradmerge.cli.compare.bench import Bench
 from gradmerge.cli.compare.learned import LearnedRunner
 from gradmerge.cli.compare.methods import BOUND, SCALE, Axis, Method, Suite
 from gradmerge.cli.compare.static import StaticRunner
+from gradmerge.cli.compare.work import Work
 from gradmerge.coefficients import Model, Uniform
+from gradmerge.common.errors import ConfigError
 from gradmerge.operators import DisjointMean
 from gradmerge.preprocess import Trim
 from tiny import write_yaml as write
@@ -326,6 +330,70 @@ def test_seeds_are_in_all_paths_of_a_suite(tmp_path):
     assert found["model"]["recipe"]["sources"] == {"a": "x/seed12/a", "b": "x/seed31/b"}
     assert found["data"]["tasks"]["t"]["data_files"] == "x-seed12.json"
     assert (found["seed_everything"], found["data"]["seed"]) == (12, 12)
+
+
+class Curve:
+    """A runner whose best rate is given; some rates fail."""
+
+    def __init__(self, best, broken=()):
+        self.best, self.broken, self.tested = best, broken, []
+
+    def prepare(self, value):
+        if value in self.broken:
+            raise ConfigError(f"no {value}")
+
+    def run(self, trial):
+        score = -abs(math.log(trial.value / self.best)) + (trial.examples or 0)
+        trial.selection, trial.score = {"accuracy": score}, "accuracy"
+
+    def test(self, trial):
+        self.tested.append((trial.value, trial.examples))
+        return {"average": {"accuracy": 1.0}}, {}
+
+
+@pytest.fixture
+def bench_of(world, tmp_path, monkeypatch):
+    def make(curve, **more):
+        suite = write(tmp_path / "suite.yaml", world)
+        work = Work(0, Method.read(TENSOR), suite, {}, str(tmp_path), 3, **more)
+        monkeypatch.setattr(Bench, "runner", curve)
+        bench = Bench(work, lambda *_: None)
+        return bench, lambda name: json.loads((work.place / name).read_text())
+
+    return make
+
+
+def test_the_grid_is_widened_until_the_best_is_inside_and_no_further_than_three(bench_of):
+    for best, value, wider, edge in (
+        (0.05, 0.05, 0, False),
+        (1.2, 1.6, 3, False),
+        (99, 5.0, 3, True),
+    ):
+        bench, read = bench_of(Curve(best))
+        (name,) = bench.run()
+        found = read(name)
+        assert found["value"] == value
+        assert (found["trials"], found["wider"], found["edge"]) == (3 + wider, wider, edge)
+        shutil.rmtree(bench.work.place)
+
+
+def test_a_value_that_fails_costs_no_other_and_all_of_them_the_method(bench_of):
+    bench, read = bench_of(Curve(0.05, broken=(0.16,)))
+    (name,) = bench.run()
+    assert read(name)["value"] == 0.05
+    shutil.rmtree(bench.work.place)
+    bench, _ = bench_of(Curve(0.05, broken=(0.016, 0.05, 0.16)))
+    with pytest.raises(ConfigError, match=r"none of 3 trials has a score. The last: no 0\.05"):
+        bench.run()
+
+
+def test_curves_take_the_chosen_value_or_are_tuned_themselves(bench_of):
+    curve = Curve(0.016)
+    bench_of(curve, sizes=(2, 8))[0].run()
+    assert curve.tested == [(0.016, None), (0.016, 2), (0.016, 8)]
+    curve = Curve(0.05)
+    bench, read = bench_of(curve, sizes=(4,), tune_examples=True)
+    assert read(bench.run()[1])["trials"] == 3
 
 
 def test_a_process_that_dies_fails_its_own_method_alone(monkeypatch):

@@ -21,9 +21,11 @@ from gradmerge.cli.compare.work import (
     write_final,
     write_record,
 )
-from gradmerge.common.errors import ConfigError, NonFiniteError
+from gradmerge.common.errors import ConfigError, GradmergeError, NonFiniteError
 from gradmerge.common.memory import peak_memory, reset_peak_memory
 
+Chosen = tuple[Trial, dict[str, Any]]
+"""The best trial, and what all of them took."""
 _MOST_WIDER = 3
 """Trials beyond the budget, for a method whose best value is at the edge of its grid."""
 
@@ -63,42 +65,53 @@ class Bench:
         work, axis = self.work, self.work.axis
         if axis is not None and axis.option == SCALE and not self._is_scalable():
             axis = None
-        if axis is None or work.fixed is not None:
-            best = self._trial(axis, None if work.fixed is None else work.fixed["value"])
-            tried, extra, edge = [best], 0, False
-        else:
-            tried, best, extra, edge = self._tuned(axis)
+        tunes = axis is not None and work.fixed is None
+        value = None if work.fixed is None else work.fixed["value"]
+        best, told = self._tuned(axis, None) if tunes else self._alone(axis, value, None)
         if best.rank(work.select) == -math.inf:
             reason = best.error or "no score on the selection split; do the tasks have labels?"
-            raise ConfigError(f"none of {len(tried)} trials has a score. The last: {reason}")
-        seconds = sum(trial.seconds for trial in tried)
-        count = sum(trial.tried for trial in tried)
-        told = {"trials": count, "wider": extra, "edge": edge, "tuning": seconds}
+            raise ConfigError(f"none of {told['trials']} trials has a score. The last: {reason}")
         names = [self._final(best, told)]
         for size in work.sizes if work.method.learns else ():
-            short = self._trial(axis, best.value, size)
-            if not short.error:
-                alone = {"trials": 1, "wider": 0, "edge": False, "tuning": 0.0}
-                names.append(self._final(short, alone))
+            if tunes and work.tune_examples:
+                short, told = self._tuned(axis, size)
+            else:
+                short, told = self._alone(axis, best.value, size)
+            if short.rank(work.select) > -math.inf:
+                names.append(self._final(short, told))
         return names
 
-    def _tuned(self, axis: Axis) -> tuple[list[Trial], Trial, int, bool]:
-        """Return all trials, the best, how many were beyond the grid, and if that is its edge."""
+    def _alone(self, axis: Axis | None, value: Any, size: int | None) -> Chosen:
+        """Return the trial of a value that was chosen before, or of a method without an axis."""
+        trial = self._trial(axis, value, size)
+        told = {"trials": trial.tried, "wider": 0, "edge": False, "tuning": 0.0}
+        return trial, told if axis is not None else {**told, "tuning": trial.seconds}
+
+    def _tuned(self, axis: Axis | None, size: int | None) -> Chosen:
+        """Return the best trial, and the cost of all."""
+        assert axis is not None
+        grid = axis
 
         def best() -> Trial:
             # of equally good values the one nearest to the file's, else the first
-            return max(tried, key=lambda t: (t.rank(self.work.select), -axis.distance(t.value)))
+            return max(tried, key=lambda t: (t.rank(self.work.select), -grid.distance(t.value)))
 
-        tried = [self._trial(axis, value) for value in axis.values]
+        tried = [self._trial(grid, value, size) for value in grid.values]
         extra = 0
-        while extra < _MOST_WIDER:
-            new = axis.beyond(best().value)
+        while extra < _MOST_WIDER and best().rank(self.work.select) > -math.inf:
+            new = grid.beyond(best().value)
             if new is None:
                 break
             extra += 1
-            axis = axis.with_value(new)
-            tried.append(self._trial(axis, new))
-        return tried, best(), extra, axis.is_edge(best().value)
+            grid = grid.with_value(new)
+            tried.append(self._trial(grid, new, size))
+        chosen = best()
+        return chosen, {
+            "trials": sum(trial.tried for trial in tried),
+            "wider": extra,
+            "edge": grid.is_edge(chosen.value),
+            "tuning": sum(trial.seconds for trial in tried),
+        }
 
     def _is_scalable(self) -> bool:
         """Return whether a factor on the coefficients changes the merge; kept on disk."""
@@ -118,14 +131,19 @@ class Bench:
         self._require_allowed_to_run()
         label = axis.shown(value) if axis is not None and value is not None else ""
         trial = Trial(value, label, key, examples)
-        self.runner.prepare(value)
         began = time.perf_counter()
         try:
+            self.runner.prepare(value)
+            began = time.perf_counter()
             self.runner.run(trial)
-        except NonFiniteError as error:  # the learning rate is too high, which is a result
+        except GradmergeError as error:  # other values may do
             trial.error = str(error)
+            is_result = isinstance(error, NonFiniteError)  # the learning rate is too high
+        else:
+            is_result = True
         trial.seconds, trial.memory = time.perf_counter() - began, peak_memory()
-        write_record(path, vars(trial))
+        if is_result:
+            write_record(path, vars(trial))
         part = f" with {examples} examples per task" if examples is not None else ""
         self._say(f"{trial.label}{part}: {trial.found}".lstrip(": "), trial.seconds)
         return trial

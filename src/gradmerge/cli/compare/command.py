@@ -73,6 +73,15 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="also learn with so many adaptation examples per task",
     )
+    add(
+        "--tune_examples",
+        nargs="?",
+        const=True,
+        default=False,
+        type=flag,
+        metavar="true",
+        help="tune for each number of examples, too (default: the rate chosen with all)",
+    )
     add("--resamples", type=int, default=2000, help="of the bootstrap (default: 2000)")
     add("--workers", type=int, default=1, help="processes; 0: in this one (default: 1)")
     add(

@@ -79,6 +79,7 @@ class Run:
                 self.given.trials,
                 self.given.select,
                 sizes=tuple(sorted(set(self.given.examples))),
+                tune_examples=self.given.tune_examples,
                 ensemble=self.given.ensemble,
                 allow_modules=tuple(self.given.allow_modules),
             )
@@ -222,9 +223,11 @@ class Run:
             "seeds); they tell how much a difference owes to the test examples, not to the seed.",
         ]
         if given.examples:
+            rate = "are tuned for each number of examples"
+            kept = "use the value that was chosen with all adaptation examples"
             lines.append(
-                "Learning curves use the learning rate that was chosen with all adaptation "
-                "examples, and choose the step anew."
+                f"Learning curves {rate if given.tune_examples else kept}, and choose the step "
+                "anew; step 0 is the start."
             )
         return lines
 

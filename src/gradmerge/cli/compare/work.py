@@ -48,6 +48,8 @@ class Work:
     """The value that another seed has chosen, `{"value": ...}`; None to tune."""
     sizes: tuple[int, ...] = ()
     """Numbers of adaptation examples per task of a learning curve."""
+    tune_examples: bool = False
+    """Tune for each number of examples."""
     ensemble: bool = False
     allow_modules: tuple[str, ...] = ()
 
@@ -60,7 +62,7 @@ class Work:
     def planned(self) -> int:
         """Number of trials that are foreseen."""
         tried = 1 if self.axis is None or self.fixed is not None else len(self.axis.values)
-        return tried + (len(self.sizes) if self.method.learns else 0)
+        return tried + len(self.sizes) * (tried if self.tune_examples else 1) * self.method.learns
 
     @property
     def place(self) -> Path:

@@ -1,12 +1,10 @@
-"""Learned merges on a quickstart suite, tuned alike on the selection split.
+"""Merges of two sources at a time, and of a source onto an earlier merge, on a quickstart suite.
 
-    python benchmarks/learned.py vision --seeds 3 4 5 --json learned-vision.json
+    python benchmarks/drivers.py vision --seeds 3 4 5 --json drivers-vision.json
 
-All methods get the suite's number of steps (LayerWise: that many per block), the same learning
-rates to choose from and the same schedule. Rate and step are chosen on the selection split, by the
-score, or by the loss where the method sees no labels; the test split decides nothing. `--drivers`
-compares merges of two sources at a time, and of a source onto an earlier merge.
-docs/benchmarks/learned.md says what the columns are.
+All merges of a driver together get the suite's number of steps, the same learning rates to choose
+from and the same schedule. Rate and step are chosen on the selection split by the score; the test
+split decides nothing. docs/benchmarks/learned.md says what the columns are.
 
 Every fit is a process of its own; finished ones are kept in the cache, so that a stopped run
 resumes where it stopped.
@@ -41,73 +39,32 @@ class Method:
 
     files: tuple[str, ...]
     options: tuple[str, ...] = ()
-    suites: tuple[str, ...] = ("lm", "vision")
     sources: str = "all"
     """`first`: all but the last; `last`: that one alone, onto a merge of the others."""
     data: str = "all"
     """`new`: of the sources' own tasks alone."""
-    rates: tuple[float, ...] = ()
-    """Instead of those to choose from."""
+    learns: bool = True
+    """False to stay at the start."""
 
     def uses(self, kind: str) -> bool:
         """Check for a file of a folder of configs: `methods` learn, `drivers` do so in parts."""
         return any(file.startswith(kind) for file in self.files)
 
 
-def methods_of(names: str, suites: tuple[str, ...] = ("lm", "vision")) -> dict[str, Method]:
-    return {name: Method((f"methods/{name}",), suites=suites) for name in names.split()}
-
-
-# With free scales entropy alone collapses (docs/benchmarks.md): entropy.yaml's term against it.
-_MARGINAL = ("--model.objective.terms", '[{"class_path": "Entropy", "init_args": {"marginal": 1}}]')
-# CART's start: the first components of what each source has beside the mean, scaled.
-_CART = (
-    *_MARGINAL,
-    *("--model.recipe.origin", "mean"),
-    "--model.recipe.coefficients.init_args.start=2.3",
-    "--model.recipe.init.init_args.factor=2.3",
-    "--model.recipe.init.init_args.inner.init_args.share=0.16",
-)
-# Nothing learned but the masks, and of components alone.
-_MASKS = (
-    *("--model.recipe.coefficients", "HardMask"),
-    "--model.recipe.coefficients.start=0.1",
-    *("--model.recipe.coefficients.inner", "Component"),
-    *("--model.recipe.init", "LeadingComponents"),
-    "--model.recipe.operator.init_args.scale=0.3",
-    *("--model.recipe.frozen", '{"(?i)bias$|norm|embed|ln_|cls_token": 1.0}'),
-)
-_ADARANK = ("methods/adarank",)
-_CLASSES = ("vision",)  # entropy is for classification
-_DRAWS = "static/m3_draws"
-METHODS = {
-    **methods_of("tensor column"),
-    **methods_of("entropy adamerging adamerging_pp adarank", _CLASSES),
-    "adarank, marginal": Method(_ADARANK, _MARGINAL, _CLASSES),
-    "adarank, marginal, from the mean": Method(_ADARANK, _CART, _CLASSES),
-    "adarank, masks alone": Method(_ADARANK, _MASKS, _CLASSES),
-    **methods_of("dam learned_soup atlas"),
-    "atlas_x_10": Method(("methods/atlas",), ("--model.recipe.coefficients", "Partition")),
-    **methods_of("supermerge samerging prodistill"),
-    "m3": Method(("static/m3", _DRAWS)),
-    "m3, dare": Method(("static/dare_linear", _DRAWS)),
-    "m3, ties": Method(("static/ties", _DRAWS)),
-    "tensor from m3": Method(("methods/tensor", _DRAWS)),
-}
 _CONTINUAL = Method(("methods/tensor", "drivers/continual"), sources="last")
 _PLAIN = ("--driver.projection", "false")
 DRIVERS = {
-    "tensor": METHODS["tensor"],
+    "tensor": Method(("methods/tensor",)),
     "pairwise": Method(("methods/tensor", "drivers/pairwise")),
     "tree": Method(("methods/tensor", "drivers/tree")),
 }
 for _name, _options in (("continual", _PLAIN), ("continual, projected", ())):
     DRIVERS[_name] = replace(_CONTINUAL, options=_options)
     DRIVERS[f"{_name}, new data"] = replace(DRIVERS[_name], data="new")
-    DRIVERS[f"{_name}, not learned"] = replace(DRIVERS[f"{_name}, new data"], rates=(0.0,))
+    DRIVERS[f"{_name}, not learned"] = replace(DRIVERS[f"{_name}, new data"], learns=False)
 # The merge that `continual` goes on with.
 _EARLIER = "earlier"
-ALL = METHODS | DRIVERS | {_EARLIER: replace(METHODS["tensor"], sources="first", data="new")}
+ALL = DRIVERS | {_EARLIER: replace(DRIVERS["tensor"], sources="first", data="new")}
 
 
 @dataclass(frozen=True)
@@ -142,7 +99,7 @@ class Job:
 
     def path(self, key: str) -> Path:
         """Return a place in the cache of finished fits."""
-        return self.cache.parent / "learned" / key
+        return self.cache.parent / "drivers" / key
 
     def result(self) -> dict[str, Any]:
         """Read the result from the cache, or compute it in a process of its own."""
@@ -172,15 +129,14 @@ def options_of(job: Job, suite: Path) -> list[str]:
     options += ["--trainer.default_root_dir", str(suite.parent), *method.options]
     if method.sources == "last":
         options += ["--driver.earlier", str(job.path(job.earlier))]
-    if method.uses("methods"):
-        options += [
-            *("--trainer.max_steps", str(steps), f"--optimizer.init_args.lr={job.rate}"),
-            *("--lr_scheduler", "gradmerge.optimisers.CosineDecay"),
-            *_QUIET,
-        ]
+    options += [
+        *("--trainer.max_steps", str(steps), f"--optimizer.init_args.lr={job.rate}"),
+        *("--lr_scheduler", "gradmerge.optimisers.CosineDecay"),
+        *_QUIET,
+    ]
     if method.uses("drivers"):
         options += ["--trainer.val_check_interval", str(max(1, steps // 3))]
-    return [*options, "--driver.steps", str(steps)] if method == METHODS["prodistill"] else options
+    return options
 
 
 def fit(job: Job) -> dict[str, Any]:
@@ -188,13 +144,13 @@ def fit(job: Job) -> dict[str, Any]:
     from gradmerge.cli.main import learn
     from gradmerge.training.search import Scorer
 
-    metric, learns = SUITES[job.suite].metric, job.method.uses("methods")
+    metric = SUITES[job.suite].metric
     cost: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         suite = harness.suite_file(job.suite, job.seed, job.cache, Path(folder))
         options = options_of(job, suite)
         with harness.measured(cost):
-            cli = learn(["fit", *options]) if learns else searched(learn(options, run=False))
+            cli = learn(["fit", *options])
         module, data, tasks = cli.model, cli.datamodule, list(cli.datamodule.tasks)
         if module is None:  # a driver's merge is a folder, whose tasks each have their own head
             written = str(cli.job.target.folder)
@@ -202,34 +158,22 @@ def fit(job: Job) -> dict[str, Any]:
             quiet = (*_QUIET, "--verbose=false", f"--trainer.default_root_dir={folder}")
             cli = learn(["test", "--config", str(suite), "--model", written, *quiet])
             module, data = cli.model, cli.datamodule
-        elif learns:
+        else:
             count = sum(p.numel() for p in module.merged.parameters())
             cli.trainer.test(module, data, ckpt_path="best", verbose=False)
-        else:
-            count = 1
-            harness.tested(module, data)
         test, chosen = module.results["test"], Scorer(module, data).score()
     drawn = data.batch_size * SUITES[job.suite].steps
     sizes = {task: len(found) for task, found in data.examples("adaptation").items()}
-    labels = learns and module.objective.needs_labels and job.method != METHODS["prodistill"]
     return {
         "selection": statistics.mean(chosen[task][metric] for task in tasks),
         "loss": statistics.mean(chosen[task]["loss"] for task in tasks),
         "score": test["average"][metric],
         "test": {task: scores[metric] for task, scores in test.items()},
         "coefficients": count,
-        "labels": labels,
-        "examples": sum(min(drawn, sizes[task]) for task in tasks) if learns else 0,
+        "examples": sum(min(drawn, sizes[task]) for task in tasks),
         "seconds": cost["wall"],
         "memory": cost["memory"],
     }
-
-
-def searched(cli: Any) -> Any:
-    from gradmerge.training.search import Scorer
-
-    Scorer(cli.model, cli.datamodule).search(cli.config_init["search"])
-    return cli
 
 
 def coefficients_of(folder: Path) -> int:
@@ -247,7 +191,7 @@ def tuned(job: Job, rates: Sequence[float]) -> tuple[Job, dict[str, Any]]:
     method = job.method
     if method.sources == "last":
         job = replace(job, earlier=tuned(replace(job, name=_EARLIER), rates)[0].key)
-    rates = method.rates or (rates if method.uses("methods") else RATES[:1])
+    rates = rates if method.learns else (0.0,)
     trials = {rate: replace(job, rate=rate).result() for rate in rates}
     rate = best_of(job.suite, trials)
     return replace(job, rate=rate), {"rate": rate, **trials[rate]}
@@ -257,17 +201,14 @@ def best_of(suite: str, trials: dict[float, dict[str, Any]]) -> float:
     own = SUITES[suite]
 
     def rank(rate: float) -> float:
-        found = trials[rate]
-        value = found["selection"] if found["labels"] else found["loss"]
-        if math.isnan(value):
-            return -math.inf
-        return value if found["labels"] and own.higher_is_better else -value
+        value = trials[rate]["selection"]
+        return -math.inf if math.isnan(value) else value if own.higher_is_better else -value
 
     return max(trials, key=rank)
 
 
-def render(suite: str, found: dict[str, dict[int, dict[str, Any]]], apart: bool = False) -> str:
-    """Return a markdown table, the best first; with the last task apart, if asked."""
+def render(suite: str, found: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """Return a markdown table, the best first, with the last task apart."""
 
     def tasks(part: slice) -> Callable[[list[dict[str, Any]]], str]:
         def cell(results: list[dict[str, Any]]) -> str:
@@ -276,17 +217,12 @@ def render(suite: str, found: dict[str, dict[int, dict[str, Any]]], apart: bool 
 
         return cell
 
-    def adaptation(results: list[dict[str, Any]]) -> str:
-        labels = "labels" if results[0]["labels"] else "no labels"
-        number = results[0]["examples"]
-        return f"{number:,}, {labels}" if number else "none; selection labels"
-
-    parts = {"first three tasks": tasks(slice(-1)), "the fourth": tasks(slice(-1, None))}
     columns = {
-        **(parts if apart else {}),
-        "rates": lambda rs: ", ".join(f"{r['rate']:g}" for r in rs) if rs[0]["examples"] else "-",
+        "first three tasks": tasks(slice(-1)),
+        "the fourth": tasks(slice(-1, None)),
+        "rates": lambda rs: ", ".join(f"{r['rate']:g}" for r in rs),
         "coefficients": lambda rs: f"{rs[0]['coefficients']:,}",
-        "adaptation": adaptation,
+        "adaptation": lambda rs: f"{rs[0]['examples']:,}",
         "seconds": lambda rs: f"{min(r['seconds'] for r in rs):.0f}",
         "memory, MB": lambda rs: f"{max(r['memory'] for r in rs) / 1e6:.0f}",
     }
@@ -295,20 +231,15 @@ def render(suite: str, found: dict[str, dict[int, dict[str, Any]]], apart: bool 
 
 def main() -> None:
     parser = harness.suite_parser(__doc__)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all of the suite")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="to choose from")
-    parser.add_argument("--drivers", action="store_true", help="two at a time, and one after")
     args = parser.parse_args()
-    methods = args.methods or [n for n, m in METHODS.items() if args.suite in m.suites]
-    if args.drivers:
-        methods = list(DRIVERS)
 
     def score(name: str, seed: int) -> dict[str, Any]:
         job = Job(args.suite, seed, name, RATES[0], args.cache.resolve())
         return tuned(job, args.rates)[1]
 
-    found = harness.compare(args.suite, methods, args, score)
-    print(render(args.suite, found, apart=args.drivers))
+    found = harness.compare(args.suite, list(DRIVERS), args, score)
+    print(render(args.suite, found))
 
 
 if __name__ == "__main__":
