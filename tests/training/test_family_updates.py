@@ -370,10 +370,9 @@ def test_expert_merging(models, tmp_path, name):
     def merge(z):
         found = {}
         for n in NAMES:
-            entries = directions[n].flatten(1)
-            place = [j * z[n][0].numel() // entries.shape[1] for j in range(entries.shape[1])]
-            each = z[n].reshape(2, -1)[:, place]
-            found[n] = origin[n] + (each * entries).sum(0).view_as(origin[n])
+            rows, runs = len(origin[n]), z[n].reshape(2, -1)
+            own = runs[:, [i * runs.shape[1] // rows for i in range(rows)]]
+            found[n] = origin[n] + torch.einsum("ki,ki...->i...", own, directions[n])
         return found
 
     def hidden(theta, x):

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from gradmerge import MergeModule
 from gradmerge.coefficients import (
+    Chunks,
     Column,
     Component,
     Constant,
@@ -90,6 +91,9 @@ def expand(slot, coefficient, shape):
     if slot.kind == "axis":
         place = [1] * len(shape)
         place[slot.axis] = -1
+        if slot.length:
+            runs = slot.shape[0]
+            coefficient = coefficient[:, [i * runs // slot.length for i in range(slot.length)]]
         return coefficient.reshape(len(coefficient), *place).expand(-1, *shape)
     if slot.kind == "partition":
         parts = slot.parts(math.prod(shape), torch.device("cpu"))
@@ -145,6 +149,7 @@ def explicit_importance(module, models, batches, data):
         Column(),
         Row(),
         Partition(3),
+        Chunks(4.0),
         Component(),
         Element(),
         Softmax(Tensor()),

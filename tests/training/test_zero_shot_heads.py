@@ -15,7 +15,9 @@ from gradmerge import MergeDataModule, MergedModel, MergeModule, Recipe
 from gradmerge.coefficients import Constant
 from gradmerge.coefficients import Tensor as TensorGranularity
 from gradmerge.engine.predict import expert_rows, predict
-from gradmerge.objectives import CrossEntropy, KLToSource, Objective
+from gradmerge.engine.teacher import Teacher
+from gradmerge.engine.teacher_store import TeacherStore
+from gradmerge.objectives import CrossEntropy, HardLabels, HiddenStates, KLToSource, Objective
 from kinds import CASES, folders, task_of
 from networks import seeded
 from tiny import trainer_of
@@ -232,3 +234,29 @@ def test_networks_that_scale_similarities_otherwise_run_whole(world):
         doubled = predict(model, LOSS, "a", batch, False).logits
         assert torch.allclose(doubled, 2 * plain, rtol=0, atol=1e-9)
         assert runs.count > 0
+
+
+def test_sources_are_asked_about_each_image_once_and_their_hidden_states_are_of_images(world):
+    """Vision towers: the objective compares the images' blocks, whatever the texts' are called."""
+    model = model_of(world)
+    batch = batch_of(world, model)
+    objective = Objective([KLToSource(), HardLabels()])
+    teacher = Teacher(model, objective, TeacherStore(0.01))
+    expert_rows(model, "a", batch)  # the first pass asks the network how it computes logits
+    runs = []
+    model.skeleton.vision_model.encoder.layers[0].register_forward_hook(
+        lambda *given: runs.append(len(given[2] if torch.is_tensor(given[2]) else given[2][0]))
+    )
+    parts = [[0, 1], [2, 1, 0], [2]]
+    for part, asked in zip(parts, (2, 1, 0), strict=True):
+        own = {k: v[part] if k in ("pixel_values", "labels") else v for k, v in batch.items()}
+        runs.clear()
+        found = predict(model, objective, "a", own, False, teacher)
+        assert sum(runs) == asked + len(part)
+        expected = predict(model, objective, "a", own, False)
+        torch.testing.assert_close(found.teacher, expected.teacher, rtol=1e-9, atol=1e-12)
+    hidden = predict(model, Objective([HiddenStates()]), "a", batch, False)
+    assert [name.partition(".")[0] for name in hidden.hidden] == ["vision_model"]
+    assert hidden.hidden.keys() == hidden.teacher_hidden.keys()
+    images = len(batch["pixel_values"])
+    assert all(state.shape[0] % images == 0 for state in hidden.hidden.values())

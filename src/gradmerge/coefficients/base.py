@@ -29,7 +29,7 @@ class MergeTensor:
     """Axis along which the inputs of the layer run; of one expert, if they are stacked."""
     stacked: bool = False
     """True if the first axis counts experts, each with a weight or bias of its own."""
-    norms: Mapping[str, float] = field(default_factory=dict)
+    norms: Mapping[str, float] = field(default_factory=dict, compare=False)
     """`sum |B_k|` over the entries of each source's direction by source, if the coefficients need
     them."""
 
@@ -64,17 +64,16 @@ class Slot:
     experts: int = 0
     """Number of stacked experts, each of which has coefficients along `axis` of its own; 0 if the
     tensor is not a stack."""
-    contiguous: bool = False
-    """True if the parts of a partition are runs of entries, in order; else they are random."""
+    length: int = 0
+    """Length of the axis, if its coefficients are those of runs along it; else 0."""
 
     @property
     def spread_over(self) -> str:
         """Description of the compact shape, as stored in `coefficients.st`."""
-        if self.contiguous:
-            return f"contiguous {self.kind}"
         detail = {"axis": f" {self.axis}", "partition": f" of seed {self.seed}"}
         stack = f" of {self.experts} experts" if self.experts else ""
-        return self.kind + detail.get(self.kind, "") + stack
+        runs = " in runs" if self.length else ""
+        return self.kind + detail.get(self.kind, "") + stack + runs
 
     def read(self, raw: Raw) -> Tensor:
         """Return `z` of this tensor, `[rows, *slot]`, as a view of the parameters."""
@@ -86,10 +85,8 @@ class Slot:
 
         Parts are equal in size to within one entry. In large tensors, for which a permutation per
         step is too expensive, parts are drawn independently and equal only in expectation (to
-        within 2% for ten parts). Contiguous parts are always equal.
+        within 2% for ten parts).
         """
-        if self.contiguous:
-            return torch.arange(num_elements, device=device) * self.shape[0] // num_elements
         generator = torch.Generator().manual_seed(self.seed)
         if num_elements <= _PERMUTED:
             parts = torch.randperm(num_elements, generator=generator) % self.shape[0]

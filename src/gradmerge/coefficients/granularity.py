@@ -19,7 +19,7 @@ from gradmerge.coefficients.base import (
     parameter_key,
 )
 from gradmerge.coefficients.init import FromFile
-from gradmerge.common.errors import require
+from gradmerge.common.errors import ConfigError, require
 from gradmerge.common.patterns import matches, require_pattern, search
 from gradmerge.common.spec import PATTERNS
 
@@ -183,14 +183,15 @@ class Partition(_PerTensor):
 
 @dataclass(frozen=True)
 class Chunks(AbstractGranularity):
-    """One coefficient per source and contiguous run of entries; important tensors have more runs
+    """One coefficient per source and run of neighbouring rows; important tensors have more runs
     (Expert Merging++, arXiv 2509.25712).
 
         m = max(1, floor(budget N I^power / sum over tensors of I^power)),   N tensors
         I = sum_k |c_k| sum |B_k|
 
-    A tensor's entries are cut in order into m runs of equal length. Its importance I is the size of
-    what the sources change in it, weighted by the coefficients of a first merge.
+    The rows of a tensor (entries of a vector) are cut in order into m runs, equal in length to
+    within one row. Importance I is the size of what the sources change in the tensor, weighted by
+    the coefficients of a first merge.
     """
 
     budget: float = 1.2
@@ -219,10 +220,11 @@ class Chunks(AbstractGranularity):
         slots = {}
         for tensor, share in zip(tensors, shares, strict=True):
             # the slack keeps a whole number whole, whatever float32 makes of equal shares
-            count = min(math.prod(tensor.shape), math.floor(scale * share * (1 + 1e-6)))
+            rows = tensor.shape[0] if tensor.shape else 1
+            count = min(rows, math.floor(scale * share * (1 + 1e-6)))
             slot = Slot(parameter_key(tensor.name), "scalar", ())
             if count > 1:
-                slot = replace(slot, kind="partition", shape=(count,), contiguous=True)
+                slot = replace(slot, kind="axis", shape=(count,), length=rows)
             slots[tensor.name] = slot
         return Layout(slots, {slot.key: slot.shape for slot in slots.values()})
 
@@ -231,9 +233,13 @@ class Chunks(AbstractGranularity):
         if self.first is None:
             return math.fsum(tensor.norms.values())
         file = FromFile(self.first)
-        if tensor.name not in file.names():
-            return 0.0
-        found, _ = file.read(tensor.name, tuple(tensor.norms))
+        try:
+            if tensor.name not in file.names():
+                return 0.0
+            found, _ = file.read(tensor.name, tuple(tensor.norms))
+        except ConfigError as error:
+            text = str(error).removeprefix("FromFile: ")
+            raise ConfigError(f"Chunks.first: {text}") from error
         sizes = found.reshape(len(found), -1).abs().mean(dim=1).tolist()
         return math.fsum(c * norm for c, norm in zip(sizes, tensor.norms.values(), strict=True))
 

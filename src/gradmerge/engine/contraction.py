@@ -42,7 +42,8 @@ def combine(
                 operator.combine(part, own, replace(spread, experts=0), out[one])
             return out
         if not _goes_by_parts(coefficients, operator, spread, out):
-            return operator.combine(terms, coefficients.link(raw), spread, out)
+            own = spread.expanded(coefficients.link(raw))
+            return operator.combine(terms, own, spread, out)
         flat = out.view(-1)
         for here, own, part in _parts(terms, raw, out):
             operator.combine(part, coefficients.link(own), spread, flat[here])
@@ -90,7 +91,8 @@ def _contract(
                 found = operator.contract(part, grad[one], own, plain)
                 slope.view(len(slope), spread.experts, -1)[:, one] = found
         else:
-            slope = operator.contract(terms, grad, fixed, spread)
+            slope = operator.contract(terms, grad, spread.expanded(fixed), spread)
+            slope = spread.summed(slope, fixed.shape[-1])
     if coefficient is leaf:
         return slope.to(raw.dtype), slope
     (found,) = torch.autograd.grad(coefficient, leaf, slope.to(coefficient.dtype))

@@ -399,7 +399,7 @@ class Plan(Shared):
         slot = self.layout.slots[name]
         size = torch.Size(self.tensors[name].shape).numel()
         parts = slot.parts(size, device) if slot.kind == "partition" else None
-        return Spread(slot.kind, slot.axis, parts, slot.experts)
+        return Spread(slot.kind, slot.axis, parts, slot.experts, slot.length)
 
     def combine(self, name: str, own: Tensor | float, out: Tensor) -> Tensor:
         """Write `theta_p(z)` into `out`.
@@ -437,7 +437,7 @@ class Plan(Shared):
         terms = self._low_rank_terms(name, spread)
         if terms is None:
             return None
-        rows = self.coefficient(own).view(len(self.sources), -1)
+        rows = spread.expanded(self.coefficient(own).view(len(self.sources), -1))
         return low_rank.merged_factors(terms, rows, spread, terms.accumulate_dtype, CPU)
 
     def z(self, name: str, raw: Raw) -> Tensor:

@@ -97,8 +97,8 @@ class TeacherStore:
     def _fill(self) -> None:
         self.is_full = True
         warnings.warn(
-            f"teacher_cache: {self.path.parent} holds the {self.gigabytes:g} GB that it may, so "
-            "further examples run through their source at every step.\n"
+            f"teacher_cache: {self.path} has the {self.gigabytes:g} GB that it may, or its "
+            "disk is full, so further examples run through their source at every step.\n"
             "Raise model.teacher_cache, keep less (KLToSource.top_k), or delete the folder if "
             "earlier runs have filled it.",
             stacklevel=4,

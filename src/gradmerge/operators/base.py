@@ -80,6 +80,26 @@ class Spread:
     experts: int = 0
     """If the first axis counts experts, their number: each is a tensor with coefficients of its own
     (axis only), `[sources, experts * slot]`."""
+    length: int = 0
+    """Length of the axis, if its coefficients are those of runs along it, `[sources, runs]`, equal
+    in length to within one (axis only). Operators get them `expanded`."""
+
+    def expanded(self, coefficient: Tensor) -> Tensor:
+        """Return coefficients of runs as one per position of the axis, `[sources, length]`."""
+        return coefficient[:, self._runs(coefficient)] if self.length else coefficient
+
+    def summed(self, slope: Tensor, runs: int) -> Tensor:
+        """Return the sums over runs of numbers per position, the adjoint of `expanded`."""
+        if not self.length:
+            return slope
+        total = torch.zeros(len(slope), runs, dtype=torch.float64, device=slope.device)
+        where = self._runs(total)
+        return total.index_add_(1, where, slope.double()).to(slope.dtype)
+
+    def _runs(self, compact: Tensor) -> Tensor:
+        """Return the run of each position of the axis."""
+        positions = torch.arange(self.length, device=compact.device)
+        return positions * compact.shape[1] // self.length
 
 
 @dataclass(frozen=True)

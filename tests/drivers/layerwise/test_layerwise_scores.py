@@ -28,7 +28,7 @@ from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
 from gradmerge.export.provenance import mean_coefficients
 from gradmerge.finalisers import DepthRescale
-from gradmerge.objectives import KLToEnsemble, KLToSource
+from gradmerge.objectives import HiddenStates, KLToEnsemble, KLToSource
 from gradmerge.training.callbacks import CoefficientLogger
 from gradmerge.training.logs import CSVLogger
 from gradmerge.training.measures import ACCURACY, BITS_PER_BYTE
@@ -231,6 +231,9 @@ def test_the_scored_loss_is_that_of_the_configured_objective_where_the_data_allo
     scores = run("heads", data, private, objective=KLToEnsemble())[1]
     assert "accuracy" in scores["a"]
     assert "loss" not in scores["a"], "sources without a common head have no ensemble"
+    scores = run("hidden", data, objective=HiddenStates())[1]
+    assert "accuracy" in scores["a"]
+    assert "loss" not in scores["a"], "blocks pass one by one, not the whole network"
 
 
 def test_the_trainer_may_limit_the_batches_that_are_scored(tmp_path):
