@@ -12,6 +12,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
+from folds import tensors
 from gradmerge.cli import main
 from gradmerge.cli.main import learn
 from gradmerge.coefficients import Mixup
@@ -75,10 +76,10 @@ def test_a_learned_family_learns_and_is_exported(fit, world, tmp_path, name):
     found.trainer.save_checkpoint("last.ckpt")
     assert main(["export", "last.ckpt", "merged"]) == 0
     merged = found.model.merged
-    weights = load_file("merged/model.safetensors")
-    assert weights.keys() == merged.plan.tensors.keys()
-    for key, weight in weights.items():
-        assert torch.equal(weight, merged.state.materialise(key)), key
+    weights = tensors(Path("merged"))
+    assert weights.keys() == {*merged.plan.tensors, *merged.plan.private}
+    for key in merged.plan.tensors:
+        assert torch.equal(weights[key], merged.state.materialise(key)), key
     inputs = {"input_ids": torch.arange(12).view(2, 6)}
     read = transformers.BertForSequenceClassification.from_pretrained("merged").eval()
     with torch.no_grad():

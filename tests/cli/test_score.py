@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
@@ -32,11 +33,22 @@ def merged(world, tmp_path, **recipe):
     return write(tmp_path / "fit.yaml", world, {"model": method}, more)
 
 
-@pytest.mark.parametrize("private", [[], ["^classifier"]], ids=["one head", "private heads"])
-def test_a_folder_scores_as_the_checkpoint_that_it_was_exported_from(world, tmp_path, private):
-    config = merged(world, tmp_path, private=private)
-    assert main(["fit", "--config", config]) == 0
+TRAINED = {
+    "private": ["^classifier"],
+    "trained": ["^classifier"],
+    "adapters": {"query": 2},
+}
+
+
+@pytest.mark.parametrize("own", [{}, TRAINED], ids=["one head", "trained heads"])
+def test_a_folder_scores_as_the_checkpoint_that_it_was_exported_from(world, tmp_path, own):
+    config = merged(world, tmp_path, **own)
+    rates = ["--optimizer", "Adam", "--optimizer.lr", "0.02"]
+    rates += ["--model.private_learning_rate", "0.05"] if own else []
+    assert main(["fit", "--config", config, *rates]) == 0
     (checkpoint,) = Path("fit").glob("**/*.ckpt")
+    groups = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert [group["lr"] for group in groups] == ([0.02, 0.05] if own else [0.02])
     root = ["--trainer.default_root_dir"]
     assert main(["test", "--config", config, "--ckpt_path", str(checkpoint), *root, "one"]) == 0
     data = tmp_path / "data.yaml"

@@ -259,9 +259,14 @@ def differences(
             yield f"{name}: {expected[name]}, now {now}"
 
 
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder, of one file or of shards."""
+    return {n: t for file in folder.glob("model*.safetensors") for n, t in load_file(file).items()}
+
+
 def exported(folder: Path) -> dict[str, Any]:
     """Summaries of an exported folder: each tensor, and all coefficients together."""
-    model = load_file(folder / "model.safetensors")
+    model = weights_of(folder)
     coefficients = sorted(load_file(folder / "coefficients.st").items())
     return {
         "model": {name: summary(tensor) for name, tensor in sorted(model.items())},
@@ -275,6 +280,6 @@ def assert_exported(folder: Path, name: str) -> None:
     expected = known[name]
     names = known["names"][expected["names"]]
     summaries = dict(zip(names, expected["model"], strict=True))
-    assert not list(differences(load_file(folder / "model.safetensors"), summaries))
+    assert not list(differences(weights_of(folder), summaries))
     found = exported(folder)["coefficients"]
     assert np.allclose(found, expected["coefficients"], rtol=1e-4), (found, expected)

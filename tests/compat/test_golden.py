@@ -197,13 +197,20 @@ def quiet_machine(folder: Path) -> Iterator[None]:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a model folder and of its tasks' folders, by file and name."""
-    files = [*folder.rglob("*.safetensors"), *folder.rglob("*.st")]
-    return {
-        f"{path.relative_to(folder).with_suffix('.safetensors')}:{name}": tensor
-        for path in sorted(files)
-        for name, tensor in sorted(load_file(path).items())
-    }
+    """All tensors of a model folder and of its tasks' folders, by file and name.
+
+    Files have the names of the first version, whose folders of tasks had only their heads.
+    """
+    found = {}
+    for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.st")]):
+        place = path.relative_to(folder).with_suffix(".safetensors")
+        if path.name.startswith("model-"):
+            if place.parent != Path() and path.stat().st_nlink > 1:
+                continue  # a file of the whole folder
+            place = place.with_name("head" if place.parent != Path() else "model")
+            place = place.with_suffix(".safetensors")
+        found |= {f"{place}:{name}": tensor for name, tensor in sorted(load_file(path).items())}
+    return found
 
 
 def sha256(tensors: dict[str, torch.Tensor]) -> str:

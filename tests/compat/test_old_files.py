@@ -225,33 +225,33 @@ def test_a_fit_resumes_from_an_old_checkpoint(name, optimiser, options, own_worl
 # ---- an export and what is beside it ------------------------------------------------------------
 
 
-FILES = {
-    "model.safetensors": "model.safetensors",
-    "coefficients.safetensors": "coefficients.st",
-}
-"""The tensors of an old export, and what the files are called now."""
+def coefficients_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "coefficients.st")
+
+
+FILES = {"model.safetensors": world.weights_of, "coefficients.safetensors": coefficients_of}
+"""The tensors of an old export, and what reads them now."""
 
 
 @pytest.mark.parametrize("name", ["gradmerge.yaml", "logged-config.yaml"])
 def test_an_old_configuration_fits_to_the_same_weights(name, own_world):
     export = world.FIXTURES / "export"
     assert main(["fit", "--config", str(export / name)]) == 0
-    for file, renamed in FILES.items():
-        then = load_file(export / file)
-        now = load_file(f"exported/{renamed}")
+    for file, read in FILES.items():
+        then, now = load_file(export / file), read(Path("exported"))
         assert now.keys() == then.keys()
         for tensor, value in now.items():
             torch.testing.assert_close(value, then[tensor], rtol=1e-4, atol=1e-6)
     one = ["--trainer.max_steps", "1", "--trainer.callbacks.output", "one"]
     assert main(["fit", "--config", str(export / name), *one]) == 0
-    assert Path("one/model.safetensors").is_file()
+    assert world.weights_of(Path("one"))
 
 
 def test_the_checkpoint_of_an_old_fit_exports_the_same_folder(own_world):
     export = world.FIXTURES / "export"
     assert main(["export", str(export / "fit.ckpt"), "again"]) == 0
-    for file, renamed in FILES.items():
-        then, now = load_file(export / file), load_file(f"again/{renamed}")
+    for file, read in FILES.items():
+        then, now = load_file(export / file), read(Path("again"))
         assert now.keys() == then.keys()
         for tensor, value in now.items():
             torch.testing.assert_close(value, then[tensor], rtol=1e-4, atol=1e-6)

@@ -157,7 +157,7 @@ def test_a_continual_merge_keeps_heads_and_takes_the_earlier_merge_as_teacher(tm
     found, before = tensors(folder), tensors(earlier)
     results = json.loads((folder / "provenance.json").read_text())["results"]["selection"]
     for name, model in zip("abc", models[1:], strict=True):
-        own = load_file(folder / "tasks" / name / "head.safetensors")
+        own = load_file(folder / "tasks" / name / "model-00002-of-00002.safetensors")
         assert torch.equal(own["head.weight"], model.head.weight)
         rows = torch.stack([row["x"] for row in data.tasks[name].path["selection"]])
 
@@ -174,7 +174,7 @@ def test_a_continual_merge_keeps_heads_and_takes_the_earlier_merge_as_teacher(tm
     # without the earlier tasks' data their heads travel all the same
     folder = continue_(tmp_path / "2", models, earlier, "c", data.restricted("c"), recipe=recipe)
     for name, model in zip("abc", models[1:], strict=True):
-        own = load_file(folder / "tasks" / name / "head.safetensors")
+        own = load_file(folder / "tasks" / name / "model-00002-of-00002.safetensors")
         assert torch.equal(own["head.weight"], model.head.weight)
 
 

@@ -171,7 +171,7 @@ def assert_own_heads(folder, models, data, tolerance=1e-6):
     found = tensors(folder)
     body.load_state_dict({name: found[f"body.{name}"] for name in ("weight", "bias")})
     for name, model in zip(data.tasks, models[1:], strict=False):
-        own = load_file(folder / "tasks" / name / "head.safetensors")
+        own = load_file(folder / "tasks" / name / "model-00002-of-00002.safetensors")
         assert torch.equal(own["head.weight"], model.head.weight)
         rows = data.tasks[name].path["selection"]
         x, y = (torch.stack([row[key] for row in rows]) for key in ("x", "labels"))

@@ -120,7 +120,7 @@ def test_an_export_has_each_task_s_own(tmp_path, dtype):
     models = family()
     export_merged(merged_of(models), tmp_path / "out", dtype=dtype)
     for source, task in enumerate("ab", start=1):
-        head = load_file(tmp_path / "out" / "tasks" / task / "head.safetensors")
+        head = load_file(tmp_path / "out" / "tasks" / task / "model-00002-of-00002.safetensors")
         own = models[source].head[0]
         assert torch.equal(
             head["head.0.running_mean"], own.running_mean.to(head["head.1.bias"].dtype)

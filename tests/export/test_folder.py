@@ -6,6 +6,7 @@ import copy
 import errno
 import hashlib
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -124,8 +125,54 @@ def test_each_task_s_folder_carries_its_own_head(tmp_path, family, name, stored)
         got = logits(reload(folder / "tasks" / task), inputs)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits(reload(folder), inputs), expected, rtol=1e-5, atol=1e-5)
-    own = set(load_file(folder / "tasks" / "a" / "head.safetensors"))
+    index = json.loads((folder / "tasks/a/model.safetensors.index.json").read_text())["weight_map"]
+    own = {name for name, file in index.items() if file == index["classifier.weight"]}
     assert own == {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_each_task_s_folder_has_what_was_trained_for_it(tmp_path, family, dtype):
+    """Heads and LoRA, folded into complete folders; the folders stay so when they are copied."""
+    models, inputs = family("bert", dtype=torch.float32)
+    models = [models[0], with_labels(models[1], 3), with_labels(models[2], 5)]
+    paths = save_family(tmp_path / "sources", models)
+    parts = {"private": ["classifier"], "trained": ["classifier"], "adapters": {"query": 2}}
+    merged = learned(Recipe({k: paths[k] for k in "ab"}, paths["base"], **parts))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for value in merged.private.parameters():
+            value.add_(0.1 * torch.randn(value.shape, generator=generator))
+    merged.private.settled = True
+    expected = {task: logits(merged, inputs, task=task) for task in "ab"}
+    folder = write(merged, tmp_path / "merged", head="b", max_shard_size=3_000, dtype=dtype)
+    shutil.copytree(folder / "tasks" / "a", tmp_path / "alone")
+    wide = {"rtol": 1e-5, "atol": 1e-5} if dtype is None else {"rtol": 0.1, "atol": 0.05}
+    for place, task in ((folder, "b"), (folder / "tasks/b", "b"), (tmp_path / "alone", "a")):
+        found = logits(reload(place, dtype="float32"), inputs)
+        torch.testing.assert_close(found, expected[task], **wide)
+    count = {"a": 3 * 17, "b": 5 * 17}  # classifier of 16 inputs
+    numbers = {task: head + 2 * 2 * (16 + 16) for task, head in count.items()}
+    said = json.loads((folder / "provenance.json").read_text())["trained"]
+    assert said["parameters"] == numbers
+    assert said["tensors"] == ["classifier.weight", "classifier.bias"]
+    assert list(said["adapters"].values()) == [2, 2]
+    card = (folder / "README.md").read_text()
+    assert "## Private parts" in card
+    assert f"| b | {numbers['b']} |" in card
+    assert "LoRA of rank 2 on 2 matrices" in (folder / "report.html").read_text()
+
+
+def test_a_task_s_folder_is_copied_where_there_are_no_links(tmp_path, family, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no links")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    merged, inputs = folders(tmp_path, family, "bert", private=["^classifier"])
+    folder = write(merged, tmp_path / "merged")
+    expected = logits(merged, inputs, task="b")
+    found = logits(reload(folder / "tasks" / "b"), inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert all(file.stat().st_nlink == 1 for file in folder.rglob("*.safetensors"))
 
 
 def test_models_in_memory_are_exported_with_their_config(tmp_path, family):
@@ -281,7 +328,9 @@ def test_only_weights_of_the_model_end_in_safetensors(tmp_path, family, private)
     merged, _ = folders(tmp_path, family, "bert", private=private)
     folder = write(merged, tmp_path / "merged")
     files = [*folder.rglob("*.safetensors")]
-    assert len(files) == (3 if private else 1)
+    assert len(files) == (6 if private else 1)  # shared and own, here and for two tasks
+    if private:
+        assert len({file.stat().st_ino for file in files}) == 4  # shared files are links
     names = {name for file in files for name in load_file(file)}
     assert names == {*merged.plan.tensors, *merged.plan.buffers, *merged.plan.private}
 

@@ -61,7 +61,8 @@ def average(models):
 
 
 def tensors(folder):
-    return load_file(folder / "model.safetensors")
+    """The weights of a folder, of one file or of shards."""
+    return {n: t for file in folder.glob("model*.safetensors") for n, t in load_file(file).items()}
 
 
 def provenance(folder):

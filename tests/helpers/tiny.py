@@ -127,7 +127,8 @@ def module_of(
 ) -> MergeModule:
     """A module of perceptrons; fields of the recipe may stand among the options."""
     recipe = {"coefficients": coefficients or TensorGranularity()}
-    for name in ("init", "private", "buffers", "unused", "base", "origin"):
+    own = ("init", "private", "trained", "adapters", "buffers", "unused", "base", "origin")
+    for name in own:
         if name in options:
             recipe[name] = options.pop(name)
     return MergeModule(recipe_of(models or relatives(build()), **recipe), objective, **options)

@@ -394,6 +394,9 @@ def test_kfac_is_of_inputs_and_of_the_gradients_of_outputs(tmp_path):
 
 def test_sources_run_with_their_own_heads(tmp_path):
     models = [build(Perceptron, classes=c) for c in (2, 3, 5)]
+    with torch.no_grad():
+        for i, model in enumerate(models):
+            model.body.weight.mul_(1 + 0.1 * i)
     data = vectors(count=12, classes=2)
     step = FisherScale(labels="data")
     recipe = recipe_of(models, preprocess=[step], private=["^head"], **ONES)

@@ -60,7 +60,7 @@ class Finishing:
         norms = merged.plan.recipe.buffers == "recompute" and merged.network_buffers.batch_norms
         if not norms and repair is None:
             return
-        state = tuple(checksums(merged.raw.values())), frozenset(merged.state.fixed)
+        state = tuple(checksums(merged.parameters())), frozenset(merged.state.fixed)
         if self._state == state and (sample is None or self._data is data):
             return
         if sample is None:
@@ -99,7 +99,7 @@ class Finishing:
                 "BatchNorm statistics cannot be recomputed without a MergeDataModule; the mean of "
                 "the sources' statistics is used."
             )
-        elif known is None or known.coefficients != checksums(merged.raw.values()):
+        elif known is None or known.coefficients != checksums(merged.parameters()):
             raise ConfigError(
                 "REPAIR takes the tasks' adaptation data, but there is no MergeDataModule. Train "
                 "and evaluate with one, call `refresh_buffers(data)`, or leave REPAIR out of "

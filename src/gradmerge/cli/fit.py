@@ -270,6 +270,8 @@ class MergeCLI(LightningCLI):
         self.trainer = self.instantiate_trainer()
         if not driven:
             self.model = self.model()
+            # the optimiser takes the parameters of the tasks
+            self.model.take_tasks(getattr(self.datamodule, "tasks", None))
             if self.subcommand in (None, "fit"):
                 require_monitors(partial(self._get, self.config), self.model.possible_scores)
             self._add_configure_optimizers_method_to_model(self.subcommand)
@@ -406,6 +408,19 @@ class MergeCLI(LightningCLI):
         )
 
     before_test = before_validate
+
+    def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
+        """Give the optimiser the module's groups, which may have learning rates of their own."""
+        if not isinstance(self.model, MergeModule):  # a block of a driver
+            super()._add_configure_optimizers_method_to_model(subcommand)
+            return
+        model: Any = self.model
+        groups = model.parameter_groups()
+        model.parameters = lambda: groups
+        try:
+            super()._add_configure_optimizers_method_to_model(subcommand)
+        finally:
+            del model.parameters
 
     @staticmethod
     def configure_optimizers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from gradmerge.export.evaluated import is_recorded, record
 
 _PROVENANCE = {
     "recipe?": {"init_args?": {"private?": [str]}},
+    "trained?": {"adapters?": {str: int}},
     "run?": {"wandb?": {"id": str, "project": str}},
 }
 
@@ -55,9 +57,10 @@ def scored_recipe(folder: str, tasks: Iterable[str], private: Sequence[str]) -> 
 
 
 def _private_of(folder: Path) -> list[str]:
-    """Return the private patterns of the merge that wrote a folder, if it was gradmerge."""
+    """Return expressions of what differs by task in a folder, if gradmerge wrote it."""
     found = _provenance(folder)
-    return list(found.get("recipe", {}).get("init_args", {}).get("private", []))
+    adapted = [f"^{re.escape(name)}$" for name in found.get("trained", {}).get("adapters", {})]
+    return [*found.get("recipe", {}).get("init_args", {}).get("private", []), *adapted]
 
 
 def run_of(folder: str) -> dict[str, Any]:

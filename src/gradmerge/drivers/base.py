@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from gradmerge.common import files
 from gradmerge.common.atomic import lock, writing
-from gradmerge.common.errors import ConfigError, SourceError
+from gradmerge.common.errors import ConfigError, SourceError, shorten
 from gradmerge.common.secrets import masked
 from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.drivers.state import (
@@ -343,6 +343,13 @@ class AbstractDriver(ABC):
         Raises:
             ConfigError: another process runs a job in the same root, or the driver rejects the job.
         """
+        recipe, kind = job.recipe, type(self).__name__
+        if own := [*recipe.trained, *recipe.adapters]:
+            raise ConfigError(
+                f"{kind}: expected a recipe that trains coefficients alone, got private parts "
+                f"(trained, adapters): {shorten(own)}. Learn them without a driver, with all "
+                "sources at once."
+            )
         with job.alone():
             return self.learn(job)
 

@@ -58,6 +58,30 @@ class Assemble(torch.autograd.Function):
         return (None, None, *(window.of(whole) if needed else None for window, needed in pairs))
 
 
+class Patch(torch.autograd.Function):
+    """Add tensors to windows of a parameter, or put them in their place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, whole: Tensor, patches: Sequence[tuple[Window, bool]], *parts: Tensor
+    ) -> Tensor:
+        """Return a copy of the parameter with the parts, each added if its flag says so."""
+        ctx.patches, ctx.dtypes = patches, [part.dtype for part in parts]
+        found = whole.clone(memory_format=torch.contiguous_format)
+        for (window, adds), part in zip(patches, parts, strict=True):
+            value = window.of(found) + part if adds else part
+            window.write(found, lambda out, value=value: out.copy_(value))  # type: ignore[misc]
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the parameter, whose replaced parts nobody reads, and of parts."""
+        whole = grads[0].contiguous()
+        pairs = zip(ctx.patches, ctx.dtypes, strict=True)
+        return (whole, None, *(window.of(whole).to(dtype) for (window, _), dtype in pairs))
+
+
 class Deferred(torch.autograd.Function):
     """A loss whose gradient with respect to the raw coefficients is already known.
 

@@ -114,7 +114,8 @@ def _inspect(merged: MergedModel, texts: Inputs, images: Inputs) -> tuple[str, .
 def _is_learned(merged: MergedModel, tower: tuple[str, ...], texts: int) -> bool:
     """Return whether the text tower of the merge changes during a fit, with a warning once."""
     plan, fixed = merged.plan, merged.state.fixed
-    own = [n for n in tower if n in plan.private or (n in plan.tensors and n not in fixed)]
+    shared = plan.tensors.keys() - (fixed.keys() - plan.ranks.keys())
+    own = [name for name in tower if name in plan.private or name in shared]
     if own and "warned" not in merged.heads:
         merged.heads["warned"] = True
         patterns = dict.fromkeys(f"{name.partition('.')[0]}.*" for name in tower)

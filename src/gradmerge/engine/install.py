@@ -13,6 +13,7 @@ recomputes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
 
@@ -26,8 +27,10 @@ from gradmerge.common.errors import ConfigError
 from gradmerge.sources.skeleton import empty_like_parameter
 
 Fetch = Callable[[str, bool], Tensor]
+Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 _SLOT = "_gradmerge_slots"
 _HELD = "_gradmerge_held"
+_AGAIN = "_gradmerge_again"
 _classes: dict[tuple[type, tuple[str, ...]], type] = {}
 _checkpointed: dict[type, type] = {}
 
@@ -155,11 +158,15 @@ def restamp(skeleton: nn.Module, dtypes: Mapping[str, torch.dtype], device: torc
                 module._parameters[name] = StandIn.of(place, parameter, dtypes[place], device)
 
 
-def checkpoint_blocks(skeleton: nn.Module) -> None:
+def checkpoint_blocks(skeleton: nn.Module, contexts: Contexts) -> None:
     """Make a network recompute the activations of transformers' checkpointable layers in backward.
 
     transformers itself does so only in training mode, which would turn dropout, layer drop and
     router noise on. Here every module stays in evaluation mode.
+
+    Args:
+        skeleton: the network; changed in place.
+        contexts: called by each pass; returns the contexts of the pass and of its recomputation.
 
     Raises:
         ConfigError: the network does not support activation checkpointing.
@@ -176,6 +183,7 @@ def checkpoint_blocks(skeleton: nn.Module) -> None:
             "Leave the option off, or wrap the blocks with torch.utils.checkpoint."
         )
     for block in blocks:
+        block.__dict__[_AGAIN] = contexts
         block.__class__ = _with_checkpoint(type(block))
     for module in skeleton.modules():
         config: Any = getattr(module, "config", None)
@@ -205,7 +213,8 @@ def _with_checkpoint(cls: Any) -> type:
         writes = any("Cache" in type(value).__name__ for value in (*args, *kwargs.values()))
         if writes or not torch.is_grad_enabled():
             return plain(module, *args, **kwargs)
-        return checkpoint(partial(plain, module), *args, use_reentrant=False, **kwargs)
+        run, contexts = partial(plain, module), module.__dict__[_AGAIN]
+        return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     names = {"forward": forward, "__module__": cls.__module__}
     _checkpointed[cls] = type(cls.__name__, (cls,), names)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from gradmerge.coefficients import MergeTensor
 from gradmerge.common.errors import ConfigError, shorten
+from gradmerge.common.patterns import matches
 from gradmerge.engine.recipe import Recipe
 from gradmerge.finalisers import AbstractRescale
 from gradmerge.sources import Checkpoint
@@ -77,6 +78,52 @@ def find_unchanged(
         return frozenset(shared_tensors(names, checkpoints))
     # REPAIR changes channels whose tensors are the same: it leaves alone what is frozen
     return frozenset(name for name in names if same_place(name, checkpoints))
+
+
+def find_trained(
+    found: Inventory,
+    trained: Sequence[str],
+    adapters: Mapping[str, int],
+    first: Checkpoint,
+    network: Network | None,
+) -> tuple[list[str], dict[str, int]]:
+    """Find what a fit trains per task.
+
+    Args:
+        found: the tensors of the merge.
+        trained: regular expressions of private tensors.
+        adapters: rank per regular expression of merged matrices; the first match wins.
+        first: the first source, which has private tensors.
+        network: the network, if it is known.
+
+    Returns:
+        Names of private tensors, and the rank of the adapter of each merged matrix that has one.
+
+    Raises:
+        ConfigError: an expression matches no such tensor; the message lists all of them.
+    """
+    used = found.private if network is None else network.binding.owners
+    own = [n for n in found.private if n in used and not _is_buffer(n, first, network)]
+    matrices = [name for name, tensor in found.tensors.items() if len(tensor.shape) == 2]
+    lost = [
+        f"trained: {p!r} matches no private parameter (private: {shorten(own) or 'none'}); add it "
+        "to `private`, so that each task has its own"
+        for p in trained
+        if not any(matches([p], name) for name in own)
+    ]
+    lost += [
+        f"adapters: {p!r} matches no merged matrix (such as {shorten(matrices, 2) or 'none'})"
+        for p in adapters
+        if not any(matches([p], name) for name in matrices)
+    ]
+    if lost:
+        raise ConfigError("; ".join(lost) + ".")
+    ranks = {}
+    for name in matrices:
+        rank = next((r for p, r in adapters.items() if matches([p], name)), None)
+        if rank is not None:
+            ranks[name] = rank
+    return [name for name in own if matches(trained, name)], ranks
 
 
 def _require_real(names: Sequence[str], reference: Checkpoint, network: Network | None) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from gradmerge.alignment.views import original_of
 from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.common.memory import BlockPool
 from gradmerge.common.typing import Raw
-from gradmerge.engine.autograd import Assemble, Combine, backward_of, checksums, known_loss
+from gradmerge.engine.autograd import Combine, backward_of, checksums, known_loss
 from gradmerge.engine.buffers import NetworkBuffers
 from gradmerge.engine.install import checkpoint_blocks, install, require_stand_ins, restamp
 from gradmerge.engine.leaves import Leaves
@@ -33,6 +33,7 @@ from gradmerge.engine.opening import open_plan
 from gradmerge.engine.parameters import Parameters
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.precision import Precision
+from gradmerge.engine.private import PrivateParts
 from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.resident import Building, ResidentTensors
 from gradmerge.engine.saved import SavedTensors
@@ -45,10 +46,10 @@ Memory = Literal["resident", "streamed"]
 class MergedModel(nn.Module):
     """A network whose weights are a learned merge of frozen sources.
 
-    Its only parameters are the raw coefficients (`raw`), in float32. Call it like the network
-    itself; `loss.backward()` fills their gradients. For several losses per step use `accumulate`,
-    which keeps one loss's activations alive at a time and, in resident memory, merges and contracts
-    once.
+    Its parameters are the raw coefficients (`raw`) and what the recipe trains per task (`private`),
+    in float32. Call it like the network itself; `loss.backward()` fills their gradients. For
+    several losses per step use `accumulate`, which keeps one loss's activations alive at a time
+    and, in resident memory, merges and contracts once.
 
     Args:
         recipe: the merge, as a `Recipe` or opened.
@@ -93,8 +94,8 @@ class MergedModel(nn.Module):
         plan.prepare_learning()
         self.memory = memory
         self.dtype = dtype
-        self.tasks = dict(tasks) if tasks is not None else {n: n for n in plan.sources}
-        lost = [source for source in self.tasks.values() if source not in plan.serving]
+        tasks = dict(tasks) if tasks is not None else {n: n for n in plan.sources}
+        lost = [source for source in tasks.values() if source not in plan.serving]
         if lost:
             raise ConfigError(
                 f"tasks: unknown sources {shorten(lost)} (choose from {', '.join(plan.serving)})."
@@ -102,7 +103,8 @@ class MergedModel(nn.Module):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         raw = plan.initial_raw() if raw is None else raw
         self.raw = nn.ParameterDict({k: nn.Parameter(value.to(wide)) for k, value in raw.items()})
-        self.state = FitState(plan, self.raw)
+        self.private = PrivateParts(plan)
+        self.state = FitState(plan, self.raw, self.private)
         self.touched: set[str] = set()
         self.heads: dict[Hashable, Any] = {}  # see `rows_by_head`
         self.device = torch.device("cpu")
@@ -112,7 +114,6 @@ class MergedModel(nn.Module):
         self._task: str | None = None
         self._given: Callable[[str], Tensor | None] | None = None
         self._stepping: dict[str, Tensor] | None = None
-        self._private: dict[tuple[str, str], Tensor] = {}
         self._resident = ResidentTensors()
         self._finished = False
         self._watch: Watch | None = None
@@ -125,7 +126,19 @@ class MergedModel(nn.Module):
         install(plan.skeleton, self.parameters_made.places, self._fetch)
         self.network_buffers = NetworkBuffers(plan, plan.skeleton)
         self._place_network()
+        self.tasks = tasks
         self.train(False)
+
+    @property
+    def tasks(self) -> dict[str, str]:
+        """Source whose private tensors a task uses, by task."""
+        return self._tasks
+
+    @tasks.setter
+    def tasks(self, tasks: Mapping[str, str]) -> None:
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.private.serve(tasks, self.device, wide)
+        self._tasks = dict(tasks)
 
     @property
     def plan(self) -> Plan:
@@ -139,8 +152,8 @@ class MergedModel(nn.Module):
 
     @property
     def version(self) -> int:
-        """A number that changes whenever a raw coefficient is written."""
-        return sum(parameter._version for parameter in self.raw.values())
+        """A number that changes whenever a parameter is written."""
+        return sum(parameter._version for parameter in self.parameters())
 
     def require_version(self, version: int) -> None:
         """Reject a backward pass whose coefficients have changed since forward.
@@ -162,7 +175,7 @@ class MergedModel(nn.Module):
         self.device, self.dtype = probe.device, probe.dtype
         self._place_network()
         self._resident.forget(fixed=True)
-        self._private.clear()
+        self.private.forget()
         return self
 
     def _place_network(self) -> None:
@@ -192,7 +205,9 @@ class MergedModel(nn.Module):
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute each block's activations in backward (see `checkpoint_blocks`)."""
-        checkpoint_blocks(self.skeleton)
+        checkpoint_blocks(
+            self.skeleton, lambda: (nullcontext(), self._running(self._task, self._given))
+        )
 
     def build(
         self,
@@ -241,10 +256,11 @@ class MergedModel(nn.Module):
         with torch.inference_mode(False):
             out = self._empty(self.parameters_made.shapes[key], dtype) if out is None else out
             for name, window in parts.items():
-                if name in self.plan.tensors:
-                    fill = partial(self.build, name, state.own(name), dtype, finished=finished)
-                else:
-                    fill = partial(_copy_to, self._private_tensor(name))
+                if name not in self.plan.tensors:
+                    kept = self._private_tensor(name).detach()
+                    window.write(out, lambda part, own=kept: part.copy_(own))  # type: ignore[misc]
+                    continue
+                fill = partial(self.build, name, state.own(name), dtype, finished=finished)
                 window.write(out, lambda part, fill=fill: fill(out=part))  # type: ignore[misc]
         return out
 
@@ -282,8 +298,9 @@ class MergedModel(nn.Module):
             return self._given_tensor(key, self._given)
         if not self.plan.tensors.keys() & self.parameters_made.names(key):
             return self._private_parameter(key)
+        task = self.task if self.private.changes(self.parameters_made.names(key)) else None
         if self.memory == "resident":
-            return self._resident.theta[key]
+            return self._with_parts(key, self._resident.theta[key], task)
         dtype = self.dtype_of(key)
         if casts and torch.is_autocast_enabled(self.device.type):
             # Build in the dtype that autocast would cast to, because autocast's copy would be saved
@@ -293,11 +310,18 @@ class MergedModel(nn.Module):
             theta = self.make(key, dtype=dtype, finished=self._finished)
         else:
             theta = self.differentiable(key, self._stepping or self.raw, dtype)
-        self._saved.add(theta, key)
+        theta = self._with_parts(key, theta, task)
+        self._saved.add(theta, key, task)
         return theta
 
-    def _make_as(self, key: str, dtype: torch.dtype) -> Tensor:
-        return self.make(key, dtype=dtype)
+    @torch.no_grad()
+    def _make_as(self, key: str, dtype: torch.dtype, task: str | None) -> Tensor:
+        return self._with_parts(key, self.make(key, dtype=dtype), task)
+
+    def _with_parts(self, key: str, theta: Tensor, task: str | None) -> Tensor:
+        if task is None:
+            return theta
+        return self.private.apply_to(theta, task, key, self.parameters_made.parts(key))
 
     def _given_tensor(self, key: str, read: Callable[[str], Tensor | None]) -> Tensor:
         def one(name: str) -> Tensor:
@@ -306,19 +330,15 @@ class MergedModel(nn.Module):
                 return self._private_tensor(name)
             return given.to(device=self.device, dtype=self.dtype_of(name))
 
-        parts = self.parameters_made.parts(key)
-        if parts is None:
-            return one(key)
-        with torch.inference_mode(False):
-            whole = self._empty(self.parameters_made.shapes[key], self.dtype_of(key))
-        found: Tensor = Assemble.apply(whole, list(parts.values()), *map(one, parts))
-        return found
+        dtype = self.dtype_of(key)
+        return self.parameters_made.assemble(key, one, lambda shape: self._empty(shape, dtype))
 
     def _private_parameter(self, key: str) -> Tensor:
         """Return a parameter none of whose tensors is merged."""
         if self.parameters_made.parts(key) is None:
             return self._private_tensor(key)
-        return self.make(key)
+        changes = self.private.changes(self.parameters_made.names(key))
+        return self._with_parts(key, self.make(key), self.task if changes else None)
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         if self.memory == "streamed" and self.device.type == "cpu":
@@ -350,19 +370,22 @@ class MergedModel(nn.Module):
         return tensor.to(device=self.device, dtype=dtype)
 
     def _private_tensor(self, key: str) -> Tensor:
+        trained = self.private.tensor(self.task, key)
+        if trained is not None:
+            return trained.to(self.dtype_of(key))
         shared = key in self.plan.buffers  # an integer parameter
         source = "" if shared else self.serving
-        if (source, key) not in self._private:
-            with torch.inference_mode(False):
-                own = self.plan.buffer(key) if shared else self.plan.read(source, key)
-                kept = own.to(device=self.device, dtype=self.dtype_of(key))
-                self._private[source, key] = kept.clone() if kept is own else kept
-        return self._private[source, key]
+        return self.private.stored(source, key, self.dtype_of(key), self.device)
 
     @property
     def serving(self) -> str:
         """The source whose private tensors are used: that of the task which runs."""
-        return self.tasks.get(self._task or "", next(iter(self.plan.sources)))
+        return self.tasks.get(self.task or "", next(iter(self.plan.sources)))
+
+    @property
+    def task(self) -> str | None:
+        """The task which runs, or the only one; None if it was not said."""
+        return next(iter(self.tasks)) if self._task is None and len(self.tasks) == 1 else self._task
 
     def forward(self, *args: Any, task: str | None = None, **kwargs: Any) -> Any:
         """Run the network with merged weights.
@@ -387,10 +410,11 @@ class MergedModel(nn.Module):
         """
         if task is not None and task not in self.tasks:
             raise ConfigError(f"unknown task {task!r} (choose from {', '.join(self.tasks)}).")
-        if self.plan.private and task is None and self._given is None and len(self.tasks) > 1:
+        own = [*self.plan.private, *(f"LoRA of {name}" for name in self.plan.ranks)]
+        if own and task is None and self._given is None and len(self.tasks) > 1:
             raise ConfigError(
                 f"task: expected one of {', '.join(self.tasks)}, got none, but every task has a "
-                f"{self.plan.private[0]} of its own; pass `task=`."
+                f"{own[0]} of its own; pass `task=`."
             )
         if self._stepping is None:  # `accumulate` has looked
             self.plan.require_unchanged()
@@ -419,7 +443,7 @@ class MergedModel(nn.Module):
             ConfigError: the network writes to its weights, or reads them in a way that does not see
                 merged ones.
         """
-        kind = (self._given is None, self.training, torch.is_grad_enabled())
+        kind = self._given is None, self.training, torch.is_grad_enabled()
         if kind in self._watched or self._watch is not None:
             return self.skeleton(*args, **kwargs)
         self._watch = Watch()
@@ -464,22 +488,24 @@ class MergedModel(nn.Module):
                 divided by it.
 
         Returns:
-            The sum of the losses, whose `backward()` adds the known gradients to `raw`, and the
-            individual losses.
+            The sum of the losses, whose `backward()` adds the known gradients to the parameters,
+            and the individual losses.
         """
         self.plan.require_unchanged()
-        self._stepping = {key: raw.detach().requires_grad_() for key, raw in self.raw.items()}
+        own = {**dict(self.raw.items()), **dict(self.private.values.items())}
+        proxies = {key: parameter.detach().requires_grad_() for key, parameter in own.items()}
+        self._stepping = self.private.proxies = proxies
+        grads: dict[str, Tensor] = {}
         try:
             if self.memory == "resident":
                 grads, values = self._accumulate_resident(losses, scale)
             else:
                 values = [backward_of(run, scale) for run in losses]
                 self._saved.forget()
-                found = {key: proxy.grad for key, proxy in self._stepping.items()}
-                grads = {key: grad for key, grad in found.items() if grad is not None}
+            grads |= {k: proxy.grad for k, proxy in proxies.items() if proxy.grad is not None}
         finally:
-            self._stepping = None
-        return known_loss(values, grads, dict(self.raw.items()), scale), values
+            self._stepping = self.private.proxies = None
+        return known_loss(values, grads, own, scale), values
 
     def _accumulate_resident(
         self, losses: Sequence[Callable[[], Tensor]], scale: float
@@ -554,7 +580,16 @@ class MergedModel(nn.Module):
             read: function that returns the tensor of a name; None stands for the task's own private
                 tensor.
         """
-        before, self._given = (self._task, self._given), read
+        with self._running(self._task, read):
+            yield
+
+    @contextmanager
+    def _running(
+        self, task: str | None, given: Callable[[str], Tensor | None] | None
+    ) -> Iterator[None]:
+        """Run a task, or given weights, inside the context."""
+        before = self._task, self._given
+        self._task, self._given = task, given
         try:
             yield
         finally:
@@ -563,7 +598,3 @@ class MergedModel(nn.Module):
     def coefficients(self) -> dict[str, Tensor]:
         """Return `c` of every learned tensor, `[sources, *slot]`, differentiable."""
         return {key: self.state.coefficient(key) for key in self.state.learned}
-
-
-def _copy_to(tensor: Tensor, out: Tensor) -> Tensor:
-    return out.copy_(tensor)

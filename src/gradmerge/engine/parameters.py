@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
+from gradmerge.engine.autograd import Assemble
 from gradmerge.engine.state import FitState
 from gradmerge.sources.skeleton import Binding
 from gradmerge.sources.windows import Window
@@ -72,6 +74,24 @@ class Parameters:
         for name in names:
             state.contract_into(grads, name, whole if parts is None else parts[name].of(whole))
         return names
+
+    def assemble(
+        self, key: str, read: Callable[[str], Tensor], empty: Callable[[Sequence[int]], Tensor]
+    ) -> Tensor:
+        """Return a parameter of given tensors, differentiable.
+
+        Args:
+            key: key of the parameter.
+            read: returns the tensor of a name.
+            empty: returns a tensor of a shape, to be written to.
+        """
+        parts = self.parts(key)
+        if parts is None:
+            return read(key)
+        with torch.inference_mode(False):
+            whole = empty(self.shapes[key])
+        found: Tensor = Assemble.apply(whole, list(parts.values()), *map(read, parts))
+        return found
 
     @cached_property
     def built(self) -> tuple[str, ...]:

@@ -23,11 +23,11 @@ from gradmerge.common.errors import ConfigError, Problem, shorten
 from gradmerge.common.low_rank import LowRank
 from gradmerge.common.memory import require_temporary_space
 from gradmerge.common.patterns import matches
-from gradmerge.common.spec import to_plain
 from gradmerge.common.typing import Raw
 from gradmerge.engine import contraction
-from gradmerge.engine.inventory import find_unchanged, names_of, take_inventory
+from gradmerge.engine.inventory import find_trained, find_unchanged, names_of, take_inventory
 from gradmerge.engine.recipe import Recipe
+from gradmerge.engine.statistics import open_statistics
 from gradmerge.finalisers import Finalisation, FinalSite
 from gradmerge.operators import AbstractOperator, Linear, Spread, Terms, low_rank
 from gradmerge.preprocess import ProcessedDirections, Site
@@ -41,7 +41,6 @@ from gradmerge.sources.base import (
     side_hashes,
     watched_files,
 )
-from gradmerge.sources.collected import SourceStatistics
 from gradmerge.sources.geometry import direction_statistics
 from gradmerge.sources.identity import require_unchanged
 from gradmerge.sources.sharing import share_of
@@ -85,6 +84,10 @@ class Plan(Shared):
         names = names_of(self.reference, first, recipe.private)
         found = take_inventory(names, self.reference, network, recipe.private)
         self.private, self.buffers, self.tensors = found.private, found.buffers, found.tensors
+        parts = find_trained(found, recipe.trained, recipe.adapters, first, network)
+        self.trained, self.ranks = parts
+        """Names of the private tensors that a fit trains per task, and the rank of the adapter that
+        it trains per task on each merged matrix that has one."""
         if not self.tensors:
             raise ConfigError(
                 "private: expected at least one tensor to merge, got none: all are private or "
@@ -113,7 +116,11 @@ class Plan(Shared):
         if recipe.coefficients.needs_norms:
             learned = [replace(tensor, norms=self._norms(tensor.name)) for tensor in learned]
         self.layout: Layout = recipe.coefficients.layout(learned)
-        self.collected = self._statistics(statistics or recipe.statistics)
+        self.collected = open_statistics(
+            recipe,
+            statistics or recipe.statistics,
+            lambda: ({n: self.fingerprints[n] for n in self.sources}, self.side_hashes),
+        )
         """The sources' statistics on data, if alignment or preprocess needs them."""
         self._processed = ProcessedDirections(recipe.preprocess, self.directions)
         self.finalisation = Finalisation(recipe.finalisers, self._final_site)
@@ -165,30 +172,10 @@ class Plan(Shared):
             return 0.0
         return 1 / len(self.sources) if value == "mean" else float(value)
 
-    def _statistics(self, folder: str | None) -> SourceStatistics | None:
-        """Open the statistics that alignment or preprocess needs and check that they fit."""
-        steps = [step for step in self.recipe.preprocess if step.needs is not None]
-        alignment = self.recipe.alignment
-        if not steps:  # an alignment checked its statistics when it ran
-            aligned = alignment is not None and alignment.needs is not None
-            return SourceStatistics(folder) if aligned and folder is not None else None
-        if folder is None:
-            raise ConfigError(
-                f"statistics: expected the folder that {type(steps[0]).__name__} needs, with the "
-                "sources' statistics on data, got none.\n"
-                "Give `gradmerge merge` the tasks' data, or run `gradmerge collect` with the same "
-                "files and set recipe.statistics to its output."
-            )
-        found = SourceStatistics(folder)
-        wanted = [(step.needs, to_plain(step)) for step in steps if step.needs is not None]
-        order = None if alignment is None or alignment.is_identity else to_plain(alignment)
-        found.require(
-            wanted,
-            {name: self.fingerprints[name] for name in self.sources},
-            order,
-            {name: self.side_hashes.get(name, {}) for name in self.sources},
-        )
-        return found
+    @property
+    def has_own(self) -> bool:
+        """True if tasks have tensors of their own, private ones or adapted matrices."""
+        return bool(self.private or self.ranks)
 
     @property
     def unused_coefficient(self) -> float:

@@ -31,6 +31,9 @@ from gradmerge.preprocess import AbstractPreprocess
 from gradmerge.sources import AbstractSource, Vocabulary
 from gradmerge.sources.resolve import as_source
 
+_PATTERNS = ("frozen", "private", "trained", "adapters")
+"""Fields whose values or keys are regular expressions of tensors."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -69,6 +72,12 @@ class Recipe:
     The first match wins."""
     private: list[str] = field(default_factory=list, metadata=PATTERNS)
     """Regular expressions of tensors that are not merged but kept per task, such as heads."""
+    trained: list[str] = field(default_factory=list, metadata=PATTERNS)
+    """Regular expressions of private tensors that a fit trains per task beside the coefficients,
+    from the values of the task's source on."""
+    adapters: dict[str, int] = field(default_factory=dict, metadata=PATTERNS)
+    """Rank of the adapter (LoRA, arXiv 2106.09685) that a fit trains per task on each merged matrix
+    that a regular expression matches: theta_task = theta + B A. The first match wins."""
     unused: Literal["auto", "origin", "mean"] = "auto"
     """Coefficient of tensors that never get a gradient: `origin` (0), `mean` (1/K), or `auto`:
     `origin` if that is the base, else `mean`."""
@@ -102,9 +111,10 @@ class Recipe:
             raise ConfigError("origin: base needs a base, got none; set `base` or another origin.")
         require_names("sources", self.sources)
         require_names("heads", self.heads)
-        for option, patterns in (("frozen", self.frozen), ("private", self.private)):
-            for pattern in patterns:
+        for option in _PATTERNS:
+            for pattern in getattr(self, option):
                 require_pattern(option, pattern)
+        self._require_ranks()
         for pattern, value in self.frozen.items():
             if isinstance(value, str) and value not in ("origin", "mean"):
                 raise ConfigError(
@@ -132,7 +142,7 @@ class Recipe:
         """Files and folders that the recipe names."""
         named = to_plain(self)["init_args"]
         # expressions and kinds of problems are no paths, though one may look like it
-        given = [v for k, v in named.items() if k not in ("private", "frozen", "allow")]
+        given = [v for k, v in named.items() if k not in (*_PATTERNS, "allow")]
         return paths_in(given, patterns=True)
 
     def _require_number(self) -> None:
@@ -143,6 +153,18 @@ class Recipe:
             raise ConfigError(
                 "operator: expected Components, because coefficients are Component (per singular "
                 f"component), got {type(self.operator).__name__}; set operator: Components."
+            )
+
+    def _require_ranks(self) -> None:
+        """Reject adapters without a rank, or beside a correction of one network for all tasks."""
+        wrong = {p: r for p, r in self.adapters.items() if not isinstance(r, int) or r < 1}
+        if wrong:
+            raise ConfigError(f"adapters: expected a rank of at least 1 per pattern, got {wrong}.")
+        on_data = [type(f).__name__ for f in self.finalisers if f.needs_data]
+        if self.adapters and on_data:
+            raise ConfigError(
+                f"finalisers: {', '.join(on_data)} corrects one merged network by its activations, "
+                "but with `adapters` every task has another.\nLeave it out, or the adapters."
             )
 
     def _require_alignment(self, alignment: AbstractAlignment) -> None:

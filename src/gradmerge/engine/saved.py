@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradmerge.engine.install import LiveTensors, reads_often
 
-Make = Callable[[str, torch.dtype], Tensor]
+Make = Callable[[str, torch.dtype, str | None], Tensor]
 
 
 class SavedTensors:
@@ -27,9 +27,9 @@ class SavedTensors:
         self._live = LiveTensors()
         self._made: tuple[object, dict[str, Tensor]] = None, {}
 
-    def add(self, theta: Tensor, key: str) -> None:
-        """Register a merged tensor: it is made again if backward needs it."""
-        self._live.add(theta, (key, theta.dtype))
+    def add(self, theta: Tensor, key: str, task: str | None) -> None:
+        """Register a merged tensor, or that of a task: it is made again if backward needs it."""
+        self._live.add(theta, (key, theta.dtype, task))
 
     def forget(self) -> None:
         """Discard the tensors that a backward pass has made."""
@@ -41,7 +41,7 @@ class SavedTensors:
         """Return the context in which a forward pass saves keys in place of merged tensors.
 
         Args:
-            make: makes the tensor of a key in a dtype.
+            make: makes the tensor of a key in a dtype, for a task if it has its own.
             version: returns a number that changes with the coefficients.
             require: rejects another version than the present one.
         """
@@ -59,19 +59,21 @@ class SavedTensors:
         def unpack(packed: Any) -> Tensor:
             if isinstance(packed, Tensor):
                 return packed
-            key, dtype, size, stride, offset, then = packed
+            key, dtype, task, size, stride, offset, then = packed
             require(then)
-            return self._remake(make, key, dtype, then).as_strided(size, stride, offset)
+            return self._remake(make, key, dtype, task, then).as_strided(size, stride, offset)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
-    def _remake(self, make: Make, key: str, dtype: torch.dtype, version: int) -> Tensor:
+    def _remake(
+        self, make: Make, key: str, dtype: torch.dtype, task: str | None, version: int
+    ) -> Tensor:
         owner = self._places[key].rpartition(".")[0]
         if not reads_often(self._skeleton.get_submodule(owner)):
-            return make(key, dtype)
-        if self._made[0] != (owner, dtype, version):
-            self._made = (owner, dtype, version), {}  # frees those of another module first
+            return make(key, dtype, task)
+        if self._made[0] != (owner, dtype, task, version):
+            self._made = (owner, dtype, task, version), {}  # frees those of another module first
         kept = self._made[1]
         if key not in kept:
-            kept[key] = make(key, dtype)
+            kept[key] = make(key, dtype, task)
         return kept[key]

@@ -15,6 +15,7 @@ from gradmerge.common.errors import NonFiniteError, shorten
 from gradmerge.common.finite import is_finite
 from gradmerge.common.typing import Raw
 from gradmerge.engine.plan import Plan
+from gradmerge.engine.private import PrivateParts
 from gradmerge.finalisers import Corrections
 
 
@@ -25,10 +26,12 @@ class FitState:
     Args:
         plan: the opened recipe.
         raw: raw coefficients z by key.
+        private: what is trained per task; None without a fit.
     """
 
     plan: Plan
     raw: Raw
+    private: PrivateParts | None = None
     fixed: dict[str, float] = field(init=False)
     """Coefficients of tensors that are not learned: frozen ones, and those without a gradient."""
     corrections: Corrections | None = None
@@ -127,6 +130,8 @@ class FitState:
         bad = {key for key, raw in self.raw.items() if not is_finite(raw.detach().reshape(-1))}
         names = [n for n, slot in self.plan.layout.slots.items() if slot.key in bad]
         names += [name for name, value in self.fixed.items() if not math.isfinite(value)]
+        parts = self.private.named_parameters() if self.private is not None else ()
+        names += [key for key, value in parts if not is_finite(value.detach().reshape(-1))]
         if names:
             raise NonFiniteError(
                 f"coefficients: expected finite numbers, got NaN or infinity for {shorten(names)}."

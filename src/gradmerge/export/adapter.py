@@ -69,10 +69,10 @@ def require_adapter(recipe: Recipe, rank: int | None) -> None:
     if rank is not None:
         require(rank >= 1, "rank", "at least 1", rank)
     aligned = recipe.alignment is not None and not recipe.alignment.is_identity
-    origin, private = recipe.resolved_origin, shorten(list(recipe.private))
+    origin, private = recipe.resolved_origin, shorten([*recipe.private, *recipe.adapters])
     for is_wrong, problem in (
         (origin != "base", f"expected origin base, which the adapter is added to, got {origin}"),
-        (private, f"expected nothing private, got {private}; an adapter has one head"),
+        (private, f"expected nothing private, got {private}; an adapter is for all tasks"),
         (recipe.tokenizer is not None, "expected no tokenizer, which changes the base's rows"),
         (aligned, "expected no alignment, which changes the order of the base's units"),
     ):

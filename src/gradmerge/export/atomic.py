@@ -96,6 +96,7 @@ def require_room(target: Path, plan: Plan, dtype: torch.dtype | None = None) -> 
     size = sum(math.prod(i.shape) * (dtype or i.dtype).itemsize for i in infos)
     heads = plan.serving.values() if plan.private else ()
     own = [head.infos[name] for head in heads for name in plan.private if name in head.infos]
+    own += [plan.reference.infos[name] for name in plan.ranks for _ in plan.serving]
     size += sum(math.prod(i.shape) * (dtype or i.dtype).itemsize for i in own)
     require_space(target, size, "the merged model")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ def model_card(
         "## Coefficients",
         *_coefficients(state),
         *_tokens(plan),
+        *_parts(provenance.get("trained")),
         "## License",
         _license_text(terms),
         "## Recipe",
@@ -150,18 +151,35 @@ def eval_results(pipeline: str, results: Mapping[str, Any]) -> Iterable[EvalResu
 
 def _loading(plan: Plan, architecture: str | None, head: str) -> str:
     if architecture is None:
-        return "`model.safetensors` has the weights, by the architecture's parameter names."
+        return "The `.safetensors` files have the weights, by the architecture's parameter names."
     text = (
         "It is an ordinary checkpoint that `transformers` loads:\n\n"
         f"```python\nfrom transformers import {architecture}\n\n"
         f'model = {architecture}.from_pretrained("this-folder")\n```'
     )
-    if plan.private:
+    if plan.has_own:
+        own = "head" if plan.private else "adapter"
         text += (
-            f"\n\nThis folder has the head of the task `{head}`. The folder of each task "
-            '(`from_pretrained("this-folder/tasks/<task>")`) has its own head on the same weights.'
+            f"\n\nThis folder has the {own} of the task `{head}`. The folder of each task "
+            f'(`from_pretrained("this-folder/tasks/<task>")`) is complete: it has its own {own} on '
+            "the same weights."
         )
     return text
+
+
+def _parts(trained: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield the section on what was trained per task."""
+    if trained is None:
+        return
+    yield "## Private parts"
+    listed = [f"`{name}`" for name in trained["tensors"]]
+    listed += [f"LoRA of rank {rank} on `{name}`" for name, rank in trained["adapters"].items()]
+    yield (
+        "Trained for each task alone, beside the merged weights; the LoRA is added to the weights "
+        f"in `tasks/<task>`: {', '.join(listed)}."
+    )
+    rows = [[task, f"{count:,}"] for task, count in trained["parameters"].items()]
+    yield _table(["task", "private parameters"], rows)
 
 
 def _attaching(plan: Plan, adapter: Mapping[str, Any]) -> str:

@@ -35,8 +35,8 @@ from gradmerge.export.report import write_report
 from gradmerge.export.weights import (
     SHARD_SIZE,
     merged_entries,
-    private_entries,
-    write_index,
+    own_entries,
+    write_beside_own,
     write_weights,
 )
 from gradmerge.export.writer import Entry, write_safetensors
@@ -91,8 +91,9 @@ def export_state(
         overwrite: replace an existing folder, once the new one is complete.
         buffers: buffers recomputed on data, by name; default: by the recipe's rule.
         tasks: task -> source of its private tensors; default: one task per source, of its name.
-        head: task whose head the folder itself contains; default: the first. With private tensors,
-            every task also gets a folder `tasks/<task>` that shares the merged weights.
+        head: task whose head the folder itself contains; default: the first. With private tensors
+            or adapters every task also gets a complete folder `tasks/<task>`, whose files of shared
+            weights are hard links.
         results: scores for the model card, by stage, task and metric.
         extra: further entries of provenance.json (seeds, training configuration).
         max_shard_size: bytes per file.
@@ -168,7 +169,7 @@ def _require_opens(
         like = folder_like(plan.serving[tasks[task]] if plan.private else plan.reference)
         return require_opens(work / part, target / part, like, trusted)
 
-    for task in tasks if plan.private else ():
+    for task in tasks if plan.has_own else ():
         opens(f"tasks/{task}", task)
     return opens("", head)
 
@@ -198,22 +199,25 @@ def _write_model(
     work: Path,
     max_shard_size: int,
 ) -> dict[str, dict[str, str]]:
-    """Write weights and configs; a task's folder has its head and an index of all weights.
+    """Write weights and configs; a task's folder has all weights, with its own beside the shared.
 
     Returns what `write_modules` returns.
     """
     plan = state.plan
     merged = list(merged_entries(state, buffers, dtype))
-    heads = {task: private_entries(plan, source, dtype) for task, source in tasks.items()}
-    files = write_weights(work, [*merged, *heads[head]], max_shard_size)
+    folders = {task: work / "tasks" / task for task in tasks} if plan.has_own else {}
+    if folders:
+        for folder in folders.values():
+            folder.mkdir(parents=True)
+        shared = [entry for entry in merged if entry.name not in plan.ranks]
+        own = {task: own_entries(state, task, source, dtype) for task, source in tasks.items()}
+        placed = {work: own[head], **{folders[task]: found for task, found in own.items()}}
+        write_beside_own(shared, placed, max_shard_size)
+    else:
+        write_weights(work, merged, max_shard_size)
     _write_config_for(plan, work, tasks[head], dtype)
     modules = write_modules(state, work, dtype)
-    for task, own in heads.items() if plan.private else ():
-        folder = work / "tasks" / task
-        folder.mkdir(parents=True)
-        write_safetensors(folder / "head.safetensors", own)
-        places = {entry.name: f"../../{files[entry.name]}" for entry in merged}
-        write_index(folder, {**places, **{entry.name: "head.safetensors" for entry in own}}, 0)
+    for task, folder in folders.items():
         _write_config_for(plan, folder, tasks[task], dtype)
         for name in modules:
             shutil.rmtree((folder / name).parent)

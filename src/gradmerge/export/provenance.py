@@ -82,9 +82,16 @@ def provenance_of(
         **read_as(plan),
         "results": dict(results or {}),
         "finalisation": None if state.corrections is None else state.corrections.report,
+        "trained": trained_parts(state),
         "run": state.run or None,
     }
     return published({**{k: v for k, v in found.items() if v is not None}, **(extra or {})}, paths)
+
+
+def trained_parts(state: FitState) -> dict[str, Any] | None:
+    """Return what a fit has trained per task beside the coefficients; None if nothing."""
+    parts = state.private
+    return parts.record() if parts is not None and parts.active and parts.settled else None
 
 
 def published(record: Mapping[str, Any], paths: bool = False) -> dict[str, Any]:

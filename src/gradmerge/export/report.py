@@ -104,6 +104,9 @@ def _method(state: FitState) -> str:
         "start": _numbers(recipe.init),
         "tensors": f"{len(state.plan.tensors)} merged, {len(state.learned)} with own coefficients",
     }
+    private = state.private
+    if private is not None and private.active:
+        parts["trained per task"] = private.words
     return table(["", ""], [[key, value] for key, value in parts.items()])
 
 

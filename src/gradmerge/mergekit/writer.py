@@ -177,9 +177,8 @@ def _reasons(plan: Plan, buffers: Mapping[str, Tensor]) -> list[str]:
         f"coefficients: {granularity} has several per tensor ({shorten(fine, 2)}), mergekit has "
         "one weight per tensor and model: learn Model, Group or Tensor": fine,
         "alignment: the sources' units are in another order than on disk": plan.order is not None,
-        f"private: each task keeps {shorten(plan.private, 2)}, and mergekit writes one model": (
-            plan.private
-        ),
+        f"private: each task has its own {shorten([*plan.private, *plan.ranks], 2)}, and mergekit "
+        "writes one model": plan.has_own,
         f"buffers: {shorten(sorted(changed), 2)} were recomputed on data, which mergekit does not "
         "have": changed,
     }

@@ -67,6 +67,7 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
     "dtype": (str,),
     "activation_checkpointing": (bool,),
     "learning_rate": (int, float),
+    "private_learning_rate": (int, float, type(None)),
     "load_sources": (bool,),
     "score_experts": (bool,),
     "score_start": (bool,),
@@ -220,7 +221,7 @@ def restore(
             f"its tasks are {', '.join(lost) or 'none'}, and its sources "
             f"{', '.join(merged.plan.serving)}"
         )
-    merged.tasks = dict(saved["tasks"])
+    _take_tasks(merged, saved["tasks"])
     merged.network_buffers.set(saved["buffers"])
     merged.state.corrections = Corrections.restore(saved.get("finalisation", {}))
     _leave_out_unchanged(merged.plan, checkpoint, saved)
@@ -264,6 +265,17 @@ def _leave_out_unchanged(plan: Plan, checkpoint: dict[str, Any], saved: dict[str
         "a fit that resumes from it starts with a new state of its optimiser.",
         stacklevel=2,
     )
+
+
+def _take_tasks(merged: MergedModel, tasks: Mapping[str, str]) -> None:
+    """Set the tasks of a checkpoint; what it has trained per task is for no others."""
+    if merged.private.active and merged.private.settled and dict(tasks) != merged.tasks:
+        raise ConfigError(
+            f"the checkpoint's private parts are those of the tasks {shorten(list(tasks))}, got "
+            f"{shorten(list(merged.tasks))}. Resume with the tasks and sources of its fit."
+        )
+    merged.tasks = dict(tasks)
+    merged.private.settled = True
 
 
 def keep_scores(checkpoint: Path, results: Mapping[str, Any]) -> Path | None:

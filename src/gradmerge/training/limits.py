@@ -37,11 +37,17 @@ def require_batches(
     require(0 <= labelled_share <= 1, "data.labelled_share", "a share from 0 to 1", labelled_share)
 
 
-def require_learning(learning_rate: float = 0.0, logit_scale: float | None = None) -> None:
+def require_learning(
+    learning_rate: float = 0.0,
+    logit_scale: float | None = None,
+    private_learning_rate: float | None = None,
+) -> None:
     """Reject a learning rate or a first scale of logits that is negative, NaN or infinite.
 
     Raises:
         ConfigError: one is.
     """
-    require_finite_options({"learning_rate": learning_rate, "logit_scale": logit_scale})
-    require(learning_rate >= 0, "learning_rate", "at least 0", learning_rate)
+    rates = {"learning_rate": learning_rate, "private_learning_rate": private_learning_rate}
+    require_finite_options({**rates, "logit_scale": logit_scale})
+    for name, rate in rates.items():
+        require(rate is None or rate >= 0, name, "at least 0", rate)

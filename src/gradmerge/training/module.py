@@ -81,6 +81,8 @@ class MergeModule(EvaluatingModule):
             inputs. Tensors that transformers keeps in float32 when it loads a model stay in it.
         activation_checkpointing: recompute the activations of each block in the backward pass.
         learning_rate: learning rate of Adam, the optimiser unless another is configured.
+        private_learning_rate: learning rate of what the recipe trains per task (`trained`,
+            `adapters`), with any optimiser. Default: that of the coefficients.
         load_sources: copy the sources to the training device once instead of reading their
             memory-mapped files at every step; faster on a GPU, if they fit.
         score_experts: also score each task's own source, once per evaluation split, to report
@@ -126,6 +128,7 @@ class MergeModule(EvaluatingModule):
         teacher_cache_folder: str | None = None,
         module: nn.Module | None = None,
         allow_modules: Sequence[str] = (),
+        private_learning_rate: float | None = None,
     ) -> None:
         super().__init__()
         self.allow_modules = tuple(allow_modules)
@@ -138,7 +141,12 @@ class MergeModule(EvaluatingModule):
         dtype = dtype_name(dtype)  # type: ignore[assignment]
         if dtype not in DTYPES:
             raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
-        require_learning(learning_rate, logit_scale)
+        require_learning(learning_rate, logit_scale, private_learning_rate)
+        if private_learning_rate is not None and not (recipe.trained or recipe.adapters):
+            raise ConfigError(
+                "private_learning_rate: expected a recipe with `trained` or `adapters`, got one "
+                "that trains nothing per task; leave it out."
+            )
         finite = 0 <= teacher_cache < math.inf
         require(finite, "teacher_cache", "a number of gigabytes", teacher_cache)
         self._store = TeacherStore(teacher_cache, teacher_cache_folder) if teacher_cache else None
@@ -154,6 +162,7 @@ class MergeModule(EvaluatingModule):
             "score_experts": score_experts,
             "score_start": score_start,
             "logit_scale": logit_scale,
+            "private_learning_rate": private_learning_rate,
         }
         self._assemble(merged, objective or Objective([CrossEntropy()]), options)
 
@@ -228,6 +237,7 @@ class MergeModule(EvaluatingModule):
             "score_experts": score_experts,
             "score_start": True,
             "logit_scale": None,
+            "private_learning_rate": None,
         }
         module._assemble(merged, Objective([CrossEntropy()]), options)
         return module
@@ -239,6 +249,7 @@ class MergeModule(EvaluatingModule):
         self.recipe = merged.plan.recipe
         self.objective = objective
         self.learning_rate: float = options["learning_rate"]
+        self.private_learning_rate: float | None = options["private_learning_rate"]
         self.load_sources: bool = options["load_sources"]
         self.score_experts: bool = options["score_experts"]
         self.score_start: bool = options["score_start"]
@@ -276,8 +287,12 @@ class MergeModule(EvaluatingModule):
         self.regularisation.start_at({key: value.to(own[key]) for key, value in raw.items()})
 
     def configure_callbacks(self) -> list[lightning.Callback]:
-        """Return a callback that saves the state of a fit which is told to end."""
+        """Return a callback that saves the state of a fit which is told to end.
+
+        The tasks are taken here, before callbacks copy what is trained per task.
+        """
         trainer: Any = self.trainer
+        self.take_tasks(getattr(getattr(trainer, "datamodule", None), "tasks", None))
         saves = trainer.state.fn != "fit" or any(isinstance(c, Saver) for c in trainer.callbacks)
         return [] if saves else [Saver()]
 
@@ -388,6 +403,7 @@ class MergeModule(EvaluatingModule):
     def on_fit_start(self) -> None:
         """Enter training mode, record the run, and load the sources if asked to."""
         self.train()
+        self.merged.private.settled = True
         bar = self.trainer.progress_bar_callback
         show_progress(bar is not None and self.trainer.is_global_zero)
         start_run(self.trainer, self)
@@ -442,7 +458,18 @@ class MergeModule(EvaluatingModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam with `learning_rate`; `optimizer` on the command line replaces it."""
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+        return torch.optim.Adam(self.parameter_groups(), lr=self.learning_rate)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the parameters for an optimiser; private ones apart if they have their own rate.
+
+        An optimiser of your own that takes them gives each group its learning rate.
+        """
+        if self.private_learning_rate is None:
+            return [{"params": list(self.parameters())}]
+        private = list(self.merged.private.parameters())
+        own = [p for p in self.parameters() if not any(p is other for other in private)]
+        return [{"params": own}, {"params": private, "lr": self.private_learning_rate}]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add fingerprints, fixed tensors, buffers, corrections and scores to the checkpoint.

@@ -48,8 +48,12 @@ def score_table(split: str, results: Mapping[str, Any], experts: Mapping[str, An
 
 def fit_table(trainer: Any, module: Any, seconds: float) -> str:
     """Return what a fit has reached, taken and written, as a table and a few lines."""
-    unchanged = [("unchanged", module.merged.plan.unchanged_note)]
-    facts = facts_table(seconds, trainer.global_step, [*unchanged, *places(trainer)])
+    private = module.merged.private
+    learned = sum(value.numel() for value in module.merged.raw.values())
+    counted = [("learned", f"{learned:,} coefficients")]
+    counted += [("trained per task", private.words)] if private.active else []
+    counted += [("unchanged", module.merged.plan.unchanged_note)]
+    facts = facts_table(seconds, trainer.global_step, [*counted, *places(trainer)])
     return "\n\n".join([*fit_scores(trainer, module), facts])
 
 

@@ -114,7 +114,7 @@ def test_each_task_has_its_own_head(tmp_path):
     recipe = recipe_of(models, coefficients=Tensor(), private=["classifier", "bert.pooler"])
     job = job_of(tmp_path, recipe, data_of(kind), ADAM)
     folder = LayerWise(steps=2).run(job)
-    heads = [load_file(folder / "tasks" / t / "head.safetensors") for t in "ab"]
+    heads = [load_file(folder / "tasks" / t / "model-00002-of-00002.safetensors") for t in "ab"]
     for head, model in zip(heads, models[1:], strict=True):
         own = model.state_dict()
         assert head

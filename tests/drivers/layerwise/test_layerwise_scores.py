@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from folds import tensors
 from gradmerge import Recipe, merge
 from gradmerge.alignment import CCA, ActivationMatching, OptimalTransport, WeightMatching
 from gradmerge.coefficients import Column, Element, Mixup, Tensor, Uniform
@@ -106,9 +107,8 @@ def logits_of(network, data, task):
 
 def of_export(folder, network, task):
     """The network with the weights of an exported folder, and of a task's own head."""
-    state = load_file(folder / "model.safetensors")
-    head = folder / "tasks" / task / "head.safetensors"
-    state |= load_file(head) if head.is_file() else {}
+    own = folder / "tasks" / task
+    state = tensors(own if own.is_dir() else folder)
     own = copy.deepcopy(network)
     lost, unknown = own.load_state_dict(state, strict=False)
     assert not unknown

@@ -91,7 +91,7 @@ class Renormalisation:
         if len(self.survey.own) < len(merged.plan.sources):
             report["targets of"] = list(self.survey.own)
         report = {"batches": len(runs), **report}
-        own = checksums(merged.raw.values())
+        own = checksums(merged.parameters())
         merged.state.corrections = Corrections(self._corrections, report, own)
 
     def _correct_stages(self, runs: Sequence[Run]) -> None:
