@@ -36,18 +36,23 @@ CONFIGS = ROOT / "configs"
 
 @dataclass(frozen=True)
 class Suite:
-    """A quickstart suite: how its merges are scored, and for how long they learn."""
+    """A suite: how its merges are scored, for how long they learn, and what builds it."""
 
     metric: str
     higher_is_better: bool
     unit: str
     steps: int
+    program: str
+    """Program in `suites`, and its options."""
+    options: tuple[str, ...] = ()
 
 
 SUITES = {
-    "lm": Suite("bits_per_byte", False, "bits per byte (lower is better)", 60),
-    "vision": Suite("accuracy", True, "accuracy (higher is better)", 100),
-    "chat": Suite("exact_match", True, "exact match of answers (higher is better)", 30),
+    "text4": Suite("accuracy", True, "accuracy (higher is better)", 60, "text8", ("--quick",)),
+    "text8": Suite("accuracy", True, "accuracy (higher is better)", 240, "text8"),
+    "lm": Suite("bits_per_byte", False, "bits per byte (lower is better)", 60, "lm"),
+    "vision": Suite("accuracy", True, "accuracy (higher is better)", 100, "vision"),
+    "chat": Suite("exact_match", True, "exact match of answers (higher is better)", 30, "chat"),
 }
 
 
@@ -61,7 +66,8 @@ def suite_parser(description: str | None) -> argparse.ArgumentParser:
 
 def build_suite(suite: str, seed: int, cache: Path, quiet: bool = True) -> None:
     """Build experts and data in a process of its own, or find them in the cache."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "suites" / f"{suite}.py")]
+    program = ROOT / "benchmarks" / "suites" / f"{SUITES[suite].program}.py"
+    command = [sys.executable, str(program), *SUITES[suite].options]
     command += ["--cache", str(cache), "--seed", str(seed)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL if quiet else None)
 

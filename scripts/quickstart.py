@@ -1,5 +1,8 @@
 """The main job on real data: build experts, learn merges, compare, export.
 
+    python scripts/quickstart.py               four text tasks, a sentence encoder of 22.7 million
+                                               parameters, learned without labels
+    python scripts/quickstart.py text8         eight of them
     python scripts/quickstart.py lm            four text domains, a byte-level Llama
     python scripts/quickstart.py vision        four image tasks, labelled and unlabelled
     python scripts/quickstart.py chat          three tasks in chat, SmolLM2-135M-Instruct with LoRA
@@ -25,6 +28,8 @@ import harness
 SCALES = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0]
 # The learned merges of each suite: files of configs/methods, each with its own learning rate.
 METHODS = {
+    "text4": ("kl_column",),
+    "text8": ("kl_column",),
     "lm": ("tensor", "column"),
     "vision": ("tensor", "column", "entropy"),
     "chat": ("tensor", "column"),
@@ -62,6 +67,20 @@ def export_best(output: Path, seed: int) -> Path:
     return folder
 
 
+def classify(folder: Path, suite: Path) -> None:
+    """Classify a text of each task with the exported folders, by plain transformers."""
+    from transformers import pipeline
+
+    print("\na test text of each task, by transformers alone:")
+    for path in sorted((folder / "tasks").iterdir()):
+        data = suite / "data" / path.name
+        with (data / "test.jsonl").open(encoding="utf-8") as file:
+            row = json.loads(next(file))
+        wanted = json.loads((data / "classes.json").read_text())[row["label"]]
+        (found,) = pipeline("text-classification", str(path))(row["text"], truncation=True)
+        print(f"{path.name}: {found['label']} (expected {wanted}): {row['text'][:60]}")
+
+
 def answer(folder: Path, suite: Path) -> None:
     """Answer a question of each task with the exported folder, by plain transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -95,7 +114,7 @@ def sample(folder: Path) -> None:
 
 def main() -> int:
     parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("suite", nargs="?", default="lm", choices=harness.SUITES)
+    parser.add_argument("suite", nargs="?", default="text4", choices=harness.SUITES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--cache", type=Path, default=harness.ROOT / ".cache" / "suites")
     parser.add_argument("--output", type=Path, default=None)
@@ -109,10 +128,13 @@ def main() -> int:
         return status
     for seed in options.seeds:
         folder = export_best(output, seed)
-    if name == "lm":
+    suite = cache / f"{name}-seed{options.seeds[-1]}"
+    if name in ("text4", "text8"):
+        classify(folder, suite)
+    elif name == "lm":
         sample(folder)
     elif name == "chat":
-        answer(folder, cache / f"chat-seed{options.seeds[-1]}")
+        answer(folder, suite)
     print(f"took {time.perf_counter() - start:.0f} s")
     return 0
 

@@ -143,6 +143,8 @@ class Suite:
     """Settings of the data; likewise of the base, and of each expert."""
     base: Any
     experts: Mapping[str, Any]
+    quick: Suite | None = None
+    """A smaller suite of the same kind, for a first look and for tests."""
 
     def marks(self, seed: int) -> dict[str, str]:
         """Return each piece's fingerprint, which covers the pieces that it is made from."""
@@ -192,13 +194,16 @@ class Suite:
         parser.add_argument("--seed", type=int, default=0, help="of data, model and training")
         parser.add_argument("--workers", type=int, default=2, help="experts trained at once")
         parser.add_argument("--piece", help=argparse.SUPPRESS)
+        if self.quick is not None:
+            parser.add_argument("--quick", action="store_true", help=f"build {self.quick.name}")
         options = parser.parse_args()
+        suite = self.quick if self.quick is not None and options.quick else self
         # Absolute, since processes of their own build pieces.
-        root = options.cache.expanduser().resolve() / f"{self.name}-seed{options.seed}"
+        root = options.cache.expanduser().resolve() / f"{suite.name}-seed{options.seed}"
         if options.piece:
             # Ending by way of an exception removes what is half written.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
             with replacing(root / options.piece) as folder:
-                self.make(options.piece, folder, root, options.seed)
+                suite.make(options.piece, folder, root, options.seed)
         else:
-            self.build(root, options.seed, options.workers)
+            suite.build(root, options.seed, options.workers)

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from gradmerge.cli.compare.learned import LearnedRunner
 from gradmerge.cli.compare.methods import BOUND, SCALE, Axis, Method, Suite
 from gradmerge.cli.compare.static import StaticRunner
 from gradmerge.cli.compare.work import Work
-from gradmerge.coefficients import Model, Uniform
+from gradmerge.coefficients import Constant, Model, Uniform
 from gradmerge.common.errors import ConfigError
 from gradmerge.operators import DisjointMean
 from gradmerge.preprocess import Trim
@@ -235,6 +236,15 @@ def test_a_finished_comparison_is_read_and_a_lost_job_is_run_again(
     ran.clear()
     assert main([*again[:-2], "--tune", "ties:recipe.operator.scale=[0.9]", *again[-2:]]) == 0
     assert ran == [("ties", 0.9)]
+
+
+def test_a_merge_has_a_size_though_its_first_tensors_are_the_same_in_all_sources():
+    first, *heads = (torch.nn.Linear(3, n) for n in (3, 2, 2))
+    sources = {f"s{i}": torch.nn.Sequential(first, head) for i, head in enumerate(heads)}
+    runner = StaticRunner.__new__(StaticRunner)
+    recipe = Recipe(sources=sources, origin="mean", init=Constant([1.0, 0.5]))
+    runner.module = SimpleNamespace(merged=MergedModel(recipe))
+    assert runner._has_size()
 
 
 def test_a_failure_is_in_the_table_and_in_the_status_and_costs_no_other_method(
