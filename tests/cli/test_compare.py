@@ -232,6 +232,12 @@ def test_a_finished_comparison_is_read_and_a_lost_job_is_run_again(
     assert ran == [("ties", value)]
     new = json.loads((own / "results.json").read_text())
     assert record(new, "ties")["test"] == record(found, "ties")["test"]
+    assert main([*again, "--metric", "macro-f1"]) == 2
+    assert "no row has 'macro-f1' (choose from" in capsys.readouterr().err
+    assert main([*again, "--metric", "macro_f1"]) == 0
+    assert json.loads((own / "results.json").read_text())["metric"] == "macro_f1"
+    assert main([*again, "--metric", "calibration_error"]) == 0
+    assert "No intervals: calibration error is not known" in (own / "table.md").read_text()
     # another setting of one method is another job, and leaves the others alone
     ran.clear()
     assert main([*again[:-2], "--tune", "ties:recipe.operator.scale=[0.9]", *again[-2:]]) == 0

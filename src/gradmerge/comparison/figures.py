@@ -22,12 +22,17 @@ _GREY = "#777777"
 
 
 def score_figure(found: Comparison) -> Figure | None:
-    """Draw the average of each row: a dot for each seed, the mean, and the standard deviation."""
+    """Draw the average of each row: the mean, its deviation, and the interval of the difference."""
     rows = found.scored
     if not rows:
         return None
     figure = new_figure(7.5, 1.1 + _LINE * len(rows))
     axes = figure.subplots()
+    reference = found.row(found.reference)
+    centre = math.nan
+    if reference is not None and reference.outcomes:
+        centre = reference.mean("average", found.metric)
+        axes.axvline(centre, color=_GREY, linewidth=0.8, linestyle="--")
     for at, row in enumerate(rows):
         values = [v for v in row.scores("average", found.metric) if math.isfinite(v)]
         if not values:
@@ -38,10 +43,9 @@ def score_figure(found: Comparison) -> Figure | None:
         axes.errorbar(mean, at, xerr=error or None, fmt="o", color=colour, capsize=3, markersize=5)
         if len(values) > 1:
             axes.plot(values, [at] * len(values), ".", color=colour, alpha=0.4, markersize=4)
-    reference = found.row(found.reference)
-    if reference is not None and reference.outcomes:
-        mean = reference.mean("average", found.metric)
-        axes.axvline(mean, color=_GREY, linewidth=0.8, linestyle="--")
+        if row.interval is not None:
+            ends = [centre + row.interval.low, centre + row.interval.high]
+            axes.plot(ends, [at, at], color=colour, alpha=0.25, linewidth=6, solid_capstyle="butt")
     names = [short_label(row.name) for row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.set_xlabel(f"{_title(found)}; dashed: {short_label(found.reference)}", fontsize=8)
@@ -115,8 +119,12 @@ def curve_figure(found: Comparison) -> Figure | None:
     figure = new_figure(7.5, 3.6)
     axes = figure.subplots()
     for number, (name, curve) in enumerate(found.curves.items()):
-        sizes = sorted(curve)
-        scores = [curve[size].scores("average", found.metric) for size in sizes]
+        rows = dict(curve)
+        whole = found.row(name)
+        if whole is not None and whole.outcomes:  # with all examples that the fit has drawn
+            rows.setdefault(round(whole.cost("adaptation") / len(found.tasks)), whole)
+        sizes = sorted(rows)
+        scores = [rows[size].scores("average", found.metric) for size in sizes]
         means = [statistics.fmean(one) for one in scores]
         errors = [statistics.stdev(one) if len(one) > 1 else 0.0 for one in scores]
         style: dict[str, Any] = {"color": _colour(number), "marker": MARKERS[number % len(MARKERS)]}
@@ -129,8 +137,7 @@ def curve_figure(found: Comparison) -> Figure | None:
             label = short_label(name)
             axes.axhline(mean, color=_GREY, linewidth=0.9, linestyle=style_of_line, label=label)
     axes.set_xscale("log", base=2)
-    ticks = sorted({size for curve in found.curves.values() for size in curve})
-    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("adaptation examples per task", fontsize=8)
     axes.set_ylabel(_title(found), fontsize=8)
     outside_legend(axes)

@@ -25,10 +25,11 @@ _TITLES = {
     "examples": "Learning curves",
 }
 _ABOUT = {
-    "scores": "Mean over seeds, with the standard deviation and a dot for each seed.",
+    "scores": "Mean over seeds, with the standard deviation and a dot for each seed. Broad bars: "
+    "the 95% interval of the difference to the reference, from the dashed line.",
     "cost": "Seconds of the final run alone; the table has those of tuning.",
     "tasks": "The reference, the best methods, and each task's own expert.",
-    "examples": "Mean over seeds, with the standard deviation.",
+    "examples": "Mean over seeds, with the standard deviation. The last point has all examples.",
 }
 
 

@@ -65,6 +65,10 @@ def notes(found: Comparison) -> list[str]:
             "Trials beyond the budget, because the best value was at the edge of the grid: "
             f"{', '.join(wider)}."
         )
+    reference = found.row(found.reference)
+    has_reference = reference is not None and bool(reference.outcomes)
+    if has_reference and len(found.scored) > 1 and not any(row.interval for row in found.rows):
+        lines.append(f"No intervals: {_words(found.metric)} is not known for single examples.")
     for row in found.failed:
         for seed, reason in row.errors.items():
             first = reason.partition("\n")[0]

@@ -20,6 +20,7 @@ from gradmerge.cli.compare.opened import (
     statistics_of,
 )
 from gradmerge.cli.compare.work import Select, Trial, Work
+from gradmerge.drivers import LayerWise
 from gradmerge.engine.recipe import Recipe
 from gradmerge.training.callbacks import CoefficientLogger, ExportAtEnd
 from gradmerge.training.module import MergeModule
@@ -174,7 +175,8 @@ class LearnedRunner:
         trial.trainable = coefficients_in(target)
         own.attach(module.merged)
         trial.adaptation = _drawn(own, None)
-        trial.labels = cli.job.objective.needs_labels
+        in_blocks = isinstance(cli.driver, LayerWise)  # which matches hidden states
+        trial.labels = not in_blocks and cli.job.objective.needs_labels
 
     def test(self, trial: Trial) -> tuple[dict[str, Any], Any]:
         """Return the scores of what was kept on the test split, and those of each example."""

@@ -15,7 +15,7 @@ from gradmerge.cli.compare.plan import Plan, say
 from gradmerge.cli.compare.work import Work
 from gradmerge.cli.compare.workers import Ended, attempt, known, prepare, run_in_processes
 from gradmerge.common.atomic import whole_file
-from gradmerge.common.errors import GradmergeError
+from gradmerge.common.errors import ConfigError, GradmergeError, nearest
 from gradmerge.common.progress import duration
 from gradmerge.comparison.page import write_page
 from gradmerge.comparison.results import Comparison, Outcome, Row
@@ -183,6 +183,13 @@ class Run:
             for seed, found in self._contents.items()
         }
         metric = self.given.metric or judged
+        every = (o.test["average"] for r in rows.values() for o in r.outcomes.values())
+        measured = list(dict.fromkeys(name for scores in every for name in scores))
+        if rows and metric not in measured and measured:
+            raise ConfigError(
+                f"--metric: no row has {metric!r} (choose from {', '.join(measured)})."
+                f"{nearest(metric, measured)} Everything is on record; run the command again."
+            )
         found = Comparison(
             list(rows.values()), tasks, metric, self.plan.reference, splits, curves, self._about()
         )
@@ -214,8 +221,8 @@ class Run:
         given = self.given
         seeds = "on every seed" if given.tune_seeds == "all" else f"on seed {self.plan.seeds[0]}"
         lines = [
-            f"Each method had {given.trials} trials on the selection split, {seeds}: learning "
-            "rates or scales around the file's, or what `--tune` names; of a fit its best step "
+            f"Trials of each method on the selection split, {seeds}: {given.trials} (learning "
+            "rates or scales around the file's), or the values of `--tune`. Of a fit the best step "
             f"is kept, by the {'loss' if given.select == 'loss' else 'score'}. The test split is "
             "read once for each choice.",
             f"Differences are to {self.plan.reference}, with 95% intervals of a paired bootstrap "

@@ -131,7 +131,10 @@ def _serve(pipe: Connection, threads: int, parent: int) -> None:
     prepare(threads)
 
     def say(text: str, seconds: float) -> None:
-        pipe.send(("trial", text, seconds))
+        try:
+            pipe.send(("trial", text, seconds))
+        except OSError:  # the command has died; its records are on disk
+            os._exit(1)
 
     with suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
