@@ -62,6 +62,17 @@ def test_leading_classes_and_the_rest_are_matched_as_buckets(k, t):
         assert loss < full * (1 - 1e-3)
 
 
+def test_leading_classes_of_float32_keep_its_digits():
+    teacher, logits = 3 * draw(6, 5), 3 * draw(6, 5, seed=1)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        own = logits.to(dtype).requires_grad_()
+        loss = KLToSource(1.0, 1.0, 2).loss(of(own, teacher.to(dtype)))
+        found.append((loss, torch.autograd.grad(3 * loss, own)[0]))
+    torch.testing.assert_close(found[0][0].double(), found[1][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[0][1].double(), found[1][1], rtol=1e-4, atol=1e-6)
+
+
 def test_a_rest_without_probability_is_finite():
     """A sure teacher leaves 0 in float64; a sure network, the logarithm of next to nothing."""
     teacher, own = torch.zeros(2, 4).double(), torch.zeros(2, 4).double()

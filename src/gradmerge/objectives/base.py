@@ -37,19 +37,7 @@ class Leading:
         """Return the `count` most probable classes of logits `[rows, classes]`, or all classes."""
         every = functional.log_softmax(logits / temperature, dim=-1)
         log_p, classes = every.topk(min(count, every.shape[-1]), dim=-1)
-        return cls(log_p, classes, log_rest(every, classes))
-
-
-def log_rest(log_p: Tensor, classes: Tensor) -> Tensor:
-    """Return the log-probability of all but the given classes together, `[rows]`.
-
-    Args:
-        log_p: log-probabilities `[rows, classes]`.
-        classes: classes to leave out, `[rows, k]`.
-    """
-    if classes.shape[-1] == log_p.shape[-1]:  # nothing is left, and has no gradient
-        return log_p.new_full(log_p.shape[:-1], -torch.inf)
-    return log_p.scatter(-1, classes, -torch.inf).logsumexp(dim=-1)
+        return cls(log_p, classes, every.scatter(-1, classes, -torch.inf).logsumexp(dim=-1))
 
 
 @dataclass(frozen=True)

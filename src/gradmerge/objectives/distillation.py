@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from typing_extensions import override
 
@@ -18,7 +19,6 @@ from gradmerge.objectives.base import (
     Leading,
     Predictions,
     Wanted,
-    log_rest,
     outermost,
 )
 from gradmerge.objectives.regularisers import mean_over_rows
@@ -39,15 +39,17 @@ class _Distillation(AbstractTerm):
         option = f"{type(self).__name__}.temperature"
         require(self.temperature > 0, option, "a positive number", self.temperature)
 
-    def _student(self, predictions: Predictions) -> Tensor:
+    def _divergence(self, teacher: Tensor, predictions: Predictions) -> Tensor:
+        """Return the mean of `T^2 KL(teacher || merged)`, given the teacher's log-probabilities."""
         require_distributions(self, predictions)
-        return functional.log_softmax(predictions.logits / self.temperature, dim=-1)
-
-    def _divergence(self, teacher: Tensor, student: Tensor, shared: bool) -> Tensor:
-        """Return the mean of `T^2 KL(teacher || student)`, given log-probabilities."""
-        t = self.temperature
+        student = functional.log_softmax(predictions.logits / self.temperature, dim=-1)
         divergence = functional.kl_div(student, teacher, reduction="sum", log_target=True)
-        return t * t * mean_over_rows(divergence, len(student), shared)
+        return self._mean(divergence, predictions)
+
+    def _mean(self, total: Tensor, predictions: Predictions) -> Tensor:
+        """Return the mean over rows, times T^2, of a divergence that is summed over rows."""
+        rows = len(predictions.logits)
+        return self.temperature**2 * mean_over_rows(total, rows, predictions.shared)
 
 
 @dataclass(frozen=True)
@@ -91,24 +93,47 @@ class KLToSource(_Distillation):
 
     @override
     def loss(self, predictions: Predictions) -> Tensor:
-        student = self._student(predictions)
         if self.top_k is not None:
+            require_distributions(self, predictions)
             leading = predictions.leading_of_teacher(self.top_k, self.temperature)
-            teacher, student = _over_leading(leading, student)
-            return self._divergence(teacher, student, predictions.shared)
+            total = _Buckets.apply(predictions.logits, leading, self.temperature)
+            return self._mean(total, predictions)
         assert predictions.teacher is not None
         teacher = functional.log_softmax(predictions.teacher / self.temperature, dim=-1)
-        return self._divergence(teacher, student, predictions.shared)
+        return self._divergence(teacher, predictions)
 
 
-def _over_leading(leading: Leading, student: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both log-probabilities of the leading classes and of the rest, `[rows, k + 1]`."""
-    own = student.gather(-1, leading.classes)
-    if leading.classes.shape[-1] == student.shape[-1]:
-        return leading.log_p, own
-    rest = log_rest(student, leading.classes)[:, None]
-    teacher = torch.cat([leading.log_p, leading.log_rest[:, None].clamp_min(LEAST)], dim=-1)
-    return teacher, torch.cat([own, rest], dim=-1)
+class _Buckets(torch.autograd.Function):
+    """Sum over rows of the divergence on some classes and all others as one.
+
+    Vocabularies are large, so no log-probability of the others is formed, and the gradient,
+    `q_j - p_j` on the classes and `q_i (1 - p_rest / q_rest)` on the others, takes one pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, teacher: Leading, temperature: float) -> Tensor:
+        """Return `sum p_j log(p_j / q_j) + p_rest log(p_rest / q_rest)`, a scalar."""
+        scaled, classes = logits / temperature, teacher.classes
+        q = scaled.softmax(dim=-1)
+        largest, place = q.max(dim=-1, keepdim=True)
+        log_total = scaled.gather(-1, place) - largest.log()
+        own, log_own = q.gather(-1, classes), scaled.gather(-1, classes) - log_total
+        q.scatter_(-1, classes, 0.0)
+        rest = q.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
+        log_p, log_p_rest = teacher.log_p, teacher.log_rest[:, None].clamp_min(LEAST)
+        p, p_rest = log_p.exp(), log_p_rest.exp()
+        ctx.save_for_backward(q, classes, own - p, 1 - p_rest / rest)
+        ctx.temperature = temperature
+        on_classes = (p * (log_p - log_own)).sum()
+        return on_classes + (p_rest * (log_p_rest - rest.log())).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient in the logits."""
+        q, classes, on_classes, on_others = ctx.saved_tensors
+        scale = grads[0] / ctx.temperature
+        return (q * (on_others * scale)).scatter_(-1, classes, on_classes * scale), None, None
 
 
 @dataclass(frozen=True)
@@ -139,8 +164,7 @@ class KLToEnsemble(_Distillation):
         for logits in others:  # one at a time: logits of a language model are large
             own = functional.log_softmax(logits / self.temperature, dim=-1)
             total = torch.logaddexp(total, own)
-        teacher = total - math.log(1 + len(others))
-        return self._divergence(teacher, self._student(predictions), predictions.shared)
+        return self._divergence(total - math.log(1 + len(others)), predictions)
 
 
 @dataclass(frozen=True)
