@@ -42,15 +42,16 @@ def test_the_shipped_files_learn_block_by_block(files, world, tmp_path, capsys):
     provenance = json.loads(Path("outputs/merged/provenance.json").read_text())
     scores = provenance["results"]["selection"]
     last = rows[-1]
-    assert last["step"] == "3"
+    assert last["step"] == "6"
     assert float(last["selection/loss"]) == pytest.approx(scores["average"]["loss"], rel=1e-5)
     assert float(last["selection/a/accuracy"]) == pytest.approx(scores["a"]["accuracy"], rel=1e-5)
     assert {file.name for file in logs.glob("coefficients.*")} == {
         "coefficients.csv",
         "coefficients.png",
     }
-    (block,) = provenance["driver"]["blocks"]
+    block, end = provenance["driver"]["blocks"]
     assert block["name"] == "bert.encoder.layer.0"
+    assert end["name"] == "(after the last block)"
     assert block["steps"] == 3
     assert block["first_loss"] == pytest.approx(losses[0], rel=1e-5)
     assert provenance["run"]["yaml"]
@@ -58,7 +59,8 @@ def test_the_shipped_files_learn_block_by_block(files, world, tmp_path, capsys):
     start = 0.3 if files[0] == "methods/prodistill.yaml" else 0.5
     moved = {name for name, c in coefficients.items() if not torch.allclose(c, torch.tensor(start))}
     assert moved
-    assert all(name.startswith("bert.encoder.layer.0.") for name in moved)
+    learned = ("bert.encoder.layer.0.", "bert.pooler.", "classifier.")
+    assert all(name.startswith(learned) for name in moved)
     kind = transformers.BertForSequenceClassification
     logits = kind.from_pretrained("outputs/merged")(torch.arange(6)[None]).logits
     assert logits.isfinite().all()
@@ -123,7 +125,8 @@ def test_passes_are_passes_with_accumulated_batches(world, tmp_path):
     steps = []
     for folder in ("outputs", "two"):
         provenance = json.loads(Path(folder, "merged/provenance.json").read_text())
-        (block,) = provenance["driver"]["blocks"]
+        block, end = provenance["driver"]["blocks"]
+        assert end["steps"] == block["steps"]
         steps.append(block["steps"])
     assert steps[0] % 3 == 0
     assert steps[1] == 3 * -(-(steps[0] // 3) // 2)
@@ -150,15 +153,16 @@ def test_a_killed_job_goes_on_in_its_logs_and_ends_with_a_table(
         rows = list(csv.DictReader(file))
     steps = [int(row["step"]) for row in rows if row["layer/0/loss"]]
     assert steps == list(range(len(steps)))
+    total = 2 * len(steps)  # as many after the last block
     scored = [row for row in rows if row["selection/loss"]]
-    assert [int(row["step"]) for row in scored] == [0, len(steps)]
+    assert [int(row["step"]) for row in scored] == [0, total]
     out = capsys.readouterr().out
-    for label, row in zip(["start", f"last, step {len(steps)}"], scored, strict=True):
+    for label, row in zip(["start", f"last, step {total}"], scored, strict=True):
         shown = [float(text) for text in re.search(rf"^{label} +(.*)$", out, re.M)[1].split()]
         names = [f"selection/{task}/accuracy" for task in ("a", "b", "average")]
         expected = [float(row[name]) for name in (*names, "selection/loss")]
         assert shown == pytest.approx(expected, abs=1e-4)
-    assert re.search(rf"^time .*, {len(steps)} steps$", out, re.M)
+    assert re.search(rf"^time .*, {total} steps$", out, re.M)
     assert re.search(r"^model +outputs/merged$", out, re.M)
     provenance = json.loads(Path("outputs/merged/provenance.json").read_text())
     assert "history" not in provenance["driver"]["blocks"][0]

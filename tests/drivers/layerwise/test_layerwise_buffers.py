@@ -41,7 +41,9 @@ def test_batch_norm_statistics_are_those_of_a_fit_with_the_same_coefficients(tmp
 
 
 def batched_reference(models, data, steps, optimiser, start):
-    """Coefficients of `Batched`'s blocks: batch statistics while learning, pooled ones after."""
+    """Coefficients of `Batched`'s blocks and of what follows: batch statistics while learning,
+    pooled ones after.
+    """
     base, *experts = [dict(model.state_dict()) for model in models]
     inputs = [torch.stack([e["x"] for e in t.path["adaptation"]]) for t in data.tasks.values()]
     c = {}
@@ -89,7 +91,24 @@ def batched_reference(models, data, steps, optimiser, start):
         found = pooled([nn.functional.linear(x, *map(theta, get)) for x in x1])
         given = partial(lambda found, _: found, found)
         x1 = [block(x, scales[k], place, theta, given) for k, x in enumerate(x1)]
-    return c
+
+    def end(x, get, *statistics):
+        return nn.functional.linear(
+            norm(x, "last", get, *statistics), get("head.weight"), get("head.bias")
+        )
+
+    x2 = [end(x, experts[k].get, *own(k, "last")) for k, x in enumerate(x2)]
+    names = ["last.weight", "last.bias", "head.weight", "head.bias"]
+    for name in names:
+        shape = (2, *base[name].shape)
+        c[name] = torch.full(shape, start, dtype=torch.float64).requires_grad_()
+    chosen = optimiser([c[name] for name in names])
+    for _ in range(steps):
+        chosen.zero_grad()
+        pairs = zip(x1, x2, strict=True)
+        sum(((end(x, theta) - y) ** 2).mean() for x, y in pairs).backward()
+        chosen.step()
+    return {name: value.detach() for name, value in c.items()}
 
 
 def test_blocks_with_batch_norm_are_learned_on_batch_statistics(tmp_path):

@@ -35,6 +35,10 @@ from tiny import build, recipe_of, relatives
 pytestmark = pytest.mark.usefixtures("small_collections")
 
 
+AFTER = ("head", "lm_head", "model.norm", "bert.pooler", "classifier", "vit.layernorm")
+"""What follows the blocks of `NETWORKS`."""
+
+
 def reference(models, names, data, steps, optimiser, start):
     """Coefficients `[sources, *shape]` of every tensor, block by block, by plain autograd."""
     base, *experts = [dict(model.named_parameters()) for model in models]
@@ -57,6 +61,9 @@ def reference(models, names, data, steps, optimiser, start):
 
     def output_of(block, parameters, inputs):
         taken = []
+        if block is None:
+            output = functional_call(network, parameters, (), inputs)
+            return getattr(output, "logits", output)
 
         def take(module, args, output):
             taken.append(output[0] if isinstance(output, tuple) else output)
@@ -71,8 +78,9 @@ def reference(models, names, data, steps, optimiser, start):
         for name, value in base.items()
     }
     history = []
-    for block in names:
-        own = [name for name in base if name.startswith(f"{block}.")]
+    for block in [*names, None]:
+        # at last what follows the blocks, by what the network gives out
+        own = [n for n in base if (n.startswith(AFTER) if block is None else n.startswith(block))]
         if not own:
             continue
         targets = [
@@ -86,7 +94,7 @@ def reference(models, names, data, steps, optimiser, start):
             total = 0.0
             for inputs, target in zip(batches, targets, strict=True):
                 got = output_of(block, theta(c), inputs)
-                if "attention_mask" in inputs:
+                if "attention_mask" in inputs and block is not None:
                     keep = inputs["attention_mask"].bool()
                     got, target = got[keep], target[keep]
                 total = total + ((got - target) ** 2).sum() / got.numel()
@@ -120,7 +128,7 @@ def test_coefficients_are_those_of_a_plain_implementation(
     expected, history = reference(models, names, data, steps, optimiser, start)
     assert history[steps - 1] < history[0] or steps == 1
     found = raw_of(job)
-    learned = [n for n in expected if any(n.startswith(f"{block}.") for block in names)]
+    learned = [n for n in expected if n.startswith((*(f"{block}." for block in names), *AFTER))]
     assert {key.replace("/", ".") for key in found} == set(learned)
     moved = 0.0
     for key in learned:
@@ -148,7 +156,7 @@ def sam(models, names, data, rate, rho):
         hook.remove()
         return taken[0]
 
-    for block in names:
+    for block in [*names, "head"]:
         own = [name for name in base if name.startswith(f"{block}.")]
         targets = [output_of(block, experts[k], x) for k, x in enumerate(batches)]
 
@@ -179,7 +187,7 @@ def test_a_step_of_sam_in_each_block_follows_the_paper(tmp_path):
     found = raw_of(job)
     expected = sam(models, names, data, rate, rho)
     flat = sam(models, names, data, rate, 0.0)
-    assert {key.replace("/", ".") for key in found} == {n for n in flat if n.startswith("blocks.")}
+    assert {key.replace("/", ".") for key in found} == set(flat) - {"stem.weight", "stem.bias"}
     apart = 0.0
     for key, value in found.items():
         name = key.replace("/", ".")
@@ -241,8 +249,9 @@ def test_no_merged_weight_outlives_its_last_gradient(tmp_path, monkeypatch):
     monkeypatch.setattr(Leaves, "accumulate", begun)
     monkeypatch.setattr(Plan, "contract", noted)
     LayerWise(steps=1).run(job)
-    assert len(made) == 3
-    assert held == list(range(8, -1, -1)) * 3, "of nine tensors, one less at each contraction"
+    assert len(made) == 4
+    # of nine tensors in a block, and two after the last, one less at each contraction
+    assert held == list(range(8, -1, -1)) * 3 + [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -263,13 +272,17 @@ def test_any_granularity_and_link_starts_as_the_recipe_does_and_lowers_the_loss(
     job = job_of(tmp_path, recipe, data_of(kind), ADAM, dtype="float64")
     folder = LayerWise(steps=8).run(job)
     blocks = json.loads((folder / "provenance.json").read_text())["driver"]["blocks"]
-    assert [block["loss"] < block["first_loss"] for block in blocks] == [True, False, True]
+    # stem and head share the one coefficient of Group outside of blocks
+    tied = isinstance(coefficients, Clamp)
+    lower = [block["loss"] < block["first_loss"] for block in blocks]
+    assert lower == [True, False, True, *([] if tied else [True])]
+    assert any("head.weight, head.bias: not learned" in line for line in job.said) == tied
     plan = open_plan(recipe)
     start, found = plan.initial_raw(), load_file(folder / "coefficients.st")
     for name in plan.tensors:
         before = FitState(plan, start).coefficient(name)
         same = torch.equal(found[name], before.float())
-        assert same != name.startswith("blocks."), name
+        assert same != name.startswith(("blocks.",) if tied else ("blocks.", "head.")), name
 
 
 def test_one_source_at_coefficient_one_has_no_loss_at_all(tmp_path):
@@ -278,5 +291,5 @@ def test_one_source_at_coefficient_one_has_no_loss_at_all(tmp_path):
     job = job_of(tmp_path, recipe, data_of(kind, tasks="a"), partial(torch.optim.SGD, lr=1.0))
     folder = LayerWise(steps=2).run(job)
     blocks = json.loads((folder / "provenance.json").read_text())["driver"]["blocks"]
-    assert [(block["first_loss"], block["loss"]) for block in blocks] == [(0.0, 0.0)] * 2
+    assert [(block["first_loss"], block["loss"]) for block in blocks] == [(0.0, 0.0)] * 3
     assert all(bool((z == 1).all()) for z in raw_of(job).values())

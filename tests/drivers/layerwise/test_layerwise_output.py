@@ -21,6 +21,7 @@ from gradmerge.drivers import LayerWise
 from gradmerge.drivers.wandb import finish_wandb_run
 from gradmerge.training import ExportAtEnd
 from layerwise_jobs import ADAM, Stack, data_of, job_of, network_of
+from networks import seeded
 from tiny import build, recipe_of, relatives, save_family
 
 pytestmark = pytest.mark.usefixtures("small_collections")
@@ -52,11 +53,11 @@ def test_the_export_is_the_merged_network_and_says_what_it_is(tmp_path):
     assert {
         name.split(".self_attn")[0].split(".mlp")[0].split(".input")[0].split(".post")[0]
         for name in moved
-    } == set(names)
+    } == {*names, "model.norm.weight", "lm_head.weight"}
     provenance = json.loads((folder / "provenance.json").read_text())
-    kept = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-    assert sorted(provenance["driver"]["kept_at_start"]) == sorted(kept)
-    assert [block["name"] for block in provenance["driver"]["blocks"]] == names
+    assert provenance["driver"]["kept_at_start"] == ["model.embed_tokens.weight"]
+    steps = [block["name"] for block in provenance["driver"]["blocks"]]
+    assert steps == [*names, "(after the last block)"]
     assert provenance["run"]["optimizers"][0]["class_path"] == "torch.optim.adam.Adam"
 
 
@@ -66,7 +67,7 @@ def test_blocks_may_be_named_and_those_of_a_sequential_network_are_its_members(t
     models = relatives(nn.Sequential(OrderedDict(zip("abcde", members, strict=True))), scale=0.1)
     for driver, kept in (
         (LayerWise(steps=2), set()),
-        (LayerWise(steps=2, blocks=["[c-d]"]), {"a", "e"}),
+        (LayerWise(steps=2, blocks=["[c-d]"]), {"a"}),
     ):
         data = data_of("input", dtype=torch.float32)
         job = job_of(
@@ -107,6 +108,32 @@ def test_all_blocks_log_to_one_wandb_run(tmp_path, monkeypatch, name):
     assert got == (name or "job")
     assert artifact.name.startswith("merged-model")
     assert "model.safetensors" in artifact.manifest.entries
+
+
+def test_a_head_that_is_tied_to_the_embedding_keeps_its_start_and_a_line_says_so(tmp_path):
+    sizes = {"num_hidden_layers": 1, "tie_word_embeddings": True}
+    models = relatives(seeded(transformers.LlamaForCausalLM, **sizes), scale=0.1)
+    job = job_of(tmp_path, recipe_of(models), data_of("tokens", dtype=torch.float32), ADAM)
+    coefficients = load_file(LayerWise(steps=2).run(job) / "coefficients.st")
+    tied = "model.embed_tokens.weight"
+    assert any(f"{tied}: not learned after the last block" in line for line in job.said)
+    assert {name for name, c in coefficients.items() if bool((c == 0.3).all())} == {tied}
+
+
+def test_all_outputs_of_a_network_without_logits_are_matched(tmp_path):
+    """Start and end of an answer are two outputs; a pooler is one beside the hidden states."""
+    sizes = {"max_position_embeddings": 16, "num_hidden_layers": 1}
+    for kind, end in (("BertForQuestionAnswering", "qa_outputs"), ("BertModel", "pooler.dense")):
+        models = relatives(seeded(getattr(transformers, kind), **sizes), scale=0.1)
+        job = job_of(
+            tmp_path / kind, recipe_of(models), data_of("padded", dtype=torch.float32), ADAM
+        )
+        folder = LayerWise(steps=4).run(job)
+        found = json.loads((folder / "provenance.json").read_text())["driver"]["blocks"][-1]
+        assert found["name"] == "(after the last block)"
+        assert found["loss"] < found["first_loss"]
+        moved = load_file(folder / "coefficients.st")
+        assert not bool((moved[f"{end}.weight"] == 0.3).any())
 
 
 def test_each_task_has_its_own_head(tmp_path):

@@ -48,7 +48,7 @@ class BlockModule(FiniteModule):
 
     Args:
         chain: the network, whose state takes the parameters.
-        number: of the block.
+        number: of the block; that after the last is of what follows it.
         raw: its raw coefficients by key, which become this module's parameters.
         loss: of a batch, by its number; runs the block.
         learning_rate: of Adam, where no other optimiser is configured.
@@ -88,7 +88,7 @@ class BlockModule(FiniteModule):
             # the trainer does so only after the losses, when the new gradients are there, too
             self.zero_grad(set_to_none=True)
         loss, values = self._accumulated(batch)
-        block = self._chain.blocks[self.number].name
+        block = self._chain.steps[self.number].name
         self.require_finite_losses({f"{task} at {block}": v for task, v in values.items()})
         self.losses = [*self.losses[:1], float(loss.detach())]
         prefix = f"layer/{self.number}"
@@ -104,7 +104,7 @@ class BlockModule(FiniteModule):
     def _accumulated(self, batch: Mapping[str, int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a step, whose gradients are known, and that of each task."""
         chain, state = self._chain, self._chain.model.state
-        learned = [name for name in chain.blocks[self.number].tensors if name not in state.fixed]
+        learned = [name for name in chain.steps[self.number].tensors if name not in state.fixed]
 
         def build(name: str) -> Tensor:
             return (chain.theta if name in learned else self._others)(name)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -42,12 +42,15 @@ _REMEDY = "Name other `blocks`, or learn end to end: leave `driver` out."
 # ---- which modules are the blocks ----------------------------------------------------------------
 
 
+END = "(after the last block)"
+
+
 @dataclass(frozen=True)
 class ChainBlock:
-    """A module whose input is the output of the block before."""
+    """A module whose input is the output of the block before; or all that follows the last."""
 
     name: str
-    """Name of the module."""
+    """Name of the module, or `END`."""
     tensors: tuple[str, ...]
     """Tensors in it whose coefficients are learned, in the order of the plan."""
 
@@ -242,9 +245,18 @@ class BlockChain:
         """Hidden states between blocks, and what else blocks are called with."""
         self.gives_logits = False
         """Whether the network's output can be scored."""
+        self.end = ChainBlock(END, ())
+        """What follows the last block: the tensors on which nothing before depends."""
+        self.tied: list[str] = []
+        """Tensors that follow the last block, but are bound to what precedes it."""
         self._source = ""
         self._hidden: list[KeyPath] = []  # where the hidden state is in each block's call
         self._forms: list[Any] = []  # outputs of the blocks, without their tensors
+
+    @property
+    def steps(self) -> list[ChainBlock]:
+        """Blocks in the order of learning, and the end if it has tensors to learn."""
+        return [*self.blocks, *([self.end] if self.end.tensors else [])]
 
     @property
     def source(self) -> str:
@@ -325,6 +337,17 @@ class BlockChain:
             return Passing(source, name, calls, None)
         return Passing(source, name, calls, self.store.constant(mask))
 
+    def kept(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a placed batch whose tensors are among the activations."""
+        return {k: self.store.constant(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    @contextmanager
+    def expert(self, source: str) -> Iterator[None]:
+        """Within the context the network runs with a source's weights, each placed once."""
+        read = cache(lambda name: self.model.place(self.plan.read(source, name)))
+        with self.model.as_source(source), self.model.as_weights(read):
+            yield
+
     def hidden(self, passing: Passing, copy: bool = False) -> Tensor:
         """Return a batch's hidden state on the device; only a copy may be written to."""
         return self.store.get(passing.name).to(self.model.device, copy=copy)
@@ -346,6 +369,16 @@ class BlockChain:
         self.source = passing.source
         hidden = self.hidden(passing, copy=True)
         return self._standing_in(lambda block, *_, **__: _output_with(self._forms[block], hidden))
+
+    def outputs(self, passing: Passing, batch: Mapping[str, Any]) -> list[Tensor]:
+        """Return what the network gives out for a batch after its last block, with the weights that
+        are set: its logits, or all its tensors if it has none.
+        """
+        with self.leaving(passing):
+            output = self.run_network(self.moved(batch))
+        logits = getattr(output, "logits", None)
+        leaves = [logits] if isinstance(logits, Tensor) else tree_leaves(output)
+        return [v for v in leaves if isinstance(v, Tensor) and v.is_floating_point()]
 
     @contextmanager
     def _standing_in(self, forward: Callable[..., Any]) -> Iterator[None]:
@@ -383,12 +416,15 @@ class BlockChain:
             self._take_order(traced)
             self._hidden = self._hidden_places(traced)
             self._forms = [call.output for call in traced]
-            passing = self.enter(batch, source, "hidden")
+            begun, ended_by = set[str](), set[str]()
+            with self._noting(source, begun):
+                passing = self.enter(batch, source, "hidden")
             self._require_constant(traced, passing)
             for number in range(len(self.blocks)):
                 self.store.put(passing.name, self.run(number, passing))
-            with self.leaving(passing):
+            with self._noting(source, ended_by), self.leaving(passing):
                 ended = self.run_network(batch)
+        self._take_end(begun, ended_by)
         logits, last = (getattr(out, "logits", out) for out in (output, ended))
         self.gives_logits = isinstance(logits, Tensor) and logits.dim() in (2, 3)
         deviation = max(
@@ -402,6 +438,33 @@ class BlockChain:
                 f"{_TOLERANCE[self.model.dtype]:g}): its blocks are more than a chain. {_REMEDY}"
             )
         return deviation
+
+    def _noting(self, source: str, names: set[str]) -> AbstractContextManager[None]:
+        """Within the context, a source's weights are used, and their names noted."""
+
+        def read(name: str) -> Tensor:
+            names.add(name)
+            return self.plan.read(source, name)
+
+        return self.model.as_weights(read)
+
+    def _take_end(self, begun: set[str], ended: set[str]) -> None:
+        """Find the tensors to learn after the last block.
+
+        Args:
+            begun: names of the tensors that are used before the first block.
+            ended: names of all tensors that are used outside of blocks.
+        """
+        slots, binding = self.plan.layout.slots, self.plan.binding
+        assert binding is not None
+        within = {name for block in self.blocks for name in block.tensors}
+        outside = [name for name in self.plan.learned if name not in within]
+        follow = [name for name in outside if name in ended and name not in begun]
+        kept = {slots[name].key for name in outside if name not in follow}
+        own = [name for name in follow if slots[name].key not in kept]
+        both = [name for name in outside if name in begun and len(binding.owners[name]) > 1]
+        self.end = ChainBlock(END, tuple(own))
+        self.tied = [*both, *(name for name in follow if name not in own)]
 
     def _traced(self, batch: Mapping[str, Any]) -> tuple[list[_Traced], Any]:
         """Return each block's call in a plain pass, and the network's output."""

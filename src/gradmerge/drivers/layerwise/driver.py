@@ -30,10 +30,16 @@ class LayerWise(AbstractDriver):
 
     with x1 the output of the merged blocks before l on task k's adaptation data and x2_k that of
     expert k's own blocks; the mean is over entries of the hidden state, padding left out. Then both
-    pass the new block. No labels are used. Tensors outside of blocks (embeddings, head, last norm)
-    keep the coefficients that the recipe starts from. The terms of a configured objective are not
-    used, as a message says; regularisers, task weights and a logit scale are rejected, and so are
-    alignments that mix units (CCA, OptimalTransport): a mapped source is not the expert.
+    pass the new block. No labels are used.
+
+    A last step learns what follows the blocks (last norm, pooler, head) by the same loss on what
+    the network gives out: its logits, or all its tensors if it has none. The paper leaves that out.
+    Other tensors (embeddings, and heads that are tied to them) keep the coefficients that the
+    recipe starts from.
+
+    The terms of a configured objective are not used, as a message says; regularisers, task weights
+    and a logit scale are rejected, and so are alignments that mix units (CCA, OptimalTransport): a
+    mapped source is not the expert.
 
     Start and end of the merge are scored on the selection split, as those of a fit are, with one
     merged block in memory at a time (`trainer.limit_val_batches: 0` leaves that out, and

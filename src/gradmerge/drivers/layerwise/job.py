@@ -106,6 +106,8 @@ class Layers:
         """Scores of the start and of the end."""
         self._passing: list[tuple[str, Passing, Passing]] = []
         """Task of each batch, and the batch on its way through the expert and through the merge."""
+        self._inputs: list[dict[str, Any]] = []
+        """The batches themselves, if something is learned after the last block."""
 
     def _tasks(self) -> dict[str, str]:
         """Return the expert of each task."""
@@ -146,14 +148,21 @@ class Layers:
     def run(self, epochs: int, steps: int | None) -> Path:
         """Learn all blocks for so many passes, or steps each, score the merge and export it."""
         self._epochs, self._steps = epochs, steps
-        blocks, loggers = self.chain.blocks, self._trainer.loggers
-        within = {name for block in blocks for name in block.tensors}
+        blocks, parts, loggers = self.chain.blocks, self.chain.steps, self._trainer.loggers
+        within = {name for part in parts for name in part.tensors}
         outside = [name for name in self.plan.learned if name not in within]
+        after = self.chain.end.tensors
+        last = f"a last step learns {len(after)} after them: {shorten(after)}; " if after else ""
         self.job.say(
             f"{len(blocks)} blocks, {blocks[0].name} to {blocks[-1].name} (one by one "
-            f"{self.deviation:.1g} off the network itself); {len(outside)} tensors outside keep "
-            f"their starting coefficients{': ' if outside else ''}{shorten(outside)}"
+            f"{self.deviation:.1g} off the network itself); {last}{len(outside)} tensors outside "
+            f"keep their starting coefficients{': ' if outside else ''}{shorten(outside)}"
         )
+        if tied := self.chain.tied:
+            self.job.say(
+                f"{shorten(tied)}: not learned after the last block, because what precedes the "
+                "blocks has the same tensor or coefficient; learn end to end to learn them"
+            )
         start = mean_coefficients(FitState(self.plan, self._starts))
         for logger in () if self._resumed_at else loggers:
             logger.log_metrics({f"init/{source}": c for source, c in start.items()}, step=0)
@@ -168,7 +177,7 @@ class Layers:
             "deviation": self.deviation,
             "blocks": [
                 {"name": block.name, **{k: v for k, v in result.items() if k not in _OWN}}
-                for block, result in zip(blocks, results, strict=True)
+                for block, result in zip(parts, results, strict=True)
             ],
         }
         write = partial(export_state, self._state)
@@ -186,12 +195,13 @@ class Layers:
         self._state.raw = kept
         self._enter()
         results, learned = [], dict(kept)
-        for number in range(len(self.chain.blocks)):
+        for number in range(len(self.chain.steps)):
             result, raw = self._block(number)
             results.append(result)
             learned |= raw
             self._state.raw = kept  # a tensor of a block is known within the block alone
         self._passing.clear()
+        self._inputs.clear()
         self.chain.store.clear()
         self._state.raw = learned
         self._recompute(self._whole_passes)
@@ -218,16 +228,18 @@ class Layers:
                 with self.chain.model.as_source(self.tasks[found[0]]):
                     expert = enter("expert", *found)
                 self._passing.append((found[0], expert, enter("merged", *found)))
+                if self.chain.end.tensors:
+                    self._inputs.append(self.chain.kept(found[2]))
 
     def _block(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the result and the coefficients of one block, learned now or by an earlier run;
-        activations are then those after it.
+        """Return the result and the coefficients of one block, or of what follows the last one,
+        learned now or by an earlier run; activations are then those after it.
         """
-        name, num = self.chain.blocks[number].name, len(self.chain.blocks)
+        name, num = self.chain.steps[number].name, len(self.chain.steps)
         record = self.job.step(f"block-{number:03d}", {"block": name, "number": number})
         result, path = record.result, record.folder / _FILE
         passes = result is None or number < num - 1
-        if passes:
+        if passes and not self._is_end(number):
             self._pass_experts(number)
         found = result or self._fit_block(number, path)
         stored = read_mapped(path)
@@ -244,28 +256,34 @@ class Layers:
                 found["history"] = self._history.to_save()
             record.finish(found)
             self.job.say(
-                f"block {number + 1} of {num}, {name}: loss {found['first_loss']:.3g} in the first "
+                f"step {number + 1} of {num}, {name}: loss {found['first_loss']:.3g} in the first "
                 f"step, {loss:.3g} over all batches in the end"
             )
         return found, raw
 
+    def _is_end(self, number: int) -> bool:
+        return number == len(self.chain.blocks)
+
     @torch.no_grad()
     def _pass_experts(self, number: int) -> None:
         """Run every expert's activations through its own block."""
-        model = self.chain.model
         for source in dict.fromkeys(self.tasks.values()):
-            read = cache(lambda name, source=source: model.place(self.plan.read(source, name)))
-            with model.as_source(source), model.as_weights(read):
+            with self.chain.expert(source):
                 for _, expert, _ in self._passing:
                     if expert.source == source:
                         self.chain.store.put(expert.name, self.chain.run(number, expert))
 
     @torch.no_grad()
     def _pass_merged(self, number: int) -> float:
-        """Run the merged activations through the merged block; return the loss over all batches."""
+        """Run the merged activations through the merged block, if it is one, and return the loss
+        over all batches.
+        """
         losses: dict[str, list[float]] = {task: [] for task in self.tasks}
         with self.chain.weights(cache(self.chain.theta)):
-            for task, expert, passing in self._passing:
+            for index, (task, expert, passing) in enumerate(self._passing):
+                if self._is_end(number):
+                    losses[task].append(float(self._distance_in_the_end(index)))
+                    continue
                 out = self.chain.run(number, passing)
                 losses[task].append(float(self._distance(out, expert)))
                 self.chain.store.put(passing.name, out)
@@ -275,11 +293,23 @@ class Layers:
         """Return the distance of a batch's hidden state from the expert's."""
         return mean_square(hidden, self.chain.hidden(expert), expert.mask)
 
+    def _distance_in_the_end(self, index: int) -> Tensor:
+        """Return the distance of what the network gives out from what the expert's gives out."""
+        (_, expert, passing), batch = self._passing[index], self._inputs[index]
+        model, mode = self.chain.model, self.chain.model.training
+        model.eval()
+        with self.chain.expert(expert.source):
+            wanted = self.chain.outputs(expert, batch)
+        model.train(mode)
+        given = self.chain.outputs(passing, batch)
+        pairs = zip(given, wanted, strict=True)
+        return torch.stack([mean_square(a, b, expert.mask) for a, b in pairs]).sum()
+
     # ---- learning a block -----------------------------------------------------------------------
 
     def _fit_block(self, number: int, path: Path) -> dict[str, Any]:
-        """Learn a block and write its file; return what is known of it, except for losses."""
-        block = self.chain.blocks[number]
+        """Learn a block, or what follows, and write its file; return what is known, but losses."""
+        block = self.chain.steps[number]
         raw = {key: self._starts[key] for key in self._keys(block.tensors)}
         trim_heap()  # what the experts' passes left between smaller blocks
         result: dict[str, Any] = {"fixed": {}, "steps": 0, "run": {}}
@@ -294,7 +324,8 @@ class Layers:
                 for *_, passing in self._passing:
                     self.chain.run(number, passing)
 
-        self._recompute(passes)
+        if not self._is_end(number):
+            self._recompute(passes)
         binding, statistics = self.plan.binding, self.chain.model.network_buffers.values()
         assert binding is not None
         for name, value in statistics.items():
@@ -313,6 +344,8 @@ class Layers:
         total = self._steps or self._epochs * -(-stream.num_steps() // per_step)
 
         def loss(index: int) -> Tensor:
+            if self._is_end(number):
+                return self._distance_in_the_end(index)
             _, expert, passing = self._passing[index]
             return self._distance(self.chain.run(number, passing), expert)
 
@@ -355,7 +388,7 @@ class Layers:
 
     def _described(self, trainer: lightning.Trainer, module: BlockModule) -> dict[str, Any]:
         """Return the record of a block's fit, whose losses are finite."""
-        name, value = self.chain.blocks[module.number].name, self.plan.unused_coefficient
+        name, value = self.chain.steps[module.number].name, self.plan.unused_coefficient
         first, last, unused = module.losses[0], module.losses[-1], module.unused or []
         if not (math.isfinite(first) and math.isfinite(last)):
             raise ConfigError(  # all blocks that follow would be learned from it
