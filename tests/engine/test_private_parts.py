@@ -262,6 +262,24 @@ def test_adapters_of_matrices_that_the_network_stacks(tmp_path, memory):
         torch.testing.assert_close(found(**batch).logits, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_private_matrices_among_stacked_ones_are_those_of_the_task(tmp_path):
+    """In resident memory the other experts of the stack are built once for all tasks."""
+    suite = Suite(eager(family_of("MixtralForCausalLM").double()), tmp_path)
+    recipe = Recipe(**suite.recipe(init=Constant(0.3), private=[r"experts\.[01]\.w1"]))
+    batch = {"input_ids": torch.arange(3, 19).view(2, 8)}
+    found = {}
+    for memory in ("resident", "streamed"):
+        merged = MergedModel(recipe, memory=memory, dtype=torch.float64)
+        with torch.no_grad():
+            found[memory] = [merged(**batch, task=task).logits for task in "aba"]
+    assert not torch.allclose(found["streamed"][0], found["streamed"][1], atol=1e-6)
+    torch.testing.assert_close(found["resident"], found["streamed"], rtol=1e-12, atol=1e-12)
+    folder = export_merged(merged, tmp_path / "merged")
+    plain = eager(suite.kind.from_pretrained(folder / "tasks" / "b"))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**batch).logits, found["resident"][1], rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -321,7 +321,8 @@ class MergedModel(nn.Module):
     def _with_parts(self, key: str, theta: Tensor, task: str | None) -> Tensor:
         if task is None:
             return theta
-        return self.private.apply_to(theta, task, key, self.parameters_made.parts(key))
+        windows = self.parameters_made.parts(key)
+        return self.private.apply_to(theta, task, self.tasks[task], key, windows)
 
     def _given_tensor(self, key: str, read: Callable[[str], Tensor | None]) -> Tensor:
         def one(name: str) -> Tensor:
@@ -337,8 +338,7 @@ class MergedModel(nn.Module):
         """Return a parameter none of whose tensors is merged."""
         if self.parameters_made.parts(key) is None:
             return self._private_tensor(key)
-        changes = self.private.changes(self.parameters_made.names(key))
-        return self._with_parts(key, self.make(key), self.task if changes else None)
+        return self._with_parts(key, self.make(key), self.task)
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         if self.memory == "streamed" and self.device.type == "cpu":

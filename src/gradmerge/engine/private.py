@@ -31,7 +31,7 @@ class PrivateParts(nn.Module):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self._plan = plan
-        self._trained = frozenset(plan.trained)
+        self._trained, self._private = frozenset(plan.trained), frozenset(plan.private)
         self._tasks: dict[str, str] = {}
         self._stored: dict[tuple[str, str], Tensor] = {}
         self.values = nn.ParameterDict()
@@ -94,9 +94,13 @@ class PrivateParts(nn.Module):
         return found
 
     def changes(self, names: Collection[str]) -> bool:
-        """Return whether a task has anything of its own in these tensors."""
-        ranks = self._plan.ranks
-        return any(name in self._trained or name in ranks for name in names)
+        """Return whether a parameter of these tensors must be changed for the task that runs.
+
+        A stored private tensor alone is read for its task, but among others it is in a parameter
+        that is built once for all tasks.
+        """
+        own = self._private if len(names) > 1 else self._trained
+        return any(name in own or name in self._plan.ranks for name in names)
 
     def tensor(self, task: str | None, name: str) -> Tensor | None:
         """Return a task's own private tensor, differentiable; None if it is not trained."""
@@ -113,13 +117,19 @@ class PrivateParts(nn.Module):
             return left @ right
 
     def apply_to(
-        self, theta: Tensor, task: str, key: str, windows: Mapping[str, Window] | None
+        self,
+        theta: Tensor,
+        task: str,
+        source: str,
+        key: str,
+        windows: Mapping[str, Window] | None,
     ) -> Tensor:
         """Return a parameter with all that the task has of its own in it, differentiable.
 
         Args:
             theta: the parameter.
             task: the task.
+            source: its source.
             key: name of the stored tensor that it is.
             windows: if it is fused of several, the window of each on it.
         """
@@ -130,6 +140,8 @@ class PrivateParts(nn.Module):
         for name, window in windows.items():
             update = self.update(task, name)
             own = self.tensor(task, name) if update is None else update
+            if own is None and name in self._private:
+                own = self.stored(source, name, theta.dtype, theta.device)
             if own is not None:
                 patches.append((window, update is not None))
                 values.append(own)
@@ -175,8 +187,9 @@ class PrivateParts(nn.Module):
         named = ", ".join(str(rank) for rank in sorted(set(ranks.values())))
         parts = [shorten(self._plan.trained)] if self._plan.trained else []
         parts += [f"LoRA of rank {named} on {len(ranks)} matrices"] if ranks else []
-        most = max(self.count().values(), default=0)
-        return f"{' and '.join(parts)} ({most:,} parameters per task)"
+        counts = set(self.count().values())
+        most = f"{'up to ' if len(counts) > 1 else ''}{max(counts, default=0):,}"
+        return f"{' and '.join(parts)} ({most} parameters per task)"
 
     def _read(self, task: str | None, name: str, part: str = "") -> Tensor | None:
         if task is None:
