@@ -51,7 +51,8 @@ def methods_of(kind: str, suite: str) -> dict[str, tuple[Path, ...]]:
     paths = [path for path in sorted(folder.glob("*.yaml")) if merges_the_suite(path)]
     found = {path.stem: (path,) for path in paths} | (COMBINED if kind == "learned" else {})
     found.pop("task_arithmetic_tuned", None)  # what every method is here
-    return {n: files for n, files in found.items() if suite == "vision" or n[:7] not in CLASSES}
+    classifies = harness.SUITES[suite].metric == "accuracy"
+    return {n: files for n, files in found.items() if classifies or n[:7] not in CLASSES}
 
 
 def learns(files: Sequence[Path]) -> bool:

@@ -38,6 +38,11 @@ def recipe_of(found: Any) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else Recipe(**recipe.keywords)
 
 
+def forget_data() -> None:
+    """Free the prepared data of this process, which others need."""
+    _prepared.clear()
+
+
 def shared_data(data: MergeDataModule, recipe: Recipe) -> MergeDataModule:
     """Return a data module that is prepared once per process for methods of the same sources."""
     parts = (recipe.base, recipe.sources, recipe.heads, recipe.tokenizer)

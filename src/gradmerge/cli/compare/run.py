@@ -10,7 +10,7 @@ from typing import Any
 
 from gradmerge.cli.compare.baselines import BASELINES, rows_of
 from gradmerge.cli.compare.methods import BOUND, SUITE
-from gradmerge.cli.compare.opened import parse, recipe_of, shared_data
+from gradmerge.cli.compare.opened import forget_data, parse, recipe_of, shared_data
 from gradmerge.cli.compare.plan import Plan, say
 from gradmerge.cli.compare.work import Work
 from gradmerge.cli.compare.workers import Ended, attempt, known, prepare, run_in_processes
@@ -124,6 +124,8 @@ class Run:
         self._require_data(missing)
         progress = _Progress(missing, max(1, self.given.workers))
         if self.given.workers:
+            self._suites.clear()
+            forget_data()
             for ended in run_in_processes(missing, self.given.workers, progress.trial):
                 self._end(ended, progress)
             return
