@@ -28,8 +28,8 @@ import harness
 SCALES = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0]
 # The learned merges of each suite: files of configs/methods, each with its own learning rate.
 METHODS = {
-    "text4": ("kl_column",),
-    "text8": ("kl_column",),
+    "text4": ("default",),
+    "text8": ("default",),
     "lm": ("tensor", "column"),
     "vision": ("tensor", "column", "entropy"),
     "chat": ("tensor", "column"),

@@ -87,7 +87,8 @@ def test_a_fit_starts_from_kept_statistics_and_says_how_to_get_them(suite, tmp_p
 
 
 def test_a_search_prints_and_keeps_what_it_tried(suite, tmp_path, capsys):
-    search = {"class_path": "Scales", "init_args": {"values": [0.25, 0.5], "metric": "loss"}}
+    scales = {"values": [0.25, 0.5], "metric": "loss", "widen": False}
+    search = {"class_path": "Scales", "init_args": scales}
     files = arguments(suite, method(tmp_path, search=search))
     files[3] = write(tmp_path / "m.yaml", {"model": {"recipe": ONES}, "search": search})
     assert main(["merge", *files, "--output", "merged"]) == 0

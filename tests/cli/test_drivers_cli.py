@@ -276,9 +276,8 @@ def test_a_search_is_the_start_of_a_fit(three, tmp_path):
         "objective": {"terms": ["CrossEntropy"], "regularisers": [{"class_path": "L2ToInit"}]},
         "recipe": {"init": {"class_path": "Constant", "init_args": {"value": 1.0}}},
     }
-    search = {
-        "search": {"class_path": "Scales", "init_args": {"values": [0.1, 0.4], "metric": "loss"}}
-    }
+    scales = {"values": [0.1, 0.4], "metric": "loss", "widen": False}
+    search = {"search": {"class_path": "Scales", "init_args": scales}}
     config = write(tmp_path / "c.yaml", three, {"model": regularised}, search)
     at_rest = ["--model.learning_rate", "0"]
     found = learn(["fit", "--config", config, *at_rest])

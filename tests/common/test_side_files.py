@@ -390,11 +390,11 @@ def test_damaged_checkpoints():
     scores = {"test": {"a": {"accuracy": 0.5, "perplexity": float("inf")}}}
     saved = to_save(merged, True, scores, scores)
     saved["fixed"] = {"body.bias": 0.0}
-    restore(merged, copy.deepcopy(saved))
+    restore(merged, {"gradmerge": copy.deepcopy(saved)})
     refused, other = [], []
     for label, changed in mutations(saved):
         try:
-            restore(merged, changed)
+            restore(merged, {"gradmerge": changed})
         except (GradmergeError, ValueError) as error:  # ValueErrors are given the file's name
             named = (
                 "the checkpoint is damaged: ",

@@ -406,8 +406,10 @@ def test_complex_parameters_are_refused():
 def test_a_task_s_own_complex_parameter_is_used():
     models = [build(Numbers, dtype=torch.complex64) for _ in range(3)]
     models[2].own.data += 2j
+    models[1].layer.bias.data += 1  # else there is nothing to merge
     merged = MergedModel(recipe_of(models, private=["own"]))
     found = merged(torch.ones(1, 3), task="b")
+    models[2].layer.bias.data += 0.3  # as merged
     torch.testing.assert_close(found, models[2](torch.ones(1, 3)))
 
 
@@ -415,6 +417,7 @@ def test_integer_parameters_are_the_reference_s_as_in_the_export():
     models = [build(Numbers, dtype=torch.int64) for _ in range(3)]
     for number, model in enumerate(models):
         model.own.data += 10 * number
+    models[1].layer.bias.data += 1  # else there is nothing to merge
     merged = MergedModel(recipe_of(models), dtype=torch.bfloat16)
     assert merged.skeleton.own.dtype == torch.int64
     assert torch.equal(merged.skeleton.own, models[0].own)

@@ -175,7 +175,7 @@ def test_every_reason_is_given_at_once():
     assert message.startswith("mergekit cannot express this merge:\n")
     for part in [
         "preprocess: the coefficients belong to directions after Trim, ElectSign, and mergekit",
-        "private: each task keeps head.weight, head.bias, and mergekit writes one model",
+        "private: each task has its own head.weight, head.bias, and mergekit writes one model",
         "sources.a: mergekit takes folders, hub ids and LoRA adapters on them, got InMemory",
         "sources.base: mergekit takes folders",
     ]:

@@ -104,5 +104,7 @@ def compare_command(arguments: Sequence[str]) -> int:
     plan = Plan(given)
     with plan.alone():
         from gradmerge.cli.compare.run import Run  # imports torch and Lightning
+        from gradmerge.cli.compare.workers import prepared
 
-        return Run(plan).all()
+        with prepared():
+            return Run(plan).all()

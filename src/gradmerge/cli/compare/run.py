@@ -13,7 +13,7 @@ from gradmerge.cli.compare.methods import BOUND, SUITE
 from gradmerge.cli.compare.opened import forget_data, parse, recipe_of, shared_data
 from gradmerge.cli.compare.plan import Plan, say
 from gradmerge.cli.compare.work import Work
-from gradmerge.cli.compare.workers import Ended, attempt, known, prepare, run_in_processes
+from gradmerge.cli.compare.workers import Ended, attempt, known, run_in_processes
 from gradmerge.common.atomic import whole_file
 from gradmerge.common.errors import ConfigError, GradmergeError, nearest
 from gradmerge.common.progress import duration
@@ -41,7 +41,6 @@ class Run:
         self.plan, self.given = plan, plan.given
         self.ended: list[Ended] = []
         self._began = time.monotonic()
-        prepare()
         self._suites: dict[int, Any] = {}
         self._contents = {seed: self._describe(seed) for seed in plan.seeds}
 

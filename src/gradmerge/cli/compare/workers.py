@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -128,7 +128,6 @@ def _start(threads: int) -> _Worker:
 def _serve(pipe: Connection, threads: int, parent: int) -> None:
     """Run what the pipe brings until it is closed."""
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-    prepare(threads)
 
     def say(text: str, seconds: float) -> None:
         try:
@@ -136,15 +135,19 @@ def _serve(pipe: Connection, threads: int, parent: int) -> None:
         except OSError:  # the command has died; its records are on disk
             os._exit(1)
 
-    with suppress(EOFError, OSError, KeyboardInterrupt):
+    with prepared(threads), suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
             names, reason = attempt(pipe.recv(), say)
             sys.stdout.flush()
             pipe.send(("end", names, reason))
 
 
-def prepare(threads: int | None = None) -> None:
-    """Set up a process that runs methods: its threads, and silence of what is not asked for."""
+@contextmanager
+def prepared(threads: int | None = None) -> Iterator[None]:
+    """Run methods in this process: with a number of threads, and silent on what is not asked for.
+
+    What is silenced speaks again after the context, in which a program may go on.
+    """
     import logging
     import warnings
 
@@ -156,11 +159,22 @@ def prepare(threads: int | None = None) -> None:
 
     if threads is not None:
         torch.set_num_threads(min(threads, torch.get_num_threads()))
-    quieten()
-    warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
-    datasets.disable_progress_bars()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logs = {name: logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")}
+    levels = {name: log.level for name, log in logs.items()}
+    shows_bars = datasets.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        quieten()
+        warnings.filterwarnings("ignore", ".*args parameter is intended to run from within.*")
+        datasets.disable_progress_bars()
+        try:
+            for log in logs.values():
+                log.setLevel(logging.ERROR)
+            yield
+        finally:
+            for name, log in logs.items():
+                log.setLevel(levels[name])
+            if shows_bars:
+                datasets.enable_progress_bars()
 
 
 def _follow(parent: int) -> None:
