@@ -16,6 +16,7 @@ merge's step) is made on the selection split. A run that was stopped goes on whe
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from argparse import ArgumentParser
@@ -47,7 +48,8 @@ def compare(name: str, seeds: list[int], cache: Path, output: Path) -> int:
         [
             *("compare", str(suite), *methods, "--output", str(output)),
             *("--seeds", *map(str, seeds), "--metric", harness.SUITES[name].metric),
-            *("--trials", "1", "--tune", f"task_arithmetic:scale={factors}", "--workers", "0"),
+            *("--trials", "1", "--tune", f"task_arithmetic:scale={factors}"),
+            *("--workers", str(min(2, os.cpu_count() or 1))),
         ]
     )
 
@@ -70,7 +72,9 @@ def export_best(output: Path, seed: int) -> Path:
 def classify(folder: Path, suite: Path) -> None:
     """Classify a text of each task with the exported folders, by plain transformers."""
     from transformers import pipeline
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     print("\na test text of each task, by transformers alone:")
     for path in sorted((folder / "tasks").iterdir()):
         data = suite / "data" / path.name
