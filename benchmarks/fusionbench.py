@@ -50,11 +50,10 @@ def write_inputs(cli: Any, folder: Path, steps: int, rate: float, kind: str) -> 
     cli.datamodule.attach(cli.model.merged)
     cli.datamodule.setup("fit")
     loader = cli.datamodule.train_dataloader()
-    laps = iter(lambda: list(islice(iter(loader), steps)), [])
     batches: list[Any] = []
-    while len(batches) < steps:
-        batches += next(laps)
-    for step, batch in enumerate(batches[:steps]):
+    while len(batches) < steps:  # an iterator ends with an epoch, and the next one goes on
+        batches += islice(loader, steps - len(batches))
+    for step, batch in enumerate(batches):
         tensors = {
             f"{task}/{name}": value.contiguous()
             for task, inputs in batch.items()
@@ -63,8 +62,7 @@ def write_inputs(cli: Any, folder: Path, steps: int, rate: float, kind: str) -> 
         }
         save_file(tensors, folder / f"{step}.safetensors")
     recipe = cli.model.recipe
-    sources = {name: str(source.path) for name, source in recipe.sources.items()}
-    given = {"base": str(recipe.base.path), "sources": sources, "kind": kind}
+    given = {"base": recipe.base, "sources": dict(recipe.sources), "kind": kind}
     harness.write_json(folder / "job.json", {**given, "steps": steps, "rate": rate})
 
 
@@ -167,7 +165,11 @@ def peer(folder: Path) -> None:
     fabric = lightning.Fabric(accelerator="cpu", devices=1)
     algorithm._fabric = algorithm._fabric_instance = fabric
     fabric.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
-    algorithm.run(Pool()).save_pretrained(folder / "merged")
+    merged = algorithm.run(Pool())
+    # a classifier, as our sources are; its own head is not used
+    whole = classify(next(iter(job["sources"].values())))
+    whole.base_model.load_state_dict(merged.state_dict())
+    whole.save_pretrained(folder / "merged")
 
 
 def importable(python: Path | None) -> str | None:
