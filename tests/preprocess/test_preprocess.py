@@ -255,6 +255,9 @@ def test_static_merge_computes_on_the_way_and_training_keeps_files(tmp_path, fam
     maps = Path("/proc/self/maps")
     assert str(tmp_path) not in maps.read_text()
     merged = MergedModel(recipe)
+    assert str(tmp_path) not in maps.read_text(), "its coefficients can be looked at without"
+    with torch.inference_mode():  # an evaluation before the first step
+        merged.state.materialise(next(iter(plan.tensors)))
     assert maps.read_text().count(str(tmp_path)) == len(plan.tensors)
     assert not list(tmp_path.iterdir()), "the files have no names, so a killed run leaves none"
     for name, expected in on_the_way.items():

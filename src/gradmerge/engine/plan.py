@@ -355,7 +355,7 @@ class Plan(Shared):
         if self.recipe.preprocess and processed:
             anchor = self._origin(name)
             chosen = None
-            if not self._processed.is_kept(name):
+            if not self._processed.is_kept:
                 sources = [self.read(source, name) for source in self.sources]
                 chosen = self._processed.select(name, sources, anchor)
             if chosen is not None:

@@ -21,8 +21,9 @@ class ProcessedDirections(Shared):
     """Directions `[sources, *shape]` of every tensor, in float32, after all steps.
 
     A static merge reads each tensor once and keeps none. Training reads them at every step, so
-    `keep` first writes them to temporary files (in `TMPDIR`; 4 bytes per entry and source), from
-    which they are memory-mapped; their space is released with this object.
+    after `keep` the first read writes all of them to temporary files (in `TMPDIR`; 4 bytes per
+    entry and source), from which they are memory-mapped; their space is released with this object.
+    A checkpoint that is opened for its coefficients computes none.
 
     Args:
         steps: steps in the order in which they run.
@@ -31,8 +32,9 @@ class ProcessedDirections(Shared):
 
     def __init__(self, steps: Sequence[AbstractPreprocess], every: Lazy) -> None:
         self._steps, self._every = steps, every
+        self._keeps = False
         self._kept: dict[str, Tensor] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._made: Chain | None = None
 
     @property
@@ -49,7 +51,9 @@ class ProcessedDirections(Shared):
 
     def read(self, name: str) -> Tensor:
         """Return the directions of a tensor."""
-        if name in self._kept:
+        if self._keeps:
+            if not self._kept:
+                self._write()
             return self._kept[name]
         site, read = self._reads[name]
         return self._chain(read(), site)
@@ -65,11 +69,11 @@ class ProcessedDirections(Shared):
             origin: `A`; None for zero.
 
         Returns:
-            None if a step does more than that, or if the directions are kept in a file.
+            None if a step does more than that, or if the directions are kept in files.
         """
         every = self._chain.steps
         steps = [s for s in every if isinstance(s, AbstractSelection) and s.only_selects]
-        if name in self._kept or len(steps) < len(every):
+        if self._keeps or len(steps) < len(every):
             return None
         directions, (site, _) = MaskedDirections(sources, origin), self._reads[name]
         # masks are updated in place, also while a trainer evaluates in inference mode
@@ -78,16 +82,22 @@ class ProcessedDirections(Shared):
                 step.select(directions, site)
         return directions
 
-    def is_kept(self, name: str) -> bool:
-        """Return whether the directions of a tensor are stored in a file."""
-        return name in self._kept
+    @property
+    def is_kept(self) -> bool:
+        """True if directions are read from files."""
+        return self._keeps
 
     def keep(self) -> None:
-        """Compute all directions and store them in files, if there is any step."""
-        if self._kept or not self._steps:
-            return
-        kept = {}
-        for name in self._reads:
-            read = self.read(name)
-            kept[name] = in_file(read.shape, read.dtype).copy_(read)
-        self._kept = kept
+        """Store all directions in files from the first read on, if there is any step."""
+        self._keeps = bool(self._steps)
+
+    def _write(self) -> None:
+        # A backward pass saves these tensors, though an evaluation may read them first.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self._kept:
+                return  # by another thread
+            kept = {}
+            for name, (site, read) in self._reads.items():
+                made = self._chain(read(), site)
+                kept[name] = in_file(made.shape, made.dtype).copy_(made)
+            self._kept = kept

@@ -20,6 +20,7 @@ from gradmerge.cli.compare.opened import (
     statistics_of,
 )
 from gradmerge.cli.compare.work import Select, Trial, Work
+from gradmerge.common.checkpoints import load_checkpoint
 from gradmerge.drivers import LayerWise
 from gradmerge.engine.recipe import Recipe
 from gradmerge.training.callbacks import CoefficientLogger, ExportAtEnd
@@ -97,6 +98,7 @@ class LearnedRunner:
         self._work = work
         self._tree = work.method.tree(work.suite)
         self._known: tuple[Recipe, Any] | None = None
+        self._last: tuple[str, Any] = ("", None)  # opening a merge again can take minutes
 
     def prepare(self, value: Any) -> None:
         """Do nothing: a fit opens its sources itself."""
@@ -105,6 +107,7 @@ class LearnedRunner:
         """Fit, and score what is kept on the selection split."""
         from gradmerge.cli.learning import learn
 
+        self._last = ("", None)  # before the next one takes memory
         work = self._work
         folder = work.place / f"fit-{trial.key}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -142,6 +145,7 @@ class LearnedRunner:
         trial.labels = cli.model.objective.needs_labels
         drawn = cli.trainer.global_step * cli.trainer.accumulate_grad_batches * data.batch_size
         trial.adaptation = _drawn(data, drawn)
+        self._last = (trial.key, cli.model)
         shutil.rmtree(folder, ignore_errors=True)
 
     def _shared(self, *opened: Any) -> tuple[Recipe, Any]:
@@ -182,8 +186,12 @@ class LearnedRunner:
         """Return the scores of what was kept on the test split, and those of each example."""
         work, place = self._work, self._work.place / trial.checkpoint
         recipe, data = self._shared()
+        key, last = self._last
         if place.is_dir():
             module, data = opened_folder(place, data, self._tree)
+        elif key == trial.key:
+            module = last
+            module.load_state_dict(load_checkpoint(place)["state_dict"])
         else:
             module = MergeModule.load_from_checkpoint(
                 place,
