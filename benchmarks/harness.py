@@ -53,6 +53,7 @@ SUITES = {
     "lm": Suite("bits_per_byte", False, "bits per byte (lower is better)", 60, "lm"),
     "vision": Suite("accuracy", True, "accuracy (higher is better)", 100, "vision"),
     "chat": Suite("exact_match", True, "exact match of answers (higher is better)", 30, "chat"),
+    "lm-chat": Suite("bits_per_byte", False, "bits per byte (lower is better)", 24, "lm_chat"),
 }
 
 

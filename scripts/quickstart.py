@@ -6,6 +6,8 @@
     python scripts/quickstart.py lm            four text domains, a byte-level Llama
     python scripts/quickstart.py vision        four image tasks, labelled and unlabelled
     python scripts/quickstart.py chat          three tasks in chat, SmolLM2-135M-Instruct with LoRA
+    python scripts/quickstart.py lm-chat       chat, code, headlines and reviews: LoRA and full
+                                               fine-tunes of SmolLM2-135M-Instruct
 
 For each seed the suite is built (or found in the cache). `gradmerge compare` scores baselines and
 learned merges on the test split and writes table, figures and a page to outputs/quickstart-SUITE,
@@ -34,6 +36,7 @@ METHODS = {
     "lm": ("tensor", "column"),
     "vision": ("tensor", "column", "entropy"),
     "chat": ("tensor", "column"),
+    "lm-chat": ("tensor", "column", "kl_column"),
 }
 
 
@@ -137,7 +140,7 @@ def main() -> int:
         classify(folder, suite)
     elif name == "lm":
         sample(folder)
-    elif name == "chat":
+    elif name in ("chat", "lm-chat"):
         answer(folder, suite)
     print(f"took {time.perf_counter() - start:.0f} s")
     return 0

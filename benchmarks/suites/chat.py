@@ -36,7 +36,9 @@ import math
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +78,44 @@ BATCH = 8
 EXPERT = (40, 1e-3)
 
 
+@dataclass(frozen=True)
+class Task:
+    """What an expert learns to answer, and how it is trained."""
+
+    read: Callable[[Path], Rows]
+    question: str
+    """Stands before the text."""
+    expert: tuple[int, float] = EXPERT
+    lora: Mapping[str, Any] | None = field(default_factory=lambda: LORA)
+    """Options of its adapter; None trains all weights."""
+    words: int | None = WORDS
+    """Words of a text that are shown; None shows all, and its lines."""
+    balanced: bool = True
+    """Each split has as many texts of each answer."""
+
+    def rows(self, cache: Path) -> Rows:
+        """Yield the rows with their texts as they are shown."""
+        for group, text, answer in self.read(cache):
+            yield group, text if self.words is None else shortened(text, self.words), answer
+
+
+@dataclass(frozen=True)
+class Form:
+    """Tasks, and the number of their conversations by split."""
+
+    tasks: Mapping[str, Task]
+    splits: Mapping[str, int]
+
+
 # ---- conversations ------------------------------------------------------------------------------
 
 Rows = Iterator[tuple[str, str, str]]
 """Group, text and answer; the rows of a group must not be spread over two splits."""
+
+
+def shortened(text: str, words: int = WORDS) -> str:
+    """Return the first words of a text."""
+    return " ".join(text.split()[:words])
 
 
 def read_news(cache: Path) -> Rows:
@@ -110,25 +146,36 @@ def read_tweets(cache: Path) -> Rows:
                 yield row["text"], row["text"], row["sentiment"]
 
 
+def one_word(name: str, read: Callable[[Path], Rows]) -> Task:
+    """Return a task whose answers are single words."""
+    return Task(read, f"{QUESTIONS[name]} Answer with one word.")
+
+
 READERS = {"news": read_news, "reviews": read_reviews, "tweets": read_tweets}
+FORM = Form({name: one_word(name, read) for name, read in READERS.items()}, SPLITS)
 
 
-def split(rows: Rows, seed: int, task: str) -> dict[str, list[tuple[str, str]]]:
-    """Draw each split with as many texts of each answer; no group and no text is in two splits."""
+def split(
+    rows: Rows, seed: int, task: str, sizes: Mapping[str, int], balanced: bool = True
+) -> dict[str, list[tuple[str, str]]]:
+    """Draw the splits of a task; no group and no text is in two of them.
+
+    Balanced splits have as many texts of each answer.
+    """
     seen: set[str] = set()
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for group, text, answer in rows:
-        short = " ".join(text.split()[:WORDS])
-        if short and short not in seen:
-            seen.add(short)
-            groups[group].append((short, answer))
+        if text and text not in seen:
+            seen.add(text)
+            groups[group].append((text, answer))
     rng = random.Random(f"{seed} {task}")
     names = sorted(groups)
     rng.shuffle(names)
     rest = iter(names)
-    answers = sorted({answer for found in groups.values() for _, answer in found})
+    kinds = {a: a if balanced else "" for found in groups.values() for _, a in found}
+    answers = sorted(set(kinds.values()))
     result = {}
-    for name, size in SPLITS.items():
+    for name, size in sizes.items():
         wanted = {
             a: size // len(answers) + (i < size % len(answers)) for i, a in enumerate(answers)
         }
@@ -138,21 +185,21 @@ def split(rows: Rows, seed: int, task: str) -> dict[str, list[tuple[str, str]]]:
             if group is None:
                 raise SuiteError(f"the split {name!r} of {task!r} needs {size} texts; fewer exist.")
             for text, answer in groups[group]:
-                if wanted[answer]:
-                    wanted[answer] -= 1
+                if wanted[kinds[answer]]:
+                    wanted[kinds[answer]] -= 1
                     taken.append((text, answer))
         result[name] = rng.sample(taken, size)
     return result
 
 
-def write_data(folder: Path, seed: int, cache: Path) -> None:
-    for task, read in READERS.items():
+def write_data(folder: Path, seed: int, cache: Path, form: Form) -> None:
+    for task, own in form.tasks.items():
         (folder / task).mkdir()
-        found = split(read(cache), seed, task)
+        found = split(own.rows(cache), seed, task, form.splits, own.balanced)
         for name, pairs in found.items():
             with (folder / task / f"{name}.jsonl").open("w", encoding="utf-8") as file:
                 for text, answer in pairs:
-                    asked = f"{QUESTIONS[task]} Answer with one word.\n\n{text}"
+                    asked = f"{own.question}\n\n{text}"
                     turns = [("user", asked), ("assistant", answer)]
                     messages = [{"role": role, "content": content} for role, content in turns]
                     file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
@@ -195,12 +242,14 @@ def encode(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], i
     return ids[:end], len(asked)
 
 
-def train(model: Any, tokenizer: Any, path: Path, name: str, seed: int) -> None:
-    """Train the adapter of `model` in place on the answers: AdamW, a cosine to a tenth."""
+def train(
+    model: Any, tokenizer: Any, path: Path, name: str, seed: int, expert: tuple[int, float]
+) -> None:
+    """Train `model` in place on the answers: AdamW, a cosine to a tenth."""
     import torch
 
     torch.set_num_threads(1)
-    steps, rate = EXPERT
+    steps, rate = expert
     with path.open(encoding="utf-8") as file:
         examples = [encode(tokenizer, json.loads(line)["messages"]) for line in file]
     rng = random.Random(seed)
@@ -226,9 +275,10 @@ def train(model: Any, tokenizer: Any, path: Path, name: str, seed: int) -> None:
             labels[row, start + before :] = ids[row, start + before :]
         # Logits of the answers alone, and of the token before each.
         kept = 1 + max(len(tokens) - before for tokens, before in several)
-        loss = model(
-            input_ids=ids, attention_mask=mask, labels=labels[:, -kept:], logits_to_keep=kept
-        ).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.float32):
+            loss = model(
+                input_ids=ids, attention_mask=mask, labels=labels[:, -kept:], logits_to_keep=kept
+            ).loss
         loss.backward()
         return loss.detach()
 
@@ -241,31 +291,41 @@ def train(model: Any, tokenizer: Any, path: Path, name: str, seed: int) -> None:
 # ---- the suite ----------------------------------------------------------------------------------
 
 
-def make_piece(piece: str, folder: Path, root: Path, seed: int) -> None:
+def make_piece(form: Form, piece: str, folder: Path, root: Path, seed: int) -> None:
     cache = root.parent
     if piece == "data":
-        return write_data(folder, seed, cache)
+        return write_data(folder, seed, cache, form)
     if piece == "base":
         return write_base(folder, cache)
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise SuiteError("training the experts needs the package peft: pip install peft") from error
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    task = piece.removeprefix("experts/")
-    torch.manual_seed(1000 * (1 + seed) + list(READERS).index(task))
-    base = AutoModelForCausalLM.from_pretrained(root / "base", local_files_only=True)
+    name = piece.removeprefix("experts/")
+    task = form.tasks[name]
+    torch.manual_seed(1000 * (1 + seed) + list(form.tasks).index(name))
+    model = AutoModelForCausalLM.from_pretrained(root / "base", local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(root / "base", local_files_only=True)
-    model = get_peft_model(base, LoraConfig(**LORA))
-    train(model, tokenizer, root / "data" / task / "train.jsonl", piece, seed)
+    model = model.float() if task.lora is None else adapted(model, task.lora)
+    train(model, tokenizer, root / "data" / name / "train.jsonl", piece, seed, task.expert)
+    if task.lora is None:
+        model.bfloat16()
+        tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return None
 
 
+def adapted(model: Any, lora: Mapping[str, Any]) -> Any:
+    """Return a model with a new adapter, the only part of it that is trained."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise SuiteError("training the experts needs the package peft: pip install peft") from error
+    return get_peft_model(model, LoraConfig(**lora))
+
+
 DATA = {**SPLITS, "words": WORDS, "questions": QUESTIONS, "packages": PACKAGES}
-SUITE = Suite("chat", make_piece, DATA, [GGUF], {task: [LORA, BATCH, EXPERT] for task in READERS})
+EXPERTS = {task: [LORA, BATCH, EXPERT] for task in READERS}
+SUITE = Suite("chat", partial(make_piece, FORM), DATA, [GGUF], EXPERTS)
 
 if __name__ == "__main__":
     SUITE.main()

@@ -486,6 +486,8 @@ def test_scores_of_generated_texts():
         Generation(metrics=[])
     with pytest.raises(ConfigError, match=r"generation.max_new_tokens: expected 1 to"):
         Generation(max_new_tokens=0)
+    with pytest.raises(ConfigError, match=r"generation.splits: expected selection, test or both"):
+        Generation(splits=[])
 
 
 def test_texts_to_generate_must_fit_the_positions(tmp_path):
@@ -494,6 +496,15 @@ def test_texts_to_generate_must_fit_the_positions(tmp_path):
     module, data, _ = world(tmp_path, case, max_length=32, generation=Generation(max_new_tokens=31))
     with pytest.raises(ConfigError, match=r"task a: expected at most 32 tokens, .* prompts of \d"):
         validate(trainer_of(tmp_path), module, data)
+
+
+def test_texts_are_generated_on_the_stated_splits_alone(tmp_path):
+    options = Generation(max_new_tokens=2, splits=["test"])
+    module, data, _ = world(tmp_path, CASES["chat"], generation=options)
+    validate(trainer_of(tmp_path), module, data)
+    trainer_of(tmp_path).test(module, datamodule=data, verbose=False)
+    assert "exact_match" not in module.results["selection"]["a"]
+    assert "exact_match" in module.results["test"]["a"]
 
 
 def test_generation_is_refused_for_kinds_without_an_answer(tmp_path):

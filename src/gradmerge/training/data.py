@@ -15,7 +15,6 @@ from gradmerge.common.errors import ConfigError, nearest, require
 from gradmerge.common.names import require_names
 from gradmerge.training.budget import LabelBudget, within_budget
 from gradmerge.training.examples import (
-    STAGES,
     Processor,
     Stage,
     TaskData,
@@ -176,7 +175,7 @@ class MergeDataModule(lightning.LightningDataModule):
             require_disjoint(task, used, kind.compared(cuts["adaptation"].columns))
         if data.generation is not None:
             self._questions[task] = {
-                stage: questions(cuts[stage], kind) for stage in STAGES if stage != "adaptation"
+                stage: questions(cuts[stage], kind) for stage in data.generation.splits
             }
             require_room(task, data, self._questions[task], network)
         for stage, rows in prepared.items():

@@ -27,6 +27,10 @@ class Generation:
     """Maximum number of tokens to generate per text."""
     limit: int | None = None
     """Maximum number of texts per split. Default: all examples."""
+    splits: list[Literal["selection", "test"]] = field(
+        default_factory=lambda: ["selection", "test"]
+    )
+    """Splits on which texts are generated; `[test]` saves the time of each validation."""
     check: Callable[[str, Mapping[str, Any]], bool] | None = None
     """Function that says whether a generated text passes, given the text and its row; their share
     is logged as `passed`. A YAML names a function of a module that `--allow_modules` names."""
@@ -43,6 +47,8 @@ class Generation:
         require(1 <= tokens <= _MOST, "generation.max_new_tokens", f"1 to {_MOST}", tokens)
         least = self.limit is None or self.limit >= 1
         require(least, "generation.limit", "at least 1 example", self.limit)
+        known_splits = set(self.splits) <= {"selection", "test"} and bool(self.splits)
+        require(known_splits, "generation.splits", "selection, test or both", self.splits)
 
     def scores(self, text: str, wanted: str, row: Mapping[str, Any]) -> dict[str, float]:
         """Return the scores of one generated text."""
