@@ -192,7 +192,9 @@ def copy_fixtures(root: Path) -> None:
 
 CONFIG: dict[str, Any] = {
     "seed_everything": 3,
-    "model": {"recipe": {"sources": {"a": "a", "b": "b"}, "base": "base"}},
+    "model": {
+        "recipe": {"sources": {"a": "a", "b": "b"}, "base": "base", "coefficients": "Tensor"}
+    },
     "data": {"tasks": {n: task(n) for n in "ab"}, "batch_size": 2, "check_disjoint": False},
     "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
     "trainer": {

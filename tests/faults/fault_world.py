@@ -160,7 +160,7 @@ def _configs() -> None:
     def fit(recipe: dict[str, Any], data: dict[str, Any], **model: Any) -> dict[str, Any]:
         return {
             "seed_everything": 0,
-            "model": {"recipe": recipe, **model},
+            "model": {"recipe": {**recipe, "coefficients": "Tensor"}, **model},
             "data": data,
             "optimizer": adam,
             "trainer": TRAINER,

@@ -228,8 +228,10 @@ def text_world(root: Path) -> dict[str, Any]:
             path.write_text("\n".join(json.dumps(row) for row in rows))
             files[split] = str(path)
         tasks[task] = {"path": "json", "kind": "text_classification", "data_files": files}
+    recipe = {"base": paths["base"], "sources": {k: paths[k] for k in "ab"}}
     return {
-        "model": {"recipe": {"base": paths["base"], "sources": {k: paths[k] for k in "ab"}}},
+        # a method of its own: without any, `gradmerge fit` takes the default one
+        "model": {"recipe": {**recipe, "coefficients": {"class_path": "Tensor"}}},
         "data": {"tasks": tasks, "batch_size": 2},
         "trainer": {
             "accelerator": "cpu",

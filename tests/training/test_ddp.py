@@ -117,6 +117,35 @@ torch.save(
 )
 """
 
+# Heads and adapters of each task, two of which share a source.
+PRIVATE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from gradmerge import TaskData
+from gradmerge.objectives import CrossEntropy, KLToSource, Objective
+from tiny import build, module_of, relatives, trainer_of, vectors
+
+folder, devices, memory = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+data = vectors(("one", "two", "three"), batch_size=4 // devices, count=12)
+for name, source in {"one": "a", "two": "a", "three": "b"}.items():
+    data.tasks[name] = TaskData(data.tasks[name].path, kind="tensors", source=source)
+parts = {"private": ["^head"], "trained": ["^head"], "adapters": {"^body": 2}}
+objective = Objective([CrossEntropy(), KLToSource(0.5)])
+module = module_of(relatives(build()), objective, memory=memory, **parts)
+module.configure_optimizers = lambda: torch.optim.SGD(module.parameter_groups(), lr=0.5)
+module.take_tasks(data.tasks)
+start = {name: value.detach().clone() for name, value in module.named_parameters()}
+options = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
+trainer = trainer_of(folder, **options, max_steps=5)
+trainer.fit(module, datamodule=data)
+found = {name: value.detach() for name, value in module.named_parameters()}
+scores = torch.tensor(module.results["selection"]["average"]["loss"])
+found = {"start": start, "end": {**found, "selection loss": scores}}
+torch.save(found, folder / f"found{trainer.global_rank}.pt")
+"""
+
 # Every split of seven rows over two processes, also of none at all: losses and gradients.
 TERMS = """
 import os, sys
@@ -276,17 +305,20 @@ def wait_for(processes):
         assert process.returncode == 0, errors[-3000:]
 
 
-def compare(tmp_path, monkeypatch, script, options):
-    """Run a script with each option in one process and in two; yield option and both folders."""
+def compare(tmp_path, monkeypatch, script, options, others=None):
+    """Run a script with each option in one process and in two; yield option and both folders.
+
+    Other scripts, by option, are run in the same two processes.
+    """
     given = {
-        option: [arguments(tmp_path / f"{option}-{n}", n, option, script) for n in (1, 2)]
-        for option in options
+        option: [arguments(tmp_path / f"{option}-{n}", n, option, own) for n in (1, 2)]
+        for option, own in {**dict.fromkeys(options, script), **(others or {})}.items()
     }
     for alone, _ in given.values():
         monkeypatch.setattr(sys, "argv", alone)
         runpy.run_path(alone[0])
     run_in_two(tmp_path, [both for _, both in given.values()])
-    for option in options:
+    for option in given:
         yield option, tmp_path / f"{option}-1", tmp_path / f"{option}-2"
 
 
@@ -315,10 +347,29 @@ def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
         assert (two / "logs" / "version_0" / "coefficients.png").is_file()
 
 
+def require_same_parts(one, two):
+    """Private parts have moved, by the same in one process and in both of two."""
+    alone = torch.load(one / "found0.pt")
+    own = [name for name in alone["end"] if "private" in name]
+    assert len(own) == 3 * (2 + 2)  # head.weight, head.bias, B and A of each task
+    moved = {name: (alone["end"][name] - alone["start"][name]).abs().max() for name in own}
+    assert min(moved.values()) > 1e-2, moved
+    both = [torch.load(two / f"found{rank}.pt") for rank in range(2)]
+    for found in both:
+        torch.testing.assert_close(found["end"], alone["end"], rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(both[0]["end"][name], both[1]["end"][name]) for name in own)
+
+
 @pytest.mark.slow
-def test_two_processes_take_means_over_the_rows_of_both(tmp_path, monkeypatch):
+def test_two_processes_take_means_over_the_rows_of_both_and_train_private_parts(
+    tmp_path, monkeypatch
+):
     options = ("resident-CrossEntropy", "resident-Entropy", "streamed-Entropy")
-    for option, one, two in compare(tmp_path, monkeypatch, MEANS, options):
+    others = {"streamed": PRIVATE}
+    for option, one, two in compare(tmp_path, monkeypatch, MEANS, options, others):
+        if option in others:
+            require_same_parts(one, two)
+            continue
         alone = torch.load(one / "found0.pt")
         assert (alone["raw"] - 0.3).abs().max() > 1e-2, option
         for rank in range(2):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import transformers
 import yaml
 
-from gradmerge import MergeDataModule, MergeModule, Recipe, TaskData
-from gradmerge.coefficients import Constant
+from gradmerge.cli.main import learn
+from gradmerge.coefficients import Column
 from gradmerge.export.folder import export_merged
-from gradmerge.objectives import Entropy, Objective
+from gradmerge.preprocess import TSVM
 from kinds import CASES, folders, rows
-from tiny import trainer_of
+from tiny import SPLITS
 
 SUITE = Path(__file__).parents[2] / "configs/suites/clip_eight_tasks.yaml"
 CASE = CASES["zero_shot_image_classification"]
@@ -38,29 +40,58 @@ def towers(root, kind):
     return paths
 
 
-@pytest.mark.parametrize("kind", [CLIP, PROJECTED], ids=["tower", "projected"])
-def test_the_suite_of_adamerging_learns_towers_alone(tmp_path, kind):
-    """With tiny towers of random weights and drawn images in the place of the hub's."""
+def tiny_suite(root, paths):
+    """The suite with tiny towers and drawn images in the place of the hub's."""
     suite = yaml.safe_load(SUITE.read_text())
+    recipe, tasks = suite["model"]["recipe"], suite["data"]["tasks"]
+    assert list(recipe["sources"]) == list(tasks)
+    label = datasets.ClassLabel(names=["w1", "w2 w3", "w4"])
+    columns = datasets.Features({"image": datasets.Image(), "label": label})
+    recipe["base"] = paths["base"]
+    for i, (name, task) in enumerate(tasks.items()):
+        recipe["sources"][name] = paths["ab"[i % 2]]
+        assert list(task.pop("splits")) == list(SPLITS)
+        drawn = {s: rows(CASE, 10 * i + j, 2) for j, s in enumerate(SPLITS)}
+        parts = {s: datasets.Dataset.from_list(given, columns) for s, given in drawn.items()}
+        datasets.DatasetDict(parts).save_to_disk(root / name)
+        task.pop("name", None)
+        task["path"] = str(root / name)
+    suite["data"] |= {"batch_size": 2, "eval_batch_size": 2}
+    suite["trainer"] |= {"max_steps": 2, "val_check_interval": 1, "accelerator": "cpu"}
+    (root / "suite.yaml").write_text(yaml.safe_dump(suite))
+    return str(root / "suite.yaml")
+
+
+PER_TASK = {"private": ["^visual_projection"], "trained": ["^visual_projection"]}
+
+
+@pytest.mark.usefixtures("own_folder")
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [(CLIP, {}), (PROJECTED, {}), (PROJECTED, PER_TASK)],
+    ids=["tower", "projected", "projections"],
+)
+def test_the_suite_of_adamerging_learns_towers_alone(tmp_path, kind, parts):
+    """By the default method; the projections per task as the head of the suite says."""
     paths = towers(tmp_path / "models", kind)
-    names = list(suite["model"]["recipe"]["sources"])
-    assert names == list(suite["data"]["tasks"])
-    tasks = {}
-    for i, name in enumerate(names):
-        fields = {k: v for k, v in suite["data"]["tasks"][name].items() if k not in _OF_THE_HUB}
-        splits = {s: rows(CASE, 10 * i + j, 2) for j, s in enumerate(suite_splits(suite, name))}
-        tasks[name] = TaskData(path=splits, class_names=["w1", "w2 w3", "w4"], **fields)
-    sources = {name: paths["ab"[i % 2]] for i, name in enumerate(names)}
-    recipe = Recipe(sources, base=paths["base"], init=Constant(0.1))
-    module = MergeModule(recipe, Objective([Entropy()]))
-    data = MergeDataModule(tasks, batch_size=2)
-    trainer_of(tmp_path, max_steps=2).fit(module, datamodule=data)
+    options = [f"--model.recipe.{name}={json.dumps(value)}" for name, value in parts.items()]
+    if parts:
+        options += ["--model.objective.terms", "HardLabels", "--optimizer", "torch.optim.Adam"]
+    module = learn(["fit", "--config", tiny_suite(tmp_path, paths), *options]).model
     merged = module.merged
-    owners = merged.plan.binding.owners
-    learned = {place for key in merged.plan.layout.slots for place in owners[key]}
+    plan = merged.plan
+    learned = {place for key in plan.layout.slots for place in plan.binding.owners[key]}
     assert all(place.startswith(("vision_model.", "visual_projection.")) for place in learned)
-    assert ("visual_projection.weight" in learned) == (kind is PROJECTED)
-    assert (merged.raw["tensor"] != 0.1).any()
+    assert ("visual_projection.weight" in learned) == (kind is PROJECTED and not parts)
+    start = plan.initial_raw()
+    assert any(not torch.equal(raw, start[key]) for key, raw in merged.raw.items())
+    assert len(module.results["selection"]) == 8 + 1
+    if parts:
+        own = [value for name, value in module.named_parameters() if "private" in name]
+        assert [value.shape for value in own] == [(8, 8)] * 8
+        assert len({value.detach().numpy().tobytes() for value in own}) == 8
+        return
+    assert (module.recipe.coefficients, module.recipe.preprocess) == (Column(), [TSVM()])
 
     export_merged(merged, tmp_path / "out")
     loaded = transformers.CLIPModel.from_pretrained(tmp_path / "out").eval()
@@ -68,13 +99,3 @@ def test_the_suite_of_adamerging_learns_towers_alone(tmp_path, kind):
     for place, parameter in loaded.named_parameters():
         assert torch.equal(parameter, base.get_parameter(place)) == (place not in learned), place
     assert transformers.AutoProcessor.from_pretrained(tmp_path / "out").tokenizer is not None
-
-
-_OF_THE_HUB = ("path", "name", "splits")
-
-
-def suite_splits(suite, name):
-    """The splits that a task of the suite names."""
-    found = list(suite["data"]["tasks"][name]["splits"])
-    assert found == ["adaptation", "selection", "test"]
-    return found

@@ -33,6 +33,7 @@ from gradmerge.cli.defaults import listed, with_coefficients, with_csv
 from gradmerge.cli.early import require_monitors, require_options, require_seed
 from gradmerge.cli.explain import Explained
 from gradmerge.cli.imports import ALLOW_MODULES, require_allowed
+from gradmerge.cli.method import describe_method
 from gradmerge.cli.options import ABOUT
 from gradmerge.cli.places import require_scored
 from gradmerge.cli.resume import NAMES, find_checkpoint, move_sources
@@ -84,10 +85,20 @@ def require_trusted_tasks(callbacks: Sequence[Any], allowed: Sequence[str]) -> N
 
 
 class SaveConfig(SaveConfigCallback):
-    """Save the configuration beside a fit's logs, without secrets."""
+    """Save the configuration beside a fit's logs, without secrets.
 
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
+    Args:
+        parser: the parser.
+        config: the configuration.
+        method: origin of the method, for the record of the run.
+        **options: those of Lightning's callback.
+    """
+
+    def __init__(
+        self, parser: LightningArgumentParser, config: Namespace, method: str = "", **options: Any
+    ) -> None:
         super().__init__(parser, masked(config), **options)
+        self.method = method
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Save it, unless its place is one that must not be written to."""
@@ -107,6 +118,8 @@ class MergeCLI(LightningCLI):
     driver: AbstractDriver | None = None
     allowed: tuple[str, ...] = ()
     """Modules that the command line allows to import."""
+    method = ""
+    """Origin of the method in words."""
     opens = True
     """False to make only recipe, data and search: `model` is then a call that opens the sources."""
     _seeded = True
@@ -382,7 +395,10 @@ class MergeCLI(LightningCLI):
             print(score_table(split, results, experts))
 
     def before_fit(self) -> None:
-        """Search for initial coefficients, unless a checkpoint provides them."""
+        """Name the method; search for initial coefficients, unless a checkpoint has them."""
+        if self.method:
+            text = describe_method(self.model.recipe, self.model.objective)
+            rank_zero_info(f"method: {self.method}: {text}")
         search = self._get(self.config_init, "search")
         if search is None:
             return

@@ -86,7 +86,7 @@ def read_parts(command: str, arguments: Sequence[str]) -> list[Part]:
     Raises:
         ConfigError: a file does not exist, is not YAML, or holds something else than options.
     """
-    parts = list(_parts(command, arguments))
+    parts = list(parts_of(command, arguments))
     dropped: list[str] = ["search", "score"] if command == "collect" else []
     if command == "merge" and not any(map(_asks_for_data, parts)):
         dropped.append("data")
@@ -100,7 +100,8 @@ def _asks_for_data(part: Part) -> bool:
     return bool(part.value.get("search") or part.value.get("score"))
 
 
-def _parts(command: str, arguments: Sequence[str]) -> Iterator[Part]:
+def parts_of(command: str, arguments: Sequence[str]) -> Iterator[Part]:
+    """Yield the options and files among arguments, in order, as they are given."""
     at, files = 0, {at: (flag, path) for at, flag, path in configs_in(arguments)}
     if "config" not in options_of(command).fields:
         files = {}

@@ -13,6 +13,7 @@ from typing import Any
 from gradmerge.cli.arguments import underscored, with_model_folder, with_sources
 from gradmerge.cli.ending import watch_processes
 from gradmerge.cli.explain import COMPONENTS
+from gradmerge.cli.method import with_method
 from gradmerge.cli.options import LEARNING
 from gradmerge.cli.precheck import prechecked
 from gradmerge.common.secrets import mask_given
@@ -35,7 +36,10 @@ def learn(arguments: Sequence[str] | None, run: bool = True, opens: bool = True)
     # `given` starts with the command, unless it is only parsed
     count = 1 if given and given[0] in LEARNING else 0
     command = given[0] if count else "fit"
-    given = [*given[:count], *prechecked(command, given[count:])]
+    options, method = given[count:], ""
+    if count and not {"-h", "--help"} & set(options):
+        options, method = with_method(command, options)
+    given = [*given[:count], *prechecked(command, options)]
 
     from gradmerge.cli.configs import refuse_mergekit
     from gradmerge.cli.fit import MergeCLI, SaveConfig
@@ -53,6 +57,7 @@ def learn(arguments: Sequence[str] | None, run: bool = True, opens: bool = True)
             os.environ.setdefault("WANDB_X_DISABLE_META", "true")  # it would record them
     quieten()
     MergeCLI.allowed, MergeCLI.opens = allowed_modules(given), opens
+    MergeCLI.method = method
     with only_components(MergeCLI.allowed):
         return MergeCLI(
             MergeModule,
@@ -60,7 +65,7 @@ def learn(arguments: Sequence[str] | None, run: bool = True, opens: bool = True)
             args=None if arguments is None else given,
             run=run,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"overwrite": True, "method": method},
             # its table shows a module without parameters other than coefficients
             trainer_defaults={"log_every_n_steps": 1, "enable_model_summary": False},
             parser_kwargs={"prog": "gradmerge"},

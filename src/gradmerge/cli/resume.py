@@ -41,7 +41,8 @@ def _places(trainer: Mapping[str, Any], root: Path) -> Iterator[Path]:
     for option, field in (("callbacks", "dirpath"), ("logger", "save_dir")):
         given: Any = trainer.get(option)
         for part in given if isinstance(given, list) else [given]:
-            place = part.get(f"init_args.{field}") if isinstance(part, Namespace) else None
+            own = part.get("init_args") if isinstance(part, (Namespace, Mapping)) else None
+            place = own.get(field) if isinstance(own, (Namespace, Mapping)) else None
             if isinstance(place, str):
                 yield Path(place).expanduser()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,8 @@ def start_run(trainer: Any, module: Any) -> None:
 def describe(trainer: Any, module: Any) -> dict[str, Any]:
     """Return the seed, versions, optimisers, limits, data and YAML of a trainer's run.
 
-    The YAML is the whole configuration as LightningCLI saves it, if there is one.
+    From the command line, there are also the whole configuration as LightningCLI saves it, and the
+    origin of the method.
     """
     limits = {name: to_plain(getattr(trainer, name, None)) for name in _LIMITS}
     options = {name: value for name, value in module.hparams.items() if name != "recipe"}
@@ -78,8 +79,13 @@ def describe(trainer: Any, module: Any) -> dict[str, Any]:
     data = getattr(trainer, "datamodule", None)
     if data is not None:
         run["data"] = describe_data(data)
-    text = _yaml(trainer.callbacks)
-    return {**run, "yaml": text} if text else run
+    for callback in trainer.callbacks:
+        if isinstance(callback, SaveConfigCallback):
+            run["yaml"] = str(callback.parser.dump(callback.config, skip_none=False))
+            if method := getattr(callback, "method", ""):
+                run["method"] = method
+            break
+    return run
 
 
 def whole_config(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,11 +141,3 @@ def _task(task: Any) -> Any:
     if not isinstance(getattr(task, "path", ""), str):
         task = dataclasses.replace(task, path="in memory")
     return to_plain(task)
-
-
-def _yaml(callbacks: Sequence[Any]) -> str:
-    """Return the configuration of the command line as YAML, or an empty string."""
-    for callback in callbacks:
-        if isinstance(callback, SaveConfigCallback):
-            return str(callback.parser.dump(callback.config, skip_none=False))
-    return ""
