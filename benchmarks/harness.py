@@ -52,6 +52,8 @@ SUITES = {
     "text8": Suite("accuracy", True, "accuracy (higher is better)", 240, "text8"),
     "lm": Suite("bits_per_byte", False, "bits per byte (lower is better)", 60, "lm"),
     "vision": Suite("accuracy", True, "accuracy (higher is better)", 100, "vision"),
+    "vision4": Suite("accuracy", True, "accuracy (higher is better)", 100, "vision8", ("--quick",)),
+    "vision8": Suite("accuracy", True, "accuracy (higher is better)", 160, "vision8"),
     "chat": Suite("exact_match", True, "exact match of answers (higher is better)", 30, "chat"),
     "lm-chat": Suite("bits_per_byte", False, "bits per byte (lower is better)", 24, "lm_chat"),
 }

@@ -5,6 +5,9 @@
     python scripts/quickstart.py text8         eight of them
     python scripts/quickstart.py lm            four text domains, a byte-level Llama
     python scripts/quickstart.py vision        four image tasks, labelled and unlabelled
+    python scripts/quickstart.py vision4       four image tasks, a vision transformer of 315,000
+                                               parameters, learned without labels
+    python scripts/quickstart.py vision8       eight of them
     python scripts/quickstart.py chat          three tasks in chat, SmolLM2-135M-Instruct with LoRA
     python scripts/quickstart.py lm-chat       chat, code, headlines and reviews: LoRA and full
                                                fine-tunes of SmolLM2-135M-Instruct
@@ -35,6 +38,8 @@ METHODS = {
     "text8": ("default",),
     "lm": ("tensor", "column"),
     "vision": ("tensor", "column", "entropy"),
+    "vision4": ("default",),
+    "vision8": ("default",),
     "chat": ("tensor", "column"),
     "lm-chat": ("tensor", "column", "kl_column"),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -55,6 +56,32 @@ def optimise(
             say(f"{name} step {step}/{steps}  loss {mean:.3f}  {left:.0f} s left")
             if not math.isfinite(mean):
                 raise SuiteError(f"training {name} diverged at step {step}; lower its rate")
+
+
+def linear_probe(features: Any, labels: Any, classes: int, penalty: float) -> Any:
+    """Fit a linear head to features by logistic regression, with a weight on its squared norm."""
+    import torch
+
+    head = torch.nn.Linear(features.shape[1], classes)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    optimiser = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Any:
+        optimiser.zero_grad()
+        value = torch.nn.functional.cross_entropy(head(features), labels)
+        value = value + penalty * head.weight.square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    return head
+
+
+def drawn(content: bytes, seed: int) -> float:
+    """Return a number in [0, 1) that depends on the content and the seed alone."""
+    digest = hashlib.sha256(f"{seed} ".encode() + content).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 # ---- the cache: folders are written aside and renamed when complete ------------------------------

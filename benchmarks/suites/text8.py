@@ -37,7 +37,6 @@ from __future__ import annotations
 import csv
 import email
 import email.policy
-import hashlib
 import json
 import math
 import random
@@ -56,7 +55,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness import write_json
 from suites import chat
-from suites.common import Suite, SuiteError, install, optimise, replacing, say
+from suites.common import (
+    Suite,
+    SuiteError,
+    drawn,
+    install,
+    linear_probe,
+    optimise,
+    replacing,
+    say,
+)
 
 # Pinned: another version may hold other text, and the numbers in the documentation would move.
 PACKAGES = {
@@ -196,12 +204,6 @@ READERS: dict[str, Any] = {
 }
 
 
-def drawn(text: str, seed: int) -> float:
-    """Return a number in [0, 1) that depends on the text and the seed alone."""
-    digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
 def split(rows: Rows, seed: int, task: str, form: Form) -> dict[str, list[tuple[str, str]]]:
     """Put every text into the split of its hash, in the order of the hashes.
 
@@ -212,7 +214,7 @@ def split(rows: Rows, seed: int, task: str, form: Form) -> dict[str, list[tuple[
         # beyond what the encoder reads, texts may differ that are the same to it
         if short := " ".join(text.split()[: form.tokens]):
             answers.setdefault(short, answer)
-    numbers = sorted((drawn(text, seed), text) for text in answers)
+    numbers = sorted((drawn(text.encode(), seed), text) for text in answers)
     found: dict[str, list[tuple[str, str]]] = {}
     low = 0.0
     for name, share in SHARES.items():
@@ -285,19 +287,7 @@ def fit_probe(model: Any, texts: Texts, count: int) -> None:
         with torch.inference_mode():
             found.append(model.base_model(**inputs).pooler_output)
     pooled = torch.cat(found).clone()
-    head = torch.nn.Linear(pooled.shape[1], int(texts.labels.max()) + 1)
-    torch.nn.init.zeros_(head.weight)
-    torch.nn.init.zeros_(head.bias)
-    optimiser = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> Any:
-        optimiser.zero_grad()
-        value = torch.nn.functional.cross_entropy(head(pooled), labels)
-        value = value + PENALTY * head.weight.square().sum()
-        value.backward()
-        return value
-
-    optimiser.step(loss)
+    head = linear_probe(pooled, labels, int(texts.labels.max()) + 1, PENALTY)
     model.classifier.load_state_dict(head.state_dict())
 
 
