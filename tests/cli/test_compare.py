@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
 import math
@@ -57,10 +56,50 @@ def compared(world, tmp_path_factory):
     try:
         folder = f"mine={world['model']['recipe']['sources']['b']}"
         more = [TENSOR, TIES, REGMEAN, GREEDY, folder, "--examples", "3", "--ensemble", *OPTIONS]
+        more += ["--also", short(root, world), f"new={untrained(root, world)}"]
         assert main(["compare", suite, *more, "--output", "out"]) == 0
     finally:
         os.chdir(before)
     return root / "out", suite, json.loads((root / "out/results.json").read_text())
+
+
+def short(root, world):
+    """Write test data of task `a` that are the first five texts."""
+    path = root / "short.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows_of_test(world, "a")[:5]))
+    tasks = {"a": {"data_files": {"test": str(path)}}}
+    return write(root / "short.yaml", {"data": {"tasks": tasks}})
+
+
+def untrained(root, world):
+    """Write test data of a task without a source: the texts of `b`."""
+    tasks = {"c": world["data"]["tasks"]["b"]}
+    return write(root / "untrained.yaml", {"data": {"tasks": tasks}})
+
+
+def rows_of_test(world, task):
+    text = Path(world["data"]["tasks"][task]["data_files"]["test"]).read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_choices_are_scored_on_other_data_too(compared, world):
+    folder, _, found = compared
+    first, second = found["others"]["short"], found["others"]["new"]
+    assert (first["tasks"], second["tasks"]) == (["a"], ["c"])
+    assert {one["name"] for one in second["rows"]} == {one["name"] for one in found["rows"][:-1]}
+    for one in second["rows"]:
+        name = one["name"]
+        assert record(second, name)["test"]["c"] == record(found, name)["test"]["b"]
+    for name, weights in BUILT_IN.items():
+        expected = accuracy([averaged(world, weights)], world, "a", 5)
+        assert score_of(first, name, "a") == pytest.approx(expected)
+    assert score_of(first, BOUND, "a") == score_of(first, "expert a", "a")
+    assert row(first, "tensor")["interval"]["difference"] == pytest.approx(
+        score_of(first, "tensor", "a") - score_of(first, "task_arithmetic", "a")
+    )
+    assert "On short, accuracy:" in (folder / "table.md").read_text()
+    lines = list(csv.DictReader((folder / "table.csv").open()))
+    assert {line["data"] for line in lines} == {"test", "short", "new"}
 
 
 def row(found, name):
@@ -97,12 +136,9 @@ def test_built_in_rows_score_as_transformers_scores_them(compared, world, tmp_pa
     scored = ["test", "--config", data, "--model", recipe["sources"]["b"]]
     assert main([*scored, "--trainer.accelerator=cpu", "--trainer.logger=false"]) == 0
     assert average(capsys) == pytest.approx(score_of(found, "expert b", "average"), abs=1e-4)
-    sources = [transformers.BertForSequenceClassification.from_pretrained(p) for p in places(world)]
+    sources = networks_of(world)
     for name, weights in BUILT_IN.items():
-        network = copy.deepcopy(sources[0])
-        with torch.no_grad():
-            for parts in zip(*(one.parameters() for one in (network, *sources)), strict=True):
-                parts[0].copy_(sum(w * part for w, part in zip(weights, parts[1:], strict=True)))
+        network = averaged(world, weights)
         for task in "ab":
             assert accuracy([network], world, task) == pytest.approx(score_of(found, name, task))
     for task in "ab":
@@ -130,10 +166,22 @@ def places(world):
     return [recipe["base"], *recipe["sources"].values()]
 
 
-def accuracy(networks, world, task):
+def networks_of(world):
+    return [transformers.BertForSequenceClassification.from_pretrained(p) for p in places(world)]
+
+
+def averaged(world, weights):
+    """A network whose parameters are sums of those of base and sources."""
+    network, *networks = (networks_of(world)[0], *networks_of(world))
+    with torch.no_grad():
+        for own, *parts in zip(*(n.parameters() for n in (network, *networks)), strict=True):
+            own.copy_(sum(w * part for w, part in zip(weights, parts, strict=True)))
+    return network
+
+
+def accuracy(networks, world, task, count=None):
     """The share of test texts whose most likely class, by the mean probability, is right."""
-    text = Path(world["data"]["tasks"][task]["data_files"]["test"]).read_text()
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = rows_of_test(world, task)[:count]
     tokenizer = transformers.AutoTokenizer.from_pretrained(places(world)[0])
     inputs = tokenizer([row["text"] for row in rows], return_tensors="pt")
     inputs.pop("token_type_ids", None)
@@ -362,7 +410,7 @@ class Curve:
         score = -abs(math.log(trial.value / self.best)) + (trial.examples or 0)
         trial.selection, trial.score = {"accuracy": score}, "accuracy"
 
-    def test(self, trial):
+    def scored(self, trial, other):
         self.tested.append((trial.value, trial.examples))
         return {"average": {"accuracy": 1.0}}, {}
 
@@ -373,6 +421,7 @@ def bench_of(world, tmp_path, monkeypatch):
         suite = write(tmp_path / "suite.yaml", world)
         work = Work(0, Method.read(TENSOR), suite, {}, str(tmp_path), 3, **more)
         monkeypatch.setattr(Bench, "runner", curve)
+        monkeypatch.setattr(Bench, "_scored", lambda _, *given: curve.scored(*given))
         bench = Bench(work, lambda *_: None)
         return bench, lambda name: json.loads((work.place / name).read_text())
 

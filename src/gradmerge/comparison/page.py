@@ -68,6 +68,8 @@ def page(found: Comparison, images: Mapping[str, bytes], **options: Any) -> str:
         body += ["<h2>By adaptation examples per task</h2>", table(*curve_rows(found))]
     body += [f"<p>{html.escape(note.replace('**', ''))}</p>" for note in notes(found)]
     body += [f'<p class="note">{html.escape(line)}</p>' for line in found.about]
+    for name, other in found.others.items():
+        body += [f"<h2>On {html.escape(name)}</h2>", table(*head_and_rows(other))]
     for name, image in images.items():
         body += figure(image, _TITLES[name], _ABOUT[name])
     if images:

@@ -104,6 +104,7 @@ class Comparison:
         splits: identity of each task's test split by seed, which says what seeds share.
         curves: rows of learning curves, by method and number of examples per task.
         about: how the comparison was made, in a few sentences.
+        others: the same rows on other test data, by their name.
     """
 
     rows: list[Row]
@@ -113,6 +114,7 @@ class Comparison:
     splits: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
     curves: Mapping[str, Mapping[int, Row]] = field(default_factory=dict)
     about: Sequence[str] = ()
+    others: Mapping[str, Comparison] = field(default_factory=dict)
 
     @property
     def higher_is_better(self) -> bool:

@@ -33,6 +33,9 @@ def markdown(found: Comparison) -> str:
     if found.curves:
         parts += ["By adaptation examples per task:", _table(*curve_rows(found))]
     parts += [*notes(found), *found.about]
+    for name, other in found.others.items():
+        parts += [f"On {name}, {_words(other.metric)}:", _table(*head_and_rows(other))]
+        parts += notes(other)
     return "\n\n".join(parts) + "\n"
 
 
@@ -138,13 +141,15 @@ def as_csv(found: Comparison) -> str:
     """Return one line per row, seed and task, with the average among the tasks."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "kind", "seed", "examples", "task", "metric", "value"])
-    curves = [(size, row) for curve in found.curves.values() for size, row in curve.items()]
-    for size, row in [("", row) for row in found.scored] + curves:
-        for seed, outcome in row.outcomes.items():
-            for task, scores in outcome.test.items():
-                for metric, value in scores.items():
-                    writer.writerow([row.name, row.kind, seed, size, task, metric, value])
+    writer.writerow(["data", "method", "kind", "seed", "examples", "task", "metric", "value"])
+    for data, one in {"test": found, **found.others}.items():
+        curves = [(size, row) for curve in one.curves.values() for size, row in curve.items()]
+        for size, row in [("", row) for row in one.scored] + curves:
+            for seed, outcome in row.outcomes.items():
+                for task, scores in outcome.test.items():
+                    for name, value in scores.items():
+                        about = [data, row.name, row.kind, seed, size, task]
+                        writer.writerow([*about, name, value])
     return text.getvalue()
 
 
@@ -173,6 +178,7 @@ def as_plain(found: Comparison) -> dict[str, Any]:
             for name, curve in found.curves.items()
         },
         "about": list(found.about),
+        "others": {name: as_plain(other) for name, other in found.others.items()},
     }
 
 

@@ -10,7 +10,15 @@ from typing import Any
 import yaml
 
 from gradmerge.cli.compare.methods import Method
-from gradmerge.cli.compare.work import MissingError, Say, Work, read_final, write_final
+from gradmerge.cli.compare.work import (
+    MissingError,
+    Other,
+    Say,
+    Work,
+    read_final,
+    recorded,
+    write_final,
+)
 from gradmerge.common.memory import peak_memory, reset_peak_memory
 
 BASELINES = Method(
@@ -66,20 +74,21 @@ class Baselines:
     def _row(self, name: str, kind: str, coefficients: Any) -> str:
         key = self.work.key(name, None)
         path: Path = self.work.place / f"final-{key}.json"
-        if read_final(path) is not None:
-            return path.name
-        if self._known_only:
-            raise MissingError
-        reset_peak_memory()
-        self._open()
-        began = time.perf_counter()
-        test, examples = self._score(kind, coefficients)
-        seconds = time.perf_counter() - began
-        told = {"row": name, "kind": kind, "test": test, "memory": peak_memory(), "trials": 0}
-        told |= {"score": self.score.name, "higher_is_better": self.score.higher_is_better}
-        write_final(path, {**told, "source": name.removeprefix("expert ")}, examples)
-        value = test["average"].get(self.score.name, float("nan"))
-        self._say(f"{name}: test {self.score.name.replace('_', ' ')} {value:.4f}", seconds)
+        about = {"row": name, "kind": kind, "source": name.removeprefix("expert ")}
+        if read_final(path) is None:
+            began = time.perf_counter()
+            test, examples = self._score(kind, coefficients, None)
+            told = {"memory": peak_memory(), "trials": 0, "test": test}
+            told |= {"score": self.score.name, "higher_is_better": self.score.higher_is_better}
+            write_final(path, {**about, **told}, examples)
+            value = test["average"].get(self.score.name, float("nan"))
+            shown = f"{name}: test {self.score.name.replace('_', ' ')} {value:.4f}"
+            self._say(shown, time.perf_counter() - began)
+        for other in self.work.others:
+            at = other.record(path)
+            if read_final(at) is None:
+                with recorded(at, about) as write:
+                    write(*self._score(kind, coefficients, other))
         return path.name
 
     def _open(self) -> None:
@@ -87,6 +96,7 @@ class Baselines:
 
         if self._found is not None:
             return
+        reset_peak_memory()
         self._found = parse(self.work.options(None))
         recipe = recipe_of(self._found)
         self.data = shared_data(self._found.datamodule, recipe)
@@ -95,22 +105,26 @@ class Baselines:
         plain = replace(recipe, frozen={})
         self.whole = module_of(self._found, plain) if recipe.frozen else self.module
 
-    def _score(self, kind: str, coefficients: Any) -> tuple[dict[str, Any], Any]:
-        from gradmerge.cli.compare.opened import scorer_of
+    def _score(self, kind: str, coefficients: Any, other: Other | None) -> tuple[Any, Any]:
+        if self._known_only:
+            raise MissingError
+        from gradmerge.cli.compare.opened import other_data, scorer_of
         from gradmerge.coefficients import Constant
         from gradmerge.training.ensemble import ensemble_scores
         from gradmerge.training.search import set_coefficients
 
+        self._open()
+        data = self.data if other is None else other_data(self.work, other)
         if kind == "ensemble":
-            self.data.attach(self.whole.merged)
-            self.data.setup()
-            self.whole.take_tasks(self.data.tasks)
-            found, examples, self.score = ensemble_scores(self.whole, self.data)
+            data.attach(self.whole.merged)
+            data.setup()
+            self.whole.take_tasks(data.tasks)
+            found, examples, self.score = ensemble_scores(self.whole, data)
             return found, examples
         module = self.module if kind == "average" else self.whole
         set_coefficients(module.merged, Constant(coefficients))
         module.keep_examples()
         tree = self.work.method.tree(self.work.suite)
-        found = scorer_of(module, self.data, tree).test()
+        found = scorer_of(module, data, tree).test()
         self.score = module.score
         return found, module.examples

@@ -10,14 +10,17 @@ from typing import Any
 from gradmerge.cli.compare.folder import FolderRunner
 from gradmerge.cli.compare.learned import LearnedRunner
 from gradmerge.cli.compare.methods import SCALE, Axis
+from gradmerge.cli.compare.opened import other_data, scorer_of
 from gradmerge.cli.compare.static import StaticRunner
 from gradmerge.cli.compare.work import (
     MissingError,
+    Other,
     Say,
     Trial,
     Work,
     read_final,
     read_record,
+    recorded,
     write_final,
     write_record,
 )
@@ -150,16 +153,31 @@ class Bench:
 
     def _final(self, trial: Trial, told: Mapping[str, Any]) -> str:
         """Score a trial on the test split, unless that was done; return the record's name."""
-        path = self.work.place / f"final-{trial.key}.json"
-        if (known := read_final(path)) is not None:
-            if {key: known.get(key) for key in told} != dict(told):
-                write_record(path, {**known, **told})
-            return path.name
-        self._require_allowed_to_run()
-        test, examples = self.runner.test(trial)
-        kept = {"row": self.work.method.name, "kind": "method", "learns": self.work.method.learns}
-        write_final(path, {**vars(trial), **kept, **told, "test": test}, examples)
+        work = self.work
+        path = work.place / f"final-{trial.key}.json"
+        kept = {"row": work.method.name, "kind": "method"}
+        known = read_final(path)
+        if known is None:
+            test, examples = self._scored(trial, None)
+            kept_too = {**vars(trial), **kept, "learns": work.method.learns}
+            write_final(path, {**kept_too, **told, "test": test}, examples)
+        elif {key: known.get(key) for key in told} != dict(told):
+            write_record(path, {**known, **told})
+        for other in work.others if trial.examples is None else ():
+            at = other.record(path)
+            if read_final(at) is None:
+                with recorded(at, {**kept, "score": trial.score}) as write:
+                    write(*self._scored(trial, other))
         return path.name
+
+    def _scored(self, trial: Trial, other: Other | None) -> tuple[dict[str, Any], Any]:
+        """Return the scores of a trial on test data, and those of each example."""
+        self._require_allowed_to_run()
+        work = self.work
+        data = None if other is None else other_data(work, other)
+        module, own = self.runner.chosen(trial, data)
+        module.keep_examples()
+        return scorer_of(module, own, work.method.tree(work.suite)).test(), module.examples
 
     def _require_allowed_to_run(self) -> None:
         if self._known_only:

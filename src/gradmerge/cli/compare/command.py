@@ -82,6 +82,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="true",
         help="tune for each number of examples, too (default: the rate chosen with all)",
     )
+    add(
+        "--also",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="YAML with other test data, as `data.tasks` that complete the suite's: each choice is "
+        "also scored on them (corrupted inputs, tasks that no source was trained on)",
+    )
     add("--resamples", type=int, default=2000, help="of the bootstrap (default: 2000)")
     add("--workers", type=int, default=1, help="processes; 0: in this one (default: 1)")
     add(

@@ -47,8 +47,10 @@ class FolderRunner:
         found = parse(work.options(None))
         data = shared_data(found.datamodule, recipe_of(found))
         tree = work.method.tree(work.suite)
-        self._module, own = opened_folder(Path(work.method.folder).expanduser(), data, tree)
-        self._scorer = scorer_of(self._module, own, tree)
+        self._place = Path(work.method.folder).expanduser()
+        self._tree = tree
+        self._module, self._own = opened_folder(self._place, data, tree)
+        self._scorer = scorer_of(self._module, self._own, tree)
 
     def prepare(self, value: Any) -> None:
         """Do nothing: there is one model."""
@@ -60,7 +62,8 @@ class FolderRunner:
         trial.higher_is_better = self._module.score.higher_is_better
         trial.label = "finished model"
 
-    def test(self, trial: Trial) -> tuple[dict[str, Any], Any]:
-        """Return the scores on the test split, and those of each example."""
-        self._module.keep_examples()
-        return self._scorer.test(), self._module.examples
+    def chosen(self, trial: Trial, data: Any = None) -> tuple[MergeModule, Any]:
+        """Return the model, and the suite's data or others with its heads."""
+        if data is None:
+            return self._module, self._own
+        return opened_folder(self._place, data, self._tree)

@@ -182,24 +182,26 @@ class LearnedRunner:
         in_blocks = isinstance(cli.driver, LayerWise)  # which matches hidden states
         trial.labels = not in_blocks and cli.job.objective.needs_labels
 
-    def test(self, trial: Trial) -> tuple[dict[str, Any], Any]:
-        """Return the scores of what was kept on the test split, and those of each example."""
+    def chosen(self, trial: Trial, data: Any = None) -> tuple[MergeModule, Any]:
+        """Return a module of what was kept, and the suite's data or others."""
         work, place = self._work, self._work.place / trial.checkpoint
-        recipe, data = self._shared()
-        key, last = self._last
+        recipe, own = self._shared()
+        data = own if data is None else data
         if place.is_dir():
-            module, data = opened_folder(place, data, self._tree)
-        elif key == trial.key:
-            module = last
-            module.load_state_dict(load_checkpoint(place)["state_dict"])
+            return opened_folder(place, data, self._tree)
+        key, module = self._last
+        if key == trial.key:
+            kept = load_checkpoint(place)
+            module.on_load_checkpoint(kept)
+            module.load_state_dict(kept["state_dict"])
         else:
             module = MergeModule.load_from_checkpoint(
                 place,
                 allow_modules=work.allow_modules,
                 trust_remote_code=recipe.trust_remote_code,
             )
-        module.keep_examples()
-        return scorer_of(module, data, self._tree).test(), module.examples
+            self._last = (trial.key, module)
+        return module, data
 
 
 def _drawn(data: Any, drawn: int | None) -> int:

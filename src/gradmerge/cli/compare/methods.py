@@ -253,6 +253,13 @@ class Suite:
         """Return a method with the model folder of a seed."""
         return replace(method, folder=self._own.sub(f"seed{seed}", method.folder))
 
+    def on(self, other: Suite) -> Suite:
+        """Return the suite with the tasks of another file, which complete its own."""
+        own = self.tree.get("data") or {}
+        before, after = own.get("tasks") or {}, (other.tree.get("data") or {}).get("tasks") or {}
+        tasks = {name: _completed(before.get(name), task) for name, task in after.items()}
+        return replace(self, tree={**self.tree, "data": {**own, "tasks": tasks}})
+
     @property
     def _own(self) -> re.Pattern[str]:
         return re.compile(rf"seed{self.seed}(?!\d)")
@@ -261,6 +268,39 @@ class Suite:
     def tasks(self) -> list[str]:
         """Names of the tasks."""
         return list((self.tree.get("data") or {}).get("tasks") or {})
+
+
+def _completed(before: Any, after: Any) -> Any:
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+        return after
+    return {**before, **{k: _completed(before.get(k), value) for k, value in after.items()}}
+
+
+def read_others(texts: Sequence[str], suite: Suite) -> tuple[dict[str, Suite], list[str]]:
+    """Return suites with other test data by name, and what is wrong with the files of `--also`."""
+    found: dict[str, Suite] = {}
+    problems = []
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        if not equals or "/" in name or "." in name:
+            name, rest = Path(text).stem, text
+        try:
+            other = Suite.read(rest)
+        except GradmergeError as error:
+            problems.append(f"--also {text}: {error}")
+            continue
+        data = other.tree.get("data") or {}
+        beside = [*(k for k in other.tree if k != "data"), *(f"data.{k}" for k in data)]
+        if not other.tasks or beside != ["data.tasks"]:
+            problems.append(
+                f"--also {text}: expected data.tasks and nothing else, got "
+                f"{', '.join(beside) or 'nothing'}. Its tasks complete those of the suite."
+            )
+        elif name in (*found, "test"):
+            problems.append(f"--also: expected different names, got {name} twice or `test`.")
+        else:
+            found[name] = suite.on(other)
+    return found, problems
 
 
 def read_methods(texts: Sequence[str]) -> tuple[list[Method], list[str]]:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradmerge.cli.compare.work import Work, digest
+from gradmerge.cli.compare.methods import SUITE
+from gradmerge.cli.compare.work import Other, Work, digest
 from gradmerge.common.atomic import lock
 from gradmerge.common.spec import to_plain
 from gradmerge.drivers.state import write_json
@@ -21,7 +22,8 @@ from gradmerge.training.run import describe_data
 from gradmerge.training.search import Scorer
 
 _PASSED_ON = ("accelerator", "precision", "limit_val_batches", "limit_test_batches")
-# The data module that was prepared last in this process, by what it depends on.
+# The data modules that were prepared last in this process, by what they depend on.
+_MOST = 4  # the suite's, and a few others of `--also`
 _prepared: dict[str, MergeDataModule] = {}
 
 
@@ -48,9 +50,17 @@ def shared_data(data: MergeDataModule, recipe: Recipe) -> MergeDataModule:
     parts = (recipe.base, recipe.sources, recipe.heads, recipe.tokenizer)
     key = digest(describe_data(data), [to_plain(part) for part in parts])
     if key not in _prepared:
-        _prepared.clear()
+        while len(_prepared) >= _MOST:
+            del _prepared[next(iter(_prepared))]
         _prepared[key] = data
     return _prepared[key]
+
+
+def other_data(work: Work, other: Other) -> MergeDataModule:
+    """Return the data module of other test data."""
+    allowed = [word for name in work.allow_modules for word in ("--allow_modules+", name)]
+    found = parse([*SUITE.arguments(other.suite), *allowed])
+    return shared_data(found.datamodule, recipe_of(found))
 
 
 def statistics_of(work: Work, recipe: Recipe, data: MergeDataModule) -> tuple[str | None, float]:

@@ -21,6 +21,7 @@ from gradmerge.cli.compare.methods import (
     Suite,
     problems_of,
     read_methods,
+    read_others,
     with_axes,
 )
 from gradmerge.common.atomic import lock, whole_file, writing
@@ -56,6 +57,9 @@ class Plan:
             self.suite = Suite.read(given.suite)
         except GradmergeError as error:
             raise ConfigError("\n".join([*problems, str(error)])) from error
+        self.others, wrong = read_others(given.also, self.suite)
+        """Suites with other test data, by name."""
+        problems += wrong
         recipe = (self.suite.tree.get("model") or {}).get("recipe") or {}
         if recipe.get("base") is None and REFERENCE not in names:
             methods = [m for m in methods if m is not TASK_ARITHMETIC]
@@ -126,6 +130,9 @@ class Plan:
             if wrong := problems_of(SUITE, text, None, allowed):
                 yield f"{self.given.suite}, seed {seed}: {wrong}"
                 return
+            for name in self.others:
+                if wrong := problems_of(SUITE, self.suite_text(seed, name), None, allowed):
+                    yield f"--also {name}, seed {seed}: {wrong}"
         text = self.suite_text(self.seeds[0])
         for method in self.methods:
             places = [self.suite.at_seed(method, seed).folder for seed in self.seeds]
@@ -139,14 +146,16 @@ class Plan:
             if wrong:
                 yield f"{method.name}: {wrong}"
 
-    def suite_text(self, seed: int) -> str:
-        """Return the suite's configuration for a seed as YAML."""
-        text = yaml.safe_dump(self.suite.seeded(seed), sort_keys=False, allow_unicode=True)
+    def suite_text(self, seed: int, other: str | None = None) -> str:
+        """Return the suite's configuration for a seed as YAML, if asked for with other data."""
+        suite = self.suite if other is None else self.others[other]
+        text = yaml.safe_dump(suite.seeded(seed), sort_keys=False, allow_unicode=True)
         return f"# Written by `gradmerge compare`: the suite for seed {seed}.\n{text}"
 
-    def suite_file(self, seed: int) -> Path:
-        """Return the file of the suite for a seed."""
-        return self.folder / "suites" / f"seed{seed}.yaml"
+    def suite_file(self, seed: int, other: str | None = None) -> Path:
+        """Return the file of the suite for a seed, if asked for with other data."""
+        part = "" if other is None else f"-{other}"
+        return self.folder / "suites" / f"seed{seed}{part}.yaml"
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -166,11 +175,17 @@ class Plan:
                 self._write()
                 yield
 
+    @property
+    def _data(self) -> list[str | None]:
+        """Names of all test data; None stands for the suite's own."""
+        return [None, *self.others]
+
     def _write(self) -> None:
         given = {name: value for name, value in vars(self.given).items() if name != "output"}
         head = "# Written by `gradmerge compare`; the same command resumes it.\n"
         texts = {self.folder / _MARK: head + yaml.safe_dump(given, sort_keys=False)}
-        texts |= {self.suite_file(seed): self.suite_text(seed) for seed in self.seeds}
+        for seed in self.seeds:
+            texts |= {self.suite_file(seed, o): self.suite_text(seed, o) for o in self._data}
         for path, text in texts.items():
             path.parent.mkdir(exist_ok=True)
             with whole_file(path) as aside:

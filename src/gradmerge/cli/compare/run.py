@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,10 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from gradmerge.cli.compare.baselines import BASELINES, rows_of
-from gradmerge.cli.compare.methods import BOUND, SUITE
+from gradmerge.cli.compare.methods import BOUND, SUITE, Suite
 from gradmerge.cli.compare.opened import forget_data, parse, recipe_of, shared_data
 from gradmerge.cli.compare.plan import Plan, say
-from gradmerge.cli.compare.work import Work
+from gradmerge.cli.compare.work import Other, Work
 from gradmerge.cli.compare.workers import Ended, attempt, known, run_in_processes
 from gradmerge.common.atomic import whole_file
 from gradmerge.common.errors import ConfigError, GradmergeError, nearest
@@ -41,8 +42,13 @@ class Run:
         self.plan, self.given = plan, plan.given
         self.ended: list[Ended] = []
         self._began = time.monotonic()
-        self._suites: dict[int, Any] = {}
+        self._suites: dict[tuple[int, str | None], Any] = {}
         self._contents = {seed: self._describe(seed) for seed in plan.seeds}
+        self._contents_of_others = {
+            (seed, name): describe_contents(self._parsed(seed, name).datamodule)
+            for seed in plan.seeds
+            for name in plan.others
+        }
 
     # ---- work ------------------------------------------------------------------------------------
 
@@ -52,16 +58,17 @@ class Run:
         recipe, data = recipe_of(found), found.datamodule
         base = None if recipe.base is None else as_source(recipe.base)
         specs = {} if base is None else {"base": base}
-        specs |= {name: as_source(spec, base) for name, spec in recipe.sources.items()}
+        served = {**recipe.sources, **recipe.heads}
+        specs |= {name: as_source(spec, base) for name, spec in served.items()}
         opened = {name: spec.open() for name, spec in specs.items()}
         return {"sources": fingerprints_of(opened), "data": describe_contents(data)}
 
-    def _parsed(self, seed: int) -> Any:
-        if seed in self._suites:
-            return self._suites[seed]
-        allowed = [w for name in self.given.allow_modules for w in ("--allow_modules+", name)]
-        self._suites[seed] = parse([*SUITE.arguments(str(self.plan.suite_file(seed))), *allowed])
-        return self._suites[seed]
+    def _parsed(self, seed: int, other: str | None = None) -> Any:
+        if (seed, other) not in self._suites:
+            allowed = [w for name in self.given.allow_modules for w in ("--allow_modules+", name)]
+            file = str(self.plan.suite_file(seed, other))
+            self._suites[seed, other] = parse([*SUITE.arguments(file), *allowed])
+        return self._suites[seed, other]
 
     def _works(self, seed: int) -> Iterator[Work]:
         for given in [BASELINES, *self.plan.methods]:
@@ -69,6 +76,10 @@ class Run:
             if method.folder:
                 model = {method.name: as_source(method.folder).open()}
                 contents = {**contents, "model": fingerprints_of(model)}
+            others = []
+            for name in self.plan.others:
+                found = self._contents_of_others[seed, name]
+                others.append(Other(name, str(self.plan.suite_file(seed, name)), found))
             yield Work(
                 seed,
                 method,
@@ -80,6 +91,7 @@ class Run:
                 sizes=tuple(sorted(set(self.given.examples))),
                 tune_examples=self.given.tune_examples,
                 ensemble=self.given.ensemble,
+                others=tuple(others),
                 allow_modules=tuple(self.given.allow_modules),
             )
 
@@ -142,65 +154,86 @@ class Run:
         Raises:
             GradmergeError: splits overlap, a row cannot be read, or sources and data do not fit.
         """
-        for seed in dict.fromkeys(work.seed for work in works):
-            found = self._parsed(seed)
+        seeds = dict.fromkeys(work.seed for work in works)
+        for seed, other in itertools.product(seeds, [None, *self.plan.others]):
+            found = self._parsed(seed, other)
             recipe = recipe_of(found)
             data = shared_data(found.datamodule, recipe)
             try:
-                data.attach(
-                    MergedModel(Recipe(recipe.sources, recipe.base, private=recipe.private))
-                )
+                private, heads = recipe.private, recipe.heads
+                plain = Recipe(recipe.sources, recipe.base, private=private, heads=heads)
+                data.attach(MergedModel(plain))
                 data.setup()
             except GradmergeError as error:
-                raise type(error)(f"seed {seed}: {error}") from error
+                place = f"seed {seed}" if other is None else f"--also {other}, seed {seed}"
+                raise type(error)(f"{place}: {error}") from error
 
     # ---- results ---------------------------------------------------------------------------------
 
     def results(self) -> Comparison:
         """Return the comparison of everything that has ended."""
+        found = self._gathered(None)
+        found.about = self._about()
+        found.others = {name: self._gathered(name, found.metric) for name in self.plan.others}
+        return found
+
+    def _data_of(self, seed: int, other: str | None) -> dict[str, dict[str, str]]:
+        if other is not None:
+            return self._contents_of_others[seed, other]
+        found: dict[str, dict[str, str]] = self._contents[seed]["data"]
+        return found
+
+    def _gathered(self, other: str | None, metric: str = "") -> Comparison:
+        """Return the comparison on the suite's test data, or on others."""
         rows: dict[str, Row] = {}
         curves: dict[str, dict[int, Row]] = {}
         for work, names, reason in self.ended:
-            if names is None:
+            at = next((one for one in work.others if one.name == other), None)
+            if names is None and other is None:
                 row = rows.setdefault(work.method.name, Row(work.method.name, "method"))
                 row.errors[work.seed] = reason
             for name in names or ():
                 place = work.place / name
+                if at is not None:
+                    place = at.record(place)
+                    if not place.is_file():
+                        continue  # of a learning curve
                 record = json.loads(place.read_text(encoding="utf-8"))
                 outcome = Outcome(work.seed, record, place)
                 own, kind, size = record["row"], record["kind"], record.get("examples")
-                if size is None:
+                if record.get("error") and at is not None:
+                    rows.setdefault(own, Row(own, kind)).errors[work.seed] = record["error"]
+                elif size is None:
                     rows.setdefault(own, Row(own, kind)).outcomes[work.seed] = outcome
                 else:
                     curve = curves.setdefault(own, {})
                     curve.setdefault(size, Row(own, kind)).outcomes[work.seed] = outcome
-        tasks = self.plan.suite.tasks
-        bound = self._bound(rows)
+        suite = self.plan.suite if other is None else self.plan.others[other]
+        bound = self._bound(rows, suite)
         if bound.outcomes:
             rows[BOUND] = bound
-        judged = next((o.record["score"] for r in rows.values() for o in r.outcomes.values()), "")
+        outcomes = [outcome for row in rows.values() for outcome in row.outcomes.values()]
+        judged = next((str(one.record.get("score")) for one in outcomes), "")
         splits = {
-            seed: {task: splits["test"] for task, splits in found["data"].items()}
-            for seed, found in self._contents.items()
+            seed: {task: one["test"] for task, one in self._data_of(seed, other).items()}
+            for seed in self.plan.seeds
         }
-        metric = self.given.metric or judged
-        every = (o.test["average"] for r in rows.values() for o in r.outcomes.values())
-        measured = list(dict.fromkeys(name for scores in every for name in scores))
-        if rows and metric not in measured and measured:
+        metric = self.given.metric or metric or judged
+        measured = list(dict.fromkeys(name for o in outcomes for name in o.test["average"]))
+        if metric not in measured and measured and other is None:
             raise ConfigError(
                 f"--metric: no row has {metric!r} (choose from {', '.join(measured)})."
                 f"{nearest(metric, measured)} Everything is on record; run the command again."
             )
-        found = Comparison(
-            list(rows.values()), tasks, metric, self.plan.reference, splits, curves, self._about()
-        )
+        every_row, reference = list(rows.values()), self.plan.reference
+        found = Comparison(every_row, suite.tasks, metric, reference, splits, curves)
         found.compare(self.given.resamples)
         return found
 
-    def _bound(self, rows: dict[str, Row]) -> Row:
+    def _bound(self, rows: dict[str, Row], suite: Suite) -> Row:
         """Return the row of each expert on its own task, made of those of the experts."""
         bound = Row(BOUND, "bound")
-        described = (self.plan.suite.tree.get("data") or {}).get("tasks") or {}
+        described = (suite.tree.get("data") or {}).get("tasks") or {}
         for seed in self.plan.seeds:
             only = {}
             for task, data in described.items():
@@ -214,7 +247,7 @@ class Run:
             names = [n for n in next(iter(test.values())) if all(n in t for t in test.values())]
             mean = {n: sum(scores[n] for scores in test.values()) / len(test) for n in names}
             record = {"test": {**test, "average": mean}}
-            record["score"] = next(iter(only.values())).record["score"]
+            record["score"] = next(iter(only.values())).record.get("score", "")
             bound.outcomes[seed] = Outcome(seed, record, None, only)
         return bound
 

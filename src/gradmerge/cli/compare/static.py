@@ -117,8 +117,8 @@ class StaticRunner:
             return not torch.allclose(before, after, rtol=1e-5, atol=1e-7)
         return False
 
-    def test(self, trial: Trial) -> tuple[dict[str, Any], Any]:
-        """Return the scores of a trial on the test split, and those of each example."""
+    def chosen(self, trial: Trial, data: Any = None) -> tuple[Any, Any]:
+        """Return the module with the coefficients of a trial, and the suite's data or others."""
         self.prepare(trial.value)
         if trial.init is not None:
             set_coefficients(self.module.merged, from_plain(trial.init, self._work.allow_modules))
@@ -126,8 +126,7 @@ class StaticRunner:
             self._scale(trial)
         else:
             set_coefficients(self.module.merged, self.recipe.init)
-        self.module.keep_examples()
-        return self.scorer.test(), self.module.examples
+        return self.module, self.data if data is None else data
 
 
 def _named(init: AbstractInit) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from gradmerge.cli.compare.methods import Axis, Method
+from gradmerge.common.errors import GradmergeError
 from gradmerge.common.version import __version__
 
 _FORMAT = 1
@@ -26,6 +27,21 @@ def digest(*content: Any) -> str:
     """Return a short hash of plain data."""
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Other:
+    """Other test data, on which each choice is scored, too."""
+
+    name: str
+    suite: str
+    """The suite's file with these data."""
+    contents: Mapping[str, Any]
+    """Fingerprints of the data."""
+
+    def record(self, final: Path) -> Path:
+        """Return the record of a choice on these data, beside its final record."""
+        return final.with_name(f"{final.stem}-{digest(self.name, self.contents)}.json")
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,7 @@ class Work:
     tune_examples: bool = False
     """Tune for each number of examples."""
     ensemble: bool = False
+    others: tuple[Other, ...] = ()
     allow_modules: tuple[str, ...] = ()
 
     @cached_property
@@ -175,6 +192,15 @@ def write_final(path: Path, content: Mapping[str, Any], examples: Any) -> None:
     with whole_file(path.with_suffix(".npz")) as aside, aside.open("wb") as file:
         np.savez_compressed(file, **to_arrays(examples))
     write_record(path, content)
+
+
+@contextmanager
+def recorded(path: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Any, Any], None]]:
+    """Give a function that writes a score on other test data, or record why there is none."""
+    try:
+        yield lambda test, examples: write_final(path, {**about, "test": test}, examples)
+    except GradmergeError as error:  # of data that do not fit this method alone
+        write_final(path, {**about, "test": {}, "error": str(error)}, {})
 
 
 class MissingError(Exception):
