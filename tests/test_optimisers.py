@@ -1,4 +1,4 @@
-"""SAM and MoFO against their formulas, alone, with the engine and in a stock Trainer."""
+"""SAM, noise and MoFO against their formulas, alone, with the engine and in a stock Trainer."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import copy
 import math
 
 import pytest
+import scipy.stats
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from gradmerge import MergedModel
-from gradmerge.coefficients import Column, Element, Mixup, Tensor
+from gradmerge.coefficients import Column, ConcreteMask, Constant, Element, Mixup, Shared, Tensor
 from gradmerge.common.errors import ConfigError
-from gradmerge.optimisers import SAM, CosineDecay, MoFO
+from gradmerge.optimisers import SAM, CosineDecay, LogisticNoise, MoFO
 from tiny import build, fit, module_of, raws, recipe_of, relatives, trainer_of, vectors
 
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
@@ -175,7 +176,7 @@ def test_bfloat16_autocast_goes_with_sam(tmp_path):
         ({"base": "nowhere.Adam"}, "expected the class path of an optimiser"),
         ({"base": "torch.nn.Linear"}, "expected the class path of an optimiser"),
         ({"base": {"class_path": "torch.optim.Adam", "init_args": {"x": 1}}}, "cannot create"),
-        ({"base": "torch.optim.LBFGS"}, "LBFGS evaluates the loss several times per step"),
+        ({"base": "torch.optim.LBFGS"}, "LBFGS evaluates the loss itself, but SAM passes"),
     ],
 )
 def test_sam_rejects_invalid_options(options, message):
@@ -195,6 +196,111 @@ def test_sam_without_a_slope_is_its_base():
 
     optimiser.step(closure)
     assert parameter.tolist() == [1.0, 2.0]
+
+
+# ---- noise on coefficients ----------------------------------------------------------------------
+
+
+def noisy_module(**options):
+    """A mask per weight for both task vectors, drawn anew in each step."""
+    module = module_of(coefficients=Shared(ConcreteMask(Element())), init=Constant(0.3), **options)
+    own = [{"params": list(module.merged.raw.values())}]
+    module.configure_optimizers = lambda: LogisticNoise(own, lr=20.0, base="SGD", seed=3)
+    return module
+
+
+def test_a_step_with_noise_is_that_of_relaxed_bernoulli_masks():
+    """Against plain autograd in float64, by the sampling formula of `torch.distributions`."""
+    models = [model.double() for model in relatives(build())]
+    coefficients = Shared(ConcreteMask(Element(), temperature=0.7, scale=0.4))
+    recipe = recipe_of(models, init=Constant(0.4), coefficients=coefficients)
+    merged = MergedModel(recipe, dtype=torch.float64)
+    base, *sources = [dict(model.named_parameters()) for model in models]
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(3, (8,), generator=generator)
+    optimiser = LogisticNoise(merged.raw.values(), lr=30.0, base="torch.optim.SGD", seed=5)
+    seen = {}
+
+    def closure():
+        optimiser.zero_grad()
+        seen.update({name: z.detach().double().clone() for name, z in merged.raw.items()})
+        loss = cross_entropy(merged(x), labels)
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        start = {name: z.detach().double().clone() for name, z in merged.raw.items()}
+        assert all(len(z) == 1 for z in start.values()), "one row for both sources"
+        loss = optimiser.step(closure)
+        logits = {name: z.requires_grad_() for name, z in seen.items()}
+        theta = {}
+        for name, z in logits.items():
+            own = name.replace("/", ".")
+            mask = torch.sigmoid(z[0] / 0.7)
+            total = sum(source[own].detach() - base[own].detach() for source in sources)
+            theta[own] = base[own].detach() + 0.4 * mask / mask.mean() * total
+        expected = cross_entropy(functional_call(models[0], theta, (x,)), labels)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        slopes = torch.autograd.grad(expected, list(logits.values()))
+        for (name, z), slope in zip(logits.items(), slopes, strict=True):
+            moved = merged.raw[name].detach().double() - start[name]
+            torch.testing.assert_close(moved, -30.0 * slope, rtol=1e-4, atol=2e-6)
+            assert slope.abs().max() * 30 > 1e-3
+            assert (z.detach() - start[name]).abs().max() > 0.5
+        seen = {}
+
+
+def test_noise_is_logistic_and_depends_on_seed_and_step_alone():
+    def draws(seed, steps=2):
+        parameter = torch.nn.Parameter(torch.full((4000,), 2.0))
+        optimiser, found = LogisticNoise([parameter], lr=0.0, base="SGD", seed=seed), []
+
+        def closure():
+            found.append(parameter.detach().clone() - 2.0)
+            loss = parameter.sum()
+            loss.backward()
+            return loss
+
+        for _ in range(steps):
+            optimiser.step(closure)
+        assert (parameter == 2.0).all()
+        return found
+
+    torch.manual_seed(1)
+    first, second = draws(0)
+    torch.manual_seed(2)
+    again, _ = draws(0)
+    assert torch.equal(first, again)
+    for noise in (first, second, *draws(1)):
+        assert scipy.stats.kstest(noise.double().numpy(), "logistic").pvalue > 0.01
+    assert abs(torch.corrcoef(torch.stack([first, second, draws(1)[0]])).triu(1)).max() < 0.06
+
+
+def test_a_resumed_fit_with_noise_takes_the_same_steps(tmp_path):
+    whole, _ = fit(tmp_path, noisy_module(), max_steps=4)
+    half, trainer = fit(tmp_path, noisy_module(), max_steps=2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    rest = noisy_module()
+    trainer_of(tmp_path, max_steps=4).fit(
+        rest, datamodule=vectors(), ckpt_path=tmp_path / "half.ckpt"
+    )
+    for key, raw in raws(whole).items():
+        assert torch.equal(raws(rest)[key], raw)
+        assert not torch.equal(raws(half)[key], raw)
+
+
+def test_noise_is_for_coefficients_and_whole_steps_alone(tmp_path):
+    module = noisy_module(private=["^head"], trained=["^head"])
+    module.configure_optimizers = lambda: LogisticNoise(module.parameter_groups())
+    with pytest.raises(ConfigError, match=r"expected coefficients alone, got 4 other parameters"):
+        fit(tmp_path, module)
+    with pytest.raises(ConfigError, match="accumulate_grad_batches 2 keeps only the last batch"):
+        fit(tmp_path, noisy_module(), accumulate_grad_batches=2)
+    with pytest.raises(ConfigError, match=r"LogisticNoise.step: expected a closure"):
+        LogisticNoise([torch.nn.Parameter(torch.ones(2))]).step()
+    with pytest.raises(ConfigError, match=r"LogisticNoise.base: expected the class path"):
+        LogisticNoise([torch.nn.Parameter(torch.ones(2))], base="gradmerge.optimisers.SAM")
 
 
 # ---- MoFO -------------------------------------------------------------------------------------

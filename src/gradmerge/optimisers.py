@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from gradmerge.common.errors import ConfigError, require
 
-__all__ = ["SAM", "CosineDecay", "MoFO"]
+__all__ = ["SAM", "CosineDecay", "LogisticNoise", "MoFO"]
 
 
 class CosineDecay(LRScheduler):
@@ -143,7 +144,80 @@ class MoFO(torch.optim.Optimizer):
         parameter.sub_(update, alpha=rate)
 
 
-class SAM(torch.optim.Optimizer):
+class AbstractPerturbed(torch.optim.Optimizer):
+    """Base class of optimisers that step by the gradient at another point than the parameters.
+
+    A step evaluates the loss itself, so it needs a closure that clears the gradients, computes the
+    loss and calls backward, as Lightning's trainer passes.
+
+    Args:
+        params: raw coefficients.
+        lr: learning rate of the base optimiser.
+        base: base optimiser: a class path, or `{class_path: ..., init_args: {...}}`.
+
+    Raises:
+        ConfigError: the base is not an optimiser that steps on one gradient.
+    """
+
+    def __init__(self, params: ParamsT, lr: float, base: str | dict[str, Any]) -> None:
+        who = type(self).__name__
+        kind, options = _read(who, base)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        super().__init__(params, {"lr": lr})
+        try:
+            self.base: torch.optim.Optimizer = kind(self.param_groups, **{"lr": lr, **options})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{who}: cannot create {name} with {options}: {error}") from error
+        self.defaults = {**self.base.defaults, "base": name}
+        self._share()
+
+    def _share(self) -> None:
+        """Expose the base's parameter groups and state to schedulers and checkpoints."""
+        self.param_groups = self.base.param_groups
+        self.state = self.base.state
+
+    @classmethod
+    def require(cls, accumulated: int, scaled: bool) -> None:
+        """Reject trainer settings with which a step does not evaluate its whole loss.
+
+        Args:
+            accumulated: number of batches whose gradients are accumulated per step.
+            scaled: whether a float16 gradient scaler is active.
+
+        Raises:
+            ConfigError: more than one batch is accumulated, or gradients are scaled.
+        """
+        if accumulated != 1:
+            raise ConfigError(
+                f"{cls.__name__} evaluates the loss of a step itself, but accumulate_grad_batches "
+                f"{accumulated} keeps only the last batch of a step. Set "
+                "trainer.accumulate_grad_batches to 1 and raise data.batch_size instead."
+            )
+        if scaled:
+            raise ConfigError(
+                f"{cls.__name__} needs a closure, which float16's gradient scaler does not "
+                "support. Set trainer.precision to bf16-mixed or 32-true."
+            )
+
+    def _closure(self, closure: Callable[[], float] | None) -> Callable[[], float]:
+        if closure is None:
+            raise ConfigError(
+                f"{type(self).__name__}.step: expected a closure that clears the gradients, "
+                "computes the loss and calls backward (a step evaluates the loss), got None."
+            )
+        return torch.enable_grad()(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the base optimiser, which is all there is."""
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state of the base optimiser."""
+        self.base.load_state_dict(state_dict)
+        self._share()
+
+
+class SAM(AbstractPerturbed):
     """Sharpness-aware minimisation around a base optimiser (SAM, arXiv 2010.01412).
 
         e = rho g / |g|,  g = dL/dz over all parameters
@@ -152,12 +226,11 @@ class SAM(torch.optim.Optimizer):
     With `adaptive` the perturbation is relative to each number (ASAM, arXiv 2102.11600):
     `e = rho z^2 g / | |z| g |`; it is zero where z is.
 
-    Each step evaluates the loss twice on the same batch, so it needs a closure that clears the
-    gradients, computes the loss and calls backward, as Lightning's trainer passes. If the trainer
-    clips gradients, both gradients are clipped; clipping by norm does not change e. With several
-    processes, gradients and therefore steps are identical in all of them. Gradient accumulation and
-    float16's gradient scaler are rejected. A training step logs twice per optimiser step; the
-    values logged last, at z + e, are the ones recorded.
+    Each step evaluates the loss twice on the same batch. If the trainer clips gradients, both
+    gradients are clipped; clipping by norm does not change e. With several processes, gradients and
+    therefore steps are identical in all of them. Gradient accumulation and float16's gradient
+    scaler are rejected. A training step logs twice per optimiser step; the values logged last, at
+    z + e, are the ones recorded.
 
     Args:
         params: raw coefficients.
@@ -179,45 +252,9 @@ class SAM(torch.optim.Optimizer):
         adaptive: bool = False,
     ) -> None:
         require(rho >= 0, "SAM.rho", "at least 0", rho)
-        kind, options = _read(base)
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        super().__init__(params, {"lr": lr})
-        try:
-            self.base: torch.optim.Optimizer = kind(self.param_groups, **{"lr": lr, **options})
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"SAM: cannot create {name} with {options}: {error}") from error
+        super().__init__(params, lr, base)
         self.rho, self.adaptive = rho, adaptive
-        own = {"rho": rho, "base": name, "adaptive": adaptive}
-        self.defaults = {**self.base.defaults, **own}
-        self._share()
-
-    def _share(self) -> None:
-        """Expose the base's parameter groups and state to schedulers and checkpoints."""
-        self.param_groups = self.base.param_groups
-        self.state = self.base.state
-
-    @staticmethod
-    def require(accumulated: int, scaled: bool) -> None:
-        """Reject trainer settings that do not allow two gradients per step.
-
-        Args:
-            accumulated: number of batches whose gradients are accumulated per step.
-            scaled: whether a float16 gradient scaler is active.
-
-        Raises:
-            ConfigError: more than one batch is accumulated, or gradients are scaled.
-        """
-        if accumulated != 1:
-            raise ConfigError(
-                "SAM evaluates the loss of a step twice, but accumulate_grad_batches "
-                f"{accumulated} keeps only the last batch of a step. Set "
-                "trainer.accumulate_grad_batches to 1 and raise data.batch_size instead."
-            )
-        if scaled:
-            raise ConfigError(
-                "SAM needs a closure, which float16's gradient scaler does not support. Set "
-                "trainer.precision to bf16-mixed or 32-true."
-            )
+        self.defaults = {**self.defaults, "rho": rho, "adaptive": adaptive}
 
     def step(self, closure: Callable[[], float] | None = None) -> float:  # type: ignore[override]
         """Perform one optimisation step.
@@ -228,21 +265,13 @@ class SAM(torch.optim.Optimizer):
         Raises:
             ConfigError: no closure was passed.
         """
-        if closure is None:
-            raise ConfigError(
-                "SAM.step: expected a closure that clears the gradients, computes the loss and "
-                "calls backward (a step needs two gradients), got None."
-            )
-        with torch.enable_grad():
-            loss = closure()
+        evaluate = self._closure(closure)
+        loss = evaluate()
         kept = self._climb()
         try:
-            with torch.enable_grad():
-                closure()
+            evaluate()
         finally:
-            with torch.no_grad():
-                for parameter, value in kept:
-                    parameter.copy_(value)
+            _restore(kept)
         self.base.step()
         return loss
 
@@ -263,17 +292,87 @@ class SAM(torch.optim.Optimizer):
             parameter.add_(climb, alpha=self.rho / length)
         return kept
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the base optimiser, which is all there is."""
-        return self.base.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of the base optimiser."""
-        self.base.load_state_dict(state_dict)
-        self._share()
+class LogisticNoise(AbstractPerturbed):
+    """Noise on the raw coefficients around a base optimiser (Concrete Subspace Learning, arXiv
+    2312.06173).
+
+        l = log(u / (1 - u)),  u ~ Uniform(0, 1) for each number, new in each step
+        z is updated by `base` with the gradient at z + l
+
+    Around `ConcreteMask(temperature=T)` a step draws its mask from the relaxed Bernoulli
+    distribution with logits z and temperature T, and its gradient is that of the reparametrised
+    sample. Scores, checkpoints and exports are without noise. All batches of a step have the same
+    noise. It depends on `seed` and the number of steps alone, so that it is the same in all
+    processes and goes on in a fit that resumes. Gradient accumulation and float16's gradient scaler
+    are rejected. The loss that is logged is that at z + l.
+
+    Args:
+        params: raw coefficients, in one group.
+        lr: learning rate of the base optimiser.
+        base: base optimiser: a class path, or `{class_path: ..., init_args: {...}}`.
+        seed: seed of the noise.
+
+    Raises:
+        ConfigError: the base is not an optimiser that steps on one gradient.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        base: str | dict[str, Any] = "torch.optim.Adam",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(params, lr, base)
+        self.seed = seed
+        self.defaults = {**self.defaults, "seed": seed}
+        self.param_groups[0].setdefault("draws", 0)  # is saved and restored with the group
+
+    @property
+    def noisy(self) -> list[Tensor]:
+        """The parameters that get noise: those of the first group."""
+        return list(self.param_groups[0]["params"])
+
+    def step(self, closure: Callable[[], float] | None = None) -> float:  # type: ignore[override]
+        """Perform one optimisation step.
+
+        Returns:
+            The loss at the perturbed parameters.
+
+        Raises:
+            ConfigError: no closure was passed.
+        """
+        evaluate = self._closure(closure)
+        kept = self._perturb()
+        try:
+            loss = evaluate()
+        finally:
+            _restore(kept)
+        self.param_groups[0]["draws"] += 1
+        self.base.step()
+        return loss
+
+    @torch.no_grad()
+    def _perturb(self) -> list[tuple[Tensor, Tensor]]:
+        """Add l to the parameters and return them with their previous values."""
+        kept = [(parameter, parameter.detach().clone()) for parameter in self.noisy]
+        key = f"{self.seed}\n{self.param_groups[0]['draws']}".encode()
+        number = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+        generator = torch.Generator().manual_seed(number)  # of the CPU: the same on all devices
+        for parameter, value in kept:
+            uniform = torch.rand(value.shape, generator=generator, dtype=torch.float32)
+            parameter.add_(torch.logit(uniform, eps=1e-7).to(parameter))
+        return kept
 
 
-def _read(base: Any) -> tuple[Any, dict[str, Any]]:
+@torch.no_grad()
+def _restore(kept: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for parameter, value in kept:
+        parameter.copy_(value)
+
+
+def _read(who: str, base: Any) -> tuple[Any, dict[str, Any]]:
     """Return the class and the options that `base` specifies."""
     spec = vars(base) if hasattr(base, "class_path") else base
     options: Any = {}
@@ -288,15 +387,15 @@ def _read(base: Any) -> tuple[Any, dict[str, Any]]:
     except ImportError:
         kind = None
     wrong = not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer))
-    if wrong or kind is SAM:
+    if wrong or issubclass(kind, AbstractPerturbed):
         raise ConfigError(
-            f"SAM.base: expected the class path of an optimiser (e.g. torch.optim.Adam), got "
+            f"{who}.base: expected the class path of an optimiser (e.g. torch.optim.Adam), got "
             f"{base!r}."
         )
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ConfigError(
-            f"SAM.base: {kind.__name__} evaluates the loss several times per step, but SAM passes "
-            "it a single gradient. Choose an optimiser that needs only that, e.g. torch.optim.Adam."
+            f"{who}.base: {kind.__name__} evaluates the loss itself, but {who} passes it a single "
+            "gradient. Choose an optimiser that needs only that, e.g. torch.optim.Adam."
         )
     return kind, options

@@ -376,7 +376,7 @@ def test_accumulation_that_sam_cannot_do_with_is_seen_in_the_files(
     config = write(tmp_path / "c.yaml", three)
     options = ["--optimizer", "gradmerge.optimisers.SAM", "--trainer.accumulate_grad_batches", "2"]
     message = fails(["fit", "--config", config, *way, *options], capsys)
-    assert "SAM evaluates the loss of a step twice, but accumulate_grad_batches 2" in message
+    assert "SAM evaluates the loss of a step itself, but accumulate_grad_batches 2" in message
     assert not Path("run").exists()
 
 

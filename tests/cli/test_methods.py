@@ -53,6 +53,7 @@ def moved(found):
 
 
 ELSEWHERE = {
+    "concrete_adamerging": "test_concrete_adamerging_learns_inside_the_mask: after a first fit",
     "np_merge": "test_aligned_merges.py: two networks of its own",
     "np_merge_joint": "test_aligned_merges.py: three of its own",
     "prodistill": "test_layerwise_cli.py: by a driver",
@@ -85,6 +86,35 @@ def test_a_learned_family_learns_and_is_exported(fit, world, tmp_path, name):
     with torch.no_grad():
         expected = merged(**inputs, task="a").logits
         torch.testing.assert_close(read(**inputs).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_concrete_adamerging_learns_inside_the_mask(fit, world):
+    first = fit("--config", method("concrete_mask"), "--optimizer.lr", "0.5")
+    merged = first.model.merged
+    first.trainer.save_checkpoint("mask.ckpt")
+    assert main(["export", "mask.ckpt", "outputs/concrete_mask"]) == 0
+    found = fit("--config", method("concrete_adamerging"))
+    base, a, b = tensors_of(world)
+    start = starts(found)
+    for name in merged.state.learned:
+        (z,) = merged.plan.z(name, merged.raw).detach()
+        mask = torch.sigmoid(2 * z)
+        mask = mask / mask.mean() if z.numel() > 1 else 2 * mask
+        expected = base[name] + 0.3 * mask * (a[name] + b[name] - 2 * base[name])
+        plan = found.model.merged.plan
+        inside = FitState(plan, start).materialise(name)
+        torch.testing.assert_close(inside, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(merged.state.materialise(name), inside, rtol=0, atol=1e-6)
+    assert all(raw.shape[0] == 1 for raw in merged.raw.values())
+    assert any(raw.std() > 0.1 for raw in merged.raw.values())
+    assert moved(found) == ["tensor"]
+
+
+def tensors_of(world):
+    """Weights of the base and of the sources."""
+    recipe = world["model"]["recipe"]
+    places = (recipe["base"], *recipe["sources"].values())
+    return [load_file(Path(place) / "model.safetensors") for place in places]
 
 
 def test_adarank_masks_components_and_learns_a_coefficient_of_every_tensor(fit, world):

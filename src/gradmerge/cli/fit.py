@@ -47,7 +47,7 @@ from gradmerge.common.version import __version__
 from gradmerge.drivers import AbstractDriver, Job
 from gradmerge.engine.recipe import Recipe
 from gradmerge.export.atomic import inputs_of
-from gradmerge.optimisers import SAM, CosineDecay
+from gradmerge.optimisers import SAM, CosineDecay, LogisticNoise
 from gradmerge.search import AbstractSearch
 from gradmerge.training.benchmarks import EvaluateEvery
 from gradmerge.training.callbacks import ExportAtEnd, StepProgress
@@ -190,8 +190,9 @@ class MergeCLI(LightningCLI):
         if self._get(self.config, "driver"):
             self._require_driven(given)
         optimiser = self._get(self.config, "optimizer")
-        if getattr(optimiser, "class_path", "") == "gradmerge.optimisers.SAM":
-            SAM.require(self._get(self.config, "trainer.accumulate_grad_batches") or 1, False)
+        for kind in (SAM, LogisticNoise):
+            if getattr(optimiser, "class_path", "") == f"gradmerge.optimisers.{kind.__name__}":
+                kind.require(self._get(self.config, "trainer.accumulate_grad_batches") or 1, False)
         if self._get(self.config, "weights_only") is False:
             raise ConfigError(
                 "weights_only: expected true, got false; a checkpoint is never unpickled, because "

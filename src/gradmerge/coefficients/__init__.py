@@ -1,6 +1,6 @@
 """Coefficients: granularity, link and starting value of the learned numbers."""
 
-from gradmerge.coefficients.base import AbstractCoefficients, Layout, MergeTensor, Slot
+from gradmerge.coefficients.base import AbstractCoefficients, Layout, MergeTensor, Slot, linked
 from gradmerge.coefficients.granularity import (
     AbstractGranularity,
     Chunks,
@@ -30,7 +30,9 @@ from gradmerge.coefficients.link import (
     AbstractLink,
     Clamp,
     Complement,
+    ConcreteMask,
     HardMask,
+    Shared,
     Sigmoid,
     Softmax,
     Tanh,
@@ -47,6 +49,7 @@ __all__ = [
     "Column",
     "Complement",
     "Component",
+    "ConcreteMask",
     "Constant",
     "DepthRamp",
     "Element",
@@ -63,6 +66,7 @@ __all__ = [
     "Partition",
     "Row",
     "Scaled",
+    "Shared",
     "Sigmoid",
     "Slot",
     "Softmax",
@@ -71,4 +75,5 @@ __all__ = [
     "Uniform",
     "WithScale",
     "initial_raw",
+    "linked",
 ]

@@ -134,7 +134,10 @@ class AbstractCoefficients(ABC):
 
     @abstractmethod
     def link(self, raw: Tensor) -> Tensor:
-        """Return `c` for raw `z`: `[rows, *slot]` to `[sources, *slot]`, differentiable."""
+        """Return `c` for raw `z`: `[rows, *slot]` to `[sources, *slot]`, differentiable.
+
+        A single row counts for all sources.
+        """
 
     @abstractmethod
     def pull_back(self, coefficient: Tensor) -> Tensor:
@@ -143,6 +146,14 @@ class AbstractCoefficients(ABC):
         Raises:
             ConfigError: the coefficients lie outside the range of the link.
         """
+
+
+def linked(coefficients: AbstractCoefficients, raw: Tensor, num_sources: int) -> Tensor:
+    """Return `c = link(z)`, `[sources, *slot]`, with a row that all share repeated."""
+    found = coefficients.link(raw)
+    if len(found) == num_sources:
+        return found
+    return found.expand(num_sources, *found.shape[1:]).contiguous()
 
 
 _RESERVED = frozenset(dir(nn.ParameterDict()))

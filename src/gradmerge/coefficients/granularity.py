@@ -18,10 +18,10 @@ from gradmerge.coefficients.base import (
     Slot,
     parameter_key,
 )
-from gradmerge.coefficients.init import FromFile
-from gradmerge.common.errors import ConfigError, require
+from gradmerge.common.errors import require
 from gradmerge.common.patterns import matches, require_pattern, search
 from gradmerge.common.spec import PATTERNS
+from gradmerge.sources.coefficients import CoefficientFile
 
 
 class AbstractGranularity(AbstractCoefficients):
@@ -232,14 +232,10 @@ class Chunks(AbstractGranularity):
         """Return `sum_k |c_k| sum |B_k|`."""
         if self.first is None:
             return math.fsum(tensor.norms.values())
-        file = FromFile(self.first)
-        try:
-            if tensor.name not in file.names():
-                return 0.0
-            found, _ = file.read(tensor.name, tuple(tensor.norms))
-        except ConfigError as error:
-            text = str(error).removeprefix("FromFile: ")
-            raise ConfigError(f"Chunks.first: {text}") from error
+        file = CoefficientFile(self.first, "Chunks.first")
+        if tensor.name not in file.names():
+            return 0.0
+        found, _ = file.read(tensor.name, tuple(tensor.norms))
         sizes = found.reshape(len(found), -1).abs().mean(dim=1).tolist()
         return math.fsum(c * norm for c, norm in zip(sizes, tensor.norms.values(), strict=True))
 

@@ -7,20 +7,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.coefficients.base import Layout, MergeTensor, Slot
-from gradmerge.common.errors import ConfigError, nearest, require
-from gradmerge.common.files import parse_json
-from gradmerge.common.schema import require_shape
+from gradmerge.common.errors import ConfigError, require
 from gradmerge.common.spec import Setting, settle
 from gradmerge.common.typing import Origin
+from gradmerge.sources.coefficients import CoefficientFile
 from gradmerge.sources.names import depth_of
 
 
@@ -201,7 +198,7 @@ class FromFile(AbstractInit):
 
     @override
     def coefficient(self, tensor: MergeTensor, slot: Slot, context: InitContext) -> Tensor:
-        loaded, spread = self.read(tensor.name, context.sources)
+        loaded, spread = CoefficientFile(self.path).read(tensor.name, context.sources)
         # entries that share a coefficient can be averaged; components cannot
         other = spread not in (None, "scalar", slot.spread_over)
         if other and (slot.shape != () or spread == "component"):
@@ -220,67 +217,6 @@ class FromFile(AbstractInit):
             f"FromFile: {self.path}: {tensor.name} has coefficients of shape "
             f"{tuple(loaded.shape[1:])}, expected {slot.shape} or one per source."
         )
-
-    def _file(self) -> Path:
-        given = Path(self.path).expanduser()
-        # an older YAML may name the file as it was called then
-        for path in (given, given / "coefficients.st", given / "coefficients.safetensors"):
-            if path.is_file():
-                return path
-        renamed = given.with_suffix(".st")
-        if given.suffix == ".safetensors" and renamed.is_file():
-            return renamed
-        raise ConfigError(f"FromFile: {self.path}: no such file.")
-
-    def names(self) -> list[str]:
-        """Return the names of the tensors that have coefficients in the file."""
-        return self._load("")[0]
-
-    def _load(self, name: str) -> tuple[list[str], Tensor | None, dict[str, str]]:
-        """Return all names, the numbers of one tensor if there are some, and the metadata."""
-        try:
-            with safe_open(self._file(), framework="pt") as file:
-                names = list(file.keys())
-                loaded = file.get_tensor(name).double() if name in names else None
-                return names, loaded, file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(
-                f"FromFile: {self.path}: not a readable safetensors file: {error}."
-            ) from error
-
-    def read(self, name: str, sources: tuple[str, ...]) -> tuple[Tensor, str | None]:
-        """Return stored coefficients in the order of `sources`, and what they run over.
-
-        Raises:
-            ConfigError: the file has none of this tensor, or others than of these sources.
-        """
-        names, loaded, metadata = self._load(name)
-        if loaded is None:
-            raise ConfigError(
-                f"FromFile: {self.path} contains no coefficients for {name}.{nearest(name, names)}"
-            )
-        where, remedy = f"FromFile: {self.path}", "Export the coefficients again."
-        stored, slots = (
-            parse_json(metadata.get(key, "null"), f"{where}: {key}", ConfigError)
-            for key in ("sources", "slots")
-        )
-        shape = {"sources": ([str], None), "slots": ({str: str}, None)}
-        require_shape(where, {"sources": stored, "slots": slots}, shape, remedy, ConfigError)
-        spread = (slots or {}).get(name)
-        if not loaded.isfinite().all() or loaded.dim() < 1:
-            raise ConfigError(f"{where}: expected finite coefficients of {name}, got others.")
-        if len(loaded) != len(sources if stored is None else stored):
-            raise ConfigError(
-                f"{where} is for {len(loaded)} sources, this merge has {len(sources)}."
-            )
-        if stored is None:
-            return loaded, spread
-        if sorted(stored) != sorted(sources):
-            raise ConfigError(
-                f"FromFile: {self.path} is for the sources {stored}, this merge has "
-                f"{list(sources)}."
-            )
-        return loaded[[stored.index(source) for source in sources]], spread
 
 
 def initial_raw(

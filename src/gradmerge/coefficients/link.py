@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.coefficients.base import AbstractCoefficients, Layout, MergeTensor
-from gradmerge.coefficients.granularity import Column, Component, Partition, Row
+from gradmerge.coefficients.granularity import Column, Component, Element, Partition, Row
 from gradmerge.coefficients.granularity import Tensor as TensorGranularity
 from gradmerge.common.errors import ConfigError, require
 
@@ -160,6 +160,11 @@ class Softmax(_Entrywise):
                 "Softmax: expected at least two sources, got one, whose coefficient would always "
                 "be 1. Use Sigmoid or Clamp."
             )
+        if any(isinstance(part, Shared) for part in _chain(self.inner)):
+            raise ConfigError(
+                "Softmax: expected coefficients of each source inside, got Shared, with which all "
+                "would be 1. Remove one of them."
+            )
         return self.inner.num_rows(num_sources)
 
     @override
@@ -195,6 +200,94 @@ class Complement(_Entrywise):
     def pull_back(self, coefficient: Tensor) -> Tensor:
         _require_sum_of_one(coefficient, "Complement")
         return self.inner.pull_back(coefficient[:1])
+
+
+@dataclass(frozen=True)
+class Shared(_Entrywise):
+    """The same coefficients for all sources: `c_kj = z_j`, one row of raw numbers.
+
+    With `Tensor` or `Model` it is task arithmetic whose scales are learned; with a mask per weight
+    it is one mask for all task vectors (`ConcreteMask`). The gradient is the sum over the sources.
+    """
+
+    @override
+    def num_rows(self, num_sources: int) -> int:
+        return self.inner.num_rows(1)
+
+    @override
+    def link(self, raw: Tensor) -> Tensor:
+        return self.inner.link(raw)  # a single row counts for all sources
+
+    @override
+    def pull_back(self, coefficient: Tensor) -> Tensor:
+        apart = (coefficient - coefficient[:1]).abs()
+        if apart.numel() and apart.max() > 1e-6:
+            raise ConfigError(
+                "Shared: starting coefficients must be the same for all sources, got numbers that "
+                f"differ by {apart.max().item():.4g}. Use init Uniform or Constant with one value."
+            )
+        return self.inner.pull_back(coefficient[:1])
+
+
+@dataclass(frozen=True)
+class ConcreteMask(AbstractLink):
+    """Soft mask whose mean over a tensor is the scale (Concrete Subspace Learning, arXiv
+    2312.06173).
+
+        c_j = scale m_j / mean(m),  m_j = 1 / (1 + exp(-z_j / temperature))
+
+    With the optimiser `LogisticNoise`, a training step draws `m` from the concrete (relaxed
+    Bernoulli) distribution with logits z at this temperature, as published. Scores and exports are
+    without noise, which is the median of `m`. The published mask is one for all sources: wrap
+    `Shared` around it. All numbers start at `m = 1/2`, if coefficients start at the scale. A tensor
+    with a single number has `c = 2 scale m`.
+    """
+
+    inner: AbstractCoefficients = field(default_factory=Element)
+    """Granularity Element, Column, Row, Partition or Component, or a link around one of them."""
+    temperature: float = 0.5
+    """Divisor of the raw numbers inside the sigmoid."""
+    scale: float = 0.3
+    """Mean coefficient of a tensor."""
+    eps: float = 1e-3
+    """Starting values of m are clamped to [eps, 1 - eps], where gradients do not vanish."""
+
+    def __post_init__(self) -> None:
+        """Validate the numbers and the wrapped granularity."""
+        name = type(self).__name__
+        require(self.temperature > 0, f"{name}.temperature", "a positive number", self.temperature)
+        require(self.scale > 0, f"{name}.scale", "a positive number", self.scale)
+        require(0 < self.eps < 0.5, f"{name}.eps", "a number in (0, 0.5)", self.eps)
+        inner = _chain(self.inner)[-1]
+        if not isinstance(inner, (Element, Column, Row, Partition, Component)):
+            raise ConfigError(
+                f"{name}: expected Element, Column, Row, Partition or Component inside, got "
+                f"{type(inner).__name__}, with one number per tensor, of which a mask leaves "
+                "nothing. Choose a finer granularity."
+            )
+
+    @override
+    def link(self, raw: Tensor) -> Tensor:
+        mask = torch.sigmoid(self.inner.link(raw) / self.temperature)
+        numbers = mask.reshape(len(mask), -1)
+        if numbers.shape[1] <= 1:
+            return 2 * self.scale * mask
+        mean = numbers.mean(dim=1).reshape(-1, *[1] * (mask.dim() - 1))
+        return mask * (self.scale / mean)
+
+    @override
+    def pull_back(self, coefficient: Tensor) -> Tensor:
+        numbers = coefficient.reshape(len(coefficient), -1)
+        means = numbers.mean(dim=1) if numbers.shape[1] > 1 else numbers.new_full((1,), self.scale)
+        if numbers.numel() and (means - self.scale).abs().max() > 1e-3 * self.scale:
+            worst = means[(means - self.scale).abs().argmax()].item()
+            raise ConfigError(
+                f"ConcreteMask: starting coefficients must have the mean {self.scale:g} (scale) in "
+                f"each tensor, got {worst:.4g}. Use init Constant {self.scale:g}, or set scale."
+            )
+        _require_within(coefficient, 0.0, 2 * self.scale, "ConcreteMask")
+        mask = coefficient / (2 * self.scale)
+        return self.inner.pull_back(self.temperature * torch.logit(mask, eps=self.eps))
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -250,6 +343,14 @@ class HardMask(_Entrywise):
         return self.inner.pull_back(raw.to(coefficient.dtype))
 
 
+def _chain(coefficients: AbstractCoefficients) -> list[AbstractCoefficients]:
+    """Return coefficients with all that they wrap, the granularity last."""
+    found = [coefficients]
+    while isinstance(found[-1], AbstractLink):
+        found.append(found[-1].inner)
+    return found
+
+
 def _require_within(coefficient: Tensor, low: float, high: float, name: str) -> None:
     outside = coefficient[(coefficient < low - 1e-6) | (coefficient > high + 1e-6)]
     if outside.numel():
@@ -293,9 +394,7 @@ class WithScale(AbstractLink):
 
     def __post_init__(self) -> None:
         """Validate the wrapped granularity."""
-        inner = self.inner
-        while isinstance(inner, AbstractLink):
-            inner = inner.inner
+        inner = _chain(self.inner)[-1]
         if not isinstance(inner, (Column, Row, Partition, Component)):
             raise ConfigError(
                 "WithScale: expected Column, Row, Partition or Component inside, got "

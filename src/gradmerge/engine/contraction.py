@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gradmerge.coefficients import AbstractCoefficients
+from gradmerge.coefficients import AbstractCoefficients, linked
 from gradmerge.operators import AbstractOperator, Spread, Terms
 from gradmerge.operators.chunks import chunk_size
 
@@ -37,16 +37,16 @@ def combine(
     with torch.no_grad():
         raw = raw.detach()
         if spread.experts:
-            linked = coefficients.link(raw)
-            for one, own, part in _experts(terms, linked, spread):
+            whole = linked(coefficients, raw, terms.count)
+            for one, own, part in _experts(terms, whole, spread):
                 operator.combine(part, own, replace(spread, experts=0), out[one])
             return out
         if not _goes_by_parts(coefficients, operator, spread, out):
-            own = spread.expanded(coefficients.link(raw))
+            own = spread.expanded(linked(coefficients, raw, terms.count))
             return operator.combine(terms, own, spread, out)
         flat = out.view(-1)
         for here, own, part in _parts(terms, raw, out):
-            operator.combine(part, coefficients.link(own), spread, flat[here])
+            operator.combine(part, linked(coefficients, own, terms.count), spread, flat[here])
         return out
 
 
@@ -82,7 +82,7 @@ def _contract(
 ) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf = raw.detach().requires_grad_()
-        coefficient = coefficients.link(leaf)
+        coefficient = linked(coefficients, leaf, terms.count)
     with torch.no_grad():
         fixed = coefficient.detach()
         if spread.experts:

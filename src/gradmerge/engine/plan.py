@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gradmerge.alignment import Aligned
-from gradmerge.coefficients import AbstractInit, InitContext, Layout, initial_raw
+from gradmerge.coefficients import AbstractInit, InitContext, Layout, initial_raw, linked
 from gradmerge.common.errors import ConfigError, Problem, shorten
 from gradmerge.common.low_rank import LowRank
 from gradmerge.common.memory import require_temporary_space
@@ -434,7 +434,7 @@ class Plan(Shared):
     def coefficient(self, own: Tensor | float) -> Tensor:
         """Return `c = link(z)`, `[sources, *slot]`, differentiable; or a fixed coefficient."""
         if isinstance(own, Tensor):
-            return self.recipe.coefficients.link(own)
+            return linked(self.recipe.coefficients, own, len(self.sources))
         return torch.full((len(self.sources),), own, dtype=torch.float64)
 
     def contract(

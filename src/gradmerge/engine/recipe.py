@@ -57,8 +57,8 @@ class Recipe:
     steps (FisherScale, RegMean, MaTS) and alignments on data."""
     coefficients: AbstractCoefficients = field(default_factory=TensorGranularity)
     """Granularity of the coefficients (Model, Group, Tensor, Column, Row, Partition, Component,
-    Element), optionally inside a link (Clamp, Sigmoid, Tanh, Softmax, Complement, HardMask,
-    WithScale)."""
+    Element), optionally inside a link (Clamp, Sigmoid, Tanh, Softmax, Complement, Shared, HardMask,
+    ConcreteMask, WithScale)."""
     init: AbstractInit = field(default_factory=Constant)
     """Initial coefficients; the final ones of a merge without training."""
     operator: AbstractOperator = field(default_factory=Linear)

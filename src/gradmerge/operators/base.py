@@ -36,6 +36,11 @@ class Terms:
     same dictionary is passed at every call."""
 
     @property
+    def count(self) -> int:
+        """Number of sources."""
+        return len(self.sources or self.updates or ())
+
+    @property
     def shape(self) -> torch.Size:
         """Shape of the merged tensor."""
         return (self.sources or self.stored)[0].shape

@@ -2,6 +2,7 @@
 
 from gradmerge.preprocess.base import AbstractPreprocess, AbstractSelection, Site
 from gradmerge.preprocess.drop import MagnitudeDrop, RandomDrop
+from gradmerge.preprocess.earlier import EarlierCoefficients
 from gradmerge.preprocess.orthogonalise import Orthogonalise
 from gradmerge.preprocess.pcb import ParameterCompetition
 from gradmerge.preprocess.processed import ProcessedDirections
@@ -20,6 +21,7 @@ __all__ = [
     "AbstractSelection",
     "Breadcrumbs",
     "Consensus",
+    "EarlierCoefficients",
     "ElectSign",
     "FisherScale",
     "IsoC",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from gradmerge.common.errors import require
+from gradmerge.common.errors import ConfigError, require
 from gradmerge.common.finite import require_finite_options
 
 _LARGEST = 2**31 - 1
@@ -51,3 +51,19 @@ def require_learning(
     require_finite_options({**rates, "logit_scale": logit_scale})
     for name, rate in rates.items():
         require(rate is None or rate >= 0, name, "at least 0", rate)
+
+
+def require_noise_on_coefficients(noisy: Iterable[object], coefficients: Iterable[object]) -> None:
+    """Reject noise on parameters other than coefficients.
+
+    Raises:
+        ConfigError: an optimiser adds noise to other parameters, too.
+    """
+    own = {id(parameter) for parameter in coefficients}
+    others = sum(id(parameter) not in own for parameter in noisy)
+    if others:
+        raise ConfigError(
+            f"LogisticNoise: expected coefficients alone, got {others} other parameters (trained "
+            "per task, or logit_scale), to which noise would be added.\nGive what is trained per "
+            "task a rate of its own (model.private_learning_rate), and leave out logit_scale."
+        )

@@ -34,7 +34,7 @@ from gradmerge.engine.teacher_store import TeacherStore
 from gradmerge.export.folder import DTYPES
 from gradmerge.export.history import History
 from gradmerge.objectives import AbstractTerm, CrossEntropy, Objective
-from gradmerge.optimisers import SAM
+from gradmerge.optimisers import AbstractPerturbed, LogisticNoise
 from gradmerge.sources import AbstractSource
 from gradmerge.sources.tokenizers.report import summarise, token_report
 from gradmerge.training.checkpoint import (
@@ -50,7 +50,7 @@ from gradmerge.training.checkpoint import (
 from gradmerge.training.data import MergeDataModule
 from gradmerge.training.evaluation import EvaluatingModule
 from gradmerge.training.examples import Stage
-from gradmerge.training.limits import require_learning
+from gradmerge.training.limits import require_learning, require_noise_on_coefficients
 from gradmerge.training.logit_scale import LogitScale
 from gradmerge.training.regularisation import Regularisation
 from gradmerge.training.run import start_run
@@ -416,13 +416,15 @@ class MergeModule(EvaluatingModule):
         """Check the optimisers against the trainer, and measure what is known before a step.
 
         Raises:
-            ConfigError: SAM with gradient accumulation or a gradient scaler, or no coefficient has
-                a gradient to measure its importance by.
+            ConfigError: the optimiser does not suit the trainer or the parameters, or no
+                coefficient has a gradient to measure its importance by.
         """
         for optimizer in self.trainer.optimizers:
-            if isinstance(optimizer, SAM):
+            if isinstance(optimizer, AbstractPerturbed):
                 scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
                 optimizer.require(self.trainer.accumulate_grad_batches, scaled)
+            if isinstance(optimizer, LogisticNoise):
+                require_noise_on_coefficients(optimizer.noisy, self.merged.raw.values())
         if self.score_start:
             score_start(self.trainer, self)
         if not self.regularisation.wants_batches:

@@ -18,7 +18,7 @@ from typing_extensions import override
 from gradmerge.drivers.layerwise.chain import BlockChain
 from gradmerge.engine.autograd import known_loss
 from gradmerge.engine.leaves import Leaves
-from gradmerge.optimisers import SAM
+from gradmerge.optimisers import AbstractPerturbed
 from gradmerge.training.finite import FiniteModule
 
 BLOCK_LOSS = "layer/loss"
@@ -79,7 +79,7 @@ class BlockModule(FiniteModule):
     @override
     def on_train_epoch_start(self) -> None:
         for optimizer in self.trainer.optimizers:
-            if isinstance(optimizer, SAM):
+            if isinstance(optimizer, AbstractPerturbed):
                 optimizer.require(self.trainer.accumulate_grad_batches, False)
 
     @override
