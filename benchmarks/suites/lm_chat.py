@@ -97,7 +97,9 @@ def functions(text: str) -> Iterator[tuple[str, str]]:
         first, last = node.body[0], node.body[1]
         head = textwrap.dedent("\n".join(lines[node.lineno - 1 : first.lineno - 1]))
         body = "\n".join(lines[last.lineno - 1 : node.end_lineno])
-        body = textwrap.indent(textwrap.dedent(body), "    ")
+        # Its first line is not indented: an answer that begins with spaces would share a token with
+        # the line break before it.
+        body = textwrap.indent(textwrap.dedent(body), "    ").strip()
         if said and head and len(head) <= HEAD and len(said) <= DOCSTRING and len(body) <= BODY:
             yield f'{head}\n    """{" ".join(said.split())}"""', body
 

@@ -64,9 +64,9 @@ def test_a_function_is_asked_for_by_its_head_and_its_body_completes_it(bench: Mo
     ]
     head, body = found[0]
     assert head.endswith('"""Return the scaled size."""')
-    assert body.splitlines()[0] == "    total = len(self.items)"
+    assert body.splitlines()[0] == "total = len(self.items)"
     scope: dict[str, Any] = {}
-    exec(f"{head}\n{body}", scope)
+    exec(f"{head}\n    {body}", scope)
 
     class Stub:
         items = "ab"

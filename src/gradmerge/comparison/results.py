@@ -143,7 +143,9 @@ class Comparison:
         return next((row for row in self.rows if row.name == name), None)
 
     def gap_closed(self, row: Row) -> float:
-        """Return the share of the way from the reference to the bound; NaN without both.
+        """Return the share of the way from the reference to the bound.
+
+        It is NaN without both, and where the bound is no better than the reference.
 
         `(s - s_reference) / (s_bound - s_reference)`
         """
@@ -152,7 +154,7 @@ class Comparison:
         if bound is None or reference is None or not reference.outcomes:
             return math.nan
         first, last = (r.mean("average", self.metric) for r in (reference, bound))
-        if last == first:
+        if last == first or (last > first) != self.higher_is_better:
             return math.nan
         return (row.mean("average", self.metric) - first) / (last - first)
 
