@@ -1,20 +1,22 @@
-"""Score FusionBench's AdaMerging on a text suite: the same checkpoints, heads and batches as ours.
+"""Merge a suite with FusionBench's AdaMerging: the same checkpoints, heads and batches as ours.
 
     python benchmarks/fusionbench.py text4 --python PEER/bin/python [--steps 500] [--seeds 0 1 2]
+    gradmerge compare SUITE.yaml METHOD... outputs/fusionbench-text4/seed0/layer_wise
 
 FusionBench 0.2.33 (MIT, https://github.com/tanganke/fusion_bench) runs in an environment of its
 own, made once with ``pip install torch==2.13.0`` and ``pip install fusion-bench==0.2.33``; without
 ``--python``, or where it cannot be imported, the program says so and ends. Its layer-wise and
 task-wise algorithms run as they are, on the batches that `MergeDataModule` yields for the seed
 (adaptation split), with the published settings: Adam 1e-3, start 0.3, entropy summed over tasks.
-Dropout is off, which FusionBench would leave on. The merged encoder of the last step is scored on
-the test split as ours is, with the tasks' own heads.
+Dropout is off, which FusionBench would leave on. The encoder of the last step is written with the
+tasks' own heads, as a row for `gradmerge compare`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,13 +45,13 @@ def opened(suite: str, seed: int, cache: Path, folder: Path) -> Any:
     )
 
 
-def write_inputs(cli: Any, folder: Path, steps: int, rate: float, kind: str) -> None:
+def write_inputs(cli: Any, folder: Path, options: argparse.Namespace, kind: str) -> None:
     """Write the batches of a fit and the places of all models."""
     from safetensors.torch import save_file
 
     cli.datamodule.attach(cli.model.merged)
     cli.datamodule.setup("fit")
-    loader = cli.datamodule.train_dataloader()
+    loader, steps = cli.datamodule.train_dataloader(), options.steps
     batches: list[Any] = []
     while len(batches) < steps:  # an iterator ends with an epoch, and the next one goes on
         batches += islice(loader, steps - len(batches))
@@ -63,45 +65,19 @@ def write_inputs(cli: Any, folder: Path, steps: int, rate: float, kind: str) -> 
         save_file(tensors, folder / f"{step}.safetensors")
     recipe = cli.model.recipe
     given = {"base": recipe.base, "sources": dict(recipe.sources), "kind": kind}
-    harness.write_json(folder / "job.json", {**given, "steps": steps, "rate": rate})
+    harness.write_json(folder / "job.json", {**given, "steps": steps, "rate": options.rate})
 
 
-def scored(cli: Any, merged: Path) -> dict[str, Any]:
-    """Return the test scores of an encoder under the tasks' own heads."""
-    from dataclasses import replace
-
-    from gradmerge import MergeDataModule, MergeModule, Recipe
-    from gradmerge.coefficients import Constant, Model
-
-    experts = cli.model.recipe.sources
-    recipe = Recipe(
-        sources={"merged": str(merged)},
-        base=cli.model.recipe.base,
-        heads={f"head-{name}": source for name, source in experts.items()},
-        private=cli.model.recipe.private,
-        coefficients=Model(),
-        init=Constant(1.0),
-    )
-    tasks = {n: replace(t, source=f"head-{n}") for n, t in cli.datamodule.tasks.items()}
-    data = MergeDataModule(tasks, eval_batch_size=cli.datamodule.eval_batch_size)
-    module = MergeModule(recipe, score_experts=False)
-    harness.quiet_trainer(precision=cli.trainer.precision).test(module, data, verbose=False)
-    return module.results["test"]
-
-
-def compare(suite: str, seed: int, options: argparse.Namespace, kind: str) -> dict[str, Any]:
-    """Adapt with FusionBench and score the result."""
+def adapt(suite: str, seed: int, options: argparse.Namespace, kind: str, target: Path) -> None:
+    """Adapt with FusionBench, and write the result."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cli = opened(suite, seed, options.cache, folder)
-        write_inputs(cli, folder, options.steps, options.rate, kind)
+        write_inputs(opened(suite, seed, options.cache, folder), folder, options, kind)
         began = time.perf_counter()
-        command = [str(options.python), __file__, "--peer", str(folder)]
-        subprocess.run(command, check=True)
-        seconds = time.perf_counter() - began
-        found = scored(cli, folder / "merged")
-    accuracy = {task: scores["accuracy"] for task, scores in found.items()}
-    return {"score": accuracy.pop("average"), "tasks": accuracy, "seconds": round(seconds, 1)}
+        subprocess.run([str(options.python), __file__, "--peer", str(folder)], check=True)
+        print(f"{kind}, seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder / "merged", target)
 
 
 # ---- in FusionBench's environment ----------------------------------------------------------------
@@ -115,14 +91,13 @@ def peer(folder: Path) -> None:
     from fusion_bench.method.adamerging.task_wise_adamerging import TaskWiseAdaMergingAlgorithm
     from omegaconf import OmegaConf
     from safetensors.torch import load_file
-    from transformers import AutoModel, AutoModelForSequenceClassification
 
     torch.set_num_threads(1)
     job = json.loads((folder / "job.json").read_text())
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    classify = AutoModelForSequenceClassification.from_pretrained
-    experts = {name: classify(path, **no_dropout) for name, path in job["sources"].items()}
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    experts = {name: harness.classifier(path, **off) for name, path in job["sources"].items()}
     heads = {name: model.classifier.requires_grad_(False) for name, model in experts.items()}
+    base = harness.classifier(next(iter(job["sources"].values())), job["base"], **off).base_model
     steps: dict[str, Any] = {}
     kinds = {"layer_wise": LayerWiseAdaMergingAlgorithm, "task_wise": TaskWiseAdaMergingAlgorithm}
 
@@ -131,7 +106,7 @@ def peer(folder: Path) -> None:
 
         def load_model(self, name: str) -> Any:
             if name == "_pretrained_":
-                return AutoModel.from_pretrained(job["base"], **no_dropout)
+                return base
             return experts[name].base_model
 
     class Algorithm(kinds[job["kind"]]):  # type: ignore[misc]
@@ -147,7 +122,9 @@ def peer(folder: Path) -> None:
         def compute_logits(self, module: Any, batch: Any, task: str) -> Any:
             inputs = batch if isinstance(batch, dict) else batch[0]
             inputs = inputs[0] if isinstance(inputs, tuple) else inputs
-            return heads[task](module(**inputs).pooler_output)
+            found = module(**inputs)
+            pooled = found.get("pooler_output")
+            return heads[task](found.last_hidden_state[:, 0] if pooled is None else pooled)
 
     config = {
         "weights": None,
@@ -166,10 +143,7 @@ def peer(folder: Path) -> None:
     algorithm._fabric = algorithm._fabric_instance = fabric
     fabric.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
     merged = algorithm.run(Pool())
-    # a classifier, as our sources are; its own head is not used
-    whole = classify(next(iter(job["sources"].values())))
-    whole.base_model.load_state_dict(merged.state_dict())
-    whole.save_pretrained(folder / "merged")
+    harness.write_classifiers(folder / "merged", merged.state_dict(), job["sources"])
 
 
 def importable(python: Path | None) -> str | None:
@@ -188,18 +162,21 @@ def main() -> None:
     parser.add_argument("--python", type=Path, help="interpreter of FusionBench's environment")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--output", type=Path, help="default: outputs/fusionbench-SUITE")
     options = parser.parse_args()
     harness.quieten()
     if reason := importable(options.python):
         print(f"skipped: {reason}")
         return None
 
-    def score(kind: str, seed: int) -> dict[str, Any]:
-        return compare(options.suite, seed, options, kind)
-
-    found = harness.compare(options.suite, KINDS, options, score)
-    seconds = {"seconds": lambda r: harness.spread([x["seconds"] for x in r], 0)}
-    print(harness.ranking(options.suite, found, seconds))
+    output = options.output or harness.ROOT / "outputs" / f"fusionbench-{options.suite}"
+    for seed in options.seeds:
+        harness.build_suite(options.suite, seed, options.cache)
+        for kind in options.kinds:
+            if not (target := output / f"seed{seed}" / kind).is_dir():
+                adapt(options.suite, seed, options, kind, target)
+            print(target)
     return None
 
 

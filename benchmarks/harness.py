@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -49,7 +50,7 @@ class Suite:
 
 SUITES = {
     "text4": Suite("accuracy", True, "accuracy (higher is better)", 60, "text8", ("--quick",)),
-    "text8": Suite("accuracy", True, "accuracy (higher is better)", 240, "text8"),
+    "text8": Suite("accuracy", True, "accuracy (higher is better)", 120, "text8"),
     "lm": Suite("bits_per_byte", False, "bits per byte (lower is better)", 60, "lm"),
     "vision": Suite("accuracy", True, "accuracy (higher is better)", 100, "vision"),
     "vision4": Suite("accuracy", True, "accuracy (higher is better)", 100, "vision8", ("--quick",)),
@@ -195,6 +196,31 @@ def ask(compute: Callable[..., Any], *arguments: Any) -> Any:
 
 
 # ---- models -------------------------------------------------------------------------------------
+
+
+def classifier(head: str | Path, body: str | Path | None = None, **options: Any) -> Any:
+    """Return a classifier with the head of one folder and, if given, the network of another."""
+    import transformers
+
+    config = json.loads((Path(head) / "config.json").read_text())
+    kind = getattr(transformers, config["architectures"][0])
+    model = kind.from_pretrained(head, local_files_only=True, **options)
+    if body is not None:
+        other = type(model.base_model).from_pretrained(body, local_files_only=True)
+        model.base_model.load_state_dict(other.state_dict(), strict=False)
+    return model
+
+
+def write_classifiers(folder: Path, network: Mapping[str, Any], experts: Mapping[str, str]) -> None:
+    """Write a network under the heads of experts, as exports with private heads are written."""
+    for task, place in experts.items():
+        model = classifier(place)
+        model.base_model.load_state_dict(network)
+        for target in (folder, folder / "tasks" / task):
+            model.save_pretrained(target)
+            for path in Path(place).iterdir():  # tokenizer or image processor
+                if not (target / path.name).exists():
+                    shutil.copy(path, target)
 
 
 def make_models(folder: Path, config: Any, sources: Sequence[str], noise: float) -> None:

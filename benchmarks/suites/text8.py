@@ -104,8 +104,8 @@ FULL = Form(
     ("newsgroups", "r8", "r52", "bbc", "reviews", "election", "sentiment", "spam"),
     {"test": 400, "selection": 200, "adaptation": 1024, "train": 2048},
     64,
-    256,
-    (250, 5e-4),
+    128,
+    (150, 6e-4),
 )
 QUICK = Form(
     "text4",
