@@ -206,8 +206,8 @@ def classifier(head: str | Path, body: str | Path | None = None, **options: Any)
     kind = getattr(transformers, config["architectures"][0])
     model = kind.from_pretrained(head, local_files_only=True, **options)
     if body is not None:
-        other = type(model.base_model).from_pretrained(body, local_files_only=True)
-        model.base_model.load_state_dict(other.state_dict(), strict=False)
+        other = kind.from_pretrained(body, local_files_only=True).base_model
+        model.base_model.load_state_dict(other.state_dict())
     return model
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+from suites.common import replacing
 
 RATES = (3e-4, 1e-3, 3e-3)
 
@@ -121,7 +122,10 @@ def fine_tune(suite: str, seed: int, args: argparse.Namespace, target: Path) -> 
         print(f"seed {seed}, rate {rate:g}: selection loss {loss:.4f} ({took:.0f} s)", flush=True)
         network = next(iter(models.values())).base_model
         best = min(best, (loss, rate, copy.deepcopy(network.state_dict())), key=lambda b: b[0])
-    harness.write_classifiers(target, best[2], recipe.sources)
+    if best[2] is None:
+        raise SystemExit(f"no rate of {args.rates} has a finite selection loss; give lower --rates")
+    with replacing(target) as folder:
+        harness.write_classifiers(folder, best[2], recipe.sources)
     print(f"{target}: rate {best[1]:g}")
 
 

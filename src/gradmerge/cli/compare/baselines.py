@@ -16,7 +16,7 @@ from gradmerge.cli.compare.work import (
     Say,
     Work,
     read_final,
-    recorded,
+    score_others,
     write_final,
 )
 from gradmerge.common.memory import peak_memory, reset_peak_memory
@@ -84,11 +84,7 @@ class Baselines:
             value = test["average"].get(self.score.name, float("nan"))
             shown = f"{name}: test {self.score.name.replace('_', ' ')} {value:.4f}"
             self._say(shown, time.perf_counter() - began)
-        for other in self.work.others:
-            at = other.record(path)
-            if read_final(at) is None:
-                with recorded(at, about) as write:
-                    write(*self._score(kind, coefficients, other))
+        score_others(self.work, path, about, lambda o: self._score(kind, coefficients, o))
         return path.name
 
     def _open(self) -> None:

@@ -20,7 +20,7 @@ from gradmerge.cli.compare.work import (
     Work,
     read_final,
     read_record,
-    recorded,
+    score_others,
     write_final,
     write_record,
 )
@@ -155,19 +155,16 @@ class Bench:
         """Score a trial on the test split, unless that was done; return the record's name."""
         work = self.work
         path = work.place / f"final-{trial.key}.json"
-        kept = {"row": work.method.name, "kind": "method"}
+        about = {"row": work.method.name, "kind": "method", "score": trial.score}
         known = read_final(path)
         if known is None:
             test, examples = self._scored(trial, None)
-            kept_too = {**vars(trial), **kept, "learns": work.method.learns}
-            write_final(path, {**kept_too, **told, "test": test}, examples)
+            found = {**vars(trial), **about, **told, "learns": work.method.learns, "test": test}
+            write_final(path, found, examples)
         elif {key: known.get(key) for key in told} != dict(told):
             write_record(path, {**known, **told})
-        for other in work.others if trial.examples is None else ():
-            at = other.record(path)
-            if read_final(at) is None:
-                with recorded(at, {**kept, "score": trial.score}) as write:
-                    write(*self._scored(trial, other))
+        if trial.examples is None:
+            score_others(work, path, about, lambda other: self._scored(trial, other))
         return path.name
 
     def _scored(self, trial: Trial, other: Other | None) -> tuple[dict[str, Any], Any]:

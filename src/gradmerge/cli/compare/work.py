@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -194,13 +194,27 @@ def write_final(path: Path, content: Mapping[str, Any], examples: Any) -> None:
     write_record(path, content)
 
 
-@contextmanager
-def recorded(path: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Any, Any], None]]:
-    """Give a function that writes a score on other test data, or record why there is none."""
-    try:
-        yield lambda test, examples: write_final(path, {**about, "test": test}, examples)
-    except GradmergeError as error:  # of data that do not fit this method alone
-        write_final(path, {**about, "test": {}, "error": str(error)}, {})
+def score_others(
+    work: Work, final: Path, about: Mapping[str, Any], score: Callable[[Other], tuple[Any, Any]]
+) -> None:
+    """Record a choice's scores on other test data, or why there are none.
+
+    Args:
+        work: the method, with the other test data.
+        final: the choice's final record.
+        about: what each record states beside the scores.
+        score: returns the scores on other test data, and those of each example.
+    """
+    for other in work.others:
+        path = other.record(final)
+        if read_final(path) is not None:
+            continue
+        try:
+            test, examples = score(other)
+        except GradmergeError as error:  # of data that do not fit this method alone
+            write_final(path, {**about, "test": {}, "error": str(error)}, {})
+        else:
+            write_final(path, {**about, "test": test}, examples)
 
 
 class MissingError(Exception):
