@@ -54,7 +54,7 @@ IN_NO_CHECKPOINT = {
     *(("sources", name) for name in ("InMemory", "Dequantised", "Distributed", "RunAverage")),
     *(("objectives", name) for name in ("HardLabels", "HiddenStates", "L1ToInit", "SquaredError")),
     *(("coefficients", name) for name in ("Chunks", "ConcreteMask", "Shared")),
-    ("preprocess", "EarlierCoefficients"),
+    *(("preprocess", name) for name in ("EarlierCoefficients", "LARV")),
 }
 """Weights in memory: a checkpoint says that they were, and the recipe must be given again. And what
 the version that wrote these checkpoints did not have."""

@@ -10,6 +10,7 @@ from gradmerge.coefficients import Constant, Model
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.state import FitState
 from gradmerge.preprocess import (
+    LARV,
     TSVM,
     WUDI,
     Breadcrumbs,
@@ -36,6 +37,7 @@ STEPS = [
     ElectSign(),
     IsoC(),
     IsoCTS(),
+    LARV(),
     MagnitudeDrop(),
     Orthogonalise(),
     Orthogonalise(scope="tensor"),

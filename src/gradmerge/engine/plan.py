@@ -298,7 +298,8 @@ class Plan(Shared):
         """Yield the site of each merged tensor, and a call that computes its directions."""
         for name in self.tensors:
             kept = matches(self.recipe.frozen, name) and not self.fixed[name]
-            site = Site(name, self.source_names, self.collected, not kept)
+            origin = partial(self._origin, name)
+            site = Site(name, self.source_names, self.collected, not kept, origin)
             yield site, partial(self.direction, name)
 
     def direction(self, name: str) -> Tensor:

@@ -3,6 +3,7 @@
 from gradmerge.preprocess.base import AbstractPreprocess, AbstractSelection, Site
 from gradmerge.preprocess.drop import MagnitudeDrop, RandomDrop
 from gradmerge.preprocess.earlier import EarlierCoefficients
+from gradmerge.preprocess.larv import LARV
 from gradmerge.preprocess.orthogonalise import Orthogonalise
 from gradmerge.preprocess.pcb import ParameterCompetition
 from gradmerge.preprocess.processed import ProcessedDirections
@@ -15,6 +16,7 @@ from gradmerge.preprocess.unify import Unify
 from gradmerge.preprocess.wudi import WUDI
 
 __all__ = [
+    "LARV",
     "TSVM",
     "WUDI",
     "AbstractPreprocess",

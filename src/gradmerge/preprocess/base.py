@@ -29,6 +29,8 @@ class Site:
     """Statistics of the sources on data, for steps that need them."""
     takes_part: bool = True
     """False if the recipe freezes the tensor at the origin."""
+    origin: Callable[[], Tensor | None] | None = field(default=None, compare=False, repr=False)
+    """Reads what directions are measured from; gives None for zero."""
 
     def statistics(self, kind: str, shape: Sequence[int]) -> list[Statistic] | None:
         """Return the statistics of all sources at this tensor; None if any source has none.
