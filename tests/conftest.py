@@ -15,6 +15,11 @@ os.environ["GRADMERGE_FIGURES"] = "off"  # drawing takes longer than most fits h
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # before Triton is imported: its kernels run on the CPU then (tests/operators/test_triton.py)
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import transformers
 from torch import Tensor, nn
 

@@ -16,7 +16,7 @@ from gradmerge.coefficients import (
 )
 from gradmerge.coefficients.link import AbstractLink
 from gradmerge.engine import contraction
-from gradmerge.operators import DisjointMean, Linear, Spread, Terms
+from gradmerge.operators import DisjointMean, Linear, Spread, Terms, chunks
 
 SHAPE = (37, 29)
 COEFFICIENTS = {
@@ -54,6 +54,7 @@ def short_parts(request, monkeypatch):
     differ): neither rows nor the tensor are a multiple of them."""
     monkeypatch.setenv("GRADMERGE_KERNELS", "auto" if request.param == "native" else "torch")
     monkeypatch.setattr(contraction, "_length", lambda tensor: 256)
+    monkeypatch.setattr(chunks, "_kept", chunks._Kept())  # longer buffers of other tests
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -1,6 +1,8 @@
-"""The same gradients on a CUDA device; skipped where there is none."""
+"""Gradients and kernels on a CUDA device; skipped where there is none."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,11 +24,17 @@ from gradmerge.operators import (
     Components,
     DisjointMean,
     Karcher,
+    Linear,
     ModelStock,
     MultiSlerp,
     NearSwap,
     Slerp,
+    Spread,
+    Terms,
+    backends,
+    chunks,
 )
+from terms import SPREADS, exact, make
 
 pytestmark = [
     pytest.mark.gpu,
@@ -117,3 +125,89 @@ def test_components_on_a_gpu_equal_those_on_the_cpu(family, memory, loaded):
         grads.append({key: raw.grad.cpu() for key, raw in merged.raw.items()})
     for key, grad in grads[0].items():
         torch.testing.assert_close(grads[1][key], grad, rtol=1e-8, atol=1e-11)
+
+
+# ---- the Triton kernels -------------------------------------------------------------------------
+
+
+def moved(terms: Terms, spread: Spread) -> tuple[Terms, Spread]:
+    """The same terms on the device."""
+    origin = None if terms.origin is None else terms.origin.cuda()
+    parts = None if spread.parts is None else spread.parts.cuda()
+    sources = [source.cuda() for source in terms.sources]
+    return replace(terms, sources=sources, origin=origin), replace(spread, parts=parts)
+
+
+@pytest.fixture(params=["triton", "torch"])
+def kernels(request, monkeypatch):
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("GRADMERGE_KERNELS", request.param)
+    found = backends.backend_for([torch.ones(1, device="cuda")])
+    assert (found is chunks) == (request.param == "torch")
+    return request.param
+
+
+@pytest.mark.parametrize("origin", ["base", "zero", "mean", "directions", "directions alone"])
+@pytest.mark.parametrize("kind", SPREADS)
+@pytest.mark.parametrize(
+    ("shape", "sources", "dtype"),
+    [
+        ((37,), 1, torch.float32),
+        ((5, 9, 3, 3), 2, torch.float16),
+        ((130, 2100), 5, torch.bfloat16),
+        ((2048, 512), 9, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_merge_and_contraction_equal_float64(kernels, shape, sources, dtype, kind, origin):
+    terms, spread, coefficient, grad = make(shape, dtype, origin, kind, sources)
+    grad = grad.to(dtype)
+    theta, dc, bound = exact(terms, spread, coefficient, grad)
+    on_device, placed = moved(terms, spread)
+    own, slope = coefficient.cuda(), grad.cuda()
+    out = Linear().combine(on_device, own, placed, torch.empty(shape, device="cuda"))
+    torch.testing.assert_close(out.cpu().double(), theta, rtol=1e-6, atol=4e-6)
+    got = Linear().contract(on_device, slope, own, placed)
+    if origin == "mean":
+        bound += bound.max()
+    assert ((got.cpu().double() - dc).abs() <= 1e-6 * bound).all()
+    narrow = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+    Linear().combine(on_device, own, placed, narrow)
+    # rounded once, from a float32 sum: at most one unit in the last place where that is a tie
+    limit = 0.51 * torch.finfo(torch.bfloat16).eps * theta.abs() + 4e-6
+    assert ((narrow.cpu().double() - theta).abs() <= limit).all()
+
+
+@pytest.mark.parametrize("kind", SPREADS)
+def test_steps_do_not_wait_for_the_device_and_are_reproducible(kernels, kind):
+    terms, spread, coefficient, grad = make((1000, 700), torch.bfloat16, "base", kind)
+    terms, spread = moved(terms, spread)
+    coefficient, grad = coefficient.cuda(), grad.cuda()
+    out = torch.empty(1000, 700, device="cuda", dtype=torch.bfloat16)
+    merges, sums = [], []
+    for mode in ("default", "error", "error"):  # the first call compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            merges.append(Linear().combine(terms, coefficient, spread, out).clone())
+            sums.append(Linear().contract(terms, grad, coefficient, spread))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(merges[0], other) for other in merges[1:])
+    if (kernels, kind) != ("torch", "partition"):  # torch adds to parts in any order
+        assert all(torch.equal(sums[0], other) for other in sums[1:])
+
+
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+def test_tensors_of_more_than_two_billion_entries(kernels):
+    """Offsets beyond 32 bits."""
+    size = (1 << 31) + 4099
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GB of device memory")
+    source = torch.full((size,), 2.0, dtype=torch.bfloat16, device="cuda")
+    terms, spread = Terms([source], torch.zeros_like(source)), Spread("scalar")
+    half = torch.full((1,), 0.5, device="cuda")
+    out = Linear().combine(terms, half, spread, torch.zeros_like(source))
+    assert bool((out == 1).all())
+    # every sum of a tile is exact in float32, and their sum in float64
+    assert Linear().contract(terms, out, half.double(), spread).item() == 2 * size

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from test_operators import expand, kernels, spread_of  # noqa: F401
+from test_operators import kernels  # noqa: F401
 from torch.func import functional_call
 
 from architectures import logits_of
@@ -38,6 +38,7 @@ from gradmerge.operators import (
 )
 from gradmerge.preprocess import Trim
 from gradmerge.sources import InMemory
+from terms import expand, spread_of
 
 SPREADS = ["scalar", "first", "last", "partition", "element"]
 SHAPES = [(4, 5), (2, 1, 2, 3), (8,)]

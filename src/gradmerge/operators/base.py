@@ -128,6 +128,20 @@ class FlatView:
         return cls(1, 1, size) if spread.kind == "scalar" else cls(1, size, 1)
 
 
+def width_and_inner(shape: torch.Size, spread: Spread, weights: Tensor) -> tuple[int, int]:
+    """Return the number of weights along a tensor, and of neighbours that share one.
+
+    Args:
+        shape: shape of the tensor.
+        spread: assignment of the weights.
+        weights: `[terms, width]`.
+    """
+    width = weights.shape[1]
+    if width == 1:
+        return 1, shape.numel()
+    return width, FlatView.of(shape, spread).inner if spread.kind == "axis" else 1
+
+
 class AbstractOperator(ABC):
     """Merge of one tensor of all sources, `theta = combine(terms, c)`, and its gradient in `c`."""
 

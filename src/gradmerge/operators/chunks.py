@@ -99,7 +99,7 @@ def combine(terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> T
     dtype = torch.promote_types(terms.accumulate_dtype, out.dtype)
     length, chunks = chunks_of(view, chunk_size(out.device))
     scratch = _Scratch(length, dtype, out.device)
-    scalar = spread.kind == "scalar"
+    scalar = _is_number(coefficient, spread)
     scalars = stored_weights(terms, coefficient.double()).flatten().tolist() if scalar else []
     targets = out.view(-1).split(length)
     for target, columns, *parts in zip(targets, chunks, *_split(flat, length), strict=True):
@@ -109,7 +109,8 @@ def combine(terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> T
             for part, weight in zip(parts[1:], scalars[1:], strict=True):
                 total.add_(scratch.widen("term", part), alpha=weight)
         else:
-            block = total.view(-1, columns.stop - columns.start, view.inner)
+            width = columns.stop - columns.start
+            block = total.view((1, 1, -1) if view.width == 1 else (-1, width, view.inner))
             along = stored_weights(terms, select(coefficient, columns, spread).to(dtype))
             for k, part in enumerate(parts):
                 wide = scratch.widen("term", part).view(block.shape)
@@ -120,6 +121,11 @@ def combine(terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> T
         if total is not target:
             target.copy_(total)
     return out
+
+
+def _is_number(coefficient: Tensor, spread: Spread) -> bool:
+    """Return whether coefficients are used as numbers; those of a device must be waited for."""
+    return spread.kind == "scalar" and coefficient.device.type == "cpu"
 
 
 def contract(terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:

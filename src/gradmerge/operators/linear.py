@@ -12,8 +12,8 @@ difference of two long inner products would lose the digits that carry the gradi
 
 Sums run over cache-sized blocks: each pass reads every stored byte once, no temporary grows with
 the tensor, and 16-bit sources are widened one block at a time. On a CPU compiled kernels do this
-(`_native`); elsewhere, and without a compiler, torch operations (`chunks`). Directions of low rank
-(LoRA) are not formed (`low_rank`).
+(`_native`), on a GPU Triton ones (`_triton`), elsewhere torch operations (`chunks`; the choice is
+in `backends`). Directions of low rank (LoRA) are not formed (`low_rank`).
 """
 
 from __future__ import annotations
@@ -28,18 +28,9 @@ from typing_extensions import override
 from gradmerge.common.errors import ConfigError, require
 from gradmerge.common.typing import Origin
 from gradmerge.operators import chunks, low_rank
-from gradmerge.operators._native import (
-    FROM_BASE,
-    FROM_DIRECTIONS,
-    FROM_MEAN,
-    FROM_ZERO,
-    GIVEN,
-    Direction,
-    Kernels,
-    kernels_for,
-    selection,
-)
-from gradmerge.operators.base import AbstractOperator, FlatView, Spread, Terms
+from gradmerge.operators._native import Direction, Kernels, selection
+from gradmerge.operators.backends import backend_for
+from gradmerge.operators.base import AbstractOperator, Spread, Terms, width_and_inner
 
 
 def combine_directions(terms: Terms, coefficient: Tensor, out: Tensor) -> Tensor:
@@ -53,7 +44,8 @@ def combine_directions(terms: Terms, coefficient: Tensor, out: Tensor) -> Tensor
     dtype = torch.promote_types(terms.accumulate_dtype, out.dtype)
     length = chunks.chunk_size(out.device)
     pieces = zip(*(term.reshape(-1).split(length) for term in terms.stored), strict=True)
-    weights = coefficient.double().tolist()
+    # tensors, because numbers on a device would have to be waited for
+    weights = coefficient.double().unbind()
     for target, (origin, *parts) in zip(out.view(-1).split(length), pieces, strict=True):
         origin = origin.to(out.device, dtype)
         directions = origin.new_empty(len(parts), len(origin))
@@ -101,24 +93,10 @@ class Linear(AbstractOperator):
         if self.form == "directions" and spread.kind == "scalar":
             return combine_directions(terms.dense(), coefficient.detach().view(-1), out)
         coefficient = coefficient.detach().view(len(terms.sources), -1)
-        kernels = kernels_for([*terms.stored, out])
-        if kernels is not None and (terms.directions or terms.masks is not None):
-            return merge_directions(kernels, terms, coefficient, spread, out)
-        terms = terms.dense()
-        if kernels is None:
-            return chunks.combine(terms, coefficient, spread, out)
-        rule, weights = GIVEN, coefficient
-        if spread.kind == "element" and out.numel() > 1:
-            # weights of all entries at once would need as much memory as the stored tensors
-            rule = FROM_MEAN if terms.mean_origin else FROM_ZERO
-            if terms.origin is not None:
-                rule = FROM_DIRECTIONS if terms.directions else FROM_BASE
-        else:
-            weights = chunks.stored_weights(terms, coefficient.double())
-        width, inner = width_and_inner(terms, spread, weights)
-        flat = [term.reshape(-1) for term in terms.stored]
-        kernels.merge(out.view(-1), flat, weights, rule, width, inner, spread.parts)
-        return out
+        backend = backend_for([*terms.stored, out])
+        if isinstance(backend, Kernels) and (terms.directions or terms.masks is not None):
+            return merge_directions(backend, terms, coefficient, spread, out)
+        return backend.combine(terms.dense(), coefficient, spread, out)
 
     @override
     def contract(self, terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
@@ -127,22 +105,8 @@ class Linear(AbstractOperator):
         if terms.updates is not None:
             return low_rank.contract(terms, grad, coefficient, spread)
         terms = terms.dense()
-        kernels = kernels_for([*terms.stored, grad])
-        if kernels is None:
-            return chunks.contract(terms, grad, coefficient, spread)
-        rows = coefficient.view(len(terms.sources), -1)
-        width, inner = width_and_inner(terms, spread, rows)
-        total = kernels.contract(
-            grad.reshape(-1),
-            [source.reshape(-1) for source in terms.sources],
-            None if terms.origin is None or terms.directions else terms.origin.reshape(-1),
-            terms.mean_origin,
-            width,
-            inner,
-            spread.parts,
-            products=spread.kind == "element",
-        )
-        return total.view(coefficient.shape).to(coefficient.dtype)
+        backend = backend_for([*terms.stored, grad])
+        return backend.contract(terms, grad, coefficient, spread)
 
 
 def merge_directions(
@@ -154,7 +118,7 @@ def merge_directions(
     **election: Any,
 ) -> Tensor:
     """Merge directions that are formed block by block; `election` makes it a disjoint mean."""
-    width, inner = width_and_inner(terms, spread, coefficient)
+    width, inner = width_and_inner(terms.shape, spread, coefficient)
     selection.merge_directions(
         kernels,
         out.view(-1),
@@ -178,11 +142,3 @@ def directions_of(terms: Terms) -> list[Direction]:
         Direction(source.reshape(-1), anchor, mask)
         for source, mask in zip(terms.sources, masks, strict=True)
     ]
-
-
-def width_and_inner(terms: Terms, spread: Spread, weights: Tensor) -> tuple[int, int]:
-    """Return the number of weights along the tensor, and of neighbours that share one."""
-    width = weights.shape[1]
-    if width == 1:
-        return 1, terms.shape.numel()
-    return width, FlatView.of(terms.shape, spread).inner if spread.kind == "axis" else 1

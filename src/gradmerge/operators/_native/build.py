@@ -35,7 +35,8 @@ _log = logging.getLogger(__name__)
 
 _NAMES = ("common.h", "finite.c", "merging.c", "selection.c")
 _FILES = [Path(__file__).with_name(name) for name in _NAMES]
-_CHOICES = ("auto", "native", "torch")
+# `triton` is about kernels on a GPU (`backends`); on a CPU it is `auto`.
+_CHOICES = ("auto", "native", "torch", "triton")
 # Options in order of preference; plain -O3 is about 25% slower.
 _OPTIONS = (["-O3", "-march=native"], ["-O3", "-mcpu=native"], ["-O3"])
 
@@ -44,8 +45,8 @@ def native_kernels() -> Kernels | None:
     """Return the kernels, compiled at first use, or None if torch operations are to be used.
 
     Raises:
-        ConfigError: `GRADMERGE_KERNELS` is not one of auto, native and torch, or is native and the
-            kernels cannot be built.
+        ConfigError: `GRADMERGE_KERNELS` is not one of auto, native, torch and triton, or is native
+            and the kernels cannot be built.
     """
     return _load(os.environ.get("GRADMERGE_KERNELS", "auto"))
 
@@ -77,7 +78,7 @@ def _load(choice: str) -> Kernels | None:
         _log.info("%s; merging with torch operations", reason)
     except (OSError, OutputError, subprocess.SubprocessError, AttributeError) as error:
         reason = f"the C kernels could not be built or loaded: {error}"
-        if choice == "auto":
+        if choice != "native":
             warnings.warn(
                 f"{reason}. Merging continues with torch operations, at about half the speed; set "
                 "GRADMERGE_KERNELS=torch to silence this warning.",

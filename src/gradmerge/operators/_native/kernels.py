@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradmerge.operators.base import Spread, Terms, width_and_inner
+from gradmerge.operators.chunks import stored_weights
+
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Bytes of a real number, and the bits that are all set in NaN and infinity.
 _EXPONENTS = {
@@ -64,19 +67,20 @@ class Kernels:
         test.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint64)
         return lambda start, end: test(place + start, (end - start) // width, width, mask) != 0
 
-    def merge(
-        self,
-        out: Tensor,
-        terms: Sequence[Tensor],
-        weights: Tensor,
-        rule: int,
-        width: int,
-        inner: int,
-        parts: Tensor | None,
-    ) -> None:
-        """Write `out = sum_s weight_s * term_s` (see `merging.c`). All tensors are contiguous."""
+    def combine(self, terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
+        """Merge as `AbstractOperator.combine` does, with coefficients `[sources, slot]`."""
+        rule, weights = GIVEN, coefficient
+        if spread.kind == "element" and out.numel() > 1:
+            # weights of all entries at once would need as much memory as the stored tensors
+            rule = FROM_MEAN if terms.mean_origin else FROM_ZERO
+            if terms.origin is not None:
+                rule = FROM_DIRECTIONS if terms.directions else FROM_BASE
+        else:
+            weights = stored_weights(terms, coefficient.double())
+        width, inner = width_and_inner(terms.shape, spread, weights)
         weights = weights.to(torch.float32).contiguous()
-        pointers, types = _arrays(terms)
+        flat = [term.reshape(-1) for term in terms.stored]
+        pointers, types = _arrays(flat)
 
         def run(begin: int, end: int) -> None:
             self.library.gradmerge_merge(
@@ -84,37 +88,35 @@ class Kernels:
                 TYPES[out.dtype],
                 pointers,
                 types,
-                len(terms),
+                len(flat),
                 address(weights),
                 rule,
                 *integers(width, inner),
-                address(parts),
+                address(spread.parts),
                 *integers(begin, end),
             )
 
         run_shared(run, out.numel())
+        return out
 
-    def contract(
-        self,
-        grad: Tensor,
-        terms: Sequence[Tensor],
-        anchor: Tensor | None,
-        mean: bool,
-        width: int,
-        inner: int,
-        parts: Tensor | None,
-        products: bool,
-    ) -> Tensor:
-        """Return sums of `grad * (term - anchor)`, `[terms, width]`, float64 (see `merging.c`).
+    def contract(self, terms: Terms, grad: Tensor, coefficient: Tensor, spread: Spread) -> Tensor:
+        """Contract as `AbstractOperator.contract` does.
 
-        With `products` (a coefficient per entry) nothing is summed and the result is float32.
+        Sums are float64; with a coefficient per entry nothing is summed and they are float32.
         """
-        pointers, types = _arrays(terms)
+        width, inner = width_and_inner(
+            terms.shape, spread, coefficient.view(len(terms.sources), -1)
+        )
+        products = spread.kind == "element"
+        flat = [source.reshape(-1) for source in terms.sources]
+        origin = None if terms.directions else terms.origin
+        grad, anchor = grad.reshape(-1), None if origin is None else origin.reshape(-1)
+        pointers, types = _arrays(flat)
         shares = ranges(grad.numel())
         dtype = torch.float32 if products else torch.float64
         # each thread has its own sums, whereas the products of threads are disjoint
         copies = 1 if products else len(shares)
-        result = torch.zeros(copies, len(terms), width, dtype=dtype)
+        result = torch.zeros(copies, len(flat), width, dtype=dtype)
 
         def run(begin: int, end: int) -> None:
             own = 0 if products else shares.index((begin, end))
@@ -126,17 +128,18 @@ class Kernels:
                 TYPES[grad.dtype],
                 address(anchor),
                 0 if anchor is None else TYPES[anchor.dtype],
-                int(mean),
+                int(terms.mean_origin),
                 pointers,
                 types,
-                len(terms),
+                len(flat),
                 *integers(width, inner),
-                address(parts),
+                address(spread.parts),
                 *integers(begin, end),
             )
 
         run_shared(run, grad.numel())
-        return result[0] if copies == 1 else result.sum(dim=0)
+        total = result[0] if copies == 1 else result.sum(dim=0)
+        return total.view(coefficient.shape).to(coefficient.dtype)
 
 
 def address(tensor: Tensor | None) -> ctypes.c_void_p | None:

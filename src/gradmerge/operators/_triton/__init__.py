@@ -1,0 +1,1 @@
+"""Triton kernels for frozen tensors on a GPU (private to `operators`)."""
