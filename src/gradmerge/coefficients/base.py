@@ -85,13 +85,17 @@ class Slot:
 
         Parts are equal in size to within one entry. In large tensors, for which a permutation per
         step is too expensive, parts are drawn independently and equal only in expectation (to
-        within 2% for ten parts).
+        within 2% for ten parts). They are int64 on a CPU, and take as few bytes as possible on
+        other devices, where a plan keeps them.
         """
         generator = torch.Generator().manual_seed(self.seed)
         if num_elements <= _PERMUTED:
             parts = torch.randperm(num_elements, generator=generator) % self.shape[0]
         else:
             parts = torch.randint(self.shape[0], (num_elements,), generator=generator)
+        if device.type != "cpu":
+            kinds = (torch.uint8, torch.int16, torch.int32)
+            parts = parts.to(next(k for k in kinds if self.shape[0] - 1 <= torch.iinfo(k).max))
         return parts.to(device)
 
 

@@ -352,7 +352,7 @@ class Plan(Shared):
             name: the tensor.
             processed: apply the recipe's preprocess.
         """
-        facts = self._facts.setdefault(name, {}) if self._keeps_facts else {}
+        facts = self._facts_of(name)
         if self.recipe.preprocess and processed:
             anchor = self._origin(name)
             chosen = None
@@ -372,6 +372,10 @@ class Plan(Shared):
             facts=facts,
         )
 
+    def _facts_of(self, name: str) -> dict[str, Tensor]:
+        """Return what is kept of a tensor between steps; empty and not kept outside a fit."""
+        return self._facts.setdefault(name, {}) if self._keeps_facts else {}
+
     def _spread_terms(self, name: str, spread: Spread) -> Terms:
         """Return the terms of a tensor, with directions of low rank where those are merged."""
         return self._low_rank_terms(name, spread) or self.terms(name)
@@ -385,8 +389,14 @@ class Plan(Shared):
     def _spread(self, name: str, device: torch.device) -> Spread:
         """Return the mapping of the coefficients of `name` to its entries."""
         slot = self.layout.slots[name]
-        size = torch.Size(self.tensors[name].shape).numel()
-        parts = slot.parts(size, device) if slot.kind == "partition" else None
+        parts = None
+        if slot.kind == "partition":
+            facts = self._facts_of(name)
+            parts = facts.get("parts")
+            if parts is None or parts.device != device:
+                parts = slot.parts(math.prod(self.tensors[name].shape), device)
+                if device.type != "cpu":  # a step would wait until they are drawn and copied
+                    facts["parts"] = parts
         return Spread(slot.kind, slot.axis, parts, slot.experts, slot.length)
 
     def combine(self, name: str, own: Tensor | float, out: Tensor) -> Tensor:

@@ -81,13 +81,18 @@ class Spread:
     axis: int = 0
     """Axis along which coefficients run (axis only)."""
     parts: Tensor | None = None
-    """Part of each entry (partition only), `[entries]`."""
+    """Part of each entry (partition only), `[entries]`, of any integer type (see `indices`)."""
     experts: int = 0
     """If the first axis counts experts, their number: each is a tensor with coefficients of its own
     (axis only), `[sources, experts * slot]`."""
     length: int = 0
     """Length of the axis, if its coefficients are those of runs along it, `[sources, runs]`, equal
     in length to within one (axis only). Operators get them `expanded`."""
+
+    def indices(self, entries: slice) -> Tensor:
+        """Return the parts of some entries as int64 (partition only)."""
+        assert self.parts is not None
+        return self.parts[entries].long()  # as an index, uint8 would be a mask
 
     def expanded(self, coefficient: Tensor) -> Tensor:
         """Return coefficients of runs as one per position of the axis, `[sources, length]`."""

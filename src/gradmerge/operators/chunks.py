@@ -173,8 +173,7 @@ def _accumulate(
     if spread.kind == "element":
         total[columns] = product
     elif spread.kind == "partition":
-        assert spread.parts is not None
-        total.index_add_(0, spread.parts[columns], product.double())
+        total.index_add_(0, spread.indices(columns), product.double())
     else:
         block = product.view(-1, columns.stop - columns.start, view.inner)
         total[columns] += block.sum(dim=(0, 2)).double()
@@ -270,8 +269,7 @@ def blocks(
 def select(coefficient: Tensor, columns: slice, spread: Spread) -> Tensor:
     """Return the coefficients of a block, `[sources, 1, columns, 1]`, from `[sources, slot]`."""
     if spread.kind == "partition":
-        assert spread.parts is not None
-        chosen = coefficient[:, spread.parts[columns]]
+        chosen = coefficient[:, spread.indices(columns)]
     else:
         chosen = coefficient[:, columns]
     return chosen.reshape(len(chosen), 1, -1, 1)
@@ -282,8 +280,7 @@ def collect(total: Tensor, products: Tensor, columns: slice, spread: Spread) -> 
     if spread.kind == "element":
         total[:, columns] = products.reshape(len(products), -1)
     elif spread.kind == "partition":
-        assert spread.parts is not None
         flat = products.reshape(len(products), -1).to(total.dtype)
-        total.index_add_(1, spread.parts[columns], flat)
+        total.index_add_(1, spread.indices(columns), flat)
     else:
         total[:, columns] += products.sum(dim=(1, 3), dtype=total.dtype)

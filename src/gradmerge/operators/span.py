@@ -135,8 +135,7 @@ class AbstractSpan(AbstractOperator):
             place = torch.arange(entries.start, entries.stop, device=device)
             slots = place // own.inner % own.width
             if spread.kind == "partition":
-                assert spread.parts is not None
-                slots = spread.parts[entries]
+                slots = spread.indices(entries)
             matrices = gram if len(gram) == 1 else gram[place // view.inner % view.width]
             yield entries, _changed(whole, itemgetter(entries)), matrices, slots
 
