@@ -122,14 +122,14 @@ def require_optimiser(get: Get) -> None:
         require(math.isfinite(rate), "optimizer: lr", "a finite number", rate)
     todo = "Correct its init_args."
     with reading("optimizer", f"{_name(optimiser)} rejects its options", todo, ConfigError):
-        tried = _made(optimiser, [torch.nn.Parameter(torch.zeros(2, 2))])
+        tried = made(optimiser, [torch.nn.Parameter(torch.zeros(2, 2))])
     if schedule is None or _is_foreign(schedule):
         return
     # a schedule may end before a fit does, if nothing else ends the fit
     ends = (get("trainer.max_epochs"), get("trainer.max_time"), get("driver"))
     steps = get("trainer.max_steps") if not any(ends) else None
     with reading("lr_scheduler", f"{_name(schedule)} rejects its options", todo, ConfigError):
-        tried = _made(schedule, tried)
+        tried = made(schedule, tried)
         if not isinstance(tried, torch.optim.lr_scheduler.ReduceLROnPlateau):
             _take_steps(tried, max(1, min(steps or 1, _TRIED)))
 
@@ -141,8 +141,8 @@ def _take_steps(schedule: Any, steps: int) -> None:
             schedule.step()
 
 
-def _made(given: Any, first: Any) -> Any:
-    """Return an instance of a configured class of torch, Lightning or gradmerge."""
+def made(given: Any, first: Any) -> Any:
+    """Return an instance of a configured class, such as an optimiser of given parameters."""
     module, _, name = given["class_path"].rpartition(".")
     kind = getattr(importlib.import_module(module), name)
     return kind(first, **dict(given.get("init_args") or {}))

@@ -37,6 +37,7 @@ from gradmerge.cli.method import describe_method
 from gradmerge.cli.options import ABOUT
 from gradmerge.cli.places import require_scored
 from gradmerge.cli.resume import NAMES, find_checkpoint, move_sources
+from gradmerge.cli.room import require_memory
 from gradmerge.cli.score import keep_in_folder, run_of, scored_recipe
 from gradmerge.common.errors import ConfigError
 from gradmerge.common.failures import reading
@@ -45,6 +46,7 @@ from gradmerge.common.progress import show_progress
 from gradmerge.common.secrets import masked
 from gradmerge.common.version import __version__
 from gradmerge.drivers import AbstractDriver, Job
+from gradmerge.engine.opening import Opening
 from gradmerge.engine.recipe import Recipe
 from gradmerge.export.atomic import inputs_of
 from gradmerge.optimisers import SAM, CosineDecay, LogisticNoise
@@ -283,7 +285,7 @@ class MergeCLI(LightningCLI):
         # before the sources are opened, so that what it refuses is said at once
         self.trainer = self.instantiate_trainer()
         if not driven:
-            self.model = self.model()
+            self.model = self._opened()
             # the optimiser takes the parameters of the tasks
             self.model.take_tasks(getattr(self.datamodule, "tasks", None))
             if self.subcommand in (None, "fit"):
@@ -293,6 +295,15 @@ class MergeCLI(LightningCLI):
         self.model = self.trainer = None
         self.driver = self._get(self.config_init, "driver")
         self.job = self._job()
+
+    def _opened(self) -> MergeModule:
+        """Open the sources and build the module; a fit that cannot fit is refused before."""
+        opening = Opening(self.model.keywords["recipe"])
+        if self.subcommand in (None, "fit"):
+            require_memory(self, opening)
+        opening.align(opening.recipe.statistics)
+        module: MergeModule = self.model(recipe=opening.plan())
+        return module
 
     def _job(self) -> Job:
         assert self.driver is not None

@@ -37,6 +37,7 @@ Version {__version__}.
 commands:
   learn     learn a merge without a YAML  gradmerge learn A B --base BASE --data A=a.jsonl
   fit       learn a merge                 gradmerge fit --config merge.yaml
+  plan      predict memory and time       gradmerge plan --config merge.yaml
   validate  score on the selection split  gradmerge validate --config merge.yaml --ckpt_path X.ckpt
   test      score on the test split       gradmerge test --config merge.yaml --ckpt_path X.ckpt
             score a model folder          gradmerge test --config data.yaml --model FOLDER
@@ -56,6 +57,7 @@ configs/ holds runnable examples.
 
 COMMANDS = (
     "learn",
+    "plan",
     *LEARNING,
     "export",
     "merge",
@@ -67,7 +69,11 @@ COMMANDS = (
     "push",
 )
 
-OWN_PARSERS = {"learn": "gradmerge.cli.quick", "compare": "gradmerge.cli.compare.command"}
+OWN_PARSERS = {
+    "learn": "gradmerge.cli.quick",
+    "plan": "gradmerge.cli.plan",
+    "compare": "gradmerge.cli.compare.command",
+}
 """Commands whose options are no fields of components, with the modules of their parsers."""
 
 
@@ -104,6 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from gradmerge.cli.compare.command import compare_command
 
                 status = compare_command(underscored(options))
+            elif command == "plan":
+                from gradmerge.cli.plan import plan_command
+
+                plan_command(underscored(options), arguments is None)
             elif command in LEARNING:
                 with named_loss():
                     learn(arguments)

@@ -52,12 +52,17 @@ class BlockPool:
         """Give a copy blocks of its own."""
         return BlockPool, (list(self._counts.elements()),)
 
+    def keeps(self, shape: Sequence[int], dtype: torch.dtype) -> bool:
+        """Return whether a tensor gets a block that is kept for reuse."""
+        size = torch.Size(shape).numel()
+        is_large = size * dtype.itemsize >= _SMALL
+        return is_large and size in self._repeated and hasattr(mmap, "MAP_PRIVATE")
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return an uninitialised CPU tensor."""
-        size = torch.Size(shape).numel()
-        length = size * dtype.itemsize
-        if length < _SMALL or size not in self._repeated or not hasattr(mmap, "MAP_PRIVATE"):
+        if not self.keeps(shape, dtype):
             return torch.empty(shape, dtype=dtype)
+        length = torch.Size(shape).numel() * dtype.itemsize
         idle = self._idle.setdefault(length, [])
         block = idle.pop() if idle else _map(length)
         # Only the tensor's storage holds this view, so the view is destroyed with the storage.
@@ -171,3 +176,52 @@ def peak_memory() -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def anonymous_memory() -> int:
+    """Return the resident memory of this process that belongs to no file, in bytes.
+
+    0 where the system does not tell.
+    """
+    return _stated(Path("/proc/self/status"), "RssAnon")
+
+
+def host_memory() -> tuple[int, int]:
+    """Return the host's memory in bytes: what processes may still take, and all of it.
+
+    The limit of a container (cgroup) counts where it is lower. Both are 0 where the system does
+    not tell.
+    """
+    info = Path("/proc/meminfo")
+    free, whole = _stated(info, "MemAvailable"), _stated(info, "MemTotal")
+    for limit, used, cache in _CGROUPS:
+        with suppress(OSError, ValueError):
+            most = int(Path(limit).read_text())
+            if most < whole:
+                taken = int(Path(used).read_text()) - _stated(Path(cache), "inactive_file", 1)
+                free, whole = min(free, max(0, most - taken)), most
+    return free, whole
+
+
+_CGROUPS = (
+    (
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory.current",
+        "/sys/fs/cgroup/memory.stat",
+    ),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
+)
+
+
+def _stated(file: Path, name: str, unit: int = 1024) -> int:
+    """Return a number of a table of names and numbers; 0 if it is not there."""
+    with suppress(OSError), file.open(encoding="ascii") as lines:
+        for line in lines:
+            words = line.replace(":", " ").split()
+            if words[:1] == [name]:
+                return int(words[1]) * unit
+    return 0

@@ -179,18 +179,19 @@ class Opening:
             return None
         untie(module, self._apart or ())
         first = next(iter(self.sources.values()))
-        infos = {**first.infos, **self._reference.infos}
+        infos = {**first.infos, **self.reference.infos}
         shapes = {name: infos[name].shape for name in self._names}
-        return Network.bound(module, self._names, self._reference.label, shapes)
+        return Network.bound(module, self._names, self.reference.label, shapes)
 
     @property
-    def _reference(self) -> Checkpoint:
+    def reference(self) -> Checkpoint:
+        """The base, or the first source."""
         return self.base or next(iter(self.sources.values()))
 
     @property
     def _names(self) -> list[str]:
         first = next(iter(self.sources.values()))
-        return names_of(self._reference, first, self.recipe.private)
+        return names_of(self.reference, first, self.recipe.private)
 
     def _skeleton(self) -> nn.Module | None:
         recipe = self.recipe
@@ -225,7 +226,7 @@ class Opening:
         method = self.recipe.alignment
         if method is None or method.is_identity or self.order is not None:
             return
-        found = take_inventory(self._names, self._reference, self.network, self.recipe.private)
+        found = take_inventory(self._names, self.reference, self.network, self.recipe.private)
         require_finite({**self._everything(), **self.heads}, found.buffers)
         self.sources, self.order = align_sources(
             method, self.sources, self.spec, self.network, self.recipe.private, statistics
@@ -237,6 +238,7 @@ class Opening:
         with_skeleton: bool = True,
         keep_network: bool = False,
         statistics: str | None = None,
+        kind: type[Plan] = Plan,
     ) -> Plan:
         """Make the plan of a recipe on the sources as they are now.
 
@@ -245,13 +247,14 @@ class Opening:
             with_skeleton: give the plan the network.
             keep_network: give the plan a copy of the network, because more plans will follow.
             statistics: folder of the sources' statistics. Default: the recipe's.
+            kind: class of the plan.
         """
         recipe = recipe or self.recipe
         needed = with_skeleton or isinstance(innermost(recipe.coefficients), (Column, Row))
         network = self.network if needed else None
         if keep_network:
             network = network and replace(network, module=copy.deepcopy(network.module))
-        return Plan(
+        return kind(
             recipe,
             self.sources,
             self.base,

@@ -41,6 +41,7 @@ from gradmerge.sources.base import (
     side_hashes,
     watched_files,
 )
+from gradmerge.sources.collected import SourceStatistics
 from gradmerge.sources.geometry import direction_statistics
 from gradmerge.sources.identity import require_unchanged
 from gradmerge.sources.sharing import share_of
@@ -93,7 +94,7 @@ class Plan(Shared):
                 "private: expected at least one tensor to merge, got none: all are private or "
                 "buffers; narrow the patterns."
             )
-        self.unchanged = find_unchanged(recipe, base, self.sources, self.tensors)
+        self.unchanged = self._find_unchanged()
         """Tensors that are the base's in all sources, so that none has a direction."""
         self.fixed: Mapping[str, float] = self._fixed()
         """Coefficients of frozen tensors, by name."""
@@ -116,15 +117,20 @@ class Plan(Shared):
         if recipe.coefficients.needs_norms:
             learned = [replace(tensor, norms=self._norms(tensor.name)) for tensor in learned]
         self.layout: Layout = recipe.coefficients.layout(learned)
-        self.collected = open_statistics(
-            recipe,
-            statistics or recipe.statistics,
-            lambda: ({n: self.fingerprints[n] for n in self.sources}, self.side_hashes),
-        )
+        self.collected = self._open_statistics(statistics or recipe.statistics)
         """The sources' statistics on data, if alignment or preprocess needs them."""
         self._processed = ProcessedDirections(recipe.preprocess, self.directions)
         self.finalisation = Finalisation(recipe.finalisers, self._final_site)
         """The recipe's finalisers."""
+
+    def _open_statistics(self, folder: str | None) -> SourceStatistics | None:
+        def found() -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+            return {n: self.fingerprints[n] for n in self.sources}, self.side_hashes
+
+        return open_statistics(self.recipe, folder, found)
+
+    def _find_unchanged(self) -> frozenset[str]:
+        return find_unchanged(self.recipe, self.base, self.sources, self.tensors)
 
     def _fixed(self) -> dict[str, float]:
         fixed = {}

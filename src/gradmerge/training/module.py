@@ -27,6 +27,7 @@ from gradmerge.common.progress import show_progress
 from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.engine.merged import Memory, MergedModel
 from gradmerge.engine.outputs import Batch
+from gradmerge.engine.plan import Plan
 from gradmerge.engine.predict import by_task, no_labels, require_ensemble
 from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.teacher import Teacher
@@ -73,7 +74,8 @@ class MergeModule(EvaluatingModule):
     `<split>/average/<metric>`, where the split is `selection` or `test`.
 
     Args:
-        recipe: the merge: sources, base, operator and the granularity of the coefficients.
+        recipe: the merge: sources, base, operator and the granularity of the coefficients (from
+            Python also opened, a `Plan`).
         objective: the loss to minimise, or a single term of it. Default: cross-entropy.
         memory: `resident` keeps the merged tensors during a step; `streamed` rebuilds them in the
             backward pass and holds about one layer at a time.
@@ -132,8 +134,11 @@ class MergeModule(EvaluatingModule):
     ) -> None:
         super().__init__()
         self.allow_modules = tuple(allow_modules)
-        if isinstance(recipe, Mapping):
-            recipe = from_plain(recipe, allow_modules)
+        opened: Recipe | Plan = recipe
+        if isinstance(recipe, Plan):
+            recipe = recipe.recipe
+        elif isinstance(recipe, Mapping):
+            opened = recipe = from_plain(recipe, allow_modules)
         if isinstance(objective, Mapping):
             objective = from_plain(objective, allow_modules)
         if isinstance(objective, AbstractTerm):
@@ -150,7 +155,7 @@ class MergeModule(EvaluatingModule):
         finite = 0 <= teacher_cache < math.inf
         require(finite, "teacher_cache", "a number of gigabytes", teacher_cache)
         self._store = TeacherStore(teacher_cache, teacher_cache_folder) if teacher_cache else None
-        merged = MergedModel(recipe, module, memory, DTYPES[dtype])
+        merged = MergedModel(opened, module, memory, DTYPES[dtype])
         if activation_checkpointing:
             merged.enable_activation_checkpointing()
         options = {
