@@ -20,18 +20,23 @@ import json, os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from gradmerge import MergeModule
+from gradmerge.engine import sharded
 from gradmerge.training.callbacks import CoefficientLogger, ExportAtEnd
 from gradmerge.objectives import CrossEntropy, KLToSource, L2ToInit, Objective
 from tiny import Perceptron, build, recipe_of, relatives, trainer_of, vectors
 
-folder, devices, memory = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+folder, devices = Path(sys.argv[2]), int(sys.argv[3])
+memory, _, shared = sys.argv[4].partition("-")
+sharded._SMALLEST = 1
 objective = Objective([CrossEntropy(), KLToSource(0.5)], [L2ToInit()], {"a": 2.0})
 recipe = recipe_of(relatives(build(Perceptron, extra=True)))
-module = MergeModule(recipe, objective, memory=memory)
+shards = 0 if shared else 1
+module = MergeModule(recipe, objective, memory=memory, source_shards=shards)
 module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.5)
+divided = []
 trainer = trainer_of(
     folder,
     devices=devices,
@@ -42,6 +47,7 @@ trainer = trainer_of(
         CoefficientLogger(),
         ModelCheckpoint(folder / "checkpoints", "best", monitor="selection/loss", mode="max"),
         ExportAtEnd(str(folder / "merged")),
+        LambdaCallback(on_train_start=lambda *_: divided.append(module.merged.plan.is_shared)),
     ],
 )
 data = vectors(batch_size=4 // devices, count=12, eval_batch_size=3)
@@ -52,6 +58,7 @@ rank = trainer.global_rank
 torch.save(module.merged.raw["tensor"].detach(), folder / f"raw{rank}.pt")
 (folder / f"found{rank}.json").write_text(json.dumps({
     "fixed": module.merged.state.fixed,
+    "divided": divided,
     "best": float(best),
     "loss": float(trainer.callback_metrics["selection/loss"]),
     "accuracy": module.results["selection"]["a"]["accuracy"],
@@ -64,10 +71,13 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
+from gradmerge.engine import sharded
 from gradmerge.objectives import CrossEntropy, Entropy, Objective
 from tiny import module_of, trainer_of, vectors, relatives, build
 
-folder, devices, term = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+folder, devices = Path(sys.argv[2]), int(sys.argv[3])
+term, _, shared = sys.argv[4].partition("-")
+sharded._SMALLEST = 1
 data = vectors("abc", batch_size=4 // devices, count=9, eval_batch_size=2)
 splits = [data.tasks[task].path for task in "abc"]
 for i, row in enumerate(splits[1]["selection"]):
@@ -77,7 +87,8 @@ splits[2]["selection"] = splits[2]["selection"][:1]
 for split in splits:
     split["test"] = split["test"][:1]
 term = {"CrossEntropy": CrossEntropy, "Entropy": Entropy}[term]()
-module = module_of(relatives(build(), 4), Objective([term]))
+shards = 0 if shared else 1
+module = module_of(relatives(build(), 4), Objective([term]), source_shards=shards)
 module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.5)
 options = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
 trainer = trainer_of(folder, **options, max_steps=3, num_sanity_val_steps=1)
@@ -354,11 +365,13 @@ def results(folder, devices):
 @pytest.mark.usefixtures("figures")
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
-    for memory, one, two in compare(tmp_path, monkeypatch, RUN, ("resident", "streamed")):
+    options = ("resident", "streamed", "resident-shared", "streamed-shared")
+    for memory, one, two in compare(tmp_path, monkeypatch, RUN, options):
         ((alone, found),) = results(one, 1)
         assert (alone - 0.3).abs().max() > 1e-2, memory
         both = results(two, 2)
         for raw, other in both:
+            assert other["divided"] == [memory.endswith("shared")]
             torch.testing.assert_close(raw, alone, rtol=0, atol=1e-6, msg=memory)
             assert other["fixed"] == found["fixed"] == {"extra.weight": 0.0, "extra.bias": 0.0}
             for name in ("best", "loss", "accuracy"):
@@ -450,7 +463,8 @@ def test_terms_of_two_processes_are_those_of_all_their_rows(tmp_path):
 
 @pytest.mark.slow
 def test_every_evaluation_example_counts_once_in_two_processes(tmp_path, monkeypatch):
-    for _, one, two in compare(tmp_path, monkeypatch, SCORES, ("CrossEntropy", "Entropy")):
+    options = ("CrossEntropy", "Entropy", "Entropy-shared")
+    for _, one, two in compare(tmp_path, monkeypatch, SCORES, options):
         alone = json.loads((one / "found0.json").read_text())
         assert list(alone) == ["fit", "selection", "test"]
         assert all(set(found) == {"a", "b", "c", "average"} for found in alone.values())

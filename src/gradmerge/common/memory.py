@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -119,13 +119,36 @@ def in_file(
         return torch.empty(shape, dtype=dtype)
     place = Path(folder or tempfile.gettempdir())
     with writing(place, _ELSEWHERE), _temporary(place) as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash on access
-            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+        _reserve(file, size * dtype.itemsize)
         opened = f"/proc/self/fd/{file.fileno()}"
         name = opened if os.path.exists(opened) else file.name
         # the mapping stays valid after the file is closed
         flat = torch.from_file(str(name), shared=True, size=size, dtype=dtype)
     return flat.view(*shape)
+
+
+def in_shared_file(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor that is mapped to a file, which is made if there is none.
+
+    Processes that map the same file see the same numbers. The mapping stays valid after the file
+    is removed.
+
+    Raises:
+        OutputError: the disk is full, or the file cannot be written.
+    """
+    size = torch.Size(shape).numel()
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    with writing(path, _ELSEWHERE):
+        with path.open("ab") as file:
+            if not file.tell():
+                _reserve(file, size * dtype.itemsize)
+        return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(*shape)
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash on access
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def require_temporary_space(size: int, what: str) -> None:

@@ -351,18 +351,17 @@ class MergedModel(nn.Module):
         corrections = self.state.corrections if finished else None
         known = finished, self.version, checksums(self.raw.values()), corrections
 
-        def building() -> Building:
-            tensors = self.plan.tensors.keys()
-            merged = [key for key in made.built if not tensors.isdisjoint(made.names(key))]
-            learned = {key for key in merged if made.learned(key, self.state)}
-            return Building(
-                [key for key in merged if key in learned],
-                [key for key in merged if key not in learned],
-                lambda key, out: self.make(key, out=out, finished=finished and key in learned),
-                lambda key: self.differentiable(key, self.raw, self.dtype_of(key)),
-            )
-
-        self._resident.refresh(known, graph, building)
+        if not self.plan.any(not self._resident.is_current(known, graph)):
+            return
+        merged = [k for k in made.built if not self.plan.tensors.keys().isdisjoint(made.names(k))]
+        learned = {key for key in merged if made.learned(key, self.state)}
+        how = Building(
+            [key for key in merged if key in learned],
+            [key for key in merged if key not in learned],
+            lambda key, out: self.make(key, out=out, finished=finished and key in learned),
+            lambda key: self.differentiable(key, self.raw, self.dtype_of(key)),
+        )
+        self._resident.refresh(known, graph, how)
 
     def place(self, tensor: Tensor) -> Tensor:
         """Return a tensor on the model's device, and in its dtype if it is floating-point."""
@@ -495,27 +494,28 @@ class MergedModel(nn.Module):
         own = {**dict(self.raw.items()), **dict(self.private.values.items())}
         proxies = {key: parameter.detach().requires_grad_() for key, parameter in own.items()}
         self._stepping = self.private.proxies = proxies
-        grads: dict[str, Tensor] = {}
         try:
-            if self.memory == "resident":
-                grads, values = self._accumulate_resident(losses, scale)
-            else:
-                values = [backward_of(run, scale) for run in losses]
-                self._saved.forget()
+            with self.plan.together():
+                grads, values = self._backward(losses, scale)
             grads |= {k: proxy.grad for k, proxy in proxies.items() if proxy.grad is not None}
         finally:
             self._stepping = self.private.proxies = None
         return known_loss(values, grads, own, scale), values
 
-    def _accumulate_resident(
+    def _backward(
         self, losses: Sequence[Callable[[], Tensor]], scale: float
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Return gradients by key, and the losses."""
+        """Return gradients by key, apart from those that the proxies get, and the losses."""
+        if self.memory == "streamed":
+            values = [backward_of(run, scale) for run in losses]
+            self._saved.forget()
+            return {}, values
         self._refresh(graph=False)
         merged = self._resident.theta
         made = self.parameters_made
         learned = {key for key in made.built if made.learned(key, self.state)}
-        leaves = Leaves(learned, merged.__getitem__, partial(made.contract, self.state))
+        agree = partial(self.plan.order_of, learned) if self.plan.is_shared else None
+        leaves = Leaves(learned, merged.__getitem__, partial(made.contract, self.state), agree)
         self._resident.theta = leaves
         try:
             values = leaves.accumulate(losses, scale)

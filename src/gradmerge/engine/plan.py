@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cache, cached_property, partial
-from pathlib import Path
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -26,38 +25,34 @@ from gradmerge.common.patterns import matches
 from gradmerge.common.typing import Raw
 from gradmerge.engine import contraction
 from gradmerge.engine.inventory import find_trained, find_unchanged, names_of, take_inventory
+from gradmerge.engine.opened import OpenedSources
+from gradmerge.engine.placement import Placement
 from gradmerge.engine.recipe import Recipe
+from gradmerge.engine.rows import Rows
 from gradmerge.engine.statistics import open_statistics
 from gradmerge.finalisers import Finalisation, FinalSite
 from gradmerge.operators import AbstractOperator, Linear, Spread, Terms, low_rank
 from gradmerge.preprocess import ProcessedDirections, Site
 from gradmerge.sources import Checkpoint
-from gradmerge.sources.base import (
-    Shared,
-    fingerprints_of,
-    require_finite,
-    require_same,
-    require_same_files,
-    side_hashes,
-    watched_files,
-)
 from gradmerge.sources.collected import SourceStatistics
 from gradmerge.sources.geometry import direction_statistics
-from gradmerge.sources.identity import require_unchanged
 from gradmerge.sources.sharing import share_of
 from gradmerge.sources.skeleton import Network
-from gradmerge.sources.tokenizers.view import alignment_of
-from gradmerge.sources.tokenizers.vocabulary import Alignment
 
 CPU = torch.device("cpu")
 
 
-class Plan(Shared):
+class Plan(OpenedSources):
     """An opened recipe: `theta_p(z)` and its contraction, tensor by tensor.
 
     It does not change, so copies of a model share it. A coefficient `own` of a tensor is either z
     of that tensor or, for a fixed tensor, a number.
     """
+
+    is_shared = False
+    """True if the sources are divided among processes (`ShardedPlan`)."""
+    checked_later = False
+    """True if it is left to the start of a fit to look for NaN in the sources."""
 
     def __init__(
         self,
@@ -71,16 +66,10 @@ class Plan(Shared):
         statistics: str | None = None,
     ) -> None:
         self.recipe = recipe
-        self.order = order
-        """The alignment of the sources' units, if the recipe asks for one."""
-        self.sources = dict(sources)
-        self.serving = {**self.sources, **(heads or {})}
-        """Checkpoints that may serve a task: the sources and the heads, by name."""
-        self.base = base
+        super().__init__(sources, base, heads, order)
         self.skeleton = None if network is None else network.module
         self.binding = None if network is None else network.binding
         self.warnings = [problem for problem in problems if not problem.fatal]
-        self.reference = base if base is not None else next(iter(self.sources.values()))
         first = next(iter(self.sources.values()))
         names = names_of(self.reference, first, recipe.private)
         found = take_inventory(names, self.reference, network, recipe.private)
@@ -110,8 +99,7 @@ class Plan(Shared):
                 "patterns match all tensors; narrow them."
             )
         self.num_rows = recipe.coefficients.num_rows(len(self.sources))
-        self._files = watched_files(self._everything.values())
-        self._on_device: dict[tuple[str, str], Tensor] = {}
+        self._placement = Placement(self._stored)
         self._facts: dict[str, dict[str, Tensor]] = {}
         self._keeps_facts = False  # a static merge reads each tensor once
         if recipe.coefficients.needs_norms:
@@ -260,11 +248,11 @@ class Plan(Shared):
         other._processed = ProcessedDirections(self.recipe.preprocess, other.directions)
         return other
 
-    def read(self, source: str, name: str) -> Tensor:
-        """Return a tensor of a source or of `base`, from the device copy if it was loaded."""
-        kept = self._on_device.get((source, name))
-        if kept is not None:
-            return kept
+    def read(self, source: str, name: str, rows: Rows | None = None) -> Tensor:
+        """Return a tensor of a source or of `base`, or some rows of it, as they are placed."""
+        return self._placement.read(source, name, rows)
+
+    def _stored(self, source: str, name: str) -> Tensor:
         checkpoint = self.base if source == "base" and self.base else self.serving[source]
         if name not in checkpoint.infos:
             self.require_private(source)
@@ -294,11 +282,32 @@ class Plan(Shared):
     def load(self, device: torch.device) -> None:
         """Copy every source to a device once, instead of reading mapped files in each step."""
         owners = [*self.sources, *(["base"] if self.recipe.resolved_origin == "base" else [])]
-        for owner in owners:
-            for name in self.tensors:
-                if owner == "base" or self._updates(name) is None:
-                    self._on_device[owner, name] = self.read(owner, name).to(device)
+        self._placement.copy(
+            (
+                (owner, name, self.rows(name))
+                for owner in owners
+                for name in self.tensors
+                if owner == "base" or self._updates(name) is None
+            ),
+            device,
+        )
         self._facts.clear()
+
+    def rows(self, name: str) -> Rows | None:
+        """Return the rows of a tensor that this process merges; None for all of them."""
+        return None
+
+    def together(self) -> AbstractContextManager[None]:
+        """Return the context of a step, in which processes that share sources merge together."""
+        return nullcontext()
+
+    def any(self, flag: bool) -> bool:
+        """Return whether a flag is set in any process that merges together with this one."""
+        return flag
+
+    def order_of(self, keys: Collection[str], proposal: Sequence[str]) -> Sequence[str]:
+        """Return keys in the order in which all processes that share sources contract them."""
+        return proposal
 
     def directions(self) -> Iterator[tuple[Site, Callable[[], Tensor]]]:
         """Yield the site of each merged tensor, and a call that computes its directions."""
@@ -342,7 +351,8 @@ class Plan(Shared):
                 f"{type(operator).__name__}, whose coefficients cannot be learned.\n"
                 "Merge with fixed coefficients (`gradmerge merge`), or choose another operator."
             )
-        self.require_finite()
+        if not self.checked_later:
+            self.require_finite()
         self._keeps_facts = True
         for checkpoint in (*([self.base] if self.base is not None else []), *self.serving.values()):
             checkpoint.keep()
@@ -351,12 +361,13 @@ class Plan(Shared):
             require_temporary_space(4 * entries * len(self.sources), "the preprocessed directions")
         self._processed.keep()
 
-    def terms(self, name: str, processed: bool = True) -> Terms:
+    def terms(self, name: str, processed: bool = True, rows: Rows | None = None) -> Terms:
         """Return the frozen tensors that `name` is merged from.
 
         Args:
             name: the tensor.
             processed: apply the recipe's preprocess.
+            rows: the rows to merge. Default: all.
         """
         facts = self._facts_of(name)
         if self.recipe.preprocess and processed:
@@ -368,29 +379,34 @@ class Plan(Shared):
             if chosen is not None:
                 masks, factors = chosen.masks, chosen.factors
                 return Terms(sources, anchor, masks=masks, factors=factors, facts=facts)
-            directions = list(self._processed.read(name))
-            return Terms(directions, anchor, directions=True, facts=facts)
+            terms = Terms(list(self._processed.read(name)), anchor, directions=True, facts=facts)
+            return terms if rows is None else rows.of_terms(terms)
         origin = self.recipe.resolved_origin
         return Terms(
-            [self.read(source, name) for source in self.sources],
-            self.read("base", name) if origin == "base" else None,
+            [self.read(source, name, rows) for source in self.sources],
+            self.read("base", name, rows) if origin == "base" else None,
             origin == "mean",
             facts=facts,
+            total=None if rows is None else rows.total,
         )
 
     def _facts_of(self, name: str) -> dict[str, Tensor]:
         """Return what is kept of a tensor between steps; empty and not kept outside a fit."""
         return self._facts.setdefault(name, {}) if self._keeps_facts else {}
 
-    def _spread_terms(self, name: str, spread: Spread) -> Terms:
+    def _spread_terms(self, name: str, spread: Spread, rows: Rows | None = None) -> Terms:
         """Return the terms of a tensor, with directions of low rank where those are merged."""
-        return self._low_rank_terms(name, spread) or self.terms(name)
+        return self._low_rank_terms(name, spread, rows) or self.terms(name, rows=rows)
 
-    def _low_rank_terms(self, name: str, spread: Spread) -> Terms | None:
+    def _low_rank_terms(self, name: str, spread: Spread, rows: Rows | None = None) -> Terms | None:
         """Return the terms of a tensor whose directions are merged from their factors."""
         by_factors = spread.kind in ("scalar", "axis") and not spread.experts
         updates = self._updates(name) if by_factors else None
-        return None if updates is None else Terms([], self.read("base", name), updates=updates)
+        if updates is not None and rows is not None:
+            updates = rows.of_updates(updates)
+        if updates is None:
+            return None
+        return Terms([], self.read("base", name, rows), updates=updates)
 
     def _spread(self, name: str, device: torch.device) -> Spread:
         """Return the mapping of the coefficients of `name` to its entries."""
@@ -405,8 +421,10 @@ class Plan(Shared):
                     facts["parts"] = parts
         return Spread(slot.kind, slot.axis, parts, slot.experts, slot.length)
 
-    def combine(self, name: str, own: Tensor | float, out: Tensor) -> Tensor:
-        """Write `theta_p(z)` into `out`.
+    def combine(
+        self, name: str, own: Tensor | float, out: Tensor, rows: Rows | None = None
+    ) -> Tensor:
+        """Write `theta_p(z)`, or some rows of it, into `out`.
 
         A fixed coefficient of 0 keeps the origin, independent of the operator.
 
@@ -414,6 +432,7 @@ class Plan(Shared):
             name: the tensor.
             own: the tensor's own z, or the coefficient that it is fixed at.
             out: the result; its dtype is that of the computation.
+            rows: the rows to merge. Default: all.
 
         Returns:
             `out`.
@@ -421,10 +440,12 @@ class Plan(Shared):
         recipe, operator = self.recipe, self.recipe.operator
         if isinstance(own, Tensor):
             spread = self._spread(name, out.device)
-            terms = self._spread_terms(name, spread)
+            terms = self._spread_terms(name, spread, rows)
+            if rows is not None:
+                own, spread = rows.of_coefficients(own, spread), rows.of_spread(spread)
             return contraction.combine(recipe.coefficients, operator, terms, own, spread, out)
         with torch.no_grad():
-            terms = self.terms(name, processed=own != 0)
+            terms = self.terms(name, processed=own != 0, rows=rows)
             operator = operator if own else Linear()
             return operator.combine(terms, self.coefficient(own), Spread("scalar"), out)
 
@@ -455,18 +476,23 @@ class Plan(Shared):
         return torch.full((len(self.sources),), own, dtype=torch.float64)
 
     def contract(
-        self, name: str, grad: Tensor, z: Tensor, slopes: bool = False
+        self, name: str, grad: Tensor, z: Tensor, slopes: bool = False, rows: Rows | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Contract the gradient of a tensor with its directions, then apply the link's VJP.
 
         Returns:
-            `dL/dz` for `grad = dL/dtheta`, and with `slopes` also `dL/dc`, `[sources, *slot]`.
+            `dL/dz` for `grad = dL/dtheta`, and with `slopes` also `dL/dc`, `[sources, *slot]`. Of
+            some rows, both are their parts of the sums.
         """
         coefficients, operator = self.recipe.coefficients, self.recipe.operator
         spread = self._spread(name, grad.device)
-        return contraction.contract(
-            coefficients, operator, self._spread_terms(name, spread), z, spread, grad, slopes
-        )
+        terms = self._spread_terms(name, spread, rows)
+        if rows is None:
+            return contraction.contract(coefficients, operator, terms, z, spread, grad, slopes)
+        own, here = rows.of_coefficients(z, spread), rows.of_spread(spread)
+        found, slope = contraction.contract(coefficients, operator, terms, own, here, grad, slopes)
+        slope = None if slope is None else rows.whole(slope, spread, z.shape[1:])
+        return rows.whole(found, spread, z.shape[1:]), slope
 
     def _final_site(self, name: str) -> FinalSite:
         def sources() -> list[Tensor]:
@@ -482,120 +508,3 @@ class Plan(Shared):
             return reference.clone()
         stacked = torch.stack([source.read(name).double() for source in self.sources.values()])
         return stacked.mean(dim=0).to(reference.dtype)
-
-    @property
-    def _everything(self) -> dict[str, Checkpoint]:
-        return {**({"base": self.base} if self.base is not None else {}), **self.serving}
-
-    @cached_property
-    def infinite_buffers(self) -> frozenset[str]:
-        """Names of buffers that hold infinity in all sources alike, as some masks do.
-
-        The first access reads all weights once, unless they have been hashed.
-
-        Raises:
-            NonFiniteError: other tensors hold infinity, or some hold NaN.
-        """
-        return frozenset(require_finite(self._everything, self.buffers))
-
-    def require_finite(self) -> None:
-        """Reject NaN and infinity in the sources; from the second call on, at no cost.
-
-        Raises:
-            NonFiniteError: the message names tensors, sources and files.
-        """
-        self.infinite_buffers  # noqa: B018
-
-    def require_unchanged(self) -> None:
-        """Reject files that have changed since they were opened; costs microseconds per file.
-
-        Raises:
-            SourceError: a file was written to, replaced, cut off or removed.
-        """
-        require_unchanged(self._files)
-
-    @cached_property
-    def fingerprints(self) -> dict[str, str]:
-        """Content hashes of checkpoints, matched vocabularies and the alignment of units, by name.
-
-        The first access reads all weights once, and rejects those that are not finite.
-        """
-        return self.hashed()
-
-    def hashed(self) -> dict[str, str]:
-        """Read all weights and return their `fingerprints` as they are now.
-
-        Raises:
-            NonFiniteError: a source holds NaN or infinity.
-            SourceError: the files have changed since they were opened.
-        """
-        self.require_unchanged()
-        found = fingerprints_of(self._everything)
-        self.require_unchanged()
-        self.require_finite()
-        if self.tokens is not None:
-            found["(tokens)"] = self.tokens.fingerprint()
-        if self.order is not None:
-            found["(units)"] = self.order.fingerprint()
-        return found
-
-    def require_same_as_before(self) -> None:
-        """Hash all weights now, and reject those that differ from an earlier hash of this plan.
-
-        Raises:
-            FingerprintError: a source's hash differs from the one at an earlier time.
-        """
-        known = self.__dict__.get("fingerprints")
-        if known is None:
-            self.fingerprints  # noqa: B018
-        else:
-            require_same(known, self.hashed())
-
-    @contextmanager
-    def sound(self) -> Iterator[None]:
-        """Explain errors within the context by changes or flaws of the sources, if there are any.
-
-        NaN makes many computations fail, each in its own way.
-
-        Raises:
-            NonFiniteError: something failed, and the sources hold NaN or infinity.
-            SourceError: something failed, and their files have changed.
-        """
-        try:
-            yield
-        except (ArithmeticError, OSError, RuntimeError, ValueError):
-            self.require_unchanged()
-            self.require_finite()
-            raise
-
-    @cached_property
-    def side_hashes(self) -> dict[str, dict[str, str]]:
-        """SHA-256 of configs, tokenizers and adapter settings, by checkpoint and file."""
-        found = {name: side_hashes(checkpoint) for name, checkpoint in self._everything.items()}
-        return {name: files for name, files in found.items() if files}
-
-    def require_fingerprints(
-        self, expected: Mapping[str, str], files: Mapping[str, Mapping[str, str]] | None = None
-    ) -> None:
-        """Reject coefficients that were trained on other weights, or with other settings of them.
-
-        Args:
-            expected: `fingerprints` of the fit.
-            files: `side_hashes` of the fit, if it recorded them.
-
-        Raises:
-            FingerprintError: a source's hash differs from the expected one.
-        """
-        require_same(expected, self.fingerprints)
-        require_same_files("the coefficients were trained", files or {}, self.side_hashes)
-
-    @property
-    def tokens(self) -> Alignment | None:
-        """The merged vocabulary and its rows, if the recipe matches vocabularies."""
-        return alignment_of(self.reference)
-
-    @property
-    def folder(self) -> Path | None:
-        """The folder whose config and tokenizer the export copies."""
-        folders = [checkpoint.folder for checkpoint in (self.reference, *self.sources.values())]
-        return next((folder for folder in folders if folder is not None), None)

@@ -44,17 +44,18 @@ class ResidentTensors:
         if fixed:
             self._fixed.clear()
 
-    def refresh(self, known: object, graph: bool, building: Callable[[], Building]) -> None:
-        """Merge all parameters, unless they are up to date.
+    def is_current(self, known: object, graph: bool) -> bool:
+        """Return True if the parameters are those of what they depend on, with a graph if asked."""
+        return self._known == known and (self._has_graph or not graph)
+
+    def refresh(self, known: object, graph: bool, how: Building) -> None:
+        """Merge all parameters.
 
         Args:
             known: what they depend on.
             graph: record a gradient.
-            building: returns how they are built.
+            how: how they are built.
         """
-        if self._known == known and (self._has_graph or not graph):
-            return
-        how = building()
         for key in how.fixed:
             if key not in self._fixed:
                 self._fixed[key] = how.make(key, None)

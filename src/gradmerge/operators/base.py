@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,8 @@ class Terms:
     facts: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Cache of an operator for values derived from these tensors. The tensors never change, so the
     same dictionary is passed at every call."""
+    total: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+    """Adds up numbers over all rows of a tensor, if these are some of them."""
 
     @property
     def count(self) -> int:
@@ -62,7 +65,7 @@ class Terms:
             if mask is not None:
                 direction.masked_fill_(mask.view(self.shape).to(direction.device) == 0, 0)
             directions.append(direction.mul_(factor))
-        return Terms(directions, self.origin, directions=True, facts=self.facts)
+        return Terms(directions, self.origin, directions=True, facts=self.facts, total=self.total)
 
     @property
     def accumulate_dtype(self) -> torch.dtype:
@@ -156,6 +159,9 @@ class AbstractOperator(ABC):
     by_entry = False
     """True if each entry is merged and contracted from its own values and coefficients alone, so
     that a tensor with a coefficient per weight may be processed in flat parts."""
+    by_rows = False
+    """True if rows of a tensor can be merged apart, given sums over all of them (`Terms.total`).
+    What `contract` returns of some rows then adds up to that of the tensor."""
     by_component = False
     """True if coefficients of singular components (spread `component`) are supported."""
 

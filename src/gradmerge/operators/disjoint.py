@@ -41,6 +41,8 @@ class DisjointMean(AbstractEntrywise):
     all keep an entry is then rounding error, and so is the elected sign; this raises a warning.
     """
 
+    by_rows = True
+
     normalize: bool = True
     """Divide each sum by the coefficients that contribute to it."""
     elect: Literal["sum", "count"] = "sum"

@@ -67,6 +67,7 @@ class Linear(AbstractOperator):
     """
 
     by_entry = True
+    by_rows = True
 
     form: Literal["weights", "directions"] = "weights"
     """Rounding of the same sum: `weights` computes `(1 - sum c) A + sum c_k theta_k`; `directions`,

@@ -28,6 +28,8 @@ class NearSwap(AbstractEntrywise):
     link that stays positive (`Clamp`, `Sigmoid`).
     """
 
+    by_rows = True
+
     @override
     def require(self, num_sources: int, origin: Origin) -> None:
         require_base("NearSwap", origin)

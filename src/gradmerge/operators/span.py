@@ -40,6 +40,8 @@ class AbstractSpan(AbstractOperator):
     slot, or, if Gram matrices and slots run along different axes, per entry, one block at a time.
     """
 
+    by_rows = True
+
     @abstractmethod
     def weights(self, gram: Tensor, coefficient: Tensor) -> Tensor:
         """Return the weights of the directions, `[sources, n]`, differentiable in the coefficients.
@@ -60,7 +62,10 @@ class AbstractSpan(AbstractOperator):
         if key not in terms.facts:
             # a tensor created in inference mode could not be used by autograd in training
             with torch.inference_mode(False), torch.no_grad():
-                terms.facts[key] = _gram(terms, view, device)
+                gram = _gram(terms, view, device)
+                # rows of the last axis are vectors of their own; other sums run over all rows
+                apart = view.outer == 1 and view.width > 1
+                terms.facts[key] = gram if terms.total is None or apart else terms.total(gram)
         return terms.facts[key]
 
     @override

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from gradmerge.common.memory import in_file
+from gradmerge.common.memory import in_file, in_shared_file
 from gradmerge.operators import MaskedDirections
 from gradmerge.preprocess.base import AbstractPreprocess, AbstractSelection, Chain, Site
 from gradmerge.sources.base import Shared
@@ -90,6 +91,36 @@ class ProcessedDirections(Shared):
     def keep(self) -> None:
         """Store all directions in files from the first read on, if there is any step."""
         self._keeps = bool(self._steps)
+
+    def keep_divided(
+        self,
+        share: tuple[int, int],
+        shapes: Mapping[str, Sequence[int]],
+        folder: Path,
+        wait: Callable[[], None],
+    ) -> None:
+        """Store all directions now, of which each of several processes computes some.
+
+        Args:
+            share: number of this process, from 0, and number of processes.
+            shapes: shapes of all tensors.
+            folder: folder that the processes share; the files in it are not needed afterwards.
+            wait: returns once all processes have called it.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            index, count = share
+            largest = sorted(self._reads, key=lambda name: -torch.Size(shapes[name]).numel())
+            files = {
+                name: in_shared_file(
+                    folder / f"{i}.bin", (len(site.sources), *shapes[name]), torch.float32
+                )
+                for i, (name, (site, _)) in enumerate(self._reads.items())
+            }
+            for name in largest[index::count]:
+                site, read = self._reads[name]
+                files[name].copy_(self._chain(read(), site))
+            wait()
+            self._keeps, self._kept = True, files
 
     def _write(self) -> None:
         # A backward pass saves these tensors, though an evaluation may read them first.

@@ -26,6 +26,7 @@ from gradmerge.common.names import dtype_name
 from gradmerge.common.progress import show_progress
 from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.engine.merged import Memory, MergedModel
+from gradmerge.engine.opening import open_plan
 from gradmerge.engine.outputs import Batch
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.predict import by_task, no_labels, require_ensemble
@@ -57,6 +58,12 @@ from gradmerge.training.regularisation import Regularisation
 from gradmerge.training.run import start_run
 from gradmerge.training.saving import Saver
 from gradmerge.training.scores import SplitScores
+from gradmerge.training.sharing import (
+    end_sharing,
+    merge_together,
+    require_strategy,
+    share_sources,
+)
 from gradmerge.training.start import score_start
 from gradmerge.training.summary import kept_step, to_wandb, wandb_summary
 
@@ -85,6 +92,9 @@ class MergeModule(EvaluatingModule):
         learning_rate: learning rate of Adam, the optimiser unless another is configured.
         private_learning_rate: learning rate of what the recipe trains per task (`trained`,
             `adapters`), with any optimiser. Default: that of the coefficients.
+        source_shards: number of processes among which the sources are divided (strategy ddp): each
+            reads, merges and contracts its share of the rows, and they exchange merged rows. 1:
+            each process has all sources; 0: they are divided among all processes.
         load_sources: copy the sources to the training device once instead of reading their
             memory-mapped files at every step; faster on a GPU, if they fit.
         score_experts: also score each task's own source, once per evaluation split, to report
@@ -123,6 +133,7 @@ class MergeModule(EvaluatingModule):
         activation_checkpointing: bool = False,
         learning_rate: float = 1e-2,
         load_sources: bool = False,
+        source_shards: int = 1,
         score_experts: bool = True,
         score_start: bool = True,
         logit_scale: float | None = None,
@@ -155,7 +166,10 @@ class MergeModule(EvaluatingModule):
         finite = 0 <= teacher_cache < math.inf
         require(finite, "teacher_cache", "a number of gigabytes", teacher_cache)
         self._store = TeacherStore(teacher_cache, teacher_cache_folder) if teacher_cache else None
-        merged = MergedModel(opened, module, memory, DTYPES[dtype])
+        require(source_shards >= 0, "source_shards", "at least 0", source_shards)
+        plan = opened if isinstance(opened, Plan) else open_plan(opened, module)
+        plan.checked_later = source_shards != 1
+        merged = MergedModel(plan, None, memory, DTYPES[dtype])
         if activation_checkpointing:
             merged.enable_activation_checkpointing()
         options = {
@@ -164,6 +178,7 @@ class MergeModule(EvaluatingModule):
             "activation_checkpointing": activation_checkpointing,
             "learning_rate": learning_rate,
             "load_sources": load_sources,
+            "source_shards": source_shards,
             "score_experts": score_experts,
             "score_start": score_start,
             "logit_scale": logit_scale,
@@ -239,6 +254,7 @@ class MergeModule(EvaluatingModule):
             "activation_checkpointing": False,
             "learning_rate": 1e-2,
             "load_sources": False,
+            "source_shards": 1,
             "score_experts": score_experts,
             "score_start": True,
             "logit_scale": None,
@@ -256,6 +272,7 @@ class MergeModule(EvaluatingModule):
         self.learning_rate: float = options["learning_rate"]
         self.private_learning_rate: float | None = options["private_learning_rate"]
         self.load_sources: bool = options["load_sources"]
+        self.source_shards: int = options["source_shards"]
         self.score_experts: bool = options["score_experts"]
         self.score_start: bool = options["score_start"]
         require_ensemble(self.merged, self.objective)
@@ -306,7 +323,10 @@ class MergeModule(EvaluatingModule):
 
         It is called before the trainer loads a checkpoint, which from here on is never unpickled.
         """
+        require_strategy(self.trainer)
         guard_loading(self.trainer)
+        if stage != "fit":
+            self.merged.plan.require_finite()
         data = getattr(self._trainer, "datamodule", None)
         self.take_tasks(getattr(data, "tasks", None))
         self.objective.require_tasks(self.merged.tasks)
@@ -414,6 +434,7 @@ class MergeModule(EvaluatingModule):
         start_run(self.trainer, self)
         if self.merged.memory == "streamed":
             release_freed_memory()
+        share_sources(self.trainer, self.merged, self.source_shards)
         if self.load_sources:
             self.merged.plan.load(self.device)
 
@@ -450,6 +471,10 @@ class MergeModule(EvaluatingModule):
         if self.logit_scale is not None and self.merged.state.run:
             self.merged.state.run["logit_scale"] = self.logit_scale.value
 
+    def on_validation_start(self) -> None:
+        """Merge together with the processes that share sources, before each scores its examples."""
+        merge_together(self.merged)
+
     def on_validation_model_train(self) -> None:
         """Return to training mode within a fit.
 
@@ -460,6 +485,7 @@ class MergeModule(EvaluatingModule):
     def on_fit_end(self) -> None:
         """Switch to evaluation mode, and sum up the fit in its W&B run."""
         self.eval()
+        end_sharing(self.merged)
         step = self.history.step if self.history.step is not None else kept_step(self.trainer)
         to_wandb(self.trainer.loggers, wandb_summary(self, step))
 
