@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from gradmerge.coefficients import AbstractInit
 from gradmerge.engine.plan import Plan
+from gradmerge.engine.rows import Rows
 from gradmerge.engine.traced import Trace, fake_mode
 from gradmerge.finalisers import Finalisation
 from gradmerge.sources.sharing import same_place
@@ -52,10 +53,7 @@ class HeaderPlan(Plan):
             }
 
     @override
-    def read(self, source: str, name: str) -> Tensor:
-        kept = self._on_device.get((source, name))
-        if kept is not None:
-            return kept
+    def _stored(self, source: str, name: str) -> Tensor:
         checkpoint = self.base if source == "base" and self.base else self.serving[source]
         if name not in checkpoint.infos:
             self.require_private(source)
@@ -86,13 +84,15 @@ class HeaderPlan(Plan):
             super().load(device)
 
     @override
-    def combine(self, name: str, own: Tensor | float, out: Tensor) -> Tensor:
+    def combine(
+        self, name: str, own: Tensor | float, out: Tensor, rows: Rows | None = None
+    ) -> Tensor:
         self._read_for(name, "merged", out.device)
         return self.trace.assign(out, "merged")
 
     @override
     def contract(
-        self, name: str, grad: Tensor, z: Tensor, slopes: bool = False
+        self, name: str, grad: Tensor, z: Tensor, slopes: bool = False, rows: Rows | None = None
     ) -> tuple[Tensor, Tensor | None]:
         self._read_for(name, "contracted", grad.device)
         found = self.trace.assign(torch.empty_like(z), "coefficients")
