@@ -4,7 +4,7 @@
 
 Each fit takes two steps and an evaluation in a fresh process, whose highest anonymous resident
 memory (RssAnon) is measured; it is predicted in another one, before any weight is read. Both
-include the interpreter and its libraries. Networks have 30M parameters, files are float32.
+include the interpreter and its libraries. BERT has 25M parameters, the Llama 34M, in float32.
 """
 
 from __future__ import annotations

@@ -102,6 +102,13 @@ def test_a_fit_that_cannot_fit_is_refused_before_weights_are_read(
     assert "No setting fits: reduce data.batch_size" in said
 
 
+def test_a_merge_without_a_yaml_is_streamed_where_it_would_not_fit(world, found, monkeypatch):
+    config = {key: world[key] for key in ("model", "data")}
+    for share, memory in ((2.0, "resident"), (0.9, "streamed")):
+        machine(monkeypatch, int(found[0].estimates[0].host * share))
+        assert plan.memory_for(config) == memory
+
+
 def test_the_check_can_be_left_out(config, monkeypatch):
     machine(monkeypatch, 1 << 10)
     monkeypatch.setenv("GRADMERGE_PLAN", "off")

@@ -78,14 +78,12 @@ def test_a_pool_keeps_one_idle_block_per_size():
     assert len(again) == len(beside)
 
 
-@pytest.mark.parametrize("threshold", [None, MB])
-def test_the_heap_of_the_c_library_keeps_what_it_does_not_return(threshold):
-    # 8 blocks of 2 MB, freed; then one of 40 MB, which is always mapped by itself
-    log = [*((i, 2 * MB) for i in range(8)), *((i, 0) for i in range(8)), (9, 40 * MB)]
-    found = Heap(threshold).peak_of(log)
-    # by default the heap stays, and its end up to twice 32 MB
-    expected = 40 * MB if threshold else 16 * MB + 16 * MB + 40 * MB
-    assert found == pytest.approx(expected, rel=1e-4)
+def test_freed_blocks_of_the_heap_stay_by_default():
+    # 2 MB, mapped by itself, is the threshold once it is freed: what follows lies in the heap
+    log = [(0, 2 * MB), (0, 0), *((i, MB) for i in range(1, 9)), *((i, 0) for i in range(1, 9))]
+    log += [(9, 40 * MB)]  # always mapped
+    assert Heap().peak_of(log) == pytest.approx((8 + 40) * MB, rel=1e-4)
+    assert Heap(MB // 2).peak_of(log) == pytest.approx(40 * MB, rel=1e-4)
 
 
 def test_gaps_are_filled_by_the_blocks_that_they_hold():

@@ -82,6 +82,7 @@ def quieten() -> None:
         ".*isinstance.treespec, LeafSpec.*",
         ".*Trying to infer the `batch_size`.*",
         ".*will be overridden by .*configure_optimizers.*",
+        ".*args parameter is intended to run from within Python.*",  # as `gradmerge plan` does
     ):
         warnings.filterwarnings("ignore", pattern)
 

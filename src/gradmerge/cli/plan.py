@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import yaml
+
 from gradmerge.cli import room
 from gradmerge.cli.arguments import PlainParser
 from gradmerge.common.errors import ConfigError
@@ -80,6 +82,27 @@ class Planned:
             if fitting:
                 return min(fitting, key=self.speed.seconds)
         return None
+
+
+def memory_for(config: Mapping[str, Any]) -> str:
+    """Return the memory mode of a fit: resident, unless that may not fit into the free memory.
+
+    Args:
+        config: its configuration as plain data.
+    """
+    from gradmerge.cli.learning import learn
+    from gradmerge.engine.opening import Opening
+    from gradmerge.training.planned import Setting, estimate
+
+    text = yaml.safe_dump(dict(config))
+    cli = learn(["--config", text], run=False, opens=False)
+    fit, _ = room.fit_of(cli)
+    now = room.machine_of(fit.device)
+    try:
+        found = estimate(Opening(cli.model.keywords["recipe"]), fit, Setting())
+    except ConfigError:
+        return "streamed"  # what cannot be planned takes no risk
+    return "resident" if room.fits(now, *now.need(found)) == "yes" else "streamed"
 
 
 def planned(cli: Any) -> Planned:

@@ -14,6 +14,8 @@ import yaml
 
 from gradmerge.cli.arguments import PlainParser, flag
 from gradmerge.cli.options import kinds_of_data
+from gradmerge.cli.plan import memory_for
+from gradmerge.cli.room import is_small
 from gradmerge.common.atomic import whole_file
 from gradmerge.common.errors import ConfigError, GradmergeError, nearest, shorten
 from gradmerge.common.names import is_name, require_names
@@ -374,17 +376,12 @@ class Choice:
         speed = _FLOPS.get(self.dtype, _FLOPS["float32"]) * (os.cpu_count() or 1)
         affordable = 100 if device else int(_SECONDS * speed / work)
         self.steps = given.steps or min(100, max(20, affordable))
-        if device:
-            free = torch.cuda.mem_get_info()[0]
-        else:
-            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        width = 2 if self.dtype == "bfloat16" else 4
-        # merged weights and their gradients, beside the activations
-        fits = 2 * width * self.parameters < free / 2
-        self.memory = given.memory or ("resident" if fits else "streamed")
         self.scored = {"selection": 128, "test": 256}
         if not device and not small:
             self.scored = {"selection": 32, "test": 64}
+        self.memory, width = given.memory or "resident", 2 if self.dtype == "bfloat16" else 4
+        if given.memory is None and not is_small(self.parameters * width):
+            self.memory = memory_for(self.config())
 
     def _tokens(self, task: Task) -> float:
         """Return the tokens, or image patches, of one of a task's examples, about."""

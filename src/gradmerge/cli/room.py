@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from gradmerge.common.errors import ConfigError
+from gradmerge.common.errors import ConfigError, GradmergeError
 
-MARGIN = 0.2
+MARGIN = 0.15
 """Largest relative error of a predicted peak that is reckoned with (`benchmarks/plan.py`)."""
 VARIABLE = "GRADMERGE_PLAN"
 _SHARE = 16
@@ -102,6 +102,22 @@ def machine_of(device: Any) -> Machine:
     return Machine(host_memory(), on_device, anonymous_memory())
 
 
+def is_small(size: int, whole: int | None = None) -> bool:
+    """Return whether merged weights of a size in bytes need no plan, as nearly all do.
+
+    Args:
+        size: the size.
+        whole: all memory of the device. Default: of this machine's.
+    """
+    if whole is None:
+        import torch
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        now = machine_of(device)
+        whole = (now.device or now.host)[1]
+    return not whole or size * _SHARE < whole
+
+
 def require_memory(cli: Any, opening: Any) -> None:
     """Reject a fit that certainly takes more memory than there is, before weights are read.
 
@@ -118,11 +134,11 @@ def require_memory(cli: Any, opening: Any) -> None:
     size = fit.dtype.itemsize * sum(math.prod(i.shape) for i in opening.reference.infos.values())
     now = machine_of(fit.device)
     whole = (now.device or now.host)[1]
-    if os.environ.get(VARIABLE) == "off" or size * _SHARE < whole or not whole:
+    if os.environ.get(VARIABLE) == "off" or is_small(size, whole):
         return
     try:
         found = estimate(opening, fit, chosen)
-    except ConfigError:
+    except GradmergeError:
         return  # the fit itself says what is wrong, if anything is
     need = now.need(found)
     if fits(now, *need, free=False) != "no":

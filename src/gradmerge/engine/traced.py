@@ -27,8 +27,8 @@ from gradmerge.common.memory import BlockPool
 Part = Literal["merged", "coefficients", "sources", "rest"]
 PARTS: tuple[Part, ...] = ("merged", "coefficients", "sources", "rest")
 _ATEN = torch.ops.aten
-# glibc: the largest block of the heap, and the unit of blocks.
-_LARGEST, _UNIT = 32 << 20, 16
+# glibc: the first and the largest threshold between heap and mapped blocks, and the unit of blocks.
+_SMALLEST, _LARGEST, _UNIT = 128 << 10, 32 << 20, 16
 # What a gap must have beyond the size of an aligned block, as torch asks for.
 _ALIGNMENT = 96
 
@@ -223,16 +223,16 @@ class Heap:
 
     Blocks of at least a threshold are mapped one by one and returned when freed. Smaller ones lie
     in a heap, each in the smallest gap that holds it. By default the threshold is that of the
-    largest block freed so far, up to 32 MB, which the imports of a fit reach, and freed space of
-    the heap stays resident (mallopt(3), `M_MMAP_THRESHOLD`, `M_TRIM_THRESHOLD`).
+    largest block freed so far, up to 32 MB, and what is freed of the heap stays resident: its end
+    shrinks only where it is free, which small objects prevent (mallopt(3), `M_MMAP_THRESHOLD`).
 
     Args:
         threshold: a fixed threshold in bytes, with which the heap shrinks at its end.
     """
 
     def __init__(self, threshold: int | None = None) -> None:
-        self._shrinks = threshold is not None
-        self._threshold = threshold or _LARGEST
+        self._fixed = threshold is not None
+        self._threshold = threshold or _SMALLEST
         self._blocks: dict[int, tuple[int | None, int]] = {}  # number: start or None, size
         self._gaps: list[tuple[int, int]] = []  # size, start
         self._by_start: dict[int, int] = {}
@@ -241,16 +241,14 @@ class Heap:
 
     def peak_of(self, log: Iterable[tuple[int, int]]) -> int:
         """Return the largest resident size while blocks are made (number, size) and freed."""
-        peak = heap = mapped = 0
+        peak = 0
         for number, size in log:
-            if not size:
+            if size:
+                self._make(number, size)
+                peak = max(peak, self._end + self._mapped)
+            else:
                 self._free(number)
-                continue
-            self._make(number, size)
-            heap, mapped = max(heap, self._end), max(mapped, self._mapped)
-            peak = max(peak, self._end + self._mapped)
-        # the end of the heap stays, too, up to twice the threshold
-        return peak if self._shrinks else heap + min(heap, 2 * _LARGEST) + mapped
+        return peak
 
     def _make(self, number: int, size: int) -> None:
         size += -size % _UNIT + _UNIT
@@ -274,6 +272,8 @@ class Heap:
             return
         if start is None:
             self._mapped -= size
+            if not self._fixed and size <= _LARGEST:
+                self._threshold = max(self._threshold, size)
             return
         if start in self._by_end:  # the gap before it
             before = self._by_end[start]
@@ -283,7 +283,7 @@ class Heap:
             after = self._by_start[start + size]
             self._drop(after, start + size)
             size += after
-        if self._shrinks and start + size == self._end:
+        if self._fixed and start + size == self._end:
             self._end = start
         else:
             self._gap(start, size)

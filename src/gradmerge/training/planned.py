@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradmerge.common.errors import ConfigError
 from gradmerge.engine.headers import HeaderPlan
@@ -16,7 +17,7 @@ from gradmerge.engine.merged import Memory, MergedModel
 from gradmerge.engine.opening import Opening
 from gradmerge.engine.outputs import Batch
 from gradmerge.engine.parts import in_parts
-from gradmerge.engine.predict import predict
+from gradmerge.engine.predict import expert_rows, predict
 from gradmerge.engine.teacher import Teacher
 from gradmerge.engine.traced import Part, Peak, Trace, TracedBlocks, tracing
 from gradmerge.objectives import Objective, Predictions
@@ -118,24 +119,13 @@ def estimate(opening: Opening, fit: Fit, setting: Setting) -> Estimate:
     """
     plan = headers(opening)
     trace = plan.trace
-    merged = _merged(plan, fit, setting)
-    trace.hold(merged.parameters(), "coefficients")
-    merged._blocks = TracedBlocks(trace, merged._blocks)  # type: ignore[assignment]
-    steps = _Steps(merged, fit, plan.fake, trace)
     try:
-        with tracing(plan.fake, trace):
-            if setting.load_sources:
-                plan.load(fit.device)
-            steps.train()
-            before = trace.totals()
-            steps.train()
-            step = trace.totals() - before
-            steps.evaluate()
+        step = _run(plan, fit, setting)
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(
-            f"{type(merged.skeleton).__name__}: expected a forward that runs on tensors without "
+            f"{type(plan.skeleton).__name__}: expected a forward that runs on tensors without "
             f"numbers, got {type(error).__name__}: {str(error).partition(chr(10))[0]:.200}\n"
             "Its memory cannot be planned; fit it with small batches first."
         ) from error
@@ -155,14 +145,36 @@ def estimate(opening: Opening, fit: Fit, setting: Setting) -> Estimate:
     )
 
 
+def _run(plan: HeaderPlan, fit: Fit, setting: Setting) -> Counter[str]:
+    """Run two training steps and an evaluation; return the work of the second step."""
+    trace = plan.trace
+    merged = _merged(plan, fit, setting)
+    trace.hold(merged.parameters(), "coefficients")
+    merged._blocks = TracedBlocks(trace, merged._blocks)  # type: ignore[assignment]
+    steps = _Steps(merged, fit, plan.fake, trace)
+    with tracing(plan.fake, trace):
+        if setting.load_sources:
+            plan.load(fit.device)
+        steps.train()
+        before = trace.totals()
+        steps.train()
+        step = trace.totals() - before
+        steps.evaluate()
+    return step
+
+
 def _merged(plan: HeaderPlan, fit: Fit, setting: Setting) -> MergedModel:
     tasks = {name: task.source or name for name, task in fit.data.tasks.items()}
     first = next(iter(plan.sources))
     tasks = {name: s if s in plan.serving else first for name, s in tasks.items()}
     merged = MergedModel(plan, memory=setting.memory, dtype=fit.dtype, tasks=tasks)
     if fit.device.type != "cpu":
-        with plan.fake:
-            merged.to(fit.device)
+        merged.device = fit.device
+        merged._place_network()
+        with plan.fake:  # which `Module.to` cannot move
+            for values in (merged.raw, merged.private.values):
+                for key, value in values.items():
+                    values[key] = nn.Parameter(value.to(fit.device))
     if setting.activation_checkpointing:
         merged.enable_activation_checkpointing()
     return merged.train()
@@ -214,7 +226,19 @@ class _Steps:
         for task, batch in self._batches("selection").items():
             parts = in_parts(merged, task, batch) if objective.adds_over_rows else None
             if parts is None:
-                objective.loss(predict(merged, objective, task, batch, False, self._teacher))
+                found = predict(merged, objective, task, batch, False, self._teacher)
+                objective.loss(found)
+                _measure(found.logits)
+                _measure(expert_rows(merged, task, batch))  # beside the predictions of the merge
                 continue
             for logits, labels, _ in parts:
                 objective.loss(Predictions(logits, labels))
+                _measure(logits)
+            with merged.as_source(merged.tasks[task], own=True):
+                for logits, *_ in in_parts(merged, task, batch) or ():
+                    _measure(logits)
+
+
+def _measure(logits: Tensor) -> None:
+    """Allocate what scores of rows do: probabilities and the most probable class."""
+    logits.log_softmax(dim=-1).argmax(dim=-1)
