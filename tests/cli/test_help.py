@@ -71,7 +71,7 @@ def test_the_help_of_a_command_is_one_screen(command, capsys, monkeypatch):
     assert text == printed(["help", command], capsys)
     assert f"usage: gradmerge {command} " in text
     # `learn` writes a configuration, `compare` takes several; task files of `evaluate` can run code
-    assert ("\n  config " in text) == (command not in ("learn", "compare", "evaluate"))
+    assert ("\n  config " in text) == (command not in ("learn", "plan", "compare", "evaluate"))
     assert len(text.splitlines()) < 120
     assert max(map(len, text.splitlines())) < 100
 
@@ -190,7 +190,7 @@ def test_the_nearest_component_is_named(name, meant, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fitt"], "unknown command 'fitt' (choose from learn, fit, validate, "),
+        (["fitt"], "unknown command 'fitt' (choose from learn, plan, fit, validate, "),
         (["exprt", "a", "b"], "push). Did you mean 'export'?"),
         (["fit", "--modle.memory", "streamed"], "Did you mean '--model.memory'?"),
         (["fit", "--trainer.max_stepss", "3"], "Did you mean '--trainer.max_steps'?"),

@@ -57,7 +57,7 @@ def launch(code: str, folder: Path, ranks: int, *arguments: str) -> None:
         assert child.returncode == 0, output
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.nightly)])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
     launch(RUN, folder, request.param)

@@ -69,6 +69,7 @@ CASES: dict[str, dict[str, Any]] = {
     "Partition": {"coefficients": c.Partition(num_parts=3)},
     "Element resident": {"coefficients": c.Element()},
     "Element streamed": {"coefficients": c.Element(), "memory": "streamed"},
+    "pairs": {"coefficients": c.Element()},
     "Chunks": {"coefficients": c.Chunks(3.0)},
     "Softmax of Row": {"coefficients": c.Softmax(c.Row()), "init": Uniform()},
     "Complement of Element": {"coefficients": c.Complement(c.Element()), "init": Uniform()},
@@ -88,7 +89,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-FEW = ("Tensor resident", "Row streamed", "Element resident", "five sources", "Slerp")
+FEW = ("Tensor resident", "Row streamed", "Element resident", "five sources", "Slerp", "pairs")
+PAIRS = ("pairs",)
 
 
 def merged_of(
@@ -159,7 +161,11 @@ def gradients(name: str, rank: int | None, count: int, **more: Any) -> dict[str,
         loss, _ = merged.accumulate(runs)
         loss.backward()
         return {"grads": grads_of(merged), "loss": loss.detach()}
-    plan = merged.state.plan = sharded.ShardedPlan.of(merged.plan, torch.device("cpu"))
+    group = None
+    if name in PAIRS:  # sources are divided within pairs of processes
+        pairs = [distributed.new_group([r, r + 1]) for r in range(0, count, 2)]
+        group = pairs[rank // 2]
+    plan = merged.state.plan = sharded.ShardedPlan.of(merged.plan, torch.device("cpu"), group)
     plan.check()
     plan.keep_directions()
     with counting(counts):

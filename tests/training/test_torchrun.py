@@ -23,7 +23,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("own_folder")
 def test_one_process_continues_what_two_have_begun(world, tmp_path):
     """Two processes divide sources and batches; the end is that of one process from the start."""

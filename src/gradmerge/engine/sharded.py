@@ -57,6 +57,7 @@ class ShardedPlan(Plan):
     is_shared = True
     group: Any
     device: torch.device
+    _whole: Plan
     _joint: bool
     _order: list[str]
 
@@ -71,7 +72,7 @@ class ShardedPlan(Plan):
         """
         other = cls.__new__(cls)
         own = {"group": group, "device": device, "_joint": False, "_order": [], "_facts": {}}
-        other.__dict__ = {**plan.__dict__, **own}
+        other.__dict__ = {**plan.__dict__, **own, "_whole": plan}
         return other
 
     def check(self) -> None:
@@ -90,7 +91,8 @@ class ShardedPlan(Plan):
         found = self._told(found)
         if isinstance(found, GradmergeError):
             raise found
-        self.__dict__["fingerprints"], self.__dict__["infinite_buffers"] = found
+        for plan in (self, self._whole):  # the steps of a preprocess read by the other
+            plan.__dict__["fingerprints"], plan.__dict__["infinite_buffers"] = found
 
     def keep_directions(self) -> None:
         """Compute the directions of a preprocess now, each process some, in files that all map.
