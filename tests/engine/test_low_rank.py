@@ -11,6 +11,7 @@ import transformers
 from gradmerge import MergedModel, Recipe
 from gradmerge.coefficients import Chunks, Clamp, Column, Constant, Element, Model, Row, Tensor
 from gradmerge.common.errors import ConfigError
+from gradmerge.engine import plan as plan_module
 from gradmerge.engine.opening import open_plan
 from gradmerge.operators import DisjointMean, Linear
 from gradmerge.sources import HuggingFace, Lora
@@ -97,6 +98,34 @@ def test_factors_give_the_gradients_of_dense_sources(suite, granularity, memory)
         plan = ours.plan
         spreads = {n: plan._spread(n, IDS.device) for n in found if len(plan.tensors[n].shape) > 1}
         assert all(plan._spread_terms(n, spread).updates for n, spread in spreads.items())
+
+
+@pytest.mark.parametrize(
+    "granularity",
+    [g for g in GRANULARITIES if not isinstance(g, Chunks)],  # its runs lie along the rows
+    ids=lambda g: type(g).__name__,
+)
+def test_rows_are_merged_and_contracted_apart(suite, granularity, monkeypatch):
+    """Of three processes that divide the adapters, each has rows of the left factors."""
+    monkeypatch.setattr(plan_module, "SMALLEST_SHARED", 1)
+    merged = learning(suite, 0, granularity)
+    plan, generator = merged.plan, torch.Generator().manual_seed(3)
+    divided = 0
+    for name in merged.state.learned:
+        z = merged.state.own(name).detach()
+        shape = plan.tensors[name].shape
+        whole = plan.combine(name, z, torch.empty(shape).double())
+        grad = torch.randn(shape, generator=generator).double()
+        total, _ = plan.contract(name, grad, z)
+        parts = [plan.share(name, i, 3) for i in range(3)]
+        if None in parts:
+            continue
+        divided += 1
+        merges = [plan.combine(name, z, torch.empty(p.of_shape).double(), p) for p in parts]
+        assert torch.equal(torch.cat(merges), whole)
+        sums = [plan.contract(name, p.of(grad).contiguous(), z, rows=p)[0] for p in parts]
+        torch.testing.assert_close(sum(sums), total, rtol=1e-9, atol=1e-12)
+    assert divided > 4
 
 
 def test_tensors_without_a_direction_are_the_bases_own(suite):

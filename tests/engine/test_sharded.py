@@ -19,11 +19,11 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 from torch import distributed
-import gradmerge.engine.sharded as sharded
+from gradmerge.engine import plan
 from sharded_cases import CASES, FEW, flaw, gradients
 
 folder = Path(sys.argv[2])
-sharded._SMALLEST = 1
+plan.SMALLEST_SHARED = 1
 distributed.init_process_group("gloo")
 rank, count = distributed.get_rank(), distributed.get_world_size()
 names = list(CASES) if count == 2 else FEW

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,13 +97,10 @@ def merged_of(
     base: bool = True,
     count: int = 2,
     memory: Any = "resident",
-    folders: Path | None = None,
     **options: Any,
 ) -> MergedModel:
-    models: list[Any] = relatives(net(), count + 1)
-    if folders is not None:  # adapters on a folder
-        models = [str(folders / name) for name in ("base", "a", "b")]
-    sources = dict(zip("abcdef", models[1:], strict=False))
+    models = relatives(net(), count + 1)
+    sources: dict[str, Any] = dict(zip("abcdef", models[1:], strict=False))
     settings = {"coefficients": c.Tensor(), "init": Constant(0.3), **options}
     recipe = Recipe(sources, base=models[0] if base else None, **settings)
     return MergedModel(recipe, memory=memory, tasks={"one": "a", "two": "a"})
@@ -136,24 +132,22 @@ def counting(counts: dict[str, float]) -> Iterator[None]:
         sharded.gather, sharded.scatter = gather, scatter
 
 
-def gradients(name: str, rank: int | None, count: int, **more: Any) -> dict[str, Any]:
+def gradients(name: str, rank: int | None, count: int) -> dict[str, Any]:
     """Gradients of the mean of the processes' losses, in this process of `count` or in one alone.
 
     Process 0 uses a layer that the others do not.
     """
-    merged = merged_of(**{**CASES.get(name, {}), **more}).train()
+    merged = merged_of(**CASES[name]).train()
     counts = {"entries": 0.0, "moved": 0.0}
 
     def losses(r: int) -> list[Any]:
         generator = torch.Generator().manual_seed(7 + r)
         tokens = torch.randint(0, 11, (2, 3, 5), generator=generator)
-        resident = merged.memory == "resident" and not more
+        some = merged.memory == "resident" and r == 0
 
         def run(i: int) -> Tensor:
-            found = merged(tokens[i], task=("one", "two")[i], **({} if more else {"some": some}))
-            return getattr(found, "logits", found).square().mean()
+            return merged(tokens[i], task=("one", "two")[i], some=some).square().mean()
 
-        some = resident and r == 0
         return [lambda: run(0), lambda: run(1)]
 
     if rank is None:

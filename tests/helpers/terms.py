@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gradmerge.operators import Spread, Terms
+from gradmerge.operators import Linear, Spread, Terms
 
 SPREADS = ["scalar", "first", "last", "partition", "element"]
 
@@ -53,14 +53,17 @@ def make(shape, dtype, origin, spread_kind, sources=3):
     return terms, spread, 0.4 * draw(sources, *slot), draw(*shape)
 
 
+def widened(terms):
+    """Sources and origin in float64."""
+    stacked = torch.stack([source.double() for source in terms.sources])
+    if terms.origin is not None:
+        return stacked, terms.origin.double()
+    return stacked, stacked.mean(dim=0) if terms.mean_origin else torch.zeros_like(stacked[0])
+
+
 def exact(terms, spread, coefficient, grad):
     """Merged tensor and `dL/dc` by float64 autograd."""
-    stacked = torch.stack([source.double() for source in terms.sources])
-    anchor = torch.zeros_like(stacked[0])
-    if terms.origin is not None:
-        anchor = terms.origin.double()
-    elif terms.mean_origin:
-        anchor = stacked.mean(dim=0)
+    stacked, anchor = widened(terms)
     if terms.directions:
         stacked = stacked + anchor
     leaf = coefficient.double().requires_grad_()
@@ -72,3 +75,17 @@ def exact(terms, spread, coefficient, grad):
     size = ((stacked - anchor).abs() * grad.double().abs()).detach()
     (expand(bound, spread, tuple(terms.shape)) * size).sum().backward()
     return theta.detach(), leaf.grad, bound.grad
+
+
+def require_exact(terms, spread, coefficient, grad):
+    """The linear operator's merge and gradient are those of float64, to float32 rounding."""
+    theta, dc, bound = exact(terms, spread, coefficient, grad)
+    out = Linear().combine(terms, coefficient, spread, torch.empty(terms.shape))
+    # float32 sums of at most six products
+    torch.testing.assert_close(out.double(), theta, rtol=1e-6, atol=2e-6)
+    got = Linear().contract(terms, grad, coefficient, spread)
+    assert got.shape == coefficient.shape
+    if terms.mean_origin:
+        # a direction is itself a sum of differences, whose rounding is relative to these
+        bound += bound.max()
+    assert ((got.double() - dc).abs() <= 3e-7 * bound).all()

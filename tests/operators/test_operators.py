@@ -15,7 +15,7 @@ import torch
 from gradmerge.common.errors import ConfigError
 from gradmerge.operators import Linear, Spread, Terms
 from gradmerge.operators._native import build as native
-from terms import SPREADS, exact, make
+from terms import SPREADS, exact, make, require_exact
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("cc", "gcc", "clang")),
@@ -36,15 +36,7 @@ def kernels(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_merge_and_contraction_equal_float64(kernels, dtype, shape, kind, origin):
     terms, spread, coefficient, grad = make(shape, dtype, origin, kind)
-    theta, dc, bound = exact(terms, spread, coefficient, grad)
-    out = Linear().combine(terms, coefficient, spread, torch.empty(shape))
-    torch.testing.assert_close(out.double(), theta, rtol=1e-6, atol=2e-6)
-    got = Linear().contract(terms, grad, coefficient, spread)
-    assert got.shape == coefficient.shape
-    if origin == "mean":
-        # a direction is itself a sum of differences, whose rounding is relative to these
-        bound += bound.max()
-    assert ((got.double() - dc).abs() <= 3e-7 * bound).all()
+    require_exact(terms, spread, coefficient, grad)
 
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16], ids=str)

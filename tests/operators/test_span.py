@@ -38,7 +38,7 @@ from gradmerge.operators import (
 )
 from gradmerge.preprocess import Trim
 from gradmerge.sources import InMemory
-from terms import expand, spread_of
+from terms import expand, spread_of, widened
 
 SPREADS = ["scalar", "first", "last", "partition", "element"]
 SHAPES = [(4, 5), (2, 1, 2, 3), (8,)]
@@ -196,12 +196,7 @@ def make(case, shape, dtype, origin, kind, size=1.0):
 
 def exact(case, terms, spread, coefficient, grad):
     """Merged tensor and `dL/dc` by float64 autograd over the formula."""
-    stacked = torch.stack([source.double() for source in terms.sources])
-    anchor = torch.zeros_like(stacked[0])
-    if terms.origin is not None:
-        anchor = terms.origin.double()
-    elif terms.mean_origin:
-        anchor = stacked.mean(dim=0)
+    stacked, anchor = widened(terms)
     if not terms.directions:
         stacked = stacked - anchor
     shape, num = tuple(terms.shape), len(stacked)

@@ -23,14 +23,14 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from gradmerge import MergeModule
-from gradmerge.engine import sharded
+from gradmerge.engine import plan
 from gradmerge.training.callbacks import CoefficientLogger, ExportAtEnd
 from gradmerge.objectives import CrossEntropy, KLToSource, L2ToInit, Objective
 from tiny import Perceptron, build, recipe_of, relatives, trainer_of, vectors
 
 folder, devices = Path(sys.argv[2]), int(sys.argv[3])
 memory, _, shared = sys.argv[4].partition("-")
-sharded._SMALLEST = 1
+plan.SMALLEST_SHARED = 1
 objective = Objective([CrossEntropy(), KLToSource(0.5)], [L2ToInit()], {"a": 2.0})
 recipe = recipe_of(relatives(build(Perceptron, extra=True)))
 shards = 0 if shared else 1
@@ -71,13 +71,13 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
-from gradmerge.engine import sharded
+from gradmerge.engine import plan
 from gradmerge.objectives import CrossEntropy, Entropy, Objective
 from tiny import module_of, trainer_of, vectors, relatives, build
 
 folder, devices = Path(sys.argv[2]), int(sys.argv[3])
 term, _, shared = sys.argv[4].partition("-")
-sharded._SMALLEST = 1
+plan.SMALLEST_SHARED = 1
 data = vectors("abc", batch_size=4 // devices, count=9, eval_batch_size=2)
 splits = [data.tasks[task].path for task in "abc"]
 for i, row in enumerate(splits[1]["selection"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ import transformers
 from gradmerge import Recipe
 from gradmerge.coefficients import Complement, Element, Sigmoid, Uniform
 from gradmerge.common.errors import ConfigError
+from gradmerge.engine import plan as plan_module
 from gradmerge.engine.opening import Opening
 from gradmerge.objectives import KLToSource, Objective
 from gradmerge.sources.files import FileCheckpoint
@@ -179,6 +181,14 @@ def test_a_network_whose_shapes_depend_on_numbers_cannot_be_planned():
     fit = Fit(data, Objective(), torch.float32, torch.optim.Adam, torch.device("cpu"))
     with pytest.raises(ConfigError, match="Distinct: expected a forward that runs on tensors with"):
         estimate(opening, fit, Setting())
+
+
+def test_processes_that_divide_the_sources_read_and_merge_their_share(places, plain, monkeypatch):
+    monkeypatch.setattr(plan_module, "SMALLEST_SHARED", 1)
+    found = estimate(opened(places), replace(fit_of(), processes=2), Setting())
+    for name in ("read", "merged", "contracted"):
+        assert getattr(found, name) == pytest.approx(getattr(plain, name) / 2, rel=1e-3)
+    assert found.flops == plain.flops
 
 
 def test_calibration_measures_the_merge_of_the_recipe(places, plain):

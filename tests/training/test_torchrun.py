@@ -16,9 +16,9 @@ from tiny import write_yaml
 RUN = """
 import sys
 from gradmerge.cli.main import main
-from gradmerge.engine import sharded
+from gradmerge.engine import plan
 
-sharded._SMALLEST = 1
+plan.SMALLEST_SHARED = 1
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -68,8 +68,22 @@ def fit_of(cli: Any) -> tuple[Any, Any]:
         bool(model.get("activation_checkpointing")),
         bool(model.get("load_sources")) and device_of(cli).type != "cpu",
     )
-    dtype = DTYPES[model.get("dtype", "float32")]
-    return Fit(cli.datamodule, objective, dtype, partial(made, configured), device_of(cli)), setting
+    dtype, optimise = DTYPES[model.get("dtype", "float32")], partial(made, configured)
+    processes = model.get("source_shards", 1) or processes_of(cli)
+    fit = Fit(cli.datamodule, objective, dtype, optimise, device_of(cli), processes)
+    return fit, setting
+
+
+def processes_of(cli: Any) -> int:
+    """Return the number of processes that the trainer will start."""
+    import torch
+
+    devices = cli._get(cli.config, "trainer.devices")
+    nodes = int(cli._get(cli.config, "trainer.num_nodes") or 1)
+    if isinstance(devices, (list, tuple)):
+        return nodes * len(devices)
+    every = torch.cuda.device_count() if device_of(cli).type == "cuda" else 1
+    return nodes * (int(devices) if str(devices).isdigit() else every)
 
 
 def device_of(cli: Any) -> Any:

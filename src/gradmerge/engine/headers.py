@@ -25,6 +25,9 @@ class HeaderPlan(Plan):
     will be.
     """
 
+    processes = 1
+    """Number of processes that divide the sources."""
+
     def __init__(self, *args: Any, **options: Any) -> None:
         self.fake, self.trace = fake_mode(), Trace()
         super().__init__(*args, **options)
@@ -79,6 +82,10 @@ class HeaderPlan(Plan):
         """Read nothing."""
 
     @override
+    def rows(self, name: str) -> Rows | None:
+        return None if self.processes == 1 else self.share(name, 0, self.processes)
+
+    @override
     def load(self, device: torch.device) -> None:
         with self.trace.counting("sources"):
             super().load(device)
@@ -101,9 +108,10 @@ class HeaderPlan(Plan):
     def _read_for(self, name: str, work: str, device: torch.device) -> None:
         """Count a pass over the terms of a tensor; a device other than the CPU gets copies."""
         owners = [*self.sources, *(["base"] if self.recipe.resolved_origin == "base" else [])]
-        size = math.prod(self.tensors[name].shape)
+        rows, shape = self.rows(name), self.tensors[name].shape
+        size = math.prod(shape if rows is None else rows.of_shape)
         wide = [] if not self.recipe.preprocess else [4 * size * len(self.sources)]
-        terms = [self.read(owner, name) for owner in owners]
+        terms = [self.read(owner, name, rows) for owner in owners]
         if device.type != "cpu":
             copies = [term.to(device) for term in terms]
             del copies

@@ -40,6 +40,8 @@ from gradmerge.sources.sharing import share_of
 from gradmerge.sources.skeleton import Network
 
 CPU = torch.device("cpu")
+SMALLEST_SHARED = 1 << 12
+"""Smaller tensors are merged by every process: exchanging them would take longer."""
 
 
 class Plan(OpenedSources):
@@ -296,6 +298,22 @@ class Plan(OpenedSources):
     def rows(self, name: str) -> Rows | None:
         """Return the rows of a tensor that this process merges; None for all of them."""
         return None
+
+    def share(self, name: str, index: int, count: int) -> Rows | None:
+        """Return the rows of a tensor that one of `count` processes merges; None for all of them.
+
+        All are those of small tensors, and where rows cannot be merged apart.
+        """
+        shape = torch.Size(self.tensors[name].shape)
+        # two rows at least, so that a run of rows is no vector of its own to any operator
+        small = len(shape) < 1 or shape[0] < 2 * count or shape.numel() < SMALLEST_SHARED
+        if small or not self.recipe.operator.by_rows:
+            return None
+        share, slot = Rows.share(shape, index, count), self.layout.slots.get(name)
+        if slot is None or not share.runs_along(slot):
+            return share
+        # coefficients of rows are read, linked and written apart
+        return share if self.recipe.coefficients.by_entry and not slot.length else None
 
     def together(self) -> AbstractContextManager[None]:
         """Return the context of a step, in which processes that share sources merge together."""

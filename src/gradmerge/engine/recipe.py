@@ -149,6 +149,8 @@ class Recipe:
         """Reject a number of sources that coefficients or operator do not support."""
         self.coefficients.num_rows(len(self.sources))
         self.operator.require(len(self.sources), self.resolved_origin)
+        for step in self.preprocess:
+            step.require(self.resolved_origin)
         if isinstance(innermost(self.coefficients), Component) and not (self.operator.by_component):
             raise ConfigError(
                 "operator: expected Components, because coefficients are Component (per singular "

@@ -25,15 +25,14 @@ class Rows:
     """Adds up numbers over all runs of rows, for operators that need sums over the tensor."""
 
     @classmethod
-    def share(
-        cls,
-        shape: torch.Size,
-        index: int,
-        count: int,
-        total: Callable[[Tensor], Tensor] | None = None,
-    ) -> Rows:
+    def share(cls, shape: torch.Size, index: int, count: int) -> Rows:
         """Return the share of one of `count` processes, equal in length to within one."""
-        return cls(index * shape[0] // count, (index + 1) * shape[0] // count, shape, total)
+        return cls(index * shape[0] // count, (index + 1) * shape[0] // count, shape)
+
+    @property
+    def of_shape(self) -> torch.Size:
+        """Shape of these rows."""
+        return torch.Size((self.stop - self.start, *self.shape[1:]))
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return these rows of a tensor, as a view."""

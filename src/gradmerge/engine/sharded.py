@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,6 @@ def gather(whole: Tensor, part: Tensor, group: Any) -> None:
 def scatter(part: Tensor, whole: Tensor, group: Any) -> None:
     """Add up a tensor over processes, and write this process's part of the sum."""
     next(filter(None, (getattr(distributed, n, None) for n in _SCATTER)))(part, whole, group=group)
-
-
-# Smaller tensors are merged by every process: exchanging them would take longer.
-_SMALLEST = 1 << 12
 
 
 class ShardedPlan(Plan):
@@ -164,19 +161,8 @@ class ShardedPlan(Plan):
 
     @override
     def rows(self, name: str) -> Rows | None:
-        shape = torch.Size(self.tensors[name].shape)
-        index, count = self._place
-        operator, coefficients = self.recipe.operator, self.recipe.coefficients
-        # two rows at least, so that a run of rows is no vector of its own to any operator
-        small = len(shape) < 1 or shape[0] < 2 * count or shape.numel() < _SMALLEST
-        if small or not operator.by_rows:
-            return None
-        share = Rows.share(shape, index, count, self._total)
-        slot = self.layout.slots.get(name)
-        if slot is None or not share.runs_along(slot):
-            return share
-        # coefficients of rows are read, linked and written apart
-        return share if coefficients.by_entry and not slot.length else None
+        own = self.share(name, *self._place)
+        return own and replace(own, total=self._total)
 
     @override
     def combine(

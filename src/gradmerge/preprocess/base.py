@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError
+from gradmerge.common.typing import Origin
 from gradmerge.operators import MaskedDirections
 from gradmerge.sources.collected import Needs, Readable, Statistic
 
@@ -70,6 +71,13 @@ class AbstractPreprocess(ABC):
     def needs(self) -> Needs | None:
         """Statistics on data that the step needs; None if it works on weights alone."""
         return None
+
+    def require(self, origin: Origin) -> None:  # noqa: B027 (most have none)
+        """Reject an unsupported origin, before any checkpoint is opened.
+
+        Raises:
+            ConfigError: the step does not support it.
+        """
 
     @abstractmethod
     def __call__(self, directions: Tensor, site: Site) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from gradmerge.common.errors import ConfigError, require
+from gradmerge.common.typing import Origin
 from gradmerge.preprocess.base import AbstractPreprocess, Passes, Site, Step
 from gradmerge.preprocess.matrices import matrices_of
 from gradmerge.sources.names import block_of
@@ -63,6 +64,14 @@ class LARV(AbstractPreprocess):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"LARV.{name}", "at least 0", value)
 
+    @override
+    def require(self, origin: Origin) -> None:
+        if origin == "zero":
+            raise ConfigError(
+                "LARV: expected task vectors from a base, with which it compares them, got origin "
+                "zero. Set recipe.base (and omit `origin`)."
+            )
+
     def __call__(self, directions: Tensor, site: Site) -> Tensor:
         """Process a single tensor as if it were the whole model."""
         return self.survey(lambda: iter([(site, directions)]))(directions, site)
@@ -75,7 +84,9 @@ class LARV(AbstractPreprocess):
             matrices = None if layer is None else matrices_of(directions, site)
             if layer is None or matrices is None or not site.takes_part:
                 continue
-            base = _base(site).to(directions).view(matrices.shape[1:])
+            base = None if site.origin is None else site.origin()
+            assert base is not None  # by `require`
+            base = base.to(directions).view(matrices.shape[1:])
             places = found.setdefault(layer, [[] for _ in site.sources])
             for place, matrix in zip(places, matrices, strict=True):
                 if matrix.any() and base.any():
@@ -121,16 +132,6 @@ class LARV(AbstractPreprocess):
             tiers = torch.bucketize(scores, torch.quantile(scores, shares))
             values = torch.tensor(self.levels, dtype=torch.float64)[tiers]
         return dict(zip(found, values.tolist(), strict=True))
-
-
-def _base(site: Site) -> Tensor:
-    origin = site.origin() if site.origin is not None else None
-    if origin is None:
-        raise ConfigError(
-            f"LARV: expected the base's weights for {site.name}, got none: it compares each task "
-            "vector with the base. Set recipe.base, without `origin: zero`."
-        )
-    return origin
 
 
 def _statistics(base: Tensor, matrix: Tensor) -> tuple[float, float]:

@@ -58,6 +58,8 @@ class Fit:
     dtype: torch.dtype
     optimise: Optimise
     device: torch.device
+    processes: int = 1
+    """Number of processes that divide the sources."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def estimate(opening: Opening, fit: Fit, setting: Setting) -> Estimate:
 
 def _run(plan: HeaderPlan, fit: Fit, setting: Setting) -> Counter[str]:
     """Run two training steps and an evaluation; return the work of the second step."""
-    trace = plan.trace
+    trace, plan.processes = plan.trace, fit.processes
     merged = _merged(plan, fit, setting)
     trace.hold(merged.parameters(), "coefficients")
     merged._blocks = TracedBlocks(trace, merged._blocks)  # type: ignore[assignment]
