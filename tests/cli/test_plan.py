@@ -113,3 +113,18 @@ def test_the_check_can_be_left_out(config, monkeypatch):
     machine(monkeypatch, 1 << 10)
     monkeypatch.setenv("GRADMERGE_PLAN", "off")
     assert main(["fit", "--config", config, "--trainer.fast_dev_run", "true"]) == 0
+
+
+def test_configured_placements_are_planned_and_those_without_a_device_refused(config, capsys):
+    mixed = ["--model.placement", '{"base": "device", "*": "mapped"}', "--format", "json"]
+    assert main(["plan", "--config", config, *mixed]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    last = plain["settings"][-1]
+    assert len(plain["settings"]) == 5
+    assert last["setting"] == plain["configured"]
+    assert last["parts"]["sources"] > 0
+    assert last["options"].endswith("""--model.placement '{"*": "mapped", "base": "device"}'""")
+    said = fails(["fit", "--config", config, "--model.placement", "pinned"], capsys)
+    assert "placement: expected device or mapped on cpu, got pinned for base, " in said
+    said = fails(["fit", "--config", config, "--model.placement.nobody", "device"], capsys)
+    assert "placement: unknown sources nobody (choose from base, " in said

@@ -19,6 +19,8 @@ from gradmerge.coefficients import (
     Partition,
     Tensor,
 )
+from gradmerge.common.memory import PageLocked
+from gradmerge.engine.placement import PLACES, Item, Transfers
 from gradmerge.operators import (
     ArceeFusion,
     Components,
@@ -34,6 +36,7 @@ from gradmerge.operators import (
     backends,
     chunks,
 )
+from gradmerge.training.placing import place
 from terms import SPREADS, exact, make
 
 pytestmark = [
@@ -42,12 +45,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("loaded", [False, True], ids=["mapped", "loaded"])
+@pytest.mark.parametrize("place", [None, *PLACES])
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
 @pytest.mark.parametrize(
     "granularity", [Tensor(), Column(), Partition(3), Element()], ids=lambda g: type(g).__name__
 )
-def test_gradients_on_a_gpu_equal_those_on_the_cpu(family, granularity, memory, loaded):
+def test_gradients_on_a_gpu_equal_those_on_the_cpu(family, granularity, memory, place):
     models, inputs = family("llama-tied")
     recipe = Recipe(
         sources={"a": models[1], "b": models[2]}, base=models[0], coefficients=granularity
@@ -55,19 +58,21 @@ def test_gradients_on_a_gpu_equal_those_on_the_cpu(family, granularity, memory, 
     grads = []
     for device in ("cpu", "cuda"):
         merged = MergedModel(recipe, memory=memory, dtype=torch.float64).to(device)
-        if loaded:
-            merged.plan.load(torch.device(device))
+        if device == "cuda" and place:
+            merged.plan.place(dict.fromkeys(merged.plan.owners, place), merged.device)
         moved = {key: value.to(device) for key, value in inputs.items()}
-        loss, _ = merged.accumulate(
-            [lambda m=merged, x=moved: logits_of(m(**x)).log_softmax(-1)[..., 0].mean()]
-        )
-        loss.backward()
+        for _ in range(3):  # what comes next is known from the second step on
+            merged.zero_grad()
+            loss, _ = merged.accumulate(
+                [lambda m=merged, x=moved: logits_of(m(**x)).log_softmax(-1)[..., 0].mean()]
+            )
+            loss.backward()
         grads.append({key: raw.grad.cpu() for key, raw in merged.raw.items()})
     for key, grad in grads[0].items():
         torch.testing.assert_close(grads[1][key], grad, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("loaded", [False, True], ids=["mapped", "loaded"])
+@pytest.mark.parametrize("place", ["mapped", "device"])
 @pytest.mark.parametrize("granularity", [Tensor(), Element()], ids=lambda g: type(g).__name__)
 @pytest.mark.parametrize(
     "operator",
@@ -83,7 +88,7 @@ def test_gradients_on_a_gpu_equal_those_on_the_cpu(family, granularity, memory, 
     ],
     ids=lambda operator: type(operator).__name__,
 )
-def test_operators_on_a_gpu_equal_those_on_the_cpu(family, operator, granularity, loaded):
+def test_operators_on_a_gpu_equal_those_on_the_cpu(family, operator, granularity, place):
     models, inputs = family("llama-tied")
     recipe = Recipe(
         sources={"a": models[1], "b": models[2]},
@@ -95,8 +100,8 @@ def test_operators_on_a_gpu_equal_those_on_the_cpu(family, operator, granularity
     grads = []
     for device in ("cpu", "cuda"):
         merged = MergedModel(recipe, dtype=torch.float64).to(device)
-        if loaded:
-            merged.plan.load(torch.device(device))
+        if device == "cuda" and place:
+            merged.plan.place(dict.fromkeys(merged.plan.owners, place), merged.device)
         moved = {key: value.to(device) for key, value in inputs.items()}
         logits_of(merged(**moved)).log_softmax(-1)[..., 0].mean().backward()
         grads.append({key: raw.grad.cpu() for key, raw in merged.raw.items()})
@@ -104,9 +109,9 @@ def test_operators_on_a_gpu_equal_those_on_the_cpu(family, operator, granularity
         torch.testing.assert_close(grads[1][key], grad, rtol=1e-8, atol=1e-11)
 
 
-@pytest.mark.parametrize("loaded", [False, True], ids=["mapped", "loaded"])
+@pytest.mark.parametrize("place", ["mapped", "device"])
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
-def test_components_on_a_gpu_equal_those_on_the_cpu(family, memory, loaded):
+def test_components_on_a_gpu_equal_those_on_the_cpu(family, memory, place):
     models, inputs = family("llama-tied")
     recipe = Recipe(
         sources={"a": models[1], "b": models[2]},
@@ -118,8 +123,8 @@ def test_components_on_a_gpu_equal_those_on_the_cpu(family, memory, loaded):
     grads = []
     for device in ("cpu", "cuda"):
         merged = MergedModel(recipe, memory=memory, dtype=torch.float64).to(device)
-        if loaded:
-            merged.plan.load(torch.device(device))
+        if device == "cuda" and place:
+            merged.plan.place(dict.fromkeys(merged.plan.owners, place), merged.device)
         moved = {key: value.to(device) for key, value in inputs.items()}
         logits_of(merged(**moved)).log_softmax(-1)[..., 0].mean().backward()
         grads.append({key: raw.grad.cpu() for key, raw in merged.raw.items()})
@@ -211,3 +216,37 @@ def test_tensors_of_more_than_two_billion_entries(kernels):
     assert bool((out == 1).all())
     # every sum of a tile is exact in float32, and their sum in float64
     assert Linear().contract(terms, out, half.double(), spread).item() == 2 * size
+
+
+# ---- places of sources --------------------------------------------------------------------------
+
+
+def test_what_is_sent_ahead_is_what_was_page_locked():
+    """Copies that are reused and overwritten on another stream must not reach their users."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    memory, transfers = PageLocked(), Transfers(device, streams=True)
+    tokens = [(Item("a", str(i)),) for i in range(6)]
+    pinned = {
+        token[0]: memory.copy(torch.full((1 << 20,), float(i))) for i, token in enumerate(tokens)
+    }
+    assert all(tensor.is_pinned() for tensor in pinned.values())
+    busy, totals = torch.randn(2048, 2048, device=device), []
+    for turn in range(30):
+        copy = transfers.take(tokens[turn % 6]).get(tokens[turn % 6][0])
+        transfers.expect([tokens[(turn + 1) % 6], tokens[(turn + 2) % 6]], pinned)
+        busy = (busy @ busy).clamp(-1, 1)  # the device is behind the host
+        totals.append(None if copy is None else copy.sum())
+    transfers.end()
+    found = [None if total is None else total.item() for total in totals]
+    assert found[0] is None
+    assert found[1:] == [float(turn % 6) * (1 << 20) for turn in range(1, 30)]
+
+
+def test_a_fit_chooses_the_device_and_frees_it(family):
+    models, _ = family("llama-tied")
+    merged = MergedModel(Recipe(dict(zip("ab", models[1:3], strict=True)), models[0])).cuda()
+    before = torch.cuda.memory_allocated()
+    place(merged.plan, "auto", merged.device)
+    assert torch.cuda.memory_allocated() - before >= sum(merged.plan.sizes()[0].values())
+    merged.plan.unload()
+    assert torch.cuda.memory_allocated() == before

@@ -100,6 +100,22 @@ def test_factors_give_the_gradients_of_dense_sources(suite, granularity, memory)
         assert all(plan._spread_terms(n, spread).updates for n, spread in spreads.items())
 
 
+def test_factors_are_placed_with_their_sources(suite):
+    merged = learning(suite, 0, GRANULARITIES[0], "streamed")
+    expected, plan = gradients(merged), merged.plan
+    items = [item for name in plan.tensors for item in plan.items(name)]
+    assert {"left", "right"} <= {item.kind for item in items}
+    found = [plan._item(item) for item in items]
+    assert [(own.shape, own.dtype) for own in found] == [plan.form(item) for item in items]
+    words = dict.fromkeys(plan.owners, "device")
+    plan.place(words, IDS.device)
+    merged.zero_grad()
+    loss, placed = gradients(merged)
+    assert torch.equal(loss, expected[0])
+    assert all(torch.equal(grad, expected[1][name]) for name, grad in placed.items())
+    assert sum(plan.sizes()[0].values()) == sum(own.nbytes for own in found)
+
+
 @pytest.mark.parametrize(
     "granularity",
     [g for g in GRANULARITIES if not isinstance(g, Chunks)],  # its runs lie along the rows

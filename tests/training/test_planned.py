@@ -194,4 +194,4 @@ def test_processes_that_divide_the_sources_read_and_merge_their_share(places, pl
 def test_calibration_measures_the_merge_of_the_recipe(places, plain):
     speed = calibrate(headers(opened(places)), torch.float32, torch.device("cpu"))
     assert 0 < speed.seconds(plain) < 60
-    assert [setting.load_sources for setting in settings(torch.device("cpu"))] == [False] * 4
+    assert [setting.placement for setting in settings(torch.device("cpu"))] == ["mapped"] * 4

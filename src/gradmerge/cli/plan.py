@@ -8,7 +8,7 @@ import math
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import yaml
@@ -123,8 +123,10 @@ def planned(cli: Any) -> Planned:
     fit, chosen = room.fit_of(cli)
     now = room.machine_of(fit.device)
     opening = Opening(cli.model.keywords["recipe"])
-    estimates, failures = [], {}
-    for setting in settings(fit.device):
+    estimates, failures, every = [], {}, settings(fit.device)
+    if chosen.placement != "auto" and chosen not in every:
+        every.append(chosen)
+    for setting in every:
         try:
             estimates.append(estimate(opening, fit, setting))
         except ConfigError as error:
@@ -133,7 +135,13 @@ def planned(cli: Any) -> Planned:
         raise ConfigError(next(iter(failures.values())))
     plan = headers(opening)
     speed = calibrate(plan, fit.dtype, fit.device)
-    return Planned(now, estimates, failures, speed, chosen, _facts(plan, fit))
+    found = Planned(now, estimates, failures, speed, chosen, _facts(plan, fit))
+    if chosen.placement != "auto":
+        return found
+    # the first place with room for all sources, as a fit chooses it
+    same = [e for e in estimates if replace(e.setting, placement="auto") == chosen]
+    auto = next((e for e in same if found.fits(e) == "yes"), None)
+    return found if auto is None else replace(found, chosen=auto.setting)
 
 
 def _facts(plan: Any, fit: Any) -> dict[str, Any]:
@@ -173,7 +181,7 @@ def rendered(found: Planned) -> str:
             [
                 f"{setting.memory}{' *' if setting == found.chosen else ''}",
                 "on" if setting.activation_checkpointing else "off",
-                "loaded" if setting.load_sources else "mapped",
+                setting.placement if isinstance(setting.placement, str) else "mixed",
                 *(_gb(each.parts.get(part, 0)) for part in _PARTS),
                 _gb(need[0] if device is None else need[1]),
                 found.fits(each),
@@ -210,7 +218,7 @@ def rendered(found: Planned) -> str:
 _PARTS = {
     "merged": "merged",
     "coefficients": "coefficients",
-    "sources": "loaded",
+    "sources": "copies",
     "rest": "activations",
 }
 

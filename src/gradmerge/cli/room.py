@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,12 +67,20 @@ def fit_of(cli: Any) -> tuple[Any, Any]:
     setting = Setting(
         model.get("memory", "resident"),
         bool(model.get("activation_checkpointing")),
-        bool(model.get("load_sources")) and device_of(cli).type != "cpu",
+        _placement(model, device_of(cli)),
     )
     dtype, optimise = DTYPES[model.get("dtype", "float32")], partial(made, configured)
     processes = model.get("source_shards", 1) or processes_of(cli)
     fit = Fit(cli.datamodule, objective, dtype, optimise, device_of(cli), processes)
     return fit, setting
+
+
+def _placement(model: Mapping[str, Any], device: Any) -> str | tuple[tuple[str, str], ...]:
+    """Return the configured placement of a `Setting`."""
+    given = "device" if model.get("load_sources") else model.get("placement", "auto")
+    if not isinstance(given, str):
+        return tuple(sorted(given.items()))
+    return "mapped" if given == "auto" and device.type == "cpu" else given
 
 
 def processes_of(cli: Any) -> int:
@@ -135,6 +144,8 @@ def is_small(size: int, whole: int | None = None) -> bool:
 def require_memory(cli: Any, opening: Any) -> None:
     """Reject a fit that certainly takes more memory than there is, before weights are read.
 
+    Placements that the device does not have are rejected, too.
+
     Small models are not asked about, nor a network that cannot be traced. The environment variable
     `GRADMERGE_PLAN=off` leaves the check out.
 
@@ -142,9 +153,11 @@ def require_memory(cli: Any, opening: Any) -> None:
         ConfigError: it takes more, beyond the error of the estimate; the message names the
             settings that fit.
     """
+    from gradmerge.engine.placement import words_of
     from gradmerge.training.planned import estimate, settings
 
     fit, chosen = fit_of(cli)
+    words_of(chosen.given, ["base", *opening.sources], fit.device)
     size = fit.dtype.itemsize * sum(math.prod(i.shape) for i in opening.reference.infos.values())
     now = machine_of(fit.device)
     whole = (now.device or now.host)[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import sys
@@ -26,6 +27,11 @@ _REPEATED = 3
 _IDLE = 1
 # Below this size the allocator's own reuse is just as good.
 _SMALL = 1 << 16
+# What Linux reads ahead at a time, at least; it cuts longer requests off.
+_WINDOW = 1 << 17
+_WILL_NEED = 3
+# Of copies in page-locked memory, in bytes: a cache line of the device or more.
+_ALIGNED = 512
 _ELSEWHERE = "Temporary files go to TMPDIR; set it to a folder on a larger disk."
 
 
@@ -164,6 +170,88 @@ def _temporary(folder: Path) -> Any:
     """Open a temporary file, without a name where the system can do that (Linux)."""
     make = tempfile.TemporaryFile if sys.platform == "linux" else tempfile.NamedTemporaryFile
     return make(prefix="gradmerge-", dir=folder)
+
+
+class PageLocked:
+    """Copies of tensors in host memory that a CUDA device can read by itself, block by block.
+
+    torch's own page-locked memory takes powers of two. The memory is freed with this object.
+
+    Args:
+        locks: lock the pages; tensors without numbers have none.
+    """
+
+    _BLOCK = 1 << 28
+
+    def __init__(self, locks: bool = True) -> None:
+        self._locks = locks
+        self._block: Tensor | None = None
+        self._blocks: list[Tensor] = []
+        self._start = 0
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a tensor in page-locked memory.
+
+        Raises:
+            RuntimeError: the system locks no more pages (`ulimit -l`).
+        """
+        start = -(-self._start // _ALIGNED) * _ALIGNED
+        if self._block is None or start + tensor.nbytes > self._block.numel():
+            self._block = self._new(max(self._BLOCK, tensor.nbytes))
+            start = 0
+        own = self._block[start : start + tensor.nbytes]
+        self._start = start + tensor.nbytes
+        return own.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def _new(self, size: int) -> Tensor:
+        block = torch.empty(size, dtype=torch.uint8)
+        if self._locks:
+            runtime: Any = torch.cuda.cudart()
+            error = int(runtime.cudaHostRegister(block.data_ptr(), size, 0))
+            if error:
+                raise RuntimeError(
+                    f"placement: expected {size:,} more bytes of page-locked memory, got CUDA "
+                    f"error {error}. Raise `ulimit -l`, or use placement mapped."
+                )
+            weakref.finalize(self, runtime.cudaHostUnregister, block.data_ptr())
+        self._blocks.append(block)
+        return block
+
+
+def read_ahead(address: int, size: int) -> None:
+    """Have the system read the file behind mapped memory, unless it seems to be in memory.
+
+    Three pages are looked at. Other memory is left as it is, and so is everything where the system
+    cannot do that.
+    """
+    calls = _mapped_calls()
+    if calls is None or size < _WINDOW:
+        return
+    know, advise = calls
+    page = mmap.PAGESIZE
+    start, end, seen = address - address % page, address + size, ctypes.c_ubyte()
+    for part in (0, 1, 2):
+        place = start + part * (end - 1 - start) // 2
+        # an error, too, means that there is nothing to read
+        if know(place - place % page, page, ctypes.byref(seen)) == 0 and not seen.value & 1:
+            break
+    else:
+        return
+    for place in range(start, end, _WINDOW):
+        advise(place, min(_WINDOW, end - place), _WILL_NEED)
+
+
+@functools.cache
+def _mapped_calls() -> tuple[Any, Any] | None:
+    """Return `mincore` and `madvise`, where the system has them."""
+    try:
+        library = ctypes.CDLL(None)
+        know, advise = library.mincore, library.madvise
+    except (AttributeError, OSError):
+        return None
+    know.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return know, advise
 
 
 def trim_heap() -> bool:

@@ -46,7 +46,14 @@ from gradmerge.training.logs import keep_folder, remove_refused
 from gradmerge.training.module import MergeModule
 from gradmerge.training.run import describe_data, global_seed, read_by
 
-_FREE = ("allow_modules", "score_start", "source_shards", "teacher_cache", "teacher_cache_folder")
+_FREE = (
+    "allow_modules",
+    "placement",
+    "score_start",
+    "source_shards",
+    "teacher_cache",
+    "teacher_cache_folder",
+)
 """Options that results do not depend on."""
 
 MakeTrainer = Callable[[Path, Sequence[lightning.Callback], Mapping[str, Any]], lightning.Trainer]

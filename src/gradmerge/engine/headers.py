@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gradmerge.coefficients import AbstractInit
+from gradmerge.engine.placement import Item, Place
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.rows import Rows
 from gradmerge.engine.traced import Trace, fake_mode
@@ -30,6 +32,7 @@ class HeaderPlan(Plan):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.fake, self.trace = fake_mode(), Trace()
+        self._words: dict[str, Place] = {}
         super().__init__(*args, **options)
         self.finalisation = Finalisation((), self._final_site)
 
@@ -65,13 +68,22 @@ class HeaderPlan(Plan):
             return self.trace.mapped(torch.empty(info.shape, dtype=info.dtype))
 
     @override
+    def _item(self, item: Item) -> Tensor:
+        if item.kind == "stored":
+            return super()._item(item)
+        shape, dtype = self.form(item)
+        with self.fake:
+            return self.trace.mapped(torch.empty(shape, dtype=dtype))
+
+    @override
     def buffer(self, name: str) -> Tensor:
         info = self.reference.infos[name]
         return torch.zeros(info.shape, dtype=info.dtype)
 
     @override
     def prepare_learning(self) -> None:
-        """Read nothing."""
+        """Read nothing; directions would be kept in files."""
+        self._processed.keep()
 
     @override
     def require_unchanged(self) -> None:
@@ -86,9 +98,10 @@ class HeaderPlan(Plan):
         return None if self.processes == 1 else self.share(name, 0, self.processes)
 
     @override
-    def load(self, device: torch.device) -> None:
+    def place(self, words: Mapping[str, Place], device: torch.device, asked: object = "") -> None:
+        self._words = dict(words)
         with self.trace.counting("sources"):
-            super().load(device)
+            super().place(words, device, asked)
 
     @override
     def combine(
@@ -107,16 +120,12 @@ class HeaderPlan(Plan):
 
     def _read_for(self, name: str, work: str, device: torch.device) -> None:
         """Count a pass over the terms of a tensor; a device other than the CPU gets copies."""
-        owners = [*self.sources, *(["base"] if self.recipe.resolved_origin == "base" else [])]
-        rows, shape = self.rows(name), self.tensors[name].shape
-        size = math.prod(shape if rows is None else rows.of_shape)
-        wide = [] if not self.recipe.preprocess else [4 * size * len(self.sources)]
-        terms = [self.read(owner, name, rows) for owner in owners]
-        if device.type != "cpu":
-            copies = [term.to(device) for term in terms]
-            del copies
-        self.trace.work[work] += size
-        self.trace.work["read"] += sum(wide or [term.numel() * term.itemsize for term in terms])
+        items = self.items(name)
+        found = self._placement.fetch(items, device)
+        self.trace.work[work] += math.prod(self.form(items[0])[0])
+        for item, tensor in zip(items, found, strict=True):
+            self.trace.work["read"] += tensor.nbytes
+            self.trace.work[self._words[item.owner]] += tensor.nbytes
 
     @property
     def disk(self) -> int:

@@ -329,7 +329,7 @@ class MergedModel(nn.Module):
             given = read(name)
             if given is None:
                 return self._private_tensor(name)
-            return given.to(device=self.device, dtype=self.dtype_of(name))
+            return given.to(self.device).to(self.dtype_of(name))  # cast there, not here
 
         dtype = self.dtype_of(key)
         return self.parameters_made.assemble(key, one, lambda shape: self._empty(shape, dtype))
@@ -366,7 +366,7 @@ class MergedModel(nn.Module):
     def place(self, tensor: Tensor) -> Tensor:
         """Return a tensor on the model's device, and in its dtype if it is floating-point."""
         dtype = self.dtype if tensor.dtype.is_floating_point else tensor.dtype
-        return tensor.to(device=self.device, dtype=dtype)
+        return tensor.to(self.device).to(dtype)
 
     def _private_tensor(self, key: str) -> Tensor:
         trained = self.private.tensor(self.task, key)
@@ -566,7 +566,7 @@ class MergedModel(nn.Module):
             )
         checkpoint = self.plan.serving[source]
         itself = original_of(checkpoint) if own else checkpoint
-        read = partial(self.plan.read, source) if itself is checkpoint else itself.read
+        read = self.plan.reader(source, self.device) if itself is checkpoint else itself.read
         with self.network_buffers.of(itself), torch.no_grad(), self.as_weights(read):
             yield
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -18,33 +18,31 @@ from torch import Tensor
 
 from gradmerge.alignment import Aligned
 from gradmerge.coefficients import AbstractInit, InitContext, Layout, initial_raw, linked
-from gradmerge.common.errors import ConfigError, Problem, shorten
-from gradmerge.common.low_rank import LowRank
+from gradmerge.common.errors import ConfigError, Problem
 from gradmerge.common.memory import require_temporary_space
 from gradmerge.common.patterns import matches
 from gradmerge.common.typing import Raw
 from gradmerge.engine import contraction
+from gradmerge.engine.frozen import CPU, FrozenTensors
 from gradmerge.engine.inventory import find_trained, find_unchanged, names_of, take_inventory
-from gradmerge.engine.opened import OpenedSources
 from gradmerge.engine.placement import Placement
 from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.rows import Rows
 from gradmerge.engine.statistics import open_statistics
 from gradmerge.finalisers import Finalisation, FinalSite
-from gradmerge.operators import AbstractOperator, Linear, Spread, Terms, low_rank
-from gradmerge.preprocess import ProcessedDirections, Site
+from gradmerge.operators import AbstractOperator, Linear, Spread, low_rank
+from gradmerge.preprocess import ProcessedDirections
 from gradmerge.sources import Checkpoint
 from gradmerge.sources.collected import SourceStatistics
 from gradmerge.sources.geometry import direction_statistics
 from gradmerge.sources.sharing import share_of
 from gradmerge.sources.skeleton import Network
 
-CPU = torch.device("cpu")
 SMALLEST_SHARED = 1 << 12
 """Smaller tensors are merged by every process: exchanging them would take longer."""
 
 
-class Plan(OpenedSources):
+class Plan(FrozenTensors):
     """An opened recipe: `theta_p(z)` and its contraction, tensor by tensor.
 
     It does not change, so copies of a model share it. A coefficient `own` of a tensor is either z
@@ -101,7 +99,7 @@ class Plan(OpenedSources):
                 "patterns match all tensors; narrow them."
             )
         self.num_rows = recipe.coefficients.num_rows(len(self.sources))
-        self._placement = Placement(self._stored)
+        self._placement = Placement(self._item)
         self._facts: dict[str, dict[str, Tensor]] = {}
         self._keeps_facts = False  # a static merge reads each tensor once
         if recipe.coefficients.needs_norms:
@@ -143,25 +141,6 @@ class Plan(OpenedSources):
             return ""
         sizes = {name: math.prod(tensor.shape) for name, tensor in self.tensors.items()}
         return f"{share_of(self.unchanged, sizes)} are the same in all sources and the base"
-
-    def _updates(self, name: str) -> list[LowRank | None] | None:
-        """Return the directions of a tensor from the base, None for a zero one.
-
-        Returns None if one is not of low rank, or if they are not merged linearly as they are.
-        """
-        recipe = self.recipe
-        plain = isinstance(recipe.operator, Linear) and recipe.operator.form == "weights"
-        if self.base is None or recipe.resolved_origin != "base" or recipe.preprocess or not plain:
-            return None
-        stored = self.base.stored_as(name)
-        found: list[LowRank | None] = []
-        for source in self.sources.values():
-            update = source.update(name)
-            same = source.stored_as(name) if update is None else update.stored
-            if stored is None or same != stored:
-                return None
-            found.append(update)
-        return found
 
     def _number(self, value: float | str) -> float:
         if value == "origin":
@@ -248,56 +227,8 @@ class Plan(OpenedSources):
         other = copy.copy(self)
         other.fixed = dict.fromkeys(self.fixed, 0.0)
         other._processed = ProcessedDirections(self.recipe.preprocess, other.directions)
+        other._placement = Placement(other._item)
         return other
-
-    def read(self, source: str, name: str, rows: Rows | None = None) -> Tensor:
-        """Return a tensor of a source or of `base`, or some rows of it, as they are placed."""
-        return self._placement.read(source, name, rows)
-
-    def _stored(self, source: str, name: str) -> Tensor:
-        checkpoint = self.base if source == "base" and self.base else self.serving[source]
-        if name not in checkpoint.infos:
-            self.require_private(source)
-        return checkpoint.read(name)
-
-    def base_as(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """Return the origin as it is in its file, if it is a base with this dtype and device."""
-        if self.recipe.resolved_origin != "base":
-            return None
-        base = self.read("base", name)
-        return base if base.dtype == dtype and base.device == device else None
-
-    def require_private(self, source: str) -> None:
-        """Reject a source that lacks the private tensors (head) of a task.
-
-        Raises:
-            ConfigError: the source has no such tensors.
-        """
-        checkpoint = self.serving[source]
-        lost = [name for name in self.private if name not in checkpoint.infos]
-        if lost:
-            raise ConfigError(
-                f"source {source} ({checkpoint.label}) has no {shorten(lost)}, so it cannot serve "
-                "a task; set the task's `source` to one that has a head."
-            )
-
-    def load(self, device: torch.device) -> None:
-        """Copy every source to a device once, instead of reading mapped files in each step."""
-        owners = [*self.sources, *(["base"] if self.recipe.resolved_origin == "base" else [])]
-        self._placement.copy(
-            (
-                (owner, name, self.rows(name))
-                for owner in owners
-                for name in self.tensors
-                if owner == "base" or self._updates(name) is None
-            ),
-            device,
-        )
-        self._facts.clear()
-
-    def rows(self, name: str) -> Rows | None:
-        """Return the rows of a tensor that this process merges; None for all of them."""
-        return None
 
     def share(self, name: str, index: int, count: int) -> Rows | None:
         """Return the rows of a tensor that one of `count` processes merges; None for all of them.
@@ -327,35 +258,6 @@ class Plan(OpenedSources):
         """Return keys in the order in which all processes that share sources contract them."""
         return proposal
 
-    def directions(self) -> Iterator[tuple[Site, Callable[[], Tensor]]]:
-        """Yield the site of each merged tensor, and a call that computes its directions."""
-        for name in self.tensors:
-            kept = matches(self.recipe.frozen, name) and not self.fixed[name]
-            origin = partial(self._origin, name)
-            site = Site(name, self.source_names, self.collected, not kept, origin)
-            yield site, partial(self.direction, name)
-
-    def direction(self, name: str) -> Tensor:
-        """Return `B_k = theta_k - A` before preprocessing, `[sources, *shape]`, in float32."""
-        self.require_finite()
-        shape = (len(self.sources), *self.tensors[name].shape)
-        directions = torch.empty(shape, dtype=torch.float32)
-        for source, direction in zip(self.sources, directions, strict=True):
-            direction.copy_(self.read(source, name))
-        origin = self._origin(name)
-        return directions if origin is None else directions.sub_(origin.to(directions))
-
-    def _origin(self, name: str) -> Tensor | None:
-        """Return the origin that directions are measured from; None for zero."""
-        if self.recipe.resolved_origin == "base":
-            return self.read("base", name)
-        if self.recipe.resolved_origin == "zero":
-            return None
-        total = torch.zeros(self.tensors[name].shape, dtype=torch.float32)
-        for source in self.sources:
-            total.add_(self.read(source, name).to(total))
-        return total.div_(len(self.sources))
-
     def prepare_learning(self) -> None:
         """Prepare for training: keep sources open and processed directions in mapped files.
 
@@ -378,53 +280,6 @@ class Plan(OpenedSources):
             entries = sum(math.prod(info.shape) for info in self.tensors.values())
             require_temporary_space(4 * entries * len(self.sources), "the preprocessed directions")
         self._processed.keep()
-
-    def terms(self, name: str, processed: bool = True, rows: Rows | None = None) -> Terms:
-        """Return the frozen tensors that `name` is merged from.
-
-        Args:
-            name: the tensor.
-            processed: apply the recipe's preprocess.
-            rows: the rows to merge. Default: all.
-        """
-        facts = self._facts_of(name)
-        if self.recipe.preprocess and processed:
-            anchor = self._origin(name)
-            chosen = None
-            if not self._processed.is_kept:
-                sources = [self.read(source, name) for source in self.sources]
-                chosen = self._processed.select(name, sources, anchor)
-            if chosen is not None:
-                masks, factors = chosen.masks, chosen.factors
-                return Terms(sources, anchor, masks=masks, factors=factors, facts=facts)
-            terms = Terms(list(self._processed.read(name)), anchor, directions=True, facts=facts)
-            return terms if rows is None else rows.of_terms(terms)
-        origin = self.recipe.resolved_origin
-        return Terms(
-            [self.read(source, name, rows) for source in self.sources],
-            self.read("base", name, rows) if origin == "base" else None,
-            origin == "mean",
-            facts=facts,
-            total=None if rows is None else rows.total,
-        )
-
-    def _facts_of(self, name: str) -> dict[str, Tensor]:
-        """Return what is kept of a tensor between steps; empty and not kept outside a fit."""
-        return self._facts.setdefault(name, {}) if self._keeps_facts else {}
-
-    def _spread_terms(self, name: str, spread: Spread, rows: Rows | None = None) -> Terms:
-        """Return the terms of a tensor, with directions of low rank where those are merged."""
-        return self._low_rank_terms(name, spread, rows) or self.terms(name, rows=rows)
-
-    def _low_rank_terms(self, name: str, spread: Spread, rows: Rows | None = None) -> Terms | None:
-        """Return the terms of a tensor whose directions are merged from their factors."""
-        by_factors = spread.kind in ("scalar", "axis") and not spread.experts
-        updates = self._updates(name) if by_factors else None
-        if updates is not None and rows is not None:
-            updates = rows.of_updates(updates)
-        if updates is None:
-            return None
-        return Terms([], self.read("base", name, rows), updates=updates)
 
     def _spread(self, name: str, device: torch.device) -> Spread:
         """Return the mapping of the coefficients of `name` to its entries."""
@@ -458,12 +313,14 @@ class Plan(OpenedSources):
         recipe, operator = self.recipe, self.recipe.operator
         if isinstance(own, Tensor):
             spread = self._spread(name, out.device)
-            terms = self._spread_terms(name, spread, rows)
+            terms = self._spread_terms(name, spread, out.device, rows)
             if rows is not None:
                 own, spread = rows.of_coefficients(own, spread), rows.of_spread(spread)
             return contraction.combine(recipe.coefficients, operator, terms, own, spread, out)
         with torch.no_grad():
-            terms = self.terms(name, processed=own != 0, rows=rows)
+            if own == 0 and recipe.resolved_origin == "base":
+                return out.copy_(self.read("base", name, rows, out.device))
+            terms = self.terms(name, processed=own != 0, rows=rows, device=out.device)
             operator = operator if own else Linear()
             return operator.combine(terms, self.coefficient(own), Spread("scalar"), out)
 
@@ -477,7 +334,7 @@ class Plan(OpenedSources):
         spread = Spread("scalar")
         if isinstance(own, Tensor):
             spread = self._spread(name, own.device)
-        terms = self._low_rank_terms(name, spread)
+        terms = self._low_rank_terms(name, spread, CPU)
         if terms is None:
             return None
         rows = spread.expanded(self.coefficient(own).view(len(self.sources), -1))
@@ -504,7 +361,7 @@ class Plan(OpenedSources):
         """
         coefficients, operator = self.recipe.coefficients, self.recipe.operator
         spread = self._spread(name, grad.device)
-        terms = self._spread_terms(name, spread, rows)
+        terms = self._spread_terms(name, spread, grad.device, rows)
         if rows is None:
             return contraction.contract(coefficients, operator, terms, z, spread, grad, slopes)
         own, here = rows.of_coefficients(z, spread), rows.of_spread(spread)

@@ -153,7 +153,7 @@ class PrivateParts(nn.Module):
         if (source, name) not in self._stored:
             with torch.inference_mode(False):
                 own = self._plan.read(source, name) if source else self._plan.buffer(name)
-                kept = own.to(device=device, dtype=dtype)
+                kept = own.to(device).to(dtype)
                 self._stored[source, name] = kept.clone() if kept is own else kept
         return self._stored[source, name]
 

@@ -35,12 +35,14 @@ class Speed:
     """Entries whose gradient is contracted with all sources."""
     copied: float
     """Bytes copied from the host's memory to the device; infinity on the CPU."""
+    pinned: float
+    """Bytes copied from page-locked memory, while the device computes; infinity on the CPU."""
 
     def seconds(self, found: Estimate) -> float:
         """Return the time of a step."""
-        copied = 0 if found.setting.load_sources else found.read / self.copied
         merging = found.merged / self.merged + found.contracted / self.contracted
-        return found.flops / self.flops + found.moved / self.moved + merging + copied
+        work = found.flops / self.flops + found.moved / self.moved + merging
+        return max(work, found.pinned / self.pinned) + found.mapped / self.copied
 
 
 def calibrate(plan: HeaderPlan, dtype: torch.dtype, device: torch.device) -> Speed:
@@ -56,12 +58,14 @@ def calibrate(plan: HeaderPlan, dtype: torch.dtype, device: torch.device) -> Spe
     long = torch.randn(_ENTRIES, dtype=dtype, device=device)
     moved = 3 * long.nbytes / _best(lambda: long + long, device)
     merge, contract, entries = _merging(plan, dtype, device)
-    copied = math.inf
+    copied = pinned = math.inf
     if device.type != "cpu":
         host = torch.empty(_ENTRIES, dtype=dtype)
         copied = host.nbytes / _best(lambda: host.to(device), device)
+        locked = host.pin_memory()
+        pinned = host.nbytes / _best(lambda: locked.to(device, non_blocking=True), device)
     seconds = _best(merge, device), _best(contract, device)
-    return Speed(product, moved, entries / seconds[0], entries / seconds[1], copied)
+    return Speed(product, moved, entries / seconds[0], entries / seconds[1], copied, pinned)
 
 
 def _merging(

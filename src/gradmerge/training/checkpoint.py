@@ -69,6 +69,7 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
     "learning_rate": (int, float),
     "private_learning_rate": (int, float, type(None)),
     "load_sources": (bool,),
+    "placement": (str, dict),
     "source_shards": (int,),
     "score_experts": (bool,),
     "score_start": (bool,),

@@ -49,7 +49,9 @@ def mean_rows(merged: MergedModel, task: str, batch: Batch) -> tuple[Tensor, Ten
     for name, checkpoint in plan.sources.items():
 
         def read(tensor: str, source: str = name) -> Tensor | None:
-            return None if tensor in plan.private else plan.read(source, tensor)
+            if tensor in plan.private:
+                return None
+            return plan.read(source, tensor, device=merged.device)
 
         with merged.network_buffers.of(checkpoint), merged.as_weights(read):
             logits, labels, _ = rows_of(merged, task, batch)

@@ -28,6 +28,7 @@ from gradmerge.common.spec import from_plain, to_plain
 from gradmerge.engine.merged import Memory, MergedModel
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.outputs import Batch
+from gradmerge.engine.placement import words_of
 from gradmerge.engine.plan import Plan
 from gradmerge.engine.predict import by_task, no_labels, require_ensemble
 from gradmerge.engine.recipe import Recipe
@@ -54,6 +55,7 @@ from gradmerge.training.evaluation import EvaluatingModule
 from gradmerge.training.examples import Stage
 from gradmerge.training.limits import require_learning, require_noise_on_coefficients
 from gradmerge.training.logit_scale import LogitScale
+from gradmerge.training.placing import place_sources, placement_of
 from gradmerge.training.regularisation import Regularisation
 from gradmerge.training.run import start_run
 from gradmerge.training.saving import Saver
@@ -95,8 +97,14 @@ class MergeModule(EvaluatingModule):
         source_shards: number of processes among which the sources are divided (strategy ddp): each
             reads, merges and contracts its share of the rows, and they exchange merged rows. 1:
             each process has all sources; 0: they are divided among all processes.
-        load_sources: copy the sources to the training device once instead of reading their
-            memory-mapped files at every step; faster on a GPU, if they fit.
+        placement: where the sources' tensors are, each in its stored dtype, during training and
+            evaluation. `device`: copied once to the device (on the CPU: to memory). `pinned`:
+            copied once to page-locked host memory, from where those needed next are sent to the GPU
+            while it computes. `mapped`: read from the files at every use, those needed next ahead.
+            `auto`: on a GPU `device` for as many sources as there is room for, then `pinned` within
+            half of the free host memory, then `mapped`; on a CPU `mapped`. One word, or words by
+            source, with `base`, and `*` for the rest (else `auto`).
+        load_sources: deprecated, the same as `placement: device`.
         score_experts: also score each task's own source, once per evaluation split, to report
             normalised scores.
         score_start: also score the selection split before the first step, if it is scored during
@@ -142,6 +150,7 @@ class MergeModule(EvaluatingModule):
         module: nn.Module | None = None,
         allow_modules: Sequence[str] = (),
         private_learning_rate: float | None = None,
+        placement: str | dict[str, str] = "auto",
     ) -> None:
         super().__init__()
         self.allow_modules = tuple(allow_modules)
@@ -167,7 +176,9 @@ class MergeModule(EvaluatingModule):
         require(finite, "teacher_cache", "a number of gigabytes", teacher_cache)
         self._store = TeacherStore(teacher_cache, teacher_cache_folder) if teacher_cache else None
         require(source_shards >= 0, "source_shards", "at least 0", source_shards)
+        placement = placement_of({"placement": placement, "load_sources": load_sources})
         plan = opened if isinstance(opened, Plan) else open_plan(opened, module)
+        words_of(placement, plan.known_owners)
         plan.checked_later = source_shards != 1
         merged = MergedModel(plan, None, memory, DTYPES[dtype])
         if activation_checkpointing:
@@ -177,7 +188,7 @@ class MergeModule(EvaluatingModule):
             "dtype": dtype,
             "activation_checkpointing": activation_checkpointing,
             "learning_rate": learning_rate,
-            "load_sources": load_sources,
+            "placement": placement,
             "source_shards": source_shards,
             "score_experts": score_experts,
             "score_start": score_start,
@@ -253,7 +264,7 @@ class MergeModule(EvaluatingModule):
             "dtype": str(merged.dtype).removeprefix("torch."),
             "activation_checkpointing": False,
             "learning_rate": 1e-2,
-            "load_sources": False,
+            "placement": "auto",
             "source_shards": 1,
             "score_experts": score_experts,
             "score_start": True,
@@ -271,7 +282,7 @@ class MergeModule(EvaluatingModule):
         self.objective = objective
         self.learning_rate: float = options["learning_rate"]
         self.private_learning_rate: float | None = options["private_learning_rate"]
-        self.load_sources: bool = options["load_sources"]
+        self.placement: str | dict[str, str] = options["placement"]
         self.source_shards: int = options["source_shards"]
         self.score_experts: bool = options["score_experts"]
         self.score_start: bool = options["score_start"]
@@ -426,7 +437,7 @@ class MergeModule(EvaluatingModule):
             self.merged.touched = set().union(*found)
 
     def on_fit_start(self) -> None:
-        """Enter training mode, record the run, and load the sources if asked to."""
+        """Enter training mode, record the run, and place the sources."""
         self.train()
         self.merged.private.settled = True
         bar = self.trainer.progress_bar_callback
@@ -435,8 +446,7 @@ class MergeModule(EvaluatingModule):
         if self.merged.memory == "streamed":
             release_freed_memory()
         share_sources(self.trainer, self.merged, self.source_shards)
-        if self.load_sources:
-            self.merged.plan.load(self.device)
+        place_sources(self)
 
     def on_train_start(self) -> None:
         """Check the optimisers against the trainer, and measure what is known before a step.
@@ -464,16 +474,22 @@ class MergeModule(EvaluatingModule):
             self.regularisation.measure(steps, self._inner_scale())
 
     def on_train_end(self) -> None:
-        """Record the final logit scale in the record of the run."""
+        """Record the final logit scale in the record of the run, and unload the sources."""
         self._note_logit_scale()
+        self.merged.plan.unload()
 
     def _note_logit_scale(self) -> None:
         if self.logit_scale is not None and self.merged.state.run:
             self.merged.state.run["logit_scale"] = self.logit_scale.value
 
     def on_validation_start(self) -> None:
-        """Merge together with the processes that share sources, before each scores its examples."""
+        """Place the sources; merge together with the processes that share them, if any do."""
+        place_sources(self)
         merge_together(self.merged)
+
+    def on_test_start(self) -> None:
+        """Place the sources."""
+        place_sources(self)
 
     def on_validation_model_train(self) -> None:
         """Return to training mode within a fit.

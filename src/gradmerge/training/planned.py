@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from gradmerge.common.errors import ConfigError
@@ -17,6 +19,7 @@ from gradmerge.engine.merged import Memory, MergedModel
 from gradmerge.engine.opening import Opening
 from gradmerge.engine.outputs import Batch
 from gradmerge.engine.parts import in_parts
+from gradmerge.engine.placement import PLACES, Place, chosen, words_of
 from gradmerge.engine.predict import expert_rows, predict
 from gradmerge.engine.teacher import Teacher
 from gradmerge.engine.traced import Part, Peak, Trace, TracedBlocks, tracing
@@ -36,17 +39,29 @@ class Setting:
 
     memory: Memory = "resident"
     activation_checkpointing: bool = False
-    load_sources: bool = False
+    placement: str | tuple[tuple[str, str], ...] = "mapped"
+    """A word for all sources, or words by source; `auto` is planned as `mapped`."""
 
     @property
     def options(self) -> str:
         """The options of the command line that choose it."""
+        placement = self.given if isinstance(self.given, str) else f"'{json.dumps(self.given)}'"
         given = {
             "memory": self.memory,
             "activation_checkpointing": str(self.activation_checkpointing).lower(),
-            "load_sources": str(self.load_sources).lower(),
+            "placement": placement,
         }
         return " ".join(f"--model.{name} {value}" for name, value in given.items())
+
+    @property
+    def given(self) -> str | dict[str, str]:
+        """The placement as `MergeModule` takes it."""
+        return self.placement if isinstance(self.placement, str) else dict(self.placement)
+
+    def places(self, plan: HeaderPlan, device: torch.device) -> dict[str, Place]:
+        """Return the place of each owner's tensors."""
+        words = words_of(self.given, plan.known_owners, device)
+        return chosen({o: words[o] for o in plan.owners}, plan.sizes()[0], -1, -1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,8 @@ class Estimate:
     the same tensors."""
     parts: Mapping[Part, int]
     """Parts of `device` at the peak: merged tensors, coefficients with gradient and optimiser
-    state, loaded sources, and the rest (activations, gradients of merged tensors, temporaries)."""
+    state, copies of sources, and the rest (activations, gradients of merged tensors,
+    temporaries)."""
     disk: int
     """Temporary files."""
     flops: int
@@ -87,14 +103,18 @@ class Estimate:
     """Entries whose gradients a step contracts."""
     read: int
     """Bytes of the sources that a step reads."""
+    pinned: int
+    """Those of them that are read from page-locked memory."""
+    mapped: int
+    """Those that are read from files."""
 
 
 def settings(device: torch.device) -> list[Setting]:
     """Return all settings that differ on a device: the CPU reads mapped files as they are."""
-    loads = (False,) if device.type == "cpu" else (True, False)
+    places = ("mapped",) if device.type == "cpu" else PLACES
     return [
-        Setting(memory, checkpointing, load)
-        for load in loads
+        Setting(memory, checkpointing, place)
+        for place in places
         for memory in ("resident", "streamed")
         for checkpointing in (False, True)
     ]
@@ -144,6 +164,8 @@ def estimate(opening: Opening, fit: Fit, setting: Setting) -> Estimate:
         step["merged"],
         step["contracted"],
         step["read"],
+        step["pinned"],
+        step["mapped"],
     )
 
 
@@ -155,8 +177,7 @@ def _run(plan: HeaderPlan, fit: Fit, setting: Setting) -> Counter[str]:
     merged._blocks = TracedBlocks(trace, merged._blocks)  # type: ignore[assignment]
     steps = _Steps(merged, fit, plan.fake, trace)
     with tracing(plan.fake, trace):
-        if setting.load_sources:
-            plan.load(fit.device)
+        plan.place(setting.places(plan, fit.device), fit.device)
         steps.train()
         before = trace.totals()
         steps.train()
@@ -194,7 +215,8 @@ class _Steps:
             self._optimiser = fit.optimise(list(merged.parameters()))
 
     def _batches(self, stage: Any) -> Mapping[str, Batch]:
-        return declared_batches(self._fit.data, self._merged.skeleton, stage)
+        declared = declared_batches(self._fit.data, self._merged.skeleton, stage)
+        return move_data_to_device(declared, self._fit.device)
 
     def _loss(self, task: str, batch: Batch, tasks: Sequence[str]) -> Tensor:
         objective = self._fit.objective

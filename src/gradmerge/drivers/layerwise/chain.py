@@ -344,7 +344,8 @@ class BlockChain:
     @contextmanager
     def expert(self, source: str) -> Iterator[None]:
         """Within the context the network runs with a source's weights, each placed once."""
-        read = cache(lambda name: self.model.place(self.plan.read(source, name)))
+        stored = self.plan.reader(source, self.model.device)
+        read = cache(lambda name: self.model.place(stored(name)))
         with self.model.as_source(source), self.model.as_weights(read):
             yield
 

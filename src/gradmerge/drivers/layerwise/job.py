@@ -43,6 +43,7 @@ from gradmerge.export.provenance import mean_coefficients
 from gradmerge.export.writer import Entry
 from gradmerge.training.callbacks import CoefficientLogger
 from gradmerge.training.loaders import StreamLoader, TaskStream, even_batches, sample_batches
+from gradmerge.training.placing import place, placement_of
 from gradmerge.training.run import describe, describe_data, quiet
 from gradmerge.training.scores import Scores
 
@@ -98,8 +99,7 @@ class Layers:
         one = {k: v[:1] if isinstance(v, Tensor) else v for k, v in batch.items()}
         self.deviation = chain.verify(one, self.tasks[task])
         chain.store = ActivationStore(job.folder, int(memory * 2**30))
-        if job.options.get("load_sources"):
-            self.plan.load(device)
+        place(self.plan, placement_of(job.options), device)
         self._starts = Starts(plan, torch.float64 if dtype == torch.float64 else torch.float32)
         self._resumed_at = resumed_at
         self._history = History()
