@@ -136,6 +136,15 @@ def test_an_old_checkpoint_loads_and_exports_what_it_gave(path, here, tmp_path):
     world.assert_exported(folder, path.stem)
 
 
+def test_an_old_checkpoint_that_loaded_its_sources_has_them_on_the_device(here, tmp_path):
+    content = saved(world.FIXTURES / "checkpoints" / "tensor.ckpt")
+    content["hyper_parameters"]["load_sources"] = True
+    torch.save(content, tmp_path / "loaded.ckpt")
+    with pytest.warns(UserWarning, match="load_sources is deprecated: use placement: device"):
+        module = MergeModule.load_from_checkpoint(tmp_path / "loaded.ckpt")
+    assert module.placement == module.hparams["placement"] == "device"
+
+
 def test_every_component_has_a_checkpoint():
     found = {path for file in CHECKPOINTS for path in named_in(file)}
     written = {(path.split(".")[1], path.split(".")[-1]) for path in found}

@@ -20,7 +20,7 @@ from gradmerge.coefficients import (
     Tensor,
 )
 from gradmerge.common.memory import PageLocked
-from gradmerge.engine.placement import PLACES, Item, Transfers
+from gradmerge.engine.placement import PLACES, Item, Items, Transfers
 from gradmerge.operators import (
     ArceeFusion,
     Components,
@@ -225,14 +225,12 @@ def test_what_is_sent_ahead_is_what_was_page_locked():
     """Copies that are reused and overwritten on another stream must not reach their users."""
     device = torch.device("cuda", torch.cuda.current_device())
     memory, transfers = PageLocked(), Transfers(device, streams=True)
-    tokens = [(Item("a", str(i)),) for i in range(6)]
-    pinned = {
-        token[0]: memory.copy(torch.full((1 << 20,), float(i))) for i, token in enumerate(tokens)
-    }
+    tokens = [Items((Item("a", str(i)),)) for i in range(6)]
+    pinned = {item: memory.copy(torch.full((1 << 20,), float(item.tensor))) for (item,) in tokens}
     assert all(tensor.is_pinned() for tensor in pinned.values())
     busy, totals = torch.randn(2048, 2048, device=device), []
     for turn in range(30):
-        copy = transfers.take(tokens[turn % 6]).get(tokens[turn % 6][0])
+        copy = transfers.take(tokens[turn % 6]).get(tokens[turn % 6].each[0])
         transfers.expect([tokens[(turn + 1) % 6], tokens[(turn + 2) % 6]], pinned)
         busy = (busy @ busy).clamp(-1, 1)  # the device is behind the host
         totals.append(None if copy is None else copy.sum())

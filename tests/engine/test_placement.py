@@ -18,7 +18,7 @@ from gradmerge.common.memory import PageLocked, read_ahead
 from gradmerge.engine import placement as placement_module
 from gradmerge.engine import plan as plan_module
 from gradmerge.engine.opening import open_plan
-from gradmerge.engine.placement import Item, Order, Transfers, chosen, described, words_of
+from gradmerge.engine.placement import Item, Items, Order, Transfers, chosen, described, words_of
 from gradmerge.engine.plan import Plan
 from gradmerge.preprocess import Trim
 from tiny import relatives
@@ -228,7 +228,7 @@ def test_page_locked_blocks_hold_copies_and_are_unlocked_with_them(monkeypatch):
         inside = [a <= copy.data_ptr() <= a + size for a, size in runtime.locked.items()]
         assert any(inside) or not copy.numel()
     assert list(runtime.locked.values()) == [4096, 4096, 24_000]
-    with pytest.raises(RuntimeError, match="page-locked memory, got CUDA error 2"):
+    with pytest.raises(ConfigError, match="page-locked memory, got CUDA error 2"):
         memory._new(1 << 29)
     runtime.locked.popitem()
     del memory
@@ -298,12 +298,12 @@ def streams(monkeypatch):
 
 
 def test_copies_made_ahead_are_waited_for_kept_and_bounded(streams):
-    tokens = [(Item("a", str(i)), Item("b", str(i))) for i in range(40)]
-    pinned = {token[0]: Host(token[0].tensor) for token in tokens}  # b is elsewhere
+    tokens = [Items((Item("a", str(i)), Item("b", str(i)))) for i in range(40)]
+    pinned = {token.each[0]: Host(str(i)) for i, token in enumerate(tokens)}  # b is elsewhere
     transfers = Transfers(torch.device("cuda"), streams=True)
     for i, token in enumerate(tokens):
         taken = transfers.take(token)
-        assert list(taken) == ([token[0]] if i else [])  # the first one was not expected
+        assert list(taken) == ([token.each[0]] if i else [])  # the first one was not expected
         transfers.expect(tokens[i + 1 : i + 3], pinned)
         assert len(transfers._waiting) <= 2
     for i in range(1, 40):
@@ -318,9 +318,9 @@ def test_copies_made_ahead_are_waited_for_kept_and_bounded(streams):
 
 
 def test_a_wrong_guess_is_dropped_and_nothing_else_copied_again(streams):
-    a, b, c = ((Item("a", name),) for name in "abc")
+    a, b, c = (Items((Item("a", name),)) for name in "abc")
     transfers = Transfers(torch.device("cuda"), streams=True)
-    pinned = {token[0]: Host(token[0].tensor) for token in (a, b, c)}
+    pinned = {item: Host(item.tensor) for item in (*a, *b, *c)}
     transfers.expect([a, b], pinned)
     transfers.expect([b, c], pinned)
     assert transfers.take(a) == {}

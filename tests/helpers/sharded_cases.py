@@ -162,6 +162,7 @@ def gradients(name: str, rank: int | None, count: int) -> dict[str, Any]:
     plan = merged.state.plan = sharded.ShardedPlan.of(merged.plan, torch.device("cpu"), group)
     plan.check()
     plan.keep_directions()
+    plan.place(dict.fromkeys(plan.owners, ("mapped", "device")[rank % 2]), merged.device)
     with counting(counts):
         loss, _ = merged.accumulate(losses(rank))
     loss.backward()

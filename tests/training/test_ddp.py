@@ -34,7 +34,8 @@ plan.SMALLEST_SHARED = 1
 objective = Objective([CrossEntropy(), KLToSource(0.5)], [L2ToInit()], {"a": 2.0})
 recipe = recipe_of(relatives(build(Perceptron, extra=True)))
 shards = 0 if shared else 1
-module = MergeModule(recipe, objective, memory=memory, source_shards=shards)
+place = "device" if shared else "auto"
+module = MergeModule(recipe, objective, memory=memory, source_shards=shards, placement=place)
 module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.5)
 divided = []
 trainer = trainer_of(

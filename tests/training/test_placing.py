@@ -223,6 +223,24 @@ def test_room_for_sources_is_what_a_planned_step_leaves(monkeypatch, sizes, free
     assert 0 < host < host_memory()[0]
 
 
+def test_sources_that_do_not_fit_after_all_are_read_from_files(monkeypatch):
+    plan, placed = module_of().merged.plan, []
+
+    def full(words, device, asked):
+        placed.append(words)
+        if "device" in words.values():
+            raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(placing, "_rooms", lambda *_: (1 << 40, 0))
+    monkeypatch.setattr(plan, "place", full)
+    with pytest.warns(UserWarning, match="sources that were to be copied are read from files: ful"):
+        placing.place(plan, {"a": "mapped"}, torch.device("cuda"))
+    assert placed[0] == {"base": "device", "a": "mapped", "b": "device"}
+    assert placed[1:] == [dict.fromkeys(plan.owners, "mapped")]
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        placing.place(plan, {"*": "device"}, torch.device("cuda"))
+
+
 def test_a_step_is_planned_from_the_module_and_its_trainer(tmp_path, places):
     recipe = Recipe({name: places[name] for name in "ab"}, places["base"])
     module = MergeModule(recipe, dtype="bfloat16")

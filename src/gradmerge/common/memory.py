@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gradmerge.common.atomic import require_space, writing
+from gradmerge.common.errors import ConfigError
 
 _M_MMAP_THRESHOLD = -3
 # Sizes shared by fewer tensors (embeddings) recur too rarely to be worth keeping.
@@ -193,7 +194,7 @@ class PageLocked:
         """Return a copy of a tensor in page-locked memory.
 
         Raises:
-            RuntimeError: the system locks no more pages (`ulimit -l`).
+            ConfigError: the system locks no more pages (`ulimit -l`).
         """
         start = -(-self._start // _ALIGNED) * _ALIGNED
         if self._block is None or start + tensor.nbytes > self._block.numel():
@@ -209,7 +210,7 @@ class PageLocked:
             runtime: Any = torch.cuda.cudart()
             error = int(runtime.cudaHostRegister(block.data_ptr(), size, 0))
             if error:
-                raise RuntimeError(
+                raise ConfigError(
                     f"placement: expected {size:,} more bytes of page-locked memory, got CUDA "
                     f"error {error}. Raise `ulimit -l`, or use placement mapped."
                 )
@@ -224,8 +225,8 @@ def read_ahead(address: int, size: int) -> None:
     Three pages are looked at. Other memory is left as it is, and so is everything where the system
     cannot do that.
     """
-    calls = _mapped_calls()
-    if calls is None or size < _WINDOW:
+    calls = _mapped_calls() if size >= _WINDOW else None
+    if calls is None:
         return
     know, advise = calls
     page = mmap.PAGESIZE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.common.low_rank import LowRank
 from gradmerge.common.patterns import matches
 from gradmerge.engine.opened import OpenedSources
-from gradmerge.engine.placement import Item, Place, Placement
+from gradmerge.engine.placement import Item, Items, Place, Placement
 from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.rows import Rows
 from gradmerge.operators import Linear, Spread, Terms
@@ -57,8 +56,9 @@ class FrozenTensors(OpenedSources):
             rows: some rows of it. Default: all.
             device: a device, where it may be placed. Default: the CPU, from its file.
         """
-        item = Item(source, name, rows=rows)
-        return self._item(item) if device is None else self._placement.fetch([item], device)[0]
+        if device is None:
+            return self._item(Item(source, name, rows=rows))
+        return self._placement.fetch(self._item_alone(source, name, rows), device)[0]
 
     def reader(self, source: str, device: torch.device) -> Callable[[str], Tensor]:
         """Return a function that reads a source's tensors on a device, by name."""
@@ -169,39 +169,43 @@ class FrozenTensors(OpenedSources):
         """Return the rows of a tensor that this process merges; None for all of them."""
         return None
 
-    def items(self, name: str) -> list[Item]:
+    def items(self, name: str) -> Items:
         """Return what a step reads to merge a tensor, or this process's rows of it."""
         value = self.fixed.get(name)
         if value == 0 and self.recipe.resolved_origin == "base":
-            return self._origin_items(name)
+            return self._item_alone("base", name, None)
         if value is not None:
             return self._items(name, processed=value != 0)
         rows, updates = self.rows(name), self._factors_of(name, self.layout.slots[name])
         return self._items(name, rows) if updates is None else self._items_of(name, updates, rows)
 
-    def _items(self, name: str, rows: Rows | None = None, processed: bool = True) -> list[Item]:
+    def _item_alone(self, owner: str, name: str, rows: Rows | None) -> Items:
+        key = owner, name, rows
+        return self._placement.group(key, lambda: [Item(owner, name, rows=rows)])
+
+    def _items(self, name: str, rows: Rows | None = None, processed: bool = True) -> Items:
         kept = processed and bool(self.recipe.preprocess)
-        kind: Literal["direction", "stored"] = "direction" if kept else "stored"
-        own = [Item(source, name, kind, rows) for source in self.sources]
-        return [*own, *self._origin_items(name, rows, kept)]
-
-    def _origin_items(
-        self, name: str, rows: Rows | None = None, processed: bool = False
-    ) -> list[Item]:
         origin = self.recipe.resolved_origin
-        if origin == "base":
-            return [Item("base", name, rows=rows)]
-        return [Item("base", name, "mean", rows)] if processed and origin == "mean" else []
 
-    def _items_of(
-        self, name: str, updates: Sequence[LowRank | None], rows: Rows | None
-    ) -> list[Item]:
+        def make() -> Iterator[Item]:
+            for source in self.sources:
+                yield Item(source, name, "direction" if kept else "stored", rows)
+            if origin == "base" or (kept and origin == "mean"):
+                yield Item("base", name, "stored" if origin == "base" else "mean", rows)
+
+        return self._placement.group((name, rows, kept), make)
+
+    def _items_of(self, name: str, updates: Sequence[LowRank | None], rows: Rows | None) -> Items:
         """Return the origin, and the factors of directions of low rank."""
-        pairs = zip(self.sources, updates, strict=True)
-        owners = [source for source, update in pairs if update is not None]
-        lefts = [Item(owner, name, "left", rows) for owner in owners]
-        rights = [Item(owner, name, "right") for owner in owners]
-        return [Item("base", name, rows=rows), *lefts, *rights]
+
+        def make() -> Iterator[Item]:
+            pairs = zip(self.sources, updates, strict=True)
+            owners = [source for source, update in pairs if update is not None]
+            yield Item("base", name, rows=rows)
+            yield from (Item(owner, name, "left", rows) for owner in owners)
+            yield from (Item(owner, name, "right") for owner in owners)
+
+        return self._placement.group((name, rows, "factors"), make)
 
     def directions(self) -> Iterator[tuple[Site, Callable[[], Tensor]]]:
         """Yield the site of each merged tensor, and a call that computes its directions."""

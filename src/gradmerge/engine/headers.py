@@ -122,7 +122,7 @@ class HeaderPlan(Plan):
         """Count a pass over the terms of a tensor; a device other than the CPU gets copies."""
         items = self.items(name)
         found = self._placement.fetch(items, device)
-        self.trace.work[work] += math.prod(self.form(items[0])[0])
+        self.trace.work[work] += math.prod(self.form(items.each[0])[0])
         for item, tensor in zip(items, found, strict=True):
             self.trace.work["read"] += tensor.nbytes
             self.trace.work[self._words[item.owner]] += tensor.nbytes

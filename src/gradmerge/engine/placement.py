@@ -6,7 +6,7 @@ guess costs time only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
@@ -84,7 +84,14 @@ class Order(Generic[Key]):
         return list(dict.fromkeys(self._seen[first : first + count]))
 
 
-Token = tuple[Item, ...]
+@dataclass(frozen=True, eq=False)
+class Items:
+    """Items that are read together, equal only to themselves: they are looked up at every read."""
+
+    each: tuple[Item, ...]
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.each)
 
 
 class Transfers:
@@ -98,16 +105,17 @@ class Transfers:
     def __init__(self, device: torch.device, streams: bool) -> None:
         self._device = device
         self._side: Any = torch.cuda.Stream(device) if streams else None
-        self._waiting: dict[Token, tuple[dict[Item, Tensor], Any]] = {}
+        self._waiting: dict[Items, tuple[dict[Item, Tensor], Any]] = {}
         self._used: list[Any] = []
 
-    def expect(self, tokens: Sequence[Token], pinned: Mapping[Item, Tensor]) -> None:
+    def expect(self, tokens: Sequence[Items], pinned: Mapping[Item, Tensor]) -> None:
         """Start copies of what comes next, and discard those of what does not."""
         for token in [waiting for waiting in self._waiting if waiting not in tokens]:
             del self._waiting[token]  # the stream that wrote it reuses its memory
         for token in tokens:
             if token not in self._waiting:
-                with self._ahead():
+                # they may be used in training, though an evaluation expects them
+                with torch.inference_mode(False), self._ahead():
                     copies = {
                         item: pinned[item].to(self._device, non_blocking=True)
                         for item in token
@@ -119,7 +127,7 @@ class Transfers:
     def _ahead(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._side is None else torch.cuda.stream(self._side)
 
-    def take(self, token: Token) -> dict[Item, Tensor]:
+    def take(self, token: Items) -> dict[Item, Tensor]:
         """Return the copies that were made ahead, in order with the work that uses them."""
         copies, done = self._waiting.pop(token, ({}, None))
         if self._side is None:
@@ -146,16 +154,18 @@ class _Places:
     """Present places: copies on the device or in page-locked memory, else files."""
 
     device: torch.device
-    transfers: Transfers | None
-    memory: PageLocked | None
+    transfers: Transfers | None = None
+    memory: PageLocked | None = None
     kept: dict[Item, Tensor] = field(default_factory=dict)
     """Copies on the device."""
     pinned: dict[Item, Tensor] = field(default_factory=dict)
     """Copies in page-locked memory."""
-    mapped: dict[Item, tuple[int, int]] = field(default_factory=dict)
-    """Address and size of what was read from files."""
-    order: Order[Token] = field(default_factory=Order)
-    expected: list[Token] = field(default_factory=list)
+    found: dict[Items, list[Tensor | None]] = field(default_factory=dict)
+    """Copies of items that are read together; None for those in files."""
+    mapped: dict[Items, list[tuple[int, int]]] = field(default_factory=dict)
+    """Address and size of what is read from files, by items that are read together."""
+    order: Order[Items] = field(default_factory=Order)
+    expected: list[Items] = field(default_factory=list)
 
 
 class Placement:
@@ -168,8 +178,16 @@ class Placement:
     def __init__(self, read: Read) -> None:
         self._read = read
         self._places: _Places | None = None
+        self._groups: dict[Hashable, Items] = {}
         self.asked: object = None
         """Request by which items were placed; None if they are read from files."""
+
+    def group(self, key: Hashable, make: Callable[[], Iterable[Item]]) -> Items:
+        """Return items that are read together, the same object at every call with a key."""
+        found = self._groups.get(key)
+        if found is None:
+            found = self._groups[key] = Items(tuple(make()))
+        return found
 
     def place(
         self,
@@ -185,22 +203,20 @@ class Placement:
             device: the device that merges.
         """
         self.unload()
-        device = torch.empty(0, device=device).device  # with its number
-        places = _Places(device, None, None)
+        places = _Places(torch.empty(0, device=device).device)  # with its number
         with torch.inference_mode(False), torch.no_grad():
             for item in items:
                 word = words[item.owner]
                 if word == "device":
-                    copy = self._read(item)
                     # a copy in memory, too, if that is the device
-                    places.kept[item] = copy.to(device, copy=True)
+                    places.kept[item] = self._read(item).to(places.device, copy=True)
                 elif word == "pinned":
-                    copy = self._read(item)
+                    read = self._read(item)
                     if places.memory is None:
-                        streams = not isinstance(copy, FakeTensor)
-                        places.transfers = Transfers(device, streams)
-                        places.memory = PageLocked(streams)
-                    places.pinned[item] = places.memory.copy(copy)
+                        has_numbers = not isinstance(read, FakeTensor)
+                        places.transfers = Transfers(places.device, streams=has_numbers)
+                        places.memory = PageLocked(locks=has_numbers)
+                    places.pinned[item] = places.memory.copy(read)
         self._places = places
 
     def unload(self) -> None:
@@ -208,35 +224,42 @@ class Placement:
         if self._places is not None and self._places.transfers is not None:
             self._places.transfers.end()
         self._places = self.asked = None
+        self._groups.clear()
 
-    def fetch(self, items: Sequence[Item], device: torch.device) -> list[Tensor]:
+    def fetch(self, items: Items, device: torch.device) -> list[Tensor]:
         """Return items on a device, in the dtype in which they are stored."""
         places = self._places
         if places is None or places.device != device:
             return [moved(self._read(item), device) for item in items]
-        token = tuple(items)
-        staged = {} if places.transfers is None else places.transfers.take(token)
-        found = [self._at(places, item, staged) for item in items]
-        expected = places.order.after(token, _AHEAD)
-        if places.transfers is not None:
-            places.transfers.expect(expected, places.pinned)
-        for new in (other for other in expected if other not in places.expected):
-            for item in new:
-                if item in places.mapped:
-                    read_ahead(*places.mapped[item])
-        places.expected = expected
+        staged = {} if places.transfers is None else places.transfers.take(items)
+        known = places.found.get(items)
+        if known is None:
+            known = [places.kept.get(item, places.pinned.get(item)) for item in items]
+            places.found[items] = known
+        found, read = [], []
+        for item, copy in zip(items, known, strict=True):
+            if staged and item in staged:
+                found.append(staged[item])
+                continue
+            if copy is None:
+                copy = self._read(item)
+                read.append(copy)
+            found.append(moved(copy, device))
+        if items not in places.mapped and not any(isinstance(own, FakeTensor) for own in read):
+            places.mapped[items] = [(own.data_ptr(), own.nbytes) for own in read]
+        self._prepare(places, places.order.after(items, _AHEAD))
         return found
 
-    def _at(self, places: _Places, item: Item, staged: Mapping[Item, Tensor]) -> Tensor:
-        for copies in (places.kept, staged):
-            if item in copies:
-                return copies[item]
-        if item in places.pinned:
-            return moved(places.pinned[item], places.device)
-        read = self._read(item)
-        if not isinstance(read, FakeTensor):
-            places.mapped[item] = read.data_ptr(), read.nbytes
-        return moved(read, places.device)
+    @staticmethod
+    def _prepare(places: _Places, expected: list[Items]) -> None:
+        """Send ahead what is expected, or read it ahead from the disk."""
+        if places.transfers is not None:
+            places.transfers.expect(expected, places.pinned)
+        for items in expected:
+            if items not in places.expected:
+                for address, size in places.mapped.get(items, ()):
+                    read_ahead(address, size)
+        places.expected = expected
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -244,6 +267,8 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
     A copy to another dtype would be widened by the host first.
     """
+    if tensor.device == device:
+        return tensor
     # frozen host memory may be copied later, and what is pageable is before this returns
     return tensor.to(device, non_blocking=device.type == "cuda")
 

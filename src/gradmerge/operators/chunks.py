@@ -87,9 +87,8 @@ class _Scratch:
 
     def widen(self, name: str, part: Tensor) -> Tensor:
         """Return `part` in the accumulation dtype on the device, copied only if necessary."""
-        if part.dtype == self.dtype and part.device == self.device:
-            return part
-        return self.empty(name, part.numel()).copy_(part)
+        part = part.to(self.device)  # in its own dtype: the host would widen it first
+        return part if part.dtype == self.dtype else self.empty(name, part.numel()).copy_(part)
 
 
 def combine(terms: Terms, coefficient: Tensor, spread: Spread, out: Tensor) -> Tensor:
@@ -243,10 +242,10 @@ def blocks(
         entries = slice(start, min(start + length, size))
         directions = buffer[:, : entries.stop - start]
         for row, source in zip(directions, flat, strict=True):
-            row.copy_(source[entries])
+            row.copy_(source[entries].to(device))
         origin = None
         if anchor is not None:
-            origin = anchor[entries].to(device=device, dtype=dtype)
+            origin = anchor[entries].to(device).to(dtype)
         elif terms.mean_origin:
             origin = directions[0].clone()
         if origin is not None and not terms.directions:

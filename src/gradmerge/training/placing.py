@@ -89,7 +89,14 @@ def place(
         found = chosen(words, sizes, *_rooms(device, sum(sizes.values()), need))
     else:
         found = chosen(words, sizes, 0, 0)
-    plan.place(found, device, asked)
+    try:
+        plan.place(found, device, asked)
+    except (ConfigError, torch.OutOfMemoryError) as error:
+        if "auto" not in words.values():
+            raise
+        rank_zero_warn(f"sources that were to be copied are read from files: {error}")
+        found = {o: found[o] if word != "auto" else "mapped" for o, word in words.items()}
+        plan.place(found, device, asked)
     if device.type != "cpu" or placement != "auto":
         rank_zero_info(f"sources: {described(found, sizes, dtypes)}.")
 

@@ -183,6 +183,7 @@ class Layers:
         write = partial(export_state, self._state)
         buffers = self.chain.model.network_buffers.values()
         known: dict[str, Any] = {"buffers": buffers, "tasks": self.tasks, "results": scores}
+        self.plan.unload()
         folder = self.job.export(write, extra, loggers, history=self._history, **known)
         self.job.table = layers_table(self.job, self._history, self.tasks, results, self._trainer)
         return folder
