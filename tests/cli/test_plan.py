@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import json
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 
 import pytest
+import torch
 
 from commands import fails
 from gradmerge.cli import main, plan, room
+from gradmerge.cli.learning import learn
 from gradmerge.cli.plan import rendered
 from gradmerge.cli.room import Machine
+from gradmerge.engine.placement import PLACES
 from gradmerge.sources.files import FileCheckpoint
+from gradmerge.training import calibrate
 from gradmerge.training import planned as training_planned
 from tiny import write_yaml
 
@@ -115,12 +119,15 @@ def test_the_check_can_be_left_out(config, monkeypatch):
     assert main(["fit", "--config", config, "--trainer.fast_dev_run", "true"]) == 0
 
 
-def test_configured_placements_are_planned_and_those_without_a_device_refused(config, capsys):
+def test_configured_placements_are_planned_and_those_without_a_device_refused(
+    config, capsys, monkeypatch
+):
+    monkeypatch.setattr(training_planned, "settings", lambda device: [training_planned.Setting()])
     mixed = ["--model.placement", '{"base": "device", "*": "mapped"}', "--format", "json"]
     assert main(["plan", "--config", config, *mixed]) == 0
     plain = json.loads(capsys.readouterr().out)
     last = plain["settings"][-1]
-    assert len(plain["settings"]) == 5
+    assert len(plain["settings"]) == 2
     assert last["setting"] == plain["configured"]
     assert last["parts"]["sources"] > 0
     assert last["options"].endswith("""--model.placement '{"*": "mapped", "base": "device"}'""")
@@ -128,3 +135,33 @@ def test_configured_placements_are_planned_and_those_without_a_device_refused(co
     assert "placement: expected device or mapped on cpu, got pinned for base, " in said
     said = fails(["fit", "--config", config, "--model.placement.nobody", "device"], capsys)
     assert "placement: unknown sources nobody (choose from base, " in said
+
+
+def test_a_device_is_planned_with_every_place_and_auto_takes_the_first_with_room(
+    config, monkeypatch
+):
+    """The device is one of tensors without numbers, with a memory that is said here."""
+    device, gb = torch.device("meta"), 10**9
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(room, "device_of", lambda cli: device)
+    speed = calibrate.Speed(1e12, 1e12, 1e12, 1e12, 1e4, 2e4)
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_: speed)
+    settings = [training_planned.Setting(placement=place) for place in PLACES]
+    monkeypatch.setattr(training_planned, "settings", lambda device: settings)
+    monkeypatch.setattr(room, "machine_of", lambda d: Machine((gb, gb), (gb, gb), 0))
+    cli = learn(["--config", config], run=False, opens=False)
+    found = plan.planned(cli)
+    assert not found.failures
+    assert found.chosen == settings[0]
+    device, pinned, mapped = found.estimates
+    seconds = [speed.seconds(each) for each in found.estimates]
+    assert seconds == sorted(seconds)
+    assert seconds[1] == pytest.approx(pinned.read / 2e4)  # hides the computation
+    assert seconds[2] == pytest.approx(seconds[0] + mapped.read / 1e4)
+    assert found.recommended is device
+    assert rendered(found).count(" device ") == rendered(found).count(" pinned ") == 1
+    for host, most, best in ((gb, 0.8, pinned), (pinned.host * 0.8, 0.8, mapped)):
+        size = int(device.device * most)
+        machine = Machine((int(host), int(host)), (size, size), 0)
+        assert replace(found, machine=machine).recommended is best

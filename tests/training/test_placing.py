@@ -248,7 +248,9 @@ def test_a_step_is_planned_from_the_module_and_its_trainer(tmp_path, places):
 
     optimiser = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     module._trainer = SimpleNamespace(datamodule=data, world_size=1, optimizers=[optimiser])
+    state = torch.get_rng_state()
     entries = sum(torch.Size(t.shape).numel() for t in module.merged.plan.tensors.values())
     assert 2 * entries < placing._need(module) < 100 * entries
+    assert torch.equal(torch.get_rng_state(), state)
     module._trainer.datamodule = object()
     assert placing._need(module) is None

@@ -189,6 +189,8 @@ def test_processes_that_divide_the_sources_read_and_merge_their_share(places, pl
     for name in ("read", "merged", "contracted"):
         assert getattr(found, name) == pytest.approx(getattr(plain, name) / 2, rel=1e-3)
     assert found.flops == plain.flops
+    copied = estimate(opened(places), replace(fit_of(), processes=2), Setting(placement="device"))
+    assert copied.parts["sources"] == pytest.approx(3 * 4 * size_of(opened(places)) / 2, rel=1e-3)
 
 
 def test_calibration_measures_the_merge_of_the_recipe(places, plain):

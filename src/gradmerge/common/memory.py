@@ -210,6 +210,8 @@ class PageLocked:
             runtime: Any = torch.cuda.cudart()
             error = int(runtime.cudaHostRegister(block.data_ptr(), size, 0))
             if error:
+                with suppress(Exception):  # which the next kernel would report as its own
+                    torch.zeros(1, device="cuda")
                 raise ConfigError(
                     f"placement: expected {size:,} more bytes of page-locked memory, got CUDA "
                     f"error {error}. Raise `ulimit -l`, or use placement mapped."
@@ -248,7 +250,7 @@ def _mapped_calls() -> tuple[Any, Any] | None:
     try:
         library = ctypes.CDLL(None)
         know, advise = library.mincore, library.madvise
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):
         return None
     know.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

@@ -6,6 +6,7 @@ guess costs time only.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -179,6 +180,7 @@ class Placement:
         self._read = read
         self._places: _Places | None = None
         self._groups: dict[Hashable, Items] = {}
+        self._lock = threading.Lock()
         self.asked: object = None
         """Request by which items were placed; None if they are read from files."""
 
@@ -247,7 +249,8 @@ class Placement:
             found.append(moved(copy, device))
         if items not in places.mapped and not any(isinstance(own, FakeTensor) for own in read):
             places.mapped[items] = [(own.data_ptr(), own.nbytes) for own in read]
-        self._prepare(places, places.order.after(items, _AHEAD))
+        with self._lock:  # an export may merge in several threads
+            self._prepare(places, places.order.after(items, _AHEAD))
         return found
 
     @staticmethod

@@ -56,7 +56,9 @@ def place_sources(module: Any) -> None:
     Raises:
         ConfigError: the device has no such place.
     """
-    place(module.merged.plan, module.placement, module.device, partial(_need, module))
+    trainer = module.trainer
+    processes = trainer.world_size // trainer.num_nodes
+    place(module.merged.plan, module.placement, module.device, partial(_need, module), processes)
 
 
 def place(
@@ -64,6 +66,7 @@ def place(
     placement: str | Mapping[str, str],
     device: torch.device,
     need: Callable[[], int | None] = lambda: None,
+    processes: int = 1,
 ) -> None:
     """Place the sources of a plan, and say so.
 
@@ -72,6 +75,7 @@ def place(
         placement: as `MergeModule` takes it.
         device: the device that merges.
         need: returns the bytes of the device that a step takes beside the sources, if known.
+        processes: number of processes that share the host's memory.
 
     Raises:
         ConfigError: the device has no such place.
@@ -86,15 +90,19 @@ def place(
         found: dict[str, Place] = chosen(words, sizes, -1, -1)
     elif "auto" in words.values():
         plan.unload()
-        found = chosen(words, sizes, *_rooms(device, sum(sizes.values()), need))
+        free, host = _rooms(device, sum(sizes.values()), need)
+        found = chosen(words, sizes, free, host // processes)
     else:
         found = chosen(words, sizes, 0, 0)
+    failure = ""
     try:
         plan.place(found, device, asked)
     except (ConfigError, torch.OutOfMemoryError) as error:
         if "auto" not in words.values():
             raise
-        rank_zero_warn(f"sources that were to be copied are read from files: {error}")
+        failure = str(error)
+    if failure:  # here, where the error no longer holds what was copied
+        rank_zero_warn(f"sources that were to be copied are read from files: {failure}")
         found = {o: found[o] if word != "auto" else "mapped" for o, word in words.items()}
         plan.place(found, device, asked)
     if device.type != "cpu" or placement != "auto":
@@ -129,9 +137,9 @@ def _need(module: Any) -> int | None:
     fit = Fit(data, module.objective, merged.dtype, optimise, module.device, shards)
     checkpoints = bool(module.hparams.get("activation_checkpointing"))
     try:
-        return estimate(
-            Opening(module.recipe), fit, Setting(merged.memory, checkpoints, "mapped")
-        ).device
+        with torch.random.fork_rng(devices=[]):
+            opening = Opening(module.recipe)
+            return estimate(opening, fit, Setting(merged.memory, checkpoints, "mapped")).device
     except Exception as error:  # of a network or an optimiser that cannot run without numbers
         _log.info("the memory of a step cannot be planned: %s", error)
         return None
