@@ -212,7 +212,7 @@ class Runtime:
 def test_page_locked_blocks_hold_copies_and_are_unlocked_with_them(monkeypatch):
     runtime = Runtime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(PageLocked, "_BLOCK", 4096)
+    monkeypatch.setattr(PageLocked, "_BLOCKS", (4096, 8192))
     memory = PageLocked()
     tensors = [
         torch.arange(700, dtype=torch.float32),
@@ -220,6 +220,8 @@ def test_page_locked_blocks_hold_copies_and_are_unlocked_with_them(monkeypatch):
         torch.ones(3, 0),
         torch.arange(1000, dtype=torch.int16).view(10, 100).T,
         torch.arange(3000, dtype=torch.float64),
+        torch.arange(900, dtype=torch.float32),
+        torch.ones(100),  # where there is room in the first block
     ]
     copies = [memory.copy(tensor) for tensor in tensors]
     for tensor, copy in zip(tensors, copies, strict=True):
@@ -227,7 +229,9 @@ def test_page_locked_blocks_hold_copies_and_are_unlocked_with_them(monkeypatch):
         assert torch.equal(copy, tensor)
         inside = [a <= copy.data_ptr() <= a + size for a, size in runtime.locked.items()]
         assert any(inside) or not copy.numel()
-    assert list(runtime.locked.values()) == [4096, 4096, 24_000]
+    # 2,800 bytes and 2; 2,000; a block of its own; then blocks of the largest size
+    assert list(runtime.locked.values()) == [4096, 4096, 24_064, 8192]
+    assert copies[-1].data_ptr() < copies[0].data_ptr() + 4096
     with pytest.raises(ConfigError, match="page-locked memory, got CUDA error 2"):
         memory._new(1 << 29)
     runtime.locked.popitem()

@@ -177,15 +177,18 @@ def test_a_fit_places_its_sources_says_so_and_frees_them(tmp_path, caplog):
             Plan, "unload", lambda self: placed.append(self.placed is not None) or unload(self)
         )
         fit(tmp_path, module, max_steps=6)
-    assert placed == [True]  # once, at the end
+    assert placed == [True, False]  # when training ends, before the export
     assert module.merged.plan.placed is None
     assert torch.equal(raws(module)["tensor"], raws(plain)["tensor"])
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("sources:")]
     assert len(lines) == 1
     assert "a: on the device, 3.32e-07 GB in float32; " in lines[0]
     assert lines[0].endswith("in files, 6.64e-07 GB in float32.")
-    assert validate(trainer_of(tmp_path), module, vectors())
-    assert module.merged.plan.placed is not None
+    trainer = trainer_of(tmp_path)
+    assert validate(trainer, module, vectors())
+    assert module.merged.plan.placed is not None  # for the next one
+    trainer.test(module, vectors(), verbose=False)
+    assert module.merged.plan.placed is None
 
 
 def test_the_old_option_means_the_device_with_a_warning():

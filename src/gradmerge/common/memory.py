@@ -182,13 +182,13 @@ class PageLocked:
         locks: lock the pages; tensors without numbers have none.
     """
 
-    _BLOCK = 1 << 28
+    _BLOCKS = 1 << 26, 1 << 30
+    """Sizes of the first block, and of the largest ones; each doubles what there is until then."""
 
     def __init__(self, locks: bool = True) -> None:
         self._locks = locks
-        self._block: Tensor | None = None
         self._blocks: list[Tensor] = []
-        self._start = 0
+        self._used: list[int] = []
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Return a copy of a tensor in page-locked memory.
@@ -196,12 +196,17 @@ class PageLocked:
         Raises:
             ConfigError: the system locks no more pages (`ulimit -l`).
         """
-        start = -(-self._start // _ALIGNED) * _ALIGNED
-        if self._block is None or start + tensor.nbytes > self._block.numel():
-            self._block = self._new(max(self._BLOCK, tensor.nbytes))
-            start = 0
-        own = self._block[start : start + tensor.nbytes]
-        self._start = start + tensor.nbytes
+        size = -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+        room = (len(block) - used for block, used in zip(self._blocks, self._used, strict=True))
+        at = next((i for i, free in enumerate(room) if free >= size), len(self._blocks))
+        if at == len(self._blocks):
+            first, most = self._BLOCKS
+            so_far = sum(len(block) for block in self._blocks)
+            self._blocks.append(self._new(max(size, min(most, max(first, so_far)))))
+            self._used.append(0)
+        start = self._used[at]
+        self._used[at] += size
+        own = self._blocks[at][start : start + tensor.nbytes]
         return own.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def _new(self, size: int) -> Tensor:
@@ -217,7 +222,6 @@ class PageLocked:
                     f"error {error}. Raise `ulimit -l`, or use placement mapped."
                 )
             weakref.finalize(self, runtime.cudaHostUnregister, block.data_ptr())
-        self._blocks.append(block)
         return block
 
 

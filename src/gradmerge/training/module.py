@@ -473,6 +473,11 @@ class MergeModule(EvaluatingModule):
             steps = (self._runs(by_task(self.merged, batch)) for batch in moved)
             self.regularisation.measure(steps, self._inner_scale())
 
+    def teardown(self, stage: str) -> None:
+        """Unload the sources, but for a validation: searches score by many, and a fit follows."""
+        if stage != "validate":
+            self.merged.plan.unload()
+
     def on_train_end(self) -> None:
         """Record the final logit scale in the record of the run, and unload the sources."""
         self._note_logit_scale()
