@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 
 from gradmerge import MergeModule, Recipe
 from gradmerge.coefficients import Column
@@ -26,7 +25,8 @@ from gradmerge.training import placing
 from gradmerge.training.data import MergeDataModule
 from gradmerge.training.examples import TaskData
 from gradmerge.training.planned import Fit, Setting, estimate, settings
-from tiny import fit, module_of, raws, relatives, save_family, trainer_of, validate, vectors
+from harness_tasks import save_llamas
+from tiny import fit, module_of, raws, trainer_of, validate, vectors
 
 DEVICE = torch.device("meta")
 """Stands for a GPU: builds of torch without CUDA run no backward on its tensors, even fake ones."""
@@ -41,18 +41,7 @@ def no_autocast(monkeypatch):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    config = transformers.LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    models = relatives(transformers.LlamaForCausalLM(config).to(torch.bfloat16))
-    return save_family(tmp_path_factory.mktemp("crossing"), models, tokenizer=False)
+    return save_llamas(tmp_path_factory.mktemp("crossing"), torch.bfloat16)
 
 
 class Crossing(Trace):

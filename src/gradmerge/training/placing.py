@@ -86,14 +86,11 @@ def place(
     words = words_of(placement, plan.known_owners, device)
     words = {owner: words[owner] for owner in plan.owners}
     sizes, dtypes = plan.sizes()
-    if device.type != "cuda":
-        found: dict[str, Place] = chosen(words, sizes, -1, -1)
-    elif "auto" in words.values():
+    free = host = -1  # no room, whatever the size
+    if device.type == "cuda" and "auto" in words.values():
         plan.unload()
         free, host = _rooms(device, sum(sizes.values()), need)
-        found = chosen(words, sizes, free, host // processes)
-    else:
-        found = chosen(words, sizes, 0, 0)
+    found: dict[str, Place] = chosen(words, sizes, free, host // processes)
     failure = ""
     try:
         plan.place(found, device, asked)
