@@ -27,7 +27,7 @@ from gradmerge.common.memory import BlockPool
 from gradmerge.common.typing import Raw
 from gradmerge.engine.autograd import Combine, backward_of, checksums, known_loss
 from gradmerge.engine.buffers import NetworkBuffers
-from gradmerge.engine.install import checkpoint_blocks, install, require_stand_ins, restamp
+from gradmerge.engine.install import checkpoint_blocks, install, restamp
 from gradmerge.engine.leaves import Leaves
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.parameters import Parameters
@@ -38,7 +38,7 @@ from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.resident import Building, ResidentTensors
 from gradmerge.engine.saved import SavedTensors
 from gradmerge.engine.state import FitState
-from gradmerge.engine.watch import Watch
+from gradmerge.engine.watch import Watches
 
 Memory = Literal["resident", "streamed"]
 
@@ -116,8 +116,7 @@ class MergedModel(nn.Module):
         self._stepping: dict[str, Tensor] | None = None
         self._resident = ResidentTensors()
         self._finished = False
-        self._watch: Watch | None = None
-        self._watched: set[tuple[bool, ...]] = set()
+        self._watches = Watches()
         self.parameters_made = Parameters(plan.binding, plan.skeleton)
         self._saved = SavedTensors(plan.skeleton, self.parameters_made.first_places)
         shapes = [*(t.shape for t in plan.tensors.values()), *self.parameters_made.shapes.values()]
@@ -284,10 +283,11 @@ class MergedModel(nn.Module):
         return theta
 
     def _fetch(self, key: str, casts: bool) -> Tensor:
-        if self._watch is None:
+        watch = self._watches.current
+        if watch is None:
             return self._tensor(key, casts)
-        with self._watch.paused():
-            return self._watch.add(key, self._tensor(key, casts))
+        with watch.paused():
+            return watch.add(key, self._tensor(key, casts))
 
     def _tensor(self, key: str, casts: bool) -> Tensor:
         cut = self.parameters_made.cuts.get(key)
@@ -443,18 +443,7 @@ class MergedModel(nn.Module):
                 merged ones.
         """
         kind = self._given is None, self.training, torch.is_grad_enabled()
-        if kind in self._watched or self._watch is not None:
-            return self.skeleton(*args, **kwargs)
-        self._watch = Watch()
-        try:
-            with self._watch:
-                output = self.skeleton(*args, **kwargs)
-            self._watch.check()
-        finally:
-            self._watch = None
-        require_stand_ins(self.skeleton)
-        self._watched.add(kind)
-        return output
+        return self._watches.run(self.skeleton, kind, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MergedModel:
         """Copy, unless it is a part of the network that copies itself in its forward.
@@ -462,7 +451,7 @@ class MergedModel(nn.Module):
         Raises:
             ConfigError: the network runs.
         """
-        if self._watch is not None:
+        if self._watches.current is not None:
             raise ConfigError(
                 f"{type(self.skeleton).__name__}: expected a forward that uses its modules, got "
                 "one that copies a module, whose merged weights a copy would not follow.\n"

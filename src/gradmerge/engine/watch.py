@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gradmerge.common.errors import ConfigError
-from gradmerge.engine.install import LiveTensors
+from gradmerge.engine.install import LiveTensors, require_stand_ins
 
 _RECENT = 4
 """Tensors that are kept to see whether `.data` of them is replaced."""
@@ -75,6 +75,37 @@ class Watch(TorchDispatchMode):
                         if key is not None:
                             _refuse(key, schema.name.removeprefix("aten::"))
         return func(*args, **kwargs)
+
+
+class Watches:
+    """The watch on a network: the first pass of each kind is watched."""
+
+    def __init__(self) -> None:
+        self.current: Watch | None = None
+        """The watch on the pass that runs, if it is watched."""
+        self._watched: set[Hashable] = set()
+
+    def run(
+        self, network: nn.Module, kind: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Run a network, watched if it is the first time for this kind of pass.
+
+        Raises:
+            ConfigError: the network writes to its weights, or reads them in a way that does not see
+                merged ones.
+        """
+        if kind in self._watched or self.current is not None:
+            return network(*args, **kwargs)
+        self.current = Watch()
+        try:
+            with self.current:
+                output = network(*args, **kwargs)
+            self.current.check()
+        finally:
+            self.current = None
+        require_stand_ins(network)
+        self._watched.add(kind)
+        return output
 
 
 def _refuse(key: str, name: str) -> None:
