@@ -97,6 +97,18 @@ def test_streamed_memory_merges_what_backward_needs_again_and_holds_a_layer(plac
     assert streamed.device < resident.device
 
 
+def test_tasks_at_once_merge_as_often_as_one_task(places):
+    opening, fit = opened(places), fit_of(("x", "y"))
+    one = estimate(opening, fit_of(("x",)), Setting("streamed"))
+    turns = estimate(opening, fit, Setting("streamed"))
+    found = estimate(opening, replace(fit, tasks_at_once=2), Setting("streamed"))
+    assert turns.merged == 2 * one.merged
+    assert found.merged == one.merged
+    assert turns.contracted == 2 * found.contracted
+    assert found.flops == turns.flops
+    assert found.parts["rest"] > 1.5 * turns.parts["rest"], "activations of both tasks"
+
+
 def test_checkpointing_runs_the_blocks_again_and_keeps_their_inputs_only(places, plain):
     again = estimate(opened(places), fit_of(), Setting("resident", True))
     assert plain.flops < again.flops < 4 / 3 * plain.flops

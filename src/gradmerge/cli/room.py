@@ -71,7 +71,8 @@ def fit_of(cli: Any) -> tuple[Any, Any]:
     )
     dtype, optimise = DTYPES[model.get("dtype", "float32")], partial(made, configured)
     processes = model.get("source_shards", 1) or processes_of(cli)
-    fit = Fit(cli.datamodule, objective, dtype, optimise, device_of(cli), processes)
+    at_once = model.get("tasks_at_once", 1)
+    fit = Fit(cli.datamodule, objective, dtype, optimise, device_of(cli), processes, at_once)
     return fit, setting
 
 

@@ -51,6 +51,7 @@ _FREE = (
     "placement",
     "score_start",
     "source_shards",
+    "tasks_at_once",
     "teacher_cache",
     "teacher_cache_folder",
 )

@@ -141,12 +141,21 @@ def backward_of(run: Callable[[], Tensor], scale: float) -> Tensor:
         ConfigError: the loss is not a scalar.
     """
     with torch.enable_grad():
-        loss = run()
-    if loss.dim() != 0:
-        raise ConfigError(f"loss: expected a scalar, got shape {tuple(loss.shape)}; reduce it.")
+        loss = scalar(run())
     with torch.autocast(loss.device.type, enabled=False):
         (loss * scale).backward()
     return loss.detach()
+
+
+def scalar(loss: Tensor) -> Tensor:
+    """Return a loss that is a scalar.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if loss.dim() != 0:
+        raise ConfigError(f"loss: expected a scalar, got shape {tuple(loss.shape)}; reduce it.")
+    return loss
 
 
 def checksums(parameters: Iterable[Tensor]) -> list[int]:

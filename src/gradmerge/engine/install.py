@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial, wraps
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -139,11 +140,11 @@ def reads_often(module: nn.Module) -> bool:
 
 
 def _hold(module: nn.Module, _: Any) -> None:
-    module.__dict__[_HELD] = {}
+    module.__dict__.setdefault(_HELD, {})[get_ident()] = {}  # passes of tasks may take turns
 
 
 def _release(module: nn.Module, *_: Any) -> None:
-    module.__dict__.pop(_HELD, None)
+    module.__dict__.get(_HELD, {}).pop(get_ident(), None)
 
 
 def restamp(skeleton: nn.Module, dtypes: Mapping[str, torch.dtype], device: torch.device) -> None:
@@ -237,7 +238,7 @@ def _getter(name: str) -> Callable[[nn.Module], Tensor]:
         if type(own) is not StandIn and own is not None:
             return own  # put there by the network's own code (`functional_call`)
         fetch, key, casts = module.__dict__[_SLOT][name]
-        held = module.__dict__.get(_HELD, {})
+        held = module.__dict__.get(_HELD, {}).get(get_ident(), {})
         if name in held:
             return held[name]
         try:

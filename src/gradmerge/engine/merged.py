@@ -25,10 +25,10 @@ from gradmerge.alignment.views import original_of
 from gradmerge.common.errors import ConfigError, shorten
 from gradmerge.common.memory import BlockPool
 from gradmerge.common.typing import Raw
-from gradmerge.engine.autograd import Combine, backward_of, checksums, known_loss
+from gradmerge.engine.autograd import Combine, checksums, known_loss
+from gradmerge.engine.backward import backward
 from gradmerge.engine.buffers import NetworkBuffers
 from gradmerge.engine.install import checkpoint_blocks, install, restamp
-from gradmerge.engine.leaves import Leaves
 from gradmerge.engine.opening import open_plan
 from gradmerge.engine.parameters import Parameters
 from gradmerge.engine.plan import Plan
@@ -38,6 +38,7 @@ from gradmerge.engine.recipe import Recipe
 from gradmerge.engine.resident import Building, ResidentTensors
 from gradmerge.engine.saved import SavedTensors
 from gradmerge.engine.state import FitState
+from gradmerge.engine.together import Together, require_at_once
 from gradmerge.engine.watch import Watches
 
 Memory = Literal["resident", "streamed"]
@@ -62,6 +63,8 @@ class MergedModel(nn.Module):
             its name.
         raw: initial raw coefficients by key. Default: those of the recipe's init. An empty mapping
             gives a network that runs only with given weights (`as_weights`, `as_source`).
+        tasks_at_once: number of losses of `accumulate` that share a merge in streamed memory: their
+            passes run in step, and one backward pass follows. All their activations live at once.
 
     Examples:
         >>> import torch
@@ -81,6 +84,7 @@ class MergedModel(nn.Module):
         dtype: torch.dtype = torch.float32,
         tasks: Mapping[str, str] | None = None,
         raw: Mapping[str, Tensor] | None = None,
+        tasks_at_once: int = 1,
     ) -> None:
         super().__init__()
         plan = open_plan(recipe, module) if isinstance(recipe, Recipe) else recipe
@@ -91,8 +95,9 @@ class MergedModel(nn.Module):
             )
         if memory not in ("resident", "streamed"):
             raise ConfigError(f"memory: expected 'resident' or 'streamed', got {memory!r}.")
+        require_at_once(tasks_at_once, memory)
         plan.prepare_learning()
-        self.memory = memory
+        self.memory, self.tasks_at_once = memory, tasks_at_once
         self.dtype = dtype
         tasks = dict(tasks) if tasks is not None else {n: n for n in plan.sources}
         lost = [source for source in tasks.values() if source not in plan.serving]
@@ -116,6 +121,7 @@ class MergedModel(nn.Module):
         self._stepping: dict[str, Tensor] | None = None
         self._resident = ResidentTensors()
         self._finished = False
+        self._together = Together()
         self._watches = Watches()
         self.parameters_made = Parameters(plan.binding, plan.skeleton)
         self._saved = SavedTensors(plan.skeleton, self.parameters_made.first_places)
@@ -263,13 +269,19 @@ class MergedModel(nn.Module):
                 window.write(out, lambda part, fill=fill: fill(out=part))  # type: ignore[misc]
         return out
 
-    def differentiable(self, key: str, raws: Raw, dtype: torch.dtype) -> Tensor:
-        """Build a parameter whose backward contracts its gradient to those of raw parameters."""
+    def differentiable(self, key: str, raws: Raw, dtype: torch.dtype, kept: bool = False) -> Tensor:
+        """Build a parameter whose backward contracts its gradient to those of raw parameters.
+
+        One that is `kept` for other passes is used if there is one.
+        """
         slots = self.plan.layout.slots
         learned = self.parameters_made.learned(key, self.state)
         keys = list(dict.fromkeys(slots[name].key for name in learned))
 
         def build(raw: Raw) -> Tensor:
+            if kept:
+                made = self._saved.made(self._make_as, key, dtype, None, self.version)
+                return made.detach()  # gets a node of its own
             return self.make(key, raw, dtype)
 
         def contract(grad: Tensor, raw: Raw, version: int = self.version) -> dict[str, Tensor]:
@@ -306,17 +318,36 @@ class MergedModel(nn.Module):
             # Build in the dtype that autocast would cast to, because autocast's copy would be saved
             # for backward in every layer.
             dtype = torch.get_autocast_dtype(self.device.type)
-        if self._finished or not self.parameters_made.learned(key, self.state):
-            theta = self.make(key, dtype=dtype, finished=self._finished)
-        else:
-            theta = self.differentiable(key, self._stepping or self.raw, dtype)
-        theta = self._with_parts(key, theta, task)
+        theta = self._with_parts(key, self._shared(key, dtype), task)
         self._saved.add(theta, key, task)
         return theta
 
+    def _shared(self, key: str, dtype: torch.dtype) -> Tensor:
+        """Return a merged parameter, made once for all passes that run in step."""
+        one = None if self._watches.current else self._together.current()
+        if one is None:
+            return self._theta(key, dtype)
+        task = self._task
+        theta = one.read((key, dtype), lambda: self._theta(key, dtype))
+        self._task = task  # passes of other tasks ran between
+        self.network_buffers.serve(self.serving)
+        return theta
+
+    def _theta(self, key: str, dtype: torch.dtype) -> Tensor:
+        learned = self.parameters_made.learned(key, self.state)
+        kept = self._saved.layers > 0
+        if kept and not learned:
+            return self._saved.made(self._make_as, key, dtype, None, self.version)
+        if self._finished or not learned:
+            return self.make(key, dtype=dtype, finished=self._finished)
+        return self.differentiable(key, self._stepping or self.raw, dtype, kept)
+
     @torch.no_grad()
     def _make_as(self, key: str, dtype: torch.dtype, task: str | None) -> Tensor:
-        return self._with_parts(key, self.make(key, dtype=dtype), task)
+        if task is None or not self._saved.layers:
+            return self._with_parts(key, self.make(key, dtype=dtype), task)
+        whole = self._saved.made(self._make_as, key, dtype, None, self.version)
+        return self._with_parts(key, whole, task)
 
     def _with_parts(self, key: str, theta: Tensor, task: str | None) -> Tensor:
         if task is None:
@@ -485,33 +516,11 @@ class MergedModel(nn.Module):
         self._stepping = self.private.proxies = proxies
         try:
             with self.plan.together():
-                grads, values = self._backward(losses, scale)
+                grads, values = backward(self, losses, scale)
             grads |= {k: proxy.grad for k, proxy in proxies.items() if proxy.grad is not None}
         finally:
             self._stepping = self.private.proxies = None
         return known_loss(values, grads, own, scale), values
-
-    def _backward(
-        self, losses: Sequence[Callable[[], Tensor]], scale: float
-    ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Return gradients by key, apart from those that the proxies get, and the losses."""
-        if self.memory == "streamed":
-            values = [backward_of(run, scale) for run in losses]
-            self._saved.forget()
-            return {}, values
-        self._refresh(graph=False)
-        merged = self._resident.theta
-        made = self.parameters_made
-        learned = {key for key in made.built if made.learned(key, self.state)}
-        agree = partial(self.plan.order_of, learned) if self.plan.is_shared else None
-        leaves = Leaves(learned, merged.__getitem__, partial(made.contract, self.state), agree)
-        self._resident.theta = leaves
-        try:
-            values = leaves.accumulate(losses, scale)
-        finally:
-            self._resident.theta = merged
-        self.touched |= leaves.touched
-        return leaves.grads, values
 
     def fix_unused(self) -> list[str]:
         """Fix tensors that no backward pass has reached, by `Recipe.unused`, with a warning.
@@ -579,6 +588,8 @@ class MergedModel(nn.Module):
         """Run a task, or given weights, inside the context."""
         before = self._task, self._given
         self._task, self._given = task, given
+        if given is None:  # recomputation, maybe between passes of other tasks
+            self.network_buffers.serve(self.serving)
         try:
             yield
         finally:

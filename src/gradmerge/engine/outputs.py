@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -116,14 +117,16 @@ def _kind(merged: MergedModel) -> str:
 def _capturing(merged: MergedModel, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of modules in the last forward pass within the context."""
     found: dict[str, Tensor] = {}
+    here = get_ident()  # passes of other tasks may run between
 
     def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         state = _first_tensor(output)
-        if state is not None and state.dim() > 1:
+        if state is not None and state.dim() > 1 and get_ident() == here:
             found[name] = state
 
     def begin(*_: Any) -> None:  # frozen heads have passes of their own before
-        found.clear()
+        if get_ident() == here:
+            found.clear()
 
     hooks = [merged.register_forward_pre_hook(begin)] if layers else []
     for name in layers:

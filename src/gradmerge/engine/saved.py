@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ class SavedTensors:
     def __init__(self, skeleton: nn.Module, first_places: Mapping[str, str]) -> None:
         self._skeleton, self._places = skeleton, first_places
         self._live = LiveTensors()
-        self._made: tuple[object, dict[str, Tensor]] = None, {}
+        self._kept: OrderedDict[object, dict[object, Tensor]] = OrderedDict()
+        self.layers = 0
+        """Number of layers whose tensors are kept."""
 
     def add(self, theta: Tensor, key: str, task: str | None) -> None:
         """Register a merged tensor, or that of a task: it is made again if backward needs it."""
@@ -33,7 +36,21 @@ class SavedTensors:
 
     def forget(self) -> None:
         """Discard the tensors that a backward pass has made."""
-        self._made = None, {}
+        self._kept.clear()
+
+    @contextmanager
+    def keeping(self, layers: int) -> Iterator[None]:
+        """Keep the tensors of the layers that ran last, for all that reads them in the context.
+
+        Args:
+            layers: number of layers.
+        """
+        self.layers = layers
+        try:
+            yield
+        finally:
+            self.layers = 0
+            self.forget()
 
     def hooks(
         self, make: Make, version: Callable[[], int], require: Callable[[int], None]
@@ -61,19 +78,38 @@ class SavedTensors:
                 return packed
             key, dtype, task, size, stride, offset, then = packed
             require(then)
-            return self._remake(make, key, dtype, task, then).as_strided(size, stride, offset)
+            return self.made(make, key, dtype, task, then).as_strided(size, stride, offset)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
-    def _remake(
+    def made(
         self, make: Make, key: str, dtype: torch.dtype, task: str | None, version: int
     ) -> Tensor:
-        owner = self._places[key].rpartition(".")[0]
-        if not reads_often(self._skeleton.get_submodule(owner)):
+        """Return the tensor of a key, kept or made.
+
+        Kept are those of the module that runs, if it reads a weight once for each of its experts,
+        and of the layers that ran last, inside `keeping`.
+        """
+        place = self._places[key].rpartition(".")[0]
+        if self.layers:
+            place = layer_of(place)
+        elif not reads_often(self._skeleton.get_submodule(place)):
             return make(key, dtype, task)
-        if self._made[0] != (owner, dtype, task, version):
-            self._made = (owner, dtype, task, version), {}  # frees those of another module first
-        kept = self._made[1]
-        if key not in kept:
-            kept[key] = make(key, dtype, task)
-        return kept[key]
+        kept = self._kept.setdefault((place, version), {})
+        self._kept.move_to_end((place, version))
+        while len(self._kept) > max(1, self.layers):
+            self._kept.popitem(last=False)  # before another is made
+        if (key, dtype, task) not in kept:
+            kept[key, dtype, task] = make(key, dtype, task)
+        return kept[key, dtype, task]
+
+
+def layer_of(place: str) -> str:
+    """Return the layer that a module belongs to: the first numbered part of its name, or itself.
+
+    >>> layer_of("model.layers.3.mlp.up_proj"), layer_of("model.embed_tokens")
+    ('model.layers.3', 'model.embed_tokens')
+    """
+    parts = place.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[: number + 1])

@@ -66,6 +66,7 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
     "memory": (str,),
     "dtype": (str,),
     "activation_checkpointing": (bool,),
+    "tasks_at_once": (int,),
     "learning_rate": (int, float),
     "private_learning_rate": (int, float, type(None)),
     "load_sources": (bool,),

@@ -91,6 +91,10 @@ class MergeModule(EvaluatingModule):
         dtype: dtype of the merged weights during training, and of floating-point buffers and
             inputs. Tensors that transformers keeps in float32 when it loads a model stay in it.
         activation_checkpointing: recompute the activations of each block in the backward pass.
+        tasks_at_once: number of tasks whose passes share a merge in streamed memory, where a step
+            merges each tensor in a forward and a backward pass: 1 does so for each task, and has
+            the activations of one task at a time; 4 does so once for four tasks, and has the
+            activations of all four.
         learning_rate: learning rate of Adam, the optimiser unless another is configured.
         private_learning_rate: learning rate of what the recipe trains per task (`trained`,
             `adapters`), with any optimiser. Default: that of the coefficients.
@@ -151,6 +155,7 @@ class MergeModule(EvaluatingModule):
         allow_modules: Sequence[str] = (),
         private_learning_rate: float | None = None,
         placement: str | dict[str, str] = "auto",
+        tasks_at_once: int = 1,
     ) -> None:
         super().__init__()
         self.allow_modules = tuple(allow_modules)
@@ -180,13 +185,14 @@ class MergeModule(EvaluatingModule):
         plan = opened if isinstance(opened, Plan) else open_plan(opened, module)
         words_of(placement, plan.known_owners)
         plan.checked_later = source_shards != 1
-        merged = MergedModel(plan, None, memory, DTYPES[dtype])
+        merged = MergedModel(plan, None, memory, DTYPES[dtype], tasks_at_once=tasks_at_once)
         if activation_checkpointing:
             merged.enable_activation_checkpointing()
         options = {
             "memory": memory,
             "dtype": dtype,
             "activation_checkpointing": activation_checkpointing,
+            "tasks_at_once": tasks_at_once,
             "learning_rate": learning_rate,
             "placement": placement,
             "source_shards": source_shards,
@@ -263,6 +269,7 @@ class MergeModule(EvaluatingModule):
             "memory": merged.memory,
             "dtype": str(merged.dtype).removeprefix("torch."),
             "activation_checkpointing": False,
+            "tasks_at_once": 1,
             "learning_rate": 1e-2,
             "placement": "auto",
             "source_shards": 1,

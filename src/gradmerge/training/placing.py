@@ -131,7 +131,8 @@ def _need(module: Any) -> int | None:
         return None
     optimise = next(map(_like, trainer.optimizers), torch.optim.Adam)
     shards = module.source_shards or trainer.world_size
-    fit = Fit(data, module.objective, merged.dtype, optimise, module.device, shards)
+    at_once = merged.tasks_at_once
+    fit = Fit(data, module.objective, merged.dtype, optimise, module.device, shards, at_once)
     checkpoints = bool(module.hparams.get("activation_checkpointing"))
     try:
         with torch.random.fork_rng(devices=[]):

@@ -75,6 +75,8 @@ class Fit:
     device: torch.device
     processes: int = 1
     """Number of processes that divide the sources."""
+    tasks_at_once: int = 1
+    """Number of tasks whose passes share a merge in streamed memory."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,10 @@ def _merged(plan: HeaderPlan, fit: Fit, setting: Setting) -> MergedModel:
     tasks = {name: task.source or name for name, task in fit.data.tasks.items()}
     first = next(iter(plan.sources))
     tasks = {name: s if s in plan.serving else first for name, s in tasks.items()}
-    merged = MergedModel(plan, memory=setting.memory, dtype=fit.dtype, tasks=tasks)
+    at_once = fit.tasks_at_once if setting.memory == "streamed" else 1
+    merged = MergedModel(
+        plan, memory=setting.memory, dtype=fit.dtype, tasks=tasks, tasks_at_once=at_once
+    )
     if fit.device.type != "cpu":
         merged.device = fit.device
         merged._place_network()
