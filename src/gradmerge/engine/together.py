@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
+from contextvars import copy_context
 
 import torch
 from torch import Tensor
@@ -49,7 +50,9 @@ class _Pass:
         self._theta: Tensor | None = None
         self._ends = False
         self._turn, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self.thread = threading.Thread(target=self._run, args=(run, settings), daemon=True)
+        # with the caller's context variables
+        start = (self._run, run, settings)
+        self.thread = threading.Thread(target=copy_context().run, args=start, daemon=True)
 
     def _run(self, run: Callable[[], Tensor], settings: Callable[[], ExitStack]) -> None:
         self._turn.acquire()
