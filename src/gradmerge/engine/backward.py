@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,19 +12,20 @@ from torch import Tensor
 from gradmerge.engine.autograd import backward_of, scalar
 from gradmerge.engine.leaves import Leaves
 
-if TYPE_CHECKING:
-    from gradmerge.engine.merged import MergedModel
-
 _LAYERS = 2
 """Layers whose tensors a backward pass keeps for all tasks, which are not in step to the node."""
 
 Losses = Sequence[Callable[[], Tensor]]
 
 
-def backward(
-    model: MergedModel, losses: Losses, scale: float
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Return gradients by key, apart from those that a step's proxies get, and the losses."""
+def backward(model: Any, losses: Losses, scale: float) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Return gradients by key, apart from those that a step's proxies get, and the losses.
+
+    Args:
+        model: the `MergedModel`, whose passes the losses run.
+        losses: callables that return scalar losses.
+        scale: factor on the losses, and so on the gradients.
+    """
     if model.memory == "resident":
         return _resident(model, losses, scale)
     values: list[Tensor] = []
@@ -38,9 +39,7 @@ def backward(
     return {}, values
 
 
-def _resident(
-    model: MergedModel, losses: Losses, scale: float
-) -> tuple[dict[str, Tensor], list[Tensor]]:
+def _resident(model: Any, losses: Losses, scale: float) -> tuple[dict[str, Tensor], list[Tensor]]:
     model._refresh(graph=False)
     merged, made, plan = model._resident.theta, model.parameters_made, model.plan
     learned = {key for key in made.built if made.learned(key, model.state)}
@@ -55,7 +54,7 @@ def _resident(
     return leaves.grads, values
 
 
-def _streamed(model: MergedModel, runs: Losses, scale: float) -> list[Tensor]:
+def _streamed(model: Any, runs: Losses, scale: float) -> list[Tensor]:
     """Run passes in step, and one backward pass of the sum of their losses."""
     if len(runs) == 1:
         return [backward_of(runs[0], scale)]
